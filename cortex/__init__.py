@@ -1,0 +1,1 @@
+"""cortex: the single front door of a fleet of neurons."""

@@ -1,0 +1,105 @@
+"""neuron.toml."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.protocol import LoadCommand
+from shared.settings import SettingsModel
+
+HarnessName = Literal["vllm", "sim"]
+DEFAULT_PORT_RANGE = (20000, 20999)
+
+
+class HarnessEntry(SettingsModel):
+    """A harness this host offers."""
+
+    name: HarnessName
+
+
+class HarnessSettings(SettingsModel):
+    """`[harness.NAME]`: how engines of one kind are started."""
+
+    command: list[str] | None = Field(default=None, min_length=1)  # None: the harness's own default
+    port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # inclusive
+    extra_args: list[str] = Field(default_factory=list)  # appended to every command line
+    startup_timeout_secs: float = Field(default=1800, gt=0)
+    stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
+    env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
+
+    @field_validator("port_range")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1] <= 65535:
+            raise ValueError("must be [first, last] with 1 <= first <= last <= 65535")
+        return value
+
+
+class SimulatedDevice(SettingsModel):
+    """A simulated GPU written out; whatever is left out comes from the preset `name`, if there is one."""
+
+    name: str = "Simulated GPU"
+    vram_total_mb: int | None = Field(default=None, gt=0)
+    compute_capability: str | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+
+
+class SimulateSettings(SettingsModel):
+    """`[simulate]`: when present, the topology is this and not NVML's."""
+
+    devices: list[str | SimulatedDevice]
+    nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
+
+
+class NeuronConfig(SettingsModel):
+    """The whole of neuron.toml."""
+
+    name: str | None = None  # None: the host's name
+    host: str = "127.0.0.1"
+    port: int = Field(default=13131, ge=0, le=65535)
+    token: str | None = Field(default=None, min_length=1)
+    token_env: str | None = None
+    state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_timeout_secs: float = Field(default=30, ge=0)
+    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
+    harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
+    simulate: SimulateSettings | None = None
+    default_models: list[Annotated[LoadCommand, Field()]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NeuronConfig:
+        names = self.harness_names
+        if len(set(names)) != len(names):
+            raise ValueError("harnesses: a harness is listed twice")
+        for model in self.default_models:
+            if model.harness is not None and model.harness not in names:
+                raise ValueError(
+                    f"default_models: {model.model_id}: harness {model.harness!r} is not among [[harnesses]]"
+                )
+        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
+            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        return self
+
+    @property
+    def harness_names(self) -> list[str]:
+        return [entry.name for entry in self.harnesses]
+
+    def harness_settings(self, name: HarnessName) -> HarnessSettings:
+        return self.harness.get(name) or HarnessSettings()
+
+    @property
+    def bearer_token(self) -> str | None:
+        """The token callers must show, None when none is configured."""
+        return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+    def state_directory(self, port: int) -> Path:
+        """Where this neuron keeps its engines' directories; `port` is the one it really listens on."""
+        return self.state_dir or Path(tempfile.gettempdir()) / f"neuron-{os.getuid()}-{port}"

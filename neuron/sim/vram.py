@@ -1,0 +1,63 @@
+"""Simulated GPU memory: one file per holder in a directory, as NVML lists one entry per process.
+
+A holder is a process, identified by pid and start time, so that memory of a dead process is free at once, however it
+died, and a recycled pid holds nothing. Foreign holders are simulated in the same way: by a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
+"""Environment variable that tells a simulated engine where its host's memory is kept."""
+DEVICES_VARIABLE = "NEURON_SIM_DEVICES"
+"""Environment variable with the engine's devices: a JSON object, device uuid -> total MiB."""
+
+
+def process_start_ticks(pid: int) -> int | None:
+    """Start time of a live process in clock ticks since boot (field 22 of /proc/PID/stat); None when it is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def hold(directory: Path, usage_mb: Mapping[str, int], *, pid: int | None = None) -> None:
+    """Sets what a process (by default this one) holds, in MiB by device uuid. Replaces what it held; atomic."""
+    pid = os.getpid() if pid is None else pid
+    record = {"pid": pid, "start_ticks": process_start_ticks(pid), "usage_mb": dict(usage_mb)}
+    temporary = directory / f".{pid}.tmp"
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    temporary.replace(directory / f"{pid}.json")
+
+
+def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:
+    """What every live holder holds: pid -> device uuid -> MiB. Files of dead holders are removed."""
+    usage: dict[int, dict[str, int]] = {}
+    for path in directory.glob("*.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            pid, start_ticks, held = int(record["pid"]), record["start_ticks"], dict(record["usage_mb"])
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            continue  # a file that is being written by hand: looked at again next time
+        if start_ticks is None or process_start_ticks(pid) != start_ticks:
+            path.unlink(missing_ok=True)
+            continue
+        usage[pid] = {str(uuid): int(mb) for uuid, mb in held.items()}
+    return usage
+
+
+def used_mb(directory: Path) -> Counter[str]:
+    """MiB in use by device uuid, all live holders together."""
+    total: Counter[str] = Counter()
+    for held in usage_by_process(directory).values():
+        total.update(held)
+    return total

@@ -1,0 +1,46 @@
+"""What every source of GPU facts offers: the real one (`neuron.nvml`) and the simulated one (`neuron.simulated`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.protocol import Device, DeviceHealth, Link
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The GPUs of this host; constant while the process lives.
+
+    `cuda_unavailable_reason` says why no GPU can be used although an NVIDIA stack is there (driver/library mismatch,
+    no permission); None when all is well and when the host simply has no NVIDIA stack.
+    """
+
+    devices: tuple[Device, ...] = ()
+    links: tuple[Link, ...] = ()
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    cuda_unavailable_reason: str | None = None
+    simulated: bool = False
+
+    @property
+    def has_gpu(self) -> bool:
+        """True when engines run on real GPUs; False on a CPU host and on a simulated one."""
+        return bool(self.devices) and not self.simulated
+
+
+class TopologySource(Protocol):
+    """Reads GPU facts. No method blocks the event loop, and none raises for what hardware or driver do."""
+
+    async def discover(self) -> Topology:
+        """The topology. The first call asks the driver; later ones give the same answer."""
+        ...
+
+    async def health(self) -> Sequence[DeviceHealth]:
+        """Live figures of every device that answers, by index. Asks anew on each call."""
+        ...
+
+    async def close(self) -> None:
+        """Lets go of the driver."""
+        ...

@@ -1,0 +1,150 @@
+"""Errors that reach a client, as data.
+
+    ServiceError
+    ├── InvalidRequest        400 invalid_request
+    ├── Unauthorized          401 invalid_api_key
+    ├── NotFound              404 (code given)
+    ├── Conflict              409 (code given)
+    ├── RequestTooLarge       413 request_too_large
+    ├── TooManyRequests       429 (code given)
+    ├── UpstreamError         502 (code given)
+    └── Unavailable           503 (code given), always with Retry-After
+
+Services raise these; `shared.http` is the only place where one becomes an HTTP response.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class ServiceError(Exception):
+    """A failure with the status, code and message that the client gets.
+
+    `retry_after` is in seconds; it becomes the Retry-After header, rounded up. `param` names the offending field.
+    """
+
+    status = 500
+    default_code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+        self.extra = extra or {}
+
+    @property
+    def type(self) -> str:
+        return error_type(self.status)
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error envelope."""
+        return envelope(self.message, status=self.status, code=self.code, param=self.param, extra=self.extra)
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same failure in Anthropic's shape, for `/v1/messages`."""
+        return {
+            "type": "error",
+            "error": {"type": anthropic_error_type(self.status), "message": self.message, "code": self.code},
+        }
+
+
+def error_type(status: int) -> str:
+    """The `type` of an error body for an HTTP status."""
+    if status == 401:
+        return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "api_error"
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error_type(status: int) -> str:
+    """Anthropic's name for an HTTP status."""
+    return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
+def envelope(
+    message: str,
+    *,
+    status: int,
+    code: str | None,
+    param: str | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`{"error": {message, type, code, param}}`, with further fields beside them where a caller has figures to give."""
+    error: dict[str, Any] = {"message": message, "type": error_type(status), "code": code, "param": param}
+    return {"error": {**error, **(extra or {})}}
+
+
+class InvalidRequest(ServiceError):
+    status = 400
+    default_code = "invalid_request"
+
+
+class Unauthorized(ServiceError):
+    status = 401
+    default_code = "invalid_api_key"
+
+
+class NotFound(ServiceError):
+    status = 404
+    default_code = "not_found"
+
+
+class Conflict(ServiceError):
+    status = 409
+    default_code = "conflict"
+
+
+class RequestTooLarge(ServiceError):
+    status = 413
+    default_code = "request_too_large"
+
+
+class TooManyRequests(ServiceError):
+    status = 429
+    default_code = "rate_limit_exceeded"
+
+
+class UpstreamError(ServiceError):
+    status = 502
+    default_code = "upstream_unreachable"
+
+
+class Unavailable(ServiceError):
+    """Temporary: always tells when to come back."""
+
+    status = 503
+    default_code = "unavailable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after: float,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, retry_after=retry_after, extra=extra)

@@ -1,0 +1,133 @@
+"""aiohttp adapters: models and errors to responses, bodies to models, request ids, bearer tokens."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Model = TypeVar("Model", bound=BaseModel)
+
+REQUEST_ID = web.RequestKey("request_id", str)
+# An id from outside is echoed in a header and written to logs: anything else than these is replaced.
+_SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def reply(model: BaseModel, *, status: int = 200) -> web.Response:
+    """A wire model as a JSON response."""
+    return web.Response(text=model.model_dump_json(), status=status, content_type="application/json")
+
+
+def error_response(
+    error: ServiceError, *, anthropic: bool = False, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """The response for `error`, with Retry-After where it has one."""
+    body = error.anthropic_body() if anthropic else error.body()
+    response = web.json_response(body, status=error.status, headers=headers)
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+async def read_model(request: web.Request, model: type[Model]) -> Model:
+    """The request's JSON body as `model`.
+
+    Raises:
+        InvalidRequest: the body is not JSON, or a field has the wrong type; the message names field and reason.
+    """
+    try:
+        data = json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise InvalidRequest(f"{where}: {first['msg']}", param=where) from error
+
+
+def request_id_of(request: web.Request) -> str:
+    """The request's id: the caller's `x-request-id` when it is harmless, else a new one. Stable for a request."""
+    if REQUEST_ID in request:
+        return request[REQUEST_ID]
+    given = request.headers.get("x-request-id", "")
+    made = given if _SAFE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request[REQUEST_ID] = made
+    return made
+
+
+def is_anthropic(request: web.Request) -> bool:
+    """True for the routes whose errors take Anthropic's shape."""
+    return request.path == "/v1/messages" or request.path.startswith("/v1/messages/")
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every failure into the error envelope. Cancellation passes: it is the client leaving."""
+    request_id = request_id_of(request)
+    try:
+        response = await handler(request)
+    except ServiceError as error:
+        response = error_response(error, anthropic=is_anthropic(request))
+    except web.HTTPRequestEntityTooLarge as error:
+        too_large = RequestTooLarge(error.text or "the request body is too large")
+        response = error_response(too_large, anthropic=is_anthropic(request))
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        response = _http_exception_response(request, error)
+    except (ConnectionError, web.RequestPayloadError):
+        raise  # one side of the connection is gone; there is nobody to answer
+    except Exception:
+        log.exception("unhandled error in %s %s", request.method, request.path)
+        internal = ServiceError("internal error; the service's log has the details")
+        response = error_response(internal, anthropic=is_anthropic(request))
+    if not response.prepared:
+        response.headers.setdefault("x-request-id", request_id)
+    return response
+
+
+def _http_exception_response(request: web.Request, error: web.HTTPException) -> web.Response:
+    """aiohttp's own 404, 405 and the like, in our envelope."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status, "invalid_request")
+    message = f"{request.method} {request.path}: {error.reason}"
+    response = web.json_response(envelope(message, status=error.status, code=code), status=error.status)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def bearer_token(headers: Mapping[str, str]) -> str | None:
+    """The token of an `Authorization: Bearer` header, None without one."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def require_token(token: str, *, open_paths: frozenset[str] = frozenset()) -> Any:
+    """A middleware that lets only callers with this bearer token pass, except to `open_paths`."""
+    expected = token.encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in open_paths:
+            given = bearer_token(request.headers)
+            if given is None or not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
+                raise Unauthorized("a valid bearer token is required")
+        return await handler(request)
+
+    return check

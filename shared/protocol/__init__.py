@@ -1,0 +1,33 @@
+"""The neuron protocol: what travels between a cortex and a neuron, as frozen pydantic models.
+
+Unknown fields are ignored on both sides, and every field that the seed protocol does not have is optional, so that
+versions and foreign implementations mix.
+"""
+
+from shared.protocol.commands import (
+    EndpointReply,
+    LoadCommand,
+    LoadReply,
+    UnloadCommand,
+)
+from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
+from shared.protocol.models import ModelStatus, ModelView, Progress
+from shared.protocol.topology import Device, Discovery, Link, LinkKind
+
+__all__ = [
+    "Activation",
+    "Device",
+    "DeviceHealth",
+    "Discovery",
+    "EndpointReply",
+    "Link",
+    "LinkKind",
+    "LoadCommand",
+    "LoadReply",
+    "ModelActivity",
+    "ModelStatus",
+    "ModelView",
+    "NeuronHealth",
+    "Progress",
+    "UnloadCommand",
+]

@@ -1,0 +1,49 @@
+"""What a host is doing right now."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.protocol.base import Mib, WireModel
+
+
+class DeviceHealth(WireModel):
+    """Live figures of one GPU. Memory in MiB including processes that are not neuron's; power in watts.
+
+    A figure that the driver does not give is None.
+    """
+
+    index: int
+    vram_used_mb: Mib = 0
+    vram_free_mb: Mib = 0
+    utilization_pct: float | None = None
+    temp_c: float | None = None
+    power_w: float | None = None
+
+
+class Activation(WireModel):
+    """Progress of the `default_models` that a neuron loads at its start."""
+
+    state: str = "idle"  # idle, activating, done
+    pending: list[str] = Field(default_factory=list)
+    in_progress: str | None = None
+    completed: list[str] = Field(default_factory=list)
+    failed: dict[str, str] = Field(default_factory=dict)  # model id -> why
+
+
+class ModelActivity(WireModel):
+    """Requests of one engine: running now, and waiting inside the engine."""
+
+    id: str
+    in_flight: int = 0
+    queue_depth: int = 0
+
+
+class NeuronHealth(WireModel):
+    """Answer of `GET /health`."""
+
+    uptime_secs: float = 0
+    devices: list[DeviceHealth] = Field(default_factory=list)
+    instance_id: str | None = None
+    activation: Activation | None = None
+    models: list[ModelActivity] = Field(default_factory=list)

@@ -1,0 +1,61 @@
+"""What a neuron says of a model."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from pydantic import Field
+
+from shared.protocol.base import IndexList, Mib, WireModel
+
+
+class ModelStatus(str, Enum):
+    """The statuses of the contract. On the wire a status is a plain string: one that is not here is not servable."""
+
+    LOADED = "loaded"
+    LOADING = "loading"
+    UNLOADED = "unloaded"
+    RELOADING = "reloading"
+    RECOVERING = "recovering"
+    SLEEPING = "sleeping"
+    FAILED = "failed"
+
+    @classmethod
+    def known(cls, text: str) -> ModelStatus | None:
+        """The status named `text`, or None when this version does not know it."""
+        try:
+            return cls(text)
+        except ValueError:
+            return None
+
+    @property
+    def coming(self) -> bool:
+        """True while the engine is on its way up: requests wait, nothing is placed elsewhere."""
+        return self in (ModelStatus.LOADING, ModelStatus.RELOADING, ModelStatus.RECOVERING)
+
+
+class Progress(WireModel):
+    """How far a load is. `fraction` is of the current phase, 0 to 1, None when the engine does not say."""
+
+    phase: str = ""
+    fraction: float | None = None
+    message: str | None = None
+    elapsed_secs: float | None = None
+
+
+class ModelView(WireModel):
+    """One entry of `GET /models`. `since` is Unix time of the last change of status."""
+
+    id: str
+    harness: str | None = None
+    status: str
+    devices: IndexList = Field(default_factory=list)
+    vram_used_mb: Mib | None = None
+    progress: Progress | None = None
+    error: str | None = None
+    since: float | None = None
+    tensor_parallel: int | None = None
+
+    @property
+    def known_status(self) -> ModelStatus | None:
+        return ModelStatus.known(self.status)

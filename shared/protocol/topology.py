@@ -1,0 +1,66 @@
+"""What a host is made of. Constant for the lifetime of a neuron process."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from pydantic import Field
+
+from shared.protocol.base import Mib, WireModel
+
+
+class LinkKind(str, Enum):
+    """How two devices reach each other, best first (the legend of `nvidia-smi topo -m`)."""
+
+    NVLINK = "nvlink"  # direct NVLink
+    PIX = "pix"  # same board or at most one PCIe switch
+    PXB = "pxb"  # several PCIe switches, no host bridge
+    PHB = "phb"  # through a PCIe host bridge
+    NODE = "node"  # through host bridges of one NUMA node
+    SYS = "sys"  # between NUMA nodes
+
+
+class Device(WireModel):
+    """One GPU.
+
+    `lost` marks a GPU that fell off the bus: it is listed so that an operator sees it, and nothing is placed there.
+    """
+
+    index: int
+    name: str = ""
+    vram_total_mb: Mib = 0
+    compute_capability: str | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    mig_mode: bool | None = None  # None: the device has no MIG
+    lost: str | None = None  # why the device cannot be used, None when it can
+
+
+class Link(WireModel):
+    """The path between the devices with the indices `a` < `b`; `nvlinks` is the number of active NVLinks."""
+
+    a: int
+    b: int
+    kind: LinkKind
+    nvlinks: int = 0
+
+
+class Discovery(WireModel):
+    """Answer of `GET /discovery`.
+
+    Absent `instance_id` means a seed neuron: its restart cannot be told from a pause.
+    """
+
+    hostname: str = ""
+    os: str = ""
+    kernel: str = ""
+    cuda_version: str | None = None
+    driver_version: str | None = None
+    devices: list[Device] = Field(default_factory=list)
+    harnesses: list[str] = Field(default_factory=list)
+    links: list[Link] = Field(default_factory=list)
+    simulated: bool = False
+    instance_id: str | None = None
+    version: str | None = None
+    cuda_unavailable_reason: str | None = None

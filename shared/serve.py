@@ -1,0 +1,127 @@
+"""The only way an app is served, by the commands and by the tests: sockets, signals, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from aiohttp import web
+
+log = logging.getLogger(__name__)
+
+CLOSING = web.AppKey("closing", asyncio.Event)
+"""Set when the service begins to stop: open event streams end on it."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """An app and the socket it listens on."""
+
+    app: web.Application
+    sock: socket.socket
+
+    @property
+    def port(self) -> int:
+        return int(self.sock.getsockname()[1])
+
+
+class ListenError(Exception):
+    """An address cannot be listened on; the message names it."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket; port 0 lets the system choose.
+
+    Raises:
+        ListenError: the address is taken or not of this host.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}:{port}: {error}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    sock.setblocking(False)
+    return sock
+
+
+@contextlib.asynccontextmanager
+async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncIterator[None]:
+    """Serves the sites inside the body. On exit: stop accepting, finish what is in flight within the deadline,
+    cancel the rest, then run the apps' cleanup.
+
+    `handler_cancellation` is on, so that a handler ends when its client leaves (aiohttp's own default is off in
+    production and on in its test server).
+    """
+    runners: list[web.AppRunner] = []
+    closing = asyncio.Event()
+    try:
+        for site in sites:
+            site.app[CLOSING] = closing
+            runner = web.AppRunner(
+                site.app, handler_cancellation=True, shutdown_timeout=drain_timeout_secs, access_log=None
+            )
+            runners.append(runner)
+            await runner.setup()
+            await web.SockSite(runner, site.sock, backlog=1024).start()
+        yield
+    finally:
+        closing.set()
+        for runner in runners:
+            await runner.cleanup()
+
+
+async def serve_until_stopped(
+    sites: Sequence[Site],
+    *,
+    drain_timeout_secs: float,
+    lifeline: int | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_forced_exit: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves until SIGTERM, SIGINT or the end of the lifeline; a second signal exits at once with status 130.
+
+    `lifeline` is the read end of a pipe whose other end a parent holds: its end of file means that the parent is gone,
+    however it died. `on_forced_exit` is the last thing called before a forced exit.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(name: str) -> None:
+        if stop.is_set():
+            log.warning("%s again: exiting at once", name)
+            on_forced_exit()
+            os._exit(130)
+        log.info("%s: stopping, what is in flight has %g s", name, drain_timeout_secs)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number.name)
+    if lifeline is not None:
+        loop.add_reader(lifeline, _lifeline_ended, loop, lifeline, stop)
+    try:
+        async with serving(sites, drain_timeout_secs=drain_timeout_secs):
+            on_ready()
+            await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _lifeline_ended(loop: asyncio.AbstractEventLoop, lifeline: int, stop: asyncio.Event) -> None:
+    loop.remove_reader(lifeline)
+    log.info("the parent process is gone: stopping")
+    stop.set()

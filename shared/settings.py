@@ -1,0 +1,144 @@
+"""TOML plus environment to a validated model.
+
+Every mistake is found before anything starts, and its message names the file (or the variable), the key and the value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class SettingsModel(BaseModel):
+    """Base of configuration sections: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SettingsError(Exception):
+    """One or more problems in a configuration; `problems` holds a line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file as a dict.
+
+    Raises:
+        SettingsError: it cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError([f"{path}: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError([f"{path}: not UTF-8: {error}"]) from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"{path}: not valid TOML: {error}"]) from error
+
+
+def load_settings(
+    model: type[Settings],
+    path: Path | None,
+    *,
+    env_prefix: str,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """`path` overlaid with `PREFIX_KEY=` and `PREFIX_SECTION__KEY=` from the environment, validated.
+
+    A value that starts with `[` or `{` is read as JSON. A variable whose first part is no key of `model` is left alone
+    (other programs use the prefix too) unless it contains `__`, which can only be meant for us.
+
+    Raises:
+        SettingsError: with one line for each problem.
+    """
+    data = read_toml(path) if path is not None else {}
+    sources: dict[tuple[str, ...], str] = {}
+    problems: list[str] = []
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(env_prefix):
+            continue
+        keys = tuple(variable[len(env_prefix) :].lower().split("__"))
+        if keys[0] not in model.model_fields:
+            if len(keys) > 1:
+                problems.append(f"environment {variable}: no such key {'.'.join(keys)!r}")
+            continue
+        problem = _overlay(data, keys, text)
+        if problem is not None:
+            problems.append(f"environment {variable}: {problem}")
+        sources[keys] = f"environment {variable}"
+    if problems:
+        raise SettingsError(problems)
+    return validate_settings(model, data, source=str(path or "configuration"), sources=sources)
+
+
+def _overlay(data: dict[str, Any], keys: tuple[str, ...], text: str) -> str | None:
+    """Puts `text` at `keys` in `data`; the reason when it cannot."""
+    try:
+        value = json.loads(text) if text[:1] in ("[", "{") else text
+    except ValueError as error:
+        return f"not valid JSON: {error}"
+    table = data
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return f"{key!r} is not a table"
+        table = inner
+    table[keys[-1]] = value
+    return None
+
+
+def validate_settings(
+    model: type[Settings],
+    data: Mapping[str, Any],
+    *,
+    source: str,
+    sources: Mapping[tuple[str, ...], str] | None = None,
+) -> Settings:
+    """`data` as `model`.
+
+    Raises:
+        SettingsError: naming `source` (or the variable a value came from), the key, the value and the reason.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError(
+            [_describe(dict(problem), source, sources or {}) for problem in error.errors(include_url=False)]
+        ) from error
+
+
+def _describe(problem: dict[str, Any], source: str, sources: Mapping[tuple[str, ...], str]) -> str:
+    location = tuple(str(part) for part in problem["loc"])
+    origin = next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), source)
+    key = _dotted(problem["loc"]) or "(file)"
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: {key}: unknown key (value {problem['input']!r})"
+    if problem["type"] == "missing":
+        return f"{origin}: {key}: required, but missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if isinstance(problem["input"], Mapping):  # a rule about a whole table: repeating the table says nothing
+        return f"{origin}: {key}: {message}"
+    return f"{origin}: {key} = {problem['input']!r}: {message}"
+
+
+def _dotted(location: tuple[str | int, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

@@ -1,0 +1,63 @@
+"""Background loops that neither die silently nor outlive their owner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+RESTART_DELAY_SECS = 1.0
+
+
+async def keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs `work` for ever; a failure is logged and followed by a pause (jittered) and a new start."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("background task %s failed; starting it again", name)
+        await asyncio.sleep(RESTART_DELAY_SECS * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+
+
+@contextlib.asynccontextmanager
+async def running(**loops: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Keeps the named loops running inside the `async with` body, and ends them after it."""
+    tasks = [asyncio.create_task(keep_running(name, work), name=name) for name, work in loops.items()]
+    try:
+        yield
+    finally:
+        await cancel_all(tasks)
+
+
+async def cancel_all(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancels the tasks and waits until each has really ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class TaskSet:
+    """Owns detached tasks: keeps them from being collected, logs a failure, and ends them all on `close`."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("task %s failed", task.get_name(), exc_info=task.exception())
+
+    async def close(self) -> None:
+        """Cancels what still runs and waits for its end."""
+        await cancel_all(list(self._tasks))
