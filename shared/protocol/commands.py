@@ -21,8 +21,8 @@ class LoadCommand(WireModel):
     """Body of `POST /models/load`.
 
     `model_id` is what clients ask for; `source`, when given, what the engine is told to load. `tensor_parallel` None
-    means one device. `devices` None lets the neuron choose. `vram_mb` (MiB, all devices together) is what the engine may
-    and what is reserved; None leaves it to the engine. A body with nothing but `model_id` asks for the spec
+    means one device. `devices` None lets the neuron choose. `vram_mb` (MiB, all devices together) is what the engine
+    may take and what is reserved; None leaves it to the engine. A body with nothing but `model_id` asks for the spec
     remembered from an earlier load.
     """
 
