@@ -1,0 +1,105 @@
+"""models.toml: what clients may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from shared.settings import SettingsModel, load_settings
+
+DEFAULT_PRIORITY = 100
+DEFAULT_PINNED_PRIORITY = 1000
+
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\s\x00-\x1f]+$")]
+
+
+class TokenLimit(SettingsModel):
+    """What clients are told, in tokens."""
+
+    context: int | None = Field(default=None, gt=0)
+    output: int | None = Field(default=None, gt=0)
+
+
+class ModelProfile(SettingsModel):
+    """One model of the catalogue. Memory in MiB; models.example.toml says what leaving a field out means."""
+
+    id: ModelName
+    harness: str = "vllm"
+    quant: str | None = None
+    vram_mb: int | None = Field(default=None, gt=0)
+    min_devices: int = Field(default=1, ge=1, le=64)
+    min_device_vram_mb: int | None = Field(default=None, gt=0)
+    pinned_on: tuple[str, ...] = ()
+    residency_priority: int = DEFAULT_PRIORITY
+    source: str | None = None
+    args: tuple[str, ...] = ()
+    limit: TokenLimit | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned_models_rank_high(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("pinned_on") and "residency_priority" not in data:
+            return {**data, "residency_priority": DEFAULT_PINNED_PRIORITY}
+        return data
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """What a neuron is asked for: None stands for a single device."""
+        return self.min_devices if self.min_devices > 1 else None
+
+    @property
+    def device_share_mb(self) -> int:
+        """What each device must give, in MiB; 0 when the footprint is not known."""
+        return 0 if self.vram_mb is None else -(-self.vram_mb // self.min_devices)
+
+
+class Catalogue(SettingsModel):
+    """The whole of models.toml."""
+
+    models: tuple[ModelProfile, ...] = ()
+    aliases: dict[ModelName, str] = Field(default_factory=dict)
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, value: tuple[ModelProfile, ...]) -> tuple[ModelProfile, ...]:
+        seen: set[str] = set()
+        for profile in value:
+            if profile.id in seen:
+                raise ValueError(f"the model {profile.id!r} is listed twice")
+            seen.add(profile.id)
+        return value
+
+    @model_validator(mode="after")
+    def _aliases_lead_somewhere(self) -> Catalogue:
+        ids = {profile.id for profile in self.models}
+        for alias, target in self.aliases.items():
+            if alias in ids:
+                raise ValueError(f"aliases: {alias!r} is also the id of a model")
+            if target not in ids:
+                raise ValueError(f"aliases: {alias!r} leads to {target!r}, which is no model of this catalogue")
+        return self
+
+    @cached_property
+    def _by_id(self) -> dict[str, ModelProfile]:
+        return {profile.id: profile for profile in self.models}
+
+    def profile(self, model_id: str) -> ModelProfile | None:
+        """The model with this id, None when the catalogue has none."""
+        return self._by_id.get(model_id)
+
+    def resolve(self, name: str) -> str:
+        """The model id behind a name that may be an alias."""
+        return self.aliases.get(name, name)
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """Reads and validates models.toml.
+
+    Raises:
+        SettingsError: with every problem found.
+    """
+    return load_settings(Catalogue, path, env_prefix="", environ={})

@@ -1,0 +1,115 @@
+"""cortex.toml."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.settings import SettingsModel
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def parse_listen(value: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` as a pair.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, for example 127.0.0.1:31313")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class GatewaySettings(SettingsModel):
+    """`[gateway]`: the front door itself."""
+
+    listen: str = "127.0.0.1:31313"
+    metrics_listen: str = "127.0.0.1:31314"
+    max_body_mib: int = Field(default=32, ge=1, le=4096)
+    drain_timeout_secs: float = Field(default=30, ge=0)
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        parse_listen(value)
+        return value
+
+
+class PollSettings(SettingsModel):
+    """`[poll]`: how neurons are watched."""
+
+    interval_secs: float = Field(default=2.0, gt=0)
+    timeout_secs: float = Field(default=5.0, gt=0)
+    unhealthy_after: int = Field(default=3, ge=1)  # consecutive misses
+
+
+class ColdLoadSettings(SettingsModel):
+    """`[cold_load]`: loading on request."""
+
+    timeout_secs: float = Field(default=1800, gt=0)
+
+
+class NeuronEntry(SettingsModel):
+    """`[[neurons]]`: one GPU host."""
+
+    name: str
+    endpoint: str
+    token: str | None = Field(default=None, min_length=1)
+    token_env: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not _NODE_NAME.fullmatch(value):
+            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must be a URL such as http://host:13131")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _token_is_there(self) -> NeuronEntry:
+        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
+            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        return self
+
+    @property
+    def bearer_token(self) -> str | None:
+        """What this neuron wants to see, None when nothing is configured."""
+        return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+
+class CortexConfig(SettingsModel):
+    """The whole of cortex.toml."""
+
+    models_config: Path = Path("models.toml")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    gateway: GatewaySettings = GatewaySettings()
+    poll: PollSettings = PollSettings()
+    cold_load: ColdLoadSettings = ColdLoadSettings()
+    neurons: list[NeuronEntry] = Field(default_factory=list)
+
+    @field_validator("neurons")
+    @classmethod
+    def _distinct(cls, value: list[NeuronEntry]) -> list[NeuronEntry]:
+        names = [entry.name for entry in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is given twice")
+        return value
+
+    def models_path(self, config_file: Path) -> Path:
+        """Where the catalogue is: relative to the file that names it."""
+        return config_file.parent / self.models_config

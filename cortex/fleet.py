@@ -1,0 +1,153 @@
+"""The one owner of what cortex knows about its neurons.
+
+Observations come in (a poll answered, a poll missed, an event, a finished load), immutable snapshots go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from types import MappingProxyType
+
+from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation
+from shared.protocol import Discovery, ModelStatus, ModelView, NeuronHealth
+
+log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Reduces observations to a state; every change has a version and wakes whoever waits for it."""
+
+    def __init__(
+        self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`nodes` are pairs of name and endpoint; `unhealthy_after` is in consecutive misses."""
+        self._nodes = {name: NodeSnapshot(name, endpoint) for name, endpoint in nodes}
+        self._unhealthy_after = unhealthy_after
+        self._clock = clock
+        self._reservations: list[Reservation] = []
+        # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
+        # less and must not undo it.
+        self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._version = 0
+        self._snapshot: FleetSnapshot | None = None
+        self._changed: asyncio.Future[None] | None = None
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        return self._version
+
+    def snapshot(self) -> FleetSnapshot:
+        """The present state; the same object until something changes."""
+        if self._snapshot is None:
+            self._snapshot = FleetSnapshot(MappingProxyType(dict(self._nodes)), tuple(self._reservations))
+        return self._snapshot
+
+    async def changed_since(self, version: int) -> int:
+        """Waits until the version differs from `version`; the new one."""
+        while self._version == version:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+        return self._version
+
+    async def snapshots(self) -> AsyncIterator[FleetSnapshot]:
+        """The present snapshot and then one after every change (changes that come together give one)."""
+        while True:
+            version = self._version
+            yield self.snapshot()
+            await self.changed_since(version)
+
+    def observe(
+        self,
+        name: str,
+        *,
+        started: float,
+        health: NeuronHealth,
+        models: Iterable[ModelView],
+        discovery: Discovery | None,
+    ) -> None:
+        """A poll that began at `started` was answered. `discovery` None keeps the known one."""
+        node = self._nodes[name]
+        told = self._told[name] = {m: when for m, when in self._told[name].items() if when > started}
+        merged = {view.id: view for view in models if view.id not in told}
+        merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
+        if not node.healthy:
+            log.info("neuron %s is healthy", name)
+        self._replace(
+            replace(
+                node,
+                healthy=True,
+                misses=0,
+                last_error=None,
+                last_seen=self._clock(),
+                discovery=discovery or node.discovery,
+                health=health,
+                models=MappingProxyType(merged),
+            )
+        )
+
+    def miss(self, name: str, reason: str) -> None:
+        """A poll failed."""
+        node = self._nodes[name]
+        misses = node.misses + 1
+        healthy = node.healthy and misses < self._unhealthy_after
+        if node.healthy and not healthy:
+            log.warning("neuron %s is unhealthy after %d misses: %s", name, misses, reason)
+        elif node.last_error != reason:
+            log.warning("neuron %s does not answer: %s", name, reason)
+        self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason))
+
+    def tell(self, name: str, view: ModelView) -> None:
+        """A neuron reported a model outside a poll (an event, a finished load): it counts at once."""
+        node = self._nodes[name]
+        self._told[name][view.id] = self._clock()
+        if node.models.get(view.id) != view:
+            self._replace(replace(node, models=MappingProxyType({**node.models, view.id: view})))
+
+    def forget(self, name: str, model_id: str) -> None:
+        """A neuron no longer lists a model."""
+        node = self._nodes[name]
+        self._told[name][model_id] = self._clock()
+        if model_id in node.models:
+            rest = {key: view for key, view in node.models.items() if key != model_id}
+            self._replace(replace(node, models=MappingProxyType(rest)))
+
+    def loaded(self, name: str, model_id: str, *, harness: str | None, devices: Iterable[int]) -> None:
+        """A load ended well: the entry counts as loaded at once, without waiting for the next poll."""
+        known = self._nodes[name].models.get(model_id)
+        if known is not None and known.known_status is ModelStatus.LOADED:
+            self._told[name][model_id] = self._clock()
+            return
+        self.tell(
+            name,
+            ModelView(id=model_id, harness=harness, status=ModelStatus.LOADED.value, devices=list(devices)),
+        )
+
+    def set_draining(self, name: str, draining: bool) -> None:
+        """An operator takes a neuron out of placement and routing, or puts it back."""
+        self._replace(replace(self._nodes[name], draining=draining))
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Counts a load's VRAM as taken until `release`."""
+        self._reservations.append(reservation)
+        self._touch()
+
+    def release(self, reservation: Reservation) -> None:
+        self._reservations.remove(reservation)
+        self._touch()
+
+    def _replace(self, node: NodeSnapshot) -> None:
+        self._nodes[node.name] = node
+        self._touch()
+
+    def _touch(self) -> None:
+        self._version += 1
+        self._snapshot = None
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None

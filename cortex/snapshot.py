@@ -1,0 +1,89 @@
+"""An immutable picture of the fleet: what every decision is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+from shared.protocol import Device, DeviceHealth, Discovery, ModelActivity, ModelStatus, ModelView, NeuronHealth
+
+_EMPTY: Mapping[str, ModelView] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """VRAM promised to a load under way: `share_mb` MiB on each of the devices."""
+
+    model_id: str
+    node: str
+    devices: tuple[int, ...]
+    share_mb: int
+
+
+@dataclass(frozen=True)
+class NodeSnapshot:
+    """What is known of one neuron. `discovery` is None until it has answered once; times are of a monotonic clock."""
+
+    name: str
+    endpoint: str
+    healthy: bool = False
+    draining: bool = False
+    misses: int = 0
+    last_error: str | None = None
+    last_seen: float | None = None
+    discovery: Discovery | None = None
+    health: NeuronHealth | None = None
+    models: Mapping[str, ModelView] = _EMPTY
+
+    @property
+    def devices(self) -> list[Device]:
+        """The devices that can be used."""
+        return [] if self.discovery is None else [d for d in self.discovery.devices if d.lost is None]
+
+    @cached_property
+    def device_health(self) -> dict[int, DeviceHealth]:
+        return {} if self.health is None else {device.index: device for device in self.health.devices}
+
+    @cached_property
+    def activity(self) -> dict[str, ModelActivity]:
+        return {} if self.health is None else {entry.id: entry for entry in self.health.models}
+
+    def status_of(self, model_id: str) -> ModelStatus | None:
+        """The model's status here; None when it is not listed, or with a status this version does not know."""
+        view = self.models.get(model_id)
+        return None if view is None else view.known_status
+
+
+@dataclass(frozen=True)
+class FleetSnapshot:
+    """All neurons by name, in the order of the configuration, and the loads under way."""
+
+    nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
+    reservations: tuple[Reservation, ...] = ()
+
+    @cached_property
+    def healthy(self) -> tuple[NodeSnapshot, ...]:
+        return tuple(node for node in self.nodes.values() if node.healthy)
+
+    @cached_property
+    def _holders(self) -> dict[str, tuple[NodeSnapshot, ...]]:
+        holders: dict[str, list[NodeSnapshot]] = {}
+        for node in self.nodes.values():
+            for model_id in node.models:
+                holders.setdefault(model_id, []).append(node)
+        return {model_id: tuple(nodes) for model_id, nodes in holders.items()}
+
+    def holders(self, model_id: str) -> tuple[NodeSnapshot, ...]:
+        """The neurons that list the model, whatever its status and theirs."""
+        return self._holders.get(model_id, ())
+
+    @property
+    def listed_models(self) -> list[str]:
+        """Every model that some neuron lists."""
+        return list(self._holders)
+
+    def reserved_mb(self, node: str, device: int) -> int:
+        """MiB of a device that loads under way will take."""
+        return sum(r.share_mb for r in self.reservations if r.node == node and device in r.devices)
