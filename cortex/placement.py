@@ -76,13 +76,13 @@ def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
 def place(profile: ModelProfile, fleet: FleetSnapshot) -> Candidate | None:
     """The best healthy node that takes new work, None when there is none."""
     open_nodes = (node for node in fleet.healthy if not node.draining and is_feasible(profile, node))
-    return min(candidates(profile, fleet, open_nodes), key=_preference, default=None)
+    return next(iter(candidates(profile, fleet, open_nodes)), None)
 
 
 def candidates(profile: ModelProfile, fleet: FleetSnapshot, nodes: Iterable[NodeSnapshot]) -> list[Candidate]:
     """A candidate for each of the nodes, which must be feasible, best first."""
     found = [candidate_on(profile, fleet, node) for node in nodes]
-    return sorted(found, key=_preference)
+    return sorted(found, key=lambda candidate: _preference(profile, candidate))
 
 
 def candidate_on(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnapshot) -> Candidate:
@@ -102,10 +102,11 @@ def candidate_on(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnapshot
     return Candidate(node.name, indices, Fit.TOO_LARGE, spare, reason)
 
 
-def _preference(candidate: Candidate) -> tuple[int, int, str]:
-    """Fit first. Where it fits, the tightest, so that big cards stay free for big models; else where least is missing."""
-    spare = candidate.spare_mb if candidate.fit is Fit.NOW else -candidate.spare_mb
-    return candidate.fit, spare, candidate.node
+def _preference(profile: ModelProfile, candidate: Candidate) -> tuple[int, int, str]:
+    """Fit first; then the tightest, so that big cards stay free for big models. A model of unknown size, and one that
+    does not fit now, goes where most is free."""
+    tightest = candidate.fit is Fit.NOW and profile.vram_mb is not None
+    return candidate.fit, candidate.spare_mb if tightest else -candidate.spare_mb, candidate.node
 
 
 def _eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
@@ -132,7 +133,8 @@ def _choose_devices(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnaps
         totals = [device.vram_total_mb for device in devices]
         indices = tuple(sorted(device.index for device in devices))
         distance = max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
-        return missing, distance, max(totals) - min(totals), sum(free[index] for index in indices), indices
+        room = sum(free[index] for index in indices)
+        return missing, distance, max(totals) - min(totals), room if share else -room, indices
 
     return min(combinations(_bounded(pool, profile.min_devices), profile.min_devices), key=cost)
 

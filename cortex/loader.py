@@ -1,0 +1,194 @@
+"""Carries loads out: one for each model however many ask, outliving every asker, with a back-off after failures."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cortex.fleet import Fleet
+from cortex.metrics import Metrics
+from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.routing import Load
+from cortex.snapshot import Reservation
+from shared.errors import Unavailable
+from shared.protocol import ModelStatus
+from shared.tasks import TaskSet
+
+log = logging.getLogger(__name__)
+
+BACKOFF_FIRST_SECS = 10.0
+BACKOFF_MAX_SECS = 300.0
+
+
+@dataclass(frozen=True)
+class LoadInProgress:
+    """A load under way; `started` is Unix time."""
+
+    model_id: str
+    node: str
+    started: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+    count: int
+    until: float  # monotonic
+
+
+class Loader:
+    """Owns the loads that this cortex has asked for."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        clients: Mapping[str, NeuronClient],
+        metrics: Metrics,
+        *,
+        timeout_secs: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._clients = clients
+        self._metrics = metrics
+        self._timeout_secs = timeout_secs
+        self._clock = clock
+        self._tasks = TaskSet()
+        self._jobs: dict[str, dict[str, tuple[LoadInProgress, asyncio.Task[None]]]] = {}  # model -> node -> job
+        self._failures: dict[str, _Failure] = {}
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long a cold load may take."""
+        return self._timeout_secs
+
+    def in_progress(self) -> list[LoadInProgress]:
+        return [job for jobs in self._jobs.values() for job, _ in jobs.values()]
+
+    async def join(self, model_id: str) -> bool:
+        """Waits for a load of this model that is under way; False when there is none.
+
+        Raises:
+            Unavailable: the load failed.
+        """
+        jobs = self._jobs.get(model_id)
+        if not jobs:
+            return False
+        _, task = next(iter(jobs.values()))
+        await asyncio.shield(task)
+        return True
+
+    async def load(self, load: Load, *, after_failure: bool = False) -> None:
+        """Carries the load out, or joins it when it is under way on that neuron; the caller's leaving cancels nothing.
+
+        `after_failure` True starts it in spite of a back-off: an operator asked.
+
+        Raises:
+            Unavailable: it failed, or failed so recently that it is not tried again yet.
+        """
+        await asyncio.shield(self.start(load, after_failure=after_failure))
+
+    def start(self, load: Load, *, after_failure: bool = False) -> asyncio.Task[None]:
+        """As `load`, but gives the task instead of waiting for it. Raises Unavailable inside a back-off."""
+        model_id = load.command.model_id
+        jobs = self._jobs.setdefault(model_id, {})
+        if load.node in jobs:
+            return jobs[load.node][1]
+        try:
+            if not after_failure:
+                self.check_backoff(model_id)
+            job = LoadInProgress(model_id, load.node, time.time(), load.reason)
+            task = self._tasks.spawn(self._carry_out(load), name=f"load {model_id} on {load.node}")
+            jobs[load.node] = job, task
+        finally:
+            if not jobs:
+                del self._jobs[model_id]
+        task.add_done_callback(lambda _: self._done(model_id, load.node))
+        return task
+
+    def check_backoff(self, model_id: str) -> None:
+        """Raises Unavailable while a model that failed to load is not to be tried again."""
+        failure = self._failures.get(model_id)
+        if failure is not None and failure.until > self._clock():
+            raise _failed(failure.message, failure.until - self._clock())
+
+    def failed(self, model_id: str, message: str) -> Unavailable:
+        """Notes a failed load and gives the error for its askers; each failure in a row doubles the back-off."""
+        earlier = self._failures.get(model_id)
+        count = 1 if earlier is None else earlier.count + 1
+        pause = min(BACKOFF_FIRST_SECS * 2 ** (count - 1), BACKOFF_MAX_SECS)
+        self._failures[model_id] = _Failure(message, count, self._clock() + pause)
+        return _failed(message, pause)
+
+    def succeeded(self, model_id: str) -> None:
+        """The model serves: its failures are forgotten."""
+        self._failures.pop(model_id, None)
+
+    async def close(self) -> None:
+        """Lets go of the loads; the neurons carry them on."""
+        await self._tasks.close()
+
+    def _done(self, model_id: str, node: str) -> None:
+        jobs = self._jobs[model_id]
+        del jobs[node]
+        if not jobs:
+            del self._jobs[model_id]
+
+    async def _carry_out(self, load: Load) -> None:
+        command, started = load.command, self._clock()
+        model_id = command.model_id
+        devices = tuple(command.devices or ())
+        reservation = Reservation(model_id, load.node, devices, load.share_mb)
+        log.info("loading %s on %s, devices %s (%s)", model_id, load.node, list(devices), load.reason)
+        self._fleet.reserve(reservation)
+        try:
+            await self._clients[load.node].load(command, timeout_secs=self._timeout_secs)
+        except (NeuronRefused, NeuronUnreachable) as error:
+            log.warning("loading %s on %s failed: %s", model_id, load.node, error)
+            raise self.failed(model_id, f"loading {model_id!r} on {load.node} failed: {error}") from error
+        finally:
+            self._fleet.release(reservation)
+        took = self._clock() - started
+        self.succeeded(model_id)
+        self._fleet.loaded(load.node, model_id, harness=command.harness, devices=devices)
+        self._metrics.cold_start(model_id, load.node, took)
+        log.info("loaded %s on %s in %.1f s", model_id, load.node, took)
+
+    async def wait_until_settled(self, model_id: str, node: str, *, timeout_secs: float) -> None:
+        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or the neuron is down.
+
+        Raises:
+            Unavailable: it failed, or did not settle within `timeout_secs`.
+        """
+        try:
+            await asyncio.wait_for(self._settled(model_id, node), timeout_secs)
+        except asyncio.TimeoutError:
+            raise self.failed(model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s") from None
+        view = self._fleet.snapshot().nodes[node].models.get(model_id)
+        if view is not None and view.known_status is ModelStatus.FAILED:
+            reason = view.error or "no reason given"
+            raise self._failed_elsewhere(model_id, f"loading {model_id!r} on {node} failed: {reason}")
+
+    def _failed_elsewhere(self, model_id: str, message: str) -> Unavailable:
+        """Many requests may wait for one load that somebody else started: its failure counts once."""
+        failure = self._failures.get(model_id)
+        if failure is not None and failure.until > self._clock():
+            return _failed(failure.message, failure.until - self._clock())
+        return self.failed(model_id, message)
+
+    async def _settled(self, model_id: str, node: str) -> None:
+        version = self._fleet.version
+        while True:
+            snapshot = self._fleet.snapshot().nodes[node]
+            status = snapshot.status_of(model_id)
+            if not snapshot.healthy or status is None or not status.coming:
+                return
+            version = await self._fleet.changed_since(version)
+
+
+def _failed(message: str, retry_after: float) -> Unavailable:
+    return Unavailable(message, code="cold_load_failed", retry_after=retry_after)

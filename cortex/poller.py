@@ -1,0 +1,131 @@
+"""Watches every neuron: a poll loop with its own deadline and an event listener for each, none waiting for another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from cortex.config import PollSettings
+from cortex.fleet import Fleet
+from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from shared.protocol import Discovery, ModelView
+
+log = logging.getLogger(__name__)
+
+EVENTS_RETRY_SECS = 1.0
+NO_EVENTS_RETRY_SECS = 300.0
+"""A neuron without `/events` may be upgraded: asked again rarely, and whenever it is a new process."""
+
+
+class NodeWatch:
+    """Polls one neuron, listens to its events, and tells the fleet."""
+
+    def __init__(
+        self,
+        client: NeuronClient,
+        fleet: Fleet,
+        settings: PollSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = client.name
+        self._client = client
+        self._fleet = fleet
+        self._settings = settings
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._polling: asyncio.Task[None] | None = None
+        self._instance: str | None = None  # of the process that the known discovery describes
+
+    async def poll_loop(self) -> None:
+        """Polls for ever. Nodes start at random moments of the first interval, so that polls spread out."""
+        await self.poll()
+        pause = self._settings.interval_secs * random.random()  # noqa: S311 - spreads load, hides nothing
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause)
+            self._wake.clear()
+            await self.poll()
+            pause = self._settings.interval_secs
+
+    async def poll(self) -> None:
+        """One poll, now. Callers at the same time share one."""
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll_once(), name=f"poll {self.name}")
+        await asyncio.shield(self._polling)
+
+    async def refresh(self) -> None:
+        """A poll that begins after this call: what happened before it is seen."""
+        if self._polling is not None and not self._polling.done():
+            await asyncio.shield(self._polling)
+        await self.poll()
+
+    def nudge(self) -> None:
+        """Lets the poll loop poll now instead of after its pause."""
+        self._wake.set()
+
+    async def _poll_once(self) -> None:
+        try:
+            await asyncio.wait_for(self._ask(), self._settings.timeout_secs)
+        except asyncio.TimeoutError:
+            self._fleet.miss(self.name, f"no answer within {self._settings.timeout_secs:g} s")
+        except (NeuronUnreachable, NeuronRefused) as error:
+            self._fleet.miss(self.name, str(error))
+
+    async def _ask(self) -> None:
+        """Health and models together; discovery once for each process of the neuron, and when it comes back."""
+        started = self._clock()
+        node = self._fleet.snapshot().nodes[self.name]
+        health, models = await asyncio.gather(self._client.health(), self._client.models())
+        discovery: Discovery | None = None
+        if node.discovery is None or not node.healthy or health.instance_id != self._instance:
+            discovery = await self._client.discovery()
+            self._instance = discovery.instance_id or health.instance_id
+        self._fleet.observe(self.name, started=started, health=health, models=models, discovery=discovery)
+
+    async def listen_loop(self) -> None:
+        """Listens to `/events` while the neuron is healthy and has them."""
+        while True:
+            await self._until(lambda: self._fleet.snapshot().nodes[self.name].healthy)
+            instance = self._instance
+            try:
+                await self._listen()
+            except NeuronRefused:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._until(lambda: self._instance != instance), NO_EVENTS_RETRY_SECS)  # noqa: B023 - awaited in this round
+            except NeuronUnreachable as error:
+                log.debug("%s", error)
+            self.nudge()
+            await asyncio.sleep(EVENTS_RETRY_SECS)
+
+    async def _listen(self) -> None:
+        stream = self._client.events()
+        try:
+            async for name, data in stream:
+                self._apply(name, data)
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    def _apply(self, name: str, data: Any) -> None:
+        try:
+            if name == "snapshot":
+                for item in data if isinstance(data, list) else data["models"]:
+                    self._fleet.tell(self.name, ModelView.model_validate(item))
+            elif name == "model":
+                self._fleet.tell(self.name, ModelView.model_validate(data))
+            elif name == "removed":
+                self._fleet.forget(self.name, str(data["id"]))
+        except (ValidationError, LookupError, TypeError) as error:
+            log.warning("neuron %s sent an event that is not the protocol's: %s", self.name, error)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        version = self._fleet.version
+        while not condition():
+            version = await self._fleet.changed_since(version)
