@@ -1,0 +1,79 @@
+# Everything from nothing but python3 and make.
+#   make dev    install into .venv, then run a simulated fleet (ARGS="--port 8080" passes arguments on)
+#   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cortex-neuron
+
+# What was installed is known by the name of a stamp: another pyproject.toml or Python gives another name, so that the
+# second `make dev` starts at once and a changed dependency is never missed.
+KEY       := $(shell { cat pyproject.toml; $(PYTHON) -VV; } 2>/dev/null | sha256sum | cut -c1-16)
+RUN_STAMP := $(VENV)/.run-$(KEY)
+DEV_STAMP := $(VENV)/.dev-$(KEY)
+
+# Debian splits venv from python3. As root it is installed; anybody else is told what to type.
+define INSTALL_VENV
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; \
+	else \
+		echo >&2 'this Python has no venv module: run  sudo apt-get install python3-venv  and then make again'; exit 1; \
+	fi
+endef
+
+.PHONY: help dev test check lint types fmt install clean clean-cache
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo 'make lint   ruff            make types  mypy --strict     make fmt          reformat and fix what ruff can'
+	@echo 'make check  what CI runs    make clean  remove .venv      make clean-cache  remove $(CACHE)'
+
+dev: $(RUN_STAMP)
+	@exec $(BIN)/cortex dev $(ARGS)
+
+test: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m tests.environment
+	$(BIN)/python -m pytest $(ARGS)
+
+check: test
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(DEV_STAMP)
+	$(BIN)/mypy
+
+fmt: $(DEV_STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(DEV_STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo >&2 'Python 3.10 or newer is needed; say which with make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { $(INSTALL_VENV); }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# --group needs pip 25.1, and Debian's is older.
+$(RUN_STAMP): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable .
+	@rm -f $(VENV)/.run-* && touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet --group dev
+	@rm -f $(VENV)/.dev-* && touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+
+# About 3 GB: the vLLM that the tests run, its models, container images.
+clean-cache:
+	rm -rf $(CACHE)

@@ -1,0 +1,1 @@
+"""What the tests need besides Python packages, made once and kept outside the checkout."""

