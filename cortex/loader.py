@@ -159,7 +159,7 @@ class Loader:
         log.info("loaded %s on %s in %.1f s", model_id, load.node, took)
 
     async def wait_until_settled(self, model_id: str, node: str, *, timeout_secs: float) -> None:
-        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or the neuron is down.
+        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or out of reach.
 
         Raises:
             Unavailable: it failed, or did not settle within `timeout_secs`.
