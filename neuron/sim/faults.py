@@ -1,0 +1,67 @@
+"""The ways in which a simulated engine can be told to misbehave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Fault(str, Enum):
+    """One way to misbehave; the values are those of `--fault`."""
+
+    NEVER_READY = "never-ready"
+    OOM_AT_LOAD = "oom-at-load"
+    DIE_MID_STREAM = "die-mid-stream"
+    HANG = "hang"
+    IGNORE_SIGTERM = "ignore-sigterm"
+    CRASH_AFTER_SECS = "crash-after-secs"
+    SPAWN_CHILD = "spawn-child"
+    BAD_HEALTH = "bad-health"
+
+
+# What `--fault-after` stands at when it is not given.
+_DEFAULT_AFTER = {Fault.DIE_MID_STREAM: 3.0, Fault.HANG: 3.0, Fault.CRASH_AFTER_SECS: 1.0, Fault.BAD_HEALTH: 1.0}
+
+# A day-long orphan is of no use to a test that failed to sweep it: it ends by itself after this many seconds.
+_CHILD_LIFETIME_SECS = 600
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The faults one engine has. `after` counts tokens, requests or seconds, as the fault in question does."""
+
+    active: frozenset[Fault] = frozenset()
+    after: float | None = None
+
+    def __contains__(self, fault: Fault) -> bool:
+        return fault in self.active
+
+    def due(self, fault: Fault, count: float) -> bool:
+        """True when `fault` is active and `count` has reached its threshold."""
+        return fault in self.active and count >= self.threshold(fault)
+
+    def threshold(self, fault: Fault) -> float:
+        return _DEFAULT_AFTER[fault] if self.after is None else self.after
+
+
+def die() -> None:
+    """Ends this process as the kernel's OOM killer would: at once, without a word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spawn_stubborn_child() -> subprocess.Popen[bytes]:
+    """Starts a child in this session that ignores SIGTERM, holds the output pipes and outlives this process.
+
+    vLLM's EngineCore and workers do that: only SIGKILL to the whole group ends them. An ignored signal stays ignored
+    through exec, so the child ignores it from its first instruction on.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        code = f"import signal; signal.alarm({_CHILD_LIFETIME_SECS}); signal.pause()"
+        return subprocess.Popen([sys.executable, "-S", "-E", "-c", code], stdin=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGTERM, before)

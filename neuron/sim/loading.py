@@ -1,0 +1,113 @@
+"""The load: vLLM's progress lines at the right times, and memory that fills up as weights come in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from neuron.sim import console
+from neuron.sim.arguments import EngineSettings
+from neuron.sim.faults import Fault
+from neuron.sim.memory import DeviceMemory, OutOfMemory
+
+_SHARDS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A moment of the load: `at` is the fraction of the load time, `memory` the fraction of the memory held then."""
+
+    at: float
+    memory: float
+    announce: Callable[[EngineSettings], None]
+
+
+def _log(source: str, text: str) -> Callable[[EngineSettings], None]:
+    """Announces `text`, with `{model}` and `{secs}` (the load time) filled in."""
+    return lambda settings: console.log(
+        "APIServer" if source.startswith(("model.py", "api_server.py")) else "EngineCore",
+        source,
+        text.format(model=settings.model, secs=settings.load_secs, weights=settings.load_secs * 0.5),
+    )
+
+
+def _bar(text: str) -> Callable[[EngineSettings], None]:
+    return lambda settings: console.raw("EngineCore", text)
+
+
+def _shard(done: int) -> Stage:
+    bar = f"Loading safetensors checkpoint shards: {100 * done // _SHARDS:3d}% Completed | {done}/{_SHARDS} "
+    return Stage(0.15 + 0.5 * done / _SHARDS, 0.6 * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
+
+
+STAGES = (
+    Stage(0.00, 0.00, _log("model.py:617", "Resolved architecture: Qwen3ForCausalLM")),
+    Stage(0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'")),
+    Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}...")),
+    *(_shard(done) for done in range(1, _SHARDS + 1)),
+    Stage(0.66, 0.60, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
+    Stage(0.72, 1.00, _log("kv_cache_utils.py:1711", "GPU KV cache size: 262,144 tokens")),
+    Stage(0.80, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  50%|#####     | 34/67")),
+    Stage(0.90, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##########| 67/67")),
+    Stage(
+        0.96,
+        1.00,
+        _log("core.py:306", "init engine (profile, create kv cache, warmup model) took {secs:.2f} seconds"),
+    ),
+)
+
+
+async def load(settings: EngineSettings, memory: DeviceMemory) -> None:
+    """Takes `load_secs` from now. With the fault never-ready it stops short of the end and does not return.
+
+    Raises:
+        OutOfMemory: a device is full, or the fault oom-at-load says so half way.
+    """
+    clock = asyncio.get_running_loop()
+    started = clock.time()
+    for stage in STAGES:
+        await asyncio.sleep(started + stage.at * settings.load_secs - clock.time())
+        if Fault.OOM_AT_LOAD in settings.faults and stage.at >= 0.5:
+            raise pretended_out_of_memory(settings, memory)
+        memory.take_up_to(round(settings.vram_mb * stage.memory))
+        stage.announce(settings)
+        if Fault.NEVER_READY in settings.faults and stage.at >= 0.8:
+            await clock.create_future()
+    await asyncio.sleep(started + settings.load_secs - clock.time())
+
+
+def pretended_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> OutOfMemory:
+    """The failure of the fault: the first device has less left than the next piece of the model needs."""
+    total = next(iter(memory.totals_mb.values()), 24564)
+    held = next(iter(memory.held_mb.values()), settings.vram_mb // 2 // settings.tensor_parallel)
+    return OutOfMemory(0, max(settings.vram_mb // settings.tensor_parallel // 4, 1), total, 0, held)
+
+
+def report_out_of_memory(error: OutOfMemory) -> None:
+    """vLLM's account of it: the root cause well above the end, under tracebacks of two processes."""
+    console.log(
+        "EngineCore",
+        "core.py:1140",
+        "EngineCore failed to start.\n"
+        "Traceback (most recent call last):\n"
+        '  File "vllm/v1/engine/core.py", line 1114, in run_engine_core\n'
+        "    engine_core = EngineCoreProc(*args, engine_index=dp_rank, **kwargs)\n"
+        '  File "vllm/v1/worker/gpu_model_runner.py", line 4903, in load_model\n'
+        "    self.model = model_loader.load_model(\n"
+        '  File "vllm/model_executor/layers/linear.py", line 213, in create_weights\n'
+        "    weight = Parameter(torch.empty(sum(output_partition_sizes),\n"
+        f"torch.OutOfMemoryError: {error} If reserved but unallocated memory is large try setting "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.",
+        level="ERROR",
+    )
+    console.raw(
+        "APIServer",
+        "Traceback (most recent call last):\n"
+        '  File "vllm/entrypoints/cli/serve.py", line 112, in cmd\n'
+        "    uvloop.run(run_server(args))\n"
+        '  File "vllm/v1/engine/utils.py", line 1139, in wait_for_engine_startup\n'
+        "    raise RuntimeError(\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. "
+        "Failed core proc(s): {'EngineCore': 1}",
+    )
