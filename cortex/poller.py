@@ -16,6 +16,7 @@ from cortex.config import PollSettings
 from cortex.fleet import Fleet
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from shared.protocol import Discovery, ModelView
+from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,11 @@ class NodeWatch:
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
         await self.poll()
+
+    async def close(self) -> None:
+        """Ends a poll that is still under way."""
+        if self._polling is not None:
+            await cancel_all([self._polling])
 
     def nudge(self) -> None:
         """Lets the poll loop poll now instead of after its pause."""

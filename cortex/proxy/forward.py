@@ -130,6 +130,7 @@ class Forwarder:
         """One engine. None when it cannot be reached: then the neuron is asked what became of it."""
         model_id, node = journey.model_id, journey.node
         with self._in_flight.counted(model_id, node):
+            remembered = (model_id, node) in self._endpoints
             endpoint = await self._endpoint(model_id, node)
             if endpoint is None:
                 return None
@@ -138,8 +139,9 @@ class Forwarder:
                 return await relay.send(endpoint, outcome)
             except EngineUnreachable as error:
                 log.warning("%s on %s cannot be reached: %s", model_id, node, error)
-                unreachable[node] = str(error)
                 self._endpoints.pop((model_id, node), None)
+                if not remembered:  # a remembered endpoint may have moved: it is asked for again first
+                    unreachable[node] = str(error)
         await self._watches[node].refresh()
         return None
 

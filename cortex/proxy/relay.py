@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
 
 from cortex.proxy.headers import request_headers, response_headers
 from cortex.proxy.usage import Usage, UsageTail
@@ -70,17 +72,25 @@ class Relay:
             upstream.close()
 
     async def _ask(self, endpoint: EndpointReply) -> aiohttp.ClientResponse:
-        url = endpoint.url + self.request.raw_path
+        url = URL(endpoint.url + self.request.rel_url.raw_path_qs, encoded=True)
         headers = request_headers(
             self.request.headers, api_key=endpoint.api_key, request_id=self.request_id, peer=self.request.remote
         )
-        arguments = {"headers": headers, "data": self.body, "skip_auto_headers": _OWN_HEADERS, "timeout": _TIMEOUT}
-        target = aiohttp.client.URL(url, encoded=True)
         try:
-            return await self.session.request(self.request.method, target, allow_redirects=False, **arguments)
+            return await self._post(url, headers)
         except (aiohttp.ServerDisconnectedError, ConnectionResetError):
             # A pooled connection that the engine closed at this very moment. Nothing was answered: once more.
-            return await self.session.request(self.request.method, target, allow_redirects=False, **arguments)
+            return await self._post(url, headers)
+
+    async def _post(self, url: URL, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+        return await self.session.post(
+            url,
+            headers=headers,
+            data=self.body,
+            skip_auto_headers=_OWN_HEADERS,
+            timeout=_TIMEOUT,
+            allow_redirects=False,
+        )
 
     async def _pass_on(self, upstream: aiohttp.ClientResponse, outcome: Outcome) -> web.StreamResponse:
         outcome.status = upstream.status

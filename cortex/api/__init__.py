@@ -1,0 +1,1 @@
+"""cortex's HTTP interface."""

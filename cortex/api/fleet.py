@@ -1,0 +1,248 @@
+"""`/fleet`: the whole picture, and the operator's actions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict
+
+from cortex.explain import explain
+from cortex.keys import PARTS, Parts
+from cortex.neuron_client import NeuronRefused, NeuronUnreachable
+from cortex.placement import infeasible_reason
+from cortex.routing import Load, Refuse, decide_placement, load_on
+from cortex.snapshot import NodeSnapshot
+from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
+from shared.http import read_model
+from shared.protocol import LoadCommand, ModelStatus
+from shared.serve import CLOSING
+
+KEEPALIVE_SECS = 15.0
+UNLOAD_TIMEOUT_SECS = 180.0
+MIN_EVENT_INTERVAL_SECS = 0.05
+
+
+class ModelAction(BaseModel):
+    """Body of `/fleet/load` and `/fleet/unload`."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    node: str | None = None
+
+
+async def show_fleet(request: web.Request) -> web.Response:
+    return web.json_response(picture(request.app[PARTS]))
+
+
+def picture(parts: Parts) -> dict[str, Any]:
+    """The whole fleet as JSON data. Times are Unix seconds, memory in MiB."""
+    fleet = parts.fleet.snapshot()
+    return {
+        "nodes": [_node(node) for node in fleet.nodes.values()],
+        "loads": [
+            {"model": job.model_id, "node": job.node, "started": job.started, "reason": job.reason}
+            for job in parts.loader.in_progress()
+        ],
+        "in_flight": [
+            {"model": model, "node": node, "count": count}
+            for (model, node), count in sorted(parts.in_flight.all().items())
+        ],
+        "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
+        "aliases": parts.catalogue.aliases,
+    }
+
+
+def _node(node: NodeSnapshot) -> dict[str, Any]:
+    discovery = node.discovery
+    live = node.device_health
+    return {
+        "name": node.name,
+        "endpoint": node.endpoint,
+        "healthy": node.healthy,
+        "draining": node.draining,
+        "misses": node.misses,
+        "last_error": node.last_error,
+        "hostname": discovery and discovery.hostname,
+        "version": discovery and discovery.version,
+        "simulated": discovery and discovery.simulated,
+        "harnesses": discovery.harnesses if discovery else [],
+        "cuda_unavailable_reason": discovery and discovery.cuda_unavailable_reason,
+        "uptime_secs": node.health and node.health.uptime_secs,
+        "devices": [
+            {**device.model_dump(), **(live[device.index].model_dump() if device.index in live else {})}
+            for device in (discovery.devices if discovery else [])
+        ],
+        "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
+        "models": [
+            {
+                **view.model_dump(),
+                "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
+            }
+            for view in node.models.values()
+        ],
+        "activation": node.health.activation.model_dump() if node.health and node.health.activation else None,
+    }
+
+
+async def fleet_events(request: web.Request) -> web.StreamResponse:
+    """The picture now and after every change, as server-sent events; changes close together give one."""
+    parts, closing = request.app[PARTS], request.app[CLOSING]
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(request)
+    while not closing.is_set():
+        version = parts.fleet.version
+        await response.write(b"event: fleet\ndata: " + json.dumps(picture(parts)).encode() + b"\n\n")
+        await asyncio.sleep(MIN_EVENT_INTERVAL_SECS)
+        while parts.fleet.version == version and not closing.is_set():
+            if not await _change_or_closing(parts, version, closing):
+                await response.write(b": keep-alive\n\n")
+    return response
+
+
+async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:
+    """False when neither came within the keep-alive's time."""
+    waits = [asyncio.ensure_future(parts.fleet.changed_since(version)), asyncio.ensure_future(closing.wait())]
+    try:
+        done, _ = await asyncio.wait(waits, timeout=KEEPALIVE_SECS, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+async def explain_model(request: web.Request) -> web.Response:
+    parts = request.app[PARTS]
+    name = request.query.get("model")
+    if not name:
+        raise InvalidRequest("the query parameter 'model' is required", param="model")
+    model_id = parts.catalogue.resolve(name)
+    return web.json_response(explain(model_id, parts.catalogue, parts.fleet.snapshot(), parts.in_flight.count))
+
+
+async def load_model(request: web.Request) -> web.Response:
+    """Loads a model, by default where the planner wants it. Waits; `?wait=false` answers 202 at once."""
+    parts = request.app[PARTS]
+    action = await read_model(request, ModelAction)
+    model_id = parts.catalogue.resolve(action.model)
+    load = _plan(parts, model_id, action.node)
+    if isinstance(load, str):
+        return web.json_response({"status": "loaded", "model": model_id, "node": load})
+    started = time.monotonic()
+    task = parts.loader.start(load, after_failure=True)
+    if request.query.get("wait") == "false":
+        return web.json_response({"status": "loading", "model": model_id, "node": load.node}, status=202)
+    await asyncio.shield(task)
+    took = round(time.monotonic() - started, 3)
+    return web.json_response({"status": "loaded", "model": model_id, "node": load.node, "load_secs": took})
+
+
+def _plan(parts: Parts, model_id: str, node_name: str | None) -> Load | str:
+    """The load to carry out, or the name of the neuron that has the model already."""
+    fleet = parts.fleet.snapshot()
+    profile = parts.catalogue.profile(model_id)
+    holders = [node for node in fleet.holders(model_id) if node.healthy]
+    if node_name is None:
+        for node in holders:
+            if node.status_of(model_id) is ModelStatus.LOADED:
+                return node.name
+        if profile is not None:
+            decision = decide_placement(profile, fleet)
+            if isinstance(decision, Refuse):
+                raise decision.error
+            return decision
+        if holders:
+            return Load(holders[0].name, LoadCommand(model_id=model_id), 0, "known there")
+        raise _no_model(model_id)
+    node = _usable_node(parts, node_name)
+    if node.status_of(model_id) is ModelStatus.LOADED:
+        return node.name
+    if profile is None:
+        if model_id not in node.models:
+            raise _no_model(model_id)
+        return Load(node.name, LoadCommand(model_id=model_id), 0, "known there")
+    reason = infeasible_reason(profile, node)
+    if reason is not None:
+        raise Conflict(f"{node.name} cannot hold {model_id!r}: {reason}", code="no_feasible_neuron", param="node")
+    return load_on(profile, fleet, node)
+
+
+async def unload_model(request: web.Request) -> web.Response:
+    """Unloads a model from one neuron, or from all that have it."""
+    parts = request.app[PARTS]
+    action = await read_model(request, ModelAction)
+    model_id = parts.catalogue.resolve(action.model)
+    if action.node is not None:
+        nodes = [_usable_node(parts, action.node)]
+    else:
+        nodes = [
+            node
+            for node in parts.fleet.snapshot().holders(model_id)
+            if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
+        ]
+    if not nodes:
+        raise NotFound(f"no healthy neuron has {model_id!r} loaded", code="model_not_found", param="model")
+    results = await asyncio.gather(*(_unload(parts, node.name, model_id) for node in nodes), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return web.json_response({"status": "unloaded", "model": model_id, "nodes": [node.name for node in nodes]})
+
+
+async def _unload(parts: Parts, node: str, model_id: str) -> None:
+    try:
+        await parts.clients[node].unload(model_id, timeout_secs=UNLOAD_TIMEOUT_SECS)
+    except NeuronRefused as error:
+        if error.status == 404:
+            raise NotFound(f"{node}: {error.message}", code="model_not_found", param="model") from error
+        raise UpstreamError(f"{node}: {error.message}", code="unload_failed") from error
+    except NeuronUnreachable as error:
+        raise Unavailable(str(error), code="neuron_unavailable", retry_after=5) from error
+    finally:
+        await parts.watches[node].refresh()
+
+
+async def drain_node(request: web.Request) -> web.Response:
+    return _set_draining(request, draining=True)
+
+
+async def resume_node(request: web.Request) -> web.Response:
+    return _set_draining(request, draining=False)
+
+
+def _set_draining(request: web.Request, *, draining: bool) -> web.Response:
+    parts = request.app[PARTS]
+    name = _node_named(parts, request.match_info["name"]).name
+    parts.fleet.set_draining(name, draining)
+    return web.json_response({"node": name, "draining": draining})
+
+
+def _node_named(parts: Parts, name: str) -> NodeSnapshot:
+    node = parts.fleet.snapshot().nodes.get(name)
+    if node is None:
+        names = ", ".join(parts.fleet.snapshot().nodes) or "none"
+        raise NotFound(f"there is no neuron {name!r} (there are: {names})", code="node_not_found", param="node")
+    return node
+
+
+def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
+    node = _node_named(parts, name)
+    if not node.healthy:
+        raise Unavailable(f"{name} is down now: {node.last_error}", code="neuron_unavailable", retry_after=5)
+    return node
+
+
+def _no_model(model_id: str) -> ServiceError:
+    return NotFound(f"the model {model_id!r} does not exist", code="model_not_found", param="model")
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 while anything can be served: `degraded` when a neuron is missing; 503 without any."""
+    fleet = request.app[PARTS].fleet.snapshot()
+    healthy, total = len(fleet.healthy), len(fleet.nodes)
+    status = "ok" if healthy == total and total else "degraded"
+    body = {"status": status, "nodes": {"healthy": healthy, "total": total}}
+    return web.json_response(body, status=200 if healthy else 503)
