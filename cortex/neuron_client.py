@@ -46,7 +46,10 @@ class NeuronClient:
         self._base = entry.endpoint
         self._session = session
         token = entry.bearer_token
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        # The session hands bodies on as they are, for the proxy's sake: here they must not be compressed.
+        self._headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     async def discovery(self) -> Discovery:
         return await self._get("/discovery", Discovery)

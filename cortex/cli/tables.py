@@ -1,0 +1,75 @@
+"""Answers of cortex as tables for people. Pure: JSON data in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Left-aligned columns, two spaces apart."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def status_table(fleet: dict[str, Any]) -> str:
+    """Each neuron with its GPUs and what is on them."""
+    rows: list[list[object]] = []
+    for node in fleet["nodes"]:
+        state = "healthy" if node["healthy"] else f"down ({node['last_error'] or 'not reached yet'})"
+        state += ", draining" if node["draining"] else ""
+        models = ", ".join(_model(model) for model in node["models"]) or "-"
+        devices = [_device(device) for device in node["devices"]] or ["-"]
+        rows.append([node["name"], state, devices[0], models])
+        rows += [["", "", device, ""] for device in devices[1:]]
+    text = table(["NODE", "STATE", "DEVICES", "MODELS"], rows)
+    loads = [[job["model"], job["node"], job["reason"]] for job in fleet["loads"]]
+    return text + ("\n\n" + table(["LOADING", "ON", "BECAUSE"], loads) if loads else "")
+
+
+def models_table(models: dict[str, Any]) -> str:
+    rows = [
+        [
+            entry["id"],
+            "yes" if entry["loaded"] else "no",
+            ", ".join(entry["feasible_on"]) or "-",
+            ", ".join(f"{place['node']} ({place['status']})" for place in entry["locations"]) or "-",
+            f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
+        ]
+        for entry in models["data"]
+    ]
+    return table(["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], rows)
+
+
+def explain_table(plan: dict[str, Any]) -> str:
+    decision = plan["decision"]
+    where = f" on {decision['node']}" if "node" in decision else ""
+    devices = f", devices {decision['devices']}" if decision.get("devices") else ""
+    rows = [
+        [
+            node["node"],
+            "yes" if node["feasible"] else "no",
+            node["status"] or "-",
+            " ".join(map(str, node["devices"])) or "-",
+            node["reason"],
+        ]
+        for node in plan["nodes"]
+    ]
+    head = f"{plan['model']}: {decision['action']}{where}{devices}: {decision['reason']}"
+    return head + "\n\n" + table(["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], rows)
+
+
+def _device(device: dict[str, Any]) -> str:
+    name = f"{device['index']}: {device['name']}"
+    if device.get("lost"):
+        return f"{name} LOST: {device['lost']}"
+    used = device.get("vram_used_mb")
+    return f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+
+
+def _model(model: dict[str, Any]) -> str:
+    progress = model.get("progress") or {}
+    phase = f" {progress['phase']}" if progress.get("phase") and model["status"] != "loaded" else ""
+    return f"{model['id']} ({model['status']}{phase})"
