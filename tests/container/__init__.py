@@ -1,0 +1,1 @@
+"""The container image and the compose fleet, really built and run."""

@@ -1,0 +1,125 @@
+"""deploy/Dockerfile and deploy/compose.yaml: built, brought up, used and taken down."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.container.base_image import BASE_IMAGE, import_base_image
+from tests.container.podman import Podman, private_podman, why_not
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+SERVICES = ("cortex", "beast", "benjy", "quadbrat")
+IMAGE = "cortex-neuron:dev"
+BUILD = "--podman-build-args=--layers=false --volume /etc/ssl/certs:/etc/ssl/certs:ro"  # the host's CAs, for pip
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    """A Podman with the base image in it."""
+    reason = why_not()
+    if reason is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must run the containers: {reason}")
+        pytest.skip(reason)
+    with private_podman() as podman:
+        import_base_image(podman)
+        yield podman
+
+
+class Fleet:
+    """The compose fleet as its user has it: compose's commands, and cortex's address on this host."""
+
+    def __init__(self, podman: Podman) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._podman = podman
+        self._env = {"BASE": BASE_IMAGE, "CORTEX_PORT": str(port), "NEURON_TOKEN": "a token of the test"}
+
+    def compose(self, *arguments: str) -> str:
+        return self._podman.compose("--file", DEPLOY / "compose.yaml", *arguments, env=self._env, timeout=600)
+
+    def request(self, path: str, body: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+        """The JSON answer and its headers, names in lower case."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return json.load(response), headers
+
+    def wait_until_whole(self, deadline_secs: float = 60) -> None:
+        """Returns once every neuron is healthy in cortex's eyes."""
+        deadline = time.monotonic() + deadline_secs
+        seen: object = None
+        while time.monotonic() < deadline:
+            try:
+                seen = self.request("/health")[0]
+                if seen["nodes"] == {"healthy": 3, "total": 3}:
+                    return
+            except (OSError, urllib.error.HTTPError) as error:
+                seen = error
+            time.sleep(0.2)
+        pytest.fail(f"the fleet is not whole after {deadline_secs:.0f} s: {seen}\n{self.compose('logs')}")
+
+
+@pytest.fixture(scope="module")
+def fleet(podman: Podman) -> Iterator[Fleet]:
+    """The fleet, up; taken down afterwards if a test has not done it."""
+    fleet = Fleet(podman)
+    fleet.compose(BUILD, "build", "cortex")
+    fleet.compose("up", "--detach", "--no-build")
+    try:
+        yield fleet
+    finally:
+        fleet.compose("down", "--timeout", "5")
+
+
+def test_image_runs_as_a_user_without_rights(podman: Podman, fleet: Fleet) -> None:
+    """A hole in the service must not be root in the container; nor can it change its own code."""
+    assert podman("image", "inspect", "--format", "{{.Config.User}}", IMAGE).strip() == "10001:10001"
+    writable = ["find", "/opt/cortex-neuron", "/etc/cortex-neuron", "-writable", "-not", "-type", "l"]
+    assert podman("run", "--rm", "--network", "none", IMAGE, *writable).strip() == ""
+
+
+def test_image_is_small(podman: Podman, fleet: Fleet) -> None:
+    """Only what runs is inside: no compiler, no vLLM, no test tools."""
+    sizes = [int(podman("image", "inspect", "--format", "{{.Size}}", image)) for image in (IMAGE, BASE_IMAGE)]
+    assert sizes[0] - sizes[1] < 120 * 2**20
+
+
+def test_fleet_comes_up_answers_and_goes_without_a_trace(podman: Podman, fleet: Fleet) -> None:
+    """The two minutes of somebody without a GPU: up, the catalogue, a cold-loaded chat, down."""
+    fleet.wait_until_whole()
+    containers = {service: f"cortex-neuron_{service}_1" for service in SERVICES}
+    assert podman.names("ps", "--all") == set(containers.values())
+    for container in containers.values():
+        podman("healthcheck", "run", container)  # fails unless healthy
+
+    models = {model["id"]: model for model in fleet.request("/v1/models")[0]["data"]}
+    assert models["Qwen/Qwen3.6-27B"]["feasible_on"] == ["beast"]
+
+    question = {"model": "Qwen/Qwen3.6-27B", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    answer, headers = fleet.request("/v1/chat/completions", question)
+    assert answer["choices"][0]["message"]["content"]
+    assert headers["x-cortex-node"] == "beast"
+    locations = fleet.request("/v1/models/Qwen%2FQwen3.6-27B")[0]["locations"]
+    assert [(place["node"], place["status"]) for place in locations] == [("beast", "loaded")]
+
+    pids = [int(podman("inspect", "--format", "{{.State.Pid}}", container)) for container in containers.values()]
+    fleet.compose("down")
+    assert podman.names("ps", "--all") == set()
+    assert podman.names("network", "ls") == {"podman"}  # the default one
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    assert podman.processes() == {}

@@ -1,0 +1,52 @@
+"""The service units keep what the services promise."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cortex.config import CortexConfig
+from neuron.config import NeuronConfig
+
+UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
+
+
+def service(name: str) -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[method-assign, assignment]  # systemd's keys are case-sensitive
+    parser.read(UNITS / f"{name}.service")
+    return parser["Service"]
+
+
+def test_systemd_waits_longer_than_the_services_drain() -> None:
+    """Otherwise answers are cut that the service is still waiting for."""
+    assert int(service("cortex")["TimeoutStopSec"]) > CortexConfig().gateway.drain_timeout_secs
+    engines = NeuronConfig().harness_settings("vllm").stop_timeout_secs
+    assert int(service("neuron")["TimeoutStopSec"]) > NeuronConfig().drain_timeout_secs + engines
+
+
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_only_the_service_itself_gets_the_first_signal(name: str) -> None:
+    """`mixed`: a drain is the service's own affair, and nothing survives its end."""
+    assert service(name)["KillMode"] == "mixed"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_systemd_understands_every_line(name: str, tmp_path: Path) -> None:
+    """A misspelt key would be ignored at the user's."""
+    unit = tmp_path / f"{name}.service"
+    text = (UNITS / unit.name).read_text(encoding="utf-8")
+    unit.write_text(text.replace("/opt/cortex-neuron/bin/", "/bin/echo "), encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert [line for line in done.stderr.splitlines() if unit.name in line] == []
