@@ -1,0 +1,128 @@
+"""Starts the simulated engine as neuron does: a child in a session of its own, with its output read as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+import aiohttp
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = "Qwen/Qwen3-8B"
+FAST = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "inf")
+"""Arguments for an engine that takes no time."""
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def until(condition: Callable[[], bool], *, timeout_secs: float = 10) -> None:
+    """Waits for what tells nobody when it comes about, such as a stranger's end. Raises asyncio.TimeoutError."""
+
+    async def polled() -> None:
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(polled(), timeout_secs)
+
+
+class SimProcess:
+    """A running simulated engine and what it printed so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process = process
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.lines: list[str] = []
+        self._more = asyncio.Condition()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def read_output(self) -> None:
+        """Collects lines until nobody holds the pipe any more."""
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            async with self._more:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._more.notify_all()
+
+    async def printed(self, text: str, *, timeout_secs: float = 10) -> str:
+        """The first line with `text`, waited for."""
+
+        async def found() -> str:
+            async with self._more:
+                await self._more.wait_for(lambda: any(text in line for line in self.lines))
+            return next(line for line in self.lines if text in line)
+
+        return await asyncio.wait_for(found(), timeout_secs)
+
+    async def ready(self, *, timeout_secs: float = 20) -> None:
+        """Waits until /health says 200. Fails with the output when the process ends before that."""
+
+        async def polled() -> None:
+            async with aiohttp.ClientSession() as session:
+                while True:
+                    assert self.process.returncode is None, "\n".join(self.lines)
+                    with contextlib.suppress(aiohttp.ClientError):
+                        async with session.get(f"{self.url}/health") as response:
+                            if response.status == 200:
+                                return
+                    await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(polled(), timeout_secs)
+
+    async def ended(self, *, timeout_secs: float = 10) -> int:
+        """Waits for the process's end; its exit status.
+
+        Not `process.wait()`: asyncio lets that wait for the pipe's end too, which a child of the engine may hold.
+        """
+        await until(lambda: self.process.returncode is not None, timeout_secs=timeout_secs)
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.asynccontextmanager
+async def started_engine(
+    *arguments: str, env: Mapping[str, str] | None = None, port: int | None = None, model: str = MODEL
+) -> AsyncIterator[SimProcess]:
+    """An engine that was just started; nothing of its session is left after the body."""
+    port = port or free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "neuron.sim", "serve", model, "--port", str(port), *arguments,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        cwd=REPOSITORY, env={**os.environ, **(env or {})}, start_new_session=True,
+    )  # fmt: skip
+    engine = SimProcess(process, port)
+    reading = asyncio.create_task(engine.read_output())
+    try:
+        yield engine
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        await reading
+
+
+@contextlib.asynccontextmanager
+async def ready_engine(
+    *arguments: str, env: Mapping[str, str] | None = None, model: str = MODEL
+) -> AsyncIterator[SimProcess]:
+    """An engine that answers its health check."""
+    async with started_engine(*arguments, env=env, model=model) as engine:
+        await engine.ready()
+        yield engine
