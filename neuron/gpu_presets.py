@@ -1,0 +1,51 @@
+"""Real GPUs that `[simulate] devices` can name. Pure.
+
+Memory is `memory.total` in MiB as NVML reports it for the card with ECC in its factory setting, which is a little less
+than the figure on the box; the compute capability is NVIDIA's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GpuPreset:
+    """A card: `aliases` are other spellings, such as the name NVML gives it, compared as `find_preset` says."""
+
+    name: str
+    vram_total_mb: int
+    compute_capability: str
+    aliases: tuple[str, ...] = ()
+
+
+PRESETS = (
+    GpuPreset("RTX 5090", 32607, "12.0"),
+    GpuPreset("RTX 5080", 16303, "12.0"),
+    GpuPreset("RTX 5070 Ti", 16303, "12.0"),
+    GpuPreset("RTX 4090", 24564, "8.9"),
+    GpuPreset("RTX 4080", 16376, "8.9"),
+    GpuPreset("RTX 3090", 24576, "8.6"),
+    GpuPreset("RTX 3060", 12288, "8.6"),
+    GpuPreset("RTX A6000", 49140, "8.6", ("A6000",)),
+    GpuPreset("L4", 23034, "8.9"),
+    GpuPreset("L40S", 46068, "8.9"),
+    GpuPreset("A100 80GB", 81920, "8.0", ("A100", "A100-SXM4-80GB")),
+    GpuPreset("H100", 81559, "9.0", ("H100 80GB", "H100 80GB HBM3", "H100 SXM")),
+    GpuPreset("H200", 143771, "9.0"),
+    GpuPreset("B200", 183359, "10.0"),
+)
+
+
+def find_preset(name: str) -> GpuPreset | None:
+    """The preset for a spelling such as `RTX5090`, `rtx 5090` or `NVIDIA GeForce RTX 5090`; None if there is none."""
+    return _BY_SPELLING.get(_spelling(name))
+
+
+def _spelling(name: str) -> str:
+    """Lower-case letters and digits only, without the maker's words."""
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    return letters.replace("nvidia", "").replace("geforce", "")
+
+
+_BY_SPELLING = {_spelling(name): preset for preset in PRESETS for name in (preset.name, *preset.aliases)}
