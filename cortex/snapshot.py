@@ -9,8 +9,6 @@ from types import MappingProxyType
 
 from shared.protocol import Device, DeviceHealth, Discovery, ModelActivity, ModelStatus, ModelView, NeuronHealth
 
-_EMPTY: Mapping[str, ModelView] = MappingProxyType({})
-
 
 @dataclass(frozen=True)
 class Reservation:
@@ -35,7 +33,7 @@ class NodeSnapshot:
     last_seen: float | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
-    models: Mapping[str, ModelView] = _EMPTY
+    models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def devices(self) -> list[Device]:
