@@ -1,0 +1,1 @@
+"""cortex, neuron and a real vLLM on the CPU, as their users run them."""

@@ -1,0 +1,155 @@
+"""A real vLLM through the whole fleet. Every test cold-loads what it needs; in this order few engines are started."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+
+import anthropic
+import openai
+import pytest
+
+from tests.e2e_vllm.fleet import BROKEN, MINILM, NODE, PAIR, TINY, Fleet
+from tests.e2e_vllm.processes import eventually, of_session
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+QUESTION = "The cat sees the moon"
+WHOLE = {"ignore_eos": True}  # a random model may want to end at once
+
+
+@pytest.fixture
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{fleet.cortex.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        yield client
+
+
+def ask(fleet: Fleet, model: str) -> tuple[int, dict[str, str], str]:
+    """A short chat without any client package: status, headers, text or error message."""
+    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, **WHOLE}
+    answer = fleet.cortex.request("/v1/chat/completions", body)
+    if answer.status == 200:
+        return answer.status, answer.headers, answer.body["choices"][0]["message"]["content"]
+    return answer.status, answer.headers, answer.body["error"]["message"]
+
+
+def test_first_request_loads_the_model_and_is_answered(fleet: Fleet) -> None:
+    """Nobody loaded it: the first chat starts an engine and gets its answer; the second finds it there."""
+    status, headers, text = ask(fleet, TINY)
+    assert (status, headers["x-cortex-node"]) == (200, NODE), f"{text}\n{fleet.neuron.log_tail()}"
+    entry = fleet.status_of(TINY)
+    assert entry is not None
+    assert (entry["status"], entry["harness"], len(entry["devices"])) == ("loaded", "vllm", 1)
+    leader = fleet.engine_of(TINY)[0].pid
+    again = ask(fleet, TINY)
+    assert again[2] == text
+    assert again[1].get("x-cortex-cold-start") != headers["x-cortex-cold-start"]
+    assert fleet.engine_of(TINY)[0].pid == leader
+
+
+def test_openai_chat_streams_the_same_answer_as_it_gives_whole(client: openai.OpenAI) -> None:
+    """Plain and streamed, with usage, through the package that most people use; by an alias."""
+    whole = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=24,
+        temperature=0,
+        extra_body=WHOLE,
+    )
+    assert whole.usage is not None
+    assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (24, "length")
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=WHOLE,
+    )
+    with stream:
+        chunks = list(stream)
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == whole.choices[0].message.content
+    assert len(texts) > 2
+    assert chunks[-1].usage == whole.usage
+
+
+def test_anthropic_message_is_answered(fleet: Fleet) -> None:
+    """vLLM's own Messages API, through cortex, by Anthropic's package."""
+    with anthropic.Anthropic(base_url=fleet.cortex.url, api_key="none", max_retries=0, timeout=300) as client:
+        message = client.messages.create(
+            model=TINY, max_tokens=16, messages=[{"role": "user", "content": QUESTION}], extra_body=WHOLE
+        )
+    assert message.usage.output_tokens > 0
+    assert [block.type for block in message.content] == ["text"]
+
+
+def test_killed_engine_is_noticed_and_loaded_again(fleet: Fleet) -> None:
+    """kill -9 of vLLM's main process leaves workers holding memory: they go too, and the model comes back."""
+    assert ask(fleet, TINY)[0] == 200
+    engine = fleet.engine_of(TINY)
+    assert len(engine) > 1
+    os.kill(engine[0].pid, signal.SIGKILL)
+
+    def noticed() -> bool:
+        entry = fleet.status_of(TINY)
+        return entry is not None and entry["status"] in ("failed", "recovering")
+
+    eventually(noticed, "the neuron says so", within_secs=15)
+    eventually(lambda: not of_session(engine[0].pid), "the workers are gone", within_secs=15)
+    eventually(lambda: ask(fleet, TINY)[0] == 200, "it is served again", within_secs=120)
+    assert fleet.engine_of(TINY)[0].pid != engine[0].pid
+
+
+def test_unload_ends_the_engine(fleet: Fleet) -> None:
+    """When unload answers, every process of the engine is gone, and a new request starts a new one."""
+    assert ask(fleet, TINY)[0] == 200
+    engine = fleet.engine_of(TINY)
+    assert fleet.unload(TINY).status == 200
+    assert of_session(engine[0].pid) == []
+    entry = fleet.status_of(TINY)
+    assert entry is None or entry["status"] == "unloaded"
+
+
+def test_wrong_model_directory_says_so(fleet: Fleet) -> None:
+    """The client of a load that failed reads why: vLLM's root cause, not its last line. The neuron keeps it."""
+    body = {"model": BROKEN, "messages": [{"role": "user", "content": QUESTION}]}
+    answer = fleet.cortex.request("/v1/chat/completions", body)
+    assert (answer.status, answer.body["error"]["code"]) == (503, "cold_load_failed")
+    assert int(answer.headers["retry-after"]) > 0
+    assert "nothing-here" in answer.body["error"]["message"]
+    entry = fleet.status_of(BROKEN)
+    assert entry is not None
+    assert entry["status"] == "failed"
+    assert "nothing-here" in entry["error"]
+    assert "nothing-here" in str(fleet.neuron.request("/models/test%2Fbroken/logs?tail=50").body)
+
+
+def test_tensor_parallel_model_runs_on_both_devices(fleet: Fleet) -> None:
+    """min_devices = 2 becomes one vLLM with two workers, each a process."""
+    status, _, text = ask(fleet, PAIR)
+    assert status == 200, text
+    entry = fleet.status_of(PAIR)
+    assert entry is not None
+    assert (entry["status"], entry["devices"]) == ("loaded", [0, 1])
+    workers = [process.command for process in fleet.engine_of(PAIR) if "Worker_TP" in process.command]
+    assert len(workers) == 2
+    assert fleet.unload(PAIR).status == 200
+
+
+def test_related_sentences_are_nearer_than_unrelated_ones(fleet: Fleet, client: openai.OpenAI) -> None:
+    """Real weights give meaningful embeddings: the bytes of an answer are the engine's own."""
+    sentences = ["a cat sits on the mat", "a kitten rests on a rug", "quarterly revenue fell"]
+    answer = client.embeddings.create(model=MINILM, input=sentences)
+    cat, kitten, revenue = [item.embedding for item in answer.data]
+    assert len(cat) == 384
+    assert cosine(cat, kitten) > 0.5
+    assert cosine(cat, revenue) < 0.2
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    """The cosine of the angle between two vectors."""
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
