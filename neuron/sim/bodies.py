@@ -16,6 +16,8 @@ from neuron.sim.errors import bad_request, malformed, unknown_model
 
 Body = Mapping[str, Any]
 
+_MAX_ANSWERS = 16384  # VLLM_MAX_N_SEQUENCES
+
 
 async def read_json(request: web.Request) -> Body:
     """The body as a JSON object. Raises ApiError 400 when it is none."""
@@ -47,6 +49,14 @@ def integer(body: Body, key: str, *, least: int = 0) -> int | None:
     if value < least:
         raise bad_request(f"{key} must be at least {least}, got {value}.", key)
     return int(value)
+
+
+def answers_wanted(body: Body) -> int:
+    """`n`, 1 when it is left out. Raises ApiError 400 when it is not from 1 to vLLM's limit."""
+    wanted = integer(body, "n", least=1) or 1
+    if wanted > _MAX_ANSWERS:
+        raise bad_request(f"n must be at most {_MAX_ANSWERS}, got {wanted}.", "n")
+    return wanted
 
 
 def required(body: Body, key: str) -> Any:

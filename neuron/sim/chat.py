@@ -10,6 +10,7 @@ from aiohttp import web
 
 from neuron.sim.bodies import (
     Body,
+    answers_wanted,
     check_length,
     conversation,
     integer,
@@ -54,7 +55,7 @@ def order_of(body: Body, engine: Engine) -> Order:
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     limit = integer(body, key, least=1)
     check_length(limit, [prompt], engine.settings, key)
-    choices = integer(body, "n", least=1) or 1
+    choices = answers_wanted(body)
     return Order(model, (prompt,), limit, choices, wants_stream(body))
 
 

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from neuron.sim.bodies import (
     Body,
+    answers_wanted,
     check_length,
     integer,
     read_json,
@@ -48,7 +49,7 @@ def _order_of(body: Body, engine: Engine) -> Order:
     prompts = tuple(Prompt(text, text) for text in text_list(required(body, "prompt"), "prompt"))
     limit = integer(body, "max_tokens", least=1)
     check_length(limit, prompts, engine.settings, "max_tokens")
-    return Order(model, prompts, limit, integer(body, "n", least=1) or 1, wants_stream(body))
+    return Order(model, prompts, limit, answers_wanted(body), wants_stream(body))
 
 
 def _choice(index: int, text: str, finish: str | None) -> dict[str, object]:
