@@ -1,0 +1,89 @@
+"""A real cortex on a real socket, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from cortex.app import assembled, build_app, build_metrics_app
+from cortex.catalogue import Catalogue
+from cortex.config import CortexConfig
+from cortex.keys import Parts
+from shared.serve import Site, bind, serving
+from tests.cortex.seed_neuron import SeedNeuron
+
+
+@dataclass
+class RunningCortex:
+    """A cortex and a client for it."""
+
+    url: str
+    metrics_url: str
+    parts: Parts
+    http: aiohttp.ClientSession
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for changes of the fleet until the condition holds; the test's time-out is the deadline."""
+        version = self.parts.fleet.version
+        while not condition():
+            version = await self.parts.fleet.changed_since(version)
+
+    def chat(self, model: str, **fields: Any) -> Any:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+        return self.http.post(f"{self.url}/v1/chat/completions", json=body)
+
+
+StartCortex = Callable[..., Awaitable[RunningCortex]]
+
+
+@pytest.fixture
+async def start_cortex() -> AsyncIterator[StartCortex]:
+    """Starts cortexes; waits until each neuron that runs is healthy."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(
+            neurons: Iterable[SeedNeuron],
+            models: list[dict[str, Any]],
+            *,
+            aliases: dict[str, str] | None = None,
+            wait_healthy: bool = True,
+            **settings: Any,
+        ) -> RunningCortex:
+            entries = [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons]
+            poll = {"interval_secs": 0.05, "timeout_secs": 0.5, **settings.pop("poll", {})}
+            config = CortexConfig.model_validate({"neurons": entries, "poll": poll, **settings})
+            catalogue = Catalogue.model_validate({"models": models, "aliases": aliases or {}})
+            parts = await stack.enter_async_context(assembled(config, catalogue))
+            sites = [
+                Site(build_app(parts), bind("127.0.0.1", 0)),
+                Site(build_metrics_app(parts), bind("127.0.0.1", 0)),
+            ]
+            await stack.enter_async_context(serving(sites, drain_timeout_secs=0))
+            http = await stack.enter_async_context(aiohttp.ClientSession())
+            cortex = RunningCortex(
+                f"http://127.0.0.1:{sites[0].port}", f"http://127.0.0.1:{sites[1].port}", parts, http
+            )
+            if wait_healthy:
+                await cortex.until(lambda: len(parts.fleet.snapshot().healthy) == len(entries))
+            return cortex
+
+        yield start
+
+
+@pytest.fixture
+async def benjy() -> AsyncIterator[SeedNeuron]:
+    """A seed neuron with one 24 GB card."""
+    async with SeedNeuron("benjy", 24000).running() as neuron:
+        yield neuron
+
+
+@pytest.fixture
+async def beast() -> AsyncIterator[SeedNeuron]:
+    """A seed neuron with two 32 GB cards."""
+    async with SeedNeuron("beast", 32000, 32000).running() as neuron:
+        yield neuron

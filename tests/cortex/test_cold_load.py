@@ -1,0 +1,187 @@
+"""Loading on request, against neurons that speak only the seed protocol."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.cortex.conftest import StartCortex
+from tests.cortex.seed_neuron import SeedNeuron
+
+SMALL = {"id": "org/small", "vram_mb": 4000}
+LARGE = {"id": "org/large", "vram_mb": 50000, "min_devices": 2, "min_device_vram_mb": 30000, "quant": "fp8"}
+
+
+async def test_first_request_loads_where_it_fits_and_streams_back(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """The neuron is told tensor parallelism, devices and quantisation; the answer says where it came from."""
+    cortex = await start_cortex([benjy, beast], [SMALL, LARGE])
+    async with cortex.chat("org/large") as response:
+        assert response.status == 200
+        assert response.headers["x-cortex-node"] == "beast"
+        assert response.headers["x-cortex-cold-start"] == "true"
+    (load,) = beast.loads
+    assert load["tensor_parallel"] == 2
+    assert load["devices"] == [0, 1]
+    assert load["quant"] == "fp8"
+    assert load["harness"] == "vllm"
+    assert not benjy.loads
+    async with cortex.chat("org/large") as response:
+        assert response.headers["x-cortex-cold-start"] == "false"
+
+
+async def test_single_device_models_are_sent_null_tensor_parallel(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """And they go to the tightest fit, so that the big cards stay free."""
+    cortex = await start_cortex([beast, benjy], [SMALL])
+    async with cortex.chat("org/small") as response:
+        assert response.status == 200
+    (load,) = benjy.loads
+    assert load["tensor_parallel"] is None
+    assert load["devices"] == [0]
+
+
+async def test_fifty_first_requests_cause_one_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """However many ask at once, the neuron is asked once and everybody is served."""
+    benjy.load_gate.clear()
+    cortex = await start_cortex([benjy], [SMALL])
+    asks = [asyncio.create_task(_status(cortex.chat("org/small"))) for _ in range(50)]
+    await benjy.load_started.wait()
+    benjy.load_gate.set()
+    assert await asyncio.gather(*asks) == [200] * 50
+    assert len(benjy.loads) == 1
+
+
+async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """A client that leaves during a load cancels nothing: the next one finds the model there."""
+    benjy.load_gate.clear()
+    cortex = await start_cortex([benjy], [SMALL])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    await benjy.load_started.wait()
+    ask.cancel()
+    await asyncio.gather(ask, return_exceptions=True)
+    benjy.load_gate.set()
+    async with cortex.chat("org/small") as response:
+        assert response.status == 200
+    assert len(benjy.loads) == 1
+
+
+async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """Polls are an hour apart here: the second request is served without a second load all the same."""
+    cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
+    for _ in range(2):
+        async with cortex.chat("org/small") as response:
+            assert response.status == 200
+    assert len(benjy.loads) == 1
+
+
+async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """Second priority: known to a neuron but unloaded goes back there, though another would fit more tightly."""
+    beast.models["org/small"] = "unloaded"
+    cortex = await start_cortex([beast, benjy], [SMALL])
+    async with cortex.chat("org/small") as response:
+        assert response.headers["x-cortex-node"] == "beast"
+    assert not benjy.loads
+
+
+async def test_model_outside_the_catalogue_is_loaded_with_the_remembered_spec(
+    start_cortex: StartCortex, benjy: SeedNeuron
+) -> None:
+    """A model that only the neuron knows is asked for by its id alone."""
+    benjy.models["own/model"] = "unloaded"
+    cortex = await start_cortex([benjy], [])
+    async with cortex.chat("own/model") as response:
+        assert response.status == 200
+    assert {key for key, value in benjy.loads[0].items() if value} == {"model_id"}
+
+
+@pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
+async def test_model_on_its_way_is_waited_for(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, status: str
+) -> None:
+    """A load that somebody else started counts: nothing is placed elsewhere, nothing is loaded twice."""
+    beast.models["org/small"] = status
+    cortex = await start_cortex([beast, benjy], [SMALL])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    polls = beast.calls.count("/models")
+    await cortex.until(lambda: beast.calls.count("/models") > polls + 1)
+    assert not ask.done()
+    beast.models["org/small"] = "loaded"
+    assert await ask == 200
+    assert not beast.loads
+    assert not benjy.loads
+
+
+async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+    """A neuron of a later version says something new: the model is placed elsewhere or again, not routed to."""
+    benjy.models["org/small"] = "hibernating"
+    cortex = await start_cortex([beast, benjy], [SMALL])
+    async with cortex.chat("org/small") as response:
+        assert response.status == 200
+    assert len(beast.loads) + len(benjy.loads) == 1
+
+
+@pytest.mark.parametrize("status", [400, 409])
+async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: SeedNeuron, status: int) -> None:
+    """A seed neuron answers 400 'already loaded' to a load of what it has: served, not failed."""
+    benjy.load_error = status, {"error": "model org/small is already loaded"}
+    cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
+    benjy.models["org/small"] = "loaded"
+    async with cortex.chat("org/small") as response:
+        assert response.status == 200
+
+
+async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """503 cold_load_failed with the neuron's reason; inside the back-off the neuron is not asked again."""
+    benjy.load_error = 500, {"error": {"message": "torch.OutOfMemoryError: CUDA out of memory", "code": "load_failed"}}
+    cortex = await start_cortex([benjy], [SMALL])
+    for _ in range(3):
+        async with cortex.chat("org/small") as response:
+            error = (await response.json())["error"]
+            assert response.status == 503
+            assert error["code"] == "cold_load_failed"
+            assert "CUDA out of memory" in error["message"]
+            assert 1 <= int(response.headers["Retry-After"]) <= 10
+    assert len(benjy.loads) == 1
+
+
+async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """`cold_load.timeout_secs` ends the wait with cold_load_failed."""
+    benjy.load_gate.clear()
+    cortex = await start_cortex([benjy], [SMALL], cold_load={"timeout_secs": 0.2})
+    async with cortex.chat("org/small") as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "cold_load_failed"
+
+
+async def test_operator_loads_in_spite_of_the_backoff(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """`POST /fleet/load` after a failure tries again at once, and requests are served then."""
+    benjy.load_error = 500, {"error": "no"}
+    cortex = await start_cortex([benjy], [SMALL])
+    assert await _status(cortex.chat("org/small")) == 503
+    benjy.load_error = None
+    async with cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/small"}) as response:
+        assert response.status == 200
+        assert (await response.json())["node"] == "benjy"
+    assert await _status(cortex.chat("org/small")) == 200
+
+
+async def test_operator_unloads(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """`POST /fleet/unload` unloads where the model is; what is nowhere is 404."""
+    benjy.models["org/small"] = "loaded"
+    cortex = await start_cortex([benjy], [SMALL])
+    for expected in (200, 404):
+        async with cortex.http.post(f"{cortex.url}/fleet/unload", json={"model": "org/small"}) as response:
+            assert response.status == expected
+    assert benjy.unloads == ["org/small"]
+
+
+async def _status(request: object) -> int:
+    async with request as response:  # type: ignore[attr-defined]
+        await response.read()
+        return int(response.status)
