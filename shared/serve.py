@@ -66,13 +66,15 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
     `handler_cancellation` is on, so that a handler ends when its client leaves (aiohttp's own default is off in
     production and on in its test server).
     """
+    # aiohttp takes a timeout of 0 for none at all and would wait for ever.
+    shutdown_timeout = max(drain_timeout_secs, 0.001)
     runners: list[web.AppRunner] = []
     closing = asyncio.Event()
     try:
         for site in sites:
             site.app[CLOSING] = closing
             runner = web.AppRunner(
-                site.app, handler_cancellation=True, shutdown_timeout=drain_timeout_secs, access_log=None
+                site.app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None
             )
             runners.append(runner)
             await runner.setup()

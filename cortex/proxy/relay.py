@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import time
@@ -22,6 +23,7 @@ from shared.protocol import EndpointReply
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECS = 5.0
+LARGE_BODY_BYTES = 1 << 19
 # An engine answers when it is done: nothing but connecting has a deadline. aiohttp's default total of 300 s would cut
 # long answers.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECS)
@@ -72,7 +74,9 @@ class Relay:
             upstream.close()
 
     async def _ask(self, endpoint: EndpointReply) -> aiohttp.ClientResponse:
-        url = URL(endpoint.url + self.request.rel_url.raw_path_qs, encoded=True)
+        path = self.request.raw_path  # as it came; a request line may also hold a whole URL
+        path = path if path.startswith("/") else self.request.rel_url.raw_path_qs
+        url = URL(endpoint.url + path, encoded=True)
         headers = request_headers(
             self.request.headers, api_key=endpoint.api_key, request_id=self.request_id, peer=self.request.remote
         )
@@ -86,7 +90,8 @@ class Relay:
         return await self.session.post(
             url,
             headers=headers,
-            data=self.body,
+            # Large bodies in pieces, so that writing one does not hold up everybody else.
+            data=self.body if len(self.body) < LARGE_BODY_BYTES else io.BytesIO(self.body),
             skip_auto_headers=_OWN_HEADERS,
             timeout=_TIMEOUT,
             allow_redirects=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +37,10 @@ class RunningCortex:
 
     def chat(self, model: str, **fields: Any) -> Any:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
-        return self.http.post(f"{self.url}/v1/chat/completions", json=body)
+        data = io.BytesIO(json.dumps(body).encode())
+        return self.http.post(
+            f"{self.url}/v1/chat/completions", data=data, headers={"Content-Type": "application/json"}
+        )
 
 
 StartCortex = Callable[..., Awaitable[RunningCortex]]

@@ -28,7 +28,7 @@ class SeedEngine:
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.requests.append((request.path_qs, dict(request.headers), await request.read()))
+        self.requests.append((request.raw_path, dict(request.headers), await request.read()))
         try:
             return await self.answer(request)
         except asyncio.CancelledError:
