@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs does not keep neuron from stopping
+CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs does not keep the service from ending in order
 
 
 class NvmlTopologySource:
