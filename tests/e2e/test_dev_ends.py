@@ -1,0 +1,68 @@
+"""`cortex dev` leaves nothing behind, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Dev, running_dev
+from tests.processes import alive, wait_for
+
+
+def load_something(dev: Dev) -> None:
+    """So that an engine runs below a neuron."""
+    body = json.dumps({"model": "small", "messages": [], "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{dev.url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        response.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left(number: signal.Signals) -> None:
+    """Neurons, cortex and engines are gone after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
+    before = set(Path("/tmp").glob("neuron-*"))  # noqa: S108 - where neurons keep their state
+    with running_dev("--fleet", "one=1xRTX3060") as dev:
+        load_something(dev)
+        family = dev.family()
+        assert len(family) == 4, "the command, a neuron, cortex and an engine"
+        os.kill(dev.process.pid, number)
+        code = dev.process.wait(30)
+        wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert set(Path("/tmp").glob("neuron-*")) <= before  # noqa: S108 - as above
+
+
+def test_port_in_use_is_said() -> None:
+    """A second fleet on the same port ends with a message, not with a traceback."""
+    with running_dev("--fleet", "one=1xRTX3060") as dev:
+        import subprocess
+        import sys
+
+        port = dev.url.rpartition(":")[2]
+        second = subprocess.run(
+            [sys.executable, "-m", "cortex", "dev", "--port", port], capture_output=True, text=True, timeout=30
+        )
+    assert second.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+
+
+@pytest.mark.parametrize("fleet", ["nonsense", "a=0xRTX3060", "a=1xRTX3060,a=1xRTX3060", "a=1xNoSuchCard", ""])
+def test_wrong_fleet_is_said(fleet: str) -> None:
+    """The part that is wrong is named."""
+    import subprocess
+    import sys
+
+    found = subprocess.run(
+        [sys.executable, "-m", "cortex", "dev", "--port", "0", "--fleet", fleet],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr
+    assert not fleet or fleet.partition("=")[2].partition("x")[2] in found.stderr
