@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from neuron.owned_flags import refusal
 from shared.protocol import LoadCommand
 from shared.settings import SettingsModel
 
@@ -31,6 +32,14 @@ class HarnessSettings(SettingsModel):
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
+
+    @field_validator("extra_args")
+    @classmethod
+    def _not_neurons_own(cls, value: list[str]) -> list[str]:
+        reason = refusal(value)
+        if reason is not None:
+            raise ValueError(reason)
+        return value
 
     @field_validator("port_range")
     @classmethod
@@ -58,6 +67,12 @@ class SimulateSettings(SettingsModel):
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
 
 
+class DefaultModel(LoadCommand):
+    """An entry of `[[default_models]]`: a load command, in which a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class NeuronConfig(SettingsModel):
     """The whole of neuron.toml."""
 
@@ -72,7 +87,8 @@ class NeuronConfig(SettingsModel):
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
     harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
     simulate: SimulateSettings | None = None
-    default_models: list[Annotated[LoadCommand, Field()]] = Field(default_factory=list)
+    model_roots: list[Path] = Field(default_factory=list)  # not empty: local models come from below these only
+    default_models: list[DefaultModel] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> NeuronConfig:
@@ -84,16 +100,30 @@ class NeuronConfig(SettingsModel):
                 raise ValueError(
                     f"default_models: {model.model_id}: harness {model.harness!r} is not among [[harnesses]]"
                 )
+        for root in self.model_roots:
+            if not root.is_absolute():
+                raise ValueError(f"model_roots: {str(root)!r} is not an absolute path")
         if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
             raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
         return self
 
     @property
-    def harness_names(self) -> list[str]:
+    def harness_names(self) -> list[HarnessName]:
         return [entry.name for entry in self.harnesses]
 
     def harness_settings(self, name: HarnessName) -> HarnessSettings:
         return self.harness.get(name) or HarnessSettings()
+
+    @property
+    def binds_all_addresses(self) -> bool:
+        """True when `host` is a wildcard: then callers reach engines where they reach neuron."""
+        return self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+    @property
+    def default_commands(self) -> list[LoadCommand]:
+        """`default_models` with the harness filled in: without one they would ask for a spec remembered from before."""
+        first = self.harness_names[0] if self.harnesses else None
+        return [model.model_copy(update={"harness": model.harness or first}) for model in self.default_models]
 
     @property
     def bearer_token(self) -> str | None:

@@ -1,0 +1,71 @@
+"""Why an engine is not there, as errors for a client and as sentences for a person."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from neuron.harness import Harness
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+
+LAST_LINES = 20
+
+
+class LoadFailed(ServiceError):
+    """The engine ended, or could not be started, before it was ready."""
+
+    default_code = "load_failed"
+
+
+class LoadTimedOut(ServiceError):
+    """The engine was not ready within `startup_timeout_secs`."""
+
+    status = 504
+    default_code = "load_timeout"
+
+
+class VramNotReleased(ServiceError):
+    """The engine's processes are gone, and yet the driver still counts memory as theirs."""
+
+    default_code = "vram_not_released"
+
+
+def already_loaded(model_id: str, difference: str) -> Conflict:
+    return Conflict(f"{model_id} is already loaded with another spec: {difference}", code="already_loaded")
+
+
+def load_in_progress(model_id: str, difference: str) -> Conflict:
+    # Not the words "already loaded": to a cortex they mean that the model can be used now.
+    return Conflict(f"{model_id} is being loaded with another spec: {difference}", code="load_in_progress")
+
+
+def load_cancelled(model_id: str) -> Conflict:
+    return Conflict(f"the load of {model_id} was cancelled: it was unloaded meanwhile", code="load_cancelled")
+
+
+def stopping() -> Unavailable:
+    return Unavailable("this neuron is stopping", code="neuron_stopping", retry_after=5)
+
+
+def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
+    return NotFound(f"the model {model_id!r} {what}", code="model_not_found")
+
+
+def exit_reason(harness: Harness, code: int, lines: Sequence[str]) -> str:
+    """Why an engine that nobody stopped ended with exit code `code` (negative: a signal). vLLM also ends with 0."""
+    cause = harness.root_cause(lines)
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        killed = f"killed by signal {-code}{hint}"
+        return f"{killed}; its log says: {cause}" if cause is not None else killed
+    if cause is not None:
+        return cause
+    said = f"; its last line: {lines[-1].strip()}" if lines else " without a word"
+    return f"exited with status {code}{said}"
+
+
+def with_last_lines(reason: str, lines: Sequence[str]) -> str:
+    """The reason, followed by the engine's last output lines."""
+    if not lines:
+        return reason
+    return f"{reason}\nlast output lines:\n" + "\n".join(lines[-LAST_LINES:])

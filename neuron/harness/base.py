@@ -1,0 +1,74 @@
+"""What a harness has to offer, and the facts it decides from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from neuron.config import HarnessName, HarnessSettings
+from neuron.spec import EngineSpec
+from shared.protocol import Device, Progress
+
+ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
+"""In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What does not change while neuron runs. `environ` is what engines inherit, already without neuron's own."""
+
+    has_gpu: bool
+    cpus: tuple[int, ...]  # the cores this process may use
+    environ: Mapping[str, str]
+    vram_dir: Path  # memory of the simulated GPUs
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything decided about one engine before it starts."""
+
+    spec: EngineSpec
+    settings: HarnessSettings
+    devices: tuple[Device, ...]  # empty on a host without GPUs
+    host: str
+    port: int
+    tmp_dir: Path
+    api_key: str
+    engine_id: str
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """A command line and the whole environment it runs in."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+class Harness(Protocol):
+    """Pure: no method reads or changes anything but its arguments."""
+
+    @property
+    def name(self) -> HarnessName: ...
+
+    @property
+    def health_path(self) -> str:
+        """Answers 200 once, and as long as, the engine serves."""
+        ...
+
+    @property
+    def runs_on_gpu(self) -> bool:
+        """True when an engine on a host whose GPUs cannot be used would be a mistake."""
+        ...
+
+    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
+
+    def progress_of(self, line: str) -> Progress | None:
+        """What a line of output says about the load, None when nothing."""
+        ...
+
+    def root_cause(self, lines: Sequence[str]) -> str | None:
+        """The error that made the engine end, from its last output lines; None when they name none."""
+        ...

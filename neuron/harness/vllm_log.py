@@ -1,0 +1,91 @@
+"""What vLLM's output says: how far a load is, and why an engine ended. Seen with vLLM 0.32."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from shared.protocol import Progress
+
+# (pattern, phase), in the order of a start. Group 1, where there is one, is a percentage of the phase.
+_PHASES = tuple(
+    (re.compile(pattern), phase)
+    for pattern, phase in (
+        (r"Resolved architecture:", "configuring"),
+        (r"Initializing a V1 LLM engine", "starting engine"),
+        (r"Starting to load model", "loading weights"),
+        (r"[Ll]oading (?:\S+ checkpoint )?shards:\s*(\d+)%", "loading weights"),
+        (r"Loading weights took", "weights loaded"),
+        (r"torch\.compile|Dynamo bytecode transform", "compiling"),
+        (r"KV cache size:", "allocating KV cache"),
+        (r"Capturing CUDA graphs.*?:\s*(\d+)%", "capturing CUDA graphs"),
+        (r"init engine \(.*\) took", "engine ready"),
+        (r"Starting vLLM (?:API )?server", "starting server"),
+    )
+)
+# `(EngineCore pid=9) ERROR 11-23 11:11:55 [core.py:12] text`; a worker of a parallel engine is `(Worker_TP0 pid=9)`.
+_RECORD = re.compile(
+    r"\((?P<process>[\w-]+)(?: [^)]*)?\)\s(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\])?\s?"
+)
+_EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w*\.)*(?P<name>[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|OutOfMemory))(?::\s+(?P<text>.*))?"
+)
+_ENGINE_PROCESSES = ("Worker", "EngineCore")
+# These only point to a cause that is told elsewhere.
+_EMPTY_WORDS = ("See root cause above", "Engine core initialization failed", "EngineDeadError", "cancelled")
+_MAX_CAUSE = 1000  # characters
+
+
+def progress_of(line: str) -> Progress | None:
+    """The phase a line announces, with the fraction of it that is done where the line has a percentage."""
+    for pattern, phase in _PHASES:
+        found = pattern.search(line)
+        if found is not None:
+            fraction = int(found[1]) / 100 if pattern.groups else None
+            return Progress(phase=phase, fraction=fraction, message=_strip(line)[1].strip()[:200])
+    return None
+
+
+def root_cause(lines: Sequence[str]) -> str | None:
+    """The error behind the end of an engine, None when the lines name none.
+
+    An engine's processes fail one after another, each telling that the one below it did: the first error that a
+    worker or the engine core logged is the cause. Without one it is the last error of the server itself, and else
+    what the argument parser complained of.
+    """
+    parsed = [(*_strip(line), line) for line in lines]
+    for index, (head, text, _) in enumerate(parsed):
+        if head is not None and head["level"] == "ERROR" and head["process"].startswith(_ENGINE_PROCESSES):
+            found = _exception(text, [after for _, after, _ in parsed[index + 1 : index + 4]])
+            if found is not None:
+                return found
+    pointer: str | None = None
+    for index in range(len(parsed) - 1, -1, -1):
+        text = parsed[index][1]
+        found = _exception(text, [after for _, after, _ in parsed[index + 1 : index + 4]])
+        if found is None and re.match(r"[\w.]+(?: \w+)?: error: ", text):
+            found = text.partition(": error: ")[2]
+        if found is not None:
+            if not any(words in found for words in _EMPTY_WORDS):
+                return found[:_MAX_CAUSE]
+            pointer = pointer or found
+    return pointer
+
+
+def _strip(line: str) -> tuple[re.Match[str] | None, str]:
+    head = _RECORD.match(line)
+    return head, line[head.end() :] if head is not None else line
+
+
+def _exception(text: str, following: Sequence[str]) -> str | None:
+    """`Name: message` of a traceback's last line; of a pydantic error what it says of the value."""
+    found = _EXCEPTION.fullmatch(text.rstrip())
+    if found is None:
+        return None
+    message = found["text"] or ""
+    if found["name"] == "ValidationError":
+        detail = next((after.strip() for after in following if "error, " in after), None)
+        if detail is not None:
+            message = re.sub(r"\s*\[type=\w+, input_value=.*", "", detail.partition("error, ")[2])
+            return message[:_MAX_CAUSE]
+    return (f"{found['name']}: {message}" if message else found["name"])[:_MAX_CAUSE]

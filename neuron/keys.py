@@ -1,0 +1,38 @@
+"""What handlers find in the app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from neuron.activation import DefaultModels
+from neuron.activity import ActivityMonitor
+from neuron.config import NeuronConfig
+from neuron.discover import discovery_of
+from neuron.events import EventHub
+from neuron.metrics import NeuronMetrics
+from neuron.topology import TopologySource
+from neuron.workers import Workers
+from shared.protocol import Discovery
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a handler may use; made by `neuron.app`, alive while the app serves."""
+
+    config: NeuronConfig
+    instance_id: str
+    started: float  # monotonic
+    source: TopologySource
+    workers: Workers
+    hub: EventHub
+    activity: ActivityMonitor
+    default_models: DefaultModels
+    metrics: NeuronMetrics
+
+    async def discovery(self) -> Discovery:
+        return await discovery_of(self.config, self.source, instance_id=self.instance_id)
+
+
+SERVICES = web.AppKey("services", Services)

@@ -1,0 +1,90 @@
+"""`GET /metrics` in Prometheus text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from neuron.worker import State, Worker
+from shared.protocol import Device, DeviceHealth
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 1800)
+_MIB = 2**20
+
+
+class NeuronMetrics:
+    """Counters of this neuron, in a registry of its own, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._load_seconds = Histogram(
+            "neuron_model_load_seconds",
+            "Time from the start of an engine process to its first healthy answer.",
+            ["model"],
+            buckets=_LOAD_BUCKETS,
+            registry=self._registry,
+        )
+        self._restarts = Counter(
+            "neuron_engine_restarts",
+            "Engines started again after they ended unexpectedly.",
+            ["model"],
+            registry=self._registry,
+        )
+
+    def loaded(self, model_id: str, seconds: float) -> None:
+        """Counts a load that took `seconds`."""
+        self._load_seconds.labels(model_id).observe(seconds)
+
+    def known(self, model_id: str) -> None:
+        """Lets the counters of a model begin at zero, not at their first event."""
+        self._restarts.labels(model_id)
+
+    def render(self, workers: Iterable[Worker], devices: Sequence[Device], health: Sequence[DeviceHealth]) -> bytes:
+        """The page: the counters, and the state of models and devices as given."""
+        now = CollectorRegistry()
+        now.register(_Snapshot([*_engine_states(workers), *_device_gauges(devices, health)]))
+        return generate_latest(self._registry) + generate_latest(now)
+
+
+class _Snapshot(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _engine_states(workers: Iterable[Worker]) -> Iterator[Metric]:
+    states = GaugeMetricFamily("neuron_engine_state", "1 for the state a model is in.", labels=["model", "state"])
+    for worker in workers:
+        for state in State:
+            states.add_metric([worker.model_id, state.value], float(worker.condition.state is state))
+    yield states
+
+
+def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> Iterator[Metric]:
+    uuids = {device.index: device.uuid or "" for device in devices}
+    total = {device.index: device.vram_total_mb * _MIB for device in devices}
+    used = {item.index: item.vram_used_mb * _MIB for item in health}
+    columns: list[tuple[str, str, dict[int, float]]] = [
+        ("memory_total_bytes", "Memory of the device.", dict(total)),
+        ("memory_used_bytes", "Memory in use, foreign processes included.", dict(used)),
+        ("utilization_percent", "Share of time in which a kernel ran.", _given(health, "utilization_pct")),
+        ("temperature_celsius", "Temperature of the GPU.", _given(health, "temp_c")),
+        ("power_watts", "Power draw.", _given(health, "power_w")),
+    ]
+    for name, text, values in columns:
+        family = GaugeMetricFamily(f"neuron_device_{name}", text, labels=["index", "uuid"])
+        for index, value in values.items():
+            family.add_metric([str(index), uuids.get(index, "")], value)
+        yield family
+
+
+def _given(health: Sequence[DeviceHealth], field: str) -> dict[int, float]:
+    """The field by device index, for the devices whose driver gives it."""
+    return {item.index: value for item in health if (value := getattr(item, field)) is not None}

@@ -1,0 +1,39 @@
+"""Whether an engine serves, and whether it is ours that does."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+FIRST_PAUSE_SECS = 0.1
+LONGEST_PAUSE_SECS = 0.5
+_ASK = aiohttp.ClientTimeout(total=5)
+
+
+async def until_ready(session: aiohttp.ClientSession, url: str, *, health_path: str, api_key: str) -> None:
+    """Returns once the engine at `url` is healthy and has shown that it is the one that was given `api_key`.
+
+    Has no deadline of its own: the caller watches the clock and the process.
+    """
+    pause = FIRST_PAUSE_SECS
+    while not (await _status(session, url + health_path) == 200 and await knows_key(session, url, api_key)):
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.2, LONGEST_PAUSE_SECS)
+
+
+async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:
+    """True when what answers at `url` takes this key and wants one: a stranger on the port does not know it, and one
+    that answers everybody is not ours either."""
+    listing = url + "/v1/models"
+    with_key = await _status(session, listing, {"Authorization": f"Bearer {api_key}"})
+    return with_key == 200 and await _status(session, listing) == 401
+
+
+async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:
+    """The status of a GET, None when there was no answer."""
+    try:
+        async with session.get(url, headers=headers, timeout=_ASK, allow_redirects=False) as response:
+            return response.status
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        return None
