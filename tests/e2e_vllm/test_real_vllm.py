@@ -28,7 +28,8 @@ def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
 
 def ask(fleet: Fleet, model: str) -> tuple[int, dict[str, str], str]:
     """A short chat without any client package: status, headers, text or error message."""
-    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, **WHOLE}
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0, **WHOLE}
     answer = fleet.cortex.request("/v1/chat/completions", body)
     if answer.status == 200:
         return answer.status, answer.headers, answer.body["choices"][0]["message"]["content"]
