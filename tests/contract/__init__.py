@@ -1,0 +1,1 @@
+"""What the project promises as a whole: documents, examples, boundaries, routes."""

@@ -1,0 +1,102 @@
+"""What may import what, and how large a module may get."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import cortex
+import neuron
+import shared
+from tests.contract.documents import TOP
+
+PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "neuron"}}
+SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
+ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
+PURE = (
+    *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue")),
+    *(f"cortex/proxy/{name}.py" for name in ("body", "headers", "usage")),
+    *(f"neuron/{name}.py" for name in ("devices", "spec", "owned_flags", "links", "gpu_presets")),
+    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
+)
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path} has a relative import"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_along_the_arrows(package: str) -> None:
+    """cortex -> shared <- neuron: none knows the other, shared knows neither, and none knows the tests."""
+    assert SOURCES[package]
+    for path in SOURCES[package]:
+        assert imported(path).isdisjoint(PACKAGES[package] | {"tests"}), path
+
+
+def test_neurons_processes_are_started_by_name_only() -> None:
+    """cortex dev starts neurons as a user would; no module reaches into the other package by a string either."""
+    for path in SOURCES["cortex"]:
+        assert "import_module" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_decisions_are_pure(name: str) -> None:
+    """A decision is made from its arguments: no loop, no socket, no process, no clock."""
+    forbidden = {"aiohttp", "asyncio", "socket", "subprocess", "threading", "time", "os", "logging"}
+    assert imported(TOP / name).isdisjoint(forbidden), name
+
+
+def test_wire_models_import_no_server() -> None:
+    """The protocol can be read and used without running anything."""
+    for path in (TOP / "shared" / "protocol").glob("*.py"):
+        assert imported(path) <= {"__future__", "typing", "enum", "collections", "pydantic", "shared"}, path
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    """400 lines a module, 60 a function: what is longer has two subjects."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("module", [cortex, neuron, shared], ids=lambda module: module.__name__)
+def test_packages_are_ours(module: object) -> None:
+    """`shared` is a common name: what is imported is what is in this checkout, or was installed from it."""
+    name = getattr(module, "__name__", "")
+    file = Path(str(getattr(module, "__file__", "")))
+    assert file == TOP / name / "__init__.py"
+    assert name in sys.modules
+
+
+def test_readme_is_short() -> None:
+    """Under 150 lines; the rest is in docs/."""
+    assert len((TOP / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_readme_links_every_document() -> None:
+    """Nothing in docs/ is hidden, and no link in README or docs/ leads nowhere."""
+    import re
+
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    for path in (TOP / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in readme
+    for document in (TOP / "README.md", *(TOP / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"

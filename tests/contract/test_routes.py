@@ -1,0 +1,177 @@
+"""The two tables of requests, and the metrics: all there, and all documented."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import pytest
+from aiohttp import web
+
+from cortex.api.routes import GATEWAY_ROUTES, METRICS_ROUTES
+from cortex.fleet import Fleet
+from cortex.in_flight import InFlight
+from cortex.metrics import Metrics
+from neuron.app import build_app
+from neuron.config import NeuronConfig
+from neuron.metrics import NeuronMetrics
+from shared.errors import ServiceError
+from shared.protocol import Device, DeviceHealth
+from tests.contract.documents import TOP
+
+NEURON_TABLE = {
+    ("GET", "/discovery"),
+    ("GET", "/health"),
+    ("GET", "/models"),
+    ("POST", "/models/load"),
+    ("POST", "/models/unload"),
+    ("GET", "/models/{model_id}/endpoint"),
+    ("GET", "/models/{model_id}/logs"),
+    ("GET", "/events"),
+    ("GET", "/metrics"),
+}
+INFERENCE = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/pooling",
+    "/classify",
+    "/tokenize",
+    "/detokenize",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+)
+CORTEX_TABLE = {
+    *(("POST", path) for path in INFERENCE),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model_id}"),
+    ("GET", "/health"),
+    ("GET", "/fleet"),
+    ("GET", "/fleet/events"),
+    ("GET", "/fleet/explain"),
+    ("POST", "/fleet/load"),
+    ("POST", "/fleet/unload"),
+    ("POST", "/fleet/nodes/{name}/drain"),
+    ("POST", "/fleet/nodes/{name}/resume"),
+}
+CORTEX_METRICS = {
+    "cortex_requests_total": {"model", "node", "status"},
+    "cortex_request_errors_total": {"model", "node", "code"},
+    "cortex_cold_starts_total": {"model", "node"},
+    "cortex_request_duration_seconds": {"model", "node"},
+    "cortex_time_to_first_byte_seconds": {"model", "node"},
+    "cortex_cold_start_seconds": {"model", "node"},
+    "cortex_requests_in_flight": {"model", "node"},
+    "cortex_node_healthy": {"node"},
+    "cortex_tokens_total": {"model", "node", "kind"},
+}
+NEURON_METRICS = {
+    "neuron_device_memory_used_bytes",
+    "neuron_engine_state",
+    "neuron_engine_restarts_total",
+    "neuron_model_load_seconds",
+}
+
+
+def routes_of(app: web.Application) -> set[tuple[str, str]]:
+    """(method, path) of every route, patterns of variables left out; aiohttp's HEAD beside each GET too."""
+    found = set()
+    for route in app.router.routes():
+        resource = route.resource
+        assert resource is not None
+        found.add((route.method, re.sub(r":[^}]+(?=})", "", resource.canonical)))
+    return {(method, path) for method, path in found if method != "HEAD"}
+
+
+def document(name: str) -> str:
+    return (TOP / "docs" / name).read_text(encoding="utf-8")
+
+
+def sample_names(exposition: bytes) -> set[str]:
+    """The names of the families on a metrics page, with `_total` where the samples have it."""
+    names = set()
+    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", exposition.decode(), re.MULTILINE):
+        if not name.endswith("_created"):
+            names.add(name if kind != "counter" or name.endswith("_total") else f"{name}_total")
+    return names
+
+
+def test_cortex_has_every_route() -> None:
+    """The table of cortex, no more and no less."""
+    app = web.Application()
+    app.add_routes(GATEWAY_ROUTES)
+    assert routes_of(app) == CORTEX_TABLE
+    assert [(route.method, route.path) for route in METRICS_ROUTES] == [("GET", "/metrics")]
+
+
+def test_neuron_has_every_route() -> None:
+    """The table of the neuron protocol, no more and no less."""
+    assert routes_of(build_app(NeuronConfig(), port=1)) == NEURON_TABLE
+
+
+@pytest.mark.parametrize(("name", "table"), [("api.md", CORTEX_TABLE), ("protocol.md", NEURON_TABLE)])
+def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) -> None:
+    """Each path stands in the document of its service, in code marks."""
+    text = document(name).replace("/v1/models/{id}", "/v1/models/{model_id}")
+    for method, path in table:
+        assert re.search(rf"`(?:{method} )?{re.escape(path)}[`?]", text), (method, path)
+
+
+async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
+    """Names and labels of the contract; every registered one is explained in docs/api.md with its labels."""
+    fleet, in_flight = Fleet([("beast", "http://beast")], unhealthy_after=3), InFlight()
+    metrics = Metrics(fleet, in_flight)
+    metrics.request("m", "beast", 200, 1.0)
+    metrics.error("m", "beast", "code")
+    metrics.first_byte("m", "beast", 0.1)
+    metrics.cold_start("m", "beast", 1.0)
+    metrics.tokens("m", "beast", prompt=1, completion=1)
+    with in_flight.counted("m", "beast"):
+        page = metrics.exposition()
+    assert sample_names(page) == set(CORTEX_METRICS)
+    for name, labels in CORTEX_METRICS.items():
+        sample = re.search(rf"^{name}(?:_count)?\{{([^}}]*)\}}", page.decode(), re.MULTILINE)
+        assert sample is not None, name
+        assert set(re.findall(r"(\w+)=", sample[1])) == labels
+        row = re.search(rf"^\| `{name}` \| ([\w, ]+) \|", document("api.md"), re.MULTILINE)
+        assert row is not None, name
+        assert set(row[1].split(", ")) == labels
+
+
+def test_neuron_metrics_are_documented() -> None:
+    """Every family on a neuron's page is explained in docs/protocol.md; those of the contract are among them."""
+    metrics = NeuronMetrics()
+    metrics.loaded("m", 1.0)
+    metrics.known("m")
+    page = metrics.render([], [Device(index=0, uuid="GPU-0")], [DeviceHealth(index=0)])
+    names = sample_names(page)
+    assert names >= NEURON_METRICS
+    for name in names:
+        assert f"| `{name}` |" in document("protocol.md")
+
+
+def all_errors(error: type[ServiceError] = ServiceError) -> set[str]:
+    """The default codes of every error class there is."""
+    return {error.default_code}.union(*(all_errors(inner) for inner in error.__subclasses__()))
+
+
+def test_every_code_a_source_names_is_documented() -> None:
+    """Whatever `code` a client of cortex or a caller of neuron may get stands in a document."""
+    text = document("api.md") + document("protocol.md")
+    named = {
+        code
+        for package in ("cortex", "neuron")
+        for path in (TOP / package).rglob("*.py")
+        if "sim" not in path.relative_to(TOP).parts
+        for code in re.findall(r"\b(?:default_)?code ?= ?\"(\w+)\"", path.read_text(encoding="utf-8"))
+    }
+    unused = {"not_found", "conflict", "unavailable"}  # bases: those who raise them give a code
+    missing = {code for code in named | (all_errors() - unused) if f"`{code}`" not in text}
+    assert not missing
