@@ -29,6 +29,7 @@ from cortex.dev.fleet import (
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 
+CORTEX = "cortex"  # a neuron may have this name too: then both end at once
 DEFAULT_PORT = 31313
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0
@@ -97,6 +98,17 @@ class DevFleet:
         self._processes.append((name, process))
         sock.close()
 
+    async def _end(self, processes: list[asyncio.subprocess.Process]) -> None:
+        """SIGTERM, then SIGKILL after the time that draining and stopping engines may take."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            running = [process for process in processes if process.returncode is None]
+            for process in running:
+                process.send_signal(number)
+            if running:
+                await asyncio.wait(
+                    [asyncio.create_task(process.wait()) for process in running], timeout=STOP_TIMEOUT_SECS
+                )
+
     async def first_exit(self) -> str:
         """Waits for a child to end; which one."""
         waits = {asyncio.create_task(process.wait()): name for name, process in self._processes}
@@ -113,14 +125,9 @@ class DevFleet:
                 process.send_signal(number)
 
     async def stop(self) -> None:
-        """SIGTERM, then SIGKILL after the time that draining and stopping engines may take."""
-        self.signal_all(signal.SIGTERM)
-        gone = asyncio.gather(*(process.wait() for _, process in self._processes))
-        try:
-            await asyncio.wait_for(gone, STOP_TIMEOUT_SECS)
-        except asyncio.TimeoutError:
-            self.signal_all(signal.SIGKILL)
-            await asyncio.gather(*(process.wait() for _, process in self._processes))
+        """Cortex first, so that it does not see its neurons leave; then the neurons, which stop their engines."""
+        await self._end([process for name, process in self._processes if name == CORTEX])
+        await self._end([process for name, process in self._processes if name != CORTEX])
         os.close(self._writer)
         os.close(self._lifeline)
 
@@ -170,6 +177,7 @@ async def _start(
     neurons: list[tuple[str, int, str]] = []
     for number, host in enumerate(hosts):
         token, sock = secrets.token_urlsafe(24), bind("127.0.0.1", 0)
+        sock.listen()  # from now on callers wait instead of being refused
         neurons.append((host.name, sock.getsockname()[1], token))
         config_fd = _memory_file(f"{host.name}.toml", neuron_table(host, number, engine, token=token))
         await fleet.start(host.name, "neuron", config_fd, sock)
@@ -177,7 +185,7 @@ async def _start(
     models_fd = _memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
     table = cortex_table(neurons, models_config=f"/dev/fd/{models_fd}", metrics_listen=metrics_listen)
     config_fd = _memory_file("cortex.toml", table)
-    await fleet.start("cortex", "cortex", config_fd, gateway, models_fd)
+    await fleet.start(CORTEX, "cortex", config_fd, gateway, models_fd)
     os.close(config_fd)
     os.close(models_fd)
 
