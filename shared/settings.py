@@ -5,6 +5,7 @@ Every mistake is found before anything starts, and its message names the file (o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -61,8 +62,8 @@ def load_settings(
 ) -> Settings:
     """`path` overlaid with `PREFIX_KEY=` and `PREFIX_SECTION__KEY=` from the environment, validated.
 
-    A value that starts with `[` or `{` is read as JSON. A variable whose first part is no key of `model` is left alone
-    (other programs use the prefix too) unless it contains `__`, which can only be meant for us.
+    A value that starts with `[` or `{` and is JSON is read as such. A variable whose first part is no key of `model`
+    is left alone (other programs use the prefix too) unless it contains `__`, which can only be meant for us.
 
     Raises:
         SettingsError: with one line for each problem.
@@ -89,10 +90,10 @@ def load_settings(
 
 def _overlay(data: dict[str, Any], keys: tuple[str, ...], text: str) -> str | None:
     """Puts `text` at `keys` in `data`; the reason when it cannot."""
-    try:
-        value = json.loads(text) if text[:1] in ("[", "{") else text
-    except ValueError as error:
-        return f"not valid JSON: {error}"
+    value = text
+    if text[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):  # `[::1]:80` is an address and no JSON
+            value = json.loads(text)
     table = data
     for key in keys[:-1]:
         inner = table.setdefault(key, {})

@@ -1,0 +1,145 @@
+"""Configuration: every mistake is found at the start, and its message says where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from shared.settings import SettingsError, SettingsModel, load_settings, read_toml
+
+
+class Inner(SettingsModel):
+    listen: str = "127.0.0.1:1"
+    size: int = Field(default=1, ge=1)
+    names: list[str] = Field(default_factory=list)
+
+
+class Entry(SettingsModel):
+    name: str
+
+
+class Outer(SettingsModel):
+    inner: Inner = Inner()
+    level: str = "info"
+    entries: list[Entry] = Field(default_factory=list)
+    by_name: dict[str, Inner] = Field(default_factory=dict)
+
+
+def load(path: Path, text: str, **environ: str) -> Outer:
+    path.write_text(text, encoding="utf-8")
+    return load_settings(Outer, path, env_prefix="APP_", environ=environ)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "app.toml"
+
+
+def problems(path: Path, text: str, **environ: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load(path, text, **environ)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def test_defaults_and_file(path: Path) -> None:
+    """An empty file is a valid one; what a file gives wins over defaults."""
+    assert load(path, "") == Outer()
+    assert load(path, "level = 'debug'\n[inner]\nsize = 5").inner.size == 5
+
+
+def test_without_a_file_the_environment_alone_counts() -> None:
+    """A service may be configured without any file."""
+    settings = load_settings(Outer, None, env_prefix="APP_", environ={"APP_INNER__SIZE": "3"})
+    assert settings.inner.size == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("levle = 'debug'", "{path}: levle: unknown key (value 'debug')"),
+        ("[inner]\nsice = 5", "{path}: inner.sice: unknown key (value 5)"),
+        ("[[entries]]\nname = 'a'\n[[entries]]\nname = 'b'\nage = 1", "{path}: entries[1].age: unknown key (value 1)"),
+        ("[[entries]]", "{path}: entries[0].name: required, but missing"),
+        ("[inner]\nsize = 'much'", "{path}: inner.size = 'much': Input should be a valid integer"),
+        ("[inner]\nsize = 0", "{path}: inner.size = 0: Input should be greater than or equal to 1"),
+        ("inner = 5", "{path}: inner = 5: Input should be"),
+        ("[by_name.x]\nsize = -1", "{path}: by_name.x.size = -1: Input should be greater"),
+        ("level = ", "{path}: not valid TOML: "),
+        ("level = 'a'\nlevel = 'b'", "{path}: not valid TOML: "),
+    ],
+)
+def test_a_mistake_names_file_key_and_value(path: Path, text: str, expected: str) -> None:
+    """Whoever reads the one line knows what to change."""
+    found = problems(path, text)
+    assert len(found) == 1
+    assert found[0].startswith(expected.format(path=path))
+
+
+def test_all_mistakes_are_told_at_once(path: Path) -> None:
+    """Nobody has to start a service three times to find three mistakes."""
+    assert len(problems(path, "wrong = 1\n[inner]\nsize = 0\nnames = 'x'")) == 3
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    """A missing file, a directory, and bytes that are no text are named too."""
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(SettingsError, match=str(path)):
+            read_toml(path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="not UTF-8"):
+        read_toml(binary)
+
+
+def test_environment_wins_over_the_file(path: Path) -> None:
+    """At the top, in a table, in a table that the file lacks, and in tables by name."""
+    settings = load(
+        path,
+        "level = 'info'\n[inner]\nsize = 5",
+        APP_LEVEL="debug",
+        APP_INNER__SIZE="7",
+        APP_BY_NAME__X__SIZE="9",
+        OTHER_LEVEL="error",
+    )
+    assert (settings.level, settings.inner.size, settings.by_name["x"].size) == ("debug", 7, 9)
+
+
+def test_environment_gives_lists_and_tables_as_json(path: Path) -> None:
+    """A whole list of tables, and a list inside a table."""
+    settings = load(path, "", APP_ENTRIES='[{"name": "a"}, {"name": "b"}]', APP_INNER__NAMES='["x", "y"]')
+    assert [entry.name for entry in settings.entries] == ["a", "b"]
+    assert settings.inner.names == ["x", "y"]
+
+
+def test_environment_value_that_only_looks_like_json(path: Path) -> None:
+    """`[::1]:80` is an address: what begins with a bracket and is no JSON is text."""
+    assert load(path, "", APP_INNER__LISTEN="[::1]:80").inner.listen == "[::1]:80"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        (
+            "APP_INNER__SIZE",
+            "much",
+            "environment APP_INNER__SIZE: inner.size = 'much': Input should be a valid integer",
+        ),
+        ("APP_INNER__SICE", "1", "environment APP_INNER__SICE: inner.sice: unknown key"),
+        ("APP_INER__SIZE", "1", "environment APP_INER__SIZE: no such key 'iner.size'"),
+        ("APP_ENTRIES__0__NAME", "a", "environment APP_ENTRIES__0__NAME: 'entries' is not a table"),
+        ("APP_ENTRIES", "[{", "environment APP_ENTRIES: entries = '[{': Input should be a valid list"),
+        ("APP_ENTRIES", '[{"nam": 1}]', "environment APP_ENTRIES: entries[0].nam"),
+    ],
+)
+def test_a_mistake_in_the_environment_names_the_variable(path: Path, variable: str, value: str, expected: str) -> None:
+    """The file is not blamed for what a variable says."""
+    found = problems(path, "[[entries]]\nname = 'a'", **{variable: value})
+    assert any(line.startswith(expected) for line in found), found
+
+
+def test_other_programs_may_use_the_prefix(path: Path) -> None:
+    """APP_URL is no key, and no mistake of ours either."""
+    assert load(path, "", APP_URL="http://x", APP_="", APP_API_KEY="k") == Outer()
