@@ -1,0 +1,56 @@
+"""Errors as data: status, code, type, and both shapes of a body."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    RequestTooLarge,
+    ServiceError,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    UpstreamError,
+)
+
+CASES: list[tuple[ServiceError, int, str, str, str]] = [
+    (ServiceError("x"), 500, "internal_error", "api_error", "api_error"),
+    (InvalidRequest("x"), 400, "invalid_request", "invalid_request_error", "invalid_request_error"),
+    (Unauthorized("x"), 401, "invalid_api_key", "authentication_error", "authentication_error"),
+    (NotFound("x", code="model_not_found"), 404, "model_not_found", "invalid_request_error", "not_found_error"),
+    (Conflict("x"), 409, "conflict", "invalid_request_error", "invalid_request_error"),
+    (RequestTooLarge("x"), 413, "request_too_large", "invalid_request_error", "request_too_large"),
+    (TooManyRequests("x"), 429, "rate_limit_exceeded", "rate_limit_error", "rate_limit_error"),
+    (UpstreamError("x"), 502, "upstream_unreachable", "api_error", "api_error"),
+    (Unavailable("x", retry_after=1), 503, "unavailable", "api_error", "overloaded_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code", "kind", "anthropic"), CASES, ids=str)
+def test_every_class_has_its_place(error: ServiceError, status: int, code: str, kind: str, anthropic: str) -> None:
+    """Status, code and type of each class, in OpenAI's shape and in Anthropic's."""
+    assert (error.status, error.code, error.type) == (status, code, kind)
+    assert error.body() == {"error": {"message": "x", "type": kind, "code": code, "param": None}}
+    assert error.anthropic_body() == {"type": "error", "error": {"type": anthropic, "message": "x", "code": code}}
+    assert str(error) == "x"
+
+
+@pytest.mark.parametrize(("given", "told"), [(0, 1), (0.2, 1), (1, 1), (9.01, 10), (300, 300)])
+def test_retry_after_is_whole_seconds_and_never_none(given: float, told: int) -> None:
+    """Rounded up: coming back too early is refused again."""
+    assert Unavailable("x", retry_after=given).retry_after == told
+
+
+def test_further_figures_stand_beside_the_message() -> None:
+    """`extra` is inside the error, and the four fields stay."""
+    error = NotFound("x", param="model", extra={"free_mb": 5})
+    assert error.body()["error"] == {
+        "message": "x",
+        "type": "invalid_request_error",
+        "code": "not_found",
+        "param": "model",
+        "free_mb": 5,
+    }

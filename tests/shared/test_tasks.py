@@ -1,0 +1,93 @@
+"""Background work neither dies silently nor outlives its owner."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from shared import tasks
+from shared.tasks import TaskSet, cancel_all, running
+
+
+async def test_a_failing_loop_is_logged_and_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad answer of a neuron must not end the watching of it."""
+    monkeypatch.setattr(tasks, "RESTART_DELAY_SECS", 0.001)
+    third, starts = asyncio.Event(), 0
+
+    async def work() -> None:
+        nonlocal starts
+        starts += 1
+        if starts >= 3:
+            third.set()
+            await asyncio.Event().wait()
+        raise RuntimeError("bad answer")
+
+    async with running(watch=work):
+        await third.wait()
+    assert caplog.text.count("background task watch failed") == 2
+
+
+async def test_loops_end_with_their_owner() -> None:
+    """Leaving the body, by an exception too, waits until the loop's own clean-up is done."""
+    started, events = asyncio.Event(), []
+
+    async def work() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            events.append("cleaned up")
+
+    async def owner() -> None:
+        async with running(watch=work):
+            await started.wait()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        await owner()
+    assert events == ["cleaned up"]
+
+
+async def test_task_set_keeps_logs_and_ends_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    """A failure nobody waits for is logged with the task's name; close ends what still runs."""
+    spawned = TaskSet()
+    forever = asyncio.Event()
+
+    async def fail() -> None:
+        raise ValueError("why")
+
+    failing = spawned.spawn(fail(), name="load org/model")
+    waiting = spawned.spawn(forever.wait(), name="waiting")
+    await asyncio.wait([failing])
+    await asyncio.sleep(0)
+    assert "task load org/model failed" in caplog.text
+    await spawned.close()
+    assert waiting.cancelled()
+
+
+async def test_cancel_all_waits_for_the_end() -> None:
+    """A task that takes its time over its end is waited for, and one that fails then does not hinder the others."""
+    ended: list[str] = []
+
+    async def slow() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            ended.append("slow")
+
+    async def failing() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise RuntimeError("at the end")
+
+    started = [asyncio.create_task(slow()), asyncio.create_task(failing())]
+    await asyncio.sleep(0)
+    await cancel_all(started)
+    assert ended == ["slow"]
