@@ -15,7 +15,7 @@ from cortex.routing import Load
 from cortex.snapshot import Reservation
 from shared.errors import Unavailable
 from shared.protocol import ModelStatus
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,8 @@ class Loader:
             Unavailable: it failed, or did not settle within `timeout_secs`.
         """
         try:
-            await asyncio.wait_for(self._settled(model_id, node), timeout_secs)
+            async with timeout(timeout_secs):
+                await self._settled(model_id, node)
         except asyncio.TimeoutError:
             raise self.failed(model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s") from None
         view = self._fleet.snapshot().nodes[node].models.get(model_id)

@@ -16,7 +16,7 @@ from cortex.config import PollSettings
 from cortex.fleet import Fleet
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from shared.protocol import Discovery, ModelView
-from shared.tasks import cancel_all
+from shared.tasks import cancel_all, timeout
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class NodeWatch:
         pause = self._settings.interval_secs * random.random()  # noqa: S311 - spreads load, hides nothing
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with timeout(pause):
+                    await self._wake.wait()
             self._wake.clear()
             await self.poll()
             pause = self._settings.interval_secs
@@ -79,7 +80,8 @@ class NodeWatch:
 
     async def _poll_once(self) -> None:
         try:
-            await asyncio.wait_for(self._ask(), self._settings.timeout_secs)
+            async with timeout(self._settings.timeout_secs):
+                await self._ask()
         except asyncio.TimeoutError:
             self._fleet.miss(self.name, f"no answer within {self._settings.timeout_secs:g} s")
         except (NeuronUnreachable, NeuronRefused) as error:
@@ -105,7 +107,8 @@ class NodeWatch:
                 await self._listen()
             except NeuronRefused:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._until(lambda: self._instance != instance), NO_EVENTS_RETRY_SECS)  # noqa: B023 - awaited in this round
+                    async with timeout(NO_EVENTS_RETRY_SECS):
+                        await self._until(lambda: self._instance != instance)  # noqa: B023 - awaited in this round
             except NeuronUnreachable as error:
                 log.debug("%s", error)
             self.nudge()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from neuron import session
+from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
         try:
-            await asyncio.wait_for(self.main_exited.wait(), grace_secs)
+            async with timeout(grace_secs):
+                await self.main_exited.wait()
         except asyncio.TimeoutError:
             log.warning("engine process %d is still there %g s after SIGTERM: killing it", self.pid, grace_secs)
             await self.kill()
@@ -115,7 +117,9 @@ class EngineProcess:
     async def _linger(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + LINGER_SECS
-        while not self._killed and loop.time() < deadline and await self._live_members():
+        while True:  # nothing tells when a process ends that is not our child
+            if self._killed or loop.time() >= deadline or not await self._live_members():
+                return
             await asyncio.sleep(_SCAN_SECS[1] / 2)
 
     async def _live_members(self) -> set[int]:

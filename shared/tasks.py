@@ -6,12 +6,22 @@ import asyncio
 import contextlib
 import logging
 import random
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
+
+# Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
+__all__ = ["TaskSet", "cancel_all", "keep_running", "running", "timeout"]
 
 log = logging.getLogger(__name__)
 
 RESTART_DELAY_SECS = 1.0
+CANCEL_AGAIN_SECS = 1.0
 
 
 async def keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -35,10 +45,18 @@ async def running(**loops: Callable[[], Awaitable[None]]) -> AsyncIterator[None]
 
 
 async def cancel_all(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancels the tasks and waits until each has really ended."""
+    """Cancels the tasks and waits until each has really ended.
+
+    A task can lose a cancellation in code that is not ours: it is told again until it hears.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_SECS)
     for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        if not task.cancelled():
+            task.exception()  # looked at, so that it is not reported as never retrieved
 
 
 class TaskSet:
