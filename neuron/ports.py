@@ -9,10 +9,15 @@ from shared.errors import Unavailable
 
 
 class PortPool:
-    """Hands out ports of this host. All harnesses share one pool, since their ranges may overlap."""
+    """Hands out ports of this host. All harnesses share one pool, since their ranges may overlap.
+
+    `host` is looked up once, here. Raises OSError when it has no address.
+    """
 
     def __init__(self, host: str) -> None:
         self._host = host
+        family, *_, address = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self._family, self._address = family, str(address[0])
         self._reserved: set[int] = set()
         self._next: dict[tuple[int, int], int] = {}
 
@@ -34,7 +39,7 @@ class PortPool:
         start = self._next.get(ports, random.randrange(size))  # noqa: S311 - spreads, protects nothing
         for step in range(size):
             port = first + (start + step) % size
-            if port not in self._reserved and is_free(self._host, port):
+            if port not in self._reserved and self._is_free(port):
                 self._reserved.add(port)
                 self._next[ports] = (start + step + 1) % size
                 return port
@@ -43,16 +48,12 @@ class PortPool:
     def release(self, port: int) -> None:
         self._reserved.discard(port)
 
-
-def is_free(host: str, port: int) -> bool:
-    """True when the port can be bound. Without SO_REUSEADDR, which would share it with an engine that has bound it
-    but does not listen yet, as vLLM does while it loads."""
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    with socket.socket(family, kind, proto) as probe:
-        try:
-            probe.bind(address)
-        except OSError:
-            return False
-    return True
+    def _is_free(self, port: int) -> bool:
+        """True when the port can be bound. Without SO_REUSEADDR, which would share it with an engine that has bound
+        it but does not listen yet, as vLLM does while it loads."""
+        with socket.socket(self._family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((self._address, port))
+            except OSError:
+                return False
+        return True

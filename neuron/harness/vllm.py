@@ -13,7 +13,7 @@ from shared.protocol import Progress
 
 DEFAULT_COMMAND = ("vllm",)
 _SIZES_MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
-THREADS_BIND = "VLLM_CPU_OMPTHREADS_BIND"
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class VllmHarness:

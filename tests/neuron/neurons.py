@@ -1,0 +1,218 @@
+"""Neurons for the tests: served in this process or as real ones, with the simulated engine as real child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from neuron.app import build_app
+from neuron.config import NeuronConfig
+from neuron.keys import SERVICES
+from neuron.workers import Workers
+from shared.serve import Site, bind, serving
+
+MARK_VARIABLE = "ENGINE_TEST_MARK"
+"""Inherited by everything a test starts, so that what it leaves behind can be told from other tests' processes."""
+REPOSITORY = Path(__file__).parent.parent.parent
+TIMEOUT_SECS = 20.0
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Live processes, other than this one, that inherited the mark."""
+    wanted = f"{MARK_VARIABLE}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if wanted in (entry / "environ").read_bytes().split(b"\0") and state not in ("Z", "X"):
+                    found.append(int(entry.name))
+    return found
+
+
+async def until(condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_secs: float = TIMEOUT_SECS) -> Any:
+    """What `condition` gives, as soon as that is true. Fails the test when it does not become so."""
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout_secs} s: {condition}"
+        await asyncio.sleep(0.02)
+
+
+@dataclass
+class Answer:
+    """Status and JSON body of a response."""
+
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = self.body["error"]
+        return error
+
+
+@dataclass
+class Client:
+    """A caller of a neuron's HTTP API."""
+
+    session: aiohttp.ClientSession
+    base: str
+
+    async def call(self, method: str, path: str, **options: Any) -> Answer:
+        async with self.session.request(method, self.base + path, **options) as response:
+            text = await response.text()
+            is_json = response.content_type == "application/json"
+            return Answer(response.status, json.loads(text) if is_json else text, response.headers)
+
+    async def load(self, model_id: str, *args: str, wait: bool = True, **fields: Any) -> Answer:
+        """Loads with the sim harness; `args` are the engine's."""
+        body = {"model_id": model_id, "harness": "sim", **({"args": list(args)} if args else {}), **fields}
+        return await self.call("POST", f"/models/load{'' if wait else '?wait=false'}", json=body)
+
+    async def unload(self, model_id: str) -> Answer:
+        return await self.call("POST", "/models/unload", json={"model_id": model_id})
+
+    async def model(self, model_id: str) -> dict[str, Any]:
+        """The model's entry of `/models`, empty when it is not listed."""
+        listed = (await self.call("GET", "/models")).body
+        return next((entry for entry in listed if entry["id"] == model_id), {})
+
+    async def until_status(self, model_id: str, status: str) -> dict[str, Any]:
+        async def reached() -> dict[str, Any] | None:
+            entry = await self.model(model_id)
+            return entry if entry.get("status") == status else None
+
+        found: dict[str, Any] = await until(reached)
+        return found
+
+    async def endpoint(self, model_id: str) -> Answer:
+        return await self.call("GET", f"/models/{quote(model_id, safe='')}/endpoint")
+
+
+@dataclass
+class Neuron(Client):
+    """A neuron served in this process."""
+
+    workers: Workers
+    state_dir: Path
+
+    @property
+    def reserved_ports(self) -> frozenset[int]:
+        return self.workers._launcher.ports.reserved
+
+
+def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
+    """Two simulated GPUs, a fast engine, and short patience."""
+    sim = {"extra_args": ["--load-secs", "0.2"], "stop_timeout_secs": 3, "port_range": [28100, 28899]}
+    sim.update(changes.pop("sim", {}))
+    settings = {
+        "name": "test",
+        "port": 0,
+        "state_dir": state_dir,
+        "drain_timeout_secs": 2,
+        "harnesses": [{"name": "sim"}, {"name": "vllm"}],
+        "harness": {"sim": sim},
+        "simulate": {"devices": ["RTX 5090", "RTX 5090"]},
+        **changes,
+    }
+    return NeuronConfig.model_validate(settings)
+
+
+@contextlib.asynccontextmanager
+async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
+    """Serves a neuron in this process, through the code that serves it in production."""
+    sock = bind("127.0.0.1", 0)
+    app = build_app(config, port=sock.getsockname()[1])
+    site = Site(app, sock)
+    headers = {} if config.bearer_token is None else {"Authorization": f"Bearer {config.bearer_token}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        serving([site], drain_timeout_secs=config.drain_timeout_secs),
+    ):
+        assert config.state_dir is not None
+        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].workers, config.state_dir)
+
+
+@dataclass
+class NeuronProcess(Client):
+    """`python -m neuron serve` as a child of the test."""
+
+    process: asyncio.subprocess.Process
+    log: Path
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends the signal and waits for the end."""
+        self.process.send_signal(number)
+        return await asyncio.wait_for(self.process.wait(), TIMEOUT_SECS)
+
+
+@contextlib.asynccontextmanager
+async def neuron_process(
+    config_file: Path, *options: str, env: Mapping[str, str] | None = None, pass_fds: tuple[int, ...] = ()
+) -> AsyncIterator[NeuronProcess]:
+    """Starts the real command and waits until it says where it listens; stopped at the end if it still runs."""
+    log = config_file.with_suffix(".log")
+    with log.open("wb") as sink:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "neuron", "serve", "--config", str(config_file), *options),
+            cwd=REPOSITORY,
+            env={**os.environ, **(env or {})},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sink,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=pass_fds,
+        )
+    try:
+        address = await until(lambda: process.returncode is not None or listening_address(log))
+        assert isinstance(address, str), log.read_text()
+        async with aiohttp.ClientSession() as session:
+            yield NeuronProcess(session, address, process, log)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+def listening_address(log: Path) -> str | None:
+    found = [line.rpartition(" ")[2] for line in log.read_text().splitlines() if " listening on " in line]
+    return found[0] if found else None
+
+
+def toml_config(directory: Path, *lines: str) -> Path:
+    """A neuron.toml with one simulated GPU and the given lines before its tables."""
+    path = directory / "neuron.toml"
+    tables = (
+        '[[harnesses]]\nname = "sim"\n[harness.sim]\nextra_args = ["--load-secs", "0.2"]\nport_range = [28900, 28999]\n'
+        '[simulate]\ndevices = ["RTX 4090"]\n'
+    )
+    path.write_text("\n".join((*lines, tables)))
+    return path
+
+
+@contextlib.contextmanager
+def listening_socket() -> Iterator[int]:
+    """A port of the loopback that somebody else listens on."""
+    sock = bind("127.0.0.1", 0)
+    sock.listen()
+    try:
+        yield int(sock.getsockname()[1])
+    finally:
+        sock.close()

@@ -1,0 +1,152 @@
+"""Command lines and environments, as the pure functions make them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neuron.config import HarnessSettings
+from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.environment import inheritable
+from neuron.harness.vllm import cpu_binding
+from neuron.spec import EngineSpec
+from shared.protocol import Device
+
+GPUS = (
+    Device(index=0, name="A", vram_total_mb=32000, uuid="GPU-a"),
+    Device(index=1, name="B", vram_total_mb=24000, uuid="GPU-b"),
+)
+SPEC = EngineSpec(model_id="org/model", harness="vllm", source="org/model")
+ENVIRON = {"PATH": "/bin", "HF_TOKEN": "hf", "HOME": "/root"}
+
+
+def command(spec: EngineSpec, *, has_gpu: bool = True, settings: HarnessSettings | None = None) -> EngineCommand:
+    plan = LaunchPlan(
+        spec=spec,
+        settings=settings or HarnessSettings(),
+        devices=GPUS[: spec.tensor_parallel],
+        host="127.0.0.1",
+        port=20001,
+        tmp_dir=Path("/state/engines/1/tmp"),
+        api_key="key",
+        engine_id="instance/1",
+    )
+    facts = HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=ENVIRON, vram_dir=Path("/state/vram"))
+    return HARNESSES[spec.harness].command(plan, facts)
+
+
+def test_vllm_in_full() -> None:
+    """Every field of a spec, in the order vLLM reads it: what neuron sets, the spec's arguments, the operator's."""
+    spec = replace(
+        SPEC,
+        source="/models/m",
+        quant="fp8",
+        tensor_parallel=2,
+        vram_mb=30000,
+        served_names=("alias",),
+        args=("--a", "1"),
+    )
+    made = command(spec, settings=HarnessSettings(command=["/venv/bin/vllm"], extra_args=["--b"]))
+    assert list(made.argv) == [
+        *("/venv/bin/vllm", "serve", "/models/m", "--served-model-name", "org/model", "alias"),
+        *("--host", "127.0.0.1", "--port", "20001", "--tensor-parallel-size", "2", "--quantization", "fp8"),
+        *("--gpu-memory-utilization", "0.62"),  # 15000 of the smaller card's 24000 (0.625, to even)
+        *("--a", "1", "--b"),
+    ]
+    assert made.env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+
+
+def test_vllm_in_short() -> None:
+    """What a spec leaves out is left to vLLM."""
+    assert list(command(SPEC).argv) == [
+        *("vllm", "serve", "org/model", "--served-model-name", "org/model", "--host", "127.0.0.1", "--port", "20001")
+    ]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--gpu-memory-utilization=0.5", "--gpu_memory_utilization", "--kv-cache-memory-bytes"]
+)
+def test_memory_already_sized(flag: str) -> None:
+    """Arguments that size the memory themselves, of the spec or of the operator, are not contradicted."""
+    spec = replace(SPEC, vram_mb=8000)
+    for made in (
+        command(replace(spec, args=(flag, "1"))),
+        command(spec, settings=HarnessSettings(extra_args=[flag, "1"])),
+    ):
+        assert made.argv.count("--gpu-memory-utilization") == (flag == "--gpu-memory-utilization")
+
+
+@pytest.mark.parametrize(("vram_mb", "share"), [(8000, "0.25"), (100, "0.02"), (90000, "0.98")])
+def test_memory_share(vram_mb: int, share: str) -> None:
+    """Of the device's memory, within what vLLM can do with it."""
+    assert command(replace(SPEC, vram_mb=vram_mb)).argv[-2:] == ("--gpu-memory-utilization", share)
+
+
+def test_without_gpus() -> None:
+    """No GPU variables, no share of a GPU's memory; ranks get cores of their own."""
+    made = command(replace(SPEC, tensor_parallel=2, vram_mb=8000), has_gpu=False)
+    assert "CUDA_VISIBLE_DEVICES" not in made.env
+    assert "--gpu-memory-utilization" not in made.argv
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1|2-3"
+    own = HarnessSettings(env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    assert (
+        command(replace(SPEC, tensor_parallel=2), has_gpu=False, settings=own).env["VLLM_CPU_OMP_THREADS_BIND"]
+        == "nobind"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cpus", "bound"),
+    [
+        (1, (0, 1), None),
+        (2, (0, 1), "0|1"),
+        (2, (7, 1, 3, 2), "1-2|3,7"),
+        (2, (0, 1, 2, 3, 4), "0-1|2-3"),
+        (4, (0, 1), None),
+    ],
+)
+def test_cpu_binding(ranks: int, cpus: tuple[int, ...], bound: str | None) -> None:
+    """Equal shares of the allowed cores; left to vLLM for one rank, and where there are too few cores."""
+    assert cpu_binding(ranks, cpus).get("VLLM_CPU_OMP_THREADS_BIND") == bound
+
+
+@pytest.mark.parametrize("harness", ["vllm", "sim"])
+def test_environment(harness: str) -> None:
+    """The key is in the environment and not in argv; what neuron needs stands whatever the operator sets."""
+    spec = replace(SPEC, harness=harness)
+    made = command(spec, settings=HarnessSettings(env={"X": "1", "VLLM_API_KEY": "mine", "TMPDIR": "/tmp"}))
+    assert made.env["VLLM_API_KEY"] == "key"
+    assert "key" not in made.argv
+    assert made.env["TMPDIR"] == "/state/engines/1/tmp"
+    assert made.env["NEURON_ENGINE_ID"] == "instance/1"
+    assert (made.env["SPT_NOENV"], made.env["VLLM_NO_USAGE_STATS"], made.env["DO_NOT_TRACK"]) == ("1", "1", "1")
+    assert (made.env["X"], made.env["HF_TOKEN"]) == ("1", "hf")
+
+
+def test_nothing_of_neuron_is_inherited() -> None:
+    """Neither its token, under whatever name, nor its supervisor's sockets, nor another engine's key."""
+    environ = {
+        **ENVIRON,
+        **dict.fromkeys(
+            ("NEURON_TOKEN", "CORTEX_API_KEY", "BEAST_TOKEN", "NOTIFY_SOCKET", "LISTEN_FDS", "VLLM_API_KEY"), "x"
+        ),
+    }
+    assert inheritable(environ, secrets=frozenset({"BEAST_TOKEN"})) == ENVIRON
+
+
+def test_sim() -> None:
+    """The same command line as vLLM's, and the devices whose simulated memory it takes."""
+    made = command(
+        replace(SPEC, harness="sim", tensor_parallel=2, vram_mb=5000, args=("--load-secs", "1")), has_gpu=False
+    )
+    assert list(made.argv) == [
+        *(sys.executable, "-m", "neuron.sim", "serve", "org/model", "--served-model-name", "org/model"),
+        *("--host", "127.0.0.1", "--port", "20001", "--tensor-parallel-size", "2", "--vram-mb", "5000"),
+        *("--load-secs", "1"),
+    ]
+    assert json.loads(made.env["NEURON_SIM_DEVICES"]) == {"GPU-a": 32000, "GPU-b": 24000}
+    assert made.env["NEURON_SIM_VRAM_DIR"] == "/state/vram"

@@ -1,0 +1,198 @@
+"""The smaller parts: log files, ports, devices, the state directory, engines' own figures."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron.activity import activity_of
+from neuron.devices import check_devices, choose
+from neuron.engine import memory_of
+from neuron.engine_log import EngineLog, LogFollower
+from neuron.occupancy import Occupancy
+from neuron.ports import PortPool
+from neuron.spec import EngineSpec
+from neuron.state_dir import StateDir, StateDirError
+from neuron.topology import Topology
+from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import Device, DeviceHealth, Link, LinkKind
+
+# --- log files
+
+
+def test_tail_is_bounded(tmp_path: Path) -> None:
+    """By lines and by bytes; the piece of a line that the bytes begin with is left out."""
+    path = tmp_path / "engine.log"
+    path.write_text("".join(f"line {number:04}\n" for number in range(1000)))
+    log = EngineLog(path)
+    assert log.tail(2) == ["line 0998", "line 0999"]
+    assert log.tail(10_000, max_bytes=25) == ["line 0998", "line 0999"]
+    assert log.tail(0) == []
+    assert EngineLog(tmp_path / "none").tail(5) == []
+
+
+def test_follower_gives_each_line_once(tmp_path: Path) -> None:
+    """Half a line waits for its other half; progress bars count as lines; bytes that are no text do no harm."""
+    path = tmp_path / "engine.log"
+    follower = LogFollower(EngineLog(path))
+    assert follower.new_lines() == []
+    path.write_bytes(b"one\ntw")
+    assert follower.new_lines() == ["one"]
+    with path.open("ab") as file:
+        file.write(b"o\r 10%\r 20%\r\n\xff\n\nlast")
+    assert follower.new_lines() == ["two", " 10%", " 20%", "\ufffd"]
+    path.write_bytes(b"new\n")
+    assert follower.new_lines() == ["new"]
+
+
+# --- ports
+
+
+def test_ports_in_use_are_skipped() -> None:
+    """Reserved ones and those somebody is bound to, whether listening or not; one given back is free again."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        taken = other.getsockname()[1]
+        pool = PortPool("127.0.0.1")
+        with pytest.raises(Unavailable) as none_left:
+            pool.reserve((taken, taken))
+        assert none_left.value.code == "no_free_port"
+    assert pool.reserve((taken, taken)) == taken
+    with pytest.raises(Unavailable):
+        pool.reserve((taken, taken))
+    pool.release(taken)
+    assert pool.reserve((taken, taken)) == taken
+
+
+def test_port_given_back_is_the_last_to_be_taken_again() -> None:
+    """A caller that still has its address is not sent to another model's engine."""
+    pool = PortPool("127.0.0.1")
+    first = pool.reserve((28000, 28009))
+    pool.release(first)
+    assert pool.reserve((28000, 28009)) != first
+
+
+# --- devices
+
+
+def gpu(index: int, name: str = "A", total: int = 32000, lost: str | None = None) -> Device:
+    return Device(index=index, name=name, vram_total_mb=total, uuid=f"GPU-{index}", lost=lost)
+
+
+def spec(tensor_parallel: int = 1, **fields: Any) -> EngineSpec:
+    return EngineSpec("m", "vllm", "m", tensor_parallel=tensor_parallel, **fields)
+
+
+FOUR = Topology(
+    devices=tuple(gpu(index) for index in range(4)),
+    links=(Link(a=1, b=3, kind=LinkKind.NVLINK, nvlinks=4), Link(a=0, b=1, kind=LinkKind.SYS)),
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "wanted", "free", "chosen"),
+    [
+        (FOUR, spec(), {0: 10, 1: 30, 2: 20, 3: 10}, [1]),
+        (FOUR, spec(2), dict.fromkeys(range(4), 30_000), [1, 3]),
+        (FOUR, spec(2, vram_mb=40_000), {0: 30_000, 1: 30_000, 2: 30_000, 3: 10}, [0, 1]),
+        (FOUR, spec(devices=(2,)), {2: 0}, [2]),
+        (Topology(devices=(gpu(0), gpu(1, "B"), gpu(2))), spec(2), {0: 9, 1: 99, 2: 9}, [0, 2]),
+        (Topology(devices=(gpu(0, lost="fell off"), gpu(1))), spec(), {1: 1}, [1]),
+        (Topology(), spec(2), {}, []),
+    ],
+)
+def test_choice_of_devices(topology: Topology, wanted: EngineSpec, free: dict[int, float], chosen: list[int]) -> None:
+    """Named ones as named; else room first, then equal cards, faster links, more free memory; never a lost one."""
+    assert [device.index for device in choose(wanted, topology, free_mb=free, engines={})] == chosen
+
+
+def test_devices_that_are_lost() -> None:
+    """Naming one, or needing it, is refused with the reason."""
+    topology = Topology(devices=(gpu(0, lost="fell off the bus"), gpu(1)))
+    with pytest.raises(InvalidRequest, match="fell off the bus"):
+        check_devices(spec(devices=(0,)), topology)
+    with pytest.raises(InvalidRequest, match="1 can be used"):
+        check_devices(spec(2), topology)
+    check_devices(spec(8), Topology())  # a CPU host has no devices to count
+
+
+def test_promised_memory_counts() -> None:
+    """What an engine was promised is taken, though it has not filled it yet, until it leaves."""
+    health = [DeviceHealth(index=index, vram_free_mb=32000) for index in range(4)]
+    occupancy = Occupancy()
+    placed = [occupancy.place(number, spec(vram_mb=20_000), FOUR, health)[0].index for number in range(4)]
+    assert placed == [0, 1, 2, 3]
+    occupancy.leave(2)
+    assert occupancy.place(9, spec(vram_mb=20_000), FOUR, health)[0].index == 2
+
+
+def test_memory_of_processes() -> None:
+    """Summed over devices; None when no device knows any of them, which is not the same as nothing."""
+    usage = {0: {7: 100, 8: 5}, 1: {7: 50}}
+    assert memory_of({7}, usage) == 150
+    assert memory_of({9}, usage) is None
+
+
+# --- the state directory
+
+
+def test_state_directory(tmp_path: Path) -> None:
+    """This user's alone, cleared of a dead neuron's engines, held by one at a time, removed when wanted."""
+    path = tmp_path / "state"
+    (path / "engines" / "1").mkdir(parents=True)
+    with StateDir(path).held(remove_after=True) as state:
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert not list((path / "engines").iterdir())
+        directory = state.new_engine(1)
+        directory.log.write_text("x")
+        with pytest.raises(StateDirError, match="in use"), StateDir(path).held(remove_after=True):
+            pass
+        assert directory.log.exists()
+    assert not path.exists()
+
+
+def test_state_directory_that_is_not_ours(tmp_path: Path) -> None:
+    """A link, a file, another user's directory: refused, since everybody may write to the place it is in."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("link", "file"):
+        with pytest.raises(StateDirError), StateDir(tmp_path / name).held(remove_after=False):
+            pass
+    if os.getuid() == 0:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", 12345, 12345)
+        with pytest.raises(StateDirError, match="12345"), StateDir(tmp_path / "theirs").held(remove_after=False):
+            pass
+
+
+def test_temporary_directory_is_short_enough(tmp_path: Path) -> None:
+    """A socket that vLLM names by a UUID fits below TMPDIR however long the state directory's path is."""
+    with StateDir(tmp_path / ("x" * 90)).held(remove_after=True) as state:
+        directory = state.new_engine(1)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(directory.tmp / ("u" * 36)))
+        directory.remove()
+        assert not directory.tmp.exists()
+
+
+# --- engines' own figures
+
+
+def test_activity() -> None:
+    """Summed over vLLM's engines and models; not the metrics that only begin with the same name."""
+    page = (
+        "# HELP vllm:num_requests_running x\n"
+        'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
+        'vllm:num_requests_running{engine="1",model_name="m"} 1.0\n'
+        'vllm:num_requests_waiting{engine="0",model_name="m"} 2.0\n'
+        'vllm:num_requests_waiting_by_reason{engine="0",reason="x"} 9.0\n'
+    )
+    found = activity_of("m", page)
+    assert found is not None
+    assert (found.in_flight, found.queue_depth) == (4, 2)
+    assert activity_of("m", "nothing 1\n") is None

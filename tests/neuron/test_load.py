@@ -1,0 +1,247 @@
+"""Loading: joined, refused, explained, and never started twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
+
+MODEL = "org/model"
+
+
+async def test_load_answers_when_the_engine_is_healthy(neuron: Neuron) -> None:
+    """200 comes once the engine serves, and its endpoint takes the key that comes with it and no other."""
+    answer = await neuron.load(MODEL, vram_mb=10_000)
+    assert (answer.status, answer.body["status"]) == (200, "loaded")
+    found = (await neuron.endpoint(MODEL)).body
+    for key, status in ((found["api_key"], 200), ("wrong", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        async with neuron.session.get(f"{found['url']}/v1/models", headers=headers) as response:
+            assert response.status == status
+
+
+async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
+    """The memory is what the engine really holds, and the device's own figure says the same."""
+    await neuron.load(MODEL, tensor_parallel=2, vram_mb=20_000)
+    view = await neuron.model(MODEL)
+    assert view["status"] == "loaded"
+    assert view["harness"] == "sim"
+    assert view["devices"] == [0, 1]
+    assert view["vram_used_mb"] == 20_000
+    assert view["error"] is None
+    devices = (await neuron.call("GET", "/health")).body["devices"]
+    assert [device["vram_used_mb"] for device in devices] == [10_000, 10_000]
+
+
+async def test_fifty_loads_at_once_start_one_engine(neuron: Neuron, mark: str) -> None:
+    """However many ask for the same model at the same time, one process is started and all are told."""
+    answers = await asyncio.gather(*(neuron.load(MODEL) for _ in range(50)))
+    assert {answer.status for answer in answers} == {200}
+    assert len(marked_processes(mark)) == 1
+    assert len(neuron.reserved_ports) == 1
+
+
+async def test_same_spec_again_is_done_already(neuron: Neuron) -> None:
+    """A second load is 200 without a new process, also when it names the devices that neuron had chosen."""
+    await neuron.load(MODEL)
+    pid = (await neuron.model(MODEL))["pid"]
+    chosen = (await neuron.model(MODEL))["devices"]
+    assert (await neuron.load(MODEL)).status == 200
+    assert (await neuron.load(MODEL, devices=chosen)).status == 200
+    assert (await neuron.model(MODEL))["pid"] == pid
+
+
+async def test_other_spec_conflicts(neuron: Neuron) -> None:
+    """While it is loaded, another spec is 409 with the words a cortex looks for; while it loads, without them."""
+    loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "1.5"))
+    await neuron.until_status(MODEL, "loading")
+    early = await neuron.load(MODEL, quant="fp8")
+    assert (early.status, early.error["code"]) == (409, "load_in_progress")
+    assert "already loaded" not in early.error["message"]
+    assert (await loading).status == 200
+    late = await neuron.load(MODEL, "--load-secs", "1.5", quant="fp8")
+    assert (late.status, late.error["code"]) == (409, "already_loaded")
+    assert "already loaded" in late.error["message"]
+    assert "quant" in late.error["message"]
+
+
+async def test_bare_load_takes_the_remembered_spec(neuron: Neuron) -> None:
+    """A body with only model_id: 404 when unknown, joined when there, and the spec of before when unloaded."""
+    assert (await neuron.call("POST", "/models/load", json={"model_id": MODEL})).status == 404
+    await neuron.load(MODEL, tensor_parallel=2, vram_mb=4000)
+    assert (await neuron.call("POST", "/models/load", json={"model_id": MODEL})).status == 200
+    await neuron.unload(MODEL)
+    assert (await neuron.call("POST", "/models/load", json={"model_id": MODEL})).status == 200
+    view = await neuron.model(MODEL)
+    assert (view["tensor_parallel"], view["vram_used_mb"]) == (2, 4000)
+
+
+async def test_not_waiting_is_told_at_once(neuron: Neuron) -> None:
+    """?wait=false: 202 before the engine is ready; what is wrong with the request is still a 4xx."""
+    answer = await neuron.load(MODEL, wait=False)
+    assert (answer.status, answer.body["status"]) == (202, "loading")
+    assert (await neuron.load("other", wait=False, devices=[7])).status == 400
+    await neuron.until_status(MODEL, "loaded")
+
+
+async def test_caller_that_leaves_cancels_nothing(neuron: Neuron) -> None:
+    """The load goes on when nobody waits for it any more."""
+    caller = asyncio.create_task(neuron.load(MODEL, "--load-secs", "0.6"))
+    await neuron.until_status(MODEL, "loading")
+    caller.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await caller
+    await neuron.until_status(MODEL, "loaded")
+
+
+async def test_failed_load_says_why(neuron: Neuron) -> None:
+    """The message has the root cause, which is not the last line, and the last lines; the entry keeps both."""
+    answer = await neuron.load(MODEL, "--fault", "oom-at-load", vram_mb=8000)
+    assert (answer.status, answer.error["code"]) == (500, "load_failed")
+    first, *rest = answer.error["message"].splitlines()
+    assert first.startswith("OutOfMemoryError: CUDA out of memory.")
+    assert "See root cause above" in rest[-1]
+    view = await neuron.model(MODEL)
+    assert view["status"] == "failed"
+    assert view["error"] == first
+    lines = (await neuron.call("GET", f"/models/{MODEL}/logs?tail=5")).body["lines"]
+    assert len(lines) == 5
+    assert not neuron.reserved_ports
+    assert (await neuron.load(MODEL)).status == 200
+
+
+async def test_memory_that_is_not_there(neuron: Neuron) -> None:
+    """An engine that does not fit beside another fails by itself, and the other is none the worse."""
+    await neuron.load("first", devices=[0], vram_mb=30_000)
+    answer = await neuron.load("second", devices=[0], vram_mb=8000)
+    assert "out of memory" in answer.error["message"]
+    assert (await neuron.model("first"))["status"] == "loaded"
+
+
+async def test_two_loads_at_once_take_different_devices(neuron: Neuron) -> None:
+    """The device is taken when it is chosen, not when the engine has filled it."""
+    await asyncio.gather(neuron.load("first", vram_mb=20_000), neuron.load("second", vram_mb=20_000))
+    assert {tuple((await neuron.model(model))["devices"]) for model in ("first", "second")} == {(0,), (1,)}
+
+
+async def test_load_that_takes_too_long(mark: str, tmp_path: Path) -> None:
+    """504 after startup_timeout_secs, with nothing left running."""
+    config = config_of(tmp_path / "state", sim={"startup_timeout_secs": 1.0})
+    async with neuron_here(config) as neuron:
+        answer = await neuron.load(MODEL, "--fault", "never-ready")
+        assert (answer.status, answer.error["code"]) == (504, "load_timeout")
+        assert not marked_processes(mark)
+        assert (await neuron.model(MODEL))["status"] == "failed"
+
+
+async def test_executable_that_is_not_there(mark: str, tmp_path: Path) -> None:
+    """The error names what could not be started."""
+    async with neuron_here(config_of(tmp_path / "state", sim={"command": ["/nowhere/vllm"]})) as neuron:
+        answer = await neuron.load(MODEL)
+        assert (answer.status, answer.error["code"]) == (500, "load_failed")
+        assert "/nowhere/vllm" in answer.error["message"]
+        assert not neuron.reserved_ports
+
+
+# Takes the port itself the first time, between neuron's check and the engine's bind, and lets the engine find out.
+THIEF = """
+import pathlib, socket, subprocess, sys
+once = pathlib.Path(sys.argv[1])
+port = int(sys.argv[sys.argv.index("--port") + 1])
+command = [sys.executable, "-m", "neuron.sim", *sys.argv[2:]]
+if once.exists():
+    import os; os.execv(sys.executable, command)
+once.touch()
+thief = socket.socket(); thief.bind(("127.0.0.1", port)); thief.listen()
+sys.exit(subprocess.call(command))
+"""
+
+
+async def test_stolen_port_is_replaced(mark: str, tmp_path: Path) -> None:
+    """A port that something else took just before the engine bound it does not fail the load."""
+    script = tmp_path / "thief.py"
+    script.write_text(textwrap.dedent(THIEF))
+    command = [sys.executable, str(script), str(tmp_path / "once")]
+    async with neuron_here(config_of(tmp_path / "state", sim={"command": command})) as neuron:
+        assert (await neuron.load(MODEL)).status == 200
+        assert len(neuron.reserved_ports) == 1
+
+
+# A stranger that answers everything with 200, in front of an engine that hangs before it listens.
+STRANGER = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+    def log_message(self, *a): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+
+async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
+    """What answers 200 to everybody does not have our key, and is no engine of ours."""
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5}
+    async with neuron_here(config_of(tmp_path / "state", sim=settings)) as neuron:
+        assert (await neuron.load(MODEL)).error["code"] == "load_timeout"
+
+
+async def test_engine_that_dies_is_failed_at_once(neuron: Neuron, mark: str) -> None:
+    """kill -9: failed within two seconds, no longer served, the rest of its session swept, and it can be loaded again."""
+    await neuron.load(MODEL, "--fault", "spawn-child")
+    assert len(marked_processes(mark)) == 2
+    pid = (await neuron.model(MODEL))["pid"]
+    started = asyncio.get_running_loop().time()
+    await asyncio.to_thread(_kill, pid)
+    view = await neuron.until_status(MODEL, "failed")
+    assert asyncio.get_running_loop().time() - started < 2
+    await until(lambda: not marked_processes(mark))
+    await until(lambda: not neuron.reserved_ports)
+    view = await neuron.model(MODEL)
+    assert view["error"] == "killed by signal 9 (out of memory?)"
+    assert (await neuron.endpoint(MODEL)).status == 404
+    assert (await neuron.load(MODEL)).status == 200
+
+
+async def test_exit_code_zero_is_a_failure_too(neuron: Neuron) -> None:
+    """vLLM ends with 0 when its engine core died: nobody asked for it, so it failed."""
+    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.3")
+    view = await neuron.until_status(MODEL, "failed")
+    assert view["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"devices": [2]}, "devices"),
+        ({"devices": [0, 0]}, "devices"),
+        ({"devices": [0], "tensor_parallel": 2}, "devices"),
+        ({"tensor_parallel": 3}, "tensor_parallel"),
+        ({"harness": "llamacpp"}, "harness"),
+        ({"args": ["--port", "1"]}, "args"),
+        ({"source": "../etc"}, "source"),
+        ({"tensor_parallel": 0}, "tensor_parallel"),
+        ({"vram_mb": "much"}, "vram_mb"),
+    ],
+)
+async def test_refused_before_anything_starts(neuron: Neuron, fields: dict[str, Any], param: str) -> None:
+    """400 names the field, and the model does not become known by it."""
+    answer = await neuron.load(MODEL, **fields)
+    assert (answer.status, answer.error["param"]) == (400, param)
+    assert await neuron.model(MODEL) == {}
+
+
+def _kill(pid: int) -> None:
+    import os
+    import signal
+
+    os.kill(pid, signal.SIGKILL)

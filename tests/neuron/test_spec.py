@@ -1,0 +1,115 @@
+"""What of a load command is refused, and how the rest becomes a spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from neuron.config import HarnessName
+from neuron.spec import EngineSpec, spec_of
+from shared.errors import InvalidRequest
+from shared.protocol import LoadCommand
+
+HARNESSES: list[HarnessName] = ["vllm", "sim"]
+
+
+def spec(**fields: Any) -> EngineSpec:
+    return spec_of(LoadCommand.model_validate({"model_id": "org/model", **fields}), harnesses=HARNESSES)
+
+
+BAD_NAMES = [
+    "-flag", "--port", "a b", "a\tb", "a\nb", "a\0b", "$(id)", "`id`", "a;b", "a|b", "a&b", "a>b", "a'b", 'a"b', "~/m",
+    "{a,b}", "a*", "a?", "!x", "a\\b", "../up", "a/../b", "/models/../etc", "./here", "a\x7f", "a\u2028b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("field", ["model_id", "source", "served_names"])
+def test_refused_names(field: str, name: str) -> None:
+    """A flag, a shell word, a climbing path: refused with field and value."""
+    with pytest.raises(InvalidRequest) as refused:
+        spec(**{field: [name] if field == "served_names" else name})
+    assert refused.value.param == field
+    assert repr(name) in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-8B", "m", "/srv/models/q.w-3_b", "org/m@rev", "m:7b", "s3://bucket/a/b", "modèle"]
+)
+def test_accepted_names(name: str) -> None:
+    """What models are really called."""
+    assert spec(model_id=name).source == name
+
+
+def test_relative_path_is_no_source() -> None:
+    """As an id it is only a name; what vLLM is told to load is absolute, or a name of a hub."""
+    assert spec(model_id="team/a/b", source="/m").model_id == "team/a/b"
+    with pytest.raises(InvalidRequest, match="neither an absolute path"):
+        spec(source="models/a/b")
+
+
+@pytest.mark.parametrize("quant", ["-q", "a b", "", "fp8;x", "fp8\n"])
+def test_refused_quantization(quant: str) -> None:
+    """It becomes a word of a command line as well."""
+    with pytest.raises(InvalidRequest) as refused:
+        spec(quant=quant)
+    assert refused.value.param == "quant"
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "--host", "--host=0.0.0.0", "--port", "--por", "--p", "--uds", "--root-path", "--root_path=/x", "--api-key",
+        "--api_key", "--api", "--served-model-name", "--served_model_name=x", "--served", "--tensor-parallel-size",
+        "--tensor_parallel_size=2", "--tensor", "-tp", "-tp=2", "-t", "--ssl-keyfile", "--ssl_certfile=x", "--ssl-",
+        "--config", "--config=x.yaml", "--conf", "--headless", "--model", "--device-ids", "--", "a\0b", "a\nb",
+    ],
+)  # fmt: skip
+def test_refused_arguments(arg: str) -> None:
+    """What neuron decides cannot be overridden: in no spelling that vLLM's parser understands."""
+    with pytest.raises(InvalidRequest) as refused:
+        spec(args=["--max-model-len", "4096", arg])
+    assert refused.value.param == "args"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--max-model-len", "32k"],
+        ["--config-format", "hf"],
+        ["--model-impl", "auto"],
+        ["--hf-overrides", '{"a": "b c"}'],
+        ["--trust-remote-code"],
+        ["-pp", "1"],
+        ["--chat-template", "/srv/t.jinja"],
+        ["--api-server-count", "2"],
+        ["--tokenizer", "org/tok"],
+    ],
+)
+def test_accepted_arguments(args: list[str]) -> None:
+    """Flags that only look like the owned ones, and values of any form, pass as they are."""
+    assert spec(args=args).args == tuple(args)
+
+
+def test_defaults() -> None:
+    """One device, the first harness, the id as source; empty lists are as good as none."""
+    assert spec(devices=[], args=None, served_names=None) == EngineSpec("org/model", "vllm", "org/model")
+
+
+def test_devices_imply_tensor_parallel() -> None:
+    """Two devices named are two ranks."""
+    assert spec(devices=[1, 0]).tensor_parallel == 2
+
+
+def test_served_names_are_told_once() -> None:
+    """Doubles, and the id itself, add nothing."""
+    assert spec(served_names=["a", "org/model", "a", "b"]).served_names == ("a", "b")
+
+
+def test_difference() -> None:
+    """Names the first field that differs; devices that are not asked for may be any."""
+    running = spec(devices=[1], quant="fp8")
+    assert running.difference(spec(quant="fp8")) is None
+    assert running.difference(spec(quant="fp8", devices=[0])) == "devices is (1,), asked for (0,)"
+    assert running.difference(spec()) == "quant is 'fp8', asked for None"

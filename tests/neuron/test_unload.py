@@ -1,0 +1,123 @@
+"""Unloading: only when everything is gone, and in any order with loads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here
+
+MODEL = "org/model"
+
+
+async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> None:
+    """At the moment of the answer: no process, no memory in use, no port reserved, no temporary files."""
+    await neuron.load(MODEL, vram_mb=9000)
+    answer = await neuron.unload(MODEL)
+    assert (answer.status, answer.body["status"]) == (200, "unloaded")
+    assert not marked_processes(mark)
+    assert not neuron.reserved_ports
+    assert not list(neuron.state_dir.glob("engines/*/tmp"))
+    devices = (await neuron.call("GET", "/health")).body["devices"]
+    assert [device["vram_used_mb"] for device in devices] == [0, 0]
+    view = await neuron.model(MODEL)
+    assert (view["status"], view["devices"], view["vram_used_mb"]) == ("unloaded", [], 0)
+    assert (await neuron.endpoint(MODEL)).status == 404
+
+
+async def test_unload_of_what_is_not_there(neuron: Neuron) -> None:
+    """404 for a model never heard of, 200 for one that is unloaded already."""
+    assert (await neuron.unload(MODEL)).error["code"] == "model_not_found"
+    await neuron.load(MODEL)
+    assert [(await neuron.unload(MODEL)).status for _ in range(2)] == [200, 200]
+
+
+async def test_unload_clears_a_failure(neuron: Neuron) -> None:
+    """A failed model is unloaded afterwards, its error gone, its log still there."""
+    await neuron.load(MODEL, "--fault", "oom-at-load")
+    assert (await neuron.unload(MODEL)).status == 200
+    view = await neuron.model(MODEL)
+    assert (view["status"], view["error"]) == ("unloaded", None)
+    assert (await neuron.call("GET", f"/models/{MODEL}/logs")).body["lines"]
+
+
+async def test_unload_ends_a_load(neuron: Neuron, mark: str) -> None:
+    """Who waits for the load is told at once, and the half-loaded engine is killed."""
+    loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "30"))
+    await neuron.until_status(MODEL, "loading")
+    assert (await neuron.unload(MODEL)).status == 200
+    answer = await loading
+    assert (answer.status, answer.error["code"]) == (409, "load_cancelled")
+    assert not marked_processes(mark)
+    assert (await neuron.model(MODEL))["status"] == "unloaded"
+
+
+async def test_load_during_a_stop_comes_after_it(neuron: Neuron, mark: str) -> None:
+    """A load that arrives while the engine stops waits for its end, then loads with its own spec: never two at once."""
+    await neuron.load(MODEL, "--fault", "ignore-sigterm")
+    before = (await neuron.model(MODEL))["pid"]
+    unloading = asyncio.create_task(neuron.unload(MODEL))
+    await neuron.until_status(MODEL, "unloaded")
+    assert (await neuron.model(MODEL))["state"] == "stopping"
+    again, joined = await asyncio.gather(neuron.load(MODEL, quant="fp8"), neuron.load(MODEL, quant="fp8"))
+    assert (again.status, joined.status, (await unloading).status) == (200, 200, 200)
+    after = (await neuron.model(MODEL))["pid"]
+    assert after != before
+    assert marked_processes(mark) == [after]
+
+
+async def test_unload_of_a_load_that_waits_for_a_stop(neuron: Neuron, mark: str) -> None:
+    """Stopping, then loaded again, then unloaded again: the load that had not begun never does."""
+    await neuron.load(MODEL, "--fault", "ignore-sigterm")
+    first = asyncio.create_task(neuron.unload(MODEL))
+    await neuron.until_status(MODEL, "unloaded")
+    waiting = asyncio.create_task(neuron.load(MODEL, quant="fp8", wait=True))
+    await asyncio.sleep(0.1)  # the load is on its way; were it later than the unload, it would just load
+    second = await neuron.unload(MODEL)
+    assert (second.status, (await first).status) == (200, 200)
+    assert (await waiting).error["code"] == "load_cancelled"
+    assert not marked_processes(mark)
+
+
+async def test_engine_that_ignores_sigterm_is_killed(neuron: Neuron, mark: str) -> None:
+    """After stop_timeout_secs the whole session gets SIGKILL."""
+    await neuron.load(MODEL, "--fault", "ignore-sigterm", "--fault", "spawn-child")
+    started = time.monotonic()
+    assert (await neuron.unload(MODEL)).status == 200
+    assert 3 <= time.monotonic() - started < 8
+    assert not marked_processes(mark)
+
+
+async def test_helpers_that_stay_behind_are_swept(neuron: Neuron, mark: str) -> None:
+    """A child that outlives the engine's clean exit and ignores SIGTERM goes with it."""
+    await neuron.load(MODEL, "--fault", "spawn-child")
+    assert len(marked_processes(mark)) == 2
+    await neuron.unload(MODEL)
+    assert not marked_processes(mark)
+
+
+async def test_loads_and_unloads_in_any_order(neuron: Neuron, mark: str) -> None:
+    """A storm of both at once ends with every caller answered, at most one engine, and a state that is true."""
+    orders = [neuron.unload(MODEL) if number % 3 == 2 else neuron.load(MODEL) for number in range(30)]
+    answers = await asyncio.gather(*orders)
+    assert {answer.status for answer in answers} <= {200, 404, 409}
+    await neuron.load(MODEL)
+    assert marked_processes(mark) == [(await neuron.model(MODEL))["pid"]]
+    await neuron.unload(MODEL)
+    assert not marked_processes(mark)
+
+
+async def test_stop_of_neuron_ends_all_at_once(mark: str, tmp_path: Path) -> None:
+    """Engines that take long to stop are stopped side by side; loads are given up with 503 before the drain."""
+    async with neuron_here(config_of(tmp_path / "state", drain_timeout_secs=10)) as neuron:
+        for model in ("a", "b", "c"):
+            await neuron.load(model, "--fault", "ignore-sigterm")
+        waiting = asyncio.create_task(neuron.load("d", "--load-secs", "60"))
+        await neuron.until_status("d", "loading")
+        started = time.monotonic()
+    assert time.monotonic() - started < 7  # three times stop_timeout_secs would be 9
+    answer = await waiting
+    assert (answer.status, answer.error["code"]) == (503, "neuron_stopping")
+    assert "Retry-After" in answer.headers
+    assert not marked_processes(mark)
