@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -27,16 +28,19 @@ def load_something(dev: Dev) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left(number: signal.Signals) -> None:
     """Neurons, cortex and engines are gone after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
-    before = set(Path("/tmp").glob("neuron-*"))
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
+        with urllib.request.urlopen(f"{dev.url}/fleet", timeout=10) as response:
+            port = json.loads(response.read())["nodes"][0]["endpoint"].rpartition(":")[2]
+        state = Path(tempfile.gettempdir(), f"neuron-{os.getuid()}-{port}")
+        assert state.is_dir()
         family = dev.family()
         assert len(family) == 4, "the command, a neuron, cortex and an engine"
         os.kill(dev.process.pid, number)
         code = dev.process.wait(30)
         wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-    assert set(Path("/tmp").glob("neuron-*")) <= before
+    assert not state.exists()
 
 
 def test_port_in_use_is_said() -> None:
