@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from neuron.config import HarnessSettings
+from neuron.config import HarnessName, HarnessSettings
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.vllm import cpu_binding
@@ -115,7 +115,7 @@ def test_cpu_binding(ranks: int, cpus: tuple[int, ...], bound: str | None) -> No
 
 
 @pytest.mark.parametrize("harness", ["vllm", "sim"])
-def test_environment(harness: str) -> None:
+def test_environment(harness: HarnessName) -> None:
     """The key is in the environment and not in argv; what neuron needs stands whatever the operator sets."""
     spec = replace(SPEC, harness=harness)
     made = command(spec, settings=HarnessSettings(env={"X": "1", "VLLM_API_KEY": "mine", "TMPDIR": "/tmp"}))

@@ -196,7 +196,7 @@ async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_p
 
 
 async def test_engine_that_dies_is_failed_at_once(neuron: Neuron, mark: str) -> None:
-    """kill -9: failed within two seconds, no longer served, the rest of its session swept, and it can be loaded again."""
+    """kill -9: failed within two seconds, not served any more, its session swept, and it can be loaded again."""
     await neuron.load(MODEL, "--fault", "spawn-child")
     assert len(marked_processes(mark)) == 2
     pid = (await neuron.model(MODEL))["pid"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -90,7 +91,7 @@ async def test_key_is_not_in_the_log_nor_in_the_arguments(neuron: Neuron) -> Non
 
 async def test_errors_have_the_envelope(neuron: Neuron) -> None:
     """Whatever is wrong, the body is an error object with message, type, code and param."""
-    bad = [
+    bad: list[tuple[str, str, dict[str, Any], int]] = [
         ("POST", "/models/load", {"data": b"{"}, 400),
         ("POST", "/models/load", {"json": {"harness": "sim"}}, 400),
         ("POST", "/models/load?wait=perhaps", {"json": {"model_id": "x", "harness": "sim"}}, 400),

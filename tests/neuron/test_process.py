@@ -91,7 +91,7 @@ async def test_main_process_is_reaped_last(mark: str, tmp_path: Path) -> None:
     assert len(process.pids_seen) > 1
     assert not [member for member in session.members(process.pid) if member.alive]
     with pytest.raises(ChildProcessError):
-        os.waitpid(process.pid, os.WNOHANG)
+        os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - it does not block
 
 
 async def test_cancelled_start_leaves_nothing(mark: str, tmp_path: Path) -> None:
