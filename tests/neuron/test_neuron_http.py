@@ -143,10 +143,10 @@ async def test_metrics(neuron: Neuron) -> None:
 async def test_default_models(mark: str, tmp_path: Path) -> None:
     """Loaded in turn at start, HTTP being there from the first moment; one that fails does not stop the rest."""
     models = [
-        {"model_id": "first"},
-        {"model_id": "broken", "args": ["--fault", "oom-at-load"]},
+        {"model_id": "first", "args": ["--load-secs", "0.5"]},
+        {"model_id": "broken", "args": ["--load-secs", "0.2", "--fault", "oom-at-load"]},
         {"model_id": "wrong", "devices": [9]},
-        {"model_id": "last", "harness": "sim"},
+        {"model_id": "last", "harness": "sim", "args": ["--load-secs", "0.2"]},
     ]
     async with neuron_here(config_of(tmp_path / "state", default_models=models)) as neuron:
 

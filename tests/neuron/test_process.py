@@ -60,6 +60,7 @@ async def test_stopped_process_is_ended_too(mark: str, tmp_path: Path) -> None:
     """SIGSTOP does not protect from the end."""
     process = await start(tmp_path, f"echo up; {SLEEP} 600")
     os.kill(process.pid, signal.SIGSTOP)
+    await until(lambda: [member.state for member in session.members(process.pid) if member.pid == process.pid] == ["T"])
     assert await process.stop(0.2) == -signal.SIGKILL
     assert not marked_processes(mark)
 
