@@ -128,7 +128,11 @@ class NodeWatch:
                 for item in data if isinstance(data, list) else data["models"]:
                     self._fleet.tell(self.name, ModelView.model_validate(item))
             elif name == "model":
-                self._fleet.tell(self.name, ModelView.model_validate(data))
+                view = ModelView.model_validate(data)
+                known = self._fleet.snapshot().nodes[self.name].models.get(view.id)
+                self._fleet.tell(self.name, view)
+                if known is None or known.status != view.status:
+                    self.nudge()  # VRAM has changed with it
             elif name == "removed":
                 self._fleet.forget(self.name, str(data["id"]))
         except (ValidationError, LookupError, TypeError) as error:

@@ -26,6 +26,7 @@ from cortex.dev.fleet import (
     neuron_table,
     parse_fleet,
 )
+from cortex.dev.orphans import adopt_orphans, kill_adopted
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 
@@ -83,6 +84,7 @@ class DevFleet:
     read end of a pipe whose only writer is this process, so that they stop when it dies."""
 
     def __init__(self) -> None:
+        adopt_orphans()
         self._lifeline, self._writer = os.pipe()
         self._processes: list[tuple[str, asyncio.subprocess.Process]] = []
 
@@ -128,6 +130,7 @@ class DevFleet:
         """Cortex first, so that it does not see its neurons leave; then the neurons, which stop their engines."""
         await self._end([process for name, process in self._processes if name == CORTEX])
         await self._end([process for name, process in self._processes if name != CORTEX])
+        await asyncio.to_thread(kill_adopted)
         os.close(self._writer)
         os.close(self._lifeline)
 

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 MAX_ROUNDS = 8
 """Decisions for one request. A request normally takes two (load, serve); this ends a fleet that flaps."""
 
+MAX_ATTEMPTS = 3
+"""Engines that one request may be sent to: a request that kills its engine must not kill the fleet."""
+
 UNKNOWN = "unknown"
 """The metrics' label for a model or a neuron that does not exist."""
 
@@ -42,6 +45,7 @@ class Journey:
     model_id: str
     node: str = UNKNOWN
     cold: bool = False
+    attempts: int = 0
 
 
 class Forwarder:
@@ -98,7 +102,7 @@ class Forwarder:
             match decision:
                 case Serve(nodes):
                     untried = [node for node in nodes if node not in unreachable]
-                    if not untried:
+                    if not untried or journey.attempts >= MAX_ATTEMPTS:
                         break
                     journey.node = untried[0]
                     answer = await self._attempt(request, body, journey, outcome, unreachable)
@@ -134,6 +138,7 @@ class Forwarder:
             endpoint = await self._endpoint(model_id, node)
             if endpoint is None:
                 return None
+            journey.attempts += 1
             relay = Relay(self._session, request, body, journey.request_id, node, journey.cold)
             try:
                 return await relay.send(endpoint, outcome)

@@ -183,6 +183,23 @@ async def test_least_busy_replica_is_taken_and_a_dead_one_is_passed_over(
             assert response.headers["x-cortex-node"] == "benjy"
 
 
+async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """An engine lost before its first byte is loaded again and asked again, but not for ever."""
+
+    async def die(request: web.Request) -> web.StreamResponse:
+        benjy.models.clear()
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    benjy.engine.answer = die
+    cortex = await start_cortex([benjy], [MODEL])
+    async with cortex.chat("org/small") as response:
+        assert response.status == 502
+        assert (await response.json())["error"]["code"] == "upstream_unreachable"
+    assert 1 < len(benjy.loads) <= 4
+
+
 async def test_endpoint_that_moved_is_found_again(cortex: RunningCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
     """A remembered endpoint that refuses is asked for once more before anything is called unreachable."""
     benjy.engine_url = beast.engine.url

@@ -43,6 +43,18 @@ def test_nothing_is_left(number: signal.Signals) -> None:
     assert not state.exists()
 
 
+def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
+    """kill -9 of a neuron orphans its engines: they end with the fleet all the same, which says who died."""
+    with running_dev("--fleet", "one=1xRTX3060") as dev:
+        load_something(dev)
+        family = dev.family()
+        (neuron,) = [pid for pid in family if b"\0neuron\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(neuron, signal.SIGKILL)
+        assert dev.process.wait(30) == 1
+        wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
+        assert "one has ended" in dev.text()
+
+
 def test_port_in_use_is_said() -> None:
     """A second fleet on the same port ends with a message, not with a traceback."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:

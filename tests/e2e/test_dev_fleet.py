@@ -12,6 +12,7 @@ import anthropic
 import openai
 
 from tests.e2e.conftest import Dev
+from tests.processes import wait_for
 
 LARGE, MIDDLE, SMALL = "Qwen/Qwen3.6-27B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
 
@@ -56,12 +57,16 @@ def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev) -> None:
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
-    beast = next(node for node in get(dev, "/fleet")["nodes"] if node["name"] == "beast")
+
+    def fetch_beast() -> Any:
+        return next(node for node in get(dev, "/fleet")["nodes"] if node["name"] == "beast")
+
+    beast = fetch_beast()
     (model,) = [entry for entry in beast["models"] if entry["id"] == LARGE]
     assert model["status"] == "loaded"
     assert model["devices"] == [0, 1]
     assert model["tensor_parallel"] == 2
-    assert all(device["vram_used_mb"] >= 27000 for device in beast["devices"])
+    wait_for(lambda: all(device["vram_used_mb"] >= 27000 for device in fetch_beast()["devices"]))
 
 
 def test_streams_of_both_client_libraries(dev: Dev) -> None:
