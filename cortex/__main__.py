@@ -67,10 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; the exit status."""
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # here and not at the interpreter's end, so that a reader that left is noticed below
+    except KeyboardInterrupt:  # while a client command waits; a load that it began goes on
+        return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from cortex.app import assembled, build_app, build_metrics_app
 from cortex.catalogue import Catalogue, load_catalogue
@@ -17,6 +20,12 @@ log = logging.getLogger(__name__)
 ENV_PREFIX = "CORTEX_"
 
 
+class _CatalogueName(BaseModel):
+    """The one key of cortex.toml that leads further, whatever else stands there."""
+
+    models_config: Path = Path("models.toml")
+
+
 def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     """cortex.toml with the environment's overrides, and the catalogue it names.
 
@@ -24,19 +33,31 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
         SettingsError: with every problem of both files.
     """
     problems: list[str] = []
-    config = CortexConfig()
+    config: CortexConfig | None = None
     catalogue = Catalogue()
     try:
         config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX)
+        models_path: Path | None = config.models_path(path)
     except SettingsError as error:
         problems += error.problems
+        models_path = _catalogue_named_in(path)
     try:
-        catalogue = load_catalogue(config.models_path(path))
+        catalogue = load_catalogue(models_path) if models_path is not None else catalogue
     except SettingsError as error:
         problems += error.problems
-    if problems:
+    if problems or config is None:
         raise SettingsError(problems)
     return config, catalogue
+
+
+def _catalogue_named_in(path: Path) -> Path | None:
+    """The catalogue that a cortex.toml with mistakes names, so that its mistakes are told too; None when that one
+    cannot be told either."""
+    named = {name: value for name, value in os.environ.items() if name == f"{ENV_PREFIX}MODELS_CONFIG"}
+    try:
+        return path.parent / load_settings(_CatalogueName, path, env_prefix=ENV_PREFIX, environ=named).models_config
+    except SettingsError:
+        return None
 
 
 def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -37,8 +38,8 @@ def call(
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         raise CallFailed(_message(error.read(), error.code)) from error
-    except (OSError, ValueError) as error:
-        raise CallFailed(f"{url}: {getattr(error, 'reason', error)}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CallFailed(f"{url}: {getattr(error, 'reason', None) or str(error) or type(error).__name__}") from error
 
 
 def _message(text: bytes, status: int) -> str:

@@ -71,7 +71,12 @@ def _run(args: argparse.Namespace, ask: Ask, show: Show) -> int:
     except CallFailed as error:
         print(f"cortex: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(answer, indent=2) if args.json else show(answer))
+    try:
+        text = json.dumps(answer, indent=2) if args.json else show(answer)
+    except (LookupError, TypeError, AttributeError):
+        print(f"cortex: {args.url} does not answer as a cortex does", file=sys.stderr)
+        return 1
+    print(text)
     return 0
 
 
