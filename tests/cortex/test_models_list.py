@@ -1,0 +1,151 @@
+"""`GET /v1/models`: what clients are told they may ask for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from urllib.parse import quote
+
+import openai
+import pytest
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.seed_neuron import SeedNeuron
+
+SMALL = {"id": "org/small", "vram_mb": 4000}
+LARGE = {
+    "id": "org/large",
+    "vram_mb": 54000,
+    "min_devices": 2,
+    "min_device_vram_mb": 30000,
+    "pinned_on": ["beast"],
+    "quant": "fp8",
+    "limit": {"context": 32768, "output": 4096},
+}
+HUGE = {"id": "org/huge", "min_devices": 8}
+
+
+async def listed(cortex: RunningCortex) -> dict[str, dict[str, Any]]:
+    """The list by id."""
+    async with cortex.http.get(f"{cortex.url}/v1/models") as response:
+        assert response.status == 200
+        body = await response.json()
+    assert body["object"] == "list"
+    entries = {entry["id"]: entry for entry in body["data"]}
+    assert len(entries) == len(body["data"])
+    return entries
+
+
+async def test_catalogue_models_that_some_topology_can_hold(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """Each with the neurons that can hold it; one that none can ever hold is not offered."""
+    cortex = await start_cortex([beast, benjy], [SMALL, LARGE, HUGE])
+    entries = await listed(cortex)
+    assert set(entries) == {"org/small", "org/large"}
+    assert entries["org/small"]["feasible_on"] == ["beast", "benjy"]
+    large = entries["org/large"]
+    assert large["feasible_on"] == ["beast"]
+    assert (large["object"], large["owned_by"], large["loaded"], large["locations"]) == ("model", "cortex", False, [])
+    assert abs(large["created"] - time.time()) < 60
+    assert (large["limit"], large["max_model_len"]) == ({"context": 32768, "output": 4096}, 32768)
+    assert (large["harness"], large["quant"], large["pinned_on"]) == ("vllm", "fp8", ["beast"])
+    assert (entries["org/small"]["limit"], entries["org/small"]["max_model_len"]) == (None, None)
+
+
+async def test_loaded_and_where(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+    """Every healthy neuron that lists a model is a location with its status; loaded means that one has it loaded."""
+    beast.models["org/small"] = "loaded"
+    benjy.models["org/small"] = "failed"
+    cortex = await start_cortex([beast, benjy], [SMALL])
+    entry = (await listed(cortex))["org/small"]
+    assert entry["loaded"] is True
+    assert entry["locations"] == [
+        {"node": "beast", "status": "loaded", "vram_estimate_mb": 1},
+        {"node": "benjy", "status": "failed", "vram_estimate_mb": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_listed"),
+    [("loaded", True), ("loading", False), ("unloaded", False), ("failed", False), ("dreaming", False)],
+)
+async def test_models_that_only_a_neuron_knows(
+    start_cortex: StartCortex, benjy: SeedNeuron, status: str, is_listed: bool
+) -> None:
+    """What is loaded anywhere is offered although no catalogue has it."""
+    benjy.models["someone/elses"] = status
+    cortex = await start_cortex([benjy], [])
+    entries = await listed(cortex)
+    assert ("someone/elses" in entries) is is_listed
+    if is_listed:
+        entry = entries["someone/elses"]
+        assert (entry["loaded"], entry["feasible_on"], entry["limit"]) == (True, [], None)
+
+
+async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """Somebody made it fit by hand: it can be asked for."""
+    benjy.models["org/huge"] = "loaded"
+    cortex = await start_cortex([benjy], [HUGE])
+    entry = (await listed(cortex))["org/huge"]
+    assert (entry["loaded"], entry["feasible_on"]) == (True, [])
+
+
+async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """With a note of what they stand for; an alias of a model that is not offered is not."""
+    aliases = {"small": "org/small", "huge": "org/huge"}
+    cortex = await start_cortex([benjy], [SMALL, HUGE], aliases=aliases)
+    entries = await listed(cortex)
+    assert set(entries) == {"org/small", "small"}
+    assert entries["small"] == {**entries["org/small"], "id": "small", "alias_of": "org/small"}
+    assert "alias_of" not in entries["org/small"]
+
+
+async def test_a_neuron_that_is_away(start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+    """Its models stay feasible there, for it will be back; what was loaded on it is not loaded now."""
+    async with SeedNeuron("quadbrat", 12000).running() as quadbrat:
+        quadbrat.models["org/small"] = "loaded"
+        quadbrat.models["own/model"] = "loaded"
+        cortex = await start_cortex([benjy, quadbrat], [SMALL])
+        assert (await listed(cortex))["org/small"]["loaded"]
+    await cortex.until(lambda: not cortex.parts.fleet.snapshot().nodes["quadbrat"].healthy)
+    entries = await listed(cortex)
+    assert set(entries) == {"org/small"}
+    entry = entries["org/small"]
+    assert (entry["loaded"], entry["feasible_on"], entry["locations"]) == (False, ["benjy", "quadbrat"], [])
+
+
+async def test_before_any_neuron_answered_nothing_is_offered(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """The list is of what is known, and still a list."""
+    benjy.silent = True
+    cortex = await start_cortex([benjy], [SMALL], wait_healthy=False)
+    assert await listed(cortex) == {}
+
+
+@pytest.mark.parametrize("name", ["org/small", "small", "a/b/c:d é", "100%"])
+async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron, name: str) -> None:
+    """With slashes as they are or percent-encoded, and with what must be encoded."""
+    benjy.models["a/b/c:d é"] = benjy.models["100%"] = "loaded"
+    cortex = await start_cortex([benjy], [SMALL], aliases={"small": "org/small"})
+    for path in (quote(name), quote(name, safe="")):
+        async with cortex.http.get(f"{cortex.url}/v1/models/{path}") as response:
+            assert response.status == 200
+            assert (await response.json())["id"] == name
+
+
+async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """404 in the envelope."""
+    cortex = await start_cortex([benjy], [SMALL])
+    async with cortex.http.get(f"{cortex.url}/v1/models/nobody/knows") as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "model_not_found"
+
+
+async def test_openai_client_reads_the_list(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """The real client, list and single model."""
+    cortex = await start_cortex([benjy], [SMALL])
+    async with openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="none") as client:
+        assert [model.id async for model in client.models.list()] == ["org/small"]
+        assert (await client.models.retrieve("org/small")).owned_by == "cortex"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("nobody/knows")
