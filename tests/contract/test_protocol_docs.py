@@ -1,0 +1,85 @@
+"""docs/protocol.md and docs/api.md name every field that travels, and mark those of the seed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pydantic import BaseModel
+
+from cortex.api.models import model_entries
+from cortex.catalogue import Catalogue
+from cortex.snapshot import FleetSnapshot, NodeSnapshot
+from neuron.workers import NeuronModelView
+from shared.protocol import (
+    Activation,
+    Device,
+    DeviceHealth,
+    Discovery,
+    EndpointReply,
+    Link,
+    LinkKind,
+    LoadCommand,
+    LoadReply,
+    ModelActivity,
+    ModelStatus,
+    ModelView,
+    NeuronHealth,
+    Progress,
+    UnloadCommand,
+)
+from tests.contract.documents import TOP
+
+# Section -> (what travels there, which of its fields every seed neuron has).
+SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
+    "GET /discovery": (
+        (Discovery, Device, Link),
+        "hostname os kernel cuda_version driver_version devices harnesses index name vram_total_mb compute_capability",
+    ),
+    "GET /health": (
+        (NeuronHealth, DeviceHealth, Activation, ModelActivity),
+        "uptime_secs devices index vram_used_mb vram_free_mb utilization_pct temp_c",
+    ),
+    "GET /models": ((ModelView, NeuronModelView, Progress), "id harness status devices vram_used_mb"),
+    "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
+    "POST /models/unload": ((UnloadCommand,), "model_id"),
+    "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
+}
+PROTOCOL = (TOP / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return PROTOCOL.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_every_field_is_documented(title: str) -> None:
+    """Each field stands in the section of its request: bold when it is the seed's, in code marks when it is more."""
+    models, seed = SECTIONS[title]
+    bold = set(re.findall(r"\*\*(\w+)\*\*", section(title)))
+    code = set(re.findall(r"`(\w+)`", section(title)))
+    fields = {field for model in models for field in model.model_fields}
+    assert bold == set(seed.split())
+    assert fields - bold <= code
+
+
+def test_every_status_and_link_is_documented() -> None:
+    """The words that a field can have."""
+    assert all(f"`{status.value}`" in section("GET /models") for status in ModelStatus)
+    assert all(f"`{kind.value}`" in section("GET /discovery") for kind in LinkKind)
+    assert set(LoadReply.model_fields) == {"status", "model_id"}
+
+
+def test_every_field_of_the_models_list_is_documented() -> None:
+    """What a client reads in /v1/models, an alias included."""
+    catalogue = Catalogue.model_validate({"models": [{"id": "m", "limit": {"context": 1}}], "aliases": {"a": "m"}})
+    discovery = Discovery(devices=[Device(index=0)], harnesses=["vllm"])
+    node = NodeSnapshot(
+        "n", "http://n", healthy=True, discovery=discovery, models={"m": ModelView(id="m", status="loaded")}
+    )
+    entries = model_entries(catalogue, FleetSnapshot({"n": node}), created=0)
+    text = (TOP / "docs" / "api.md").read_text(encoding="utf-8").partition("\n## Models\n")[2].partition("\n## ")[0]
+    for field in entries["a"]:
+        assert f"`{field}`" in text
+    for field in entries["m"]["locations"][0]:
+        assert field in text
