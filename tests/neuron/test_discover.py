@@ -34,10 +34,7 @@ from tests.nvml.library import (
     write_scenario,
 )
 
-COMMAND = (
-    "-c",
-    "import sys; from neuron.discover import run_discover; sys.exit(run_discover(None, '--json' in sys.argv))",
-)
+COMMAND = ("-m", "neuron", "discover")
 
 
 @pytest.fixture(scope="module")
