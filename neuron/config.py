@@ -132,4 +132,5 @@ class NeuronConfig(SettingsModel):
 
     def state_directory(self, port: int) -> Path:
         """Where this neuron keeps its engines' directories; `port` is the one it really listens on."""
-        return self.state_dir or Path(tempfile.gettempdir()) / f"neuron-{os.getuid()}-{port}"
+        default = Path(tempfile.gettempdir()) / f"neuron-{os.getuid()}-{port}"
+        return (self.state_dir or default).absolute()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import sys
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 MAX_READ = 512 * 1024  # bytes of one read
+MAX_SIZE = 64 * 2**20  # bytes of a log file, about: vLLM writes a line for each request
 _LINE_END = re.compile(rb"\r\n|\n|\r")  # progress bars redraw their line with a bare carriage return
 
 
@@ -28,6 +34,17 @@ class EngineLog:
         if start > 0 and len(pieces) > 1:
             pieces = pieces[1:]  # the first one is most likely the rest of a line
         return [line for line in map(_text, pieces) if line.strip()][-lines:] if lines > 0 else []
+
+    def trim(self, *, max_bytes: int = MAX_SIZE) -> None:
+        """Cuts a file of more than `max_bytes` down to its end. Its writer, which appends, does not notice."""
+        try:
+            if self.path.stat().st_size > max_bytes:
+                last = self.tail(sys.maxsize)
+                os.truncate(self.path, 0)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{line}\n" for line in last))
+        except OSError:
+            log.warning("%s cannot be trimmed", self.path, exc_info=True)
 
 
 class LogFollower:

@@ -70,30 +70,33 @@ class EngineProcess:
         return await asyncio.shield(self._end)
 
     async def stop(self, grace_secs: float) -> int:
-        """SIGTERM to the main process, after `grace_secs` SIGKILL to the whole session. Returns as `wait`."""
+        """SIGTERM to the main process; what is there after `grace_secs` gets SIGKILL. Returns as `wait`."""
         if not self.main_exited.is_set() and not self._asked_to_stop:
             self._asked_to_stop = True
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
         try:
             async with timeout(grace_secs):
                 await self.main_exited.wait()
         except asyncio.TimeoutError:
             log.warning("engine process %d is still there %g s after SIGTERM: killing it", self.pid, grace_secs)
-            await self.kill()
+            self._killed = True
+            self._signal(signal.SIGKILL)  # the rest of the session follows as soon as it is gone
         return await self.wait()
 
-    async def kill(self) -> None:
-        """SIGKILL to the whole session; `wait` tells when it is gone."""
-        self._killed = True
-        if not self._end.done():
-            self.pids_seen |= await asyncio.to_thread(session.kill_members, self.pid)
-
     def kill_now(self) -> None:
-        """As `kill`, before the next line of the caller runs: for an exit that waits for nothing."""
+        """SIGKILL to the whole session, before the next line of the caller runs. `wait` tells when it is gone.
+
+        Blocks for some milliseconds: for an exit that waits for nothing.
+        """
         self._killed = True
         if not self._end.done():
             self.pids_seen |= session.kill_members(self.pid)
+
+    def _signal(self, number: int) -> None:
+        """To the main process, which the descriptor stands for: its number may be another's by now."""
+        if not self._end.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)

@@ -7,6 +7,7 @@ takes time happens in one task, `_drive`, which alone changes the state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -24,12 +25,14 @@ from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus, Progress
-from shared.tasks import cancel_all
+from shared.tasks import cancel_all, timeout
 
 log = logging.getLogger(__name__)
 
 LAUNCHES = 3  # of one load: each with another port, when something else took the port before the engine did
 _LOG_POLL_SECS = 0.2
+_LOG_TRIM_SECS = 60.0
+_MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
 
 
@@ -132,6 +135,11 @@ class Worker:
             self._become(State.UNLOADED)
         return self._run
 
+    def give_up_load(self, reason: ServiceError) -> None:
+        """Ends a load that is running or is about to; what is loaded stays."""
+        if self._next is not None or self.condition.state is State.LOADING:
+            self.stop(reason)
+
     def _check_same(self, run: Run, wanted: EngineSpec | None) -> None:
         if wanted is None:
             return
@@ -219,16 +227,25 @@ class Worker:
         finally:
             await cancel_all([follower])
         if ending is _Ending.READY:
-            self._on_loaded(self.model_id, time.monotonic() - started)
-            await self._launcher.measure([engine])
+            seconds = time.monotonic() - started
+            with contextlib.suppress(asyncio.TimeoutError):  # a figure is not worth waiting for a stuck driver
+                async with timeout(_MEASURE_SECS):
+                    await self._launcher.measure([engine])
+            if run.stop_wanted.is_set():
+                return _Ending.STOPPED
+            self._on_loaded(self.model_id, seconds)
             self._become(State.LOADED)
             run.settle(None)
         return ending
 
     async def _serve(self, engine: Engine, run: Run) -> _Ending:
-        ending = await _first(
-            {_Ending.STOPPED: run.stop_wanted.wait(), _Ending.EXITED: engine.process.main_exited.wait()}
-        )
+        ending = _Ending.TIMED_OUT
+        while ending is _Ending.TIMED_OUT:
+            ending = await _first(
+                {_Ending.STOPPED: run.stop_wanted.wait(), _Ending.EXITED: engine.process.main_exited.wait()},
+                timeout_secs=_LOG_TRIM_SECS,
+            )
+            await asyncio.to_thread(engine.log.trim)
         if ending is _Ending.EXITED:
             # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
             run.engine_lost = True

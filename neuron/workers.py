@@ -96,8 +96,7 @@ class Workers:
         """From now on no load begins; those that are running end, and who waits for one is told at once."""
         self._stopping = True
         for worker in self.all:
-            if worker.condition.state is State.LOADING:
-                worker.stop(failures.stopping())
+            worker.give_up_load(failures.stopping())
 
     async def stop_all(self) -> None:
         """Ends every engine, all at the same time. Returns when nothing of them is left."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from blockbuster import blockbuster_ctx
 
 from tests.neuron.neurons import MARK_VARIABLE, Neuron, config_of, marked_processes, neuron_here
 
@@ -35,6 +36,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 async def neuron(mark: str, tmp_path: Path) -> AsyncIterator[Neuron]:
     """A neuron with two simulated GPUs, served in this process. After the test none of its ports is still taken."""
-    async with neuron_here(config_of(tmp_path / "state")) as served:
-        yield served
+    # Whatever blocks the event loop in our code raises: a blocked neuron answers no /health.
+    with blockbuster_ctx(["neuron", "shared"]):
+        async with neuron_here(config_of(tmp_path / "state")) as served:
+            yield served
     assert not served.reserved_ports

@@ -83,7 +83,7 @@ class Client:
             return Answer(response.status, json.loads(text) if is_json else text, response.headers)
 
     async def load(self, model_id: str, *args: str, wait: bool = True, **fields: Any) -> Answer:
-        """Loads with the sim harness; `args` are the engine's. It takes a fifth of a second unless they say otherwise."""
+        """Loads with the sim harness; `args` are the engine's. Takes a fifth of a second unless they say otherwise."""
         given = list(args) if "--load-secs" in args else ["--load-secs", "0.2", *args]
         body = {"model_id": model_id, "harness": "sim", "args": given, **fields}
         return await self.call("POST", f"/models/load{'' if wait else '?wait=false'}", json=body)

@@ -49,6 +49,19 @@ def test_follower_gives_each_line_once(tmp_path: Path) -> None:
     assert follower.new_lines() == ["new"]
 
 
+def test_log_is_trimmed_while_it_is_written_to(tmp_path: Path) -> None:
+    """Only its end is kept, and the writer goes on after it."""
+    path = tmp_path / "engine.log"
+    with path.open("ab", buffering=0) as writer:
+        writer.write(b"".join(b"line %06d\n" % number for number in range(100_000)))
+        EngineLog(path).trim(max_bytes=1_000_000)
+        writer.write(b"after\n")
+    assert path.stat().st_size < 600_000
+    assert EngineLog(path).tail(2) == ["line 099999", "after"]
+    EngineLog(path).trim()
+    assert EngineLog(path).tail(1) == ["after"]
+
+
 # --- ports
 
 

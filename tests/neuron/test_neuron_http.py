@@ -30,8 +30,12 @@ async def test_discovery_and_health(neuron: Neuron) -> None:
     first = NeuronHealth.model_validate((await neuron.call("GET", "/health")).body)
     assert first.instance_id == discovery.instance_id
     assert len(first.devices) == 2
-    second = NeuronHealth.model_validate((await neuron.call("GET", "/health")).body)
-    assert second.uptime_secs > first.uptime_secs
+
+    async def later() -> bool:
+        second = NeuronHealth.model_validate((await neuron.call("GET", "/health")).body)
+        return second.uptime_secs > first.uptime_secs
+
+    assert await until(later)
 
 
 async def test_health_tells_how_busy_engines_are(neuron: Neuron) -> None:

@@ -111,13 +111,18 @@ async def test_loads_and_unloads_in_any_order(neuron: Neuron, mark: str) -> None
 async def test_stop_of_neuron_ends_all_at_once(mark: str, tmp_path: Path) -> None:
     """Engines that take long to stop are stopped side by side; loads are given up with 503 before the drain."""
     async with neuron_here(config_of(tmp_path / "state", drain_timeout_secs=10)) as neuron:
-        for model in ("a", "b", "c"):
-            await neuron.load(model, "--fault", "ignore-sigterm")
-        waiting = asyncio.create_task(neuron.load("d", "--load-secs", "60"))
+        await asyncio.gather(*(neuron.load(model, "--fault", "ignore-sigterm") for model in "abcefg"))
+        unloading = asyncio.create_task(neuron.unload("c"))
+        await neuron.until_status("c", "unloaded")
+        waiting = [
+            asyncio.create_task(neuron.load("d", "--load-secs", "60")),
+            asyncio.create_task(neuron.load("c", quant="fp8")),  # begins when "c" is gone
+        ]
         await neuron.until_status("d", "loading")
         started = time.monotonic()
-    assert time.monotonic() - started < 5  # three times stop_timeout_secs would be 6
-    answer = await waiting
-    assert (answer.status, answer.error["code"]) == (503, "neuron_stopping")
-    assert "Retry-After" in answer.headers
+    assert time.monotonic() - started < 8  # six times stop_timeout_secs would be 12
+    for answer in await asyncio.gather(*waiting):
+        assert (answer.status, answer.error["code"]) == (503, "neuron_stopping")
+        assert "Retry-After" in answer.headers
+    assert (await unloading).status == 200
     assert not marked_processes(mark)
