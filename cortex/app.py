@@ -22,7 +22,7 @@ from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
 from cortex.proxy.forward import Forwarder
 from shared.http import error_middleware
-from shared.tasks import cancel_all, keep_running
+from shared.tasks import running
 
 ENGINE_IDLE_SECS = 3.0
 """How long an idle connection to an engine is kept: below the 5 s after which vLLM's server closes it itself."""
@@ -66,18 +66,16 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
             forwarder=forwarder,
             created=int(time.time()),
         )
-        loops = [
-            asyncio.create_task(keep_running(f"{kind} {name}", loop), name=f"{kind} {name}")
+        loops = {
+            f"{kind} {name}": loop
             for name, watch in watches.items()
             for kind, loop in (("poll", watch.poll_loop), ("events", watch.listen_loop))
-        ]
+        }
         try:
-            yield parts
+            async with running(loops):
+                yield parts
         finally:
-            await cancel_all(loops)
-            for watch in watches.values():
-                await watch.close()
-            await loader.close()
+            await asyncio.gather(*(watch.close() for watch in watches.values()), loader.close())
 
 
 def build_app(parts: Parts) -> web.Application:

@@ -82,8 +82,10 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
         yield
     finally:
         closing.set()
-        for runner in runners:
-            await runner.cleanup()
+        results = await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
 
 async def serve_until_stopped(
@@ -101,9 +103,11 @@ async def serve_until_stopped(
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    signals: list[str] = []
 
     def on_signal(name: str) -> None:
-        if stop.is_set():
+        signals.append(name)
+        if len(signals) > 1:
             log.warning("%s again: exiting at once", name)
             on_forced_exit()
             os._exit(130)

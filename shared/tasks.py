@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
@@ -35,7 +35,7 @@ async def keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(**loops: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+async def running(loops: Mapping[str, Callable[[], Awaitable[None]]]) -> AsyncIterator[None]:
     """Keeps the named loops running inside the `async with` body, and ends them after it."""
     tasks = [asyncio.create_task(keep_running(name, work), name=name) for name, work in loops.items()]
     try:

@@ -1,48 +1,80 @@
-"""Looking at real processes from tests."""
+"""What runs on this machine, as the kernel tells it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
-def parents() -> dict[int, int]:
-    """pid -> parent pid of every process that is not a zombie."""
-    table: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+@dataclass(frozen=True)
+class Process:
+    """A live process; one that only waits to be reaped is none."""
+
+    pid: int
+    parent: int
+    session: int
+    command: str
+
+
+def all_processes() -> list[Process]:
+    """Every live process."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            stat = (directory / "stat").read_text(encoding="utf-8", errors="replace")
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue
-        if fields[0] not in ("Z", "X"):
-            table[int(path.parent.name)] = int(fields[1])
-    return table
+            continue  # it ended meanwhile
+        state, parent, _, session = stat.rpartition(")")[2].split()[:4]
+        if state not in ("Z", "X"):
+            found.append(Process(int(directory.name), int(parent), int(session), command))
+    return found
+
+
+def engines_of(pid: int) -> dict[int, list[Process]]:
+    """The engines of a neuron: each has a session of its own, led by a child of the neuron."""
+    processes = all_processes()
+    leaders = [process.pid for process in processes if process.parent == pid and process.session == process.pid]
+    return {leader: [process for process in processes if process.session == leader] for leader in leaders}
+
+
+def of_session(session: int) -> list[Process]:
+    """What lives in a session, whoever its parent is by now."""
+    return [process for process in all_processes() if process.session == session]
 
 
 def descendants(pid: int) -> set[int]:
     """All processes below `pid`, without it."""
-    table = parents()
+    parents = {process.pid: process.parent for process in all_processes()}
     found: set[int] = set()
     frontier = {pid}
     while frontier:
-        frontier = {child for child, parent in table.items() if parent in frontier} - found
+        frontier = {child for child, parent in parents.items() if parent in frontier} - found
         found |= frontier
     return found
 
 
 def alive(pids: Iterable[int]) -> set[int]:
     """Those of the processes that still run."""
-    return set(pids) & set(parents())
+    return set(pids) & {process.pid for process in all_processes()}
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_secs: float = 20, what: str = "the condition") -> None:
-    """Looks every 20 ms until the condition holds.
+def eventually(look: Callable[[], Found], what: str, *, within_secs: float) -> Found:
+    """What `look` gives as soon as it is true.
 
     Raises:
-        AssertionError: it did not in time.
+        AssertionError: it is not, for `within_secs`.
     """
-    deadline = time.monotonic() + timeout_secs
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come true in {timeout_secs:g} s"
-        time.sleep(0.02)
+    deadline = time.monotonic() + within_secs
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_secs:g} s: {what}")
+        time.sleep(0.05)

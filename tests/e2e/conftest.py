@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.processes import alive, descendants, wait_for
+from tests.processes import alive, descendants, eventually
 
 START_TIMEOUT_SECS = 40
 
@@ -54,10 +54,10 @@ def running_dev(*arguments: str) -> Iterator[Dev]:
     reader.start()
     family: set[int] = set()
     try:
-        wait_for(
+        eventually(
             lambda: "Ctrl-C stops" in dev.text() or process.poll() is not None,
-            timeout_secs=START_TIMEOUT_SECS,
-            what="the announcement of cortex dev",
+            "the announcement of cortex dev",
+            within_secs=START_TIMEOUT_SECS,
         )
         match = re.search(r"cortex is at (http://\S+)", dev.text())
         assert match is not None, dev.text()
@@ -69,7 +69,7 @@ def running_dev(*arguments: str) -> Iterator[Dev]:
             process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
-            wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
+            eventually(lambda: not alive(family), "the end of every process", within_secs=30)
         finally:
             for pid in alive(family):
                 with contextlib.suppress(ProcessLookupError):

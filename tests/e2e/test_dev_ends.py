@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Dev, running_dev
-from tests.processes import alive, wait_for
+from tests.processes import alive, eventually
 
 
 def load_something(dev: Dev) -> None:
@@ -38,7 +38,7 @@ def test_nothing_is_left(number: signal.Signals) -> None:
         assert len(family) == 4, "the command, a neuron, cortex and an engine"
         os.kill(dev.process.pid, number)
         code = dev.process.wait(30)
-        wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
+        eventually(lambda: not alive(family), "the end of every process", within_secs=30)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert not state.exists()
 
@@ -51,7 +51,7 @@ def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
         (neuron,) = [pid for pid in family if b"\0neuron\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(neuron, signal.SIGKILL)
         assert dev.process.wait(30) == 1
-        wait_for(lambda: not alive(family), timeout_secs=30, what="the end of every process")
+        eventually(lambda: not alive(family), "the end of every process", within_secs=30)
         assert "one has ended" in dev.text()
 
 

@@ -12,7 +12,7 @@ import anthropic
 import openai
 
 from tests.e2e.conftest import Dev
-from tests.processes import wait_for
+from tests.processes import eventually
 
 LARGE, MIDDLE, SMALL = "Qwen/Qwen3.6-27B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
 
@@ -66,7 +66,11 @@ def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev) -> None:
     assert model["status"] == "loaded"
     assert model["devices"] == [0, 1]
     assert model["tensor_parallel"] == 2
-    wait_for(lambda: all(device["vram_used_mb"] >= 27000 for device in fetch_beast()["devices"]))
+    eventually(
+        lambda: all(device["vram_used_mb"] >= 27000 for device in fetch_beast()["devices"]),
+        "both GPUs are half full",
+        within_secs=20,
+    )
 
 
 def test_streams_of_both_client_libraries(dev: Dev) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tests.e2e_vllm.processes import Process, engines_of, eventually, of_session
+from tests.processes import Process, engines_of, eventually, of_session
 
 TINY, PAIR, BROKEN, MINILM = "test/tiny", "test/tiny-on-two", "test/broken", "test/minilm"
 NODE = "cpuhost"

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.e2e_vllm.fleet import BROKEN, MINILM, NODE, PAIR, TINY, Fleet
-from tests.e2e_vllm.processes import eventually, of_session
+from tests.processes import eventually, of_session
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

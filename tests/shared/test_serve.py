@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from shared.serve import ListenError, Site, bind, serving
-from tests.processes import wait_for
+from tests.processes import eventually
 
 TOP = Path(__file__).parents[2]
 LONG = 60.0  # a drain that no test waits for
@@ -97,7 +97,7 @@ def test_signal_lets_requests_end(number: signal.Signals) -> None:
     with running(LONG) as service:
         connection = service.request("/held")
         service.process.send_signal(number)
-        wait_for(service.refuses, what="the end of listening")
+        eventually(service.refuses, "the end of listening", within_secs=20)
         assert service.process.poll() is None
         service.let_go()
         assert received(connection).endswith(b"4\r\nlast\r\n0\r\n\r\n")

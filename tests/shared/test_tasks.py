@@ -25,7 +25,7 @@ async def test_a_failing_loop_is_logged_and_started_again(
             await asyncio.Event().wait()
         raise RuntimeError("bad answer")
 
-    async with running(watch=work):
+    async with running({"watch": work}):
         await third.wait()
     assert caplog.text.count("background task watch failed") == 2
 
@@ -43,7 +43,7 @@ async def test_loops_end_with_their_owner() -> None:
             events.append("cleaned up")
 
     async def owner() -> None:
-        async with running(watch=work):
+        async with running({"watch": work}):
             await started.wait()
             raise KeyError
 
