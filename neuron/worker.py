@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 from neuron import failures
+from neuron.ending import Ending, first_of
 from neuron.engine import Engine
 from neuron.engine_log import EngineLog, LogFollower
 from neuron.launcher import Launcher
@@ -58,13 +58,6 @@ class Condition:
     since: float
     progress: Progress | None = None
     error: str | None = None
-
-
-class _Ending(Enum):
-    READY = "ready"
-    EXITED = "exited"
-    STOPPED = "stopped"
-    TIMED_OUT = "timed out"
 
 
 class Worker:
@@ -189,19 +182,19 @@ class Worker:
             await self._discard_last()
             if run.stop_wanted.is_set():
                 return None
-            ending = _Ending.STOPPED
+            ending = Ending.STOPPED
             was_ready = False
             async with self._launcher.engine(run.spec) as engine:
                 self.engine, self._last_dir = engine, engine.directory
                 self._on_change(self)  # the devices are known now
                 if not run.stop_wanted.is_set():
                     ending = await self._bring_up(engine, run)
-                if ending is _Ending.READY:
+                if ending is Ending.READY:
                     was_ready = True
                     ending = await self._serve(engine, run)
             if not engine.vram_released:
                 run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
-            if ending is _Ending.STOPPED:
+            if ending is Ending.STOPPED:
                 return None
             error, lines = await self._explain(engine, ending)
             if was_ready or launch == LAUNCHES or not _port_was_taken(lines):
@@ -209,48 +202,49 @@ class Worker:
             log.warning("%s: port %d was taken before the engine had it: once more", self.model_id, engine.port)
         raise AssertionError("the last launch returns")
 
-    async def _bring_up(self, engine: Engine, run: Run) -> _Ending:
+    async def _bring_up(self, engine: Engine, run: Run) -> Ending:
         started = time.monotonic()
         ready = until_ready(
             self._launcher.http, engine.url, health_path=engine.harness.health_path, api_key=engine.api_key
         )
         follower = asyncio.create_task(self._follow(engine, run))
         try:
-            ending = await _first(
+            ending = await first_of(
                 {
-                    _Ending.STOPPED: run.stop_wanted.wait(),
-                    _Ending.EXITED: engine.process.main_exited.wait(),
-                    _Ending.READY: ready,
+                    Ending.STOPPED: run.stop_wanted.wait(),
+                    Ending.EXITED: engine.process.main_exited.wait(),
+                    Ending.READY: ready,
                 },
                 timeout_secs=engine.startup_timeout_secs,
             )
         finally:
             await cancel_all([follower])
-        if ending is _Ending.READY:
+        if ending is Ending.READY:
             seconds = time.monotonic() - started
             with contextlib.suppress(asyncio.TimeoutError):  # a figure is not worth waiting for a stuck driver
                 async with timeout(_MEASURE_SECS):
                     await self._launcher.measure([engine])
             if run.stop_wanted.is_set():
-                return _Ending.STOPPED
+                return Ending.STOPPED
             self._on_loaded(self.model_id, seconds)
             self._become(State.LOADED)
             run.settle(None)
         return ending
 
-    async def _serve(self, engine: Engine, run: Run) -> _Ending:
-        ending = _Ending.TIMED_OUT
-        while ending is _Ending.TIMED_OUT:
-            ending = await _first(
-                {_Ending.STOPPED: run.stop_wanted.wait(), _Ending.EXITED: engine.process.main_exited.wait()},
+    async def _serve(self, engine: Engine, run: Run) -> Ending:
+        while True:
+            ending = await first_of(
+                {Ending.STOPPED: run.stop_wanted.wait(), Ending.EXITED: engine.process.main_exited.wait()},
                 timeout_secs=_LOG_TRIM_SECS,
             )
+            if run.stop_wanted.is_set():
+                return Ending.STOPPED
+            if ending is Ending.EXITED:
+                # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
+                run.engine_lost = True
+                self._become(State.FAILED, error="the engine ended unexpectedly")
+                return ending
             await asyncio.to_thread(engine.log.trim)
-        if ending is _Ending.EXITED:
-            # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
-            run.engine_lost = True
-            self._become(State.FAILED, error="the engine ended unexpectedly")
-        return ending
 
     async def _follow(self, engine: Engine, run: Run) -> None:
         """Turns the engine's output into progress while it loads."""
@@ -265,10 +259,10 @@ class Worker:
                 self._on_change(self)
             await asyncio.sleep(_LOG_POLL_SECS)
 
-    async def _explain(self, engine: Engine, ending: _Ending) -> tuple[ServiceError, list[str]]:
+    async def _explain(self, engine: Engine, ending: Ending) -> tuple[ServiceError, list[str]]:
         """The error for an engine that is not there, and the output it was found in."""
         lines = await asyncio.to_thread(engine.log.tail, 2000, max_bytes=_CAUSE_BYTES)
-        if ending is _Ending.TIMED_OUT:
+        if ending is Ending.TIMED_OUT:
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), lines
         reason = failures.exit_reason(engine.harness, await engine.process.wait(), lines)
@@ -282,19 +276,3 @@ class Worker:
 
 def _port_was_taken(lines: list[str]) -> bool:
     return any("Address already in use" in line for line in lines[-50:])
-
-
-async def _first(
-    alternatives: dict[_Ending, Coroutine[Any, Any, Any]], *, timeout_secs: float | None = None
-) -> _Ending:
-    """What happened first, in case of doubt the one named first; the others are cancelled."""
-    tasks = {asyncio.create_task(work): ending for ending, work in alternatives.items()}
-    try:
-        done, _ = await asyncio.wait(tasks, timeout=timeout_secs, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        await cancel_all(list(tasks))
-    for task, ending in tasks.items():
-        if task in done:
-            task.result()
-            return ending
-    return _Ending.TIMED_OUT
