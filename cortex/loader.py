@@ -14,11 +14,13 @@ from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.routing import Load
 from cortex.snapshot import Reservation
 from shared.errors import Unavailable
-from shared.protocol import ModelStatus
+from shared.protocol import ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
+LOAD_IN_PROGRESS = "load_in_progress"
+"""What a neuron answers, with 409, when it is loading the model with another spec."""
 BACKOFF_FIRST_SECS = 10.0
 BACKOFF_MAX_SECS = 300.0
 
@@ -84,6 +86,7 @@ class Loader:
 
     async def load(self, load: Load, *, after_failure: bool = False) -> None:
         """Carries the load out, or joins it when it is under way on that neuron; the caller's leaving cancels nothing.
+        Afterwards the model is there, or on its way there by somebody else's doing.
 
         `after_failure` True starts it in spite of a back-off: an operator asked.
 
@@ -148,6 +151,10 @@ class Loader:
         try:
             await self._clients[load.node].load(command, timeout_secs=self._timeout_secs)
         except (NeuronRefused, NeuronUnreachable) as error:
+            if isinstance(error, NeuronRefused) and error.code == LOAD_IN_PROGRESS:
+                # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
+                self._fleet.tell(load.node, ModelView(id=model_id, status=ModelStatus.LOADING.value))
+                return
             log.warning("loading %s on %s failed: %s", model_id, load.node, error)
             raise self.failed(model_id, f"loading {model_id!r} on {load.node} failed: {error}") from error
         finally:

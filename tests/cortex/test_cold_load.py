@@ -136,6 +136,20 @@ async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: SeedN
         assert response.status == 200
 
 
+async def test_load_that_somebody_else_began_is_waited_for(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """The neuron is loading the model with another spec, unknown to cortex so far: no failure, a wait."""
+    benjy.load_error = 409, {"error": {"message": "being loaded with another quant", "code": "load_in_progress"}}
+    cortex = await start_cortex([benjy], [SMALL])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    await benjy.load_started.wait()
+    benjy.models["org/small"] = "loading"
+    polls = benjy.calls.count("/models")
+    await cortex.until(lambda: benjy.calls.count("/models") > polls + 1)
+    assert not ask.done()
+    benjy.models["org/small"] = "loaded"
+    assert await ask == 200
+
+
 async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """503 cold_load_failed with the neuron's reason; inside the back-off the neuron is not asked again."""
     benjy.load_error = 500, {"error": {"message": "torch.OutOfMemoryError: CUDA out of memory", "code": "load_failed"}}
