@@ -136,6 +136,7 @@ async def load_model(request: web.Request) -> web.Response:
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": load.node}, status=202)
     await asyncio.shield(task)
+    await parts.loader.wait_until_settled(model_id, load.node, timeout_secs=parts.loader.timeout_secs)
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": load.node, "load_secs": took})
 
