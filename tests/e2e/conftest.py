@@ -1,92 +1,15 @@
-"""The whole stack as a user starts it: the real command, real processes."""
+"""One simulated fleet for the tests of a module."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import alive, descendants, eventually
-
-START_TIMEOUT_SECS = 40
-
-
-@dataclass
-class Dev:
-    """A running `cortex dev`."""
-
-    process: subprocess.Popen[str]
-    output: list[str] = field(default_factory=list)
-    url: str = ""
-
-    def family(self) -> set[int]:
-        """Its processes and those below, itself included."""
-        return descendants(self.process.pid) | {self.process.pid}
-
-    def text(self) -> str:
-        return "".join(self.output)
-
-
-StartDev = Callable[..., Dev]
-
-
-@contextlib.contextmanager
-def running_dev(*arguments: str) -> Iterator[Dev]:
-    """`cortex dev` on a free port; afterwards none of its processes is left, or the test fails."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cortex", "dev", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    dev = Dev(process)
-    reader = threading.Thread(target=_read, args=(dev,), daemon=True)
-    reader.start()
-    family: set[int] = set()
-    try:
-        eventually(
-            lambda: "Ctrl-C stops" in dev.text() or process.poll() is not None,
-            "the announcement of cortex dev",
-            within_secs=START_TIMEOUT_SECS,
-        )
-        match = re.search(r"cortex is at (http://\S+)", dev.text())
-        assert match is not None, dev.text()
-        dev.url = match[1]
-        yield dev
-    finally:
-        family = dev.family()
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-            eventually(lambda: not alive(family), "the end of every process", within_secs=30)
-        finally:
-            for pid in alive(family):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        reader.join(5)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def _read(dev: Dev) -> None:
-    assert dev.process.stdout is not None
-    for line in dev.process.stdout:
-        dev.output.append(line)
+from tests.e2e.dev import Dev, running_dev
 
 
 @pytest.fixture(scope="module")
 def dev() -> Iterator[Dev]:
-    """One simulated fleet for the tests of a module."""
     with running_dev() as running:
         yield running

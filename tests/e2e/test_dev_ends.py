@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Dev, running_dev
+from tests.e2e.dev import Dev, running_dev
 from tests.processes import alive, eventually
 
 

@@ -11,7 +11,7 @@ import aiohttp
 import anthropic
 import openai
 
-from tests.e2e.conftest import Dev
+from tests.e2e.dev import Dev
 from tests.processes import eventually
 
 LARGE, MIDDLE, SMALL = "Qwen/Qwen3.6-27B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"

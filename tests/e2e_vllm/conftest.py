@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -13,15 +15,30 @@ from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 
 
+@dataclass(frozen=True)
+class RealVllm:
+    """How the real vLLM is started, and the models for it."""
+
+    command: list[str]
+    tiny: Path
+    minilm: Path
+
+
 @pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """cortex and a neuron with the real vLLM; skips where vLLM cannot be had, and fails there in CI."""
+def real_vllm() -> RealVllm:
+    """Skips where vLLM cannot be had, and fails there in CI."""
     try:
         vllm = vllm_environment()
-        models = tiny_qwen3(vllm), minilm()
+        return RealVllm(list(vllm.command), tiny_qwen3(vllm), minilm())
     except EnvironmentUnavailable as error:
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI must run the real vLLM: {error}")
         pytest.skip(f"no real vLLM here: {error}")
-    with running_fleet(tmp_path_factory.mktemp("fleet"), vllm.command, *models) as fleet:
+
+
+@pytest.fixture(scope="session")
+def fleet(real_vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """cortex and a neuron with the real vLLM."""
+    directory = tmp_path_factory.mktemp("fleet")
+    with running_fleet(directory, real_vllm.command, real_vllm.tiny, real_vllm.minilm) as fleet:
         yield fleet
