@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import secrets
 import shlex
 import signal
 import socket
@@ -73,7 +72,7 @@ def example_catalogue() -> Catalogue:
 
 
 def _memory_file(name: str, table: dict[str, Any]) -> int:
-    """A configuration as an anonymous file in memory: tokens never touch the disk, and nothing is left behind."""
+    """A configuration as an anonymous file in memory: nothing is left behind, however this process ends."""
     fd = os.memfd_create(name, 0)
     os.write(fd, tomli_w.dumps(table).encode())
     return fd
@@ -94,6 +93,8 @@ class DevFleet:
             sys.executable,
             *("-m", module, *arguments, "--lifeline-fd", str(self._lifeline)),
             stdin=asyncio.subprocess.DEVNULL,
+            # The configuration is complete: no variable meant for a real cortex or neuron changes it.
+            env={key: value for key, value in os.environ.items() if not key.startswith(("CORTEX_", "NEURON_"))},
             pass_fds=(config_fd, sock.fileno(), self._lifeline, *fds),
             start_new_session=True,
         )
@@ -143,12 +144,12 @@ async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
     _on_signals(fleet, stop)
     stopping = asyncio.create_task(stop.wait())
     try:
-        await _start(fleet, hosts, engine, gateway, metrics_listen)
+        neurons = await _start(fleet, hosts, engine, gateway, metrics_listen)
         exited = asyncio.create_task(fleet.first_exit())
         ready = asyncio.create_task(_until_ready(url, len(hosts)))
         await asyncio.wait({exited, stopping, ready}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not ready.cancelled():
-            _announce(url, ready.result())
+            _announce(url, neurons, ready.result())
         ready.cancel()
         await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if exited.done() and not stop.is_set():
@@ -176,13 +177,14 @@ def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
 
 async def _start(
     fleet: DevFleet, hosts: list[SimulatedHost], engine: Engine, gateway: socket.socket, metrics_listen: str
-) -> None:
-    neurons: list[tuple[str, int, str]] = []
+) -> list[tuple[str, int]]:
+    """Starts all; the neurons as (name, port)."""
+    neurons: list[tuple[str, int]] = []
     for number, host in enumerate(hosts):
-        token, sock = secrets.token_urlsafe(24), bind("127.0.0.1", 0)
+        sock = bind("127.0.0.1", 0)
         sock.listen()  # from now on callers wait instead of being refused
-        neurons.append((host.name, sock.getsockname()[1], token))
-        config_fd = _memory_file(f"{host.name}.toml", neuron_table(host, number, engine, token=token))
+        neurons.append((host.name, sock.getsockname()[1]))
+        config_fd = _memory_file(f"{host.name}.toml", neuron_table(host, number, engine))
         await fleet.start(host.name, "neuron", config_fd, sock)
         os.close(config_fd)
     models_fd = _memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
@@ -191,6 +193,7 @@ async def _start(
     await fleet.start(CORTEX, "cortex", config_fd, gateway, models_fd)
     os.close(config_fd)
     os.close(models_fd)
+    return neurons
 
 
 async def _until_ready(url: str, hosts: int) -> list[dict[str, Any]]:
@@ -209,8 +212,11 @@ async def _until_ready(url: str, hosts: int) -> list[dict[str, Any]]:
             await asyncio.sleep(0.1)
 
 
-def _announce(url: str, models: list[dict[str, Any]]) -> None:
-    print(f"\ncortex is at {url} - models:")
+def _announce(url: str, neurons: list[tuple[str, int]], models: list[dict[str, Any]]) -> None:
+    print(f"\ncortex is at {url}, its neurons:")
+    for name, port in neurons:
+        print(f"  {name} at http://127.0.0.1:{port}")
+    print("\nModels:")
     for model in models:
         alias = f" = {model['alias_of']}" if "alias_of" in model else ""
         print(f"  {model['id']}{alias}  (can run on {', '.join(model['feasible_on'])})")

@@ -56,7 +56,7 @@ def parse_fleet(text: str) -> list[SimulatedHost]:
     return hosts
 
 
-def neuron_table(host: SimulatedHost, number: int, engine: Engine, *, token: str) -> dict[str, Any]:
+def neuron_table(host: SimulatedHost, number: int, engine: Engine) -> dict[str, Any]:
     """neuron.toml of the host with this number (from 0). The port is that of the socket which the neuron inherits."""
     first = FIRST_ENGINE_PORT + number * ENGINE_PORTS_PER_HOST
     harness: dict[str, Any] = {"port_range": [first, first + ENGINE_PORTS_PER_HOST - 1]}
@@ -67,7 +67,6 @@ def neuron_table(host: SimulatedHost, number: int, engine: Engine, *, token: str
         harness["env"] = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return {
         "name": host.name,
-        "token": token,
         "log_level": "warning",
         "drain_timeout_secs": 5,
         "harnesses": [{"name": engine.harness}],
@@ -76,16 +75,14 @@ def neuron_table(host: SimulatedHost, number: int, engine: Engine, *, token: str
     }
 
 
-def cortex_table(neurons: list[tuple[str, int, str]], *, models_config: str, metrics_listen: str) -> dict[str, Any]:
-    """cortex.toml for neurons given as (name, port, token)."""
+def cortex_table(neurons: list[tuple[str, int]], *, models_config: str, metrics_listen: str) -> dict[str, Any]:
+    """cortex.toml for neurons given as (name, port)."""
     return {
         "models_config": models_config,
         "log_level": "warning",
         "gateway": {"metrics_listen": metrics_listen, "drain_timeout_secs": 5},
         "poll": {"interval_secs": 1.0},
-        "neurons": [
-            {"name": name, "endpoint": f"http://127.0.0.1:{port}", "token": token} for name, port, token in neurons
-        ],
+        "neurons": [{"name": name, "endpoint": f"http://127.0.0.1:{port}"} for name, port in neurons],
     }
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from tests.processes import alive, descendants, eventually
 
 START_TIMEOUT_SECS = 40
+FOREIGN = {"NEURON_TOKEN": "another neuron's", "CORTEX_GATEWAY__LISTEN": "nonsense"}
+"""What a user may have set for a real neuron and cortex: no matter to a development fleet."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ def running_dev(*arguments: str) -> Iterator[Dev]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **FOREIGN},
     )
     dev = Dev(process)
     reader = threading.Thread(target=_read, args=(dev,), daemon=True)
@@ -54,7 +56,7 @@ def running_dev(*arguments: str) -> Iterator[Dev]:
             "the announcement of cortex dev",
             within_secs=START_TIMEOUT_SECS,
         )
-        match = re.search(r"cortex is at (http://\S+)", dev.text())
+        match = re.search(r"cortex is at (http://[\w.:]+)", dev.text())
         assert match is not None, dev.text()
         dev.url = match[1]
         yield dev
