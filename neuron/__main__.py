@@ -14,8 +14,11 @@ from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.discover import run_discover
 from neuron.keys import SERVICES
+from neuron.simulated import resolve_devices
+from neuron.spec import spec_of
 from neuron.state_dir import StateDirError
 from shared import __version__
+from shared.errors import InvalidRequest
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, serve_until_stopped
 from shared.settings import SettingsError, load_settings
@@ -56,7 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config(path: Path | None) -> NeuronConfig:
-    return load_settings(NeuronConfig, path, env_prefix="NEURON_")
+    config = load_settings(NeuronConfig, path, env_prefix="NEURON_")
+    problems: list[str] = []
+    for number, command in enumerate(config.default_commands):
+        try:
+            spec_of(command, harnesses=config.harness_names)
+        except InvalidRequest as error:
+            problems.append(f"default_models[{number}].{error.message}")
+    if config.simulate is not None:
+        try:
+            resolve_devices(config.simulate, host=config.name or "")
+        except SettingsError as error:
+            problems += error.problems
+    if problems:
+        raise SettingsError([f"{path or 'configuration'}: {problem}" for problem in problems])
+    return config
 
 
 async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 
@@ -70,14 +71,15 @@ async def endpoint(request: web.Request) -> web.Response:
         raise failures.unknown_model(worker.model_id, f"is not loaded: it is {worker.condition.state.value}")
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
-        url = str(request.url.origin().with_scheme("http").with_port(engine.port))
+        with contextlib.suppress(ValueError):  # whatever stands in the Host header
+            url = str(request.url.origin().with_scheme("http").with_port(engine.port))
     return reply(EndpointReply(url=url, api_key=engine.api_key))
 
 
 async def logs(request: web.Request) -> web.Response:
     worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
     text = request.query.get("tail", str(DEFAULT_TAIL))
-    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
+    if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: {text!r} is no number of lines from 0 to {MAX_TAIL}", param="tail")
     lines = [] if worker.log is None else await asyncio.to_thread(worker.log.tail, int(text))
     return web.json_response({"id": worker.model_id, "lines": lines})

@@ -52,6 +52,7 @@ class HarnessSettings(SettingsModel):
 class SimulatedDevice(SettingsModel):
     """A simulated GPU written out; whatever is left out comes from the preset `name`, if there is one."""
 
+    index: int | None = Field(default=None, ge=0)  # its place in the list, for those who write it out
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from neuron import session
 from neuron.engine_log import EngineLog
 from neuron.harness import Harness
+from neuron.listener import listens
 from neuron.process import EngineProcess
 from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
@@ -41,6 +42,13 @@ class Engine:
     @property
     def log(self) -> EngineLog:
         return EngineLog(self.directory.log)
+
+    async def owns_port(self) -> bool:
+        """True when one of its processes is seen to listen on its port."""
+        return await asyncio.to_thread(self._owns_port)
+
+    def _owns_port(self) -> bool:
+        return listens((process.pid for process in session.members(self.process.pid)), self.port)
 
 
 async def measure(engines: Collection[Engine], source: TopologySource) -> None:

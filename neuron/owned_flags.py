@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 OWNED_FLAGS = (
@@ -18,6 +19,7 @@ OWNED_FLAGS = (
     "--device-ids",
 )
 _OWNED_FAMILY = "--ssl-"  # with TLS the engine's own health check over http would never pass
+_SHELL = re.compile(r"[`;|&<>]|\$[({\w]")
 _CONTROL = frozenset(map(chr, (*range(32), 127)))
 
 
@@ -35,6 +37,23 @@ def refusal(args: Sequence[str]) -> str | None:
         flag = owned_flag(arg)
         if flag is not None:
             return f"{arg!r}: {flag} is set by neuron"
+    return None
+
+
+def shell_word(args: Sequence[str]) -> str | None:
+    """Why one of `args` is refused from outside: it could be read as a shell word, or is a path that climbs out.
+
+    No shell ever sees an argument; what runs an engine may be a script that hands it to one. JSON values are exempt:
+    vLLM needs them, and they hold such characters by nature.
+    """
+    for arg in args:
+        value = arg.partition("=")[2] if arg.startswith("-") else arg
+        if value.startswith(("{", "[")):
+            continue
+        if ".." in value.split("/"):
+            return f"{arg!r}: '..' is not allowed in it"
+        if _SHELL.search(value):
+            return f"{arg!r} could be read as a shell word"
     return None
 
 

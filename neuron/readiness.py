@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 
@@ -11,13 +12,24 @@ LONGEST_PAUSE_SECS = 0.5
 _ASK = aiohttp.ClientTimeout(total=5)
 
 
-async def until_ready(session: aiohttp.ClientSession, url: str, *, health_path: str, api_key: str) -> None:
-    """Returns once the engine at `url` is healthy and has shown that it is the one that was given `api_key`.
+async def until_ready(
+    session: aiohttp.ClientSession,
+    url: str,
+    *,
+    health_path: str,
+    api_key: str,
+    owns_port: Callable[[], Awaitable[bool]],
+) -> None:
+    """Returns once the engine at `url` is healthy and is ours: one of its processes listens on the port, or, where
+    that cannot be seen (an engine in a container), it has shown that it was given `api_key`.
 
     Has no deadline of its own: the caller watches the clock and the process.
     """
     pause = FIRST_PAUSE_SECS
-    while not (await _status(session, url + health_path) == 200 and await knows_key(session, url, api_key)):
+    while not (
+        await _status(session, url + health_path) == 200
+        and (await owns_port() or await knows_key(session, url, api_key))
+    ):
         await asyncio.sleep(pause)
         pause = min(pause * 1.2, LONGEST_PAUSE_SECS)
 

@@ -116,6 +116,8 @@ def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> De
         SettingsError: naming the value and the presets there are.
     """
     table = SimulatedDevice(name=entry) if isinstance(entry, str) else entry
+    if table.index not in (None, index):
+        raise SettingsError([f"simulate.devices[{index}].index = {table.index}: devices are numbered as written"])
     preset = find_preset(table.name)
     total = table.vram_total_mb or (preset.vram_total_mb if preset else None)
     if total is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from neuron.config import HarnessName
-from neuron.owned_flags import refusal
+from neuron.owned_flags import refusal, shell_word
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
@@ -15,6 +15,8 @@ from shared.protocol import LoadCommand
 _PLAIN_NAME = re.compile(r"/?\w[\w./:@+=,%-]*")
 _QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REMOTE = re.compile(r"(?:s3|gs)://.+")
+EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names"})
+"""Fields of a load command that a cortex of the seed protocol does not know."""
 _MAX_ARGS = 256
 _MAX_SERVED_NAMES = 64
 
@@ -32,18 +34,22 @@ class EngineSpec:
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
     served_names: tuple[str, ...] = ()
+    said: frozenset[str] = field(default=EXTENSIONS, compare=False)
+    """The fields beyond the seed protocol that the command spoke of."""
 
     def difference(self, wanted: EngineSpec) -> str | None:
         """In what an engine of this spec is not what `wanted` asks for; None when it will do.
 
-        Devices that `wanted` does not name may be any.
+        Devices that `wanted` does not name may be any, and so may what only later versions of the protocol can say.
         """
         if wanted.devices is None:
             wanted = replace(wanted, devices=self.devices)
-        for field in ("harness", "source", "quant", "tensor_parallel", "devices", "args", "vram_mb", "served_names"):
-            mine, theirs = getattr(self, field), getattr(wanted, field)
+        for name in ("harness", "source", "quant", "tensor_parallel", "devices", "args", "vram_mb", "served_names"):
+            if name in EXTENSIONS and name not in wanted.said:
+                continue
+            mine, theirs = getattr(self, name), getattr(wanted, name)
             if mine != theirs:
-                return f"{field} is {mine!r}, asked for {theirs!r}"
+                return f"{name} is {mine!r}, asked for {theirs!r}"
         return None
 
     @property
@@ -68,7 +74,9 @@ def spec_of(command: LoadCommand, *, harnesses: list[HarnessName]) -> EngineSpec
         raise InvalidRequest(f"served_names: more than {_MAX_SERVED_NAMES}", param="served_names")
     if command.quant is not None and not _QUANTIZATION.fullmatch(command.quant):
         raise InvalidRequest(f"quant: {command.quant!r} is no quantization's name", param="quant")
-    reason = "there are too many" if len(command.args) > _MAX_ARGS else refusal(command.args)
+    reason = (
+        "there are too many" if len(command.args) > _MAX_ARGS else refusal(command.args) or shell_word(command.args)
+    )
     if reason is not None:
         raise InvalidRequest(f"args: {reason}", param="args")
     return EngineSpec(
@@ -81,6 +89,7 @@ def spec_of(command: LoadCommand, *, harnesses: list[HarnessName]) -> EngineSpec
         args=tuple(command.args),
         vram_mb=command.vram_mb,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
+        said=frozenset(name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None),
     )
 
 

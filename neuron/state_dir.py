@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -59,12 +60,14 @@ class StateDir:
         except OSError as error:
             raise StateDirError(f"state_dir {self.path}: {error.strerror or error}") from error
         try:
-            shutil.rmtree(self._engines, ignore_errors=True)
+            self._clear()
             self._engines.mkdir(exist_ok=True)
             self.vram.mkdir(exist_ok=True)
             yield self
         finally:
-            shutil.rmtree(self.path if remove_after else self._engines, ignore_errors=True)
+            self._clear()
+            if remove_after:
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(lock)
 
     def new_engine(self, number: int) -> EngineDir:
@@ -73,10 +76,20 @@ class StateDir:
         path.mkdir()
         tmp = path / "tmp"
         if len(os.fsencode(tmp)) > _MAX_TMP_PATH:
-            tmp = Path(tempfile.mkdtemp(prefix="neuron-"))
-        else:
-            tmp.mkdir()
+            tmp = self._short_tmp / str(number)
+        tmp.mkdir(parents=True, mode=0o700)
         return EngineDir(path, tmp)
+
+    @property
+    def _short_tmp(self) -> Path:
+        """For engines' temporary files where the path of the state directory is too long for sockets. Its name follows
+        from that path, so that what a killed neuron left is found and cleared by the next."""
+        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
+        return Path(tempfile.gettempdir(), f"neuron-tmp-{os.getuid()}-{digest}")
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._engines, ignore_errors=True)
+        shutil.rmtree(self._short_tmp, ignore_errors=True)
 
     def _take(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,7 @@ class Worker:
         """The engine while there is one, also while it stops."""
         self.spec: EngineSpec | None = None
         """What it was last asked to be."""
+        self._proven_spec: EngineSpec | None = None  # the last that was loaded: what a bare command asks for again
         self._launcher = launcher
         self._on_change = on_change
         self._on_loaded = on_loaded
@@ -103,7 +104,7 @@ class Worker:
         if run is not None and run.joinable:
             self._check_same(run, spec)
             return run
-        spec = spec or self.spec
+        spec = spec or self._proven_spec or self.spec
         if spec is None:
             raise failures.unknown_model(self.model_id, "was never loaded here: say with which harness")
         self.spec = spec
@@ -205,7 +206,11 @@ class Worker:
     async def _bring_up(self, engine: Engine, run: Run) -> Ending:
         started = time.monotonic()
         ready = until_ready(
-            self._launcher.http, engine.url, health_path=engine.harness.health_path, api_key=engine.api_key
+            self._launcher.http,
+            engine.url,
+            health_path=engine.harness.health_path,
+            api_key=engine.api_key,
+            owns_port=engine.owns_port,
         )
         follower = asyncio.create_task(self._follow(engine, run))
         try:
@@ -226,6 +231,7 @@ class Worker:
                     await self._launcher.measure([engine])
             if run.stop_wanted.is_set():
                 return Ending.STOPPED
+            self._proven_spec = run.spec
             self._on_loaded(self.model_id, seconds)
             self._become(State.LOADED)
             run.settle(None)

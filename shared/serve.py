@@ -15,6 +15,8 @@ from aiohttp import web
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 1024
+
 CLOSING = web.AppKey("closing", asyncio.Event)
 """Set when the service begins to stop: open event streams end on it."""
 
@@ -36,7 +38,7 @@ class ListenError(Exception):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket; port 0 lets the system choose.
+    """A listening TCP socket; port 0 lets the system choose.
 
     Raises:
         ListenError: the address is taken or not of this host.
@@ -51,6 +53,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)  # here and not later: two may bind one address, and only listening tells
     except OSError as error:
         sock.close()
         raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -78,7 +81,7 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
             )
             runners.append(runner)
             await runner.setup()
-            await web.SockSite(runner, site.sock, backlog=1024).start()
+            await web.SockSite(runner, site.sock, backlog=BACKLOG).start()
         yield
     finally:
         closing.set()
@@ -96,7 +99,7 @@ async def serve_until_stopped(
     on_ready: Callable[[], None] = lambda: None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGTERM, SIGINT or the end of the lifeline; a second signal exits at once with status 130.
+    """Serves until SIGTERM, SIGINT, SIGHUP or the end of the lifeline; a second signal exits at once with status 130.
 
     `lifeline` is the read end of a pipe whose other end a parent holds: its end of file means that the parent is gone,
     however it died. `on_forced_exit` is the last thing called before a forced exit.
@@ -114,7 +117,11 @@ async def serve_until_stopped(
         log.info("%s: stopping, what is in flight has %g s", name, drain_timeout_secs)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # A closed terminal stops as well, unless it was asked not to (nohup).
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, on_signal, number.name)
     if lifeline is not None:
         loop.add_reader(lifeline, _lifeline_ended, loop, lifeline, stop)
@@ -123,7 +130,7 @@ async def serve_until_stopped(
             on_ready()
             await stop.wait()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

@@ -25,14 +25,13 @@ class VllmHarness:
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
-        if facts.has_gpu:
+        own: dict[str, str] = {}
+        if plan.devices:  # simulated ones too: a vLLM for the CPU passes over it
             argv += _memory_arguments(plan)
-            own = {
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "CUDA_VISIBLE_DEVICES": ",".join(device.uuid or str(device.index) for device in plan.devices),
-            }
-        else:
-            own = {} if THREADS_BIND in facts.environ else cpu_binding(plan.spec.tensor_parallel, facts.cpus)
+            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
+        if not facts.has_gpu and THREADS_BIND not in facts.environ:
+            own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
         argv += [*plan.spec.args, *plan.settings.extra_args]
         return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -14,7 +15,7 @@ class WireModel(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    return round(value) if isinstance(value, float) else value
+    return round(value) if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _listed(value: Any) -> Any:

@@ -14,6 +14,7 @@ def _listed(value: object) -> object:
 
 
 StringList = Annotated[list[str], BeforeValidator(_listed)]
+MAX_VRAM_MB = 1 << 40
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
@@ -33,7 +34,7 @@ class LoadCommand(WireModel):
     devices: list[int] | None = None
     source: str | None = None
     args: StringList = Field(default_factory=list)
-    vram_mb: Mib | None = Field(default=None, ge=1)
+    vram_mb: Mib | None = Field(default=None, ge=1, le=MAX_VRAM_MB)
     served_names: StringList = Field(default_factory=list)
 
     @property

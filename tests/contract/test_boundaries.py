@@ -62,7 +62,7 @@ def test_decisions_are_pure(name: str) -> None:
 def test_wire_models_import_no_server() -> None:
     """The protocol can be read and used without running anything."""
     for path in (TOP / "shared" / "protocol").glob("*.py"):
-        assert imported(path) <= {"__future__", "typing", "enum", "collections", "pydantic", "shared"}, path
+        assert imported(path) <= {"__future__", "typing", "enum", "collections", "math", "pydantic", "shared"}, path
 
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(TOP)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
+from tests.neuron.neurons import Answer, Neuron, config_of, marked_processes, neuron_here, until
 
 MODEL = "org/model"
 
@@ -175,24 +175,43 @@ async def test_stolen_port_is_replaced(mark: str, tmp_path: Path) -> None:
 
 
 # A stranger that answers everything with 200, in front of an engine that hangs before it listens.
-STRANGER = """
-import http.server, sys
+SERVER = """
+import http.server, os, sys, time
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
     def log_message(self, *a): pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
+if STRANGER and os.fork() > 0:
+    time.sleep(60)  # the engine, which never listens
+elif STRANGER:
+    os.setsid()  # somebody else, who does
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
 
 
-async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
-    """What answers 200 to everybody does not have our key, and is no engine of ours."""
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
-    settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5}
+async def load_server(tmp_path: Path, mark: str, *, stranger: bool) -> Answer:
+    """A load whose engine is a server that answers 200 to everybody: itself, or a stranger on its port."""
+    script = tmp_path / "server.py"
+    script.write_text(f"STRANGER = {stranger}{SERVER}")
+    settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5 if stranger else 20}
     async with neuron_here(config_of(tmp_path / "state", sim=settings)) as neuron:
-        assert (await neuron.load(MODEL)).error["code"] == "load_timeout"
+        answer = await neuron.load(MODEL)
+    if stranger:
+        for pid in marked_processes(mark):
+            _kill(pid)
+        await until(lambda: not marked_processes(mark))
+    return answer
+
+
+async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
+    """What listens outside of the engine's session and does not know our key is no engine of ours."""
+    assert (await load_server(tmp_path, mark, stranger=True)).error["code"] == "load_timeout"
+
+
+async def test_health_alone_makes_an_engine_ready(mark: str, tmp_path: Path) -> None:
+    """Our process that answers 200 on /health is loaded, whatever else it serves and whether it asks for a key."""
+    assert (await load_server(tmp_path, mark, stranger=False)).status == 200
 
 
 async def test_engine_that_dies_is_failed_at_once(neuron: Neuron, mark: str) -> None:

@@ -39,7 +39,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_signal_stops_engines(mark: str, tmp_path: Path, number: int) -> None:
     """SIGTERM and SIGINT: exit 0, no engine left, the default state directory gone."""
     config = toml_config(tmp_path, 'name = "one"', "port = 0")
@@ -115,6 +115,20 @@ def test_wrong_configuration(tmp_path: Path) -> None:
     assert done.returncode == 1
     for words in (f"{path}: prot: unknown key", "--port is set by neuron", "quantt: unknown key"):
         assert words in done.stderr
+
+
+def test_default_models_and_simulated_devices_are_checked_before_the_start(tmp_path: Path) -> None:
+    """What only a load would have found out is found now, with the file."""
+    path = tmp_path / "neuron.toml"
+    path.write_text(
+        '[[default_models]]\nmodel_id = "-bad"\n[[default_models]]\nmodel_id = "m"\nargs = ["--port", "1"]\n'
+        '[simulate]\ndevices = ["RTX 9999", { index = 5, name = "L4" }]\n'
+    )
+    done = run("serve", "--config", str(path))
+    assert done.returncode == 1
+    for words in ("default_models[0].model_id: '-bad'", "default_models[1].args", "'RTX 9999'", "devices[1].index = 5"):
+        assert words in done.stderr
+    assert all(line.removeprefix("neuron: ").startswith(str(path)) for line in done.stderr.splitlines())
 
 
 def test_port_that_is_taken(tmp_path: Path) -> None:

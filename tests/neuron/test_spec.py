@@ -113,3 +113,33 @@ def test_difference() -> None:
     assert running.difference(spec(quant="fp8")) is None
     assert running.difference(spec(quant="fp8", devices=[0])) == "devices is (1,), asked for (0,)"
     assert running.difference(spec()) == "quant is 'fp8', asked for None"
+
+
+@pytest.mark.parametrize(
+    "arg",
+    ["$(reboot)", "; rm -rf /", "`id`", "a && b", "x | sh", "> /etc/passwd", "${HOME}", "../../etc/passwd", "--f=../x"],
+)
+def test_refused_arguments_from_outside(arg: str) -> None:
+    """Shell words and climbing paths, as a value and behind a flag."""
+    for args in ([arg], ["--chat-template", arg]):
+        with pytest.raises(InvalidRequest) as refused:
+            spec(args=args)
+        assert repr(arg) in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "args", [["--max-model-len", "8k"], ["--override", '{"a": "x|y; $z"}'], ["--override=[1, 2]"], ["--rope", "a..b"]]
+)
+def test_json_arguments(args: list[str]) -> None:
+    """JSON values hold whatever they need."""
+    assert list(spec(args=args).args) == args
+
+
+def test_seed_command_takes_what_it_cannot_speak_of_as_it_is() -> None:
+    """A cortex of the seed protocol joins a model that was loaded with more; saying otherwise still differs."""
+    running = spec(harness="sim", args=["--load-secs", "1"], vram_mb=1000)
+    assert running.difference(spec(harness="sim", quant=None, tensor_parallel=None, devices=None)) is None
+    assert running.difference(spec(harness="sim", vram_mb=None, source=None)) is None
+    others: list[dict[str, Any]] = [{"args": []}, {"vram_mb": 2000}, {"quant": "fp8"}]
+    for said in others:
+        assert running.difference(spec(harness="sim", **said)) is not None
