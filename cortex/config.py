@@ -75,6 +75,7 @@ class NeuronEntry(SettingsModel):
     @classmethod
     def _url(cls, value: str) -> str:
         parts = urlsplit(value)
+        _ = parts.port  # raises ValueError for one that is none
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("must be a URL such as http://host:13131")
         return value.rstrip("/")

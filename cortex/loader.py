@@ -71,6 +71,10 @@ class Loader:
     def in_progress(self) -> list[LoadInProgress]:
         return [job for jobs in self._jobs.values() for job, _ in jobs.values()]
 
+    def node_of(self, model_id: str) -> str | None:
+        """Where a load of this model is under way, None when none is."""
+        return next(iter(self._jobs.get(model_id, {})), None)
+
     async def join(self, model_id: str) -> bool:
         """Waits for a load of this model that is under way; False when there is none.
 
@@ -123,7 +127,7 @@ class Loader:
         """Notes a failed load and gives the error for its askers; each failure in a row doubles the back-off."""
         earlier = self._failures.get(model_id)
         count = 1 if earlier is None else earlier.count + 1
-        pause = min(BACKOFF_FIRST_SECS * 2 ** (count - 1), BACKOFF_MAX_SECS)
+        pause = min(BACKOFF_FIRST_SECS * 2 ** min(count - 1, 10), BACKOFF_MAX_SECS)
         self._failures[model_id] = _Failure(message, count, self._clock() + pause)
         return _failed(message, pause)
 
@@ -175,7 +179,9 @@ class Loader:
             async with timeout(timeout_secs):
                 await self._settled(model_id, node)
         except asyncio.TimeoutError:
-            raise self.failed(model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s") from None
+            raise self._failed_elsewhere(
+                model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s"
+            ) from None
         view = self._fleet.snapshot().nodes[node].models.get(model_id)
         if view is not None and view.known_status is ModelStatus.FAILED:
             reason = view.error or "no reason given"

@@ -16,6 +16,7 @@ from cortex.config import NeuronEntry
 from shared.protocol import Discovery, EndpointReply, LoadCommand, ModelView, NeuronHealth, UnloadCommand
 
 CONNECT_TIMEOUT_SECS = 5.0
+ENDPOINT_TIMEOUT_SECS = 5.0
 EVENT_SILENCE_SECS = 60.0
 """A neuron sends a comment every 15 s on `/events`: silence of four times that is a dead connection."""
 MAX_EVENT_LINE = 1 << 20
@@ -84,7 +85,8 @@ class NeuronClient:
 
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
-        found = await self._get(f"/models/{quote(model_id, safe='')}/endpoint", EndpointReply)
+        path = f"/models/{quote(model_id, safe='')}/endpoint"
+        found = await self._get(path, EndpointReply, timeout_secs=ENDPOINT_TIMEOUT_SECS)
         try:
             return found.model_copy(update={"url": reachable_url(found.url, self._base)})
         except ValueError as error:
@@ -111,15 +113,18 @@ class NeuronClient:
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
             raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
 
-    async def _get(self, path: str, model: type[Model]) -> Model:
-        data = await self._call("GET", path)
+    async def _get(self, path: str, model: type[Model], *, timeout_secs: float | None = None) -> Model:
+        data = await self._call("GET", path, timeout_secs=timeout_secs)
         try:
             return model.model_validate(data)
         except ValidationError as error:
             raise NeuronRefused(200, f"{self.name}: {path} is not the protocol's: {_first(error)}") from error
 
     async def _post(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
-        return await self._call("POST", path, json_body=body.model_dump(mode="json"), timeout_secs=timeout_secs)
+        # What is asked of the neuron's memory is the model's id and nothing else.
+        bare = isinstance(body, LoadCommand) and body.bare
+        data = body.model_dump(mode="json", exclude_defaults=bare)
+        return await self._call("POST", path, json_body=data, timeout_secs=timeout_secs)
 
     async def _call(self, method: str, path: str, *, json_body: Any = None, timeout_secs: float | None = None) -> Any:
         timeout = aiohttp.ClientTimeout(total=timeout_secs, sock_connect=CONNECT_TIMEOUT_SECS)
@@ -148,11 +153,22 @@ def reachable_url(url: str, neuron_url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is not an absolute URL")
     neuron_host = urlsplit(neuron_url).hostname or ""
-    if not _is_local(parts.hostname) or (_is_local(neuron_host) and not _is_wildcard(parts.hostname)):
+    if not _is_local(parts.hostname) or _reaches_itself(neuron_host, parts.hostname):
         return url.rstrip("/")
     host = f"[{neuron_host}]" if ":" in neuron_host else neuron_host
     netloc = host if parts.port is None else f"{host}:{parts.port}"
     return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
+
+
+def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
+    """True when the neuron is on this very host by a name or another family of addresses: then the engine's own
+    loopback address is as good, and the neuron's may be one that the engine does not listen on."""
+    if not _is_local(neuron_host) or _is_wildcard(engine_host):
+        return False
+    try:
+        return ipaddress.ip_address(neuron_host).version != ipaddress.ip_address(engine_host).version
+    except ValueError:
+        return neuron_host == "localhost"
 
 
 def _is_wildcard(host: str) -> bool:

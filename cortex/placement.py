@@ -117,7 +117,8 @@ def _eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
 def _free_mb(fleet: FleetSnapshot, node: NodeSnapshot, device: Device) -> int:
     """Free now as the node measures it, less what loads under way will take; the total when there is no measurement."""
     live = node.device_health.get(device.index)
-    measured = device.vram_total_mb if live is None else live.vram_free_mb
+    known = live is not None and (live.vram_used_mb or live.vram_free_mb)  # both 0: the driver does not say
+    measured = live.vram_free_mb if live is not None and known else device.vram_total_mb
     return measured - fleet.reserved_mb(node.name, device.index)
 
 

@@ -124,7 +124,18 @@ def _load_again(model_id: str, profile: ModelProfile | None, fleet: FleetSnapsho
     node = min(nodes, key=lambda n: (n.status_of(model_id) is not ModelStatus.SLEEPING, n.name))
     if profile is not None and is_feasible(profile, node):
         return load_on(profile, fleet, node)
-    return Load(node.name, LoadCommand(model_id=model_id), 0, "known there")
+    return Load(node.name, command_for_known(node, model_id), 0, "known there")
+
+
+def command_for_known(node: NodeSnapshot, model_id: str) -> LoadCommand:
+    """Asks a neuron for a model that only it knows. Ours remember the spec; a seed neuron is told what it lists."""
+    if node.discovery is None or node.discovery.instance_id is not None:
+        return LoadCommand(model_id=model_id)
+    view = node.models[model_id]
+    tensor_parallel = len(view.devices) if len(view.devices) > 1 else None
+    return LoadCommand(
+        model_id=model_id, harness=view.harness, tensor_parallel=tensor_parallel, devices=view.devices or None
+    )
 
 
 def _no_place(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:

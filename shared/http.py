@@ -91,8 +91,13 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if error.status < 400:
             raise
         response = _http_exception_response(request, error)
-    except (ConnectionError, web.RequestPayloadError):
-        raise  # one side of the connection is gone; there is nobody to answer
+    except web.RequestPayloadError as error:
+        if request.transport is None or request.transport.is_closing():
+            raise  # the client is gone; there is nobody to answer
+        unreadable = InvalidRequest(f"the body cannot be read: {error}")
+        response = error_response(unreadable, anthropic=is_anthropic(request))
+    except ConnectionError:
+        raise  # as above
     except Exception:
         log.exception("unhandled error in %s %s", request.method, request.path)
         internal = ServiceError("internal error; the service's log has the details")

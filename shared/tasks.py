@@ -18,6 +18,8 @@ else:
 
 __all__ = ["TaskSet", "cancel_all", "keep_running", "running", "timeout"]
 
+from shared.errors import ServiceError
+
 log = logging.getLogger(__name__)
 
 RESTART_DELAY_SECS = 1.0
@@ -74,7 +76,11 @@ class TaskSet:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("task %s failed", task.get_name(), exc_info=task.exception())
+            error = task.exception()
+            # An error made for a client says all there is to say; of any other the trace is wanted.
+            log.error(
+                "task %s failed: %s", task.get_name(), error, exc_info=not isinstance(error, ServiceError) and error
+            )
 
     async def close(self) -> None:
         """Cancels what still runs and waits for its end."""

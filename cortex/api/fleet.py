@@ -14,11 +14,12 @@ from cortex.explain import explain
 from cortex.keys import PARTS, Parts
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.placement import infeasible_reason
-from cortex.routing import Load, Refuse, decide_placement, load_on
+from cortex.routing import Await, Load, Refuse, Serve, command_for_known, decide, load_on
 from cortex.snapshot import NodeSnapshot
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
 from shared.http import read_model
-from shared.protocol import LoadCommand, ModelStatus
+from shared.protocol import ModelStatus
+from shared.protocol.commands import ModelId
 from shared.serve import CLOSING
 
 KEEPALIVE_SECS = 15.0
@@ -30,7 +31,7 @@ class ModelAction(BaseModel):
     """Body of `/fleet/load` and `/fleet/unload`."""
 
     model_config = ConfigDict(extra="forbid")
-    model: str
+    model: ModelId
     node: str | None = None
 
 
@@ -128,43 +129,44 @@ async def load_model(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     action = await read_model(request, ModelAction)
     model_id = parts.catalogue.resolve(action.model)
-    load = _plan(parts, model_id, action.node)
-    if isinstance(load, str):
-        return web.json_response({"status": "loaded", "model": model_id, "node": load})
+    plan = _plan(parts, model_id, action.node)
+    if isinstance(plan, Serve):
+        return web.json_response({"status": "loaded", "model": model_id, "node": plan.nodes[0]})
     started = time.monotonic()
-    task = parts.loader.start(load, after_failure=True)
+    task = parts.loader.start(plan, after_failure=True) if isinstance(plan, Load) else None
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, "node": load.node}, status=202)
-    await asyncio.shield(task)
-    await parts.loader.wait_until_settled(model_id, load.node, timeout_secs=parts.loader.timeout_secs)
+        return web.json_response({"status": "loading", "model": model_id, "node": plan.node}, status=202)
+    if task is not None:
+        await asyncio.shield(task)
+    else:
+        await parts.loader.join(model_id)
+    await parts.loader.wait_until_settled(model_id, plan.node, timeout_secs=parts.loader.timeout_secs)
     took = round(time.monotonic() - started, 3)
-    return web.json_response({"status": "loaded", "model": model_id, "node": load.node, "load_secs": took})
+    return web.json_response({"status": "loaded", "model": model_id, "node": plan.node, "load_secs": took})
 
 
-def _plan(parts: Parts, model_id: str, node_name: str | None) -> Load | str:
-    """The load to carry out, or the name of the neuron that has the model already."""
+def _plan(parts: Parts, model_id: str, node_name: str | None) -> Serve | Await | Load:
+    """What an operator's load needs: what a request would, unless a neuron is named."""
     fleet = parts.fleet.snapshot()
     profile = parts.catalogue.profile(model_id)
-    holders = [node for node in fleet.holders(model_id) if node.healthy]
     if node_name is None:
-        for node in holders:
-            if node.status_of(model_id) is ModelStatus.LOADED:
-                return node.name
-        if profile is not None:
-            decision = decide_placement(profile, fleet)
-            if isinstance(decision, Refuse):
-                raise decision.error
+        under_way = parts.loader.node_of(model_id)
+        if under_way is not None:
+            return Await(under_way)
+        decision = decide(model_id, parts.catalogue, fleet, parts.in_flight.count)
+        if not isinstance(decision, Refuse):
             return decision
-        if holders:
-            return Load(holders[0].name, LoadCommand(model_id=model_id), 0, "known there")
-        raise _no_model(model_id)
+        for node in fleet.holders(model_id):
+            if profile is None and node.healthy and node.status_of(model_id) is ModelStatus.FAILED:
+                return Load(node.name, command_for_known(node, model_id), 0, "known there")
+        raise decision.error
     node = _usable_node(parts, node_name)
     if node.status_of(model_id) is ModelStatus.LOADED:
-        return node.name
+        return Serve((node.name,))
     if profile is None:
         if model_id not in node.models:
             raise _no_model(model_id)
-        return Load(node.name, LoadCommand(model_id=model_id), 0, "known there")
+        return Load(node.name, command_for_known(node, model_id), 0, "known there")
     reason = infeasible_reason(profile, node)
     if reason is not None:
         raise Conflict(f"{node.name} cannot hold {model_id!r}: {reason}", code="no_feasible_neuron", param="node")

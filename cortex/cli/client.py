@@ -25,7 +25,7 @@ def call(
     Raises:
         CallFailed: cortex is out of reach or answered with an error.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not _is_web_address(url):
         raise CallFailed(f"--url {url!r} must begin with http:// or https://")
     headers = {"Content-Type": "application/json"}
     if api_key:
@@ -40,6 +40,13 @@ def call(
         raise CallFailed(_message(error.read(), error.code)) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise CallFailed(f"{url}: {getattr(error, 'reason', None) or str(error) or type(error).__name__}") from error
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        return urlsplit(url).scheme in ("http", "https")
+    except ValueError:
+        return False
 
 
 def _message(text: bytes, status: int) -> str:

@@ -31,6 +31,7 @@ from shared.settings import SettingsError
 
 CORTEX = "cortex"  # a neuron may have this name too: then both end at once
 DEFAULT_PORT = 31313
+MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0
 
@@ -48,6 +49,8 @@ def add_dev_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        if not 0 <= args.port <= MAX_PORT:
+            raise ValueError(f"--port {args.port} is no port: 0 to {MAX_PORT}")
         hosts = parse_fleet(args.fleet)
         engine = _engine(args)
         return asyncio.run(_dev(hosts, engine, args.port))
@@ -139,7 +142,7 @@ class DevFleet:
 async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
     gateway = bind("127.0.0.1", port)
     url = f"http://127.0.0.1:{gateway.getsockname()[1]}"
-    metrics_listen = f"127.0.0.1:{port + 1 if port else 0}"
+    metrics_listen = f"127.0.0.1:{port + 1 if 0 < port < MAX_PORT else 0}"
     fleet, stop = DevFleet(), asyncio.Event()
     _on_signals(fleet, stop)
     stopping = asyncio.create_task(stop.wait())

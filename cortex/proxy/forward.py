@@ -87,6 +87,7 @@ class Forwarder:
             return await self._serve(request, body, journey, outcome)
         except web.HTTPRequestEntityTooLarge:
             outcome.status = 413
+            self._metrics.error(self._label(journey), journey.node, "request_too_large")
             raise
         except ServiceError as error:
             outcome.status = error.status
@@ -172,7 +173,8 @@ class Forwarder:
             raise UpstreamError(
                 f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
             ) from error
-        self._endpoints[model_id, node] = version, endpoint
+        if view is not None and view.since is not None:  # a seed neuron gives nothing that tells a reload
+            self._endpoints[model_id, node] = version, endpoint
         return endpoint
 
     def _instance(self, node: str) -> str | None:

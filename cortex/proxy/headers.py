@@ -21,8 +21,11 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110, section 7.6.1: they belong to one connection, as does whatever `Connection` names."""
 
-_REPLACED = frozenset({"host", "content-length", "authorization", "x-api-key", "cookie", "expect", "x-request-id"})
-"""Of a request: ours to set, or the client's credentials to cortex, which are no business of an engine."""
+_REPLACED = frozenset(
+    {"host", "content-length", "authorization", "x-api-key", "cookie", "expect", "x-request-id", "content-encoding"}
+)
+"""Of a request: ours to set, undone on the way in (content-encoding), or the client's credentials to cortex, which are
+no business of an engine."""
 
 _OURS = frozenset({"x-request-id", "x-cortex-node", "x-cortex-cold-start"})
 

@@ -116,7 +116,7 @@ class Relay:
             if self._client_is_gone():
                 raise
             outcome.lost = str(error) or type(error).__name__
-            return await self._tell_of_loss(response, upstream.content_type, outcome.lost)
+            return await self._tell_of_loss(response, outcome.lost)
         outcome.usage = tail.usage()
         await response.write_eof()
         return response
@@ -125,10 +125,11 @@ class Relay:
         transport = self.request.transport
         return transport is None or transport.is_closing()
 
-    async def _tell_of_loss(self, response: web.StreamResponse, content_type: str, reason: str) -> web.StreamResponse:
+    async def _tell_of_loss(self, response: web.StreamResponse, reason: str) -> web.StreamResponse:
         """Never a clean end: an SSE client gets an explicit last event, every other one a cut connection."""
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")
-        if content_type == "text/event-stream":
+        events = response.content_type == "text/event-stream"
+        if events and response.content_length is None and "Content-Encoding" not in response.headers:
             # The blank line first ends an event that was cut in the middle.
             if is_anthropic(self.request):
                 event = f"\n\nevent: error\ndata: {json.dumps(error.anthropic_body())}\n\n"
@@ -139,4 +140,4 @@ class Relay:
             return response
         if self.request.transport is not None:
             self.request.transport.abort()
-        raise ConnectionResetError("the engine was lost in the middle of an answer")
+        return response

@@ -92,12 +92,33 @@ async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
 async def test_model_outside_the_catalogue_is_loaded_with_the_remembered_spec(
     start_cortex: StartCortex, benjy: SeedNeuron
 ) -> None:
-    """A model that only the neuron knows is asked for by its id alone."""
+    """A model that only a seed neuron knows is asked for with what the neuron lists of it."""
     benjy.models["own/model"] = "unloaded"
     cortex = await start_cortex([benjy], [])
     async with cortex.chat("own/model") as response:
         assert response.status == 200
-    assert {key for key, value in benjy.loads[0].items() if value} == {"model_id"}
+    assert {key: value for key, value in benjy.loads[0].items() if value} == {
+        "model_id": "own/model",
+        "harness": "vllm",
+        "devices": [0],
+    }
+
+
+async def test_operator_joins_the_load_of_a_request(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """`POST /fleet/load` of a model that is being loaded waits for it; nothing is placed elsewhere."""
+    benjy.load_gate.clear()
+    cortex = await start_cortex([beast, benjy], [{"id": "org/small", "vram_mb": 20000}])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    await benjy.load_started.wait()
+    load = cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/small"})
+    operator = asyncio.create_task(_status(load))
+    async with cortex.http.post(f"{cortex.url}/fleet/load?wait=false", json={"model": "org/small"}) as response:
+        assert (response.status, (await response.json())["node"]) == (202, "benjy")
+    benjy.load_gate.set()
+    assert set(await asyncio.gather(ask, operator)) == {200}
+    assert (len(benjy.loads), len(beast.loads)) == (1, 0)
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])

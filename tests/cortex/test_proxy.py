@@ -200,16 +200,45 @@ async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex,
     assert 1 < len(benjy.loads) <= 4
 
 
-async def test_endpoint_that_moved_is_found_again(cortex: RunningCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """A remembered endpoint that refuses is asked for once more before anything is called unreachable."""
+async def test_engine_of_a_seed_neuron_that_moved_is_found(
+    cortex: RunningCortex, benjy: SeedNeuron, beast: SeedNeuron
+) -> None:
+    """A seed neuron tells of no reload: its endpoint is asked for each time, and no old engine gets a request."""
+    assert await _node_of(cortex) == "benjy"
     benjy.engine_url = beast.engine.url
     assert await _node_of(cortex) == "benjy"
-    assert len(beast.engine.requests) == 1
-    known = cortex.parts.forwarder._endpoints["org/small", "benjy"]
-    moved = known[1].model_copy(update={"url": "http://127.0.0.1:9"})
-    cortex.parts.forwarder._endpoints["org/small", "benjy"] = known[0], moved
-    assert await _node_of(cortex) == "benjy"
-    assert len(beast.engine.requests) == 2
+    assert (len(benjy.engine.requests), len(beast.engine.requests)) == (1, 1)
+
+
+async def test_compressed_request_arrives_as_what_it_is(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """The body is unpacked to find the model, and not called compressed any more; one that cannot be is a 400."""
+    body = b'{"model": "org/small"}'
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    url = f"{cortex.url}/v1/completions"
+    async with cortex.http.post(url, data=gzip.compress(body), headers=headers) as response:
+        assert response.status == 200
+    assert benjy.engine.requests[0][2] == body
+    assert "Content-Encoding" not in benjy.engine.requests[0][1]
+    async with cortex.http.post(url, data=b"junk", headers=headers) as response:
+        assert (await response.json())["error"]["code"] == "invalid_request"
+        assert response.status == 400
+
+
+async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """An error event would only fill the promised length: the connection is cut, and at once."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    benjy.engine.answer = answer
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with cortex.chat("org/small", stream=True) as response:
+            await response.read()
 
 
 async def test_tokens_and_requests_are_counted(cortex: RunningCortex) -> None:
