@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -55,13 +55,6 @@ class Fleet:
             await asyncio.shield(self._changed)
         return self._version
 
-    async def snapshots(self) -> AsyncIterator[FleetSnapshot]:
-        """The present snapshot and then one after every change (changes that come together give one)."""
-        while True:
-            version = self._version
-            yield self.snapshot()
-            await self.changed_since(version)
-
     def observe(
         self,
         name: str,
@@ -84,7 +77,6 @@ class Fleet:
                 healthy=True,
                 misses=0,
                 last_error=None,
-                last_seen=self._clock(),
                 discovery=discovery or node.discovery,
                 health=health,
                 models=MappingProxyType(merged),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -92,10 +92,7 @@ class NeuronClient:
         except ValueError as error:
             raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
 
-    async def logs(self, model_id: str, *, tail: int) -> Any:
-        return await self._call("GET", f"/models/{quote(model_id, safe='')}/logs?tail={tail}")
-
-    async def events(self) -> AsyncIterator[tuple[str, Any]]:
+    async def events(self) -> AsyncGenerator[tuple[str, Any], None]:
         """(event name, data) as they happen, until the connection ends.
 
         Raises:

@@ -37,14 +37,6 @@ class Candidate:
     reason: str
 
 
-@dataclass(frozen=True)
-class Infeasible:
-    """A node that can never hold the model, and why."""
-
-    node: str
-    reason: str
-
-
 def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why the node's topology can never hold the model; None when it can, or when it is not known yet.
 

@@ -115,12 +115,9 @@ class NodeWatch:
             await asyncio.sleep(EVENTS_RETRY_SECS)
 
     async def _listen(self) -> None:
-        stream = self._client.events()
-        try:
-            async for name, data in stream:
+        async with contextlib.aclosing(self._client.events()) as events:
+            async for name, data in events:
                 self._apply(name, data)
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
 
     def _apply(self, name: str, data: Any) -> None:
         try:

@@ -22,7 +22,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class NodeSnapshot:
-    """What is known of one neuron. `discovery` is None until it has answered once; times are of a monotonic clock."""
+    """What is known of one neuron. `discovery` is None until it has answered once."""
 
     name: str
     endpoint: str
@@ -30,7 +30,6 @@ class NodeSnapshot:
     draining: bool = False
     misses: int = 0
     last_error: str | None = None
-    last_seen: float | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))

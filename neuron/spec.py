@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from neuron.config import HarnessName
 from neuron.owned_flags import refusal, shell_word
@@ -51,11 +50,6 @@ class EngineSpec:
             if mine != theirs:
                 return f"{name} is {mine!r}, asked for {theirs!r}"
         return None
-
-    @property
-    def local_path(self) -> PurePosixPath | None:
-        """The source as a path of this host, None when it is a name to be looked up elsewhere."""
-        return PurePosixPath(self.source) if self.source.startswith("/") else None
 
 
 def spec_of(command: LoadCommand, *, harnesses: list[HarnessName]) -> EngineSpec:
