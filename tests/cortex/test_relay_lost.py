@@ -1,0 +1,208 @@
+"""An engine that is lost in the middle of its answer: never a clean end, and for an event stream an explicit one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.raw_engine import (
+    RawEngine,
+    Received,
+    Script,
+    answering,
+    closing,
+    echo_number,
+    plain,
+    resetting,
+    stream_head,
+)
+from tests.cortex.raw_http import Answer, Truncated, Wire, bounded, connected, request
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = "org/small"
+ASK = request(b'{"model":"org/small","n":1}')
+
+HEAD = stream_head()
+FRAMED = b'10\r\ndata: {"a": 1}\n\n\r\n00B;x=y\r\ndata: {"b":\r\n5\r\n 2}\n\n\r\n0\r\nX-Trailer: 1\r\n\r\n'
+"""Two events in three chunks, without a [DONE]: wherever it is cut, an error has to be the last event."""
+WHOLE_EVENTS = [b'data: {"a": 1}', b'data: {"b": 2}']
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[RawEngine]:
+    async with RawEngine().running() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of the engine."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine_url = engine.url
+    return await start_cortex([benjy], [{"id": MODEL}])
+
+
+async def ask(cortex: RunningCortex, data: bytes = ASK) -> Answer:
+    """The answer on a connection of its own."""
+    async with connected(cortex.url) as client:
+        return await client.ask(data)
+
+
+def ends_in_error(answer: Answer, before: str) -> None:
+    """The last event is the loss; those before it are the engine's, of which only the last may be cut."""
+    events = [event for event in answer.body.split(b"\n\n") if event.strip(b"\n")]
+    assert b"[DONE]" not in answer.body
+    error = json.loads(events[-1].strip(b"\n").removeprefix(b"data: "))["error"]
+    assert (error["code"], error["type"]) == ("upstream_lost", "api_error"), before
+    got = [event.strip(b"\n") for event in events[:-1]]
+    for event, original in zip(got, WHOLE_EVENTS, strict=False):
+        assert original.startswith(event), f"{event!r} when lost after {before}"
+    assert all(event == original for event, original in zip(got[:-1], WHOLE_EVENTS, strict=False))
+
+
+@pytest.mark.parametrize("lost", [closing, resetting])
+async def test_event_stream_lost_at_every_byte(
+    cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script]
+) -> None:
+    """In a size line, in a payload, between it and its line end, before the last chunk, after `0\\r\\n`: the client can
+    decode the stream to its end, and its last event says upstream_lost."""
+    for kept in range(1, len(FRAMED)):
+        engine.script = lost(HEAD, FRAMED[:kept])
+        answer = await ask(cortex)
+        assert answer.status == 200
+        ends_in_error(answer, repr(FRAMED[:kept][-20:]))
+
+
+async def test_event_stream_lost_before_its_first_byte(cortex: RunningCortex, engine: RawEngine) -> None:
+    """With the head and no more an answer has begun: a stream of one event, or a 502, and never silence."""
+    for script in (closing(HEAD), resetting(HEAD)):
+        engine.script = script
+        answer = await ask(cortex)
+        if answer.status == 200:
+            ends_in_error(answer, "the head")
+        else:
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "upstream_unreachable")
+
+
+async def test_head_and_cut_body_in_one_segment(cortex: RunningCortex, engine: RawEngine) -> None:
+    """The same when all that ever comes, comes at once, together with the end of the connection."""
+
+    async def write_and_close(data: bytes) -> None:
+        async def script(wire: Wire, received: Received) -> None:
+            wire.writer.write(data)
+            wire.close()
+
+        engine.script = script
+        answer = await ask(cortex)
+        if answer.status == 200:
+            ends_in_error(answer, repr(data[-20:]))
+        else:
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "upstream_unreachable")
+
+    for kept in range(len(FRAMED)):
+        await write_and_close(HEAD + FRAMED[:kept])
+
+
+async def test_error_is_the_last_event_after_a_huge_unfinished_chunk(cortex: RunningCortex, engine: RawEngine) -> None:
+    """A chunk that promised a gigabyte is either filled up or cut short visibly; no client is told that all is well."""
+    engine.script = closing(HEAD + b"40000000\r\n" + b'data: {"a": 1}\n\ndata: {"b"')
+    try:
+        answer = await ask(cortex)
+    except Truncated:
+        return
+    ends_in_error(answer, "a huge chunk")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"0x5", b"5_0", b"-1", b"+5", b"", b"g", b"5 5", b"fffffffffffffffff", b"1" + b"0" * 16],
+)
+async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine, bad: bytes) -> None:
+    """Whatever is no size is not guessed at and not passed on, alone or behind good chunks."""
+    good = b'10\r\ndata: {"a": 1}\n\n\r\n'
+    rest = bad + b"\r\nhello\r\n0\r\n\r\n"
+    for script in (answering(HEAD, good, rest), answering(HEAD, good + rest), answering(HEAD, rest)):
+        engine.script = script
+        ends_in_error(await ask(cortex), repr(bad[:20]))
+    for wire in engine.connections:
+        await bounded(wire.gone.wait())
+
+
+@pytest.mark.parametrize("rest", [b"5\r\nhelloX\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\nhello\r\n0\r\n\r\n"])
+async def test_chunk_without_its_line_end_is_a_loss(cortex: RunningCortex, engine: RawEngine, rest: bytes) -> None:
+    """A chunk is followed by CRLF, its size too; else nobody knows where the next one begins."""
+    engine.script = answering(HEAD, b"2\r\n: \r\n", rest)
+    answer = await ask(cortex)
+    last = answer.body.strip(b"\n").split(b"\n\n")[-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "upstream_lost"
+    await bounded(engine.connections[0].gone.wait())
+
+
+async def never_clean(cortex: RunningCortex, data: bytes, *, may_refuse: bool) -> None:
+    """The client sees that the answer is not whole (or, with nothing of it passed on, an explicit refusal)."""
+    try:
+        answer = await ask(cortex, data)
+    except (Truncated, ConnectionError):
+        return
+    assert answer.status == 502, f"a clean end: {answer}"
+    assert may_refuse
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "upstream_unreachable")
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (plain(b'{"half": "whole"}')[:-17], b'{"half": "whole"}'),
+        (stream_head(content_type="application/json"), b'9\r\n{"half": \r\n08\r\n"whole"}\r\n0\r\n\r\n'),
+        (stream_head("Content-Encoding: gzip"), b"9\r\n123456789\r\n0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9\r\n\r\n", b"data: 1\n\n"),
+    ],
+    ids=["length", "chunked", "packed-events", "events-of-known-length"],
+)
+async def test_other_answers_are_cut_when_the_engine_is_lost(
+    cortex: RunningCortex, engine: RawEngine, version: str, head: bytes, body: bytes
+) -> None:
+    """At every byte: no last chunk, no full length, and for a client of HTTP/1.0 a reset, for its only end is the
+    connection's."""
+    data = request(b'{"model":"org/small"}', version=version)
+    for lost in (closing, resetting):
+        for kept in range(len(body)):
+            engine.script = lost(head, body[:kept]) if kept else lost(head)
+            await never_clean(cortex, data, may_refuse=not kept)
+
+
+async def test_event_stream_lost_for_a_client_that_knows_no_chunks(cortex: RunningCortex, engine: RawEngine) -> None:
+    """It gets the same last event, in a body that its connection's end ends."""
+    for kept in range(1, len(FRAMED)):
+        engine.script = closing(HEAD, FRAMED[:kept])
+        answer = await ask(cortex, request(b'{"model":"org/small"}', version="HTTP/1.0"))
+        assert answer.framing == "close"
+        ends_in_error(answer, repr(FRAMED[:kept][-20:]))
+
+
+async def test_message_stream_lost_in_a_chunk_is_anthropics_error(cortex: RunningCortex, engine: RawEngine) -> None:
+    """On /v1/messages the last event is named `error` and has Anthropic's shape."""
+    for kept in (2, 20, 30, 46):
+        engine.script = closing(HEAD, FRAMED[:kept])
+        answer = await ask(cortex, request(b'{"model":"org/small"}', target="/v1/messages"))
+        name, data = answer.body.strip(b"\n").split(b"\n\n")[-1].strip(b"\n").split(b"\n")
+        assert name == b"event: error"
+        assert json.loads(data.removeprefix(b"data: "))["type"] == "error"
+
+
+async def test_connection_of_a_client_that_was_told_serves_on_or_ends(cortex: RunningCortex, engine: RawEngine) -> None:
+    """After the error event the next request on the same connection is answered, or the connection is closed: it is
+    never left hanging."""
+    engine.scripts.append(closing(HEAD, FRAMED[:22]))
+    engine.script = echo_number
+    async with connected(cortex.url) as client:
+        ends_in_error(await client.ask(ASK), "22 bytes")
+        try:
+            answer = await client.ask(ASK)
+        except (Truncated, ConnectionError):
+            return
+        assert (answer.status, json.loads(answer.body)["n"]) == (200, 1)

@@ -1,0 +1,79 @@
+"""The engine's token counts are read in passing, however its answer is cut to pieces."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.raw_engine import RawEngine, answering, plain, stream_head
+from tests.cortex.raw_http import DEADLINE_SECS, chunked, connected, request, single_bytes
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = "org/small"
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[RawEngine]:
+    async with RawEngine().running() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of the engine."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine_url = engine.url
+    return await start_cortex([benjy], [{"id": MODEL}])
+
+
+def tokens(text: str) -> dict[str, float]:
+    """cortex_tokens_total by kind."""
+    return {kind: float(n) for kind, n in re.findall(r'cortex_tokens_total\{kind="(\w+)",[^}]*\} (\S+)', text)}
+
+
+USAGE = b'"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}'
+OPENAI = b'data: {"choices": [], "usage": null}\n\ndata: {"choices": [], ' + USAGE + b"}\n\ndata: [DONE]\n\n"
+ANTHROPIC = (
+    b'event: message_start\ndata: {"type": "message_start", "message": {"usage": {"input_tokens": 3}}}\n\n'
+    b'event: message_delta\ndata: {"type":"message_delta","usage":{"input_tokens":3,"output_tokens":5}}\n\n'
+    b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+)
+ANSWERS = {
+    "plain": ("/v1/completions", plain(b'{"choices": [{"text": "x"}], ' + USAGE + b"}")),
+    "plain-chunked": (
+        "/v1/completions",
+        stream_head(content_type="application/json") + chunked(b"{" + USAGE + b"}", 9),
+    ),
+    "sse": ("/v1/completions", stream_head() + chunked(OPENAI, 64)),
+    "sse-chunks-of-1": ("/v1/completions", stream_head() + chunked(OPENAI, 1)),
+    "sse-chunks-of-7": ("/v1/completions", stream_head() + chunked(OPENAI, 7)),
+    "anthropic": ("/v1/messages", stream_head() + chunked(ANTHROPIC, 80)),
+    "anthropic-plain": ("/v1/messages", plain(b'{"usage": {"input_tokens": 3, "output_tokens": 5}}')),
+}
+
+
+@pytest.mark.parametrize("bytewise", [False, True], ids=["whole", "byte-by-byte"])
+@pytest.mark.parametrize("kind", ANSWERS)
+async def test_usage_is_counted_however_it_is_cut(
+    cortex: RunningCortex, engine: RawEngine, kind: str, bytewise: bool
+) -> None:
+    """Chunk and segment borders in the middle of the usage object change nothing."""
+    target, sent = ANSWERS[kind]
+    engine.scripts.append(answering(*single_bytes(sent)) if bytewise else answering(sent))
+    async with connected(cortex.url) as client:
+        answer = await client.ask(request(b'{"model":"org/small"}', target=target))
+    assert answer.status == 200
+    # It is counted when its end is seen, which may be a moment after the client has it.
+    deadline = time.monotonic() + DEADLINE_SECS
+    while (found := tokens(await metrics(cortex))) != {"prompt": 3.0, "completion": 5.0}:
+        assert time.monotonic() < deadline, found
+    assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 1.0' in await metrics(cortex)
+
+
+async def metrics(cortex: RunningCortex) -> str:
+    async with cortex.http.get(f"{cortex.metrics_url}/metrics") as response:
+        return await response.text()
