@@ -1,0 +1,1 @@
+"""What cortex costs beside nginx and other gateways: `python -m benchmarks --help`."""

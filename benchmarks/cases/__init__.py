@@ -1,0 +1,1 @@
+"""What is measured of each contender, one kind of work a module."""

@@ -1,0 +1,97 @@
+"""What the cases have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+
+from benchmarks.load.check import Tally
+from benchmarks.measure.tree import ProcessTree
+
+TIMEOUT_SECS = 150.0
+"""For one measurement of one contender; what has no answer by then counts as a fault."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A contender that serves on `port`. Its work is divided by `slowness`; `quick` divides it for everybody."""
+
+    port: int
+    engine_port: int
+    tree: ProcessTree
+    slowness: int = 1
+    quick: bool = False
+
+    def amount(self, full: int, quick: int, at_least: int = 1) -> int:
+        """How much to do."""
+        return max(at_least, (quick if self.quick else full) // self.slowness)
+
+
+@dataclass
+class Measured:
+    """One measurement: figures by name (the name ends with the unit), and what went wrong."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`key` is the figure that contenders are compared by. `fresh`: wants a process that has done nothing yet."""
+
+    name: str
+    title: str
+    key: str
+    measure: Callable[[Subject], Awaitable[Measured]]
+    fresh: bool = False
+
+
+@dataclass
+class Span:
+    """What a piece of work took. CPU time is that of the contender's tree."""
+
+    cpu_ns: int = 0
+    wall_secs: float = 0.0
+    peak_rss_bytes: int = 0
+
+    @property
+    def busy(self) -> float:
+        """CPUs kept busy: 1.0 is one of them all the time."""
+        return self.cpu_ns / 1e9 / self.wall_secs
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Keeps this process's garbage collector from being measured."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.asynccontextmanager
+async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
+    """Filled when the body has ended."""
+    span = Span()
+    await asyncio.sleep(0.05)  # what came before shall be over
+    with no_collections():
+        cpu, began = tree.cpu_ns(), time.perf_counter()
+        async with tree.watched():
+            yield span
+        span.wall_secs = time.perf_counter() - began
+        span.cpu_ns = tree.cpu_ns() - cpu
+        span.peak_rss_bytes = tree.peak_rss_bytes
+
+
+def noted(tally: Tally, figures: dict[str, float]) -> Measured:
+    """The figures with what the tally says of the answers."""
+    notes = [] if tally.unchanged == tally.answers else ["writes the answers anew"]
+    return Measured(figures, tally.faults, notes)

@@ -1,0 +1,51 @@
+"""The time to the first byte of a stream at light load, and how much of it is the gateway's."""
+
+from __future__ import annotations
+
+from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, no_collections, noted
+from benchmarks.engine.wish import Wish
+from benchmarks.load.check import Tally
+from benchmarks.load.drive import repeat
+from benchmarks.load.pool import Pool
+from benchmarks.load.request import chat_request
+
+_WISH = Wish(chunks=4)
+_PAUSE_SECS = 0.001
+_BLOCK = 100
+
+
+def percentile(values: list[int], share: float) -> float:
+    """The value that `share` of all values are not above."""
+    ordered = sorted(values)
+    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
+
+
+async def _first_byte(subject: Subject) -> Measured:
+    """One request at a time, through the gateway and straight to the engine in turns of a hundred, so that whatever
+    the machine does meanwhile hits both alike. What is added is the difference of the two percentiles."""
+    count = subject.amount(2000, 600, at_least=_BLOCK)
+    through, straight = Tally(), Tally()
+    with no_collections():
+        async with Pool(subject.port, 1) as via, Pool(subject.engine_port, 1) as direct:
+            for pool, port, sums in ((via, subject.port, None), (direct, subject.engine_port, None)):
+                await _block(pool, port, sums)
+            for _ in range(0, count, _BLOCK):
+                await _block(via, subject.port, through)
+                await _block(direct, subject.engine_port, straight)
+    figures: dict[str, float] = {}
+    if through.first_byte_ns and straight.first_byte_ns:
+        for name, share in (("p50", 0.50), ("p90", 0.90), ("p99", 0.99)):
+            gateway = percentile(through.first_byte_ns, share) / 1e3
+            engine = percentile(straight.first_byte_ns, share) / 1e3
+            figures |= {f"{name}_us": gateway, f"engine_{name}_us": engine, f"added_{name}_us": gateway - engine}
+    return noted(through, figures)
+
+
+async def _block(pool: Pool, port: int, sums: Tally | None) -> None:
+    await pool.refill()
+    tally = await repeat(pool, chat_request(port, _WISH), _WISH, count=_BLOCK, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS)
+    if sums is not None:
+        sums.merge(tally)
+
+
+FIRST_BYTE = Case("ttfb", "first byte of a stream, one request at a time", "added_p99_us", _first_byte)

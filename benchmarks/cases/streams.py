@@ -1,0 +1,50 @@
+"""Streams: CPU time for each token event that passes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, noted, spanned
+from benchmarks.engine.wish import Wish
+from benchmarks.load.drive import repeat
+from benchmarks.load.pool import Pool
+from benchmarks.load.request import chat_request
+
+_WARM = Wish(chunks=2, interval=0.02)
+
+
+def _streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
+    async def measure(subject: Subject) -> Measured:
+        chunks = subject.amount(100, 100, at_least=10)
+        wish = Wish(chunks=chunks, interval=interval)
+        request = chat_request(subject.port, wish)
+        async with Pool(subject.port, streams) as pool:
+            # Once through every connection, so that the ones to the engine are there as well.
+            await repeat(
+                pool,
+                chat_request(subject.port, _WARM),
+                _WARM,
+                count=streams,
+                timeout=TIMEOUT_SECS,
+                spread=interval * 20,
+            )
+            await pool.refill()
+            async with spanned(subject.tree) as span:
+                tally = await repeat(
+                    pool, request, wish, count=streams, timeout=TIMEOUT_SECS, spread=interval * min(20, chunks)
+                )
+        ideal = interval * (chunks - 1 + min(20, chunks))
+        figures = {
+            "cpu_us": span.cpu_ns / 1e3 / (streams * chunks),
+            "peak_rss_mib": span.peak_rss_bytes / (1 << 20),
+            "behind_secs": max(0.0, span.wall_secs - ideal),
+            "reads_per_chunk": tally.pieces / max(1, tally.answers) / chunks,
+            "busy_cpus": span.busy,
+        }
+        return noted(tally, figures)
+
+    return measure
+
+
+STREAM_200 = Case("stream200", "200 streams, a chunk each 20 ms", "cpu_us", _streaming(200, 0.02))
+STREAM_1000 = Case("stream1000", "1000 streams, a chunk each 50 ms", "cpu_us", _streaming(1000, 0.05))

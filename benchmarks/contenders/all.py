@@ -1,0 +1,26 @@
+"""The contenders by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.contenders.aiohttp_proxy import AIOHTTP
+from benchmarks.contenders.contender import Contender
+from benchmarks.contenders.cortex import cortex
+from benchmarks.contenders.direct import DIRECT
+from benchmarks.contenders.nginx import NGINX
+from benchmarks.contenders.process import REPOSITORY
+
+
+def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dict[str, Contender]:
+    """All of them; cortex from `checkout`, and from `baseline` as well when that is given."""
+    lineup = [
+        NGINX,
+        cortex(checkout),
+        cortex(checkout, "cortex-2", "cortex, two workers", workers=2),
+        AIOHTTP,
+        DIRECT,
+    ]
+    if baseline is not None:
+        lineup.append(cortex(baseline, "cortex-base", f"cortex of {baseline.name}"))
+    return {contender.name: contender for contender in lineup}

@@ -1,0 +1,57 @@
+"""cortex itself, as an operator starts it, with one neuron."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.contenders.contender import Contender, Launch, Place
+from benchmarks.contenders.process import REPOSITORY, free_port
+from benchmarks.engine.answers import MODEL
+from shared import __version__
+
+_CONFIG = """
+[gateway]
+listen = "127.0.0.1:{port}"
+metrics_listen = "127.0.0.1:{metrics_port}"
+[[neurons]]
+name = "bench"
+endpoint = "http://127.0.0.1:{neuron_port}"
+"""
+_MODELS = f"""
+[[models]]
+id = "{MODEL}"
+harness = "vllm"
+"""
+
+
+def _prepare(checkout: Path, workers: int) -> Callable[[Place], Launch]:
+    def prepare(place: Place) -> Launch:
+        neuron_port = free_port()
+        config = place.directory / "cortex.toml"
+        config.write_text(
+            _CONFIG.format(port=place.port, metrics_port=free_port(), neuron_port=neuron_port), encoding="utf-8"
+        )
+        (place.directory / "models.toml").write_text(_MODELS, encoding="utf-8")
+        command = [sys.executable, "-m", "cortex", "serve", "--config", str(config)]
+        if workers > 1:
+            command += ["--workers", str(workers)]
+        neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
+        # -m finds the checkout that it is started in before the one that is installed.
+        path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return Launch(command, env={"PYTHONPATH": path}, cwd=checkout, companions=[neuron], version=__version__)
+
+    return prepare
+
+
+_ON = (
+    "routing by the body's model, failover, request ids, forwarding headers, metrics, `usage` noticed, one log line a "
+    "request"
+)
+
+
+def cortex(checkout: Path = REPOSITORY, name: str = "cortex", title: str = "cortex", workers: int = 1) -> Contender:
+    """The cortex of a checkout."""
+    return Contender(name, title, _ON, _prepare(checkout, workers), workers=workers)

@@ -1,0 +1,1 @@
+"""What a run found: a table, the bars of acceptance, a plot."""

@@ -1,0 +1,94 @@
+"""The bars that cortex has to clear, checked against what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.results import BASE, Results
+
+US = "cortex"
+PYTHON_RIVALS = ("aiohttp", "litellm")
+RUST_RIVALS = ("vllm-router", "smg")
+MAX_KIB_PER_STREAM = 16.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`passed` is None when what it needs was not measured."""
+
+    text: str
+    figures: str
+    passed: bool | None
+
+    def __str__(self) -> str:
+        mark = {True: "pass", False: "FAIL", None: "not measured"}[self.passed]
+        return f"{mark:12} {self.text}: {self.figures}"
+
+
+def bars(results: Results) -> list[Bar]:
+    """All of them."""
+    found = []
+    for case, streams in (("stream200", 200), ("stream1000", 1000)):
+        found.append(_at_most(results, case, "cpu_us", 1.15, f"CPU per chunk at {streams} streams"))
+        found.append(_below(results, case, "cpu_us", (*RUST_RIVALS, *PYTHON_RIVALS), f"CPU per chunk at {streams}"))
+    found.append(_at_most(results, "plain", "cpu_us", 3.0, "CPU per plain request"))
+    found.append(_below(results, "plain", "cpu_us", ("vllm-router",), "CPU per plain request"))
+    found.append(_first_byte(results))
+    found.append(_memory(results))
+    found.append(_no_error(results))
+    found.append(_two_workers(results))
+    return found
+
+
+def _at_most(results: Results, case: str, figure: str, times: float, what: str) -> Bar:
+    ratio = results.ratio(case, US, figure)
+    if ratio is None:
+        return Bar(f"{what} ≤ {times:g} x nginx", "-", None)
+    ours, theirs = results.figure(case, US, figure), results.figure(case, BASE, figure)
+    return Bar(f"{what} ≤ {times:g} x nginx", f"{ratio:.2f} x ({ours:.1f} to {theirs:.1f} µs)", ratio <= times)
+
+
+def _below(results: Results, case: str, figure: str, rivals: tuple[str, ...], what: str) -> Bar:
+    text = f"{what} below {', '.join(rivals)}"
+    ours = results.figure(case, US, figure)
+    theirs = {rival: results.figure(case, rival, figure) for rival in rivals}
+    known = {rival: value for rival, value in theirs.items() if value is not None}
+    if ours is None or not known:
+        return Bar(text, "-", None)
+    shown = f"{ours:.1f} µs; " + ", ".join(f"{rival} {value:.1f}" for rival, value in known.items())
+    missing = [rival for rival, value in theirs.items() if value is None]
+    if missing:
+        shown += f"; not measured: {', '.join(missing)}"
+    below = all(ours < value for value in known.values())
+    return Bar(text, shown, None if below and missing else below)
+
+
+def _first_byte(results: Results) -> Bar:
+    text = "added time to first byte at light load, p99 ≤ 2 x nginx"
+    ratio = results.ratio("ttfb", US, "added_p99_us")
+    if ratio is None:
+        return Bar(text, "-", None)
+    ours, theirs = (results.figure("ttfb", name, "added_p99_us") for name in (US, BASE))
+    return Bar(text, f"{ratio:.2f} x ({ours:.0f} to {theirs:.0f} µs)", ratio <= 2.0)
+
+
+def _memory(results: Results) -> Bar:
+    kib = results.figure("idle8000", US, "kib_per_stream")
+    text = f"RSS per open stream ≤ {MAX_KIB_PER_STREAM:g} KiB"
+    return Bar(text, "-", None) if kib is None else Bar(text, f"{kib:.1f} KiB", kib <= MAX_KIB_PER_STREAM)
+
+
+def _no_error(results: Results) -> Bar:
+    text = "8,000 open streams on one worker without an error"
+    cell = results.find("idle8000", US)
+    if cell is None:
+        return Bar(text, "-", None)
+    ended = cell.values("ended_well")
+    well = bool(ended) and not cell.faults and all(value == 8000 for value in ended)
+    return Bar(text, f"{min(ended, default=0):.0f} ended well, {sum(cell.faults.values())} errors", well)
+
+
+def _two_workers(results: Results) -> Bar:
+    text = "two workers: CPU per request not more than 10 % above one worker's"
+    ratio = results.ratio("plain", "cortex-2", "cpu_us", base=US)
+    return Bar(text, "-", None) if ratio is None else Bar(text, f"{(ratio - 1) * 100:+.1f} %", ratio <= 1.10)
