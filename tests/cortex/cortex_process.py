@@ -1,0 +1,96 @@
+"""A real `cortex serve` as a process of its own: for what only a process has (memory, signals, uvloop)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from shared.serve import bind
+from tests.cortex.raw_http import DEADLINE_SECS, bounded, connected, request
+from tests.cortex.seed_neuron import SeedNeuron
+
+TOP = Path(__file__).parents[2]
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class CortexProcess:
+    """A serving cortex."""
+
+    process: asyncio.subprocess.Process
+    url: str
+
+    def rss_bytes(self) -> int:
+        """Memory of the process that is in RAM."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+
+    def reset_peak(self) -> None:
+        """Forgets the highest memory use until now (proc(5), clear_refs)."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", encoding="ascii")
+
+    def peak_rss_bytes(self) -> int:
+        """The highest memory use since `reset_peak`."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def fds(self) -> int:
+        """File descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208 - a directory of /proc, only counted
+
+    async def ended(self, *, secs: float = DEADLINE_SECS) -> int:
+        """Its exit status, as soon as it has one."""
+        return await bounded(self.process.wait(), secs=secs)
+
+
+@contextlib.asynccontextmanager
+async def cortex_process(
+    directory: Path, neurons: Iterable[SeedNeuron], models: list[dict[str, Any]], **gateway: Any
+) -> AsyncIterator[CortexProcess]:
+    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
+    cortex.toml."""
+    sock = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    config = {
+        "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
+        "poll": {"interval_secs": 0.05},
+        "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
+    }
+    (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+    (directory / "models.toml").write_text(tomli_w.dumps({"models": models}), encoding="utf-8")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("CORTEX_")}
+    with sock, (directory / "cortex.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "cortex", "serve", "--config", str(directory / "cortex.toml"), "--fd", str(sock.fileno())),
+            stdout=log,
+            stderr=log,
+            cwd=TOP,
+            env=environ,
+            pass_fds=(sock.fileno(),),
+        )
+    try:
+        await _healthy(url)
+        yield CortexProcess(process, url)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        print((directory / "cortex.log").read_text(encoding="utf-8", errors="replace"))  # pytest shows it on failure
+
+
+async def _healthy(url: str) -> None:
+    """Until every neuron is healthy."""
+    asking = request(method="GET", target="/health")
+    async with connected(url) as client:
+        health: dict[str, Any] = {}
+        while health.get("status") != "ok":
+            health = json.loads((await client.ask(asking)).body)

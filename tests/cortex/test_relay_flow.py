@@ -1,0 +1,283 @@
+"""Back-pressure, bounded memory, and clients that leave: with a cortex of its own process, and with one in the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.cortex.conftest import StartCortex
+from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.raw_engine import RawEngine, Received, Script, echo_number, plain, stream_head
+from tests.cortex.raw_http import RawClient, Wire, bounded, connected, request, settled, until
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = "org/small"
+ASK = request(b'{"model":"org/small","n":1}')
+MIB = 1 << 20
+PIECE = b"data: " + b"x" * (1 << 18) + b"\n\n"
+
+
+@pytest.fixture
+async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
+    """An engine that serves the model."""
+    async with RawEngine().running() as engine:
+        benjy.models[MODEL] = "loaded"
+        benjy.engine_url = engine.url
+        yield engine
+
+
+@pytest.fixture
+async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
+    """A cortex that has answered once, so that what it needs for that is in its memory."""
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
+        await answers(process.url)
+        yield process
+
+
+@pytest.fixture(params=["in-loop", "process"])
+async def url(
+    request: pytest.FixtureRequest, start_cortex: StartCortex, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
+) -> AsyncIterator[str]:
+    """The address of a cortex on asyncio's own loop, and of one on the loop that the command takes."""
+    if request.param == "in-loop":
+        yield (await start_cortex([benjy], [{"id": MODEL}])).url
+    else:
+        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
+            yield process.url
+
+
+async def answers(url: str) -> None:
+    """A cortex at work answers a simple request."""
+    async with connected(url) as client:
+        answer = await client.ask(ASK)
+    assert (answer.status, json.loads(answer.body)["n"]) == (200, 1)
+
+
+class Flood:
+    """An engine's answer of `size` bytes as fast as it is taken; `sent` counts the bytes of its body."""
+
+    def __init__(self, size: int, framing: str) -> None:
+        self.size, self.framing, self.sent = size, framing, 0
+
+    async def __call__(self, wire: Wire, received: Received) -> None:
+        if self.framing == "chunked":
+            await wire.send(stream_head())
+        else:
+            length = f"Content-Length: {self.size}\r\n" if self.framing == "length" else ""
+            await wire.send(f"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n{length}\r\n".encode())
+        while self.sent < self.size:
+            piece = PIECE[: self.size - self.sent]
+            await wire.send(b"%x\r\n%b\r\n" % (len(piece), piece) if self.framing == "chunked" else piece)
+            self.sent += len(piece)
+        if self.framing == "chunked":
+            await wire.send(b"0\r\n\r\n")
+        elif self.framing == "close":
+            wire.close()
+
+
+@contextlib.asynccontextmanager
+async def stalled_client(url: str, data: bytes = ASK) -> AsyncIterator[RawClient]:
+    """A client that asks and then reads nothing."""
+    async with connected(url, receive_buffer=65536) as client:
+        client.stop_reading()
+        await client.send(data)
+        yield client
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+async def test_gigabyte_for_a_client_that_reads_nothing(
+    process: CortexProcess, engine: RawEngine, framing: str, version: str
+) -> None:
+    """The engine's writing comes to a stop, and cortex's memory does not grow."""
+    flood = Flood(1 << 30, framing)
+    engine.scripts.append(flood)
+    before = process.rss_bytes()
+    async with stalled_client(process.url, request(b'{"model":"org/small"}', version=version)):
+        sent = await settled(lambda: flood.sent)
+        grown = process.rss_bytes() - before
+        print(f"{framing} {version}: {sent / MIB:.1f} MiB left the engine, memory grew by {grown / MIB:.2f} MiB")
+        assert 0 < sent < 100 * MIB, "as much as the kernel's buffers take"
+        assert grown < 8 * MIB
+        await answers(process.url)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_client_that_reads_on_gets_everything(process: CortexProcess, engine: RawEngine, framing: str) -> None:
+    """The stream goes on where it stopped, complete, and the connections serve on."""
+    flood = Flood(64 * MIB, framing)
+    engine.scripts.append(flood)
+    async with stalled_client(process.url) as client:
+        await settled(lambda: flood.sent)
+        client.read_on()
+        answer = await client.answer()
+        whole = PIECE * (flood.size // len(PIECE) + 1)
+        assert answer.body == whole[: flood.size]
+        assert json.loads((await client.ask(ASK)).body)["n"] == 1
+    assert len(engine.connections) <= 2
+
+
+async def test_many_stalled_clients_hold_little(process: CortexProcess, engine: RawEngine) -> None:
+    """What one stream may hold is bounded: forty of them do not add up to much, and nobody else is held up."""
+    floods = [Flood(1 << 30, "chunked") for _ in range(40)]
+    engine.scripts.extend(floods)
+    before = process.rss_bytes()
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in floods:
+            await stack.enter_async_context(stalled_client(process.url))
+        await settled(lambda: sum(flood.sent for flood in floods))
+        grown = process.rss_bytes() - before
+        print(f"{grown / MIB / len(floods):.3f} MiB for each of {len(floods)} stalled streams")
+        assert grown < 40 * MIB
+        began = time.monotonic()
+        for _ in range(10):
+            await answers(process.url)
+        assert time.monotonic() - began < 2
+    await until(lambda: len(engine.open_connections) <= 1)
+
+
+async def test_stalled_client_holds_nobody_up(process: CortexProcess, engine: RawEngine) -> None:
+    """Another client gets a whole large answer meanwhile."""
+    engine.scripts.extend([Flood(1 << 30, "chunked"), Flood(32 * MIB, "chunked")])
+    async with stalled_client(process.url):
+        await bounded(engine.next_request())
+        async with connected(process.url) as other:
+            assert len((await other.ask(ASK)).body) == 32 * MIB
+
+
+async def silence(wire: Wire, received: Received) -> None:
+    await wire.gone.wait()
+
+
+async def one_event(wire: Wire, received: Received) -> None:
+    await wire.send(stream_head() + b"9\r\ndata: 1\n\n\r\n")
+    await wire.gone.wait()
+
+
+async def a_part_of_a_plain_answer(wire: Wire, received: Received) -> None:
+    await wire.send(plain(b'{"half": 1}')[:-3])
+    await wire.gone.wait()
+
+
+def leave(client: RawClient, how: str) -> None:
+    if how == "rst":
+        client.reset()
+    elif how == "fin":
+        client.close()
+    else:
+        client.sock.shutdown(socket.SHUT_WR)
+
+
+async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
+    """The engine's side has ended, soon after the client's."""
+    wire = engine.connections[-1]
+    await bounded(wire.gone.wait())
+    took = wire.gone_at - left_at
+    print(f"{case}: the engine saw it after {took * 1000:.1f} ms")
+    assert took < 0.5
+
+
+@pytest.mark.parametrize("script", [silence, one_event, a_part_of_a_plain_answer])
+async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine, script: Script) -> None:
+    """Before the answer and in the middle of it, also with further requests already sent behind; these are then not
+    sent to the engine."""
+    for how, behind in itertools.product(("fin", "rst", "half-close"), (b"", ASK, ASK * 3)):
+        engine.script = script
+        seen = len(engine.requests)
+        engine.asked.clear()
+        async with connected(url) as client:
+            await client.send(ASK + behind)
+            await engine.next_request()
+            if script is not silence:
+                assert (await client.head()).start.startswith("HTTP/1.1 200")
+            left_at = time.monotonic()
+            leave(client, how)
+            await engine_was_left(engine, left_at, f"{script.__name__}, {how}, {len(behind)} bytes behind")
+        engine.script = echo_number
+        await answers(url)
+        assert len(engine.requests) == seen + 2, "what the client had sent behind is given up with it"
+
+
+@pytest.mark.parametrize("how", ["half-close", "rst"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_stalled_client_leaves_and_the_engine_sees_it(
+    url: str, engine: RawEngine, framing: str, how: str
+) -> None:
+    """Also while cortex has data for it that it does not take."""
+    flood = Flood(1 << 30, framing)
+    engine.scripts.append(flood)
+    async with stalled_client(url) as client:
+        await settled(lambda: flood.sent)
+        left_at = time.monotonic()
+        leave(client, how)
+        await engine_was_left(engine, left_at, f"stalled, {framing}, {how}")
+    await answers(url)
+
+
+async def test_client_leaves_while_the_engine_is_streaming(url: str, engine: RawEngine) -> None:
+    """In the middle of a fast stream that it was reading."""
+    for how in ("fin", "rst"):
+        engine.scripts.append(Flood(1 << 30, "chunked"))
+        async with connected(url) as client:
+            await client.send(ASK)
+            await bounded(client.incoming.readexactly(4 * MIB))
+            left_at = time.monotonic()
+            leave(client, how)
+            await engine_was_left(engine, left_at, how)
+    await answers(url)
+
+
+async def test_upload_to_an_engine_that_does_not_read(process: CortexProcess, engine: RawEngine) -> None:
+    """A body is held once or twice and not more, and given back when the client leaves."""
+    body = json.dumps({"model": MODEL, "pad": "x" * (24 * MIB)}).encode()
+    fds = process.fds()
+    engine.reads = False
+    process.reset_peak()
+    before = process.rss_bytes()
+    async with connected(process.url) as client:
+        # What the first request left in the pool reads: the upload must find a connection that does not.
+        await asyncio.gather(*(_close(wire) for wire in engine.open_connections))
+        await client.send(request(body))
+        await until(lambda: len(engine.open_connections) > 0)
+        await settled(lambda: process.rss_bytes() // MIB)
+        grown = process.peak_rss_bytes() - before
+        print(f"a body of {len(body) / MIB:.0f} MiB took {grown / MIB:.1f} MiB")
+        assert grown < 2.5 * len(body)
+        engine.reads = True
+        await answers(process.url)
+    await until(lambda: process.fds() <= fds)
+
+
+async def _close(wire: Wire) -> None:
+    wire.close()
+    await bounded(wire.gone.wait())
+
+
+async def test_engine_that_answers_before_it_reads(url: str, engine: RawEngine) -> None:
+    """Its answer reaches the client although the body never went out; that connection serves no further request."""
+    refusal = plain(b'{"error": "too much"}', status="413 Content Too Large")
+
+    async def refuse(wire: Wire) -> None:
+        wire.stop_reading()
+        await wire.send_apart([refusal])
+        await refused.wait()
+
+    refused = asyncio.Event()
+    engine.on_connect = refuse
+    body = json.dumps({"model": MODEL, "pad": "x" * (16 * MIB)}).encode()
+    async with connected(url) as client:
+        answer = await client.ask(request(body))
+        assert (answer.status, answer.body) == (413, b'{"error": "too much"}')
+        engine.on_connect = None
+        answer = await client.ask(ASK)
+        assert (answer.status, json.loads(answer.body)["n"]) == (200, 1)
+    refused.set()
+    assert [received.connection for received in engine.requests] == [len(engine.connections) - 1]

@@ -1,0 +1,267 @@
+"""When a request may be sent again, and to whom; and that connections to engines are kept, bounded, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.raw_engine import RawEngine, Received, Script, closing, echo_number, plain, resetting, stream_head
+from tests.cortex.raw_http import Answer, Truncated, Wire, bounded, chunked, connected, request, until
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = "org/small"
+IDLE_SECS = 3.0
+"""How long cortex may keep an idle connection to an engine."""
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[RawEngine]:
+    async with RawEngine().running() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of the engine."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine_url = engine.url
+    return await start_cortex([benjy], [{"id": MODEL}])
+
+
+async def ask(cortex: RunningCortex, number: int = 1) -> Answer:
+    async with connected(cortex.url) as client:
+        return await client.ask(request(json.dumps({"model": MODEL, "n": number}).encode()))
+
+
+async def answered(cortex: RunningCortex, number: int) -> None:
+    answer = await ask(cortex, number)
+    assert (answer.status, json.loads(answer.body).get("n")) == (200, number), answer.body
+
+
+async def unreachable(cortex: RunningCortex) -> None:
+    answer = await ask(cortex)
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "upstream_unreachable")
+
+
+def used(engine: RawEngine) -> list[int]:
+    """The connection of each request."""
+    return [received.connection for received in engine.requests]
+
+
+async def test_connection_is_used_again(cortex: RunningCortex, engine: RawEngine) -> None:
+    """Requests of different clients, one after the other, take one connection to the engine."""
+    for number in range(10):
+        await answered(cortex, number)
+    assert used(engine) == [0] * 10
+
+
+async def test_simultaneous_requests_have_a_connection_each(cortex: RunningCortex, engine: RawEngine) -> None:
+    """No request waits behind another's answer; afterwards the connections are shared by who comes next."""
+    arrived, all_there = [], asyncio.Event()
+
+    async def meet(wire: Wire, received: Received) -> None:
+        arrived.append(received)
+        if len(arrived) == 5:
+            all_there.set()
+        await bounded(all_there.wait())
+        await echo_number(wire, received)
+
+    engine.script = meet
+    await asyncio.gather(*(answered(cortex, number) for number in range(5)))
+    assert sorted(used(engine)) == [0, 1, 2, 3, 4]
+    engine.script = echo_number
+    await answered(cortex, 7)
+    assert len(engine.connections) == 5
+
+
+async def test_idle_connection_that_the_engine_closed_is_not_used(cortex: RunningCortex, engine: RawEngine) -> None:
+    """Its end was seen in time: the request takes a fresh one and is sent once."""
+    for end in (Wire.close, Wire.reset):
+        await answered(cortex, 1)
+        end(engine.connections[-1])
+        await asyncio.sleep(0)
+        await answered(cortex, 2)
+    assert [len([received for received in engine.requests if b'"n": 2' in received.body])] == [2]
+
+
+@pytest.mark.parametrize("lost", [closing, resetting])
+async def test_stale_connection_is_retried_once_on_a_fresh_one(
+    cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script]
+) -> None:
+    """The engine closes an old connection just as a request arrives on it: not a byte was answered, so the request is
+    sent again, on a new connection, and the client sees one answer."""
+    await answered(cortex, 1)
+    engine.scripts.append(lost())
+    await answered(cortex, 2)
+    assert used(engine) == [0, 0, 1]
+
+
+async def test_stale_connections_are_not_tried_one_after_the_other(cortex: RunningCortex, engine: RawEngine) -> None:
+    """With several stale connections in the pool the second attempt is on a fresh one: at most two arrivals."""
+    gate = asyncio.Event()
+
+    async def together(wire: Wire, received: Received) -> None:
+        if len(engine.requests) == 3:
+            gate.set()
+        await bounded(gate.wait())
+        await echo_number(wire, received)
+
+    engine.script = together
+    await asyncio.gather(*(answered(cortex, number) for number in range(3)))
+    stale = list(engine.connections)
+
+    async def close_when_asked(wire: Wire, received: Received) -> None:
+        if wire in stale:
+            wire.reset()
+        else:
+            await echo_number(wire, received)
+
+    engine.script = close_when_asked
+    await answered(cortex, 9)
+    assert [number < 3 for number in used(engine)[3:]] == [True, False]
+
+
+async def test_request_that_every_connection_loses_arrives_at_most_twice(
+    cortex: RunningCortex, engine: RawEngine
+) -> None:
+    """A stale connection and then a fresh one, both lost without a byte: 502, no third time."""
+    await answered(cortex, 1)
+    engine.script = resetting()
+    await unreachable(cortex)
+    assert len(engine.requests) <= 3
+
+
+@pytest.mark.parametrize("lost", [closing, resetting])
+@pytest.mark.parametrize(
+    ("kept", "clean_status"),
+    [(b"H", 502), (b"HTTP/1.1 200 OK\r\nConte", 502), (plain(b"{}")[:-1], None)],
+    ids=["byte", "half-head", "half-body"],
+)
+async def test_answer_that_was_begun_is_never_asked_for_again(
+    cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script], kept: bytes, clean_status: int | None
+) -> None:
+    """Also on a connection that was used before: the engine has worked on the request."""
+    await answered(cortex, 1)
+    engine.script = lost(kept)
+    try:
+        answer = await ask(cortex, 2)
+    except (Truncated, ConnectionError):
+        assert clean_status is None
+    else:
+        assert answer.status == clean_status
+    assert len(engine.requests) == 2
+
+
+@contextlib.asynccontextmanager
+async def two_replicas(
+    start_cortex: StartCortex, first: SeedNeuron, second: SeedNeuron, engine: RawEngine
+) -> AsyncIterator[tuple[RunningCortex, RawEngine]]:
+    """A cortex with a model on two neurons; `first` is the one it asks first, by name."""
+    async with RawEngine().running() as other:
+        for neuron, its in ((first, engine), (second, other)):
+            neuron.models[MODEL] = "loaded"
+            neuron.engine_url = its.url
+        yield await start_cortex([first, second], [{"id": MODEL}]), other
+
+
+async def test_next_replica_when_a_fresh_connection_is_lost(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+) -> None:
+    """Lost before a byte, the request goes to the other engine, and to that one only."""
+    for lost in (closing(), resetting()):
+        async with two_replicas(start_cortex, beast, benjy, engine) as (cortex, other):
+            engine.script = lost
+            seen = len(engine.requests)
+            answer = await ask(cortex, 5)
+            assert (answer.status, answer.get("x-cortex-node")) == (200, "benjy")
+            assert (len(engine.requests) - seen, len(other.requests)) == (1, 1)
+
+
+async def test_next_replica_when_the_connection_is_refused(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+) -> None:
+    """Nobody listens at the first engine; a stale connection to it changes nothing."""
+    async with RawEngine().running() as dying, two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
+        answer = await ask(cortex, 5)
+        assert answer.get("x-cortex-node") == "beast"
+        beast.engine_url = "http://127.0.0.1:9"
+        answer = await ask(cortex, 6)
+        assert (answer.status, answer.get("x-cortex-node")) == (200, "benjy")
+        assert len(other.requests) == 1
+
+
+async def test_begun_answer_is_not_asked_of_another_replica(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+) -> None:
+    """The client has a part of it."""
+    async with two_replicas(start_cortex, beast, benjy, engine) as (cortex, other):
+        engine.script = closing(plain(b'{"n": 5}')[:-3])
+        with pytest.raises((Truncated, ConnectionError)):
+            await ask(cortex, 5)
+        assert (len(engine.requests), len(other.requests)) == (1, 0)
+
+
+async def test_refused_without_another_replica(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """502 upstream_unreachable."""
+    benjy.engine_url = "http://127.0.0.1:9"
+    await unreachable(cortex)
+
+
+async def test_connection_that_lay_idle_is_not_used_again(cortex: RunningCortex, engine: RawEngine) -> None:
+    """vLLM's server closes after 5 s: cortex stops using a connection before that, whether it closes it by itself or
+    does not take it any more."""
+    await answered(cortex, 1)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await bounded(engine.connections[0].gone.wait(), secs=IDLE_SECS + 0.5)
+    await answered(cortex, 2)
+    assert used(engine) == [0, 1]
+
+
+async def test_nothing_leaks(cortex: RunningCortex, engine: RawEngine) -> None:
+    """After answers, losses, refusals, retries and clients that left there are as many descriptors and tasks as
+    before, and no more than the one idle connection to the engine."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only counted
+
+    async def leave(body: bytes, script: Script, *, reset: bool) -> None:
+        engine.scripts.append(script)
+        engine.asked.clear()
+        async with connected(cortex.url) as client:
+            await client.send(request(body))
+            await engine.next_request()
+            if reset:
+                client.reset()
+
+    async def silence(wire: Wire, received: Received) -> None:
+        await wire.gone.wait()
+
+    async def endless(wire: Wire, received: Received) -> None:
+        await wire.send(stream_head())
+        while True:
+            await wire.send(chunked(b"data: 1\n\n" * 1000, 100)[:-5])
+            await asyncio.sleep(0)
+
+    await answered(cortex, 0)
+    before = descriptors(), len(asyncio.all_tasks())
+    body = json.dumps({"model": MODEL}).encode()
+    for _ in range(5):
+        for script in (closing(), resetting(), resetting(b"HTTP"), closing(plain(b"{}")[:-1])):
+            engine.scripts.append(script)
+            with contextlib.suppress(Truncated, ConnectionError):
+                await ask(cortex)
+            engine.scripts.clear()
+        for script in (silence, endless):
+            await leave(body, script, reset=False)
+            await leave(body, script, reset=True)
+        async with connected(cortex.url) as client:
+            assert (await client.ask(b"GARBAGE\r\n\r\n")).status == 400
+    await answered(cortex, 1)
+    await until(lambda: len(engine.open_connections) <= 1)
+    await until(lambda: (descriptors(), len(asyncio.all_tasks())) <= before)
