@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import socket
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 
 from cortex.cli.commands import add_client_commands
 from cortex.dev.command import add_dev_command
-from cortex.serve import configuration_warnings, read_configuration, serve
+from cortex.serve import configuration_warnings, read_configuration, serve, with_workers
 from shared import __version__
 from shared.logs import configure_logging
+from shared.loop import run
 from shared.serve import ListenError
 from shared.settings import SettingsError
 
@@ -25,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve_parser = commands.add_parser("serve", help="run the front door")
     serve_parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="cortex.toml")
+    serve_parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes on the one port (default: the file's)"
+    )
     serve_parser.add_argument("--fd", type=int, help="an inherited, bound socket to listen on")
     serve_parser.add_argument("--lifeline-fd", type=int, help="stop when this inherited pipe ends")
     serve_parser.set_defaults(run=_serve)
@@ -42,8 +45,10 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         config, catalogue = read_configuration(args.config)
         configure_logging(config.log_level)
+        if args.workers is not None:
+            config = with_workers(config, args.workers)
         sock = None if args.fd is None else socket.socket(fileno=args.fd)
-        asyncio.run(serve(config, catalogue, sock=sock, lifeline=args.lifeline_fd))
+        run(serve(config, catalogue, sock=sock, lifeline=args.lifeline_fd))
     except (SettingsError, ListenError, OSError) as error:
         print(f"cortex: {error}", file=sys.stderr)
         return 1

@@ -4,66 +4,72 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
+import socket
+import struct
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 from aiohttp import web
 
-from cortex.api.routes import GATEWAY_ROUTES, METRICS_ROUTES
+from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
+from cortex.counts import Counts
 from cortex.fleet import Fleet
-from cortex.in_flight import InFlight
+from cortex.front.server import accepting
 from cortex.keys import PARTS, Parts
 from cortex.loader import Loader
 from cortex.metrics import Metrics
 from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
-from cortex.proxy.forward import Forwarder
-from shared.http import error_middleware
+from cortex.proxy.access import AccessLog
+from cortex.proxy.callers import Callers
+from cortex.proxy.gateway import Control, Gateway
+from cortex.proxy.pool import Address
+from cortex.router import Router
+from shared.errors import Unauthorized
+from shared.http import Handler, error_middleware
+from shared.serve import BACKLOG
 from shared.tasks import running
-
-ENGINE_IDLE_SECS = 3.0
-"""How long an idle connection to an engine is kept: below the 5 s after which vLLM's server closes it itself."""
 
 
 @contextlib.asynccontextmanager
 async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator[Parts]:
-    """The parts of a cortex, watching its fleet inside the body. Needs a running loop."""
+    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop."""
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons], unhealthy_after=config.poll.unhealthy_after
     )
-    in_flight = InFlight()
-    metrics = Metrics(fleet, in_flight)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=ENGINE_IDLE_SECS)
+    counts = Counts()
+    metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
     async with aiohttp.ClientSession(
-        connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         clients = {entry.name: NeuronClient(entry, session) for entry in config.neurons}
         watches = {name: NodeWatch(client, fleet, config.poll) for name, client in clients.items()}
         loader = Loader(fleet, clients, metrics, timeout_secs=config.cold_load.timeout_secs)
-        forwarder = Forwarder(
+        router = Router(
             catalogue=catalogue,
             fleet=fleet,
             loader=loader,
             clients=clients,
             watches=watches,
-            in_flight=in_flight,
-            metrics=metrics,
-            session=session,
+            in_flight=counts.in_flight,
         )
         parts = Parts(
             config=config,
             catalogue=catalogue,
             fleet=fleet,
-            in_flight=in_flight,
+            counts=counts,
             metrics=metrics,
             session=session,
             clients=clients,
             watches=watches,
             loader=loader,
-            forwarder=forwarder,
+            router=router,
             created=int(time.time()),
         )
         loops = {
@@ -72,19 +78,20 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
             for kind, loop in (("poll", watch.poll_loop), ("events", watch.listen_loop))
         }
         try:
-            async with running(loops):
+            async with running({**loops, "routing table": router.publish_loop}):
                 yield parts
         finally:
-            await asyncio.gather(*(watch.close() for watch in watches.values()), loader.close())
+            await asyncio.gather(*(watch.close() for watch in watches.values()), loader.close(), router.close())
 
 
-def build_app(parts: Parts) -> web.Application:
-    """The front door."""
+def build_control_app(parts: Parts) -> web.Application:
+    """Every route that no engine answers. Workers hand its requests on."""
     app = web.Application(
-        middlewares=[error_middleware], client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024
+        middlewares=[error_middleware, _own_user_only],
+        client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app[PARTS] = parts
-    app.add_routes(GATEWAY_ROUTES)
+    app.add_routes(CONTROL_ROUTES)
     return app
 
 
@@ -94,3 +101,63 @@ def build_metrics_app(parts: Parts) -> web.Application:
     app[PARTS] = parts
     app.add_routes(METRICS_ROUTES)
     return app
+
+
+def control_socket() -> socket.socket:
+    """Where workers reach the control app: in Linux's abstract namespace, so that nothing is left behind however the
+    process ends. Who may use it is checked for each request."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("")
+    sock.listen(BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def control_address(sock: socket.socket) -> Address:
+    return Address(sock.getsockname().decode("ascii"), 0)
+
+
+@contextlib.asynccontextmanager
+async def working(
+    control: Control, config: CortexConfig, socks: Sequence[socket.socket], address: Address
+) -> AsyncIterator[Gateway]:
+    """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
+    app's."""
+    info = logging.getLogger().isEnabledFor(logging.INFO)
+    gateway = Gateway(
+        control,
+        control_address=address,
+        callers=Callers({}),
+        access=AccessLog(sys.stderr.write if info else None),
+        max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
+    )
+    try:
+        async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
+            yield gateway
+    finally:
+        await gateway.close()
+
+
+@contextlib.asynccontextmanager
+async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Address) -> AsyncIterator[Gateway]:
+    """The only worker, in the control's own process."""
+    async with working(parts.router, parts.config, socks, address) as gateway:
+        parts.counts.attach(gateway)
+        try:
+            yield gateway
+        finally:
+            parts.counts.detach(gateway)
+
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end (unix(7), SO_PEERCRED)
+
+
+@web.middleware
+async def _own_user_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """An abstract socket has no permissions: the kernel is asked who is at the other end."""
+    sock = None if request.transport is None else request.transport.get_extra_info("socket")
+    if sock is not None and sock.family == socket.AF_UNIX:
+        _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if uid != os.getuid():
+            raise Unauthorized("this socket belongs to another user")
+    return await handler(request)

@@ -32,6 +32,7 @@ class GatewaySettings(SettingsModel):
 
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
+    workers: int = Field(default=1, ge=1, le=256)
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     drain_timeout_secs: float = Field(default=30, ge=0)
 

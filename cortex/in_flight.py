@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+
+Key = tuple[str, str]
+"""(model id, node name)."""
 
 
 class InFlight:
-    """Counts exactly: a request is in it from the choice of its neuron to the last byte of its answer."""
+    """One worker's requests, counted exactly: each is in it from the choice of its neuron to the last byte of its
+    answer. `elsewhere` is what the other workers last told of theirs."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self.here: dict[Key, int] = {}
+        self.elsewhere: Mapping[Key, int] = {}
+        self.on_change: Callable[[], None] | None = None
 
-    def count(self, model_id: str, node: str) -> int:
-        return self._counts.get((model_id, node), 0)
+    def add(self, key: Key) -> None:
+        self.here[key] = self.here.get(key, 0) + 1
+        if self.on_change is not None:
+            self.on_change()
 
-    @contextlib.contextmanager
-    def counted(self, model_id: str, node: str) -> Iterator[None]:
-        """Counts one request inside the body."""
-        key = (model_id, node)
-        self._counts[key] += 1
-        try:
-            yield
-        finally:
-            self._counts[key] -= 1
-            if not self._counts[key]:
-                del self._counts[key]
+    def remove(self, key: Key) -> None:
+        left = self.here[key] - 1
+        if left:
+            self.here[key] = left
+        else:
+            del self.here[key]
+        if self.on_change is not None:
+            self.on_change()
 
-    def all(self) -> dict[tuple[str, str], int]:
-        """(model id, node) -> count, without zeros."""
-        return dict(self._counts)
+    def count(self, key: Key) -> int:
+        return self.here.get(key, 0) + self.elsewhere.get(key, 0)

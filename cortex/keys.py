@@ -9,13 +9,13 @@ from aiohttp import web
 
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
+from cortex.counts import Counts
 from cortex.fleet import Fleet
-from cortex.in_flight import InFlight
 from cortex.loader import Loader
 from cortex.metrics import Metrics
 from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
-from cortex.proxy.forward import Forwarder
+from cortex.router import Router
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Parts:
     config: CortexConfig
     catalogue: Catalogue
     fleet: Fleet
-    in_flight: InFlight
+    counts: Counts
     metrics: Metrics
     session: aiohttp.ClientSession
     clients: dict[str, NeuronClient]
     watches: dict[str, NodeWatch]
     loader: Loader
-    forwarder: Forwarder
+    router: Router
     created: int
 
 

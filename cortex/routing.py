@@ -56,12 +56,10 @@ InFlight = Callable[[str, str], int]
 
 def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> Decision:
     """What a request for `model_id` (an id, not an alias) needs now."""
+    nodes = serving_nodes(model_id, fleet)
+    if nodes:
+        return Serve(_least_busy(model_id, nodes, in_flight))
     holders = [node for node in fleet.holders(model_id) if node.healthy]
-    loaded = [node for node in holders if node.status_of(model_id) is ModelStatus.LOADED]
-    # A draining node gets no new request while another can serve; with nobody else its model still answers.
-    open_nodes = [node for node in loaded if not node.draining] or loaded
-    if open_nodes:
-        return Serve(_least_busy(model_id, open_nodes, in_flight))
     for node in holders:
         status = node.status_of(model_id)
         if status is not None and status.coming:
@@ -73,6 +71,15 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     if profile is not None:
         return decide_placement(profile, fleet)
     return Refuse(_unknown(model_id, fleet))
+
+
+def serving_nodes(model_id: str, fleet: FleetSnapshot) -> list[NodeSnapshot]:
+    """The neurons whose engine may get a request for the model now. A draining one gets none while another can serve;
+    with nobody else its model still answers."""
+    loaded = [
+        node for node in fleet.holders(model_id) if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
+    ]
+    return [node for node in loaded if not node.draining] or loaded
 
 
 def decide_placement(profile: ModelProfile, fleet: FleetSnapshot) -> Load | Refuse:

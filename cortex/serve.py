@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from cortex.app import assembled, build_app, build_metrics_app
+from cortex.app import (
+    assembled,
+    build_control_app,
+    build_metrics_app,
+    control_address,
+    control_socket,
+    serving_here,
+)
 from cortex.catalogue import Catalogue, load_catalogue
-from cortex.config import CortexConfig, parse_listen
-from shared.serve import ListenError, Site, bind, serve_until_stopped
+from cortex.config import CortexConfig, GatewaySettings, parse_listen
+from cortex.workers.supervisor import Supervisor
+from shared.serve import ListenError, Site, bind, serving, told_to_stop
 from shared.settings import SettingsError, load_settings
 
 log = logging.getLogger(__name__)
@@ -74,6 +83,19 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
     return warnings
 
 
+def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
+    """The configuration with another number of workers.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    try:
+        gateway = GatewaySettings.model_validate({**config.gateway.model_dump(), "workers": workers})
+    except ValidationError as error:
+        raise SettingsError([f"--workers {workers}: {error.errors()[0]['msg']}"]) from error
+    return config.model_copy(update={"gateway": gateway})
+
+
 async def serve(
     config: CortexConfig, catalogue: Catalogue, *, sock: socket.socket | None = None, lifeline: int | None = None
 ) -> None:
@@ -82,22 +104,48 @@ async def serve(
     Raises:
         ListenError: an address is taken.
     """
-    gateway = sock or bind(*parse_listen(config.gateway.listen))
+    settings = config.gateway
+    socks = _listening(settings, sock)
     try:
-        metrics = bind(*parse_listen(config.gateway.metrics_listen))
+        metrics = bind(*parse_listen(settings.metrics_listen))
     except ListenError:
-        gateway.close()
+        for listening in socks:
+            listening.close()
         raise
-    async with assembled(config, catalogue) as parts:
-        sites = [Site(build_app(parts), gateway), Site(build_metrics_app(parts), metrics)]
-        host, port = gateway.getsockname()[:2]
+    workers: Supervisor | None = None
 
-        def ready() -> None:
-            log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+    def kill_workers() -> None:
+        if workers is not None:
+            workers.kill()
 
-        await serve_until_stopped(
-            sites,
-            drain_timeout_secs=config.gateway.drain_timeout_secs,
-            lifeline=lifeline,
-            on_ready=ready,
-        )
+    host, port = socks[0].getsockname()[:2]
+    async with (
+        told_to_stop(lifeline=lifeline, grace_secs=settings.drain_timeout_secs, on_forced_exit=kill_workers) as stop,
+        assembled(config, catalogue) as parts,
+    ):
+        control = control_socket()
+        sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
+        async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
+            if settings.workers == 1:
+                front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
+            else:
+                workers = Supervisor(parts, socks, control_address(control))
+                front = workers.running()
+            async with front:
+                log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+                await stop.wait()
+                closing.set()  # first: event streams are requests in flight, too
+
+
+def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:
+    """A socket for each worker, all on one port."""
+    if sock is not None:
+        return [sock, *(sock.dup() for _ in range(settings.workers - 1))]
+    host, port = parse_listen(settings.listen)
+    first = bind(host, port)
+    if settings.workers == 1:
+        return [first]
+    # A shared port would let another cortex in unnoticed: that it is free was told by binding it alone.
+    port = first.getsockname()[1]
+    first.close()
+    return [bind(host, port, shared=True) for _ in range(settings.workers)]

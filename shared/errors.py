@@ -60,6 +60,13 @@ class ServiceError(Exception):
         }
 
 
+def is_anthropic_path(path: str | bytes) -> bool:
+    """True for the routes whose errors take Anthropic's shape."""
+    if isinstance(path, bytes):
+        path = path.decode("latin-1")
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
 def error_type(status: int) -> str:
     """The `type` of an error body for an HTTP status."""
     if status == 401:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope
+from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope, is_anthropic_path
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,6 @@ def request_id_of(request: web.Request) -> str:
     return made
 
 
-def is_anthropic(request: web.Request) -> bool:
-    """True for the routes whose errors take Anthropic's shape."""
-    return request.path == "/v1/messages" or request.path.startswith("/v1/messages/")
-
-
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns every failure into the error envelope. Cancellation passes: it is the client leaving."""
@@ -83,10 +78,10 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     try:
         response = await handler(request)
     except ServiceError as error:
-        response = error_response(error, anthropic=is_anthropic(request))
+        response = error_response(error, anthropic=is_anthropic_path(request.path))
     except web.HTTPRequestEntityTooLarge as error:
         too_large = RequestTooLarge(error.text or "the request body is too large")
-        response = error_response(too_large, anthropic=is_anthropic(request))
+        response = error_response(too_large, anthropic=is_anthropic_path(request.path))
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -95,13 +90,13 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if request.transport is None or request.transport.is_closing():
             raise  # the client is gone; there is nobody to answer
         unreadable = InvalidRequest(f"the body cannot be read: {error}")
-        response = error_response(unreadable, anthropic=is_anthropic(request))
+        response = error_response(unreadable, anthropic=is_anthropic_path(request.path))
     except ConnectionError:
         raise  # as above
     except Exception:
         log.exception("unhandled error in %s %s", request.method, request.path)
         internal = ServiceError("internal error; the service's log has the details")
-        response = error_response(internal, anthropic=is_anthropic(request))
+        response = error_response(internal, anthropic=is_anthropic_path(request.path))
     if not response.prepared:
         response.headers.setdefault("x-request-id", request_id)
     return response

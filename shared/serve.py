@@ -37,8 +37,9 @@ class ListenError(Exception):
     """An address cannot be listened on; the message names it."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 lets the system choose.
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening TCP socket; port 0 lets the system choose. `shared` ones may be bound again, each with its own queue
+    of connections (SO_REUSEPORT).
 
     Raises:
         ListenError: the address is taken or not of this host.
@@ -52,6 +53,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise ListenError(f"cannot listen on {host}:{port}: {error}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
         sock.listen(BACKLOG)  # here and not later: two may bind one address, and only listening tells
     except OSError as error:
@@ -62,9 +65,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncIterator[None]:
-    """Serves the sites inside the body. On exit: stop accepting, finish what is in flight within the deadline,
-    cancel the rest, then run the apps' cleanup.
+async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncIterator[asyncio.Event]:
+    """Serves the sites inside the body, which may set the event (CLOSING) before its end. On exit: stop accepting,
+    finish what is in flight within the deadline, cancel the rest, then run the apps' cleanup.
 
     `handler_cancellation` is on, so that a handler ends when its client leaves (aiohttp's own default is off in
     production and on in its test server).
@@ -82,7 +85,7 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
             runners.append(runner)
             await runner.setup()
             await web.SockSite(runner, site.sock, backlog=BACKLOG).start()
-        yield
+        yield closing
     finally:
         closing.set()
         results = await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
@@ -99,7 +102,21 @@ async def serve_until_stopped(
     on_ready: Callable[[], None] = lambda: None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGTERM, SIGINT, SIGHUP or the end of the lifeline; a second signal exits at once with status 130.
+    """Serves until told to stop, as `told_to_stop` says."""
+    async with (
+        told_to_stop(lifeline=lifeline, grace_secs=drain_timeout_secs, on_forced_exit=on_forced_exit) as stop,
+        serving(sites, drain_timeout_secs=drain_timeout_secs),
+    ):
+        on_ready()
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def told_to_stop(
+    *, lifeline: int | None, grace_secs: float, on_forced_exit: Callable[[], None] = lambda: None
+) -> AsyncIterator[asyncio.Event]:
+    """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets; a second signal exits at once with status
+    130.
 
     `lifeline` is the read end of a pipe whose other end a parent holds: its end of file means that the parent is gone,
     however it died. `on_forced_exit` is the last thing called before a forced exit.
@@ -114,7 +131,7 @@ async def serve_until_stopped(
             log.warning("%s again: exiting at once", name)
             on_forced_exit()
             os._exit(130)
-        log.info("%s: stopping, what is in flight has %g s", name, drain_timeout_secs)
+        log.info("%s: stopping, what is in flight has %g s", name, grace_secs)
         stop.set()
 
     # A closed terminal stops as well, unless it was asked not to (nohup).
@@ -126,9 +143,7 @@ async def serve_until_stopped(
     if lifeline is not None:
         loop.add_reader(lifeline, _lifeline_ended, loop, lifeline, stop)
     try:
-        async with serving(sites, drain_timeout_secs=drain_timeout_secs):
-            on_ready()
-            await stop.wait()
+        yield stop
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

@@ -50,7 +50,7 @@ def picture(parts: Parts) -> dict[str, Any]:
         ],
         "in_flight": [
             {"model": model, "node": node, "count": count}
-            for (model, node), count in sorted(parts.in_flight.all().items())
+            for (model, node), count in sorted(parts.counts.all_in_flight().items())
         ],
         "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
         "aliases": parts.catalogue.aliases,
@@ -121,7 +121,7 @@ async def explain_model(request: web.Request) -> web.Response:
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
     model_id = parts.catalogue.resolve(name)
-    return web.json_response(explain(model_id, parts.catalogue, parts.fleet.snapshot(), parts.in_flight.count))
+    return web.json_response(explain(model_id, parts.catalogue, parts.fleet.snapshot(), parts.counts.in_flight))
 
 
 async def load_model(request: web.Request) -> web.Response:
@@ -153,7 +153,7 @@ def _plan(parts: Parts, model_id: str, node_name: str | None) -> Serve | Await |
         under_way = parts.loader.node_of(model_id)
         if under_way is not None:
             return Await(under_way)
-        decision = decide(model_id, parts.catalogue, fleet, parts.in_flight.count)
+        decision = decide(model_id, parts.catalogue, fleet, parts.counts.in_flight)
         if not isinstance(decision, Refuse):
             return decision
         for node in fleet.holders(model_id):

@@ -1,143 +1,198 @@
-"""One request to one engine: what goes up, what comes down, and what happens when either side is lost."""
+"""One request to one engine: connected, sent, its answer handed through, and what happens when either side is lost."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import logging
 import time
-from dataclasses import dataclass, field
+from typing import Protocol
 
-import aiohttp
-from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
-
-from cortex.proxy.headers import request_headers, response_headers
+from cortex.front.client import ClientConnection
+from cortex.http1.framing import BodyUntilClose, ChunkedBody, Framing, SizedBody
+from cortex.http1.heads import ResponseHead
+from cortex.proxy.engine import EngineConnection
+from cortex.proxy.headers import ResponseHeaders
+from cortex.proxy.pool import Address, EnginePool
+from cortex.proxy.request import Request
 from cortex.proxy.usage import Usage, UsageTail
-from shared.errors import UpstreamError
-from shared.http import is_anthropic
-from shared.protocol import EndpointReply
-
-log = logging.getLogger(__name__)
-
-CONNECT_TIMEOUT_SECS = 5.0
-LARGE_BODY_BYTES = 1 << 19
-# An engine answers when it is done: nothing but connecting has a deadline. aiohttp's default total of 300 s would cut
-# long answers.
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_SECS)
-_OWN_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+from shared.errors import UpstreamError, is_anthropic_path
 
 
-class EngineUnreachable(Exception):
-    """The engine gave no answer at all, so the request may go elsewhere."""
+class Listener(Protocol):
+    """Who wanted the answer. Exactly one of the two is called, unless the relay is abandoned."""
+
+    def unreachable(self, reason: str) -> None:
+        """The engine gave no answer at all: nothing has been sent to the client, the request may go elsewhere."""
+
+    def done(self) -> None:
+        """The client has its answer, or has been told that it gets no more of it (`lost`)."""
 
 
-@dataclass
-class Outcome:
-    """What became of a request; filled while it runs. Times are monotonic seconds."""
-
-    status: int = 0
-    first_byte_at: float | None = None
-    sent_bytes: int = 0
-    usage: Usage | None = None
-    lost: str | None = field(default=None)  # why the engine was lost after the first byte
-
-
-@dataclass(frozen=True)
 class Relay:
-    """Everything that one attempt needs."""
+    """Implements `engine.Exchange`. `status` is 0 until the answer's head has come; times are monotonic seconds."""
 
-    session: aiohttp.ClientSession
-    request: web.Request
-    body: bytes
-    request_id: str
-    node: str
-    cold: bool
+    __slots__ = (
+        "_address",
+        "_body",
+        "_client",
+        "_connecting",
+        "_connection",
+        "_events",
+        "_extra",
+        "_head",
+        "_listener",
+        "_pool",
+        "_request",
+        "_tail",
+        "_unpacked",
+        "first_byte_at",
+        "lost_because",
+        "sent_bytes",
+        "status",
+    )
 
-    async def send(self, endpoint: EndpointReply, outcome: Outcome) -> web.StreamResponse:
-        """Forwards the request and streams the answer back.
+    def __init__(
+        self,
+        pool: EnginePool,
+        client: ClientConnection,
+        request: Request,
+        listener: Listener,
+        *,
+        address: Address,
+        head: bytes,
+        extra: bytes,
+    ) -> None:
+        """`head` is the request's for the engine; `extra` are our header lines in the answer."""
+        self._pool = pool
+        self._client = client
+        self._request = request
+        self._listener = listener
+        self._address = address
+        self._head = head
+        self._extra = extra
+        self._connection: EngineConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._body: Framing | None = None
+        self._unpacked: ChunkedBody | None = None
+        self._tail = UsageTail()
+        self._events = False
+        self.status = 0
+        self.first_byte_at: float | None = None
+        self.sent_bytes = 0
+        self.lost_because: str | None = None
 
-        Raises:
-            EngineUnreachable: before the first byte; nothing has been sent to the client.
-        """
-        try:
-            upstream = await self._ask(endpoint)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            raise EngineUnreachable(str(error) or type(error).__name__) from error
-        try:
-            return await self._pass_on(upstream, outcome)
-        finally:
-            # Closed, not released: with the answer complete the connection has already gone back to the pool; without,
-            # closing is what tells the engine to stop generating.
-            upstream.close()
+    def start(self) -> None:
+        connection = self._pool.take(self._address)
+        if connection is None:
+            self._connect()
+        else:
+            self._send(connection)
 
-    async def _ask(self, endpoint: EndpointReply) -> aiohttp.ClientResponse:
-        path = self.request.raw_path  # as it came; a request line may also hold a whole URL
-        path = path if path.startswith("/") else self.request.rel_url.raw_path_qs
-        url = URL(endpoint.url + path, encoded=True)
-        headers = request_headers(
-            self.request.headers, api_key=endpoint.api_key, request_id=self.request_id, peer=self.request.remote
-        )
-        try:
-            return await self._post(url, headers)
-        except (aiohttp.ServerDisconnectedError, ConnectionResetError):
-            # A pooled connection that the engine closed at this very moment. Nothing was answered: once more.
-            return await self._post(url, headers)
+    def abandon(self) -> None:
+        """The client has left."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None:
+            self._connection.abandon()
+            self._connection = None
 
-    async def _post(self, url: URL, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
-        return await self.session.post(
-            url,
-            headers=headers,
-            # Large bodies in pieces, so that writing one does not hold up everybody else.
-            data=self.body if len(self.body) < LARGE_BODY_BYTES else io.BytesIO(self.body),
-            skip_auto_headers=_OWN_HEADERS,
-            timeout=_TIMEOUT,
-            allow_redirects=False,
-        )
+    def pause(self) -> None:
+        """The client reads too slowly."""
+        if self._connection is not None:
+            self._connection.pause()
 
-    async def _pass_on(self, upstream: aiohttp.ClientResponse, outcome: Outcome) -> web.StreamResponse:
-        outcome.status = upstream.status
-        outcome.first_byte_at = time.monotonic()
-        response = web.StreamResponse(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=response_headers(upstream.headers, node=self.node, cold=self.cold, request_id=self.request_id),
-        )
-        await response.prepare(self.request)
-        tail = UsageTail()
-        try:
-            async for chunk in upstream.content.iter_any():
-                tail.feed(chunk)
-                outcome.sent_bytes += len(chunk)
-                await response.write(chunk)
-        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, OSError) as error:
-            if self._client_is_gone():
-                raise
-            outcome.lost = str(error) or type(error).__name__
-            return await self._tell_of_loss(response, outcome.lost)
-        outcome.usage = tail.usage()
-        await response.write_eof()
-        return response
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.resume()
 
-    def _client_is_gone(self) -> bool:
-        transport = self.request.transport
-        return transport is None or transport.is_closing()
+    def usage(self) -> Usage | None:
+        """The engine's last word on tokens, None without one."""
+        return self._tail.usage()
 
-    async def _tell_of_loss(self, response: web.StreamResponse, reason: str) -> web.StreamResponse:
-        """Never a clean end: an SSE client gets an explicit last event, every other one a cut connection."""
-        error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")
-        events = response.content_type == "text/event-stream"
-        if events and response.content_length is None and "Content-Encoding" not in response.headers:
-            # The blank line first ends an event that was cut in the middle.
-            if is_anthropic(self.request):
-                event = f"\n\nevent: error\ndata: {json.dumps(error.anthropic_body())}\n\n"
+    def began(self, head: ResponseHead, headers: ResponseHeaders, body: Framing) -> None:
+        client, request = self._client, self._request
+        self.first_byte_at = time.monotonic()
+        self.status = head.status
+        self._body = body
+        self._head = b""
+        request.body = b""  # it can be sent nowhere else now
+        keep_alive = request.keep_alive and not client.draining
+        framing = b""
+        if isinstance(body, ChunkedBody):
+            if request.version == "1.1":
+                framing = b"transfer-encoding: chunked\r\n"
             else:
-                event = f"\n\ndata: {json.dumps(error.body())}\n\n"
-            await response.write(event.encode())
-            await response.write_eof()
-            return response
-        if self.request.transport is not None:
-            self.request.transport.abort()
-        return response
+                body.payload = []
+                self._unpacked = body
+                keep_alive = False
+        elif headers.content_length is not None:
+            framing = b"content-length: %d\r\n" % headers.content_length
+        if isinstance(body, BodyUntilClose):
+            keep_alive = False
+        request.keep_alive = keep_alive
+        if not keep_alive:
+            framing += b"connection: close\r\n"
+        elif request.version == "1.0":
+            framing += b"connection: keep-alive\r\n"
+        self._events = headers.event_stream and not headers.compressed and not isinstance(body, SizedBody)
+        client.transport.write(
+            b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (head.status, head.reason, headers.passed, self._extra, framing)
+        )
+
+    def passed(self, data: bytes) -> None:
+        if self._unpacked is not None:
+            data = self._unpacked.take()
+        self.sent_bytes += len(data)
+        self._tail.feed(data)
+        self._client.transport.write(data)
+
+    def ended(self) -> None:
+        self._connection = None
+        self._listener.done()
+
+    def lost(self, reason: str, *, stale: bool) -> None:
+        self._connection = None
+        if stale:
+            # Closed by the engine at this very moment, as it may any idle connection: once more, on a new one.
+            self._connect()
+        elif not self.status:
+            self._listener.unreachable(reason)
+        else:
+            self.lost_because = reason
+            self._tell_of_loss(reason)
+            self._listener.done()
+
+    def _connect(self) -> None:
+        self._connecting = asyncio.get_running_loop().create_task(self._connect_and_send())
+
+    async def _connect_and_send(self) -> None:
+        try:
+            connection = await self._pool.connect(self._address)
+        except (OSError, asyncio.TimeoutError) as error:
+            self._connecting = None
+            self._listener.unreachable(str(error) or type(error).__name__)
+            return
+        self._connecting = None
+        self._send(connection)
+
+    def _send(self, connection: EngineConnection) -> None:
+        self._connection = connection
+        connection.send(self, self._head, self._request.body)
+
+    def _tell_of_loss(self, reason: str) -> None:
+        """Never a clean end: an SSE client gets an explicit last event, every other one a cut connection."""
+        last = self._last_event(reason) if self._events else None
+        if last is not None and isinstance(self._body, ChunkedBody) and self._unpacked is None:
+            last = self._body.cut_off(last)
+        if last is None:
+            self._request.keep_alive = False
+            self._client.cut()
+        else:
+            self._client.transport.write(last)
+
+    def _last_event(self, reason: str) -> bytes:
+        error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")
+        # The blank line first ends an event that was cut in the middle.
+        if is_anthropic_path(self._request.path):
+            return f"\n\nevent: error\ndata: {json.dumps(error.anthropic_body())}\n\n".encode()
+        return f"\n\ndata: {json.dumps(error.body())}\n\n".encode()

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import pytest
 from aiohttp import web
 
-from cortex.api.routes import GATEWAY_ROUTES, METRICS_ROUTES
+from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet import Fleet
-from cortex.in_flight import InFlight
 from cortex.metrics import Metrics
+from cortex.tally import Tally
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -106,7 +106,7 @@ def sample_names(exposition: bytes) -> set[str]:
 def test_cortex_has_every_route() -> None:
     """The table of cortex, no more and no less."""
     app = web.Application()
-    app.add_routes(GATEWAY_ROUTES)
+    app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
     assert [(route.method, route.path) for route in METRICS_ROUTES] == [("GET", "/metrics")]
 
@@ -126,15 +126,13 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
     """Names and labels of the contract; every registered one is explained in docs/api.md with its labels."""
-    fleet, in_flight = Fleet([("beast", "http://beast")], unhealthy_after=3), InFlight()
-    metrics = Metrics(fleet, in_flight)
-    metrics.request("m", "beast", 200, 1.0)
-    metrics.error("m", "beast", "code")
-    metrics.first_byte("m", "beast", 0.1)
+    fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Tally()
+    metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [tally])
+    tally.request("m", "beast", 200, 1.0, 0.1)
+    tally.error("m", "beast", "code")
+    tally.tokens("m", "beast", prompt=1, completion=1)
     metrics.cold_start("m", "beast", 1.0)
-    metrics.tokens("m", "beast", prompt=1, completion=1)
-    with in_flight.counted("m", "beast"):
-        page = metrics.exposition()
+    page = metrics.exposition()
     assert sample_names(page) == set(CORTEX_METRICS)
     for name, labels in CORTEX_METRICS.items():
         sample = re.search(rf"^{name}(?:_count)?\{{([^}}]*)\}}", page.decode(), re.MULTILINE)

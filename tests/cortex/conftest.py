@@ -12,7 +12,14 @@ from typing import Any
 import aiohttp
 import pytest
 
-from cortex.app import assembled, build_app, build_metrics_app
+from cortex.app import (
+    assembled,
+    build_control_app,
+    build_metrics_app,
+    control_address,
+    control_socket,
+    serving_here,
+)
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
 from cortex.keys import Parts
@@ -61,18 +68,21 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
         ) -> RunningCortex:
             entries = [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons]
             poll = {"interval_secs": 0.05, "timeout_secs": 0.5, **settings.pop("poll", {})}
-            config = CortexConfig.model_validate({"neurons": entries, "poll": poll, **settings})
+            gateway_settings = {"drain_timeout_secs": 0, **settings.pop("gateway", {})}
+            config = CortexConfig.model_validate(
+                {"neurons": entries, "poll": poll, "gateway": gateway_settings, **settings}
+            )
             catalogue = Catalogue.model_validate({"models": models, "aliases": aliases or {}})
             parts = await stack.enter_async_context(assembled(config, catalogue))
-            sites = [
-                Site(build_app(parts), bind("127.0.0.1", 0)),
-                Site(build_metrics_app(parts), bind("127.0.0.1", 0)),
-            ]
-            await stack.enter_async_context(serving(sites, drain_timeout_secs=0))
-            http = await stack.enter_async_context(aiohttp.ClientSession())
-            cortex = RunningCortex(
-                f"http://127.0.0.1:{sites[0].port}", f"http://127.0.0.1:{sites[1].port}", parts, http
+            control, metrics = control_socket(), Site(build_metrics_app(parts), bind("127.0.0.1", 0))
+            await stack.enter_async_context(
+                serving([Site(build_control_app(parts), control), metrics], drain_timeout_secs=0)
             )
+            gateway = bind("127.0.0.1", 0)
+            port = gateway.getsockname()[1]
+            await stack.enter_async_context(serving_here(parts, [gateway], control_address(control)))
+            http = await stack.enter_async_context(aiohttp.ClientSession())
+            cortex = RunningCortex(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
             if wait_healthy:
                 await cortex.until(lambda: len(parts.fleet.snapshot().healthy) == len(entries))
             return cortex

@@ -1,0 +1,1 @@
+"""Where clients arrive: connections, requests read from them, draining."""

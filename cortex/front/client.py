@@ -1,0 +1,317 @@
+"""A client's connection: reads one request after the other, hands each to the gateway, and is written to by whoever
+answers it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from enum import Enum, auto
+from typing import Protocol, cast
+
+from cortex.front.answers import CONTINUE, error_answer
+from cortex.front.connections import Connections
+from cortex.front.unpack import unpack
+from cortex.http1.framing import BadFraming, ChunkedBody, SizedBody
+from cortex.http1.heads import BadHead, RequestReader
+from cortex.proxy.request import Request
+from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, is_anthropic_path
+
+HEAD_TIMEOUT_SECS = 60.0
+"""From a head's first byte to its end."""
+BODY_TIMEOUT_SECS = 60.0
+"""Between two pieces of a body."""
+KEEP_ALIVE_SECS = 75.0
+"""For an idle connection."""
+LINGER_SECS = 5.0
+"""For a client that is still sending when it has been refused: closing at once would destroy the answer on its way."""
+CLOSING_SECS = 60.0
+"""For a client to read what it has been sent."""
+MAX_AHEAD_BYTES = 65536
+"""Of further requests that a client sends before it has its answer."""
+
+
+_RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
+
+
+class Handling(Protocol):
+    """The work on one request. Ends with a call of `ClientConnection.finished`, unless it is abandoned."""
+
+    def begin(self) -> None: ...
+
+    def abandon(self) -> None:
+        """The client has left: nothing is written to it any more."""
+
+    def pause(self) -> None:
+        """The client reads more slowly than it is written to."""
+
+    def resume(self) -> None:
+        """It has caught up."""
+
+
+class Gateway(Protocol):
+    """What the front hands requests to. `max_body_bytes` bounds a request's body, also unpacked."""
+
+    max_body_bytes: int
+    draining: bool
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+
+    def rejected(self, request: Request | None, error: ServiceError) -> str:
+        """Notes a request that was refused before it was whole; gives it an id."""
+
+    def handle(self, client: ClientConnection, request: Request) -> Handling: ...
+
+
+class _State(Enum):
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+    WORKING = auto()
+    LINGERING = auto()  # refused: what still comes is thrown away
+    CLOSING = auto()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One request at a time; what comes ahead of its turn waits. `deadline` is in monotonic seconds, 0 for none."""
+
+    __slots__ = (
+        "_ahead",
+        "_connections",
+        "_framing",
+        "_gateway",
+        "_handling",
+        "_held_back",
+        "_pieces",
+        "_reader",
+        "_request",
+        "_size",
+        "_state",
+        "deadline",
+        "peer",
+        "transport",
+    )
+
+    def __init__(self, gateway: Gateway, connections: Connections) -> None:
+        """`connections` is the front's: this one is in it as long as it lives."""
+        self._gateway = gateway
+        self._connections = connections
+        self._state = _State.IDLE
+        self._reader: RequestReader | None = None
+        self._request: Request | None = None
+        self._framing: SizedBody | ChunkedBody | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._ahead = b""
+        self._held_back = False
+        self._handling: Handling | None = None
+        self.deadline = 0.0
+        self.peer = ""
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
+
+    @property
+    def draining(self) -> bool:
+        return self._gateway.draining
+
+    @property
+    def working(self) -> bool:
+        """A request has begun and its answer is not finished."""
+        return self._state in (_State.HEAD, _State.BODY, _State.WORKING)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.deadline = self._gateway.now() + KEEP_ALIVE_SECS
+        self._connections.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        state = self._state
+        if state is _State.IDLE or state is _State.HEAD:
+            self._read_head(data)
+        elif state is _State.BODY:
+            self._read_body(data)
+        elif state is _State.WORKING:
+            self._keep(data)
+
+    def eof_received(self) -> None:
+        """A client that stops sending has left, as for every server of this kind. `abort`: what it has not read yet
+        would keep the connection open."""
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.closed(self)
+        self._state = _State.CLOSING
+        handling, self._handling = self._handling, None
+        if handling is not None:
+            handling.abandon()
+
+    def pause_writing(self) -> None:
+        if self._handling is not None:
+            self._handling.pause()
+
+    def resume_writing(self) -> None:
+        if self._handling is not None:
+            self._handling.resume()
+
+    def finished(self) -> None:
+        """The answer is written. The next request, or the end."""
+        request = self._request
+        assert request is not None
+        self._request = self._handling = None
+        if not request.keep_alive or self._gateway.draining:
+            self.close()
+            return
+        if self._ahead:  # later, so that a row of them does not nest; what comes meanwhile goes behind them
+            asyncio.get_running_loop().call_soon(self._go_on)
+            return
+        self._state = _State.IDLE
+        self.deadline = self._gateway.now() + KEEP_ALIVE_SECS
+
+    def refuse(self, error: ServiceError, request_id: str) -> None:
+        """Answers the request that is being worked on with an error."""
+        request = self._request
+        assert request is not None
+        keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
+        anthropic = is_anthropic_path(request.path)
+        self.transport.write(
+            error_answer(error, request_id, anthropic=anthropic, version=request.version, keep_alive=keep_alive)
+        )
+        self.finished()
+
+    def expired(self) -> None:
+        """The deadline has passed."""
+        if self._state in (_State.HEAD, _State.BODY):
+            self._reject(_with_status(InvalidRequest("the request did not come in time"), 408))
+        elif self._state is _State.IDLE:
+            self.close()
+        else:
+            self.transport.abort()
+
+    def cut(self) -> None:
+        """Ends the connection by a reset: for an answer whose end is the connection's, a mere close would be a clean
+        end."""
+        self._state = _State.CLOSING
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Closes as soon as everything is sent."""
+        self._state = _State.CLOSING
+        self.deadline = self._gateway.now() + CLOSING_SECS
+        self.transport.close()
+
+    def _read_head(self, data: bytes) -> None:
+        reader = self._reader
+        if reader is None:
+            self._reader = reader = RequestReader()
+            self.deadline = self._gateway.now() + HEAD_TIMEOUT_SECS
+        try:
+            rest = reader.feed(data)
+            if rest is None:
+                self._state = _State.HEAD if reader.begun else _State.IDLE
+                return
+            self._reader = None
+            self._request = request = Request(reader.head, peer=self.peer, received=self._gateway.now())
+        except BadHead as error:
+            self._reject(_with_status(InvalidRequest(str(error)), error.status))
+            return
+        headers = request.headers
+        if headers.chunked:
+            self._framing = ChunkedBody(unpack=True)
+        elif headers.content_length:
+            self._framing = SizedBody(headers.content_length)
+            if headers.content_length > self._gateway.max_body_bytes:
+                self._reject(self._too_large())
+                return
+        else:
+            self._ahead = rest
+            self._complete()
+            return
+        self._state = _State.BODY
+        if rest:
+            self._read_body(rest)
+        elif headers.expects_continue:
+            self.transport.write(CONTINUE)
+
+    def _read_body(self, data: bytes) -> None:
+        framing = self._framing
+        assert framing is not None
+        try:
+            data = framing.feed(data)
+        except BadFraming as error:
+            self._reject(InvalidRequest(f"the body cannot be read: {error}"))
+            return
+        if isinstance(framing, ChunkedBody):
+            data = framing.take()
+        if data:
+            self._pieces.append(data)
+            self._size += len(data)
+        if self._size > self._gateway.max_body_bytes:  # one of a known length was measured by its head
+            self._reject(self._too_large())
+        elif framing.ended:
+            assert self._request is not None
+            self._request.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._ahead = framing.excess
+            self._complete()
+        else:
+            self.deadline = self._gateway.now() + BODY_TIMEOUT_SECS
+
+    def _complete(self) -> None:
+        request = self._request
+        assert request is not None
+        self._forget_body()
+        try:
+            if request.headers.content_encoding:
+                request.body = unpack(request.body, request.headers.content_encoding, self._gateway.max_body_bytes)
+        except ServiceError as error:
+            self._reject(error)
+            return
+        self._state = _State.WORKING
+        self.deadline = 0.0
+        self._handling = handling = self._gateway.handle(self, request)
+        handling.begin()
+
+    def _keep(self, data: bytes) -> None:
+        """A request that came before its turn."""
+        self._ahead += data
+        if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
+            self._held_back = True
+            self.transport.pause_reading()
+
+    def _go_on(self) -> None:
+        if self._state is not _State.WORKING:  # the connection was lost meanwhile
+            return
+        if self._held_back:
+            self._held_back = False
+            self.transport.resume_reading()
+        ahead, self._ahead = self._ahead, b""
+        self._state = _State.IDLE
+        self.data_received(ahead)
+
+    def _reject(self, error: ServiceError) -> None:
+        """Answers a request that cannot be read to its end, and ends the connection: where the next one would begin is
+        not known."""
+        request = self._request
+        request_id = self._gateway.rejected(request, error)
+        anthropic = request is not None and is_anthropic_path(request.path)
+        self.transport.write(error_answer(error, request_id, anthropic=anthropic, version="1.1", keep_alive=False))
+        self.transport.write_eof()
+        self._state = _State.LINGERING
+        self.deadline = self._gateway.now() + LINGER_SECS
+        self._reader = self._request = None
+        self._forget_body()
+
+    def _forget_body(self) -> None:
+        self._framing = None
+        self._pieces = []
+        self._size = 0
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"the request body is larger than {self._gateway.max_body_bytes} bytes")
+
+
+def _with_status(error: ServiceError, status: int) -> ServiceError:
+    error.status = status
+    return error

@@ -1,0 +1,38 @@
+"""Compressed request bodies. Pure."""
+
+from __future__ import annotations
+
+import zlib
+
+from shared.errors import InvalidRequest, RequestTooLarge
+
+
+def unpack(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
+    """The body behind a Content-Encoding.
+
+    Raises:
+        InvalidRequest: an encoding that is not understood, or a body that is not in it.
+        RequestTooLarge: there would be more than `max_bytes` of it.
+    """
+    for name in reversed([token.strip().lower() for token in encoding.split(b",")]):
+        if name in (b"gzip", b"x-gzip"):
+            body = _inflate(body, zlib.MAX_WBITS | 16, max_bytes)
+        elif name == b"deflate":
+            raw = (body[:1] or b"\0")[0] & 0x0F != 8  # some send it without the zlib wrapper that the RFC wants
+            body = _inflate(body, -zlib.MAX_WBITS if raw else zlib.MAX_WBITS, max_bytes)
+        elif name not in (b"", b"identity"):
+            raise InvalidRequest(f"Content-Encoding {name.decode('latin-1')!r} is not understood; gzip and deflate are")
+    return body
+
+
+def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(wbits)
+    try:
+        unpacked = inflater.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body cannot be unpacked: {error}") from error
+    if len(unpacked) > max_bytes:
+        raise RequestTooLarge(f"the unpacked request body is larger than {max_bytes} bytes")
+    if not inflater.eof:
+        raise InvalidRequest("the body cannot be unpacked: it ends too early")
+    return unpacked

@@ -1,0 +1,181 @@
+"""Where a body ends, found by counting while its bytes pass. Pure.
+
+Each framing takes the bytes as they come and gives those that may be passed on, unchanged: nothing is decoded and
+encoded again. `ended` tells the end; `excess` is what came behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+MAX_SIZE_LINE = 256
+"""Bytes of a chunk's size with its extensions."""
+MAX_TRAILERS = 16384
+"""Bytes of the last chunk with its trailer fields."""
+MAX_PADDING = 65536
+"""Bytes of a chunk that was cut and can still be filled up."""
+
+# Strict: Python's int() would take signs, blanks, underscores and 0x as well.
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\x00]*)?")
+# Nearly every chunk of a stream is a small one: its size is looked up instead of parsed.
+_SMALL = {b"%x" % size: size for size in range(1, 4096)}
+
+
+class BadFraming(Exception):
+    """The body breaks the rules of its own framing."""
+
+
+class Framing(Protocol):
+    """How a body's end is found."""
+
+    ended: bool
+    excess: bytes
+
+    def feed(self, data: bytes) -> bytes:
+        """What of `data` (and of what was held back before) passes now.
+
+        Raises:
+            BadFraming: the rest cannot be told apart any more.
+        """
+
+
+class SizedBody:
+    """A body of a known length (Content-Length, or none at all)."""
+
+    __slots__ = ("ended", "excess", "left")
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.ended = length == 0
+        self.excess = b""
+
+    def feed(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        if self.left > 0:
+            return data
+        self.ended = True
+        if self.left < 0:
+            data, self.excess = data[: self.left], data[self.left :]
+            self.left = 0
+        return data
+
+
+class BodyUntilClose:
+    """A body that lasts as long as its connection."""
+
+    __slots__ = ("ended", "excess")
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.excess = b""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+
+class ChunkedBody:
+    """A chunked body. Framing bytes pass only when they are whole, so that a cut body can still be closed by `cut_off`.
+
+    With `unpack`, `payload` collects the chunks' contents.
+    """
+
+    __slots__ = ("_held", "_left", "ended", "excess", "payload")
+
+    def __init__(self, *, unpack: bool = False) -> None:
+        self.ended = False
+        self.excess = b""
+        self.payload: list[bytes] | None = [] if unpack else None
+        self._left = 0  # bytes to come of the present chunk, with its CRLF; 0: a size line comes
+        self._held = b""  # the beginning of framing that is not whole yet
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        size = len(data)
+        start, position = 0, self._left  # of the present chunk's contents, and the end of the chunk
+        while True:
+            if position:
+                if self.payload is not None:
+                    self.payload.append(data[start : position - 2])
+                if position > size:
+                    return self._cut_in_chunk(data, position - size)
+                if data[position - 2 : position] != b"\r\n":
+                    raise BadFraming("a chunk does not end with CRLF")
+            if position == size:
+                self._left = 0
+                return data
+            line_end = data.find(b"\r\n", position, position + MAX_SIZE_LINE)
+            if line_end < 0:
+                return self._cut_in_line(data, position)
+            token = data[position:line_end]
+            length = _SMALL.get(token) or _chunk_size(token)
+            if length == 0:
+                return self._last_chunk(data, position, line_end)
+            start = line_end + 2
+            position = start + length + 2
+
+    def take(self) -> bytes:
+        """The contents collected since the last call."""
+        assert self.payload is not None
+        taken = b"".join(self.payload)
+        self.payload.clear()
+        return taken
+
+    def cut_off(self, last: bytes) -> bytes | None:
+        """What ends a body whose sender was lost: the present chunk filled up with line feeds, `last` as a chunk of its
+        own, and the end. None when too much of the chunk is missing."""
+        missing = max(self._left - 2, 0)
+        if missing > MAX_PADDING:
+            return None
+        filled = b"\n" * missing + b"\r\n" if self._left else b""
+        return b"%b%x\r\n%b\r\n0\r\n\r\n" % (filled, len(last), last)
+
+    def _cut_in_chunk(self, data: bytes, left: int) -> bytes:
+        """The chunk goes on in the next piece; the CR of its end is held back until its LF is there."""
+        if left == 1:
+            if data[-1:] != b"\r":
+                raise BadFraming("a chunk does not end with CRLF")
+            self._left, self._held = 2, data[-1:]
+            return data[:-1]
+        self._left = left
+        return data
+
+    def _cut_in_line(self, data: bytes, position: int) -> bytes:
+        line = data[position:]
+        if len(line) >= MAX_SIZE_LINE:
+            raise BadFraming("a chunk's size line is too long")
+        if not _begins_size_line(line):
+            raise BadFraming(f"not a chunk's size: {line[:32]!r}")
+        self._left, self._held = 0, line
+        return data[:position]
+
+    def _last_chunk(self, data: bytes, position: int, line_end: int) -> bytes:
+        """The end, with its trailer fields if it has any; passed on only when it is whole."""
+        end = data.find(b"\r\n\r\n", line_end)
+        if end < 0:
+            if len(data) - position > MAX_TRAILERS:
+                raise BadFraming("the trailer fields are too long")
+            self._left, self._held = 0, data[position:]
+            return data[:position]
+        end += 4
+        self.ended = True
+        if end < len(data):
+            data, self.excess = data[:end], data[end:]
+        return data
+
+
+def _chunk_size(line: bytes) -> int:
+    match = _SIZE.fullmatch(line)
+    if match is None:
+        raise BadFraming(f"not a chunk's size: {line[:32]!r}")
+    return int(match[1], 16)
+
+
+_BEGINNING = re.compile(rb"[0-9A-Fa-f]{0,15}(?:[ \t]*(?:;[^\r\n\x00]*)?\r?)?")
+
+
+def _begins_size_line(line: bytes) -> bool:
+    """Told early, so that nonsense is not waited for."""
+    return _BEGINNING.fullmatch(line) is not None

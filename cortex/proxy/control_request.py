@@ -1,0 +1,59 @@
+"""A request that no engine answers: lists, the fleet, the dashboard. It goes to the control app, as to an engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from cortex.front.client import ClientConnection
+from cortex.proxy.pool import Address
+from cortex.proxy.relay import Relay
+from cortex.proxy.request import Request
+from shared.errors import Unavailable
+
+if TYPE_CHECKING:
+    from cortex.proxy.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECS = 1
+
+
+class ControlRequest:
+    """Implements `front.client.Handling` and `relay.Listener`."""
+
+    __slots__ = ("_client", "_relay", "_request_id")
+
+    def __init__(self, gateway: Gateway, client: ClientConnection, request: Request, address: Address) -> None:
+        self._client = client
+        self._request_id = gateway.request_id(request.headers.request_id)
+        request_id = self._request_id.encode()
+        self._relay = Relay(
+            gateway.pool,
+            client,
+            request,
+            self,
+            address=address,
+            head=request.head_for(b"cortex", b"", request_id, request.headers.credentials),
+            extra=b"x-request-id: %b\r\n" % request_id,
+        )
+
+    def begin(self) -> None:
+        self._relay.start()
+
+    def abandon(self) -> None:
+        self._relay.abandon()
+
+    def pause(self) -> None:
+        self._relay.pause()
+
+    def resume(self) -> None:
+        self._relay.resume()
+
+    def unreachable(self, reason: str) -> None:
+        log.error("the control process cannot be reached: %s", reason)
+        error = Unavailable("cortex is starting again", code="unavailable", retry_after=RETRY_AFTER_SECS)
+        self._client.refuse(error, self._request_id)
+
+    def done(self) -> None:
+        self._client.finished()

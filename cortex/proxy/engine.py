@@ -1,0 +1,207 @@
+"""One connection to an engine: a request goes out, an answer's bytes come in and pass on as they are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol, cast
+
+from cortex.http1.framing import BadFraming, BodyUntilClose, ChunkedBody, Framing, SizedBody
+from cortex.http1.heads import BadHead, ResponseHead, ResponseReader
+from cortex.proxy.headers import ResponseHeaders
+
+if TYPE_CHECKING:
+    from cortex.proxy.pool import Address, EnginePool
+
+# Above it two writes cost less than one copy.
+_JOINED_BYTES = 16384
+
+MAX_INTERIM = 32
+"""Interim answers (100, 103) before one that counts."""
+
+
+class Exchange(Protocol):
+    """What an engine connection tells about the one request it works on. Exactly one of `lost` and `ended` ends it."""
+
+    def began(self, head: ResponseHead, headers: ResponseHeaders, body: Framing) -> None:
+        """The answer's head is there."""
+
+    def passed(self, data: bytes) -> None:
+        """Bytes of the answer's body, in their framing."""
+
+    def ended(self) -> None:
+        """The answer is whole."""
+
+    def lost(self, reason: str, *, stale: bool) -> None:
+        """The engine is lost. `stale`: before any byte of an answer, on a connection that had served before."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """Belongs to the pool while idle, to one exchange while it works."""
+
+    __slots__ = (
+        "_body",
+        "_exchange",
+        "_interim",
+        "_keep_alive",
+        "_paused",
+        "_pool",
+        "_reader",
+        "_served",
+        "_to_head",
+        "address",
+        "idle_since",
+        "transport",
+    )
+
+    def __init__(self, pool: EnginePool, address: Address) -> None:
+        self.address = address
+        self.idle_since = 0.0
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
+        self._pool = pool
+        self._exchange: Exchange | None = None
+        self._reader: ResponseReader | None = None
+        self._body: Framing | None = None
+        self._served = 0
+        self._interim = 0
+        self._keep_alive = False
+        self._paused = False
+        self._to_head = False
+
+    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        """Writes a request. Its answer goes to `exchange`."""
+        self._to_head = head.startswith(b"HEAD ")
+        self._exchange = exchange
+        self._body = None
+        self._reader = ResponseReader()
+        self._interim = 0
+        if len(body) > _JOINED_BYTES:
+            self.transport.write(head)
+            self.transport.write(body)
+        else:
+            self.transport.write(head + body)
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: closing is what tells the engine to stop."""
+        self._exchange = None
+        self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._pool.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None:  # an idle connection has nothing to say
+            self.transport.abort()
+            return
+        body = self._body
+        if body is None:
+            self._read_head(data)
+            return
+        try:
+            data = body.feed(data)
+        except BadFraming as error:
+            self._lose(str(error))
+            return
+        if data:
+            exchange.passed(data)
+        if body.ended:
+            self._end()
+
+    def eof_received(self) -> None:
+        """The transport closes itself, and `connection_lost` follows."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.closed(self)
+        if self._exchange is None:
+            return
+        if isinstance(self._body, BodyUntilClose) and exc is None:
+            self._end()
+        else:
+            self._lose(str(exc) if exc else "the connection was closed")
+
+    def _read_head(self, data: bytes) -> None:
+        rest: bytes | None = data
+        while self._body is None and rest:
+            assert self._reader is not None
+            try:
+                rest = self._reader.feed(rest)
+                if rest is None:
+                    return
+                head = self._reader.head
+                if head.status < 200:
+                    self._skip_interim(head)
+                    continue
+                headers = ResponseHeaders(head)
+            except BadHead as error:
+                self._lose(f"its answer is not HTTP: {error}")
+                return
+            self._begin(head, headers)
+        if rest and self._exchange is not None:
+            self.data_received(rest)
+
+    def _skip_interim(self, head: ResponseHead) -> None:
+        """100 and 103 say that the answer is still to come."""
+        self._interim += 1
+        if head.status == 101 or self._interim > MAX_INTERIM:
+            raise BadHead(f"status {head.status}")
+        self._reader = ResponseReader()
+
+    def _begin(self, head: ResponseHead, headers: ResponseHeaders) -> None:
+        assert self._exchange is not None
+        self._reader = None
+        self._keep_alive = head.keep_alive
+        self._body = body = _framing(head, headers, to_head=self._to_head)
+        self._exchange.began(head, headers, body)
+        if body.ended and self._exchange is not None:
+            self._end()
+
+    def _end(self) -> None:
+        exchange, body = self._exchange, self._body
+        assert exchange is not None
+        assert body is not None
+        self._exchange = self._body = None
+        self._served += 1
+        transport = self.transport
+        # An answer may come before the request is wholly written: the rest of that would read as the next one.
+        if (
+            self._keep_alive
+            and not body.excess
+            and not transport.is_closing()
+            and not transport.get_write_buffer_size()
+        ):
+            self.resume()
+            self._pool.put(self)
+        else:
+            transport.abort()
+        exchange.ended()
+
+    def _lose(self, reason: str) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        untouched = self._body is None and self._reader is not None and not self._reader.begun and not self._interim
+        self._exchange = None
+        self.transport.abort()
+        exchange.lost(reason, stale=untouched and self._served > 0)
+
+    def pause(self) -> None:
+        """Stops the reading: the engine's sending stops with it."""
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+
+
+def _framing(head: ResponseHead, headers: ResponseHeaders, *, to_head: bool) -> Framing:
+    """RFC 9112, section 6.3."""
+    if to_head or head.status in (204, 304):
+        return SizedBody(0)
+    if headers.chunked:
+        return ChunkedBody()
+    if headers.content_length is not None:
+        return SizedBody(headers.content_length)
+    return BodyUntilClose()

@@ -1,0 +1,216 @@
+"""A client's request from its `model` to its answer: find an engine, send, and try again where that is safe."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from cortex.front.client import ClientConnection
+from cortex.proxy.body import find_model
+from cortex.proxy.pool import Address, parse_url
+from cortex.proxy.relay import Relay
+from cortex.proxy.request import Request
+from cortex.proxy.usage_queue import UsageRecord
+from cortex.replica import Failure, Replica, unreachable
+from shared.errors import ServiceError
+
+if TYPE_CHECKING:
+    from cortex.proxy.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Engines that one request may be sent to: a request that kills its engine must not kill the fleet."""
+
+UNKNOWN = "unknown"
+"""The metrics' label for a model or a neuron that does not exist."""
+
+LEFT = 499
+"""nginx's number for a client that left before its answer."""
+
+
+class Journey:
+    """Implements `front.client.Handling` and `relay.Listener`. Where the model can be served at once no task is made
+    and nothing is awaited; whatever has to be waited for is asked of the control, in a task."""
+
+    __slots__ = (
+        "_attempts",
+        "_caller",
+        "_client",
+        "_cold",
+        "_failures",
+        "_gateway",
+        "_known",
+        "_model_id",
+        "_node",
+        "_relay",
+        "_replica",
+        "_request",
+        "_request_id",
+        "_resolving",
+    )
+
+    def __init__(self, gateway: Gateway, client: ClientConnection, request: Request) -> None:
+        self._gateway = gateway
+        self._client = client
+        self._request = request
+        self._request_id = gateway.request_id(request.headers.request_id)
+        self._caller = gateway.callers.identify(request.headers)
+        self._model_id = UNKNOWN
+        self._known = False
+        self._node = UNKNOWN
+        self._cold = False
+        self._attempts = 0
+        self._failures: list[Failure] = []
+        self._replica: Replica | None = None
+        self._relay: Relay | None = None
+        self._resolving: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        request, control = self._request, self._gateway.control
+        try:
+            field = find_model(request.body, request.headers.content_type.decode("latin-1"))
+        except ServiceError as error:
+            self._refuse(error)
+            return
+        model_id = control.aliases.get(field.model, field.model)
+        if model_id != field.model:
+            request.body = field.replaced(request.body, model_id)
+        self._model_id = model_id
+        replicas = control.table.get(model_id)
+        if replicas:
+            self._send(replicas[0] if len(replicas) == 1 else self._least_busy(replicas))
+        else:
+            self._known = control.knows(model_id)
+            self._resolve()
+
+    def abandon(self) -> None:
+        if self._resolving is not None:
+            self._resolving.cancel()
+        relay = self._relay
+        if relay is not None:
+            relay.abandon()
+        self._leave()
+        self._account(LEFT if relay is None or not relay.status else relay.status)
+
+    def pause(self) -> None:
+        if self._relay is not None:
+            self._relay.pause()
+
+    def resume(self) -> None:
+        if self._relay is not None:
+            self._relay.resume()
+
+    def unreachable(self, reason: str) -> None:
+        replica = self._replica
+        assert replica is not None
+        log.warning("%s on %s cannot be reached: %s", replica.model_id, replica.node, reason)
+        self._leave()
+        self._relay = None
+        self._failures.append(Failure(replica=replica, reason=reason))
+        if self._attempts < MAX_ATTEMPTS:
+            self._resolve()
+        else:
+            self._refuse(unreachable(self._model_id, self._failures))
+
+    def done(self) -> None:
+        relay = self._relay
+        assert relay is not None
+        self._leave()
+        self._account(relay.status)
+        self._client.finished()
+
+    def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:
+        """By our own requests first (known exactly), then by what the engines report, then by name."""
+        count = self._gateway.in_flight.count
+        return min(replicas, key=lambda r: (count((r.model_id, r.node)), r.reported, r.node))
+
+    def _resolve(self) -> None:
+        self._resolving = self._gateway.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
+
+    async def _ask_control(self) -> None:
+        try:
+            route = await self._gateway.control.resolve(self._model_id, self._failures)
+        except ServiceError as error:
+            self._resolving = None
+            self._refuse(error)
+            return
+        self._resolving = None
+        if route.cold:
+            self._cold = True
+            self._failures = [f for f in self._failures if f.replica.node != route.replica.node]
+        self._send(route.replica)
+
+    def _send(self, replica: Replica) -> None:
+        gateway, request = self._gateway, self._request
+        self._known = True
+        self._replica = replica
+        self._node = replica.node
+        self._attempts += 1
+        gateway.in_flight.add((replica.model_id, replica.node))
+        address, host, prefix, credentials = _target(replica.url, replica.api_key)
+        request_id = self._request_id.encode()
+        self._relay = relay = Relay(
+            gateway.pool,
+            self._client,
+            request,
+            self,
+            address=address,
+            head=request.head_for(host, prefix, request_id, credentials),
+            extra=b"x-request-id: %b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b\r\n"
+            % (request_id, replica.node.encode(), b"true" if self._cold else b"false"),
+        )
+        relay.start()
+
+    def _leave(self) -> None:
+        """The present replica has no part in this request any more."""
+        replica, self._replica = self._replica, None
+        if replica is not None:
+            self._gateway.in_flight.remove((replica.model_id, replica.node))
+
+    def _refuse(self, error: ServiceError) -> None:
+        self._gateway.tally.error(self._label, self._node, error.code)
+        self._account(error.status)
+        self._client.refuse(error, self._request_id)
+
+    @property
+    def _label(self) -> str:
+        """The model as a label: only ids that exist, so that clients cannot make up time series."""
+        return self._model_id if self._known else UNKNOWN
+
+    def _account(self, status: int) -> None:
+        gateway, relay, request = self._gateway, self._relay, self._request
+        model, node = self._label, self._node
+        took = gateway.now() - request.received
+        sent, lost = 0, ""
+        first_byte_secs: float | None = None
+        if relay is not None:
+            sent = relay.sent_bytes
+            if relay.first_byte_at is not None:
+                first_byte_secs = relay.first_byte_at - request.received
+            if relay.lost_because is not None:
+                lost = f" lost={relay.lost_because!r}"
+                gateway.tally.error(model, node, "upstream_lost")
+            elif status != LEFT:
+                self._note_usage(relay)
+        gateway.tally.request(model, node, status, took, first_byte_secs)
+        if gateway.access.on:
+            gateway.access.line(
+                f"{request.method.decode()} {request.path.decode('latin-1')} {status} model={model} node={node}"
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{lost}"
+            )
+
+    def _note_usage(self, relay: Relay) -> None:
+        usage = relay.usage()
+        if usage is not None:
+            self._gateway.usage.put(UsageRecord(self._caller, self._label, self._node, usage))
+
+
+@lru_cache(maxsize=4096)
+def _target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, bytes]:
+    """(address, Host header, path prefix, credentials) of an engine."""
+    address, prefix = parse_url(url)
+    credentials = b"" if api_key is None else b"authorization: Bearer %b\r\n" % api_key.encode()
+    return address, address.authority, prefix, credentials

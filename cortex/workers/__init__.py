@@ -1,0 +1,1 @@
+"""Several processes on one port: each serves clients, one control process decides for all."""

@@ -1,0 +1,117 @@
+"""A worker process. Started by the control and by nobody else; its arguments are inherited descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from cortex.app import working
+from cortex.config import CortexConfig
+from cortex.proxy.gateway import Gateway
+from cortex.proxy.pool import Address
+from cortex.workers.channel import Channel
+from cortex.workers.messages import (
+    Changed,
+    Collect,
+    Counted,
+    Elsewhere,
+    InFlightNow,
+    Ready,
+    Refused,
+    Resolved,
+    Setup,
+    Stop,
+    ToWorker,
+    counts_from_wire,
+    counts_to_wire,
+)
+from cortex.workers.remote import RemoteControl
+from shared.logs import configure_logging
+from shared.loop import run
+from shared.tasks import cancel_all
+
+log = logging.getLogger(__name__)
+
+REPORT_SECS = 0.05
+"""How soon the others hear of a change of what is in flight here."""
+
+
+async def work(channel_fd: int, listen_fds: list[int]) -> None:
+    """Serves until the control says stop, or is gone."""
+    decoder = msgspec.msgpack.Decoder(ToWorker)
+    channel: Channel[ToWorker] = await Channel.over(socket.socket(fileno=channel_fd), decoder)
+    messages = channel.messages()
+    setup = await anext(messages, None)
+    if not isinstance(setup, Setup):
+        return
+    config = CortexConfig.model_validate_json(setup.config)
+    configure_logging(config.log_level)
+    control = RemoteControl(setup, channel.send)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    socks = [socket.socket(fileno=fd) for fd in listen_fds]
+    async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
+        _report_in_flight(gateway, channel)
+        listening = loop.create_task(_listen(messages, channel, control, gateway, stop), name="control")
+        channel.send(Ready())
+        await stop.wait()
+    channel.send(Counted(0, gateway.collect()))
+    await cancel_all([listening])
+    await channel.close()
+
+
+async def _listen(
+    messages: AsyncIterator[ToWorker],
+    channel: Channel[ToWorker],
+    control: RemoteControl,
+    gateway: Gateway,
+    stop: asyncio.Event,
+) -> None:
+    async with contextlib.aclosing(messages):  # type: ignore[type-var]
+        async for message in messages:
+            match message:
+                case Changed() | Resolved() | Refused():
+                    control.hear(message)
+                case Elsewhere(counts):
+                    gateway.in_flight.elsewhere = counts_from_wire(counts)
+                case Collect(number):
+                    channel.send(Counted(number, gateway.collect()))
+                case Stop():
+                    stop.set()
+                case Setup():
+                    raise AssertionError("a worker is set up once")
+    log.warning("the control process is gone: stopping")
+    control.lost()
+    stop.set()
+
+
+def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
+    """Tells of changes, many at a time."""
+    loop = asyncio.get_running_loop()
+    scheduled = False
+
+    def report() -> None:
+        nonlocal scheduled
+        scheduled = False
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here)))
+
+    def changed() -> None:
+        nonlocal scheduled
+        if not scheduled:
+            scheduled = True
+            loop.call_later(REPORT_SECS, report)
+
+    gateway.in_flight.on_change = changed
+
+
+if __name__ == "__main__":
+    run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))

@@ -1,0 +1,75 @@
+"""The control, as a worker process sees it at the other end of its channel."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cortex.replica import Failure, Replica, Route
+from cortex.workers.messages import Changed, GiveUp, Refused, Resolve, Resolved, Setup, error_from_wire
+from shared.errors import Unavailable
+
+
+class RemoteControl:
+    """Implements `proxy.gateway.Control`."""
+
+    def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
+        self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
+        self._aliases = setup.aliases
+        self._models = frozenset(setup.models)
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Route]] = {}
+        self._gone = False
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
+
+    def knows(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
+        """As `cortex.router.Router.resolve`. Unavailable when the control is gone."""
+        if self._gone:
+            raise _gone()
+        number = next(self._numbers)
+        future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        self._send(Resolve(number, model_id, list(failures)))
+        try:
+            return await future
+        finally:
+            del self._waiting[number]
+            if future.cancelled():
+                self._send(GiveUp(number))
+
+    def hear(self, message: Changed | Resolved | Refused) -> None:
+        """Takes what the control says."""
+        match message:
+            case Changed(model_id, replicas):
+                if replicas:
+                    self.table[model_id] = replicas
+                else:
+                    self.table.pop(model_id, None)
+            case Resolved(number, route):
+                future = self._waiting.get(number)
+                if future is not None and not future.done():
+                    future.set_result(route)
+            case Refused(number):
+                future = self._waiting.get(number)
+                if future is not None and not future.done():
+                    future.set_exception(error_from_wire(message))
+
+    def lost(self) -> None:
+        """The control is gone: nobody can be given an engine any more."""
+        self._gone = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_gone())
+
+
+def _gone() -> Unavailable:
+    return Unavailable("cortex is stopping", code="unavailable", retry_after=1)

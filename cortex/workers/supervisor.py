@@ -1,0 +1,237 @@
+"""The control's side of its workers: started, told, heard, replaced when they die, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from cortex.in_flight import Key
+from cortex.keys import Parts
+from cortex.proxy.pool import Address
+from cortex.replica import Failure, Replica
+from cortex.tally import Tally
+from cortex.workers.channel import Channel
+from cortex.workers.messages import (
+    Changed,
+    Collect,
+    Counted,
+    Elsewhere,
+    FromWorker,
+    GiveUp,
+    InFlightNow,
+    Ready,
+    Resolve,
+    Resolved,
+    Setup,
+    Stop,
+    counts_from_wire,
+    counts_to_wire,
+    error_to_wire,
+)
+from shared.errors import ServiceError
+from shared.tasks import TaskSet, cancel_all, timeout
+
+log = logging.getLogger(__name__)
+
+COLLECT_TIMEOUT_SECS = 1.0
+STOP_MARGIN_SECS = 5.0
+"""What a worker may take to end beyond its drain time-out."""
+EARLY_DEATH_SECS = 5.0
+"""A worker that dies sooner is replaced only after a pause."""
+MAX_PAUSE_SECS = 30.0
+
+
+class Worker:
+    """One worker process and its channel. Implements `counts.WorkerCounts` with what it last told."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        process: asyncio.subprocess.Process,
+        channel: Channel[FromWorker],
+        ready: asyncio.Event,
+    ) -> None:
+        """`ready` is set when the worker serves."""
+        self.process = process
+        self._ready = ready
+        self._parts = parts
+        self._channel = channel
+        self._tally = Tally()
+        self._in_flight: Mapping[Key, int] = {}
+        self._resolving: dict[int, asyncio.Task[None]] = {}
+        self._collecting: dict[int, asyncio.Future[None]] = {}
+        self._tasks = TaskSet()
+        self._numbers = 0
+
+    def collect(self) -> Tally:
+        return self._tally
+
+    def in_flight_here(self) -> Mapping[Key, int]:
+        return self._in_flight
+
+    async def refresh(self) -> None:
+        """Asks for the latest tally; a worker that is too busy to answer keeps its last."""
+        self._numbers += 1
+        number, future = self._numbers, asyncio.get_running_loop().create_future()
+        self._collecting[number] = future
+        self._channel.send(Collect(number))
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(COLLECT_TIMEOUT_SECS):
+                    await future
+        finally:
+            del self._collecting[number]
+
+    def tell(self, message: Any) -> None:
+        self._channel.send(message)
+
+    async def listen(self) -> None:
+        """Serves what the worker asks, until it is gone."""
+        try:
+            async for message in self._channel.messages():
+                match message:
+                    case Resolve(number, model_id, failures):
+                        self._resolve(number, model_id, failures)
+                    case GiveUp(number):
+                        if number in self._resolving:
+                            self._resolving[number].cancel()
+                    case InFlightNow(counts):
+                        self._in_flight = counts_from_wire(counts)
+                        self._tell_the_others()
+                    case Counted(number, tally):
+                        self._tally = tally
+                        waiting = self._collecting.get(number)
+                        if waiting is not None and not waiting.done():
+                            waiting.set_result(None)
+                    case Ready():
+                        self._ready.set()
+        finally:
+            self._in_flight = {}
+            await self._tasks.close()
+            await self._channel.close()
+
+    def _resolve(self, number: int, model_id: str, failures: list[Failure]) -> None:
+        task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
+        self._resolving[number] = task
+        task.add_done_callback(lambda _: self._resolving.pop(number))
+
+    async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
+        try:
+            route = await self._parts.router.resolve(model_id, failures)
+        except ServiceError as error:
+            self._channel.send(error_to_wire(number, error))
+        else:
+            self._channel.send(Resolved(number, route))
+
+    def _tell_the_others(self) -> None:
+        counts = self._parts.counts
+        for other in counts.workers:
+            if isinstance(other, Worker) and other is not self:
+                other.tell(Elsewhere(counts_to_wire(counts.in_flight_beside(other))))
+
+
+class Supervisor:
+    """Keeps one worker running for each listening socket. The sockets stay open here, so that connections which arrive
+    while a worker is replaced wait instead of being refused."""
+
+    def __init__(self, parts: Parts, socks: Sequence[socket.socket], address: Address) -> None:
+        self._parts = parts
+        self._socks = socks
+        self._address = address
+        self._workers: dict[int, Worker] = {}
+        self._ready = [asyncio.Event() for _ in socks]
+        self._stopping = False
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The workers serve inside the body; on exit they finish what they have in flight."""
+        unsubscribe = self._parts.router.subscribe(self._table_changed)
+        keepers = [
+            asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(len(self._socks))
+        ]
+        try:
+            for ready in self._ready:
+                await ready.wait()
+            yield
+        finally:
+            self._stopping = True
+            for sock in self._socks:
+                sock.close()
+            for worker in self._workers.values():
+                worker.tell(Stop())
+            patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
+            await asyncio.wait(keepers, timeout=patience)
+            self.kill()
+            await cancel_all(keepers)
+            unsubscribe()
+
+    def kill(self) -> None:
+        """Ends the workers at once."""
+        for worker in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(signal.SIGKILL)
+
+    def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
+        for worker in self._workers.values():
+            worker.tell(Changed(model_id, replicas))
+
+    async def _keep(self, number: int) -> None:
+        pause = 0.0
+        while not self._stopping:
+            started = time.monotonic()
+            status = await self._run(number)
+            if self._stopping:
+                return
+            early = time.monotonic() - started < EARLY_DEATH_SECS
+            pause = min(max(2 * pause, 1.0), MAX_PAUSE_SECS) if early else 0.0
+            log.error("worker %d ended with status %d; its place is taken in %g s", number, status, pause)
+            await asyncio.sleep(pause)
+
+    async def _run(self, number: int) -> int:
+        """One process, from its start to its end; its exit status."""
+        ours, theirs = socket.socketpair()
+        listening = self._socks[number].fileno()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "cortex.workers", str(theirs.fileno()), str(listening)),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), listening),
+                start_new_session=True,  # Ctrl-C is for the control, which lets its workers finish
+            )
+        channel: Channel[FromWorker] = await Channel.over(ours, msgspec.msgpack.Decoder(FromWorker))
+        worker = Worker(self._parts, process, channel, self._ready[number])
+        worker.tell(self._setup())
+        self._workers[number] = worker
+        self._parts.counts.attach(worker)
+        log.info("worker %d is process %d", number, process.pid)
+        listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
+        try:
+            status = await process.wait()
+            await listen  # to its last word
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await cancel_all([listen])
+            del self._workers[number]
+            self._parts.counts.detach(worker)
+        return status
+
+    def _setup(self) -> Setup:
+        parts = self._parts
+        return Setup(
+            config=parts.config.model_dump_json(),
+            models=[profile.id for profile in parts.catalogue.models],
+            aliases=dict(parts.catalogue.aliases),
+            table=dict(parts.router.table),
+            control_host=self._address.host,
+        )
