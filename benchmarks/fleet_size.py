@@ -1,0 +1,253 @@
+"""`python -m benchmarks.fleet_size`: what a large fleet costs cortex: 1, 10, 100, 1000 neurons.
+
+One other process pretends to be the neurons, each at an address of its own; cortex is the real command, on a core of
+its own where the machine has two. CPU time comes from the scheduler's nanosecond counters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.limits import raise_open_files
+from benchmarks.loops import run
+from benchmarks.scale.http1 import Answer, Connection, request_bytes, until_answers
+from benchmarks.scale.neurons import MODELS, address, model_name
+from benchmarks.scale.services import Child, cpu_secs, free_ports, rss_mib, service
+
+CATALOGUE = 100
+"""Models of models.toml: half of what the fleet has."""
+SETTLE_SECS = 3.0
+CONCURRENCY = 8
+WARM_UP = 200
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one fleet size."""
+
+    neurons: int
+    all_healthy_secs: float  # from the start of the process
+    idle_cpu_ms_per_sec: float
+    rss_mib: float
+    request_cpu_us: float  # less what the fleet costs when idle
+    request_p50_ms: float  # one client, one after another
+    request_p99_ms: float
+    models_ms: float
+    models_kib: float
+    fleet_ms: float
+    fleet_kib: float
+    metrics_ms: float
+    new_model_ms: float  # from the neuron's event to the first answer
+    death_secs: float  # from the reset connections to `unhealthy`
+    return_secs: float  # from listening again to `healthy`
+
+
+class Bench:
+    """A running cortex with its fleet, and what is measured of it."""
+
+    def __init__(self, cortex: Child, port: int, metrics_port: int, neurons_port: int, count: int) -> None:
+        self._cortex = cortex
+        self._port, self._metrics_port, self._neurons_port = port, metrics_port, neurons_port
+        self._count = count
+        self._front = Connection(_HOST, port)
+
+    async def measure(self, started: float, *, idle_secs: float, requests: int) -> Figures:
+        """Everything, in an order in which nothing disturbs what comes after it."""
+        await self._until_healthy(self._count, within_secs=180)
+        all_healthy = time.perf_counter() - started
+        await asyncio.sleep(SETTLE_SECS)
+        idle, began = cpu_secs(self._cortex.pid), time.perf_counter()
+        await asyncio.sleep(idle_secs)
+        idle_rate = (cpu_secs(self._cortex.pid) - idle) / (time.perf_counter() - began)
+        request_cpu = await self._request_cpu(requests, idle_rate)
+        latencies = await self._latencies(max(requests // 5, 100))
+        models, fleet = await self._page("/v1/models"), await self._page("/fleet")
+        metrics = await self._page("/metrics", Connection(_HOST, self._metrics_port))
+        return Figures(
+            neurons=self._count,
+            all_healthy_secs=all_healthy,
+            idle_cpu_ms_per_sec=idle_rate * 1000,
+            rss_mib=rss_mib(self._cortex.pid),
+            request_cpu_us=request_cpu * 1e6,
+            request_p50_ms=statistics.median(latencies) * 1000,
+            request_p99_ms=statistics.quantiles(latencies, n=100)[98] * 1000,
+            models_ms=models[0],
+            models_kib=models[1],
+            fleet_ms=fleet[0],
+            fleet_kib=fleet[1],
+            metrics_ms=metrics[0],
+            new_model_ms=await self._new_model() * 1000,
+            death_secs=await self._death(),
+            return_secs=await self._return(),
+        )
+
+    async def _request_cpu(self, requests: int, idle_rate: float) -> float:
+        connections = [Connection(_HOST, self._port) for _ in range(CONCURRENCY)]
+
+        async def work(connection: Connection, first: int, count: int) -> None:
+            for number in range(first, first + count):
+                answer = await connection.send(chat(model_name(number % self._known_models)))
+                if answer.status != 200:
+                    raise RuntimeError(f"{answer.status} {answer.body[:300]!r}")
+
+        async def all_of(count: int) -> None:
+            share = count // CONCURRENCY
+            await asyncio.gather(*(work(c, n * share, share) for n, c in enumerate(connections)))
+
+        await all_of(WARM_UP + CONCURRENCY * self._known_models)  # every endpoint is known afterwards
+        before, began = cpu_secs(self._cortex.pid), time.perf_counter()
+        await all_of(requests)
+        used = cpu_secs(self._cortex.pid) - before - idle_rate * (time.perf_counter() - began)
+        for connection in connections:
+            connection.close()
+        return used / requests
+
+    @property
+    def _known_models(self) -> int:
+        return min(MODELS, 4 * self._count)
+
+    async def _latencies(self, count: int) -> list[float]:
+        return [(await self._front.send(chat(model_name(number % 4)))).secs for number in range(count)]
+
+    async def _page(self, path: str, connection: Connection | None = None) -> tuple[float, float]:
+        """Median time in ms and size in KiB."""
+        answers = [await (connection or self._front).get(path) for _ in range(7)]
+        return statistics.median(answer.secs for answer in answers) * 1000, len(answers[0].body) / 1024
+
+    async def _tell(self, what: str, **data: object) -> float:
+        """Tells the pretended neurons; the moment at which they have heard."""
+        connection = Connection(_HOST, self._neurons_port)
+        await connection.post(f"/{what}", {"node": self._count - 1, **data})
+        connection.close()
+        return time.perf_counter()
+
+    async def _new_model(self) -> float:
+        """Median of several: a model that nobody knows appears on the last neuron."""
+        took = []
+        for number in range(5):
+            name = f"bench/new-{number}"
+            request = chat(name)
+            telling = asyncio.create_task(self._tell("add", model=name))
+            began = time.perf_counter()
+            answer = await self._until(partial(self._front.send, request), lambda found: found.status == 200)
+            took.append(answer.ended_at - began)
+            await telling
+        return statistics.median(took)
+
+    async def _death(self) -> float:
+        began = await self._tell("die")
+        return await self._until_healthy(self._count - 1, within_secs=60) - began
+
+    async def _return(self) -> float:
+        began = await self._tell("revive")
+        return await self._until_healthy(self._count, within_secs=60) - began
+
+    async def _until_healthy(self, count: int, *, within_secs: float) -> float:
+        ask = partial(self._front.get, "/health")
+        found = await self._until(ask, lambda answer: answer.json()["nodes"]["healthy"] == count, within_secs)
+        return found.ended_at
+
+    async def _until(
+        self, ask: Callable[[], Awaitable[Answer]], right: Callable[[Answer], bool], within_secs: float = 60
+    ) -> Answer:
+        deadline = time.perf_counter() + within_secs
+        while time.perf_counter() < deadline:
+            self._cortex.check()
+            with suppress(OSError, asyncio.IncompleteReadError):
+                answer = await ask()
+                if right(answer):
+                    return answer
+            await asyncio.sleep(0.005)
+        raise TimeoutError(f"not within {within_secs:g} s, {self._count} neurons")
+
+
+def chat(model: str) -> bytes:
+    """A request with a prompt of some hundred bytes."""
+    messages = [{"role": "system", "content": "You answer briefly. " * 10}, {"role": "user", "content": "Is it? " * 40}]
+    return request_bytes("POST", "/v1/chat/completions", {"model": model, "messages": messages})
+
+
+async def one_size(count: int, cpus: Sequence[int], *, idle_secs: float, requests: int) -> Figures:
+    """A fleet of this size and a cortex for it: starts, measures, ends both. cortex has the first core for itself."""
+    port, metrics_port, neurons_port = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="fleet-size-") as name:
+        directory = Path(name)
+        config = write_configuration(directory, count, port, metrics_port, neurons_port)
+        command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
+        with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
+            await until_answers(Connection(_HOST, neurons_port), "/", within_secs=30)
+            started = time.perf_counter()
+            with service("cortex", config, cpus={cpus[0]}) as cortex:
+                bench = Bench(cortex, port, metrics_port, neurons_port, count)
+                return await bench.measure(started, idle_secs=idle_secs, requests=requests)
+
+
+def write_configuration(directory: Path, count: int, port: int, metrics_port: int, neurons_port: int) -> Path:
+    """cortex.toml and models.toml for so many neurons."""
+    neurons = "".join(
+        f'[[neurons]]\nname = "n{index:04d}"\nendpoint = "http://{address(index)}:{neurons_port}"\n'
+        for index in range(count)
+    )
+    gateway = f'[gateway]\nlisten = "{_HOST}:{port}"\nmetrics_listen = "{_HOST}:{metrics_port}"\n'
+    models = "".join(f'[[models]]\nid = "{model_name(number)}"\nvram_mb = 6000\n' for number in range(CATALOGUE))
+    (directory / "models.toml").write_text(models, encoding="utf-8")
+    config = directory / "cortex.toml"
+    config.write_text(gateway + neurons, encoding="utf-8")
+    return config
+
+
+COLUMNS = {
+    "neurons": "neurons", "all_healthy_secs": "all healthy after s", "idle_cpu_ms_per_sec": "idle CPU ms/s",
+    "rss_mib": "RSS MiB", "request_cpu_us": "CPU µs/request", "request_p50_ms": "p50 ms", "request_p99_ms": "p99 ms",
+    "models_ms": "/v1/models ms", "models_kib": "KiB", "fleet_ms": "/fleet ms", "fleet_kib": "KiB",
+    "metrics_ms": "/metrics ms", "new_model_ms": "new model ms", "death_secs": "death seen s",
+    "return_secs": "return seen s",
+}  # fmt: skip
+
+
+def table(rows: Sequence[Figures]) -> str:
+    """The result as Markdown."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        figures = asdict(row)
+        cells = (figures[key] for key in COLUMNS)
+        lines.append("| " + " | ".join(str(c) if isinstance(c, int) else f"{c:.3g}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.fleet_size", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N")
+    parser.add_argument("--idle-secs", type=float, default=10.0, help="how long idling is measured (default 10)")
+    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    given = parser.parse_args()
+    raise_open_files()  # inherited: a large fleet takes many connections
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[-1]})
+    rows = []
+    for size in given.sizes:
+        rows.append(run(one_size(size, cpus, idle_secs=given.idle_secs, requests=given.requests)))
+        sys.stderr.write(f"{rows[-1]}\n")
+    sys.stdout.write(table(rows) + "\n")
+    if given.json is not None:
+        data = {"python": platform.python_version(), "sizes": [asdict(row) for row in rows]}
+        given.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""`python -m benchmarks.scale.neurons`: one process that pretends to be many neurons, each at an address of its own.
+
+Neuron i listens on 127.1.x.y, answers the seed protocol plus `/events`, `since` and `instance_id`, and is the engine of
+its models too. On 127.0.0.1 it is told what to change: `POST /die`, `/revive` {"node": i} and `/add` {"node": i,
+"model": id}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, cast
+from urllib.parse import unquote
+
+from benchmarks.loops import run
+
+KEEPALIVE_SECS = 15.0
+MODELS_EACH = 4
+MODELS = 200
+"""Different models of the whole fleet: a larger fleet has more replicas of each."""
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+Respond = Callable[["Exchange", str, str, bytes], bytes | None]
+
+
+def address(index: int) -> str:
+    """Where neuron `index` listens: every address of 127.0.0.0/8 is this host."""
+    return f"127.1.{index // 250}.{index % 250 + 1}"
+
+
+def model_name(number: int) -> str:
+    return f"bench/model-{number % MODELS:03d}"
+
+
+class Exchange(asyncio.Protocol):
+    """One connection: requests in, answers out, one after another."""
+
+    def __init__(self, respond: Respond, connections: set[Exchange]) -> None:
+        self._respond = respond
+        self._connections = connections
+        self._buffer = b""
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
+            head = self._buffer[:end].decode("latin-1").split("\r\n")
+            lengths = [line[15:] for line in head if line[:15].lower() == "content-length:"]
+            whole = end + 4 + (int(lengths[0]) if lengths else 0)
+            if len(self._buffer) < whole:
+                return
+            body, self._buffer = self._buffer[end + 4 : whole], self._buffer[whole:]
+            method, path, _ = head[0].split(" ", 2)
+            answer = self._respond(self, method, path, body)
+            if answer is not None and self.transport is not None:
+                self.transport.write(answer)
+
+    def write_event(self, name: str, data: Any) -> None:
+        """An event of a stream that has begun."""
+        event = f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+        if self.transport is not None:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+
+
+def json_answer(data: Any, status: str = "200 OK") -> bytes:
+    body = json.dumps(data).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def completion(model: str) -> dict[str, Any]:
+    """A short chat answer."""
+    message = {"role": "assistant", "content": "Yes."}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    usage = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
+    return {"id": "chatcmpl-1", "object": "chat.completion", "model": model, "choices": choices, "usage": usage}
+
+
+class PretendedNeuron:
+    """What one neuron says."""
+
+    def __init__(self, index: int, port: int) -> None:
+        self.index = index
+        self._port = port
+        self._started = time.time()
+        self._server: asyncio.Server | None = None
+        self._connections: set[Exchange] = set()
+        self._listeners: set[Exchange] = set()
+        self._models = {name: self._view(name) for name in map(model_name, range(index * 4, index * 4 + MODELS_EACH))}
+        uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(2)]
+        self._pages: dict[str, Callable[[], Any]] = {
+            "/discovery": lambda: self._discovery,
+            "/health": self._health,
+            "/models": lambda: list(self._models.values()),
+        }
+        self._discovery = (
+            {
+                "hostname": f"host{index}", "os": "Debian GNU/Linux 12", "kernel": "6.1.0-18-amd64",
+                "cuda_version": "12.8", "driver_version": "570.86.15", "harnesses": ["vllm"],
+                "devices": [
+                    {"index": device, "name": "NVIDIA GeForce RTX 5090", "vram_total_mb": 32607, "uuid": uuid,
+                     "compute_capability": "12.0", "pci_bus_id": f"0000:0{device + 1}:00.0", "numa_node": 0}
+                    for device, uuid in enumerate(uuids)
+                ],
+                "links": [{"a": 0, "b": 1, "kind": "phb", "nvlinks": 0}],
+                "simulated": False, "instance_id": f"instance-{index}", "version": "0.1.0",
+            }
+        )  # fmt: skip
+
+    def _view(self, model_id: str) -> dict[str, Any]:
+        return {
+            "id": model_id, "harness": "vllm", "status": "loaded", "devices": [0], "vram_used_mb": 6000,
+            "since": self._started, "progress": None, "error": None,
+        }  # fmt: skip
+
+    async def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Exchange(self._respond, self._connections), address(self.index), self._port, backlog=128
+        )
+
+    def die(self) -> None:
+        """As when the host loses its power, but that connections are reset at once."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        self._listeners.clear()
+
+    def add(self, model_id: str) -> None:
+        """A model is loaded here now, and every listener hears of it."""
+        self._models[model_id] = {**self._view(model_id), "since": time.time()}
+        for listener in self._listeners:
+            listener.write_event("model", self._models[model_id])
+
+    def keep_alive(self) -> None:
+        for listener in self._listeners:
+            if listener.transport is not None:
+                listener.transport.write(b"3\r\n:\n\n\r\n")
+
+    def _respond(self, exchange: Exchange, method: str, path: str, body: bytes) -> bytes | None:
+        if path == "/events":
+            self._begin_events(exchange)
+            return None
+        if path in self._pages:
+            return json_answer(self._pages[path]())
+        if path == "/v1/chat/completions":
+            return json_answer(completion(json.loads(body)["model"]))
+        if path.endswith("/endpoint") and unquote(path[len("/models/") : -len("/endpoint")]) in self._models:
+            return json_answer({"url": f"http://{address(self.index)}:{self._port}"})
+        return json_answer({"error": f"{method} {path}: not found"}, "404 Not Found")
+
+    def _begin_events(self, exchange: Exchange) -> None:
+        self._listeners.add(exchange)
+        if exchange.transport is not None:
+            exchange.transport.write(_STREAM_HEAD)
+        exchange.write_event("snapshot", list(self._models.values()))
+
+    def _health(self) -> dict[str, Any]:
+        live = {"vram_used_mb": 24000, "vram_free_mb": 8607, "utilization_pct": 40.0, "temp_c": 55.0, "power_w": 300.0}
+        return {
+            "uptime_secs": time.time() - self._started,
+            "devices": [{"index": 0, **live}, {"index": 1, **live}],
+            "instance_id": f"instance-{self.index}",
+            "models": [{"id": model_id, "in_flight": 0, "queue_depth": 0} for model_id in self._models],
+        }
+
+
+async def serve(count: int, port: int) -> None:
+    """Until SIGTERM."""
+    loop = asyncio.get_running_loop()
+    neurons = [PretendedNeuron(index, port) for index in range(count)]
+    for neuron in neurons:
+        await neuron.listen()
+
+    def control(_exchange: Exchange, _method: str, path: str, body: bytes) -> bytes:
+        asked = json.loads(body or b"{}")
+        if path == "/die":
+            neurons[asked["node"]].die()
+        elif path == "/revive":
+            revived = PretendedNeuron(asked["node"], port)
+            neurons[asked["node"]] = revived
+            tasks.add(loop.create_task(revived.listen()))
+        elif path == "/add":
+            neurons[asked["node"]].add(asked["model"])
+        return json_answer({"neurons": count})
+
+    tasks: set[asyncio.Task[None]] = set()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    connections: set[Exchange] = set()
+    server = await loop.create_server(lambda: Exchange(control, connections), "127.0.0.1", port)
+    while not stop.is_set():
+        try:
+            await asyncio.wait_for(stop.wait(), KEEPALIVE_SECS)
+        except asyncio.TimeoutError:
+            for neuron in neurons:
+                neuron.keep_alive()
+    server.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.scale.neurons", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True, help="the same on every address")
+    given = parser.parse_args()
+    run(serve(given.count, given.port))
+
+
+if __name__ == "__main__":
+    main()
