@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -16,9 +15,11 @@ from benchmarks.limits import raise_open_files
 from benchmarks.loops import run
 from benchmarks.measure.machine import machine
 from benchmarks.report.bars import bars
+from benchmarks.report.document import write
 from benchmarks.report.table import table
-from benchmarks.results import Results
+from benchmarks.results import Results, load
 from benchmarks.runner import Bench
+from benchmarks.session import in_own_session
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkout", type=Path, default=REPOSITORY, help="the cortex of this checkout")
     parser.add_argument("--baseline", type=Path, help="also the cortex of that checkout, as cortex-base")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, .json and .png")
+    parser.add_argument("--from", dest="earlier", type=Path, metavar="JSON", help="measure nothing, take these figures")
     return parser
 
 
@@ -43,13 +46,19 @@ def _chosen(wanted: str | None, known: list[str], what: str) -> list[str]:
 
 
 def main() -> int:
-    """Exit status 0 when everything asked for was measured, whatever the figures are."""
+    """Exit status 0 whatever the figures are, as long as they could be measured."""
     args = _parser().parse_args()
+    if args.earlier:
+        return report(load(args.earlier), args)
+    return in_own_session(lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measures, then reports."""
     lineup = contenders(args.checkout.resolve(), args.baseline.resolve() if args.baseline else None)
     names = _chosen(args.only, list(lineup), "contender")
     cases = [CASES[name] for name in _chosen(args.cases, list(CASES), "case")]
     rounds = args.rounds or (1 if args.quick else 3)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     raise_open_files()
     results = Results(machine(), {"rounds": rounds, "quick": args.quick})
     began = time.monotonic()
@@ -63,13 +72,22 @@ def main() -> int:
             lambda line: print(line, flush=True),
         )
         run(bench.run(results))
+    results.settings["secs"] = round(time.monotonic() - began)
+    return report(results, args)
+
+
+def report(results: Results, args: argparse.Namespace) -> int:
+    """Prints the table and the bars; writes what is asked for."""
     print(f"\n{table(results)}\n")
     for bar in bars(results):
-        if bar.passed is not None:
+        if bar.passed is not None or args.write:
             print(bar)
-    print(f"{time.monotonic() - began:.0f} s")
+    print(f"{results.settings.get('secs', 0)} s")
     if args.json:
         results.save(args.json)
+    if args.write:
+        for problem in write(results, REPOSITORY / "docs"):
+            print(problem, file=sys.stderr)
     return 0
 
 

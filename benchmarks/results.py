@@ -24,9 +24,8 @@ class Cell:
     notes: set[str] = field(default_factory=set)
 
     def add(self, measured: Measured) -> None:
-        """Adds a round."""
-        if measured.figures:
-            self.rounds.append(measured.figures)
+        """Adds a round, an empty one when nothing could be measured."""
+        self.rounds.append(measured.figures)
         self.faults += measured.faults
         self.notes |= set(measured.notes)
 
@@ -74,8 +73,10 @@ class Results:
         cell, other = self.find(case, contender), self.find(case, base)
         if cell is None or other is None:
             return None
-        pairs = zip(cell.values(figure), other.values(figure), strict=False)
-        ratios = [ours / theirs for ours, theirs in pairs if theirs > 0]
+        pairs = [
+            (ours.get(figure), theirs.get(figure)) for ours, theirs in zip(cell.rounds, other.rounds, strict=False)
+        ]
+        ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
         return median(ratios) if ratios else None
 
     def save(self, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from benchmarks.load.check import Tally
+from benchmarks.measure.machine import busy_secs
 from benchmarks.measure.tree import ProcessTree
 
 TIMEOUT_SECS = 150.0
@@ -59,6 +60,8 @@ class Span:
     cpu_ns: int = 0
     wall_secs: float = 0.0
     peak_rss_bytes: int = 0
+    foreign: float = 0.0
+    """The share of the contender's CPUs that others took meanwhile: far from 0, the figures are not to be trusted."""
 
     @property
     def busy(self) -> float:
@@ -83,11 +86,15 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
     span = Span()
     await asyncio.sleep(0.05)  # what came before shall be over
     with no_collections():
+        cpus = tree.cpus()
+        all_busy = busy_secs(cpus)
         cpu, began = tree.cpu_ns(), time.perf_counter()
         async with tree.watched():
             yield span
         span.wall_secs = time.perf_counter() - began
         span.cpu_ns = tree.cpu_ns() - cpu
+        others = busy_secs(cpus) - all_busy - span.cpu_ns / 1e9
+        span.foreign = max(0.0, others / span.wall_secs)
         span.peak_rss_bytes = tree.peak_rss_bytes
 
 

@@ -23,6 +23,7 @@ async def _many(subject: Subject, request: bytes, wish: Wish, *, count: int, con
         "cpu_ms": span.cpu_ns / 1e6 / count,
         "grown_mib": (span.peak_rss_bytes - rss) / (1 << 20),
         "per_second": count / span.wall_secs,
+        "foreign": span.foreign,
     }
     return noted(tally, figures)
 

@@ -32,6 +32,7 @@ async def _plain(subject: Subject) -> Measured:
         "cpu_us": span.cpu_ns / 1e3 / count,
         "per_second": count / span.wall_secs,
         "busy_cpus": span.busy,
+        "foreign": span.foreign,
     }
     return noted(tally, figures)
 
@@ -44,7 +45,12 @@ async def _saturation(subject: Subject) -> Measured:
     await _wrk(wrk, subject.port, 0.5)
     async with spanned(subject.tree) as span:
         per_second, faults = await _wrk(wrk, subject.port, secs)
-    figures = {"per_second": per_second, "busy_cpus": span.busy, "cpu_us": span.cpu_ns / 1e3 / (per_second * secs)}
+    figures = {
+        "per_second": per_second,
+        "busy_cpus": span.busy,
+        "foreign": span.foreign,
+        "cpu_us": span.cpu_ns / 1e3 / (per_second * secs),
+    }
     measured = Measured(figures)
     if faults:
         measured.faults["wrk: not 200"] = faults
@@ -65,6 +71,7 @@ async def _saturated_by_us(subject: Subject, secs: float) -> Measured:
     figures = {
         "per_second": count / span.wall_secs,
         "busy_cpus": span.busy,
+        "foreign": span.foreign,
         "cpu_us": span.cpu_ns / 1e3 / count,
     }
     return noted(tally, figures)

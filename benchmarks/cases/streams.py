@@ -15,7 +15,7 @@ _WARM = Wish(chunks=2, interval=0.02)
 
 def _streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
     async def measure(subject: Subject) -> Measured:
-        chunks = subject.amount(100, 100, at_least=10)
+        chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured
         wish = Wish(chunks=chunks, interval=interval)
         request = chat_request(subject.port, wish)
         async with Pool(subject.port, streams) as pool:
@@ -40,6 +40,7 @@ def _streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[M
             "behind_secs": max(0.0, span.wall_secs - ideal),
             "reads_per_chunk": tally.pieces / max(1, tally.answers) / chunks,
             "busy_cpus": span.busy,
+            "foreign": span.foreign,
         }
         return noted(tally, figures)
 

@@ -9,6 +9,7 @@ from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.cortex import cortex
 from benchmarks.contenders.direct import DIRECT
 from benchmarks.contenders.nginx import NGINX
+from benchmarks.contenders.packages import PACKAGES
 from benchmarks.contenders.process import REPOSITORY
 
 
@@ -18,6 +19,7 @@ def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dic
         NGINX,
         cortex(checkout),
         cortex(checkout, "cortex-2", "cortex, two workers", workers=2),
+        *PACKAGES,
         AIOHTTP,
         DIRECT,
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.contenders.contender import Contender, ContenderUnavailable, Launch, Place
 from benchmarks.engine.wish import Wish
+from benchmarks.limits import prefer
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
@@ -55,7 +56,7 @@ def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | Non
     """A process in a session of its own, its output in `log`."""
     env = {**os.environ, **(launch.env if launch else {})}
     with log.open("ab") as output, on_cpus(cpus):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -64,6 +65,8 @@ def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | Non
             cwd=(launch.cwd if launch else None) or REPOSITORY,
             start_new_session=True,
         )
+    prefer(process.pid)
+    return process
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

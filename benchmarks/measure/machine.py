@@ -31,6 +31,17 @@ def machine() -> dict[str, str]:
     }
 
 
+def busy_secs(cpus: set[int]) -> float:
+    """CPU time that has been used on these CPUs by anybody, in seconds: /proc/stat, in ticks."""
+    ticks = 0
+    for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
+        name, *counts = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cpus:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, counts[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def version(package: str) -> str:
     """An installed package's version, `none` when it is not there."""
     try:

@@ -44,6 +44,13 @@ class ProcessTree:
                 counts = (task / "schedstat").read_bytes()
                 self._known[pid, int(task.name)] = int(counts.split(b" ", 1)[0])
 
+    def cpus(self) -> set[int]:
+        """Where it may run."""
+        try:
+            return os.sched_getaffinity(self._root)
+        except ProcessLookupError:
+            return set()
+
     def rss_bytes(self) -> int:
         """Resident memory, summed; pages shared between processes count once for each."""
         total = 0

@@ -20,9 +20,13 @@ class Bar:
     figures: str
     passed: bool | None
 
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return "not measured" if self.passed is None else "pass" if self.passed else "FAIL"
+
     def __str__(self) -> str:
-        mark = {True: "pass", False: "FAIL", None: "not measured"}[self.passed]
-        return f"{mark:12} {self.text}: {self.figures}"
+        return f"{self.verdict:12} {self.text}: {self.figures}"
 
 
 def bars(results: Results) -> list[Bar]:
