@@ -1,6 +1,7 @@
 # Everything from nothing but python3 and make.
 #   make dev    install into .venv, then run a simulated fleet (ARGS="--port 8080" passes arguments on)
 #   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
+#   make bench  what cortex costs beside nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,7 +23,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test check lint types fmt install clean clean-cache
+.PHONY: help dev test bench check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,9 @@ test: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m tests.environment
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
 check: test
 

@@ -61,7 +61,7 @@ class Bench:
             [sys.executable, "-m", "benchmarks.engine", str(port)], self.directory / "engine.log", cpus=cpus.load
         )
         try:
-            await _listens(port)
+            await listens(port)
             await self._measure_all(port, cpus, results)
         finally:
             end(engine)
@@ -130,7 +130,12 @@ class _Entry:
     running: Running | None = None
 
 
-async def _listens(port: int, within_secs: float = 10.0) -> None:
+async def listens(port: int, within_secs: float = 10.0) -> None:
+    """Returns when somebody listens on the port.
+
+    Raises:
+        ContenderUnavailable: nobody does.
+    """
     deadline = asyncio.get_running_loop().time() + within_secs
     while asyncio.get_running_loop().time() < deadline:
         with contextlib.suppress(OSError):

@@ -17,7 +17,8 @@ _TIMEOUT_SECS = 60.0
 _RELEASE = b"POST /bench/release HTTP/1.1\r\nhost: engine\r\ncontent-length: 0\r\n\r\n"
 
 
-async def _release(engine_port: int) -> None:
+async def release(engine_port: int) -> None:
+    """Lets the streams that the engine holds go on to their ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", engine_port)
     writer.write(_RELEASE)
     await reader.readuntil(b"\r\n\r\n")
@@ -39,7 +40,7 @@ async def _idle(subject: Subject) -> Measured:
         grown = subject.tree.rss_bytes() - before
         figures["kib_per_stream"] = grown / 1024 / count
         figures["rss_mib"] = (grown + before) / (1 << 20)
-        await _release(subject.engine_port)
+        await release(subject.engine_port)
 
     with no_collections():
         tally = await hold_open(

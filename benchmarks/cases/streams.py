@@ -13,7 +13,9 @@ from benchmarks.load.request import chat_request
 _WARM = Wish(chunks=2, interval=0.02)
 
 
-def _streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
+def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
+    """So many streams at once, `interval` seconds between the chunks of each."""
+
     async def measure(subject: Subject) -> Measured:
         chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured
         wish = Wish(chunks=chunks, interval=interval)
@@ -47,5 +49,5 @@ def _streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[M
     return measure
 
 
-STREAM_200 = Case("stream200", "200 streams, a chunk each 20 ms", "cpu_us", _streaming(200, 0.02))
-STREAM_1000 = Case("stream1000", "1000 streams, a chunk each 50 ms", "cpu_us", _streaming(1000, 0.05))
+STREAM_200 = Case("stream200", "200 streams, a chunk each 20 ms", "cpu_us", streaming(200, 0.02))
+STREAM_1000 = Case("stream1000", "1000 streams, a chunk each 50 ms", "cpu_us", streaming(1000, 0.05))

@@ -47,8 +47,8 @@ def _prepare(checkout: Path, workers: int) -> Callable[[Place], Launch]:
 
 
 _ON = (
-    "routing by the body's model, failover, request ids, forwarding headers, metrics, `usage` noticed, one log line a "
-    "request"
+    "routing by the body's `model`, failover, the key hashed and looked up, `usage` noticed and queued, metrics, "
+    "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 
 
