@@ -206,6 +206,22 @@ async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine,
         assert len(engine.requests) == seen + 2, "what the client had sent behind is given up with it"
 
 
+async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine) -> None:
+    """Its next request, begun and too large to be kept waiting for whole, does not hide that it has gone."""
+    ahead = request(json.dumps({"model": MODEL, "pad": "x" * (4 * MIB)}).encode())
+    for how, kept in (("fin", 100_000), ("rst", 100_000), ("rst", len(ahead))):
+        engine.script = one_event
+        engine.asked.clear()
+        async with connected(url) as client:
+            await client.send(ASK)
+            await engine.next_request()
+            client.writer.write(ahead[:kept])  # not drained: it may never be taken
+            await settled(client.unread)
+            left_at = time.monotonic()
+            leave(client, how)
+            await engine_was_left(engine, left_at, f"{kept} bytes ahead, {how}")
+
+
 @pytest.mark.parametrize("how", ["half-close", "rst"])
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 async def test_stalled_client_leaves_and_the_engine_sees_it(

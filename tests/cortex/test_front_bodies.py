@@ -1,0 +1,326 @@
+"""Request bodies: chunked, packed, huge, too large, hostile; what the engine gets and what it costs to hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import gzip
+import json
+import random
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.raw_engine import RawEngine
+from tests.cortex.raw_http import Answer, RawClient, bounded, chunked, connected, every_split, request, single_bytes
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = "org/small"
+MIB = 1 << 20
+CHUNKED = "Transfer-Encoding: chunked"
+BODY = b'{"model":"org/small","n":1,"s":"0\\r\\n\\r\\n"}'
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[RawEngine]:
+    async with RawEngine().running() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of the engine that takes bodies of 1 MiB."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine_url = engine.url
+    return await start_cortex([benjy], [{"id": MODEL}, {"id": "org/cold"}], gateway={"max_body_mib": 1})
+
+
+@pytest.fixture
+async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
+    async with connected(cortex.url) as client:
+        yield client
+
+
+@pytest.fixture
+async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
+    """A cortex with the usual limit that has answered once, so that what it needs for that is in its memory."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine_url = engine.url
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
+        async with connected(process.url) as client:
+            await usable(client)
+        engine.requests.clear()
+        yield process
+
+
+async def usable(client: RawClient) -> None:
+    """The connection gives the next answer to the next request."""
+    answer = await client.ask(request(b'{"model":"org/small","n":77}'))
+    assert (answer.status, json.loads(answer.body)["n"]) == (200, 77)
+
+
+def code(answer: Answer) -> tuple[int, str]:
+    return answer.status, json.loads(answer.body)["error"]["code"]
+
+
+def in_chunks(framed: bytes) -> bytes:
+    return request(b"", CHUNKED, length=False) + framed
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("line", ["{:x}", "{:X}", "000{:x}", "{:x};a", '{:x};a="b;c"'])
+@pytest.mark.parametrize("trailers", [b"", b"X-Trailer: 1\r\nX-More: 2\r\n"], ids=["", "trailers"])
+async def test_chunked_body_arrives_whole(
+    client: RawClient, engine: RawEngine, size: int, line: str, trailers: bytes
+) -> None:
+    """With its length, without its framing, and without its trailers, which nobody has asked for."""
+    framed = chunked(BODY, size, line=line, trailers=trailers)
+    answer = await client.ask(in_chunks(framed))
+    assert answer.status == 200
+    (received,) = engine.requests
+    assert received.body == BODY
+    assert received.get("content-length") == str(len(BODY))
+    assert received.get("x-trailer") is None
+    await usable(client)
+
+
+@pytest.mark.parametrize(
+    "line", [b"Content-Length: 3", b"Transfer-Encoding: gzip", b"Host: evil", b"x-request-id: evil"]
+)
+async def test_trailer_changes_no_header(cortex: RunningCortex, engine: RawEngine, line: bytes) -> None:
+    """A trailer that would mean something in a head is left out or refused."""
+    async with connected(cortex.url) as client:
+        answer = await client.ask(in_chunks(chunked(BODY, 9, trailers=line + b"\r\n")))
+        assert answer.status in (200, 400)
+    for received in engine.requests:
+        assert (received.body, received.get("content-length")) == (BODY, str(len(BODY)))
+        assert "evil" not in f"{received.headers}"
+
+
+async def test_chunked_body_in_any_segments(client: RawClient, engine: RawEngine) -> None:
+    """Split in two at every byte, and byte by byte, with the next request right behind it."""
+    data = in_chunks(chunked(BODY, 9, trailers=b"X-Trailer: 1\r\n"))
+    for pieces in (*every_split(data), tuple(single_bytes(data))):
+        engine.requests.clear()
+        await client.send_apart((*pieces[:-1], pieces[-1] + request(b'{"model":"org/small","n":2}')))
+        for number in (1, 2):
+            assert json.loads((await client.answer()).body)["n"] == number
+        assert engine.requests[0].body == BODY
+
+
+async def test_continue_is_said_to_who_waits_for_it(client: RawClient, engine: RawEngine) -> None:
+    """A client that asks first gets 100 and then its answer; one that does not wait gets at most that, too."""
+    expect = "Expect: 100-continue"
+    for data in (request(BODY, expect), request(b"", expect, CHUNKED, length=False) + chunked(BODY, 9)):
+        head, separator, body = data.partition(b"\r\n\r\n")
+        await client.send(head + separator)
+        assert (await client.head()).start.startswith("HTTP/1.1 100")
+        await client.send(body)
+        answer = await client.answer()
+        assert (answer.status, answer.interim) == (200, [])
+        await client.send(data)
+        assert (await client.answer()).status == 200
+    assert all(received.get("expect") is None for received in engine.requests)
+    await usable(client)
+
+
+async def test_continue_is_not_said_to_a_body_over_the_limit(cortex: RunningCortex, engine: RawEngine) -> None:
+    """413 at once: that is what asking first is for."""
+    async with connected(cortex.url) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {2 * MIB}\r\nExpect: 100-continue\r\n\r\n"
+        answer = await client.ask(head.encode())
+        assert (code(answer), answer.interim) == ((413, "request_too_large"), [])
+    assert engine.requests == []
+
+
+async def told_it_is_too_large(cortex: RunningCortex, head: bytes, body: bytes) -> None:
+    """The client sends all it has and reads only then, as a simple one does: the answer is still there to read."""
+    async with connected(cortex.url) as client:
+        client.stop_reading()
+        await client.send(head)
+        for start in range(0, len(body), 1 << 16):
+            await bounded(client.send(body[start : start + (1 << 16)]))
+        client.read_on()
+        assert code(await client.answer()) == (413, "request_too_large")
+
+
+async def test_too_large_body_is_told_while_it_still_comes(cortex: RunningCortex, engine: RawEngine) -> None:
+    """With a length and in chunks."""
+    body = b'{"model":"org/small","pad":"' + b"x" * (3 * MIB) + b'"}'
+    await told_it_is_too_large(cortex, request(body).removesuffix(body), body)
+    await told_it_is_too_large(cortex, in_chunks(b""), chunked(body, 50_000))
+    assert engine.requests == []
+
+
+async def test_body_without_end_is_cut_off(cortex: RunningCortex) -> None:
+    """A client that goes on sending after its 413 does not do so for ever."""
+    async with connected(cortex.url) as client:
+        await client.send(in_chunks(b""))
+        piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                await client.send(piece)
+        assert code(await client.answer()) == (413, "request_too_large")
+        with contextlib.suppress(ConnectionError):
+            while not client.gone.is_set():
+                await client.send(piece)
+        await bounded(client.gone.wait())
+
+
+async def test_body_at_the_limit_passes(client: RawClient, engine: RawEngine) -> None:
+    """Exactly the limit is allowed, a byte more is not; and the engine gets all of it."""
+    body = b'{"model":"org/small","n":1,"pad":"' + b"x" * (MIB - 36) + b'"}'
+    assert len(body) == MIB
+    assert (await client.ask(request(body))).status == 200
+    assert (await client.ask(in_chunks(chunked(body, 70_000)))).status == 200
+    assert [received.body for received in engine.requests] == [body, body]
+    assert (await client.ask(request(body + b" "))).status == 413
+
+
+def deflated(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "packed"),
+    [
+        ("gzip", gzip.compress(BODY)),
+        ("GZIP", gzip.compress(BODY)),
+        ("x-gzip", gzip.compress(BODY)),
+        ("gzip", gzip.compress(BODY[:10]) + gzip.compress(BODY[10:])),
+        ("deflate", zlib.compress(BODY)),
+        ("deflate", deflated(BODY)),
+        ("identity", BODY),
+    ],
+    ids=["gzip", "upper-case", "x-gzip", "gzip-members", "deflate-zlib", "deflate-raw", "identity"],
+)
+async def test_packed_body_is_unpacked(client: RawClient, engine: RawEngine, coding: str, packed: bytes) -> None:
+    """The engine gets what was meant, with its length, and not called packed any more; in chunks too."""
+    for data in (
+        request(packed, f"Content-Encoding: {coding}"),
+        request(b"", f"Content-Encoding: {coding}", CHUNKED, length=False) + chunked(packed, 9),
+    ):
+        assert (await client.ask(data)).status == 200
+    for received in engine.requests:
+        assert (received.body, received.get("content-encoding") or "identity") == (BODY, "identity")
+
+
+def fifty_fold(data: bytes) -> bytes:
+    """Packed again and again: each layer costs the receiver a pass over all of it, and the sender a word."""
+    for _ in range(50):
+        data = gzip.compress(data, 0)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("coding", "packed"),
+    [
+        ("foo", BODY),
+        (", ".join(["gzip"] * 50), fifty_fold(BODY)),
+        ("gzip", b"junk"),
+        ("gzip", b""),
+        ("gzip", gzip.compress(BODY)[:-9]),
+        ("gzip", gzip.compress(BODY)[:-8] + b"\0" * 8),
+        ("deflate", b"junk"),
+        ("deflate", zlib.compress(BODY)[:-5]),
+    ],
+    ids=["unknown", "fifty-fold", "junk", "empty", "cut", "wrong-sum", "deflate-junk", "deflate-cut"],
+)
+async def test_body_that_cannot_be_unpacked(client: RawClient, engine: RawEngine, coding: str, packed: bytes) -> None:
+    """4xx, with the envelope, and nothing reaches the engine; the next request is answered."""
+    answer = await client.ask(request(packed, f"Content-Encoding: {coding}"))
+    assert answer.status in (400, 415)
+    assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
+    assert engine.requests == []
+    await usable(client)
+
+
+async def test_bombs_are_told_early(process: CortexProcess, engine: RawEngine) -> None:
+    """A body of a megabyte that unpacks to a quarter of a gigabyte: 413, without the memory for it."""
+    blanks = b" " * (64 * MIB)
+    packer, flat = zlib.compressobj(1, wbits=31), zlib.compressobj(1)
+    bomb = b"".join(packer.compress(blanks) for _ in range(4)) + packer.flush()
+    bombs = [("gzip", bomb), ("gzip", gzip.compress(blanks[:MIB], 1) * 400)]
+    bombs.append(("deflate", b"".join(flat.compress(blanks) for _ in range(4)) + flat.flush()))
+    process.reset_peak()
+    before = process.rss_bytes()
+    for coding, packed in bombs:
+        async with connected(process.url) as client:
+            assert code(await client.ask(request(packed, f"Content-Encoding: {coding}"))) == (413, "request_too_large")
+    grown = process.peak_rss_bytes() - before
+    print(f"the bombs took {grown / MIB:.1f} MiB")
+    assert grown < 2 * 32 * MIB + 8 * MIB
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"model":"org/cold"',
+        b'{"model":"org/cold"}}',
+        b'{"model":"org/cold",}',
+        b'{"model":"org/cold"} {"model":"org/cold"}',
+        b'{"model":"org/cold","x":tru}',
+        b'{"model":"org/cold","x":"\x01"}',
+        b'{"model":"org/cold","x":"\\q"}',
+        b'{"model":"org/cold","x":[1,2}',
+        b"{'model':'org/cold'}",
+        b'{"model":"org/cold","x":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"model":"org/cold","x":' + b'{"a":' * 100_000,
+        b'["model","org/cold"]',
+        b'{"model":["org/cold"]}',
+        b'{"x":{"model":"org/cold"}}',
+    ],
+)
+async def test_body_that_is_not_json_starts_nothing(
+    client: RawClient, benjy: SeedNeuron, engine: RawEngine, body: bytes
+) -> None:
+    """400 invalid_request, although a `model` can be read in it: no load, no engine, and the connection goes on."""
+    assert code(await client.ask(request(body))) == (400, "invalid_request")
+    assert benjy.loads == []
+    assert engine.requests == []
+    await usable(client)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["model-first", "model-last"])
+async def test_prompt_with_ten_megabytes_of_images(process: CortexProcess, engine: RawEngine, first: bool) -> None:
+    """It arrives byte for byte, held once in memory with what the reading takes, and given back after."""
+    image = base64.b64encode(random.Random(3).randbytes(7 * MIB + MIB // 2)).decode()
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}, {"model": "no"}]
+    messages = {"messages": [{"role": "user", "content": content}]}
+    fields = {"model": MODEL, **messages} if first else {**messages, "model": MODEL}
+    body = json.dumps({**fields, "n": 1}).encode()
+    async with connected(process.url) as client:
+        await client.ask(request(body))
+        engine.requests.clear()
+        process.reset_peak()
+        before = process.rss_bytes()
+        for _ in range(4):
+            assert (await client.ask(request(body))).status == 200
+        grown, kept = process.peak_rss_bytes() - before, process.rss_bytes() - before
+    print(f"{len(body) / MIB:.1f} MiB: at most {grown / MIB:.1f} MiB more, {kept / MIB:.1f} MiB after")
+    assert all(received.body == body for received in engine.requests)
+    assert grown < 2.5 * len(body)
+    assert kept < 1.5 * len(body), "four requests leave no more behind than one"
+
+
+async def test_large_uploads_do_not_hold_up_others(process: CortexProcess, engine: RawEngine) -> None:
+    """While eight clients send 8 MiB each, small requests are answered at once."""
+    body = json.dumps({"model": MODEL, "n": 1, "pad": "x" * (8 * MIB)}).encode()
+
+    async def upload() -> None:
+        async with connected(process.url) as client:
+            assert (await client.ask(request(body))).status == 200
+
+    uploads = asyncio.gather(*(upload() for _ in range(8)))
+    async with connected(process.url) as client:
+        while not uploads.done():
+            await bounded(usable(client), secs=2)
+    await uploads
