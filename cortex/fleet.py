@@ -6,16 +6,38 @@ Observations come in (a poll answered, a poll missed, an event, a finished load)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation
+from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_different_routes
 from shared.protocol import Discovery, ModelStatus, ModelView, NeuronHealth
 
 log = logging.getLogger(__name__)
+
+
+class RouteChanges:
+    """Collects the models whose routes may have changed, for one listener. Polls that bring nothing of the kind leave
+    it asleep: a thousand neurons give five hundred answers a second."""
+
+    def __init__(self) -> None:
+        self._models: set[str] = set()
+        self._came = asyncio.Event()
+
+    def add(self, models: Iterable[str]) -> None:
+        self._models.update(models)
+        if self._models:
+            self._came.set()
+
+    async def next(self) -> set[str]:
+        """The ids collected since the last call; waits for one."""
+        await self._came.wait()
+        self._came.clear()
+        models, self._models = self._models, set()
+        return models
 
 
 class Fleet:
@@ -35,6 +57,12 @@ class Fleet:
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
         self._changed: asyncio.Future[None] | None = None
+        self._node_changed: dict[str, asyncio.Future[None]] = {}
+        self._route_changes: list[RouteChanges] = []
+        # Model id -> neurons that list it, in the order of the configuration. Never changed in place, since snapshots
+        # share it, and kept from one to the next: polls come all the time and new models seldom.
+        self._holders: Mapping[str, tuple[str, ...]] = {}
+        self._position = {name: position for position, name in enumerate(self._nodes)}
 
     @property
     def version(self) -> int:
@@ -44,7 +72,9 @@ class Fleet:
     def snapshot(self) -> FleetSnapshot:
         """The present state; the same object until something changes."""
         if self._snapshot is None:
-            self._snapshot = FleetSnapshot(MappingProxyType(dict(self._nodes)), tuple(self._reservations))
+            self._snapshot = FleetSnapshot(
+                MappingProxyType(dict(self._nodes)), tuple(self._reservations), self._holders
+            )
         return self._snapshot
 
     async def changed_since(self, version: int) -> int:
@@ -54,6 +84,24 @@ class Fleet:
                 self._changed = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._changed)
         return self._version
+
+    async def until(self, name: str, condition: Callable[[NodeSnapshot], bool]) -> NodeSnapshot:
+        """Waits until the condition holds of a neuron. Only a change of that neuron has it looked at again."""
+        while not condition(node := self._nodes[name]):
+            if name not in self._node_changed:
+                self._node_changed[name] = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._node_changed[name])
+        return node
+
+    @contextlib.contextmanager
+    def route_changes(self) -> Iterator[RouteChanges]:
+        """Hears, inside the body, of the models that may now be served elsewhere, or not, or no longer."""
+        changes = RouteChanges()
+        self._route_changes.append(changes)
+        try:
+            yield changes
+        finally:
+            self._route_changes.remove(changes)
 
     def observe(
         self,
@@ -134,8 +182,30 @@ class Fleet:
         self._touch()
 
     def _replace(self, node: NodeSnapshot) -> None:
-        self._nodes[node.name] = node
+        before, self._nodes[node.name] = self._nodes[node.name], node
+        if before.models.keys() != node.models.keys():
+            self._index(node.name, gone=before.models.keys() - node.models.keys(), models=node.models)
+        if self._route_changes:
+            affected = with_different_routes(before, node)
+            for changes in self._route_changes:
+                changes.add(affected)
+        waiting = self._node_changed.pop(node.name, None)
+        if waiting is not None:
+            waiting.set_result(None)
         self._touch()
+
+    def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
+        """Makes the holders true for one neuron."""
+        holders = dict(self._holders)
+        for model_id in models:
+            known = holders.get(model_id, ())
+            if name not in known:
+                holders[model_id] = tuple(sorted((*known, name), key=self._position.__getitem__))
+        for model_id in gone:
+            holders[model_id] = tuple(holder for holder in holders[model_id] if holder != name)
+            if not holders[model_id]:
+                del holders[model_id]
+        self._holders = holders
 
     def _touch(self) -> None:
         self._version += 1

@@ -101,14 +101,14 @@ class NodeWatch:
     async def listen_loop(self) -> None:
         """Listens to `/events` while the neuron is healthy and has them."""
         while True:
-            await self._until(lambda: self._fleet.snapshot().nodes[self.name].healthy)
+            await self._fleet.until(self.name, lambda node: node.healthy)
             instance = self._instance
             try:
                 await self._listen()
             except NeuronRefused:
                 with contextlib.suppress(asyncio.TimeoutError):
                     async with timeout(NO_EVENTS_RETRY_SECS):
-                        await self._until(lambda: self._instance != instance)  # noqa: B023 - awaited in this round
+                        await self._fleet.until(self.name, lambda _: self._instance != instance)  # noqa: B023 - in this round
             except NeuronUnreachable as error:
                 log.debug("%s", error)
             self.nudge()
@@ -134,8 +134,3 @@ class NodeWatch:
                 self._fleet.forget(self.name, str(data["id"]))
         except (ValidationError, LookupError, TypeError) as error:
             log.warning("neuron %s sent an event that is not the protocol's: %s", self.name, error)
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        version = self._fleet.version
-        while not condition():
-            version = await self._fleet.changed_since(version)

@@ -35,6 +35,11 @@ class NodeSnapshot:
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
+    def instance(self) -> str | None:
+        """The neuron's process, None when it does not tell them apart."""
+        return None if self.discovery is None else self.discovery.instance_id
+
+    @property
     def devices(self) -> list[Device]:
         """The devices that can be used."""
         return [] if self.discovery is None else [d for d in self.discovery.devices if d.lost is None]
@@ -53,28 +58,46 @@ class NodeSnapshot:
         return None if view is None else view.known_status
 
 
+def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
+    """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
+    if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
+        return {*before.models, *after.models}
+    changed = before.models.keys() ^ after.models.keys()
+    for model_id in before.models.keys() & after.models.keys():
+        old, new = before.models[model_id], after.models[model_id]
+        if old is not new and (old.status != new.status or old.since != new.since):
+            changed.add(model_id)
+    if before.health is not after.health:
+        ids = before.activity.keys() | after.activity.keys()
+        changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
+    return changed
+
+
 @dataclass(frozen=True)
 class FleetSnapshot:
     """All neurons by name, in the order of the configuration, and the loads under way."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
+    index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
         return tuple(node for node in self.nodes.values() if node.healthy)
 
     @cached_property
-    def _holders(self) -> dict[str, tuple[NodeSnapshot, ...]]:
-        holders: dict[str, list[NodeSnapshot]] = {}
+    def _holders(self) -> Mapping[str, tuple[str, ...]]:
+        if self.index is not None:
+            return self.index
+        holders: dict[str, list[str]] = {}
         for node in self.nodes.values():
             for model_id in node.models:
-                holders.setdefault(model_id, []).append(node)
-        return {model_id: tuple(nodes) for model_id, nodes in holders.items()}
+                holders.setdefault(model_id, []).append(node.name)
+        return {model_id: tuple(names) for model_id, names in holders.items()}
 
     def holders(self, model_id: str) -> tuple[NodeSnapshot, ...]:
         """The neurons that list the model, whatever its status and theirs."""
-        return self._holders.get(model_id, ())
+        return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
     @property
     def listed_models(self) -> list[str]:

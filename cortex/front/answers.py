@@ -10,21 +10,18 @@ from shared.errors import ServiceError
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def error_answer(error: ServiceError, request_id: str, *, anthropic: bool, version: str, keep_alive: bool) -> bytes:
-    """The whole answer for a failure. `version` is the request's."""
+def error_answer(error: ServiceError, request_id: str, *, anthropic: bool, keep_alive: bool) -> bytes:
+    """The whole answer for a failure."""
     body = json.dumps(error.anthropic_body() if anthropic else error.body()).encode()
     lines = [
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
         "content-type: application/json; charset=utf-8",
         f"content-length: {len(body)}",
         f"x-request-id: {request_id}",
+        f"connection: {'keep-alive' if keep_alive else 'close'}",
     ]
     if error.retry_after is not None:
         lines.append(f"retry-after: {error.retry_after}")
     if error.status == 401:
         lines.append("www-authenticate: Bearer")
-    if not keep_alive:
-        lines.append("connection: close")
-    elif version == "1.0":
-        lines.append("connection: keep-alive")
     return "\r\n".join([*lines, "", ""]).encode() + body

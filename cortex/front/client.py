@@ -13,7 +13,7 @@ from cortex.front.answers import CONTINUE, error_answer
 from cortex.front.connections import Connections
 from cortex.front.unpack import unpack
 from cortex.http1.framing import BadFraming, ChunkedBody, SizedBody
-from cortex.http1.heads import BadHead, RequestReader
+from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.proxy.request import Request
 from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, is_anthropic_path
 
@@ -31,6 +31,7 @@ MAX_AHEAD_BYTES = 65536
 """Of further requests that a client sends before it has its answer."""
 
 
+_LINE_ENDS = b"\r\n"
 _RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
 
@@ -98,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
         self._gateway = gateway
         self._connections = connections
         self._state = _State.IDLE
-        self._reader: RequestReader | None = None
+        self._reader: tuple[RequestHead, HeadReader] | None = None
         self._request: Request | None = None
         self._framing: SizedBody | ChunkedBody | None = None
         self._pieces: list[bytes] = []
@@ -175,9 +176,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
         anthropic = is_anthropic_path(request.path)
-        self.transport.write(
-            error_answer(error, request_id, anthropic=anthropic, version=request.version, keep_alive=keep_alive)
-        )
+        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
         self.finished()
 
     def expired(self) -> None:
@@ -205,34 +204,46 @@ class ClientConnection(asyncio.Protocol):
     def _read_head(self, data: bytes) -> None:
         reader = self._reader
         if reader is None:
-            self._reader = reader = RequestReader()
-            self.deadline = self._gateway.now() + HEAD_TIMEOUT_SECS
+            if data[0] in _LINE_ENDS:  # RFC 9112, section 2.2: empty lines before a request are ignored
+                data = data.lstrip(_LINE_ENDS)
+                if not data:
+                    return
+            reader = request_reader()
         try:
-            rest = reader.feed(data)
+            rest = reader[1].feed(data)
             if rest is None:
-                self._state = _State.HEAD if reader.begun else _State.IDLE
+                if self._reader is None:
+                    self._reader = reader
+                    self._state = _State.HEAD
+                    self.deadline = self._gateway.now() + HEAD_TIMEOUT_SECS
                 return
             self._reader = None
-            self._request = request = Request(reader.head, peer=self.peer, received=self._gateway.now())
+            self._request = request = Request(reader[0], peer=self.peer, received=self._gateway.now())
+            waits = request.expects_continue
         except BadHead as error:
             self._reject(_with_status(InvalidRequest(str(error)), error.status))
             return
-        headers = request.headers
-        if headers.chunked:
-            self._framing = ChunkedBody(unpack=True)
-        elif headers.content_length:
-            self._framing = SizedBody(headers.content_length)
-            if headers.content_length > self._gateway.max_body_bytes:
-                self._reject(self._too_large())
-                return
-        else:
+        length = request.content_length
+        if length == 0:
             self._ahead = rest
             self._complete()
             return
+        if length is None:
+            self._framing = ChunkedBody(unpack=True)
+        elif length == len(rest):
+            request.body = rest
+            self._complete()
+            return
+        elif length <= self._gateway.max_body_bytes:
+            self._framing = SizedBody(length)
+        else:
+            self._reject(self._too_large())
+            return
         self._state = _State.BODY
+        self.deadline = self._gateway.now() + BODY_TIMEOUT_SECS
         if rest:
             self._read_body(rest)
-        elif headers.expects_continue:
+        elif waits:
             self.transport.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
@@ -254,6 +265,7 @@ class ClientConnection(asyncio.Protocol):
             assert self._request is not None
             self._request.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._ahead = framing.excess
+            self._forget_body()
             self._complete()
         else:
             self.deadline = self._gateway.now() + BODY_TIMEOUT_SECS
@@ -261,13 +273,13 @@ class ClientConnection(asyncio.Protocol):
     def _complete(self) -> None:
         request = self._request
         assert request is not None
-        self._forget_body()
-        try:
-            if request.headers.content_encoding:
-                request.body = unpack(request.body, request.headers.content_encoding, self._gateway.max_body_bytes)
-        except ServiceError as error:
-            self._reject(error)
-            return
+        encoding = request.content_encoding
+        if encoding is not None:
+            try:
+                request.body = unpack(request.body, encoding, self._gateway.max_body_bytes)
+            except ServiceError as error:
+                self._reject(error)
+                return
         self._state = _State.WORKING
         self.deadline = 0.0
         self._handling = handling = self._gateway.handle(self, request)
@@ -296,7 +308,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._request
         request_id = self._gateway.rejected(request, error)
         anthropic = request is not None and is_anthropic_path(request.path)
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, version="1.1", keep_alive=False))
+        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self.transport.write_eof()
         self._state = _State.LINGERING
         self.deadline = self._gateway.now() + LINGER_SECS

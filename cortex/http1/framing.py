@@ -7,7 +7,6 @@ encoded again. `ended` tells the end; `excess` is what came behind it.
 from __future__ import annotations
 
 import re
-from typing import Protocol
 
 MAX_SIZE_LINE = 256
 """Bytes of a chunk's size with its extensions."""
@@ -24,20 +23,6 @@ _SMALL = {b"%x" % size: size for size in range(1, 4096)}
 
 class BadFraming(Exception):
     """The body breaks the rules of its own framing."""
-
-
-class Framing(Protocol):
-    """How a body's end is found."""
-
-    ended: bool
-    excess: bytes
-
-    def feed(self, data: bytes) -> bytes:
-        """What of `data` (and of what was held back before) passes now.
-
-        Raises:
-            BadFraming: the rest cannot be told apart any more.
-        """
 
 
 class SizedBody:
@@ -115,6 +100,13 @@ class ChunkedBody:
                 return self._last_chunk(data, position, line_end)
             start = line_end + 2
             position = start + length + 2
+
+    def start_unpacking(self, fed: bytes) -> bytes:
+        """Collects contents from now on; those of what has been fed and passed so far."""
+        again = ChunkedBody(unpack=True)
+        again.feed(fed)
+        self.payload = []
+        return again.take()
 
     def take(self) -> bytes:
         """The contents collected since the last call."""

@@ -1,15 +1,19 @@
-"""Request and response heads: read by llhttp in its strict mode, each header classified once."""
+"""Request and response heads: read by llhttp in its strict mode, each header looked at once."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import httptools
+
+from cortex.http1.names import CONNECTION, OF_REQUESTS, OF_RESPONSES, Names, without_named
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADERS = 256
 
 _SEPARATOR = b"\r\n\r\n"
+_USUAL_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 
 class BadHead(Exception):
@@ -20,64 +24,104 @@ class BadHead(Exception):
         self.status = status
 
 
-class _Head:
-    """What llhttp calls back for both kinds. Names and values are the bytes that came."""
+class Head:
+    """A head, and what llhttp calls back while it reads one; both kinds have this in common.
 
-    __slots__ = ("complete", "headers", "keep_alive", "parser")
+    `passed` are the header lines that go on, as they came, without their ends; `named` are the values of those that
+    mean something here, several of one name joined by commas.
+    """
+
+    __slots__ = ("complete", "keep_alive", "named", "parser", "passed", "version")
+
+    names: Names
 
     def __init__(self) -> None:
-        self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
-        self.keep_alive = False
         self.parser: Any = None  # while the head is read
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self.complete = True
-        self.keep_alive = self.parser.should_keep_alive()  # asked here: where no body follows, llhttp then forgets it
+        self.keep_alive: bool = self.parser.should_keep_alive()  # here: where no body follows, llhttp then forgets it
+
+    def take(self, lines: list[bytes]) -> None:
+        """Sorts the lines of a head that llhttp has found good: none is folded, each has a name and a colon.
+
+        Raises:
+            BadHead: there are too many, or the first is not what it should be.
+        """
+        self.parser = None
+        if len(lines) > MAX_HEADERS:
+            raise BadHead(f"more than {MAX_HEADERS} headers", 431)
+        self.take_first(lines[0])
+        names = self.names
+        harmless = names.harmless
+        passed: list[bytes] = []
+        named: dict[int, bytes] = {}
+        for line in islice(lines, 1, None):
+            if line in harmless:
+                passed.append(line)
+                continue
+            name, _, value = line.partition(b":")
+            meaning = names[name]
+            if not meaning:
+                passed.append(line)
+                names.learn(line)
+            elif meaning in named:
+                named[meaning] += b", " + value.strip(b" \t")
+            else:
+                named[meaning] = value.strip(b" \t")
+        connection = named.get(CONNECTION)
+        if connection is not None and connection not in _USUAL_CONNECTION:
+            passed = without_named(passed, connection)
+        self.passed = passed
+        self.named = named
+
+    def take_first(self, line: bytes) -> None:
+        raise NotImplementedError
 
 
-class RequestHead(_Head):
+class RequestHead(Head):
     """`target` is the request line's, as it came."""
 
-    __slots__ = ("method", "target", "version")
+    __slots__ = ("method", "target")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.target = b""
-        self.method = b""
-        self.version = ""
+    names = OF_REQUESTS
 
-    def on_url(self, url: bytes) -> None:
-        self.target += url
+    def take_first(self, line: bytes) -> None:
+        parts = line.split(b" ")
+        if len(parts) != 3:
+            raise BadHead("the request line has three words")
+        self.method, self.target, self.version = parts
 
 
-class ResponseHead(_Head):
+class ResponseHead(Head):
     """`reason` may be empty."""
 
-    __slots__ = ("reason", "status", "version")
+    __slots__ = ("reason", "status")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.status = 0
-        self.reason = b""
-        self.version = ""
+    names = OF_RESPONSES
 
-    def on_status(self, reason: bytes) -> None:
-        self.reason += reason
+    def take_first(self, line: bytes) -> None:
+        self.version = line[:8]
+        self.status = int(line[9:12])
+        self.reason = line[13:]
 
 
-class RequestReader:
-    """Reads one request head from pieces of any size."""
+class HeadReader:
+    """Reads one head from pieces of any size. llhttp and the search for the empty line must agree on where it ends."""
 
-    __slots__ = ("_parser", "_reading", "head")
+    __slots__ = ("_head", "_pieces", "_size")
 
-    def __init__(self) -> None:
-        self.head = RequestHead()
-        self._parser = self.head.parser = httptools.HttpRequestParser(self.head)
-        self._reading = _Reading()
+    def __init__(self, head: Head, parser: Any) -> None:
+        """`parser` is llhttp's for this kind of head, and calls `head` back."""
+        head.parser = parser
+        self._head = head
+        self._pieces: list[bytes] = []  # until it is whole
+        self._size = 0
+
+    @property
+    def begun(self) -> bool:
+        return self._size > 0
 
     def feed(self, data: bytes) -> bytes | None:
         """What comes behind the head, None while it is not whole.
@@ -85,75 +129,38 @@ class RequestReader:
         Raises:
             BadHead: it breaks the grammar, or is too long.
         """
-        if not self._reading.size:
-            data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2: empty lines before a request are ignored
-            if not data:
-                return None
-        rest = self._reading.feed(self._parser, self.head, data)
-        if rest is not None:
-            self.head.method = self._parser.get_method()
-            self.head.version = self._parser.get_http_version()
-            self.head.parser = None
-        return rest
-
-    @property
-    def begun(self) -> bool:
-        return self._reading.size > 0
-
-
-class ResponseReader:
-    """Reads one response head from pieces of any size."""
-
-    __slots__ = ("_parser", "_reading", "head")
-
-    def __init__(self) -> None:
-        self.head = ResponseHead()
-        self._parser = self.head.parser = httptools.HttpResponseParser(self.head)
-        self._reading = _Reading()
-
-    def feed(self, data: bytes) -> bytes | None:
-        """As RequestReader.feed."""
-        rest = self._reading.feed(self._parser, self.head, data)
-        if rest is not None:
-            self.head.status = self._parser.get_status_code()
-            self.head.version = self._parser.get_http_version()
-            self.head.parser = None
-        return rest
-
-    @property
-    def begun(self) -> bool:
-        return self._reading.size > 0
-
-
-class _Reading:
-    """Cuts the head off what comes. llhttp and the search for the empty line must agree on where it ends."""
-
-    __slots__ = ("last", "size")
-
-    def __init__(self) -> None:
-        self.size = 0  # bytes of the head so far
-        self.last = b""  # its last three bytes: the empty line may be cut
-
-    def feed(self, parser: Any, head: _Head, data: bytes) -> bytes | None:
-        window = self.last + data if self.last else data
-        found = window.find(_SEPARATOR)
-        if found < 0:
-            piece, rest = data, None
-            self.last = window[-3:]
-        else:
-            cut = found + 4 - len(self.last)
-            piece, rest = data[:cut], data[cut:]
-        self.size += len(piece)
-        if self.size > MAX_HEAD_BYTES:
+        before = b"" if not self._size else b"".join(self._pieces[-3:])[-3:]  # the empty line may be cut
+        end = (before + data).find(_SEPARATOR) + 4 - len(before) if before else data.find(_SEPARATOR) + 4
+        whole = end > 3 - len(before)
+        piece = data[:end] if whole else data
+        self._size += len(piece)
+        if self._size > MAX_HEAD_BYTES:
             raise BadHead(f"the head is longer than {MAX_HEAD_BYTES} bytes", 431)
+        head = self._head
         try:
-            parser.feed_data(piece)
+            head.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
             pass  # nothing is upgraded here: the request is answered as if it had not asked
         except httptools.HttpParserError as error:
             raise BadHead(str(error)) from error
-        if head.complete != (rest is not None):
+        if head.complete != whole:
             raise BadHead("the end of the head is not clear")
-        if len(head.headers) > MAX_HEADERS:
-            raise BadHead(f"more than {MAX_HEADERS} headers", 431)
-        return rest
+        if not whole:
+            self._pieces.append(piece)
+            return None
+        if self._pieces:
+            piece = b"".join((*self._pieces, piece))
+        head.take(piece[:-4].split(b"\r\n"))
+        return data[end:]
+
+
+def request_reader() -> tuple[RequestHead, HeadReader]:
+    """A request's head, and its reader."""
+    head = RequestHead()
+    return head, HeadReader(head, httptools.HttpRequestParser(head))
+
+
+def response_reader() -> tuple[ResponseHead, HeadReader]:
+    """A response's head, and its reader."""
+    head = ResponseHead()
+    return head, HeadReader(head, httptools.HttpResponseParser(head))

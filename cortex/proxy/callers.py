@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from cortex.proxy.headers import RequestHeaders
-
 ANONYMOUS = "anonymous"
 
 
@@ -15,21 +13,12 @@ def key_hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def shown_key(headers: RequestHeaders) -> bytes | None:
-    """The key of `Authorization: Bearer`, or of Anthropic's `x-api-key`; None when neither is there."""
-    given = headers.authorization
-    if given is not None and given[:7].lower() == b"bearer ":
-        return given[7:].strip() or None
-    return headers.api_key
-
-
 class Callers:
     """Callers by the hashes of their keys."""
 
     def __init__(self, by_hash: Mapping[bytes, str]) -> None:
         self._by_hash = by_hash
 
-    def identify(self, headers: RequestHeaders) -> str:
+    def identify(self, key: bytes | None) -> str:
         """The caller's name; ANONYMOUS without a key, or with one that is nobody's."""
-        key = shown_key(headers)
         return ANONYMOUS if key is None else self._by_hash.get(key_hash(key), ANONYMOUS)

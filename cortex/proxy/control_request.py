@@ -26,7 +26,7 @@ class ControlRequest:
 
     def __init__(self, gateway: Gateway, client: ClientConnection, request: Request, address: Address) -> None:
         self._client = client
-        self._request_id = gateway.request_id(request.headers.request_id)
+        self._request_id = gateway.request_id(request.request_id)
         request_id = self._request_id.encode()
         self._relay = Relay(
             gateway.pool,
@@ -34,8 +34,8 @@ class ControlRequest:
             request,
             self,
             address=address,
-            head=request.head_for(b"cortex", b"", request_id, request.headers.credentials),
-            extra=b"x-request-id: %b\r\n" % request_id,
+            head=request.head_for(b"cortex", b"", request_id, request.credentials),
+            extra=b"x-request-id: " + request_id,
         )
 
     def begin(self) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
-from cortex.http1.framing import BadFraming, BodyUntilClose, ChunkedBody, Framing, SizedBody
-from cortex.http1.heads import BadHead, ResponseHead, ResponseReader
-from cortex.proxy.headers import ResponseHeaders
+from cortex.http1 import names
+from cortex.http1.framing import BadFraming, BodyUntilClose, ChunkedBody, SizedBody
+from cortex.http1.heads import BadHead, HeadReader, ResponseHead, response_reader
 
 if TYPE_CHECKING:
     from cortex.proxy.pool import Address, EnginePool
 
 # Above it two writes cost less than one copy.
 _JOINED_BYTES = 16384
+
+Body = SizedBody | ChunkedBody | BodyUntilClose
 
 MAX_INTERIM = 32
 """Interim answers (100, 103) before one that counts."""
@@ -22,8 +25,8 @@ MAX_INTERIM = 32
 class Exchange(Protocol):
     """What an engine connection tells about the one request it works on. Exactly one of `lost` and `ended` ends it."""
 
-    def began(self, head: ResponseHead, headers: ResponseHeaders, body: Framing) -> None:
-        """The answer's head is there."""
+    def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        """The answer's head is there, and with it the first bytes of its body (none, perhaps)."""
 
     def passed(self, data: bytes) -> None:
         """Bytes of the answer's body, in their framing."""
@@ -43,6 +46,7 @@ class EngineConnection(asyncio.Protocol):
         "_exchange",
         "_interim",
         "_keep_alive",
+        "_on_made",
         "_paused",
         "_pool",
         "_reader",
@@ -53,14 +57,16 @@ class EngineConnection(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, pool: EnginePool, address: Address) -> None:
+    def __init__(self, pool: EnginePool, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
+        """`on_made` is called as soon as something can be sent."""
         self.address = address
+        self._on_made = on_made
         self.idle_since = 0.0
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
         self._pool = pool
         self._exchange: Exchange | None = None
-        self._reader: ResponseReader | None = None
-        self._body: Framing | None = None
+        self._reader: tuple[ResponseHead, HeadReader] | None = None
+        self._body: Body | None = None
         self._served = 0
         self._interim = 0
         self._keep_alive = False
@@ -72,7 +78,7 @@ class EngineConnection(asyncio.Protocol):
         self._to_head = head.startswith(b"HEAD ")
         self._exchange = exchange
         self._body = None
-        self._reader = ResponseReader()
+        self._reader = response_reader()
         self._interim = 0
         if len(body) > _JOINED_BYTES:
             self.transport.write(head)
@@ -88,6 +94,7 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._pool.opened(self)
+        self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
@@ -121,39 +128,44 @@ class EngineConnection(asyncio.Protocol):
             self._lose(str(exc) if exc else "the connection was closed")
 
     def _read_head(self, data: bytes) -> None:
-        rest: bytes | None = data
-        while self._body is None and rest:
+        while data:
             assert self._reader is not None
             try:
-                rest = self._reader.feed(rest)
+                head, reader = self._reader
+                rest = reader.feed(data)
                 if rest is None:
                     return
-                head = self._reader.head
-                if head.status < 200:
-                    self._skip_interim(head)
-                    continue
-                headers = ResponseHeaders(head)
-            except BadHead as error:
+                if head.status >= 200:
+                    self._begin(head, rest)
+                    return
+                self._skip_interim(head)
+            except (BadHead, BadFraming) as error:
                 self._lose(f"its answer is not HTTP: {error}")
                 return
-            self._begin(head, headers)
-        if rest and self._exchange is not None:
-            self.data_received(rest)
+            data = rest
 
     def _skip_interim(self, head: ResponseHead) -> None:
         """100 and 103 say that the answer is still to come."""
         self._interim += 1
         if head.status == 101 or self._interim > MAX_INTERIM:
             raise BadHead(f"status {head.status}")
-        self._reader = ResponseReader()
+        self._reader = response_reader()
 
-    def _begin(self, head: ResponseHead, headers: ResponseHeaders) -> None:
-        assert self._exchange is not None
+    def _begin(self, head: ResponseHead, rest: bytes) -> None:
+        """The head and what came with it pass on in one piece."""
+        exchange = self._exchange
+        assert exchange is not None
+        body = _framing(head, to_head=self._to_head)
+        first = b""
+        if body.ended:
+            body.excess = rest
+        elif rest:
+            first = body.feed(rest)
         self._reader = None
         self._keep_alive = head.keep_alive
-        self._body = body = _framing(head, headers, to_head=self._to_head)
-        self._exchange.began(head, headers, body)
-        if body.ended and self._exchange is not None:
+        self._body = body
+        exchange.began(head, body, first)
+        if body.ended:
             self._end()
 
     def _end(self) -> None:
@@ -179,7 +191,7 @@ class EngineConnection(asyncio.Protocol):
     def _lose(self, reason: str) -> None:
         exchange = self._exchange
         assert exchange is not None
-        untouched = self._body is None and self._reader is not None and not self._reader.begun and not self._interim
+        untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim
         self._exchange = None
         self.transport.abort()
         exchange.lost(reason, stale=untouched and self._served > 0)
@@ -196,12 +208,15 @@ class EngineConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
 
-def _framing(head: ResponseHead, headers: ResponseHeaders, *, to_head: bool) -> Framing:
-    """RFC 9112, section 6.3."""
+def _framing(head: ResponseHead, *, to_head: bool) -> Body:
+    """RFC 9112, section 6.3; BadHead where the end of the body cannot be told safely."""
+    encoding, length = head.named.get(names.TRANSFER_ENCODING), head.named.get(names.CONTENT_LENGTH)
+    if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
+        raise BadHead(f"transfer encoding {encoding[:64]!r}, length {length!r}")
+    if length is not None and not length.isdigit():
+        raise BadHead(f"content length {length[:64]!r}")
     if to_head or head.status in (204, 304):
         return SizedBody(0)
-    if headers.chunked:
+    if encoding is not None:
         return ChunkedBody()
-    if headers.content_length is not None:
-        return SizedBody(headers.content_length)
-    return BodyUntilClose()
+    return BodyUntilClose() if length is None else SizedBody(int(length))

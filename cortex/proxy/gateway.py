@@ -103,7 +103,7 @@ class Gateway:
         return ControlRequest(self, client, request, self._control_address)
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
-        request_id = self.request_id(None if request is None else request.headers.request_id)
+        request_id = self.request_id(None if request is None else request.request_id)
         if request is not None and request.path in _INFERENCE:
             self.tally.error(UNKNOWN, UNKNOWN, error.code)
             self.tally.request(UNKNOWN, UNKNOWN, error.status, self.now() - request.received, None)

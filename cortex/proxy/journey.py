@@ -56,8 +56,8 @@ class Journey:
         self._gateway = gateway
         self._client = client
         self._request = request
-        self._request_id = gateway.request_id(request.headers.request_id)
-        self._caller = gateway.callers.identify(request.headers)
+        self._request_id = gateway.request_id(request.request_id)
+        self._caller = gateway.callers.identify(request.shown_key)
         self._model_id = UNKNOWN
         self._known = False
         self._node = UNKNOWN
@@ -71,7 +71,7 @@ class Journey:
     def begin(self) -> None:
         request, control = self._request, self._gateway.control
         try:
-            field = find_model(request.body, request.headers.content_type.decode("latin-1"))
+            field = find_model(request.body, request.content_type.decode("latin-1"))
         except ServiceError as error:
             self._refuse(error)
             return
@@ -159,7 +159,7 @@ class Journey:
             self,
             address=address,
             head=request.head_for(host, prefix, request_id, credentials),
-            extra=b"x-request-id: %b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b\r\n"
+            extra=b"x-request-id: %b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
             % (request_id, replica.node.encode(), b"true" if self._cold else b"false"),
         )
         relay.start()
@@ -209,8 +209,8 @@ class Journey:
 
 
 @lru_cache(maxsize=4096)
-def _target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, bytes]:
+def _target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, tuple[bytes, ...]]:
     """(address, Host header, path prefix, credentials) of an engine."""
     address, prefix = parse_url(url)
-    credentials = b"" if api_key is None else b"authorization: Bearer %b\r\n" % api_key.encode()
+    credentials = () if api_key is None else (b"authorization: Bearer " + api_key.encode(),)
     return address, address.authority, prefix, credentials

@@ -80,37 +80,37 @@ class EnginePool:
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(_SWEEP_SECS, self._sweep)
 
-    async def connect(self, address: Address) -> EngineConnection:
-        """A new connection.
+    async def connect(self, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
+        """Opens a new connection, which `on_made` is called with.
 
         Raises:
             OSError: there is none to be had (asyncio.TimeoutError: within CONNECT_TIMEOUT_SECS).
         """
 
         def factory() -> EngineConnection:
-            return EngineConnection(self, address)
+            return EngineConnection(self, address, on_made)
 
         async with timeout(CONNECT_TIMEOUT_SECS):
-            if not address.port:
-                return await self._connect_unix(address, factory)
-            return await self._connect_tcp(address, factory)
+            if address.port:
+                await self._connect_tcp(address, factory)
+            else:
+                await self._connect_unix(address, factory)
 
-    async def _connect_unix(self, address: Address, factory: Callable[[], EngineConnection]) -> EngineConnection:
+    async def _connect_unix(self, address: Address, factory: Callable[[], EngineConnection]) -> None:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
             sock.connect(address.host)  # at once, or it fails because the other side's backlog is full
-            _, connection = await self._loop.create_unix_connection(factory, sock=sock)
+            await self._loop.create_unix_connection(factory, sock=sock)
         except BaseException:
             sock.close()
             raise
-        return connection
 
-    async def _connect_tcp(self, address: Address, factory: Callable[[], EngineConnection]) -> EngineConnection:
+    async def _connect_tcp(self, address: Address, factory: Callable[[], EngineConnection]) -> None:
         failure: OSError | None = None
         for host in await self._resolve(address.host, address.port):
             try:
-                _, connection = await self._loop.create_connection(
+                await self._loop.create_connection(
                     factory,
                     host,
                     address.port,
@@ -120,7 +120,7 @@ class EnginePool:
             except OSError as error:
                 failure = error
             else:
-                return connection
+                return
         raise failure or OSError(f"{address.host} has no address")
 
     def opened(self, connection: EngineConnection) -> None:

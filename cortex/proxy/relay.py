@@ -8,10 +8,10 @@ import time
 from typing import Protocol
 
 from cortex.front.client import ClientConnection
-from cortex.http1.framing import BodyUntilClose, ChunkedBody, Framing, SizedBody
+from cortex.http1 import names
+from cortex.http1.framing import BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import ResponseHead
-from cortex.proxy.engine import EngineConnection
-from cortex.proxy.headers import ResponseHeaders
+from cortex.proxy.engine import Body, EngineConnection
 from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.request import Request
 from cortex.proxy.usage import Usage, UsageTail
@@ -32,6 +32,7 @@ class Relay:
     """Implements `engine.Exchange`. `status` is 0 until the answer's head has come; times are monotonic seconds."""
 
     __slots__ = (
+        "_abandoned",
         "_address",
         "_body",
         "_client",
@@ -72,10 +73,11 @@ class Relay:
         self._extra = extra
         self._connection: EngineConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._body: Framing | None = None
+        self._body: Body | None = None
         self._unpacked: ChunkedBody | None = None
         self._tail = UsageTail()
         self._events = False
+        self._abandoned = False
         self.status = 0
         self.first_byte_at: float | None = None
         self.sent_bytes = 0
@@ -90,6 +92,7 @@ class Relay:
 
     def abandon(self) -> None:
         """The client has left."""
+        self._abandoned = True
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -109,35 +112,44 @@ class Relay:
         """The engine's last word on tokens, None without one."""
         return self._tail.usage()
 
-    def began(self, head: ResponseHead, headers: ResponseHeaders, body: Framing) -> None:
-        client, request = self._client, self._request
+    def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        client, request, named = self._client, self._request, head.named
         self.first_byte_at = time.monotonic()
         self.status = head.status
         self._body = body
         self._head = b""
-        request.body = b""  # it can be sent nowhere else now
+        request.forget()
+        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self._extra]
+        content_type = named.get(names.CONTENT_TYPE)
+        if content_type is not None:
+            lines.append(b"content-type: " + content_type)
+        packing = named.get(names.CONTENT_ENCODING)
+        if packing is not None:
+            lines.append(b"content-encoding: " + packing)
         keep_alive = request.keep_alive and not client.draining
-        framing = b""
-        if isinstance(body, ChunkedBody):
-            if request.version == "1.1":
-                framing = b"transfer-encoding: chunked\r\n"
+        if isinstance(body, SizedBody):
+            if names.CONTENT_LENGTH in named:
+                lines.append(b"content-length: " + named[names.CONTENT_LENGTH])
+        else:
+            self._events = packing is None and content_type is not None and _is_event_stream(content_type)
+            if isinstance(body, BodyUntilClose):
+                keep_alive = False
+            elif request.modern:
+                lines.append(b"transfer-encoding: chunked")
             else:
-                body.payload = []
+                first = body.start_unpacking(first)
                 self._unpacked = body
                 keep_alive = False
-        elif headers.content_length is not None:
-            framing = b"content-length: %d\r\n" % headers.content_length
-        if isinstance(body, BodyUntilClose):
-            keep_alive = False
         request.keep_alive = keep_alive
         if not keep_alive:
-            framing += b"connection: close\r\n"
-        elif request.version == "1.0":
-            framing += b"connection: keep-alive\r\n"
-        self._events = headers.event_stream and not headers.compressed and not isinstance(body, SizedBody)
-        client.transport.write(
-            b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (head.status, head.reason, headers.passed, self._extra, framing)
-        )
+            lines.append(b"connection: close")
+        elif not request.modern:
+            lines.append(b"connection: keep-alive")
+        lines += (b"", first)
+        if first:
+            self.sent_bytes = len(first)
+            self._tail.feed(first)
+        client.transport.write(b"\r\n".join(lines))
 
     def passed(self, data: bytes) -> None:
         if self._unpacked is not None:
@@ -163,19 +175,20 @@ class Relay:
             self._listener.done()
 
     def _connect(self) -> None:
-        self._connecting = asyncio.get_running_loop().create_task(self._connect_and_send())
+        self._connecting = asyncio.get_running_loop().create_task(self._open())
 
-    async def _connect_and_send(self) -> None:
+    async def _open(self) -> None:
         try:
-            connection = await self._pool.connect(self._address)
+            await self._pool.connect(self._address, self._send)
         except (OSError, asyncio.TimeoutError) as error:
             self._connecting = None
             self._listener.unreachable(str(error) or type(error).__name__)
-            return
-        self._connecting = None
-        self._send(connection)
 
     def _send(self, connection: EngineConnection) -> None:
+        self._connecting = None
+        if self._abandoned:
+            connection.abandon()
+            return
         self._connection = connection
         connection.send(self, self._head, self._request.body)
 
@@ -196,3 +209,7 @@ class Relay:
         if is_anthropic_path(self._request.path):
             return f"\n\nevent: error\ndata: {json.dumps(error.anthropic_body())}\n\n".encode()
         return f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+
+
+def _is_event_stream(content_type: bytes) -> bool:
+    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"

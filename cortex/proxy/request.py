@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from urllib.parse import unquote_to_bytes
 
+from cortex.http1 import names
 from cortex.http1.heads import BadHead, RequestHead
-from cortex.proxy.headers import RequestHeaders
 
+_VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 _AUTHORITY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Request:
-    """A whole request: head, headers and, once it has come, its body.
+    """A whole request: its head and, once it has come, its body.
 
     `target` is path and query as they came, without scheme and authority; `path` is without the query and unquoted.
+    `content_length` is None for a chunked body; `modern` means HTTP/1.1.
     """
 
-    __slots__ = ("body", "headers", "keep_alive", "method", "path", "peer", "received", "target", "version")
+    __slots__ = (
+        "_named",
+        "_passed",
+        "body",
+        "content_length",
+        "content_type",
+        "keep_alive",
+        "method",
+        "modern",
+        "path",
+        "peer",
+        "received",
+        "target",
+    )
 
     def __init__(self, head: RequestHead, *, peer: str, received: float) -> None:
         """`received` is monotonic seconds.
@@ -25,45 +41,113 @@ class Request:
         Raises:
             BadHead: the head is well-formed and yet not to be served.
         """
-        if head.version not in ("1.0", "1.1"):
-            raise BadHead(f"HTTP/{head.version} is not spoken here", 505)
-        self.headers = RequestHeaders(head)
+        version, named = head.version, head.named
+        if version not in _VERSIONS:
+            raise BadHead(f"{version.decode()} is not spoken here", 505)
+        self._named = named
+        self._passed = head.passed
         self.method = head.method
-        self.version = head.version
+        self.modern = modern = version == b"HTTP/1.1"
         self.keep_alive = head.keep_alive
         self.peer = peer
         self.received = received
         self.body = b""
-        self.target = target = _path_of(head)
+        self.content_type = named.get(names.CONTENT_TYPE, b"")
+        self.content_length = _content_length(named, modern=modern)
+        if names.HOST not in named:
+            if modern:
+                raise BadHead("a request has a Host header")
+        elif b"," in named[names.HOST]:
+            raise BadHead("a request has one Host header")
+        target = head.target
+        if target[:1] != b"/":
+            target = _path_of(head)
+        self.target = target
         path = target.partition(b"?")[0]
         self.path = unquote_to_bytes(path) if b"%" in path else path
 
-    def head_for(self, host: bytes, prefix: bytes, request_id: bytes, credentials: bytes) -> bytes:
-        """The head of this request for an engine at `host`, below the path `prefix`. `credentials` are whole header
-        lines."""
-        headers = self.headers
-        given = headers.forwarded_for
-        forwarded = self.peer.encode("ascii", "replace") if given is None else b"%b, %b" % (given, self.peer.encode())
-        return (
-            b"%b %b%b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nx-forwarded-for: %b\r\n%b%b\r\n"
-            % (
-                self.method,
-                prefix,
-                self.target,
-                host,
-                len(self.body),
-                request_id,
-                forwarded,
-                credentials,
-                headers.passed,
-            )
+    @property
+    def request_id(self) -> bytes | None:
+        """The caller's `x-request-id`, whatever it is."""
+        return self._named.get(names.REQUEST_ID)
+
+    @property
+    def content_encoding(self) -> bytes | None:
+        return self._named.get(names.CONTENT_ENCODING)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Raises BadHead for any other expectation."""
+        expected = self._named.get(names.EXPECT)
+        if expected is not None and expected.lower() != b"100-continue":
+            raise BadHead("of the expectations only '100-continue' is understood", 417)
+        return expected is not None
+
+    @property
+    def shown_key(self) -> bytes | None:
+        """The key of `Authorization: Bearer`, or of Anthropic's `x-api-key`; None when neither is there."""
+        given = self._named.get(names.AUTHORIZATION)
+        if given is not None and given[:7].lower() == b"bearer ":
+            return given[7:].strip() or None
+        return self._named.get(names.API_KEY)
+
+    @property
+    def credentials(self) -> list[bytes]:
+        """The header lines with which the client shows who it is: cortex's business, and none of an engine."""
+        shown = (
+            (b"authorization: ", names.AUTHORIZATION),
+            (b"x-api-key: ", names.API_KEY),
+            (b"cookie: ", names.COOKIE),
         )
+        return [name + self._named[kind] for name, kind in shown if kind in self._named]
+
+    def head_for(self, host: bytes, prefix: bytes, request_id: bytes, credentials: Iterable[bytes]) -> bytes:
+        """The head of this request for an engine at `host`, below the path `prefix`. `credentials` are header
+        lines."""
+        forwarded = self.peer.encode("ascii", "replace")
+        given = self._named.get(names.FORWARDED_FOR)
+        if given is not None:
+            forwarded = b"%b, %b" % (given, forwarded)
+        lines = [
+            b"%b %b%b HTTP/1.1" % (self.method, prefix, self.target),
+            b"host: " + host,
+            *self._passed,
+            b"content-length: %d" % len(self.body),
+            b"x-request-id: " + request_id,
+            b"x-forwarded-for: " + forwarded,
+            *credentials,
+        ]
+        if self.content_type:
+            lines.append(b"content-type: " + self.content_type)
+        lines += (b"", b"")
+        return b"\r\n".join(lines)
+
+    def forget(self) -> None:
+        """Lets go of what only sending needs: from now on this request is sent nowhere any more."""
+        self.body = b""
+        self._passed = []
+        self._named = {}
+
+
+def _content_length(named: dict[int, bytes], *, modern: bool) -> int | None:
+    """The body's length, 0 without one, None for a chunked one. llhttp has refused what is no number, and both."""
+    encoding, length = named.get(names.TRANSFER_ENCODING), named.get(names.CONTENT_LENGTH)
+    if encoding is None:
+        if length is None:
+            return 0
+        if not length.isdigit():
+            raise BadHead("Content-Length must be one number")
+        return int(length)
+    if encoding.lower() != b"chunked":
+        raise BadHead("of the transfer encodings only 'chunked' is understood", 501)
+    if length is not None or not modern:
+        raise BadHead("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0")
+    return None
 
 
 def _path_of(head: RequestHead) -> bytes:
+    """A target that does not begin with its path."""
     target = head.target
-    if target[:1] == b"/":
-        return target
     match = _AUTHORITY.match(target)
     if match is not None:  # a request line may hold a whole URL
         rest = target[match.end() :]
