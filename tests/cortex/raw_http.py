@@ -10,7 +10,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import urlsplit
 
 from shared.tasks import timeout
@@ -73,9 +73,8 @@ class Wire(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.writer = asyncio.StreamWriter(transport, self, self.incoming, asyncio.get_running_loop())
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by name
+        self.writer = asyncio.StreamWriter(self.transport, self, self.incoming, asyncio.get_running_loop())
         self.sock: socket.socket = transport.get_extra_info("socket")
         self.addresses = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         if self.connected is not None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -173,7 +172,7 @@ def leave(client: RawClient, how: str) -> None:
     elif how == "fin":
         client.close()
     else:
-        client.sock.shutdown(socket.SHUT_WR)
+        client.writer.write_eof()
 
 
 async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
