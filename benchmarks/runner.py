@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.cases.case import Case, Measured, Subject
 from benchmarks.contenders.contender import Contender, ContenderUnavailable
+from benchmarks.contenders.direct import DIRECT
 from benchmarks.contenders.process import Runner, Running, end, free_port, start
 from benchmarks.results import Results
 
@@ -109,7 +110,12 @@ class Bench:
                 entry.running = await entry.runner.started()
             running = entry.running
             subject = Subject(
-                running.port, engine_port, running.tree, slowness=entry.contender.slowness, quick=self.quick
+                running.port,
+                engine_port,
+                running.port if entry.contender is DIRECT else engine_port,
+                running.tree,
+                slowness=entry.contender.slowness,
+                quick=self.quick,
             )
             measured = await asyncio.wait_for(case.measure(subject), _MEASUREMENT_SECS)
         except (ContenderUnavailable, OSError, asyncio.TimeoutError) as error:

@@ -20,10 +20,12 @@ TIMEOUT_SECS = 150.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A contender that serves on `port`. Its work is divided by `slowness`; `quick` divides it for everybody."""
+    """A contender that serves on `port`. The engine that answers listens on `answering_port`: `engine_port`,
+    unless the contender is an engine itself. Its work is divided by `slowness`; `quick` divides it for everybody."""
 
     port: int
     engine_port: int
+    answering_port: int
     tree: ProcessTree
     slowness: int = 1
     quick: bool = False
@@ -87,6 +89,7 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
     await asyncio.sleep(0.05)  # what came before shall be over
     with no_collections():
         cpus = tree.cpus()
+        tree.forget_peak()
         all_busy = busy_secs(cpus)
         cpu, began = tree.cpu_ns(), time.perf_counter()
         async with tree.watched():
@@ -95,7 +98,7 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
         span.cpu_ns = tree.cpu_ns() - cpu
         others = busy_secs(cpus) - all_busy - span.cpu_ns / 1e9
         span.foreign = max(0.0, others / span.wall_secs)
-        span.peak_rss_bytes = tree.peak_rss_bytes
+        span.peak_rss_bytes = tree.peak_rss_bytes()
 
 
 def noted(tally: Tally, figures: dict[str, float]) -> Measured:

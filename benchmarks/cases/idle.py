@@ -40,7 +40,7 @@ async def _idle(subject: Subject) -> Measured:
         grown = subject.tree.rss_bytes() - before
         figures["kib_per_stream"] = grown / 1024 / count
         figures["rss_mib"] = (grown + before) / (1 << 20)
-        await release(subject.engine_port)
+        await release(subject.answering_port)
 
     with no_collections():
         tally = await hold_open(

@@ -38,11 +38,11 @@ async def _plain(subject: Subject) -> Measured:
 
 
 async def _saturation(subject: Subject) -> Measured:
-    secs = 1.5 if subject.quick else 4.0
+    secs = 2 if subject.quick else 4  # wrk counts whole ones only
     wrk = shutil.which("wrk")
     if wrk is None or subject.slowness > 1:
         return await _saturated_by_us(subject, secs)
-    await _wrk(wrk, subject.port, 0.5)
+    await _wrk(wrk, subject.port, 1)
     async with spanned(subject.tree) as span:
         per_second, faults = await _wrk(wrk, subject.port, secs)
     figures = {
@@ -57,7 +57,7 @@ async def _saturation(subject: Subject) -> Measured:
     return measured
 
 
-async def _saturated_by_us(subject: Subject, secs: float) -> Measured:
+async def _saturated_by_us(subject: Subject, secs: int) -> Measured:
     wish = Wish()
     request = chat_request(subject.port, wish)
     async with Pool(subject.port, SATURATING) as pool:
@@ -77,13 +77,12 @@ async def _saturated_by_us(subject: Subject, secs: float) -> Measured:
     return noted(tally, figures)
 
 
-async def _wrk(program: str, port: int, secs: float) -> tuple[float, int]:
-    """Requests a second, and the number of answers that were no success. wrk inherits our CPUs and counts whole
-    seconds only, so the rate is its count over its own duration."""
+async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:
+    """Requests a second, and the number of answers that were no success. wrk inherits our CPUs."""
     request = chat_request(port, Wish())
     head, _, body = request.partition(b"\r\n\r\n")
     headers = [line.decode() for line in head.split(b"\r\n")[1:] if not line.lower().startswith(b"content-length")]
-    command = [program, "-t1", f"-c{SATURATING}", f"-d{max(1, round(secs))}s", "-s", str(_WRK_SCRIPT)]
+    command = [program, "-t1", f"-c{SATURATING}", f"-d{secs}s", "-s", str(_WRK_SCRIPT)]
     for header in headers:
         command += ["-H", header]
     process = await asyncio.create_subprocess_exec(

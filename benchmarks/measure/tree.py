@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from tests.processes import descendants
 
 _SAMPLE_SECS = 0.25
+_PEAK = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -25,7 +27,6 @@ class ProcessTree:
     def __init__(self, root: int) -> None:
         self._root = root
         self._known: dict[tuple[int, int], int] = {}
-        self.peak_rss_bytes = 0
 
     def pids(self) -> set[int]:
         """The processes that run now."""
@@ -57,19 +58,31 @@ class ProcessTree:
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 total += int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * _PAGE_BYTES
-        self.peak_rss_bytes = max(self.peak_rss_bytes, total)
+        return total
+
+    def forget_peak(self) -> None:
+        """Lets the peak of memory begin anew with what is resident now (`man 5 proc`, clear_refs)."""
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+
+    def peak_rss_bytes(self) -> int:
+        """The peaks of all processes that run now, summed."""
+        total = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                found = _PEAK.search(Path(f"/proc/{pid}/status").read_bytes())
+                total += int(found[1]) * 1024 if found else 0
         return total
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Inside the body the tree is read again and again, for what ends meanwhile and for the peak of memory."""
-        self.peak_rss_bytes = self.rss_bytes()
+        """Inside the body the tree is read again and again, for what ends meanwhile."""
 
         async def watch() -> None:
             while True:
                 await asyncio.sleep(_SAMPLE_SECS)
                 self.cpu_ns()
-                self.rss_bytes()
 
         task = asyncio.ensure_future(watch())
         try:
