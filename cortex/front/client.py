@@ -6,16 +6,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from enum import Enum, auto
+from time import monotonic
 from typing import Protocol, cast
 
 from cortex.front.answers import CONTINUE, error_answer
 from cortex.front.connections import Connections
+from cortex.front.incoming import IncomingBody
 from cortex.front.unpack import unpack
-from cortex.http1.framing import BadFraming, ChunkedBody, SizedBody
 from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.proxy.request import Request
-from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, is_anthropic_path
+from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
 HEAD_TIMEOUT_SECS = 60.0
 """From a head's first byte to its end."""
@@ -56,22 +56,19 @@ class Gateway(Protocol):
     max_body_bytes: int
     draining: bool
 
-    def now(self) -> float:
-        """Monotonic seconds."""
-
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         """Notes a request that was refused before it was whole; gives it an id."""
 
     def handle(self, client: ClientConnection, request: Request) -> Handling: ...
 
 
-class _State(Enum):
-    IDLE = auto()
-    HEAD = auto()
-    BODY = auto()
-    WORKING = auto()
-    LINGERING = auto()  # refused: what still comes is thrown away
-    CLOSING = auto()
+# What a connection does. Plain numbers: an Enum's members cost more to look up than the rest of a step.
+_IDLE = 0
+_HEAD = 1
+_BODY = 2
+_WORKING = 3
+_LINGERING = 4  # refused, or sent too far ahead: what still comes is thrown away
+_CLOSING = 5
 
 
 class ClientConnection(asyncio.Protocol):
@@ -79,15 +76,12 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_body",
         "_connections",
-        "_framing",
         "_gateway",
         "_handling",
-        "_held_back",
-        "_pieces",
         "_reader",
         "_request",
-        "_size",
         "_state",
         "deadline",
         "peer",
@@ -98,14 +92,11 @@ class ClientConnection(asyncio.Protocol):
         """`connections` is the front's: this one is in it as long as it lives."""
         self._gateway = gateway
         self._connections = connections
-        self._state = _State.IDLE
+        self._state = _IDLE
         self._reader: tuple[RequestHead, HeadReader] | None = None
         self._request: Request | None = None
-        self._framing: SizedBody | ChunkedBody | None = None
-        self._pieces: list[bytes] = []
-        self._size = 0
+        self._body: IncomingBody | None = None
         self._ahead = b""
-        self._held_back = False
         self._handling: Handling | None = None
         self.deadline = 0.0
         self.peer = ""
@@ -118,22 +109,22 @@ class ClientConnection(asyncio.Protocol):
     @property
     def working(self) -> bool:
         """A request has begun and its answer is not finished."""
-        return self._state in (_State.HEAD, _State.BODY, _State.WORKING)
+        return self._state in (_HEAD, _BODY, _WORKING)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
-        self.deadline = self._gateway.now() + KEEP_ALIVE_SECS
+        self.deadline = monotonic() + KEEP_ALIVE_SECS
         self._connections.opened(self)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
-        if state is _State.IDLE or state is _State.HEAD:
+        if state <= _HEAD:
             self._read_head(data)
-        elif state is _State.BODY:
+        elif state == _BODY:
             self._read_body(data)
-        elif state is _State.WORKING:
+        elif state == _WORKING:
             self._keep(data)
 
     def eof_received(self) -> None:
@@ -143,7 +134,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.closed(self)
-        self._state = _State.CLOSING
+        self._state = _CLOSING
         handling, self._handling = self._handling, None
         if handling is not None:
             handling.abandon()
@@ -167,8 +158,8 @@ class ClientConnection(asyncio.Protocol):
         if self._ahead:  # later, so that a row of them does not nest; what comes meanwhile goes behind them
             asyncio.get_running_loop().call_soon(self._go_on)
             return
-        self._state = _State.IDLE
-        self.deadline = self._gateway.now() + KEEP_ALIVE_SECS
+        self._state = _IDLE
+        self.deadline = monotonic() + KEEP_ALIVE_SECS
 
     def refuse(self, error: ServiceError, request_id: str) -> None:
         """Answers the request that is being worked on with an error."""
@@ -181,9 +172,9 @@ class ClientConnection(asyncio.Protocol):
 
     def expired(self) -> None:
         """The deadline has passed."""
-        if self._state in (_State.HEAD, _State.BODY):
+        if self._state in (_HEAD, _BODY):
             self._reject(_with_status(InvalidRequest("the request did not come in time"), 408))
-        elif self._state is _State.IDLE:
+        elif self._state == _IDLE:
             self.close()
         else:
             self.transport.abort()
@@ -191,15 +182,21 @@ class ClientConnection(asyncio.Protocol):
     def cut(self) -> None:
         """Ends the connection by a reset: for an answer whose end is the connection's, a mere close would be a clean
         end."""
-        self._state = _State.CLOSING
+        self._state = _CLOSING
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
     def close(self) -> None:
         """Closes as soon as everything is sent."""
-        self._state = _State.CLOSING
-        self.deadline = self._gateway.now() + CLOSING_SECS
+        self._state = _CLOSING
+        self.deadline = monotonic() + CLOSING_SECS
         self.transport.close()
+
+    def _linger(self) -> None:
+        """Ends our side and waits for the client to end its own: closing while it sends would destroy what we sent."""
+        self._state = _LINGERING
+        self.deadline = monotonic() + LINGER_SECS
+        self.transport.write_eof()
 
     def _read_head(self, data: bytes) -> None:
         reader = self._reader
@@ -214,61 +211,56 @@ class ClientConnection(asyncio.Protocol):
             if rest is None:
                 if self._reader is None:
                     self._reader = reader
-                    self._state = _State.HEAD
-                    self.deadline = self._gateway.now() + HEAD_TIMEOUT_SECS
+                    self._state = _HEAD
+                    self.deadline = monotonic() + HEAD_TIMEOUT_SECS
                 return
             self._reader = None
-            self._request = request = Request(reader[0], peer=self.peer, received=self._gateway.now())
-            waits = request.expects_continue
+            self._request = request = Request(reader[0], peer=self.peer, received=monotonic())
+            request.check_expectation()
         except BadHead as error:
             self._reject(_with_status(InvalidRequest(str(error)), error.status))
             return
         length = request.content_length
-        if length == 0:
-            self._ahead = rest
-            self._complete()
-            return
-        if length is None:
-            self._framing = ChunkedBody(unpack=True)
-        elif length == len(rest):
+        if length == len(rest):  # as mostly: it came with its head, or there is none
             request.body = rest
             self._complete()
-            return
-        elif length <= self._gateway.max_body_bytes:
-            self._framing = SizedBody(length)
+        elif length == 0:
+            self._ahead = rest
+            self._complete()
         else:
-            self._reject(self._too_large())
+            self._begin_body(length, rest)
+
+    def _begin_body(self, length: int | None, rest: bytes) -> None:
+        request = self._request
+        assert request is not None
+        try:
+            self._body = IncomingBody(length, self._gateway.max_body_bytes)
+        except ServiceError as error:
+            self._reject(error)
             return
-        self._state = _State.BODY
-        self.deadline = self._gateway.now() + BODY_TIMEOUT_SECS
+        self._state = _BODY
+        self.deadline = monotonic() + BODY_TIMEOUT_SECS
         if rest:
             self._read_body(rest)
-        elif waits:
+        elif request.expects_continue:
             self.transport.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
-        framing = self._framing
-        assert framing is not None
+        request, body = self._request, self._body
+        assert request is not None
+        assert body is not None
         try:
-            data = framing.feed(data)
-        except BadFraming as error:
-            self._reject(InvalidRequest(f"the body cannot be read: {error}"))
+            rest = body.feed(data)
+        except ServiceError as error:
+            self._reject(error)
             return
-        if isinstance(framing, ChunkedBody):
-            data = framing.take()
-        if data:
-            self._pieces.append(data)
-            self._size += len(data)
-        if self._size > self._gateway.max_body_bytes:  # one of a known length was measured by its head
-            self._reject(self._too_large())
-        elif framing.ended:
-            assert self._request is not None
-            self._request.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self._ahead = framing.excess
-            self._forget_body()
-            self._complete()
-        else:
-            self.deadline = self._gateway.now() + BODY_TIMEOUT_SECS
+        if rest is None:
+            self.deadline = monotonic() + BODY_TIMEOUT_SECS
+            return
+        request.body = body.whole()
+        self._body = None
+        self._ahead = rest
+        self._complete()
 
     def _complete(self) -> None:
         request = self._request
@@ -280,27 +272,26 @@ class ClientConnection(asyncio.Protocol):
             except ServiceError as error:
                 self._reject(error)
                 return
-        self._state = _State.WORKING
+        self._state = _WORKING
         self.deadline = 0.0
         self._handling = handling = self._gateway.handle(self, request)
         handling.begin()
 
     def _keep(self, data: bytes) -> None:
-        """A request that came before its turn."""
-        self._ahead += data
-        if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
-            self._held_back = True
-            self.transport.pause_reading()
+        """A request that came before its turn. Reading goes on, as only that tells when the client leaves; one that has
+        sent too much ahead gets no further answer than the present."""
+        request = self._request
+        if request is not None and request.keep_alive:
+            self._ahead += data
+            if len(self._ahead) > MAX_AHEAD_BYTES:
+                request.keep_alive = False
+                self._ahead = b""
 
     def _go_on(self) -> None:
-        if self._state is not _State.WORKING:  # the connection was lost meanwhile
-            return
-        if self._held_back:
-            self._held_back = False
-            self.transport.resume_reading()
-        ahead, self._ahead = self._ahead, b""
-        self._state = _State.IDLE
-        self.data_received(ahead)
+        if self._state == _WORKING:  # else the connection was lost meanwhile
+            ahead, self._ahead = self._ahead, b""
+            self._state = _IDLE
+            self.data_received(ahead)
 
     def _reject(self, error: ServiceError) -> None:
         """Answers a request that cannot be read to its end, and ends the connection: where the next one would begin is
@@ -309,19 +300,8 @@ class ClientConnection(asyncio.Protocol):
         request_id = self._gateway.rejected(request, error)
         anthropic = request is not None and is_anthropic_path(request.path)
         self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
-        self.transport.write_eof()
-        self._state = _State.LINGERING
-        self.deadline = self._gateway.now() + LINGER_SECS
-        self._reader = self._request = None
-        self._forget_body()
-
-    def _forget_body(self) -> None:
-        self._framing = None
-        self._pieces = []
-        self._size = 0
-
-    def _too_large(self) -> RequestTooLarge:
-        return RequestTooLarge(f"the request body is larger than {self._gateway.max_body_bytes} bytes")
+        self._linger()
+        self._reader = self._request = self._body = None
 
 
 def _with_status(error: ServiceError, status: int) -> ServiceError:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from cortex.front.client import ClientConnection, Gateway
@@ -43,7 +44,7 @@ async def accepting(
 async def _sweep(gateway: Gateway, connections: Connections) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECS)
-        now = gateway.now()
+        now = time.monotonic()
         for connection in list(connections):
             if 0 < connection.deadline < now:
                 connection.expired()

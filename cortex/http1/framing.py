@@ -17,8 +17,8 @@ MAX_PADDING = 65536
 
 # Strict: Python's int() would take signs, blanks, underscores and 0x as well.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\x00]*)?")
-# Nearly every chunk of a stream is a small one: its size is looked up instead of parsed.
-_SMALL = {b"%x" % size: size for size in range(1, 4096)}
+SMALL = {b"%x" % size: size for size in range(1, 4096)}
+"""Nearly every chunk of a stream is a small one: its size is looked up instead of parsed."""
 
 
 class BadFraming(Exception):
@@ -95,7 +95,7 @@ class ChunkedBody:
             if line_end < 0:
                 return self._cut_in_line(data, position)
             token = data[position:line_end]
-            length = _SMALL.get(token) or _chunk_size(token)
+            length = SMALL.get(token) or _chunk_size(token)
             if length == 0:
                 return self._last_chunk(data, position, line_end)
             start = line_end + 2
@@ -107,6 +107,11 @@ class ChunkedBody:
         again.feed(fed)
         self.payload = []
         return again.take()
+
+    @property
+    def between(self) -> bool:
+        """The next byte begins a chunk, and nothing is held back."""
+        return not self._left and not self._held and not self.ended
 
     def take(self) -> bytes:
         """The contents collected since the last call."""

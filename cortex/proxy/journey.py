@@ -94,6 +94,7 @@ class Journey:
             relay.abandon()
         self._leave()
         self._account(LEFT if relay is None or not relay.status else relay.status)
+        self._relay = None
 
     def pause(self) -> None:
         if self._relay is not None:
@@ -120,6 +121,7 @@ class Journey:
         assert relay is not None
         self._leave()
         self._account(relay.status)
+        self._relay = None  # the two know each other: without this only the garbage collector would find them
         self._client.finished()
 
     def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:

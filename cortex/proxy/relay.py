@@ -93,6 +93,7 @@ class Relay:
     def abandon(self) -> None:
         """The client has left."""
         self._abandoned = True
+        self._count()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -150,6 +151,9 @@ class Relay:
             self.sent_bytes = len(first)
             self._tail.feed(first)
         client.transport.write(b"\r\n".join(lines))
+        if isinstance(body, ChunkedBody) and self._unpacked is None and not body.ended:
+            assert self._connection is not None
+            self._connection.pass_straight(client.transport.write, self._tail)
 
     def passed(self, data: bytes) -> None:
         if self._unpacked is not None:
@@ -159,10 +163,12 @@ class Relay:
         self._client.transport.write(data)
 
     def ended(self) -> None:
+        self._count()
         self._connection = None
         self._listener.done()
 
     def lost(self, reason: str, *, stale: bool) -> None:
+        self._count()
         self._connection = None
         if stale:
             # Closed by the engine at this very moment, as it may any idle connection: once more, on a new one.
@@ -173,6 +179,11 @@ class Relay:
             self.lost_because = reason
             self._tell_of_loss(reason)
             self._listener.done()
+
+    def _count(self) -> None:
+        """Adds what went straight from the connection to the client."""
+        if self._connection is not None:
+            self.sent_bytes += self._connection.passed_bytes
 
     def _connect(self) -> None:
         self._connecting = asyncio.get_running_loop().create_task(self._open())

@@ -77,11 +77,14 @@ class Request:
 
     @property
     def expects_continue(self) -> bool:
-        """Raises BadHead for any other expectation."""
+        """The client waits for a word before it sends the body."""
+        return names.EXPECT in self._named
+
+    def check_expectation(self) -> None:
+        """Raises BadHead when more is expected than a word before the body."""
         expected = self._named.get(names.EXPECT)
         if expected is not None and expected.lower() != b"100-continue":
             raise BadHead("of the expectations only '100-continue' is understood", 417)
-        return expected is not None
 
     @property
     def shown_key(self) -> bytes | None:

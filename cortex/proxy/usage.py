@@ -17,8 +17,8 @@ plain answer): then it is not found."""
 HEAD_BYTES = 512
 """Of the beginning of an answer longer than what is kept: vLLM's reranking has `usage` before its results."""
 
-_MOST_CHUNKS = 16
-_LARGE_CHUNK_BYTES = 512
+MOST_CHUNKS = 16
+LARGE_CHUNK_BYTES = 512
 # Together they bound what is kept of a stream to 10 KiB; with the usual chunk of 190 bytes it is 4 KiB on average.
 
 _ATTEMPTS = 8
@@ -46,34 +46,38 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 class UsageTail:
     """Keeps the last 2 KiB of an answer, and of a longer one the first 512 bytes.
 
-    A few chunks are kept as they came and then joined: adding each to a bytearray costs a realloc each time.
+    A few chunks are kept as they came and then joined: adding each to a bytearray costs a realloc each time. `chunks`
+    is for the one place where even a call is too much: what is added there has to be joined when MOST_CHUNKS is passed.
     """
 
-    __slots__ = ("_chunks", "_head")
+    __slots__ = ("_head", "chunks")
 
     def __init__(self) -> None:
-        self._chunks: list[bytes] = []
+        self.chunks: list[bytes] = []
         self._head = b""
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the answer's body; the framing of a chunked one may be among them."""
-        chunks = self._chunks
+        chunks = self.chunks
         chunks.append(chunk)
-        if len(chunks) > _MOST_CHUNKS or len(chunk) > _LARGE_CHUNK_BYTES:
-            self._join(chunk)
+        if len(chunks) > MOST_CHUNKS or len(chunk) > LARGE_CHUNK_BYTES:
+            self.join()
 
     def usage(self) -> Usage | None:
         """The last `usage` object seen, None when there is none."""
-        found = find_usage(b"".join(self._chunks))
+        found = find_usage(b"".join(self.chunks))
         return find_usage(self._head) if found is None else found
 
-    def _join(self, chunk: bytes) -> None:
+    def join(self) -> None:
+        """Makes one of the chunks, and forgets what is not kept of them."""
+        chunks = self.chunks
+        chunk = chunks[-1]
         if len(chunk) > KEPT_BYTES:  # only its ends are copied
-            self._chunks[-1:] = (chunk[:HEAD_BYTES], chunk[-KEPT_BYTES:])
-        known = b"".join(self._chunks)
+            chunks[-1:] = (chunk[:HEAD_BYTES], chunk[-KEPT_BYTES:])
+        known = b"".join(chunks)
         if len(self._head) < HEAD_BYTES:
             self._head = known[:HEAD_BYTES]
-        self._chunks = [known[-KEPT_BYTES:]]
+        chunks[:] = [known[-KEPT_BYTES:]]
 
 
 def find_usage(tail: bytes | bytearray) -> Usage | None:
