@@ -158,7 +158,7 @@ class Bench:
 
     async def _until_healthy(self, count: int, *, within_secs: float) -> float:
         ask = partial(self._front.get, "/health")
-        found = await self._until(ask, lambda answer: answer.json()["nodes"]["healthy"] == count, within_secs)
+        found = await self._until(ask, lambda answer: healthy_in(answer) == count, within_secs)
         return found.ended_at
 
     async def _until(
@@ -175,19 +175,26 @@ class Bench:
         raise TimeoutError(f"not within {within_secs:g} s, {self._count} neurons")
 
 
+def healthy_in(health: Answer) -> int | None:
+    """How many neurons `/health` counts as healthy; None when it is an error that answers."""
+    nodes = health.json().get("nodes")
+    return None if nodes is None else int(nodes["healthy"])
+
+
 def chat(model: str) -> bytes:
     """A request with a prompt of some hundred bytes."""
     messages = [{"role": "system", "content": "You answer briefly. " * 10}, {"role": "user", "content": "Is it? " * 40}]
     return request_bytes("POST", "/v1/chat/completions", {"model": model, "messages": messages})
 
 
-async def one_size(count: int, cpus: Sequence[int], *, idle_secs: float, requests: int) -> Figures:
+async def one_size(count: int, cpus: Sequence[int], *, seed: bool, idle_secs: float, requests: int) -> Figures:
     """A fleet of this size and a cortex for it: starts, measures, ends both. cortex has the first core for itself."""
     port, metrics_port, neurons_port = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="fleet-size-") as name:
         directory = Path(name)
         config = write_configuration(directory, count, port, metrics_port, neurons_port)
         command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
+        command += ["--seed"] if seed else []
         with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
             await until_answers(Connection(_HOST, neurons_port), "/", within_secs=30)
             started = time.perf_counter()
@@ -234,6 +241,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N")
     parser.add_argument("--idle-secs", type=float, default=10.0, help="how long idling is measured (default 10)")
     parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--seed", action="store_true", help="neurons that speak the seed protocol and nothing more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     given = parser.parse_args()
     raise_open_files()  # inherited: a large fleet takes many connections
@@ -241,11 +249,11 @@ def main() -> None:
     os.sched_setaffinity(0, {cpus[-1]})
     rows = []
     for size in given.sizes:
-        rows.append(run(one_size(size, cpus, idle_secs=given.idle_secs, requests=given.requests)))
+        rows.append(run(one_size(size, cpus, seed=given.seed, idle_secs=given.idle_secs, requests=given.requests)))
         sys.stderr.write(f"{rows[-1]}\n")
     sys.stdout.write(table(rows) + "\n")
     if given.json is not None:
-        data = {"python": platform.python_version(), "sizes": [asdict(row) for row in rows]}
+        data = {"python": platform.python_version(), "seed": given.seed, "sizes": [asdict(row) for row in rows]}
         given.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

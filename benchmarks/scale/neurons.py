@@ -89,8 +89,10 @@ def completion(model: str) -> dict[str, Any]:
 class PretendedNeuron:
     """What one neuron says."""
 
-    def __init__(self, index: int, port: int) -> None:
+    def __init__(self, index: int, port: int, *, seed: bool) -> None:
+        """`seed`: speaks the seed protocol and nothing more."""
         self.index = index
+        self._seed = seed
         self._port = port
         self._started = time.time()
         self._server: asyncio.Server | None = None
@@ -101,7 +103,7 @@ class PretendedNeuron:
         self._pages: dict[str, Callable[[], Any]] = {
             "/discovery": lambda: self._discovery,
             "/health": self._health,
-            "/models": lambda: list(self._models.values()),
+            "/models": self._listed,
         }
         self._discovery = (
             {
@@ -113,7 +115,7 @@ class PretendedNeuron:
                     for device, uuid in enumerate(uuids)
                 ],
                 "links": [{"a": 0, "b": 1, "kind": "phb", "nvlinks": 0}],
-                "simulated": False, "instance_id": f"instance-{index}", "version": "0.1.0",
+                "simulated": False, **({} if seed else {"instance_id": f"instance-{index}", "version": "0.1.0"}),
             }
         )  # fmt: skip
 
@@ -150,7 +152,7 @@ class PretendedNeuron:
                 listener.transport.write(b"3\r\n:\n\n\r\n")
 
     def _respond(self, exchange: Exchange, method: str, path: str, body: bytes) -> bytes | None:
-        if path == "/events":
+        if path == "/events" and not self._seed:
             self._begin_events(exchange)
             return None
         if path in self._pages:
@@ -165,22 +167,31 @@ class PretendedNeuron:
         self._listeners.add(exchange)
         if exchange.transport is not None:
             exchange.transport.write(_STREAM_HEAD)
-        exchange.write_event("snapshot", list(self._models.values()))
+        exchange.write_event("snapshot", self._listed())
+
+    def _listed(self) -> list[dict[str, Any]]:
+        beyond = {"since", "progress", "error"} if self._seed else set()
+        return [{key: value for key, value in view.items() if key not in beyond} for view in self._models.values()]
 
     def _health(self) -> dict[str, Any]:
         live = {"vram_used_mb": 24000, "vram_free_mb": 8607, "utilization_pct": 40.0, "temp_c": 55.0, "power_w": 300.0}
-        return {
+        health = {
             "uptime_secs": time.time() - self._started,
             "devices": [{"index": 0, **live}, {"index": 1, **live}],
+        }
+        if self._seed:
+            return health
+        return {
+            **health,
             "instance_id": f"instance-{self.index}",
             "models": [{"id": model_id, "in_flight": 0, "queue_depth": 0} for model_id in self._models],
         }
 
 
-async def serve(count: int, port: int) -> None:
+async def serve(count: int, port: int, *, seed: bool) -> None:
     """Until SIGTERM."""
     loop = asyncio.get_running_loop()
-    neurons = [PretendedNeuron(index, port) for index in range(count)]
+    neurons = [PretendedNeuron(index, port, seed=seed) for index in range(count)]
     for neuron in neurons:
         await neuron.listen()
 
@@ -189,7 +200,7 @@ async def serve(count: int, port: int) -> None:
         if path == "/die":
             neurons[asked["node"]].die()
         elif path == "/revive":
-            revived = PretendedNeuron(asked["node"], port)
+            revived = PretendedNeuron(asked["node"], port, seed=seed)
             neurons[asked["node"]] = revived
             tasks.add(loop.create_task(revived.listen()))
         elif path == "/add":
@@ -214,8 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.scale.neurons", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--port", type=int, required=True, help="the same on every address")
+    parser.add_argument("--seed", action="store_true", help="speak the seed protocol and nothing more")
     given = parser.parse_args()
-    run(serve(given.count, given.port))
+    run(serve(given.count, given.port, seed=given.seed))
 
 
 if __name__ == "__main__":
