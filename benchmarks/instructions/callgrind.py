@@ -1,0 +1,117 @@
+"""cortex under valgrind: how many instructions it executes between two moments."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from benchmarks.instructions.peers import HOST, MODEL, Peers
+from benchmarks.scale.http1 import Connection, until_answers
+from benchmarks.scale.services import Child, cpu_secs, free_ports
+
+PLAIN, STREAMS, CHUNKS = 300, 5, 100
+"""Of the smaller measurement of each pair; the larger has twice as many requests, or chunks in a stream."""
+START_SECS = 300.0
+QUIET_SECS = 0.3
+"""cortex has finished what a request left behind (its log line, its counts) when it used no CPU for so long."""
+
+
+class NotAvailable(Exception):
+    """Instructions cannot be counted here; the message says why."""
+
+
+class CountedCortex:
+    """A cortex whose instructions are counted."""
+
+    def __init__(self, child: Child, directory: Path, port: int) -> None:
+        self._child = child
+        self._directory = directory
+        self._dumps = 0
+        self.port = port
+
+    async def instructions(self) -> int:
+        """Executed since the last call."""
+        await self._until_quiet()
+        control = ["callgrind_control", "--dump", str(self._child.pid)]
+        done = await asyncio.to_thread(subprocess.run, control, capture_output=True, text=True, timeout=60, check=False)
+        self._dumps += 1
+        dump = self._directory / f"counts.{self._dumps}"
+        if done.returncode != 0 or not dump.exists():
+            raise NotAvailable(f"callgrind_control: {done.stdout}{done.stderr}")
+        found = re.findall(r"^totals: (\d+)", dump.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        return sum(map(int, found))
+
+    async def _until_quiet(self) -> None:
+        last = -1.0
+        while (now := cpu_secs(self._child.pid)) != last:
+            self._child.check()
+            last = now
+            await asyncio.sleep(QUIET_SECS)
+
+
+@asynccontextmanager
+async def counted_cortex(directory: Path, neuron_port: int) -> AsyncIterator[CountedCortex]:
+    """`cortex serve` under callgrind, in sight of its neuron. It polls once and never again.
+
+    Raises:
+        NotAvailable: valgrind is not installed.
+    """
+    if shutil.which("valgrind") is None or shutil.which("callgrind_control") is None:
+        raise NotAvailable("valgrind is not installed")
+    port, metrics_port = free_ports(2)
+    (directory / "models.toml").write_text(f"[[models]]\nid = {json.dumps(MODEL)}\n", encoding="utf-8")
+    config = directory / "cortex.toml"
+    config.write_text(
+        f'[gateway]\nlisten = "{HOST}:{port}"\nmetrics_listen = "{HOST}:{metrics_port}"\n'
+        "[poll]\ninterval_secs = 86400\ntimeout_secs = 120\n"
+        f'[[neurons]]\nname = "host"\nendpoint = "http://{HOST}:{neuron_port}"\n',
+        encoding="utf-8",
+    )
+    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={directory / 'counts'}", "--dump-instr=no"]
+    command = [*valgrind, sys.executable, "-m", "cortex", "serve", "--config", str(config)]
+    environ = {**os.environ, "PYTHONHASHSEED": "0"}
+    with Child(command, directory / "cortex.log", environ=environ) as child:
+        await until_answers(Connection(HOST, port), "/health", within_secs=START_SECS, pause_secs=0.5)
+        yield CountedCortex(child, directory, port)
+
+
+async def count(directory: Path) -> dict[str, float]:
+    """Instructions for a plain request, a streamed chunk, and a stream without its chunks.
+
+    Each is the difference of a measurement and one of twice the size, so that what both have in common cancels out.
+
+    Raises:
+        NotAvailable: valgrind is not installed, or may not control a process here.
+    """
+    peers = Peers()
+    (neuron_port,) = free_ports(1)
+    server = await peers.listen(neuron_port)
+    async with counted_cortex(directory, neuron_port) as cortex:
+        client = await Connection(HOST, cortex.port).open()
+
+        async def plain(requests: int) -> int:
+            await peers.plain(client, requests)
+            return await cortex.instructions()
+
+        async def streams(number: int, chunks: int) -> int:
+            for _ in range(number):
+                await peers.stream(cortex.port, chunks)
+            return await cortex.instructions()
+
+        await plain(PLAIN)
+        await streams(STREAMS, CHUNKS)
+        request = (await plain(2 * PLAIN) - await plain(PLAIN)) / PLAIN
+        short = await streams(STREAMS, CHUNKS)
+        chunk = (await streams(STREAMS, 2 * CHUNKS) - short) / (STREAMS * CHUNKS)
+        more = (await streams(2 * STREAMS, CHUNKS) - short) / STREAMS
+        client.close()
+    server.close()
+    return {"plain request": request, "streamed chunk": chunk, "stream without chunks": more - CHUNKS * chunk}
