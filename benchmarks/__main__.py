@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> int:
     cases = [CASES[name] for name in _chosen(args.cases, list(CASES), "case")]
     rounds = args.rounds or (1 if args.quick else 3)
     raise_open_files()
-    results = Results(machine(), {"rounds": rounds, "quick": args.quick})
+    results = Results(machine(args.checkout), {"rounds": rounds, "quick": args.quick})
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cortex-bench-") as directory:
         bench = Bench(

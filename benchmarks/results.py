@@ -79,6 +79,18 @@ class Results:
         ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
         return median(ratios) if ratios else None
 
+    def foreign(self) -> float | None:
+        """The share of the gateway's CPU that others had, at the median over everything that was measured with one
+        worker; None when nothing was."""
+        shares = [
+            share
+            for cells in self.cells.values()
+            for name, cell in cells.items()
+            if name in self.contenders and self.contenders[name]["workers"] == "1"
+            for share in cell.values("foreign")
+        ]
+        return median(shares) if shares else None
+
     def save(self, path: Path) -> None:
         """As JSON."""
         path.write_text(json.dumps(self._as_json(), indent=1, sort_keys=False) + "\n", encoding="utf-8")

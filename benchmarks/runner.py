@@ -100,6 +100,7 @@ class Bench:
             "version": entry.running.version,
             "switched_on": contender.switched_on,
             "slowness": str(contender.slowness),
+            "workers": str(contender.workers),
         }
 
     async def _measure(self, entry: _Entry, case: Case, engine_port: int, results: Results) -> None:

@@ -54,4 +54,5 @@ _ON = (
 
 def cortex(checkout: Path = REPOSITORY, name: str = "cortex", title: str = "cortex", workers: int = 1) -> Contender:
     """The cortex of a checkout."""
-    return Contender(name, title, _ON, _prepare(checkout, workers), workers=workers)
+    on = _ON if workers == 1 else f"the same in {workers} worker processes, which may use every CPU"
+    return Contender(name, title, on, _prepare(checkout, workers), workers=workers)

@@ -15,8 +15,8 @@ from benchmarks.loops import LOOP_NAME
 _PACKAGES = ("aiohttp", "httptools", "msgspec", "uvloop")
 
 
-def machine() -> dict[str, str]:
-    """CPU, kernel, versions, the checkout, and the time."""
+def machine(checkout: Path) -> dict[str, str]:
+    """CPU, kernel, versions, the commit of the checkout that is measured, and the time."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
@@ -27,7 +27,7 @@ def machine() -> dict[str, str]:
         "python": sys.version.split()[0],
         "loop": LOOP_NAME,
         "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
-        "commit": _commit(),
+        "commit": _commit(checkout),
     }
 
 
@@ -64,7 +64,7 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _commit() -> str:
+def _commit(checkout: Path) -> str:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],  # noqa: S607  # whichever git the user has
@@ -72,7 +72,7 @@ def _commit() -> str:
             text=True,
             timeout=10,
             check=False,
-            cwd=Path(__file__).parent,
+            cwd=checkout,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

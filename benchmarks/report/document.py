@@ -55,7 +55,7 @@ def generated(results: Results) -> str:
     parts = [
         f"Measured {told['date']} at {told['commit']}: {told['cpu']}, {told['cpus']} CPUs, {told['memory_gib']} GiB, "
         f"{told['kernel']} (virtual machine: {told['hypervisor']}), Python {told['python']} on {told['loop']}, "
-        f"{told['packages']}; {results.settings['rounds']} rounds, medians. In brackets: times nginx.",
+        f"{told['packages']}. {_rounds(results)} In brackets: times nginx.",
         table(results),
         "![CPU per request and chunk, first byte, memory](benchmarks.png)",
         "### The bars",
@@ -76,6 +76,15 @@ def generated(results: Results) -> str:
         "</details>",
     ]
     return "\n\n".join(parts)
+
+
+def _rounds(results: Results) -> str:
+    rounds = results.settings["rounds"]
+    text = f"Medians of {rounds} rounds." if rounds > 1 else "One round."
+    if results.settings.get("quick"):
+        text += " A quick run: less work in each case."
+    foreign = results.foreign()
+    return text if foreign is None else f"{text} Others had {foreign:.0%} of the gateway's CPU meanwhile."
 
 
 def _bar(verdict: str, text: str, figures: str) -> str:

@@ -18,7 +18,7 @@ PANELS = (
 )
 LEFT_OUT = {"direct"}
 OURS, FLOOR, OTHERS = "#d1495b", "#8d99ae", "#30638e"
-OFF_SCALE = 6
+OFF_SCALE = 3
 """Bars longer than so many times the median are cut, so that one slow gateway does not flatten the rest."""
 
 
@@ -57,7 +57,9 @@ def _panel(axis: Any, cells: dict[str, Any], name: str, title: str) -> None:
         [max(0.0, max(each) - value) if value <= limit else 0 for value, each in zip(values, spread, strict=True)],
     ]
     colours = [OURS if who.startswith("cortex") else FLOOR if who == "nginx" else OTHERS for who, _ in bars]
-    axis.barh([who for who, _ in bars], shown, color=colours, xerr=errors, error_kw={"lw": 0.8, "capsize": 2})
+    several = any(len(each) > 1 for each in spread)
+    style = {"xerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if several else {}
+    axis.barh([who for who, _ in bars], shown, color=colours, **style)
     for at, (value, length) in enumerate(zip(values, shown, strict=True)):
         label = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
         axis.text(length, at, f" {label}{' (cut)' if value > length else ''}", va="center", fontsize=8)

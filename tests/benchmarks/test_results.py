@@ -22,7 +22,7 @@ def _results() -> Results:
         {"rounds": 3},
     )
     for name in ("nginx", "cortex"):
-        results.contenders[name] = {"title": name, "version": "1", "switched_on": "all", "slowness": "1"}
+        results.contenders[name] = {"title": name, "version": "1", "switched_on": "all", "workers": "1"}
     for nginx, cortex in ((10.0, 11.0), (20.0, 22.0), (30.0, 40.0)):
         results.cell("stream200", "nginx").add(Measured({"cpu_us": nginx}))
         results.cell("stream200", "cortex").add(Measured({"cpu_us": cortex}))
