@@ -46,6 +46,8 @@ class Figures:
     request_cpu_us: float  # less what the fleet costs when idle
     request_p50_ms: float  # one client, one after another
     request_p99_ms: float
+    watched_cpu_ms_per_sec: float  # idle but for one listener of /fleet/events
+    watched_p99_ms: float  # as request_p99_ms, with that listener
     models_ms: float
     models_kib: float
     fleet_ms: float
@@ -65,18 +67,19 @@ class Bench:
         self._count = count
         self._front = Connection(_HOST, port)
 
-    async def measure(self, started: float, *, idle_secs: float, requests: int) -> Figures:
+    async def measure(self, started: float, *, settle_secs: float, idle_secs: float, requests: int) -> Figures:
         """Everything, in an order in which nothing disturbs what comes after it."""
         await self._until_healthy(self._count, within_secs=180)
         all_healthy = time.perf_counter() - started
-        await asyncio.sleep(SETTLE_SECS)
-        idle, began = cpu_secs(self._cortex.pid), time.perf_counter()
-        await asyncio.sleep(idle_secs)
-        idle_rate = (cpu_secs(self._cortex.pid) - idle) / (time.perf_counter() - began)
+        await asyncio.sleep(settle_secs)
+        idle_rate = await self._cpu_rate(idle_secs)
         request_cpu = await self._request_cpu(requests, idle_rate)
         latencies = await self._latencies(max(requests // 5, 100))
+        watched_rate, watched = await self._watched(idle_secs)
         models, fleet = await self._page("/v1/models"), await self._page("/fleet")
-        metrics = await self._page("/metrics", Connection(_HOST, self._metrics_port))
+        metrics_page = Connection(_HOST, self._metrics_port)
+        metrics = await self._page("/metrics", metrics_page)
+        metrics_page.close()
         return Figures(
             neurons=self._count,
             all_healthy_secs=all_healthy,
@@ -85,6 +88,8 @@ class Bench:
             request_cpu_us=request_cpu * 1e6,
             request_p50_ms=statistics.median(latencies) * 1000,
             request_p99_ms=statistics.quantiles(latencies, n=100)[98] * 1000,
+            watched_cpu_ms_per_sec=watched_rate * 1000,
+            watched_p99_ms=statistics.quantiles(watched, n=100)[98] * 1000,
             models_ms=models[0],
             models_kib=models[1],
             fleet_ms=fleet[0],
@@ -94,6 +99,9 @@ class Bench:
             death_secs=await self._death(),
             return_secs=await self._return(),
         )
+
+    def close(self) -> None:
+        self._front.close()
 
     async def _request_cpu(self, requests: int, idle_rate: float) -> float:
         connections = [Connection(_HOST, self._port) for _ in range(CONCURRENCY)]
@@ -122,6 +130,28 @@ class Bench:
 
     async def _latencies(self, count: int) -> list[float]:
         return [(await self._front.send(chat(model_name(number % 4)))).secs for number in range(count)]
+
+    async def _cpu_rate(self, secs: float) -> float:
+        """CPU seconds used in a second, while nothing is asked."""
+        used, began = cpu_secs(self._cortex.pid), time.perf_counter()
+        await asyncio.sleep(secs)
+        return (cpu_secs(self._cortex.pid) - used) / (time.perf_counter() - began)
+
+    async def _watched(self, secs: float) -> tuple[float, list[float]]:
+        """The CPU rate and the latencies while a dashboard is open."""
+        reader, writer = await asyncio.open_connection(_HOST, self._port)
+        writer.write(request_bytes("GET", "/fleet/events", None))
+
+        async def drain() -> None:
+            while await reader.read(1 << 20):
+                pass
+
+        reading = asyncio.create_task(drain())
+        rate = await self._cpu_rate(secs)
+        latencies = await self._latencies(100)
+        writer.close()
+        await reading
+        return rate, latencies
 
     async def _page(self, path: str, connection: Connection | None = None) -> tuple[float, float]:
         """Median time in ms and size in KiB."""
@@ -187,7 +217,15 @@ def chat(model: str) -> bytes:
     return request_bytes("POST", "/v1/chat/completions", {"model": model, "messages": messages})
 
 
-async def one_size(count: int, cpus: Sequence[int], *, seed: bool, idle_secs: float, requests: int) -> Figures:
+async def one_size(
+    count: int,
+    cpus: Sequence[int],
+    *,
+    idle_secs: float,
+    requests: int,
+    seed: bool = False,
+    settle_secs: float = SETTLE_SECS,
+) -> Figures:
     """A fleet of this size and a cortex for it: starts, measures, ends both. cortex has the first core for itself."""
     port, metrics_port, neurons_port = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="fleet-size-") as name:
@@ -196,11 +234,14 @@ async def one_size(count: int, cpus: Sequence[int], *, seed: bool, idle_secs: fl
         command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
         command += ["--seed"] if seed else []
         with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
-            await until_answers(Connection(_HOST, neurons_port), "/", within_secs=30)
+            await until_answers(_HOST, neurons_port, "/", within_secs=30)
             started = time.perf_counter()
             with service("cortex", config, cpus={cpus[0]}) as cortex:
                 bench = Bench(cortex, port, metrics_port, neurons_port, count)
-                return await bench.measure(started, idle_secs=idle_secs, requests=requests)
+                try:
+                    return await bench.measure(started, settle_secs=settle_secs, idle_secs=idle_secs, requests=requests)
+                finally:
+                    bench.close()
 
 
 def write_configuration(directory: Path, count: int, port: int, metrics_port: int, neurons_port: int) -> Path:
@@ -220,6 +261,7 @@ def write_configuration(directory: Path, count: int, port: int, metrics_port: in
 COLUMNS = {
     "neurons": "neurons", "all_healthy_secs": "all healthy after s", "idle_cpu_ms_per_sec": "idle CPU ms/s",
     "rss_mib": "RSS MiB", "request_cpu_us": "CPU µs/request", "request_p50_ms": "p50 ms", "request_p99_ms": "p99 ms",
+    "watched_cpu_ms_per_sec": "watched CPU ms/s", "watched_p99_ms": "watched p99 ms",
     "models_ms": "/v1/models ms", "models_kib": "KiB", "fleet_ms": "/fleet ms", "fleet_kib": "KiB",
     "metrics_ms": "/metrics ms", "new_model_ms": "new model ms", "death_secs": "death seen s",
     "return_secs": "return seen s",

@@ -79,7 +79,7 @@ async def counted_cortex(directory: Path, neuron_port: int) -> AsyncIterator[Cou
     command = [*valgrind, sys.executable, "-m", "cortex", "serve", "--config", str(config)]
     environ = {**os.environ, "PYTHONHASHSEED": "0"}
     with Child(command, directory / "cortex.log", environ=environ) as child:
-        await until_answers(Connection(HOST, port), "/health", within_secs=START_SECS, pause_secs=0.5)
+        await until_answers(HOST, port, "/health", within_secs=START_SECS, pause_secs=0.5)
         yield CountedCortex(child, directory, port)
 
 

@@ -28,14 +28,12 @@ class Record:
 
 def installed_versions() -> dict[str, str]:
     """Of everything that executes instructions for cortex, and of what counts them."""
-    executable = shutil.which("valgrind") or "valgrind"
-    valgrind = subprocess.run([executable, "--version"], capture_output=True, text=True, check=True)
     found = {
         "python": sys.version,
         "machine": platform.machine(),
         "libc": " ".join(platform.libc_ver()),
         "avx2": "yes" if " avx2" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace") else "no",
-        "valgrind": valgrind.stdout.strip(),
+        "valgrind": _valgrind_version(),
     }
     for package in _PACKAGES:
         try:
@@ -43,6 +41,13 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _valgrind_version() -> str:
+    executable = shutil.which("valgrind")
+    if executable is None:
+        return "not installed"
+    return subprocess.run([executable, "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read_record(path: Path = RECORD) -> Record:

@@ -130,8 +130,8 @@ async def cold_fleet(directory: Path, kind: EngineKind) -> AsyncIterator[ColdFle
     models_toml = f"[[models]]\nid = {json.dumps(MODEL)}\nharness = {json.dumps(kind.harness)}\n{source}"
     (directory / "models.toml").write_text(models_toml, encoding="utf-8")
     with service("neuron", neuron_toml) as neuron, service("cortex", cortex_toml) as cortex:
-        await until_answers(Connection(_HOST, neuron_port), "/health", within_secs=30)
-        await until_answers(Connection(_HOST, cortex_port), "/health", within_secs=30)
+        await until_answers(_HOST, neuron_port, "/health", within_secs=30)
+        await until_answers(_HOST, cortex_port, "/health", within_secs=30)
         yield ColdFleet(cortex, neuron, cortex_port, neuron_port)
 
 

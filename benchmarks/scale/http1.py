@@ -102,7 +102,7 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
             return body
 
 
-async def until_answers(connection: Connection, path: str, *, within_secs: float, pause_secs: float = 0.05) -> Answer:
+async def until_answers(host: str, port: int, path: str, *, within_secs: float, pause_secs: float = 0.05) -> Answer:
     """The first 200 that `path` gives.
 
     Raises:
@@ -110,13 +110,16 @@ async def until_answers(connection: Connection, path: str, *, within_secs: float
     """
     deadline = time.perf_counter() + within_secs
     last = "no answer"
+    connection = Connection(host, port)
     while time.perf_counter() < deadline:
         try:
             answer = await connection.get(path)
             if answer.status == 200:
+                connection.close()
                 return answer
             last = f"{answer.status} {answer.body[:200]!r}"
         except (OSError, asyncio.IncompleteReadError) as error:
             last = str(error)
         await asyncio.sleep(pause_secs)
+    connection.close()
     raise TimeoutError(f"{path}: not 200 within {within_secs:g} s: {last}")
