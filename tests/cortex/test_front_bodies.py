@@ -233,12 +233,15 @@ def fifty_fold(data: bytes) -> bytes:
     ids=["unknown", "fifty-fold", "junk", "empty", "cut", "wrong-sum", "deflate-junk", "deflate-cut"],
 )
 async def test_body_that_cannot_be_unpacked(client: RawClient, engine: RawEngine, coding: str, packed: bytes) -> None:
-    """4xx, with the envelope, and nothing reaches the engine; the next request is answered."""
+    """4xx, with the envelope, and nothing reaches the engine; the connection goes on or says that it does not."""
     answer = await client.ask(request(packed, f"Content-Encoding: {coding}"))
     assert answer.status in (400, 415)
     assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
     assert engine.requests == []
-    await usable(client)
+    if answer.get("connection") == "close":
+        assert await client.rest() == b""
+    else:
+        await usable(client)
 
 
 async def test_bombs_are_told_early(process: CortexProcess, engine: RawEngine) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.raw_engine import RawEngine, Received, answering, closing, echo_number, plain, stream_head
-from tests.cortex.raw_http import Answer, RawClient, Wire, bounded, chunked, connected, request, single_bytes
+from tests.cortex.raw_http import Answer, RawClient, Wire, bounded, chunked, connected, request, settled, single_bytes
 from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
@@ -92,6 +92,38 @@ async def test_request_behind_a_slow_one_waits(client: RawClient, engine: RawEng
     assert await bounded(client.incoming.readuntil(b"0\r\n\r\n")) == b"\r\n0\r\n\r\n"
     assert is_health(await client.answer())
     assert number_of(await client.answer()) == 2
+
+
+async def test_thousands_of_requests_sent_ahead(client: RawClient) -> None:
+    """More than cortex keeps waiting: it stops reading and goes on, and every answer comes, in its order; refusals,
+    which are ready at once, too."""
+    count = 3000
+    data = b"".join(request(b"no") if number % 3 else hot(number) for number in range(count))
+    sending = asyncio.ensure_future(client.send(data))
+    for number in range(count):
+        answer = await client.answer()
+        assert answer.status == 400 if number % 3 else number_of(answer) == number
+    await sending
+
+
+async def test_large_request_sent_ahead(client: RawClient, engine: RawEngine) -> None:
+    """It is too large to be kept waiting for whole, and is read on when its turn comes."""
+    release = asyncio.Event()
+
+    async def slowly(wire: Wire, received: Received) -> None:
+        await bounded(release.wait())
+        await echo_number(wire, received)
+
+    engine.scripts.append(slowly)
+    large = b'{"model":"org/small","n":2,"pad":"' + b"x" * 4_000_000 + b'"}'
+    sending = asyncio.ensure_future(client.send(hot(1) + request(large) + hot(3)))
+    await engine.next_request()
+    assert await settled(client.unread) > 0, "it is not read into memory while it waits"
+    release.set()
+    for number in (1, 2, 3):
+        assert number_of(await client.answer()) == number
+    await sending
+    assert engine.requests[1].body == large
 
 
 async def test_connection_is_kept_for_all_kinds_of_requests(client: RawClient, engine: RawEngine) -> None:
@@ -231,6 +263,14 @@ async def test_headers_of_one_connection_go_no_further(
         assert number_of(answer) == number
         assert engine.requests[number].all(dropped) == []
         assert (engine.requests[number].get("connection") or "keep-alive").lower() == "keep-alive"
+
+
+async def test_header_belongs_to_a_connection_only_where_it_is_said(client: RawClient, engine: RawEngine) -> None:
+    """The same line passes in a request that does not name it in `Connection`, before and after one that does."""
+    for named in (False, True, False):
+        lines = ("X-Own: 1", "Connection: X-Own") if named else ("X-Own: 1",)
+        assert number_of(await client.ask(hot(1, *lines))) == 1
+        assert engine.requests[-1].all("x-own") == ([] if named else ["1"])
 
 
 async def test_headers_of_an_engines_connection_go_no_further(client: RawClient, engine: RawEngine) -> None:

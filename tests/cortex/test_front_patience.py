@@ -32,10 +32,12 @@ async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
         yield engine
 
 
-@pytest.fixture
-async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
+@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
+async def process(
+    request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
+) -> AsyncIterator[CortexProcess]:
     """A cortex of its own process, with the usual time to drain."""
-    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
         yield process
 
 
@@ -84,7 +86,8 @@ async def test_stop_lets_a_stream_finish(process: CortexProcess, engine: RawEngi
         process.process.send_signal(signal.SIGTERM)
         assert await idle.rest() == b""
         assert await fresh.rest() == b""
-        assert await refuses(process.url)
+        while not await refuses(process.url):  # each worker hears of the stop by itself
+            pass
         assert process.process.returncode is None
         held.go_on.set()
         answer = await client.answer()
@@ -127,10 +130,14 @@ async def test_stop_is_prompt_without_work(process: CortexProcess) -> None:
         assert time.monotonic() - began < 5
 
 
-async def test_stop_cuts_what_does_not_finish(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_stop_cuts_what_does_not_finish(
+    tmp_path: Path, benjy: SeedNeuron, engine: RawEngine, workers: int
+) -> None:
     """After `drain_timeout_secs` a stream is cut, visibly, and the process ends all the same."""
     engine.scripts.append(Held())
-    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], drain_timeout_secs=0.3) as process:
+    settings = {"drain_timeout_secs": 0.3, "workers": workers}
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], **settings) as process:
         async with connected(process.url) as client:
             await client.send(ASK)
             await client.head()

@@ -41,15 +41,17 @@ async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> Async
         yield process
 
 
-@pytest.fixture(params=["in-loop", "process"])
+@pytest.fixture(params=["in-loop", "process", "two-workers"])
 async def url(
     request: pytest.FixtureRequest, start_cortex: StartCortex, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
 ) -> AsyncIterator[str]:
-    """The address of a cortex on asyncio's own loop, and of one on the loop that the command takes."""
+    """The address of a cortex on asyncio's own loop, of one on the loop that the command takes, and of one with two
+    workers."""
     if request.param == "in-loop":
         yield (await start_cortex([benjy], [{"id": MODEL}])).url
     else:
-        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
+        workers = 2 if request.param == "two-workers" else 1
+        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=workers) as process:
             yield process.url
 
 
@@ -177,7 +179,7 @@ def leave(client: RawClient, how: str) -> None:
 
 async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
     """The engine's side has ended, soon after the client's."""
-    wire = engine.connections[-1]
+    wire = engine.connections[engine.requests[-1].connection]
     await bounded(wire.gone.wait())
     took = wire.gone_at - left_at
     print(f"{case}: the engine saw it after {took * 1000:.1f} ms")
@@ -205,20 +207,19 @@ async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine,
         assert len(engine.requests) == seen + 2, "what the client had sent behind is given up with it"
 
 
-async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine) -> None:
+@pytest.mark.parametrize(("how", "kept"), [("fin", 100_000), ("rst", 100_000), ("rst", 4 * MIB)])
+async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine, how: str, kept: int) -> None:
     """Its next request, begun and too large to be kept waiting for whole, does not hide that it has gone."""
     ahead = request(json.dumps({"model": MODEL, "pad": "x" * (4 * MIB)}).encode())
-    for how, kept in (("fin", 100_000), ("rst", 100_000), ("rst", len(ahead))):
-        engine.script = one_event
-        engine.asked.clear()
-        async with connected(url) as client:
-            await client.send(ASK)
-            await engine.next_request()
-            client.writer.write(ahead[:kept])  # not drained: it may never be taken
-            await settled(client.unread)
-            left_at = time.monotonic()
-            leave(client, how)
-            await engine_was_left(engine, left_at, f"{kept} bytes ahead, {how}")
+    engine.script = one_event
+    async with connected(url) as client:
+        await client.send(ASK)
+        await engine.next_request()
+        client.writer.write(ahead[:kept])  # not drained: it may never be taken
+        await settled(client.unread)
+        left_at = time.monotonic()
+        leave(client, how)
+        await engine_was_left(engine, left_at, f"{kept} bytes ahead, {how}")
 
 
 @pytest.mark.parametrize("how", ["half-close", "rst"])
