@@ -17,7 +17,7 @@ from benchmarks.instructions.peers import HOST, MODEL, Peers
 from benchmarks.scale.http1 import Connection, until_answers
 from benchmarks.scale.services import Child, cpu_secs, free_ports
 
-PLAIN, STREAMS, CHUNKS = 300, 5, 100
+PLAIN, SHORT_STREAMS, STREAMS, CHUNKS = 300, 100, 3, 300
 """Of the smaller measurement of each pair; the larger has twice as many requests, or chunks in a stream."""
 START_SECS = 300.0
 QUIET_SECS = 0.3
@@ -84,7 +84,7 @@ async def counted_cortex(directory: Path, neuron_port: int) -> AsyncIterator[Cou
 
 
 async def count(directory: Path) -> dict[str, float]:
-    """Instructions for a plain request, a streamed chunk, and a stream without its chunks.
+    """Instructions for a plain request, for a streamed chunk, and for a stream of one token on a connection of its own.
 
     Each is the difference of a measurement and one of twice the size, so that what both have in common cancels out.
 
@@ -107,11 +107,10 @@ async def count(directory: Path) -> dict[str, float]:
             return await cortex.instructions()
 
         await plain(PLAIN)
-        await streams(STREAMS, CHUNKS)
+        await streams(SHORT_STREAMS, 1)
         request = (await plain(2 * PLAIN) - await plain(PLAIN)) / PLAIN
-        short = await streams(STREAMS, CHUNKS)
-        chunk = (await streams(STREAMS, 2 * CHUNKS) - short) / (STREAMS * CHUNKS)
-        more = (await streams(2 * STREAMS, CHUNKS) - short) / STREAMS
+        stream = (await streams(2 * SHORT_STREAMS, 1) - await streams(SHORT_STREAMS, 1)) / SHORT_STREAMS
+        chunk = (await streams(STREAMS, 2 * CHUNKS) - await streams(STREAMS, CHUNKS)) / (STREAMS * CHUNKS)
         client.close()
     server.close()
-    return {"plain request": request, "streamed chunk": chunk, "stream without chunks": more - CHUNKS * chunk}
+    return {"plain request": request, "streamed chunk": chunk, "one-token stream": stream}
