@@ -39,7 +39,7 @@ class NodeSnapshot:
         """The neuron's process, None when it does not tell them apart."""
         return None if self.discovery is None else self.discovery.instance_id
 
-    @property
+    @cached_property
     def devices(self) -> list[Device]:
         """The devices that can be used."""
         return [] if self.discovery is None else [d for d in self.discovery.devices if d.lost is None]
