@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import json
 import random
+import time
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -242,6 +243,15 @@ async def test_body_that_cannot_be_unpacked(client: RawClient, engine: RawEngine
         assert await client.rest() == b""
     else:
         await usable(client)
+
+
+async def test_body_in_very_many_members(cortex: RunningCortex, engine: RawEngine) -> None:
+    """Each member of a gzip body costs a little, and not a copy of all that follows it."""
+    packed = gzip.compress(b"") * 40_000 + gzip.compress(BODY)
+    began = time.monotonic()
+    async with connected(cortex.url) as client:
+        assert (await client.ask(request(packed, "Content-Encoding: gzip"))).status in (200, 400, 413)
+    assert time.monotonic() - began < 1
 
 
 async def test_bombs_are_told_early(process: CortexProcess, engine: RawEngine) -> None:

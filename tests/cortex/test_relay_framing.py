@@ -90,6 +90,19 @@ async def test_many_chunks_in_a_segment(client: RawClient, engine: RawEngine, si
     await still_usable(client)
 
 
+@pytest.mark.parametrize("end", [b"0\r\n\r\n", b"000\r\n\r\n", b"0;x\r\n\r\n", b"0\r\nX-T: 1\r\n\r\n"])
+async def test_chunk_by_chunk(client: RawClient, engine: RawEngine, end: bytes) -> None:
+    """As engines stream: head, chunks and the last chunk each in a segment of their own; the end is seen as such, for
+    the next request finds both connections free."""
+    pieces = [chunked(b"data: %d\n\n" % number, 64).removesuffix(b"0\r\n\r\n") for number in range(20)]
+    for _ in range(3):
+        engine.scripts.append(answering(stream_head(), *pieces, end))
+        answer = await client.ask(ASK)
+        assert answer.body == b"".join(b"data: %d\n\n" % number for number in range(20))
+        await still_usable(client)
+    assert len(engine.connections) == 1
+
+
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
 async def test_chunked_answer_for_a_client_that_knows_no_chunks(
     cortex: RunningCortex, engine: RawEngine, version: str

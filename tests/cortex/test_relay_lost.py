@@ -124,8 +124,9 @@ async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine
     """Whatever is no size is not guessed at and not passed on, alone or behind good chunks."""
     good = b'10\r\ndata: {"a": 1}\n\n\r\n'
     rest = bad + b"\r\nhello\r\n0\r\n\r\n"
-    for script in (answering(HEAD, good, rest), answering(HEAD, good + rest), answering(HEAD, rest)):
-        engine.script = script
+    also, alone = good.replace(b'"a": 1', b'"b": 2'), bad + b"\r\n\r\n"
+    for pieces in ((HEAD, good, rest), (HEAD, good + rest), (HEAD, rest), (HEAD, good, also, alone), (HEAD, alone)):
+        engine.script = answering(*pieces)
         ends_in_error(await ask(cortex), repr(bad[:20]))
     for wire in engine.connections:
         await bounded(wire.gone.wait())
