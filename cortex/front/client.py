@@ -14,6 +14,7 @@ from cortex.front.connections import Connections
 from cortex.front.incoming import IncomingBody
 from cortex.front.unpack import unpack
 from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
+from cortex.http1.writing import Write, direct_writer
 from cortex.proxy.request import Request
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
@@ -28,9 +29,12 @@ LINGER_SECS = 5.0
 CLOSING_SECS = 60.0
 """For a client to read what it has been sent."""
 MAX_AHEAD_BYTES = 65536
-"""Of further requests that a client sends before it has its answer."""
+"""Of further requests that a client sends before it has its answer; then they are left where they are."""
+LOOK_SECS = 0.05
+"""How often it is looked whether such a client is still there."""
 
 
+_ESTABLISHED = 1  # the first byte of struct tcp_info of tcp(7)
 _LINE_ENDS = b"\r\n"
 _RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
@@ -86,6 +90,7 @@ class ClientConnection(asyncio.Protocol):
         "deadline",
         "peer",
         "transport",
+        "write",
     )
 
     def __init__(self, gateway: Gateway, connections: Connections) -> None:
@@ -100,7 +105,9 @@ class ClientConnection(asyncio.Protocol):
         self._handling: Handling | None = None
         self.deadline = 0.0
         self.peer = ""
-        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
+        # Set by connection_made.
+        self.transport: asyncio.Transport
+        self.write: Write
 
     @property
     def draining(self) -> bool:
@@ -113,6 +120,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.write = direct_writer(self.transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self.deadline = monotonic() + KEEP_ALIVE_SECS
@@ -167,7 +175,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
         anthropic = is_anthropic_path(request.path)
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
+        self.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
         self.finished()
 
     def expired(self) -> None:
@@ -243,7 +251,7 @@ class ClientConnection(asyncio.Protocol):
         if rest:
             self._read_body(rest)
         elif request.expects_continue:
-            self.transport.write(CONTINUE)
+            self.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
         request, body = self._request, self._body
@@ -278,19 +286,28 @@ class ClientConnection(asyncio.Protocol):
         handling.begin()
 
     def _keep(self, data: bytes) -> None:
-        """A request that came before its turn. Reading goes on, as only that tells when the client leaves; one that has
-        sent too much ahead gets no further answer than the present."""
-        request = self._request
-        if request is not None and request.keep_alive:
-            self._ahead += data
-            if len(self._ahead) > MAX_AHEAD_BYTES:
-                request.keep_alive = False
-                self._ahead = b""
+        """A request that came before its turn."""
+        self._ahead += data
+        if len(self._ahead) > MAX_AHEAD_BYTES:
+            self.transport.pause_reading()
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """While nothing is read, nobody tells that the client has left: the kernel is asked instead."""
+        if self._state != _WORKING or len(self._ahead) <= MAX_AHEAD_BYTES:
+            return
+        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        if info[0] == _ESTABLISHED:
+            asyncio.get_running_loop().call_later(LOOK_SECS, self._look_after)
+        else:
+            self.transport.abort()
 
     def _go_on(self) -> None:
         if self._state == _WORKING:  # else the connection was lost meanwhile
             ahead, self._ahead = self._ahead, b""
             self._state = _IDLE
+            if len(ahead) > MAX_AHEAD_BYTES:
+                self.transport.resume_reading()
             self.data_received(ahead)
 
     def _reject(self, error: ServiceError) -> None:
@@ -299,7 +316,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._request
         request_id = self._gateway.rejected(request, error)
         anthropic = request is not None and is_anthropic_path(request.path)
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
+        self.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
 

@@ -6,6 +6,11 @@ import zlib
 
 from shared.errors import InvalidRequest, RequestTooLarge
 
+MAX_LAYERS = 4
+"""Each costs a pass over the whole body, and its sender a word."""
+MAX_MEMBERS = 1000
+"""Of a gzip body: empty ones cost their sender 20 bytes each."""
+
 
 def unpack(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
     """The body behind a Content-Encoding.
@@ -14,7 +19,10 @@ def unpack(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
         InvalidRequest: an encoding that is not understood, or a body that is not in it.
         RequestTooLarge: there would be more than `max_bytes` of it.
     """
-    for name in reversed([token.strip().lower() for token in encoding.split(b",")]):
+    names = [token.strip().lower() for token in encoding.split(b",")]
+    if len(names) > MAX_LAYERS:
+        raise InvalidRequest(f"Content-Encoding has more than {MAX_LAYERS} layers")
+    for name in reversed(names):
         if name in (b"gzip", b"x-gzip"):
             body = _inflate(body, zlib.MAX_WBITS | 16, max_bytes)
         elif name == b"deflate":
@@ -26,13 +34,22 @@ def unpack(body: bytes, encoding: bytes, max_bytes: int) -> bytes:
 
 
 def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(wbits)
-    try:
-        unpacked = inflater.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InvalidRequest(f"the body cannot be unpacked: {error}") from error
-    if len(unpacked) > max_bytes:
-        raise RequestTooLarge(f"the unpacked request body is larger than {max_bytes} bytes")
-    if not inflater.eof:
-        raise InvalidRequest("the body cannot be unpacked: it ends too early")
-    return unpacked
+    """A gzip body may have several members, one behind the other (RFC 1952, section 2.2)."""
+    members: list[bytes] = []
+    left = max_bytes
+    for _ in range(MAX_MEMBERS):
+        inflater = zlib.decompressobj(wbits)
+        try:
+            unpacked = inflater.decompress(body, left + 1)
+        except zlib.error as error:
+            raise InvalidRequest(f"the body cannot be unpacked: {error}") from error
+        left -= len(unpacked)
+        if left < 0:
+            raise RequestTooLarge(f"the unpacked request body is larger than {max_bytes} bytes")
+        if not inflater.eof:
+            raise InvalidRequest("the body cannot be unpacked: it ends too early")
+        members.append(unpacked)
+        body = inflater.unused_data
+        if not body:
+            return b"".join(members)
+    raise InvalidRequest(f"the body cannot be unpacked: it has more than {MAX_MEMBERS} members")

@@ -16,7 +16,8 @@ MAX_PADDING = 65536
 """Bytes of a chunk that was cut and can still be filled up."""
 
 # Strict: Python's int() would take signs, blanks, underscores and 0x as well.
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\x00]*)?")
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?")
+_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*")
 SMALL = {b"%x" % size: size for size in range(1, 4096)}
 """Nearly every chunk of a stream is a small one: its size is looked up instead of parsed."""
 
@@ -156,6 +157,9 @@ class ChunkedBody:
                 raise BadFraming("the trailer fields are too long")
             self._left, self._held = 0, data[position:]
             return data[:position]
+        for line in data[line_end + 2 : end].split(b"\r\n") if end > line_end else ():
+            if _TRAILER.fullmatch(line) is None:
+                raise BadFraming(f"not a trailer field: {line[:32]!r}")
         end += 4
         self.ended = True
         if end < len(data):

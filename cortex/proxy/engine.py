@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from cortex.http1 import names
 from cortex.http1.framing import SMALL, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import BadHead, HeadReader, ResponseHead, response_reader
+from cortex.http1.writing import Write, direct_writer
 from cortex.proxy.usage import MOST_CHUNKS, UsageTail
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class EngineConnection(asyncio.Protocol):
         "_paused",
         "_pool",
         "_reader",
+        "_send",
         "_served",
         "_straight",
         "_tail",
@@ -68,7 +70,8 @@ class EngineConnection(asyncio.Protocol):
         self.address = address
         self._on_made = on_made
         self.idle_since = 0.0
-        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
+        self.transport: asyncio.Transport  # this and `_send` are set by connection_made
+        self._send: Write
         self._pool = pool
         self._exchange: Exchange | None = None
         self._reader: tuple[ResponseHead, HeadReader] | None = None
@@ -79,8 +82,8 @@ class EngineConnection(asyncio.Protocol):
         self._paused = False
         self._to_head = False
         self.passed_bytes = 0
-        self._straight: Callable[[bytes], object] | None = None
-        self._write: Callable[[bytes], object] | None = None  # `_straight`, while the next byte begins a chunk
+        self._straight: Write | None = None
+        self._write: Write | None = None  # `_straight`, while the next byte begins a chunk
         self._tail: UsageTail
         self._chunks: list[bytes]
 
@@ -94,10 +97,10 @@ class EngineConnection(asyncio.Protocol):
         self._reader = response_reader()
         self._interim = 0
         if len(body) > _JOINED_BYTES:
-            self.transport.write(head)
-            self.transport.write(body)
+            self._send(head)
+            self._send(body)
         else:
-            self.transport.write(head + body)
+            self._send(head + body)
 
     def abandon(self) -> None:
         """Nobody wants the answer any more: closing is what tells the engine to stop."""
@@ -106,6 +109,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self._send = direct_writer(self.transport)
         self._pool.opened(self)
         self._on_made(self)
 
@@ -114,7 +118,7 @@ class EngineConnection(asyncio.Protocol):
             # The usual case by far, one whole chunk in a piece, in as few steps as possible: each call more made itself
             # felt in what a stream costs.
             end = data.find(b"\r\n")
-            if SMALL.get(data[:end], 0) + end + 4 == len(data) and end > 0 and data[-2:] == b"\r\n":
+            if SMALL.get(data[:end], -len(data)) + end + 4 == len(data) and data[-2:] == b"\r\n":
                 chunks = self._chunks
                 chunks.append(data)
                 if len(chunks) > MOST_CHUNKS:
@@ -143,7 +147,7 @@ class EngineConnection(asyncio.Protocol):
             assert isinstance(body, ChunkedBody)
             self._write = self._straight if body.between else None
 
-    def pass_straight(self, write: Callable[[bytes], object], tail: UsageTail) -> None:
+    def pass_straight(self, write: Write, tail: UsageTail) -> None:
         """From now on whole chunks of the present answer go to `write` and `tail`, and not by the exchange; they are
         counted in `passed_bytes`."""
         body = self._body

@@ -150,17 +150,17 @@ class Relay:
         if first:
             self.sent_bytes = len(first)
             self._tail.feed(first)
-        client.transport.write(b"\r\n".join(lines))
+        client.write(b"\r\n".join(lines))
         if isinstance(body, ChunkedBody) and self._unpacked is None and not body.ended:
             assert self._connection is not None
-            self._connection.pass_straight(client.transport.write, self._tail)
+            self._connection.pass_straight(client.write, self._tail)
 
     def passed(self, data: bytes) -> None:
         if self._unpacked is not None:
             data = self._unpacked.take()
         self.sent_bytes += len(data)
         self._tail.feed(data)
-        self._client.transport.write(data)
+        self._client.write(data)
 
     def ended(self) -> None:
         self._count()
@@ -212,7 +212,7 @@ class Relay:
             self._request.keep_alive = False
             self._client.cut()
         else:
-            self._client.transport.write(last)
+            self._client.write(last)
 
     def _last_event(self, reason: str) -> bytes:
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")

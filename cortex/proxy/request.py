@@ -64,7 +64,8 @@ class Request:
             target = _path_of(head)
         self.target = target
         path = target.partition(b"?")[0]
-        self.path = unquote_to_bytes(path) if b"%" in path else path
+        # An encoded slash is part of a name, and no separator.
+        self.path = unquote_to_bytes(path) if b"%" in path and b"%2f" not in path.lower() else path
 
     @property
     def request_id(self) -> bytes | None:
