@@ -181,7 +181,7 @@ class EngineConnection(asyncio.Protocol):
                     self._begin(head, rest)
                     return
                 self._skip_interim(head)
-            except (BadHead, BadFraming) as error:
+            except BadHead as error:
                 self._lose(f"its answer is not HTTP: {error}")
                 return
             data = rest
@@ -198,16 +198,21 @@ class EngineConnection(asyncio.Protocol):
         exchange = self._exchange
         assert exchange is not None
         body = _framing(head, to_head=self._to_head)
-        first = b""
+        first, fault = b"", ""
         if body.ended:
             body.excess = rest
         elif rest:
-            first = body.feed(rest)
+            try:
+                first = body.feed(rest)
+            except BadFraming as error:
+                fault = str(error)
         self._reader = None
         self._keep_alive = head.keep_alive
         self._body = body
         exchange.began(head, body, first)
-        if body.ended:
+        if fault:
+            self._lose(fault)
+        elif body.ended:
             self._end()
 
     def _end(self) -> None:
