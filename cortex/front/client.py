@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol, cast
 
@@ -14,7 +15,7 @@ from cortex.front.connections import Connections
 from cortex.front.incoming import IncomingBody
 from cortex.front.unpack import unpack
 from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
-from cortex.http1.writing import Write, direct_writer
+from cortex.http1.writing import Writer
 from cortex.proxy.request import Request
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
@@ -91,6 +92,7 @@ class ClientConnection(asyncio.Protocol):
         "peer",
         "transport",
         "write",
+        "writer",
     )
 
     def __init__(self, gateway: Gateway, connections: Connections) -> None:
@@ -107,7 +109,8 @@ class ClientConnection(asyncio.Protocol):
         self.peer = ""
         # Set by connection_made.
         self.transport: asyncio.Transport
-        self.write: Write
+        self.writer: Writer
+        self.write: Callable[[bytes], None]
 
     @property
     def draining(self) -> bool:
@@ -120,7 +123,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.write = direct_writer(self.transport)
+        self.writer = Writer(self.transport)
+        self.write = self.writer.write
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self.deadline = monotonic() + KEEP_ALIVE_SECS

@@ -21,6 +21,24 @@ _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*")
 SMALL = {b"%x" % size: size for size in range(1, 4096)}
 """Nearly every chunk of a stream is a small one: its size is looked up instead of parsed."""
 
+_LONGEST_FRAMED = 4096
+
+
+def _prefixes() -> list[bytes]:
+    """By the bytes of a whole chunk: the size line that it begins with. b"\\n", which begins no chunk, where a chunk
+    cannot be so long."""
+    prefixes = [b"\n"] * (_LONGEST_FRAMED + 1)
+    for size in range(1, _LONGEST_FRAMED):
+        line = b"%x\r\n" % size
+        framed = len(line) + size + 2
+        if framed <= _LONGEST_FRAMED:
+            prefixes[framed] = line
+    return prefixes
+
+
+PREFIXES = _prefixes()
+"""For those who know that a chunk comes, and mostly a whole one: a look-up and a comparison tell."""
+
 
 class BadFraming(Exception):
     """The body breaks the rules of its own framing."""

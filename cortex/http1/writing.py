@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
-
-Write = Callable[[bytes], None]
 
 
-def direct_writer(transport: asyncio.Transport) -> Write:
+class Writer:
     """Writes to the socket at once, and leaves to the transport what the socket does not take.
 
-    A transport queues what it is given and sends it when all that can be read has been read. With a thousand streams
-    that costs a tenth more: by then the caches hold other connections. Not to be used after `connection_lost`, when the
-    descriptor may already be somebody else's.
+    A transport queues what it is given and sends it when all that can be read has been read: with a thousand streams
+    the caches hold other connections by then. Not to be used after `connection_lost`, when the descriptor may already
+    be somebody else's. `waiting`, `later` and `fd` are for the one place that does in line what `write` does.
     """
-    if transport.get_extra_info("sslcontext") is not None:
-        return transport.write
-    fd: int = transport.get_extra_info("socket").fileno()
-    waiting = transport.get_write_buffer_size
-    later = transport.write
-    send = os.write
 
-    def write(data: bytes) -> None:
-        if waiting():  # behind what could not be sent before
-            later(data)
+    __slots__ = ("fd", "later", "waiting")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.waiting = transport.get_write_buffer_size
+        self.later = transport.write
+        # With TLS the socket's bytes are not the connection's: no descriptor is -1, and every write to it fails.
+        secured = transport.get_extra_info("sslcontext") is not None
+        self.fd: int = -1 if secured else transport.get_extra_info("socket").fileno()
+
+    def write(self, data: bytes) -> None:
+        if self.waiting():  # behind what could not be sent before
+            self.later(data)
             return
         try:
-            sent = send(fd, data)
+            sent = os.write(self.fd, data)
         except OSError:  # full, or broken: the transport finds out which
-            later(data)
-            return
+            sent = 0
         if sent != len(data):
-            later(data[sent:])
-
-    return write
+            self.later(data[sent:])

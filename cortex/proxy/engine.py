@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cortex.http1 import names
-from cortex.http1.framing import SMALL, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
+from cortex.http1.framing import PREFIXES, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import BadHead, HeadReader, ResponseHead, response_reader
-from cortex.http1.writing import Write, direct_writer
+from cortex.http1.writing import Writer
 from cortex.proxy.usage import MOST_CHUNKS, UsageTail
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class EngineConnection(asyncio.Protocol):
     """Belongs to the pool while idle, to one exchange while it works."""
 
     __slots__ = (
+        "_between",
         "_body",
         "_chunks",
         "_exchange",
@@ -58,7 +60,7 @@ class EngineConnection(asyncio.Protocol):
         "_straight",
         "_tail",
         "_to_head",
-        "_write",
+        "_writer",
         "address",
         "idle_since",
         "passed_bytes",
@@ -71,7 +73,7 @@ class EngineConnection(asyncio.Protocol):
         self._on_made = on_made
         self.idle_since = 0.0
         self.transport: asyncio.Transport  # this and `_send` are set by connection_made
-        self._send: Write
+        self._send: Callable[[bytes], None]
         self._pool = pool
         self._exchange: Exchange | None = None
         self._reader: tuple[ResponseHead, HeadReader] | None = None
@@ -82,8 +84,9 @@ class EngineConnection(asyncio.Protocol):
         self._paused = False
         self._to_head = False
         self.passed_bytes = 0
-        self._straight: Write | None = None
-        self._write: Write | None = None  # `_straight`, while the next byte begins a chunk
+        self._straight = False
+        self._between = False  # and the next byte begins a chunk
+        self._writer: Writer
         self._tail: UsageTail
         self._chunks: list[bytes]
 
@@ -92,7 +95,7 @@ class EngineConnection(asyncio.Protocol):
         self._to_head = head.startswith(b"HEAD ")
         self._exchange = exchange
         self._body = None
-        self._straight = self._write = None
+        self._straight = self._between = False
         self.passed_bytes = 0
         self._reader = response_reader()
         self._interim = 0
@@ -104,28 +107,37 @@ class EngineConnection(asyncio.Protocol):
 
     def abandon(self) -> None:
         """Nobody wants the answer any more: closing is what tells the engine to stop."""
-        self._exchange = self._straight = self._write = None
+        self._exchange = None
+        self._straight = self._between = False
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._send = direct_writer(self.transport)
+        self._send = Writer(self.transport).write
         self._pool.opened(self)
         self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._write is not None:
-            # The usual case by far, one whole chunk in a piece, in as few steps as possible: each call more made itself
-            # felt in what a stream costs.
-            end = data.find(b"\r\n")
-            if SMALL.get(data[:end], -len(data)) + end + 4 == len(data) and data[-2:] == b"\r\n":
-                chunks = self._chunks
-                chunks.append(data)
-                if len(chunks) > MOST_CHUNKS:
-                    self._tail.join()
-                self.passed_bytes += len(data)
-                self._write(data)
+        size = len(data)
+        if self._between and size < len(PREFIXES) and data.startswith(PREFIXES[size]) and data.endswith(b"\r\n"):
+            # The usual case by far, one whole chunk in a piece, in as few steps as possible: each call more makes
+            # itself felt in what a stream costs.
+            chunks = self._chunks
+            chunks.append(data)
+            if len(chunks) > MOST_CHUNKS:
+                self._tail.join()
+            self.passed_bytes += size
+            writer = self._writer
+            if writer.waiting():
+                writer.later(data)
                 return
+            try:
+                sent = os.write(writer.fd, data)
+            except OSError:
+                sent = 0
+            if sent != size:
+                writer.later(data[sent:])
+            return
         exchange = self._exchange
         if exchange is None:  # an idle connection has nothing to say
             self.transport.abort()
@@ -143,19 +155,20 @@ class EngineConnection(asyncio.Protocol):
             exchange.passed(data)
         if body.ended:
             self._end()
-        elif self._straight is not None:
+        elif self._straight:
             assert isinstance(body, ChunkedBody)
-            self._write = self._straight if body.between else None
+            self._between = body.between
 
-    def pass_straight(self, write: Write, tail: UsageTail) -> None:
-        """From now on whole chunks of the present answer go to `write` and `tail`, and not by the exchange; they are
+    def pass_straight(self, writer: Writer, tail: UsageTail) -> None:
+        """From now on whole chunks of the present answer go to `writer` and `tail`, and not by the exchange; they are
         counted in `passed_bytes`."""
         body = self._body
         assert isinstance(body, ChunkedBody)
-        self._straight = write
+        self._straight = True
+        self._between = body.between
+        self._writer = writer
         self._tail = tail
         self._chunks = tail.chunks
-        self._write = write if body.between else None
 
     def eof_received(self) -> None:
         """The transport closes itself, and `connection_lost` follows."""
@@ -219,7 +232,8 @@ class EngineConnection(asyncio.Protocol):
         exchange, body = self._exchange, self._body
         assert exchange is not None
         assert body is not None
-        self._exchange = self._body = self._straight = self._write = None
+        self._exchange = self._body = None
+        self._straight = self._between = False
         self._served += 1
         transport = self.transport
         # An answer may come before the request is wholly written: the rest of that would read as the next one.
@@ -239,7 +253,8 @@ class EngineConnection(asyncio.Protocol):
         exchange = self._exchange
         assert exchange is not None
         untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim
-        self._exchange = self._straight = self._write = None
+        self._exchange = None
+        self._straight = self._between = False
         self.transport.abort()
         exchange.lost(reason, stale=untouched and self._served > 0)
 

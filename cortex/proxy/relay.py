@@ -153,7 +153,7 @@ class Relay:
         client.write(b"\r\n".join(lines))
         if isinstance(body, ChunkedBody) and self._unpacked is None and not body.ended:
             assert self._connection is not None
-            self._connection.pass_straight(client.write, self._tail)
+            self._connection.pass_straight(client.writer, self._tail)
 
     def passed(self, data: bytes) -> None:
         if self._unpacked is not None:
