@@ -324,6 +324,22 @@ async def test_prompt_with_ten_megabytes_of_images(process: CortexProcess, engin
     assert kept < 1.5 * len(body), "four requests leave no more behind than one"
 
 
+async def test_requests_far_ahead_stay_outside(process: CortexProcess) -> None:
+    """A client that sends 32 MiB of requests before it reads an answer is read as far as it is answered: what is kept
+    for it does not grow with each answer."""
+    one = request(b'{"model":"org/small","n":1}')
+    async with connected(process.url) as client:
+        before = process.rss_bytes()
+        sending = asyncio.ensure_future(client.send(one * (32 * MIB // len(one))))
+        for _ in range(100):
+            assert (await client.answer()).status == 200
+        grown = process.rss_bytes() - before
+        print(f"memory grew by {grown / MIB:.2f} MiB in 100 answers")
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    assert grown < 4 * MIB
+
+
 async def test_large_uploads_do_not_hold_up_others(process: CortexProcess, engine: RawEngine) -> None:
     """While eight clients send 8 MiB each, small requests are answered at once."""
     body = json.dumps({"model": MODEL, "n": 1, "pad": "x" * (8 * MIB)}).encode()
