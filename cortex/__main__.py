@@ -47,6 +47,9 @@ def _serve(args: argparse.Namespace) -> int:
         configure_logging(config.log_level)
         if args.workers is not None:
             config = with_workers(config, args.workers)
+        for fd in (args.fd, args.lifeline_fd):
+            if fd is not None:  # ours alone: a worker that held them, too, would keep the port open
+                os.set_inheritable(fd, False)
         sock = None if args.fd is None else socket.socket(fileno=args.fd)
         run(serve(config, catalogue, sock=sock, lifeline=args.lifeline_fd))
     except (SettingsError, ListenError, OSError) as error:

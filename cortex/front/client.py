@@ -85,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
         "_connections",
         "_gateway",
         "_handling",
+        "_held_back",
         "_reader",
         "_request",
         "_state",
@@ -104,6 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self._request: Request | None = None
         self._body: IncomingBody | None = None
         self._ahead = b""
+        self._held_back = False
         self._handling: Handling | None = None
         self.deadline = 0.0
         self.peer = ""
@@ -292,13 +294,14 @@ class ClientConnection(asyncio.Protocol):
     def _keep(self, data: bytes) -> None:
         """A request that came before its turn."""
         self._ahead += data
-        if len(self._ahead) > MAX_AHEAD_BYTES:
+        if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
+            self._held_back = True
             self.transport.pause_reading()
             self._look_after()
 
     def _look_after(self) -> None:
         """While nothing is read, nobody tells that the client has left: the kernel is asked instead."""
-        if self._state != _WORKING or len(self._ahead) <= MAX_AHEAD_BYTES:
+        if not self._held_back or self._state == _CLOSING:
             return
         info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
         if info[0] == _ESTABLISHED:
@@ -307,12 +310,15 @@ class ClientConnection(asyncio.Protocol):
             self.transport.abort()
 
     def _go_on(self) -> None:
-        if self._state == _WORKING:  # else the connection was lost meanwhile
-            ahead, self._ahead = self._ahead, b""
-            self._state = _IDLE
-            if len(ahead) > MAX_AHEAD_BYTES:
+        if self._state != _WORKING:  # the connection was lost meanwhile
+            return
+        ahead, self._ahead = self._ahead, b""
+        self._state = _IDLE
+        self.data_received(ahead)
+        if self._held_back and (self._state != _WORKING or len(self._ahead) <= MAX_AHEAD_BYTES):
+            self._held_back = False
+            if not self.transport.is_closing():
                 self.transport.resume_reading()
-            self.data_received(ahead)
 
     def _reject(self, error: ServiceError) -> None:
         """Answers a request that cannot be read to its end, and ends the connection: where the next one would begin is
