@@ -2,6 +2,9 @@
 #   make dev    install into .venv, then run a simulated fleet (ARGS="--port 8080" passes arguments on)
 #   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
 #   make bench  what cortex costs beside nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
+#   make bench-cold          what cortex and neuron add to an engine's own start (ARGS="--engine vllm": real vLLM)
+#   make bench-fleet         what 1, 10, 100 and 1000 neurons cost cortex (ARGS="--seed": seed neurons)
+#   make bench-instructions  instructions of a request and of a chunk beside the record (ARGS="--record")
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,7 +26,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test bench check lint types fmt install clean clean-cache
+.PHONY: help dev test bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +46,15 @@ test: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
+
+bench-cold: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.cold_load $(ARGS)
+
+bench-fleet: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.fleet_size $(ARGS)
+
+bench-instructions: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 check: test
 
