@@ -29,7 +29,8 @@ async def test_a_pretended_fleet_is_measured_whole() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     figures = await fleet_size.one_size(3, cpus, idle_secs=0.2, requests=80, settle_secs=0.0)
     assert figures.neurons == 3
-    missing = [name for name, value in asdict(figures).items() if value <= 0 and name != "request_cpu_us"]
+    # So short a look at the CPU may find it idle.
+    missing = [name for name, value in asdict(figures).items() if value <= 0 and "_cpu_" not in name]
     assert missing == []
     assert figures.death_secs > 0.5  # one miss is no death
     assert fleet_size.table([figures]).count("\n") == 2
