@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cortex.catalogue import Catalogue
 from cortex.fleet import Fleet
@@ -105,15 +105,15 @@ class Router:
 
     async def publish_loop(self) -> None:
         """Keeps the table true to the fleet, for ever."""
-        version = -1
-        while True:
-            version = await self._fleet.changed_since(version)
-            self.publish()
+        with self._fleet.route_changes() as changes:
+            self.publish(self._wanted)
+            while True:
+                self.publish(await changes.next() & self._wanted)
 
-    def publish(self) -> None:
-        """Makes the table true to the fleet's present state."""
+    def publish(self, models: Iterable[str]) -> None:
+        """Makes the table true to the fleet's present state for these models."""
         fleet = self._fleet.snapshot()
-        for model_id in self._wanted:
+        for model_id in models:
             replicas = self._replicas(model_id, fleet)
             if replicas == self.table.get(model_id, ()):
                 continue
@@ -131,14 +131,15 @@ class Router:
         """All replicas of a model, none unless the endpoint of each is known: a table with some of them would leave the
         others idle."""
         replicas: list[Replica] = []
-        for node in serving_nodes(model_id, fleet):
+        nodes = serving_nodes(model_id, fleet)
+        for node in nodes:
             known = self._endpoints.get((model_id, node.name))
             version = self._version(fleet, model_id, node.name)
             if known is None or known[0] != version:
                 self._fetch_ahead(model_id, node.name, version)
                 continue
             replicas.append(_replica(model_id, node.name, known[1], fleet))
-        return tuple(replicas) if len(replicas) == len(serving_nodes(model_id, fleet)) else ()
+        return tuple(replicas) if len(replicas) == len(nodes) else ()
 
     def _fetch_ahead(self, model_id: str, node: str, version: _Version | None) -> None:
         key = model_id, node
@@ -176,7 +177,7 @@ class Router:
             ) from error
         if version is not None:
             self._endpoints[model_id, node] = version, endpoint
-            self.publish()
+            self.publish(self._wanted & {model_id})
         return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
     async def _look_again(self, failed: Replica) -> None:
@@ -185,7 +186,7 @@ class Router:
         known = self._endpoints.get(key)
         if known is not None and known[1].url == failed.url:
             del self._endpoints[key]
-            self.publish()
+            self.publish(self._wanted & {failed.model_id})
         watch = self._watches.get(failed.node)
         if watch is not None:
             await watch.refresh()
