@@ -54,22 +54,16 @@ class Head:
             raise BadHead(f"more than {MAX_HEADERS} headers", 431)
         self.take_first(lines[0])
         names = self.names
-        harmless = names.harmless
         passed: list[bytes] = []
         named: dict[int, bytes] = {}
         for line in islice(lines, 1, None):
-            if line in harmless:
-                passed.append(line)
-                continue
-            name, _, value = line.partition(b":")
-            meaning = names[name]
+            meaning, value = names[line]
             if not meaning:
                 passed.append(line)
-                names.learn(line)
             elif meaning in named:
-                named[meaning] += b", " + value.strip(b" \t")
+                named[meaning] += b", " + value
             else:
-                named[meaning] = value.strip(b" \t")
+                named[meaning] = value
         connection = named.get(CONNECTION)
         if connection is not None and connection not in _USUAL_CONNECTION:
             passed = without_named(passed, connection)

@@ -36,33 +36,26 @@ HOP_BY_HOP = frozenset(
 _MAX_KNOWN = 4096
 _MAX_LINE_BYTES = 256
 
+Meaning = tuple[int, bytes]
+"""What a header line means here, and its value."""
 
-class Names(dict[bytes, int]):
-    """Spellings of names seen, with their meaning: each is lowered once.
 
-    `harmless` holds whole lines seen whose names mean nothing here: a client sends most of its lines again and again.
-    Both are bounded, as others choose what they hold.
-    """
+class Names(dict[bytes, Meaning]):
+    """Header lines seen, with their meaning: a client sends most of its lines again and again, and each is taken apart
+    once. Bounded, as others choose the lines."""
 
     def __init__(self, known: dict[bytes, int]) -> None:
         super().__init__()
-        self.harmless: set[bytes] = set()
         self._known = known
 
-    def __missing__(self, name: bytes) -> int:
-        meaning = self._known.get(name.lower(), PASS)
-        if len(self) >= _MAX_KNOWN:
-            self.clear()
-        if len(name) <= _MAX_LINE_BYTES:
-            self[name] = meaning
-        return meaning
-
-    def learn(self, line: bytes) -> None:
-        """Remembers a line that passes."""
-        if len(self.harmless) >= _MAX_KNOWN:
-            self.harmless.clear()
+    def __missing__(self, line: bytes) -> Meaning:
+        name, _, value = line.partition(b":")
+        meaning = self._known.get(name.lower(), PASS), value.strip(b" \t")
         if len(line) <= _MAX_LINE_BYTES:
-            self.harmless.add(line)
+            if len(self) >= _MAX_KNOWN:
+                self.clear()
+            self[line] = meaning
+        return meaning
 
 
 OF_REQUESTS = Names(

@@ -200,7 +200,7 @@ class Journey:
         gateway.tally.request(model, node, status, took, first_byte_secs)
         if gateway.access.on:
             gateway.access.line(
-                f"{request.method.decode()} {request.path.decode('latin-1')} {status} model={model} node={node}"
+                f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{lost}"
             )
 
