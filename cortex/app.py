@@ -132,7 +132,10 @@ async def working(
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
     )
     try:
-        async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
+        async with (
+            running({"usage": gateway.account_loop}),
+            accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs),
+        ):
             yield gateway
     finally:
         await gateway.close()

@@ -21,6 +21,7 @@ from cortex.app import (
 from cortex.catalogue import Catalogue, load_catalogue
 from cortex.config import CortexConfig, GatewaySettings, parse_listen
 from cortex.workers.supervisor import Supervisor
+from shared.loop import settle
 from shared.serve import ListenError, Site, bind, serving, told_to_stop
 from shared.settings import SettingsError, load_settings
 
@@ -132,6 +133,7 @@ async def serve(
                 workers = Supervisor(parts, socks, control_address(control))
                 front = workers.running()
             async with front:
+                settle()
                 log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too

@@ -19,11 +19,14 @@ Result = TypeVar("Result")
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """As asyncio.run. What exists by now stays: the garbage collector need not look at it again and again, and what
-    requests leave behind is no garbage of its kind."""
-    gc.collect()
-    gc.freeze()
+    """As asyncio.run. What requests leave behind is freed by counting: the garbage collector may look less often."""
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     if uvloop is None:
         return asyncio.run(main)
     return uvloop.run(main)
+
+
+def settle() -> None:
+    """For a service that is up: what is there now stays, and the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Callable
 from time import monotonic
 from typing import Protocol, cast
 
@@ -15,7 +14,6 @@ from cortex.front.connections import Connections
 from cortex.front.incoming import IncomingBody
 from cortex.front.unpack import unpack
 from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
-from cortex.http1.writing import Writer
 from cortex.proxy.request import Request
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
@@ -92,8 +90,6 @@ class ClientConnection(asyncio.Protocol):
         "deadline",
         "peer",
         "transport",
-        "write",
-        "writer",
     )
 
     def __init__(self, gateway: Gateway, connections: Connections) -> None:
@@ -109,10 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self._handling: Handling | None = None
         self.deadline = 0.0
         self.peer = ""
-        # Set by connection_made.
-        self.transport: asyncio.Transport
-        self.writer: Writer
-        self.write: Callable[[bytes], None]
+        self.transport: asyncio.Transport  # set by connection_made
 
     @property
     def draining(self) -> bool:
@@ -125,8 +118,6 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.writer = Writer(self.transport)
-        self.write = self.writer.write
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self.deadline = monotonic() + KEEP_ALIVE_SECS
@@ -181,7 +172,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
         anthropic = is_anthropic_path(request.path)
-        self.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
+        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
         self.finished()
 
     def expired(self) -> None:
@@ -257,7 +248,7 @@ class ClientConnection(asyncio.Protocol):
         if rest:
             self._read_body(rest)
         elif request.expects_continue:
-            self.write(CONTINUE)
+            self.transport.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
         request, body = self._request, self._body
@@ -326,7 +317,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._request
         request_id = self._gateway.rejected(request, error)
         anthropic = request is not None and is_anthropic_path(request.path)
-        self.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
+        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cortex.http1 import names
 from cortex.http1.framing import PREFIXES, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import BadHead, HeadReader, ResponseHead, response_reader
-from cortex.http1.writing import Writer
 from cortex.proxy.usage import MOST_CHUNKS, UsageTail
 
 if TYPE_CHECKING:
@@ -55,15 +53,13 @@ class EngineConnection(asyncio.Protocol):
         "_paused",
         "_pool",
         "_reader",
-        "_send",
         "_served",
         "_straight",
         "_tail",
         "_to_head",
-        "_writer",
+        "_write",
         "address",
         "idle_since",
-        "passed_bytes",
         "transport",
     )
 
@@ -72,8 +68,7 @@ class EngineConnection(asyncio.Protocol):
         self.address = address
         self._on_made = on_made
         self.idle_since = 0.0
-        self.transport: asyncio.Transport  # this and `_send` are set by connection_made
-        self._send: Callable[[bytes], None]
+        self.transport: asyncio.Transport  # set by connection_made
         self._pool = pool
         self._exchange: Exchange | None = None
         self._reader: tuple[ResponseHead, HeadReader] | None = None
@@ -83,10 +78,9 @@ class EngineConnection(asyncio.Protocol):
         self._keep_alive = False
         self._paused = False
         self._to_head = False
-        self.passed_bytes = 0
         self._straight = False
         self._between = False  # and the next byte begins a chunk
-        self._writer: Writer
+        self._write: Callable[[bytes], None]
         self._tail: UsageTail
         self._chunks: list[bytes]
 
@@ -96,14 +90,13 @@ class EngineConnection(asyncio.Protocol):
         self._exchange = exchange
         self._body = None
         self._straight = self._between = False
-        self.passed_bytes = 0
         self._reader = response_reader()
         self._interim = 0
         if len(body) > _JOINED_BYTES:
-            self._send(head)
-            self._send(body)
+            self.transport.write(head)
+            self.transport.write(body)
         else:
-            self._send(head + body)
+            self.transport.write(head + body)
 
     def abandon(self) -> None:
         """Nobody wants the answer any more: closing is what tells the engine to stop."""
@@ -113,7 +106,6 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._send = Writer(self.transport).write
         self._pool.opened(self)
         self._on_made(self)
 
@@ -126,17 +118,7 @@ class EngineConnection(asyncio.Protocol):
             chunks.append(data)
             if len(chunks) > MOST_CHUNKS:
                 self._tail.join()
-            self.passed_bytes += size
-            writer = self._writer
-            if writer.waiting():
-                writer.later(data)
-                return
-            try:
-                sent = os.write(writer.fd, data)
-            except OSError:
-                sent = 0
-            if sent != size:
-                writer.later(data[sent:])
+            self._write(data)
             return
         exchange = self._exchange
         if exchange is None:  # an idle connection has nothing to say
@@ -159,14 +141,13 @@ class EngineConnection(asyncio.Protocol):
             assert isinstance(body, ChunkedBody)
             self._between = body.between
 
-    def pass_straight(self, writer: Writer, tail: UsageTail) -> None:
-        """From now on whole chunks of the present answer go to `writer` and `tail`, and not by the exchange; they are
-        counted in `passed_bytes`."""
+    def pass_straight(self, write: Callable[[bytes], None], tail: UsageTail) -> None:
+        """From now on whole chunks of the present answer go to `write` and `tail`, and not by the exchange."""
         body = self._body
         assert isinstance(body, ChunkedBody)
         self._straight = True
         self._between = body.between
-        self._writer = writer
+        self._write = write
         self._tail = tail
         self._chunks = tail.chunks
 

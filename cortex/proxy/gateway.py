@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
@@ -44,6 +45,7 @@ INFERENCE_PATHS = (
 """POST routes whose body names a model; all take the same way."""
 _INFERENCE = frozenset(path.encode() for path in INFERENCE_PATHS)
 
+COLLECT_SECS = 1.0
 # An id from outside is echoed in a header and written to logs: anything else than these is replaced.
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -123,6 +125,12 @@ class Gateway:
 
     async def refresh(self) -> None:
         """Nothing to do: `collect` and `in_flight_here` are live."""
+
+    async def account_loop(self) -> None:
+        """Empties the usage queue for ever, off the request path."""
+        while True:
+            await asyncio.sleep(COLLECT_SECS)
+            self.collect()
 
     async def close(self) -> None:
         await self.tasks.close()

@@ -48,7 +48,6 @@ class Relay:
         "_unpacked",
         "first_byte_at",
         "lost_because",
-        "sent_bytes",
         "status",
     )
 
@@ -80,7 +79,6 @@ class Relay:
         self._abandoned = False
         self.status = 0
         self.first_byte_at: float | None = None
-        self.sent_bytes = 0
         self.lost_because: str | None = None
 
     def start(self) -> None:
@@ -93,7 +91,6 @@ class Relay:
     def abandon(self) -> None:
         """The client has left."""
         self._abandoned = True
-        self._count()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -108,6 +105,11 @@ class Relay:
     def resume(self) -> None:
         if self._connection is not None:
             self._connection.resume()
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of the answer's body, its framing included."""
+        return self._tail.fed_bytes
 
     def usage(self) -> Usage | None:
         """The engine's last word on tokens, None without one."""
@@ -148,27 +150,23 @@ class Relay:
             lines.append(b"connection: keep-alive")
         lines += (b"", first)
         if first:
-            self.sent_bytes = len(first)
             self._tail.feed(first)
-        client.write(b"\r\n".join(lines))
+        client.transport.write(b"\r\n".join(lines))
         if isinstance(body, ChunkedBody) and self._unpacked is None and not body.ended:
             assert self._connection is not None
-            self._connection.pass_straight(client.writer, self._tail)
+            self._connection.pass_straight(client.transport.write, self._tail)
 
     def passed(self, data: bytes) -> None:
         if self._unpacked is not None:
             data = self._unpacked.take()
-        self.sent_bytes += len(data)
         self._tail.feed(data)
-        self._client.write(data)
+        self._client.transport.write(data)
 
     def ended(self) -> None:
-        self._count()
         self._connection = None
         self._listener.done()
 
     def lost(self, reason: str, *, stale: bool) -> None:
-        self._count()
         self._connection = None
         if stale:
             # Closed by the engine at this very moment, as it may any idle connection: once more, on a new one.
@@ -179,11 +177,6 @@ class Relay:
             self.lost_because = reason
             self._tell_of_loss(reason)
             self._listener.done()
-
-    def _count(self) -> None:
-        """Adds what went straight from the connection to the client."""
-        if self._connection is not None:
-            self.sent_bytes += self._connection.passed_bytes
 
     def _connect(self) -> None:
         self._connecting = asyncio.get_running_loop().create_task(self._open())
@@ -212,7 +205,7 @@ class Relay:
             self._request.keep_alive = False
             self._client.cut()
         else:
-            self._client.write(last)
+            self._client.transport.write(last)
 
     def _last_event(self, reason: str) -> bytes:
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")

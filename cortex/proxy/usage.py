@@ -50,11 +50,17 @@ class UsageTail:
     is for the one place where even a call is too much: what is added there has to be joined when MOST_CHUNKS is passed.
     """
 
-    __slots__ = ("_head", "chunks")
+    __slots__ = ("_forgotten", "_head", "chunks")
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
         self._head = b""
+        self._forgotten = 0  # bytes
+
+    @property
+    def fed_bytes(self) -> int:
+        """All that has come, kept or not."""
+        return self._forgotten + sum(map(len, self.chunks))
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the answer's body; the framing of a chunked one may be among them."""
@@ -72,12 +78,15 @@ class UsageTail:
         """Makes one of the chunks, and forgets what is not kept of them."""
         chunks = self.chunks
         chunk = chunks[-1]
+        self._forgotten += sum(map(len, chunks))
         if len(chunk) > KEPT_BYTES:  # only its ends are copied
             chunks[-1:] = (chunk[:HEAD_BYTES], chunk[-KEPT_BYTES:])
         known = b"".join(chunks)
         if len(self._head) < HEAD_BYTES:
             self._head = known[:HEAD_BYTES]
-        chunks[:] = [known[-KEPT_BYTES:]]
+        kept = known[-KEPT_BYTES:]
+        self._forgotten -= len(kept)
+        chunks[:] = [kept]
 
 
 def find_usage(tail: bytes | bytearray) -> Usage | None:

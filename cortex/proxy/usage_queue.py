@@ -13,7 +13,7 @@ MAX_WAITING = 100_000
 """Records between two collections; beyond it the oldest are lost."""
 
 
-class UsageRecord(msgspec.Struct, frozen=True):
+class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     """What one request used."""
 
     caller: str

@@ -34,7 +34,7 @@ from cortex.workers.messages import (
 )
 from cortex.workers.remote import RemoteControl
 from shared.logs import configure_logging
-from shared.loop import run
+from shared.loop import run, settle
 from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(_listen(messages, channel, control, gateway, stop), name="control")
+        settle()
         channel.send(Ready())
         await stop.wait()
     channel.send(Counted(0, gateway.collect()))
