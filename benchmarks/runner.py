@@ -117,6 +117,7 @@ class Bench:
                 running.tree,
                 slowness=entry.contender.slowness,
                 quick=self.quick,
+                workers=entry.contender.workers,
             )
             measured = await asyncio.wait_for(case.measure(subject), _MEASUREMENT_SECS)
         except (ContenderUnavailable, OSError, asyncio.TimeoutError) as error:

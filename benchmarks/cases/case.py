@@ -21,7 +21,7 @@ TIMEOUT_SECS = 150.0
 @dataclass(frozen=True)
 class Subject:
     """A contender that serves on `port`. The engine that answers listens on `answering_port`: `engine_port`,
-    unless the contender is an engine itself. Its work is divided by `slowness`; `quick` divides it for everybody."""
+    unless the contender is an engine itself. It serves with so many `workers` processes. Its work is divided by `slowness`; `quick` divides it for everybody."""
 
     port: int
     engine_port: int
@@ -29,6 +29,7 @@ class Subject:
     tree: ProcessTree
     slowness: int = 1
     quick: bool = False
+    workers: int = 1
 
     def amount(self, full: int, quick: int, at_least: int = 1) -> int:
         """How much to do."""

@@ -23,8 +23,9 @@ async def _plain(subject: Subject) -> Measured:
     wish = Wish()
     request = chat_request(subject.port, wish)
     count = subject.amount(10_000, 6_000, at_least=64)
-    async with Pool(subject.port, CONCURRENCY) as pool:
-        await repeat(pool, request, wish, count=max(CONCURRENCY, count // 5), timeout=TIMEOUT_SECS)
+    connections = CONCURRENCY * subject.workers  # so that each worker has as much to do at a time as a single one
+    async with Pool(subject.port, connections) as pool:
+        await repeat(pool, request, wish, count=max(connections, count // 5), timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
             tally = await repeat(pool, request, wish, count=count, timeout=TIMEOUT_SECS)

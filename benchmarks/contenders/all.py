@@ -8,7 +8,7 @@ from benchmarks.contenders.aiohttp_proxy import AIOHTTP
 from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.cortex import cortex
 from benchmarks.contenders.direct import DIRECT
-from benchmarks.contenders.nginx import NGINX
+from benchmarks.contenders.nginx import NGINX, NGINX_2
 from benchmarks.contenders.packages import PACKAGES
 from benchmarks.contenders.process import REPOSITORY
 
@@ -17,6 +17,7 @@ def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dic
     """All of them; cortex from `checkout`, and from `baseline` as well when that is given."""
     lineup = [
         NGINX,
+        NGINX_2,
         cortex(checkout),
         cortex(checkout, "cortex-2", "cortex, two workers", workers=2),
         *PACKAGES,

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from benchmarks.contenders.contender import Contender, ContenderUnavailable, Launch, Place
@@ -13,7 +14,7 @@ from benchmarks.contenders.contender import Contender, ContenderUnavailable, Lau
 _CONFIG = """
 daemon off;
 master_process on;
-worker_processes 1;
+worker_processes {workers};
 worker_rlimit_nofile 65536;
 pid {directory}/nginx.pid;
 error_log {directory}/error.log warn;
@@ -51,7 +52,7 @@ http {{
 """
 
 
-def _prepare(place: Place) -> Launch:
+def _prepare(place: Place, workers: int = 1) -> Launch:
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if program is None:
         raise ContenderUnavailable("nginx is not installed (apt-get install nginx-light)")
@@ -61,6 +62,7 @@ def _prepare(place: Place) -> Launch:
             directory=place.directory,
             engine_port=place.engine_port,
             port=place.port,
+            workers=workers,
             user="user root;" if os.geteuid() == 0 else "",
             log_buffer=" buffer=64k flush=1s",
         ),
@@ -75,10 +77,10 @@ def _version(program: str) -> str:
     return found[1] if found else Path(program).name
 
 
-NGINX = Contender(
-    "nginx",
-    "nginx",
+_ON = (
     "proxy_pass to one server, keep-alive on both sides, buffering off, access log on (64 KiB buffer); no routing, "
-    "no key, no metrics",
-    _prepare,
+    "no key, no metrics"
 )
+NGINX = Contender("nginx", "nginx", _ON, _prepare)
+NGINX_2 = Contender("nginx-2", "nginx, two workers", _ON, partial(_prepare, workers=2), workers=2)
+"""What a second worker costs on this machine whoever it is: with two CPUs it shares one with the load."""

@@ -39,7 +39,7 @@ from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)
 
-REPORT_SECS = 0.05
+REPORT_SECS = 0.2
 """How soon the others hear of a change of what is in flight here."""
 
 
