@@ -120,7 +120,7 @@ class Bench:
                 workers=entry.contender.workers,
             )
             measured = await asyncio.wait_for(case.measure(subject), _MEASUREMENT_SECS)
-        except (ContenderUnavailable, OSError, asyncio.TimeoutError) as error:
+        except (ContenderUnavailable, OSError, EOFError, asyncio.TimeoutError) as error:
             measured = Measured()
             measured.faults[f"not measured: {type(error).__name__} {error}"] += 1
             entry.runner.stop()

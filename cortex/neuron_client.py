@@ -13,6 +13,7 @@ import aiohttp
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config import NeuronEntry
+from cortex.proxy.pool import parse_url
 from shared.protocol import Discovery, EndpointReply, LoadCommand, ModelView, NeuronHealth, UnloadCommand
 
 CONNECT_TIMEOUT_SECS = 5.0
@@ -88,7 +89,9 @@ class NeuronClient:
         path = f"/models/{quote(model_id, safe='')}/endpoint"
         found = await self._get(path, EndpointReply, timeout_secs=ENDPOINT_TIMEOUT_SECS)
         try:
-            return found.model_copy(update={"url": reachable_url(found.url, self._base)})
+            url = reachable_url(found.url, self._base)
+            parse_url(url)  # here, and not when a request is waiting
+            return found.model_copy(update={"url": url})
         except ValueError as error:
             raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
 

@@ -20,8 +20,10 @@ TIMEOUT_SECS = 150.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A contender that serves on `port`. The engine that answers listens on `answering_port`: `engine_port`,
-    unless the contender is an engine itself. It serves with so many `workers` processes. Its work is divided by `slowness`; `quick` divides it for everybody."""
+    """A contender that serves on `port`, with so many `workers` processes. The engine that answers listens on
+    `answering_port`: `engine_port`, unless the contender is an engine itself. Its work is divided by `slowness`;
+    `quick` divides it for everybody.
+    """
 
     port: int
     engine_port: int

@@ -66,7 +66,7 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, pool: EnginePool, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
         """`on_made` is called as soon as something can be sent."""
         self.address = address
-        self._on_made = on_made
+        self._on_made: Callable[[EngineConnection], None] | None = on_made
         self.idle_since = 0.0
         self.transport: asyncio.Transport  # set by connection_made
         self._pool = pool
@@ -107,7 +107,9 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._pool.opened(self)
-        self._on_made(self)
+        on_made, self._on_made = self._on_made, None  # it leads to the first request, which is not to be kept
+        assert on_made is not None
+        on_made(self)
 
     def data_received(self, data: bytes) -> None:
         size = len(data)

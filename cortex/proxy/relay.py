@@ -184,7 +184,7 @@ class Relay:
     async def _open(self) -> None:
         try:
             await self._pool.connect(self._address, self._send)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (OSError, UnicodeError, asyncio.TimeoutError) as error:  # UnicodeError: a host that is no name
             self._connecting = None
             self._listener.unreachable(str(error) or type(error).__name__)
 

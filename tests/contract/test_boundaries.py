@@ -17,8 +17,10 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
-    *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue")),
-    *(f"cortex/proxy/{name}.py" for name in ("body", "headers", "usage")),
+    *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
+    *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
+    *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
+    *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
     *(f"neuron/{name}.py" for name in ("devices", "spec", "owned_flags", "links", "gpu_presets")),
     *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
 )
