@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping
 
 import aiohttp
 
+from neuron.hang import sample_of
 from shared.protocol import ModelActivity
 
 SCRAPE_TIMEOUT_SECS = 0.5
 FRESH_SECS = 1.0
-_SAMPLE = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 
 
 class ActivityMonitor:
@@ -58,10 +57,5 @@ class ActivityMonitor:
 
 def activity_of(model_id: str, exposition: str) -> ModelActivity | None:
     """Running and waiting requests from a metrics page of vLLM, None when it has neither."""
-    totals: dict[str, float] = {}
-    for kind, value in _SAMPLE.findall(exposition):
-        totals[kind] = totals.get(kind, 0) + float(value)
-    if not totals:
-        return None
-    running, waiting = (round(totals.get(kind, 0)) for kind in ("running", "waiting"))
-    return ModelActivity(id=model_id, in_flight=running, queue_depth=waiting)
+    sample = sample_of(exposition)
+    return None if sample is None else ModelActivity(id=model_id, in_flight=sample.running, queue_depth=sample.waiting)

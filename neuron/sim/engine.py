@@ -168,7 +168,8 @@ class Engine:
                         break
                     if produced == 0:
                         self.metrics.prompt_tokens += prompt_tokens
-                        self.metrics.time_to_first_token.observe(clock.time() - came)
+                        for _ in sequences:
+                            self.metrics.time_to_first_token.observe(clock.time() - came)
                     last = produced == length - 1
                     finish: FinishReason | None = None
                     if last:
