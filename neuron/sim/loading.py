@@ -76,7 +76,7 @@ async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> Non
         await asyncio.sleep(started + stage.at * settings.load_secs - clock.time())
         if Fault.OOM_AT_LOAD in settings.faults and stage.at >= 0.5:
             raise pretended_out_of_memory(settings, memory)
-        memory.take_up_to(round(settings.vram_mb * stage.memory))
+        memory.change_to(round(settings.vram_mb * stage.memory))
         stage.announce(settings, core)
         if Fault.NEVER_READY in settings.faults and stage.at >= 0.8:
             await clock.create_future()

@@ -60,8 +60,8 @@ class DeviceMemory:
             return cls(None, {}, holder)
         return cls(Path(directory), {str(uuid): int(mb) for uuid, mb in dict(json.loads(devices)).items()}, holder)
 
-    def take_up_to(self, total_mb: int) -> None:
-        """Holds `total_mb` over all devices together from now on, in even shares. May be less than before.
+    def change_to(self, total_mb: int) -> None:
+        """Grows or shrinks to `total_mb` over all devices together, in even shares.
 
         Raises:
             OutOfMemory: a device has no room beside its other holders; what was held before stays held.
@@ -75,15 +75,10 @@ class DeviceMemory:
             for index, (uuid, share) in enumerate(wanted.items()):
                 held = self.held_mb.get(uuid, 0)
                 free = self.totals_mb[uuid] - used[uuid]
-                if share - held > free:
+                if share - held > max(free, 0):
                     raise OutOfMemory(index, share - held, self.totals_mb[uuid], max(free, 0), held)
             vram.hold(self.directory, wanted, pid=self.holder)
         self.held_mb = wanted
-
-    def free_down_to(self, total_mb: int) -> None:
-        """Gives back all but `total_mb` over all devices together; never takes more."""
-        if total_mb < sum(self.held_mb.values()):
-            self.take_up_to(total_mb)
 
 
 @contextlib.contextmanager
