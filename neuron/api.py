@@ -13,14 +13,15 @@ from neuron import failures
 from neuron.events import Event, Listener
 from neuron.keys import SERVICES
 from neuron.metrics import CONTENT_TYPE
-from neuron.worker import State
+from neuron.state import State
 from shared.errors import InvalidRequest
 from shared.http import read_model, reply
 from shared.protocol import EndpointReply, LoadCommand, LoadReply, NeuronHealth, UnloadCommand
-from shared.serve import CLOSING
+from shared.tasks import timeout
 
 KEEP_ALIVE_SECS = 15.0
 DEFAULT_TAIL, MAX_TAIL = 100, 10_000  # lines
+MAX_DRAIN_SECS = 3600
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -59,8 +60,9 @@ async def load(request: web.Request) -> web.Response:
 
 
 async def unload(request: web.Request) -> web.Response:
+    drain_secs = _seconds(request, "drain_secs", default=0.0)
     command = await read_model(request, UnloadCommand)
-    await request.app[SERVICES].workers.unload(command.model_id)
+    await request.app[SERVICES].workers.unload(command.model_id, drain_secs=drain_secs)
     return reply(LoadReply(status="unloaded", model_id=command.model_id))
 
 
@@ -101,28 +103,21 @@ async def events(request: web.Request) -> web.StreamResponse:
         # Taken after listening began: nothing can be missed, and the numbers tell what the snapshot has already.
         views = [view.model_dump(mode="json") for view in services.workers.views_now()]
         await response.write(Event(services.hub.last_number, "snapshot", json.dumps(views)).encoded())
-        await _pass_on(listener, response, request.app[CLOSING])
+        await _pass_on(listener, response)
     return response
 
 
-async def _pass_on(listener: Listener, response: web.StreamResponse, closing: asyncio.Event) -> None:
-    ended = asyncio.create_task(closing.wait())
-    try:
-        while not ended.done():
-            arriving = asyncio.ensure_future(listener.next())
-            try:
-                await asyncio.wait({arriving, ended}, timeout=KEEP_ALIVE_SECS, return_when=asyncio.FIRST_COMPLETED)
-                event = arriving.result() if arriving.done() else None
-                if event is not None:
-                    await response.write(event.encoded())
-                elif arriving.done():
-                    return
-                elif not ended.done():
-                    await response.write(b": keep-alive\n\n")
-            finally:
-                arriving.cancel()
-    finally:
-        ended.cancel()
+async def _pass_on(listener: Listener, response: web.StreamResponse) -> None:
+    while True:
+        try:
+            async with timeout(KEEP_ALIVE_SECS):
+                event = await listener.next()
+        except asyncio.TimeoutError:
+            await response.write(b": keep-alive\n\n")
+            continue
+        if event is None:
+            return
+        await response.write(event.encoded())
 
 
 def _flag(request: web.Request, name: str, *, default: bool) -> bool:
@@ -132,6 +127,19 @@ def _flag(request: web.Request, name: str, *, default: bool) -> bool:
     if text.lower() not in _FLAGS:
         raise InvalidRequest(f"{name}: {text!r} is neither true nor false", param=name)
     return _FLAGS[text.lower()]
+
+
+def _seconds(request: web.Request, name: str, *, default: float) -> float:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_DRAIN_SECS:  # false for nan as well
+        raise InvalidRequest(f"{name}: {text!r} is no number of seconds from 0 to {MAX_DRAIN_SECS}", param=name)
+    return seconds
 
 
 def add_routes(app: web.Application) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -27,10 +27,6 @@ from neuron.workers import Workers
 from shared.http import error_middleware, require_token
 from shared.tasks import TaskSet
 
-log = logging.getLogger(__name__)
-
-_IDLE_POLL_SECS = 0.2
-
 
 def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     """A neuron that is served on `port`; its engines live as long as the app does.
@@ -46,13 +42,15 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
             app[SERVICES] = made
             yield
 
-    async def stop_loads(app: web.Application) -> None:
-        # Before the drain: who waits for a load would be waited for otherwise, and the load is given up anyway.
+    async def begin_stop(app: web.Application) -> None:
+        # Before the drain of HTTP: who waits for a load would be waited for otherwise, and it is given up anyway. And
+        # whoever listens has to hear that the models take no new work, as the last thing on the event stream.
         if SERVICES in app:
-            app[SERVICES].workers.refuse_loads()
+            app[SERVICES].workers.begin_stop()
+            app[SERVICES].hub.close()
 
     app.cleanup_ctx.append(services)
-    app.on_shutdown.append(stop_loads)
+    app.on_shutdown.append(begin_stop)
     return app
 
 
@@ -68,16 +66,17 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         http = await stack.enter_async_context(aiohttp.ClientSession())
         instance_id = str(uuid.uuid4())
         hub, metrics = EventHub(), NeuronMetrics()
-        launcher = Launcher(config, instance_id, source, state, http, PortPool(config.host))
+        found = await asyncio.to_thread(state.found)
+        numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
+        launcher = Launcher(config, source, state, http, PortPool(config.host), numbers=numbers)
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
+        await workers.adopt(found)
         activity = ActivityMonitor(http, workers.engine_urls)
-        stack.push_async_callback(_quiet, activity, config.drain_timeout_secs)
         default_models = DefaultModels(workers, config.default_commands)
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)
         _ = tasks.spawn(default_models.load_all(), name="default models")
-        stack.callback(hub.close)
         yield Services(
             config=config,
             instance_id=instance_id,
@@ -89,13 +88,3 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             default_models=default_models,
             metrics=metrics,
         )
-
-
-async def _quiet(activity: ActivityMonitor, timeout_secs: float) -> None:
-    """Waits until no engine has a request, for `timeout_secs` at most: engines abort what they have when they stop."""
-    deadline = time.monotonic() + timeout_secs
-    while any(model.in_flight or model.queue_depth for model in await activity.read(fresh_secs=0)):
-        if time.monotonic() >= deadline:
-            log.warning("engines still have requests after %g s: stopping them", timeout_secs)
-            return
-        await asyncio.sleep(_IDLE_POLL_SECS)

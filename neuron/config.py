@@ -84,6 +84,15 @@ class HealthSettings(SettingsModel):
         return self
 
 
+class RecoverySettings(SettingsModel):
+    """`[recovery]`: what follows when an engine dies that nobody stopped."""
+
+    max_failures: int = Field(default=5, ge=1)  # in a row: then the model is `failed` until somebody loads it again
+    backoff_secs: float = Field(default=10, ge=0)  # before the second start, doubling; before the first there is none
+    max_backoff_secs: float = Field(default=300, ge=0)
+    stable_secs: float = Field(default=300, ge=0)  # an engine that served so long begins a new row of failures
+
+
 class DefaultModel(LoadCommand):
     """An entry of `[[default_models]]`: a load command, in which a misspelt key is an error."""
 
@@ -101,6 +110,8 @@ class NeuronConfig(SettingsModel):
     state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_timeout_secs: float = Field(default=30, ge=0)
+    on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # left ones are adopted by the next neuron
+    recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
     harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
     health: HealthSettings = Field(default_factory=HealthSettings)

@@ -17,6 +17,8 @@ class Ending(Enum):
     EXITED = "exited"  # its main process ended by itself
     STOPPED = "stopped"  # it was asked to stop
     TIMED_OUT = "timed out"
+    UNHEALTHY = "unhealthy"  # its process runs, and it does not do its work
+    WISHED = "wished"  # something else is wanted of it
 
 
 async def first_of(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from neuron import session
+from neuron import litter, session
 from neuron.engine_log import EngineLog
 from neuron.harness import Harness
 from neuron.listener import listens
+from neuron.litter import SharedFile
 from neuron.process import EngineProcess
+from neuron.run import Booking
 from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
 from neuron.topology import TopologySource
@@ -21,23 +23,36 @@ _VRAM_POLL_SECS = 0.1
 
 @dataclass
 class Engine:
-    """Exists inside `Launcher.engine`, which starts it and leaves nothing of it behind.
+    """Exists inside `Launcher.engine` or `Launcher.adopted`, which leave nothing of it behind unless `leave` is set.
 
-    `url` is where neuron reaches it. `vram_released` is known after its end.
+    `url` is where neuron reaches it. `kill` True: it is past being asked to stop. `vram_released` is known after its
+    end.
     """
 
     spec: EngineSpec
+    booking: Booking
     harness: Harness
-    devices: tuple[int, ...]
+    engine_id: str
     port: int
     url: str
     api_key: str
     directory: EngineDir
     process: EngineProcess
+    started_at: float  # Unix time
     startup_timeout_secs: float
     stop_timeout_secs: float
+    ready_at: float | None = None  # Unix time; of an adopted one it may be long ago
+    load_secs: float | None = None
     vram_used_mb: int | None = None  # when last measured; None: no device knows its processes
     vram_released: bool = True
+    kill: bool = False
+    leave: bool = False
+    stopping: bool = False
+    shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        return self.booking.indices
 
     @property
     def log(self) -> EngineLog:
@@ -47,20 +62,35 @@ class Engine:
         """True when one of its processes is seen to listen on its port."""
         return await asyncio.to_thread(self._owns_port)
 
+    async def note_shared_files(self) -> None:
+        """Remembers what it has in /dev/shm now, to be removed after its end."""
+        self.shared_files |= await asyncio.to_thread(self._shared_files)
+
     def _owns_port(self) -> bool:
-        return listens((process.pid for process in session.members(self.process.pid)), self.port)
+        return listens((process.pid for process in session.members(self.process.leader)), self.port)
+
+    def _shared_files(self) -> frozenset[SharedFile]:
+        return litter.mapped_by(session.live_members(self.process.leader))
 
 
-async def measure(engines: Collection[Engine], source: TopologySource) -> None:
-    """Sets `vram_used_mb` of each engine to what its processes hold now."""
+async def measure(engines: Collection[Engine], source: TopologySource) -> dict[int, dict[int, int]]:
+    """Sets `vram_used_mb` of each engine to what its processes hold now; what they hold by booking number and device
+    index, in MiB."""
     if not engines:
-        return
+        return {}
     usage = await source.process_memory_mb()
     sessions = await asyncio.to_thread(session.members_by_session)
+    held = {}
     for engine in engines:
         pids = sessions.get(engine.process.pid, set())
         engine.process.pids_seen |= pids
         engine.vram_used_mb = memory_of(pids, usage)
+        held[engine.booking.number] = {
+            index: sum(mb for pid, mb in by_pid.items() if pid in pids)
+            for index, by_pid in usage.items()
+            if not pids.isdisjoint(by_pid)
+        }
+    return held
 
 
 def memory_of(pids: set[int], usage: Mapping[int, Mapping[int, int]]) -> int | None:

@@ -51,9 +51,12 @@ def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
     return NotFound(f"the model {model_id!r} {what}", code="model_not_found")
 
 
-def exit_reason(harness: Harness, code: int, lines: Sequence[str]) -> str:
-    """Why an engine that nobody stopped ended with exit code `code` (negative: a signal). vLLM also ends with 0."""
+def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
+    """Why an engine that nobody stopped ended with exit code `code` (negative: a signal). vLLM also ends with 0. None:
+    it was started by an earlier neuron, and nobody tells us its code."""
     cause = harness.root_cause(lines)
+    if code is None:
+        return cause or "ended unexpectedly (its exit code is not known, since an earlier neuron started it)"
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         killed = f"killed by signal {-code}{hint}"

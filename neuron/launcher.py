@@ -8,12 +8,15 @@ import itertools
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
+from neuron import litter, records
+from neuron.activity import activity_of
 from neuron.config import NeuronConfig
 from neuron.devices import check_devices
 from neuron.engine import Engine, measure, until_released
@@ -23,7 +26,11 @@ from neuron.harness.environment import inheritable
 from neuron.occupancy import Occupancy
 from neuron.ports import PortPool
 from neuron.process import EngineProcess
+from neuron.records import RunRecord
+from neuron.run import Booking
+from neuron.session import Leader
 from neuron.spec import EngineSpec
+from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
 from shared.errors import InvalidRequest, Unavailable
@@ -33,17 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts engines on this host."""
+    """Starts engines on this host, and takes over those that an earlier neuron started."""
 
     config: NeuronConfig
-    instance_id: str
     source: TopologySource
     state: StateDir
     http: aiohttp.ClientSession
     ports: PortPool
     occupancy: Occupancy = field(default_factory=Occupancy)
+    turns: StartTurns = field(default_factory=StartTurns)
     running: set[EngineProcess] = field(default_factory=set)
-    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def check(self, spec: EngineSpec) -> None:
         """Refuses what this host cannot serve, before anything is started.
@@ -63,59 +70,182 @@ class Launcher:
             raise InvalidRequest(f"source: {spec.source!r} is outside of model_roots ({listed})", param="source")
 
     @contextlib.asynccontextmanager
-    async def engine(self, spec: EngineSpec) -> AsyncIterator[Engine]:
-        """An engine that was started, not yet ready. After the body nothing of it is left but its log.
+    async def engine(self, spec: EngineSpec, booking: Booking) -> AsyncIterator[Engine]:
+        """An engine that was started, not yet ready. After the body nothing of it is left but its log, unless it is to
+        be left running.
 
         Raises:
-            LoadFailed: its executable cannot be started.
+            LoadFailed: its executable cannot be started, or what is to be known of it cannot be written down.
             Unavailable: no port is free.
         """
         settings = self.config.harness_settings(spec.harness)
         harness = HARNESSES[spec.harness]
-        number = next(self._numbers)
+        number = next(self.numbers)
         async with contextlib.AsyncExitStack() as cleanup:
             topology = await self.source.discover()
-            devices = self.occupancy.place(number, spec, topology, await self.source.health())
-            cleanup.callback(self.occupancy.leave, number)
             port = self.ports.reserve(settings.port_range)
             cleanup.callback(self.ports.release, port)
-            directory = await asyncio.to_thread(self.state.new_engine, number)
+            directory = await self._directory(number)
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             plan = LaunchPlan(
                 spec=spec,
                 settings=settings,
-                devices=devices,
+                devices=booking.devices,
                 host=self.config.host,
                 port=port,
                 tmp_dir=directory.tmp,
                 api_key=secrets.token_urlsafe(32),
-                engine_id=f"{self.instance_id}/{number}",
+                engine_id=f"{self.state.engine_id_prefix}{number}",
             )
-            process = await self._start(harness.command(plan, self._facts(topology)), directory)
-            engine = Engine(
-                spec=spec,
-                harness=harness,
-                devices=tuple(device.index for device in devices),
+            record = RunRecord(
+                boot_id=records.boot_id(),
+                number=number,
+                engine_id=plan.engine_id,
+                spec=records.spec_fields(spec),
+                devices=list(booking.indices),
+                share_mb=booking.share_mb,
+                host=plan.host,
                 port=port,
-                url=f"http://{_authority(local_address(self.config.host), port)}",
                 api_key=plan.api_key,
-                directory=directory,
-                process=process,
-                startup_timeout_secs=settings.startup_timeout_secs,
-                stop_timeout_secs=settings.stop_timeout_secs,
+                tmp_dir=plan.tmp_dir,
+                started_at=time.time(),
             )
+            # Before the start as well: an engine of which nothing is known would be killed by the next neuron.
+            await self._write(directory, record)
+            process = await self._start(harness.command(plan, self._facts(topology)), directory)
+            engine = self._engine(record, spec, booking, directory, process)
             cleanup.push_async_callback(self._end, engine)
+            await self._write(directory, self.record_of(engine))
             log.info("%s: engine process %d on devices %s, port %d", spec.model_id, process.pid, engine.devices, port)
             yield engine
+            if engine.leave:
+                await self._leave(engine)
+                cleanup.pop_all()
+
+    @contextlib.asynccontextmanager
+    async def adopted(self, record: RunRecord, directory: EngineDir, booking: Booking) -> AsyncIterator[Engine | None]:
+        """The engine of a record that an earlier neuron wrote, None when it runs no more. It ends as that of `engine`
+        does."""
+        leader = Leader(record.pid or 0, record.start_ticks or 0, record.engine_id)
+        async with contextlib.AsyncExitStack() as cleanup:
+            cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
+            process = EngineProcess.adopt(leader)
+            if process is None:
+                yield None
+                return
+            self.ports.claim(record.port)
+            cleanup.callback(self.ports.release, record.port)
+            self.running.add(process)
+            engine = self._engine(record, record.engine_spec, booking, directory, process)
+            cleanup.push_async_callback(self._end, engine)
+            yield engine
+            if engine.leave:
+                await self._leave(engine)
+                cleanup.pop_all()
+
+    def record_of(self, engine: Engine) -> RunRecord:
+        """What a neuron that comes after this one has to know of the engine."""
+        leader = engine.process.leader
+        return RunRecord(
+            boot_id=records.boot_id(),
+            number=int(engine.directory.path.name),
+            engine_id=engine.engine_id,
+            spec=records.spec_fields(engine.spec),
+            devices=list(engine.devices),
+            share_mb=engine.booking.share_mb,
+            host=self.config.host,
+            port=engine.port,
+            api_key=engine.api_key,
+            tmp_dir=engine.directory.tmp,
+            pid=leader.pid,
+            start_ticks=leader.start_ticks,
+            process_group=leader.pid,
+            started_at=engine.started_at,
+            ready_at=engine.ready_at,
+            load_secs=engine.load_secs,
+            stopping=engine.stopping,
+        )
+
+    async def note(self, engine: Engine) -> None:
+        """Writes down what has become known of the engine. Without room on the disk the earlier record stands, which is
+        enough to find it again."""
+        try:
+            await asyncio.to_thread(records.write, engine.directory.record, self.record_of(engine))
+        except OSError as error:
+            log.warning("%s: its run record cannot be written: %s", engine.spec.model_id, error)
+
+    async def note_stopping(self, engine: Engine) -> None:
+        """Writes down that it is to end: a neuron that comes after this one must not bring it back."""
+        if not engine.kill and not engine.stopping:
+            engine.stopping = True
+            await self.note(engine)
 
     async def measure(self, engines: Collection[Engine]) -> None:
         """Measures the GPU memory of `engines`, all with one question to the driver."""
         await measure(engines, self.source)
 
+    async def until_bad(self, engine: Engine) -> str:
+        """Returns when a loaded engine whose process runs does not do its work any more: what is wrong with it."""
+        misses = 0
+        while misses < 2:
+            await asyncio.sleep(0.5)
+            try:
+                async with self.http.get(engine.url + engine.harness.health_path) as response:
+                    misses = 0 if response.status == 200 else misses + 1
+            except (aiohttp.ClientError, OSError):
+                misses += 1
+        return "its health check fails"
+
+    async def is_working(self, engine: Engine) -> bool:
+        """True while the engine has requests."""
+        try:
+            async with self.http.get(f"{engine.url}/metrics", timeout=aiohttp.ClientTimeout(total=1)) as response:
+                activity = activity_of(engine.spec.model_id, await response.text())
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+            return True  # too busy to say
+        return activity is not None and bool(activity.in_flight or activity.queue_depth)
+
     def kill_all_now(self) -> None:
         """SIGKILL to every engine, before the next line of the caller runs."""
         for process in self.running:
             process.kill_now()
+
+    def _engine(
+        self, record: RunRecord, spec: EngineSpec, booking: Booking, directory: EngineDir, process: EngineProcess
+    ) -> Engine:
+        settings = self.config.harness_settings(spec.harness)
+        return Engine(
+            spec=spec,
+            booking=booking,
+            harness=HARNESSES[spec.harness],
+            engine_id=record.engine_id,
+            port=record.port,
+            url=f"http://{_authority(local_address(record.host), record.port)}",
+            api_key=record.api_key,
+            directory=directory,
+            process=process,
+            started_at=record.started_at,
+            startup_timeout_secs=settings.startup_timeout_secs,
+            stop_timeout_secs=settings.stop_timeout_secs,
+            ready_at=record.ready_at,
+            load_secs=record.load_secs,
+        )
+
+    async def _directory(self, number: int) -> EngineDir:
+        try:
+            return await asyncio.to_thread(self.state.new_engine, number)
+        except OSError as error:
+            raise LoadFailed(f"no directory for the engine can be made below {self.state.path}: {error}") from error
+
+    async def _write(self, directory: EngineDir, record: RunRecord) -> None:
+        try:
+            await asyncio.to_thread(records.write, directory.record, record)
+        except OSError as error:
+            await asyncio.to_thread(directory.remove)
+            raise LoadFailed(
+                f"the run record {directory.record} cannot be written: {error.strerror or error} (without it a neuron "
+                "that comes after this one would not know the engine)"
+            ) from error
 
     async def _start(self, command: EngineCommand, directory: EngineDir) -> EngineProcess:
         try:
@@ -129,12 +259,26 @@ class Launcher:
     async def _end(self, engine: Engine) -> None:
         process = engine.process
         try:
-            await process.stop(engine.stop_timeout_secs)
+            if not process.main_exited.is_set():
+                await engine.note_shared_files()
+                await self.note_stopping(engine)
+            if engine.kill:
+                await process.kill()
+            else:
+                await process.stop(engine.stop_timeout_secs)
         finally:
             self.running.discard(process)
+        await asyncio.to_thread(litter.remove, engine.shared_files)
         engine.vram_released = await until_released(self.source, process.pids_seen)
         if not engine.vram_released:
             log.error("%s: the driver still counts memory of its processes", engine.spec.model_id)
+
+    async def _leave(self, engine: Engine) -> None:
+        self.state.keep = True
+        await self.note(engine)
+        await engine.process.leave()
+        self.running.discard(engine.process)
+        log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 
     def _facts(self, topology: Topology) -> HostFacts:
         hidden = frozenset({self.config.token_env} if self.config.token_env else ())

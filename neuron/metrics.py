@@ -9,7 +9,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.worker import State, Worker
+from neuron.state import State
+from neuron.worker import Worker
 from shared.protocol import Device, DeviceHealth
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,6 +40,10 @@ class NeuronMetrics:
     def loaded(self, model_id: str, seconds: float) -> None:
         """Counts a load that took `seconds`."""
         self._load_seconds.labels(model_id).observe(seconds)
+
+    def restarted(self, model_id: str) -> None:
+        """Counts an engine that is started again after it died."""
+        self._restarts.labels(model_id).inc()
 
     def known(self, model_id: str) -> None:
         """Lets the counters of a model begin at zero, not at their first event."""

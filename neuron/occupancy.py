@@ -37,5 +37,9 @@ class Occupancy:
         self._placed[number] = (chosen, round((spec.vram_mb or 0) / spec.tensor_parallel))
         return chosen
 
+    def keep(self, number: int, spec: EngineSpec, devices: tuple[Device, ...]) -> None:
+        """For an engine that is there already."""
+        self._placed[number] = (devices, round((spec.vram_mb or 0) / spec.tensor_parallel))
+
     def leave(self, number: int) -> None:
         self._placed.pop(number, None)

@@ -45,6 +45,10 @@ class PortPool:
                 return port
         raise Unavailable(f"no free port in {first}-{last} on {self._host}", code="no_free_port", retry_after=10)
 
+    def claim(self, port: int) -> None:
+        """Reserves the port of an engine that has it already."""
+        self._reserved.add(port)
+
     def release(self, port: int) -> None:
         self._reserved.discard(port)
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from neuron import session
+from neuron.harness.base import ENGINE_ID_VARIABLE
+from neuron.session import Leader
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -23,24 +25,31 @@ _STUCK_SECS = 10.0
 
 
 class EngineProcess:
-    """A process in a session of its own, watched until nothing of the session is left.
+    """A process in a session of its own, watched until nothing of it is left.
 
-    One task (`_watch`) sees the end of the main process, empties the session and reaps; everything else only sends
-    signals and waits for it. The main process stays a zombie until its session is empty, so that its number, by which
-    the session is known, cannot be somebody else's by then.
+    One task (`_watch`) sees the end of the main process, kills what stayed behind and reaps; everything else only sends
+    signals and waits for it. A main process that is our child stays a zombie until the rest is gone, so that its
+    number, by which the session is known, cannot be somebody else's by then; of one that an earlier neuron started
+    `neuron.session` makes sure otherwise.
     """
 
-    def __init__(self, child: subprocess.Popen[bytes], pidfd: int) -> None:
-        self.pid = child.pid
-        self.pids_seen: set[int] = {child.pid}
+    def __init__(self, leader: Leader, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.leader = leader
+        self.pids_seen: set[int] = {leader.pid}
         """Every pid known to have been of this engine, also after its end: what memory must be free of."""
         self.main_exited = asyncio.Event()
         self._child = child
         self._pidfd = pidfd
         self._asked_to_stop = False
         self._killed = False
-        asyncio.get_running_loop().add_reader(pidfd, self._on_exit)
+        self._left = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._on_exit)
         self._end = asyncio.create_task(self._watch(), name=f"engine process {self.pid}")
+
+    @property
+    def pid(self) -> int:
+        return self.leader.pid
 
     @classmethod
     async def start(cls, argv: Sequence[str], env: Mapping[str, str], output: Path) -> EngineProcess:
@@ -65,11 +74,25 @@ class EngineProcess:
             raise cancelled
         return process
 
-    async def wait(self) -> int:
-        """The exit code of the main process (negative: the signal that ended it), once the whole session is gone."""
+    @classmethod
+    def adopt(cls, leader: Leader) -> EngineProcess | None:
+        """The process that an earlier neuron started; None when it runs no more."""
+        try:
+            pidfd = os.pidfd_open(leader.pid)
+        except OSError:
+            return None
+        # Looked at with the descriptor in hand: what it stands for was alive then, and so it is this very process.
+        if leader.alive:
+            return cls(leader, pidfd, None)
+        os.close(pidfd)
+        return None
+
+    async def wait(self) -> int | None:
+        """The exit code of the main process (negative: the signal that ended it), once all of the engine is gone. None:
+        not known, since it is not our child."""
         return await asyncio.shield(self._end)
 
-    async def stop(self, grace_secs: float) -> int:
+    async def stop(self, grace_secs: float) -> int | None:
         """SIGTERM to the main process; what is there after `grace_secs` gets SIGKILL. Returns as `wait`."""
         if not self.main_exited.is_set() and not self._asked_to_stop:
             self._asked_to_stop = True
@@ -79,18 +102,30 @@ class EngineProcess:
                 await self.main_exited.wait()
         except asyncio.TimeoutError:
             log.warning("engine process %d is still there %g s after SIGTERM: killing it", self.pid, grace_secs)
-            self._killed = True
-            self._signal(signal.SIGKILL)  # the rest of the session follows as soon as it is gone
+            await self.kill()
+        return await self.wait()
+
+    async def kill(self) -> int | None:
+        """SIGKILL to the main process, then to all that is left. Returns as `wait`."""
+        self._killed = True
+        self._signal(signal.SIGKILL)
         return await self.wait()
 
     def kill_now(self) -> None:
-        """SIGKILL to the whole session, before the next line of the caller runs. `wait` tells when it is gone.
+        """SIGKILL to every process of the engine, before the next line of the caller runs. `wait` tells when they are
+        gone.
 
         Blocks for some milliseconds: for an exit that waits for nothing.
         """
         self._killed = True
         if not self._end.done():
-            self.pids_seen |= session.kill_members(self.pid)
+            self.pids_seen |= session.kill_members(self.leader)
+
+    async def leave(self) -> None:
+        """Lets go of it: it runs on, for the next neuron to find."""
+        self._left = True
+        self._end.cancel()
+        await asyncio.wait([self._end])
 
     def _signal(self, number: int) -> None:
         """To the main process, which the descriptor stands for: its number may be another's by now."""
@@ -99,40 +134,43 @@ class EngineProcess:
                 signal.pidfd_send_signal(self._pidfd, number)
 
     def _on_exit(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._loop.remove_reader(self._pidfd)
         self.main_exited.set()
 
-    async def _watch(self) -> int:
+    async def _watch(self) -> int | None:
         try:
             await self.main_exited.wait()
             if self._asked_to_stop and not self._killed:
                 await self._linger()
-            await self._empty_session()
-        except BaseException:  # the loop is being torn down: nothing may survive it
-            session.kill_members(self.pid)
+            await self._kill_rest()
+        except BaseException:  # the loop is being torn down: nothing may survive it, but what was left on purpose
+            if not self._left:
+                session.kill_members(self.leader)
             raise
         finally:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
+            self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
-            self._child.wait()
-        return self._child.returncode
+            if self._child is not None and self._left:
+                self._child.returncode = 0  # or it would be waited for in vain, with a warning, when it is collected
+            elif self._child is not None:
+                self._child.wait()
+        return None if self._child is None else self._child.returncode
 
     async def _linger(self) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + LINGER_SECS
+        deadline = self._loop.time() + LINGER_SECS
         while True:  # nothing tells when a process ends that is not our child
-            if self._killed or loop.time() >= deadline or not await self._live_members():
+            if self._killed or self._loop.time() >= deadline or not await self._live_members():
                 return
             await asyncio.sleep(_SCAN_SECS[1] / 2)
 
     async def _live_members(self) -> set[int]:
-        found = {p.pid for p in await asyncio.to_thread(session.members, self.pid) if p.alive}
+        found = await asyncio.to_thread(session.live_members, self.leader)
         self.pids_seen |= found
         return found
 
-    async def _empty_session(self) -> None:
+    async def _kill_rest(self) -> None:
         pause, waited, told = _SCAN_SECS[0], 0.0, 0.0
-        while alive := await asyncio.to_thread(session.kill_members, self.pid):
+        while alive := await asyncio.to_thread(session.kill_members, self.leader):
             self.pids_seen |= alive
             await asyncio.sleep(pause)
             waited += pause
@@ -140,18 +178,20 @@ class EngineProcess:
             if waited - told >= _STUCK_SECS:
                 told = waited
                 log.warning("processes %s of engine %d survive SIGKILL since %.0f s", sorted(alive), self.pid, waited)
-        await asyncio.to_thread(session.reap_orphans, self.pid)
+        await asyncio.to_thread(session.reap_orphans, self.leader)
 
 
-def _start(argv: Sequence[str], env: Mapping[str, str], output: Path) -> tuple[subprocess.Popen[bytes], int]:
+def _start(argv: Sequence[str], env: Mapping[str, str], output: Path) -> tuple[Leader, int, subprocess.Popen[bytes]]:
     # A file and not a pipe: an engine may outlive this neuron, and must not die of a broken pipe then.
     with output.open("ab") as sink:
         child = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
+    found = session.stat_of(child.pid)
+    leader = Leader(child.pid, 0 if found is None else found.start_ticks, env.get(ENGINE_ID_VARIABLE, ""))
     try:
-        return child, os.pidfd_open(child.pid)
+        return leader, os.pidfd_open(child.pid), child
     except BaseException:
-        session.kill_members(child.pid)
+        session.kill_members(leader)
         child.wait()
         raise

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import dataclass
 
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
+from shared.protocol import Device
+
+
+@dataclass(frozen=True)
+class Booking:
+    """What is booked for a run: `share_mb` MiB on each of the devices, under `number`. `why` says why these devices."""
+
+    number: int
+    devices: tuple[Device, ...] = ()
+    share_mb: int | None = None
+    why: str = ""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return tuple(device.index for device in self.devices)
+
+
+@dataclass
+class Wish:
+    """Something that is wanted of an engine that is there: sleep, or wake up (`level` 0). `done` is its outcome."""
+
+    level: int
+    done: asyncio.Future[ServiceError | None]
 
 
 class Run:
     """Shared by everybody who asks for the model meanwhile. Only its worker changes it.
 
-    The outcome is a value and not an exception, since there may be nobody to be told of it.
+    An outcome is a value and not an exception, since there may be nobody to be told of it.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, booking: Booking) -> None:
         self.spec = spec
+        self.booking = booking
         self.stop_wanted = asyncio.Event()
         self.stop_reason: ServiceError | None = None
-        self.engine_lost = False
-        """Its engine ended by itself after it was loaded: nobody can join it any more."""
+        self.drain_until = 0.0
+        """Monotonic time until which running requests may go on after a stop is wanted."""
+        self.leave_engine = False
+        """The engine is to be left running when this run ends."""
         self.vram_error: ServiceError | None = None
-        self._outcome: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
+        self.wishes: asyncio.Queue[Wish] = asyncio.Queue()
+        self._outcome = self._new_outcome()
         self._gone = asyncio.Event()
 
     @property
     def joinable(self) -> bool:
-        return not self.stop_wanted.is_set() and not self.engine_lost
+        return not self.stop_wanted.is_set()
 
     async def loaded(self) -> None:
         """Returns when the model is loaded. A caller that is cancelled here cancels nothing else.
@@ -48,12 +77,27 @@ class Run:
         if self.vram_error is not None:
             raise self.vram_error
 
-    def stop(self, reason: ServiceError) -> None:
-        """Asks for its end; `reason` is what those who wait for the load are told, at once."""
+    def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> None:
+        """Asks for its end; `reason` is what those who wait for the load are told, at once. What the engine works on
+        has `drain_secs`; asked again, the shorter time counts."""
+        until = time.monotonic() + drain_secs
         if not self.stop_wanted.is_set():
             self.stop_reason = reason
+            self.drain_until = until
             self.stop_wanted.set()
+        self.drain_until = min(self.drain_until, until)
         self.settle(reason)
+
+    def wish(self, level: int) -> Wish:
+        """Asks its engine to sleep or to wake up; the wish's `done` tells how that went."""
+        wish = Wish(level, asyncio.get_running_loop().create_future())
+        self.wishes.put_nowait(wish)
+        return wish
+
+    def reopen(self) -> None:
+        """The model is not there any more, or not yet again: who asks from now on waits for the next outcome."""
+        if self._outcome.done() and not self.stop_wanted.is_set():
+            self._outcome = self._new_outcome()
 
     def settle(self, error: ServiceError | None) -> None:
         """Tells the waiting how the load ended; what was told first stands."""
@@ -61,4 +105,13 @@ class Run:
             self._outcome.set_result(error)
 
     def finish(self) -> None:
+        reason = self.stop_reason or ServiceError("the engine is gone")
+        while not self.wishes.empty():
+            wish = self.wishes.get_nowait()
+            if not wish.done.done():
+                wish.done.set_result(reason)
         self._gone.set()
+
+    @staticmethod
+    def _new_outcome() -> asyncio.Future[ServiceError | None]:
+        return asyncio.get_running_loop().create_future()

@@ -1,8 +1,10 @@
-"""The processes of a session, read from /proc.
+"""The processes of an engine, read from /proc.
 
 An engine is started as the leader of a session of its own, and its helpers stay in it. The leader's pid is the
-session's id, and the kernel gives that number to nobody else while the leader is unreaped or a member lives: as long
-as the caller has not reaped the leader, nothing here can hit a stranger.
+session's id, and the kernel gives that number to nobody else while the leader is unreaped or a member lives. Whoever is
+not the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is seen,
+known by its start time. What proves it without a leader is the engine's id, which all its processes inherit in their
+environment.
 """
 
 from __future__ import annotations
@@ -14,16 +16,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuron.harness.base import ENGINE_ID_VARIABLE
+
+_MARK = f"{ENGINE_ID_VARIABLE}=".encode()
+
 
 @dataclass(frozen=True)
 class ProcessStat:
-    """One line of /proc/PID/stat; `session` and `group` are pids of leaders."""
+    """One line of /proc/PID/stat; `session` and `group` are pids of leaders, `start_ticks` clock ticks since boot."""
 
     pid: int
     state: str
     parent: int
     group: int
     session: int
+    start_ticks: int
 
     @property
     def alive(self) -> bool:
@@ -31,24 +38,71 @@ class ProcessStat:
         return self.state not in ("Z", "X")
 
 
+@dataclass(frozen=True)
+class Leader:
+    """An engine's main process, by what no other process can have: its pid, when it began, and the engine's id."""
+
+    pid: int
+    start_ticks: int
+    engine_id: str
+
+    @property
+    def alive(self) -> bool:
+        """True while this very process runs; False for a zombie, and for a stranger with its number."""
+        found = stat_of(self.pid)
+        return found is not None and found.alive and found.start_ticks == self.start_ticks
+
+
 def parse_stat(text: str) -> ProcessStat:
     """A /proc/PID/stat line. The name in parentheses may hold anything, further parentheses included."""
     head, _, tail = text.rpartition(")")
     fields = tail.split()
-    return ProcessStat(int(head.split(" ", 1)[0]), fields[0], int(fields[1]), int(fields[2]), int(fields[3]))
+    pid = int(head.split(" ", 1)[0])
+    return ProcessStat(pid, fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def stat_of(pid: int) -> ProcessStat | None:
+    """None when there is no such process."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return parse_stat(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace"))
+    return None
 
 
 def processes() -> Iterator[ProcessStat]:
     """Every process there is, zombies too. One that ends meanwhile is passed over. Blocks for some milliseconds."""
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                yield parse_stat(Path(entry.path, "stat").read_text(encoding="utf-8", errors="replace"))
+            found = stat_of(int(entry.name))
+            if found is not None:
+                yield found
 
 
-def members(session: int) -> list[ProcessStat]:
-    """The session's processes and those of its leader's process group, zombies too."""
-    return [process for process in processes() if session in (process.session, process.group)]
+def engine_id_of(pid: int) -> str | None:
+    """The engine that a process was started for, None when for none, or when that is not for us to read."""
+    with contextlib.suppress(OSError):
+        for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if item.startswith(_MARK):
+                return item[len(_MARK) :].decode("utf-8", "replace")
+    return None
+
+
+def members(leader: Leader) -> list[ProcessStat]:
+    """The engine's processes, zombies too: those of the leader's session and group while the leader is there, and
+    wherever they are those that carry the engine's id."""
+    table = list(processes())
+    present = any(each.pid == leader.pid and each.start_ticks == leader.start_ticks for each in table)
+    return [
+        each
+        for each in table
+        # Older than its leader it is somebody else's, and not worth a look into its environment.
+        if each.start_ticks >= leader.start_ticks
+        and ((present and leader.pid in (each.session, each.group)) or engine_id_of(each.pid) == leader.engine_id)
+    ]
+
+
+def live_members(leader: Leader) -> set[int]:
+    """The pids of the members that are no zombies."""
+    return {each.pid for each in members(leader) if each.alive}
 
 
 def members_by_session() -> dict[int, set[int]]:
@@ -60,18 +114,33 @@ def members_by_session() -> dict[int, set[int]]:
     return found
 
 
-def kill_members(session: int) -> set[int]:
+def marked(prefix: str) -> dict[int, str]:
+    """Live processes of the engines whose id begins with `prefix`: pid -> engine id. Blocks as `processes` does."""
+    found: dict[int, str] = {}
+    for process in processes():
+        engine_id = engine_id_of(process.pid) if process.alive else None
+        if engine_id is not None and engine_id.startswith(prefix):
+            found[process.pid] = engine_id
+    return found
+
+
+def kill_members(leader: Leader) -> set[int]:
     """SIGKILL to every live member; the pids that were alive. Call until it finds none: members may fork meanwhile."""
-    alive = {process.pid for process in members(session) if process.alive}
+    alive = live_members(leader)
     for pid in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        kill(pid)
     return alive
 
 
-def reap_orphans(session: int) -> None:
+def kill(pid: int) -> None:
+    """SIGKILL, to a process that may have ended meanwhile."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def reap_orphans(leader: Leader) -> None:
     """Takes the exit status of zombies that became our children (we are PID 1 of a container, or a subreaper)."""
-    for process in members(session):
-        if not process.alive and process.parent == os.getpid() and process.pid != session:
+    for process in members(leader):
+        if not process.alive and process.parent == os.getpid() and process.pid != leader.pid:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)

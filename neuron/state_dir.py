@@ -1,4 +1,4 @@
-"""Where a neuron keeps the directories of its engines and the memory of its simulated GPUs."""
+"""Where a neuron keeps what outlives it: a directory for each engine, and the memory of its simulated GPUs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from neuron import records
+from neuron.records import RunRecord
 
 # A Unix socket's path has at most 107 bytes, and vLLM puts sockets named by a UUID into TMPDIR, Python's
 # multiprocessing a directory and a name of 31.
@@ -23,7 +26,8 @@ class StateDirError(Exception):
 
 @dataclass(frozen=True)
 class EngineDir:
-    """Of one engine. `tmp` is its TMPDIR and goes with its processes; the log stays until the model is loaded anew."""
+    """Of one engine. `tmp` is its TMPDIR and goes with its processes, as `record` does; the log stays until the model
+    is loaded anew."""
 
     path: Path
     tmp: Path
@@ -32,12 +36,26 @@ class EngineDir:
     def log(self) -> Path:
         return self.path / "engine.log"
 
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
     def remove_tmp(self) -> None:
+        """What only a running engine needs."""
         shutil.rmtree(self.tmp, ignore_errors=True)
+        self.record.unlink(missing_ok=True)
 
     def remove(self) -> None:
         self.remove_tmp()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class FoundEngine:
+    """What an earlier neuron left of an engine; `record` None: nothing that can be understood."""
+
+    directory: EngineDir
+    record: RunRecord | None
 
 
 class StateDir:
@@ -47,49 +65,80 @@ class StateDir:
         self.path = path
         self.vram = path / "vram"
         self._engines = path / "engines"
+        self.keep = False
+        """Set when engines are left running: then what they need stays."""
+
+    @property
+    def engine_id_prefix(self) -> str:
+        """What the ids of all engines of this directory begin with, whichever neuron started them. Follows from the
+        path, so that it cannot be lost."""
+        return f"{os.getuid()}-{self._digest}/"
 
     @contextlib.contextmanager
     def held(self, *, remove_after: bool) -> Iterator[StateDir]:
-        """Makes it, locks it and clears what a dead neuron left; afterwards removes it, or only the engines' part.
+        """Makes and locks it; afterwards removes it, or only the engines' part. What an earlier neuron left stays until
+        `found` and `clear_but` have dealt with it.
 
         Raises:
             StateDirError: another neuron holds it, or it is not this user's own.
         """
         try:
             lock = self._take()
+            self._engines.mkdir(exist_ok=True)
+            self.vram.mkdir(exist_ok=True)
+            records.boot_id()
         except OSError as error:
             raise StateDirError(f"state_dir {self.path}: {error.strerror or error}") from error
         try:
-            self._clear()
-            self._engines.mkdir(exist_ok=True)
-            self.vram.mkdir(exist_ok=True)
             yield self
         finally:
-            self._clear()
-            if remove_after:
-                shutil.rmtree(self.path, ignore_errors=True)
+            if not self.keep:
+                self.clear_but(())
+                if remove_after:
+                    shutil.rmtree(self.path, ignore_errors=True)
             os.close(lock)
 
+    def found(self) -> list[FoundEngine]:
+        """The engines that an earlier neuron left here, the oldest first. Blocks."""
+        numbers = sorted(int(entry.name) for entry in self._engines.iterdir() if entry.name.isdecimal())
+        left = []
+        for number in numbers:
+            record = records.read(self._engines / str(number) / "run.json")
+            tmp = self._tmp(number) if record is None else record.tmp_dir
+            left.append(FoundEngine(EngineDir(self._engines / str(number), tmp), record))
+        return left
+
+    def clear_but(self, kept: Collection[EngineDir]) -> None:
+        """Removes what is left of engines, but for those in `kept`. Blocks."""
+        paths = {each.path for each in kept} | {each.tmp for each in kept}
+        for parent in (self._engines, self._short_tmp):
+            with contextlib.suppress(OSError):
+                for entry in parent.iterdir():
+                    if entry not in paths:
+                        shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._short_tmp.rmdir()  # only when it is empty
+
     def new_engine(self, number: int) -> EngineDir:
-        """A fresh directory for engine `number`."""
-        path = self._engines / str(number)
+        """A fresh directory for engine `number`. Raises OSError where there is no room for one."""
+        path, tmp = self._engines / str(number), self._tmp(number)
         path.mkdir()
-        tmp = path / "tmp"
-        if len(os.fsencode(tmp)) > _MAX_TMP_PATH:
-            tmp = self._short_tmp / str(number)
         tmp.mkdir(parents=True, mode=0o700)
         return EngineDir(path, tmp)
+
+    def _tmp(self, number: int) -> Path:
+        tmp = self._engines / str(number) / "tmp"
+        return self._short_tmp / str(number) if len(os.fsencode(tmp)) > _MAX_TMP_PATH else tmp
 
     @property
     def _short_tmp(self) -> Path:
         """For engines' temporary files where the path of the state directory is too long for sockets. Its name follows
         from that path, so that what a killed neuron left is found and cleared by the next."""
-        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
-        return Path(tempfile.gettempdir(), f"neuron-tmp-{os.getuid()}-{digest}")
+        return Path(tempfile.gettempdir(), f"neuron-tmp-{os.getuid()}-{self._digest}")
 
-    def _clear(self) -> None:
-        shutil.rmtree(self._engines, ignore_errors=True)
-        shutil.rmtree(self._short_tmp, ignore_errors=True)
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
 
     def _take(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """One model of this host: decides what its engine does next, and sees to it.
 
 Every decision is made between two `await`s, so that none can be based on a state that has passed; everything that
-takes time happens in one task, `_drive`, which alone changes the state.
+takes time happens in one task, `_drive`, which alone changes the state (but for the steps that only tell what was
+asked: a stop, a new load).
 """
 
 from __future__ import annotations
@@ -10,77 +11,68 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from neuron import failures
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
-from neuron.engine_log import EngineLog, LogFollower
+from neuron.engine_life import EngineLife
+from neuron.engine_log import EngineLog
 from neuron.launcher import Launcher
-from neuron.readiness import until_ready
-from neuron.run import Run
+from neuron.restarts import Restarts
+from neuron.run import Booking, Run
 from neuron.spec import EngineSpec
-from neuron.state_dir import EngineDir
+from neuron.state import Condition, State
+from neuron.state_dir import EngineDir, FoundEngine
 from shared.errors import ServiceError
-from shared.protocol import ModelStatus, Progress
-from shared.tasks import cancel_all, timeout
+from shared.protocol import Progress, Transition
+from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
 
 LAUNCHES = 3  # of one load: each with another port, when something else took the port before the engine did
-_LOG_POLL_SECS = 0.2
-_LOG_TRIM_SECS = 60.0
-_MEASURE_SECS = 2.0
-_CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
-
-
-class State(str, Enum):
-    """What a worker is at. Stopping counts as unloaded: a load that comes then waits for its end and starts anew."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    LOADED = "loaded"
-    STOPPING = "stopping"
-    FAILED = "failed"
-
-    @property
-    def status(self) -> ModelStatus:
-        return ModelStatus.UNLOADED if self is State.STOPPING else ModelStatus(self.value)
+TRANSITIONS_KEPT = 50
 
 
 @dataclass(frozen=True)
-class Condition:
-    """A worker's state and what belongs to it. `since` is Unix time; `error` is why it failed."""
+class Ended:
+    """How an engine's life ended. `error` None: as asked. `served_secs` None: it never came up."""
 
-    state: State
-    since: float
-    progress: Progress | None = None
-    error: str | None = None
+    error: ServiceError | None = None
+    served_secs: float | None = None
+    again: bool = False  # at once: nothing was wrong with the engine
 
 
 class Worker:
     """Single owner of one model's engine. `on_change` is called after every change of `condition`, `on_loaded` with
-    the seconds each successful load took."""
+    the seconds each successful load took, `on_restart` whenever an engine is started again after it died."""
 
     def __init__(
         self,
         model_id: str,
         launcher: Launcher,
+        *,
         on_change: Callable[[Worker], None],
-        on_loaded: Callable[[str, float], None],
+        on_loaded: Callable[[Worker, float], None],
+        on_restart: Callable[[Worker], None],
+        on_released: Callable[[Booking], None],
     ) -> None:
         self.model_id = model_id
-        self.condition = Condition(State.UNLOADED, time.time())
+        self.condition = Condition(State.UNLOADED, time.time(), "not loaded yet")
+        self.transitions: deque[Transition] = deque(maxlen=TRANSITIONS_KEPT)
         self.engine: Engine | None = None
         """The engine while there is one, also while it stops."""
         self.spec: EngineSpec | None = None
         """What it was last asked to be."""
+        self.restarts = Restarts(launcher.config.recovery)
         self._proven_spec: EngineSpec | None = None  # the last that was loaded: what a bare command asks for again
         self._launcher = launcher
         self._on_change = on_change
         self._on_loaded = on_loaded
+        self._on_restart = on_restart
+        self._on_released = on_released
         self._run: Run | None = None
         self._next: Run | None = None  # begins when `_run`, which is stopping, is gone
         self._task: asyncio.Task[None] | None = None
@@ -91,194 +83,253 @@ class Worker:
         """The output of the present engine, or of the last one that failed or was stopped."""
         return None if self._last_dir is None else EngineLog(self._last_dir.log)
 
-    def request(self, spec: EngineSpec | None) -> Run:
-        """The run that will have the model loaded: the present one if it fits, else a new one.
+    @property
+    def run(self) -> Run | None:
+        return self._run
 
-        `spec` None takes the present run whatever it is, else the remembered spec.
+    def remembered_spec(self) -> EngineSpec:
+        """What a bare command asks for.
 
         Raises:
-            Conflict: it is loaded, or being loaded, with another spec.
-            NotFound: `spec` is None and there is nothing to remember.
+            NotFound: there is nothing to remember.
         """
-        run = self._next or self._run
-        if run is not None and run.joinable:
-            self._check_same(run, spec)
-            return run
-        spec = spec or self._proven_spec or self.spec
+        run = self._joinable()
+        spec = run.spec if run is not None else self._proven_spec or self.spec
         if spec is None:
             raise failures.unknown_model(self.model_id, "was never loaded here: say with which harness")
+        return spec
+
+    def joined(self, spec: EngineSpec | None) -> Run | None:
+        """The run that a load for `spec` (None: whatever it is) joins; None when a new one has to `begin`.
+
+        Raises:
+            Conflict: the model is loaded, or being loaded, with another spec.
+        """
+        run = self._joinable()
+        if run is not None:
+            self._check_same(run, spec)
+        return run
+
+    def begin(self, spec: EngineSpec, booking: Booking) -> Run:
+        """A new run; only when there is none to be joined. It begins as soon as what stops at present is gone."""
+        assert self._joinable() is None
         self.spec = spec
-        new = Run(spec)
+        self.restarts = Restarts(self._launcher.config.recovery)
+        new = Run(spec, booking)
         if self._run is not None:
             self._next = new
         else:
-            self._begin(new)
+            self._begin(new, State.STARTING, "asked to load")
         return new
 
-    def stop(self, reason: ServiceError) -> Run | None:
+    def adopt(self, found: FoundEngine, booking: Booking) -> Run:
+        """A run with the engine that an earlier neuron left."""
+        assert found.record is not None
+        self.spec = spec = found.record.engine_spec
+        run = Run(spec, booking)
+        self._last_dir = found.directory
+        self._begin(run, State.RECOVERING, "found at neuron's start", found)
+        return run
+
+    def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> Run | None:
         """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any."""
         if self._next is not None:
             self._next.stop(reason)
+            self._release(self._next)
             self._next.finish()
             self._next = None
-        if self._run is not None:
-            self._run.stop(reason)
-            if self.condition.state in (State.LOADING, State.LOADED):
-                self._become(State.STOPPING)
-        elif self.condition.state is State.FAILED:
-            self._become(State.UNLOADED)
-        return self._run
+        run = self._run
+        if run is None:
+            if self.condition.state is State.FAILED:
+                self.become(State.UNLOADED, "unloaded after it failed")
+            return None
+        run.stop(reason, drain_secs=drain_secs)
+        state = self.condition.state
+        if state is State.LOADED and drain_secs > 0:
+            self.become(State.DRAINING, reason.message)
+        elif state is not State.STOPPING and not (state is State.DRAINING and drain_secs > 0):
+            self.become(State.STOPPING, reason.message)
+        return run
 
-    def give_up_load(self, reason: ServiceError) -> None:
-        """Ends a load that is running or is about to; what is loaded stays."""
-        if self._next is not None or self.condition.state is State.LOADING:
+    def leave(self, reason: ServiceError) -> None:
+        """Ends the run and leaves its engine running, for the next neuron: nothing is told of it, since requests go on.
+        An engine that stops already goes on stopping."""
+        run = self._run
+        if run is None or run.stop_wanted.is_set():
             self.stop(reason)
+        else:
+            run.leave_engine = True
+            run.stop(reason)
+
+    def _joinable(self) -> Run | None:
+        run = self._next or self._run
+        return run if run is not None and run.joinable else None
 
     def _check_same(self, run: Run, wanted: EngineSpec | None) -> None:
         if wanted is None:
             return
         running = run.spec
-        if running.devices is None and self.engine is not None and run is self._run:
-            running = replace(running, devices=self.engine.devices)
+        if running.devices is None and run is self._run and run.booking.devices:
+            running = replace(running, devices=run.booking.indices)
         difference = running.difference(wanted)
         if difference is not None:
             loaded = run is self._run and self.condition.state is State.LOADED
             conflict = failures.already_loaded if loaded else failures.load_in_progress
             raise conflict(self.model_id, difference)
 
-    def _begin(self, run: Run) -> None:
+    def _begin(self, run: Run, state: State, reason: str, found: FoundEngine | None = None) -> None:
         self._run = run
-        self._become(State.LOADING, progress=Progress(phase="starting"))
-        self._task = asyncio.create_task(self._drive(run), name=f"engine of {self.model_id}")
+        self.become(state, reason, progress=Progress(phase="starting"))
+        self._task = asyncio.create_task(self._drive(run, found), name=f"engine of {self.model_id}")
 
-    def _become(self, state: State, *, progress: Progress | None = None, error: str | None = None) -> None:
+    def become(
+        self,
+        state: State,
+        reason: str,
+        *,
+        progress: Progress | None = None,
+        error: str | None = None,
+        retry_at: float | None = None,
+    ) -> None:
+        """For this module and the present engine's life: everybody else only reads `condition`."""
+        now = time.time()
         if state is not self.condition.state:
-            log.info("%s: %s%s", self.model_id, state.value, f": {error}" if error else "")
-        self.condition = Condition(state, time.time(), progress, error)
+            log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
+            self.transitions.append(Transition(state=state.value, at=now, reason=reason))
+        self.condition = Condition(state, now, reason, progress, error, retry_at)
         self._on_change(self)
 
-    async def _drive(self, run: Run) -> None:
+    def show(self, progress: Progress) -> None:
+        """A step of a load: no change of state, and `since` stays."""
+        self.condition = replace(self.condition, progress=progress)
+        self._on_change(self)
+
+    def loaded(self, engine: Engine, why: str, seconds: float | None) -> None:
+        """The engine serves. `seconds`: what its load took; None when it was not loaded just now."""
+        self._proven_spec = engine.spec
+        if seconds is not None:
+            self._on_loaded(self, seconds)
+        self.become(State.LOADED, why)
+
+    def _release(self, run: Run) -> None:
+        self._on_released(run.booking)
+
+    async def _drive(self, run: Run, found: FoundEngine | None) -> None:
         error: ServiceError | None
         try:
-            error = await self._live(run)
+            error = await self._live(run, found)
         except ServiceError as failure:
             error = failure
         except Exception:
             log.exception("%s: its engine could not be supervised", self.model_id)
             error = ServiceError("internal error; neuron's log has the details")
         self.engine = None
+        self._release(run)
         self._run, following, self._next = None, self._next, None
         if following is not None:
-            self._begin(following)
+            self._begin(following, State.STARTING, "asked to load while it stopped")
         elif run.stop_wanted.is_set() or error is None:
-            self._become(State.UNLOADED)
+            self.become(State.UNLOADED, "left running for the next neuron" if run.leave_engine else "stopped")
         else:
-            self._become(State.FAILED, error=error.message.partition("\n")[0])
+            reason = error.message.partition("\n")[0]
+            row = self.restarts.failures
+            why = f"given up after {row} failures in a row" if self.restarts.given_up else "its engine did not come up"
+            self.become(State.FAILED, why, error=reason)
         run.settle(error or run.stop_reason)
         run.finish()
 
-    async def _live(self, run: Run) -> ServiceError | None:
-        """The whole life of a run; why it failed, None when it ended as asked."""
-        for launch in range(1, LAUNCHES + 1):
-            await self._discard_last()
+    async def _live(self, run: Run, found: FoundEngine | None) -> ServiceError | None:
+        """The whole life of a run, through all its engines; why it failed, None when it ended as asked."""
+        launches = 0
+        came_up = found is not None
+        while True:
+            launches += 1
+            ended = await (self._found_engine(run, found) if found is not None else self._new_engine(run))
+            found = None
             if run.stop_wanted.is_set():
                 return None
-            ending = Ending.STOPPED
-            was_ready = False
-            async with self._launcher.engine(run.spec) as engine:
-                self.engine, self._last_dir = engine, engine.directory
-                self._on_change(self)  # the devices are known now
-                if not run.stop_wanted.is_set():
-                    ending = await self._bring_up(engine, run)
-                if ending is Ending.READY:
-                    was_ready = True
-                    ending = await self._serve(engine, run)
-            if not engine.vram_released:
-                run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
-            if ending is Ending.STOPPED:
+            came_up = came_up or ended.served_secs is not None
+            if ended.again and launches < LAUNCHES:
+                continue
+            assert ended.error is not None
+            if not came_up:
+                return ended.error
+            launches = 0
+            self.restarts = self.restarts.after_failure(ended.served_secs)
+            if self.restarts.given_up:
+                return ended.error
+            await self._pause(run, ended.error)
+            if run.stop_wanted.is_set():
                 return None
-            error, lines = await self._explain(engine, ending)
-            if was_ready or launch == LAUNCHES or not _port_was_taken(lines):
-                return error
-            log.warning("%s: port %d was taken before the engine had it: once more", self.model_id, engine.port)
-        raise AssertionError("the last launch returns")
+            self._on_restart(self)
 
-    async def _bring_up(self, engine: Engine, run: Run) -> Ending:
-        started = time.monotonic()
-        ready = until_ready(
-            self._launcher.http,
-            engine.url,
-            health_path=engine.harness.health_path,
-            api_key=engine.api_key,
-            owns_port=engine.owns_port,
-        )
-        follower = asyncio.create_task(self._follow(engine, run))
-        try:
-            ending = await first_of(
-                {
-                    Ending.STOPPED: run.stop_wanted.wait(),
-                    Ending.EXITED: engine.process.main_exited.wait(),
-                    Ending.READY: ready,
-                },
-                timeout_secs=engine.startup_timeout_secs,
-            )
-        finally:
-            await cancel_all([follower])
-        if ending is Ending.READY:
-            seconds = time.monotonic() - started
-            with contextlib.suppress(asyncio.TimeoutError):  # a figure is not worth waiting for a stuck driver
-                async with timeout(_MEASURE_SECS):
-                    await self._launcher.measure([engine])
-            if run.stop_wanted.is_set():
-                return Ending.STOPPED
-            self._proven_spec = run.spec
-            self._on_loaded(self.model_id, seconds)
-            self._become(State.LOADED)
-            run.settle(None)
-        return ending
+    async def _pause(self, run: Run, error: ServiceError) -> None:
+        """Between the end of an engine and the start of the next."""
+        pause = self.restarts.pause_secs
+        run.reopen()
+        cause = error.message.partition("\n")[0]
+        reason = f"its engine died, failure {self.restarts.failures} in a row: {cause}"
+        self.become(State.RECOVERING, reason, retry_at=time.time() + pause, progress=Progress(phase="starting"))
+        if pause:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(pause):
+                    await run.stop_wanted.wait()
 
-    async def _serve(self, engine: Engine, run: Run) -> Ending:
-        while True:
-            ending = await first_of(
-                {Ending.STOPPED: run.stop_wanted.wait(), Ending.EXITED: engine.process.main_exited.wait()},
-                timeout_secs=_LOG_TRIM_SECS,
-            )
-            if run.stop_wanted.is_set():
-                return Ending.STOPPED
-            if ending is Ending.EXITED:
-                # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
-                run.engine_lost = True
-                self._become(State.FAILED, error="the engine ended unexpectedly")
-                return ending
-            await asyncio.to_thread(engine.log.trim)
-
-    async def _follow(self, engine: Engine, run: Run) -> None:
-        """Turns the engine's output into progress while it loads."""
-        follower = LogFollower(engine.log)
-        while True:
-            seen: Progress | None = None
-            for line in await asyncio.to_thread(follower.new_lines):
-                seen = engine.harness.progress_of(line) or seen
-            if seen is not None and seen != self.condition.progress and not run.stop_wanted.is_set():
-                # Not through _become: a step of a load is no change of status, and `since` stays.
-                self.condition = replace(self.condition, progress=seen)
-                self._on_change(self)
-            await asyncio.sleep(_LOG_POLL_SECS)
-
-    async def _explain(self, engine: Engine, ending: Ending) -> tuple[ServiceError, list[str]]:
-        """The error for an engine that is not there, and the output it was found in."""
-        lines = await asyncio.to_thread(engine.log.tail, 2000, max_bytes=_CAUSE_BYTES)
-        if ending is Ending.TIMED_OUT:
-            reason = f"not ready within {engine.startup_timeout_secs:g} s"
-            return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), lines
-        reason = failures.exit_reason(engine.harness, await engine.process.wait(), lines)
-        return failures.LoadFailed(failures.with_last_lines(reason, lines)), lines
-
-    async def _discard_last(self) -> None:
+    async def _new_engine(self, run: Run) -> Ended:
+        """One engine from its start to its end."""
         if self._last_dir is not None:
             directory, self._last_dir = self._last_dir, None
             await asyncio.to_thread(directory.remove)
+        async with contextlib.AsyncExitStack() as turn:
+            try:
+                if not await self._until_its_turn(run, turn):
+                    return Ended()
+                async with self._launcher.engine(run.spec, run.booking) as engine:
+                    life = EngineLife(self._launcher, engine, run, self)
+                    await self._through(life, turn)
+            except ServiceError as error:
+                return Ended(error)
+            return await self._account(life)
 
+    async def _found_engine(self, run: Run, found: FoundEngine) -> Ended:
+        """The rest of the life of an engine that an earlier neuron started."""
+        assert found.record is not None
+        async with self._launcher.adopted(found.record, found.directory, run.booking) as engine:
+            if engine is None:
+                return Ended(failures.LoadFailed("its engine had ended when neuron came back"), served_secs=0.0)
+            life = EngineLife(self._launcher, engine, run, self)
+            await self._through(life, contextlib.AsyncExitStack())
+        return await self._account(life)
 
-def _port_was_taken(lines: list[str]) -> bool:
-    return any("Address already in use" in line for line in lines[-50:])
+    async def _until_its_turn(self, run: Run, turn: contextlib.AsyncExitStack) -> bool:
+        """Waits until nobody else starts on its devices and their memory is free; False when a stop came before.
+
+        Raises:
+            InsufficientVram: the memory does not come free.
+        """
+        devices = run.booking.indices
+        if self._launcher.turns.busy(devices):
+            self.show(Progress(phase="waiting", message="another engine is starting on one of its devices"))
+        waiting = turn.enter_async_context(self._launcher.turns.turn(devices))
+        ending = await first_of({Ending.STOPPED: run.stop_wanted.wait(), Ending.READY: waiting})
+        return ending is Ending.READY
+
+    async def _through(self, life: EngineLife, turn: contextlib.AsyncExitStack) -> None:
+        self.engine, self._last_dir = life.engine, life.engine.directory
+        if self.condition.state is State.STARTING:
+            self.become(State.LOADING, "its engine is started", progress=Progress(phase="starting"))
+        else:
+            self._on_change(self)  # the devices and the process are known now
+        if await life.bring_up():
+            await turn.aclose()  # others may start on its devices now
+            await life.serve()
+
+    async def _account(self, life: EngineLife) -> Ended:
+        """Why the engine, which is gone now, came to its end."""
+        engine, run = life.engine, life.run
+        if not engine.vram_released:
+            run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
+        if life.ending is Ending.STOPPED:
+            return Ended()
+        error, port_was_taken = await life.explain()
+        return Ended(error, life.served_secs, again=port_was_taken and life.served_secs is None)

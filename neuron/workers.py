@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import time
 from collections.abc import Sequence
 
-from neuron import failures
+from pydantic import Field
+
+from neuron import failures, records, session
 from neuron.config import NeuronConfig
 from neuron.events import EventHub
 from neuron.launcher import Launcher
 from neuron.metrics import NeuronMetrics
-from neuron.run import Run
+from neuron.records import RunRecord
+from neuron.run import Booking, Run
 from neuron.spec import spec_of
-from neuron.worker import State, Worker
-from shared.protocol import LoadCommand, ModelView
+from neuron.state import State
+from neuron.state_dir import FoundEngine
+from neuron.worker import Worker
+from shared.protocol import LoadCommand, ModelView, Transition
+
+log = logging.getLogger(__name__)
+
+_SWEEP_SECS = 10.0
+_SWEEP_PAUSE_SECS = 0.05
 
 
 class NeuronModelView(ModelView):
-    """What this neuron says beyond the protocol: `state` tells stopping from unloaded, `pid` leads to the engine."""
+    """What this neuron says beyond the protocol: `state` tells more than `status`, `reason` why it is so and
+    `transitions` how it came to be (the last first); `pid` leads to the engine. `failures` in a row, `retry_at` (Unix
+    time) of the next start. `placement` says why these devices, `vram_booked_mb` what is booked on them together."""
 
     state: str
+    reason: str = ""
     pid: int | None = None
+    failures: int = 0
+    retry_at: float | None = None
+    vram_booked_mb: int | None = None
+    placement: str | None = None
+    transitions: list[Transition] = Field(default_factory=list)
 
 
 class Workers:
@@ -33,6 +53,7 @@ class Workers:
         self._hub = hub
         self._metrics = metrics
         self._workers: dict[str, Worker] = {}
+        self._bookings = itertools.count(1)
         self._stopping = False
 
     @property
@@ -57,23 +78,76 @@ class Workers:
             InvalidRequest: a value is refused. Conflict: there with another spec. NotFound: a bare command for a
             model that was never loaded. Unavailable: this neuron is stopping, or its GPUs cannot be used.
         """
-        if command.bare:
-            self._refuse_when_stopping()
-            return self._known_or_new(command.model_id).request(None)
-        spec = spec_of(command, harnesses=self._config.harness_names)
+        self._refuse_when_stopping()
+        wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
+        worker = self._known_or_new(command.model_id)
+        spec = wanted or worker.remembered_spec()
         await self._launcher.check(spec)
-        self._refuse_when_stopping()  # last, so that nothing starts after `stop_all` went through the list
-        return self._known_or_new(spec.model_id).request(spec)
+        topology, health = await asyncio.gather(self._launcher.source.discover(), self._launcher.source.health())
+        # From here on nothing is awaited: what is decided is so when it takes effect. The worker is looked up again,
+        # and a stop may have come meanwhile, after which nothing may start.
+        self._refuse_when_stopping()
+        worker = self._known_or_new(command.model_id)
+        run = worker.joined(wanted)
+        if run is None:
+            number = next(self._bookings)
+            devices = self._launcher.occupancy.place(number, spec, topology, health)
+            run = worker.begin(spec, Booking(number, devices, spec.vram_mb))
+        return run
 
-    async def unload(self, model_id: str) -> None:
-        """Returns when the model's processes are gone and their memory is back.
+    async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:
+        """Returns when the model's processes are gone and their memory is back. What it works on may go on for
+        `drain_secs`.
 
         Raises:
             NotFound: the model is not known. VramNotReleased: the driver still counts memory as its own.
         """
-        run = self.get(model_id).stop(failures.load_cancelled(model_id))
+        run = self.get(model_id).stop(failures.load_cancelled(model_id), drain_secs=drain_secs)
         if run is not None:
             await run.gone()
+
+    async def adopt(self, found: Sequence[FoundEngine]) -> None:
+        """Takes over what an earlier neuron left: engines that run get their worker back, models whose engine died
+        meanwhile come back by themselves, and every other process of that neuron's engines is killed.
+        """
+        newest: dict[str, tuple[FoundEngine, RunRecord]] = {}
+        for each in found:
+            record = each.record
+            # Pids of another boot mean nothing; without a pid the engine was not started, as far as is known.
+            if (
+                record is not None
+                and record.boot_id == records.boot_id()
+                and record.pid is not None
+                and not record.stopping
+            ):
+                newest[record.engine_spec.model_id] = each, record
+        alive = [record.engine_id for _, record in newest.values() if await asyncio.to_thread(_is_alive, record)]
+        await self._sweep(alive)
+        state = self._launcher.state
+        await asyncio.to_thread(state.clear_but, [each.directory for each, _ in newest.values()])
+        by_index = {device.index: device for device in (await self._launcher.source.discover()).devices}
+        for each, record in newest.values():
+            spec = record.engine_spec
+            devices = tuple(by_index[index] for index in record.devices if index in by_index)
+            booking = Booking(next(self._bookings), devices, record.share_mb, "chosen by an earlier neuron")
+            self._launcher.occupancy.keep(booking.number, spec, devices)
+            self._known_or_new(spec.model_id).adopt(each, booking)
+
+    async def _sweep(self, spared: Sequence[str]) -> None:
+        """Kills every process that carries the id of an engine of this state directory, but for those in `spared`."""
+        deadline = time.monotonic() + _SWEEP_SECS
+        while strays := await asyncio.to_thread(self._strays, spared):
+            if time.monotonic() >= deadline:
+                log.error("processes %s, left of engines that are gone, survive SIGKILL", sorted(strays))
+                return
+            log.warning("killing processes %s: they are left of engines that are gone", sorted(strays))
+            for pid in strays:
+                session.kill(pid)
+            await asyncio.sleep(_SWEEP_PAUSE_SECS)
+
+    def _strays(self, spared: Sequence[str]) -> list[int]:
+        carriers = session.marked(self._launcher.state.engine_id_prefix)
+        return [pid for pid, engine_id in carriers.items() if engine_id not in spared]
 
     async def views(self) -> list[NeuronModelView]:
         """Every known model, its memory measured now."""
@@ -92,24 +166,38 @@ class Workers:
             if worker.engine is not None and worker.condition.state is State.LOADED
         }
 
-    def refuse_loads(self) -> None:
-        """From now on no load begins; those that are running end, and who waits for one is told at once."""
+    def begin_stop(self) -> None:
+        """From now on no load begins, and those that are running end; loaded models take no new work, or are left as
+        they are for the next neuron, as configured. Who waits for a load is told at once."""
+        if self._stopping:
+            return
         self._stopping = True
         for worker in self.all:
-            worker.give_up_load(failures.stopping())
+            if self._config.on_stop == "leave_engines":
+                worker.leave(failures.stopping())
+            else:
+                worker.stop(failures.stopping(), drain_secs=self._config.drain_timeout_secs)
 
     async def stop_all(self) -> None:
-        """Ends every engine, all at the same time. Returns when nothing of them is left."""
-        self.refuse_loads()
-        runs = [worker.stop(failures.stopping()) for worker in self.all]
+        """`begin_stop`, and then returns when every engine is gone or left."""
+        self.begin_stop()
+        runs = [worker.run for worker in self.all]
         await asyncio.gather(*(run.gone() for run in runs if run is not None), return_exceptions=True)
 
     def kill_all_now(self) -> None:
         """For an exit that waits for nothing."""
-        self._launcher.kill_all_now()
+        if self._config.on_stop == "stop_engines":
+            self._launcher.kill_all_now()
 
     def _known_or_new(self, model_id: str) -> Worker:
-        return self._workers.get(model_id) or Worker(model_id, self._launcher, self._changed, self._metrics.loaded)
+        return self._workers.get(model_id) or Worker(
+            model_id,
+            self._launcher,
+            on_change=self._changed,
+            on_loaded=lambda worker, secs: self._metrics.loaded(worker.model_id, secs),
+            on_restart=lambda worker: self._metrics.restarted(worker.model_id),
+            on_released=lambda booking: self._launcher.occupancy.leave(booking.number),
+        )
 
     def _changed(self, worker: Worker) -> None:
         if worker.model_id not in self._workers:  # known from its first change on, not from a request that was refused
@@ -124,20 +212,34 @@ class Workers:
 
 def view_of(worker: Worker) -> NeuronModelView:
     """A worker as `/models` and the events show it. `vram_used_mb` is as last measured."""
-    condition, engine, spec = worker.condition, worker.engine, worker.spec
+    condition, engine, run = worker.condition, worker.engine, worker.run
+    spec = worker.spec
     progress = condition.progress
     if progress is not None:
         progress = progress.model_copy(update={"elapsed_secs": round(time.time() - condition.since, 3)})
+    booking = None if run is None else run.booking
+    share = None if booking is None else booking.share_mb
     return NeuronModelView(
         id=worker.model_id,
         harness=None if spec is None else spec.harness,
         status=condition.state.status.value,
-        devices=[] if engine is None else list(engine.devices),
+        devices=[] if booking is None else list(booking.indices),
         vram_used_mb=0 if engine is None else engine.vram_used_mb,
         progress=progress,
         error=condition.error,
         since=condition.since,
         tensor_parallel=None if spec is None else spec.tensor_parallel,
         state=condition.state.value,
+        reason=condition.reason,
         pid=None if engine is None else engine.process.pid,
+        failures=worker.restarts.failures,
+        retry_at=condition.retry_at,
+        vram_booked_mb=None if booking is None or share is None else share * len(booking.devices),
+        placement=None if booking is None else booking.why or None,
+        transitions=list(reversed(worker.transitions)),
     )
+
+
+def _is_alive(record: RunRecord) -> bool:
+    assert record.pid is not None
+    return session.Leader(record.pid, record.start_ticks or 0, record.engine_id).alive

@@ -11,7 +11,7 @@ from shared.protocol.commands import (
     UnloadCommand,
 )
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
-from shared.protocol.models import ModelStatus, ModelView, Progress
+from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "ModelView",
     "NeuronHealth",
     "Progress",
+    "Transition",
     "UnloadCommand",
 ]

@@ -43,6 +43,14 @@ class Progress(WireModel):
     elapsed_secs: float | None = None
 
 
+class Transition(WireModel):
+    """A change of a model's state: what it became, when (Unix time), and why."""
+
+    state: str
+    at: float
+    reason: str
+
+
 class ModelView(WireModel):
     """One entry of `GET /models`. `since` is Unix time of the last change of status."""
 

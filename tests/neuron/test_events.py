@@ -56,7 +56,7 @@ async def test_a_whole_life_in_events(neuron: Neuron) -> None:
             if model["state"] == "unloaded":
                 break
         assert (await task).status == 200
-        assert states == ["loading", "loaded", "stopping", "unloaded"]
+        assert states == ["starting", "loading", "loaded", "stopping", "unloaded"]
         assert "loading weights" in phases
 
 

@@ -155,12 +155,17 @@ def test_memory_of_processes() -> None:
 
 
 def test_state_directory(tmp_path: Path) -> None:
-    """This user's alone, cleared of a dead neuron's engines, held by one at a time, removed when wanted."""
+    """This user's alone, held by one at a time, cleared of what a dead neuron left but for what is kept, removed when
+    wanted."""
     path = tmp_path / "state"
-    (path / "engines" / "1").mkdir(parents=True)
+    for number in ("1", "2", "10"):
+        (path / "engines" / number).mkdir(parents=True)
     with StateDir(path).held(remove_after=True) as state:
         assert path.stat().st_mode & 0o777 == 0o700
-        assert not list((path / "engines").iterdir())
+        left = state.found()
+        assert [(each.directory.path.name, each.record) for each in left] == [("1", None), ("2", None), ("10", None)]
+        state.clear_but([left[1].directory])
+        assert [entry.name for entry in (path / "engines").iterdir()] == ["2"]
         directory = state.new_engine(1)
         directory.log.write_text("x")
         with pytest.raises(StateDirError, match="in use"), StateDir(path).held(remove_after=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -182,10 +184,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
     def log_message(self, *a): pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
-if STRANGER and os.fork() > 0:
-    time.sleep(60)  # the engine, which never listens
-elif STRANGER:
-    os.setsid()  # somebody else, who does
+if STRANGER and os.environ.get("NEURON_ENGINE_ID"):
+    if os.fork() > 0:
+        time.sleep(60)  # the engine, which never listens
+    os.setsid()  # somebody else, who does, and knows nothing of the engine
+    del os.environ["NEURON_ENGINE_ID"]
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
 
@@ -199,7 +203,7 @@ async def load_server(tmp_path: Path, mark: str, *, stranger: bool) -> Answer:
         answer = await neuron.load(MODEL)
     if stranger:
         for pid in marked_processes(mark):
-            _kill(pid)
+            os.kill(pid, signal.SIGKILL)
         await until(lambda: not marked_processes(mark))
     return answer
 
@@ -212,30 +216,6 @@ async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_p
 async def test_health_alone_makes_an_engine_ready(mark: str, tmp_path: Path) -> None:
     """Our process that answers 200 on /health is loaded, whatever else it serves and whether it asks for a key."""
     assert (await load_server(tmp_path, mark, stranger=False)).status == 200
-
-
-async def test_engine_that_dies_is_failed_at_once(neuron: Neuron, mark: str) -> None:
-    """kill -9: failed within two seconds, not served any more, its session swept, and it can be loaded again."""
-    await neuron.load(MODEL, "--fault", "spawn-child")
-    assert len(marked_processes(mark)) == 3  # its core, and the child
-    pid = (await neuron.model(MODEL))["pid"]
-    started = asyncio.get_running_loop().time()
-    await asyncio.to_thread(_kill, pid)
-    view = await neuron.until_status(MODEL, "failed")
-    assert asyncio.get_running_loop().time() - started < 2
-    await until(lambda: not marked_processes(mark))
-    await until(lambda: not neuron.reserved_ports)
-    view = await neuron.model(MODEL)
-    assert view["error"] == "killed by signal 9 (out of memory?)"
-    assert (await neuron.endpoint(MODEL)).status == 404
-    assert (await neuron.load(MODEL)).status == 200
-
-
-async def test_exit_code_zero_is_a_failure_too(neuron: Neuron) -> None:
-    """vLLM ends with 0 when its engine core died: nobody asked for it, so it failed."""
-    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.3")
-    view = await neuron.until_status(MODEL, "failed")
-    assert view["error"]
 
 
 @pytest.mark.parametrize(
@@ -257,10 +237,3 @@ async def test_refused_before_anything_starts(neuron: Neuron, fields: dict[str, 
     answer = await neuron.load(MODEL, **fields)
     assert (answer.status, answer.error["param"]) == (400, param)
     assert await neuron.model(MODEL) == {}
-
-
-def _kill(pid: int) -> None:
-    import os
-    import signal
-
-    os.kill(pid, signal.SIGKILL)

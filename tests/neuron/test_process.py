@@ -60,7 +60,9 @@ async def test_stopped_process_is_ended_too(mark: str, tmp_path: Path) -> None:
     """SIGSTOP does not protect from the end."""
     process = await start(tmp_path, f"echo up; {SLEEP} 600")
     os.kill(process.pid, signal.SIGSTOP)
-    await until(lambda: [member.state for member in session.members(process.pid) if member.pid == process.pid] == ["T"])
+    await until(
+        lambda: [member.state for member in session.members(process.leader) if member.pid == process.pid] == ["T"]
+    )
     assert await process.stop(0.2) == -signal.SIGKILL
     assert not marked_processes(mark)
 
@@ -90,7 +92,7 @@ async def test_main_process_is_reaped_last(mark: str, tmp_path: Path) -> None:
     await process.wait()
     assert process.pid in process.pids_seen
     assert len(process.pids_seen) > 1
-    assert not [member for member in session.members(process.pid) if member.alive]
+    assert not [member for member in session.members(process.leader) if member.alive]
     with pytest.raises(ChildProcessError):
         os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - it does not block
 
@@ -130,5 +132,5 @@ def test_end_of_the_loop_ends_the_processes(mark: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sh", "a) b (c", "((", "x y", ") S 1"])
 def test_stat_line_with_odd_name(name: str) -> None:
     """The name of a process may hold spaces and parentheses."""
-    stat = session.parse_stat(f"17 ({name}) S 4 5 6 0 -1")
-    assert (stat.pid, stat.state, stat.parent, stat.group, stat.session) == (17, "S", 4, 5, 6)
+    stat = session.parse_stat(f"17 ({name}) S 4 5 6 " + "0 " * 15 + "4711 0")
+    assert stat == session.ProcessStat(17, "S", 4, 5, 6, 4711)

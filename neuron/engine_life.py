@@ -1,0 +1,200 @@
+"""One engine from the start of its process to its end: coming up, serving, falling ill, and why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Protocol
+
+from neuron import failures
+from neuron.ending import Ending, first_of
+from neuron.engine import Engine
+from neuron.engine_log import LogFollower
+from neuron.launcher import Launcher
+from neuron.readiness import until_ready
+from neuron.run import Run
+from neuron.state import Condition, State
+from shared.errors import ServiceError
+from shared.protocol import Progress
+from shared.tasks import cancel_all, timeout
+
+log = logging.getLogger(__name__)
+
+ADOPT_SECS = 5.0
+"""How long an engine that had served has to answer a neuron that finds it."""
+_LOG_POLL_SECS = 0.2
+_HOUSEKEEPING_SECS = 60.0
+_MEASURE_SECS = 2.0
+_CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
+_DRAIN_POLL_SECS = 0.1
+
+
+class Model(Protocol):
+    """The worker whose engine this is."""
+
+    @property
+    def condition(self) -> Condition: ...
+
+    def become(self, state: State, reason: str, *, progress: Progress | None = None) -> None: ...
+
+    def show(self, progress: Progress) -> None: ...
+
+    def loaded(self, engine: Engine, why: str, seconds: float | None) -> None: ...
+
+
+class EngineLife:
+    """`ending` is how it ended, `served_secs` how long it had served then (None: it never came up). What concerns the
+    model is told to `model`; the process itself is ended by the launcher, when this is over."""
+
+    def __init__(self, launcher: Launcher, engine: Engine, run: Run, model: Model) -> None:
+        self.engine = engine
+        self.run = run
+        self.ending = Ending.STOPPED
+        self.served_secs: float | None = None
+        self._launcher = launcher
+        self._model = model
+        self._ill = ""  # what is wrong with an engine that still runs
+
+    async def bring_up(self) -> bool:
+        """True when it serves; False when it ended, or has to be ended, before."""
+        engine, run = self.engine, self.run
+        if run.stop_wanted.is_set():
+            self._end(Ending.STOPPED)
+            return False
+        served_before = engine.ready_at is not None
+        ready = until_ready(
+            self._launcher.http,
+            engine.url,
+            health_path=engine.harness.health_path,
+            api_key=engine.api_key,
+            owns_port=engine.owns_port,
+        )
+        follower = asyncio.create_task(self._follow())
+        try:
+            ending = await first_of(
+                {
+                    Ending.STOPPED: run.stop_wanted.wait(),
+                    Ending.EXITED: engine.process.main_exited.wait(),
+                    Ending.READY: ready,
+                },
+                timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
+            )
+        finally:
+            await cancel_all([follower])
+        if ending is not Ending.READY:
+            if served_before and ending is not Ending.STOPPED:
+                self.served_secs = 0.0
+            self._end(ending)
+            return False
+        await self._came_up(served_before)
+        return True
+
+    async def serve(self) -> None:
+        """Returns when it has to end, or has ended."""
+        since = time.monotonic()
+        vitals = asyncio.create_task(self._launcher.until_bad(self.engine), name=f"vitals of {self.engine.engine_id}")
+        try:
+            ending = await self._until_end(vitals)
+            if ending is Ending.UNHEALTHY:
+                self._ill = vitals.result()
+        finally:
+            await cancel_all([vitals])
+        self.served_secs = time.monotonic() - since
+        if ending is Ending.STOPPED:
+            await self._drain()
+        else:
+            # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
+            self._model.become(State.RECOVERING, self._ill or "its engine ended unexpectedly")
+            self.run.reopen()
+        self._end(ending)
+
+    async def explain(self) -> tuple[ServiceError, bool]:
+        """The error for an engine that is gone; True when it ended because its port was taken."""
+        engine = self.engine
+        lines = await asyncio.to_thread(engine.log.tail, 2000, max_bytes=_CAUSE_BYTES)
+        if self.ending is Ending.TIMED_OUT:
+            if self.served_secs is not None:
+                return failures.LoadFailed(f"its engine did not answer neuron within {ADOPT_SECS:g} s"), False
+            reason = f"not ready within {engine.startup_timeout_secs:g} s"
+            return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
+        if self.ending is Ending.UNHEALTHY:
+            return failures.LoadFailed(failures.with_last_lines(self._ill, lines)), False
+        reason = failures.exit_reason(engine.harness, await engine.process.wait(), lines)
+        return failures.LoadFailed(failures.with_last_lines(reason, lines)), _port_was_taken(lines)
+
+    def _end(self, ending: Ending) -> None:
+        self.ending = ending
+        self.engine.leave = self.run.leave_engine and ending is Ending.STOPPED
+        self.engine.kill = ending in (Ending.UNHEALTHY, Ending.TIMED_OUT)
+
+    def _startup_secs_left(self) -> float:
+        """Of an engine that an earlier neuron began to load, what is left of its time."""
+        return max(self.engine.startup_timeout_secs - (time.time() - self.engine.started_at), ADOPT_SECS)
+
+    async def _came_up(self, served_before: bool) -> None:
+        engine = self.engine
+        with contextlib.suppress(asyncio.TimeoutError):  # a figure is not worth waiting for a stuck driver
+            async with timeout(_MEASURE_SECS):
+                await self._launcher.measure([engine])
+        await engine.note_shared_files()
+        seconds = None
+        if not served_before:
+            engine.ready_at = time.time()
+            engine.load_secs = seconds = engine.ready_at - engine.started_at
+        await self._launcher.note(engine)
+        if self.run.stop_wanted.is_set():
+            return
+        self._model.loaded(engine, "adopted, it answers" if served_before else "it answers", seconds)
+        self.run.settle(None)
+
+    async def _until_end(self, vitals: asyncio.Task[str]) -> Ending:
+        engine, run = self.engine, self.run
+        while True:
+            ending = await first_of(
+                {
+                    Ending.STOPPED: run.stop_wanted.wait(),
+                    Ending.EXITED: engine.process.main_exited.wait(),
+                    Ending.UNHEALTHY: _until_done(vitals),
+                },
+                timeout_secs=_HOUSEKEEPING_SECS,
+            )
+            if run.stop_wanted.is_set():
+                return Ending.STOPPED
+            if ending is not Ending.TIMED_OUT:
+                return ending
+            await asyncio.to_thread(engine.log.trim)
+            await engine.note_shared_files()
+
+    async def _drain(self) -> None:
+        """Lets what the engine works on come to its end, as long as there is time."""
+        run, exited = self.run, self.engine.process.main_exited
+        if not run.leave_engine:
+            await self._launcher.note_stopping(self.engine)
+        while not run.leave_engine and not exited.is_set() and time.monotonic() < run.drain_until:
+            if not await self._launcher.is_working(self.engine):
+                break
+            await asyncio.sleep(_DRAIN_POLL_SECS)
+        if self._model.condition.state is State.DRAINING:
+            self._model.become(State.STOPPING, "drained" if time.monotonic() < run.drain_until else "out of time")
+
+    async def _follow(self) -> None:
+        """Turns the engine's output into progress while it loads."""
+        follower = LogFollower(self.engine.log)
+        while True:
+            seen: Progress | None = None
+            for line in await asyncio.to_thread(follower.new_lines):
+                seen = self.engine.harness.progress_of(line) or seen
+            if seen is not None and seen != self._model.condition.progress and not self.run.stop_wanted.is_set():
+                self._model.show(seen)
+            await asyncio.sleep(_LOG_POLL_SECS)
+
+
+async def _until_done(task: asyncio.Task[str]) -> None:
+    """Leaves the task alone when this is cancelled."""
+    await asyncio.wait([task])
+
+
+def _port_was_taken(lines: list[str]) -> bool:
+    return any("Address already in use" in line for line in lines[-50:])

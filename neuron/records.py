@@ -1,0 +1,97 @@
+"""What is written down of each engine, so that a neuron that comes after this one knows it again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from neuron.spec import EngineSpec
+
+VERSION = 1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class RunRecord(BaseModel):
+    """One engine. `pid` and `start_ticks` (clock ticks since boot) are None before it has been started; `ready_at` is
+    the Unix time of its first healthy answer, None before that. `stopping`: its end had been asked for.
+
+    Readable by its owner alone: it has the engine's keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int = VERSION
+    boot_id: str
+    number: int
+    engine_id: str
+    spec: dict[str, Any]
+    devices: list[int]
+    share_mb: int | None = None
+    host: str
+    port: int
+    api_key: str
+    control_key: str = ""
+    can_sleep: bool = False
+    tmp_dir: Path
+    pid: int | None = None
+    start_ticks: int | None = None
+    process_group: int | None = None
+    started_at: float
+    ready_at: float | None = None
+    load_secs: float | None = None
+    stopping: bool = False
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """Raises TypeError or ValueError when it was written by a version that had other fields."""
+        fields = dict(self.spec)
+        for name in ("args", "served_names"):
+            fields[name] = tuple(fields[name])
+        fields["devices"] = None if fields["devices"] is None else tuple(fields["devices"])
+        fields["said"] = frozenset(fields["said"])
+        return EngineSpec(**fields)
+
+
+def spec_fields(spec: EngineSpec) -> dict[str, Any]:
+    """A spec as JSON has it."""
+    return {**asdict(spec), "said": sorted(spec.said)}
+
+
+@cache
+def boot_id() -> str:
+    """Names the time since the last boot: pids of another boot mean nothing. Blocks the first time."""
+    return _BOOT_ID.read_text(encoding="ascii").strip()
+
+
+def write(path: Path, record: RunRecord) -> None:
+    """Replaces the record, all of it or nothing, also when the power fails. Blocks.
+
+    Raises:
+        OSError: the disk is full, or not writable; what was there before is still there.
+    """
+    temporary = path.with_suffix(".new")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(record.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> RunRecord | None:
+    """The record at `path`; None when there is none that this version understands. Blocks."""
+    try:
+        record = RunRecord.model_validate_json(path.read_bytes())
+        _ = record.engine_spec
+    except (OSError, ValidationError, ValueError, TypeError, KeyError):
+        return None
+    return record if record.version == VERSION else None

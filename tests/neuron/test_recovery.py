@@ -1,0 +1,157 @@
+"""Engines that die: noticed, swept, started again, and given up in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron.config import RecoverySettings
+from neuron.restarts import Restarts
+from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
+
+MODEL = "org/model"
+
+
+async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
+    """The model's entry once another engine than `dead` serves it."""
+
+    async def reached() -> dict[str, Any] | None:
+        entry = await neuron.model(MODEL)
+        return entry if entry["status"] == "loaded" and entry["pid"] != dead else None
+
+    found: dict[str, Any] = await until(reached)
+    return found
+
+
+@pytest.mark.parametrize("options", [(), ("--fault", "spawn-child")])
+async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tuple[str, ...]) -> None:
+    """kill -9: told within two seconds, not served meanwhile, everything of it swept, and another one is there."""
+    await neuron.load(MODEL, *options, "--load-secs", "0.5", vram_mb=9000)
+    before = await neuron.model(MODEL)
+    family = marked_processes(mark)
+    killed_at = time.monotonic()
+    os.kill(before["pid"], signal.SIGKILL)
+    view = await neuron.until_status(MODEL, "recovering")
+    assert time.monotonic() - killed_at < 2
+    assert (await neuron.endpoint(MODEL)).status == 404
+    after = await loaded_again(neuron, before["pid"])
+    assert set(marked_processes(mark)).isdisjoint(family)
+    assert (after["failures"], after["vram_used_mb"], after["error"]) == (1, 9000, None)
+    assert [step["state"] for step in reversed(after["transitions"])][-3:] == ["loaded", "recovering", "loaded"]
+    assert "killed by signal 9" in (await neuron.model(MODEL))["transitions"][1]["reason"] or view["reason"]
+    assert len(neuron.reserved_ports) == 1
+    metrics = (await neuron.call("GET", "/metrics")).body
+    assert f'neuron_engine_restarts_total{{model="{MODEL}"}} 1.0' in metrics
+
+
+async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
+    """vLLM ends with 0 when its engine core died: nobody asked for it, so it comes back."""
+    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.3")
+    before = (await neuron.model(MODEL))["pid"]
+    assert (await loaded_again(neuron, before))["failures"] >= 1
+
+
+async def test_who_asks_meanwhile_waits_for_it(neuron: Neuron) -> None:
+    """A load of a model that recovers joins the recovery."""
+    await neuron.load(MODEL, "--load-secs", "0.5")
+    before = (await neuron.model(MODEL))["pid"]
+    os.kill(before, signal.SIGKILL)
+    await neuron.until_status(MODEL, "recovering")
+    assert (await neuron.load(MODEL, "--load-secs", "0.5")).status == 200
+    assert (await neuron.model(MODEL))["pid"] != before
+
+
+async def test_given_up_after_failures_in_a_row(mark: str, tmp_path: Path) -> None:
+    """An engine that dies again and again is failed with the cause, until somebody loads it again."""
+    recovery = {"max_failures": 3, "backoff_secs": 0.1}
+    async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
+        crashing = ("--fault", "crash-after-secs", "--fault-after", "0.6")
+        await neuron.load(MODEL, *crashing)
+        view = await neuron.until_status(MODEL, "failed")
+        assert view["failures"] == 3
+        assert view["reason"] == "given up after 3 failures in a row"
+        assert "EngineDeadError" in view["error"]
+        assert not marked_processes(mark)
+        assert (await neuron.call("GET", f"/models/{MODEL}/logs")).body["lines"]
+        assert (await neuron.load(MODEL)).status == 200
+        assert (await neuron.model(MODEL))["failures"] == 0
+
+
+async def test_stop_ends_a_pause(mark: str, tmp_path: Path) -> None:
+    """An unload does not wait for the next start, and nothing starts after it."""
+    recovery = {"backoff_secs": 600, "max_backoff_secs": 600}
+    async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
+        await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.6")
+
+        async def pausing() -> bool:
+            entry = await neuron.model(MODEL)
+            return bool(entry["failures"] == 2 and entry["retry_at"] and entry["retry_at"] > time.time() + 500)
+
+        await until(pausing)
+        assert (await neuron.unload(MODEL)).status == 200
+        assert (await neuron.model(MODEL))["status"] == "unloaded"
+        assert not marked_processes(mark)
+
+
+async def test_failed_first_load_is_not_repeated(neuron: Neuron) -> None:
+    """What never came up is wrong, and not unlucky: failed at once."""
+    assert (await neuron.load(MODEL, "--fault", "oom-at-load")).status == 500
+    view = await neuron.model(MODEL)
+    assert (view["status"], view["failures"]) == ("failed", 0)
+
+
+async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None:
+    """One whose process runs and whose health check fails is as good as dead."""
+    await neuron.load(MODEL, "--fault", "bad-health", "--fault-after", "1")
+    before = (await neuron.model(MODEL))["pid"]
+    found = (await neuron.endpoint(MODEL)).body
+    headers = {"Authorization": f"Bearer {found['api_key']}"}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+    async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
+        await response.read()
+    assert (await loaded_again(neuron, before))["failures"] == 1
+
+
+async def test_shared_memory_goes_with_the_engine(neuron: Neuron, tmp_path: Path) -> None:
+    """What an engine had mapped of /dev/shm is not left behind when it is killed; what somebody else has is."""
+    script = tmp_path / "engine.py"
+    ours, theirs = Path(f"/dev/shm/psm_{os.getpid()}a"), Path(f"/dev/shm/psm_{os.getpid()}b")
+    theirs.write_bytes(b"x" * 4096)
+    script.write_text(
+        "import mmap, os, sys\n"
+        f"fd = os.open({str(ours)!r}, os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 4096); keep = mmap.mmap(fd, 4096)\n"
+        "from neuron.sim.__main__ import main\nsys.exit(main())\n"
+    )
+    try:
+        settings = {"command": [sys.executable, str(script)]}
+        async with neuron_here(config_of(tmp_path / "second", sim=settings)) as second:
+            await second.load(MODEL)
+            assert ours.exists()
+            os.kill((await second.model(MODEL))["pid"], signal.SIGKILL)
+            inode = ours.stat().st_ino
+            await until(lambda: not ours.exists() or ours.stat().st_ino != inode)
+            await second.unload(MODEL)
+        assert not ours.exists()
+        assert theirs.exists()
+    finally:
+        for path in (ours, theirs):
+            path.unlink(missing_ok=True)
+
+
+def test_pauses_between_starts() -> None:
+    """0, 10, 20, ... 300 s, five failures in a row, and a new row after a stable time."""
+    restarts = Restarts(RecoverySettings(max_failures=9))
+    pauses = []
+    while not restarts.given_up:
+        restarts = restarts.after_failure(served_secs=1.0)
+        pauses.append(restarts.pause_secs)
+    assert pauses == [0, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert Restarts(RecoverySettings(), failures=4).after_failure(None).given_up
+    assert Restarts(RecoverySettings(), failures=4).after_failure(300).failures == 1
+    assert Restarts(RecoverySettings(), failures=10**6).pause_secs == 300
