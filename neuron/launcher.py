@@ -33,6 +33,7 @@ from neuron.spec import EngineSpec
 from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
+from neuron.vitals import Vitals
 from shared.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
@@ -186,15 +187,8 @@ class Launcher:
 
     async def until_bad(self, engine: Engine) -> str:
         """Returns when a loaded engine whose process runs does not do its work any more: what is wrong with it."""
-        misses = 0
-        while misses < 2:
-            await asyncio.sleep(0.5)
-            try:
-                async with self.http.get(engine.url + engine.harness.health_path) as response:
-                    misses = 0 if response.status == 200 else misses + 1
-            except (aiohttp.ClientError, OSError):
-                misses += 1
-        return "its health check fails"
+        path = engine.harness.health_path
+        return await Vitals(self.http, engine.url, health_path=path, settings=self.config.health).until_bad()
 
     async def is_working(self, engine: Engine) -> bool:
         """True while the engine has requests."""
