@@ -120,7 +120,9 @@ class EngineLife:
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
         if self.ending is Ending.UNHEALTHY:
-            return failures.LoadFailed(failures.with_last_lines(self._ill, lines)), False
+            cause = engine.harness.root_cause(lines)
+            reason = self._ill if cause is None else f"{self._ill}: {cause}"
+            return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
         reason = failures.exit_reason(engine.harness, await engine.process.wait(), lines)
         return failures.LoadFailed(failures.with_last_lines(reason, lines)), _port_was_taken(lines)
 

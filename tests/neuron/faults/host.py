@@ -232,9 +232,9 @@ class FaultyHost:
         self._in_passing(self.unload(pick))
         return f"unload of {_chosen(MODELS, pick).id} begun"
 
-    async def calls_answered(self) -> list[str]:
-        """What the calls made in passing were answered, all of them."""
-        return list(await asyncio.gather(*self._calls))
+    async def calls_answered(self) -> str:
+        """Waits for the answers to all calls made in passing."""
+        return f"answers: {await asyncio.gather(*self._calls)}"
 
     # Engines.
 
@@ -301,7 +301,7 @@ class FaultyHost:
         resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (hard if full else 0, hard))
         return "room on the disk again" if full else "disk full"
 
-    async def heal(self) -> None:
+    async def heal(self, _pick: float) -> str:
         """No fault is left but those that happened."""
         assert self._neuron is not None
         _, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
@@ -309,6 +309,7 @@ class FaultyHost:
         for index in self.foreign_mb:
             self._hold_foreign(index, 0)
         self.free_ports()
+        return "all that was taken is given back"
 
     # How it is done.
 

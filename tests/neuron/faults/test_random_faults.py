@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -54,14 +55,18 @@ async def host(mark: str, tmp_path: Path) -> AsyncIterator[FaultyHost]:
 
 
 @pytest.mark.timeout(60 + 3 * STEPS)
-async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, mark: str) -> None:
+async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, mark: str, tmp_path: Path) -> None:
     """After every step the ledger, the process table and `GET /models` agree within 5 s; at the end nothing is left."""
     chance = random.Random(SEED)
     history: list[str] = []
 
-    async def check(did: str) -> None:
-        history.append(f"{len(history) + 1:3} {did}")
+    async def check(step: Awaitable[str]) -> None:
+        began = time.monotonic()
+        did = await step
+        done = time.monotonic()
         found = await agreement(host)
+        history.append(f"{len(history) + 1:3} {done - began:5.2f} s + {time.monotonic() - done:5.2f} s {did}")
+        (tmp_path / "steps.txt").write_text("\n".join(history))
         assert not found, "\n".join(
             (f"FAULT_SEED={SEED}, step {len(history)}:", *found, "", "steps:", *history, "", host.log_tail())
         )
@@ -69,11 +74,11 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, 
     faults = {fault: weight for fault, weight in FAULTS.items() if not KINDS or fault.__name__ in KINDS.split(",")}
     for _ in range(STEPS):
         fault = chance.choices(list(faults), list(faults.values()))[0]
-        await check(await fault(host, chance.random()))
-    await host.heal()
-    await check(f"healed; calls in passing: {await host.calls_answered()}")
+        await check(fault(host, chance.random()))
+    await check(host.heal(0))
+    await check(host.calls_answered())
     for model in await host.models():
-        await check(await host.unload_model(model["id"]))
+        await check(host.unload_model(model["id"]))
     assert not engine_processes(mark)
     assert await host.stop() == 0, host.log_tail()
 
