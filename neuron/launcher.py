@@ -20,7 +20,7 @@ from neuron.engine import Engine, measure, until_released
 from neuron.failures import LoadFailed
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
-from neuron.occupancy import Occupancy
+from neuron.ledger import Ledger
 from neuron.ports import PortPool
 from neuron.process import EngineProcess
 from neuron.spec import EngineSpec
@@ -41,7 +41,7 @@ class Launcher:
     state: StateDir
     http: aiohttp.ClientSession
     ports: PortPool
-    occupancy: Occupancy = field(default_factory=Occupancy)
+    ledger: Ledger = field(default_factory=Ledger)
     running: set[EngineProcess] = field(default_factory=set)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -67,6 +67,7 @@ class Launcher:
         """An engine that was started, not yet ready. After the body nothing of it is left but its log.
 
         Raises:
+            InsufficientVram: its memory is not to be had.
             LoadFailed: its executable cannot be started.
             Unavailable: no port is free.
         """
@@ -75,8 +76,11 @@ class Launcher:
         number = next(self._numbers)
         async with contextlib.AsyncExitStack() as cleanup:
             topology = await self.source.discover()
-            devices = self.occupancy.place(number, spec, topology, await self.source.health())
-            cleanup.callback(self.occupancy.leave, number)
+            choice = self.ledger.book(
+                number, spec, spec.share_mb, topology, await self.source.health(), extra_args=settings.extra_args
+            )
+            cleanup.callback(self.ledger.release, number)
+            devices = choice.devices
             port = self.ports.reserve(settings.port_range)
             cleanup.callback(self.ports.release, port)
             directory = await asyncio.to_thread(self.state.new_engine, number)
@@ -85,6 +89,7 @@ class Launcher:
                 spec=spec,
                 settings=settings,
                 devices=devices,
+                share_mb=spec.share_mb,
                 host=self.config.host,
                 port=port,
                 tmp_dir=directory.tmp,
@@ -105,7 +110,7 @@ class Launcher:
                 stop_timeout_secs=settings.stop_timeout_secs,
             )
             cleanup.push_async_callback(self._end, engine)
-            log.info("%s: engine process %d on devices %s, port %d", spec.model_id, process.pid, engine.devices, port)
+            log.info("%s: engine process %d, port %d, on %s", spec.model_id, process.pid, port, choice.why)
             yield engine
 
     async def measure(self, engines: Collection[Engine]) -> None:
