@@ -92,20 +92,15 @@ def choose(
         return Choice((), (), "this host has no GPUs")
     if named is not None:
         group = tuple(by_index[index] for index in named)
-        fits = all(by_room[device.index].has(mb) for device, mb in zip(group, shares(need, group), strict=True))
-        return Choice(group, shares(need, group), f"{_listed(named)}, as the load names them") if fits else None
+        shares = need.shares([by_room[index] for index in named])
+        fits = all(by_room[index].has(mb) for index, mb in zip(named, shares, strict=True))
+        return Choice(group, shares, f"{_listed(named)}, as the load names them") if fits else None
     judge = _judge(need, topology, rooms)
     best = min(_sets_with_room(count, judge), key=judge.badness, default=None)
     if best is None:
         return None
     group = tuple(by_index[index] for index in best)
-    return Choice(group, shares(need, group), _why(best, judge, topology, rooms))
-
-
-def shares(need: Need, group: Sequence[Device]) -> tuple[int, ...]:
-    """MiB that an engine gets on each device of a set."""
-    smallest = min((device.vram_total_mb for device in group), default=0)
-    return tuple(need.on(device.vram_total_mb, smallest) for device in group)
+    return Choice(group, judge.shares(best), _why(best, judge, topology, rooms))
 
 
 @dataclass(frozen=True)
@@ -137,10 +132,8 @@ class _Judge:
             group,
         )
 
-    def shares(self, group: Group) -> list[int]:
-        totals = [self.rooms[index].total_mb for index in group]
-        smallest = min(totals)
-        return [self.need.on(total, smallest) for total in totals]
+    def shares(self, group: Group) -> tuple[int, ...]:
+        return self.need.shares([self.rooms[index] for index in group])
 
     def pools(self) -> Iterator[list[int]]:
         """Devices any of which may be combined. Every set with room is within one of the pools: the one of its
@@ -150,7 +143,7 @@ class _Judge:
             yield [
                 room.index
                 for room in self.rooms.values()
-                if room.total_mb >= smallest and room.has(self.need.on(room.total_mb, smallest))
+                if room.total_mb >= smallest and room.has(self.need.on(room, smallest))
             ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from neuron.devices import Choice, choose
+from neuron.devices import Choice, check_devices, choose
 from neuron.failures import InsufficientVram
 from neuron.harness import HARNESSES
 from neuron.rooms import Booking, DeviceRoom, rooms_of
@@ -44,7 +44,9 @@ class Ledger:
 
         Raises:
             InsufficientVram: no devices, or not the ones the spec names, have that much to give.
+            InvalidRequest: as `neuron.devices.check_devices`; a device may have been lost since a spec was checked.
         """
+        check_devices(spec, topology)
         need = HARNESSES[spec.harness].memory_need(spec, share_mb, [*spec.args, *extra_args])
         rooms = self.rooms(topology, health)
         choice = choose(spec.tensor_parallel, need, topology, rooms, named=spec.devices)

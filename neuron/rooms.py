@@ -41,9 +41,9 @@ class DeviceRoom:
     """One device, in MiB.
 
     `used_mb` is NVML's, everybody's use together; `booked_mb` what engines that stay were promised; `held_mb` what all
-    our engines hold of `used_mb`, and `foreign_mb` the rest of it. `bookable_mb` is what a new engine may be promised;
-    `coming_back_mb` of that is still held by engines that are being stopped. `unusable` says why nothing may be placed
-    here, None when it may.
+    our engines hold of `used_mb`, and `foreign_mb` the rest of it; `reserve_mb` is the driver's own, neither used nor
+    free nor seen by CUDA. `bookable_mb` is what a new engine may be promised; `coming_back_mb` of that is still held by
+    engines that are being stopped. `unusable` says why nothing may be placed here, None when it may.
     """
 
     index: int
@@ -53,6 +53,7 @@ class DeviceRoom:
     booked_mb: int = 0
     held_mb: int = 0
     foreign_mb: int = 0
+    reserve_mb: int = 0
     bookable_mb: int = 0
     coming_back_mb: int = 0
     booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; engines that stay
@@ -98,7 +99,7 @@ def _room(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking]
     used, free = (0, 0) if live is None else (live.vram_used_mb, live.vram_free_mb)
     held, foreign = _attributed(index, used, bookings)
     staying = [booking for booking in bookings if not booking.leaving]
-    reserve = max(0, total - used - free) if used or free else 0  # the driver's own, counted as neither
+    reserve = max(0, total - used - free) if used or free else 0
     claimed = sum(booking.claim_mb(index) for booking in staying)
     return DeviceRoom(
         index=index,
@@ -108,6 +109,7 @@ def _room(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking]
         booked_mb=sum(booking.promised_mb[index] for booking in staying),
         held_mb=sum(mb for _, mb in held),
         foreign_mb=foreign,
+        reserve_mb=reserve,
         bookable_mb=max(0, total - reserve - foreign - claimed - margin_mb),
         coming_back_mb=sum(mb for booking, mb in held if booking.leaving),
         booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in staying),

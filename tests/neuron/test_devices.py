@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from itertools import combinations
@@ -9,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from neuron.devices import Choice, check_devices, choose, shares
+from neuron.devices import Choice, check_devices, choose
 from neuron.need import Need
 from neuron.rooms import Booking, DeviceRoom, rooms_of
 from neuron.topology import Topology
 from shared.errors import InvalidRequest
 from shared.protocol import Link, LinkKind
-from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, gpu, host, linked, measured, spec
+from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
 
 HALF = Need(fraction=0.5)
 
@@ -143,8 +144,8 @@ def test_memory_that_cannot_be_counted_never_refuses() -> None:
 def test_one_fraction_for_unequal_cards() -> None:
     """vLLM takes the same fraction of each card: what the smallest needs decides what the larger must have."""
     need = Need(18_000, one_fraction=True)
-    assert shares(need, (gpu(0, "4090"), gpu(1, "5090"))) == (18_000, 23_894)
     topology = host("4090", "5090")
+    assert need.shares(rooms_of(topology, measured(topology), [])) == (18_000, 23_894)
     assert indices(chosen(topology, 2, need, booked(1, mb=8700))) == [0, 1]
     assert chosen(topology, 2, need, booked(1, mb=8800)) is None
 
@@ -257,7 +258,9 @@ def order(
 
 def wanted(topology: Topology, need: Need, group: tuple[int, ...]) -> list[int]:
     totals = [topology.devices[index].vram_total_mb for index in group]
-    return [need.on(total, min(totals)) for total in totals]
+    if need.fraction is not None:
+        return [math.ceil(need.fraction * total) for total in totals]
+    return [math.ceil(need.mb * total / min(totals)) if need.one_fraction else need.mb for total in totals]
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -12,6 +12,7 @@ from neuron.failures import InsufficientVram
 from neuron.ledger import Ledger
 from neuron.rooms import MARGIN_MB, DeviceRoom, held_by, with_rooms
 from neuron.topology import Topology
+from shared.errors import InvalidRequest
 from shared.protocol import DeviceHealth
 from tests.neuron.hosts import TOTALS, host, measured, spec
 
@@ -143,6 +144,13 @@ def test_memory_held_by_processes() -> None:
     assert held_by({7, 8}, usage) == {0: 105, 1: 50}
 
 
+def test_default_fraction_is_of_what_cuda_sees() -> None:
+    """A desktop's small card: NVML counts the driver's reserve into the total, CUDA and so vLLM do not."""
+    small = host("3060", simulated=False)
+    choice = Ledger().book(1, spec(harness="vllm"), None, small, measured(small, {0: 200}, reserve=300))
+    assert choice.booked_mb == (11_029,)
+
+
 # --- refusals
 
 
@@ -200,6 +208,14 @@ def test_what_is_booked_when_nothing_is_known() -> None:
         )  # fmt: skip
         assert choice.booked_mb == (12_282,)
     assert room(ledger).bookable_mb == 0
+
+
+def test_device_that_was_lost_since_the_check() -> None:
+    """A spec that is remembered from before is refused with the reason."""
+    topology = host("5090", "5090", d0={"lost": "fell off the bus"})
+    for wanted in (spec(devices=(0,)), spec(2), spec(devices=(7,))):
+        with pytest.raises(InvalidRequest, match=r"fell off the bus|no device 7"):
+            Ledger().book(1, wanted, 1000, topology, measured(topology))
 
 
 def test_refused_load_books_nothing() -> None:
