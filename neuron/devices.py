@@ -79,9 +79,10 @@ def choose(
     4. less memory is left over on them, in whole GiB, so that large cards stay free for large models. A model of
        unknown size gets the roomiest instead;
     5. fewer other engines;
-    6. fewer paths are cut between idle devices, one of which is taken and the other not, NVLink before switches before
+    6. less of their memory is still held by engines that are being stopped;
+    7. fewer paths are cut between idle devices, one of which is taken and the other not, NVLink before switches before
        NUMA nodes: so the best-connected sets stay whole, and an island that is broken already goes first;
-    7. lower indices.
+    8. lower indices.
 
     Memory comes before whole sets because a card too large for its model costs every later model, and a cut pair only
     those that want a pair.
@@ -128,6 +129,7 @@ class _Judge:
             worst.rank,
             left if self.need.size_known else -left,
             sum(len(self.rooms[index].booked_by) for index in group),
+            sum(self.rooms[index].coming_back_mb for index in group),
             cut,
             group,
         )

@@ -103,10 +103,22 @@ class Ledger:
         self._bookings[number] = replace(booking, promised_mb=booking.awake_mb, awake_mb=None)
 
     def leaving(self, number: int) -> None:
-        """The engine is being stopped: what it has can be promised to another, who has to wait until it is free."""
+        """The engine is being stopped: what it has can be promised to another, who waits while it is `awaited`."""
         booking = self._bookings.get(number)
         if booking is not None:
             self._bookings[number] = replace(booking, leaving=True)
+
+    def awaited(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
+        """MiB by device that engines being stopped still hold of what engine `number` was promised; empty when it may
+        start. Who was promised memory earlier has it earlier."""
+        mine = self._bookings.get(number)
+        if mine is None:
+            return {}
+        order = list(self._bookings)
+        earlier = order[: order.index(number) + 1]
+        counted = [booking for each, booking in self._bookings.items() if booking.leaving or each in earlier]
+        rooms = [room for room in rooms_of(topology, health, counted) if room.index in mine.promised_mb]
+        return {room.index: short for room in rooms if (short := room.coming_back_mb - room.bookable_mb) > 0}
 
     def release(self, number: int) -> None:
         """The engine is gone. Memory that the driver still counts as in use is a stranger's from now on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -88,6 +89,14 @@ def test_choice(
 def test_a_few_mib_do_not_break_a_pair() -> None:
     """Idle cards differ by what the driver keeps on them: that is no closer fit."""
     assert indices(chosen(PAIRS, 1, Need(60_000), used={0: 12, 1: 480, 4: 3})) == [2]
+
+
+def test_what_is_free_comes_before_what_comes_back() -> None:
+    """Of two cards alike, the one that need not be waited for."""
+    topology = host("5090", "5090")
+    leaving = replace(booked(0), leaving=True)
+    assert indices(chosen(topology, 1, Need(8000), leaving)) == [1]
+    assert indices(chosen(topology, 2, Need(30_000), leaving)) == [0, 1]
 
 
 def test_numa_nodes_count_where_no_link_is_known() -> None:
@@ -251,6 +260,7 @@ def order(
         worst[2],
         left if need.fraction is None else -left,
         sum(len(rooms[index].booked_by) for index in group),
+        sum(rooms[index].coming_back_mb for index in group),
         cut,
         group,
     )
@@ -271,8 +281,11 @@ def test_no_set_is_better(seed: int) -> None:
     topology = random_host(source)
     everywhere = [device.index for device in topology.devices]
     bookings = [
-        booked(*source.sample(everywhere, source.randint(1, len(everywhere))), mb=source.randint(500, 14_000))
-        for _ in range(source.randint(0, 2))
+        replace(
+            booked(*source.sample(everywhere, source.randint(1, len(everywhere))), mb=source.randint(500, 14_000)),
+            leaving=source.random() < 0.3,
+        )
+        for _ in range(source.randint(0, 3))
     ]
     used = {index: source.choice([0, 3, 700, 9000]) for index in everywhere}
     for booking in bookings:

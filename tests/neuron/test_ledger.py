@@ -107,6 +107,23 @@ def test_memory_of_a_leaving_engine_can_be_promised_again() -> None:
     assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (300, 0, FULL - 18_000)
 
 
+def test_memory_that_comes_back_is_awaited() -> None:
+    """By whom it was promised to, the earlier first, and no longer than it takes."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.measured(1, {0: 20_000})
+    assert ledger.awaited(1, ONE, measured(ONE, {0: 20_000})) == {}
+    ledger.leaving(1)
+    book(ledger, 2, 4000, used=20_000)
+    book(ledger, 3, 18_000, used=20_000)
+    used = measured(ONE, {0: 20_000})
+    assert [ledger.awaited(number, ONE, used) for number in (2, 3, 9)] == [{}, {0: 17_436}, {}]
+    ledger.holding(2, {0: 4000})
+    assert ledger.awaited(3, ONE, measured(ONE, {0: 24_000})) == {0: 17_436}
+    ledger.release(1)
+    assert ledger.awaited(3, ONE, measured(ONE, {0: 4000})) == {}
+
+
 def test_leaving_engine_whose_processes_are_not_named() -> None:
     """In a container it is taken to hold what is in use, up to its promise."""
     ledger = Ledger()
