@@ -191,6 +191,7 @@ async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: P
                 engine_id="nobody/1",
                 spec=records.spec_fields(EngineSpec(f"m{number}", "sim", f"m{number}", args=("--load-secs", "0.1"))),
                 devices=[0],
+                booked_mb=[4000],
                 host="127.0.0.1",
                 port=28901,
                 api_key="x",
