@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from neuron import failures
 from neuron.events import Event, Listener
-from neuron.keys import SERVICES
+from neuron.keys import SERVICES, Services
 from neuron.metrics import CONTENT_TYPE
+from neuron.rooms import with_rooms
 from neuron.state import State
 from shared.errors import InvalidRequest
 from shared.http import read_model, reply
-from shared.protocol import EndpointReply, LoadCommand, LoadReply, NeuronHealth, UnloadCommand
+from shared.protocol import Device, DeviceHealth, EndpointReply, LoadCommand, LoadReply, NeuronHealth, UnloadCommand
 from shared.tasks import timeout
 
 KEEP_ALIVE_SECS = 15.0
@@ -32,11 +34,11 @@ async def discovery(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    devices, models = await asyncio.gather(services.source.health(), services.activity.read())
+    (_, devices), models = await asyncio.gather(_figures(services), services.activity.read())
     return reply(
         NeuronHealth(
             uptime_secs=round(time.monotonic() - services.started, 3),
-            devices=list(devices),
+            devices=devices,
             instance_id=services.instance_id,
             activation=services.default_models.progress,
             models=models,
@@ -89,8 +91,8 @@ async def logs(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    topology, live = await asyncio.gather(services.source.discover(), services.source.health())
-    page = services.metrics.render(services.workers.all, topology.devices, live)
+    devices, live = await _figures(services)
+    page = services.metrics.render(services.workers.all, devices, live)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -118,6 +120,13 @@ async def _pass_on(listener: Listener, response: web.StreamResponse) -> None:
         if event is None:
             return
         await response.write(event.encoded())
+
+
+async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth]]:
+    """The devices, and what the driver and our bookings say of each of them now."""
+    live = await services.source.health()
+    topology = await services.source.discover()  # after: `lost` is as that reading found it
+    return topology.devices, with_rooms(live, services.ledger.rooms(topology, live))
 
 
 def _flag(request: web.Request, name: str, *, default: bool) -> bool:

@@ -82,6 +82,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             instance_id=instance_id,
             started=time.monotonic(),
             source=source,
+            ledger=launcher.ledger,
             workers=workers,
             hub=hub,
             activity=activity,

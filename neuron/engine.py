@@ -12,7 +12,7 @@ from neuron.harness import Harness
 from neuron.listener import listens
 from neuron.litter import SharedFile
 from neuron.process import EngineProcess
-from neuron.run import Booking
+from neuron.run import Placement
 from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
 from neuron.topology import TopologySource
@@ -30,7 +30,7 @@ class Engine:
     """
 
     spec: EngineSpec
-    booking: Booking
+    placement: Placement
     harness: Harness
     engine_id: str
     port: int
@@ -52,7 +52,7 @@ class Engine:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        return self.booking.indices
+        return self.placement.indices
 
     @property
     def log(self) -> EngineLog:
@@ -74,7 +74,7 @@ class Engine:
 
 
 async def measure(engines: Collection[Engine], source: TopologySource) -> dict[int, dict[int, int]]:
-    """Sets `vram_used_mb` of each engine to what its processes hold now; what they hold by booking number and device
+    """Sets `vram_used_mb` of each engine to what its processes hold now; what they hold by placement number and device
     index, in MiB."""
     if not engines:
         return {}
@@ -85,7 +85,7 @@ async def measure(engines: Collection[Engine], source: TopologySource) -> dict[i
         pids = sessions.get(engine.process.pid, set())
         engine.process.pids_seen |= pids
         engine.vram_used_mb = memory_of(pids, usage)
-        held[engine.booking.number] = {
+        held[engine.placement.number] = {
             index: sum(mb for pid, mb in by_pid.items() if pid in pids)
             for index, by_pid in usage.items()
             if not pids.isdisjoint(by_pid)

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 
 from neuron.harness import Harness
+from neuron.rooms import DeviceRoom
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
 
 LAST_LINES = 20
@@ -28,6 +29,29 @@ class VramNotReleased(ServiceError):
     """The engine's processes are gone, and yet the driver still counts memory as theirs."""
 
     default_code = "vram_not_released"
+
+
+class InsufficientVram(Conflict):
+    """The GPU memory that a load needs is not to be had; `wanted` says who needs what.
+
+    The figures per device are in the message, and for programs in `devices` beside it.
+    """
+
+    default_code = "insufficient_vram"
+
+    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom]) -> None:
+        figures = [
+            {
+                "index": room.index,
+                "total_mb": room.total_mb,
+                "booked_mb": room.booked_mb,
+                "foreign_mb": room.foreign_mb,
+                "bookable_mb": room.bookable_mb,
+                "unusable": room.unusable,
+            }
+            for room in rooms
+        ]
+        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
 
 
 def already_loaded(model_id: str, difference: str) -> Conflict:

@@ -11,6 +11,7 @@ from neuron.activity import ActivityMonitor
 from neuron.config import NeuronConfig
 from neuron.discover import discovery_of
 from neuron.events import EventHub
+from neuron.ledger import Ledger
 from neuron.metrics import NeuronMetrics
 from neuron.topology import TopologySource
 from neuron.workers import Workers
@@ -25,6 +26,7 @@ class Services:
     instance_id: str
     started: float  # monotonic
     source: TopologySource
+    ledger: Ledger
     workers: Workers
     hub: EventHub
     activity: ActivityMonitor

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from neuron.engine import Engine, measure, until_released
 from neuron.failures import LoadFailed
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
-from neuron.occupancy import Occupancy
+from neuron.ledger import Ledger
 from neuron.ports import PortPool
 from neuron.process import EngineProcess
 from neuron.records import RunRecord
-from neuron.run import Booking
+from neuron.run import Placement
 from neuron.session import Leader
 from neuron.spec import EngineSpec
 from neuron.start_turns import StartTurns
@@ -35,8 +35,11 @@ from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
 from neuron.vitals import Vitals
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import DeviceHealth
 
 log = logging.getLogger(__name__)
+
+_MEMORY_POLL_SECS = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Launcher:
     state: StateDir
     http: aiohttp.ClientSession
     ports: PortPool
-    occupancy: Occupancy = field(default_factory=Occupancy)
+    ledger: Ledger = field(default_factory=Ledger)
     turns: StartTurns = field(default_factory=StartTurns)
     running: set[EngineProcess] = field(default_factory=set)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -70,8 +73,33 @@ class Launcher:
             listed = ", ".join(map(str, roots))
             raise InvalidRequest(f"source: {spec.source!r} is outside of model_roots ({listed})", param="source")
 
+    def book(self, number: int, spec: EngineSpec, topology: Topology, health: Sequence[DeviceHealth]) -> Placement:
+        """Devices and memory for a run; its own until `ledger.release`. Nothing is awaited.
+
+        Raises:
+            InsufficientVram: its memory is not to be had. InvalidRequest: as `neuron.devices.check_devices`.
+        """
+        share_mb = spec.share_mb
+        extra_args = self.config.harness_settings(spec.harness).extra_args
+        choice = self.ledger.book(number, spec, share_mb, topology, health, extra_args=extra_args)
+        return Placement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+
+    async def book_again(self, placement: Placement, spec: EngineSpec) -> Placement:
+        """For another engine of a run, whose last one is gone. Raises as `book`; then nothing is booked any more."""
+        topology, health = await asyncio.gather(self.source.discover(), self.source.health())
+        self.ledger.release(placement.number)
+        return self.book(placement.number, spec, topology, health)
+
+    async def until_memory_is_back(self, number: int) -> None:
+        """Returns when no engine that is being stopped holds memory that was promised to run `number`."""
+        while True:
+            topology, health = await asyncio.gather(self.source.discover(), self.source.health())
+            if not self.ledger.awaited(number, topology, health):
+                return
+            await asyncio.sleep(_MEMORY_POLL_SECS)
+
     @contextlib.asynccontextmanager
-    async def engine(self, spec: EngineSpec, booking: Booking) -> AsyncIterator[Engine]:
+    async def engine(self, spec: EngineSpec, placement: Placement) -> AsyncIterator[Engine]:
         """An engine that was started, not yet ready. After the body nothing of it is left but its log, unless it is to
         be left running.
 
@@ -91,7 +119,8 @@ class Launcher:
             plan = LaunchPlan(
                 spec=spec,
                 settings=settings,
-                devices=booking.devices,
+                devices=placement.devices,
+                share_mb=placement.share_mb,
                 host=self.config.host,
                 port=port,
                 tmp_dir=directory.tmp,
@@ -103,8 +132,9 @@ class Launcher:
                 number=number,
                 engine_id=plan.engine_id,
                 spec=records.spec_fields(spec),
-                devices=list(booking.indices),
-                share_mb=booking.share_mb,
+                devices=list(placement.indices),
+                booked_mb=list(placement.booked_mb),
+                share_mb=placement.share_mb,
                 host=plan.host,
                 port=port,
                 api_key=plan.api_key,
@@ -114,17 +144,19 @@ class Launcher:
             # Before the start as well: an engine of which nothing is known would be killed by the next neuron.
             await self._write(directory, record)
             process = await self._start(harness.command(plan, self._facts(topology)), directory)
-            engine = self._engine(record, spec, booking, directory, process)
+            engine = self._engine(record, spec, placement, directory, process)
             cleanup.push_async_callback(self._end, engine)
             await self._write(directory, self.record_of(engine))
-            log.info("%s: engine process %d on devices %s, port %d", spec.model_id, process.pid, engine.devices, port)
+            log.info("%s: engine process %d, port %d, on %s", spec.model_id, process.pid, port, placement.why)
             yield engine
             if engine.leave:
                 await self._leave(engine)
                 cleanup.pop_all()
 
     @contextlib.asynccontextmanager
-    async def adopted(self, record: RunRecord, directory: EngineDir, booking: Booking) -> AsyncIterator[Engine | None]:
+    async def adopted(
+        self, record: RunRecord, directory: EngineDir, placement: Placement
+    ) -> AsyncIterator[Engine | None]:
         """The engine of a record that an earlier neuron wrote, None when it runs no more. It ends as that of `engine`
         does."""
         leader = Leader(record.pid or 0, record.start_ticks or 0, record.engine_id)
@@ -137,7 +169,7 @@ class Launcher:
             self.ports.claim(record.port)
             cleanup.callback(self.ports.release, record.port)
             self.running.add(process)
-            engine = self._engine(record, record.engine_spec, booking, directory, process)
+            engine = self._engine(record, record.engine_spec, placement, directory, process)
             cleanup.push_async_callback(self._end, engine)
             yield engine
             if engine.leave:
@@ -153,7 +185,8 @@ class Launcher:
             engine_id=engine.engine_id,
             spec=records.spec_fields(engine.spec),
             devices=list(engine.devices),
-            share_mb=engine.booking.share_mb,
+            booked_mb=list(engine.placement.booked_mb),
+            share_mb=engine.placement.share_mb,
             host=self.config.host,
             port=engine.port,
             api_key=engine.api_key,
@@ -182,8 +215,11 @@ class Launcher:
             await self.note(engine)
 
     async def measure(self, engines: Collection[Engine]) -> None:
-        """Measures the GPU memory of `engines`, all with one question to the driver."""
-        await measure(engines, self.source)
+        """Measures the GPU memory of `engines`, all with one question to the driver, and lets the ledger know."""
+        held = await measure(engines, self.source)
+        for engine in engines:
+            tell = self.ledger.holding if engine.ready_at is None else self.ledger.measured
+            tell(engine.placement.number, held[engine.placement.number])
 
     async def until_bad(self, engine: Engine) -> str:
         """Returns when a loaded engine whose process runs does not do its work any more: what is wrong with it."""
@@ -205,12 +241,12 @@ class Launcher:
             process.kill_now()
 
     def _engine(
-        self, record: RunRecord, spec: EngineSpec, booking: Booking, directory: EngineDir, process: EngineProcess
+        self, record: RunRecord, spec: EngineSpec, placement: Placement, directory: EngineDir, process: EngineProcess
     ) -> Engine:
         settings = self.config.harness_settings(spec.harness)
         return Engine(
             spec=spec,
-            booking=booking,
+            placement=placement,
             harness=HARNESSES[spec.harness],
             engine_id=record.engine_id,
             port=record.port,

@@ -79,6 +79,8 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
     columns: list[tuple[str, str, dict[int, float]]] = [
         ("memory_total_bytes", "Memory of the device.", dict(total)),
         ("memory_used_bytes", "Memory in use, foreign processes included.", dict(used)),
+        ("memory_booked_bytes", "Promised to engines of this neuron.", _bytes(health, "vram_booked_mb")),
+        ("memory_foreign_bytes", "In use by processes that are not this neuron's.", _bytes(health, "vram_foreign_mb")),
         ("utilization_percent", "Share of time in which a kernel ran.", _given(health, "utilization_pct")),
         ("temperature_celsius", "Temperature of the GPU.", _given(health, "temp_c")),
         ("power_watts", "Power draw.", _given(health, "power_w")),
@@ -88,6 +90,10 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
         for index, value in values.items():
             family.add_metric([str(index), uuids.get(index, "")], value)
         yield family
+
+
+def _bytes(health: Sequence[DeviceHealth], field: str) -> dict[int, float]:
+    return {index: mib * _MIB for index, mib in _given(health, field).items()}
 
 
 def _given(health: Sequence[DeviceHealth], field: str) -> dict[int, float]:

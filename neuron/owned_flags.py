@@ -69,6 +69,16 @@ def owned_flag(arg: str) -> str | None:
     return next((flag for flag in OWNED_FLAGS if flag.startswith(name)), None)
 
 
+def value_of(args: Sequence[str], *flags: str) -> str | None:
+    """The value that the last of the flags (written with dashes) among `args` has; None without one."""
+    found = None
+    for place, arg in enumerate(args):
+        name, given, value = arg.partition("=")
+        if name.replace("_", "-") in flags:
+            found = value if given else args[place + 1] if place + 1 < len(args) else None
+    return found
+
+
 def gives(args: Sequence[str], *flags: str) -> bool:
     """True when one of the flags (written with dashes) is among `args`."""
     return any(arg.partition("=")[0].replace("_", "-") in flags for arg in args)

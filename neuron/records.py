@@ -31,6 +31,7 @@ class RunRecord(BaseModel):
     engine_id: str
     spec: dict[str, Any]
     devices: list[int]
+    booked_mb: list[int]
     share_mb: int | None = None
     host: str
     port: int

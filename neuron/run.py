@@ -12,11 +12,13 @@ from shared.protocol import Device
 
 
 @dataclass(frozen=True)
-class Booking:
-    """What is booked for a run: `share_mb` MiB on each of the devices, under `number`. `why` says why these devices."""
+class Placement:
+    """Where a run's engines are: the devices, the MiB booked on each of them under `number`, and why these. `share_mb`
+    is what an engine is told to take on each, None when it takes what it takes by default."""
 
     number: int
     devices: tuple[Device, ...] = ()
+    booked_mb: tuple[int, ...] = ()
     share_mb: int | None = None
     why: str = ""
 
@@ -39,9 +41,9 @@ class Run:
     An outcome is a value and not an exception, since there may be nobody to be told of it.
     """
 
-    def __init__(self, spec: EngineSpec, booking: Booking) -> None:
+    def __init__(self, spec: EngineSpec, placement: Placement) -> None:
         self.spec = spec
-        self.booking = booking
+        self.placement = placement
         self.stop_wanted = asyncio.Event()
         self.stop_reason: ServiceError | None = None
         self.drain_until = 0.0

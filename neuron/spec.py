@@ -36,6 +36,11 @@ class EngineSpec:
     said: frozenset[str] = field(default=EXTENSIONS, compare=False)
     """The fields beyond the seed protocol that the command spoke of."""
 
+    @property
+    def share_mb(self) -> int | None:
+        """MiB on each device that `vram_mb` comes to, rounded up; None when it is not given."""
+        return None if self.vram_mb is None else -(-self.vram_mb // self.tensor_parallel)
+
     def difference(self, wanted: EngineSpec) -> str | None:
         """In what an engine of this spec is not what `wanted` asks for; None when it will do.
 

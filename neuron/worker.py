@@ -22,7 +22,7 @@ from neuron.engine_life import EngineLife
 from neuron.engine_log import EngineLog
 from neuron.launcher import Launcher
 from neuron.restarts import Restarts
-from neuron.run import Booking, Run
+from neuron.run import Placement, Run
 from neuron.spec import EngineSpec
 from neuron.state import Condition, State
 from neuron.state_dir import EngineDir, FoundEngine
@@ -57,7 +57,6 @@ class Worker:
         on_change: Callable[[Worker], None],
         on_loaded: Callable[[Worker, float], None],
         on_restart: Callable[[Worker], None],
-        on_released: Callable[[Booking], None],
     ) -> None:
         self.model_id = model_id
         self.condition = Condition(State.UNLOADED, time.time(), "not loaded yet")
@@ -72,7 +71,6 @@ class Worker:
         self._on_change = on_change
         self._on_loaded = on_loaded
         self._on_restart = on_restart
-        self._on_released = on_released
         self._run: Run | None = None
         self._next: Run | None = None  # begins when `_run`, which is stopping, is gone
         self._task: asyncio.Task[None] | None = None
@@ -110,23 +108,23 @@ class Worker:
             self._check_same(run, spec)
         return run
 
-    def begin(self, spec: EngineSpec, booking: Booking) -> Run:
+    def begin(self, spec: EngineSpec, placement: Placement) -> Run:
         """A new run; only when there is none to be joined. It begins as soon as what stops at present is gone."""
         assert self._joinable() is None
         self.spec = spec
         self.restarts = Restarts(self._launcher.config.recovery)
-        new = Run(spec, booking)
+        new = Run(spec, placement)
         if self._run is not None:
             self._next = new
         else:
             self._begin(new, State.STARTING, "asked to load")
         return new
 
-    def adopt(self, found: FoundEngine, booking: Booking) -> Run:
+    def adopt(self, found: FoundEngine, placement: Placement) -> Run:
         """A run with the engine that an earlier neuron left."""
         assert found.record is not None
         self.spec = spec = found.record.engine_spec
-        run = Run(spec, booking)
+        run = Run(spec, placement)
         self._last_dir = found.directory
         self._begin(run, State.RECOVERING, "found at neuron's start", found)
         return run
@@ -144,6 +142,7 @@ class Worker:
                 self.become(State.UNLOADED, "unloaded after it failed")
             return None
         run.stop(reason, drain_secs=drain_secs)
+        self._launcher.ledger.leaving(run.placement.number)
         state = self.condition.state
         if state is State.LOADED and drain_secs > 0:
             self.become(State.DRAINING, reason.message)
@@ -169,8 +168,8 @@ class Worker:
         if wanted is None:
             return
         running = run.spec
-        if running.devices is None and run is self._run and run.booking.devices:
-            running = replace(running, devices=run.booking.indices)
+        if running.devices is None and run is self._run and run.placement.devices:
+            running = replace(running, devices=run.placement.indices)
         difference = running.difference(wanted)
         if difference is not None:
             loaded = run is self._run and self.condition.state is State.LOADED
@@ -212,7 +211,7 @@ class Worker:
         self.become(State.LOADED, why)
 
     def _release(self, run: Run) -> None:
-        self._on_released(run.booking)
+        self._launcher.ledger.release(run.placement.number)
 
     async def _drive(self, run: Run, found: FoundEngine | None) -> None:
         error: ServiceError | None
@@ -241,11 +240,13 @@ class Worker:
     async def _live(self, run: Run, found: FoundEngine | None) -> ServiceError | None:
         """The whole life of a run, through all its engines; why it failed, None when it ended as asked."""
         launches = 0
-        came_up = found is not None
+        came_up = again = found is not None
         while True:
             launches += 1
-            ended = await (self._found_engine(run, found) if found is not None else self._new_engine(run))
-            found = None
+            if found is not None:
+                ended, found = await self._found_engine(run, found), None
+            else:
+                ended, again = await self._new_engine(run, again=again), True
             if run.stop_wanted.is_set():
                 return None
             came_up = came_up or ended.served_secs is not None
@@ -275,16 +276,18 @@ class Worker:
                 async with timeout(pause):
                     await run.stop_wanted.wait()
 
-    async def _new_engine(self, run: Run) -> Ended:
-        """One engine from its start to its end."""
+    async def _new_engine(self, run: Run, *, again: bool) -> Ended:
+        """One engine from its start to its end. `again`: not the run's first."""
         if self._last_dir is not None:
             directory, self._last_dir = self._last_dir, None
             await asyncio.to_thread(directory.remove)
         async with contextlib.AsyncExitStack() as turn:
             try:
+                if again:
+                    run.placement = await self._launcher.book_again(run.placement, run.spec)
                 if not await self._until_its_turn(run, turn):
                     return Ended()
-                async with self._launcher.engine(run.spec, run.booking) as engine:
+                async with self._launcher.engine(run.spec, run.placement) as engine:
                     life = EngineLife(self._launcher, engine, run, self)
                     await self._through(life, turn)
             except ServiceError as error:
@@ -294,7 +297,7 @@ class Worker:
     async def _found_engine(self, run: Run, found: FoundEngine) -> Ended:
         """The rest of the life of an engine that an earlier neuron started."""
         assert found.record is not None
-        async with self._launcher.adopted(found.record, found.directory, run.booking) as engine:
+        async with self._launcher.adopted(found.record, found.directory, run.placement) as engine:
             if engine is None:
                 return Ended(failures.LoadFailed("its engine had ended when neuron came back"), served_secs=0.0)
             life = EngineLife(self._launcher, engine, run, self)
@@ -302,17 +305,16 @@ class Worker:
         return await self._account(life)
 
     async def _until_its_turn(self, run: Run, turn: contextlib.AsyncExitStack) -> bool:
-        """Waits until nobody else starts on its devices and their memory is free; False when a stop came before.
-
-        Raises:
-            InsufficientVram: the memory does not come free.
-        """
-        devices = run.booking.indices
+        """Waits until nobody else starts on its devices and their memory is free; False when a stop came before."""
+        devices = run.placement.indices
         if self._launcher.turns.busy(devices):
             self.show(Progress(phase="waiting", message="another engine is starting on one of its devices"))
-        waiting = turn.enter_async_context(self._launcher.turns.turn(devices))
-        ending = await first_of({Ending.STOPPED: run.stop_wanted.wait(), Ending.READY: waiting})
-        return ending is Ending.READY
+        begun = await first_of({Ending.STOPPED: run.stop_wanted.wait(), Ending.READY: self._turn(run, turn)})
+        return begun is Ending.READY
+
+    async def _turn(self, run: Run, turn: contextlib.AsyncExitStack) -> None:
+        await turn.enter_async_context(self._launcher.turns.turn(run.placement.indices))
+        await self._launcher.until_memory_is_back(run.placement.number)
 
     async def _through(self, life: EngineLife, turn: contextlib.AsyncExitStack) -> None:
         self.engine, self._last_dir = life.engine, life.engine.directory

@@ -16,7 +16,7 @@ from neuron.events import EventHub
 from neuron.launcher import Launcher
 from neuron.metrics import NeuronMetrics
 from neuron.records import RunRecord
-from neuron.run import Booking, Run
+from neuron.run import Placement, Run
 from neuron.spec import spec_of
 from neuron.state import State
 from neuron.state_dir import FoundEngine
@@ -39,7 +39,7 @@ class NeuronModelView(ModelView):
     pid: int | None = None
     failures: int = 0
     retry_at: float | None = None
-    vram_booked_mb: int | None = None
+    vram_booked_mb: int = 0
     placement: str | None = None
     transitions: list[Transition] = Field(default_factory=list)
 
@@ -53,7 +53,7 @@ class Workers:
         self._hub = hub
         self._metrics = metrics
         self._workers: dict[str, Worker] = {}
-        self._bookings = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._stopping = False
 
     @property
@@ -77,12 +77,14 @@ class Workers:
         Raises:
             InvalidRequest: a value is refused. Conflict: there with another spec. NotFound: a bare command for a
             model that was never loaded. Unavailable: this neuron is stopping, or its GPUs cannot be used.
+            InsufficientVram: its memory is not to be had.
         """
         self._refuse_when_stopping()
         wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
         worker = self._known_or_new(command.model_id)
         spec = wanted or worker.remembered_spec()
         await self._launcher.check(spec)
+        await self._measure()  # what still loads has not all of its memory yet: strangers' use is what is left over
         topology, health = await asyncio.gather(self._launcher.source.discover(), self._launcher.source.health())
         # From here on nothing is awaited: what is decided is so when it takes effect. The worker is looked up again,
         # and a stop may have come meanwhile, after which nothing may start.
@@ -90,9 +92,7 @@ class Workers:
         worker = self._known_or_new(command.model_id)
         run = worker.joined(wanted)
         if run is None:
-            number = next(self._bookings)
-            devices = self._launcher.occupancy.place(number, spec, topology, health)
-            run = worker.begin(spec, Booking(number, devices, spec.vram_mb))
+            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, topology, health))
         return run
 
     async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:
@@ -129,9 +129,10 @@ class Workers:
         for each, record in newest.values():
             spec = record.engine_spec
             devices = tuple(by_index[index] for index in record.devices if index in by_index)
-            booking = Booking(next(self._bookings), devices, record.share_mb, "chosen by an earlier neuron")
-            self._launcher.occupancy.keep(booking.number, spec, devices)
-            self._known_or_new(spec.model_id).adopt(each, booking)
+            number, booked = next(self._numbers), tuple(record.booked_mb)
+            placement = Placement(number, devices, booked, record.share_mb, "chosen by an earlier neuron")
+            self._launcher.ledger.adopt(number, spec.model_id, placement.indices, max(booked, default=None))
+            self._known_or_new(spec.model_id).adopt(each, placement)
 
     async def _sweep(self, spared: Sequence[str]) -> None:
         """Kills every process that carries the id of an engine of this state directory, but for those in `spared`."""
@@ -151,7 +152,7 @@ class Workers:
 
     async def views(self) -> list[NeuronModelView]:
         """Every known model, its memory measured now."""
-        await self._launcher.measure([worker.engine for worker in self.all if worker.engine is not None])
+        await self._measure()
         return self.views_now()
 
     def views_now(self) -> list[NeuronModelView]:
@@ -189,6 +190,9 @@ class Workers:
         if self._config.on_stop == "stop_engines":
             self._launcher.kill_all_now()
 
+    async def _measure(self) -> None:
+        await self._launcher.measure([worker.engine for worker in self.all if worker.engine is not None])
+
     def _known_or_new(self, model_id: str) -> Worker:
         return self._workers.get(model_id) or Worker(
             model_id,
@@ -196,7 +200,6 @@ class Workers:
             on_change=self._changed,
             on_loaded=lambda worker, secs: self._metrics.loaded(worker.model_id, secs),
             on_restart=lambda worker: self._metrics.restarted(worker.model_id),
-            on_released=lambda booking: self._launcher.occupancy.leave(booking.number),
         )
 
     def _changed(self, worker: Worker) -> None:
@@ -217,13 +220,12 @@ def view_of(worker: Worker) -> NeuronModelView:
     progress = condition.progress
     if progress is not None:
         progress = progress.model_copy(update={"elapsed_secs": round(time.time() - condition.since, 3)})
-    booking = None if run is None else run.booking
-    share = None if booking is None else booking.share_mb
+    placement = None if run is None else run.placement
     return NeuronModelView(
         id=worker.model_id,
         harness=None if spec is None else spec.harness,
         status=condition.state.status.value,
-        devices=[] if booking is None else list(booking.indices),
+        devices=[] if placement is None else list(placement.indices),
         vram_used_mb=0 if engine is None else engine.vram_used_mb,
         progress=progress,
         error=condition.error,
@@ -234,8 +236,8 @@ def view_of(worker: Worker) -> NeuronModelView:
         pid=None if engine is None else engine.process.pid,
         failures=worker.restarts.failures,
         retry_at=condition.retry_at,
-        vram_booked_mb=None if booking is None or share is None else share * len(booking.devices),
-        placement=None if booking is None else booking.why or None,
+        vram_booked_mb=0 if placement is None else sum(placement.booked_mb),
+        placement=None if placement is None else placement.why or None,
         transitions=list(reversed(worker.transitions)),
     )
 

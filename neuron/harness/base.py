@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from neuron.config import HarnessName, HarnessSettings
+from neuron.need import Need
 from neuron.spec import EngineSpec
 from shared.protocol import Device, Progress
 
@@ -27,7 +28,11 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything decided about one engine before it starts."""
+    """Everything decided about one engine before it starts.
+
+    `share_mb` is what was booked on the smallest of its devices (on each, when they are alike), in MiB; None when
+    nothing is known of the need, and the engine takes what it takes by default.
+    """
 
     spec: EngineSpec
     settings: HarnessSettings
@@ -37,6 +42,7 @@ class LaunchPlan:
     tmp_dir: Path
     api_key: str
     engine_id: str
+    share_mb: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,10 @@ class Harness(Protocol):
     @property
     def runs_on_gpu(self) -> bool:
         """True when an engine on a host whose GPUs cannot be used would be a mistake."""
+        ...
+
+    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
+        """What an engine with these arguments will take on each device, when it is meant to take `share_mb`."""
         ...
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...

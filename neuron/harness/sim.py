@@ -14,8 +14,11 @@ from neuron.harness import vllm_log
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm import serve_arguments
-from neuron.owned_flags import gives
+from neuron.need import Need
+from neuron.owned_flags import gives, value_of
+from neuron.sim.arguments import DEFAULT_DEVICE_VRAM_MB
 from neuron.sim.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
+from neuron.spec import EngineSpec
 from shared.protocol import Progress
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
@@ -29,11 +32,21 @@ class SimHarness:
     health_path = "/health"
     runs_on_gpu = False
 
+    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
+        """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
+        total = value_of(args, "--vram-mb")
+        if total is not None and total.isdecimal():
+            return Need(-(-int(total) // spec.tensor_parallel))
+        return Need(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
+
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         given = [*plan.spec.args, *plan.settings.extra_args]
-        if plan.spec.vram_mb is not None and not gives(given, "--vram-mb"):
-            argv += ["--vram-mb", str(plan.spec.vram_mb)]
+        total = plan.spec.vram_mb
+        if total is None and plan.share_mb is not None:
+            total = plan.share_mb * plan.spec.tensor_parallel
+        if total is not None and not gives(given, "--vram-mb"):
+            argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}
         inherited_path = facts.environ.get("PYTHONPATH")
         own = {

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 
 from neuron.config import HarnessName
 from neuron.harness import vllm_log
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
-from neuron.owned_flags import gives
+from neuron.need import Need
+from neuron.owned_flags import gives, value_of
+from neuron.spec import EngineSpec
 from shared.protocol import Progress
 
 DEFAULT_COMMAND = ("vllm",)
-_SIZES_MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
+DEFAULT_UTILIZATION = 0.92
+"""The part of each device that vLLM takes when nothing tells it otherwise (`vllm serve --help`, 0.32)."""
+_UTILIZATION = ("--gpu-memory-utilization", "--device-memory-utilization")
+_SIZES_MEMORY = (*_UTILIZATION, "--kv-cache-memory-bytes")
+_DIGITS = 10_000  # the fraction on the command line has four
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -22,6 +30,16 @@ class VllmHarness:
     name: HarnessName = "vllm"
     health_path = "/health"
     runs_on_gpu = True
+
+    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
+        """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
+        with contextlib.suppress(ValueError):
+            fraction = float(value_of(args, *_UTILIZATION) or "")
+            if 0 < fraction <= 1:
+                return Need(fraction=fraction)
+        if share_mb is None:
+            return Need(fraction=DEFAULT_UTILIZATION)
+        return Need(share_mb, one_fraction=not gives(args, *_SIZES_MEMORY))
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
@@ -56,16 +74,19 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
 
 
 def _memory_arguments(plan: LaunchPlan) -> list[str]:
-    """`--gpu-memory-utilization` for a spec that says how much it may take, unless its arguments size it already.
+    """`--gpu-memory-utilization` for an engine with a share, unless its arguments size its memory already.
 
-    vLLM takes one share for all its devices: the one that the smallest of them needs.
+    Rounded down: two engines whose shares add up to a device must not want more than it has. vLLM takes one fraction
+    for all its devices: the one with which the smallest gives the share. A larger one gives the same fraction of more,
+    which is what is booked there (`Need.one_fraction`); vLLM refuses to start where that is not free, though it uses no
+    more blocks of it than fit on the smallest.
     """
-    wanted = plan.spec.vram_mb
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if wanted is None or not totals or gives([*plan.spec.args, *plan.settings.extra_args], *_SIZES_MEMORY):
+    sized = gives([*plan.spec.args, *plan.settings.extra_args], *_SIZES_MEMORY)
+    if plan.share_mb is None or not totals or sized:
         return []
-    share = wanted / len(plan.devices) / min(totals)
-    return ["--gpu-memory-utilization", f"{min(max(share, 0.02), 0.98):.2f}"]
+    parts = math.floor(plan.share_mb * _DIGITS / min(totals))
+    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
 
 
 def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:

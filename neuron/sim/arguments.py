@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from neuron.sim.faults import Fault, Faults
 
 DEFAULT_MAX_MODEL_LEN = 32768
+DEFAULT_DEVICE_VRAM_MB = 1024
 
 # vLLM's flags that change nothing here, accepted so that a model's vLLM arguments also start its simulation.
 _INERT_WITH_VALUE = (
@@ -111,7 +112,9 @@ def _add_simulation_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument("--load-secs", type=not_negative, default=1.0, help="from start to ready (default 1.0)")
     group.add_argument("--ttft-ms", type=not_negative, default=20.0, help="time to first token (default 20)")
     group.add_argument("--tokens-per-sec", type=positive, default=200.0, help="of each sequence; inf is allowed")
-    group.add_argument("--vram-mb", type=positive_int, default=None, help="all devices together (1024 a device)")
+    group.add_argument(
+        "--vram-mb", type=positive_int, default=None, help=f"all devices together ({DEFAULT_DEVICE_VRAM_MB} a device)"
+    )
     group.add_argument("--answer-tokens", type=positive_int, default=32, help="when a request sets no limit")
     group.add_argument("--embedding-dims", type=positive_int, default=64)
     group.add_argument(
@@ -155,7 +158,7 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         load_secs=given.load_secs,
         ttft_secs=given.ttft_ms / 1000,
         tokens_per_sec=given.tokens_per_sec,
-        vram_mb=given.vram_mb or 1024 * given.tensor_parallel_size,
+        vram_mb=given.vram_mb or DEFAULT_DEVICE_VRAM_MB * given.tensor_parallel_size,
         answer_tokens=given.answer_tokens,
         embedding_dims=given.embedding_dims,
         faults=Faults(frozenset(Fault(name) for name in given.fault), given.fault_after),

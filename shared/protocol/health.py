@@ -10,12 +10,17 @@ from shared.protocol.base import Mib, WireModel
 class DeviceHealth(WireModel):
     """Live figures of one GPU. Memory in MiB including processes that are not neuron's; power in watts.
 
-    A figure that the driver does not give is None.
+    A figure that the driver does not give is None. So is what a neuron of the seed protocol does not tell: what it has
+    promised to its engines (`vram_booked_mb`), what processes hold that are not its own (`vram_foreign_mb`), and what
+    it would promise to another engine now (`vram_bookable_mb`).
     """
 
     index: int
     vram_used_mb: Mib = 0
     vram_free_mb: Mib = 0
+    vram_booked_mb: Mib | None = None
+    vram_foreign_mb: Mib | None = None
+    vram_bookable_mb: Mib | None = None
     utilization_pct: float | None = None
     temp_c: float | None = None
     power_w: float | None = None

@@ -21,7 +21,10 @@ PURE = (
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
-    *(f"neuron/{name}.py" for name in ("devices", "spec", "owned_flags", "links", "gpu_presets", "hang")),
+    *(
+        f"neuron/{name}.py"
+        for name in ("devices", "gpu_presets", "hang", "links", "need", "owned_flags", "paths", "rooms", "spec")
+    ),
     *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
 )
 MAX_LINES = 400

@@ -26,6 +26,7 @@ from shared.protocol import (
     ModelView,
     NeuronHealth,
     Progress,
+    Transition,
     UnloadCommand,
 )
 from tests.contract.documents import TOP
@@ -40,7 +41,7 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
         (NeuronHealth, DeviceHealth, Activation, ModelActivity),
         "uptime_secs devices index vram_used_mb vram_free_mb utilization_pct temp_c",
     ),
-    "GET /models": ((ModelView, NeuronModelView, Progress), "id harness status devices vram_used_mb"),
+    "GET /models": ((ModelView, NeuronModelView, Progress, Transition), "id harness status devices vram_used_mb"),
     "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),

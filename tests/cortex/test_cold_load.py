@@ -185,6 +185,21 @@ async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: St
     assert len(benjy.loads) == 1
 
 
+async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """409 insufficient_vram is neither "already loaded" nor a load to wait for: 503 with the neuron's figures, and the
+    neuron is not asked again at once."""
+    figures = "'org/small' needs 4000 MiB on one device; device 0 (RTX 4090): 3100 of 24564 MiB can be had"
+    benjy.load_error = 409, {"error": {"message": figures, "code": "insufficient_vram", "devices": [{"index": 0}]}}
+    cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
+    for _ in range(2):
+        async with cortex.chat("org/small") as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (503, "cold_load_failed")
+            assert figures in error["message"]
+            assert "Retry-After" in response.headers
+    assert len(benjy.loads) == 1
+
+
 async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """`cold_load.timeout_secs` ends the wait with cold_load_failed."""
     benjy.load_gate.clear()

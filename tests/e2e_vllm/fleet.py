@@ -192,18 +192,22 @@ def _models_toml(tiny: Path, minilm: Path, nothing: Path) -> str:
 [[models]]
 id = "{TINY}"
 source = "{tiny}"
+vram_mb = 2000
 args = ["--max-model-len", "512"]
 [[models]]
 id = "{PAIR}"
 source = "{tiny}"
 min_devices = 2
+vram_mb = 4000
 args = ["--max-model-len", "512"]
 [[models]]
 id = "{BROKEN}"
 source = "{nothing}"
+vram_mb = 2000
 [[models]]
 id = "{MINILM}"
 source = "{minilm}"
+vram_mb = 2000
 args = ["--runner", "pooling", "--convert", "embed"]
 [aliases]
 "tiny" = "{TINY}"

@@ -13,6 +13,7 @@ from neuron.config import HarnessName, HarnessSettings
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.vllm import cpu_binding
+from neuron.need import Need
 from neuron.spec import EngineSpec
 from shared.protocol import Device
 
@@ -34,6 +35,7 @@ def command(spec: EngineSpec, *, has_gpu: bool = True, settings: HarnessSettings
         tmp_dir=Path("/state/engines/1/tmp"),
         api_key="key",
         engine_id="instance/1",
+        share_mb=spec.share_mb,
     )
     facts = HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=ENVIRON, vram_dir=Path("/state/vram"))
     return HARNESSES[spec.harness].command(plan, facts)
@@ -54,7 +56,7 @@ def test_vllm_in_full() -> None:
     assert list(made.argv) == [
         *("/venv/bin/vllm", "serve", "/models/m", "--served-model-name", "org/model", "alias"),
         *("--host", "127.0.0.1", "--port", "20001", "--tensor-parallel-size", "2", "--quantization", "fp8"),
-        *("--gpu-memory-utilization", "0.62"),  # 15000 of the smaller card's 24000 (0.625, to even)
+        *("--gpu-memory-utilization", "0.6250"),  # 15000 of the smaller card's 24000
         *("--a", "1", "--b"),
     ]
     assert made.env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
@@ -80,10 +82,63 @@ def test_memory_already_sized(flag: str) -> None:
         assert made.argv.count("--gpu-memory-utilization") == (flag == "--gpu-memory-utilization")
 
 
-@pytest.mark.parametrize(("vram_mb", "share"), [(8000, "0.25"), (100, "0.02"), (90000, "0.98")])
+@pytest.mark.parametrize(("vram_mb", "share"), [(8000, "0.2500"), (10667, "0.3333"), (1, "0.0001"), (32000, "1.0000")])
 def test_memory_share(vram_mb: int, share: str) -> None:
-    """Of the device's memory, within what vLLM can do with it."""
+    """Of the device's memory, never rounded up: shares that add up to a device fit on it."""
     assert command(replace(SPEC, vram_mb=vram_mb)).argv[-2:] == ("--gpu-memory-utilization", share)
+
+
+@pytest.mark.parametrize("total", [12288, 24564, 32607, 81559, 143771])
+def test_engines_that_share_a_device_fit_on_it(total: int) -> None:
+    """However a device is divided between two engines, the fractions they are given are no more than their shares."""
+    device = Device(index=0, vram_total_mb=total)
+    for share in range(1000, total, 997):
+        taken = 0.0
+        for mb in (share, total - share):
+            plan = LaunchPlan(SPEC, HarnessSettings(), (device,), "h", 1, Path("/t"), "k", "i/1", share_mb=mb)
+            fraction = float(serve_memory(plan))
+            assert mb - total / 10_000 <= fraction * total + 1e-6 <= mb + 2e-6
+            taken += fraction
+        assert taken <= 1 + 1e-9
+
+
+def serve_memory(plan: LaunchPlan) -> str:
+    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    argv = HARNESSES["vllm"].command(plan, facts).argv
+    return argv[argv.index("--gpu-memory-utilization") + 1]
+
+
+def test_estimated_share() -> None:
+    """What was booked without the spec saying so is what the engine is told to take, and the simulation too."""
+    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    two = replace(SPEC, tensor_parallel=2)
+    plan = LaunchPlan(two, HarnessSettings(), GPUS, "h", 1, Path("/t"), "k", "i/1", share_mb=6000)
+    assert serve_memory(plan) == "0.2500"
+    simulated = replace(plan, spec=replace(two, harness="sim"))
+    assert HARNESSES["sim"].command(simulated, facts).argv[-2:] == ("--vram-mb", "12000")
+
+
+@pytest.mark.parametrize(
+    ("harness", "share", "args", "need"),
+    [
+        ("vllm", 8000, (), Need(8000, one_fraction=True)),
+        ("vllm", None, (), Need(fraction=0.92)),
+        ("vllm", 8000, ("--gpu-memory-utilization", "0.5"), Need(fraction=0.5)),
+        ("vllm", None, ("--gpu_memory_utilization=0.5", "--device-memory-utilization=0.4"), Need(fraction=0.4)),
+        ("vllm", None, ("--gpu-memory-utilization", "much"), Need(fraction=0.92)),
+        ("vllm", None, ("--gpu-memory-utilization", "7"), Need(fraction=0.92)),
+        ("vllm", 8000, ("--kv-cache-memory-bytes", "1G"), Need(8000)),
+        ("vllm", None, ("--kv-cache-memory-bytes", "1G"), Need(fraction=0.92)),
+        ("sim", 8000, (), Need(8000)),
+        ("sim", None, (), Need(1024)),
+        ("sim", 8000, ("--vram-mb", "3001"), Need(1501)),
+        ("sim", 8000, ("--vram-mb=3000", "--vram-mb"), Need(8000)),
+    ],
+)
+def test_memory_need(harness: HarnessName, share: int | None, args: tuple[str, ...], need: Need) -> None:
+    """What an engine will take: what its arguments say, else its share, else its own default."""
+    spec = replace(SPEC, tensor_parallel=2)
+    assert HARNESSES[harness].memory_need(spec, share, args) == need
 
 
 def test_without_gpus() -> None:

@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from neuron.activity import activity_of
-from neuron.devices import check_devices, choose
 from neuron.engine import memory_of
 from neuron.engine_log import EngineLog, LogFollower
-from neuron.occupancy import Occupancy
 from neuron.ports import PortPool
-from neuron.spec import EngineSpec
 from neuron.state_dir import StateDir, StateDirError
-from neuron.topology import Topology
-from shared.errors import InvalidRequest, Unavailable
-from shared.protocol import Device, DeviceHealth, Link, LinkKind
+from shared.errors import Unavailable
 
 # --- log files
 
@@ -90,58 +84,7 @@ def test_port_given_back_is_the_last_to_be_taken_again() -> None:
     assert pool.reserve((28000, 28009)) != first
 
 
-# --- devices
-
-
-def gpu(index: int, name: str = "A", total: int = 32000, lost: str | None = None) -> Device:
-    return Device(index=index, name=name, vram_total_mb=total, uuid=f"GPU-{index}", lost=lost)
-
-
-def spec(tensor_parallel: int = 1, **fields: Any) -> EngineSpec:
-    return EngineSpec("m", "vllm", "m", tensor_parallel=tensor_parallel, **fields)
-
-
-FOUR = Topology(
-    devices=tuple(gpu(index) for index in range(4)),
-    links=(Link(a=1, b=3, kind=LinkKind.NVLINK, nvlinks=4), Link(a=0, b=1, kind=LinkKind.SYS)),
-)
-
-
-@pytest.mark.parametrize(
-    ("topology", "wanted", "free", "chosen"),
-    [
-        (FOUR, spec(), {0: 10, 1: 30, 2: 20, 3: 10}, [1]),
-        (FOUR, spec(2), dict.fromkeys(range(4), 30_000), [1, 3]),
-        (FOUR, spec(2, vram_mb=40_000), {0: 30_000, 1: 30_000, 2: 30_000, 3: 10}, [0, 1]),
-        (FOUR, spec(devices=(2,)), {2: 0}, [2]),
-        (Topology(devices=(gpu(0), gpu(1, "B"), gpu(2))), spec(2), {0: 9, 1: 99, 2: 9}, [0, 2]),
-        (Topology(devices=(gpu(0, lost="fell off"), gpu(1))), spec(), {1: 1}, [1]),
-        (Topology(), spec(2), {}, []),
-    ],
-)
-def test_choice_of_devices(topology: Topology, wanted: EngineSpec, free: dict[int, float], chosen: list[int]) -> None:
-    """Named ones as named; else room first, then equal cards, faster links, more free memory; never a lost one."""
-    assert [device.index for device in choose(wanted, topology, free_mb=free, engines={})] == chosen
-
-
-def test_devices_that_are_lost() -> None:
-    """Naming one, or needing it, is refused with the reason."""
-    topology = Topology(devices=(gpu(0, lost="fell off the bus"), gpu(1)))
-    with pytest.raises(InvalidRequest, match="fell off the bus"):
-        check_devices(spec(devices=(0,)), topology)
-    with pytest.raises(InvalidRequest, match="1 can be used"):
-        check_devices(spec(2), topology)
-    check_devices(spec(8), Topology())  # a CPU host has no devices to count
-
-
-def test_promised_memory_counts() -> None:
-    """What an engine was promised is taken, though it has not filled it yet, until it leaves."""
-    health = [DeviceHealth(index=index, vram_free_mb=32000) for index in range(4)]
-    occupancy = Occupancy()
-    placed = [occupancy.place(number, spec(vram_mb=20_000), FOUR, health)[0].index for number in range(4)]
-    assert placed == [0, 1, 2, 3]
-    occupancy.leave(2)
-    assert occupancy.place(9, spec(vram_mb=20_000), FOUR, health)[0].index == 2
+# --- memory
 
 
 def test_memory_of_processes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from neuron.sim import vram
 from tests.neuron.neurons import Answer, Neuron, config_of, marked_engines, marked_processes, neuron_here, until
 
 MODEL = "org/model"
@@ -119,12 +121,45 @@ async def test_failed_load_says_why(neuron: Neuron) -> None:
     assert (await neuron.load(MODEL)).status == 200
 
 
-async def test_memory_that_is_not_there(neuron: Neuron) -> None:
-    """An engine that does not fit beside another fails by itself, and the other is none the worse."""
+async def test_memory_that_is_not_there(neuron: Neuron, mark: str) -> None:
+    """A load that does not fit beside another is refused without starting anything, with the figures; the other is none
+    the worse, and when it is gone the same load succeeds."""
     await neuron.load("first", devices=[0], vram_mb=30_000)
     answer = await neuron.load("second", devices=[0], vram_mb=8000)
-    assert "out of memory" in answer.error["message"]
+    assert (answer.status, answer.error["code"]) == (409, "insufficient_vram")
+    assert answer.error["message"] == (
+        "'second' needs 8000 MiB on device 0; "
+        "device 0 (RTX 5090): 2607 of 32607 MiB can be had (30000 booked by 'first')"
+    )
+    assert answer.error["devices"][0]["bookable_mb"] == 2607
+    assert len(marked_processes(mark)) == 1
     assert (await neuron.model("first"))["status"] == "loaded"
+    assert (await neuron.load("third", vram_mb=8000)).status == 200
+    assert (await neuron.model("third"))["devices"] == [1]
+    await neuron.unload("first")
+    assert (await neuron.load("second", devices=[0], vram_mb=8000)).status == 200
+
+
+async def test_memory_of_others_counts(neuron: Neuron) -> None:
+    """What a process holds that is not neuron's cannot be had, and /health and /metrics tell it apart."""
+    await neuron.load("first", devices=[0], vram_mb=8000)
+    uuid = (await neuron.call("GET", "/discovery")).body["devices"][0]["uuid"]
+    await asyncio.to_thread(vram.hold, neuron.state_dir / "vram", {uuid: 20_000})  # this process, which is no engine
+    figures = (await neuron.call("GET", "/health")).body["devices"]
+    told = [[device[f"vram_{name}_mb"] for name in ("booked", "foreign", "bookable")] for device in figures]
+    assert told == [[8000, 20_000, 4607], [0, 0, 32_607]]
+    page = (await neuron.call("GET", "/metrics")).body
+    for name, mb in (("booked", 8000), ("foreign", 20_000)):
+        (value,) = re.findall(rf'neuron_device_memory_{name}_bytes{{index="0",uuid="{uuid}"}} (\S+)', page)
+        assert float(value) == mb * 2**20
+    refused = await neuron.load("second", devices=[0], vram_mb=8000)
+    assert "20000 held by processes that are not neuron's" in refused.error["message"]
+
+
+async def test_two_loads_at_once_do_not_book_the_same_memory(neuron: Neuron) -> None:
+    """Of five that want two thirds of a device each, two are loaded and three refused."""
+    answers = await asyncio.gather(*(neuron.load(f"m{number}", vram_mb=20_000) for number in range(5)))
+    assert sorted(answer.status for answer in answers) == [200, 200, 409, 409, 409]
 
 
 async def test_two_loads_at_once_take_different_devices(neuron: Neuron) -> None:

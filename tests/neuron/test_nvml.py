@@ -75,6 +75,10 @@ def test_health_is_read_anew_at_each_call(library: dict[str, str], hardware: Pat
                 "index": 0,
                 "vram_used_mb": 512,
                 "vram_free_mb": 24564 - 512 - 512,
+                # Not the driver's to say.
+                "vram_booked_mb": None,
+                "vram_foreign_mb": None,
+                "vram_bookable_mb": None,
                 "utilization_pct": 7,
                 "temp_c": 41,
                 "power_w": 65.5,

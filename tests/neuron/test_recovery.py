@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
 
 async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
     """vLLM ends with 0 when its engine core died: nobody asked for it, so it comes back."""
-    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.3")
+    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.9")
     before = (await neuron.model(MODEL))["pid"]
     assert (await loaded_again(neuron, before))["failures"] >= 1
 
@@ -118,30 +119,37 @@ async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None
     assert (await loaded_again(neuron, before))["failures"] == 1
 
 
-async def test_shared_memory_goes_with_the_engine(neuron: Neuron, tmp_path: Path) -> None:
-    """What an engine had mapped of /dev/shm is not left behind when it is killed; what somebody else has is."""
-    script = tmp_path / "engine.py"
+MAPS_SHARED_MEMORY = """
+import mmap, os, sys
+fd = os.open(OURS, os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 4096); keep = mmap.mmap(fd, 4096)
+from neuron.sim.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def shared_files() -> Iterator[tuple[Path, Path]]:
+    """Two names in /dev/shm; there is a file of the second name."""
     ours, theirs = Path(f"/dev/shm/psm_{os.getpid()}a"), Path(f"/dev/shm/psm_{os.getpid()}b")
     theirs.write_bytes(b"x" * 4096)
-    script.write_text(
-        "import mmap, os, sys\n"
-        f"fd = os.open({str(ours)!r}, os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 4096); keep = mmap.mmap(fd, 4096)\n"
-        "from neuron.sim.__main__ import main\nsys.exit(main())\n"
-    )
-    try:
-        settings = {"command": [sys.executable, str(script)]}
-        async with neuron_here(config_of(tmp_path / "second", sim=settings)) as second:
-            await second.load(MODEL)
-            assert ours.exists()
-            os.kill((await second.model(MODEL))["pid"], signal.SIGKILL)
-            inode = ours.stat().st_ino
-            await until(lambda: not ours.exists() or ours.stat().st_ino != inode)
-            await second.unload(MODEL)
-        assert not ours.exists()
-        assert theirs.exists()
-    finally:
-        for path in (ours, theirs):
-            path.unlink(missing_ok=True)
+    yield ours, theirs
+    assert theirs.exists()
+    for path in (ours, theirs):
+        path.unlink(missing_ok=True)
+
+
+async def test_shared_memory_goes_with_the_engine(mark: str, tmp_path: Path, shared_files: tuple[Path, Path]) -> None:
+    """What an engine had mapped of /dev/shm is not left behind when it is killed; what somebody else has is."""
+    ours, _ = shared_files
+    script = tmp_path / "engine.py"
+    script.write_text(f"OURS = {str(ours)!r}\n{MAPS_SHARED_MEMORY}")
+    settings = {"command": [sys.executable, str(script)]}
+    async with neuron_here(config_of(tmp_path / "state", sim=settings, recovery={"max_failures": 1})) as neuron:
+        await neuron.load(MODEL)
+        assert os.access(ours, os.F_OK)
+        os.kill((await neuron.model(MODEL))["pid"], signal.SIGKILL)
+        await neuron.until_status(MODEL, "failed")
+        assert not os.access(ours, os.F_OK)
 
 
 def test_pauses_between_starts() -> None:

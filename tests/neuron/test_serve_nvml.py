@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from neuron.rooms import MARGIN_MB
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.nvml.library import (
     GPU_IS_LOST,
+    LONE_4090,
     NVLINKED_PAIR,
     ONE_LOST,
     VERSION_MISMATCH,
@@ -74,6 +76,25 @@ async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Pa
     assert given["--tensor-parallel-size"] == "2"
     assert given["--quantization"] == "fp8"
     assert float(given["--gpu-memory-utilization"]) == pytest.approx(27000 / 32607, abs=0.02)
+
+
+async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """Each gets the fraction that it was booked; a third is refused with the figures."""
+    scenario = write_scenario(tmp_path / "gpus", LONE_4090)  # 512 MiB in use, and as many the driver's own
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+        fractions = []
+        for model in ("first", "second"):
+            command = {"model_id": model, "harness": "vllm", "vram_mb": 11_000}
+            assert (await neuron.call("POST", "/models/load", json=command)).status == 200
+            arguments, _ = json.loads((tmp_path / "called.json").read_text())
+            fractions.append(float(arguments[arguments.index("--gpu-memory-utilization") + 1]))
+        assert fractions == [0.4478, 0.4478]
+        third = await neuron.call("POST", "/models/load", json={"model_id": "third", "harness": "vllm"})
+        (device,) = (await neuron.call("GET", "/health")).body["devices"]
+    assert (third.status, third.error["code"]) == (409, "insufficient_vram")
+    assert "11000 booked by 'first', 11000 booked by 'second', 512 held by" in third.error["message"]
+    assert (device["vram_booked_mb"], device["vram_foreign_mb"]) == (22_000, 512)
+    assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - MARGIN_MB
 
 
 async def test_driver_mismatch_is_served(library: dict[str, str], tmp_path: Path) -> None:

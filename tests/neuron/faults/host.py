@@ -61,7 +61,7 @@ name = "sim"
 extra_args = ["--load-secs", "0.1", "--ttft-ms", "0", "--tokens-per-sec", "inf"]
 port_range = [27000, 27059]
 stop_timeout_secs = 1
-startup_timeout_secs = 10
+startup_timeout_secs = 5
 [health]
 interval_secs = 0.2
 unresponsive_secs = 1
@@ -105,6 +105,7 @@ class FaultyHost:
         self.mark = mark
         self.vram_dir = directory / "state" / "vram"
         self.foreign_mb = dict.fromkeys(range(DEVICES), 0)
+        self.disk_full = False
         self._config = directory / "neuron.toml"
         self._log = directory / "neuron.log"
         self._port = free_port()
@@ -151,6 +152,7 @@ class FaultyHost:
 
     async def start(self) -> None:
         """Returns when neuron answers."""
+        self.disk_full = False
         with self._log.open("ab") as sink:
             self._neuron = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "neuron", "serve", "--config", str(self._config)),
@@ -296,16 +298,15 @@ class FaultyHost:
     async def fill_disk(self, _pick: float) -> str:
         """Neuron and its new engines write to no file, until this is called again or neuron is another process."""
         assert self._neuron is not None
-        soft, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
-        full = soft == 0
-        resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (hard if full else 0, hard))
-        return "room on the disk again" if full else "disk full"
+        self.disk_full = not self.disk_full
+        _, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (0 if self.disk_full else hard, hard))
+        return "disk full" if self.disk_full else "room on the disk again"
 
     async def heal(self, _pick: float) -> str:
         """No fault is left but those that happened."""
-        assert self._neuron is not None
-        _, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        if self.disk_full:
+            await self.fill_disk(0)
         for index in self.foreign_mb:
             self._hold_foreign(index, 0)
         self.free_ports()

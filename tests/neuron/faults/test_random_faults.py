@@ -42,6 +42,7 @@ FAULTS: dict[Fault, int] = {
     FaultyHost.fill_disk: 5,
 }
 """What can happen, and how often beside the others."""
+_ROOM_AGAIN = 0.2  # with a full disk little else can happen, so that it does not last
 
 
 @pytest.fixture
@@ -74,6 +75,8 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, 
     faults = {fault: weight for fault, weight in FAULTS.items() if not KINDS or fault.__name__ in KINDS.split(",")}
     for _ in range(STEPS):
         fault = chance.choices(list(faults), list(faults.values()))[0]
+        if host.disk_full and chance.random() < _ROOM_AGAIN:
+            fault = FaultyHost.fill_disk
         await check(fault(host, chance.random()))
     await check(host.heal(0))
     await check(host.calls_answered())
