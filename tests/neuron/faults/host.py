@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import aiohttp
 from neuron.harness.base import ENGINE_ID_VARIABLE
 from neuron.sim import vram
 from neuron.sim.core import TITLE
+from neuron.sim.litter import SHARED_MEMORY
+from neuron.state_dir import StateDir
 from shared.serve import ListenError, bind
 from tests.neuron.neurons import REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port
@@ -30,6 +33,8 @@ START_SECS = 20.0
 CALL_SECS = 12.0
 _HELD_PORTS = 3
 _STEAL_SECS = 0.5
+ADOPT_SECS = 5.0
+_ANSWER = aiohttp.ClientTimeout(total=0.5)
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ log_level = "info"
 [[harnesses]]
 name = "sim"
 [harness.sim]
-extra_args = ["--load-secs", "0.1", "--ttft-ms", "0", "--tokens-per-sec", "inf"]
-port_range = [27000, 27059]
+extra_args = ["--load-secs", "0.1", "--ttft-ms", "0", "--tokens-per-sec", "inf", "--fault", "litter"]
+port_range = [26000, 26999]
 stop_timeout_secs = 1
 startup_timeout_secs = 5
 [health]
@@ -106,6 +111,7 @@ class FaultyHost:
         self.vram_dir = directory / "state" / "vram"
         self.foreign_mb = dict.fromkeys(range(DEVICES), 0)
         self.disk_full = False
+        self._records_kept = True  # since this neuron process began, the disk was never full
         self._config = directory / "neuron.toml"
         self._log = directory / "neuron.log"
         self._port = free_port()
@@ -140,10 +146,29 @@ class FaultyHost:
     async def endpoint(self, model_id: str) -> Any:
         return await self.get(f"/models/{quote(model_id, safe='')}/endpoint")
 
+    async def answers(self, model_id: str) -> bool:
+        """True when a loaded model's engine is in good health, as a client would find it."""
+        try:
+            url = (await self.endpoint(model_id))["url"]
+            async with self.http.get(f"{url}/health", timeout=_ANSWER) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, asyncio.TimeoutError, AssertionError):
+            return False
+
     @property
     def uuids(self) -> list[str]:
         """Of the devices, by index."""
         return self._uuids
+
+    def litter(self) -> list[str]:
+        """What is left in shared memory of engines of this neuron: `name of engine`."""
+        prefix, found = StateDir(self.vram_dir.parent).engine_id_prefix, []
+        for path in SHARED_MEMORY.iterdir():
+            with contextlib.suppress(OSError):
+                owner = path.read_bytes()[:200].partition(b"\0")[0].decode(errors="replace")
+                if owner.startswith(prefix):
+                    found.append(f"{path.name} of {owner}")
+        return sorted(found)
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
@@ -153,6 +178,7 @@ class FaultyHost:
     async def start(self) -> None:
         """Returns when neuron answers."""
         self.disk_full = False
+        self._records_kept = True
         with self._log.open("ab") as sink:
             self._neuron = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "neuron", "serve", "--config", str(self._config)),
@@ -192,12 +218,31 @@ class FaultyHost:
             await self._http.close()
 
     async def kill_neuron(self, _pick: float) -> str:
-        """Its engines live on; the next neuron finds them."""
+        """Its engines live on; the next neuron finds those that are well, and has them loaded without a new start."""
         assert self._neuron is not None
+        kept = await self._well_engines() if self._records_kept and not self._calls else {}
         self._neuron.kill()
         await self._neuron.wait()
         await self.start()
-        return "kill -9 of neuron, and a new one"
+        await self._until_adopted(kept)
+        return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
+
+    async def _well_engines(self) -> dict[str, int]:
+        """The processes of the loaded models that answer, by model."""
+        return {
+            model["id"]: model["pid"]
+            for model in await self.models()
+            if model["status"] == "loaded" and await self.answers(model["id"])
+        }
+
+    async def _until_adopted(self, kept: Mapping[str, int]) -> None:
+        deadline = time.monotonic() + ADOPT_SECS
+        while True:
+            now = {model["id"]: model["pid"] for model in await self.models() if model["status"] == "loaded"}
+            if kept.items() <= now.items():
+                return
+            assert time.monotonic() < deadline, f"to be adopted: {kept}, loaded: {now}\n{self.log_tail()}"
+            await asyncio.sleep(0.02)
 
     async def kill_engine_behind_neurons_back(self, pick: float) -> str:
         """While neuron is stopped."""
@@ -286,19 +331,22 @@ class FaultyHost:
     # The host's means.
 
     async def fill_device(self, pick: float) -> str:
-        """A stranger takes all that is free of a device, or gives it back."""
+        """A stranger takes all that is free of a device."""
         index = _chosen(range(DEVICES), pick)
-        if self.foreign_mb[index]:
-            self._hold_foreign(index, 0)
-            return f"device {index} given back by its stranger"
         free = DEVICE_MB - (await asyncio.to_thread(vram.used_mb, self.vram_dir))[self._uuids[index]]
-        self._hold_foreign(index, max(free, 0))
-        return f"device {index} full: a stranger has {free} MiB of it"
+        self._hold_foreign(index, self.foreign_mb[index] + max(free, 0))
+        return f"device {index} full: a stranger has {self.foreign_mb[index]} MiB of it"
+
+    async def empty_devices(self, _pick: float) -> str:
+        for index in self.foreign_mb:
+            self._hold_foreign(index, 0)
+        return "all strangers gone"
 
     async def fill_disk(self, _pick: float) -> str:
         """Neuron and its new engines write to no file, until this is called again or neuron is another process."""
         assert self._neuron is not None
         self.disk_full = not self.disk_full
+        self._records_kept = False
         _, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (0 if self.disk_full else hard, hard))
         return "disk full" if self.disk_full else "room on the disk again"
@@ -307,8 +355,7 @@ class FaultyHost:
         """No fault is left but those that happened."""
         if self.disk_full:
             await self.fill_disk(0)
-        for index in self.foreign_mb:
-            self._hold_foreign(index, 0)
+        await self.empty_devices(0)
         self.free_ports()
         return "all that was taken is given back"
 

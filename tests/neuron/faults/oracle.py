@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
 from neuron.sim import vram
 from tests.neuron.faults.host import DEVICE_MB, EngineProcess, FaultyHost, engine_processes
 
@@ -17,7 +15,6 @@ AGREE_SECS = 5.0
 HAS_ENGINE = frozenset({"starting", "loading", "loaded", "sleeping", "waking", "draining", "stopping", "recovering"})
 LEAVING = frozenset({"draining", "stopping"})
 _POLL_SECS = 0.05
-_ANSWER = aiohttp.ClientTimeout(total=0.5)
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ async def look(host: FaultyHost) -> list[str]:
     processes = await asyncio.to_thread(engine_processes, host.mark)
     usage = await asyncio.to_thread(vram.usage_by_process, host.vram_dir)
     held = {pid: {host.uuids.index(uuid): mb for uuid, mb in each.items()} for pid, each in usage.items()}
-    silent = [model["id"] for model in before if model["status"] == "loaded" and not await _answers(host, model["id"])]
+    silent = [model["id"] for model in before if model["status"] == "loaded" and not await host.answers(model["id"])]
     after = await host.models()
     if _outline(before) != _outline(after):
         return [f"still moving: {_outline(before)} -> {_outline(after)}"]
@@ -126,13 +123,3 @@ def _ledger(sight: Sight) -> list[str]:
 
 def _outline(models: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
     return [(model["id"], model["state"], model.get("pid"), tuple(model["devices"] or ())) for model in models]
-
-
-async def _answers(host: FaultyHost, model_id: str) -> bool:
-    """True when a loaded model's engine is in good health, as a client would find it."""
-    try:
-        url = (await host.endpoint(model_id))["url"]
-        async with host.http.get(f"{url}/health", timeout=_ANSWER) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, asyncio.TimeoutError, AssertionError):
-        return False

@@ -42,7 +42,7 @@ FAULTS: dict[Fault, int] = {
     FaultyHost.fill_disk: 5,
 }
 """What can happen, and how often beside the others."""
-_ROOM_AGAIN = 0.2  # with a full disk little else can happen, so that it does not last
+_ROOM_AGAIN = 0.15  # with a full disk or full devices little else can happen: neither lasts
 
 
 @pytest.fixture
@@ -77,6 +77,8 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, 
         fault = chance.choices(list(faults), list(faults.values()))[0]
         if host.disk_full and chance.random() < _ROOM_AGAIN:
             fault = FaultyHost.fill_disk
+        elif any(host.foreign_mb.values()) and chance.random() < _ROOM_AGAIN:
+            await check(host.empty_devices(0))
         await check(fault(host, chance.random()))
     await check(host.heal(0))
     await check(host.calls_answered())
@@ -84,6 +86,7 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: FaultyHost, 
         await check(host.unload_model(model["id"]))
     assert not engine_processes(mark)
     assert await host.stop() == 0, host.log_tail()
+    assert host.litter() == [], host.log_tail()
 
 
 async def test_the_oracle_sees_an_orphan(host: FaultyHost) -> None:
