@@ -10,8 +10,10 @@ import time
 from aiohttp import web
 
 from neuron import failures
+from neuron.engine_output import EngineOutput
 from neuron.events import Event, Listener
 from neuron.keys import SERVICES
+from neuron.log_reply import last_lines, stream_lines
 from neuron.metrics import CONTENT_TYPE
 from neuron.worker import State
 from shared.errors import InvalidRequest
@@ -76,13 +78,17 @@ async def endpoint(request: web.Request) -> web.Response:
     return reply(EndpointReply(url=url, api_key=engine.api_key))
 
 
-async def logs(request: web.Request) -> web.Response:
+async def logs(request: web.Request) -> web.StreamResponse:
     worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: {text!r} is no number of lines from 0 to {MAX_TAIL}", param="tail")
-    lines = [] if worker.log is None else await asyncio.to_thread(worker.log.tail, int(text))
-    return web.json_response({"id": worker.model_id, "lines": lines})
+    output = None if worker.log is None else EngineOutput(worker.log.path)
+    if not _flag(request, "follow", default=False):
+        return await last_lines(worker.model_id, output, int(text))
+    if output is not None and worker.engine is None:
+        await output.close()
+    return await stream_lines(request, output, int(text), request.app[CLOSING])
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -70,6 +70,14 @@ def _device(device: dict[str, Any]) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
-    progress = model.get("progress") or {}
-    phase = f" {progress['phase']}" if progress.get("phase") and model["status"] != "loaded" else ""
-    return f"{model['id']} ({model['status']}{phase})"
+    progress = _progress(model.get("progress") or {}) if model["status"] != "loaded" else ""
+    return f"{model['id']} ({model['status']}{progress})"
+
+
+def _progress(progress: dict[str, Any]) -> str:
+    """` loading weights 40 %, about 35 s`: as much of it as is known, led by a space."""
+    phase, fraction, remaining = (progress.get(name) for name in ("phase", "fraction", "remaining_secs"))
+    text = f" {phase}" if phase else ""
+    if text and fraction is not None:
+        text += f" {fraction * 100:.0f} %"
+    return text + (f", about {remaining:.0f} s" if text and remaining is not None else "")

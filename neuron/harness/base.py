@@ -47,6 +47,39 @@ class EngineCommand:
     env: Mapping[str, str]
 
 
+class LoadReading(Protocol):
+    """What an engine's output has said of its start so far. Immutable: `after` gives the next."""
+
+    @property
+    def phase(self) -> str:
+        """One of `neuron.phases`, never an earlier one than before."""
+        ...
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the phase, 0 to 1, never less than before; None when the engine does not say."""
+        ...
+
+    @property
+    def message(self) -> str | None:
+        """The engine's own words."""
+        ...
+
+    @property
+    def serving(self) -> bool:
+        """The engine says that it answers now, or in a moment: worth asking at once."""
+        ...
+
+    @property
+    def downloaded_secs(self) -> float | None:
+        """What fetching its files took, where the engine says so afterwards."""
+        ...
+
+    def after(self, line: str) -> LoadReading:
+        """With the next line of output."""
+        ...
+
+
 class Harness(Protocol):
     """Pure: no method reads or changes anything but its arguments."""
 
@@ -67,6 +100,10 @@ class Harness(Protocol):
 
     def progress_of(self, line: str) -> Progress | None:
         """What a line of output says about the load, None when nothing."""
+        ...
+
+    def first_reading(self) -> LoadReading:
+        """What is known of a load before the engine's first line."""
         ...
 
     def root_cause(self, lines: Sequence[str]) -> str | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessName
-from neuron.harness import vllm_log
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness import vllm_log, vllm_phases
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm import serve_arguments
 from neuron.owned_flags import gives
@@ -45,7 +45,10 @@ class SimHarness:
         return EngineCommand((*argv, *given), engine_environment(plan, facts.environ, own))
 
     def progress_of(self, line: str) -> Progress | None:
-        return vllm_log.progress_of(line)
+        return vllm_phases.progress_of(line)
+
+    def first_reading(self) -> LoadReading:
+        return vllm_phases.Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
