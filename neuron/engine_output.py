@@ -129,8 +129,8 @@ class EngineOutput:
     def _step(self) -> list[str]:
         lines = self._follower.new_lines()
         if self._follower.size > self._rotate_above:
-            bounded, rest = self._follower.trim(max_bytes=self._max_file_bytes)
-            lines += rest
+            bounded = self.file.trim(max_bytes=self._max_file_bytes, follower=self._follower)
+            lines += self._follower.new_lines()
             # Not at every look, when it does not work: once more after as much again.
             self._rotate_above = self._max_file_bytes if bounded else self._follower.size + self._max_file_bytes
         return lines

@@ -9,7 +9,7 @@ from neuron.load_times import LoadTimes
 from neuron.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, PHASES, STARTING, WARMING_UP, rank
 
 _PRIOR = 0.1  # of the expected total: how much evidence the pace of this load has to outweigh
-_LATE = 0.1  # of the time a late phase has taken so far: what it is still given
+_LATE = 0.1  # of the time a late phase has taken since its last sign of life: what it is still given
 _LATE_SECS = 0.5
 _LOST = 2.0  # expected totals: a load this late, in a phase without a bar, is not estimated any more
 _MIN_FRACTION = 0.01  # of a download: before, its rate is noise
@@ -40,8 +40,9 @@ def remaining_secs(expected: LoadTimes | None, at: Moment) -> float | None:
 
     Every phase to come takes what it is expected to, times the pace of this load: what its finished phases took
     against what they were expected to. The present phase is judged by its bar as well, and the more so the further
-    the bar is. A phase that is over its time is given a tenth of what it has taken so far, again and again; once the
-    whole load has taken twice what was expected, and no bar says how far it is, the answer is None.
+    the bar is. A phase that is over its time is given half a second more, and a tenth of the time since its bar last
+    moved or it began, again and again; once the whole load has taken twice what was expected, and no bar says how far
+    it is, the answer is None.
     """
     if expected is None or expected.total_secs <= 0:
         return None
@@ -53,7 +54,7 @@ def remaining_secs(expected: LoadTimes | None, at: Moment) -> float | None:
         late = at.elapsed_secs - at.spent.get(DOWNLOADING, 0.0) > _LOST * expected.total_secs
         if late and at.fraction is None:
             return None
-        rest = _LATE * at.phase_secs + _LATE_SECS
+        rest = _LATE * (at.phase_secs - at.fraction_secs) + _LATE_SECS
     to_come = sum(secs for phase, secs in expected.phases.items() if rank(phase) > rank(at.phase))
     return rest + _pace(expected, at) * to_come
 

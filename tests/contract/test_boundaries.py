@@ -22,7 +22,8 @@ PURE = (
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
     *(f"neuron/{name}.py" for name in ("devices", "spec", "owned_flags", "links", "gpu_presets")),
-    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
+    *(f"neuron/{name}.py" for name in ("phases", "load_times", "estimate", "progress", "line_ring")),
+    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log", "vllm_phases")),
 )
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
