@@ -137,6 +137,12 @@ class LogFollower:
         """True while there was more to read than one read takes."""
         return self._position is not None and self._position < self.size
 
+    @property
+    def begun(self) -> list[str]:
+        """The last line as far as it was written and not given out; none or one."""
+        line = self._partial.rstrip()
+        return [] if not line or line == self._shown else [_text(line)]
+
     def new_lines(self) -> list[str]:
         """The lines that came since, blank ones left out, and what a progress bar shows now; at most MAX_READ bytes are
         read, what is further behind comes next time."""
@@ -158,8 +164,8 @@ class LogFollower:
 
     def rest(self) -> list[str]:
         """The line that was begun and not ended, once its writer is gone; after all of `new_lines`."""
-        line, self._partial = self._partial.rstrip(), b""
-        return [] if not line or line == self._shown else [_text(line)]
+        lines, self._partial = self.begun, b""
+        return lines
 
     def _read(self) -> bytes:
         try:

@@ -66,16 +66,18 @@ class EngineOutput:
         files, of which the last 512 KiB are looked at."""
         await self.look()
         if len(self._ring) >= lines or (self._follower.from_start and not self._ring.dropped):
-            return self._ring.tail(lines)
+            return self.in_memory(lines)
         try:
             return await asyncio.to_thread(self.file.tail, lines)
         except OSError as error:
             log.warning("%s cannot be read, so only the last lines are told: %s", self.file.path, error)
-            return self._ring.tail(lines)
+            return self.in_memory(lines)
 
-    def in_memory(self, lines: int) -> list[str]:
-        """The last lines that were read, at most `lines` of them, without a look for more."""
-        return self._ring.tail(lines)
+    def in_memory(self, lines: int, *, whole: bool = False) -> list[str]:
+        """The last lines that were read, at most `lines` of them, without a look for more. The last may be a line that
+        was only begun, unless they must be `whole`."""
+        begun = [] if whole else self._follower.begun[:lines]
+        return self._ring.tail(lines - len(begun)) + begun
 
     @contextmanager
     def listening(self) -> Iterator[Listener]:
@@ -155,7 +157,7 @@ class Listener:
         """The last lines in memory, at most `lines` of them: `next` goes on right behind them."""
         await self._output.look()
         self._unread.clear()
-        return self._output.in_memory(lines)
+        return self._output.in_memory(lines, whole=True)
 
     async def next(self, pause_secs: float) -> list[str] | None:
         """What came, looking for it; an empty list when nothing did for `pause_secs`; None after the engine's end."""

@@ -39,8 +39,12 @@ class LoadHistory:
         """Adds a load that succeeded. Returns when it is in the file, or a warning in the log."""
         self._history = self._history.with_load(key, times)
         if self._path is not None:
-            async with self._writing:  # in order, and each time what is the newest by then
-                await asyncio.to_thread(_write, self._path, self._history)
+            # A task of its own: a caller that is cancelled would leave the thread writing beside the next one.
+            await asyncio.shield(asyncio.create_task(self._write(self._path), name="write history of loads"))
+
+    async def _write(self, path: Path) -> None:
+        async with self._writing:
+            await asyncio.to_thread(_write, path, self._history)  # the newest by then
 
 
 def _read(path: Path) -> History:

@@ -39,7 +39,7 @@ _MARKS = tuple(
         (r"Initializing model took|Filesystem type for checkpoints", LOADING),
         (r"Using cache directory: .* for vLLM's torch\.compile|Dynamo bytecode transform time", COMPILING),
         (r"Cache the graph (?:of|for) |Compiling a graph for|Directly load (?:the compiled graph|AOT)", COMPILING),
-        (r"torch\.compile (?:takes|took|and initial profiling)", COMPILING),
+        (r"torch\.compile (?:takes|took|and initial profiling)|Warming up model for the compilation", COMPILING),
         (r"Capturing cudagraphs for|Capturing the model for CUDA graphs", CAPTURING),
         (r"Graph capturing finished|init engine \(.*\) took", WARMING_UP),
     )

@@ -202,8 +202,10 @@ async def test_tail_comes_from_memory(tmp_path: Path) -> None:
     assert await output.tail(5) == []
     path.write_bytes(encoded(numbered(0, 10)))
     assert await output.tail(3) == numbered(7, 10)
+    append(path, b"half a li")
+    assert await output.tail(2) == ["line 000009", "half a li"]
     path.unlink()
-    assert await output.tail(100) == numbered(0, 10)
+    assert await output.tail(100) == [*numbered(0, 10), "half a li"]
 
 
 async def test_tail_of_an_adopted_engine_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

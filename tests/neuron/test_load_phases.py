@@ -133,6 +133,24 @@ def test_fractions_of_a_start() -> None:
     assert by_phase["capturing graphs"] == [0.5, 0.5, 0.7]
     assert readings[-1].downloaded_secs == 5.324776
     assert replay(V0_8)[9].fraction == 0.5
+    runner_v2 = [V0_19[1], f"{CAPTURE} (PIECEWISE):  50%|#| 1/2", f"{CAPTURE} (FULL):  50%|#| 1/2"]
+    assert [reading.fraction for reading in replay(runner_v2)[2:]] == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    "bar",
+    [
+        "Loading np_cache checkpoint shards",
+        "Multi-thread loading pt checkpoint shards",
+        "Multi-thread loading shards",
+        "Loading safetensors using Runai Model Streamer",
+        "Loading safetensors using InstantTensor loader",
+        "Loading safetensors using Fastsafetensor loader",
+    ],
+)
+def test_every_loader_has_its_bar(bar: str) -> None:
+    reading = Reading().after(f"(Worker_TP0 pid=7) {bar}:  25% Completed | 1/4 [00:00<00:00,  4.02it/s]")
+    assert (reading.phase, reading.fraction) == ("loading weights", 0.25)
 
 
 def test_downloads_count_weight_files_together() -> None:
