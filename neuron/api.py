@@ -13,12 +13,14 @@ from aiohttp import web
 from neuron import failures
 from neuron.events import Event, Listener
 from neuron.keys import SERVICES, Services
+from neuron.log_reply import last_lines, stream_lines
 from neuron.metrics import CONTENT_TYPE
 from neuron.rooms import with_rooms
 from neuron.state import State
 from shared.errors import InvalidRequest
 from shared.http import read_model, reply
 from shared.protocol import Device, DeviceHealth, EndpointReply, LoadCommand, LoadReply, NeuronHealth, UnloadCommand
+from shared.serve import CLOSING
 from shared.tasks import timeout
 
 KEEP_ALIVE_SECS = 15.0
@@ -80,13 +82,14 @@ async def endpoint(request: web.Request) -> web.Response:
     return reply(EndpointReply(url=url, api_key=engine.api_key))
 
 
-async def logs(request: web.Request) -> web.Response:
+async def logs(request: web.Request) -> web.StreamResponse:
     worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: {text!r} is no number of lines from 0 to {MAX_TAIL}", param="tail")
-    lines = [] if worker.log is None else await asyncio.to_thread(worker.log.tail, int(text))
-    return web.json_response({"id": worker.model_id, "lines": lines})
+    if not _flag(request, "follow", default=False):
+        return await last_lines(worker.model_id, worker.output, int(text))
+    return await stream_lines(request, worker.output, int(text), request.app[CLOSING])
 
 
 async def metrics(request: web.Request) -> web.Response:

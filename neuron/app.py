@@ -18,6 +18,7 @@ from neuron.api import add_routes
 from neuron.config import NeuronConfig
 from neuron.discover import topology_source
 from neuron.events import EventHub
+from neuron.history import FILE_NAME, LoadHistory
 from neuron.keys import SERVICES, Services
 from neuron.launcher import Launcher
 from neuron.metrics import NeuronMetrics
@@ -68,7 +69,9 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         hub, metrics = EventHub(), NeuronMetrics()
         found = await asyncio.to_thread(state.found)
         numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
-        launcher = Launcher(config, source, state, http, PortPool(config.host), numbers=numbers)
+        history = LoadHistory(state.path / FILE_NAME)
+        await history.read()
+        launcher = Launcher(config, source, state, http, PortPool(config.host), history, numbers=numbers)
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)

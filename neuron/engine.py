@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from neuron import litter, session
-from neuron.engine_log import EngineLog
+from neuron.engine_output import EngineOutput
 from neuron.harness import Harness
 from neuron.listener import listens
 from neuron.litter import SharedFile
@@ -38,6 +38,7 @@ class Engine:
     api_key: str
     directory: EngineDir
     process: EngineProcess
+    output: EngineOutput
     started_at: float  # Unix time
     startup_timeout_secs: float
     stop_timeout_secs: float
@@ -53,10 +54,6 @@ class Engine:
     @property
     def devices(self) -> tuple[int, ...]:
         return self.placement.indices
-
-    @property
-    def log(self) -> EngineLog:
-        return EngineLog(self.directory.log)
 
     async def owns_port(self) -> bool:
         """True when one of its processes is seen to listen on its port."""

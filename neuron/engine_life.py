@@ -11,8 +11,10 @@ from typing import Protocol
 from neuron import failures
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
-from neuron.engine_log import LogFollower
+from neuron.engine_output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.launcher import Launcher
+from neuron.load_times import LoadKey
+from neuron.progress import LoadProgress
 from neuron.readiness import until_ready
 from neuron.run import Run
 from neuron.state import Condition, State
@@ -24,7 +26,6 @@ log = logging.getLogger(__name__)
 
 ADOPT_SECS = 5.0
 """How long an engine that had served has to answer a neuron that finds it."""
-_LOG_POLL_SECS = 0.2
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
@@ -56,6 +57,14 @@ class EngineLife:
         self._launcher = launcher
         self._model = model
         self._ill = ""  # what is wrong with an engine that still runs
+        self._says_it_serves = asyncio.Event()
+        self._progress = LoadProgress(
+            engine.harness.first_reading(),
+            started=time.monotonic() - (time.time() - engine.started_at),
+            expected=launcher.history.expected(LoadKey.of(engine.spec)),
+        )
+        # Ends by itself when the engine is gone and all it said is known.
+        self._following = asyncio.create_task(self._follow(), name=f"output of {engine.engine_id}")
 
     async def bring_up(self) -> bool:
         """True when it serves; False when it ended, or has to be ended, before."""
@@ -70,19 +79,16 @@ class EngineLife:
             health_path=engine.harness.health_path,
             api_key=engine.api_key,
             owns_port=engine.owns_port,
+            hint=self._says_it_serves,
         )
-        follower = asyncio.create_task(self._follow())
-        try:
-            ending = await first_of(
-                {
-                    Ending.STOPPED: run.stop_wanted.wait(),
-                    Ending.EXITED: engine.process.main_exited.wait(),
-                    Ending.READY: ready,
-                },
-                timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
-            )
-        finally:
-            await cancel_all([follower])
+        ending = await first_of(
+            {
+                Ending.STOPPED: run.stop_wanted.wait(),
+                Ending.EXITED: engine.process.main_exited.wait(),
+                Ending.READY: ready,
+            },
+            timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
+        )
         if ending is not Ending.READY:
             if served_before and ending is not Ending.STOPPED:
                 self.served_secs = 0.0
@@ -113,7 +119,8 @@ class EngineLife:
     async def explain(self) -> tuple[ServiceError, bool]:
         """The error for an engine that is gone; True when it ended because its port was taken."""
         engine = self.engine
-        lines = await asyncio.to_thread(engine.log.tail, 2000, max_bytes=_CAUSE_BYTES)
+        await asyncio.wait([self._following])
+        lines = await asyncio.to_thread(engine.output.file.tail, 2000, max_bytes=_CAUSE_BYTES)
         if self.ending is Ending.TIMED_OUT:
             if self.served_secs is not None:
                 return failures.LoadFailed(f"its engine did not answer neuron within {ADOPT_SECS:g} s"), False
@@ -145,6 +152,7 @@ class EngineLife:
         if not served_before:
             engine.ready_at = time.time()
             engine.load_secs = seconds = engine.ready_at - engine.started_at
+            await self._launcher.history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
         await self._launcher.note(engine)
         if self.run.stop_wanted.is_set():
             return
@@ -166,7 +174,6 @@ class EngineLife:
                 return Ending.STOPPED
             if ending is not Ending.TIMED_OUT:
                 return ending
-            await asyncio.to_thread(engine.log.trim)
             await engine.note_shared_files()
 
     async def _drain(self) -> None:
@@ -183,14 +190,20 @@ class EngineLife:
 
     async def _follow(self) -> None:
         """Turns the engine's output into progress while it loads."""
-        follower = LogFollower(self.engine.log)
-        while True:
-            seen: Progress | None = None
-            for line in await asyncio.to_thread(follower.new_lines):
-                seen = self.engine.harness.progress_of(line) or seen
-            if seen is not None and seen != self._model.condition.progress and not self.run.stop_wanted.is_set():
-                self._model.show(seen)
-            await asyncio.sleep(_LOG_POLL_SECS)
+        await self.engine.output.follow(self._on_lines, self._pause)
+
+    def _pause(self) -> float:
+        return LOADING_PAUSE_SECS if self.engine.ready_at is None else LOADED_PAUSE_SECS
+
+    def _on_lines(self, lines: list[str]) -> None:
+        if self.engine.ready_at is not None or self.run.stop_wanted.is_set():
+            return
+        now = time.monotonic()
+        news = self._progress.feed(lines, now)
+        if self._progress.serving:
+            self._says_it_serves.set()
+        if news:
+            self._model.show(self._progress.view(now))
 
 
 async def _until_done(task: asyncio.Task[str]) -> None:

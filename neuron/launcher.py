@@ -20,9 +20,11 @@ from neuron.activity import activity_of
 from neuron.config import NeuronConfig
 from neuron.devices import check_devices
 from neuron.engine import Engine, measure, until_released
+from neuron.engine_output import EngineOutput
 from neuron.failures import LoadFailed
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
+from neuron.history import LoadHistory
 from neuron.ledger import Ledger
 from neuron.ports import PortPool
 from neuron.process import EngineProcess
@@ -51,6 +53,7 @@ class Launcher:
     state: StateDir
     http: aiohttp.ClientSession
     ports: PortPool
+    history: LoadHistory
     ledger: Ledger = field(default_factory=Ledger)
     turns: StartTurns = field(default_factory=StartTurns)
     running: set[EngineProcess] = field(default_factory=set)
@@ -254,6 +257,7 @@ class Launcher:
             api_key=record.api_key,
             directory=directory,
             process=process,
+            output=EngineOutput(directory.log),
             started_at=record.started_at,
             startup_timeout_secs=settings.startup_timeout_secs,
             stop_timeout_secs=settings.stop_timeout_secs,
@@ -298,6 +302,7 @@ class Launcher:
                 await process.stop(engine.stop_timeout_secs)
         finally:
             self.running.discard(process)
+        await engine.output.close()
         await asyncio.to_thread(litter.remove, engine.shared_files)
         engine.vram_released = await until_released(self.source, process.pids_seen)
         if not engine.vram_released:
@@ -307,6 +312,7 @@ class Launcher:
         self.state.keep = True
         await self.note(engine)
         await engine.process.leave()
+        await engine.output.close()
         self.running.discard(engine.process)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 

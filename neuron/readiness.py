@@ -7,8 +7,11 @@ from collections.abc import Awaitable, Callable
 
 import aiohttp
 
+from shared.tasks import timeout
+
 FIRST_PAUSE_SECS = 0.1
 LONGEST_PAUSE_SECS = 0.5
+HINTED_PAUSE_SECS = 0.02
 _ASK = aiohttp.ClientTimeout(total=5)
 
 
@@ -19,19 +22,39 @@ async def until_ready(
     health_path: str,
     api_key: str,
     owns_port: Callable[[], Awaitable[bool]],
+    hint: asyncio.Event | None = None,
 ) -> None:
     """Returns once the engine at `url` is healthy and is ours: one of its processes listens on the port, or, where
     that cannot be seen (an engine in a container), it has shown that it was given `api_key`.
 
+    Asks again after pauses that grow. `hint`, set by whoever reads the engine's output when that says it is up, ends
+    the present one and has them grow from a short one again: vLLM says so a few milliseconds before it listens. What
+    counts is the answer alone.
+
     Has no deadline of its own: the caller watches the clock and the process.
     """
-    pause = FIRST_PAUSE_SECS
+    pause, awaited = FIRST_PAUSE_SECS, hint
     while not (
         await _status(session, url + health_path) == 200
         and (await owns_port() or await knows_key(session, url, api_key))
     ):
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.2, LONGEST_PAUSE_SECS)
+        if await _hinted(awaited, pause):
+            pause, awaited = HINTED_PAUSE_SECS, None
+        else:
+            pause = min(pause * 1.2, LONGEST_PAUSE_SECS)
+
+
+async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
+    """Pauses for `secs`, or until the hint comes: then True."""
+    if hint is None:
+        await asyncio.sleep(secs)
+        return False
+    try:
+        async with timeout(secs):
+            await hint.wait()
+    except asyncio.TimeoutError:
+        return False
+    return True
 
 
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:

@@ -19,7 +19,7 @@ from neuron import failures
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
 from neuron.engine_life import EngineLife
-from neuron.engine_log import EngineLog
+from neuron.engine_output import EngineOutput
 from neuron.launcher import Launcher
 from neuron.restarts import Restarts
 from neuron.run import Placement, Run
@@ -63,6 +63,8 @@ class Worker:
         self.transitions: deque[Transition] = deque(maxlen=TRANSITIONS_KEPT)
         self.engine: Engine | None = None
         """The engine while there is one, also while it stops."""
+        self.output: EngineOutput | None = None
+        """What the present engine says, or what the last one said before it failed or was stopped."""
         self.spec: EngineSpec | None = None
         """What it was last asked to be."""
         self.restarts = Restarts(launcher.config.recovery)
@@ -75,11 +77,6 @@ class Worker:
         self._next: Run | None = None  # begins when `_run`, which is stopping, is gone
         self._task: asyncio.Task[None] | None = None
         self._last_dir: EngineDir | None = None
-
-    @property
-    def log(self) -> EngineLog | None:
-        """The output of the present engine, or of the last one that failed or was stopped."""
-        return None if self._last_dir is None else EngineLog(self._last_dir.log)
 
     @property
     def run(self) -> Run | None:
@@ -279,7 +276,7 @@ class Worker:
     async def _new_engine(self, run: Run, *, again: bool) -> Ended:
         """One engine from its start to its end. `again`: not the run's first."""
         if self._last_dir is not None:
-            directory, self._last_dir = self._last_dir, None
+            directory, self._last_dir, self.output = self._last_dir, None, None
             await asyncio.to_thread(directory.remove)
         async with contextlib.AsyncExitStack() as turn:
             try:
@@ -317,7 +314,7 @@ class Worker:
         await self._launcher.until_memory_is_back(run.placement.number)
 
     async def _through(self, life: EngineLife, turn: contextlib.AsyncExitStack) -> None:
-        self.engine, self._last_dir = life.engine, life.engine.directory
+        self.engine, self.output, self._last_dir = life.engine, life.engine.output, life.engine.directory
         if self.condition.state is State.STARTING:
             self.become(State.LOADING, "its engine is started", progress=Progress(phase="starting"))
         else:

@@ -217,9 +217,6 @@ def view_of(worker: Worker) -> NeuronModelView:
     """A worker as `/models` and the events show it. `vram_used_mb` is as last measured."""
     condition, engine, run = worker.condition, worker.engine, worker.run
     spec = worker.spec
-    progress = condition.progress
-    if progress is not None:
-        progress = progress.model_copy(update={"elapsed_secs": round(time.time() - condition.since, 3)})
     placement = None if run is None else run.placement
     return NeuronModelView(
         id=worker.model_id,
@@ -227,7 +224,7 @@ def view_of(worker: Worker) -> NeuronModelView:
         status=condition.state.status.value,
         devices=[] if placement is None else list(placement.indices),
         vram_used_mb=0 if engine is None else engine.vram_used_mb,
-        progress=progress,
+        progress=condition.progress,
         error=condition.error,
         since=condition.since,
         tensor_parallel=None if spec is None else spec.tensor_parallel,

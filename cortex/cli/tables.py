@@ -70,6 +70,16 @@ def _device(device: dict[str, Any]) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
+    status = model["status"]
     progress = model.get("progress") or {}
-    phase = f" {progress['phase']}" if progress.get("phase") and model["status"] != "loaded" else ""
-    return f"{model['id']} ({model['status']}{phase})"
+    if status == "loaded" or not progress.get("phase"):
+        return f"{model['id']} ({status})"
+    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)})"
+
+
+def _progress(progress: dict[str, Any]) -> str:
+    """`loading weights 40 %, about 35 s`: the phase, and as much of the rest as is known."""
+    text = str(progress["phase"])
+    if progress.get("fraction") is not None:
+        text += f" {progress['fraction'] * 100:.0f} %"
+    return text + (f", about {progress['remaining_secs']:.0f} s" if progress.get("remaining_secs") is not None else "")

@@ -10,7 +10,7 @@ from typing import Protocol
 from neuron.config import HarnessName, HarnessSettings
 from neuron.need import Need
 from neuron.spec import EngineSpec
-from shared.protocol import Device, Progress
+from shared.protocol import Device
 
 ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 """In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
@@ -53,6 +53,39 @@ class EngineCommand:
     env: Mapping[str, str]
 
 
+class LoadReading(Protocol):
+    """What an engine's output has said of its start so far. Immutable: `after` gives the next."""
+
+    @property
+    def phase(self) -> str:
+        """One of `neuron.phases`, never an earlier one than before."""
+        ...
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the phase, 0 to 1, never less than before; None when the engine does not say."""
+        ...
+
+    @property
+    def message(self) -> str | None:
+        """The engine's own words."""
+        ...
+
+    @property
+    def serving(self) -> bool:
+        """The engine says that it answers now, or in a moment: worth asking at once."""
+        ...
+
+    @property
+    def downloaded_secs(self) -> float | None:
+        """What fetching its files took, where the engine says so afterwards."""
+        ...
+
+    def after(self, line: str) -> LoadReading:
+        """With the next line of output."""
+        ...
+
+
 class Harness(Protocol):
     """Pure: no method reads or changes anything but its arguments."""
 
@@ -75,8 +108,8 @@ class Harness(Protocol):
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
 
-    def progress_of(self, line: str) -> Progress | None:
-        """What a line of output says about the load, None when nothing."""
+    def first_reading(self) -> LoadReading:
+        """What is known of a load before the engine's first line."""
         ...
 
     def root_cause(self, lines: Sequence[str]) -> str | None:

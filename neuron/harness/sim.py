@@ -10,8 +10,8 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessName
-from neuron.harness import vllm_log
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness import vllm_log, vllm_phases
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm import serve_arguments
 from neuron.need import Need
@@ -19,7 +19,6 @@ from neuron.owned_flags import gives, value_of
 from neuron.sim.arguments import DEFAULT_DEVICE_VRAM_MB
 from neuron.sim.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec
-from shared.protocol import Progress
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
 _PACKAGE_ROOT = str(Path(neuron.__file__).parent.parent)
@@ -57,8 +56,8 @@ class SimHarness:
         }
         return EngineCommand((*argv, *given), engine_environment(plan, facts.environ, own))
 
-    def progress_of(self, line: str) -> Progress | None:
-        return vllm_log.progress_of(line)
+    def first_reading(self) -> LoadReading:
+        return vllm_phases.Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)

@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 
 from neuron.config import HarnessName
-from neuron.harness import vllm_log
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness import vllm_log, vllm_phases
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
 from neuron.need import Need
 from neuron.owned_flags import gives, value_of
 from neuron.spec import EngineSpec
-from shared.protocol import Progress
 
 DEFAULT_COMMAND = ("vllm",)
 DEFAULT_UTILIZATION = 0.92
@@ -53,8 +52,8 @@ class VllmHarness:
         argv += [*plan.spec.args, *plan.settings.extra_args]
         return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own))
 
-    def progress_of(self, line: str) -> Progress | None:
-        return vllm_log.progress_of(line)
+    def first_reading(self) -> LoadReading:
+        return vllm_phases.Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)

@@ -1,28 +1,10 @@
-"""What vLLM's output says: how far a load is, and why an engine ended. Seen with vLLM 0.32."""
+"""Why a vLLM ended, from what it printed; how far a load is stands in `vllm_phases`. Seen with vLLM 0.32."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from shared.protocol import Progress
-
-# (pattern, phase), in the order of a start. Group 1, where there is one, is a percentage of the phase.
-_PHASES = tuple(
-    (re.compile(pattern), phase)
-    for pattern, phase in (
-        (r"Resolved architecture:", "configuring"),
-        (r"Initializing a V1 LLM engine", "starting engine"),
-        (r"Starting to load model", "loading weights"),
-        (r"[Ll]oading (?:\S+ checkpoint )?shards:\s*(\d+)%", "loading weights"),
-        (r"Loading weights took", "weights loaded"),
-        (r"torch\.compile|Dynamo bytecode transform", "compiling"),
-        (r"KV cache size:", "allocating KV cache"),
-        (r"Capturing CUDA graphs.*?:\s*(\d+)%", "capturing CUDA graphs"),
-        (r"init engine \(.*\) took", "engine ready"),
-        (r"Starting vLLM (?:API )?server", "starting server"),
-    )
-)
 # `(EngineCore pid=9) ERROR 11-23 11:11:55 [core.py:12] text`; a worker of a parallel engine is `(Worker_TP0 pid=9)`.
 _RECORD = re.compile(
     r"\((?P<process>[\w-]+)(?: [^)]*)?\)\s(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\])?\s?"
@@ -36,16 +18,6 @@ _EMPTY_WORDS = ("See root cause above", "Engine core initialization failed", "En
 _MAX_CAUSE = 1000  # characters
 
 
-def progress_of(line: str) -> Progress | None:
-    """The phase a line announces, with the fraction of it that is done where the line has a percentage."""
-    for pattern, phase in _PHASES:
-        found = pattern.search(line)
-        if found is not None:
-            fraction = int(found[1]) / 100 if pattern.groups else None
-            return Progress(phase=phase, fraction=fraction, message=_strip(line)[1].strip()[:200])
-    return None
-
-
 def root_cause(lines: Sequence[str]) -> str | None:
     """The error behind the end of an engine, None when the lines name none.
 
@@ -53,7 +25,7 @@ def root_cause(lines: Sequence[str]) -> str | None:
     worker or the engine core logged is the cause. Without one it is the last error of the server itself, and else
     what the argument parser complained of.
     """
-    parsed = [(*_strip(line), line) for line in lines]
+    parsed = [(*split_record(line), line) for line in lines]
     for index, (head, text, _) in enumerate(parsed):
         if head is not None and head["level"] == "ERROR" and head["process"].startswith(_ENGINE_PROCESSES):
             found = _exception(text, [after for _, after, _ in parsed[index + 1 : index + 4]])
@@ -72,7 +44,8 @@ def root_cause(lines: Sequence[str]) -> str | None:
     return pointer
 
 
-def _strip(line: str) -> tuple[re.Match[str] | None, str]:
+def split_record(line: str) -> tuple[re.Match[str] | None, str]:
+    """The prefix of a record of vLLM's logger, None where there is none, and the text behind it."""
     head = _RECORD.match(line)
     return head, line[head.end() :] if head is not None else line
 

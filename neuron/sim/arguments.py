@@ -43,7 +43,8 @@ class EngineSettings:
     max_model_len: int  # tokens, prompt and answer together
     max_num_seqs: int  # sequences generated at once; further ones wait
     track_load: bool
-    load_secs: float  # from the start to the first /health that answers
+    load_secs: float  # from the start, or the end of the download, to the first /health that answers
+    download_secs: float  # of a pretended download before the load; 0: none
     ttft_secs: float  # from a request's turn to its first token
     tokens_per_sec: float  # of each sequence; inf: as fast as it goes
     vram_mb: int  # all devices together
@@ -110,6 +111,7 @@ def _add_vllm_flags(serve: argparse.ArgumentParser) -> None:
 def _add_simulation_flags(serve: argparse.ArgumentParser) -> None:
     group = serve.add_argument_group("simulation")
     group.add_argument("--load-secs", type=not_negative, default=1.0, help="from start to ready (default 1.0)")
+    group.add_argument("--download-secs", type=not_negative, default=0.0, help="of a download before that (default 0)")
     group.add_argument("--ttft-ms", type=not_negative, default=20.0, help="time to first token (default 20)")
     group.add_argument("--tokens-per-sec", type=positive, default=200.0, help="of each sequence; inf is allowed")
     group.add_argument(
@@ -156,6 +158,7 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         max_num_seqs=given.max_num_seqs,
         track_load=given.enable_server_load_tracking,
         load_secs=given.load_secs,
+        download_secs=given.download_secs,
         ttft_secs=given.ttft_ms / 1000,
         tokens_per_sec=given.tokens_per_sec,
         vram_mb=given.vram_mb or DEFAULT_DEVICE_VRAM_MB * given.tensor_parallel_size,

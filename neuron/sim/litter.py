@@ -16,8 +16,8 @@ _SEGMENT_BYTES = 4096
 class Litter:
     """Files as vLLM and Python's multiprocessing name them; what is shared begins with `owner`.
 
-    Made before the core is forked, which then has what is shared mapped as well: as long as one of the two lives, it can
-    be seen whose it is.
+    Made before the core is forked, which then has what is shared mapped as well: as long as one of the two lives, it
+    can be seen whose it is.
     """
 
     def __init__(self, tmp_dir: str, owner: str, shared: Path = SHARED_MEMORY) -> None:

@@ -14,6 +14,7 @@ from neuron.sim.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
 Announcement = Callable[[EngineSettings, int], None]  # the engine's settings and the pid of its core
+_FILE_GB = 4.98
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,18 @@ class Stage:
 
 
 def _log(source: str, text: str) -> Announcement:
-    """Announces `text`, with `{model}` and `{secs}` (the load time) filled in."""
+    """Announces `text`, with `{model}`, `{gib}` and seconds filled in."""
     from_server = source.startswith(("model.py", "api_server.py"))
     return lambda settings, core: console.log(
         "APIServer" if from_server else "EngineCore",
         source,
-        text.format(model=settings.model, secs=settings.load_secs, weights=settings.load_secs * 0.5),
+        text.format(
+            model=settings.model,
+            secs=settings.load_secs,
+            weights=settings.load_secs * 0.5,
+            compiling=settings.load_secs * 0.02,
+            gib=settings.vram_mb * 0.6 / 1024,
+        ),
         pid=None if from_server else core,
     )
 
@@ -45,15 +52,31 @@ def _shard(done: int) -> Stage:
     return Stage(0.15 + 0.5 * done / _SHARDS, 0.6 * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
 
 
+_BEFORE_WEIGHTS = Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}..."))
 STAGES = (
     Stage(0.00, 0.00, _log("model.py:617", "Resolved architecture: Qwen3ForCausalLM")),
     Stage(0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'")),
-    Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}...")),
+    _BEFORE_WEIGHTS,
     *(_shard(done) for done in range(1, _SHARDS + 1)),
     Stage(0.66, 0.60, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
+    Stage(
+        0.67,
+        0.60,
+        _log("gpu_model_runner.py:4964", "Model loading took {gib:.2f} GiB memory and {weights:.6f} seconds"),
+    ),
+    Stage(0.69, 0.60, _log("backends.py:1128", "Dynamo bytecode transform time: {compiling:.2f} s")),
+    Stage(
+        0.71,
+        0.60,
+        _log("backends.py:391", "Compiling a graph for compile range (1, 8192) takes {compiling:.2f} s"),
+    ),
+    Stage(0.71, 0.60, _log("monitor.py:53", "torch.compile took {compiling:.2f} s in total")),
     Stage(0.72, 1.00, _log("kv_cache_utils.py:1711", "GPU KV cache size: 262,144 tokens")),
     Stage(0.80, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  50%|#####     | 34/67")),
     Stage(0.90, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##########| 67/67")),
+    Stage(
+        0.92, 1.00, _log("gpu_model_runner.py:6046", "Graph capturing finished in {compiling:.0f} secs, took 0.27 GiB")
+    ),
     Stage(
         0.96,
         1.00,
@@ -63,9 +86,8 @@ STAGES = (
 
 
 async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> None:
-    """Takes `load_secs` from now; `core` is the pid of the engine core, which tells of most of it.
-
-    With the fault never-ready it stops short of the end and does not return.
+    """Takes `load_secs` from now, and `download_secs` more for a download. `core` is the pid of the engine core, which
+    tells of most of it. With the fault never-ready it stops short of the end and does not return.
 
     Raises:
         OutOfMemory: a device is full, or the fault oom-at-load says so half way.
@@ -78,9 +100,26 @@ async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> Non
             raise pretended_out_of_memory(settings, memory)
         memory.change_to(round(settings.vram_mb * stage.memory))
         stage.announce(settings, core)
+        if stage is _BEFORE_WEIGHTS and settings.download_secs > 0:
+            began = clock.time()
+            await _download(settings)
+            started += clock.time() - began
         if Fault.NEVER_READY in settings.faults and stage.at >= 0.8:
             await clock.create_future()
     await asyncio.sleep(started + settings.load_secs - clock.time())
+
+
+async def _download(settings: EngineSettings) -> None:
+    """The bars of the hub's client, file after file, and what vLLM says afterwards."""
+    for number in range(1, _SHARDS + 1):
+        for percent in (0, 25, 50, 75, 100):
+            done = f"{_FILE_GB * percent / 100:.2f}G/{_FILE_GB:.2f}G"
+            name = f"model-{number:05}-of-{_SHARDS:05}.safetensors"
+            bar = "█" * (percent // 10)
+            console.raw("EngineCore", f"{name}: {percent:3d}%|{bar:<10}| {done} [00:00<00:00, 171MB/s]")
+            await asyncio.sleep(settings.download_secs / _SHARDS / 5)
+    text = f"Time spent downloading weights for {settings.model}: {settings.download_secs:.6f} seconds"
+    console.log("EngineCore", "weight_utils.py:581", text)
 
 
 def pretended_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> OutOfMemory:

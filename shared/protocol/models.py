@@ -35,12 +35,19 @@ class ModelStatus(str, Enum):
 
 
 class Progress(WireModel):
-    """How far a load is. `fraction` is of the current phase, 0 to 1, None when the engine does not say."""
+    """How far a load is. `fraction` is of the current phase, 0 to 1, None when the engine does not say.
+
+    `overall` is of the whole load, 0 to 1, never falling, None when there is nothing to tell it from.
+    `remaining_secs` is an estimate from earlier loads on that host, more than 0, None without one.
+    """
 
     phase: str = ""
     fraction: float | None = None
     message: str | None = None
     elapsed_secs: float | None = None
+    phase_elapsed_secs: float | None = None
+    overall: float | None = None
+    remaining_secs: float | None = None
 
 
 class Transition(WireModel):

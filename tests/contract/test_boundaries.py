@@ -23,9 +23,22 @@ PURE = (
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
     *(
         f"neuron/{name}.py"
-        for name in ("devices", "gpu_presets", "hang", "links", "need", "owned_flags", "paths", "rooms", "spec")
+        for name in (
+            "devices",
+            "gpu_presets",
+            "hang",
+            "links",
+            "need",
+            "owned_flags",
+            "paths",
+            "restarts",
+            "rooms",
+            "spec",
+            "state",
+        )
     ),
-    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
+    *(f"neuron/{name}.py" for name in ("phases", "load_times", "progress", "remaining", "line_ring")),
+    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log", "vllm_phases")),
 )
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60

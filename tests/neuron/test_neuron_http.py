@@ -83,6 +83,20 @@ async def test_logs(neuron: Neuron) -> None:
     assert (await neuron.call("GET", "/models/nope/logs")).error["code"] == "model_not_found"
 
 
+async def test_logs_are_followed_until_the_engine_is_gone(neuron: Neuron) -> None:
+    """Server-sent events, a line each; of an engine that is gone the last lines, and the end."""
+    await neuron.load("org/model")
+    path = f"{neuron.base}/models/org%2Fmodel/logs?tail=1&follow=true"
+    async with neuron.session.get(path) as response:
+        assert response.content_type == "text/event-stream"
+        assert (await response.content.readline()).startswith(b"data: (APIServer pid=")
+    await neuron.unload("org/model")
+    async with neuron.session.get(path) as response:
+        assert (await asyncio.wait_for(response.read(), 5)).startswith(b"data: ")
+    answer = await neuron.call("GET", "/models/org%2Fmodel/logs?follow=perhaps")
+    assert (answer.status, answer.error["param"]) == (400, "follow")
+
+
 async def test_key_is_not_in_the_log_nor_in_the_arguments(neuron: Neuron) -> None:
     """The engine's key is told to callers of /endpoint only."""
     await neuron.load("org/model")

@@ -8,7 +8,7 @@ import pytest
 
 from neuron.failures import exit_reason
 from neuron.harness import HARNESSES
-from neuron.harness.vllm_log import progress_of, root_cause
+from neuron.harness.vllm_log import root_cause
 
 LOGS = Path(__file__).parent / "vllm_logs"
 
@@ -80,26 +80,3 @@ def test_cause_of(lines: list[str], cause: str | None) -> None:
 def test_reason_of_an_exit(code: int, lines: list[str], reason: str) -> None:
     """A signal is named first: the log cannot know of it."""
     assert exit_reason(HARNESSES["vllm"], code, lines) == reason
-
-
-@pytest.mark.parametrize(
-    ("line", "phase", "fraction"),
-    [
-        ("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] Resolved architecture: Qwen3ForCausalLM", "configuring", None),
-        ("Loading safetensors checkpoint shards:  25% Completed | 1/4 [00:00<00:00]", "loading weights", 0.25),
-        ("Multi-thread loading shards:  50% Completed | 1/2 [00:00<00:00]", "loading weights", 0.5),
-        ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##| 67/67", "capturing CUDA graphs", 1.0),
-        ("(EngineCore pid=1) INFO 11-23 11:11:55 [k.py:1] GPU KV cache size: 1,0 tokens", "allocating KV cache", None),
-    ],
-)
-def test_progress(line: str, phase: str, fraction: float | None) -> None:
-    """Phases in vLLM's words, a fraction where it gives one, the message without its prefix."""
-    found = progress_of(line)
-    assert found is not None
-    assert (found.phase, found.fraction) == (phase, fraction)
-    assert not (found.message or "").startswith("(")
-
-
-def test_no_progress() -> None:
-    """Most lines say nothing of it."""
-    assert progress_of("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] hello") is None

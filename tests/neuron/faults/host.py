@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from neuron.harness.base import ENGINE_ID_VARIABLE
+from neuron import session
 from neuron.sim import vram
 from neuron.sim.core import TITLE
 from neuron.sim.litter import SHARED_MEMORY
@@ -86,6 +86,7 @@ class EngineProcess:
     pid: int
     session: int
     is_core: bool
+    engine_id: str
 
 
 def engine_processes(mark: str) -> list[EngineProcess]:
@@ -93,10 +94,10 @@ def engine_processes(mark: str) -> list[EngineProcess]:
     found = []
     for pid in marked_processes(mark):
         with contextlib.suppress(OSError):
-            environ = Path(f"/proc/{pid}/environ").read_bytes()
-            if f"{ENGINE_ID_VARIABLE}=".encode() in environ:
-                title = Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0")
-                found.append(EngineProcess(pid, os.getsid(pid), title == TITLE.encode()))
+            engine_id = session.engine_id_of(pid)
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0")
+            if engine_id is not None:
+                found.append(EngineProcess(pid, os.getsid(pid), title == TITLE.encode(), engine_id))
     return found
 
 
