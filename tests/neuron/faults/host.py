@@ -22,8 +22,6 @@ import aiohttp
 from neuron import session
 from neuron.sim import vram
 from neuron.sim.core import TITLE
-from neuron.sim.litter import SHARED_MEMORY
-from neuron.state_dir import StateDir
 from shared.serve import ListenError, bind
 from tests.neuron.neurons import REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port
@@ -63,7 +61,7 @@ log_level = "info"
 [[harnesses]]
 name = "sim"
 [harness.sim]
-extra_args = ["--load-secs", "0.1", "--ttft-ms", "0", "--tokens-per-sec", "inf", "--fault", "litter"]
+extra_args = ["--load-secs", "0.1", "--ttft-ms", "0", "--tokens-per-sec", "inf"]
 port_range = [26000, 26999]
 stop_timeout_secs = 1
 startup_timeout_secs = 5
@@ -86,7 +84,6 @@ class EngineProcess:
     pid: int
     session: int
     is_core: bool
-    engine_id: str
 
 
 def engine_processes(mark: str) -> list[EngineProcess]:
@@ -94,10 +91,9 @@ def engine_processes(mark: str) -> list[EngineProcess]:
     found = []
     for pid in marked_processes(mark):
         with contextlib.suppress(OSError):
-            engine_id = session.engine_id_of(pid)
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0")
-            if engine_id is not None:
-                found.append(EngineProcess(pid, os.getsid(pid), title == TITLE.encode(), engine_id))
+            if session.engine_id_of(pid) is not None:
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0")
+                found.append(EngineProcess(pid, os.getsid(pid), title == TITLE.encode()))
     return found
 
 
@@ -160,16 +156,6 @@ class FaultyHost:
     def uuids(self) -> list[str]:
         """Of the devices, by index."""
         return self._uuids
-
-    def litter(self) -> list[str]:
-        """What is left in shared memory of engines of this neuron: `name of engine`."""
-        prefix, found = StateDir(self.vram_dir.parent).engine_id_prefix, []
-        for path in SHARED_MEMORY.iterdir():
-            with contextlib.suppress(OSError):
-                owner = path.read_bytes()[:200].partition(b"\0")[0].decode(errors="replace")
-                if owner.startswith(prefix):
-                    found.append(f"{path.name} of {owner}")
-        return sorted(found)
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])

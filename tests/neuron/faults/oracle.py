@@ -49,9 +49,7 @@ async def look(host: FaultyHost) -> list[str]:
     after = await host.models()
     if _outline(before) != _outline(after):
         return [f"still moving: {_outline(before)} -> {_outline(after)}"]
-    alive = {process.engine_id for process in processes}
-    litter = [name for name in await asyncio.to_thread(host.litter) if name.rpartition(" ")[2] not in alive]
-    found = [*litter, *differences(Sight(after, health["devices"], processes, held, host.foreign_mb))]
+    found = differences(Sight(after, health["devices"], processes, held, host.foreign_mb))
     return found + [f"{model_id} is loaded and does not answer" for model_id in silent]
 
 
