@@ -31,6 +31,8 @@ START_SECS = 20.0
 CALL_SECS = 12.0
 _HELD_PORTS = 3
 _STEAL_SECS = 0.5
+_LOAD_SECS = 0.6  # about as long as a load takes
+_BEGIN_SECS = 0.8  # about as long as neuron takes to begin
 ADOPT_SECS = 5.0
 _ANSWER = aiohttp.ClientTimeout(total=0.5)
 
@@ -164,6 +166,22 @@ class FaultyHost:
 
     async def start(self) -> None:
         """Returns when neuron answers."""
+        await self._launch()
+        deadline = time.monotonic() + START_SECS
+        while True:
+            assert self._process.returncode is None, f"neuron ended: {self._process.returncode}\n{self.log_tail()}"
+            with contextlib.suppress(aiohttp.ClientError):
+                self._uuids = [device["uuid"] for device in (await self.get("/discovery"))["devices"]]
+                return
+            assert time.monotonic() < deadline, f"neuron does not answer\n{self.log_tail()}"
+            await asyncio.sleep(0.02)
+
+    @property
+    def _process(self) -> asyncio.subprocess.Process:
+        assert self._neuron is not None
+        return self._neuron
+
+    async def _launch(self) -> None:
         self.disk_full = False
         self._records_kept = True
         with self._log.open("ab") as sink:
@@ -174,27 +192,23 @@ class FaultyHost:
                 stdout=sink,
                 stderr=asyncio.subprocess.STDOUT,
             )
-        deadline = time.monotonic() + START_SECS
-        while True:
-            assert self._neuron.returncode is None, f"neuron ended with {self._neuron.returncode}\n{self.log_tail()}"
-            with contextlib.suppress(aiohttp.ClientError):
-                self._uuids = [device["uuid"] for device in (await self.get("/discovery"))["devices"]]
-                return
-            assert time.monotonic() < deadline, f"neuron does not answer\n{self.log_tail()}"
-            await asyncio.sleep(0.02)
 
     async def stop(self) -> int:
         """SIGTERM; its exit status."""
-        assert self._neuron is not None
         with contextlib.suppress(ProcessLookupError):
-            self._neuron.terminate()
-        return await asyncio.wait_for(self._neuron.wait(), START_SECS)
+            self._process.terminate()
+        return await asyncio.wait_for(self._process.wait(), START_SECS)
+
+    async def kill(self) -> None:
+        """SIGKILL, and nothing else: its engines live on."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
     async def close(self) -> None:
         """Ends whatever is left, tells nobody."""
-        if self._neuron is not None and self._neuron.returncode is None:
-            self._neuron.kill()
-            await self._neuron.wait()
+        if self._neuron is not None:
+            await self.kill()
         while left := engine_processes(self.mark):
             for process in left:
                 _kill(process.pid)
@@ -206,13 +220,45 @@ class FaultyHost:
 
     async def kill_neuron(self, _pick: float) -> str:
         """Its engines live on; the next neuron finds those that are well, and has them loaded without a new start."""
-        assert self._neuron is not None
         kept = await self._well_engines() if self._records_kept and not self._calls else {}
-        self._neuron.kill()
-        await self._neuron.wait()
+        await self.kill()
         await self.start()
         await self._until_adopted(kept)
         return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
+
+    async def kill_neuron_as_it_loads(self, pick: float) -> str:
+        """At some moment between the command and the engine's readiness."""
+        model = _chosen(MODELS, (pick * 7) % 1)
+        self._in_passing(self._load(model))
+        await asyncio.sleep(pick * _LOAD_SECS)
+        await self.kill()
+        await self.start()
+        return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model.id}, and a new one"
+
+    async def kill_neuron_as_it_starts(self, pick: float) -> str:
+        """Twice: the second one at some moment of its start, when it looks for engines."""
+        await self.kill()
+        await self._launch()
+        await asyncio.sleep(pick * _BEGIN_SECS)
+        await self.kill()
+        await self.start()
+        return f"kill -9 of neuron, of a new one after {pick * _BEGIN_SECS:.3f} s, and a third"
+
+    async def kill_neuron_and_engine(self, pick: float) -> str:
+        """Nobody sees the engine's end; its core is left."""
+        await self.kill()
+        name, pid = self._engine(pick, await asyncio.to_thread(engine_processes, self.mark))
+        _kill(pid)
+        await self.start()
+        return f"kill -9 of neuron and {name}, and a new neuron"
+
+    async def restart_neuron(self, _pick: float) -> str:
+        """In order: it ends its engines."""
+        status = await self.stop()
+        left = await asyncio.to_thread(engine_processes, self.mark)
+        assert (status, left) == (0, []), f"status {status}, left {left}\n{self.log_tail()}"
+        await self.start()
+        return "SIGTERM to neuron, and a new one"
 
     async def _well_engines(self) -> dict[str, int]:
         """The processes of the loaded models that answer, by model."""
@@ -233,20 +279,21 @@ class FaultyHost:
 
     async def kill_engine_behind_neurons_back(self, pick: float) -> str:
         """While neuron is stopped."""
-        assert self._neuron is not None
-        self._neuron.send_signal(signal.SIGSTOP)
+        self._process.send_signal(signal.SIGSTOP)
         try:
             name, pid = self._engine(pick, await asyncio.to_thread(engine_processes, self.mark))
             _kill(pid)
         finally:
-            self._neuron.send_signal(signal.SIGCONT)
+            self._process.send_signal(signal.SIGCONT)
         return f"kill -9 of {name} while neuron is stopped"
 
     # Models.
 
     async def load(self, pick: float) -> str:
-        model = _chosen(MODELS, pick)
-        body = {"model_id": model.id, "harness": "sim", "vram_mb": model.vram_mb}
+        return await self._load(_chosen(MODELS, pick))
+
+    async def _load(self, model: FaultModel) -> str:
+        body: dict[str, object] = {"model_id": model.id, "harness": "sim", "vram_mb": model.vram_mb}
         if model.tensor_parallel > 1:
             body["tensor_parallel"] = model.tensor_parallel
         return f"load {model.id}: {await self._call('/models/load', body)}"
@@ -331,11 +378,10 @@ class FaultyHost:
 
     async def fill_disk(self, _pick: float) -> str:
         """Neuron and its new engines write to no file, until this is called again or neuron is another process."""
-        assert self._neuron is not None
         self.disk_full = not self.disk_full
         self._records_kept = False
-        _, hard = resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(self._neuron.pid, resource.RLIMIT_FSIZE, (0 if self.disk_full else hard, hard))
+        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (0 if self.disk_full else hard, hard))
         return "disk full" if self.disk_full else "room on the disk again"
 
     async def heal(self, _pick: float) -> str:
