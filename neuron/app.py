@@ -13,7 +13,6 @@ import aiohttp
 from aiohttp import web
 
 from neuron.activation import DefaultModels
-from neuron.activity import ActivityMonitor
 from neuron.api import add_routes
 from neuron.config import NeuronConfig
 from neuron.discover import topology_source
@@ -75,7 +74,6 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)
-        activity = ActivityMonitor(http, workers.engine_urls)
         default_models = DefaultModels(workers, config.default_commands)
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)
@@ -88,7 +86,6 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             ledger=launcher.ledger,
             workers=workers,
             hub=hub,
-            activity=activity,
             default_models=default_models,
             metrics=metrics,
         )

@@ -68,6 +68,22 @@ class SimulateSettings(SettingsModel):
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
 
 
+class HealthSettings(SettingsModel):
+    """`[health]`: how loaded engines are watched. All in seconds."""
+
+    interval_secs: float = Field(default=0.5, gt=0)
+    unresponsive_secs: float = Field(default=30, gt=0)  # a busy API server may take seconds to answer
+    hang_grace_secs: float = Field(default=120, gt=0)
+    prefill_grace_secs: float = Field(default=900, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HealthSettings:
+        if self.prefill_grace_secs < self.hang_grace_secs:
+            least = f"hang_grace_secs, which is {self.hang_grace_secs:g}"
+            raise ValueError(f"prefill_grace_secs: {self.prefill_grace_secs:g} is less than {least}")
+        return self
+
+
 class RecoverySettings(SettingsModel):
     """`[recovery]`: what follows when an engine dies that nobody stopped."""
 
@@ -98,6 +114,7 @@ class NeuronConfig(SettingsModel):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
     harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
+    health: HealthSettings = Field(default_factory=HealthSettings)
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models come from below these only
     default_models: list[DefaultModel] = Field(default_factory=list)

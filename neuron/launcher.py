@@ -16,7 +16,6 @@ from pathlib import Path
 import aiohttp
 
 from neuron import litter, records
-from neuron.activity import activity_of
 from neuron.config import NeuronConfig
 from neuron.devices import check_devices
 from neuron.engine import Engine, measure, until_released
@@ -35,6 +34,7 @@ from neuron.spec import EngineSpec
 from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
+from neuron.vitals import Vitals
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import DeviceHealth
 
@@ -223,27 +223,6 @@ class Launcher:
             tell = self.ledger.holding if engine.ready_at is None else self.ledger.measured
             tell(engine.placement.number, held[engine.placement.number])
 
-    async def until_bad(self, engine: Engine) -> str:
-        """Returns when a loaded engine whose process runs does not do its work any more: what is wrong with it."""
-        misses = 0
-        while misses < 2:
-            await asyncio.sleep(0.5)
-            try:
-                async with self.http.get(engine.url + engine.harness.health_path) as response:
-                    misses = 0 if response.status == 200 else misses + 1
-            except (aiohttp.ClientError, OSError):
-                misses += 1
-        return "its health check fails"
-
-    async def is_working(self, engine: Engine) -> bool:
-        """True while the engine has requests."""
-        try:
-            async with self.http.get(f"{engine.url}/metrics", timeout=aiohttp.ClientTimeout(total=1)) as response:
-                activity = activity_of(engine.spec.model_id, await response.text())
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
-            return True  # too busy to say
-        return activity is not None and bool(activity.in_flight or activity.queue_depth)
-
     def kill_all_now(self) -> None:
         """SIGKILL to every engine, before the next line of the caller runs."""
         for process in self.running:
@@ -253,13 +232,16 @@ class Launcher:
         self, record: RunRecord, spec: EngineSpec, placement: Placement, directory: EngineDir, process: EngineProcess
     ) -> Engine:
         settings = self.config.harness_settings(spec.harness)
+        harness = HARNESSES[spec.harness]
+        url = f"http://{_authority(local_address(record.host), record.port)}"
         return Engine(
             spec=spec,
             placement=placement,
-            harness=HARNESSES[spec.harness],
+            harness=harness,
+            vitals=Vitals(self.http, url, health_path=harness.health_path, settings=self.config.health),
             engine_id=record.engine_id,
             port=record.port,
-            url=f"http://{_authority(local_address(record.host), record.port)}",
+            url=url,
             api_key=record.api_key,
             directory=directory,
             process=process,

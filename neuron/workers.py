@@ -21,7 +21,7 @@ from neuron.spec import spec_of
 from neuron.state import State
 from neuron.state_dir import FoundEngine
 from neuron.worker import Worker
-from shared.protocol import LoadCommand, ModelView, Transition
+from shared.protocol import LoadCommand, ModelActivity, ModelView, Transition
 
 log = logging.getLogger(__name__)
 
@@ -159,13 +159,15 @@ class Workers:
         """Every known model, its memory as last measured."""
         return [view_of(worker) for worker in self.all]
 
-    def engine_urls(self) -> dict[str, str]:
-        """Model id -> URL of the engines that are loaded."""
-        return {
-            worker.model_id: worker.engine.url
-            for worker in self.all
-            if worker.engine is not None and worker.condition.state is State.LOADED
-        }
+    def activity(self) -> list[ModelActivity]:
+        """How busy the loaded models' engines were when they last said so, about a second ago. One that never did is
+        left out: no figure is not the same as idle."""
+        found = []
+        for worker in self.all:
+            sample = None if worker.engine is None else worker.engine.vitals.sample
+            if sample is not None and worker.condition.state is State.LOADED:
+                found.append(ModelActivity(id=worker.model_id, in_flight=sample.running, queue_depth=sample.waiting))
+        return found
 
     def begin_stop(self) -> None:
         """From now on no load begins, and those that are running end; loaded models take no new work, or are left as

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
 
-from neuron.sim.arguments import parse
-from neuron.sim.faults import Fault
+from neuron.sim.core import EngineCore
 
 
 def main() -> int:
-    settings = parse(sys.argv[1:])
-    # Before the imports below, which take most of the start: a SIGTERM that comes meanwhile must count as well.
-    if Fault.IGNORE_SIGTERM in settings.faults:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0))
-    from neuron.sim.lifecycle import run  # noqa: PLC0415
+    if "litter" not in sys.argv:
+        return _serve_with_core()
+    from neuron.sim.litter import Litter  # noqa: PLC0415
 
-    return asyncio.run(run(settings))
+    litter = Litter(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108 - where vLLM would put it as well
+    try:
+        return _serve_with_core()
+    finally:
+        litter.clean()
+
+
+def _serve_with_core() -> int:
+    # Before the imports below: what the server has in memory by now, the core keeps a copy of.
+    core = EngineCore.fork()
+
+    def end_now(_number: int, _frame: object) -> None:
+        core.kill()
+        os._exit(0)
+
+    # Also before the imports, which take most of the start: a SIGTERM that comes meanwhile must count.
+    signal.signal(signal.SIGTERM, end_now)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        from neuron.sim.arguments import parse  # noqa: PLC0415
+
+        settings = parse(sys.argv[1:])
+        if settings.faults.deaf_at_first:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        import asyncio  # noqa: PLC0415
+
+        from neuron.sim.lifecycle import run  # noqa: PLC0415
+
+        return asyncio.run(run(settings, core))
+    finally:
+        core.kill()
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def _add_simulation_flags(serve: argparse.ArgumentParser) -> None:
         type=not_negative,
         default=None,
         metavar="N",
-        help="tokens (die-mid-stream, hang), requests (bad-health) or seconds (crash-after-secs) until the fault",
+        help="tokens (die-mid-stream, hang), requests (bad-health) or seconds (crash-after-secs) until the fault; "
+        "seconds that each prompt takes (slow-prefill)",
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from neuron.sim import tokens
 from neuron.sim.arguments import EngineSettings
+from neuron.sim.errors import ApiError
 from neuron.sim.faults import Fault, die
 from neuron.sim.metrics import EngineMetrics, FinishReason
 from neuron.sim.slots import Slots
@@ -97,8 +98,12 @@ class Engine:
     metrics: EngineMetrics = field(default_factory=EngineMetrics)
     requests_seen: int = 0  # counted where they come in, whatever becomes of them
     requests_open: int = 0
+    core_dead: bool = False
+    _unhealthy: bool = False
+    _hung: bool = False
     _cached_tokens: int = 0
     _stopping: bool = False
+    _stalled: bool = False
     _pauses: set[asyncio.Future[None]] = field(default_factory=set)
     slots: Slots = field(init=False)
 
@@ -107,7 +112,14 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        return not self.settings.faults.due(Fault.BAD_HEALTH, self.requests_seen)
+        return not (self._unhealthy or self.core_dead or self.settings.faults.due(Fault.BAD_HEALTH, self.requests_seen))
+
+    @property
+    def end_words(self) -> str:
+        """What clients are told whose requests end before they are answered."""
+        if self.core_dead:
+            return "EngineCore encountered an issue. See stack trace (above) for the root cause."
+        return "Request was aborted: the engine is shutting down"
 
     @property
     def kv_cache_usage(self) -> float:
@@ -143,7 +155,7 @@ class Engine:
         outcome: FinishReason = "abort"
         try:
             async with self.slots.take(order.sequences):
-                first = clock.time() + self.settings.ttft_secs
+                first = clock.time() + self._prompt_secs
                 length = self.answer_length(order)
                 sequences = [
                     answer_pieces(order.model, prompt, choice)
@@ -156,7 +168,8 @@ class Engine:
                         break
                     if produced == 0:
                         self.metrics.prompt_tokens += prompt_tokens
-                        self.metrics.time_to_first_token.observe(clock.time() - came)
+                        for _ in sequences:
+                            self.metrics.time_to_first_token.observe(clock.time() - came)
                     last = produced == length - 1
                     finish: FinishReason | None = None
                     if last:
@@ -183,6 +196,7 @@ class Engine:
             answer.token_count += 1 if step.text else 0
             if step.finish is not None:
                 answer.finish = step.finish
+        self._check_core()
         return whole
 
     async def read(self, texts: list[str]) -> int:
@@ -197,7 +211,8 @@ class Engine:
             async with self.slots.take(1):
                 if Fault.HANG in self.settings.faults:
                     await self._pause_until(float("inf"))
-                await self._pause_until(clock.time() + self.settings.ttft_secs)
+                await self._pause_until(clock.time() + self._prompt_secs)
+                self._check_core()
                 read = sum(tokens.count(text) for text in texts)
                 self.metrics.prompt_tokens += read
                 outcome = "stop"
@@ -208,9 +223,41 @@ class Engine:
     def stop(self) -> None:
         """Ends every request now, and each later one as it comes."""
         self._stopping = True
+        self._wake()
+
+    def core_died(self) -> None:
+        """Every request fails now, and each later one as it comes."""
+        self.core_dead = True
+        self.stop()
+
+    def stall(self, stalled: bool) -> None:
+        """No token is made while `stalled`; what is asked for meanwhile runs all the same, and gets nothing."""
+        self._stalled = stalled
+        self._wake()
+
+    def hang(self) -> None:
+        """As if stalled, for good."""
+        self._hung = True
+
+    def sicken(self) -> None:
+        """`/health` says 503 from now on; all else works."""
+        self._unhealthy = True
+
+    @property
+    def _prompt_secs(self) -> float:
+        """From a request's turn to its first token."""
+        faults = self.settings.faults
+        slow = faults.threshold(Fault.SLOW_PREFILL) if Fault.SLOW_PREFILL in faults else 0.0
+        return self.settings.ttft_secs + slow
+
+    def _check_core(self) -> None:
+        """Raises ApiError when the core is dead: what was made of an answer is lost with it."""
+        if self.core_dead:
+            raise ApiError(500, self.end_words, "InternalServerError")
+
+    def _wake(self) -> None:
         for pause in self._pauses:
-            if not pause.done():
-                pause.set_result(None)
+            _end(pause)
 
     async def _fault_point(self, order: Order, produced: int) -> None:
         if order.streamed and self.settings.faults.due(Fault.DIE_MID_STREAM, produced):
@@ -220,13 +267,17 @@ class Engine:
             await self._pause_until(float("inf"))
 
     async def _pause_until(self, moment: float) -> bool:
-        """Waits until the loop's clock shows `moment`; False as soon as the engine stops."""
+        """Waits until the loop's clock shows `moment` and nothing is stalled; False as soon as the engine stops."""
         loop = asyncio.get_running_loop()
-        if self._stopping:
-            return False
         if moment <= loop.time():
             await asyncio.sleep(0)  # behind its time already: lets others have their turn
-            return not self._stopping
+        while not self._stopping and (self._stalled or self._hung or loop.time() < moment):
+            await self._pause(float("inf") if self._stalled or self._hung else moment)
+        return not self._stopping
+
+    async def _pause(self, moment: float) -> None:
+        """Waits until the loop's clock shows `moment`, or something has changed for everybody."""
+        loop = asyncio.get_running_loop()
         pause = loop.create_future()
         timer = None if moment == float("inf") else loop.call_at(moment, _end, pause)
         self._pauses.add(pause)
@@ -236,7 +287,6 @@ class Engine:
             self._pauses.discard(pause)
             if timer is not None:
                 timer.cancel()
-        return not self._stopping
 
 
 def _end(pause: asyncio.Future[None]) -> None:

@@ -21,10 +21,19 @@ class Fault(str, Enum):
     CRASH_AFTER_SECS = "crash-after-secs"
     SPAWN_CHILD = "spawn-child"
     BAD_HEALTH = "bad-health"
+    LOSE_EARLY_SIGTERM = "lose-early-sigterm"
+    SLOW_PREFILL = "slow-prefill"
+    LITTER = "litter"
 
 
 # What `--fault-after` stands at when it is not given.
-_DEFAULT_AFTER = {Fault.DIE_MID_STREAM: 3.0, Fault.HANG: 3.0, Fault.CRASH_AFTER_SECS: 1.0, Fault.BAD_HEALTH: 1.0}
+_DEFAULT_AFTER = {
+    Fault.DIE_MID_STREAM: 3.0,
+    Fault.HANG: 3.0,
+    Fault.CRASH_AFTER_SECS: 1.0,
+    Fault.BAD_HEALTH: 1.0,
+    Fault.SLOW_PREFILL: 5.0,
+}
 
 # A day-long orphan is of no use to a test that failed to sweep it: it ends by itself after this many seconds.
 _CHILD_LIFETIME_SECS = 600
@@ -39,6 +48,11 @@ class Faults:
 
     def __contains__(self, fault: Fault) -> bool:
         return fault in self.active
+
+    @property
+    def deaf_at_first(self) -> bool:
+        """True when SIGTERM is lost from the start on."""
+        return Fault.IGNORE_SIGTERM in self.active or Fault.LOSE_EARLY_SIGTERM in self.active
 
     def due(self, fault: Fault, count: float) -> bool:
         """True when `fault` is active and `count` has reached its threshold."""

@@ -14,14 +14,17 @@ from aiohttp import web
 
 from neuron.sim import console
 from neuron.sim.arguments import EngineSettings
+from neuron.sim.core import CoreState, EngineCore
 from neuron.sim.engine import Engine
 from neuron.sim.faults import Fault, spawn_stubborn_child
-from neuron.sim.loading import load, report_out_of_memory
+from neuron.sim.loading import load, report_dead_core, report_failed_start, report_out_of_memory
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 from neuron.sim.server import build_app
 
 # Aborted requests need a moment to write their last event; whoever does not read is not waited for.
 _SHUTDOWN_TIMEOUT_SECS = 0.5
+# From the death of the core to the end of the server, as measured with vLLM 0.32.
+_AFTER_CORE_SECS = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,33 +40,60 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def run(settings: EngineSettings) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the process's exit status.
+async def run(settings: EngineSettings, core: EngineCore) -> int:
+    """Serves until SIGTERM or SIGINT, or until its core has died. Returns the process's exit status.
+
+    SIGUSR1 stops all generation for good while everything else goes on; SIGUSR2 makes `/health` say 503. Before the
+    engine serves, both are ignored.
 
     Raises:
         OSError: the address cannot be bound or listened on.
     """
-    stop = asyncio.Event()
+    engine = Engine(settings)
+    stop, ended = asyncio.Event(), asyncio.Event()  # asked to stop; that, or the core has died
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
-    if Fault.IGNORE_SIGTERM not in settings.faults:
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
+
+    def stop_now() -> None:
+        stop.set()
+        ended.set()
+
+    def look_at_core() -> None:
+        state = core.state()
+        engine.stall(state is CoreState.STOPPED)
+        if state is CoreState.DEAD and not engine.core_dead:
+            engine.core_died()
+            ended.set()
+
+    loop.add_signal_handler(signal.SIGINT, stop_now)
+    if not settings.faults.deaf_at_first:
+        loop.add_signal_handler(signal.SIGTERM, stop_now)
+    loop.add_signal_handler(signal.SIGCHLD, look_at_core)
+    look_at_core()  # it may have died before
     if Fault.SPAWN_CHILD in settings.faults:
         spawn_stubborn_child()
     with bind(settings.host, settings.port) as sock:
-        memory = DeviceMemory.from_environment(os.environ)
+        memory = DeviceMemory.from_environment(os.environ, holder=core.pid)
         try:
-            if not await _unless(stop, load(settings, memory)):
-                return 0
+            if not await _unless(ended, load(settings, memory, core.pid)):
+                if stop.is_set():
+                    return 0
+                report_failed_start(-signal.SIGKILL)
+                return 1
         except OutOfMemory as error:
-            report_out_of_memory(error)
+            report_out_of_memory(error, core.pid)
             return 1
-        await _serve(settings, sock, stop)
+        if Fault.LOSE_EARLY_SIGTERM in settings.faults:
+            loop.add_signal_handler(signal.SIGTERM, stop_now)
+        loop.add_signal_handler(signal.SIGUSR1, engine.hang)
+        loop.add_signal_handler(signal.SIGUSR2, engine.sicken)
+        await _serve(engine, core, sock, stop, ended)
     return 0
 
 
-async def _serve(settings: EngineSettings, sock: socket.socket, stop: asyncio.Event) -> None:
-    engine = Engine(settings)
+async def _serve(
+    engine: Engine, core: EngineCore, sock: socket.socket, stop: asyncio.Event, ended: asyncio.Event
+) -> None:
+    faults = engine.settings.faults
     app = build_app(engine, api_key=os.environ.get("VLLM_API_KEY") or None)
     # handler_cancellation: a client that leaves ends its handler, and with that the generation.
     runner = web.AppRunner(
@@ -75,23 +105,20 @@ async def _serve(settings: EngineSettings, sock: socket.socket, stop: asyncio.Ev
         console.log("APIServer", "api_server.py:1893", f"Starting vLLM server on http://{host}:{port}")
         await web.SockSite(runner, sock).start()
         console.raw("APIServer", "INFO:     Application startup complete.")
-        if Fault.CRASH_AFTER_SECS in settings.faults:
-            await _unless(stop, _crash(settings.faults.threshold(Fault.CRASH_AFTER_SECS)))
-        await stop.wait()
+        if Fault.CRASH_AFTER_SECS in faults and await _unless(
+            ended, asyncio.sleep(faults.threshold(Fault.CRASH_AFTER_SECS))
+        ):
+            core.kill()
+        await ended.wait()
+        if not stop.is_set():
+            report_dead_core()
+            _ = await _unless(stop, asyncio.sleep(_AFTER_CORE_SECS))
     finally:
         engine.stop()
         await runner.cleanup()
 
 
-async def _crash(secs: float) -> None:
-    """Ends the process as vLLM's front end does when its engine dies: with status 0."""
-    await asyncio.sleep(secs)
-    console.log("APIServer", "async_llm.py:713", "AsyncLLM output_handler failed.", level="ERROR")
-    console.raw("APIServer", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.")
-    os._exit(0)
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
     """Runs `work` to its end, or until `stop` is set. True when it came to its end; its failure is raised."""
     working = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from neuron.sim.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
 _FILE_GB = 4.98
+Announcement = Callable[[EngineSettings, int], None]  # the engine's settings and the pid of its core
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,14 @@ class Stage:
 
     at: float
     memory: float
-    announce: Callable[[EngineSettings], None]
+    announce: Announcement
 
 
-def _log(source: str, text: str) -> Callable[[EngineSettings], None]:
+def _log(source: str, text: str) -> Announcement:
     """Announces `text`, with `{model}`, `{gib}` and seconds filled in."""
-    return lambda settings: console.log(
-        "APIServer" if source.startswith(("model.py", "api_server.py")) else "EngineCore",
+    from_server = source.startswith(("model.py", "api_server.py"))
+    return lambda settings, core: console.log(
+        "APIServer" if from_server else "EngineCore",
         source,
         text.format(
             model=settings.model,
@@ -36,11 +39,12 @@ def _log(source: str, text: str) -> Callable[[EngineSettings], None]:
             compiling=settings.load_secs * 0.02,
             gib=settings.vram_mb * 0.6 / 1024,
         ),
+        pid=None if from_server else core,
     )
 
 
-def _bar(text: str) -> Callable[[EngineSettings], None]:
-    return lambda settings: console.raw("EngineCore", text)
+def _bar(text: str) -> Announcement:
+    return lambda _settings, core: console.raw("EngineCore", text, pid=core)
 
 
 def _shard(done: int) -> Stage:
@@ -81,9 +85,9 @@ STAGES = (
 )
 
 
-async def load(settings: EngineSettings, memory: DeviceMemory) -> None:
-    """Takes `load_secs` from now, and `download_secs` more for a download. With the fault never-ready it stops short of
-    the end and does not return.
+async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> None:
+    """Takes `load_secs` from now, and `download_secs` more for a download; `core` is the pid of the engine core, which
+    tells of most of it. With the fault never-ready it stops short of the end and does not return.
 
     Raises:
         OutOfMemory: a device is full, or the fault oom-at-load says so half way.
@@ -94,8 +98,8 @@ async def load(settings: EngineSettings, memory: DeviceMemory) -> None:
         await asyncio.sleep(started + stage.at * settings.load_secs - clock.time())
         if Fault.OOM_AT_LOAD in settings.faults and stage.at >= 0.5:
             raise pretended_out_of_memory(settings, memory)
-        memory.take_up_to(round(settings.vram_mb * stage.memory))
-        stage.announce(settings)
+        memory.change_to(round(settings.vram_mb * stage.memory))
+        stage.announce(settings, core)
         if stage is _BEFORE_WEIGHTS and settings.download_secs > 0:
             began = clock.time()
             await _download(settings)
@@ -125,7 +129,7 @@ def pretended_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> O
     return OutOfMemory(0, max(settings.vram_mb // settings.tensor_parallel // 4, 1), total, 0, held)
 
 
-def report_out_of_memory(error: OutOfMemory) -> None:
+def report_out_of_memory(error: OutOfMemory, core: int) -> None:
     """vLLM's account of it: the root cause well above the end, under tracebacks of two processes."""
     console.log(
         "EngineCore",
@@ -141,7 +145,13 @@ def report_out_of_memory(error: OutOfMemory) -> None:
         f"torch.OutOfMemoryError: {error} If reserved but unallocated memory is large try setting "
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.",
         level="ERROR",
+        pid=core,
     )
+    report_failed_start(1)
+
+
+def report_failed_start(core_status: int) -> None:
+    """How the server ends when its core did during the load, with that status (negative: the signal)."""
     console.raw(
         "APIServer",
         "Traceback (most recent call last):\n"
@@ -150,5 +160,13 @@ def report_out_of_memory(error: OutOfMemory) -> None:
         '  File "vllm/v1/engine/utils.py", line 1139, in wait_for_engine_startup\n'
         "    raise RuntimeError(\n"
         "RuntimeError: Engine core initialization failed. See root cause above. "
-        "Failed core proc(s): {'EngineCore': 1}",
+        f"Failed core proc(s): {{'EngineCore': {core_status}}}",
     )
+
+
+def report_dead_core() -> None:
+    """What the server says when its core is gone under it."""
+    log = functools.partial(console.log, "APIServer", level="ERROR")
+    log("core_client.py:605", "Engine core proc EngineCore died unexpectedly, shutting down client.")
+    log("async_llm.py:713", "AsyncLLM output_handler failed.")
+    console.raw("APIServer", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.")

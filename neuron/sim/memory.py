@@ -1,4 +1,4 @@
-"""The engine's own simulated memory: takes MiB on its devices, or finds that there is not enough."""
+"""The engine's own simulated memory: takes MiB on its devices, or finds that there is not enough; gives them back."""
 
 from __future__ import annotations
 
@@ -41,25 +41,27 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 @dataclass
 class DeviceMemory:
-    """What this process holds on its devices, kept where `neuron.sim.vram` keeps it; freed by the process's end.
+    """What an engine holds on its devices, kept where `neuron.sim.vram` keeps it; freed by the end of its holder.
 
-    Without a directory (started by hand, outside a simulated host) nothing is kept and nothing runs out.
+    `holder` is the pid of the process it is counted as: the engine core's. Without a directory (started by hand,
+    outside a simulated host) nothing is kept and nothing runs out.
     """
 
     directory: Path | None
     totals_mb: Mapping[str, int]  # by device uuid
+    holder: int | None = None  # None: this process
     held_mb: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> DeviceMemory:
+    def from_environment(cls, environ: Mapping[str, str], *, holder: int | None = None) -> DeviceMemory:
         """Raises ValueError when the devices' variable is not a JSON object of numbers."""
         directory, devices = environ.get(vram.VRAM_DIR_VARIABLE), environ.get(vram.DEVICES_VARIABLE)
         if not directory or not devices:
-            return cls(None, {})
-        return cls(Path(directory), {str(uuid): int(mb) for uuid, mb in dict(json.loads(devices)).items()})
+            return cls(None, {}, holder)
+        return cls(Path(directory), {str(uuid): int(mb) for uuid, mb in dict(json.loads(devices)).items()}, holder)
 
-    def take_up_to(self, total_mb: int) -> None:
-        """Grows to `total_mb` over all devices together, in even shares.
+    def change_to(self, total_mb: int) -> None:
+        """Grows or shrinks to `total_mb` over all devices together, in even shares.
 
         Raises:
             OutOfMemory: a device has no room beside its other holders; what was held before stays held.
@@ -73,9 +75,9 @@ class DeviceMemory:
             for index, (uuid, share) in enumerate(wanted.items()):
                 held = self.held_mb.get(uuid, 0)
                 free = self.totals_mb[uuid] - used[uuid]
-                if share - held > free:
+                if share - held > max(free, 0):
                     raise OutOfMemory(index, share - held, self.totals_mb[uuid], max(free, 0), held)
-            vram.hold(self.directory, wanted)
+            vram.hold(self.directory, wanted, pid=self.holder)
         self.held_mb = wanted
 
 

@@ -7,6 +7,7 @@ import json
 from aiohttp import web
 
 from neuron.sim.errors import error_body
+from neuron.sim.keys import ENGINE
 
 
 class EventStream:
@@ -27,8 +28,8 @@ class EventStream:
         await self.response.write(f"{head}data: {body}\n\n".encode())
 
     async def send_aborted(self) -> None:
-        """What vLLM sends when it is shut down in the middle of an answer."""
-        await self.send(error_body(500, "Request was aborted: the engine is shutting down", "InternalServerError"))
+        """What vLLM sends when it is shut down, or its core dies, in the middle of an answer."""
+        await self.send(error_body(500, self._request.app[ENGINE].end_words, "InternalServerError"))
 
     async def close(self) -> web.StreamResponse:
         await self.response.write_eof()

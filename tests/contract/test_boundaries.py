@@ -26,6 +26,7 @@ PURE = (
         for name in (
             "devices",
             "gpu_presets",
+            "hang",
             "links",
             "need",
             "owned_flags",

@@ -42,6 +42,11 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
+def marked_engines(mark: str) -> list[int]:
+    """Those of the marked processes that lead a session: one for each engine, whatever it has below it."""
+    return [pid for pid in marked_processes(mark) if os.getsid(pid) == pid]
+
+
 async def until(condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_secs: float = TIMEOUT_SECS) -> Any:
     """What `condition` gives, as soon as that is true. Fails the test when it does not become so."""
     deadline = time.monotonic() + timeout_secs

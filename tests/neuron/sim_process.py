@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import aiohttp
+
+from neuron.sim import vram
+from neuron.sim.core import TITLE
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-8B"
@@ -26,14 +30,35 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-async def until(condition: Callable[[], bool], *, timeout_secs: float = 10) -> None:
+async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], *, timeout_secs: float = 10) -> None:
     """Waits for what tells nobody when it comes about, such as a stranger's end. Raises asyncio.TimeoutError."""
 
     async def polled() -> None:
-        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+        while True:
+            value = condition()
+            if await value if isinstance(value, Awaitable) else value:
+                return
             await asyncio.sleep(0.01)
 
     await asyncio.wait_for(polled(), timeout_secs)
+
+
+def children_of(pid: int) -> list[int]:
+    """The pids of a process's children, unreaped ones too."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+def core_of(pid: int) -> int:
+    """The pid of an engine's core, known by its title."""
+    titles = {child: Path(f"/proc/{child}/cmdline").read_bytes().strip(b"\0") for child in children_of(pid)}
+    [core] = [child for child, title in titles.items() if title == TITLE.encode()]
+    return core
+
+
+def memory_environment(directory: Path, *totals_mb: int) -> dict[str, str]:
+    """What neuron tells an engine of its devices: here named GPU-0, GPU-1, …"""
+    devices = {f"GPU-{index}": total for index, total in enumerate(totals_mb)}
+    return {vram.VRAM_DIR_VARIABLE: str(directory), vram.DEVICES_VARIABLE: json.dumps(devices)}
 
 
 class SimProcess:
@@ -120,9 +145,9 @@ async def started_engine(
 
 @contextlib.asynccontextmanager
 async def ready_engine(
-    *arguments: str, env: Mapping[str, str] | None = None, model: str = MODEL
+    *arguments: str, env: Mapping[str, str] | None = None, port: int | None = None, model: str = MODEL
 ) -> AsyncIterator[SimProcess]:
     """An engine that answers its health check."""
-    async with started_engine(*arguments, env=env, model=model) as engine:
+    async with started_engine(*arguments, env=env, port=port, model=model) as engine:
         await engine.ready()
         yield engine

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +14,17 @@ import aiohttp
 import pytest
 
 from neuron.sim import vram
-from tests.neuron.sim_process import FAST, MODEL, SimProcess, ready_engine, started_engine, until
+from tests.neuron.sim_process import (
+    FAST,
+    MODEL,
+    SimProcess,
+    children_of,
+    core_of,
+    memory_environment,
+    ready_engine,
+    started_engine,
+    until,
+)
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -22,15 +32,6 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 async def stream(session: aiohttp.ClientSession, engine: SimProcess, tokens: int) -> aiohttp.ClientResponse:
     body = {**HELLO, "stream": True, "max_tokens": tokens}
     return await session.post(engine.url + "/v1/chat/completions", json=body)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-
-
-def memory_environment(directory: Path, *totals_mb: int) -> dict[str, str]:
-    devices = {f"GPU-{index}": total for index, total in enumerate(totals_mb)}
-    return {vram.VRAM_DIR_VARIABLE: str(directory), vram.DEVICES_VARIABLE: json.dumps(devices)}
 
 
 async def test_clients_are_refused_until_it_is_ready() -> None:
@@ -113,8 +114,8 @@ async def test_memory_fills_up_evenly_and_is_free_after_the_end(tmp_path: Path) 
         partly = vram.used_mb(tmp_path)
         assert 0 < partly.total() < 3001
         await engine.ready()
-        assert vram.usage_by_process(tmp_path) == {engine.pid: {"GPU-0": 1501, "GPU-1": 1500}}
-        engine.send(signal.SIGKILL)
+        assert vram.usage_by_process(tmp_path) == {core_of(engine.pid): {"GPU-0": 1501, "GPU-1": 1500}}
+        engine.send(signal.SIGTERM)
         await engine.ended()
         assert vram.used_mb(tmp_path).total() == 0
 
@@ -127,7 +128,7 @@ async def test_a_full_device_ends_the_load_with_the_root_cause_above_the_end(tmp
         assert await engine.ended() == 1
         root = await engine.printed("torch.OutOfMemoryError")
         await engine.printed("Engine core initialization failed")
-    assert root.startswith(f"(EngineCore pid={engine.pid}) ERROR ")
+    assert re.match(r"\(EngineCore pid=\d+\) ERROR ", root)
     assert "GPU 1 has a total capacity of 4.00 GiB" in root
     assert engine.lines[-1].endswith("See root cause above. Failed core proc(s): {'EngineCore': 1}")
     assert vram.used_mb(tmp_path) == {"GPU-1": 3000}
@@ -217,7 +218,7 @@ async def test_fault_crash_after_secs_ends_with_status_0_like_vllm() -> None:
 async def test_fault_spawn_child_leaves_a_child_that_ignores_sigterm() -> None:
     """The child is in the engine's session and group, and only SIGKILL to the group ends it."""
     async with ready_engine(*FAST, "--fault", "spawn-child") as engine:
-        [child] = children_of(engine.pid)
+        [child] = set(children_of(engine.pid)) - {core_of(engine.pid)}
         os.killpg(engine.pid, signal.SIGTERM)
         assert await engine.ended(timeout_secs=3) == 0
         assert os.getsid(child) == os.getpgid(child) == engine.pid

@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here
+from tests.neuron.neurons import Neuron, config_of, marked_engines, marked_processes, neuron_here
 
 MODEL = "org/model"
 
@@ -64,7 +64,7 @@ async def test_load_during_a_stop_comes_after_it(neuron: Neuron, mark: str) -> N
     assert (again.status, joined.status, (await unloading).status) == (200, 200, 200)
     after = (await neuron.model(MODEL))["pid"]
     assert after != before
-    assert marked_processes(mark) == [after]
+    assert marked_engines(mark) == [after]
 
 
 async def test_unload_of_a_load_that_waits_for_a_stop(neuron: Neuron, mark: str) -> None:
@@ -92,7 +92,7 @@ async def test_engine_that_ignores_sigterm_is_killed(neuron: Neuron, mark: str) 
 async def test_helpers_that_stay_behind_are_swept(neuron: Neuron, mark: str) -> None:
     """A child that outlives the engine's clean exit and ignores SIGTERM goes with it."""
     await neuron.load(MODEL, "--fault", "spawn-child")
-    assert len(marked_processes(mark)) == 2
+    assert len(marked_processes(mark)) == 3  # its core, and the child
     await neuron.unload(MODEL)
     assert not marked_processes(mark)
 
@@ -103,7 +103,7 @@ async def test_loads_and_unloads_in_any_order(neuron: Neuron, mark: str) -> None
     answers = await asyncio.gather(*orders)
     assert {answer.status for answer in answers} <= {200, 404, 409}
     await neuron.load(MODEL)
-    assert marked_processes(mark) == [(await neuron.model(MODEL))["pid"]]
+    assert marked_engines(mark) == [(await neuron.model(MODEL))["pid"]]
     await neuron.unload(MODEL)
     assert not marked_processes(mark)
 

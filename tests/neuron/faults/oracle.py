@@ -1,0 +1,138 @@
+"""Whether neuron's account of a host is true: its models and ledger beside the process table and the memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from neuron.sim import vram
+from tests.neuron.faults.host import DEVICE_MB, EngineProcess, FaultyHost, engine_processes
+
+AGREE_SECS = 5.0
+HAS_ENGINE = frozenset({"starting", "loading", "loaded", "sleeping", "waking", "draining", "stopping", "recovering"})
+LEAVING = frozenset({"draining", "stopping"})
+_POLL_SECS = 0.05
+_ANSWER = aiohttp.ClientTimeout(total=0.5)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """All accounts at one moment. `held`: pid -> device index -> MiB."""
+
+    models: Sequence[Mapping[str, Any]]
+    devices: Sequence[Mapping[str, Any]]
+    processes: Sequence[EngineProcess]
+    held: Mapping[int, Mapping[int, int]]
+    foreign_mb: Mapping[int, int]
+
+
+async def agreement(host: FaultyHost) -> list[str]:
+    """Empty as soon as all accounts agree; else in what they differ after `AGREE_SECS`."""
+    deadline = time.monotonic() + AGREE_SECS
+    while True:
+        found = await look(host)
+        if not found or time.monotonic() > deadline:
+            return found
+        await asyncio.sleep(_POLL_SECS)
+
+
+async def look(host: FaultyHost) -> list[str]:
+    """In what the accounts differ now."""
+    before = await host.models()
+    health = await host.get("/health")
+    processes = await asyncio.to_thread(engine_processes, host.mark)
+    usage = await asyncio.to_thread(vram.usage_by_process, host.vram_dir)
+    held = {pid: {host.uuids.index(uuid): mb for uuid, mb in each.items()} for pid, each in usage.items()}
+    silent = [model["id"] for model in before if model["status"] == "loaded" and not await _answers(host, model["id"])]
+    after = await host.models()
+    if _outline(before) != _outline(after):
+        return [f"still moving: {_outline(before)} -> {_outline(after)}"]
+    found = differences(Sight(after, health["devices"], processes, held, host.foreign_mb))
+    return found + [f"{model_id} is loaded and does not answer" for model_id in silent]
+
+
+def differences(sight: Sight) -> list[str]:
+    """What cannot be true at the same time."""
+    return [*_processes(sight), *_memory(sight), *_ledger(sight)]
+
+
+def _processes(sight: Sight) -> list[str]:
+    found = []
+    owners: dict[int, list[str]] = {}
+    for model in sight.models:
+        if model.get("pid") is not None:
+            owners.setdefault(model["pid"], []).append(model["id"])
+            if model["state"] not in HAS_ENGINE:
+                found.append(f"{model['id']} is {model['state']} and names process {model['pid']}")
+    found += [f"{' and '.join(ids)} name one process, {pid}" for pid, ids in owners.items() if len(ids) > 1]
+    found += [
+        f"{'core' if process.is_core else 'process'} {process.pid} of session {process.session} belongs to no model"
+        for process in sight.processes
+        if process.session not in owners
+    ]
+    leaders = {process.pid for process in sight.processes}
+    found += [
+        f"{model['id']} is {model['state']} and its process {model.get('pid')} is not there"
+        for model in sight.models
+        if model["status"] in ("loaded", "sleeping") and model.get("pid") not in leaders
+    ]
+    return found
+
+
+def _memory(sight: Sight) -> list[str]:
+    found = []
+    for device in sight.devices:
+        index = device["index"]
+        held = sum(each.get(index, 0) for each in sight.held.values())
+        if device["vram_used_mb"] != held:
+            found.append(f"device {index}: used {device['vram_used_mb']} MiB, held {held}")
+    sessions = {process.pid: process.session for process in sight.processes}
+    for model in sight.models:
+        if model["status"] == "loaded":
+            held = sum(sum(each.values()) for pid, each in sight.held.items() if sessions.get(pid) == model["pid"])
+            if model["vram_used_mb"] != held:
+                found.append(f"{model['id']}: uses {model['vram_used_mb']} MiB, its processes hold {held}")
+    return found
+
+
+def _ledger(sight: Sight) -> list[str]:
+    found = []
+    engines = {process.pid for process in sight.processes}
+    for device in sight.devices:
+        index, booked = device["index"], device.get("vram_booked_mb")
+        held = sum(each.get(index, 0) for pid, each in sight.held.items() if pid in engines)
+        if booked is None:
+            continue  # a neuron without a ledger
+        told = sum(
+            model["vram_booked_mb"] // len(model["devices"])
+            for model in sight.models
+            if index in model["devices"] and model["state"] in HAS_ENGINE - LEAVING
+        )
+        if booked > DEVICE_MB:
+            found.append(f"device {index}: {booked} MiB are booked of {DEVICE_MB}")
+        if booked < held:
+            found.append(f"device {index}: {booked} MiB are booked, engines hold {held}")
+        if booked != told:
+            found.append(f"device {index}: {booked} MiB are booked, its models have {told}")
+        if device["vram_foreign_mb"] != sight.foreign_mb[index]:
+            found.append(f"device {index}: foreign {device['vram_foreign_mb']} MiB, not {sight.foreign_mb[index]}")
+    return found
+
+
+def _outline(models: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    return [(model["id"], model["state"], model.get("pid"), tuple(model["devices"] or ())) for model in models]
+
+
+async def _answers(host: FaultyHost, model_id: str) -> bool:
+    """True when a loaded model's engine is in good health, as a client would find it."""
+    try:
+        url = (await host.endpoint(model_id))["url"]
+        async with host.http.get(f"{url}/health", timeout=_ANSWER) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, asyncio.TimeoutError, AssertionError):
+        return False
