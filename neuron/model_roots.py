@@ -23,7 +23,10 @@ async def check_below(source: str, roots: Sequence[Path], *, param: str) -> None
 def is_below(source: str, roots: Sequence[Path]) -> bool:
     """True for a path whose real place is in one of `roots`, and for a name that is no path of this host. Blocks."""
     path = Path(source)
-    if not path.is_absolute() and not path.exists():
-        return True
-    real = path.resolve()
+    try:
+        if not path.is_absolute() and not path.exists():
+            return True
+        real = path.resolve()
+    except (OSError, RuntimeError):  # longer than any path; links in a circle
+        return False
     return any(real.is_relative_to(root.resolve()) for root in roots)

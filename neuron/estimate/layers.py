@@ -48,6 +48,8 @@ def layer_kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
         return tuple(_NAMES.get(str(name), LayerKind.STATE) for name in types[:layers])
     pattern = fields.text("hybrid_override_pattern")
     if pattern is not None:
+        if len(pattern) < layers:
+            raise ModelFilesInvalid(f"{fields.file}: hybrid_override_pattern is shorter than {layers} layers")
         return tuple(_HYBRID_LETTERS.get(letter, LayerKind.NOTHING) for letter in pattern[:layers])
     return (
         tuple(_kind_of(fields, number) for number in range(layers)) if _varies(fields) else _all_alike(fields, layers)

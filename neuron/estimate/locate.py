@@ -43,12 +43,16 @@ def directory_of(source: str, environ: Mapping[str, str], *, revision: str | Non
         NotFound: there is none.
     """
     path = Path(source)
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise files_not_found(source, f"the directory has no {CONFIG}")
-        return path
-    if path.is_absolute() or path.exists():
-        raise files_not_found(source, "a file, and no directory" if path.exists() else "there is no such directory")
+    try:
+        if path.is_dir():
+            if not (path / CONFIG).is_file():
+                raise files_not_found(source, f"the directory has no {CONFIG}")
+            return path
+        there = path.exists()
+    except OSError as error:  # no permission; or longer than any path, as no name of the hub is either
+        raise files_not_found(source, error.strerror or str(error)) from error
+    if path.is_absolute() or there:
+        raise files_not_found(source, "a file, and no directory" if there else "there is no such directory")
     cache = Path(download_dir).expanduser() if download_dir else hub_cache(environ)
     return _in_hub_cache(source, cache, revision)
 

@@ -60,7 +60,11 @@ class Estimate:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why each number of devices will not do, and what else is to be said."""
-        refused = (f"{option.tensor_parallel}: {option.reason}" for option in self.options if option.reason)
+        refused = (
+            f"over {option.tensor_parallel}, {option.device_mb} MiB on each: {option.reason}"
+            for option in self.options
+            if option.reason
+        )
         return (*refused, *self.notes)
 
     @property

@@ -108,7 +108,7 @@ def _option(case: _Case, devices: int, usable: Sequence[int]) -> Option:
         share = USABLE_SHARE if case.wish.gpu_memory_utilization is None else case.wish.gpu_memory_utilization
         room = int(usable[devices - 1] * share)
         if needed > room:
-            reason = f"{needed} MiB on each, but {room} can be used of {usable[devices - 1]}"
+            reason = f"more than the {room} MiB of {usable[devices - 1]} that can be used"
     return Option(devices, needed, possible=True, reason=reason)
 
 
