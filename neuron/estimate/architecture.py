@@ -18,6 +18,7 @@ _UNGATED = _ENCODERS - {"modernbert", "nomic_bert", "new", "gte"} | {
 }
 _BIASED_KEYS = frozenset({"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"})  # biases of q, k and v that no field tells
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl_text", "gemma3", "gemma3_text"})
+_GATED_OUTPUT = ("qwen3_next", "qwen3_5")
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # of each layer
 _TIED_BY_DEFAULT = frozenset(
     {
@@ -149,7 +150,7 @@ def architecture_of(config: Fields) -> Architecture:
         intermediate=4 * hidden if intermediate is None and model_type in _UNGATED else intermediate or 0,
         vocabulary=text.integer("vocab_size") or config.integer("vocab_size") or 0,
         heads=heads,
-        kv_heads=text.integer("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or heads,
+        kv_heads=_kv_heads(text) or heads,
         head_dim=text.integer("head_dim", "hidden_size_per_head") or (hidden // heads if heads else 0),
         kinds=kinds,
         window=window_of(text),
@@ -161,7 +162,7 @@ def architecture_of(config: Fields) -> Architecture:
         gated=model_type not in _UNGATED,
         qkv_biases=attention_bias or model_type in _BIASED_KEYS,
         output_bias=attention_bias,
-        query_gate=bool(text.flag("attn_output_gate")) or model_type == "qwen3_next",
+        query_gate=bool(text.flag("attn_output_gate")) or model_type.startswith(_GATED_OUTPUT),
         qk_norms=model_type in _QK_NORMS,
         norms=4 if model_type in _FOUR_NORMS else 2,
         encoder_only=model_type in _ENCODERS or text.flag("is_causal") is False,
@@ -179,6 +180,12 @@ def _text_of(config: Fields) -> Fields:
     defaults = _DEFAULTS.get(config.text("model_type") or "", {})
     told = {name: value for name, value in config.values.items() if value is not None}
     return Fields({**defaults, **told}, config.file)
+
+
+def _kv_heads(text: Fields) -> int | None:
+    if text.flag("multi_query") and not text.flag("new_decoder_architecture"):  # the first Falcons
+        return 1
+    return text.integer("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 
 
 def _name(config: Fields) -> str:

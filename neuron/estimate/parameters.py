@@ -12,6 +12,8 @@ from enum import Enum
 from neuron.estimate.architecture import Architecture, Experts
 from neuron.estimate.layers import LayerKind
 
+_LEARNED_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})
+
 
 class Placement(Enum):
     """What tensor parallelism does with a weight."""
@@ -56,7 +58,7 @@ def _counts(model: Architecture) -> Iterator[Count]:
     hidden = model.hidden
     heads = 1 if model.tied or model.encoder_only else 2
     positions = 0
-    if model.encoder_only or model.model_type == "gpt2":
+    if model.encoder_only or model.model_type in _LEARNED_POSITIONS:
         positions = (model.text.integer("max_position_embeddings", "n_positions") or 0) + (
             model.text.integer("type_vocab_size") or 0
         )

@@ -148,13 +148,15 @@ def _where(part: Part, devices: int) -> str:
 
 
 def _cache_lines(case: _Case, devices: int) -> Iterator[Line]:
+    if case.model.encoder_only:
+        yield Line("KV cache", 0, 0, "none: an encoder keeps nothing")
+        return
     cached = cached_of(case.model, case.sequences, dtype=case.kv_dtype, model_bits=case.bits, devices=devices)
     if case.wish.kv_cache_bytes is not None:
         yield line_of("KV cache", case.wish.kv_cache_bytes, devices, _room(case, cached))
         return
     if not cached:
-        none = "none: an encoder keeps nothing" if case.model.encoder_only else "none of a size that is known"
-        yield Line("KV cache", 0, 0, none)
+        yield Line("KV cache", 0, 0, "none of a size that is known")
     for each in cached:
         yield line_of(f"KV cache: {each.kind.value}", each.size, devices, f"{each.how}, {_type_name(case)}")
 

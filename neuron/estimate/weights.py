@@ -127,9 +127,9 @@ def _uncounted(model: Architecture) -> tuple[str, ...]:
         unknown.append("weights: embeddings, since config.json tells no vocab_size")
     if not model.intermediate and (model.experts is None or len(model.experts.layers) < model.layers):
         unknown.append("weights: feed-forward layers, since config.json tells no intermediate_size")
-    others = model.count(LayerKind.STATE)
+    others = model.count(LayerKind.STATE) + (model.count(LayerKind.LINEAR) if model.linear is None else 0)
     if others:
-        unknown.append(f"weights: {others} state-space layers (no safetensors file to measure them)")
+        unknown.append(f"weights: {others} layers without attention (no safetensors file to measure them)")
     if model.quantization is not None and checkpoint_bits(model.quantization) is None:
         method = checkpoint_method(model.quantization)
         unknown.append(f"weights: how many bits {method} leaves (no safetensors file to measure it); counted in full")

@@ -38,7 +38,7 @@ def write_model(directory: Path, config: Mapping[str, Any], *shards: Shapes) -> 
     if len(shards) == 1:
         write_tensors(directory / "model.safetensors", shards[0])
     elif shards:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, tensors in enumerate(shards, 1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             write_tensors(directory / name, tensors)

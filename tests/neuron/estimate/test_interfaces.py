@@ -142,8 +142,7 @@ async def test_engines_environment_and_arguments_count(rooted: Neuron, tmp_path:
 
 async def test_a_known_model_is_estimated_as_it_was_loaded(neuron: Neuron, llama: Path) -> None:
     """By its id: source, arguments and devices of the load that is remembered."""
-    fields = {"source": str(llama), "tensor_parallel": 2}
-    loaded = await neuron.load("test/llama", "--max-model-len", "4096", **fields)
+    loaded = await neuron.load("test/llama", "--max-model-len", "4096", source=str(llama), tensor_parallel=2)
     assert loaded.status == 200, loaded.body
     body = (await ask(neuron, model="test/llama")).body
     assert (body["model"], body["source"], body["max_model_len"]) == ("test/llama", str(llama), 4096)
