@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from neuron.estimate.experts import Experts, experts_of
 from neuron.estimate.fields import Fields
 from neuron.estimate.layers import LayerKind, layer_kinds, window_of
 
@@ -54,17 +55,6 @@ class LatentAttention:
     def cached_width(self) -> int:
         """Numbers kept for each token and layer, whatever the number of heads."""
         return self.kv_rank + self.rope_dim
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The mixture of experts. `width` is of one expert, `shared_width` of all that every token passes, 0: none."""
-
-    count: int
-    chosen: int  # for each token
-    width: int
-    shared_width: int
-    layers: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,7 @@ def architecture_of(config: Fields) -> Architecture:
         window=window_of(text),
         chunk=text.integer("attention_chunk_size"),
         latent=_latent(text),
-        experts=_experts(text, layers),
+        experts=experts_of(text, layers),
         linear=_linear(text) if LayerKind.LINEAR in kinds else None,
         tied=model_type in _TIED_BY_DEFAULT if tied is None else tied,
         gated=model_type not in _UNGATED,
@@ -229,36 +219,4 @@ def _linear(text: Fields) -> LinearAttention | None:
         value_dim=text.required("linear_value_head_dim"),
         kernel=text.required("linear_conv_kernel_dim"),
         state_bytes=2 if text.text("mamba_ssm_dtype") in ("bfloat16", "float16") else 4,
-    )
-
-
-def _experts(text: Fields, layers: int) -> Experts | None:
-    count = text.integer("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-    if not count:
-        return None
-    width = text.integer("moe_intermediate_size") or text.required("intermediate_size", "ffn_hidden_size")
-    shared = text.integer("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    if shared is None:
-        shared = (text.integer("n_shared_experts", "num_shared_experts") or 0) * width
-    if text.text("model_type") == "llama4_text":
-        shared = width
-    return Experts(
-        count=count,
-        chosen=text.integer("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts") or 1,
-        width=width,
-        shared_width=shared,
-        layers=_expert_layers(text, layers),
-    )
-
-
-def _expert_layers(text: Fields, layers: int) -> frozenset[int]:
-    first_dense = text.integer("first_k_dense_replace") or 0
-    step = text.integer("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step") or 1
-    # DeepSeek counts its steps from the layer 0, the others so that the last layer of each step has experts.
-    offset = 0 if text.integer("moe_layer_freq") else 1
-    dense = {number for number in text.listed("mlp_only_layers") or [] if isinstance(number, int)}
-    return frozenset(
-        number
-        for number in range(layers)
-        if number >= first_dense and number not in dense and (number + offset) % step == 0
     )

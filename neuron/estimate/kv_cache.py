@@ -12,6 +12,7 @@ from neuron.estimate.number_types import KV_BITS, SCALED_PER_HEAD
 BLOCK_TOKENS = 16  # vLLM gives memory to a sequence in blocks of this many tokens (`--block-size`)
 _BATCHES_IN_FLIGHT = 2  # asynchronous scheduling: the next batch is planned while one runs
 _STATES_EACH = 2  # prefix caching keeps a second copy of a sequence's state
+_CACHING = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.LINEAR)
 _SPARSE_MLA_BYTES = 656  # `fp8_ds_mla`: 512 8-bit numbers, 4 scales, and 64 16-bit numbers of the rotary part
 
 
@@ -78,31 +79,46 @@ def unknown_of(model: Architecture, dtype: str) -> tuple[str, ...]:
 
 def _cached(model: Architecture, wanted: Sequences, dtype: str, bits: int, devices: int) -> Iterator[Cached]:
     each = token_bytes(model, dtype=dtype, model_bits=bits, devices=devices)
-    in_flight = _BATCHES_IN_FLIGHT * wanted.batched_tokens
-    for kind, window in (
-        (LayerKind.FULL, None),
-        (LayerKind.SLIDING, model.window),
-        (LayerKind.CHUNKED, model.chunk),
-    ):
+    for kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED):
         layers = model.count(kind)
         if not layers or not each:
             continue
-        tokens = wanted.tokens if window is None else min(window + in_flight, wanted.tokens)
-        # A window need not begin where a block does: one block more.
-        blocks = -(-tokens // BLOCK_TOKENS) + (0 if window is None else 1)
-        size = wanted.count * blocks * BLOCK_TOKENS * each * layers
-        bounded = "" if window is None else f" (window {window}, and {in_flight} being computed)"
-        yield Cached(
-            kind,
-            size,
-            f"{wanted.count} x {tokens:,} tokens{bounded}, {layers} layers, {_plain(each)} bytes each",
-        )
+        tokens, blocks, bounded = _kept(model, kind, wanted)
+        grouped = grouped_layers(model, kind)
+        size = wanted.count * blocks * BLOCK_TOKENS * each * grouped
+        padded = "" if grouped == layers else f" (in groups: {grouped})"
+        how = f"{wanted.count} x {tokens:,} tokens{bounded}, {layers} layers{padded}, {_plain(each)} bytes each"
+        yield Cached(kind, size, how)
     if model.linear is not None:
-        layers = model.count(LayerKind.LINEAR)
+        layers = grouped_layers(model, LayerKind.LINEAR)
         state = _state_bytes(model.linear, bits, devices)
         size = wanted.count * _STATES_EACH * state * layers
         how = f"{wanted.count} x {_STATES_EACH} states of {_plain(state)} bytes, {layers} layers"
         yield Cached(LayerKind.LINEAR, size, how)
+
+
+def grouped_layers(model: Architecture, kind: LayerKind) -> int:
+    """The layers of a kind that memory is taken for.
+
+    All kinds draw blocks of one size from one pool, so vLLM puts layers of one kind into groups of equal size and
+    fills the last one up: as many as the rarest kind has, or the most frequent one where that is not much more.
+    """
+    counts = [count for each in _CACHING if (count := model.count(each))]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    return -(-model.count(kind) // size) * size
+
+
+def _kept(model: Architecture, kind: LayerKind, wanted: Sequences) -> tuple[int, int, str]:
+    """Tokens and blocks of one sequence in a layer, and what bounds them."""
+    in_flight = _BATCHES_IN_FLIGHT * wanted.batched_tokens
+    if kind is LayerKind.SLIDING and model.window:
+        tokens = min(model.window - 1 + in_flight, wanted.tokens)
+        # A window need not begin where a block does: one block more.
+        return tokens, -(-tokens // BLOCK_TOKENS) + 1, f" (window {model.window}, and {in_flight} being computed)"
+    if kind is LayerKind.CHUNKED and model.chunk:
+        tokens = min(model.chunk + in_flight, wanted.tokens)
+        return tokens, -(-tokens // BLOCK_TOKENS), f" (chunk {model.chunk}, and {in_flight} being computed)"
+    return wanted.tokens, -(-wanted.tokens // BLOCK_TOKENS), ""
 
 
 def _state_bytes(linear: LinearAttention, bits: int, devices: int) -> float:

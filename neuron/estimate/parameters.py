@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from neuron.estimate.architecture import Architecture, Experts
+from neuron.estimate.architecture import Architecture
+from neuron.estimate.experts import Experts
 from neuron.estimate.layers import LayerKind
 
 _LEARNED_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})

@@ -22,7 +22,10 @@ PURE = (
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
     *(f"neuron/{name}.py" for name in ("devices", "spec", "owned_flags", "links", "gpu_presets")),
-    *(f"neuron/estimate/{name}.py" for name in ("architecture", "context_length", "fields", "kv_cache", "layers")),
+    *(
+        f"neuron/estimate/{name}.py"
+        for name in ("architecture", "context_length", "experts", "fields", "kv_cache", "layers")
+    ),
     *(f"neuron/estimate/{name}.py" for name in ("number_types", "options", "overhead", "parallel", "parameters")),
     *(f"neuron/estimate/{name}.py" for name in ("reply", "result", "sum", "weights", "wish")),
     *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),

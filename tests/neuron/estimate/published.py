@@ -245,6 +245,34 @@ QWEN3_NEXT = Published(
     79.67,
     12 * 2 * 2 * 256 * 2,
 )
+FALCON_7B = Published(
+    "tiiuae/falcon-7b",
+    {
+        "model_type": "falcon",
+        "hidden_size": 4544,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "vocab_size": 65024,
+        "multi_query": True,
+        "new_decoder_architecture": False,
+    },
+    6.92,  # 7.22 with the output head that the embeddings are tied to
+    32 * 2 * 64 * 2,
+)
+OPT_125M = Published(
+    "facebook/opt-125m",
+    {
+        "model_type": "opt",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+    },
+    0.1252,
+    12 * 2 * 768 * 2,
+)
 MINILM = Published(
     "sentence-transformers/all-MiniLM-L6-v2",
     {
@@ -274,5 +302,7 @@ MODELS = (
     GEMMA3_27B,
     GPT_OSS_20B,
     QWEN3_NEXT,
+    FALCON_7B,
+    OPT_125M,
     MINILM,
 )

@@ -1,23 +1,27 @@
-"""The arithmetic against what is published about well-known models."""
+"""The arithmetic against what is published about well-known models, and against logs of the real vLLM."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 
 from neuron.estimate.context_length import default_length, longest
-from neuron.estimate.kv_cache import Sequences, cached_of, token_bytes
+from neuron.estimate.kv_cache import Sequences, cached_of, grouped_layers, token_bytes
 from neuron.estimate.layers import LayerKind
 from neuron.estimate.number_types import kv_cache_name
 from neuron.estimate.parallel import obstacle
 from neuron.estimate.parameters import parameter_count
 from neuron.estimate.sum import Model, estimate
 from neuron.estimate.weights import weights_of
-from neuron.estimate.wish import Wish
+from neuron.estimate.wish import Wish, human_number
 from shared.protocol import Device
 from tests.neuron.estimate import published
 from tests.neuron.estimate.published import MODELS, Published
 
 MIB = 1 << 20
+LOGS = Path(__file__).parent.parent / "vllm_logs"  # vLLM 0.32 with the model of tests/environment/tiny_model.py
 
 
 def by_name(model: Published) -> str:
@@ -107,14 +111,33 @@ def test_heads_are_repeated_where_devices_are_more() -> None:
 
 
 def test_sliding_layers_keep_their_window_only() -> None:
-    """Gemma 3: 10 layers keep everything, 52 the window of 1024 and what is being computed."""
+    """Gemma 3: 10 layers keep everything, 52 the window of 1024 and what is being computed, in groups of 10."""
     architecture = published.GEMMA3_27B.architecture
     assert (architecture.count(LayerKind.FULL), architecture.count(LayerKind.SLIDING)) == (10, 52)
     each = token_bytes(architecture)
-    window = (-(-(1024 + 2 * 2048) // 16) + 1) * 16
-    expected = (10 * 131_072 + 52 * window) * each / MIB
+    window = (-(-(1023 + 2 * 2048) // 16) + 1) * 16
+    expected = (10 * 131_072 + 60 * window) * each / MIB
     assert cache_mib(published.GEMMA3_27B, 131_072) == pytest.approx(expected)
     assert cache_mib(published.GEMMA3_27B, 131_072) < 0.25 * 131_072 * published.GEMMA3_27B.token_bytes / MIB
+
+
+@pytest.mark.parametrize(
+    ("full", "sliding", "grouped"), [(12, 12, (12, 12)), (10, 52, (10, 60)), (10, 14, (14, 14)), (8, 0, (8, 0))]
+)
+def test_layers_of_several_kinds_share_blocks(full: int, sliding: int, grouped: tuple[int, int]) -> None:
+    """vLLM's groups are as large as the rarest kind, or as the most frequent one where that has not much more."""
+    types = ["full_attention"] * full + ["sliding_attention"] * sliding
+    config = {**published.LLAMA_8B.config, "num_hidden_layers": len(types), "layer_types": types, "sliding_window": 128}
+    model = Published("mixed", config, 0, 0).architecture
+    assert (grouped_layers(model, LayerKind.FULL), grouped_layers(model, LayerKind.SLIDING)) == grouped
+
+
+def test_chunked_layers_keep_a_chunk() -> None:
+    """Llama 4: every fourth layer keeps everything, the others 8192 tokens and what is being computed."""
+    config = {**published.LLAMA_8B.config, "attention_chunk_size": 8192, "no_rope_layer_interval": 4}
+    model = Published("chunked", config, 0, 0)
+    assert (model.architecture.count(LayerKind.FULL), model.architecture.count(LayerKind.CHUNKED)) == (8, 24)
+    assert cache_mib(model, 131_072) == (8 * 131_072 + 24 * (8192 + 4096)) * 4096 / MIB
 
 
 def test_linear_attention_keeps_a_state_of_one_size() -> None:
@@ -181,3 +204,30 @@ def test_smallest_number_of_devices(model: Published, cards: list[int], length: 
     devices = [Device(index=index, vram_total_mb=mb) for index, mb in enumerate(cards)]
     made = estimate(Model(model.name, model.architecture, None), Wish(max_model_len=length), devices)
     assert made.tensor_parallel == expected, made.reasons
+
+
+def logged(name: str, pattern: str) -> str:
+    """What the pattern's group is in a log."""
+    found = re.search(pattern, (LOGS / name).read_text(encoding="utf-8"))
+    assert found is not None, pattern
+    return found[1]
+
+
+def test_real_log_agrees_on_the_longest_sequence() -> None:
+    """Asked for 100,000 tokens vLLM named what it derived; here that is a note."""
+    derived = float(logged("toolong.txt", r"derived max_model_len \(max_position_embeddings=([\d.]+)"))
+    asked = int(logged("toolong.txt", r"User-specified max_model_len \((\d+)\)"))
+    config = {**published.QWEN3_8B.config, "max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default"}}
+    model = Published("tiny", config, 0, 0)
+    assert longest(model.architecture.text) == derived
+    made = estimate(Model("tiny", model.architecture, None), Wish(max_model_len=asked), [])
+    assert made.notes == (
+        "max_model_len 100000 is more than the model's 2048, which vLLM refuses unless told otherwise",
+    )
+
+
+def test_real_log_agrees_on_what_900g_is() -> None:
+    """vLLM printed its argument as the number it read, and as GiB when that was too much."""
+    number = int(logged("kv.txt", r"'kv_cache_memory_bytes': (\d+)"))
+    assert logged("kv.txt", r"requested memory for kv \(([\d.]+) GiB\)") == "900.0"
+    assert human_number("900G", "--kv-cache-memory-bytes", "args") == number
