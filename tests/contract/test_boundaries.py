@@ -27,7 +27,7 @@ PURE = (
         for name in ("architecture", "context_length", "experts", "fields", "kv_cache", "layers")
     ),
     *(f"neuron/estimate/{name}.py" for name in ("number_types", "options", "overhead", "parallel", "parameters")),
-    *(f"neuron/estimate/{name}.py" for name in ("reply", "result", "sum", "weights", "wish")),
+    *(f"neuron/estimate/{name}.py" for name in ("layers", "reply", "result", "sum", "weights", "wish")),
     *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log")),
 )
 MAX_LINES = 400

@@ -122,6 +122,20 @@ def test_sliding_layers_keep_their_window_only() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "tokens", "mib"),
+    [
+        (published.GEMMA3_27B, 131_072, 12_647.5),
+        (published.GPT_OSS_20B, 131_072, 3171.375),
+        (published.QWEN3_8B, 40_960, 5760),
+    ],
+    ids=lambda value: value.name if isinstance(value, Published) else "",
+)
+def test_cache_is_what_vllms_own_functions_say(model: Published, tokens: int, mib: float) -> None:
+    """`_max_memory_usage_bytes_from_groups` of vLLM 0.32, called with the specs of these models' layers: to the byte."""
+    assert cache_mib(model, tokens) == mib
+
+
+@pytest.mark.parametrize(
     ("full", "sliding", "grouped"), [(12, 12, (12, 12)), (10, 52, (10, 60)), (10, 14, (14, 14)), (8, 0, (8, 0))]
 )
 def test_layers_of_several_kinds_share_blocks(full: int, sliding: int, grouped: tuple[int, int]) -> None:
