@@ -131,7 +131,7 @@ def test_sliding_layers_keep_their_window_only() -> None:
     ids=lambda value: value.name if isinstance(value, Published) else "",
 )
 def test_cache_is_what_vllms_own_functions_say(model: Published, tokens: int, mib: float) -> None:
-    """`_max_memory_usage_bytes_from_groups` of vLLM 0.32, called with the specs of these models' layers: to the byte."""
+    """`_max_memory_usage_bytes_from_groups` of vLLM 0.32, called with these models' layers: to the byte."""
     assert cache_mib(model, tokens) == mib
 
 
