@@ -16,6 +16,7 @@ from neuron.activation import DefaultModels
 from neuron.api import add_routes
 from neuron.config import NeuronConfig
 from neuron.discover import topology_source
+from neuron.estimate import api as estimate_api
 from neuron.events import EventHub
 from neuron.history import FILE_NAME, LoadHistory
 from neuron.keys import SERVICES, Services
@@ -36,6 +37,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     token = config.bearer_token
     app = web.Application(middlewares=[error_middleware, *([require_token(token)] if token is not None else [])])
     add_routes(app)
+    estimate_api.add_routes(app)
 
     async def services(app: web.Application) -> AsyncIterator[None]:
         async with _services(config, port) as made:

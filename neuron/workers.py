@@ -82,17 +82,22 @@ class Workers:
         self._refuse_when_stopping()
         wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
         worker = self._known_or_new(command.model_id)
+        run = worker.joined(wanted)
+        if run is not None:
+            return run
         spec = wanted or worker.remembered_spec()
         await self._launcher.check(spec)
+        source = self._launcher.source
+        share_mb = await self._launcher.share_of(spec, await source.discover())
         await self._measure()  # what still loads has not all of its memory yet: strangers' use is what is left over
-        topology, health = await asyncio.gather(self._launcher.source.discover(), self._launcher.source.health())
+        topology, health = await asyncio.gather(source.discover(), source.health())
         # From here on nothing is awaited: what is decided is so when it takes effect. The worker is looked up again,
         # and a stop may have come meanwhile, after which nothing may start.
         self._refuse_when_stopping()
         worker = self._known_or_new(command.model_id)
         run = worker.joined(wanted)
         if run is None:
-            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, topology, health))
+            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, share_mb, topology, health))
         return run
 
     async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:
