@@ -13,12 +13,13 @@ from pathlib import Path
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.discover import run_discover
+from neuron.estimate.command import add_parser, run_estimate
 from neuron.keys import SERVICES
 from neuron.simulated import resolve_devices
 from neuron.spec import spec_of
 from neuron.state_dir import StateDirError
 from shared import __version__
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, serve_until_stopped
 from shared.settings import SettingsError, load_settings
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     discover = commands.add_parser("discover", help="print this host's GPU topology")
     discover.add_argument("--json", action="store_true", help="as JSON, as GET /discovery answers")
     discover.add_argument("--config", type=Path, help="neuron.toml, for [simulate]")
+    add_parser(commands)
     return parser
 
 
@@ -49,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "discover":
             config = None if arguments.config is None else _config(arguments.config)
             return run_discover(config, arguments.json)
+        if arguments.command == "estimate":
+            return run_estimate(None if arguments.config is None else _config(arguments.config), arguments)
         config = _config(arguments.config)
         configure_logging(config.log_level)
         asyncio.run(_serve(config, arguments.fd, arguments.lifeline_fd))
-    except (SettingsError, ListenError, StateDirError) as error:
+    except (SettingsError, ListenError, StateDirError, ServiceError) as error:
         print(f"neuron: {error}", file=sys.stderr)
         return 1
     return 0

@@ -36,14 +36,14 @@ async def discovery(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    (_, devices), models = await asyncio.gather(_figures(services), services.activity.read())
+    _, devices = await _figures(services)
     return reply(
         NeuronHealth(
             uptime_secs=round(time.monotonic() - services.started, 3),
             devices=devices,
             instance_id=services.instance_id,
             activation=services.default_models.progress,
-            models=models,
+            models=services.workers.activity(),
         )
     )
 

@@ -13,10 +13,10 @@ import aiohttp
 from aiohttp import web
 
 from neuron.activation import DefaultModels
-from neuron.activity import ActivityMonitor
 from neuron.api import add_routes
 from neuron.config import NeuronConfig
 from neuron.discover import topology_source
+from neuron.estimate import api as estimate_api
 from neuron.events import EventHub
 from neuron.history import FILE_NAME, LoadHistory
 from neuron.keys import SERVICES, Services
@@ -37,6 +37,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     token = config.bearer_token
     app = web.Application(middlewares=[error_middleware, *([require_token(token)] if token is not None else [])])
     add_routes(app)
+    estimate_api.add_routes(app)
 
     async def services(app: web.Application) -> AsyncIterator[None]:
         async with _services(config, port) as made:
@@ -75,7 +76,6 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)
-        activity = ActivityMonitor(http, workers.engine_urls)
         default_models = DefaultModels(workers, config.default_commands)
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)
@@ -88,7 +88,6 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             ledger=launcher.ledger,
             workers=workers,
             hub=hub,
-            activity=activity,
             default_models=default_models,
             metrics=metrics,
         )

@@ -16,6 +16,7 @@ from neuron.run import Placement
 from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
 from neuron.topology import TopologySource
+from neuron.vitals import Vitals
 
 VRAM_RELEASE_SECS = 30.0
 _VRAM_POLL_SECS = 0.1
@@ -39,6 +40,7 @@ class Engine:
     directory: EngineDir
     process: EngineProcess
     output: EngineOutput
+    vitals: Vitals
     started_at: float  # Unix time
     startup_timeout_secs: float
     stop_timeout_secs: float

@@ -100,7 +100,7 @@ class EngineLife:
     async def serve(self) -> None:
         """Returns when it has to end, or has ended."""
         since = time.monotonic()
-        vitals = asyncio.create_task(self._launcher.until_bad(self.engine), name=f"vitals of {self.engine.engine_id}")
+        vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
         try:
             ending = await self._until_end(vitals)
             if ending is Ending.UNHEALTHY:
@@ -144,9 +144,9 @@ class EngineLife:
 
     async def _came_up(self, served_before: bool) -> None:
         engine = self.engine
-        with contextlib.suppress(asyncio.TimeoutError):  # a figure is not worth waiting for a stuck driver
+        with contextlib.suppress(asyncio.TimeoutError):  # figures are not worth waiting for a stuck driver
             async with timeout(_MEASURE_SECS):
-                await self._launcher.measure([engine])
+                await asyncio.gather(self._launcher.measure([engine]), engine.vitals.take_sample())
         await engine.note_shared_files()
         seconds = None
         if not served_before:
@@ -182,7 +182,8 @@ class EngineLife:
         if not run.leave_engine:
             await self._launcher.note_stopping(self.engine)
         while not run.leave_engine and not exited.is_set() and time.monotonic() < run.drain_until:
-            if not await self._launcher.is_working(self.engine):
+            sample = await self.engine.vitals.take_sample()
+            if sample is not None and not sample.running and not sample.waiting:
                 break
             await asyncio.sleep(_DRAIN_POLL_SECS)
         if self._model.condition.state is State.DRAINING:

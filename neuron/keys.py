@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from neuron.activation import DefaultModels
-from neuron.activity import ActivityMonitor
 from neuron.config import NeuronConfig
 from neuron.discover import discovery_of
 from neuron.events import EventHub
@@ -29,7 +28,6 @@ class Services:
     ledger: Ledger
     workers: Workers
     hub: EventHub
-    activity: ActivityMonitor
     default_models: DefaultModels
     metrics: NeuronMetrics
 

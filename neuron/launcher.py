@@ -10,22 +10,23 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
 from neuron import litter, records
-from neuron.activity import activity_of
 from neuron.config import NeuronConfig
 from neuron.devices import check_devices
 from neuron.engine import Engine, measure, until_released
 from neuron.engine_output import EngineOutput
+from neuron.estimate import estimate_of
+from neuron.estimate.sum import USABLE_SHARE
 from neuron.failures import LoadFailed
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.history import LoadHistory
 from neuron.ledger import Ledger
+from neuron.model_roots import check_below
 from neuron.ports import PortPool
 from neuron.process import EngineProcess
 from neuron.records import RunRecord
@@ -36,7 +37,7 @@ from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
 from neuron.vitals import Vitals
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import ServiceError, Unavailable
 from shared.protocol import DeviceHealth
 
 log = logging.getLogger(__name__)
@@ -71,18 +72,38 @@ class Launcher:
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
             raise Unavailable(reason, code="cuda_unavailable", retry_after=60)
         check_devices(spec, topology)
-        roots = self.config.model_roots
-        if roots and not await asyncio.to_thread(_is_below, spec.source, roots):
-            listed = ", ".join(map(str, roots))
-            raise InvalidRequest(f"source: {spec.source!r} is outside of model_roots ({listed})", param="source")
+        await check_below(spec.source, self.config.model_roots, param="source")
 
-    def book(self, number: int, spec: EngineSpec, topology: Topology, health: Sequence[DeviceHealth]) -> Placement:
+    async def share_of(self, spec: EngineSpec, topology: Topology) -> int | None:
+        """MiB that the engine is to take on each device: what the spec says, else what its model's own files say. None,
+        and with that the engine's own default: they are not on this host, or do not tell everything, or tell of more
+        than the default."""
+        if spec.vram_mb is not None or not topology.devices:
+            return spec.share_mb
+        settings = self.config.harness_settings(spec.harness)
+        whole = replace(spec, args=(*spec.args, *settings.extra_args))
+        try:
+            found = await estimate_of(whole, topology, {**os.environ, **settings.env})
+        except ServiceError as error:
+            log.info("%s: its memory is not known beforehand: %s", spec.model_id, error.message)
+            return None
+        share = found.per_device_mb(spec.tensor_parallel)
+        largest = max(device.vram_total_mb for device in topology.devices)
+        return None if found.unknown or share > USABLE_SHARE * largest else share
+
+    def book(
+        self,
+        number: int,
+        spec: EngineSpec,
+        share_mb: int | None,
+        topology: Topology,
+        health: Sequence[DeviceHealth],
+    ) -> Placement:
         """Devices and memory for a run; its own until `ledger.release`. Nothing is awaited.
 
         Raises:
             InsufficientVram: its memory is not to be had. InvalidRequest: as `neuron.devices.check_devices`.
         """
-        share_mb = spec.share_mb
         extra_args = self.config.harness_settings(spec.harness).extra_args
         choice = self.ledger.book(number, spec, share_mb, topology, health, extra_args=extra_args)
         return Placement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
@@ -91,7 +112,7 @@ class Launcher:
         """For another engine of a run, whose last one is gone. Raises as `book`; then nothing is booked any more."""
         topology, health = await asyncio.gather(self.source.discover(), self.source.health())
         self.ledger.release(placement.number)
-        return self.book(placement.number, spec, topology, health)
+        return self.book(placement.number, spec, placement.share_mb, topology, health)
 
     async def until_memory_is_back(self, number: int) -> None:
         """Returns when no engine that is being stopped holds memory that was promised to run `number`."""
@@ -224,20 +245,6 @@ class Launcher:
             tell = self.ledger.holding if engine.ready_at is None else self.ledger.measured
             tell(engine.placement.number, held[engine.placement.number])
 
-    async def until_bad(self, engine: Engine) -> str:
-        """Returns when a loaded engine whose process runs does not do its work any more: what is wrong with it."""
-        path = engine.harness.health_path
-        return await Vitals(self.http, engine.url, health_path=path, settings=self.config.health).until_bad()
-
-    async def is_working(self, engine: Engine) -> bool:
-        """True while the engine has requests."""
-        try:
-            async with self.http.get(f"{engine.url}/metrics", timeout=aiohttp.ClientTimeout(total=1)) as response:
-                activity = activity_of(engine.spec.model_id, await response.text())
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
-            return True  # too busy to say
-        return activity is not None and bool(activity.in_flight or activity.queue_depth)
-
     def kill_all_now(self) -> None:
         """SIGKILL to every engine, before the next line of the caller runs."""
         for process in self.running:
@@ -247,13 +254,16 @@ class Launcher:
         self, record: RunRecord, spec: EngineSpec, placement: Placement, directory: EngineDir, process: EngineProcess
     ) -> Engine:
         settings = self.config.harness_settings(spec.harness)
+        harness = HARNESSES[spec.harness]
+        url = f"http://{_authority(local_address(record.host), record.port)}"
         return Engine(
             spec=spec,
             placement=placement,
-            harness=HARNESSES[spec.harness],
+            harness=harness,
+            vitals=Vitals(self.http, url, health_path=harness.health_path, settings=self.config.health),
             engine_id=record.engine_id,
             port=record.port,
-            url=f"http://{_authority(local_address(record.host), record.port)}",
+            url=url,
             api_key=record.api_key,
             directory=directory,
             process=process,
@@ -333,12 +343,3 @@ def local_address(host: str) -> str:
 
 def _authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _is_below(source: str, roots: list[Path]) -> bool:
-    """True for a path whose real place is in one of `roots`, and for a name that is no path of this host."""
-    path = Path(source)
-    if not path.is_absolute() and not path.exists():
-        return True
-    real = path.resolve()
-    return any(real.is_relative_to(root.resolve()) for root in roots)

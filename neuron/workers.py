@@ -21,7 +21,7 @@ from neuron.spec import spec_of
 from neuron.state import State
 from neuron.state_dir import FoundEngine
 from neuron.worker import Worker
-from shared.protocol import LoadCommand, ModelView, Transition
+from shared.protocol import LoadCommand, ModelActivity, ModelView, Transition
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +82,22 @@ class Workers:
         self._refuse_when_stopping()
         wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
         worker = self._known_or_new(command.model_id)
+        run = worker.joined(wanted)
+        if run is not None:
+            return run
         spec = wanted or worker.remembered_spec()
         await self._launcher.check(spec)
+        source = self._launcher.source
+        share_mb = await self._launcher.share_of(spec, await source.discover())
         await self._measure()  # what still loads has not all of its memory yet: strangers' use is what is left over
-        topology, health = await asyncio.gather(self._launcher.source.discover(), self._launcher.source.health())
+        topology, health = await asyncio.gather(source.discover(), source.health())
         # From here on nothing is awaited: what is decided is so when it takes effect. The worker is looked up again,
         # and a stop may have come meanwhile, after which nothing may start.
         self._refuse_when_stopping()
         worker = self._known_or_new(command.model_id)
         run = worker.joined(wanted)
         if run is None:
-            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, topology, health))
+            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, share_mb, topology, health))
         return run
 
     async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:
@@ -159,13 +164,15 @@ class Workers:
         """Every known model, its memory as last measured."""
         return [view_of(worker) for worker in self.all]
 
-    def engine_urls(self) -> dict[str, str]:
-        """Model id -> URL of the engines that are loaded."""
-        return {
-            worker.model_id: worker.engine.url
-            for worker in self.all
-            if worker.engine is not None and worker.condition.state is State.LOADED
-        }
+    def activity(self) -> list[ModelActivity]:
+        """How busy the loaded models' engines were when they last said so, about a second ago. One that never did is
+        left out: no figure is not the same as idle."""
+        found = []
+        for worker in self.all:
+            sample = None if worker.engine is None else worker.engine.vitals.sample
+            if sample is not None and worker.condition.state is State.LOADED:
+                found.append(ModelActivity(id=worker.model_id, in_flight=sample.running, queue_depth=sample.waiting))
+        return found
 
     def begin_stop(self) -> None:
         """From now on no load begins, and those that are running end; loaded models take no new work, or are left as

@@ -13,8 +13,8 @@ from neuron.sim.faults import Fault
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
-Announcement = Callable[[EngineSettings, int], None]  # the engine's settings and the pid of its core
 _FILE_GB = 4.98
+Announcement = Callable[[EngineSettings, int], None]  # the engine's settings and the pid of its core
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ STAGES = (
 
 
 async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> None:
-    """Takes `load_secs` from now, and `download_secs` more for a download. `core` is the pid of the engine core, which
+    """Takes `load_secs` from now, and `download_secs` more for a download; `core` is the pid of the engine core, which
     tells of most of it. With the fault never-ready it stops short of the end and does not return.
 
     Raises:

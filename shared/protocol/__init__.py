@@ -10,6 +10,7 @@ from shared.protocol.commands import (
     LoadReply,
     UnloadCommand,
 )
+from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
 from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
@@ -20,6 +21,9 @@ __all__ = [
     "DeviceHealth",
     "Discovery",
     "EndpointReply",
+    "EstimateLine",
+    "EstimateOption",
+    "EstimateReply",
     "Link",
     "LinkKind",
     "LoadCommand",

@@ -38,6 +38,12 @@ PURE = (
         )
     ),
     *(f"neuron/{name}.py" for name in ("phases", "load_times", "progress", "remaining", "line_ring")),
+    *(
+        f"neuron/estimate/{name}.py"
+        for name in ("architecture", "context_length", "experts", "fields", "kv_cache", "layers")
+    ),
+    *(f"neuron/estimate/{name}.py" for name in ("number_types", "options", "overhead", "parallel", "parameters")),
+    *(f"neuron/estimate/{name}.py" for name in ("layers", "reply", "result", "sum", "weights", "wish")),
     *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log", "vllm_phases")),
 )
 MAX_LINES = 400

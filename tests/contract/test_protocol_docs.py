@@ -17,6 +17,9 @@ from shared.protocol import (
     DeviceHealth,
     Discovery,
     EndpointReply,
+    EstimateLine,
+    EstimateOption,
+    EstimateReply,
     Link,
     LinkKind,
     LoadCommand,
@@ -45,6 +48,7 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
+    "GET /estimate": ((EstimateReply, EstimateLine, EstimateOption), ""),
 }
 PROTOCOL = (TOP / "docs" / "protocol.md").read_text(encoding="utf-8")
 

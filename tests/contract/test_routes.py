@@ -27,6 +27,7 @@ NEURON_TABLE = {
     ("POST", "/models/unload"),
     ("GET", "/models/{model_id}/endpoint"),
     ("GET", "/models/{model_id}/logs"),
+    ("GET", "/estimate"),
     ("GET", "/events"),
     ("GET", "/metrics"),
 }

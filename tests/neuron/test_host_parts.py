@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from neuron.activity import activity_of
 from neuron.engine import memory_of
 from neuron.engine_log import EngineLog, LogFollower
 from neuron.ports import PortPool
@@ -139,21 +138,3 @@ def test_temporary_directory_is_short_enough(tmp_path: Path) -> None:
             sock.bind(str(directory.tmp / ("u" * 36)))
         directory.remove()
         assert not directory.tmp.exists()
-
-
-# --- engines' own figures
-
-
-def test_activity() -> None:
-    """Summed over vLLM's engines and models; not the metrics that only begin with the same name."""
-    page = (
-        "# HELP vllm:num_requests_running x\n"
-        'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
-        'vllm:num_requests_running{engine="1",model_name="m"} 1.0\n'
-        'vllm:num_requests_waiting{engine="0",model_name="m"} 2.0\n'
-        'vllm:num_requests_waiting_by_reason{engine="0",reason="x"} 9.0\n'
-    )
-    found = activity_of("m", page)
-    assert found is not None
-    assert (found.in_flight, found.queue_depth) == (4, 2)
-    assert activity_of("m", "nothing 1\n") is None

@@ -1,0 +1,74 @@
+"""Memory beside weights and KV cache: what vLLM measures at its start, foreseen. Pure.
+
+The constants are allowances, taken from what vLLM logs on real GPUs, on the safe side: what is too much becomes KV
+cache, what is too little keeps an engine from starting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuron.estimate.architecture import Architecture
+from neuron.estimate.wish import Wish
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+CONTEXT_BYTES = 640 * MIB
+"""CUDA's context, its libraries' workspaces and loaded kernels: 0.4 to 0.6 GiB of a process on Ampere to Blackwell."""
+COMMUNICATION_BYTES = 1024 * MIB
+"""NCCL's channels and the buffers of vLLM's own all-reduce (64 MiB for two devices), from two devices on. vLLM's log
+for Llama 3 8B (its pull request 10511) has 1.8 GiB outside of PyTorch on one H100 and, on each of two, as much again;
+that was with the neighbour's context in it."""
+GRAPH_BYTES_PER_LAYER = 20 * MIB
+"""CUDA graphs of the default 51 and 35 batch sizes: 0.5 to 0.8 GiB logged for models of 32 to 36 layers."""
+LOGIT_BYTES = 28
+"""Peak of the sampler for each sequence and word: logits of 2 and 4 bytes, sorted values 4 and indices 8,
+probabilities 4, their sums 4, and the mask's share. vLLM tries it once with all sequences: 256 x 128,256 words make
+0.9 GiB, where the log of Llama 3 8B has 1.26 GiB of activations altogether."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What an engine computes at once."""
+
+    sequences: int
+    tokens: int
+
+
+def batching_of(wish: Wish, *, max_model_len: int, device_mb: int, device_name: str) -> Batching:
+    """`--max-num-seqs` and `--max-num-batched-tokens`, by default as vLLM 0.32 chooses them for a device."""
+    if device_mb >= 160 * 1024:
+        tokens, sequences = 16384, 1024
+    elif device_mb >= 70 * 1024 and "a100" not in device_name.lower():
+        tokens, sequences = 8192, 1024
+    else:
+        tokens, sequences = 2048, 256
+    asked = wish.max_num_seqs or sequences
+    batched = wish.max_num_batched_tokens or min(asked * max_model_len, tokens)
+    return Batching(sequences=asked if wish.max_num_seqs else min(asked, batched), tokens=batched)
+
+
+def activation_bytes(model: Architecture, batching: Batching, *, bits: int, devices: int, pooling: bool) -> float:
+    """Peak of the intermediate results on each device: one layer's for a whole batch, or the sampler's."""
+    attention = (model.heads + 2 * model.kv_heads) * model.head_dim / devices + model.hidden
+    feed_forward = 3 * model.intermediate / devices if model.gated else 2 * model.intermediate / devices
+    widest = max(attention, feed_forward, _experts_width(model, devices))
+    layer = batching.tokens * (2 * model.hidden + widest) * bits / 8  # beside it: the residual, and the layer's input
+    if pooling or model.encoder_only:
+        return layer
+    rows = min(batching.sequences, batching.tokens)
+    return max(layer, rows * (model.vocabulary * LOGIT_BYTES + model.hidden * bits / 8))
+
+
+def graph_bytes(model: Architecture, wish: Wish) -> float:
+    """On each device; none with `--enforce-eager`, and none where an encoder's passes are not captured."""
+    return 0 if wish.enforce_eager or model.encoder_only else model.layers * GRAPH_BYTES_PER_LAYER
+
+
+def _experts_width(model: Architecture, devices: int) -> float:
+    experts = model.experts
+    if experts is None:
+        return 0
+    inner = experts.width / devices
+    return experts.chosen * (max(2 * inner, model.hidden) + inner) + 3 * experts.shared_width / devices

@@ -1,0 +1,93 @@
+"""An estimate as it travels, and as a person reads it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neuron.estimate.result import Estimate
+from shared.protocol import EstimateLine, EstimateOption, EstimateReply
+
+
+def reply_of(model: str, estimate: Estimate) -> EstimateReply:
+    """The answer for somebody who asked for `model`."""
+    return EstimateReply(
+        model=model,
+        source=estimate.source,
+        architecture=estimate.architecture or None,
+        basis=estimate.basis,
+        max_model_len=estimate.max_model_len,
+        sequences=estimate.sequences,
+        split_over=estimate.split_over,
+        host_devices=estimate.host_devices,
+        tensor_parallel=estimate.tensor_parallel,
+        total_mb=estimate.total_mb,
+        device_mb=estimate.per_device_mb(estimate.split_over),
+        lines=[
+            EstimateLine(what=line.what, device_mb=line.device_mb, total_mb=line.total_mb, how=line.how)
+            for line in estimate.lines
+        ],
+        options=[
+            EstimateOption(
+                tensor_parallel=option.tensor_parallel,
+                device_mb=option.device_mb,
+                possible=option.possible,
+                fits=option.fits,
+                reason=option.reason,
+            )
+            for option in estimate.options
+        ],
+        notes=list(estimate.notes),
+    )
+
+
+def table_of(reply: EstimateReply) -> str:
+    """Lines of text, the last one ended."""
+    blocks = [_head(reply), _sum(reply), _options(reply), reply.notes]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _head(reply: EstimateReply) -> list[str]:
+    length = f"{reply.sequences} sequence{'' if reply.sequences == 1 else 's'} of {reply.max_model_len:,} tokens"
+    return [
+        f"model    {reply.model}  ({reply.architecture or 'architecture not told'})",
+        f"weights  {reply.basis}",
+        f"room     for {length} at once, on {_devices(reply.split_over)}",
+    ]
+
+
+def _sum(reply: EstimateReply) -> list[str]:
+    split = reply.split_over > 1
+    rows: list[tuple[str, ...]] = [("WHAT", "EACH", "ALL", "HOW") if split else ("WHAT", "MIB", "HOW")]
+    for line in [*reply.lines, _total(reply)]:
+        sizes = (line.device_mb, line.total_mb) if split else (line.total_mb,)
+        rows.append((line.what, *("?" if size is None else f"{size:,}" for size in sizes), line.how))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)]
+    return [_row(row, widths) for row in rows]
+
+
+def _total(reply: EstimateReply) -> EstimateLine:
+    missing = sum(line.total_mb is None for line in reply.lines)
+    how = "MiB" if not missing else f"MiB, and {missing} not known"
+    return EstimateLine(what="together", device_mb=reply.device_mb, total_mb=reply.total_mb, how=how)
+
+
+def _row(row: Sequence[str], widths: Sequence[int]) -> str:
+    sizes = "  ".join(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True))
+    return f"{row[0].ljust(widths[0])}  {sizes}  {row[-1]}".rstrip()
+
+
+def _options(reply: EstimateReply) -> list[str]:
+    lines = []
+    for option in reply.options:
+        text = f"{option.device_mb:>9,} MiB on each" if option.possible else f"{'impossible':>21}"
+        said = "fits" if option.fits else option.reason or ""
+        lines.append(f"{_devices(option.tensor_parallel):>10}  {text}  {said}".rstrip())
+    if not reply.host_devices:
+        return [*lines, "There is no GPU here to compare with."]
+    if reply.tensor_parallel is None:
+        return [*lines, "It fits on no number of this host's devices."]
+    return [*lines, f"The smallest tensor-parallel size that fits here: {reply.tensor_parallel}"]
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'' if count == 1 else 's'}"

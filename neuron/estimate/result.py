@@ -1,0 +1,92 @@
+"""What an estimate says. Sizes in MiB, rounded up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from neuron.estimate.overhead import MIB
+
+
+@dataclass(frozen=True)
+class Line:
+    """One summand: on each device and on all together. None: not known, and not in the sum."""
+
+    what: str
+    device_mb: int | None
+    total_mb: int | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """The model over `tensor_parallel` devices. `reason`: why it cannot be split so, or does not fit; None: it fits."""
+
+    tensor_parallel: int
+    device_mb: int
+    possible: bool
+    reason: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The lines are for `split_over` devices. `basis` says what the weights' sizes come from."""
+
+    source: str
+    architecture: str
+    basis: str
+    max_model_len: int  # tokens
+    sequences: int  # of that length, at once
+    split_over: int
+    host_devices: int  # that can be used
+    lines: tuple[Line, ...]
+    options: tuple[Option, ...]  # from 1 on without a gap
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_mb(self) -> int:
+        """All devices together, what is not known left out."""
+        return sum(line.total_mb or 0 for line in self.lines)
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """The smallest number of this host's devices that the model fits on, None when there is none."""
+        return next((option.tensor_parallel for option in self.options if option.fits), None)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why each number of devices will not do, and what else is to be said."""
+        refused = (
+            f"over {option.tensor_parallel}, {option.device_mb} MiB on each: {option.reason}"
+            for option in self.options
+            if option.reason
+        )
+        return (*refused, *self.notes)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What is not in the sum."""
+        return tuple(line.what for line in self.lines if line.total_mb is None)
+
+    def per_device_mb(self, tensor_parallel: int) -> int:
+        """On each of so many devices.
+
+        Raises:
+            ValueError: fewer than 1, or more than the estimate looked at.
+        """
+        if not 1 <= tensor_parallel <= len(self.options):
+            raise ValueError(f"{tensor_parallel} devices: estimated for 1 to {len(self.options)}")
+        return self.options[tensor_parallel - 1].device_mb
+
+
+def line_of(what: str, device_bytes: float, devices: int, how: str) -> Line:
+    return Line(what, math.ceil(device_bytes / MIB), math.ceil(device_bytes * devices / MIB), how)
+
+
+def unknown_line(what: str) -> Line:
+    subject, _, rest = what.partition(": ")
+    return Line(subject, None, None, f"not counted: {rest}" if rest else "not counted")

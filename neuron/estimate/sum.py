@@ -1,0 +1,194 @@
+"""From a model, a wish and a host's devices to an estimate. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from neuron.estimate.architecture import Architecture
+from neuron.estimate.context_length import default_length, longest
+from neuron.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
+from neuron.estimate.number_types import kv_cache_name, model_bits
+from neuron.estimate.overhead import (
+    COMMUNICATION_BYTES,
+    CONTEXT_BYTES,
+    GIB,
+    MIB,
+    Batching,
+    activation_bytes,
+    batching_of,
+    graph_bytes,
+)
+from neuron.estimate.parallel import obstacle
+from neuron.estimate.parameters import Part
+from neuron.estimate.result import Estimate, Line, Option, line_of, unknown_line
+from neuron.estimate.stored import StoredWeights
+from neuron.estimate.weights import Weights, weights_of
+from neuron.estimate.wish import Wish
+from shared.protocol import Device
+
+FULL_SEQUENCES = 1
+"""Sequences of the whole length that have room, unless more are asked for. vLLM does not start with less; shorter ones
+share the room, so that one at full length is several of the usual length."""
+USABLE_SHARE = 0.92
+"""Of a device's memory: vLLM's own `--gpu-memory-utilization`. The rest is the driver's, and what nobody foresees."""
+_LOOKED_AT = 8  # numbers of devices, also on a host with fewer: to tell what would do
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its files have it."""
+
+    source: str
+    architecture: Architecture
+    stored: StoredWeights | None  # None: there are no safetensors files
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Everything that does not depend on the number of devices."""
+
+    model: Architecture
+    wish: Wish
+    weights: Weights
+    batching: Batching
+    sequences: Sequences
+    kv_dtype: str
+    bits: int
+
+
+def estimate(model: Model, wish: Wish, devices: Sequence[Device]) -> Estimate:
+    """The sum for `wish.tensor_parallel` devices, or for the smallest number of `devices` that will do (1 when none
+    does), and what each other number comes to. A device that is lost does not count."""
+    case = _case_of(model, wish, devices)
+    usable = sorted((device.vram_total_mb for device in devices if device.lost is None), reverse=True)
+    looked_at = range(1, max(len(usable), wish.tensor_parallel or 1, _LOOKED_AT) + 1)
+    options = tuple(_option(case, number, usable) for number in looked_at)
+    fitting = next((option.tensor_parallel for option in options if option.fits), None)
+    split_over = wish.tensor_parallel or fitting or 1
+    return Estimate(
+        source=model.source,
+        architecture=model.architecture.name or model.architecture.model_type,
+        basis=case.weights.how,
+        max_model_len=case.sequences.tokens,
+        sequences=case.sequences.count,
+        split_over=split_over,
+        host_devices=len(usable),
+        lines=tuple(_lines(case, split_over)),
+        options=options,
+        notes=tuple(_notes(case)),
+    )
+
+
+def _case_of(model: Model, wish: Wish, devices: Sequence[Device]) -> _Case:
+    architecture = model.architecture
+    first = next((device for device in devices if device.lost is None), Device(index=0))
+    length = wish.max_model_len or default_length(architecture.text)
+    batching = batching_of(wish, max_model_len=length, device_mb=first.vram_total_mb, device_name=first.name)
+    count = wish.full_sequences or min(FULL_SEQUENCES, batching.sequences)
+    return _Case(
+        model=architecture,
+        wish=wish,
+        weights=weights_of(architecture, model.stored, dtype=wish.dtype, quantization=wish.quantization),
+        batching=batching,
+        sequences=Sequences(count=count, tokens=length, batched_tokens=batching.tokens),
+        kv_dtype=kv_cache_name(wish.kv_cache_dtype, architecture.quantization),
+        bits=model_bits(wish.dtype, architecture.dtype),
+    )
+
+
+def _option(case: _Case, devices: int, usable: Sequence[int]) -> Option:
+    needed = sum(line.device_mb or 0 for line in _lines(case, devices))
+    reason = obstacle(case.model, devices)
+    if reason is not None:
+        return Option(devices, needed, possible=False, reason=reason)
+    if devices > len(usable):
+        reason = f"there {'is' if len(usable) == 1 else 'are'} {len(usable) or 'none'} here"
+    else:
+        share = USABLE_SHARE if case.wish.gpu_memory_utilization is None else case.wish.gpu_memory_utilization
+        room = int(usable[devices - 1] * share)
+        if needed > room:
+            reason = f"more than the {room} MiB of {usable[devices - 1]} that can be used"
+    return Option(devices, needed, possible=True, reason=reason)
+
+
+def _lines(case: _Case, devices: int) -> Iterator[Line]:
+    yield from _weight_lines(case, devices)
+    yield from _cache_lines(case, devices)
+    activations = activation_bytes(
+        case.model, case.batching, bits=case.bits, devices=devices, pooling=case.wish.pooling
+    )
+    batch = f"peak for {case.batching.tokens:,} tokens of {case.batching.sequences:,} sequences in one step"
+    yield line_of("activations", activations, devices, batch)
+    graphs = graph_bytes(case.model, case.wish)
+    yield line_of("CUDA graphs", graphs, devices, f"{case.model.layers} layers" if graphs else "none are captured")
+    yield line_of("CUDA context", CONTEXT_BYTES, devices, "context, libraries, kernels")
+    if devices > 1:
+        yield line_of("communication", COMMUNICATION_BYTES, devices, f"NCCL and all-reduce between {devices} devices")
+    for what in _unknown(case):
+        yield unknown_line(what)
+
+
+def _weight_lines(case: _Case, devices: int) -> Iterator[Line]:
+    loaded = 0.0
+    for part in case.weights.parts():
+        size = case.weights.on_each_device(part, devices, case.model.kv_heads)
+        loaded += size
+        yield line_of(f"weights: {part.value}", size, devices, _where(part, devices))
+    offloaded = min(loaded, case.wish.cpu_offload_gib * GIB)
+    if offloaded:
+        mib = int(offloaded / MIB)
+        yield Line("weights: in host memory", -mib, -mib * devices, "--cpu-offload-gb, for each device")
+
+
+def _where(part: Part, devices: int) -> str:
+    if devices == 1:
+        return "on the device"
+    return "on every device" if part is Part.SMALL else "split over the devices"
+
+
+def _cache_lines(case: _Case, devices: int) -> Iterator[Line]:
+    if case.model.encoder_only:
+        yield Line("KV cache", 0, 0, "none: an encoder keeps nothing")
+        return
+    cached = cached_of(case.model, case.sequences, dtype=case.kv_dtype, model_bits=case.bits, devices=devices)
+    if case.wish.kv_cache_bytes is not None:
+        yield line_of("KV cache", case.wish.kv_cache_bytes, devices, _room(case, cached))
+        return
+    if not cached:
+        yield Line("KV cache", 0, 0, "none of a size that is known")
+    for each in cached:
+        yield line_of(f"KV cache: {each.kind.value}", each.size, devices, f"{each.how}, {_type_name(case)}")
+
+
+def _room(case: _Case, cached: Sequence[Cached]) -> str:
+    text = "--kv-cache-memory-bytes, on each device"
+    needed = sum(each.size for each in cached)
+    if not needed or case.wish.kv_cache_bytes is None:
+        return text
+    fitting = case.wish.kv_cache_bytes / needed * case.sequences.count
+    return f"{text}: room for {fitting:.2f} sequences of {case.sequences.tokens:,} tokens"
+
+
+def _type_name(case: _Case) -> str:
+    return f"{case.bits} bits" if case.kv_dtype == "auto" else case.kv_dtype
+
+
+def _unknown(case: _Case) -> Iterator[str]:
+    yield from case.weights.unknown
+    yield from unknown_of(case.model, case.kv_dtype)
+    if not case.model.vocabulary and not case.model.encoder_only:
+        yield "activations: the sampler's, since config.json tells no vocab_size"
+    if case.model.other_parts:
+        yield "activations of images or sound: vLLM tries the largest ones at its start"
+    for flag in case.wish.not_counted:
+        yield f"{flag}: what it takes, or changes"
+
+
+def _notes(case: _Case) -> Iterator[str]:
+    most, tokens = longest(case.model.text), case.sequences.tokens
+    if tokens > most:
+        yield f"max_model_len {tokens} is more than the model's {most}, which vLLM refuses unless told otherwise"
+    method = case.wish.quantization
+    if method is not None and case.model.quantization is not None:
+        yield f"quantization {method}: the checkpoint is quantised already, its own sizes count"

@@ -1,0 +1,49 @@
+"""What a model will need, as a neuron works it out from the model's files."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.protocol.base import Mib, WireModel
+
+
+class EstimateLine(WireModel):
+    """One summand of an estimate. None: not known, and not in the sum."""
+
+    what: str
+    device_mb: Mib | None = None  # on each device
+    total_mb: Mib | None = None  # on all of them
+    how: str = ""
+
+
+class EstimateOption(WireModel):
+    """The model split over so many devices. `reason` says why that is impossible or too little here."""
+
+    tensor_parallel: int
+    device_mb: Mib = 0
+    possible: bool = True
+    fits: bool = False
+    reason: str | None = None
+
+
+class EstimateReply(WireModel):
+    """Answer of `GET /estimate`.
+
+    The lines and sums are for `split_over` devices; `tensor_parallel` is the smallest number of this host's devices
+    that the model fits on, None when there is none.
+    """
+
+    model: str
+    source: str | None = None
+    architecture: str | None = None
+    basis: str = ""  # what the weights' sizes come from
+    max_model_len: int = 0
+    sequences: int = 0
+    split_over: int = 1
+    host_devices: int = 0  # that can be used
+    tensor_parallel: int | None = None
+    total_mb: Mib = 0
+    device_mb: Mib = 0
+    lines: list[EstimateLine] = Field(default_factory=list)
+    options: list[EstimateOption] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,72 @@
+"""What neuron works out beforehand, against what the real vLLM then says in its log.
+
+After the other tests of this folder, which want to see the first load of the models that are loaded here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import pytest
+
+from tests.e2e_vllm.fleet import MINILM, PAIR, TINY, Fleet
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+CACHE_BYTES = 64 << 20  # of each device: `--kv-cache-memory-bytes 64M` of every engine of this fleet
+_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
+
+
+def loaded_log(fleet: Fleet, model: str) -> str:
+    """The log of the model's engine, which is loaded if need be."""
+    loaded = fleet.cortex.request("/fleet/load", {"model": model})
+    assert loaded.status == 200, f"{loaded.body}\n{fleet.neuron.log_tail()}"
+    log = fleet.neuron.request(f"/models/{quote(model, safe='')}/logs?tail=10000")
+    return "\n".join(log.body["lines"])
+
+
+def estimated(fleet: Fleet, model: str, **parameters: object) -> dict[str, Any]:
+    answer = fleet.neuron.request(f"/estimate?{urlencode({'model': model, **parameters})}")
+    assert answer.status == 200, answer.body
+    body: dict[str, Any] = answer.body
+    return body
+
+
+def cached(body: dict[str, Any]) -> dict[str, Any]:
+    """The one line about the KV cache."""
+    found: list[dict[str, Any]] = [line for line in body["lines"] if line["what"].startswith("KV cache")]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("model", [TINY, PAIR])
+def test_bytes_of_a_token_are_vllms(fleet: Fleet, model: str) -> None:
+    """Tokens that vLLM has room for in a cache of a known size, on one device and on two, to the last one."""
+    said = _CACHE.search(loaded_log(fleet, model))
+    assert said is not None
+    tokens, length, concurrency = (float(figure.replace(",", "")) for figure in said.groups())
+    body = estimated(fleet, model)
+    line = cached(body)
+    assert body["max_model_len"] == length == 512
+    assert line["device_mb"] == CACHE_BYTES >> 20
+    assert line["total_mb"] == body["split_over"] * line["device_mb"]
+    room = re.search(r"room for ([\d.]+) sequences of 512 tokens", line["how"])
+    assert room is not None
+    assert float(room[1]) == concurrency
+    assert tokens == concurrency * length
+
+
+def test_length_is_the_one_that_vllm_derives(fleet: Fleet) -> None:
+    """The arguments' where there are any; what the model itself takes otherwise."""
+    assert "Using max model len 512" in loaded_log(fleet, TINY)
+    assert estimated(fleet, TINY)["max_model_len"] == 512
+    assert estimated(fleet, TINY, max_model_len="auto")["max_model_len"] == 2048
+
+
+def test_an_encoder_has_no_cache_in_vllm_either(fleet: Fleet) -> None:
+    """all-MiniLM-L6-v2, although the engine is told a size for its cache as all of this fleet are."""
+    assert _CACHE.search(loaded_log(fleet, MINILM)) is None
+    line = cached(estimated(fleet, MINILM))
+    assert (line["total_mb"], line["how"]) == (0, "none: an encoder keeps nothing")

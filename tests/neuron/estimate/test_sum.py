@@ -1,0 +1,230 @@
+"""From flags to lines: what is asked, what it comes to, and what is not known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neuron.estimate import estimate_of, wish_of
+from neuron.estimate.overhead import batching_of
+from neuron.estimate.result import Estimate
+from neuron.estimate.sum import Model, estimate
+from neuron.estimate.wish import Wish, human_number, length_of
+from neuron.spec import EngineSpec
+from neuron.topology import Topology
+from shared.errors import InvalidRequest
+from shared.protocol import Device
+from tests.neuron.estimate import published
+from tests.neuron.estimate.published import LLAMA_8B, Published
+from tests.neuron.estimate.safetensors import write_model
+
+RTX_4090 = Device(index=0, name="RTX 4090", vram_total_mb=24_564)
+H100 = Device(index=0, name="NVIDIA H100 80GB HBM3", vram_total_mb=81_559)
+
+
+def wish(*args: str, quant: str | None = None) -> Wish:
+    return wish_of(EngineSpec("m", "vllm", "m", quant=quant, args=args))
+
+
+def of(model: Published, *args: str, devices: int = 1, card: Device = RTX_4090, quant: str | None = None) -> Estimate:
+    spec = EngineSpec("m", "vllm", "m", quant=quant, args=args, tensor_parallel=devices)
+    cards = [card.model_copy(update={"index": index}) for index in range(4)]
+    return estimate(Model(model.name, model.architecture, None), wish_of(spec), cards)
+
+
+def line(made: Estimate, what: str) -> int | None:
+    """MiB on each device of the line that begins so."""
+    return next(each.device_mb for each in made.lines if each.what.startswith(what))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("32768", 32768), ("32k", 32_000), ("32K", 32_768), ("1K", 1024), ("1.5k", 1500), ("1m", 10**6), ("1M", 1 << 20)],
+)
+def test_lengths_are_written_as_vllm_takes_them(text: str, tokens: int) -> None:
+    """Small letters are thousands, large ones 1024s; fractions of thousands only."""
+    assert length_of(text, "max_model_len") == tokens
+    assert wish("--max-model-len", text).max_model_len == wish(f"--max_model_len={text}").max_model_len == tokens
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "1.5K", "banana", "1e9", "32kk", "٣٢", "9" * 40, "1G 2", "nan"])
+def test_lengths_that_are_none(text: str) -> None:
+    """The message has the flag or the parameter and the value."""
+    with pytest.raises(InvalidRequest, match="max_model_len: ") as caught:
+        human_number(text, "max_model_len", "max_model_len")
+    assert caught.value.param == "max_model_len"
+    with pytest.raises(InvalidRequest) as of_argument:
+        wish(f"--max-model-len={text}")
+    assert of_argument.value.param == "args"
+    assert of_argument.value.message.startswith("--max-model-len: ")
+
+
+def test_automatic_length_is_the_models_own() -> None:
+    assert wish("--max-model-len", "auto").max_model_len is wish("--max-model-len=-1").max_model_len is None
+    assert of(LLAMA_8B, "--max-model-len", "auto").max_model_len == 131_072
+
+
+def test_every_flag_in_every_spelling() -> None:
+    """Two words or one, underscores for dashes, the short form; of two the last one counts."""
+    asked = wish(
+        *("--max-num-seqs", "8", "--max_num_batched_tokens=4k", "--kv-cache-dtype", "fp8", "--dtype=half"),
+        *("--kv-cache-memory-bytes", "2G", "-q", "fp8", "--cpu-offload-gb=1.5", "--enforce-eager"),
+        *("--gpu-memory-utilization", "0.5", "--device-memory-utilization=.8", "--runner", "pooling"),
+        *(
+            "--revision=v2",
+            "--download-dir",
+            "/data",
+            "--max-num-seqs",
+            "16",
+            "--port-of-nothing",
+            "--max-model-len=1k",
+        ),
+    )
+    assert asked == Wish(
+        max_model_len=1000,
+        max_num_seqs=16,
+        max_num_batched_tokens=4000,
+        kv_cache_dtype="fp8",
+        kv_cache_bytes=2 << 30,
+        dtype="half",
+        quantization="fp8",
+        gpu_memory_utilization=0.8,
+        cpu_offload_gib=1.5,
+        enforce_eager=True,
+        pooling=True,
+        revision="v2",
+        download_dir="/data",
+        tensor_parallel=1,
+    )
+    assert wish("--enforce-eager", "--no-enforce-eager").enforce_eager is False
+    assert wish(quant="awq").quantization == "awq"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--max-num-seqs", "many"),
+        ("--max-num-seqs",),
+        ("--max-num-batched-tokens=0",),
+        ("--kv-cache-memory-bytes", "1.5G"),
+        ("--cpu-offload-gb", "-1"),
+        ("--gpu-memory-utilization", "half"),
+        ("--gpu-memory-utilization=",),
+    ],
+)
+def test_arguments_that_are_no_numbers(args: tuple[str, ...]) -> None:
+    """As vLLM would refuse them, only at once."""
+    with pytest.raises(InvalidRequest) as caught:
+        wish(*args)
+    assert caught.value.param == "args"
+    assert caught.value.message.startswith(args[0].partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("mb", "name", "length", "args", "expected"),
+    [
+        (24_564, "RTX 4090", 32_768, (), (256, 2048)),
+        (81_559, "NVIDIA H100 80GB HBM3", 32_768, (), (1024, 8192)),
+        (81_920, "NVIDIA A100-SXM4-80GB", 32_768, (), (256, 2048)),
+        (183_359, "NVIDIA B200", 32_768, (), (1024, 16_384)),
+        (24_564, "RTX 4090", 32_768, ("--max-num-seqs", "4"), (4, 2048)),
+        (24_564, "RTX 4090", 100, ("--max-num-seqs", "4"), (4, 400)),
+        (24_564, "RTX 4090", 32_768, ("--max-num-batched-tokens", "64"), (64, 64)),
+    ],
+)
+def test_batches_are_those_of_vllm(
+    mb: int, name: str, length: int, args: tuple[str, ...], expected: tuple[int, int]
+) -> None:
+    """Its defaults for an API server, by the device's memory."""
+    batching = batching_of(wish(*args), max_model_len=length, device_mb=mb, device_name=name)
+    assert (batching.sequences, batching.tokens) == expected
+
+
+def test_lines_come_to_the_total() -> None:
+    """Every line is in it once, and so in what each device needs."""
+    made = of(LLAMA_8B, "--max-model-len", "32K", devices=2)
+    assert made.split_over == 2
+    assert sum(each.total_mb or 0 for each in made.lines) == made.total_mb
+    assert sum(each.device_mb or 0 for each in made.lines) == made.per_device_mb(2)
+    assert 0 <= 2 * made.per_device_mb(2) - made.total_mb <= 2 * len(made.lines)
+    assert line(made, "KV cache") == 2048
+    assert line(made, "weights: attention") == 1280
+    assert line(made, "communication") == 1024
+    assert not any(each.what == "communication" for each in of(LLAMA_8B).lines)
+
+
+def test_flags_change_their_lines() -> None:
+    """And nothing else."""
+    plain = of(LLAMA_8B, "--max-model-len", "8192")
+    assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-dtype", "fp8"), "KV cache") == 512
+    assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-memory-bytes", "3G"), "KV cache") == 3072
+    assert line(of(LLAMA_8B, "--max-model-len", "8192", "--enforce-eager"), "CUDA graphs") == 0
+    assert line(of(LLAMA_8B, "--max-model-len", "8192", "--cpu-offload-gb", "4"), "weights: in host") == -4096
+    assert line(of(LLAMA_8B, "--dtype", "float32"), "weights: attention") == 2 * (line(plain, "weights: att") or 0)
+    assert line(of(LLAMA_8B, quant="fp8"), "weights: attention") == (line(plain, "weights: att") or 0) / 2
+    few = of(LLAMA_8B, "--max-model-len", "8192", "--max-num-seqs", "8", "--max-num-batched-tokens", "512")
+    assert (line(few, "activations") or 0) < (line(plain, "activations") or 0) / 3
+
+
+def test_one_whole_sequence_has_room_unless_more_are_asked_for() -> None:
+    """`--max-num-seqs` of an engine is a limit: nobody means that as many are at full length."""
+    assert of(LLAMA_8B, "--max-num-seqs", "256").sequences == 1
+    cards = [RTX_4090]
+    made = estimate(Model("m", LLAMA_8B.architecture, None), Wish(max_model_len=8192, full_sequences=4), cards)
+    assert (made.sequences, line(made, "KV cache")) == (4, 4096)
+
+
+def test_an_encoder_keeps_nothing() -> None:
+    """And has no words to choose among. vLLM makes no cache for one, whatever size it is told."""
+    made = of(published.MINILM, "--kv-cache-memory-bytes", "64M")
+    assert line(made, "KV cache") == line(made, "CUDA graphs") == 0
+    assert next(each.how for each in made.lines if each.what == "KV cache") == "none: an encoder keeps nothing"
+    assert (line(made, "activations") or 0) < 20
+
+
+def test_what_is_not_known_is_said() -> None:
+    """A line each, without a number, and not in the sum."""
+    made = of(published.GEMMA3_27B, "--speculative-config", "{}", "--kv-cache-dtype", "new_type")
+    assert {"weights", "KV cache", "activations of images or sound", "--speculative-config"} <= set(made.unknown)
+    assert all(each.total_mb is None for each in made.lines if each.how.startswith("not counted"))
+    mamba = Published("hybrid", {**LLAMA_8B.config, "hybrid_override_pattern": "M-*" * 11}, 0, 0)
+    assert "state of 11 state-space layers (Mamba or alike)" in of(mamba).unknown
+    assert any("weights" in each.what and "11 layers without attention" in each.how for each in of(mamba).lines)
+    assert "more than the model's 131072" in of(LLAMA_8B, "--max-model-len", "200k").notes[0]
+
+
+def test_options_say_why_not() -> None:
+    """Each number of devices: fits, too little memory, too few devices, cannot be split."""
+    made = of(LLAMA_8B, "--max-model-len", "131072")
+    reasons = {option.tensor_parallel: option.reason or "fits" for option in made.options}
+    assert reasons[1] == "more than the 22598 MiB of 24564 that can be used"
+    assert reasons[2] == reasons[4] == "fits"
+    assert reasons[3] == "32 attention heads cannot be divided by 3"
+    assert reasons[8] == "there are 4 here"
+    assert (made.tensor_parallel, made.split_over) == (2, 1)
+    assert made.reasons[0].startswith(f"over 1, {made.per_device_mb(1)} MiB on each: more than")
+    with pytest.raises(ValueError, match="9 devices: estimated for 1 to 8"):
+        made.per_device_mb(9)
+
+
+def test_a_free_number_of_devices_is_the_smallest_that_fits() -> None:
+    model = Model("m", LLAMA_8B.architecture, None)
+    two = [RTX_4090, RTX_4090.model_copy(update={"index": 1})]
+    made = estimate(model, Wish(), two)
+    assert (made.tensor_parallel, made.split_over) == (2, 2)
+    lost = [RTX_4090, RTX_4090.model_copy(update={"index": 1, "lost": "fell off the bus"})]
+    assert (estimate(model, Wish(), lost).tensor_parallel, estimate(model, Wish(), lost).host_devices) == (None, 1)
+    assert estimate(model, Wish(), []).host_devices == 0
+    assert estimate(model, Wish(gpu_memory_utilization=0.1), two).tensor_parallel is None
+
+
+async def test_devices_that_the_spec_names_are_those_that_count(tmp_path: Path) -> None:
+    """The large card does not help an engine that is to run on the small one."""
+    write_model(tmp_path, LLAMA_8B.config)
+    small = Device(index=1, vram_total_mb=12_288)
+    topology = Topology(devices=(H100, small))
+    spec = EngineSpec("m", "vllm", str(tmp_path), args=("--max-model-len", "1k"))
+    assert (await estimate_of(spec, topology, {})).tensor_parallel == 1
+    named = EngineSpec("m", "vllm", str(tmp_path), args=("--max-model-len", "1k"), devices=(1,))
+    assert (await estimate_of(named, topology, {})).tensor_parallel is None
