@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neuron.sim import vram
-from tests.neuron.faults.host import DEVICE_MB, EngineProcess, FaultyHost, engine_processes
+from tests.neuron.faults.host import DEVICE_MB, EngineProcess, Host, engine_processes
 
 AGREE_SECS = 5.0
 HAS_ENGINE = frozenset({"starting", "loading", "loaded", "sleeping", "waking", "draining", "stopping", "recovering"})
@@ -28,7 +28,7 @@ class Sight:
     foreign_mb: Mapping[int, int]
 
 
-async def agreement(host: FaultyHost) -> list[str]:
+async def agreement(host: Host) -> list[str]:
     """Empty as soon as all accounts agree; else in what they differ after `AGREE_SECS`."""
     deadline = time.monotonic() + AGREE_SECS
     while True:
@@ -38,7 +38,7 @@ async def agreement(host: FaultyHost) -> list[str]:
         await asyncio.sleep(_POLL_SECS)
 
 
-async def look(host: FaultyHost) -> list[str]:
+async def look(host: Host) -> list[str]:
     """In what the accounts differ now."""
     before = await host.models()
     health = await host.get("/health")
