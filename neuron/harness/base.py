@@ -37,6 +37,13 @@ class LaunchPlan:
     tmp_dir: Path
     api_key: str
     engine_id: str
+    control_key: str | None = None
+    """What neuron shows the engine to put it to sleep, another secret for each; None: it shall not be able to."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The model's own arguments, then the operator's."""
+        return [*self.spec.args, *self.settings.extra_args]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,20 @@ class Harness(Protocol):
         """True when an engine on a host whose GPUs cannot be used would be a mistake."""
         ...
 
+    @property
+    def sleeps_in_ram(self) -> bool:
+        """True when the weights of a sleeping engine take memory of this host."""
+        ...
+
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        """True when the engine that `command` starts can be put to sleep (`neuron.sleeping`)."""
+        ...
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        """MiB of weights on all `ranks` devices together, as the output of its load tells; None when it does not."""
+        ...
 
     def progress_of(self, line: str) -> Progress | None:
         """What a line of output says about the load, None when nothing."""

@@ -8,6 +8,7 @@ from neuron.config import HarnessName
 from neuron.harness import vllm_log
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
+from neuron.harness.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.owned_flags import gives
 from shared.protocol import Progress
 
@@ -22,24 +23,35 @@ class VllmHarness:
     name: HarnessName = "vllm"
     health_path = "/health"
     runs_on_gpu = True
+    sleeps_in_ram = True
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
+        binding: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU passes over it
             argv += _memory_arguments(plan)
             own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
-        argv += [*plan.spec.args, *plan.settings.extra_args]
-        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own))
+        if plan.control_key is not None and vllm_can_sleep(plan, facts):
+            argv += sleep_arguments(plan, facts)
+            binding = guarded_environment(plan, facts, plan.control_key)
+        argv += plan.arguments
+        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own, binding))
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        return vllm_can_sleep(plan, facts)
 
     def progress_of(self, line: str) -> Progress | None:
         return vllm_log.progress_of(line)
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        return vllm_log.weights_mb(lines, ranks)
 
 
 def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:
@@ -62,7 +74,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     """
     wanted = plan.spec.vram_mb
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if wanted is None or not totals or gives([*plan.spec.args, *plan.settings.extra_args], *_SIZES_MEMORY):
+    if wanted is None or not totals or gives(plan.arguments, *_SIZES_MEMORY):
         return []
     share = wanted / len(plan.devices) / min(totals)
     return ["--gpu-memory-utilization", f"{min(max(share, 0.02), 0.98):.2f}"]

@@ -97,6 +97,7 @@ class Engine:
     metrics: EngineMetrics = field(default_factory=EngineMetrics)
     requests_seen: int = 0  # counted where they come in, whatever becomes of them
     requests_open: int = 0
+    sleep_level: int = 0  # 0: awake; changed by neuron.sim.sleep only
     _cached_tokens: int = 0
     _stopping: bool = False
     _pauses: set[asyncio.Future[None]] = field(default_factory=set)
@@ -121,6 +122,7 @@ class Engine:
             running=self.slots.running,
             waiting=self.slots.waiting,
             kv_cache_usage=self.kv_cache_usage,
+            sleep_level=self.sleep_level,
         )
 
     def answer_length(self, order: Order) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from neuron.inside.neuron_guard import DIGEST_VARIABLE
 from neuron.sim import console
 from neuron.sim.arguments import EngineSettings
 from neuron.sim.engine import Engine
@@ -19,6 +20,7 @@ from neuron.sim.faults import Fault, spawn_stubborn_child
 from neuron.sim.loading import load, report_out_of_memory
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 from neuron.sim.server import build_app
+from neuron.sim.sleep import Sleeper, in_dev_mode
 
 # Aborted requests need a moment to write their last event; whoever does not read is not waited for.
 _SHUTDOWN_TIMEOUT_SECS = 0.5
@@ -58,13 +60,18 @@ async def run(settings: EngineSettings) -> int:
         except OutOfMemory as error:
             report_out_of_memory(error)
             return 1
-        await _serve(settings, sock, stop)
+        await _serve(settings, memory, sock, stop)
     return 0
 
 
-async def _serve(settings: EngineSettings, sock: socket.socket, stop: asyncio.Event) -> None:
+async def _serve(settings: EngineSettings, memory: DeviceMemory, sock: socket.socket, stop: asyncio.Event) -> None:
     engine = Engine(settings)
-    app = build_app(engine, api_key=os.environ.get("VLLM_API_KEY") or None)
+    app = build_app(
+        engine,
+        api_key=os.environ.get("VLLM_API_KEY") or None,
+        sleeper=Sleeper(engine, memory) if in_dev_mode(os.environ) else None,
+        control_digest=os.environ.get(DIGEST_VARIABLE),
+    )
     # handler_cancellation: a client that leaves ends its handler, and with that the generation.
     runner = web.AppRunner(
         app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS, access_log=None, handle_signals=False

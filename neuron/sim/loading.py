@@ -12,6 +12,7 @@ from neuron.sim.faults import Fault
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
+_WEIGHTS = 0.6  # of all memory that a model takes; the rest is the KV cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ def _bar(text: str) -> Callable[[EngineSettings], None]:
 
 def _shard(done: int) -> Stage:
     bar = f"Loading safetensors checkpoint shards: {100 * done // _SHARDS:3d}% Completed | {done}/{_SHARDS} "
-    return Stage(0.15 + 0.5 * done / _SHARDS, 0.6 * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
+    return Stage(0.15 + 0.5 * done / _SHARDS, _WEIGHTS * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
+
+
+def _model_loaded(settings: EngineSettings) -> None:
+    gib = _WEIGHTS * settings.vram_mb / settings.tensor_parallel / 1024
+    text = f"Model loading took {gib:.2f} GiB memory and {settings.load_secs * 0.5:.6f} seconds"
+    console.log("EngineCore", "gpu_model_runner.py:5150", text)
 
 
 STAGES = (
@@ -46,7 +53,8 @@ STAGES = (
     Stage(0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'")),
     Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}...")),
     *(_shard(done) for done in range(1, _SHARDS + 1)),
-    Stage(0.66, 0.60, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
+    Stage(0.66, _WEIGHTS, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
+    Stage(0.67, _WEIGHTS, _model_loaded),
     Stage(0.72, 1.00, _log("kv_cache_utils.py:1711", "GPU KV cache size: 262,144 tokens")),
     Stage(0.80, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  50%|#####     | 34/67")),
     Stage(0.90, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##########| 67/67")),
@@ -70,7 +78,7 @@ async def load(settings: EngineSettings, memory: DeviceMemory) -> None:
         await asyncio.sleep(started + stage.at * settings.load_secs - clock.time())
         if Fault.OOM_AT_LOAD in settings.faults and stage.at >= 0.5:
             raise pretended_out_of_memory(settings, memory)
-        memory.take_up_to(round(settings.vram_mb * stage.memory))
+        memory.change_to(round(settings.vram_mb * stage.memory))
         stage.announce(settings)
         if Fault.NEVER_READY in settings.faults and stage.at >= 0.8:
             await clock.create_future()

@@ -58,8 +58,8 @@ class DeviceMemory:
             return cls(None, {})
         return cls(Path(directory), {str(uuid): int(mb) for uuid, mb in dict(json.loads(devices)).items()})
 
-    def take_up_to(self, total_mb: int) -> None:
-        """Grows to `total_mb` over all devices together, in even shares.
+    def change_to(self, total_mb: int) -> None:
+        """Grows or shrinks to `total_mb` over all devices together, in even shares.
 
         Raises:
             OutOfMemory: a device has no room beside its other holders; what was held before stays held.
@@ -73,7 +73,7 @@ class DeviceMemory:
             for index, (uuid, share) in enumerate(wanted.items()):
                 held = self.held_mb.get(uuid, 0)
                 free = self.totals_mb[uuid] - used[uuid]
-                if share - held > free:
+                if share - held > max(free, 0):
                     raise OutOfMemory(index, share - held, self.totals_mb[uuid], max(free, 0), held)
             vram.hold(self.directory, wanted)
         self.held_mb = wanted

@@ -8,7 +8,9 @@ from shared.protocol.commands import (
     EndpointReply,
     LoadCommand,
     LoadReply,
+    SleepCommand,
     UnloadCommand,
+    WakeCommand,
 )
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
 from shared.protocol.models import ModelStatus, ModelView, Progress
@@ -29,5 +31,7 @@ __all__ = [
     "ModelView",
     "NeuronHealth",
     "Progress",
+    "SleepCommand",
     "UnloadCommand",
+    "WakeCommand",
 ]
