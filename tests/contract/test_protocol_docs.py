@@ -26,7 +26,9 @@ from shared.protocol import (
     ModelView,
     NeuronHealth,
     Progress,
+    SleepCommand,
     UnloadCommand,
+    WakeCommand,
 )
 from tests.contract.documents import TOP
 
@@ -43,6 +45,8 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "GET /models": ((ModelView, NeuronModelView, Progress), "id harness status devices vram_used_mb"),
     "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
+    "POST /models/sleep": ((SleepCommand,), ""),
+    "POST /models/wake": ((WakeCommand,), ""),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
 }
 PROTOCOL = (TOP / "docs" / "protocol.md").read_text(encoding="utf-8")
