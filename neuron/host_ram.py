@@ -9,6 +9,7 @@ from pathlib import Path
 
 from neuron import failures
 from neuron.config import NeuronConfig
+from neuron.harness import Harness
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -43,6 +44,31 @@ def needed_mb(weights_mb: int | None, vram_used_mb: int | None) -> int:
 def slept_mb(weights_mb: int | None, before_mb: int | None, after_mb: int | None) -> int:
     """MiB of host memory that a sleeping engine takes: its weights, and no more than what it gave up on its devices."""
     return needed_mb(weights_mb, max((before_mb or 0) - (after_mb or 0), 0))
+
+
+async def check_sleep(
+    config: NeuronConfig,
+    harness: Harness,
+    model_id: str,
+    *,
+    weights_mb: int | None,
+    vram_used_mb: int | None,
+    slept_mb: int = 0,
+    promised_mb: int = 0,
+) -> int:
+    """MiB of this host's memory that an engine is going to take when it sleeps. `slept_mb` is what all take that sleep
+    already, `promised_mb` what those need that are falling asleep.
+
+    Raises:
+        Conflict: `insufficient_ram`, there is no room for it.
+    """
+    if not harness.sleeps_in_ram and config.simulate is None:
+        return 0  # a simulated engine, and no simulated memory
+    wanted_mb = needed_mb(weights_mb, vram_used_mb)
+    ram = await host_ram(config, slept_mb=slept_mb, promised_mb=promised_mb)
+    if ram is not None:
+        ram.check_room(model_id, wanted_mb)
+    return wanted_mb
 
 
 async def host_ram(config: NeuronConfig, *, slept_mb: int, promised_mb: int = 0) -> HostRam | None:

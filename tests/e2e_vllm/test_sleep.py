@@ -101,7 +101,7 @@ async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession
     """A request that runs is finished, one that comes during the sleep is refused, one after it is served."""
     assert await sleeping.obeys_only_us(http, engine.url, CONTROL_KEY)
     assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
-    long = {**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    long = {**CHAT, "max_tokens": 32, "ignore_eos": True, "stream": True}
     async with http.post(f"{engine.url}/v1/chat/completions", json=long) as running:
         begun = await running.content.readany()
         await sleeping.sleep(http, engine.url, CONTROL_KEY)
