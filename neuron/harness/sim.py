@@ -12,7 +12,7 @@ from neuron.config import HarnessName
 from neuron.harness import vllm_log
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
-from neuron.harness.sleep_mode import control_environment, first_on_path
+from neuron.harness.sleep_mode import control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm import serve_arguments
 from neuron.owned_flags import gives
 from neuron.sim.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
@@ -42,13 +42,12 @@ class SimHarness:
             "PYTHONPATH": first_on_path(_PACKAGE_ROOT, facts.environ.get("PYTHONPATH")),
         }
         binding: dict[str, str] = {}
-        if plan.control_key is not None and self.can_sleep(plan, facts):
+        if plan.control_key is not None and sim_can_sleep(plan):
             binding = control_environment(plan.control_key)
         return EngineCommand((*argv, *plan.arguments), engine_environment(plan, facts.environ, own, binding))
 
     def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
-        """Unless it is switched off: it costs nothing here."""
-        return plan.control_key is not None and plan.settings.sleep_mode is not False
+        return sim_can_sleep(plan)
 
     def progress_of(self, line: str) -> Progress | None:
         return vllm_log.progress_of(line)

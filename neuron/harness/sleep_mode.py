@@ -11,6 +11,9 @@ from neuron.inside.neuron_guard import DIGEST_VARIABLE, digest_of
 from neuron.owned_flags import gives
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
+# Development mode logs a traceback for every request that is refused: an engine's log would be full of errors that are
+# none of its own, and its cause of death would be looked for among them.
+_GUARD_ARGUMENTS = ("--middleware", "neuron_guard.Guard", "--no-log-error-stack")
 _GUARD_DIRECTORY = str(Path(inside.__file__).parent)
 
 
@@ -21,9 +24,16 @@ def vllm_can_sleep(plan: LaunchPlan, facts: HostFacts) -> bool:
     along and frees nothing. A model whose arguments have `--no-enable-sleep-mode` is left out.
     """
     mode = plan.settings.sleep_mode
-    if plan.control_key is None or gives(plan.arguments, "--no-enable-sleep-mode"):
-        return False
-    return mode == "dev" or (mode is True and facts.has_gpu)
+    return _may_sleep(plan) and (mode == "dev" or (mode is True and facts.has_gpu))
+
+
+def sim_can_sleep(plan: LaunchPlan) -> bool:
+    """As above, and unless it is switched off: it costs nothing there."""
+    return _may_sleep(plan) and plan.settings.sleep_mode is not False
+
+
+def _may_sleep(plan: LaunchPlan) -> bool:
+    return plan.control_key is not None and not gives(plan.arguments, "--no-enable-sleep-mode")
 
 
 def sleep_arguments(plan: LaunchPlan, facts: HostFacts) -> list[str]:
@@ -33,7 +43,7 @@ def sleep_arguments(plan: LaunchPlan, facts: HostFacts) -> list[str]:
     the path as the routes do.
     """
     pool = facts.has_gpu and not gives(plan.arguments, "--enable-sleep-mode")
-    return ["--middleware", "neuron_guard.Guard", *(["--enable-sleep-mode"] if pool else [])]
+    return [*_GUARD_ARGUMENTS, *(["--enable-sleep-mode"] if pool else [])]
 
 
 def control_environment(control_key: str) -> dict[str, str]:

@@ -73,6 +73,13 @@ async def test_clients_find_what_they_always_found(engine: RunningEngine, http: 
         assert response.status == 200
 
 
+async def test_what_is_refused_leaves_no_traceback(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
+    """Development mode would log one for each: the cause of an engine's end would be looked for in them."""
+    assert (await chat(http, engine, model="unknown"))[0] == 404
+    assert (await chat(http, engine, max_tokens=-1))[0] == 400
+    assert "Traceback" not in engine.text()
+
+
 async def test_nobody_else_finds_the_development_routes(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
     """The routes that vLLM lists are hidden, however they are asked for, in its own words for what is not there."""
     async with http.get(engine.url + "/v1/no-such-path") as response:

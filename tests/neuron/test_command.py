@@ -184,7 +184,7 @@ def test_vllm_that_can_sleep(
     made = harness.command(plan, facts)
     assert harness.can_sleep(plan, facts) is sleeps
     assert ("VLLM_SERVER_DEV_MODE" in made.env) is (DIGEST_VARIABLE in made.env) is ("PYTHONPATH" in made.env) is sleeps
-    given = ["--middleware", "neuron_guard.Guard"] if sleeps else []
+    given = ["--middleware", "neuron_guard.Guard", "--no-log-error-stack"] if sleeps else []
     given += ["--enable-sleep-mode"] if sleeps and has_gpu and "--enable_sleep_mode" not in args else []
     assert list(made.argv)[9:] == [*given, *args, "--x"]
 
@@ -222,6 +222,12 @@ def test_sim_that_can_sleep(mode: bool | Literal["dev"] | None, sleeps: bool) ->
     assert HARNESSES["sim"].can_sleep(plan, facts) is sleeps
     assert (made.env.get("VLLM_SERVER_DEV_MODE") == "1") is (made.env.get(DIGEST_VARIABLE) is not None) is sleeps
     assert made.argv == command(spec, has_gpu=False).argv
+    kept_out, _ = planned(
+        replace(spec, args=("--no-enable-sleep-mode",)),
+        settings=HarnessSettings(sleep_mode=mode),
+        control_key="control",
+    )
+    assert not HARNESSES["sim"].can_sleep(kept_out, facts)
 
 
 def test_sim() -> None:
