@@ -23,7 +23,8 @@ _INERT_WITH_VALUE = (
 _INERT_SWITCHES = (
     "--async-scheduling", "--disable-log-stats", "--disable-uvicorn-access-log", "--enable-auto-tool-choice",
     "--enable-chunked-prefill", "--enable-log-requests", "--enable-prefix-caching", "--enable-sleep-mode",
-    "--enforce-eager", "--language-model-only", "--no-enable-prefix-caching", "--no-enable-sleep-mode", "--trust-remote-code",
+    "--enforce-eager", "--language-model-only", "--no-enable-prefix-caching", "--no-enable-sleep-mode",
+    "--trust-remote-code",
 )  # fmt: skip
 _SHORT = {"--quantization": ["-q"]}
 
