@@ -19,7 +19,17 @@ from neuron.rooms import with_rooms
 from neuron.state import State
 from shared.errors import InvalidRequest
 from shared.http import read_model, reply
-from shared.protocol import Device, DeviceHealth, EndpointReply, LoadCommand, LoadReply, NeuronHealth, UnloadCommand
+from shared.protocol import (
+    Device,
+    DeviceHealth,
+    EndpointReply,
+    LoadCommand,
+    LoadReply,
+    NeuronHealth,
+    SleepCommand,
+    UnloadCommand,
+    WakeCommand,
+)
 from shared.serve import CLOSING
 from shared.tasks import timeout
 
@@ -68,6 +78,18 @@ async def unload(request: web.Request) -> web.Response:
     command = await read_model(request, UnloadCommand)
     await request.app[SERVICES].workers.unload(command.model_id, drain_secs=drain_secs)
     return reply(LoadReply(status="unloaded", model_id=command.model_id))
+
+
+async def sleep(request: web.Request) -> web.Response:
+    command = await read_model(request, SleepCommand)
+    await request.app[SERVICES].workers.sleep(command.model_id, command.level)
+    return reply(LoadReply(status="sleeping", model_id=command.model_id))
+
+
+async def wake(request: web.Request) -> web.Response:
+    command = await read_model(request, WakeCommand)
+    await request.app[SERVICES].workers.wake(command.model_id)
+    return reply(LoadReply(status="loaded", model_id=command.model_id))
 
 
 async def endpoint(request: web.Request) -> web.Response:
@@ -161,6 +183,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/models", models)
     app.router.add_post("/models/load", load)
     app.router.add_post("/models/unload", unload)
+    app.router.add_post("/models/sleep", sleep)
+    app.router.add_post("/models/wake", wake)
     app.router.add_get("/models/{model_id:.+}/endpoint", endpoint)
     app.router.add_get("/models/{model_id:.+}/logs", logs)
     app.router.add_get("/events", events)

@@ -32,6 +32,7 @@ class HarnessSettings(SettingsModel):
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
+    sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default (vllm: off, sim: on)
 
     @field_validator("extra_args")
     @classmethod
@@ -66,6 +67,13 @@ class SimulateSettings(SettingsModel):
 
     devices: list[str | SimulatedDevice]
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
+    ram_mb: int | None = Field(default=None, gt=0)  # of the host, for engines that sleep; None: no limit
+
+
+class SleepSettings(SettingsModel):
+    """`[sleep]`: limits on the memory of this host that sleeping engines take."""
+
+    ram_reserve_mb: int = Field(default=4096, ge=0)  # what other programs keep, whatever sleeps
 
 
 class HealthSettings(SettingsModel):
@@ -115,6 +123,7 @@ class NeuronConfig(SettingsModel):
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
     harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
     health: HealthSettings = Field(default_factory=HealthSettings)
+    sleep: SleepSettings = Field(default_factory=SleepSettings)
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models come from below these only
     default_models: list[DefaultModel] = Field(default_factory=list)

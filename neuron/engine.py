@@ -37,6 +37,7 @@ class Engine:
     port: int
     url: str
     api_key: str
+    control_key: str
     directory: EngineDir
     process: EngineProcess
     output: EngineOutput
@@ -50,6 +51,8 @@ class Engine:
     vram_released: bool = True
     kill: bool = False
     leave: bool = False
+    can_sleep: bool = False
+    slept_mb: int = 0  # of the host's memory, that it takes while it sleeps
     stopping: bool = False
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
 

@@ -8,15 +8,16 @@ import logging
 import time
 from typing import Protocol
 
-from neuron import failures
+from neuron import failures, sleeping
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
 from neuron.engine_output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
+from neuron.engine_sleep import fall_asleep, found_asleep, wake_up
 from neuron.launcher import Launcher
 from neuron.load_times import LoadKey
 from neuron.progress import LoadProgress
 from neuron.readiness import until_ready
-from neuron.run import Run
+from neuron.run import Run, Wish
 from neuron.state import Condition, State
 from shared.errors import ServiceError
 from shared.protocol import Progress
@@ -94,7 +95,12 @@ class EngineLife:
                 self.served_secs = 0.0
             self._end(ending)
             return False
-        await self._came_up(served_before)
+        try:
+            await self._came_up(served_before)
+        except failures.GuardFailed as error:
+            self._ill = error.message
+            self._end(Ending.UNHEALTHY)
+            return False
         return True
 
     async def serve(self) -> None:
@@ -103,8 +109,10 @@ class EngineLife:
         vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
         try:
             ending = await self._until_end(vitals)
+            while ending is Ending.WISHED:
+                ending = await self._fulfil(self.run.wishes.popleft()) or await self._until_end(vitals)
             if ending is Ending.UNHEALTHY:
-                self._ill = vitals.result()
+                self._ill = self._ill or vitals.result()
         finally:
             await cancel_all([vitals])
         self.served_secs = time.monotonic() - since
@@ -148,6 +156,8 @@ class EngineLife:
             async with timeout(_MEASURE_SECS):
                 await asyncio.gather(self._launcher.measure([engine]), engine.vitals.take_sample())
         await engine.note_shared_files()
+        if engine.can_sleep and not served_before:
+            engine.can_sleep = await sleeping.obeys_only_us(self._launcher.http, engine.url, engine.control_key)
         seconds = None
         if not served_before:
             engine.ready_at = time.time()
@@ -156,7 +166,10 @@ class EngineLife:
         await self._launcher.note(engine)
         if self.run.stop_wanted.is_set():
             return
-        self._model.loaded(engine, "adopted, it answers" if served_before else "it answers", seconds)
+        if served_before and await found_asleep(self._launcher, engine):
+            self._model.become(State.SLEEPING, "adopted, asleep")
+        else:
+            self._model.loaded(engine, "adopted, it answers" if served_before else "it answers", seconds)
         self.run.settle(None)
 
     async def _until_end(self, vitals: asyncio.Task[str]) -> Ending:
@@ -167,6 +180,7 @@ class EngineLife:
                     Ending.STOPPED: run.stop_wanted.wait(),
                     Ending.EXITED: engine.process.main_exited.wait(),
                     Ending.UNHEALTHY: _until_done(vitals),
+                    Ending.WISHED: run.wished.wait(),
                 },
                 timeout_secs=_HOUSEKEEPING_SECS,
             )
@@ -175,6 +189,47 @@ class EngineLife:
             if ending is not Ending.TIMED_OUT:
                 return ending
             await engine.note_shared_files()
+
+    async def _fulfil(self, wish: Wish) -> Ending | None:
+        """Lets the engine sleep or wake. How it ended meanwhile, or has to end because it does neither; else None."""
+        run, model = self.run, self._model
+        if not run.wishes:
+            run.wished.clear()
+        if (model.condition.state is State.SLEEPING) is (wish.level > 0):
+            if not wish.level:
+                run.settle(None)
+            wish.settle(None)
+            return None
+        ends = {Ending.STOPPED: run.stop_wanted.wait(), Ending.EXITED: self.engine.process.main_exited.wait()}
+        working = self._sleep(wish.level) if wish.level else self._wake()
+        try:
+            ending = await first_of({**ends, Ending.READY: working})
+        except (failures.WakeFailed, failures.SleepUnsettled) as error:
+            self._ill = error.message
+            wish.settle(error)
+            return Ending.UNHEALTHY
+        except ServiceError as error:
+            model.become(State.LOADED if wish.level else State.SLEEPING, error.message)
+            run.settle(None if wish.level else error)
+            wish.settle(error)
+            return None
+        if ending is Ending.READY:
+            wish.settle(None)
+            return None
+        wish.settle(run.stop_reason or failures.LoadFailed("its engine ended"))
+        return ending
+
+    async def _sleep(self, level: int) -> None:
+        self._model.become(State.SLEEPING, "falling asleep")
+        await fall_asleep(self._launcher, self.engine, level)
+        reason = f"asleep, with {self.engine.slept_mb} MiB in the host's memory"
+        self._model.become(State.SLEEPING, reason)
+
+    async def _wake(self) -> None:
+        self._model.become(State.WAKING, "asked to wake", progress=Progress(phase="waking"))
+        await wake_up(self._launcher, self.engine)
+        self._model.loaded(self.engine, "awake", None)
+        self.run.settle(None)
 
     async def _drain(self) -> None:
         """Lets what the engine works on come to its end, as long as there is time."""

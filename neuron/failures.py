@@ -54,6 +54,45 @@ class InsufficientVram(Conflict):
         super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
 
 
+class SleepFailed(ServiceError):
+    """The engine was asked to sleep and did not."""
+
+    default_code = "sleep_failed"
+
+
+class SleepUnsettled(SleepFailed):
+    """The engine did not say whether it sleeps, and may fall asleep later: it can only be ended."""
+
+
+class WakeFailed(ServiceError):
+    """The engine was asked to wake and did not: it can be used only after it was loaded anew."""
+
+    default_code = "wake_failed"
+
+
+class GuardFailed(ServiceError):
+    """The engine's development routes are open to everybody who reaches it, or closed to neuron too."""
+
+    default_code = "sleep_unguarded"
+
+
+def sleep_unsupported(what: str, why: str) -> Conflict:
+    return Conflict(f"{what} cannot sleep: {why}", code="sleep_unsupported")
+
+
+def model_busy(what: str) -> Conflict:
+    return Conflict(f"{what} cannot sleep: it has requests", code="model_busy")
+
+
+def insufficient_ram(model_id: str, needed_mb: int, available_mb: int, reserve_mb: int) -> Conflict:
+    return Conflict(
+        f"{model_id} cannot sleep: its weights need {needed_mb} MiB of this host's memory, {available_mb} MiB are "
+        f"available, of which {reserve_mb} MiB are kept free",
+        code="insufficient_ram",
+        extra={"needed_mb": needed_mb, "available_mb": available_mb, "reserve_mb": reserve_mb},
+    )
+
+
 def already_loaded(model_id: str, difference: str) -> Conflict:
     return Conflict(f"{model_id} is already loaded with another spec: {difference}", code="already_loaded")
 

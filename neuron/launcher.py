@@ -32,6 +32,7 @@ from neuron.process import EngineProcess
 from neuron.records import RunRecord
 from neuron.run import Placement
 from neuron.session import Leader
+from neuron.sleepers import Sleepers
 from neuron.spec import EngineSpec
 from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
@@ -57,6 +58,7 @@ class Launcher:
     history: LoadHistory
     ledger: Ledger = field(default_factory=Ledger)
     turns: StartTurns = field(default_factory=StartTurns)
+    sleepers: Sleepers = field(default_factory=Sleepers)
     running: set[EngineProcess] = field(default_factory=set)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -150,7 +152,9 @@ class Launcher:
                 tmp_dir=directory.tmp,
                 api_key=secrets.token_urlsafe(32),
                 engine_id=f"{self.state.engine_id_prefix}{number}",
+                control_key=secrets.token_urlsafe(32),
             )
+            facts = self._facts(topology)
             record = RunRecord(
                 boot_id=records.boot_id(),
                 number=number,
@@ -162,12 +166,14 @@ class Launcher:
                 host=plan.host,
                 port=port,
                 api_key=plan.api_key,
+                control_key=plan.control_key or "",
+                can_sleep=harness.can_sleep(plan, facts),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
             # Before the start as well: an engine of which nothing is known would be killed by the next neuron.
             await self._write(directory, record)
-            process = await self._start(harness.command(plan, self._facts(topology)), directory)
+            process = await self._start(harness.command(plan, facts), directory)
             engine = self._engine(record, spec, placement, directory, process)
             cleanup.push_async_callback(self._end, engine)
             await self._write(directory, self.record_of(engine))
@@ -214,6 +220,8 @@ class Launcher:
             host=self.config.host,
             port=engine.port,
             api_key=engine.api_key,
+            control_key=engine.control_key,
+            can_sleep=engine.can_sleep,
             tmp_dir=engine.directory.tmp,
             pid=leader.pid,
             start_ticks=leader.start_ticks,
@@ -222,6 +230,7 @@ class Launcher:
             ready_at=engine.ready_at,
             load_secs=engine.load_secs,
             stopping=engine.stopping,
+            slept_mb=engine.slept_mb,
         )
 
     async def note(self, engine: Engine) -> None:
@@ -245,6 +254,10 @@ class Launcher:
             tell = self.ledger.holding if engine.ready_at is None else self.ledger.measured
             tell(engine.placement.number, held[engine.placement.number])
 
+    async def held_by(self, engine: Engine) -> dict[int, int]:
+        """Measures one engine: MiB by device index. The ledger is not told."""
+        return (await measure([engine], self.source))[engine.placement.number]
+
     def kill_all_now(self) -> None:
         """SIGKILL to every engine, before the next line of the caller runs."""
         for process in self.running:
@@ -265,6 +278,9 @@ class Launcher:
             port=record.port,
             url=url,
             api_key=record.api_key,
+            control_key=record.control_key,
+            can_sleep=record.can_sleep,
+            slept_mb=record.slept_mb,
             directory=directory,
             process=process,
             output=EngineOutput(directory.log),
@@ -312,6 +328,7 @@ class Launcher:
                 await process.stop(engine.stop_timeout_secs)
         finally:
             self.running.discard(process)
+            self.sleepers.gone(engine.placement.number)
         await engine.output.close()
         await asyncio.to_thread(litter.remove, engine.shared_files)
         engine.vram_released = await until_released(self.source, process.pids_seen)

@@ -46,6 +46,7 @@ class RunRecord(BaseModel):
     ready_at: float | None = None
     load_secs: float | None = None
     stopping: bool = False
+    slept_mb: int = 0
 
     @property
     def engine_spec(self) -> EngineSpec:

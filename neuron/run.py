@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from neuron.spec import EngineSpec
@@ -34,6 +35,16 @@ class Wish:
     level: int
     done: asyncio.Future[ServiceError | None]
 
+    def settle(self, error: ServiceError | None) -> None:
+        if not self.done.done():
+            self.done.set_result(error)
+
+    async def fulfilled(self) -> None:
+        """Raises ServiceError: why it was not."""
+        error = await asyncio.shield(self.done)
+        if error is not None:
+            raise error
+
 
 class Run:
     """Shared by everybody who asks for the model meanwhile. Only its worker changes it.
@@ -51,7 +62,9 @@ class Run:
         self.leave_engine = False
         """The engine is to be left running when this run ends."""
         self.vram_error: ServiceError | None = None
-        self.wishes: asyncio.Queue[Wish] = asyncio.Queue()
+        self.wishes: deque[Wish] = deque()
+        self.wished = asyncio.Event()
+        """Set while there are wishes that nobody has begun with."""
         self._outcome = self._new_outcome()
         self._gone = asyncio.Event()
 
@@ -93,7 +106,8 @@ class Run:
     def wish(self, level: int) -> Wish:
         """Asks its engine to sleep or to wake up; the wish's `done` tells how that went."""
         wish = Wish(level, asyncio.get_running_loop().create_future())
-        self.wishes.put_nowait(wish)
+        self.wishes.append(wish)
+        self.wished.set()
         return wish
 
     def reopen(self) -> None:
@@ -108,10 +122,8 @@ class Run:
 
     def finish(self) -> None:
         reason = self.stop_reason or ServiceError("the engine is gone")
-        while not self.wishes.empty():
-            wish = self.wishes.get_nowait()
-            if not wish.done.done():
-                wish.done.set_result(reason)
+        while self.wishes:
+            self.wishes.popleft().settle(reason)
         self._gone.set()
 
     @staticmethod

@@ -22,7 +22,7 @@ from neuron.engine_life import EngineLife
 from neuron.engine_output import EngineOutput
 from neuron.launcher import Launcher
 from neuron.restarts import Restarts
-from neuron.run import Placement, Run
+from neuron.run import Placement, Run, Wish
 from neuron.spec import EngineSpec
 from neuron.state import Condition, State
 from neuron.state_dir import EngineDir, FoundEngine
@@ -103,6 +103,9 @@ class Worker:
         run = self._joinable()
         if run is not None:
             self._check_same(run, spec)
+            if self.condition.state is State.SLEEPING:
+                run.reopen()
+                run.wish(0)
         return run
 
     def begin(self, spec: EngineSpec, placement: Placement) -> Run:
@@ -125,6 +128,17 @@ class Worker:
         self._last_dir = found.directory
         self._begin(run, State.RECOVERING, "found at neuron's start", found)
         return run
+
+    def wish(self, level: int) -> Wish:
+        """Asks the engine to sleep (`level` 1), or to wake up (0).
+
+        Raises:
+            NotFound: the model is not loaded.
+        """
+        state, run = self.condition.state, self._joinable()
+        if run is None or run is not self._run or state not in (State.LOADED, State.SLEEPING, State.WAKING):
+            raise failures.unknown_model(self.model_id, f"is not loaded: it is {state.value}")
+        return run.wish(level)
 
     def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> Run | None:
         """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any."""

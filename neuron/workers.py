@@ -32,7 +32,8 @@ _SWEEP_PAUSE_SECS = 0.05
 class NeuronModelView(ModelView):
     """What this neuron says beyond the protocol: `state` tells more than `status`, `reason` why it is so and
     `transitions` how it came to be (the last first); `pid` leads to the engine. `failures` in a row, `retry_at` (Unix
-    time) of the next start. `placement` says why these devices, `vram_booked_mb` what is booked on them together."""
+    time) of the next start. `placement` says why these devices, `vram_booked_mb` what is booked on them together;
+    `slept_mb` what a sleeping model takes of the host's memory."""
 
     state: str
     reason: str = ""
@@ -40,6 +41,7 @@ class NeuronModelView(ModelView):
     failures: int = 0
     retry_at: float | None = None
     vram_booked_mb: int = 0
+    slept_mb: int = 0
     placement: str | None = None
     transitions: list[Transition] = Field(default_factory=list)
 
@@ -110,6 +112,22 @@ class Workers:
         run = self.get(model_id).stop(failures.load_cancelled(model_id), drain_secs=drain_secs)
         if run is not None:
             await run.gone()
+
+    async def sleep(self, model_id: str, level: int) -> None:
+        """Returns when the model sleeps; at once when it does already.
+
+        Raises:
+            NotFound: it is not loaded. Conflict: it cannot sleep, or has requests. SleepFailed: it did not.
+        """
+        await self.get(model_id).wish(level).fulfilled()
+
+    async def wake(self, model_id: str) -> None:
+        """Returns when the model serves; at once when it is awake.
+
+        Raises:
+            NotFound: it is not loaded. InsufficientVram: others have its memory. WakeFailed: it is loaded anew now.
+        """
+        await self.get(model_id).wish(0).fulfilled()
 
     async def adopt(self, found: Sequence[FoundEngine]) -> None:
         """Takes over what an earlier neuron left: engines that run get their worker back, models whose engine died
@@ -241,6 +259,7 @@ def view_of(worker: Worker) -> NeuronModelView:
         failures=worker.restarts.failures,
         retry_at=condition.retry_at,
         vram_booked_mb=0 if placement is None else sum(placement.booked_mb),
+        slept_mb=0 if engine is None else engine.slept_mb,
         placement=None if placement is None else placement.why or None,
         transitions=list(reversed(worker.transitions)),
     )

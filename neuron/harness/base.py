@@ -43,6 +43,13 @@ class LaunchPlan:
     api_key: str
     engine_id: str
     share_mb: int | None = None
+    control_key: str | None = None
+    """What neuron shows the engine to put it to sleep, another secret for each; None: it shall not be able to."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The model's own arguments, then the operator's."""
+        return [*self.spec.args, *self.settings.extra_args]
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,20 @@ class Harness(Protocol):
         """What an engine with these arguments will take on each device, when it is meant to take `share_mb`."""
         ...
 
+    @property
+    def sleeps_in_ram(self) -> bool:
+        """True when the weights of a sleeping engine take memory of this host."""
+        ...
+
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        """True when the engine that `command` starts can be put to sleep (`neuron.sleeping`)."""
+        ...
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        """MiB of weights on all `ranks` devices together, as the output of its load tells; None when it does not."""
+        ...
 
     def first_reading(self) -> LoadReading:
         """What is known of a load before the engine's first line."""

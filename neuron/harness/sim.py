@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from neuron.config import HarnessName
 from neuron.harness import vllm_log, vllm_phases
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
+from neuron.harness.sleep_mode import control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm import serve_arguments
 from neuron.need import Need
 from neuron.owned_flags import gives, value_of
@@ -30,6 +30,7 @@ class SimHarness:
     name: HarnessName = "sim"
     health_path = "/health"
     runs_on_gpu = False
+    sleeps_in_ram = False
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
         """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
@@ -40,24 +41,31 @@ class SimHarness:
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
-        given = [*plan.spec.args, *plan.settings.extra_args]
         total = plan.spec.vram_mb
         if total is None and plan.share_mb is not None:
             total = plan.share_mb * plan.spec.tensor_parallel
-        if total is not None and not gives(given, "--vram-mb"):
+        if total is not None and not gives(plan.arguments, "--vram-mb"):
             argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}
-        inherited_path = facts.environ.get("PYTHONPATH")
         own = {
             VRAM_DIR_VARIABLE: str(facts.vram_dir),
             DEVICES_VARIABLE: json.dumps(devices),
             # This very package, also when it was not installed and wherever neuron was started from.
-            "PYTHONPATH": _PACKAGE_ROOT + (os.pathsep + inherited_path if inherited_path else ""),
+            "PYTHONPATH": first_on_path(_PACKAGE_ROOT, facts.environ.get("PYTHONPATH")),
         }
-        return EngineCommand((*argv, *given), engine_environment(plan, facts.environ, own))
+        binding: dict[str, str] = {}
+        if plan.control_key is not None and sim_can_sleep(plan):
+            binding = control_environment(plan.control_key)
+        return EngineCommand((*argv, *plan.arguments), engine_environment(plan, facts.environ, own, binding))
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        return sim_can_sleep(plan)
 
     def first_reading(self) -> LoadReading:
         return vllm_phases.Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        return vllm_log.weights_mb(lines, ranks)

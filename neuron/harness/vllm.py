@@ -10,6 +10,7 @@ from neuron.config import HarnessName
 from neuron.harness import vllm_log, vllm_phases
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
+from neuron.harness.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.need import Need
 from neuron.owned_flags import gives, value_of
 from neuron.spec import EngineSpec
@@ -29,6 +30,7 @@ class VllmHarness:
     name: HarnessName = "vllm"
     health_path = "/health"
     runs_on_gpu = True
+    sleeps_in_ram = True
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
         """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
@@ -43,20 +45,30 @@ class VllmHarness:
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
+        binding: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU passes over it
             argv += _memory_arguments(plan)
             own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
-        argv += [*plan.spec.args, *plan.settings.extra_args]
-        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own))
+        if plan.control_key is not None and vllm_can_sleep(plan, facts):
+            argv += sleep_arguments(plan, facts)
+            binding = guarded_environment(plan, facts, plan.control_key)
+        argv += plan.arguments
+        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own, binding))
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        return vllm_can_sleep(plan, facts)
 
     def first_reading(self) -> LoadReading:
         return vllm_phases.Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        return vllm_log.weights_mb(lines, ranks)
 
 
 def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:
@@ -81,8 +93,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     more blocks of it than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    sized = gives([*plan.spec.args, *plan.settings.extra_args], *_SIZES_MEMORY)
-    if plan.share_mb is None or not totals or sized:
+    if plan.share_mb is None or not totals or gives(plan.arguments, *_SIZES_MEMORY):
         return []
     parts = math.floor(plan.share_mb * _DIGITS / min(totals))
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]

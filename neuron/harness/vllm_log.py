@@ -16,6 +16,16 @@ _ENGINE_PROCESSES = ("Worker", "EngineCore")
 # These only point to a cause that is told elsewhere.
 _EMPTY_WORDS = ("See root cause above", "Engine core initialization failed", "EngineDeadError", "cancelled")
 _MAX_CAUSE = 1000  # characters
+_LOADED = re.compile(r"Model loading took (\d+(?:\.\d+)?) GiB memory")
+
+
+def weights_mb(lines: Sequence[str], ranks: int) -> int | None:
+    """MiB of weights on all `ranks` devices together, None when no line tells.
+
+    Each rank holds an equal part; whether all of them print theirs, or the first alone, differs between versions.
+    """
+    parts = [float(found[1]) for line in lines if (found := _LOADED.search(line)) is not None]
+    return round(max(parts) * 1024 * ranks) if parts else None
 
 
 def root_cause(lines: Sequence[str]) -> str | None:

@@ -17,14 +17,15 @@ _INERT_WITH_VALUE = (
     "--chat-template", "--convert", "--cpu-offload-gb", "--disable-access-log-for-endpoints",
     "--distributed-executor-backend", "--download-dir", "--dtype", "--generation-config", "--gpu-memory-utilization",
     "--hf-overrides", "--kv-cache-dtype", "--kv-cache-memory-bytes", "--limit-mm-per-prompt", "--load-format",
-    "--max-num-batched-tokens", "--override-generation-config", "--quantization", "--reasoning-parser", "--revision",
-    "--runner", "--seed", "--shutdown-timeout", "--speculative-config", "--tokenizer", "--tool-call-parser",
-    "--uvicorn-log-level",
+    "--max-num-batched-tokens", "--middleware", "--override-generation-config", "--quantization", "--reasoning-parser",
+    "--revision", "--runner", "--seed", "--shutdown-timeout", "--speculative-config", "--tokenizer",
+    "--tool-call-parser", "--uvicorn-log-level",
 )  # fmt: skip
 _INERT_SWITCHES = (
     "--async-scheduling", "--disable-log-stats", "--disable-uvicorn-access-log", "--enable-auto-tool-choice",
-    "--enable-chunked-prefill", "--enable-log-requests", "--enable-prefix-caching", "--enforce-eager",
-    "--language-model-only", "--no-enable-prefix-caching", "--trust-remote-code",
+    "--enable-chunked-prefill", "--enable-log-requests", "--enable-prefix-caching", "--enable-sleep-mode",
+    "--enforce-eager", "--language-model-only", "--no-enable-prefix-caching", "--no-enable-sleep-mode",
+    "--trust-remote-code",
 )  # fmt: skip
 _SHORT = {"--quantization": ["-q"]}
 
@@ -50,6 +51,7 @@ class EngineSettings:
     vram_mb: int  # all devices together
     answer_tokens: int  # when the request sets no limit
     embedding_dims: int
+    wake_secs: float  # from /wake_up to awake
     faults: Faults
 
     @property
@@ -119,6 +121,7 @@ def _add_simulation_flags(serve: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--answer-tokens", type=positive_int, default=32, help="when a request sets no limit")
     group.add_argument("--embedding-dims", type=positive_int, default=64)
+    group.add_argument("--wake-secs", type=not_negative, default=0.1, help="from sleep to awake (default 0.1)")
     group.add_argument(
         "--fault",
         action="append",
@@ -164,5 +167,6 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         vram_mb=given.vram_mb or DEFAULT_DEVICE_VRAM_MB * given.tensor_parallel_size,
         answer_tokens=given.answer_tokens,
         embedding_dims=given.embedding_dims,
+        wake_secs=given.wake_secs,
         faults=Faults(frozenset(Fault(name) for name in given.fault), given.fault_after),
     )

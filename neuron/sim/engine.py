@@ -99,6 +99,7 @@ class Engine:
     requests_seen: int = 0  # counted where they come in, whatever becomes of them
     requests_open: int = 0
     core_dead: bool = False
+    sleep_level: int = 0  # 0: awake; changed by neuron.sim.sleep only
     _unhealthy: bool = False
     _hung: bool = False
     _cached_tokens: int = 0
@@ -133,6 +134,7 @@ class Engine:
             running=self.slots.running,
             waiting=self.slots.waiting,
             kv_cache_usage=self.kv_cache_usage,
+            sleep_level=self.sleep_level,
         )
 
     def answer_length(self, order: Order) -> int:

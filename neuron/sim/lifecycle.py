@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from neuron.inside.neuron_guard import DIGEST_VARIABLE
 from neuron.sim import console
 from neuron.sim.arguments import EngineSettings
 from neuron.sim.core import CoreState, EngineCore
@@ -20,6 +21,7 @@ from neuron.sim.faults import Fault, spawn_stubborn_child
 from neuron.sim.loading import load, report_dead_core, report_failed_start, report_out_of_memory
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 from neuron.sim.server import build_app
+from neuron.sim.sleep import Sleeper, in_dev_mode
 
 # Aborted requests need a moment to write their last event; whoever does not read is not waited for.
 _SHUTDOWN_TIMEOUT_SECS = 0.5
@@ -86,15 +88,26 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
             loop.add_signal_handler(signal.SIGTERM, stop_now)
         loop.add_signal_handler(signal.SIGUSR1, engine.hang)
         loop.add_signal_handler(signal.SIGUSR2, engine.sicken)
-        await _serve(engine, core, sock, stop, ended)
+        await _serve(engine, core, memory, sock, stop=stop, ended=ended)
     return 0
 
 
 async def _serve(
-    engine: Engine, core: EngineCore, sock: socket.socket, stop: asyncio.Event, ended: asyncio.Event
+    engine: Engine,
+    core: EngineCore,
+    memory: DeviceMemory,
+    sock: socket.socket,
+    *,
+    stop: asyncio.Event,
+    ended: asyncio.Event,
 ) -> None:
     faults = engine.settings.faults
-    app = build_app(engine, api_key=os.environ.get("VLLM_API_KEY") or None)
+    app = build_app(
+        engine,
+        api_key=os.environ.get("VLLM_API_KEY") or None,
+        sleeper=Sleeper(engine, memory) if in_dev_mode(os.environ) else None,
+        control_digest=os.environ.get(DIGEST_VARIABLE),
+    )
     # handler_cancellation: a client that leaves ends its handler, and with that the generation.
     runner = web.AppRunner(
         app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS, access_log=None, handle_signals=False

@@ -14,6 +14,7 @@ from neuron.sim.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
 _FILE_GB = 4.98
+_WEIGHTS = 0.6  # of all memory that a model takes; the rest is the KV cache
 Announcement = Callable[[EngineSettings, int], None]  # the engine's settings and the pid of its core
 
 
@@ -37,7 +38,7 @@ def _log(source: str, text: str) -> Announcement:
             secs=settings.load_secs,
             weights=settings.load_secs * 0.5,
             compiling=settings.load_secs * 0.02,
-            gib=settings.vram_mb * 0.6 / 1024,
+            gib=_WEIGHTS * settings.vram_mb / settings.tensor_parallel / 1024,
         ),
         pid=None if from_server else core,
     )
@@ -49,7 +50,7 @@ def _bar(text: str) -> Announcement:
 
 def _shard(done: int) -> Stage:
     bar = f"Loading safetensors checkpoint shards: {100 * done // _SHARDS:3d}% Completed | {done}/{_SHARDS} "
-    return Stage(0.15 + 0.5 * done / _SHARDS, 0.6 * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
+    return Stage(0.15 + 0.5 * done / _SHARDS, _WEIGHTS * done / _SHARDS, _bar(bar + "[00:00<00:00,  4.02it/s]"))
 
 
 _BEFORE_WEIGHTS = Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}..."))
@@ -58,19 +59,19 @@ STAGES = (
     Stage(0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'")),
     _BEFORE_WEIGHTS,
     *(_shard(done) for done in range(1, _SHARDS + 1)),
-    Stage(0.66, 0.60, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
+    Stage(0.66, _WEIGHTS, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
     Stage(
         0.67,
-        0.60,
+        _WEIGHTS,
         _log("gpu_model_runner.py:4964", "Model loading took {gib:.2f} GiB memory and {weights:.6f} seconds"),
     ),
-    Stage(0.69, 0.60, _log("backends.py:1128", "Dynamo bytecode transform time: {compiling:.2f} s")),
+    Stage(0.69, _WEIGHTS, _log("backends.py:1128", "Dynamo bytecode transform time: {compiling:.2f} s")),
     Stage(
         0.71,
-        0.60,
+        _WEIGHTS,
         _log("backends.py:391", "Compiling a graph for compile range (1, 8192) takes {compiling:.2f} s"),
     ),
-    Stage(0.71, 0.60, _log("monitor.py:53", "torch.compile took {compiling:.2f} s in total")),
+    Stage(0.71, _WEIGHTS, _log("monitor.py:53", "torch.compile took {compiling:.2f} s in total")),
     Stage(0.72, 1.00, _log("kv_cache_utils.py:1711", "GPU KV cache size: 262,144 tokens")),
     Stage(0.80, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  50%|#####     | 34/67")),
     Stage(0.90, 1.00, _bar("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##########| 67/67")),

@@ -12,6 +12,7 @@ FinishReason = Literal["stop", "length", "abort"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
@@ -59,7 +60,7 @@ class EngineMetrics:
         for _ in range(sequences):
             self.latency.observe(seconds)
 
-    def render(self, *, model_name: str, running: int, waiting: int, kv_cache_usage: float) -> str:
+    def render(self, *, model_name: str, running: int, waiting: int, kv_cache_usage: float, sleep_level: int) -> str:
         """The whole exposition; the gauges' present values are given by the engine."""
         labels = {"engine": "0", "model_name": model_name}
         lines: list[str] = []
@@ -73,6 +74,12 @@ class EngineMetrics:
             ("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", kv_cache_usage),
         ):
             family(name, "gauge", text, [f"{name}{_labels(labels)} {value}"])
+        state = "vllm:engine_sleep_state"
+        states = [
+            f"{state}{_labels({**labels, 'sleep_state': name})} {float(level == sleep_level)}"
+            for level, name in enumerate(_SLEEP_STATES)
+        ]
+        family(state, "gauge", "Engine sleep state; awake = 0 means engine is sleeping.", states)
         for name, text, total in (
             ("vllm:prompt_tokens_total", "Number of prefill tokens processed.", self.prompt_tokens),
             ("vllm:generation_tokens_total", "Number of generation tokens processed.", self.generation_tokens),

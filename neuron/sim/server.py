@@ -12,6 +12,7 @@ from aiohttp.typedefs import Middleware
 from neuron.sim import audio, chat, completions, errors, messages, metrics, pooling, responses, tokenization
 from neuron.sim.engine import Engine
 from neuron.sim.keys import ENGINE
+from neuron.sim.sleep import Sleeper, add_sleep_routes, guard
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -128,13 +129,21 @@ def _require_key(key: str) -> Middleware:
     return check
 
 
-def build_app(engine: Engine, *, api_key: str | None) -> web.Application:
-    """The application around an engine; `api_key` None leaves everything open."""
-    guards: list[Middleware] = [] if api_key is None else [_require_key(api_key)]
+def build_app(
+    engine: Engine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
+) -> web.Application:
+    """The application around an engine; `api_key` None leaves everything open.
+
+    With a `sleeper` it has vLLM's routes for it, for whoever shows the control key with this digest.
+    """
+    guards: list[Middleware] = [] if sleeper is None else [guard(sleeper, control_digest)]
+    guards += [] if api_key is None else [_require_key(api_key)]
     app = web.Application(middlewares=[*guards, _envelope, _count], client_max_size=_MAX_BODY)
     app[ENGINE] = engine
     app[_STARTED] = int(time.time())
     app.router.add_routes([web.get(path, handler) for path, handler in VIEWS.items()])
     app.router.add_routes([web.post(path, handler) for path, handler in WORK.items()])
     app.router.add_post("/ping", health)
+    if sleeper is not None:
+        add_sleep_routes(app, sleeper)
     return app

@@ -13,6 +13,8 @@ class Slots:
 
     def __init__(self, total: int) -> None:
         self._total = total
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.running = 0
 
@@ -42,9 +44,15 @@ class Slots:
         finally:
             self._give_back(needed)
 
+    async def emptied(self) -> None:
+        """Returns when nobody has a turn or waits for one."""
+        await self._empty.wait()
+
     def _give_back(self, needed: int) -> None:
         self.running -= needed
         self._admit()
+        if not self.running:
+            self._empty.set()
 
     def _admit(self) -> None:
         while self._queue:
@@ -55,4 +63,5 @@ class Slots:
                 return
             self._queue.popleft()
             self.running += needed
+            self._empty.clear()
             turn.set_result(None)

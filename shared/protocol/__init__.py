@@ -8,7 +8,9 @@ from shared.protocol.commands import (
     EndpointReply,
     LoadCommand,
     LoadReply,
+    SleepCommand,
     UnloadCommand,
+    WakeCommand,
 )
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
@@ -33,6 +35,8 @@ __all__ = [
     "ModelView",
     "NeuronHealth",
     "Progress",
+    "SleepCommand",
     "Transition",
     "UnloadCommand",
+    "WakeCommand",
 ]

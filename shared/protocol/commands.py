@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
@@ -44,7 +44,7 @@ class LoadCommand(WireModel):
 
 
 class LoadReply(WireModel):
-    """Answer of load and unload: the status reached, or the one being worked towards (202)."""
+    """Answer of load, unload, sleep and wake: the status reached, or the one being worked towards (202)."""
 
     status: str
     model_id: str | None = None
@@ -52,6 +52,19 @@ class LoadReply(WireModel):
 
 class UnloadCommand(WireModel):
     """Body of `POST /models/unload`."""
+
+    model_id: ModelId
+
+
+class SleepCommand(WireModel):
+    """Body of `POST /models/sleep`. Level 1 moves the weights into the host's memory; there is no other here."""
+
+    model_id: ModelId
+    level: Literal[1] = 1
+
+
+class WakeCommand(WireModel):
+    """Body of `POST /models/wake`."""
 
     model_id: ModelId
 

@@ -29,8 +29,10 @@ from shared.protocol import (
     ModelView,
     NeuronHealth,
     Progress,
+    SleepCommand,
     Transition,
     UnloadCommand,
+    WakeCommand,
 )
 from tests.contract.documents import TOP
 
@@ -47,6 +49,8 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "GET /models": ((ModelView, NeuronModelView, Progress, Transition), "id harness status devices vram_used_mb"),
     "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
+    "POST /models/sleep": ((SleepCommand,), ""),
+    "POST /models/wake": ((WakeCommand,), ""),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
     "GET /estimate": ((EstimateReply, EstimateLine, EstimateOption), ""),
 }

@@ -25,6 +25,8 @@ NEURON_TABLE = {
     ("GET", "/models"),
     ("POST", "/models/load"),
     ("POST", "/models/unload"),
+    ("POST", "/models/sleep"),
+    ("POST", "/models/wake"),
     ("GET", "/models/{model_id}/endpoint"),
     ("GET", "/models/{model_id}/logs"),
     ("GET", "/estimate"),

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -13,6 +14,8 @@ from neuron.config import HarnessName, HarnessSettings
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.vllm import cpu_binding
+from neuron.inside import neuron_guard
+from neuron.inside.neuron_guard import DIGEST_VARIABLE, digest_of
 from neuron.need import Need
 from neuron.spec import EngineSpec
 from shared.protocol import Device
@@ -25,7 +28,20 @@ SPEC = EngineSpec(model_id="org/model", harness="vllm", source="org/model")
 ENVIRON = {"PATH": "/bin", "HF_TOKEN": "hf", "HOME": "/root"}
 
 
-def command(spec: EngineSpec, *, has_gpu: bool = True, settings: HarnessSettings | None = None) -> EngineCommand:
+def command(
+    spec: EngineSpec, *, has_gpu: bool = True, settings: HarnessSettings | None = None, **facts: Any
+) -> EngineCommand:
+    return HARNESSES[spec.harness].command(*planned(spec, has_gpu=has_gpu, settings=settings, **facts))
+
+
+def planned(
+    spec: EngineSpec,
+    *,
+    has_gpu: bool = True,
+    settings: HarnessSettings | None = None,
+    control_key: str | None = None,
+    environ: dict[str, str] = ENVIRON,
+) -> tuple[LaunchPlan, HostFacts]:
     plan = LaunchPlan(
         spec=spec,
         settings=settings or HarnessSettings(),
@@ -36,9 +52,9 @@ def command(spec: EngineSpec, *, has_gpu: bool = True, settings: HarnessSettings
         api_key="key",
         engine_id="instance/1",
         share_mb=spec.share_mb,
+        control_key=control_key,
     )
-    facts = HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=ENVIRON, vram_dir=Path("/state/vram"))
-    return HARNESSES[spec.harness].command(plan, facts)
+    return plan, HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=environ, vram_dir=Path("/state/vram"))
 
 
 def test_vllm_in_full() -> None:
@@ -190,6 +206,83 @@ def test_nothing_of_neuron_is_inherited() -> None:
         ),
     }
     assert inheritable(environ, secrets=frozenset({"BEAST_TOKEN"})) == ENVIRON
+
+
+GUARD = str(Path(neuron_guard.__file__).parent)
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_gpu", "args", "sleeps"),
+    [
+        (None, True, (), False),
+        (False, True, (), False),
+        (True, True, (), True),
+        (True, False, (), False),
+        ("dev", True, (), True),
+        ("dev", False, (), True),
+        (True, True, ("--no-enable-sleep-mode",), False),
+        (True, True, ("--enable_sleep_mode", "--middleware", "own.Middleware"), True),
+    ],
+)
+def test_vllm_that_can_sleep(
+    mode: bool | Literal["dev"] | None, has_gpu: bool, args: tuple[str, ...], sleeps: bool
+) -> None:
+    """Where it is asked for and vLLM has it: the flag, which fails without a GPU, and development mode behind the
+    guard, which comes before an operator's own middleware."""
+    plan, facts = planned(
+        replace(SPEC, args=args),
+        has_gpu=has_gpu,
+        settings=HarnessSettings(sleep_mode=mode, extra_args=["--x"]),
+        control_key="control",
+    )
+    harness = HARNESSES["vllm"]
+    made = harness.command(plan, facts)
+    assert harness.can_sleep(plan, facts) is sleeps
+    assert ("VLLM_SERVER_DEV_MODE" in made.env) is (DIGEST_VARIABLE in made.env) is ("PYTHONPATH" in made.env) is sleeps
+    given = ["--middleware", "neuron_guard.Guard", "--no-log-error-stack"] if sleeps else []
+    given += ["--enable-sleep-mode"] if sleeps and has_gpu and "--enable_sleep_mode" not in args else []
+    assert list(made.argv)[9:] == [*given, *args, "--x"]
+
+
+def test_what_guards_cannot_be_overridden() -> None:
+    """The engine gets the digest of the key and never the key, and the guard is found before anything of that name."""
+    own = {"VLLM_SERVER_DEV_MODE": "0", "PYTHONPATH": "/own", DIGEST_VARIABLE: "x", "VLLM_USE_RUST_FRONTEND": "1"}
+    settings = HarnessSettings(sleep_mode=True, env=own)
+    made = command(SPEC, settings=settings, control_key="control", environ={**ENVIRON, "PYTHONPATH": "/inherited"})
+    assert (made.env["VLLM_SERVER_DEV_MODE"], made.env[DIGEST_VARIABLE]) == ("1", digest_of("control"))
+    assert (made.env["PYTHONPATH"], made.env["VLLM_USE_RUST_FRONTEND"]) == (f"{GUARD}:/own", "0")
+    assert "control" not in [*made.argv, *made.env.values()]
+    inherited = command(
+        SPEC,
+        settings=HarnessSettings(sleep_mode=True),
+        control_key="control",
+        environ={**ENVIRON, "PYTHONPATH": "/inherited"},
+    )
+    assert inherited.env["PYTHONPATH"] == f"{GUARD}:/inherited"
+
+
+def test_without_a_control_key_nothing_sleeps() -> None:
+    for harness in HARNESSES.values():
+        plan, facts = planned(replace(SPEC, harness=harness.name), settings=HarnessSettings(sleep_mode="dev"))
+        assert not harness.can_sleep(plan, facts)
+        assert "VLLM_SERVER_DEV_MODE" not in harness.command(plan, facts).env
+
+
+@pytest.mark.parametrize(("mode", "sleeps"), [(None, True), (True, True), ("dev", True), (False, False)])
+def test_sim_that_can_sleep(mode: bool | Literal["dev"] | None, sleeps: bool) -> None:
+    """It costs nothing, so it is on; its command line is the same."""
+    spec = replace(SPEC, harness="sim")
+    plan, facts = planned(spec, settings=HarnessSettings(sleep_mode=mode), control_key="control", has_gpu=False)
+    made = HARNESSES["sim"].command(plan, facts)
+    assert HARNESSES["sim"].can_sleep(plan, facts) is sleeps
+    assert (made.env.get("VLLM_SERVER_DEV_MODE") == "1") is (made.env.get(DIGEST_VARIABLE) is not None) is sleeps
+    assert made.argv == command(spec, has_gpu=False).argv
+    kept_out, _ = planned(
+        replace(spec, args=("--no-enable-sleep-mode",)),
+        settings=HarnessSettings(sleep_mode=mode),
+        control_key="control",
+    )
+    assert not HARNESSES["sim"].can_sleep(kept_out, facts)
 
 
 def test_sim() -> None:
