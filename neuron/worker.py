@@ -295,7 +295,7 @@ class Worker:
         async with contextlib.AsyncExitStack() as turn:
             try:
                 if again:
-                    run.placement = await self._launcher.book_again(run.placement, run.spec)
+                    await self._place_again(run)
                 if not await self._until_its_turn(run, turn):
                     return Ended()
                 async with self._launcher.engine(run.spec, run.placement) as engine:
@@ -304,6 +304,15 @@ class Worker:
             except ServiceError as error:
                 return Ended(error)
             return await self._account(life)
+
+    async def _place_again(self, run: Run) -> None:
+        """For the next engine of a run. What cannot be booked any more is not told as booked either."""
+        before = run.placement
+        try:
+            run.placement = await self._launcher.book_again(before, run.spec)
+        except ServiceError:
+            run.placement = Placement(before.number, share_mb=before.share_mb)
+            raise
 
     async def _found_engine(self, run: Run, found: FoundEngine) -> Ended:
         """The rest of the life of an engine that an earlier neuron started."""

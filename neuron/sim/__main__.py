@@ -14,7 +14,8 @@ def main() -> int:
         return _serve_with_core()
     from neuron.sim.litter import Litter  # noqa: PLC0415
 
-    litter = Litter(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108 - where vLLM would put it as well
+    tmp = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - where vLLM would put it as well
+    litter = Litter(tmp, os.environ.get("NEURON_ENGINE_ID", ""))
     try:
         return _serve_with_core()
     finally:

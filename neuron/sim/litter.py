@@ -14,18 +14,17 @@ _SEGMENT_BYTES = 4096
 
 
 class Litter:
-    """Files as vLLM and Python's multiprocessing name them. Made before the core is forked, which then maps the segment
-    as well: as long as one of the two lives, it can be seen whose the segment is."""
+    """Files as vLLM and Python's multiprocessing name them; what is shared begins with `owner`.
 
-    def __init__(self, tmp_dir: str, shared: Path = SHARED_MEMORY) -> None:
+    Made before the core is forked, which then has what is shared mapped as well: as long as one of the two lives, it
+    can be seen whose it is.
+    """
+
+    def __init__(self, tmp_dir: str, owner: str, shared: Path = SHARED_MEMORY) -> None:
         tmp = Path(tmp_dir)
         segment = shared / f"psm_{secrets.token_hex(4)}"
-        descriptor = os.open(segment, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        os.ftruncate(descriptor, _SEGMENT_BYTES)
-        self._mapped = mmap.mmap(descriptor, _SEGMENT_BYTES)
-        self._descriptor = descriptor
-        semaphore = shared / f"sem.mp-{secrets.token_urlsafe(6)}"
-        semaphore.write_bytes(b"\0" * 32)
+        semaphore = shared / f"sem.mp-{secrets.token_hex(4)}"
+        self._mapped = [_shared(segment, owner), _shared(semaphore, owner)]
         address = tmp / str(uuid.uuid4())
         with socket.socket(socket.AF_UNIX) as ipc:
             ipc.bind(str(address))
@@ -37,3 +36,13 @@ class Litter:
         """What an orderly end removes. The directory of the ranks stays even then, as with vLLM 0.32."""
         for path in self.removed_at_the_end:
             path.unlink(missing_ok=True)
+
+
+def _shared(path: Path, content: str) -> mmap.mmap:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.write(descriptor, content.encode())
+        os.ftruncate(descriptor, _SEGMENT_BYTES)
+        return mmap.mmap(descriptor, _SEGMENT_BYTES)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,280 @@
+"""What can happen to a host, a method each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from neuron.sim import vram
+from shared.serve import ListenError, bind
+from tests.neuron.faults.host import DEVICE_MB, DEVICES, EngineProcess, Host, engine_processes, send
+
+SEEN_SECS = 5.0
+"""How long neuron has for what is waited for inside a step."""
+_HELD_PORTS = 3
+_STEAL_SECS = 0.5
+_LOAD_SECS = 0.6  # about as long as a load takes
+_BEGIN_SECS = 0.8  # about as long as neuron takes to begin
+_CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class FaultModel:
+    """A model of the host. Not all of them fit at once."""
+
+    id: str
+    vram_mb: int  # all devices together
+    tensor_parallel: int = 1
+
+
+MODELS = (
+    FaultModel("small/a", 1500),
+    FaultModel("small/b", 2500),
+    FaultModel("middle", 5000),
+    FaultModel("large", 7500),
+    FaultModel("wide", 8000, tensor_parallel=2),
+)
+
+
+class Faults:
+    """Each takes `pick`, 0 to 1, which chooses among what there is, and returns what it did, in words."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._ports: list[socket.socket] = []
+        self._calls: set[asyncio.Task[str]] = set()
+
+    async def close(self) -> None:
+        """Waits for the calls made in passing, which end when nobody is left to answer; gives the ports back."""
+        await self.calls_answered(0)
+        self._free_ports()
+
+    # Models.
+
+    async def load(self, pick: float) -> str:
+        return await self._load(_chosen(MODELS, pick))
+
+    async def load_in_passing(self, pick: float) -> str:
+        """Nobody waits for its end."""
+        self._in_passing(self.load(pick))
+        return f"load of {_chosen(MODELS, pick).id} begun"
+
+    async def unload(self, pick: float) -> str:
+        return await self.unload_model(_chosen(MODELS, pick).id)
+
+    async def unload_in_passing(self, pick: float) -> str:
+        self._in_passing(self.unload(pick))
+        return f"unload of {_chosen(MODELS, pick).id} begun"
+
+    async def unload_model(self, model_id: str) -> str:
+        return f"unload {model_id}: {await self.host.post('/models/unload', {'model_id': model_id})}"
+
+    async def calls_answered(self, _pick: float) -> str:
+        """Waits for the answers to all calls made in passing."""
+        return f"answers: {await asyncio.gather(*self._calls)}"
+
+    # Engines.
+
+    async def kill_engine(self, pick: float) -> str:
+        return await self._signal_engine(pick, signal.SIGKILL)
+
+    async def kill_core(self, pick: float) -> str:
+        return await self._signal_engine(pick, signal.SIGKILL, core=True)
+
+    async def stop_engine(self, pick: float) -> str:
+        return await self._signal_engine(pick, signal.SIGSTOP)
+
+    async def stop_core(self, pick: float) -> str:
+        """Without a request nobody notices; whoever ends the engine has to end this as well."""
+        return await self._signal_engine(pick, signal.SIGSTOP, core=True)
+
+    async def sicken_engine(self, pick: float) -> str:
+        """Its health check turns bad, and it lives. (A signal that comes while it loads is ignored.)"""
+        return await self._signal_engine(pick, signal.SIGUSR2)
+
+    async def hang_engine(self, pick: float) -> str:
+        """It gets a request that it never answers: neuron has to find that out from its counters."""
+        loaded = await self._loaded()
+        if not loaded:
+            return "no engine to be hung"
+        model_id = _chosen(sorted(loaded), pick)
+        send(loaded[model_id], signal.SIGUSR1)
+        self._in_passing(self._ask(model_id))
+        await self._until_loaded(lambda now: now.get(model_id) != loaded[model_id], f"{model_id} hangs, and is ended")
+        return f"{model_id} hung, with a request, and found out"
+
+    async def steal_port(self, pick: float) -> str:
+        """Kills an engine with all its processes, and listens on its port before anybody else does."""
+        processes = await asyncio.to_thread(engine_processes, self.host.mark)
+        name, pid = _engine(pick, processes)
+        if pid is None:
+            return "no engine whose port could be stolen"
+        port = _port_of(pid)
+        for process in processes:
+            if process.session == pid:
+                send(process.pid, signal.SIGKILL)
+        self._free_ports(but=_HELD_PORTS - 1)
+        deadline = time.monotonic() + _STEAL_SECS
+        while port is not None and time.monotonic() < deadline:
+            with contextlib.suppress(ListenError):  # its processes are not dead yet, or somebody was faster
+                self._ports.append(bind("127.0.0.1", port))
+                return f"kill -9 of all of {name}, and its port {port} taken"
+            await asyncio.sleep(0.002)
+        return f"kill -9 of all of {name}, and its port {port} not to be had"
+
+    async def kill_engine_behind_neurons_back(self, pick: float) -> str:
+        """While neuron is stopped."""
+        self.host.neuron.send_signal(signal.SIGSTOP)
+        try:
+            name = await self._signal_engine(pick, signal.SIGKILL)
+        finally:
+            self.host.neuron.send_signal(signal.SIGCONT)
+        return f"{name}, while neuron is stopped"
+
+    # Neuron.
+
+    async def kill_neuron(self, _pick: float) -> str:
+        """Its engines live on; the next neuron finds those that are well, and has them loaded without a new start."""
+        kept = {}
+        if not self.host.disk_was_full and not self._calls:
+            kept = {name: pid for name, pid in (await self._loaded()).items() if await self.host.answers(name)}
+        await self.host.kill()
+        await self.host.start()
+        await self._until_loaded(lambda now: kept.items() <= now.items(), f"{kept} are adopted")
+        return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
+
+    async def kill_neuron_as_it_loads(self, pick: float) -> str:
+        """At some moment between the command and the engine's readiness."""
+        model = _chosen(MODELS, (pick * 7) % 1)
+        self._in_passing(self._load(model))
+        await asyncio.sleep(pick * _LOAD_SECS)
+        await self.host.kill()
+        await self.host.start()
+        return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model.id}, and a new one"
+
+    async def kill_neuron_as_it_begins(self, pick: float) -> str:
+        """Twice: the second one at some moment of its start, when it looks for engines."""
+        await self.host.kill()
+        await self.host.launch()
+        await asyncio.sleep(pick * _BEGIN_SECS)
+        await self.host.kill()
+        await self.host.start()
+        return f"kill -9 of neuron, of a new one after {pick * _BEGIN_SECS:.3f} s, and a third"
+
+    async def kill_neuron_and_engine(self, pick: float) -> str:
+        """Nobody sees the engine's end; its core is left."""
+        await self.host.kill()
+        name = await self._signal_engine(pick, signal.SIGKILL)
+        await self.host.start()
+        return f"kill -9 of neuron, {name}, and a new neuron"
+
+    async def restart_neuron(self, _pick: float) -> str:
+        """In order: it ends its engines."""
+        status = await self.host.stop()
+        left = await asyncio.to_thread(engine_processes, self.host.mark)
+        assert (status, left) == (0, []), f"status {status}, left {left}\n{self.host.log_tail()}"
+        await self.host.start()
+        return "SIGTERM to neuron, and a new one"
+
+    # The host's means.
+
+    async def fill_device(self, pick: float) -> str:
+        """A stranger takes all that is free of a device."""
+        index = _chosen(range(DEVICES), pick)
+        used = (await asyncio.to_thread(vram.used_mb, self.host.vram_dir))[self.host.uuids[index]]
+        self.host.hold_foreign(index, self.host.foreign_mb[index] + max(DEVICE_MB - used, 0))
+        return f"device {index} full: a stranger has {self.host.foreign_mb[index]} MiB of it"
+
+    async def empty_devices(self, _pick: float) -> str:
+        for index in range(DEVICES):
+            self.host.hold_foreign(index, 0)
+        return "all strangers gone"
+
+    async def fill_disk(self, _pick: float) -> str:
+        """No record can be written of what neuron starts, until this is called again or neuron is another process."""
+        self.host.limit_disk(full=not self.host.disk_full)
+        return "disk full" if self.host.disk_full else "room on the disk again"
+
+    async def heal(self, _pick: float) -> str:
+        """No fault is left but those that happened."""
+        if self.host.disk_full:
+            self.host.limit_disk(full=False)
+        self._free_ports()
+        return await self.empty_devices(0)
+
+    # How it is done.
+
+    async def _load(self, model: FaultModel) -> str:
+        body: dict[str, object] = {"model_id": model.id, "harness": "sim", "vram_mb": model.vram_mb}
+        if model.tensor_parallel > 1:
+            body["tensor_parallel"] = model.tensor_parallel
+        return f"load {model.id}: {await self.host.post('/models/load', body)}"
+
+    async def _ask(self, model_id: str) -> str:
+        """A request to an engine. It may fail; it may not stay without an end."""
+        try:
+            endpoint = await self.host.endpoint(model_id)
+            headers = {"Authorization": f"Bearer {endpoint['api_key']}"}
+            async with self.host.http.post(
+                endpoint["url"] + "/v1/chat/completions", json={**_CHAT, "model": model_id}, headers=headers
+            ) as response:
+                return f"request to {model_id}: {response.status}"
+        except (aiohttp.ClientError, AssertionError) as error:
+            return f"request to {model_id}: {type(error).__name__}"
+
+    def _in_passing(self, call: Coroutine[Any, Any, str]) -> None:
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _signal_engine(self, pick: float, number: signal.Signals, *, core: bool = False) -> str:
+        name, pid = _engine(pick, await asyncio.to_thread(engine_processes, self.host.mark), core=core)
+        send(pid, number)
+        return f"{number.name} to {name}"
+
+    async def _loaded(self) -> dict[str, int]:
+        """The processes of the loaded models, by model."""
+        return {model["id"]: model["pid"] for model in await self.host.models() if model["status"] == "loaded"}
+
+    async def _until_loaded(self, wanted: Callable[[Mapping[str, int]], bool], what: str) -> None:
+        """Waits until what is loaded is as `wanted`; `what` says that in words."""
+        deadline = time.monotonic() + SEEN_SECS
+        while not wanted(now := await self._loaded()):
+            assert time.monotonic() < deadline, f"{what}: not within {SEEN_SECS:g} s; loaded are {now}"
+            await asyncio.sleep(0.02)
+
+    def _free_ports(self, but: int = 0) -> None:
+        while len(self._ports) > but:
+            self._ports.pop(0).close()
+
+
+def _engine(pick: float, processes: Sequence[EngineProcess], *, core: bool = False) -> tuple[str, int | None]:
+    """One of the engines' leaders, or cores: its name and pid."""
+    found = sorted(each.pid for each in processes if (each.is_core if core else each.pid == each.session))
+    if not found:
+        return "no engine", None
+    pid = _chosen(found, pick)
+    return f"{'core' if core else 'engine'} {pid}", pid
+
+
+def _chosen(among: Sequence[Item], pick: float) -> Item:
+    return among[min(int(pick * len(among)), len(among) - 1)]
+
+
+def _port_of(pid: int) -> int | None:
+    """The port in an engine's command line."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return int(words[words.index(b"--port") + 1])
+    return None
