@@ -13,6 +13,9 @@ from tests.e2e_vllm.fleet import Fleet, running_fleet
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
+from tests.neuron.conftest import mark
+
+__all__ = ["mark"]
 
 
 @dataclass(frozen=True)
