@@ -82,24 +82,32 @@ class EngineLife:
             owns_port=engine.owns_port,
             hint=self._says_it_serves,
         )
-        ending = await first_of(
-            {
-                Ending.STOPPED: run.stop_wanted.wait(),
-                Ending.EXITED: engine.process.main_exited.wait(),
-                Ending.READY: ready,
-            },
-            timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
-        )
+        try:
+            ending = await first_of(
+                {
+                    Ending.STOPPED: run.stop_wanted.wait(),
+                    Ending.EXITED: engine.process.main_exited.wait(),
+                    Ending.READY: ready,
+                },
+                timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
+            )
+            if ending is Ending.READY:
+                # It is asked more then, and may be gone by now, or have somebody else on its port.
+                ending = await first_of(
+                    {
+                        Ending.READY: self._came_up(served_before),
+                        Ending.STOPPED: run.stop_wanted.wait(),
+                        Ending.EXITED: engine.process.main_exited.wait(),
+                    }
+                )
+        except failures.GuardFailed as error:
+            self._ill = error.message
+            self._end(Ending.UNHEALTHY)
+            return False
         if ending is not Ending.READY:
             if served_before and ending is not Ending.STOPPED:
                 self.served_secs = 0.0
             self._end(ending)
-            return False
-        try:
-            await self._came_up(served_before)
-        except failures.GuardFailed as error:
-            self._ill = error.message
-            self._end(Ending.UNHEALTHY)
             return False
         return True
 

@@ -349,6 +349,7 @@ class Worker:
     async def _account(self, life: EngineLife) -> Ended:
         """Why the engine, which is gone now, came to its end."""
         engine, run = life.engine, life.run
+        self.engine = None  # its pid may be another's before the next one starts
         if not engine.vram_released:
             run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
         if life.ending is Ending.STOPPED:

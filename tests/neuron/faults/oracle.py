@@ -73,12 +73,12 @@ def _processes(sight: Sight) -> list[str]:
         for process in sight.processes
         if process.session not in owners
     ]
+    sessions = {process.session for process in sight.processes}
     leaders = {process.pid for process in sight.processes}
-    found += [
-        f"{model['id']} is {model['state']} and its process {model.get('pid')} is not there"
-        for model in sight.models
-        if model["status"] in ("loaded", "sleeping") and model.get("pid") not in leaders
-    ]
+    for model in sight.models:
+        pid, is_up = model.get("pid"), model["status"] in ("loaded", "sleeping")
+        if (is_up or pid is not None) and pid not in (leaders if is_up else sessions):
+            found.append(f"{model['id']} is {model['state']} and nothing is there of its process {pid}")
     return found
 
 

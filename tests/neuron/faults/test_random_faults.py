@@ -8,19 +8,22 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
 from tests.neuron.faults.faults import Faults
-from tests.neuron.faults.host import Host, engine_processes
+from tests.neuron.faults.host import DEVICE_MB, Host, engine_processes, send
 from tests.neuron.faults.oracle import agreement, look
+from tests.neuron.neurons import until
 
 SEED = int(os.environ.get("FAULT_SEED", "20261125"))
 STEPS = int(os.environ.get("FAULT_STEPS", "200"))
@@ -126,3 +129,24 @@ async def test_the_oracle_sees_an_orphan(host: Host) -> None:
         orphan.kill()
         await asyncio.to_thread(orphan.wait)
     assert found == [f"process {orphan.pid} of session {orphan.pid} belongs to no model"]
+
+
+async def test_a_model_that_finds_no_room_again_holds_none(host: Host) -> None:
+    """Its engine dies, a stranger takes the memory: while it waits for its next try it is told to have no device."""
+    await Faults(host).load(0.99)
+    [model] = await host.models()
+    host.neuron.send_signal(signal.SIGSTOP)
+    for process in engine_processes(host.mark):
+        send(process.pid, signal.SIGKILL)
+    for index in host.foreign_mb:
+        host.hold_foreign(index, DEVICE_MB)
+    host.neuron.send_signal(signal.SIGCONT)
+
+    async def tried_again() -> dict[str, Any] | None:
+        [now] = await host.models()
+        return now if now["failures"] >= 2 else None
+
+    found = await until(tried_again)
+    assert found["state"] in ("recovering", "failed")
+    assert (found["devices"], found["vram_booked_mb"], found["pid"]) == ([], 0, None)
+    assert found["id"] == model["id"] == "wide"
