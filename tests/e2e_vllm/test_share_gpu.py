@@ -31,8 +31,8 @@ async def load(neuron: NeuronProcess, model: str, source: Path, vram_mb: int) ->
 async def test_two_engines_share_a_gpu(
     gpus: TopologySource, gpu_vllm: Path, gpu_model: Path, tmp_path: Path, mark: str
 ) -> None:
-    """Asked for at the same moment both come up, each within its share as the driver measures it; a third is refused with
-    the figures; afterwards all memory is back."""
+    """Asked for at the same moment both come up, each within its share as the driver measures it; a third is refused
+    with the figures; afterwards all memory is back."""
     device = (await gpus.discover()).devices[0]
     before = await used_mb(gpus, device.index)
     wanted = int(device.vram_total_mb * SHARE)
