@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 EVENTS_RETRY_SECS = 1.0
 NO_EVENTS_RETRY_SECS = 300.0
 """A neuron without `/events` may be upgraded: asked again rarely, and whenever it is a new process."""
+_TURN = 0.9  # of an interval: what comes sooner after a miss is out of turn
 
 
 class NodeWatch:
@@ -43,6 +44,7 @@ class NodeWatch:
         self._clock = clock
         self._wake = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
+        self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
 
     async def poll_loop(self) -> None:
@@ -83,9 +85,17 @@ class NodeWatch:
             async with timeout(self._settings.timeout_secs):
                 await self._ask()
         except asyncio.TimeoutError:
-            self._fleet.miss(self.name, f"no answer within {self._settings.timeout_secs:g} s")
+            self._miss(f"no answer within {self._settings.timeout_secs:g} s")
         except (NeuronUnreachable, NeuronRefused) as error:
-            self._fleet.miss(self.name, str(error))
+            self._miss(str(error))
+
+    def _miss(self, reason: str) -> None:
+        """Polls also come out of turn, when an event stream ends or an engine is not found: those misses say nothing
+        that the last one did not, and a neuron that restarts has the whole of `unhealthy_after` intervals."""
+        now = self._clock()
+        if now - self._missed_at >= _TURN * self._settings.interval_secs:
+            self._missed_at = now
+            self._fleet.miss(self.name, reason)
 
     async def _ask(self) -> None:
         """Health and models together; discovery once for each process of the neuron, and when it comes back."""

@@ -31,6 +31,7 @@ _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
 _DRAIN_POLL_SECS = 0.1
+_IDLE_LOOKS = 2
 
 
 class Model(Protocol):
@@ -244,9 +245,11 @@ class EngineLife:
         run, exited = self.run, self.engine.process.main_exited
         if not run.leave_engine:
             await self._launcher.note_stopping(self.engine)
+        idle_looks = 0  # two in a row: a request may have been on its way when the first was taken
         while not run.leave_engine and not exited.is_set() and time.monotonic() < run.drain_until:
             sample = await self.engine.vitals.take_sample()
-            if sample is not None and not sample.running and not sample.waiting:
+            idle_looks = idle_looks + 1 if sample is not None and not sample.running and not sample.waiting else 0
+            if idle_looks == _IDLE_LOOKS:
                 break
             await asyncio.sleep(_DRAIN_POLL_SECS)
         if self._model.condition.state is State.DRAINING:

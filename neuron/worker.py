@@ -33,7 +33,7 @@ from shared.tasks import timeout
 log = logging.getLogger(__name__)
 
 LAUNCHES = 3  # of one load: each with another port, when something else took the port before the engine did
-TRANSITIONS_KEPT = 50
+TRANSITIONS_KEPT = 20
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,25 @@ import sys
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tomli_w
 
 from shared.serve import bind
 from tests.cortex.raw_http import DEADLINE_SECS, bounded, connected, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 TOP = Path(__file__).parents[2]
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class NeuronAddress(Protocol):
+    """What cortex.toml says of a neuron."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def url(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,12 @@ class CortexProcess:
 
 @contextlib.asynccontextmanager
 async def cortex_process(
-    directory: Path, neurons: Iterable[SeedNeuron], models: list[dict[str, Any]], **gateway: Any
+    directory: Path,
+    neurons: Iterable[NeuronAddress],
+    models: list[dict[str, Any]],
+    *,
+    poll_secs: float = 0.05,
+    **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
     cortex.toml."""
@@ -61,7 +75,7 @@ async def cortex_process(
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     config = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
-        "poll": {"interval_secs": 0.05},
+        "poll": {"interval_secs": poll_secs},
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")

@@ -120,6 +120,10 @@ class Neuron(Client):
     workers: Workers
     state_dir: Path
 
+    def activity(self) -> dict[str, int]:
+        """Requests running in the loaded models' engines, as last told."""
+        return {each.id: each.in_flight for each in self.workers.activity()}
+
     @property
     def reserved_ports(self) -> frozenset[int]:
         return self.workers._launcher.ports.reserved

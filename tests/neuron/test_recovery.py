@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -117,6 +118,33 @@ async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None
     async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
         await response.read()
     assert (await loaded_again(neuron, before))["failures"] == 1
+
+
+async def test_hung_engine_is_killed_and_comes_back(mark: str, tmp_path: Path) -> None:
+    """Requests run, no token comes, /health says 200: after the grace time it is hung. One that only has a long prompt
+    is left alone."""
+    health = {"interval_secs": 0.1, "hang_grace_secs": 1, "prefill_grace_secs": 600}
+    async with neuron_here(config_of(tmp_path / "state", health=health)) as neuron:
+        await neuron.load("patient", "--fault", "slow-prefill", "--fault-after", "600")
+        await neuron.load(MODEL, "--tokens-per-sec", "20")
+        pids = {model: (await neuron.model(model))["pid"] for model in ("patient", MODEL)}
+        asking = [asyncio.create_task(ask_for_tokens(neuron, model)) for model in pids]
+        await until(lambda: neuron.activity() == {"patient": 1, MODEL: 1})
+        os.kill(pids[MODEL], signal.SIGUSR1)
+        after = await loaded_again(neuron, pids[MODEL])
+        assert "hung" in after["transitions"][1]["reason"] or "token" in after["transitions"][1]["reason"]
+        assert (await neuron.model("patient"))["pid"] == pids["patient"]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def ask_for_tokens(neuron: Neuron, model: str) -> None:
+    found = (await neuron.endpoint(model)).body
+    headers = {"Authorization": f"Bearer {found['api_key']}"}
+    body = {"model": model, "prompt": "x", "max_tokens": 1000, "stream": True}
+    async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
+        await response.read()
 
 
 MAPS_SHARED_MEMORY = """
