@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Final
 
-FLUSH_SECS = 0.1
-MAX_LINES = 256
+FLUSH_SECS: Final = 0.1
+MAX_LINES: Final = 256
 
 
 class AccessLog:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cortex.front.client import ClientConnection
 from cortex.proxy.body import find_model
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS: Final = 3
 """Engines that one request may be sent to: a request that kills its engine must not kill the fleet."""
 
-UNKNOWN = "unknown"
+UNKNOWN: Final = "unknown"
 """The metrics' label for a model or a neuron that does not exist."""
 
-LEFT = 499
+LEFT: Final = 499
 """nginx's number for a client that left before its answer."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from cortex.http1 import names
 from cortex.http1.heads import BadHead, RequestHead
 
-_VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
-_AUTHORITY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+_VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
+_AUTHORITY: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Request:
