@@ -49,7 +49,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
 
 
 _ON = (
-    "routing by the body's `model`, failover, the key hashed and looked up, `usage` noticed and queued, metrics, "
+    "routing by the body's `model`, failover, the key looked up by its hash, `usage` noticed and queued, metrics, "
     "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 

@@ -199,9 +199,10 @@ class Journey:
                 self._note_usage(relay)
         gateway.tally.request(model, node, status, took, first_byte_secs)
         if gateway.access.on:
+            secs = format(took, ".3f")
             gateway.access.line(
                 f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{lost}"
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{lost}"
             )
 
     def _note_usage(self, relay: Relay) -> None:

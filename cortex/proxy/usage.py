@@ -19,6 +19,7 @@ _NAME = b'"usage"'
 _TO_OBJECT = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\{)")
 _FRAMING = re.compile(rb"\r\n[0-9a-fA-F]+(?:;[^\r\n]*)?\r\n")
 _read_json = JSONDecoder().raw_decode
+_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -50,12 +51,26 @@ def _last_usage(tail: bytes | bytearray) -> Usage | None:
             continue
         attempts -= 1
         try:
-            found, _ = _read_json(tail[match.end() :].decode("utf-8", "replace"))
+            found = _object_at(tail, match.end())
         except (ValueError, RecursionError):
             continue
         if (usage := _usage_of(found)) is not None:
             return usage
     return None
+
+
+def _object_at(tail: bytes | bytearray, start: int) -> dict[str, Any]:
+    """The JSON object whose brace is at `start`, whatever follows it. Raises ValueError, or RecursionError."""
+    # Mostly it ends at the first closing brace, or at the second where its details are an object. What is whole then is
+    # what Python's parser would find; that one has to read a string of all that follows, and takes six times as long.
+    end = tail.find(b"}", start)
+    if tail.find(b"{", start + 1, end) >= 0:
+        end = tail.find(b"}", end + 1)
+    try:
+        return _decode_object(tail[start : end + 1])
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        found: dict[str, Any] = _read_json(tail[start:].decode("utf-8", "replace"))[0]
+        return found
 
 
 def _usage_of(found: dict[str, Any]) -> Usage | None:
