@@ -42,7 +42,7 @@ async def _plain(subject: Subject) -> Measured:
 async def _paced(subject: Subject) -> Measured:
     wish = Wish()
     request = chat_request(subject.port, wish)
-    count = subject.amount(8_000, 4_000, at_least=64) * subject.workers
+    count = subject.amount(16_000, 8_000, at_least=64) * subject.workers
     async with Pool(subject.port, CONCURRENCY * subject.workers) as pool:
         await repeat(pool, request, wish, count=count // 5, timeout=TIMEOUT_SECS)
         await pool.refill()
