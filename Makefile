@@ -5,6 +5,7 @@
 #   make bench-cold          what cortex and neuron add to an engine's own start (ARGS="--engine vllm": real vLLM)
 #   make bench-fleet         what 1, 10, 100 and 1000 neurons cost cortex (ARGS="--seed": seed neurons)
 #   make bench-instructions  instructions of a request and of a chunk beside the record (ARGS="--record")
+#   make test-compiled       cortex's tests with its request path compiled, as in the container image
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -26,7 +27,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev test test-compiled bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +44,13 @@ test: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m tests.environment
 	$(BIN)/python -m pytest $(ARGS)
+
+# In a copy: compiled modules come before their sources, and none may lie in the checkout.
+test-compiled: $(DEV_STAMP)
+	rm -rf build/compiled
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
+	cp -r tests benchmarks deploy docs pyproject.toml models.example.toml README.md CHANGELOG.md Makefile build/compiled
+	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/cortex)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)

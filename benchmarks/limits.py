@@ -12,8 +12,16 @@ _NICE = -15
 
 
 def raise_open_files() -> int:
-    """As many open files as may be had, at most WANTED_OPEN_FILES; the number that it became."""
+    """As many open files as may be had, at most WANTED_OPEN_FILES (root may have them all); the number that it became.
+
+    What cannot be accepted for want of a file is closed by libuv without a word: to a client it looks like an engine
+    that hangs up.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < WANTED_OPEN_FILES:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, WANTED_OPEN_FILES))
+            hard = WANTED_OPEN_FILES
     best = WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_OPEN_FILES)
     if soft == resource.RLIM_INFINITY or soft >= best:
         return soft

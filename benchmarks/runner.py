@@ -26,10 +26,6 @@ class Cpus:
     gateway: set[int]
     load: set[int]
 
-    def of(self, contender: Contender) -> set[int]:
-        """A gateway with several workers gets the load's CPU as well."""
-        return self.gateway | self.load if contender.workers > 1 else self.gateway
-
 
 def split_cpus() -> Cpus:
     """The first CPU for the gateway, the second for the load and the engine."""
@@ -69,7 +65,7 @@ class Bench:
 
     async def _measure_all(self, engine_port: int, cpus: Cpus, results: Results) -> None:
         entries = [
-            _Entry(contender, Runner(contender, engine_port, self.directory, cpus.of(contender), cpus.load))
+            _Entry(contender, Runner(contender, engine_port, self.directory, cpus.gateway, cpus.load))
             for contender in self.contenders
         ]
         try:
@@ -120,6 +116,11 @@ class Bench:
                 workers=entry.contender.workers,
             )
             measured = await asyncio.wait_for(case.measure(subject), _MEASUREMENT_SECS)
+            if (
+                case.fresh
+            ):  # and gone again: nginx keeps thousands of connections, and the engine has only so many files
+                entry.runner.stop()
+                entry.running = None
         except (ContenderUnavailable, OSError, EOFError, asyncio.TimeoutError) as error:
             measured = Measured()
             measured.faults[f"not measured: {type(error).__name__} {error}"] += 1

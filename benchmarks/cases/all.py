@@ -5,10 +5,10 @@ from __future__ import annotations
 from benchmarks.cases.first_byte import FIRST_BYTE
 from benchmarks.cases.idle import IDLE_8000
 from benchmarks.cases.large import ANSWER_1M, PROMPT_10M
-from benchmarks.cases.plain import PLAIN, SATURATION
+from benchmarks.cases.plain import PACED, PLAIN, SATURATION
 from benchmarks.cases.streams import STREAM_200, STREAM_1000
 
 CASES = {
     case.name: case
-    for case in (PLAIN, STREAM_200, STREAM_1000, FIRST_BYTE, SATURATION, PROMPT_10M, ANSWER_1M, IDLE_8000)
+    for case in (PLAIN, PACED, STREAM_200, STREAM_1000, FIRST_BYTE, SATURATION, PROMPT_10M, ANSWER_1M, IDLE_8000)
 }

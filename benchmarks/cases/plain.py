@@ -16,6 +16,7 @@ from benchmarks.load.request import chat_request
 
 CONCURRENCY = 32
 SATURATING = 64
+_PAUSE_SECS = 0.01
 _WRK_SCRIPT = Path(__file__).with_name("post.lua")
 
 
@@ -29,6 +30,26 @@ async def _plain(subject: Subject) -> Measured:
         await pool.refill()
         async with spanned(subject.tree) as span:
             tally = await repeat(pool, request, wish, count=count, timeout=TIMEOUT_SECS)
+    figures = {
+        "cpu_us": span.cpu_ns / 1e3 / count,
+        "per_second": count / span.wall_secs,
+        "busy_cpus": span.busy,
+        "foreign": span.foreign,
+    }
+    return noted(tally, figures)
+
+
+async def _paced(subject: Subject) -> Measured:
+    wish = Wish()
+    request = chat_request(subject.port, wish)
+    count = subject.amount(16_000, 8_000, at_least=64) * subject.workers
+    async with Pool(subject.port, CONCURRENCY * subject.workers) as pool:
+        await repeat(pool, request, wish, count=count // 5, timeout=TIMEOUT_SECS)
+        await pool.refill()
+        async with spanned(subject.tree) as span:
+            tally = await repeat(
+                pool, request, wish, count=count, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS, spread=_PAUSE_SECS
+            )
     figures = {
         "cpu_us": span.cpu_ns / 1e3 / count,
         "per_second": count / span.wall_secs,
@@ -101,4 +122,5 @@ async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:
 
 
 PLAIN = Case("plain", f"plain answers, {CONCURRENCY} at once", "cpu_us", _plain)
+PACED = Case("paced", f"plain answers, {CONCURRENCY} clients for each worker, each resting 10 ms", "cpu_us", _paced)
 SATURATION = Case("saturation", f"plain answers, {SATURATING} at once, as many as go", "per_second", _saturation)

@@ -10,7 +10,8 @@ from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
 
-_WARM = Wish(chunks=2, interval=0.02)
+_SPREAD = 20
+"""Intervals over which the streams begin."""
 
 
 def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
@@ -20,22 +21,24 @@ def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Me
         chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured
         wish = Wish(chunks=chunks, interval=interval)
         request = chat_request(subject.port, wish)
+        # All of them at one time, so that each has a connection to the engine as well. Otherwise those who keep
+        # idle ones for minutes would have them from the round before, and nobody else would.
+        warm = Wish(chunks=2, interval=interval * (_SPREAD + 5))
         async with Pool(subject.port, streams) as pool:
-            # Once through every connection, so that the ones to the engine are there as well.
             await repeat(
                 pool,
-                chat_request(subject.port, _WARM),
-                _WARM,
+                chat_request(subject.port, warm),
+                warm,
                 count=streams,
                 timeout=TIMEOUT_SECS,
-                spread=interval * 20,
+                spread=interval * _SPREAD,
             )
             await pool.refill()
             async with spanned(subject.tree) as span:
                 tally = await repeat(
-                    pool, request, wish, count=streams, timeout=TIMEOUT_SECS, spread=interval * min(20, chunks)
+                    pool, request, wish, count=streams, timeout=TIMEOUT_SECS, spread=interval * _SPREAD
                 )
-        ideal = interval * (chunks - 1 + min(20, chunks))
+        ideal = interval * (chunks - 1 + _SPREAD)
         figures = {
             "cpu_us": span.cpu_ns / 1e3 / (streams * chunks),
             "peak_rss_mib": span.peak_rss_bytes / (1 << 20),

@@ -20,6 +20,7 @@ def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dic
         NGINX_2,
         cortex(checkout),
         cortex(checkout, "cortex-2", "cortex, two workers", workers=2),
+        cortex(checkout, "cortex-py", "cortex, not compiled", interpreted=True),
         *PACKAGES,
         AIOHTTP,
         DIRECT,

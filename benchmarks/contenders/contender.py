@@ -41,7 +41,7 @@ class Contender:
     """`prepare` raises ContenderUnavailable; it may take minutes (an installation), and writes configuration files.
 
     `switched_on` says what it does for its figures. `slowness` divides the amount of work that it is given: a gateway
-    that takes milliseconds for a request would be measured for an hour. `workers` > 1: it may use every CPU.
+    that takes milliseconds for a request would be measured for an hour.
     """
 
     name: str

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.contenders.compiled import compiled
 from benchmarks.contenders.contender import Contender, Launch, Place
 from benchmarks.contenders.process import REPOSITORY, free_port
 from benchmarks.engine.answers import MODEL
@@ -27,8 +28,9 @@ harness = "vllm"
 """
 
 
-def _prepare(checkout: Path, workers: int) -> Callable[[Place], Launch]:
+def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Place], Launch]:
     def prepare(place: Place) -> Launch:
+        packages = checkout if interpreted else compiled(checkout)
         neuron_port = free_port()
         config = place.directory / "cortex.toml"
         config.write_text(
@@ -39,20 +41,31 @@ def _prepare(checkout: Path, workers: int) -> Callable[[Place], Launch]:
         if workers > 1:
             command += ["--workers", str(workers)]
         neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
-        # -m finds the checkout that it is started in before the one that is installed.
-        path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return Launch(command, env={"PYTHONPATH": path}, cwd=checkout, companions=[neuron], version=__version__)
+        # -m finds what is in the directory that it is started in before what is installed.
+        path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return Launch(command, env={"PYTHONPATH": path}, cwd=packages, companions=[neuron], version=__version__)
 
     return prepare
 
 
 _ON = (
-    "routing by the body's `model`, failover, the key hashed and looked up, `usage` noticed and queued, metrics, "
+    "routing by the body's `model`, failover, the key looked up by its hash, `usage` noticed and queued, metrics, "
     "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 
 
-def cortex(checkout: Path = REPOSITORY, name: str = "cortex", title: str = "cortex", workers: int = 1) -> Contender:
-    """The cortex of a checkout."""
-    on = _ON if workers == 1 else f"the same in {workers} worker processes, which may use every CPU"
-    return Contender(name, title, on, _prepare(checkout, workers), workers=workers)
+def cortex(
+    checkout: Path = REPOSITORY,
+    name: str = "cortex",
+    title: str = "cortex",
+    *,
+    workers: int = 1,
+    interpreted: bool = False,
+) -> Contender:
+    """The cortex of a checkout, compiled as in the container image unless it is to be `interpreted`."""
+    on = _ON
+    if interpreted:
+        on = "the same, not compiled: as it runs from a checkout"
+    elif workers > 1:
+        on = f"the same in {workers} worker processes, all on the one CPU"
+    return Contender(name, title, on, _prepare(checkout, workers, interpreted=interpreted), workers=workers)

@@ -12,6 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.contenders.compiled import compiled
+from benchmarks.contenders.contender import ContenderUnavailable
+from benchmarks.contenders.process import REPOSITORY
 from benchmarks.instructions.callgrind import NotAvailable, count
 from benchmarks.instructions.record import (
     RECORD,
@@ -27,9 +30,21 @@ from benchmarks.instructions.record import (
 
 
 def counted() -> dict[str, float]:
-    """One whole count."""
-    with tempfile.TemporaryDirectory(prefix="instructions-") as directory:
-        return asyncio.run(count(Path(directory)))
+    """One whole count: of the sources as they are, and of the compiled ones.
+
+    Raises:
+        NotAvailable: there is no valgrind, or no C compiler.
+    """
+    try:
+        kinds = {"": REPOSITORY, ", compiled": compiled(REPOSITORY)}
+    except ContenderUnavailable as error:
+        raise NotAvailable(str(error)) from error
+    counts: dict[str, float] = {}
+    for kind, packages in kinds.items():
+        with tempfile.TemporaryDirectory(prefix="instructions-") as directory:
+            found = asyncio.run(count(Path(directory), packages))
+        counts |= {name + kind: value for name, value in found.items()}
+    return counts
 
 
 def compare(counts: dict[str, float]) -> int:
@@ -41,7 +56,7 @@ def compare(counts: dict[str, float]) -> int:
     for name, value in counts.items():
         known = record.instructions.get(name)
         beside = "not recorded" if known is None else f"{known:>12,.0f} recorded {change_pct(known, value):+6.1f} %"
-        print(f"{name:24}{value:>12,.0f} {beside}")
+        print(f"{name:28}{value:>12,.0f} {beside}")
     differences = other_versions(record.versions, installed_versions())
     if differences:
         print("not compared, the record is of other versions:", *differences, sep="\n  ")
@@ -64,7 +79,7 @@ def main() -> int:
         return 0
     for name in runs[0] if given.repeat > 1 else ():
         values = sorted(run[name] for run in runs)
-        print(f"{name:24}{values[0]:>12,.0f} to {values[-1]:,.0f}: {change_pct(values[0], values[-1]):.2f} %")
+        print(f"{name:28}{values[0]:>12,.0f} to {values[-1]:,.0f}: {change_pct(values[0], values[-1]):.2f} %")
     counts = {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in runs[0]}
     if given.record:
         write_record(Record(installed_versions(), TOLERANCE_PCT, {n: round(v) for n, v in counts.items()}))

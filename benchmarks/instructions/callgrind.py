@@ -58,8 +58,8 @@ class CountedCortex:
 
 
 @asynccontextmanager
-async def counted_cortex(directory: Path, neuron_port: int) -> AsyncIterator[CountedCortex]:
-    """`cortex serve` under callgrind, in sight of its neuron. It polls once and never again.
+async def counted_cortex(directory: Path, neuron_port: int, packages: Path) -> AsyncIterator[CountedCortex]:
+    """The `cortex serve` of `packages` under callgrind, in sight of its neuron. It polls once and never again.
 
     Raises:
         NotAvailable: valgrind is not installed.
@@ -77,14 +77,15 @@ async def counted_cortex(directory: Path, neuron_port: int) -> AsyncIterator[Cou
     )
     valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={directory / 'counts'}", "--dump-instr=no"]
     command = [*valgrind, sys.executable, "-m", "cortex", "serve", "--config", str(config)]
-    environ = {**os.environ, "PYTHONHASHSEED": "0"}
-    with Child(command, directory / "cortex.log", environ=environ) as child:
+    environ = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(packages)}
+    with Child(command, directory / "cortex.log", environ=environ, directory=str(packages)) as child:
         await until_answers(HOST, port, "/health", within_secs=START_SECS, pause_secs=0.5)
         yield CountedCortex(child, directory, port)
 
 
-async def count(directory: Path) -> dict[str, float]:
-    """Instructions for a plain request, for a streamed chunk, and for a stream of one token on a connection of its own.
+async def count(directory: Path, packages: Path) -> dict[str, float]:
+    """Instructions of the cortex in `packages` for a plain request, for a streamed chunk, and for a stream of one token
+    on a connection of its own.
 
     Each is the difference of a measurement and one of twice the size, so that what both have in common cancels out.
 
@@ -94,7 +95,7 @@ async def count(directory: Path) -> dict[str, float]:
     peers = Peers()
     (neuron_port,) = free_ports(1)
     server = await peers.listen(neuron_port)
-    async with counted_cortex(directory, neuron_port) as cortex:
+    async with counted_cortex(directory, neuron_port, packages) as cortex:
         client = await Connection(HOST, cortex.port).open()
 
         async def plain(requests: int) -> int:

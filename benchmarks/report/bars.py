@@ -94,9 +94,9 @@ def _no_error(results: Results) -> Bar:
 
 def _two_workers(results: Results) -> Bar:
     text = "two workers: CPU per request not more than 10 % above one worker's"
-    ratio = results.ratio("plain", "cortex-2", "cpu_us", base=US)
+    ratio = results.ratio("paced", "cortex-2", "cpu_us", base=US)
     if ratio is None:
         return Bar(text, "-", None)
-    floor = results.ratio("plain", "nginx-2", "cpu_us", base="nginx")
+    floor = results.ratio("paced", "nginx-2", "cpu_us", base=BASE)
     beside = "" if floor is None else f"; a second worker of nginx {(floor - 1) * 100:+.1f} %"
     return Bar(text, f"{(ratio - 1) * 100:+.1f} %{beside}", ratio <= 1.10)

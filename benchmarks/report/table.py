@@ -20,6 +20,7 @@ class Column:
 
 COLUMNS = (
     Column("µs CPU / plain request, c=32", "plain", "cpu_us"),
+    Column("µs CPU / plain request, paced", "paced", "cpu_us"),
     Column("µs CPU / chunk, 200 streams", "stream200", "cpu_us"),
     Column("µs CPU / chunk, 1000 streams", "stream1000", "cpu_us"),
     Column("added TTFB p50, µs", "ttfb", "added_p50_us", "{:.0f}"),

@@ -7,7 +7,7 @@ import asyncio
 import socket
 import struct
 from time import monotonic
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from cortex.front.answers import CONTINUE, error_answer
 from cortex.front.connections import Connections
@@ -27,15 +27,15 @@ LINGER_SECS = 5.0
 """For a client that is still sending when it has been refused: closing at once would destroy the answer on its way."""
 CLOSING_SECS = 60.0
 """For a client to read what it has been sent."""
-MAX_AHEAD_BYTES = 65536
+MAX_AHEAD_BYTES: Final = 65536
 """Of further requests that a client sends before it has its answer; then they are left where they are."""
-LOOK_SECS = 0.05
+LOOK_SECS: Final = 0.05
 """How often it is looked whether such a client is still there."""
 
 
-_ESTABLISHED = 1  # the first byte of struct tcp_info of tcp(7)
-_LINE_ENDS = b"\r\n"
-_RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
+_ESTABLISHED: Final = 1  # the first byte of struct tcp_info of tcp(7)
+_LINE_ENDS: Final = b"\r\n"
+_RESET: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
 
 class Handling(Protocol):
@@ -66,16 +66,19 @@ class Gateway(Protocol):
 
 
 # What a connection does. Plain numbers: an Enum's members cost more to look up than the rest of a step.
-_IDLE = 0
-_HEAD = 1
-_BODY = 2
-_WORKING = 3
-_LINGERING = 4  # refused, or sent too far ahead: what still comes is thrown away
-_CLOSING = 5
+_IDLE: Final = 0
+_HEAD: Final = 1
+_BODY: Final = 2
+_WORKING: Final = 3
+_LINGERING: Final = 4  # refused, or sent too far ahead: what still comes is thrown away
+_CLOSING: Final = 5
 
 
-class ClientConnection(asyncio.Protocol):
-    """One request at a time; what comes ahead of its turn waits. `deadline` is in monotonic seconds, 0 for none."""
+class ClientConnection:
+    """One request at a time; what comes ahead of its turn waits. `deadline` is in monotonic seconds, 0 for none.
+
+    An asyncio.Protocol in all but name: mypyc compiles no class with a base that is not compiled.
+    """
 
     __slots__ = (
         "_ahead",

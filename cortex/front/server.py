@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import cast
 
 from cortex.front.client import ClientConnection, Gateway
 from cortex.front.connections import Connections
@@ -27,10 +28,11 @@ async def accepting(
     deadline, then cut what is left."""
     loop = asyncio.get_running_loop()
     connections = Connections()
-    servers = [
-        await loop.create_server(lambda: ClientConnection(gateway, connections), sock=sock, backlog=BACKLOG)
-        for sock in socks
-    ]
+
+    def accept() -> asyncio.Protocol:
+        return cast(asyncio.Protocol, ClientConnection(gateway, connections))
+
+    servers = [await loop.create_server(accept, sock=sock, backlog=BACKLOG) for sock in socks]
     sweeper = loop.create_task(_sweep(gateway, connections), name="client deadlines")
     try:
         yield

@@ -7,21 +7,22 @@ encoded again. `ended` tells the end; `excess` is what came behind it.
 from __future__ import annotations
 
 import re
+from typing import Final
 
-MAX_SIZE_LINE = 256
+MAX_SIZE_LINE: Final = 256
 """Bytes of a chunk's size with its extensions."""
-MAX_TRAILERS = 16384
+MAX_TRAILERS: Final = 16384
 """Bytes of the last chunk with its trailer fields."""
-MAX_PADDING = 65536
+MAX_PADDING: Final = 65536
 """Bytes of a chunk that was cut and can still be filled up."""
 
 # Strict: Python's int() would take signs, blanks, underscores and 0x as well.
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?")
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*")
-SMALL = {b"%x" % size: size for size in range(1, 4096)}
+_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?")
+_TRAILER: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*")
+SMALL: Final = {b"%x" % size: size for size in range(1, 4096)}
 """Nearly every chunk of a stream is a small one: its size is looked up instead of parsed."""
 
-_LONGEST_FRAMED = 4096
+_LONGEST_FRAMED: Final = 4096
 
 
 def _prefixes() -> list[bytes]:
@@ -36,7 +37,7 @@ def _prefixes() -> list[bytes]:
     return prefixes
 
 
-PREFIXES = _prefixes()
+PREFIXES: Final = _prefixes()
 """For those who know that a chunk comes, and mostly a whole one: a look-up and a comparison tell."""
 
 
@@ -192,7 +193,7 @@ def _chunk_size(line: bytes) -> int:
     return int(match[1], 16)
 
 
-_BEGINNING = re.compile(rb"[0-9A-Fa-f]{0,15}(?:[ \t]*(?:;[^\r\n\x00]*)?\r?)?")
+_BEGINNING: Final = re.compile(rb"[0-9A-Fa-f]{0,15}(?:[ \t]*(?:;[^\r\n\x00]*)?\r?)?")
 
 
 def _begins_size_line(line: bytes) -> bool:

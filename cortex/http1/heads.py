@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import httptools
 
 from cortex.http1.names import CONNECTION, OF_REQUESTS, OF_RESPONSES, Names, without_named
 
-MAX_HEAD_BYTES = 65536
-MAX_HEADERS = 256
+MAX_HEAD_BYTES: Final = 65536
+MAX_HEADERS: Final = 256
 
-_SEPARATOR = b"\r\n\r\n"
-_USUAL_CONNECTION = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
+_SEPARATOR: Final = b"\r\n\r\n"
+_USUAL_CONNECTION: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 
 class BadHead(Exception):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-PASS = 0
+from typing import Final
+
+PASS: Final = 0
 """Nothing: the header goes on as it came."""
-DROP = 1
-HOST = 2
-CONTENT_LENGTH = 3
-CONTENT_TYPE = 4
-CONTENT_ENCODING = 5
-TRANSFER_ENCODING = 6
-CONNECTION = 7
-AUTHORIZATION = 8
-API_KEY = 9
-COOKIE = 10
-EXPECT = 11
-REQUEST_ID = 12
-FORWARDED_FOR = 13
+DROP: Final = 1
+HOST: Final = 2
+CONTENT_LENGTH: Final = 3
+CONTENT_TYPE: Final = 4
+CONTENT_ENCODING: Final = 5
+TRANSFER_ENCODING: Final = 6
+CONNECTION: Final = 7
+AUTHORIZATION: Final = 8
+API_KEY: Final = 9
+COOKIE: Final = 10
+EXPECT: Final = 11
+REQUEST_ID: Final = 12
+FORWARDED_FOR: Final = 13
 
 HOP_BY_HOP = frozenset(
     {
@@ -33,8 +35,8 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110, section 7.6.1: they belong to one connection, as does whatever `Connection` names."""
 
-_MAX_KNOWN = 4096
-_MAX_LINE_BYTES = 256
+_MAX_KNOWN: Final = 4096
+_MAX_LINE_BYTES: Final = 256
 
 Meaning = tuple[int, bytes]
 """What a header line means here, and its value."""
@@ -58,7 +60,7 @@ class Names(dict[bytes, Meaning]):
         return meaning
 
 
-OF_REQUESTS = Names(
+OF_REQUESTS: Final = Names(
     {
         **dict.fromkeys(HOP_BY_HOP, DROP),
         b"host": HOST,
@@ -75,7 +77,7 @@ OF_REQUESTS = Names(
         b"x-forwarded-for": FORWARDED_FOR,
     }
 )
-OF_RESPONSES = Names(
+OF_RESPONSES: Final = Names(
     {
         **dict.fromkeys(HOP_BY_HOP, DROP),
         b"content-length": CONTENT_LENGTH,

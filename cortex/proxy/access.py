@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Final
 
-FLUSH_SECS = 0.1
-MAX_LINES = 256
+FLUSH_SECS: Final = 0.1
+MAX_LINES: Final = 256
 
 
 class AccessLog:
@@ -30,7 +31,9 @@ class AccessLog:
         if second != self._second:
             self._second = second
             self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        self._lines.append(f"{self._stamp},{int((now - second) * 1000):03d} INFO    cortex.access: {text}\n")
+        # Joined and not formatted: compiled, a format in an f-string costs as much as all the rest of this.
+        millis = str(1000 + int((now - second) * 1000))[1:]
+        self._lines.append(f"{self._stamp},{millis} INFO    cortex.access: {text}\n")
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_SECS, self.flush)
         elif len(self._lines) >= MAX_LINES:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from cortex.http1 import names
 from cortex.http1.framing import PREFIXES, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import BadHead, HeadReader, ResponseHead, response_reader
-from cortex.proxy.usage import MOST_CHUNKS, UsageTail
+from cortex.proxy.tail import MOST_CHUNKS, UsageTail
 
 if TYPE_CHECKING:
     from cortex.proxy.pool import Address, EnginePool
 
 # Above it two writes cost less than one copy.
-_JOINED_BYTES = 16384
+_JOINED_BYTES: Final = 16384
 
 Body = SizedBody | ChunkedBody | BodyUntilClose
 
-MAX_INTERIM = 32
+MAX_INTERIM: Final = 32
 """Interim answers (100, 103) before one that counts."""
 
 
@@ -39,8 +39,9 @@ class Exchange(Protocol):
         """The engine is lost. `stale`: before any byte of an answer, on a connection that had served before."""
 
 
-class EngineConnection(asyncio.Protocol):
-    """Belongs to the pool while idle, to one exchange while it works."""
+class EngineConnection:
+    """Belongs to the pool while idle, to one exchange while it works. An asyncio.Protocol in all but name: mypyc
+    compiles no class with a base that is not compiled."""
 
     __slots__ = (
         "_between",

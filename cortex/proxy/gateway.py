@@ -97,7 +97,7 @@ class Gateway:
         """The caller's `x-request-id` when it is harmless, else a new one."""
         if given is not None and _SAFE_REQUEST_ID.fullmatch(given):
             return given.decode()
-        return f"{self._id_prefix}{next(self._ids):012x}"
+        return self._id_prefix + format(next(self._ids), "012x")
 
     def handle(self, client: ClientConnection, request: Request) -> Handling:
         if request.method == b"POST" and request.path in _INFERENCE:

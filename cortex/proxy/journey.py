@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cortex.front.client import ClientConnection
 from cortex.proxy.body import find_model
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS: Final = 3
 """Engines that one request may be sent to: a request that kills its engine must not kill the fleet."""
 
-UNKNOWN = "unknown"
+UNKNOWN: Final = "unknown"
 """The metrics' label for a model or a neuron that does not exist."""
 
-LEFT = 499
+LEFT: Final = 499
 """nginx's number for a client that left before its answer."""
 
 
@@ -199,9 +199,10 @@ class Journey:
                 self._note_usage(relay)
         gateway.tally.request(model, node, status, took, first_byte_secs)
         if gateway.access.on:
+            secs = format(took, ".3f")
             gateway.access.line(
                 f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{lost}"
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{lost}"
             )
 
     def _note_usage(self, relay: Relay) -> None:

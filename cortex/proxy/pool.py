@@ -7,18 +7,18 @@ import socket
 import ssl
 from collections.abc import Callable
 from ipaddress import ip_address
-from typing import NamedTuple
+from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from cortex.proxy.engine import EngineConnection
 from shared.tasks import timeout
 
-IDLE_SECS = 3.0
+IDLE_SECS: Final = 3.0
 """How long an idle connection is kept: below the 5 s after which vLLM's server closes it itself."""
-CONNECT_TIMEOUT_SECS = 5.0
-RESOLVED_SECS = 10.0
+CONNECT_TIMEOUT_SECS: Final = 5.0
+RESOLVED_SECS: Final = 10.0
 """How long a host's addresses are remembered."""
-_SWEEP_SECS = 1.0
+_SWEEP_SECS: Final = 1.0
 
 
 class Address(NamedTuple):
@@ -87,8 +87,8 @@ class EnginePool:
             OSError: there is none to be had (asyncio.TimeoutError: within CONNECT_TIMEOUT_SECS).
         """
 
-        def factory() -> EngineConnection:
-            return EngineConnection(self, address, on_made)
+        def factory() -> asyncio.Protocol:
+            return cast(asyncio.Protocol, EngineConnection(self, address, on_made))
 
         async with timeout(CONNECT_TIMEOUT_SECS):
             if address.port:
@@ -96,7 +96,7 @@ class EnginePool:
             else:
                 await self._connect_unix(address, factory)
 
-    async def _connect_unix(self, address: Address, factory: Callable[[], EngineConnection]) -> None:
+    async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
@@ -106,7 +106,7 @@ class EnginePool:
             sock.close()
             raise
 
-    async def _connect_tcp(self, address: Address, factory: Callable[[], EngineConnection]) -> None:
+    async def _connect_tcp(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         failure: OSError | None = None
         for host in await self._resolve(address.host, address.port):
             try:

@@ -14,7 +14,8 @@ from cortex.http1.heads import ResponseHead
 from cortex.proxy.engine import Body, EngineConnection
 from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.request import Request
-from cortex.proxy.usage import Usage, UsageTail
+from cortex.proxy.tail import UsageTail
+from cortex.proxy.usage import Usage
 from shared.errors import UpstreamError, is_anthropic_path
 
 

@@ -99,6 +99,13 @@ def test_image_runs_as_a_user_without_rights(podman: Podman, fleet: Fleet) -> No
     assert podman("run", "--rm", "--network", "none", IMAGE, *writable).strip() == ""
 
 
+def test_image_has_its_request_path_compiled(podman: Podman, fleet: Fleet) -> None:
+    """What is measured is what runs in the image."""
+    where = "import cortex.proxy.engine as engine; print(engine.__file__)"
+    found = podman("run", "--rm", "--network", "none", IMAGE, "/opt/cortex-neuron/bin/python", "-c", where)
+    assert found.strip().endswith(".so")
+
+
 def test_image_is_small(podman: Podman, fleet: Fleet) -> None:
     """Only what runs is inside: no compiler, no vLLM, no test tools."""
     sizes = [int(podman("image", "inspect", "--format", "{{.Size}}", image)) for image in (IMAGE, BASE_IMAGE)]

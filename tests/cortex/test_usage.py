@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 
-from cortex.proxy.usage import Usage, UsageTail, find_usage
+from cortex.proxy.tail import UsageTail
+from cortex.proxy.usage import Usage, find_usage
 
 CHUNK = (
     b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1795545739,"model":"m",'
