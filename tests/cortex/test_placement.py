@@ -27,6 +27,7 @@ def profile(**fields: Any) -> ModelProfile:
         ({"min_devices": 2}, BEAST, True),
         ({"min_devices": 2}, BENJY, False),
         ({"min_devices": 2}, node("n", 32000, 32000, lost=(1,)), False),
+        ({"min_devices": 2}, node("n", 32000, 32000, mig=(1,)), False),
         ({"min_device_vram_mb": 16000}, BENJY, True),
         ({"min_device_vram_mb": 16000}, QUADBRAT, False),
         ({"min_devices": 2, "min_device_vram_mb": 20000}, node("n", 24000, 12000), False),
@@ -94,6 +95,7 @@ def test_loads_under_way_count() -> None:
         ),
         ({"min_devices": 2, "vram_mb": 20000}, node("n", 24000, 48000, 24000), (0, 2)),  # equals together
         ({"vram_mb": 8000}, node("n", 24000, 24000, lost=(0,)), (1,)),
+        ({"vram_mb": 8000}, node("n", 24000, 24000, mig=(0,)), (1,)),
     ],
 )
 def test_choice_of_devices(fields: dict[str, Any], where: NodeSnapshot, devices: tuple[int, ...]) -> None:
