@@ -123,6 +123,11 @@ class Ledger:
         rooms = [room for room in rooms_of(topology, health, counted) if room.index in mine.promised_mb]
         return {room.index: short for room in rooms if (short := room.coming_back_mb - room.bookable_mb) > 0}
 
+    def promised_mb(self, number: int) -> int:
+        """What engine `number` is promised at present, on all its devices together."""
+        booking = self._bookings.get(number)
+        return 0 if booking is None else sum(booking.promised_mb.values())
+
     def release(self, number: int) -> None:
         """The engine is gone. Memory that the driver still counts as in use is a stranger's from now on."""
         self._bookings.pop(number, None)

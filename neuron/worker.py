@@ -82,6 +82,11 @@ class Worker:
     def run(self) -> Run | None:
         return self._run
 
+    @property
+    def booked_mb(self) -> int:
+        """MiB that are booked for it now, on all its devices together."""
+        return 0 if self._run is None else self._launcher.ledger.promised_mb(self._run.placement.number)
+
     def remembered_spec(self) -> EngineSpec:
         """What a bare command asks for.
 

@@ -258,7 +258,7 @@ def view_of(worker: Worker) -> NeuronModelView:
         pid=None if engine is None else engine.process.pid,
         failures=worker.restarts.failures,
         retry_at=condition.retry_at,
-        vram_booked_mb=0 if placement is None else sum(placement.booked_mb),
+        vram_booked_mb=worker.booked_mb,
         slept_mb=0 if engine is None else engine.slept_mb,
         placement=None if placement is None else placement.why or None,
         transitions=list(reversed(worker.transitions)),
