@@ -109,7 +109,8 @@ class Workers:
         Raises:
             NotFound: the model is not known. VramNotReleased: the driver still counts memory as its own.
         """
-        run = self.get(model_id).stop(failures.load_cancelled(model_id), drain_secs=drain_secs)
+        cancelled = failures.load_cancelled(model_id)
+        run = self.get(model_id).stop(cancelled, why="asked to unload", drain_secs=drain_secs)
         if run is not None:
             await run.gone()
 
