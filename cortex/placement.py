@@ -107,11 +107,13 @@ def _eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
 
 
 def _free_mb(fleet: FleetSnapshot, node: NodeSnapshot, device: Device) -> int:
-    """Free now as the node measures it, less what loads under way will take; the total when there is no measurement."""
+    """Free now as the node measures it, less what loads under way will take and models that sleep there will want; the
+    total when there is no measurement."""
     live = node.device_health.get(device.index)
     known = live is not None and (live.vram_used_mb or live.vram_free_mb)  # both 0: the driver does not say
     measured = live.vram_free_mb if live is not None and known else device.vram_total_mb
-    return measured - fleet.reserved_mb(node.name, device.index)
+    asleep = 0 if live is None else live.vram_asleep_mb or 0
+    return measured - asleep - fleet.reserved_mb(node.name, device.index)
 
 
 def _choose_devices(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnapshot) -> tuple[Device, ...]:

@@ -155,6 +155,7 @@ def with_rooms(health: Sequence[DeviceHealth], rooms: Sequence[DeviceRoom]) -> l
             update={
                 "vram_booked_mb": room.booked_mb,
                 "vram_foreign_mb": room.foreign_mb,
+                "vram_asleep_mb": room.asleep_mb,
                 "vram_bookable_mb": room.bookable_mb if room.unusable is None else 0,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,3 +110,17 @@ def test_large_hosts_are_compared_within_bounds() -> None:
     found = candidate_on(profile(min_devices=32, vram_mb=32 * 40000), fleet(where), where)
     assert len(set(found.devices)) == 32
     assert found.fit is Fit.NOW
+
+
+def test_sleeping_models_keep_what_they_want_to_wake() -> None:
+    """As long as it fits elsewhere; it never rules a device out."""
+    where = node("n", 24000, 24000, free_mb=(23000, 24000))
+    assert where.health is not None
+    first, second = where.health.devices
+    sleeping = first.model_copy(update={"vram_asleep_mb": 20000})
+    where = replace(where, health=where.health.model_copy(update={"devices": [sleeping, second]}))
+    small, large = profile(vram_mb=2000), profile(vram_mb=8000)
+    assert candidate_on(small, fleet(where), where).devices == (0,)
+    assert candidate_on(large, fleet(where), where).devices == (1,)
+    both = candidate_on(profile(vram_mb=16000, min_devices=2), fleet(where), where)
+    assert (both.devices, both.fit) == ((0, 1), Fit.AFTER_DISPLACEMENT)
