@@ -124,3 +124,16 @@ def test_sleeping_models_keep_what_they_want_to_wake() -> None:
     assert candidate_on(large, fleet(where), where).devices == (1,)
     both = candidate_on(profile(vram_mb=16000, min_devices=2), fleet(where), where)
     assert (both.devices, both.fit) == ((0, 1), Fit.AFTER_DISPLACEMENT)
+
+
+def test_what_a_neuron_has_promised_is_not_free() -> None:
+    """Its engines may not have taken it yet. What this cortex itself reserves there is not counted twice."""
+    where = node("n", 24000, 24000, free_mb=(23000, 24000))
+    assert where.health is not None
+    first, second = where.health.devices
+    promised = first.model_copy(update={"vram_bookable_mb": 4000})
+    where = replace(where, health=where.health.model_copy(update={"devices": [promised, second]}))
+    ours = Reservation("other", "n", (0,), 19_000)
+    for devices, vram_mb in (((0,), 3000), ((1,), 8000)):
+        found = candidate_on(profile(vram_mb=vram_mb), fleet(where, reservations=(ours,)), where)
+        assert (found.devices, found.fit) == (devices, Fit.NOW)
