@@ -107,11 +107,17 @@ def _eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
 
 
 def _free_mb(fleet: FleetSnapshot, node: NodeSnapshot, device: Device) -> int:
-    """Free now as the node measures it, less what loads under way will take; the total when there is no measurement."""
+    """Free now as the node measures it, less what loads under way will take, and no more than the node would promise;
+    less what models that sleep there will want. The total when there is no measurement."""
     live = node.device_health.get(device.index)
     known = live is not None and (live.vram_used_mb or live.vram_free_mb)  # both 0: the driver does not say
     measured = live.vram_free_mb if live is not None and known else device.vram_total_mb
-    return measured - fleet.reserved_mb(node.name, device.index)
+    room = measured - fleet.reserved_mb(node.name, device.index)
+    if live is None or not known:
+        return room
+    if live.vram_bookable_mb is not None:  # somebody else's load has not taken all of its memory yet
+        room = min(room, live.vram_bookable_mb)
+    return room - (live.vram_asleep_mb or 0)
 
 
 def _choose_devices(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnapshot) -> tuple[Device, ...]:

@@ -91,7 +91,14 @@ def decide_placement(profile: ModelProfile, fleet: FleetSnapshot) -> Load | Refu
 
 
 def load_on(profile: ModelProfile, fleet: FleetSnapshot, node: NodeSnapshot) -> Load:
-    """The load of a model of the catalogue on a given, feasible node."""
+    """The load of a model of the catalogue on a given, feasible node. A model that sleeps there has its spec and its
+    devices, and with others its neuron would not wake it."""
+    if node.status_of(profile.id) is ModelStatus.SLEEPING:
+        if _remembers_specs(node):
+            return Load(node.name, LoadCommand(model_id=profile.id), 0, "asleep there")
+        indices = tuple(node.models[profile.id].devices or ())
+        if len(indices) == profile.min_devices:
+            return Load(node.name, load_command(profile, indices), 0, "asleep there")
     found = candidate_on(profile, fleet, node)
     return Load(node.name, load_command(profile, found.devices), profile.device_share_mb, found.reason)
 
@@ -136,13 +143,18 @@ def _load_again(model_id: str, profile: ModelProfile | None, fleet: FleetSnapsho
 
 def command_for_known(node: NodeSnapshot, model_id: str) -> LoadCommand:
     """Asks a neuron for a model that only it knows. Ours remember the spec; a seed neuron is told what it lists."""
-    if node.discovery is None or node.discovery.instance_id is not None:
+    if _remembers_specs(node):
         return LoadCommand(model_id=model_id)
     view = node.models[model_id]
     tensor_parallel = len(view.devices) if len(view.devices) > 1 else None
     return LoadCommand(
         model_id=model_id, harness=view.harness, tensor_parallel=tensor_parallel, devices=view.devices or None
     )
+
+
+def _remembers_specs(node: NodeSnapshot) -> bool:
+    """True for neurons of ours, and for one that is not known yet; a seed neuron has no instance id."""
+    return node.discovery is None or node.discovery.instance_id is not None
 
 
 def _no_place(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:

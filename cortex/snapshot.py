@@ -41,8 +41,9 @@ class NodeSnapshot:
 
     @cached_property
     def devices(self) -> list[Device]:
-        """The devices that can be used."""
-        return [] if self.discovery is None else [d for d in self.discovery.devices if d.lost is None]
+        """The devices that can be used: neurons place nothing on one that is lost or in MIG mode."""
+        every = [] if self.discovery is None else self.discovery.devices
+        return [device for device in every if device.lost is None and not device.mig_mode]
 
     @cached_property
     def device_health(self) -> dict[int, DeviceHealth]:

@@ -76,13 +76,14 @@ def choose(
        anything: every layer of a tensor-parallel model waits for all of them;
     2. fewer different cards: the slowest sets the pace, the smallest the cache;
     3. the path within its kind: as `nvidia-smi topo -m` lists them;
-    4. less memory is left over on them, in whole GiB, so that large cards stay free for large models. A model of
+    4. less is taken of the memory that sleeping engines want when they wake;
+    5. less memory is left over on them, in whole GiB, so that large cards stay free for large models. A model of
        unknown size gets the roomiest instead;
-    5. fewer other engines;
-    6. less of their memory is still held by engines that are being stopped;
-    7. fewer paths are cut between idle devices, one of which is taken and the other not, NVLink before switches before
+    6. fewer other engines;
+    7. less of their memory is still held by engines that are being stopped;
+    8. fewer paths are cut between idle devices, one of which is taken and the other not, NVLink before switches before
        NUMA nodes: so the best-connected sets stay whole, and an island that is broken already goes first;
-    8. lower indices.
+    9. lower indices.
 
     Memory comes before whole sets because a card too large for its model costs every later model, and a cut pair only
     those that want a pair.
@@ -121,12 +122,15 @@ class _Judge:
         """As `choose` says; the smallest is the best. No two sets have the same."""
         pairs = tuple(combinations(group, 2))
         worst = max(map(self.paths.__getitem__, pairs), default=paths.ITSELF)
-        left = sum(map(self.left_over.__getitem__, group)) - sum(self.shares(group))
+        shares = self.shares(group)
+        left = sum(map(self.left_over.__getitem__, group)) - sum(shares)
+        asleep = sum(self.rooms[index].missing_to_wake(mb) for index, mb in zip(group, shares, strict=True))
         cut = sum(self.pulls.get(index, 0) for index in group) - 2 * sum(self.weights.get(pair, 0) for pair in pairs)
         return (
             (worst.joint, worst.fewer),
             len({self.cards[index] for index in group}),
             worst.rank,
+            asleep,
             left if self.need.size_known else -left,
             sum(len(self.rooms[index].booked_by) for index in group),
             sum(self.rooms[index].coming_back_mb for index in group),

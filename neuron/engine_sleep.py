@@ -46,8 +46,10 @@ async def found_asleep(launcher: Launcher, engine: Engine) -> bool:
     """True for an engine, started by an earlier neuron, that sleeps; then it is accounted for."""
     if not engine.can_sleep or not await sleeping.is_sleeping(launcher.http, engine.url, engine.control_key):
         return False
-    launcher.sleepers.asleep(engine.placement.number, engine.slept_mb)
-    launcher.ledger.shrink(engine.placement.number, await launcher.held_by(engine))
+    placement = engine.placement
+    launcher.sleepers.asleep(placement.number, engine.slept_mb)
+    awake_mb = dict(zip(placement.indices, placement.booked_mb, strict=False))
+    launcher.ledger.shrink(placement.number, await launcher.held_by(engine), awake_mb=awake_mb)
     return True
 
 

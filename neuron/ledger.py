@@ -78,11 +78,14 @@ class Ledger:
         """The footprint of an engine that is loaded, or sleeps: from now on this is what it is promised."""
         self._measure(number, by_device, settled=True)
 
-    def shrink(self, number: int, by_device: Mapping[int, int]) -> None:
-        """The engine sleeps: it keeps only what it still holds, and others may have the rest."""
+    def shrink(self, number: int, by_device: Mapping[int, int], *, awake_mb: Mapping[int, int] | None = None) -> None:
+        """The engine sleeps: it keeps only what it still holds, and others may have the rest. `awake_mb` is what it
+        needs when it wakes, where that is not what it was promised until now: of an engine that was found asleep, and
+        may have been measured since."""
         booking = self._bookings.get(number)
         if booking is not None:
-            self._bookings[number] = replace(booking, awake_mb=booking.awake_mb or booking.promised_mb)
+            awake_mb = awake_mb or booking.awake_mb or booking.promised_mb
+            self._bookings[number] = replace(booking, awake_mb=awake_mb)
             self.measured(number, by_device)
 
     def regrow(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> None:
@@ -119,6 +122,11 @@ class Ledger:
         counted = [booking for each, booking in self._bookings.items() if booking.leaving or each in earlier]
         rooms = [room for room in rooms_of(topology, health, counted) if room.index in mine.promised_mb]
         return {room.index: short for room in rooms if (short := room.coming_back_mb - room.bookable_mb) > 0}
+
+    def promised_mb(self, number: int) -> int:
+        """What engine `number` is promised at present, on all its devices together."""
+        booking = self._bookings.get(number)
+        return 0 if booking is None else sum(booking.promised_mb.values())
 
     def release(self, number: int) -> None:
         """The engine is gone. Memory that the driver still counts as in use is a stranger's from now on."""

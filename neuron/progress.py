@@ -61,7 +61,7 @@ class LoadProgress:
             elapsed_secs=round(at.elapsed_secs, 3),
             phase_elapsed_secs=round(at.phase_secs, 3),
             overall=None if self._overall is None else round(self._overall, 4),
-            remaining_secs=None if remaining is None else round(remaining, 1),
+            remaining_secs=None if remaining is None else max(round(remaining, 1), 0.1),
         )
 
     def times(self, now: float) -> LoadTimes:

@@ -43,7 +43,8 @@ class DeviceRoom:
     `used_mb` is NVML's, everybody's use together; `booked_mb` what engines that stay were promised; `held_mb` what all
     our engines hold of `used_mb`, and `foreign_mb` the rest of it; `reserve_mb` is the driver's own, neither used nor
     free nor seen by CUDA. `bookable_mb` is what a new engine may be promised; `coming_back_mb` of that is still held by
-    engines that are being stopped. `unusable` says why nothing may be placed here, None when it may.
+    engines that are being stopped, and `asleep_mb` is what those that sleep want when they wake.
+    `unusable` says why nothing may be placed here, None when it may.
     """
 
     index: int
@@ -56,8 +57,13 @@ class DeviceRoom:
     reserve_mb: int = 0
     bookable_mb: int = 0
     coming_back_mb: int = 0
+    asleep_mb: int = 0
     booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; engines that stay
     unusable: str | None = None
+
+    def missing_to_wake(self, need_mb: int) -> int:
+        """MiB that engines that sleep here would lack, if `need_mb` were promised to another."""
+        return max(0, self.asleep_mb - max(0, self.bookable_mb - need_mb))
 
     def has(self, need_mb: int) -> bool:
         """True when an engine may be promised `need_mb` here. A device that shares the host's memory, and so has none
@@ -112,6 +118,9 @@ def _room(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking]
         reserve_mb=reserve,
         bookable_mb=max(0, total - reserve - foreign - claimed - margin_mb),
         coming_back_mb=sum(mb for booking, mb in held if booking.leaving),
+        asleep_mb=sum(
+            max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in staying if booking.awake_mb
+        ),
         booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in staying),
         unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
     )
@@ -146,6 +155,7 @@ def with_rooms(health: Sequence[DeviceHealth], rooms: Sequence[DeviceRoom]) -> l
             update={
                 "vram_booked_mb": room.booked_mb,
                 "vram_foreign_mb": room.foreign_mb,
+                "vram_asleep_mb": room.asleep_mb,
                 "vram_bookable_mb": room.bookable_mb if room.unusable is None else 0,
             }
         )

@@ -82,6 +82,11 @@ class Worker:
     def run(self) -> Run | None:
         return self._run
 
+    @property
+    def booked_mb(self) -> int:
+        """MiB that are booked for it now, on all its devices together."""
+        return 0 if self._run is None else self._launcher.ledger.promised_mb(self._run.placement.number)
+
     def remembered_spec(self) -> EngineSpec:
         """What a bare command asks for.
 
@@ -140,8 +145,10 @@ class Worker:
             raise failures.unknown_model(self.model_id, f"is not loaded: it is {state.value}")
         return run.wish(level)
 
-    def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> Run | None:
-        """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any."""
+    def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> Run | None:
+        """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any. `reason`
+        is for those who wait for the model, `why` for those who look at it; the same where it is left out."""
+        why = why or reason.message
         if self._next is not None:
             self._next.stop(reason)
             self._release(self._next)
@@ -156,9 +163,9 @@ class Worker:
         self._launcher.ledger.leaving(run.placement.number)
         state = self.condition.state
         if state is State.LOADED and drain_secs > 0:
-            self.become(State.DRAINING, reason.message)
+            self.become(State.DRAINING, why)
         elif state is not State.STOPPING and not (state is State.DRAINING and drain_secs > 0):
-            self.become(State.STOPPING, reason.message)
+            self.become(State.STOPPING, why)
         return run
 
     def leave(self, reason: ServiceError) -> None:

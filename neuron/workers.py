@@ -109,7 +109,8 @@ class Workers:
         Raises:
             NotFound: the model is not known. VramNotReleased: the driver still counts memory as its own.
         """
-        run = self.get(model_id).stop(failures.load_cancelled(model_id), drain_secs=drain_secs)
+        cancelled = failures.load_cancelled(model_id)
+        run = self.get(model_id).stop(cancelled, why="asked to unload", drain_secs=drain_secs)
         if run is not None:
             await run.gone()
 
@@ -258,7 +259,7 @@ def view_of(worker: Worker) -> NeuronModelView:
         pid=None if engine is None else engine.process.pid,
         failures=worker.restarts.failures,
         retry_at=condition.retry_at,
-        vram_booked_mb=0 if placement is None else sum(placement.booked_mb),
+        vram_booked_mb=worker.booked_mb,
         slept_mb=0 if engine is None else engine.slept_mb,
         placement=None if placement is None else placement.why or None,
         transitions=list(reversed(worker.transitions)),

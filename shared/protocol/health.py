@@ -12,7 +12,8 @@ class DeviceHealth(WireModel):
 
     A figure that the driver does not give is None. So is what a neuron of the seed protocol does not tell: what it has
     promised to its engines (`vram_booked_mb`), what processes hold that are not its own (`vram_foreign_mb`), and what
-    it would promise to another engine now (`vram_bookable_mb`).
+    it would promise to another engine now (`vram_bookable_mb`), and what engines that sleep want when they wake
+    (`vram_asleep_mb`).
     """
 
     index: int
@@ -21,6 +22,7 @@ class DeviceHealth(WireModel):
     vram_booked_mb: Mib | None = None
     vram_foreign_mb: Mib | None = None
     vram_bookable_mb: Mib | None = None
+    vram_asleep_mb: Mib | None = None
     utilization_pct: float | None = None
     temp_c: float | None = None
     power_w: float | None = None

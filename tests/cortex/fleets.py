@@ -14,6 +14,7 @@ def node(
     links: dict[tuple[int, int], LinkKind] | None = None,
     harnesses: tuple[str, ...] = ("vllm",),
     lost: tuple[int, ...] = (),
+    mig: tuple[int, ...] = (),
     healthy: bool = True,
     draining: bool = False,
     discovered: bool = True,
@@ -22,7 +23,13 @@ def node(
     free = free_mb if free_mb is not None else total_mb
     discovery = Discovery(
         devices=[
-            Device(index=i, name="GPU", vram_total_mb=mb, lost="gone" if i in lost else None)
+            Device(
+                index=i,
+                name="GPU",
+                vram_total_mb=mb,
+                lost="gone" if i in lost else None,
+                mig_mode=i in mig if mig else None,
+            )
             for i, mb in enumerate(total_mb)
         ],
         links=[Link(a=a, b=b, kind=kind) for (a, b), kind in (links or {}).items()],

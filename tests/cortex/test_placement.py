@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ def profile(**fields: Any) -> ModelProfile:
         ({"min_devices": 2}, BEAST, True),
         ({"min_devices": 2}, BENJY, False),
         ({"min_devices": 2}, node("n", 32000, 32000, lost=(1,)), False),
+        ({"min_devices": 2}, node("n", 32000, 32000, mig=(1,)), False),
         ({"min_device_vram_mb": 16000}, BENJY, True),
         ({"min_device_vram_mb": 16000}, QUADBRAT, False),
         ({"min_devices": 2, "min_device_vram_mb": 20000}, node("n", 24000, 12000), False),
@@ -94,6 +96,7 @@ def test_loads_under_way_count() -> None:
         ),
         ({"min_devices": 2, "vram_mb": 20000}, node("n", 24000, 48000, 24000), (0, 2)),  # equals together
         ({"vram_mb": 8000}, node("n", 24000, 24000, lost=(0,)), (1,)),
+        ({"vram_mb": 8000}, node("n", 24000, 24000, mig=(0,)), (1,)),
     ],
 )
 def test_choice_of_devices(fields: dict[str, Any], where: NodeSnapshot, devices: tuple[int, ...]) -> None:
@@ -107,3 +110,30 @@ def test_large_hosts_are_compared_within_bounds() -> None:
     found = candidate_on(profile(min_devices=32, vram_mb=32 * 40000), fleet(where), where)
     assert len(set(found.devices)) == 32
     assert found.fit is Fit.NOW
+
+
+def test_sleeping_models_keep_what_they_want_to_wake() -> None:
+    """As long as it fits elsewhere; it never rules a device out."""
+    where = node("n", 24000, 24000, free_mb=(23000, 24000))
+    assert where.health is not None
+    first, second = where.health.devices
+    sleeping = first.model_copy(update={"vram_asleep_mb": 20000})
+    where = replace(where, health=where.health.model_copy(update={"devices": [sleeping, second]}))
+    small, large = profile(vram_mb=2000), profile(vram_mb=8000)
+    assert candidate_on(small, fleet(where), where).devices == (0,)
+    assert candidate_on(large, fleet(where), where).devices == (1,)
+    both = candidate_on(profile(vram_mb=16000, min_devices=2), fleet(where), where)
+    assert (both.devices, both.fit) == ((0, 1), Fit.AFTER_DISPLACEMENT)
+
+
+def test_what_a_neuron_has_promised_is_not_free() -> None:
+    """Its engines may not have taken it yet. What this cortex itself reserves there is not counted twice."""
+    where = node("n", 24000, 24000, free_mb=(23000, 24000))
+    assert where.health is not None
+    first, second = where.health.devices
+    promised = first.model_copy(update={"vram_bookable_mb": 4000})
+    where = replace(where, health=where.health.model_copy(update={"devices": [promised, second]}))
+    ours = Reservation("other", "n", (0,), 19_000)
+    for devices, vram_mb in (((0,), 3000), ((1,), 8000)):
+        found = candidate_on(profile(vram_mb=vram_mb), fleet(where, reservations=(ours,)), where)
+        assert (found.devices, found.fit) == (devices, Fit.NOW)

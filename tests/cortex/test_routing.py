@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from cortex.catalogue import Catalogue
-from cortex.routing import Await, Decision, Load, Refuse, Serve, decide
+from cortex.routing import Await, Decision, Load, Refuse, Serve, decide, load_on
 from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from tests.cortex.fleets import fleet, node
 
@@ -91,3 +92,18 @@ def test_least_busy_replica_comes_first() -> None:
     """Our own requests decide before names do."""
     where = fleet(a("loaded"), b("loaded"))
     assert decision("m", where, lambda model, name: {"a": 3, "b": 1}[name]) == Serve(("b", "a"))
+
+
+@pytest.mark.parametrize(("instance_id", "expected"), [("i", None), (None, [0])])
+def test_a_sleeping_model_is_woken_where_it_sleeps(instance_id: str | None, expected: list[int] | None) -> None:
+    """Not asked for on other devices, however much more is free there, nor with a changed spec: its neuron would
+    refuse that. A seed neuron is told the whole spec, with the devices that the model has."""
+    found = node("a", 24000, 24000, free_mb=(2000, 24000), models={"m": "sleeping"})
+    assert found.discovery is not None
+    discovery = found.discovery.model_copy(update={"instance_id": instance_id})
+    sleeper = found.models["m"].model_copy(update={"devices": [0]})
+    found = replace(found, discovery=discovery, models={"m": sleeper})
+    for load in (decision("m", fleet(found)), load_on(CATALOGUE.models[0], fleet(found), found)):
+        assert isinstance(load, Load)
+        assert load.command.devices == expected
+        assert load.command.bare is (instance_id is not None)

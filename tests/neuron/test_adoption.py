@@ -123,6 +123,25 @@ async def _with_pid(neuron: Client) -> dict[str, Any] | None:
     return entry if entry.get("pid") else None
 
 
+async def test_a_sleeping_engine_that_is_adopted_is_owed_its_memory(config: Path, mark: str) -> None:
+    """It wakes into memory that is booked for it again, or is told that others have it, and sleeps on."""
+    async with neuron_process(config) as neuron:
+        assert (await neuron.load(MODEL, "--vram-mb", "15000")).status == 200
+        assert (await neuron.call("POST", "/models/sleep", json={"model_id": MODEL})).status == 200
+        pid = (await neuron.model(MODEL))["pid"]
+        await killed(neuron)
+    async with neuron_process(config) as neuron:
+        await neuron.until_status(MODEL, "sleeping")
+        assert (await neuron.load("org/other", "--vram-mb", "15000")).status == 200
+        answer = await neuron.call("POST", "/models/wake", json={"model_id": MODEL})
+        assert (answer.status, answer.error["code"]) == (409, "insufficient_vram")
+        entry = await neuron.model(MODEL)
+        assert (entry["status"], entry["pid"]) == ("sleeping", pid)
+        assert (await neuron.unload("org/other")).status == 200
+        assert (await neuron.call("POST", "/models/wake", json={"model_id": MODEL})).status == 200
+        assert (await neuron.model(MODEL))["pid"] == pid
+
+
 async def test_engine_that_died_meanwhile_comes_back(config: Path, mark: str) -> None:
     """Main process dead and a helper of it still there: the helper is swept, the model is loaded anew."""
     async with neuron_process(config) as first:

@@ -99,6 +99,17 @@ def test_what_is_free_comes_before_what_comes_back() -> None:
     assert indices(chosen(topology, 2, Need(30_000), leaving)) == [0, 1]
 
 
+@pytest.mark.parametrize(("need_mb", "expected"), [(20_000, [1]), (4000, [0])])
+def test_sleeping_engines_can_wake(need_mb: int, expected: list[int]) -> None:
+    """What they want then is left alone while another card will do; what they do not want is not."""
+    asleep = replace(booked(0, mb=1500), held_mb={0: 1500}, awake_mb={0: 20_000})
+    topology = host("4090", "4090")
+    assert indices(chosen(topology, 1, Need(need_mb), asleep)) == expected
+    assert indices(chosen(topology, 2, Need(need_mb), asleep)) == [0, 1]
+    (room, other) = rooms_of(topology, measured(topology, {0: 1500}), [asleep])
+    assert (room.asleep_mb, other.asleep_mb) == (18_500, 0)
+
+
 def test_numa_nodes_count_where_no_link_is_known() -> None:
     """A virtual machine tells the nodes and no paths."""
     topology = host("4090", "4090", "4090", d0={"numa_node": 0}, d1={"numa_node": 1}, d2={"numa_node": 1})
@@ -258,6 +269,10 @@ def order(
         worst[:2],
         len({cards[index] for index in group}),
         worst[2],
+        sum(
+            max(0, rooms[i].asleep_mb - (rooms[i].bookable_mb - mb))
+            for i, mb in zip(group, wanted(topology, need, group), strict=True)
+        ),
         left if need.fraction is None else -left,
         sum(len(rooms[index].booked_by) for index in group),
         sum(rooms[index].coming_back_mb for index in group),
@@ -284,6 +299,7 @@ def test_no_set_is_better(seed: int) -> None:
         replace(
             booked(*source.sample(everywhere, source.randint(1, len(everywhere))), mb=source.randint(500, 14_000)),
             leaving=source.random() < 0.3,
+            awake_mb=dict.fromkeys(everywhere, 20_000) if source.random() < 0.3 else None,
         )
         for _ in range(source.randint(0, 3))
     ]

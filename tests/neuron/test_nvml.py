@@ -79,6 +79,7 @@ def test_health_is_read_anew_at_each_call(library: dict[str, str], hardware: Pat
                 "vram_booked_mb": None,
                 "vram_foreign_mb": None,
                 "vram_bookable_mb": None,
+                "vram_asleep_mb": None,
                 "utilization_pct": 7,
                 "temp_c": 41,
                 "power_w": 65.5,

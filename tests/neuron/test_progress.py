@@ -64,6 +64,15 @@ def test_what_is_left_is_never_negative_nor_nothing() -> None:
     assert late == sorted(late, key=lambda value: value or 0)
 
 
+def test_a_load_that_is_nearly_done_has_something_left() -> None:
+    """Rounded for the wire it is still more than 0, as the protocol says."""
+    short = LoadTimes({"starting": 1.0, "loading weights": 1.0, "warming up": 0.03})
+    load = LoadProgress(Reading(), started=0.0, expected=short)
+    load.feed([SHARDS.format(25)], 1.0)
+    load.feed([WARMING_UP], 2.0)
+    assert load.view(2.0).remaining_secs == 0.1
+
+
 def test_shares_of_an_unknown_load() -> None:
     """In the order of the phases; a download is the greatest part where there is one."""
     done = [

@@ -30,12 +30,14 @@ async def test_sleep_frees_the_gpu_and_wake_takes_it_back(neuron: Neuron) -> Non
         assert (answer.status, answer.body["status"]) == (200, "sleeping")
     entry = await neuron.model("m")
     assert (entry["status"], entry["pid"], await used_mb(neuron)) == ("sleeping", pid, 400)
+    assert entry["vram_booked_mb"] == 400  # the rest can be promised to others, as /health says
     assert (await neuron.endpoint("m")).status == 404
     for _ in range(2):
         answer = await post(neuron, "wake", "m")
         assert (answer.status, answer.body["status"]) == (200, "loaded")
     entry = await neuron.model("m")
     assert (entry["status"], entry["pid"], await used_mb(neuron)) == ("loaded", pid, 10000)
+    assert entry["vram_booked_mb"] == 10000
     assert (await neuron.endpoint("m")).status == 200
 
 
