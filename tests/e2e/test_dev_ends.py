@@ -35,7 +35,7 @@ def test_nothing_is_left(number: signal.Signals) -> None:
         state = Path(tempfile.gettempdir(), f"neuron-{os.getuid()}-{port}")
         assert state.is_dir()
         family = dev.family()
-        assert len(family) == 4, "the command, a neuron, cortex and an engine"
+        assert len(family) == 5, "the command, a neuron, cortex and an engine with its core"
         os.kill(dev.process.pid, number)
         code = dev.process.wait(30)
         eventually(lambda: not alive(family), "the end of every process", within_secs=30)
