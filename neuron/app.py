@@ -59,7 +59,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
 @contextlib.asynccontextmanager
 async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
     async with contextlib.AsyncExitStack() as stack:
-        state = StateDir(config.state_directory(port))
+        state = StateDir(await asyncio.to_thread(config.state_directory, port))
         holding = state.held(remove_after=config.state_dir is None)
         await asyncio.to_thread(holding.__enter__)
         stack.push_async_callback(asyncio.to_thread, holding.__exit__, None, None, None)
@@ -76,6 +76,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)
+        state.keep = False  # not before: a start that failed would make strangers of engines that run
         default_models = DefaultModels(workers, config.default_commands)
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)

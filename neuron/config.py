@@ -171,4 +171,7 @@ class NeuronConfig(SettingsModel):
     def state_directory(self, port: int) -> Path:
         """Where this neuron keeps its engines' directories; `port` is the one it really listens on."""
         default = Path(tempfile.gettempdir()) / f"neuron-{os.getuid()}-{port}"
-        return (self.state_dir or default).absolute()
+        path = (self.state_dir or default).absolute()
+        # Engines are known again by this path, so it has to be one and the same whichever way it is written. Its last
+        # part is left as it is: a symbolic link there is refused.
+        return path.parent.resolve() / path.name

@@ -34,6 +34,7 @@ class Engine:
     placement: Placement
     harness: Harness
     engine_id: str
+    host: str  # what it is bound to; of an adopted one not what neuron's configuration says by now
     port: int
     url: str
     api_key: str
@@ -53,6 +54,7 @@ class Engine:
     leave: bool = False
     can_sleep: bool = False
     slept_mb: int = 0  # of the host's memory, that it takes while it sleeps
+    waking: bool = False  # it was promised its memory again, and does not hold all of it yet
     stopping: bool = False
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
 

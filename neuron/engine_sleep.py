@@ -62,9 +62,13 @@ async def wake_up(launcher: Launcher, engine: Engine) -> None:
     """
     number = engine.placement.number
     async with launcher.turns.turn(engine.devices):
+        await launcher.measure_all()
         topology, health = await asyncio.gather(launcher.source.discover(), launcher.source.health())
         launcher.ledger.regrow(number, topology, health)
+        engine.waking = True
+        await launcher.until_memory_is_back(number)
         await sleeping.wake(launcher.http, engine.url, engine.control_key)
+        engine.waking = False
         engine.slept_mb = 0
         launcher.sleepers.gone(number)
         await launcher.measure([engine])

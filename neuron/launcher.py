@@ -60,6 +60,8 @@ class Launcher:
     turns: StartTurns = field(default_factory=StartTurns)
     sleepers: Sleepers = field(default_factory=Sleepers)
     running: set[EngineProcess] = field(default_factory=set)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """Those that are there, by id, until they are gone or left."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def check(self, spec: EngineSpec) -> None:
@@ -112,6 +114,7 @@ class Launcher:
 
     async def book_again(self, placement: Placement, spec: EngineSpec) -> Placement:
         """For another engine of a run, whose last one is gone. Raises as `book`; then nothing is booked any more."""
+        await self.measure_all()  # or what others loaded since they were last measured counts as a stranger's
         topology, health = await asyncio.gather(self.source.discover(), self.source.health())
         self.ledger.release(placement.number)
         return self.book(placement.number, spec, placement.share_mb, topology, health)
@@ -175,6 +178,7 @@ class Launcher:
             await self._write(directory, record)
             process = await self._start(harness.command(plan, facts), directory)
             engine = self._engine(record, spec, placement, directory, process)
+            self.engines[engine.engine_id] = engine
             cleanup.push_async_callback(self._end, engine)
             await self._write(directory, self.record_of(engine))
             log.info("%s: engine process %d, port %d, on %s", spec.model_id, process.pid, port, placement.why)
@@ -200,6 +204,7 @@ class Launcher:
             cleanup.callback(self.ports.release, record.port)
             self.running.add(process)
             engine = self._engine(record, record.engine_spec, placement, directory, process)
+            self.engines[engine.engine_id] = engine
             cleanup.push_async_callback(self._end, engine)
             yield engine
             if engine.leave:
@@ -217,7 +222,7 @@ class Launcher:
             devices=list(engine.devices),
             booked_mb=list(engine.placement.booked_mb),
             share_mb=engine.placement.share_mb,
-            host=self.config.host,
+            host=engine.host,
             port=engine.port,
             api_key=engine.api_key,
             control_key=engine.control_key,
@@ -231,6 +236,7 @@ class Launcher:
             load_secs=engine.load_secs,
             stopping=engine.stopping,
             slept_mb=engine.slept_mb,
+            shared_files=sorted((file.path, file.inode) for file in engine.shared_files),
         )
 
     async def note(self, engine: Engine) -> None:
@@ -251,8 +257,13 @@ class Launcher:
         """Measures the GPU memory of `engines`, all with one question to the driver, and lets the ledger know."""
         held = await measure(engines, self.source)
         for engine in engines:
-            tell = self.ledger.holding if engine.ready_at is None else self.ledger.measured
+            filling = engine.ready_at is None or engine.waking
+            tell = self.ledger.holding if filling else self.ledger.measured
             tell(engine.placement.number, held[engine.placement.number])
+
+    async def measure_all(self) -> None:
+        """Measures every engine there is. Before a booking: strangers' use is what is left over."""
+        await self.measure(list(self.engines.values()))
 
     async def held_by(self, engine: Engine) -> dict[int, int]:
         """Measures one engine: MiB by device index. The ledger is not told."""
@@ -275,6 +286,7 @@ class Launcher:
             harness=harness,
             vitals=Vitals(self.http, url, health_path=harness.health_path, settings=self.config.health),
             engine_id=record.engine_id,
+            host=record.host,
             port=record.port,
             url=url,
             api_key=record.api_key,
@@ -289,6 +301,7 @@ class Launcher:
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
             load_secs=record.load_secs,
+            shared_files=litter.recorded(record.shared_files),
         )
 
     async def _directory(self, number: int) -> EngineDir:
@@ -328,6 +341,7 @@ class Launcher:
                 await process.stop(engine.stop_timeout_secs)
         finally:
             self.running.discard(process)
+            self.engines.pop(engine.engine_id, None)
             self.sleepers.gone(engine.placement.number)
         await engine.output.close()
         await asyncio.to_thread(litter.remove, engine.shared_files)
@@ -341,6 +355,7 @@ class Launcher:
         await engine.process.leave()
         await engine.output.close()
         self.running.discard(engine.process)
+        self.engines.pop(engine.engine_id, None)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 
     def _facts(self, topology: Topology) -> HostFacts:

@@ -40,6 +40,11 @@ def mapped_by(pids: Iterable[int]) -> frozenset[SharedFile]:
     return frozenset(found)
 
 
+def recorded(files: Iterable[tuple[str, int]]) -> frozenset[SharedFile]:
+    """From a run record; whatever else it may name is left out."""
+    return frozenset(SharedFile(path, inode) for path, inode in files if Path(path).parent == Path(_SHARED_MEMORY))
+
+
 def remove(files: Collection[SharedFile]) -> None:
     """Unlinks those that nobody has mapped any more. Blocks for some milliseconds."""
     left = {file for file in files if _inode(file.path) == file.inode}

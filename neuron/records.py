@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from neuron.spec import EngineSpec
 
 VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_SPEC = TypeAdapter(EngineSpec)
+_SPEC_FIELDS = frozenset(field.name for field in fields(EngineSpec))
 
 
 class RunRecord(BaseModel):
@@ -47,16 +49,15 @@ class RunRecord(BaseModel):
     load_secs: float | None = None
     stopping: bool = False
     slept_mb: int = 0
+    shared_files: list[tuple[str, int]] = []
+    """What it has in /dev/shm, by path and inode."""
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """Raises TypeError or ValueError when it was written by a version that had other fields."""
-        fields = dict(self.spec)
-        for name in ("args", "served_names"):
-            fields[name] = tuple(fields[name])
-        fields["devices"] = None if fields["devices"] is None else tuple(fields["devices"])
-        fields["said"] = frozenset(fields["said"])
-        return EngineSpec(**fields)
+        """Raises ValueError when it was written by a version that had other fields, or other values for them."""
+        if unknown := self.spec.keys() - _SPEC_FIELDS:
+            raise ValueError(f"fields of a spec that are not known: {sorted(unknown)}")
+        return _SPEC.validate_python(self.spec)
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
@@ -94,6 +95,6 @@ def read(path: Path) -> RunRecord | None:
     try:
         record = RunRecord.model_validate_json(path.read_bytes())
         _ = record.engine_spec
-    except (OSError, ValidationError, ValueError, TypeError, KeyError):
+    except (OSError, ValidationError, ValueError):
         return None
     return record if record.version == VERSION else None

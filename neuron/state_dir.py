@@ -65,8 +65,9 @@ class StateDir:
         self.path = path
         self.vram = path / "vram"
         self._engines = path / "engines"
-        self.keep = False
-        """Set when engines are left running: then what they need stays."""
+        self.keep = True
+        """What engines need stays at the end: those of an earlier neuron until it is known what is left of them, and
+        those that are left running."""
 
     @property
     def engine_id_prefix(self) -> str:

@@ -108,8 +108,10 @@ class Worker:
         run = self._joinable()
         if run is not None:
             self._check_same(run, spec)
-            if self.condition.state is State.SLEEPING:
+            state = self.condition.state
+            if state in (State.SLEEPING, State.WAKING):
                 run.reopen()
+            if state is State.SLEEPING:
                 run.wish(0)
         return run
 
@@ -170,10 +172,10 @@ class Worker:
 
     def leave(self, reason: ServiceError) -> None:
         """Ends the run and leaves its engine running, for the next neuron: nothing is told of it, since requests go on.
-        An engine that stops already goes on stopping."""
+        An engine that stops already goes on stopping, and finishes what it works on as it would without this."""
         run = self._run
         if run is None or run.stop_wanted.is_set():
-            self.stop(reason)
+            self.stop(reason, drain_secs=self._launcher.config.drain_timeout_secs)
         else:
             run.leave_engine = True
             run.stop(reason)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from neuron import failures, records, session
+from neuron import failures, litter, records, session
 from neuron.config import NeuronConfig
 from neuron.events import EventHub
 from neuron.launcher import Launcher
@@ -147,6 +147,9 @@ class Workers:
                 newest[record.engine_spec.model_id] = each, record
         alive = [record.engine_id for _, record in newest.values() if await asyncio.to_thread(_is_alive, record)]
         await self._sweep(alive)
+        # Of engines that are gone; what one that runs has mapped stays.
+        left = [litter.recorded(each.record.shared_files) for each in found if each.record is not None]
+        await asyncio.to_thread(litter.remove, frozenset().union(*left))
         state = self._launcher.state
         await asyncio.to_thread(state.clear_but, [each.directory for each, _ in newest.values()])
         by_index = {device.index: device for device in (await self._launcher.source.discover()).devices}

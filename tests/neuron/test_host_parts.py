@@ -103,6 +103,7 @@ def test_state_directory(tmp_path: Path) -> None:
     for number in ("1", "2", "10"):
         (path / "engines" / number).mkdir(parents=True)
     with StateDir(path).held(remove_after=True) as state:
+        state.keep = False
         assert path.stat().st_mode & 0o777 == 0o700
         left = state.found()
         assert [(each.directory.path.name, each.record) for each in left] == [("1", None), ("2", None), ("10", None)]
