@@ -27,7 +27,7 @@ from neuron.harness.environment import inheritable
 from neuron.history import LoadHistory
 from neuron.ledger import Ledger
 from neuron.model_roots import check_below
-from neuron.ports import PortPool
+from neuron.ports import PortPool, lingering_ports
 from neuron.process import EngineProcess
 from neuron.records import RunRecord
 from neuron.run import Placement
@@ -141,7 +141,7 @@ class Launcher:
         number = next(self.numbers)
         async with contextlib.AsyncExitStack() as cleanup:
             topology = await self.source.discover()
-            port = self.ports.reserve(settings.port_range)
+            port = await self._port(settings.port_range)
             cleanup.callback(self.ports.release, port)
             directory = await self._directory(number)
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
@@ -303,6 +303,14 @@ class Launcher:
             load_secs=record.load_secs,
             shared_files=litter.recorded(record.shared_files),
         )
+
+    async def _port(self, port_range: tuple[int, int]) -> int:
+        """Raises Unavailable: none is free."""
+        try:
+            return self.ports.reserve(port_range)
+        except Unavailable:
+            # The engine that is replaced may have had the last one.
+            return self.ports.reserve(port_range, lingering=await asyncio.to_thread(lingering_ports))
 
     async def _directory(self, number: int) -> EngineDir:
         try:

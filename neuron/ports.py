@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
+from collections.abc import Collection
+from pathlib import Path
 
 from shared.errors import Unavailable
+
+_TIME_WAIT = "06"  # of /proc/net/tcp
 
 
 class PortPool:
@@ -25,8 +30,9 @@ class PortPool:
     def reserved(self) -> frozenset[int]:
         return frozenset(self._reserved)
 
-    def reserve(self, ports: tuple[int, int]) -> int:
-        """A port of the range [first, last] that nothing on this host uses; ours until `release`.
+    def reserve(self, ports: tuple[int, int], *, lingering: Collection[int] = ()) -> int:
+        """A port of the range [first, last] that nothing on this host uses; ours until `release`. Where there is none,
+        one of those `lingering` will do (`lingering_ports`).
 
         Starts at random and goes round: several neurons of one host rarely meet, and a port that was just given up is
         the last to be taken again.
@@ -39,7 +45,9 @@ class PortPool:
         start = self._next.get(ports, random.randrange(size))  # noqa: S311 - spreads, protects nothing
         for step in range(size):
             port = first + (start + step) % size
-            if port not in self._reserved and self._is_free(port):
+            if port in self._reserved:
+                continue
+            if self._is_free(port) or (port in lingering and self._is_free(port, shared=True)):
                 self._reserved.add(port)
                 self._next[ports] = (start + step + 1) % size
                 return port
@@ -52,12 +60,29 @@ class PortPool:
     def release(self, port: int) -> None:
         self._reserved.discard(port)
 
-    def _is_free(self, port: int) -> bool:
-        """True when the port can be bound. Without SO_REUSEADDR, which would share it with an engine that has bound
-        it but does not listen yet, as vLLM does while it loads."""
+    def _is_free(self, port: int, *, shared: bool = False) -> bool:
+        """True when the port can be bound. Not `shared` (SO_REUSEADDR), since that would share it with an engine that
+        has bound it but does not listen yet, as vLLM does while it loads."""
         with socket.socket(self._family, socket.SOCK_STREAM) as probe:
             try:
+                if shared:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((self._address, port))
+                if shared:
+                    probe.listen(1)
             except OSError:
                 return False
         return True
+
+
+def lingering_ports() -> frozenset[int]:
+    """Ports of this host that the kernel remembers connections of for a minute (TIME_WAIT), though their owner, an
+    engine that ended, is gone: an engine can be bound to one, as it sets SO_REUSEADDR. Blocks for a moment."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+                _, local, _, state = line.split(maxsplit=4)[:4]
+                if state == _TIME_WAIT:
+                    found.add(int(local.rpartition(":")[2], 16))
+    return frozenset(found)

@@ -10,7 +10,7 @@ import pytest
 
 from neuron.engine import memory_of
 from neuron.engine_log import EngineLog, LogFollower
-from neuron.ports import PortPool
+from neuron.ports import PortPool, lingering_ports
 from neuron.state_dir import StateDir, StateDirError
 from shared.errors import Unavailable
 
@@ -81,6 +81,21 @@ def test_port_given_back_is_the_last_to_be_taken_again() -> None:
     first = pool.reserve((28000, 28009))
     pool.release(first)
     assert pool.reserve((28000, 28009)) != first
+
+
+def test_port_that_only_lingers_is_better_than_none() -> None:
+    """An engine that ended first leaves its port in TIME_WAIT for a minute: the next one can listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as engine:
+        port = engine.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            engine.accept()[0].close()
+            assert client.recv(1) == b""
+    pool = PortPool("127.0.0.1")
+    with pytest.raises(Unavailable):
+        pool.reserve((port, port))
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(Unavailable):
+        pool.reserve((port, port), lingering=lingering_ports())
+    assert pool.reserve((port, port), lingering=lingering_ports()) == port
 
 
 # --- memory
