@@ -15,11 +15,23 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from neuron import records
+from neuron.app import build_app
+from neuron.config import NeuronConfig
 from neuron.session import Leader, live_members, stat_of
+from neuron.sim.litter import SHARED_MEMORY
 from neuron.spec import EngineSpec
-from tests.neuron.neurons import Client, NeuronProcess, marked_processes, neuron_process, toml_config, until
+from shared.settings import load_settings
+from tests.neuron.neurons import (
+    Client,
+    NeuronProcess,
+    marked_processes,
+    neuron_process,
+    toml_config,
+    until,
+)
 
 MODEL = "org/model"
 
@@ -31,7 +43,12 @@ def config(mark: str, tmp_path: Path) -> Path:
 
 
 def leaving(config: Path) -> Path:
-    config.write_text('on_stop = "leave_engines"\n' + config.read_text())
+    return rewritten(config, "", 'on_stop = "leave_engines"\n')
+
+
+def rewritten(config: Path, old: str, new: str) -> Path:
+    """With the first `old` replaced; "" is its beginning."""
+    config.write_text(config.read_text().replace(old, new, 1))
     return config
 
 
@@ -245,6 +262,109 @@ async def test_what_no_record_tells_of_is_swept(config: Path, mark: str) -> None
         assert (await second.call("GET", "/models")).body == []
         devices = (await second.call("GET", "/health")).body["devices"]
         assert [device["vram_used_mb"] for device in devices] == [0]
+
+
+async def test_changed_host_does_not_lose_an_engine(config: Path, mark: str) -> None:
+    """An engine stays bound where it was started, and every later neuron finds it there."""
+    async with neuron_process(config) as first:
+        await first.load(MODEL)
+        before, endpoint = await first.model(MODEL), (await first.endpoint(MODEL)).body
+        await killed(first)
+    rewritten(config, "", 'host = "127.0.0.2"\n')
+    for _ in range(2):
+        async with neuron_process(config) as later:
+            assert (await later.until_status(MODEL, "loaded"))["pid"] == before["pid"]
+            assert (await later.endpoint(MODEL)).body == endpoint
+            await killed(later)
+    async with neuron_process(config) as last:
+        assert (await last.unload(MODEL)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("harness", "other"), ("model_id", 5), ("tensor_parallel", "x"), ("new", 1)]
+)
+async def test_spec_that_is_not_understood_costs_one_engine(
+    config: Path, mark: str, tmp_path: Path, field: str, value: Any
+) -> None:
+    """Another version's, or broken: its engine is swept, the others are adopted, and neuron starts."""
+    async with neuron_process(config) as first:
+        for model in (MODEL, "other"):
+            await first.load(model)
+        before = {model: (await first.model(model))["pid"] for model in (MODEL, "other")}
+        await killed(first)
+    record = tmp_path / "state" / "engines" / "1" / "run.json"
+    written = json.loads(record.read_text())
+    written["spec"][field] = value
+    record.write_text(json.dumps(written))
+    async with neuron_process(config) as second:
+        assert (await second.until_status("other", "loaded"))["pid"] == before["other"]
+        assert await second.model(MODEL) == {}
+        assert before[MODEL] not in marked_processes(mark)
+
+
+async def test_start_that_fails_leaves_the_records(config: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is not made a stranger by a neuron that does not come up: the one after it adopts it."""
+    async with neuron_process(config) as first:
+        await first.load(MODEL)
+        pid = (await first.model(MODEL))["pid"]
+        await killed(first)
+
+    async def fails(*_: object) -> None:
+        raise RuntimeError("no start")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("neuron.app.Workers.adopt", fails)
+        failing = web.AppRunner(build_app(load_settings(NeuronConfig, config, env_prefix="NEURON_"), port=1))
+        with pytest.raises(RuntimeError, match="no start"):
+            await failing.setup()
+    async with neuron_process(config) as second:
+        assert (await second.until_status(MODEL, "loaded"))["pid"] == pid
+
+
+async def test_state_directory_by_another_path(config: Path, mark: str, tmp_path: Path) -> None:
+    """A core whose server is dead is swept also when the way to the state directory is written otherwise."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    rewritten(config, str(tmp_path / "state"), str(tmp_path / "link" / "state"))
+    async with neuron_process(config) as first:
+        await first.load(MODEL)
+        pid = (await first.model(MODEL))["pid"]
+        await killed(first)
+    os.kill(pid, signal.SIGKILL)
+    orphans = marked_processes(mark)
+    assert orphans
+    rewritten(config, str(tmp_path / "link" / "state"), str(tmp_path / "state"))
+    async with neuron_process(config) as second:
+        await second.until_status(MODEL, "loaded")
+        assert not set(orphans) & set(marked_processes(mark))
+
+
+async def test_litter_of_an_engine_that_died_with_its_neuron(config: Path, mark: str) -> None:
+    """Nobody saw its end: the next neuron knows from the record what it had in /dev/shm."""
+    before = set(SHARED_MEMORY.iterdir())
+    async with neuron_process(config) as first:
+        await first.load(MODEL, "--fault", "litter")
+        made = set(SHARED_MEMORY.iterdir()) - before
+        await killed(first)
+    assert made
+    for pid in marked_processes(mark):
+        os.kill(pid, signal.SIGKILL)
+    async with neuron_process(config) as second:
+        assert (await second.unload(MODEL)).status == 200
+        assert not made & set(SHARED_MEMORY.iterdir())
+
+
+async def test_drain_goes_on_when_engines_are_left(config: Path, mark: str) -> None:
+    """SIGTERM with leave_engines does not cut short what a model that is being unloaded works on."""
+    leaving(config)
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--tokens-per-sec", "20")
+        async with streaming(neuron, tokens=40) as stream:
+            unload = asyncio.create_task(neuron.call("POST", "/models/unload?drain_secs=30", json={"model_id": MODEL}))
+            await neuron.until_status(MODEL, "unloaded")
+            assert await neuron.stop() == 0
+            assert (await stream)[-1] == b"[DONE]"
+        assert (await unload).status == 200
+    assert not marked_processes(mark)
 
 
 async def test_session_of_a_dead_leader_is_known_by_its_id_alone(mark: str, tmp_path: Path) -> None:

@@ -31,6 +31,23 @@ async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
     return found
 
 
+async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
+    """An engine comes back at once beside one that has taken memory since somebody last looked: what it took is counted
+    as its own."""
+    await neuron.load(MODEL, "--vram-mb", "16000", vram_mb=16000, devices=[0])
+    before = await neuron.model(MODEL)
+    slow = asyncio.create_task(neuron.load("slow", "--load-secs", "3", vram_mb=16000, devices=[0]))
+    await until(lambda: _begun(neuron, "slow"))
+    await asyncio.sleep(1.2)  # nobody measures, while it takes some thousand MiB
+    os.kill(before["pid"], signal.SIGKILL)
+    assert (await loaded_again(neuron, before["pid"]))["failures"] == 1
+    assert (await slow).status == 200
+
+
+async def _begun(neuron: Neuron, model_id: str) -> bool:
+    return (await neuron.model(model_id)).get("pid") is not None
+
+
 @pytest.mark.parametrize("options", [(), ("--fault", "spawn-child")])
 async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tuple[str, ...]) -> None:
     """kill -9: told within two seconds, not served meanwhile, everything of it swept, and another one is there."""

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import aiohttp
 
-from tests.neuron.neurons import Answer, Client, Neuron, config_of, neuron_here
+from tests.neuron.neurons import Answer, Client, Neuron, config_of, neuron_here, until
 
 VRAM = "10000"
 
 
 async def post(client: Client, what: str, model_id: str, **more: object) -> Answer:
     return await client.call("POST", f"/models/{what}", json={"model_id": model_id, **more})
+
+
+async def until_state(client: Client, model_id: str, state: str) -> None:
+    async def reached() -> bool:
+        return (await client.model(model_id)).get("state") == state
+
+    await until(reached)
 
 
 async def used_mb(client: Client) -> int:
@@ -50,6 +59,47 @@ async def test_a_load_wakes(neuron: Neuron) -> None:
     answers = await asyncio.gather(neuron.load("m", "--vram-mb", VRAM), *bare)
     assert {answer.status for answer in answers} == {200}
     assert (await neuron.model("m"))["pid"] == pid
+
+
+async def test_a_load_that_joins_a_wake_waits_for_it(neuron: Neuron) -> None:
+    await neuron.load("m", "--vram-mb", VRAM, "--wake-secs", "0.7")
+    await post(neuron, "sleep", "m")
+    wake = asyncio.create_task(post(neuron, "wake", "m"))
+    await until_state(neuron, "m", "waking")
+    assert (await neuron.load("m", "--vram-mb", VRAM, "--wake-secs", "0.7")).status == 200
+    assert (await neuron.endpoint("m")).status == 200
+    assert (await wake).status == 200
+
+
+async def test_a_wake_waits_for_memory_that_comes_back(neuron: Neuron) -> None:
+    """Of an engine that is being stopped; waking at once it would run out of memory."""
+    await neuron.load("m", "--vram-mb", "20000", devices=[0])
+    pid = (await neuron.model("m"))["pid"]
+    await post(neuron, "sleep", "m")
+    assert (await neuron.load("n", "--vram-mb", "20000", "--fault", "ignore-sigterm", devices=[0])).status == 200
+    unload = asyncio.create_task(neuron.unload("n"))
+    await until_state(neuron, "n", "stopping")
+    assert (await post(neuron, "wake", "m")).status == 200
+    entry = await neuron.model("m")
+    assert (entry["pid"], entry["failures"]) == (pid, 0)
+    assert (await unload).status == 200
+
+
+async def test_an_engine_that_wakes_keeps_its_promise(neuron: Neuron) -> None:
+    """However often it is measured before it has taken its memory."""
+    await neuron.load("m", "--vram-mb", "20000", devices=[0])
+    pid = (await neuron.model("m"))["pid"]
+    await post(neuron, "sleep", "m")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wake = asyncio.create_task(post(neuron, "wake", "m"))
+        await until_state(neuron, "m", "waking")
+        await asyncio.sleep(0.2)
+        await neuron.model("m")
+        assert (await neuron.load("n", "--vram-mb", "20000", devices=[0])).error["code"] == "insufficient_vram"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (await wake).status == 200
 
 
 async def test_a_sleeping_engine_ends_like_any_other(neuron: Neuron) -> None:
