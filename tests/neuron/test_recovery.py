@@ -38,14 +38,17 @@ async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
     before = await neuron.model(MODEL)
     slow = asyncio.create_task(neuron.load("slow", "--load-secs", "3", vram_mb=16000, devices=[0]))
     await until(lambda: _begun(neuron, "slow"))
-    await asyncio.sleep(1.2)  # nobody measures, while it takes some thousand MiB
+    await asyncio.sleep(1.2)  # it takes some thousand MiB, and nobody measures: who asks for /models would
     os.kill(before["pid"], signal.SIGKILL)
+    await asyncio.sleep(0.7)
     assert (await loaded_again(neuron, before["pid"]))["failures"] == 1
     assert (await slow).status == 200
 
 
 async def _begun(neuron: Neuron, model_id: str) -> bool:
-    return (await neuron.model(model_id)).get("pid") is not None
+    """True once it has been measured while it loads."""
+    entry = await neuron.model(model_id)
+    return entry.get("pid") is not None and entry["vram_used_mb"] is not None
 
 
 @pytest.mark.parametrize("options", [(), ("--fault", "spawn-child")])
