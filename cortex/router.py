@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cortex.catalogue import Catalogue
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 8
 """Decisions for one resolution. It normally takes two (load, serve); this ends a fleet that flaps."""
+
+ENDPOINT_PATIENCE_SECS = 10.0
+ENDPOINT_AGAIN_SECS = 0.25
+"""A neuron that cannot be reached is asked again for so long, unless it counts as away before."""
 
 _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
@@ -155,30 +160,37 @@ class Router:
             log.info("%s", error.message)  # whoever asks for the model is told
 
     async def _replica(self, model_id: str, node: str) -> Replica | None:
-        """The engine, asked for unless it is remembered. None when the model has just left the neuron.
+        """The engine, asked for unless it is remembered. None when the model has just left the neuron, or the neuron is
+        away. One that cannot be reached and does not count as away yet may be restarting, its engines working on: it is
+        asked again.
 
         Raises:
             UpstreamError: the neuron lists the model as loaded and gives no endpoint.
         """
-        fleet = self._fleet.snapshot()
-        version = self._version(fleet, model_id, node)
-        known = self._endpoints.get((model_id, node))
-        if known is not None and known[0] == version:
-            return _replica(model_id, node, known[1], fleet)
-        try:
-            endpoint = await self._clients[node].endpoint(model_id)
-        except (NeuronRefused, NeuronUnreachable) as error:
-            await self._watches[node].refresh()
-            now = self._fleet.snapshot().nodes[node]
-            if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
-                return None
-            raise UpstreamError(
-                f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
-            ) from error
-        if version is not None:
-            self._endpoints[model_id, node] = version, endpoint
-            self.publish(self._wanted & {model_id})
-        return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
+        patient_until = time.monotonic() + ENDPOINT_PATIENCE_SECS
+        while True:
+            fleet = self._fleet.snapshot()
+            version = self._version(fleet, model_id, node)
+            known = self._endpoints.get((model_id, node))
+            if known is not None and known[0] == version:
+                return _replica(model_id, node, known[1], fleet)
+            try:
+                endpoint = await self._clients[node].endpoint(model_id)
+            except (NeuronRefused, NeuronUnreachable) as error:
+                await self._watches[node].refresh()
+                now = self._fleet.snapshot().nodes[node]
+                if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
+                    return None
+                if isinstance(error, NeuronRefused) or time.monotonic() >= patient_until:
+                    raise UpstreamError(
+                        f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
+                    ) from error
+                await asyncio.sleep(ENDPOINT_AGAIN_SECS)
+                continue
+            if version is not None:
+                self._endpoints[model_id, node] = version, endpoint
+                self.publish(self._wanted & {model_id})
+            return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
     async def _look_again(self, failed: Replica) -> None:
         """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""

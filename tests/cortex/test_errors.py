@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -121,6 +122,25 @@ async def test_no_endpoint(start_cortex: StartCortex, benjy: SeedNeuron) -> None
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.chat("org/small") as response:
         await check(response, 502, "endpoint_unresolved", retry=False)
+
+
+async def test_neuron_that_restarts_is_waited_for(start_cortex: StartCortex) -> None:
+    """Away, and not given up yet: a request whose engine only that neuron can name waits for it, and is answered."""
+    neuron = SeedNeuron("n", 24_000)
+    neuron.models["org/small"] = "loaded"
+    async with neuron.running():
+        cortex = await start_cortex([neuron], [SMALL], poll={"interval_secs": 3})
+        port = int(neuron.url.rpartition(":")[2])
+
+    async def status() -> int:
+        async with cortex.chat("org/small") as response:
+            return int(response.status)
+
+    asking = asyncio.create_task(status())
+    await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["n"].misses > 0)
+    assert not asking.done()
+    async with neuron.running(port):
+        assert await asking == 200
 
 
 async def test_engine_unreachable(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
