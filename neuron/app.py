@@ -13,6 +13,7 @@ import aiohttp
 from aiohttp import web
 
 from neuron.activation import DefaultModels
+from neuron.admission import Admission
 from neuron.api import add_routes
 from neuron.config import NeuronConfig
 from neuron.discover import topology_source
@@ -72,7 +73,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
-        launcher = Launcher(config, source, state, http, PortPool(config.host), history, numbers=numbers)
+        admission = Admission(config, source)
+        launcher = Launcher(config, source, state, http, PortPool(config.host), history, admission, numbers=numbers)
         workers = Workers(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)

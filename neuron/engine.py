@@ -12,6 +12,8 @@ from neuron.harness import Harness
 from neuron.listener import listens
 from neuron.litter import SharedFile
 from neuron.process import EngineProcess
+from neuron.records import RunRecord
+from neuron.rooms import held_by
 from neuron.run import Placement
 from neuron.spec import EngineSpec
 from neuron.state_dir import EngineDir
@@ -33,17 +35,12 @@ class Engine:
     spec: EngineSpec
     placement: Placement
     harness: Harness
-    engine_id: str
-    host: str  # what it is bound to; of an adopted one not what neuron's configuration says by now
-    port: int
+    record: RunRecord  # as it was when this neuron started or found the engine
     url: str
-    api_key: str
-    control_key: str
     directory: EngineDir
     process: EngineProcess
     output: EngineOutput
     vitals: Vitals
-    started_at: float  # Unix time
     startup_timeout_secs: float
     stop_timeout_secs: float
     ready_at: float | None = None  # Unix time; of an adopted one it may be long ago
@@ -57,6 +54,27 @@ class Engine:
     waking: bool = False  # it was promised its memory again, and does not hold all of it yet
     stopping: bool = False
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
+
+    @property
+    def engine_id(self) -> str:
+        return self.record.engine_id
+
+    @property
+    def port(self) -> int:
+        return self.record.port
+
+    @property
+    def api_key(self) -> str:
+        return self.record.api_key
+
+    @property
+    def control_key(self) -> str:
+        return self.record.control_key
+
+    @property
+    def started_at(self) -> float:
+        """Unix time."""
+        return self.record.started_at
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -89,18 +107,14 @@ async def measure(engines: Collection[Engine], source: TopologySource) -> dict[i
         pids = sessions.get(engine.process.pid, set())
         engine.process.pids_seen |= pids
         engine.vram_used_mb = memory_of(pids, usage)
-        held[engine.placement.number] = {
-            index: sum(mb for pid, mb in by_pid.items() if pid in pids)
-            for index, by_pid in usage.items()
-            if not pids.isdisjoint(by_pid)
-        }
+        held[engine.placement.number] = held_by(pids, usage)
     return held
 
 
 def memory_of(pids: set[int], usage: Mapping[int, Mapping[int, int]]) -> int | None:
     """MiB that the processes hold on all devices together, None when no device knows any of them."""
-    held = [mb for by_pid in usage.values() for pid, mb in by_pid.items() if pid in pids]
-    return sum(held) if held else None
+    held = held_by(pids, usage)
+    return sum(held.values()) if held else None
 
 
 async def until_released(source: TopologySource, pids: set[int], *, timeout_secs: float = VRAM_RELEASE_SECS) -> bool:

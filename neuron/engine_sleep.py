@@ -66,7 +66,7 @@ async def wake_up(launcher: Launcher, engine: Engine) -> None:
         topology, health = await asyncio.gather(launcher.source.discover(), launcher.source.health())
         launcher.ledger.regrow(number, topology, health)
         engine.waking = True
-        await launcher.until_memory_is_back(number)
+        await launcher.admission.until_memory_is_back(number)
         await sleeping.wake(launcher.http, engine.url, engine.control_key)
         engine.waking = False
         engine.slept_mb = 0

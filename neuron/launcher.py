@@ -9,24 +9,21 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, field
 
 import aiohttp
 
 from neuron import litter, records
+from neuron.admission import Admission
 from neuron.config import NeuronConfig
-from neuron.devices import check_devices
 from neuron.engine import Engine, measure, until_released
 from neuron.engine_output import EngineOutput
-from neuron.estimate import estimate_of
-from neuron.estimate.sum import USABLE_SHARE
 from neuron.failures import LoadFailed
 from neuron.harness import HARNESSES, EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.history import LoadHistory
 from neuron.ledger import Ledger
-from neuron.model_roots import check_below
 from neuron.ports import PortPool, lingering_ports
 from neuron.process import EngineProcess
 from neuron.records import RunRecord
@@ -38,12 +35,9 @@ from neuron.start_turns import StartTurns
 from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
 from neuron.vitals import Vitals
-from shared.errors import ServiceError, Unavailable
-from shared.protocol import DeviceHealth
+from shared.errors import Unavailable
 
 log = logging.getLogger(__name__)
-
-_MEMORY_POLL_SECS = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,76 +50,23 @@ class Launcher:
     http: aiohttp.ClientSession
     ports: PortPool
     history: LoadHistory
-    ledger: Ledger = field(default_factory=Ledger)
+    admission: Admission
     turns: StartTurns = field(default_factory=StartTurns)
     sleepers: Sleepers = field(default_factory=Sleepers)
-    running: set[EngineProcess] = field(default_factory=set)
     engines: dict[str, Engine] = field(default_factory=dict)
     """Those that are there, by id, until they are gone or left."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
-    async def check(self, spec: EngineSpec) -> None:
-        """Refuses what this host cannot serve, before anything is started.
-
-        Raises:
-            InvalidRequest: a device that is not there, or a path that is outside of `model_roots`.
-            Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it cannot be used.
-        """
-        topology = await self.source.discover()
-        if HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
-            reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
-            raise Unavailable(reason, code="cuda_unavailable", retry_after=60)
-        check_devices(spec, topology)
-        await check_below(spec.source, self.config.model_roots, param="source")
-
-    async def share_of(self, spec: EngineSpec, topology: Topology) -> int | None:
-        """MiB that the engine is to take on each device: what the spec says, else what its model's own files say. None,
-        and with that the engine's own default: they are not on this host, or do not tell everything, or tell of more
-        than the default."""
-        if spec.vram_mb is not None or not topology.devices:
-            return spec.share_mb
-        settings = self.config.harness_settings(spec.harness)
-        whole = replace(spec, args=(*spec.args, *settings.extra_args))
-        try:
-            found = await estimate_of(whole, topology, {**os.environ, **settings.env})
-        except ServiceError as error:
-            log.info("%s: its memory is not known beforehand: %s", spec.model_id, error.message)
-            return None
-        share = found.per_device_mb(spec.tensor_parallel)
-        largest = max(device.vram_total_mb for device in topology.devices)
-        return None if found.unknown or share > USABLE_SHARE * largest else share
-
-    def book(
-        self,
-        number: int,
-        spec: EngineSpec,
-        share_mb: int | None,
-        topology: Topology,
-        health: Sequence[DeviceHealth],
-    ) -> Placement:
-        """Devices and memory for a run; its own until `ledger.release`. Nothing is awaited.
-
-        Raises:
-            InsufficientVram: its memory is not to be had. InvalidRequest: as `neuron.devices.check_devices`.
-        """
-        extra_args = self.config.harness_settings(spec.harness).extra_args
-        choice = self.ledger.book(number, spec, share_mb, topology, health, extra_args=extra_args)
-        return Placement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+    @property
+    def ledger(self) -> Ledger:
+        return self.admission.ledger
 
     async def book_again(self, placement: Placement, spec: EngineSpec) -> Placement:
-        """For another engine of a run, whose last one is gone. Raises as `book`; then nothing is booked any more."""
+        """For another engine of a run, whose last one is gone. Raises as `Admission.book`; nothing is booked then."""
         await self.measure_all()  # or what others loaded since they were last measured counts as a stranger's
         topology, health = await asyncio.gather(self.source.discover(), self.source.health())
         self.ledger.release(placement.number)
-        return self.book(placement.number, spec, placement.share_mb, topology, health)
-
-    async def until_memory_is_back(self, number: int) -> None:
-        """Returns when no engine that is being stopped holds memory that was promised to run `number`."""
-        while True:
-            topology, health = await asyncio.gather(self.source.discover(), self.source.health())
-            if not self.ledger.awaited(number, topology, health):
-                return
-            await asyncio.sleep(_MEMORY_POLL_SECS)
+        return self.admission.book(placement.number, spec, placement.share_mb, topology, health)
 
     @contextlib.asynccontextmanager
     async def engine(self, spec: EngineSpec, placement: Placement) -> AsyncIterator[Engine]:
@@ -202,7 +143,6 @@ class Launcher:
                 return
             self.ports.claim(record.port)
             cleanup.callback(self.ports.release, record.port)
-            self.running.add(process)
             engine = self._engine(record, record.engine_spec, placement, directory, process)
             self.engines[engine.engine_id] = engine
             cleanup.push_async_callback(self._end, engine)
@@ -214,29 +154,18 @@ class Launcher:
     def record_of(self, engine: Engine) -> RunRecord:
         """What a neuron that comes after this one has to know of the engine."""
         leader = engine.process.leader
-        return RunRecord(
-            boot_id=records.boot_id(),
-            number=int(engine.directory.path.name),
-            engine_id=engine.engine_id,
-            spec=records.spec_fields(engine.spec),
-            devices=list(engine.devices),
-            booked_mb=list(engine.placement.booked_mb),
-            share_mb=engine.placement.share_mb,
-            host=engine.host,
-            port=engine.port,
-            api_key=engine.api_key,
-            control_key=engine.control_key,
-            can_sleep=engine.can_sleep,
-            tmp_dir=engine.directory.tmp,
-            pid=leader.pid,
-            start_ticks=leader.start_ticks,
-            process_group=leader.pid,
-            started_at=engine.started_at,
-            ready_at=engine.ready_at,
-            load_secs=engine.load_secs,
-            stopping=engine.stopping,
-            slept_mb=engine.slept_mb,
-            shared_files=sorted((file.path, file.inode) for file in engine.shared_files),
+        return engine.record.model_copy(
+            update={
+                "pid": leader.pid,
+                "start_ticks": leader.start_ticks,
+                "process_group": leader.pid,
+                "can_sleep": engine.can_sleep,
+                "ready_at": engine.ready_at,
+                "load_secs": engine.load_secs,
+                "stopping": engine.stopping,
+                "slept_mb": engine.slept_mb,
+                "shared_files": sorted((file.path, file.inode) for file in engine.shared_files),
+            }
         )
 
     async def note(self, engine: Engine) -> None:
@@ -271,8 +200,8 @@ class Launcher:
 
     def kill_all_now(self) -> None:
         """SIGKILL to every engine, before the next line of the caller runs."""
-        for process in self.running:
-            process.kill_now()
+        for engine in self.engines.values():
+            engine.process.kill_now()
 
     def _engine(
         self, record: RunRecord, spec: EngineSpec, placement: Placement, directory: EngineDir, process: EngineProcess
@@ -285,18 +214,13 @@ class Launcher:
             placement=placement,
             harness=harness,
             vitals=Vitals(self.http, url, health_path=harness.health_path, settings=self.config.health),
-            engine_id=record.engine_id,
-            host=record.host,
-            port=record.port,
+            record=record,
             url=url,
-            api_key=record.api_key,
-            control_key=record.control_key,
             can_sleep=record.can_sleep,
             slept_mb=record.slept_mb,
             directory=directory,
             process=process,
             output=EngineOutput(directory.log),
-            started_at=record.started_at,
             startup_timeout_secs=settings.startup_timeout_secs,
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
@@ -330,12 +254,10 @@ class Launcher:
 
     async def _start(self, command: EngineCommand, directory: EngineDir) -> EngineProcess:
         try:
-            process = await EngineProcess.start(command.argv, command.env, directory.log)
+            return await EngineProcess.start(command.argv, command.env, directory.log)
         except (OSError, ValueError) as error:
             await asyncio.to_thread(directory.remove)
             raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}") from error
-        self.running.add(process)
-        return process
 
     async def _end(self, engine: Engine) -> None:
         process = engine.process
@@ -348,7 +270,6 @@ class Launcher:
             else:
                 await process.stop(engine.stop_timeout_secs)
         finally:
-            self.running.discard(process)
             self.engines.pop(engine.engine_id, None)
             self.sleepers.gone(engine.placement.number)
         await engine.output.close()
@@ -362,7 +283,6 @@ class Launcher:
         await self.note(engine)
         await engine.process.leave()
         await engine.output.close()
-        self.running.discard(engine.process)
         self.engines.pop(engine.engine_id, None)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 

@@ -75,7 +75,7 @@ class Worker:
         self._on_restart = on_restart
         self._run: Run | None = None
         self._next: Run | None = None  # begins when `_run`, which is stopping, is gone
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None  # kept, since the loop alone would not keep it alive
         self._last_dir: EngineDir | None = None
 
     @property
@@ -343,7 +343,7 @@ class Worker:
 
     async def _turn(self, run: Run, turn: contextlib.AsyncExitStack) -> None:
         await turn.enter_async_context(self._launcher.turns.turn(run.placement.indices))
-        await self._launcher.until_memory_is_back(run.placement.number)
+        await self._launcher.admission.until_memory_is_back(run.placement.number)
 
     async def _through(self, life: EngineLife, turn: contextlib.AsyncExitStack) -> None:
         self.engine, self.output, self._last_dir = life.engine, life.engine.output, life.engine.directory

@@ -88,9 +88,9 @@ class Workers:
         if run is not None:
             return run
         spec = wanted or worker.remembered_spec()
-        await self._launcher.check(spec)
+        await self._launcher.admission.check(spec)
         source = self._launcher.source
-        share_mb = await self._launcher.share_of(spec, await source.discover())
+        share_mb = await self._launcher.admission.share_of(spec, await source.discover())
         await self._measure()  # what still loads has not all of its memory yet: strangers' use is what is left over
         topology, health = await asyncio.gather(source.discover(), source.health())
         # From here on nothing is awaited: what is decided is so when it takes effect. The worker is looked up again,
@@ -99,7 +99,9 @@ class Workers:
         worker = self._known_or_new(command.model_id)
         run = worker.joined(wanted)
         if run is None:
-            run = worker.begin(spec, self._launcher.book(next(self._numbers), spec, share_mb, topology, health))
+            run = worker.begin(
+                spec, self._launcher.admission.book(next(self._numbers), spec, share_mb, topology, health)
+            )
         return run
 
     async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from neuron.session import Leader, live_members, stat_of
 from neuron.sim.litter import SHARED_MEMORY
 from neuron.spec import EngineSpec
 from shared.settings import load_settings
+from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
 from tests.neuron.neurons import (
     Client,
     NeuronProcess,
@@ -33,49 +34,7 @@ from tests.neuron.neurons import (
     until,
 )
 
-MODEL = "org/model"
-
-
-@pytest.fixture
-def config(mark: str, tmp_path: Path) -> Path:
-    """A neuron.toml with a state directory that outlives the neuron."""
-    return toml_config(tmp_path, "port = 0", f'state_dir = "{tmp_path / "state"}"', "drain_timeout_secs = 5")
-
-
-def leaving(config: Path) -> Path:
-    return rewritten(config, "", 'on_stop = "leave_engines"\n')
-
-
-def rewritten(config: Path, old: str, new: str) -> Path:
-    """With the first `old` replaced; "" is its beginning."""
-    config.write_text(config.read_text().replace(old, new, 1))
-    return config
-
-
-@contextlib.asynccontextmanager
-async def streaming(neuron: Client, tokens: int) -> AsyncIterator[asyncio.Task[list[Any]]]:
-    """A stream from the model's engine that has begun; the task gives its events."""
-    found = (await neuron.endpoint(MODEL)).body
-    body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "stream": True}
-    began = asyncio.Event()
-
-    async def read() -> list[Any]:
-        events: list[Any] = []
-        headers = {"Authorization": f"Bearer {found['api_key']}"}
-        async with (
-            aiohttp.ClientSession(headers=headers) as session,
-            session.post(f"{found['url']}/v1/completions", json=body) as response,
-        ):
-            async for line in response.content:
-                if line.startswith(b"data: "):
-                    events.append(line[6:].strip())
-                    began.set()
-        return events
-
-    task = asyncio.create_task(read())
-    await began.wait()
-    yield task
-    await task
+__all__ = ["config"]
 
 
 async def killed(neuron: NeuronProcess) -> None:
@@ -353,21 +312,6 @@ async def test_litter_of_an_engine_that_died_with_its_neuron(config: Path, mark:
         assert not made & set(SHARED_MEMORY.iterdir())
 
 
-async def test_drain_goes_on_when_engines_are_left(config: Path, mark: str) -> None:
-    """SIGTERM with leave_engines does not cut short what a model that is being unloaded works on."""
-    leaving(config)
-    async with neuron_process(config) as neuron:
-        await neuron.load(MODEL, "--tokens-per-sec", "20")
-        async with streaming(neuron, tokens=40) as stream:
-            unload = asyncio.create_task(neuron.call("POST", "/models/unload?drain_secs=30", json={"model_id": MODEL}))
-            await neuron.until_status(MODEL, "unloaded")
-            assert await neuron.stop() == 0
-            assert len(events := await stream) >= 40
-            assert events[-1] == b"[DONE]"
-        assert (await unload).status == 200
-    assert not marked_processes(mark)
-
-
 async def test_session_of_a_dead_leader_is_known_by_its_id_alone(mark: str, tmp_path: Path) -> None:
     """Once its leader is gone, a session's number proves nothing: only what carries the engine's id belongs to it."""
     sleep = shutil.which("sleep") or "sleep"
@@ -414,52 +358,3 @@ async def test_full_disk_refuses_a_load(mark: str, tmp_path: Path, small_disk: P
         filler.unlink()
         assert (await neuron.load(MODEL)).status == 200
         assert await neuron.stop() == 0
-
-
-async def test_drain_finishes_what_runs(config: Path, mark: str) -> None:
-    """unload?drain_secs=: no endpoint any more, the running stream comes to its end, then the engine stops."""
-    async with neuron_process(config) as neuron:
-        await neuron.load(MODEL, "--tokens-per-sec", "20")
-        async with streaming(neuron, tokens=30) as stream:
-            path = "/models/unload?drain_secs=60"
-            unloading = asyncio.create_task(neuron.call("POST", path, json={"model_id": MODEL}))
-            view = await neuron.until_status(MODEL, "unloaded")
-            assert view["state"] == "draining"
-            assert (await neuron.endpoint(MODEL)).status == 404
-            assert (await stream)[-1] == b"[DONE]"
-            assert (await unloading).status == 200
-        assert [step["state"] for step in (await neuron.model(MODEL))["transitions"]][:3] == [
-            "unloaded",
-            "stopping",
-            "draining",
-        ]
-        assert (await neuron.call("POST", "/models/unload?drain_secs=x", json={"model_id": MODEL})).status == 400
-
-
-async def test_drain_is_cut_short(config: Path, mark: str) -> None:
-    """A deadline that passes, and an unload without one, end a drain."""
-    async with neuron_process(config) as neuron:
-        await neuron.load(MODEL, "--tokens-per-sec", "5")
-        async with streaming(neuron, tokens=1000):
-            body = {"model_id": MODEL}
-            long = asyncio.create_task(neuron.call("POST", "/models/unload?drain_secs=3000", json=body))
-            await neuron.until_status(MODEL, "unloaded")
-            assert (await neuron.unload(MODEL)).status == 200
-            assert (await long).status == 200
-
-
-async def test_sigterm_drains_and_tells(config: Path, mark: str) -> None:
-    """At neuron's stop, listeners hear that the model takes no new work before their stream ends, and what runs comes
-    to its end."""
-    async with neuron_process(config) as neuron:
-        await neuron.load(MODEL, "--tokens-per-sec", "20")
-        async with streaming(neuron, tokens=40) as stream, neuron.session.get(f"{neuron.base}/events") as events:
-            assert events.status == 200
-            neuron.process.terminate()
-            text = (await events.content.read()).decode()
-            told = [line[6:] for line in text.splitlines() if line.startswith('data: {"id"')]
-            states = [json.loads(each)["state"] for each in told]
-            assert states[:1] == ["draining"]
-            assert (await stream)[-1] == b"[DONE]"
-        assert await asyncio.wait_for(neuron.process.wait(), 20) == 0
-    assert not marked_processes(mark)
