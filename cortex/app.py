@@ -16,9 +16,11 @@ import aiohttp
 from aiohttp import web
 
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
+from cortex.bars import Bars
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
 from cortex.counts import Counts
+from cortex.demand import Demand
 from cortex.fleet import Fleet
 from cortex.front.server import accepting
 from cortex.keys import PARTS, Parts
@@ -31,6 +33,8 @@ from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.pool import Address
 from cortex.router import Router
+from cortex.scheduler import Scheduler
+from cortex.waiting import WaitingRooms
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
 from shared.serve import BACKLOG
@@ -50,15 +54,43 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
     ) as session:
         clients = {entry.name: NeuronClient(entry, session) for entry in config.neurons}
         watches = {name: NodeWatch(client, fleet, config.poll) for name, client in clients.items()}
-        loader = Loader(fleet, clients, metrics, timeout_secs=config.cold_load.timeout_secs)
-        router = Router(
-            catalogue=catalogue,
+        demand, bars = Demand(counts), Bars()
+        rooms = WaitingRooms(
+            per_model=config.waiting.per_model,
+            total=config.waiting.total,
+            retry_after=lambda model_id: scheduler.retry_after(model_id),  # noqa: PLW0108 - made below
+        )
+        loader = Loader(
             fleet=fleet,
-            loader=loader,
+            catalogue=lambda: catalogue,
             clients=clients,
             watches=watches,
-            in_flight=counts.in_flight,
+            counts=counts,
+            metrics=metrics,
+            settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
+            timeout_secs=config.cold_load.timeout_secs,
         )
+        scheduler = Scheduler(
+            fleet=fleet,
+            catalogue=lambda: catalogue,
+            rules=config.placement.rules,
+            loader=loader,
+            demand=demand,
+            bars=bars,
+            rooms=rooms,
+        )
+        router = Router(
+            catalogue=lambda: catalogue,
+            fleet=fleet,
+            scheduler=scheduler,
+            rooms=rooms,
+            clients=clients,
+            watches=watches,
+            counts=counts,
+            demand=demand,
+            patience_secs=config.cold_load.timeout_secs,
+        )
+        fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
         parts = Parts(
             config=config,
             catalogue=catalogue,
@@ -68,7 +100,9 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
             session=session,
             clients=clients,
             watches=watches,
+            rooms=rooms,
             loader=loader,
+            scheduler=scheduler,
             router=router,
             created=int(time.time()),
         )
@@ -78,10 +112,17 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
             for kind, loop in (("poll", watch.poll_loop), ("events", watch.listen_loop))
         }
         try:
-            async with running({**loops, "routing table": router.publish_loop}):
+            own = {
+                "routing table": router.publish_loop,
+                "scheduler": scheduler.run,
+                "upkeep": scheduler.keep_up,
+            }
+            async with running({**loops, **own}):
                 yield parts
         finally:
-            await asyncio.gather(*(watch.close() for watch in watches.values()), loader.close(), router.close())
+            await asyncio.gather(
+                *(watch.close() for watch in watches.values()), loader.close(), scheduler.close(), router.close()
+            )
 
 
 def build_control_app(parts: Parts) -> web.Application:

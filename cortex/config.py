@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.planning.view import Rules
 from shared.settings import SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -57,6 +58,28 @@ class ColdLoadSettings(SettingsModel):
     timeout_secs: float = Field(default=1800, gt=0)
 
 
+class PlacementSettings(SettingsModel):
+    """`[placement]`: who makes way for whom, and when. Seconds."""
+
+    min_residency_secs: float = Field(default=30, ge=0)
+    patience_secs: float = Field(default=15, ge=0)
+    starvation_secs: float = Field(default=60, ge=0)
+    replica_target: int = Field(default=8, ge=1)  # requests at a time
+    scale_up_secs: float = Field(default=5, ge=0)
+    scale_down_secs: float = Field(default=300, gt=0)
+
+    def rules(self) -> Rules:
+        """For the planner."""
+        return Rules(**self.model_dump())
+
+
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for their model."""
+
+    per_model: int = Field(default=256, ge=1)
+    total: int = Field(default=2048, ge=1)
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -101,6 +124,8 @@ class CortexConfig(SettingsModel):
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
+    placement: PlacementSettings = PlacementSettings()
+    waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")

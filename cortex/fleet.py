@@ -51,6 +51,7 @@ class Fleet:
         self._unhealthy_after = unhealthy_after
         self._clock = clock
         self._reservations: list[Reservation] = []
+        self._leaving: frozenset[tuple[str, str]] = frozenset()
         # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
         # less and must not undo it.
         self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
@@ -59,6 +60,7 @@ class Fleet:
         self._changed: asyncio.Future[None] | None = None
         self._node_changed: dict[str, asyncio.Future[None]] = {}
         self._route_changes: list[RouteChanges] = []
+        self._route_listeners: list[Callable[[set[str]], None]] = []
         # Model id -> neurons that list it, in the order of the configuration. Never changed in place, since snapshots
         # share it, and kept from one to the next: polls come all the time and new models seldom.
         self._holders: Mapping[str, tuple[str, ...]] = {}
@@ -73,7 +75,7 @@ class Fleet:
         """The present state; the same object until something changes."""
         if self._snapshot is None:
             self._snapshot = FleetSnapshot(
-                MappingProxyType(dict(self._nodes)), tuple(self._reservations), self._holders
+                MappingProxyType(dict(self._nodes)), tuple(self._reservations), self._leaving, self._holders
             )
         return self._snapshot
 
@@ -102,6 +104,10 @@ class Fleet:
             yield changes
         finally:
             self._route_changes.remove(changes)
+
+    def on_route_change(self, listener: Callable[[set[str]], None]) -> None:
+        """Calls `listener` with such models at the very moment of the change."""
+        self._route_listeners.append(listener)
 
     def observe(
         self,
@@ -181,18 +187,36 @@ class Fleet:
         self._reservations.remove(reservation)
         self._touch()
 
+    def leave(self, key: tuple[str, str]) -> None:
+        """A model (id, node) makes way for another: it gets nothing new until `stay`."""
+        self._set_leaving(self._leaving | {key}, key[0])
+
+    def stay(self, key: tuple[str, str]) -> None:
+        """It has made way, or need not any more."""
+        self._set_leaving(self._leaving - {key}, key[0])
+
+    def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:
+        self._leaving = leaving
+        self._touch()
+        self._tell_routes({model_id})
+
+    def _tell_routes(self, models: set[str]) -> None:
+        if models:
+            for listener in self._route_listeners:
+                listener(models)
+            for changes in self._route_changes:
+                changes.add(models)
+
     def _replace(self, node: NodeSnapshot) -> None:
         before, self._nodes[node.name] = self._nodes[node.name], node
         if before.models.keys() != node.models.keys():
             self._index(node.name, gone=before.models.keys() - node.models.keys(), models=node.models)
-        if self._route_changes:
-            affected = with_different_routes(before, node)
-            for changes in self._route_changes:
-                changes.add(affected)
+        affected = with_different_routes(before, node)
         waiting = self._node_changed.pop(node.name, None)
         if waiting is not None:
             waiting.set_result(None)
         self._touch()
+        self._tell_routes(affected)
 
     def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
         """Makes the holders true for one neuron."""

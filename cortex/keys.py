@@ -16,6 +16,8 @@ from cortex.metrics import Metrics
 from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
 from cortex.router import Router
+from cortex.scheduler import Scheduler
+from cortex.waiting import WaitingRooms
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Parts:
     session: aiohttp.ClientSession
     clients: dict[str, NeuronClient]
     watches: dict[str, NodeWatch]
+    rooms: WaitingRooms
     loader: Loader
+    scheduler: Scheduler
     router: Router
     created: int
 

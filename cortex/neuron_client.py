@@ -14,7 +14,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config import NeuronEntry
 from cortex.proxy.pool import parse_url
-from shared.protocol import Discovery, EndpointReply, LoadCommand, ModelView, NeuronHealth, UnloadCommand
+from shared.protocol import (
+    Discovery,
+    EndpointReply,
+    LoadCommand,
+    ModelStatus,
+    ModelView,
+    NeuronHealth,
+    SleepCommand,
+    UnloadCommand,
+)
 
 CONNECT_TIMEOUT_SECS = 5.0
 ENDPOINT_TIMEOUT_SECS = 5.0
@@ -38,6 +47,8 @@ class NeuronRefused(Exception):
         self.status = status
         self.message = message
         self.code = code
+        self.cause: str | None = None
+        self.needed_mb: int | None = None
 
 
 class NeuronClient:
@@ -66,23 +77,32 @@ class NeuronClient:
         except ValidationError as error:
             raise NeuronRefused(200, f"{self.name}: /models is not the protocol's: {_first(error)}") from error
 
-    async def load(self, command: LoadCommand, *, timeout_secs: float) -> None:
-        """Returns when the model is loaded.
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> bool:
+        """Returns when the model is loaded, with True; with `wait` False, from a neuron that knows of that, as soon as
+        the load is under way and its memory booked, with False.
 
         Raises:
             NeuronRefused: the neuron says why it is not.
             NeuronUnreachable: no answer within `timeout_secs`.
         """
         try:
-            await self._post("/models/load", command, timeout_secs)
+            answer = await self._post("/models/load" if wait else "/models/load?wait=false", command, timeout_secs)
         except NeuronRefused as refused:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
+            return True
+        return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
 
-    async def unload(self, model_id: str, *, timeout_secs: float) -> None:
-        """Returns when the model's process is gone. Raises as `load`."""
-        await self._post("/models/unload", UnloadCommand(model_id=model_id), timeout_secs)
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
+        """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at
+        most `drain_secs`. Raises as `load`."""
+        path = f"/models/unload?drain_secs={drain_secs:g}" if drain_secs else "/models/unload"
+        await self._post(path, UnloadCommand(model_id=model_id), timeout_secs)
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
+        """Returns when the model sleeps. Raises as `load`; NeuronRefused also from a neuron that knows no sleep."""
+        await self._post("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
 
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""

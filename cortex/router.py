@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cortex.catalogue import Catalogue
+from cortex.counts import Counts
+from cortex.demand import Demand
 from cortex.fleet import Fleet
-from cortex.loader import Loader
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
 from cortex.replica import Failure, Replica, Route, unreachable
-from cortex.routing import Await, InFlight, Load, Refuse, Serve, decide, serving_nodes
+from cortex.routing import Await, Place, Refuse, Serve, decide
+from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
-from shared.errors import UpstreamError
+from cortex.waiting import WaitingRooms
+from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
 from shared.tasks import TaskSet
 
@@ -39,20 +42,27 @@ class Router:
     def __init__(
         self,
         *,
-        catalogue: Catalogue,
+        catalogue: Callable[[], Catalogue],
         fleet: Fleet,
-        loader: Loader,
+        scheduler: Scheduler,
+        rooms: WaitingRooms,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
-        in_flight: InFlight,
+        counts: Counts,
+        demand: Demand,
+        patience_secs: float,
     ) -> None:
+        """`patience_secs`: so long may a request wait for its model."""
         self.table: dict[str, tuple[Replica, ...]] = {}
         self._catalogue = catalogue
         self._fleet = fleet
-        self._loader = loader
+        self._scheduler = scheduler
+        self._rooms = rooms
+        self._demand = demand
+        self._patience_secs = patience_secs
         self._clients = clients
         self._watches = watches
-        self._in_flight = in_flight
+        self._counts = counts
         self._endpoints: dict[tuple[str, str], tuple[_Version, EndpointReply]] = {}
         self._wanted: set[str] = set()  # models that somebody has asked for: their endpoints are fetched in advance
         self._fetching: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -61,11 +71,11 @@ class Router:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._catalogue.aliases
+        return self._catalogue().aliases
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
-        return self._catalogue.profile(model_id) is not None
+        return self._catalogue().profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
@@ -76,31 +86,61 @@ class Router:
         given_up = {failure.replica.node for failure in failures if failure.replica.fresh}
         if failures:
             await self._look_again(failures[-1].replica)
-        cold = False
+        replica = await self._serving(model_id, failures, given_up)
+        if replica is not None:
+            return Route(replica=replica)
+        return await self._when_loaded(model_id, failures, given_up)
+
+    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], given_up: set[str]) -> Route:
+        """Waits in the model's room until it can be served."""
+        patient_until = time.monotonic() + self._patience_secs
+        self._demand.arrived(model_id)
+        with self._rooms.seat(model_id) as seat:
+            self._scheduler.want(model_id)
+            while True:
+                try:
+                    await seat.news(within_secs=patient_until - time.monotonic())
+                except asyncio.TimeoutError:
+                    raise self._took_too_long(model_id) from None
+                given_up.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                replica = await self._serving(model_id, failures, given_up)
+                if replica is not None:
+                    return Route(replica=replica, cold=True)
+                self._scheduler.want(model_id)
+
+    async def _serving(self, model_id: str, failures: Sequence[Failure], given_up: Collection[str]) -> Replica | None:
+        """An engine that has the model now; None when it has to be waited for.
+
+        Raises:
+            ServiceError: it cannot be served.
+        """
         for _ in range(MAX_ROUNDS):
-            decision = decide(model_id, self._catalogue, self._fleet.snapshot(), self._in_flight)
-            match decision:
+            match decide(model_id, self._catalogue(), self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
                     left = [node for node in nodes if node not in given_up]
                     if not left:
-                        break
+                        raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
                     replica = await self._replica(model_id, left[0])
                     if replica is not None:
-                        return Route(replica=replica, cold=cold)
-                case Await(node):
-                    cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.wait_until_settled(model_id, node, timeout_secs=self._loader.timeout_secs)
-                    given_up.discard(node)
-                case Load():
-                    cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.load(decision)
-                    given_up.discard(decision.node)
+                        return replica
+                case Await() | Place():
+                    return None
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def _took_too_long(self, model_id: str) -> ServiceError:
+        waits_for = self._scheduler.note(model_id)
+        why = f" ({waits_for})" if waits_for else ""
+        return Unavailable(
+            f"{model_id!r} did not come up in {self._patience_secs:g} s{why}", code="cold_load_failed", retry_after=30
+        )
+
+    async def settle(self) -> None:
+        """Returns when every worker knows the table as it is now, and its counts are those of after."""
+        self.publish(self._wanted)
+        await self._counts.refresh()
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -113,7 +153,9 @@ class Router:
         with self._fleet.route_changes() as changes:
             self.publish(self._wanted)
             while True:
-                self.publish(await changes.next() & self._wanted)
+                models = await changes.next()
+                self.publish(models & self._wanted)
+                self._scheduler.routes_changed(models)
 
     def publish(self, models: Iterable[str]) -> None:
         """Makes the table true to the fleet's present state for these models."""
@@ -136,7 +178,7 @@ class Router:
         """All replicas of a model, none unless the endpoint of each is known: a table with some of them would leave the
         others idle."""
         replicas: list[Replica] = []
-        nodes = serving_nodes(model_id, fleet)
+        nodes = fleet.serving(model_id)
         for node in nodes:
             known = self._endpoints.get((model_id, node.name))
             version = self._version(fleet, model_id, node.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from typing import Any
@@ -14,13 +15,14 @@ from cortex.explain import explain
 from cortex.keys import PARTS, Parts
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.placement import infeasible_reason
-from cortex.routing import Await, Load, Refuse, Serve, command_for_known, decide, load_on
+from cortex.routing import Refuse, Serve, decide
 from cortex.snapshot import NodeSnapshot
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
 from shared.http import read_model
 from shared.protocol import ModelStatus
 from shared.protocol.commands import ModelId
 from shared.serve import CLOSING
+from shared.tasks import timeout
 
 KEEPALIVE_SECS = 15.0
 UNLOAD_TIMEOUT_SECS = 180.0
@@ -45,12 +47,24 @@ def picture(parts: Parts) -> dict[str, Any]:
     return {
         "nodes": [_node(node) for node in fleet.nodes.values()],
         "loads": [
-            {"model": job.model_id, "node": job.node, "started": job.started, "reason": job.reason}
-            for job in parts.loader.in_progress()
+            {
+                "model": job.model_id,
+                "node": job.node,
+                "started": job.started,
+                "reason": job.reason,
+                "because": job.why,
+                "phase": job.phase,
+                "evict": [each.resident.key[0] for each in job.plan.displacement.evictions],
+            }
+            for job in parts.loader.jobs()
         ],
         "in_flight": [
             {"model": model, "node": node, "count": count}
             for (model, node), count in sorted(parts.counts.all_in_flight().items())
+        ],
+        "waiting": [
+            {"model": model, "count": waiting.count, "for": parts.scheduler.note(model)}
+            for model, waiting in sorted(parts.rooms.waiting().items())
         ],
         "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
         "aliases": parts.catalogue.aliases,
@@ -121,7 +135,7 @@ async def explain_model(request: web.Request) -> web.Response:
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
     model_id = parts.catalogue.resolve(name)
-    return web.json_response(explain(model_id, parts.catalogue, parts.fleet.snapshot(), parts.counts.in_flight))
+    return web.json_response(explain(model_id, parts.scheduler.view(), parts.counts.in_flight))
 
 
 async def load_model(request: web.Request) -> web.Response:
@@ -129,48 +143,76 @@ async def load_model(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     action = await read_model(request, ModelAction)
     model_id = parts.catalogue.resolve(action.model)
-    plan = _plan(parts, model_id, action.node)
-    if isinstance(plan, Serve):
-        return web.json_response({"status": "loaded", "model": model_id, "node": plan.nodes[0]})
+    serving = _serving(parts, model_id, action.node)
+    if serving is not None:
+        return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
-    task = parts.loader.start(plan, after_failure=True) if isinstance(plan, Load) else None
+    job = parts.scheduler.load(model_id, action.node)
+    coming = parts.fleet.snapshot().coming(model_id)
+    node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, "node": plan.node}, status=202)
-    if task is not None:
-        await asyncio.shield(task)
-    else:
-        await parts.loader.join(model_id)
-    await parts.loader.wait_until_settled(model_id, plan.node, timeout_secs=parts.loader.timeout_secs)
+        return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
+    if job is not None and job.task is not None:
+        await asyncio.shield(job.task)
+    if node is not None:
+        await _until_settled(parts, model_id, node)
     took = round(time.monotonic() - started, 3)
-    return web.json_response({"status": "loaded", "model": model_id, "node": plan.node, "load_secs": took})
+    return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
 
-def _plan(parts: Parts, model_id: str, node_name: str | None) -> Serve | Await | Load:
-    """What an operator's load needs: what a request would, unless a neuron is named."""
+def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
+    """A neuron that has the model loaded, the named one if one is named; None when it is to be loaded.
+
+    Raises:
+        ServiceError: it cannot be.
+    """
     fleet = parts.fleet.snapshot()
     profile = parts.catalogue.profile(model_id)
     if node_name is None:
-        under_way = parts.loader.node_of(model_id)
-        if under_way is not None:
-            return Await(under_way)
         decision = decide(model_id, parts.catalogue, fleet, parts.counts.in_flight)
-        if not isinstance(decision, Refuse):
-            return decision
-        for node in fleet.holders(model_id):
-            if profile is None and node.healthy and node.status_of(model_id) is ModelStatus.FAILED:
-                return Load(node.name, command_for_known(node, model_id), 0, "known there")
-        raise decision.error
+        if isinstance(decision, Serve):
+            return decision.nodes[0]
+        failed = any(
+            node.healthy and node.status_of(model_id) is ModelStatus.FAILED for node in fleet.holders(model_id)
+        )
+        if isinstance(decision, Refuse) and not failed:
+            raise decision.error
+        return None
     node = _usable_node(parts, node_name)
     if node.status_of(model_id) is ModelStatus.LOADED:
-        return Serve((node.name,))
+        return node.name
     if profile is None:
         if model_id not in node.models:
             raise _no_model(model_id)
-        return Load(node.name, command_for_known(node, model_id), 0, "known there")
+        return None
     reason = infeasible_reason(profile, node)
     if reason is not None:
         raise Conflict(f"{node.name} cannot hold {model_id!r}: {reason}", code="no_feasible_neuron", param="node")
-    return load_on(profile, fleet, node)
+    return None
+
+
+async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
+    """Returns when the model is loaded there.
+
+    Raises:
+        Unavailable: it is not.
+    """
+
+    def settled(node: NodeSnapshot) -> bool:
+        status = node.status_of(model_id)
+        return not node.healthy or status is None or not status.coming
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with timeout(parts.loader.timeout_secs):
+            await parts.fleet.until(name, settled)
+    node = parts.fleet.snapshot().nodes[name]
+    if node.status_of(model_id) is not ModelStatus.LOADED:
+        bar = parts.scheduler.view().bar(model_id, name)
+        view = node.models.get(model_id)
+        said = "it is not there" if view is None else view.error or f"it is {view.status}"
+        message = f"loading {model_id!r} on {name} failed: {said}" if bar is None else bar.reason
+        wait = 5.0 if bar is None else bar.until - time.monotonic()
+        raise Unavailable(message, code="cold_load_failed", retry_after=wait)
 
 
 async def unload_model(request: web.Request) -> web.Response:

@@ -123,8 +123,11 @@ class Gateway:
     def in_flight_here(self) -> Mapping[Key, int]:
         return self.in_flight.here
 
+    def begun_here(self) -> Mapping[Key, int]:
+        return self.in_flight.begun
+
     async def refresh(self) -> None:
-        """Nothing to do: `collect` and `in_flight_here` are live."""
+        """Nothing to do: everything is live."""
 
     async def account_loop(self) -> None:
         """Empties the usage queue for ever, off the request path."""

@@ -14,6 +14,7 @@ import msgspec
 
 from cortex.app import working
 from cortex.config import CortexConfig
+from cortex.in_flight import Key
 from cortex.proxy.gateway import Gateway
 from cortex.proxy.pool import Address
 from cortex.workers.channel import Channel
@@ -65,7 +66,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
         settle()
         channel.send(Ready())
         await stop.wait()
-    channel.send(Counted(0, gateway.collect()))
+    channel.send(_counted(0, gateway))
     await cancel_all([listening])
     await channel.close()
 
@@ -85,7 +86,7 @@ async def _listen(
                 case Elsewhere(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
-                    channel.send(Counted(number, gateway.collect()))
+                    channel.send(_counted(number, gateway))
                 case Stop():
                     stop.set()
                 case Setup():
@@ -95,15 +96,22 @@ async def _listen(
     stop.set()
 
 
+def _counted(number: int, gateway: Gateway) -> Counted:
+    return Counted(number, gateway.collect(), counts_to_wire(gateway.in_flight.here))
+
+
 def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     """Tells of changes, many at a time."""
     loop = asyncio.get_running_loop()
     scheduled = False
+    told: dict[Key, int] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
-        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here)))
+        begun = {key: count for key, count in gateway.in_flight.begun.items() if told.get(key) != count}
+        told.update(begun)
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun)))
 
     def changed() -> None:
         nonlocal scheduled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -82,7 +83,10 @@ class GiveUp(msgspec.Struct, frozen=True, tag=True):
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
+    """What the worker has in flight, and how many requests it has begun, of the models with a change since."""
+
     counts: list[tuple[str, str, int]]
+    begun: list[tuple[str, str, int]]
 
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
@@ -90,12 +94,13 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     tally: Tally
+    in_flight: list[tuple[str, str, int]]
 
 
 FromWorker = Ready | Resolve | GiveUp | InFlightNow | Counted
 
 
-def counts_to_wire(counts: dict[Key, int]) -> list[tuple[str, str, int]]:
+def counts_to_wire(counts: Mapping[Key, int]) -> list[tuple[str, str, int]]:
     return [(model_id, node, count) for (model_id, node), count in counts.items()]
 
 

@@ -67,6 +67,7 @@ class Worker:
         self._channel = channel
         self._tally = Tally()
         self._in_flight: Mapping[Key, int] = {}
+        self._begun: dict[Key, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
@@ -78,8 +79,11 @@ class Worker:
     def in_flight_here(self) -> Mapping[Key, int]:
         return self._in_flight
 
+    def begun_here(self) -> Mapping[Key, int]:
+        return self._begun
+
     async def refresh(self) -> None:
-        """Asks for the latest tally; a worker that is too busy to answer keeps its last."""
+        """Asks for the latest counts; a worker that is too busy to answer keeps its last."""
         self._numbers += 1
         number, future = self._numbers, asyncio.get_running_loop().create_future()
         self._collecting[number] = future
@@ -104,11 +108,13 @@ class Worker:
                     case GiveUp(number):
                         if number in self._resolving:
                             self._resolving[number].cancel()
-                    case InFlightNow(counts):
+                    case InFlightNow(counts, begun):
                         self._in_flight = counts_from_wire(counts)
+                        self._begun.update(counts_from_wire(begun))
                         self._tell_the_others()
-                    case Counted(number, tally):
+                    case Counted(number, tally, counts):
                         self._tally = tally
+                        self._in_flight = counts_from_wire(counts)
                         waiting = self._collecting.get(number)
                         if waiting is not None and not waiting.done():
                             waiting.set_result(None)

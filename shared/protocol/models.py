@@ -70,6 +70,8 @@ class ModelView(WireModel):
     error: str | None = None
     since: float | None = None
     tensor_parallel: int | None = None
+    vram_booked_mb: Mib | None = None
+    cause: str | None = None
 
     @property
     def known_status(self) -> ModelStatus | None:
