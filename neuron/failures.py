@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from neuron.harness import Harness
 from neuron.rooms import DeviceRoom
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+from shared.protocol import DeviceFigures
 
 LAST_LINES = 20
 
@@ -41,14 +42,14 @@ class InsufficientVram(Conflict):
 
     def __init__(self, wanted: str, rooms: Sequence[DeviceRoom]) -> None:
         figures = [
-            {
-                "index": room.index,
-                "total_mb": room.total_mb,
-                "booked_mb": room.booked_mb,
-                "foreign_mb": room.foreign_mb,
-                "bookable_mb": room.bookable_mb,
-                "unusable": room.unusable,
-            }
+            DeviceFigures(
+                index=room.index,
+                total_mb=room.total_mb,
+                booked_mb=room.booked_mb,
+                foreign_mb=room.foreign_mb,
+                bookable_mb=room.bookable_mb,
+                unusable=room.unusable,
+            ).model_dump()
             for room in rooms
         ]
         super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
