@@ -273,7 +273,8 @@ def _cause(text: str | None) -> Cause:
 def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
     if refused.code in _PASSING:
-        return LoadFailed(reason, Cause.PASSING, needs_mb=refused.needed_mb)
+        needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
+        return LoadFailed(reason, Cause.PASSING, needs_mb=max(needed, default=None))
     if refused.code in _OF_THE_MODEL:
         return LoadFailed(reason, Cause.MODEL)
     return LoadFailed(reason, _cause(refused.cause))

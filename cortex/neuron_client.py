@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from cortex.config import NeuronEntry
 from cortex.proxy.pool import parse_url
 from shared.protocol import (
+    DeviceFigures,
     Discovery,
     EndpointReply,
     LoadCommand,
@@ -32,6 +33,7 @@ EVENT_SILENCE_SECS = 60.0
 MAX_EVENT_LINE = 1 << 20
 
 _MODELS = TypeAdapter(list[ModelView])
+_FIGURES = TypeAdapter(list[DeviceFigures])
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -40,15 +42,27 @@ class NeuronUnreachable(Exception):
 
 
 class NeuronRefused(Exception):
-    """An answer that is an error, or not the protocol's; `status` is its HTTP status."""
+    """An answer that is an error, or not the protocol's; `status` is its HTTP status.
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    `cause` is whose doing a failed load is, a word of `shared.protocol.FailureCause`, and `devices` are the figures of
+    the devices that had no room for it: None and empty where the neuron does not say, as those of the seed never do.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        *,
+        cause: str | None = None,
+        devices: Sequence[DeviceFigures] = (),
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
-        self.cause: str | None = None
-        self.needed_mb: int | None = None
+        self.cause = cause
+        self.devices = tuple(devices)
 
 
 class NeuronClient:
@@ -215,11 +229,24 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
     except (ValueError, AttributeError):
         error = None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
-        code = error.get("code")
-        return NeuronRefused(status, error["message"], code if isinstance(code, str) else None)
+        code, cause = error.get("code"), error.get("cause")
+        return NeuronRefused(
+            status,
+            error["message"],
+            code if isinstance(code, str) else None,
+            cause=cause if isinstance(cause, str) else None,
+            devices=_figures(error.get("devices")),
+        )
     if isinstance(error, str):
         return NeuronRefused(status, error)
     return NeuronRefused(status, f"{context}: HTTP {status}: {text[:500]}")
+
+
+def _figures(data: Any) -> list[DeviceFigures]:
+    try:
+        return _FIGURES.validate_python([] if data is None else data)
+    except ValidationError:
+        return []
 
 
 def _reason(error: BaseException) -> str:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from neuron import failures
+from neuron.causes import because, cause_of
 from neuron.events import Event, Listener
 from neuron.keys import SERVICES, Services
 from neuron.log_reply import last_lines, stream_lines
 from neuron.metrics import CONTENT_TYPE
 from neuron.rooms import with_rooms
 from neuron.state import State
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ServiceError
 from shared.http import read_model, reply
 from shared.protocol import (
     Device,
@@ -64,12 +65,16 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def load(request: web.Request) -> web.Response:
-    wait = _flag(request, "wait", default=True)
-    command = await read_model(request, LoadCommand)
-    run = await request.app[SERVICES].workers.load(command)
-    if not wait:
-        return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
-    await run.loaded()
+    try:
+        wait = _flag(request, "wait", default=True)
+        command = await read_model(request, LoadCommand)
+        run = await request.app[SERVICES].workers.load(command)
+        if not wait:
+            return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
+        await run.loaded()
+    except ServiceError as error:
+        error.extra = {**error.extra, **because(cause_of(error))}
+        raise
     return reply(LoadReply(status="loaded", model_id=command.model_id))
 
 

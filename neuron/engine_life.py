@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from typing import Protocol
 
 from neuron import failures, sleeping
+from neuron.causes import because, cause_of_end
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
 from neuron.engine_output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
@@ -20,7 +22,7 @@ from neuron.readiness import until_ready
 from neuron.run import Run, Wish
 from neuron.state import Condition, State
 from shared.errors import ServiceError
-from shared.protocol import Progress
+from shared.protocol import FailureCause, Progress
 from shared.tasks import cancel_all, timeout
 
 log = logging.getLogger(__name__)
@@ -140,15 +142,19 @@ class EngineLife:
         lines = await asyncio.to_thread(engine.output.file.tail, 2000, max_bytes=_CAUSE_BYTES)
         if self.ending is Ending.TIMED_OUT:
             if self.served_secs is not None:
-                return failures.LoadFailed(f"its engine did not answer neuron within {ADOPT_SECS:g} s"), False
+                reason = f"its engine did not answer neuron within {ADOPT_SECS:g} s"
+                return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
         if self.ending is Ending.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
             reason = self._ill if cause is None else f"{self._ill}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
-        reason = failures.exit_reason(engine.harness, await engine.process.wait(), lines)
-        return failures.LoadFailed(failures.with_last_lines(reason, lines)), _port_was_taken(lines)
+        code = await engine.process.wait()
+        reason = failures.exit_reason(engine.harness, code, lines)
+        path_missing = await asyncio.to_thread(_is_missing_path, engine.spec.source)
+        extra = because(cause_of_end(engine.harness, code, lines, path_missing=path_missing))
+        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
 
     def _end(self, ending: Ending) -> None:
         self.ending = ending
@@ -276,6 +282,11 @@ class EngineLife:
 async def _until_done(task: asyncio.Task[str]) -> None:
     """Leaves the task alone when this is cancelled."""
     await asyncio.wait([task])
+
+
+def _is_missing_path(source: str) -> bool:
+    """True for a path that is not on this host; a name is none. Blocks."""
+    return source.startswith("/") and not os.path.lexists(source)
 
 
 def _port_was_taken(lines: list[str]) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from neuron.harness import Harness
 from neuron.rooms import DeviceRoom
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+from shared.protocol import DeviceFigures
 
 LAST_LINES = 20
 
@@ -39,16 +41,17 @@ class InsufficientVram(Conflict):
 
     default_code = "insufficient_vram"
 
-    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom]) -> None:
+    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
+        """`needed_mb` is what the load wants of each of the rooms, if that is known."""
         figures = [
-            {
-                "index": room.index,
-                "total_mb": room.total_mb,
-                "booked_mb": room.booked_mb,
-                "foreign_mb": room.foreign_mb,
-                "bookable_mb": room.bookable_mb,
-                "unusable": room.unusable,
-            }
+            DeviceFigures(
+                index=room.index,
+                total_mb=room.total_mb,
+                booked_mb=room.booked_mb,
+                foreign_mb=room.foreign_mb,
+                bookable_mb=room.bookable_mb,
+                unusable=room.unusable,
+            ).model_dump()
             for room in rooms
         ]
         super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})

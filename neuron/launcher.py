@@ -16,6 +16,7 @@ import aiohttp
 
 from neuron import litter, records
 from neuron.admission import Admission
+from neuron.causes import because
 from neuron.config import NeuronConfig
 from neuron.engine import Engine, measure, until_released
 from neuron.engine_output import EngineOutput
@@ -36,8 +37,11 @@ from neuron.state_dir import EngineDir, StateDir
 from neuron.topology import Topology, TopologySource
 from neuron.vitals import Vitals
 from shared.errors import Unavailable
+from shared.protocol import FailureCause
 
 log = logging.getLogger(__name__)
+
+_OF_THE_HOST = because(FailureCause.NODE)
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,9 @@ class Launcher:
         try:
             return await asyncio.to_thread(self.state.new_engine, number)
         except OSError as error:
-            raise LoadFailed(f"no directory for the engine can be made below {self.state.path}: {error}") from error
+            raise LoadFailed(
+                f"no directory for the engine can be made below {self.state.path}: {error}", extra=_OF_THE_HOST
+            ) from error
 
     async def _write(self, directory: EngineDir, record: RunRecord) -> None:
         try:
@@ -249,7 +255,8 @@ class Launcher:
             await asyncio.to_thread(directory.remove)
             raise LoadFailed(
                 f"the run record {directory.record} cannot be written: {error.strerror or error} (without it a neuron "
-                "that comes after this one would not know the engine)"
+                "that comes after this one would not know the engine)",
+                extra=_OF_THE_HOST,
             ) from error
 
     async def _start(self, command: EngineCommand, directory: EngineDir) -> EngineProcess:
@@ -257,7 +264,7 @@ class Launcher:
             return await EngineProcess.start(command.argv, command.env, directory.log)
         except (OSError, ValueError) as error:
             await asyncio.to_thread(directory.remove)
-            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}") from error
+            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=_OF_THE_HOST) from error
 
     async def _end(self, engine: Engine) -> None:
         process = engine.process

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from neuron.causes import because
 from shared.errors import InvalidRequest
+from shared.protocol import FailureCause
 
 
 async def check_below(source: str, roots: Sequence[Path], *, param: str) -> None:
@@ -17,7 +19,9 @@ async def check_below(source: str, roots: Sequence[Path], *, param: str) -> None
     """
     if roots and not await asyncio.to_thread(is_below, source, roots):
         listed = ", ".join(map(str, roots))
-        raise InvalidRequest(f"{param}: {source!r} is outside of model_roots ({listed})", param=param)
+        # Another host may have other roots.
+        reason, extra = f"{param}: {source!r} is outside of model_roots ({listed})", because(FailureCause.NODE)
+        raise InvalidRequest(reason, param=param, extra=extra)
 
 
 def is_below(source: str, roots: Sequence[Path]) -> bool:

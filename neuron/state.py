@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from shared.protocol import ModelStatus, Progress
+from shared.protocol import FailureCause, ModelStatus, Progress
 
 
 class State(str, Enum):
@@ -46,11 +46,12 @@ _STATUS = {
 @dataclass(frozen=True)
 class Condition:
     """A worker's state and what belongs to it. `since` is Unix time, `reason` why it is so; `error` is why the engine
-    failed, `retry_at` (Unix time) when it is started again."""
+    failed and `cause` whose doing that is, `retry_at` (Unix time) when it is started again."""
 
     state: State
     since: float
     reason: str
     progress: Progress | None = None
     error: str | None = None
+    cause: FailureCause | None = None
     retry_at: float | None = None

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from neuron import failures
+from neuron.causes import cause_of
 from neuron.ending import Ending, first_of
 from neuron.engine import Engine
 from neuron.engine_life import EngineLife
@@ -27,7 +28,7 @@ from neuron.spec import EngineSpec
 from neuron.state import Condition, State
 from neuron.state_dir import EngineDir, FoundEngine
 from shared.errors import ServiceError
-from shared.protocol import Progress, Transition
+from shared.protocol import FailureCause, Progress, Transition
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ class Worker:
         *,
         progress: Progress | None = None,
         error: str | None = None,
+        cause: FailureCause | None = None,
         retry_at: float | None = None,
     ) -> None:
         """For this module and the present engine's life: everybody else only reads `condition`."""
@@ -215,7 +217,7 @@ class Worker:
         if state is not self.condition.state:
             log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
             self.transitions.append(Transition(state=state.value, at=now, reason=reason))
-        self.condition = Condition(state, now, reason, progress, error, retry_at)
+        self.condition = Condition(state, now, reason, progress, error, cause, retry_at)
         self._on_change(self)
 
     def show(self, progress: Progress) -> None:
@@ -253,7 +255,7 @@ class Worker:
             reason = error.message.partition("\n")[0]
             row = self.restarts.failures
             why = f"given up after {row} failures in a row" if self.restarts.given_up else "its engine did not come up"
-            self.become(State.FAILED, why, error=reason)
+            self.become(State.FAILED, why, error=reason, cause=cause_of(error))
         run.settle(error or run.stop_reason)
         run.finish()
 

@@ -30,18 +30,11 @@ _SWEEP_PAUSE_SECS = 0.05
 
 
 class NeuronModelView(ModelView):
-    """What this neuron says beyond the protocol: `state` tells more than `status`, `reason` why it is so and
-    `transitions` how it came to be (the last first); `pid` leads to the engine. `failures` in a row, `retry_at` (Unix
-    time) of the next start. `placement` says why these devices, `vram_booked_mb` what is booked on them together;
-    `slept_mb` what a sleeping model takes of the host's memory."""
+    """What this neuron says beyond what a cortex reads: `transitions` is how its state came to be (the last first);
+    `pid` leads to the engine. `failures` in a row. `placement` says why it is on these devices."""
 
-    state: str
-    reason: str = ""
     pid: int | None = None
     failures: int = 0
-    retry_at: float | None = None
-    vram_booked_mb: int = 0
-    slept_mb: int = 0
     placement: str | None = None
     transitions: list[Transition] = Field(default_factory=list)
 
@@ -261,6 +254,7 @@ def view_of(worker: Worker) -> NeuronModelView:
         tensor_parallel=None if spec is None else spec.tensor_parallel,
         state=condition.state.value,
         reason=condition.reason,
+        cause=None if condition.cause is None else condition.cause.value,
         pid=None if engine is None else engine.process.pid,
         failures=worker.restarts.failures,
         retry_at=condition.retry_at,

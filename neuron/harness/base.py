@@ -10,7 +10,7 @@ from typing import Protocol
 from neuron.config import HarnessName, HarnessSettings
 from neuron.need import Need
 from neuron.spec import EngineSpec
-from shared.protocol import Device
+from shared.protocol import Device, FailureCause
 
 ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 """In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
@@ -134,4 +134,9 @@ class Harness(Protocol):
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         """The error that made the engine end, from its last output lines; None when they name none."""
+        ...
+
+    def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
+        """Whose doing an error found by `root_cause` is. `path_missing` True when the model is a path that is not on
+        this host."""
         ...

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessName
-from neuron.harness import vllm_log, vllm_phases
+from neuron.harness import vllm_cause, vllm_log, vllm_phases
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
 from neuron.harness.sleep_mode import control_environment, first_on_path, sim_can_sleep
@@ -19,6 +19,7 @@ from neuron.owned_flags import gives, value_of
 from neuron.sim.arguments import DEFAULT_DEVICE_VRAM_MB
 from neuron.sim.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec
+from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
 _PACKAGE_ROOT = str(Path(neuron.__file__).parent.parent)
@@ -66,6 +67,9 @@ class SimHarness:
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
+
+    def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
+        return vllm_cause.cause_of(error, path_missing=path_missing)
 
     def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
         return vllm_log.weights_mb(lines, ranks)

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 
 from neuron.config import HarnessName
-from neuron.harness import vllm_log, vllm_phases
+from neuron.harness import vllm_cause, vllm_log, vllm_phases
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
 from neuron.harness.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.need import Need
 from neuron.owned_flags import gives, value_of
 from neuron.spec import EngineSpec
+from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = ("vllm",)
 DEFAULT_UTILIZATION = 0.92
@@ -66,6 +67,9 @@ class VllmHarness:
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return vllm_log.root_cause(lines)
+
+    def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
+        return vllm_cause.cause_of(error, path_missing=path_missing)
 
     def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
         return vllm_log.weights_mb(lines, ranks)

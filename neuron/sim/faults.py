@@ -15,6 +15,7 @@ class Fault(str, Enum):
 
     NEVER_READY = "never-ready"
     OOM_AT_LOAD = "oom-at-load"
+    UNSUPPORTED_MODEL = "unsupported-model"
     DIE_MID_STREAM = "die-mid-stream"
     HANG = "hang"
     IGNORE_SIGTERM = "ignore-sigterm"

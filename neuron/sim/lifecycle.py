@@ -18,7 +18,13 @@ from neuron.sim.arguments import EngineSettings
 from neuron.sim.core import CoreState, EngineCore
 from neuron.sim.engine import Engine
 from neuron.sim.faults import Fault, spawn_stubborn_child
-from neuron.sim.loading import load, report_dead_core, report_failed_start, report_out_of_memory
+from neuron.sim.loading import (
+    load,
+    report_dead_core,
+    report_failed_start,
+    report_out_of_memory,
+    report_unsupported_model,
+)
 from neuron.sim.memory import DeviceMemory, OutOfMemory
 from neuron.sim.server import build_app
 from neuron.sim.sleep import Sleeper, in_dev_mode
@@ -73,6 +79,9 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
     look_at_core()  # it may have died before
     if Fault.SPAWN_CHILD in settings.faults:
         spawn_stubborn_child()
+    if Fault.UNSUPPORTED_MODEL in settings.faults:
+        report_unsupported_model()
+        return 1
     with bind(settings.host, settings.port) as sock:
         memory = DeviceMemory.from_environment(os.environ, holder=core.pid)
         try:

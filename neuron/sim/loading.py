@@ -151,6 +151,20 @@ def report_out_of_memory(error: OutOfMemory, core: int) -> None:
     report_failed_start(1)
 
 
+def report_unsupported_model() -> None:
+    """What vLLM says of a model that it has no code for, before anything is loaded."""
+    console.raw(
+        "APIServer",
+        "Traceback (most recent call last):\n"
+        '  File "vllm/engine/arg_utils.py", line 1955, in create_model_config\n'
+        "    return ModelConfig(\n"
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, Model architectures ['NoSuchForCausalLM'] are not supported for now. Supported architectures: "
+        "dict_keys(['LlamaForCausalLM', 'Qwen3ForCausalLM']) [type=value_error, input_value=ArgsKwargs((), {}), "
+        "input_type=ArgsKwargs]",
+    )
+
+
 def report_failed_start(core_status: int) -> None:
     """How the server ends when its core did during the load, with that status (negative: the signal)."""
     console.raw(

@@ -15,17 +15,20 @@ from shared.protocol.commands import (
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
 from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
+from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
     "Activation",
     "Device",
+    "DeviceFigures",
     "DeviceHealth",
     "Discovery",
     "EndpointReply",
     "EstimateLine",
     "EstimateOption",
     "EstimateReply",
+    "FailureCause",
     "Link",
     "LinkKind",
     "LoadCommand",

@@ -59,7 +59,13 @@ class Transition(WireModel):
 
 
 class ModelView(WireModel):
-    """One entry of `GET /models`. `since` is Unix time of the last change of status."""
+    """One entry of `GET /models`. `since` is Unix time of the last change of status.
+
+    What a neuron of the seed protocol does not tell is None. `state` is as `status`, but exact, and `reason` why it is
+    so; `cause` is whose doing a failure is (`FailureCause`); `retry_at` (Unix time) is when a model that recovers is
+    started again. `vram_booked_mb` is what is booked for it on all its devices together, `slept_mb` what a sleeping
+    model takes of the host's memory.
+    """
 
     id: str
     harness: str | None = None
@@ -70,8 +76,12 @@ class ModelView(WireModel):
     error: str | None = None
     since: float | None = None
     tensor_parallel: int | None = None
-    vram_booked_mb: Mib | None = None
+    state: str | None = None
+    reason: str | None = None
     cause: str | None = None
+    retry_at: float | None = None
+    vram_booked_mb: Mib | None = None
+    slept_mb: Mib | None = None
 
     @property
     def known_status(self) -> ModelStatus | None:

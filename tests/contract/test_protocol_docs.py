@@ -14,12 +14,14 @@ from neuron.workers import NeuronModelView
 from shared.protocol import (
     Activation,
     Device,
+    DeviceFigures,
     DeviceHealth,
     Discovery,
     EndpointReply,
     EstimateLine,
     EstimateOption,
     EstimateReply,
+    FailureCause,
     Link,
     LinkKind,
     LoadCommand,
@@ -47,7 +49,7 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
         "uptime_secs devices index vram_used_mb vram_free_mb utilization_pct temp_c",
     ),
     "GET /models": ((ModelView, NeuronModelView, Progress, Transition), "id harness status devices vram_used_mb"),
-    "POST /models/load": ((LoadCommand,), "model_id harness quant tensor_parallel devices"),
+    "POST /models/load": ((LoadCommand, DeviceFigures), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
     "POST /models/sleep": ((SleepCommand,), ""),
     "POST /models/wake": ((WakeCommand,), ""),
@@ -76,6 +78,7 @@ def test_every_status_and_link_is_documented() -> None:
     """The words that a field can have."""
     assert all(f"`{status.value}`" in section("GET /models") for status in ModelStatus)
     assert all(f"`{kind.value}`" in section("GET /discovery") for kind in LinkKind)
+    assert all(f"`{cause.value}`" in section("POST /models/load") for cause in FailureCause)
     assert set(LoadReply.model_fields) == {"status", "model_id"}
 
 
