@@ -12,7 +12,7 @@ from cortex.planning.view import ANY_NODE, Bar, Key
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
-PASSING_SECS = 2.0
+PASSING_SECS = 1.0
 """For a cause that goes by itself: a neuron that restarts, memory that somebody else was given a moment before."""
 MAX_PASSING = 5
 """In a row; a cause that lasts longer counts as the node's."""

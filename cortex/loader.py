@@ -29,7 +29,7 @@ LOAD_IN_PROGRESS = "load_in_progress"
 """What a neuron answers, with 409, when it is loading the model with another spec."""
 INSUFFICIENT_VRAM = "insufficient_vram"
 _OF_THE_MODEL = ("invalid_request",)
-_PASSING = ("neuron_stopping", "load_cancelled", INSUFFICIENT_VRAM)
+_PASSING = ("neuron_stopping", "load_cancelled")
 
 MAX_DRAIN_SECS = 3600.0
 """What a neuron takes as `drain_secs`."""
@@ -37,12 +37,13 @@ DRAIN_POLL_SECS = 0.05
 
 
 class LoadFailed(Exception):
-    """A load that did not come to its end. `needs_mb` is what the neuron would have booked on each device, when it has
-    said so."""
+    """A load that did not come to its end. `no_room`: the neuron had no memory for it; `needs_mb` is what it would have
+    booked on each device, when it has said so."""
 
-    def __init__(self, reason: str, cause: Cause, *, needs_mb: int | None = None) -> None:
+    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
         super().__init__(reason)
         self.cause = cause
+        self.no_room = no_room
         self.needs_mb = needs_mb
 
 
@@ -273,8 +274,10 @@ def _cause(text: str | None) -> Cause:
 def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
     if refused.code in _PASSING:
+        return LoadFailed(reason, Cause.PASSING)
+    if refused.code == INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
-        return LoadFailed(reason, Cause.PASSING, needs_mb=max(needed, default=None))
+        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
     if refused.code in _OF_THE_MODEL:
         return LoadFailed(reason, Cause.MODEL)
     return LoadFailed(reason, _cause(refused.cause))

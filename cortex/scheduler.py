@@ -192,17 +192,28 @@ class Scheduler:
         return self._loader.start(plan, why, wanted=wanted, done=self._done)
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:
-        if failure is None:
-            if self._fleet.snapshot().serving(job.model_id):
-                self._bars.succeeded(job.model_id, job.node)
-        else:
-            learned = failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb
-            if failure.needs_mb is not None and learned:  # it is planned again, with what the neuron said
-                self._needs_mb[job.model_id] = failure.needs_mb
-            else:
-                self._bars.failed(job.model_id, job.node, failure.cause, str(failure))
+        if failure is not None:
+            self._note_failure(job, failure)
+        elif self._fleet.snapshot().serving(job.model_id):
+            self._bars.succeeded(job.model_id, job.node)
         self._rooms.news(job.model_id)
         self._wake.set()
+
+    def _note_failure(self, job: Job, failure: LoadFailed) -> None:
+        cause = failure.cause
+        if failure.no_room:
+            if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:
+                self._needs_mb[job.model_id] = failure.needs_mb
+            if self._planned_anew(job):  # somebody was faster: the present figures say so, too
+                cause = Cause.PASSING
+        self._bars.failed(job.model_id, job.node, cause, str(failure))
+
+    def _planned_anew(self, job: Job) -> bool:
+        """Whether the planner would now do something else on that node than what the neuron refused."""
+        view = self.view()
+        profile = view.profile(job.model_id)
+        found = None if profile is None else plan_on(view, profile, view.fleet.nodes[job.node])
+        return not isinstance(found, Plan) or found.rank != job.plan.rank
 
     def _learn(self, node: NodeSnapshot, model_id: str) -> None:
         """What the neuron booked for a model whose catalogue entry does not say."""
