@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from cortex.cli.commands import add_client_commands
+from cortex.cli.simulate import add_simulate_command
 from cortex.dev.command import add_dev_command
 from cortex.serve import configuration_warnings, read_configuration, serve, with_workers
 from shared import __version__
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     check_parser.set_defaults(run=_check)
 
     add_dev_command(commands)
+    add_simulate_command(commands)
     add_client_commands(commands)
     return parser
 

@@ -25,7 +25,6 @@ PURE = (
         f"neuron/{name}.py"
         for name in (
             "devices",
-            "gpu_presets",
             "hang",
             "links",
             "need",

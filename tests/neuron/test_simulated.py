@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from neuron.config import NeuronConfig, SimulatedDevice, SimulateSettings
-from neuron.gpu_presets import PRESETS, find_preset
+from shared.gpu_presets import PRESETS, find_preset
 from neuron.sim import vram
 from neuron.simulated import SimulatedTopologySource, resolve_device
 from shared.protocol import LinkKind

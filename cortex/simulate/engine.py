@@ -1,0 +1,80 @@
+"""One model on one node, in virtual time."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from shared.protocol import ModelStatus
+
+
+@dataclass
+class Request:
+    """One request of the trace. `begun` and `ended` are None until then, and `begun` for ever when it was not served; `cold`: it had to wait for its model."""
+
+    number: int
+    model: str
+    at: float
+    secs: float
+    begun: float | None = None
+    ended: float | None = None
+    cold: bool = False
+
+    @property
+    def waited(self) -> float:
+        """Seconds until it was begun, or given up; it has ended."""
+        until = self.ended if self.begun is None else self.begun
+        assert until is not None
+        return until - self.at
+
+
+class Engine:
+    """Up to `parallel` requests are served at full speed; more share the speed of so many, each the same part of it.
+
+    Work is counted in seconds of full speed: a request that came when each had had `_done` ends when each has had
+    `_done + secs`.
+    """
+
+    def __init__(self, model_id: str, devices: tuple[int, ...], share_mb: int, parallel: int) -> None:
+        self.model_id = model_id
+        self.devices = devices
+        self.share_mb = share_mb
+        self.status = ModelStatus.LOADING
+        self._parallel = parallel
+        self._done = 0.0
+        self._as_of = 0.0
+        self._ends: list[tuple[float, int, Request]] = []
+
+    @property
+    def booked_mb(self) -> int:
+        """On all its devices together."""
+        return self.share_mb * len(self.devices)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._ends)
+
+    def begin(self, request: Request, now: float) -> None:
+        self._work(now)
+        heapq.heappush(self._ends, (self._done + request.secs, request.number, request))
+
+    def next_end(self) -> float | None:
+        """When the next request ends, if no other comes before; None when there is none."""
+        if not self._ends:
+            return None
+        return self._as_of + max(0.0, self._ends[0][0] - self._done) / self._speed
+
+    def end_next(self, now: float) -> Request:
+        """The request that ends now."""
+        self._work(now)
+        end, _, request = heapq.heappop(self._ends)
+        self._done = max(self._done, end)  # rounding
+        return request
+
+    @property
+    def _speed(self) -> float:
+        return min(1.0, self._parallel / len(self._ends)) if self._ends else 1.0
+
+    def _work(self, now: float) -> None:
+        self._done += (now - self._as_of) * self._speed
+        self._as_of = now
