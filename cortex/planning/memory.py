@@ -58,14 +58,28 @@ def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
 def _room(view: View, node: NodeSnapshot, device: Device) -> Room:
     if not device.vram_total_mb:
         return Room(SHARED_MEMORY_MB, SHARED_MEMORY_MB)
-    reserved = view.fleet.reserved_mb(node.name, device.index)
     live = node.device_health.get(device.index)
+    reserved = view.fleet.reserved_mb(node.name, device.index) - _booked_of_reserved_mb(view, node, device.index)
     if live is None:
         return Room(device.vram_total_mb, device.vram_total_mb - reserved)
     if live.vram_bookable_mb is not None:
         return Room(device.vram_total_mb, live.vram_bookable_mb - reserved, live.vram_asleep_mb or 0)
     measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not say
     return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
+
+
+def _booked_of_reserved_mb(view: View, node: NodeSnapshot, index: int) -> int:
+    """What the node has booked already for loads of ours that are under way: it counts once."""
+    live, reserved = node.device_health.get(index), view.fleet.reserved_mb(node.name, index)
+    if not reserved or live is None or live.vram_booked_mb is None:
+        return 0
+    under_way = {each.model_id for each in view.fleet.reservations if each.node == node.name}
+    settled = sum(
+        (entry.vram_booked_mb or 0) // len(entry.devices)
+        for entry in node.models.values()
+        if index in entry.devices and entry.id not in under_way
+    )
+    return min(reserved, max(0, live.vram_booked_mb - settled))
 
 
 def residents(view: View, node: NodeSnapshot) -> list[Resident]:
