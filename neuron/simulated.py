@@ -9,9 +9,9 @@ from itertools import combinations
 from pathlib import Path
 
 from neuron.config import SimulatedDevice, SimulateSettings
-from shared.gpu_presets import PRESETS, find_preset
 from neuron.sim import vram
 from neuron.topology import Topology
+from shared.gpu_presets import PRESETS, find_preset
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.settings import SettingsError
 

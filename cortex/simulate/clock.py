@@ -24,8 +24,10 @@ class Clock:
         self._count += 1
         heapq.heappush(self._due, (max(when, self.now), self._count, action))
 
-    def run(self) -> None:
-        """Lets everything happen, until nothing is due any more."""
-        while self._due:
-            self.now, _, action = heapq.heappop(self._due)
-            action()
+    def step(self) -> bool:
+        """Lets the next thing happen; False when nothing is due any more."""
+        if not self._due:
+            return False
+        self.now, _, action = heapq.heappop(self._due)
+        action()
+        return True

@@ -10,7 +10,8 @@ from shared.protocol import ModelStatus
 
 @dataclass
 class Request:
-    """One request of the trace. `begun` and `ended` are None until then, and `begun` for ever when it was not served; `cold`: it had to wait for its model."""
+    """One request of the trace. `begun` and `ended` are None until then; one that is given up is never begun. `cold`:
+    it had to wait for its model."""
 
     number: int
     model: str

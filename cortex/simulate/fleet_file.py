@@ -48,14 +48,18 @@ class SimulatedNode(SettingsModel):
         for name in value if isinstance(value, list) else ():
             if isinstance(name, str) and find_preset(name) is None:
                 known = ", ".join(preset.name for preset in PRESETS)
-                raise ValueError(f"{name!r}: no such preset: write {{ name = …, vram_total_mb = … }}, or one of {known}")
+                raise ValueError(
+                    f"{name!r}: no such preset: write {{ name = …, vram_total_mb = … }}, or one of {known}"
+                )
         return value
 
     @model_validator(mode="after")
     def _links_join_devices(self) -> SimulatedNode:
         for link in self.links:
             if not link.a < link.b < len(self.devices):
-                raise ValueError(f"links: {link.a} and {link.b} are not two devices of {self.name!r}, the lower one first")
+                raise ValueError(
+                    f"links: {link.a} and {link.b} are not two devices of {self.name!r}, the lower one first"
+                )
         return self
 
     @cached_property

@@ -69,7 +69,7 @@ class _Baseline:
                 view = after(view, plan)
         return Turn(tuple(loads), refused, notes)
 
-    def upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:  # noqa: ARG002 - nothing by itself
+    def upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
         return Upkeep()
 
     def _place(self, view: View, sites: Sequence[_Site]) -> Plan | None:

@@ -84,7 +84,9 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 def _ask(row: Any, catalogue: Catalogue, known: set[str]) -> Ask:
     if not isinstance(row, dict):
-        raise ValueError('not a JSON object such as {"at": 1.5, "model": "small", "secs": 3}')
+        raise ValueError(  # noqa: TRY004 - of the file's contents
+            'not a JSON object such as {"at": 1.5, "model": "small", "secs": 3}'
+        )
     missing = [name for name in FIELDS if row.get(name) is None]
     if missing:
         raise ValueError(f"{missing[0]}: required, but missing")

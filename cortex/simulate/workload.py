@@ -88,9 +88,7 @@ def _session_times(workload: Workload, load: float, chance: random.Random) -> It
             yield now
 
 
-def _session(
-    users: Users, model: str, begin: float, workload: Workload, chance: random.Random
-) -> Iterator[Ask]:
+def _session(users: Users, model: str, begin: float, workload: Workload, chance: random.Random) -> Iterator[Ask]:
     at = begin
     while at < workload.hours * 3600:
         secs = chance.lognormvariate(math.log(users.serve_secs), workload.spread)

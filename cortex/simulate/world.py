@@ -77,25 +77,28 @@ class World:
         self._next_look = math.inf
         self._looked_at = -math.inf
         self._appointments: Counter[Key] = Counter()  # the last one made for an engine's next end
-        self._open = len(self.requests)
+        self.ends = 0  # requests that have ended
+        self._ended_at = 0.0
+        self._memory_shares = 0.0, 0.0
         self._memory = MemoryUse(sum(gpu.vram_total_mb for node in fleet.file.nodes for gpu in node.gpus))
 
-    def run(self) -> Outcome:
-        """From the first request until the last has ended."""
+    def start(self) -> None:
+        """From now on, the clock's steps bring the requests and what follows from them, until the last has ended."""
         if self.requests:
             self.clock.at(self.requests[0].at, lambda: self._arrive(0))
             self.clock.at(SAMPLE_SECS, self._sample)
-        self.clock.run()
+
+    def outcome(self) -> Outcome:
+        """The figures, when nothing happens any more."""
         by_model: defaultdict[str, list[Request]] = defaultdict(list)
         for request in self.requests:
             by_model[request.model].append(request)
-        ended = max((request.ended or 0.0 for request in self.requests), default=0.0)
-        loaded, in_use = self._memory.shares(max(ended, self.clock.now))
+        loaded, in_use = self._memory_shares
         return Outcome(
             policy=self._policy.name,
             total=figures(self.requests, self.counts, [profile.id for profile in self._fleet.catalogue.models]),
             by_model={model: figures(by_model[model], self.counts, [model]) for model in sorted(by_model)},
-            secs=ended,
+            secs=self._ended_at,
             vram_loaded_pct=loaded,
             vram_in_use_pct=in_use,
         )
@@ -188,7 +191,9 @@ class World:
 
     def _finish(self, request: Request) -> None:
         request.ended = self.clock.now
-        self._open -= 1
+        self.ends += 1
+        if self.ends == len(self.requests):
+            self._ended_at, self._memory_shares = self.clock.now, self._memory.shares(self.clock.now)
 
     # Decisions
 
@@ -230,7 +235,7 @@ class World:
 
     def _sample(self) -> None:
         """As `Scheduler.keep_up`."""
-        if not self._open:
+        if self.ends == len(self.requests):
             return
         self.clock.at(self.clock.now + SAMPLE_SECS, self._sample)
         self._demand.sample(self.snapshot(), replica_target=self._fleet.rules.replica_target)
@@ -361,4 +366,8 @@ class World:
 
 def simulate(fleet: SimulatedFleet, trace: Sequence[Ask], policy: Policy) -> Outcome:
     """One policy over one trace."""
-    return World(fleet, trace, policy).run()
+    world = World(fleet, trace, policy)
+    world.start()
+    while world.clock.step():
+        pass
+    return world.outcome()

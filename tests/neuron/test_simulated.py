@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from neuron.config import NeuronConfig, SimulatedDevice, SimulateSettings
-from shared.gpu_presets import PRESETS, find_preset
 from neuron.sim import vram
 from neuron.simulated import SimulatedTopologySource, resolve_device
+from shared.gpu_presets import PRESETS, find_preset
 from shared.protocol import LinkKind
 from shared.settings import SettingsError, validate_settings
 
