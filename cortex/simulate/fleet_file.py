@@ -152,7 +152,7 @@ def load_fleet(path: Path) -> SimulatedFleet:
         catalogue = load_catalogue(source)
     else:
         source = path
-        tables = {key: data[key] for key in ("models", "aliases") if key in data}
+        tables: dict[str, object] = {key: data[key] for key in ("models", "aliases") if key in data}
         catalogue = validate_settings(Catalogue, tables, source=str(path))
     problems = [
         f"{source}: models[{index}].vram_mb: required here, since nothing measures the model {profile.id!r}"

@@ -18,6 +18,11 @@ SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGE
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
     *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
+    *(
+        f"cortex/simulate/{name}.py"
+        for name in ("clock", "engine", "fleet_file", "host", "outcome", "policies", "report")
+    ),
+    *(f"cortex/simulate/{name}.py" for name in ("sent", "trace", "workload", "world")),
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
@@ -36,6 +41,7 @@ PURE = (
             "state",
         )
     ),
+    "shared/gpu_presets.py",
     *(f"neuron/{name}.py" for name in ("phases", "load_times", "progress", "remaining", "line_ring")),
     *(
         f"neuron/estimate/{name}.py"

@@ -68,10 +68,10 @@ def example() -> SimulatedFleet:
 
 
 @pytest.fixture(scope="module")
-def busy_hour(example: SimulatedFleet) -> list[Ask]:
-    """An hour of the example's workload."""
+def half_hour(example: SimulatedFleet) -> list[Ask]:
+    """Half an hour of the example's workload, with twice its sessions."""
     workload = load_workload(EXAMPLE / "workload.toml", example.catalogue)
-    return make_trace(workload.model_copy(update={"hours": 1.0}), example.catalogue, seed=1)
+    return make_trace(workload.model_copy(update={"hours": 0.5}), example.catalogue, seed=1, load=2)
 
 
 # Files
@@ -106,7 +106,7 @@ def test_presets_load_times_and_rules_are_read(example: SimulatedFleet) -> None:
     assert [gpu.vram_total_mb for gpu in beast.gpus] == [32607, 32607]
     assert example.load_secs("bge-m3", beast) == 12.0
     assert example.load_secs("bge-m3", quadbrat) == 18.0
-    assert example.load_secs("qwen3-14b-awq", beast) == pytest.approx(25 + 0.8 * 16000 / 1024)
+    assert example.load_secs("qwen3-14b-awq", beast) == pytest.approx(25 + 0.8 * 14000 / 1024)
     assert example.parallel("flux-schnell-fp8") == 1
 
 
@@ -146,10 +146,10 @@ def test_csv_and_json_lines_say_the_same_and_are_sorted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["made.csv", "made.jsonl"])
 def test_a_made_trace_reads_back_as_it_was_written(
-    tmp_path: Path, name: str, example: SimulatedFleet, busy_hour: list[Ask]
+    tmp_path: Path, name: str, example: SimulatedFleet, half_hour: list[Ask]
 ) -> None:
-    write_trace(tmp_path / name, busy_hour)
-    assert read_trace(tmp_path / name, example.catalogue) == busy_hour
+    write_trace(tmp_path / name, half_hour)
+    assert read_trace(tmp_path / name, example.catalogue) == half_hour
 
 
 def test_a_trace_follows_from_its_seed_and_is_skewed(example: SimulatedFleet) -> None:
@@ -251,10 +251,10 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
-    example: SimulatedFleet, busy_hour: list[Ask], policy: str
+    example: SimulatedFleet, half_hour: list[Ask], policy: str
 ) -> None:
-    """Looked at after every step of an hour."""
-    world = World(example, busy_hour, POLICIES[policy]())
+    """Looked at after every step."""
+    world = World(example, half_hour, POLICIES[policy]())
     world.start()
     while world.clock.step():
         for host in world.hosts.values():
@@ -263,7 +263,7 @@ def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
                 assert engine.status is ModelStatus.LOADED or not engine.in_flight
         loads = [(each.model_id, each.node) for each in world.snapshot().reservations]
         assert len(loads) == len(set(loads))
-    assert world.ends == len(world.requests) == len(busy_hour)
+    assert world.ends == len(world.requests) == len(half_hour)
     for request in world.requests:
         assert request.ended is not None
         if request.begun is not None:
@@ -277,9 +277,9 @@ def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
     assert total.loads - total.displacements == held
 
 
-def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, busy_hour: list[Ask]) -> None:
+def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, half_hour: list[Ask]) -> None:
     def once() -> list[Outcome]:
-        return [simulate(example, busy_hour, policy()) for policy in POLICIES.values()]
+        return [simulate(example, half_hour, policy()) for policy in POLICIES.values()]
 
     assert once() == once()
 
