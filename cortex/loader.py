@@ -190,15 +190,17 @@ class Loader:
         try:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-                await asyncio.gather(
-                    *(self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted) for key in leaving)
-                )
+                await asyncio.gather(*(self._make_way(key, wanted) for key in leaving))
             job.phase = "loading"
             await self._load(job)
         finally:
             for key in leaving:
                 self._fleet.stay(key)
             self._fleet.release(reservation)
+
+    async def _make_way(self, key: Key, wanted: Callable[[], bool]) -> None:
+        await self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted)
+        self._fleet.stay(key)  # it may come back at once, where there is room beside the newcomer
 
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()

@@ -296,12 +296,11 @@ class World:
         engine = self._engine(key)
         self._memory.change(self.clock.now, held_mb=-engine.booked_mb)
         self.hosts[key[1]].remove(key[0], self.clock.now)
+        self._leaving.discard(key)
+        self._retiring.pop(key, None)
         self._demand.routes_changed([key[0]], self.snapshot())
         job = self._job_displacing(key)
-        if job is None:
-            self._retiring.pop(key, None)
-            self._leaving.discard(key)
-        else:
+        if job is not None:
             job.staying.discard(key)
             if not job.staying:
                 self._load(job)
