@@ -104,6 +104,10 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
         # Between two requests of somebody who asks one after the other it is not idle yet, nor right after its load.
         quiet_at = max(resident.last_used, resident.loaded_at) + view.rules.pause_secs
         return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
+    if view.now < resident.last_used + view.rules.pause_secs and not resident.asleep:
+        # So hot a model is worth more than an idle one; whoever waits long enough for a gap gets it all the same.
+        gap_at = resident.last_used + view.rules.pause_secs
+        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * view.rules.pause_secs))
     return Eviction(resident, Claim.IDLE, view.now)
 
 

@@ -24,7 +24,8 @@ class Rules:
     starvation_secs: float = 60.0
     """Who has waited so long goes first, whatever the priorities."""
     pause_secs: float = 1.0
-    """A model counts as in use for so long after its last request, while it is younger than `min_residency_secs`."""
+    """A model counts as in use for so long after its last request; for at most twice as long while somebody waits for
+    its place."""
     replica_target: int = 8
     """Requests that one replica has at a time before another is worth a load."""
     scale_up_secs: float = 5.0
