@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from cortex.catalogue import Catalogue, load_catalogue
 from cortex.config import CortexConfig
+from cortex.simulate.fleet_file import FleetFile
+from cortex.simulate.workload import Workload
 from neuron.config import NeuronConfig
 from neuron.simulated import resolve_devices
 from shared.settings import load_settings
@@ -19,6 +21,10 @@ LOADERS: dict[str, tuple[type[BaseModel], str]] = {
     "cortex.toml": (CortexConfig, "CORTEX_"),
     "neuron.toml": (NeuronConfig, "NEURON_"),
     "models.toml": (Catalogue, "MODELS_"),
+}
+SIMULATION: dict[str, tuple[type[BaseModel], str]] = {
+    "fleet.toml": (FleetFile, "FLEET_"),
+    "workload.toml": (Workload, "WORKLOAD_"),
 }
 
 
@@ -31,7 +37,7 @@ def _tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("example", examples(), ids=str)
 def test_documents_show_valid_files(example: Example, tmp_path: Path) -> None:
     """Whoever copies a block gets a service that starts; every toml block says which file it is."""
-    model, prefix = LOADERS[example.file]
+    model, prefix = (LOADERS | SIMULATION)[example.file]
     path = tmp_path / example.file
     path.write_text(example.text, encoding="utf-8")
     config = load_settings(model, path, env_prefix=prefix, environ={})
