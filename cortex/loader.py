@@ -190,15 +190,20 @@ class Loader:
         try:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-                await asyncio.gather(
-                    *(self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted) for key in leaving)
-                )
+                await self._make_way(leaving, wanted)
             job.phase = "loading"
             await self._load(job)
         finally:
             for key in leaving:
                 self._fleet.stay(key)
             self._fleet.release(reservation)
+
+    async def _make_way(self, leaving: list[Key], wanted: Callable[[], bool]) -> None:
+        """Sends all of them away; the first failure counts once none of the others is on its way out any more."""
+        going = (self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted) for key in leaving)
+        for outcome in await asyncio.gather(*going, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECS = 0.25
 """While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
 
+BETTER_PLACE_SECS = 1.0
+"""How often a load that waits for others to finish their requests looks for a better place."""
 RETRY_AFTER_SECS = 10.0
 """For a model of which nobody knows how long its load takes."""
 
@@ -89,6 +91,7 @@ class Scheduler:
             self._await_others(model_id, coming.name)
         elif self._loader.job(model_id) is None and model_id not in self._turn.notes:
             self.look()
+            self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
         """Begins what can be begun for those who wait, and tells those who cannot be served."""
@@ -186,10 +189,34 @@ class Scheduler:
         await self._tasks.close()
 
     def _begin(self, plan: Plan, why: str, *, for_waiters: bool = True) -> Job:
+        looked_at = self._clock()
+
         def wanted() -> bool:
-            return not for_waiters or self._rooms.count(plan.model_id) > 0
+            nonlocal looked_at
+            if not for_waiters:
+                return True
+            if not self._rooms.count(plan.model_id):
+                return False
+            if self._clock() - looked_at < BETTER_PLACE_SECS:
+                return True
+            looked_at = self._clock()
+            return not self._better_place(plan)
 
         return self._loader.start(plan, why, wanted=wanted, done=self._done)
+
+    def _better_place(self, plan: Plan) -> bool:
+        """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for
+        `plan` still have some."""
+        view = self.view()
+        going = [each.resident.key for each in plan.displacement.evictions]
+        if not any(view.use(*key).in_flight for key in going):
+            return False
+        reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
+        fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
+        view = replace(view, fleet=fleet)
+        profile = view.profile(plan.model_id)
+        other = None if profile is None else best(verdicts(view, profile))
+        return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:
         if failure is not None:
