@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.http1.names import OF_REQUESTS, PASS
 from shared.settings import SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -57,6 +58,21 @@ class ColdLoadSettings(SettingsModel):
     timeout_secs: float = Field(default=1800, gt=0)
 
 
+class RoutingSettings(SettingsModel):
+    """`[routing]`: which of several replicas gets a request."""
+
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    load_factor: float = Field(default=1.25, ge=1, le=100)
+
+    @field_validator("session_header")
+    @classmethod
+    def _goes_on_to_the_engine(cls, value: str) -> str:
+        if OF_REQUESTS[value.encode() + b":"][0] != PASS:
+            raise ValueError("means something else to cortex: choose another name")
+        return value
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -101,6 +117,7 @@ class CortexConfig(SettingsModel):
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
+    routing: RoutingSettings = RoutingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")
