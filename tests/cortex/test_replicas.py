@@ -156,7 +156,7 @@ async def test_work_of_others_counts_and_ours_only_once(cortex: RunningCortex, n
     second = asyncio.create_task(_embed(cortex))
     await held.came.wait()
     held.go.set()
-    assert await asyncio.gather(ours, second) == ["a", "a"]
+    assert set(await asyncio.gather(ours, second)) == {"a"}
 
 
 async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
