@@ -29,6 +29,7 @@ from cortex.metrics import Metrics
 from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
 from cortex.proxy.access import AccessLog
+from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.pool import Address
@@ -171,6 +172,8 @@ async def working(
         callers=Callers({}),
         access=AccessLog(sys.stderr.write if info else None),
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
+        affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
+        load_factor=config.routing.load_factor,
     )
     try:
         async with (

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.http1.names import OF_REQUESTS, PASS
 from cortex.planning.view import Rules
 from shared.settings import SettingsModel
 
@@ -80,6 +81,21 @@ class WaitingSettings(SettingsModel):
     total: int = Field(default=2048, ge=1)
 
 
+class RoutingSettings(SettingsModel):
+    """`[routing]`: which of several replicas gets a request."""
+
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    load_factor: float = Field(default=1.25, ge=1, le=100)
+
+    @field_validator("session_header")
+    @classmethod
+    def _goes_on_to_the_engine(cls, value: str) -> str:
+        if OF_REQUESTS[value.encode() + b":"][0] != PASS:
+            raise ValueError("means something else to cortex: choose another name")
+        return value
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -126,6 +142,7 @@ class CortexConfig(SettingsModel):
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
     waiting: WaitingSettings = WaitingSettings()
+    routing: RoutingSettings = RoutingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")

@@ -10,7 +10,8 @@ from shared.errors import UpstreamError
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine that has the model. `url` is its base URL; `reported` counts the requests that its neuron last told of.
+    """An engine that has the model. `url` is its base URL; `others` is the work there that is not this cortex's, by its
+    neuron's last report (`choice.beyond_ours`).
 
     `fresh`: the neuron has just been asked for the endpoint. A remembered one may have moved since.
     """
@@ -19,7 +20,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     url: str
     api_key: str | None = None
-    reported: int = 0
+    others: int = 0
     fresh: bool = False
 
 

@@ -13,6 +13,7 @@ from cortex.demand import Demand
 from cortex.fleet import Fleet
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
+from cortex.proxy.choice import beyond_ours
 from cortex.replica import Failure, Replica, Route, unreachable
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
@@ -185,7 +186,7 @@ class Router:
             if known is None or known[0] != version:
                 self._fetch_ahead(model_id, node.name, version)
                 continue
-            replicas.append(_replica(model_id, node.name, known[1], fleet))
+            replicas.append(self._as_replica(model_id, node.name, known[1], fleet))
         return tuple(replicas) if len(replicas) == len(nodes) else ()
 
     def _fetch_ahead(self, model_id: str, node: str, version: _Version | None) -> None:
@@ -215,7 +216,7 @@ class Router:
             version = self._version(fleet, model_id, node)
             known = self._endpoints.get((model_id, node))
             if known is not None and known[0] == version:
-                return _replica(model_id, node, known[1], fleet)
+                return self._as_replica(model_id, node, known[1], fleet)
             try:
                 endpoint = await self._clients[node].endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
@@ -232,7 +233,7 @@ class Router:
             if version is not None:
                 self._endpoints[model_id, node] = version, endpoint
                 self.publish(self._wanted & {model_id})
-            return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
+            return self._as_replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
     async def _look_again(self, failed: Replica) -> None:
         """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""
@@ -254,12 +255,15 @@ class Router:
             return None
         return view.since, None if snapshot.discovery is None else snapshot.discovery.instance_id
 
-
-def _replica(
-    model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
-) -> Replica:
-    activity = fleet.nodes[node].activity.get(model_id)
-    reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    return Replica(
-        model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, reported=reported, fresh=fresh
-    )
+    def _as_replica(
+        self, model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
+    ) -> Replica:
+        """What a worker is told. A replica is told anew when its neuron reports another activity, so our requests are
+        counted here at about the moment of the report."""
+        activity = fleet.nodes[node].activity.get(model_id)
+        others = 0
+        if activity is not None:
+            others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(model_id, node))
+        return Replica(
+            model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, others=others, fresh=fresh
+        )

@@ -13,11 +13,13 @@ from typing import Protocol
 from cortex.front.client import ClientConnection, Handling
 from cortex.in_flight import InFlight, Key
 from cortex.proxy.access import AccessLog
+from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.journey import UNKNOWN, Journey
 from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.request import Request
+from cortex.proxy.speeds import Speeds
 from cortex.proxy.usage_queue import UsageQueue
 from cortex.replica import Failure, Replica, Route
 from cortex.tally import Tally
@@ -64,7 +66,8 @@ class Control(Protocol):
 
 
 class Gateway:
-    """Owns a worker's side of everything: its pool, its counts, its access log. Implements `front.client.Gateway`."""
+    """Owns a worker's side of everything: its pool, its counts, its speeds, its access log.
+    Implements `front.client.Gateway`."""
 
     def __init__(
         self,
@@ -74,11 +77,16 @@ class Gateway:
         callers: Callers,
         access: AccessLog,
         max_body_bytes: int,
+        affinity: Affinity,
+        load_factor: float,
     ) -> None:
         """Needs a running loop."""
         self.control = control
         self.pool = EnginePool()
         self.in_flight = InFlight()
+        self.affinity = affinity
+        self.load_factor = load_factor
+        self.speeds = Speeds()
         self.tally = Tally()
         self.access = access
         self.callers = callers

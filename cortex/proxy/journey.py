@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from cortex.front.client import ClientConnection
 from cortex.proxy.body import find_model
+from cortex.proxy.choice import choose
 from cortex.proxy.pool import Address, parse_url
 from cortex.proxy.relay import Relay
 from cortex.proxy.request import Request
@@ -40,6 +41,7 @@ class Journey:
         "_caller",
         "_client",
         "_cold",
+        "_compared",
         "_failures",
         "_gateway",
         "_known",
@@ -62,6 +64,7 @@ class Journey:
         self._known = False
         self._node = UNKNOWN
         self._cold = False
+        self._compared = False  # this replica with others
         self._attempts = 0
         self._failures: list[Failure] = []
         self._replica: Replica | None = None
@@ -121,13 +124,29 @@ class Journey:
         assert relay is not None
         self._leave()
         self._account(relay.status)
+        if self._compared:
+            self._measure(relay)
         self._relay = None  # the two know each other: without this only the garbage collector would find them
         self._client.finished()
 
     def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:
-        """By our own requests first (known exactly), then by what the engines report, then by name."""
-        count = self._gateway.in_flight.count
-        return min(replicas, key=lambda r: (count((r.model_id, r.node)), r.reported, r.node))
+        """The replica with the least to do, or the one that knows the prompt's beginning and has not much more."""
+        gateway, request, model_id = self._gateway, self._request, self._model_id
+        self._compared = True
+        nodes: list[str] = []
+        outstanding: list[int] = []
+        for replica in replicas:
+            nodes.append(replica.node)
+            outstanding.append(gateway.in_flight.count((model_id, replica.node)) + replica.others)
+        key = gateway.affinity.key(request.path, request.passed, request.body)
+        return replicas[choose(nodes, outstanding, gateway.speeds.of(model_id, nodes), key, gateway.load_factor)]
+
+    def _measure(self, relay: Relay) -> None:
+        """Only what came at once, and whole, says how fast an engine is."""
+        if relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold:
+            gateway, request = self._gateway, self._request
+            kind = self._model_id, request.path, relay.events
+            gateway.speeds.learn(kind, self._node, gateway.now() - request.received, relay.sent_bytes)
 
     def _resolve(self) -> None:
         self._resolving = self._gateway.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")

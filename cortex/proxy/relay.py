@@ -112,6 +112,11 @@ class Relay:
         """Of the answer's body, its framing included."""
         return self._tail.fed_bytes
 
+    @property
+    def events(self) -> bool:
+        """The answer is a stream of events."""
+        return self._events
+
     def usage(self) -> Usage | None:
         """The engine's last word on tokens, None without one."""
         return self._tail.usage()

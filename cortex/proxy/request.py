@@ -77,6 +77,11 @@ class Request:
         return self._named.get(names.REQUEST_ID)
 
     @property
+    def passed(self) -> list[bytes]:
+        """The header lines that go on to the engine as they came."""
+        return self._passed
+
+    @property
     def content_encoding(self) -> bytes | None:
         return self._named.get(names.CONTENT_ENCODING)
 

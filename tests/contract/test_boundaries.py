@@ -20,7 +20,10 @@ PURE = (
     *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
-    *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
+    *(
+        f"cortex/proxy/{name}.py"
+        for name in ("affinity", "body", "callers", "choice", "json_place", "request", "speeds", "usage")
+    ),
     *(
         f"neuron/{name}.py"
         for name in (

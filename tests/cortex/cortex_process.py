@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,15 +67,17 @@ async def cortex_process(
     models: list[dict[str, Any]],
     *,
     poll_secs: float = 0.05,
+    routing: Mapping[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
-    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
-    cortex.toml."""
+    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and `routing` are
+    sections of cortex.toml."""
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     config = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
+        "routing": dict(routing or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
