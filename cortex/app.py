@@ -30,6 +30,7 @@ from cortex.proxy.access import AccessLog
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.pool import Address
+from cortex.proxy.waiting import Comments
 from cortex.router import Router
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
@@ -130,6 +131,7 @@ async def working(
         callers=Callers({}),
         access=AccessLog(sys.stderr.write if info else None),
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
+        comments=Comments(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     try:
         async with (

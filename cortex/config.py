@@ -57,6 +57,15 @@ class ColdLoadSettings(SettingsModel):
     timeout_secs: float = Field(default=1800, gt=0)
 
 
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for a model, counted and told how long."""
+
+    per_model: int = Field(default=256, ge=1)
+    total: int = Field(default=2048, ge=1)
+    first_comment_secs: float = Field(default=1.0, gt=0)
+    comment_interval_secs: float = Field(default=2.0, gt=0)
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -101,6 +110,7 @@ class CortexConfig(SettingsModel):
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
+    waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")

@@ -12,9 +12,10 @@ from cortex.fleet import Fleet
 from cortex.loader import Loader
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
-from cortex.replica import Failure, Replica, Route, unreachable
+from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing import Await, InFlight, Load, Refuse, Serve, decide, serving_nodes
 from cortex.snapshot import FleetSnapshot
+from cortex.waiting_note import waiting_note
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
 from shared.tasks import TaskSet
@@ -73,15 +74,15 @@ class Router:
         Raises:
             ServiceError: it cannot be served now; the error is the client's.
         """
-        given_up = {failure.replica.node for failure in failures if failure.replica.fresh}
+        lost = given_up(failures)
         if failures:
-            await self._look_again(failures[-1].replica)
+            await self._look_again(failures[-1])
         cold = False
         for _ in range(MAX_ROUNDS):
             decision = decide(model_id, self._catalogue, self._fleet.snapshot(), self._in_flight)
             match decision:
                 case Serve(nodes):
-                    left = [node for node in nodes if node not in given_up]
+                    left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         break
                     self._wanted.add(model_id)
@@ -92,15 +93,19 @@ class Router:
                     cold = True
                     if not await self._loader.join(model_id):
                         await self._loader.wait_until_settled(model_id, node, timeout_secs=self._loader.timeout_secs)
-                    given_up.discard(node)
+                    lost.discard(node)
                 case Load():
                     cold = True
                     if not await self._loader.join(model_id):
                         await self._loader.load(decision)
-                    given_up.discard(decision.node)
+                    lost.discard(decision.node)
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def note(self, model_id: str) -> WaitNote:
+        """What a client that waits for the model may be told now."""
+        return waiting_note(model_id, self._fleet.snapshot(), self._loader.in_progress(), time.time())
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -192,11 +197,13 @@ class Router:
                 self.publish(self._wanted & {model_id})
             return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
-    async def _look_again(self, failed: Replica) -> None:
-        """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""
+    async def _look_again(self, failure: Failure) -> None:
+        """After a replica gave no answer: its neuron is asked what became of it, and for its endpoint. That of an
+        engine which is alive stays good: nobody else is to wait because one request found it busy."""
+        failed = failure.replica
         key = failed.model_id, failed.node
         known = self._endpoints.get(key)
-        if known is not None and known[1].url == failed.url:
+        if failure.kind in ("refused", "reset") and known is not None and known[1].url == failed.url:
             del self._endpoints[key]
             self.publish(self._wanted & {failed.model_id})
         watch = self._watches.get(failed.node)
