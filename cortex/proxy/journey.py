@@ -39,7 +39,6 @@ class Journey:
     and nothing is awaited; whatever has to be waited for is asked of the control, in a task."""
 
     __slots__ = (
-        "_asked_again",
         "_asked_at",
         "_attempts",
         "_caller",
@@ -75,7 +74,6 @@ class Journey:
         self._relay: Relay | None = None
         self._resolving: asyncio.Task[None] | None = None
         self._waiting: WaitingStream | None = None
-        self._asked_again = False  # the control, because an engine answered 502 or 503
         self._asked_at = 0.0
         self._waited = 0.0  # seconds, for the control's answers
 
@@ -130,16 +128,18 @@ class Journey:
             self._resolve()
 
     def refused(self, status: int, *, asleep: bool) -> bool:
+        replica = self._replica
+        assert replica is not None
         if self._attempts >= MAX_ATTEMPTS:
             return False
         others = () if asleep else self._untried()
-        if not others and self._asked_again and not asleep:
-            return False
+        again = any(f.replica.node == replica.node and f.kind == "status" for f in self._failures)
+        if again and not others and not asleep:
+            return False  # the control has been asked, and said that it is well: so this is its answer
         self._fail(f"it answered {status}{', asleep' if asleep else ''}", "status")
         if others:
             self._send(self._least_busy(others))
         else:
-            self._asked_again = True
             self._resolve()
         return True
 
@@ -279,7 +279,7 @@ class Journey:
         if gateway.access.on:
             if self._attempts > 1:
                 more = f" attempts={self._attempts}{more}"
-            if self._waited > 0:
+            if self._waited >= 0.001:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
             gateway.access.line(

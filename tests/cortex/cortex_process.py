@@ -67,15 +67,17 @@ async def cortex_process(
     models: list[dict[str, Any]],
     *,
     poll_secs: float = 0.05,
+    waiting: dict[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
-    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
-    cortex.toml."""
+    """Runs inside the body, every neuron healthy; killed after it if it still runs. `waiting` and `gateway` are the
+    sections of cortex.toml."""
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     config = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
+        "waiting": waiting or {},
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
