@@ -344,7 +344,7 @@ async def test_client_that_leaves_gives_up_its_seat(
 
 
 def _waits() -> list[WaitingStream]:
-    return [found for found in gc.get_objects() if isinstance(found, WaitingStream)]
+    return [found for found in gc.get_objects() if type(found) is WaitingStream]
 
 
 async def test_client_that_does_not_read_is_sent_no_more(
@@ -356,7 +356,7 @@ async def test_client_that_does_not_read_is_sent_no_more(
         await client.send(asking())
         await client.head()
         client.stop_reading()
-        (connection,) = [c for c in gc.get_objects() if isinstance(c, ClientConnection) and c.working]
+        (connection,) = [c for c in gc.get_objects() if type(c) is ClientConnection and c.working]
         connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
         buffered = connection.transport.get_write_buffer_size
         await until(lambda: buffered() > 0)
