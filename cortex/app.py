@@ -33,6 +33,7 @@ from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.pool import Address
+from cortex.proxy.waiting import Comments
 from cortex.router import Router
 from cortex.scheduler import Scheduler
 from cortex.waiting import WaitingRooms
@@ -174,6 +175,7 @@ async def working(
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
+        comments=Comments(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     try:
         async with (

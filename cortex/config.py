@@ -74,13 +74,6 @@ class PlacementSettings(SettingsModel):
         return Rules(**self.model_dump())
 
 
-class WaitingSettings(SettingsModel):
-    """`[waiting]`: requests that wait for their model."""
-
-    per_model: int = Field(default=256, ge=1)
-    total: int = Field(default=2048, ge=1)
-
-
 class RoutingSettings(SettingsModel):
     """`[routing]`: which of several replicas gets a request."""
 
@@ -94,6 +87,15 @@ class RoutingSettings(SettingsModel):
         if OF_REQUESTS[value.encode() + b":"][0] != PASS:
             raise ValueError("means something else to cortex: choose another name")
         return value
+
+
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for a model, counted and told how long."""
+
+    per_model: int = Field(default=256, ge=1)
+    total: int = Field(default=2048, ge=1)
+    first_comment_secs: float = Field(default=1.0, gt=0)
+    comment_interval_secs: float = Field(default=2.0, gt=0)
 
 
 class NeuronEntry(SettingsModel):
@@ -141,8 +143,8 @@ class CortexConfig(SettingsModel):
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
-    waiting: WaitingSettings = WaitingSettings()
     routing: RoutingSettings = RoutingSettings()
+    waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")

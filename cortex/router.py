@@ -14,11 +14,12 @@ from cortex.fleet import Fleet
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
 from cortex.proxy.choice import beyond_ours
-from cortex.replica import Failure, Replica, Route, unreachable
+from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
 from cortex.waiting import WaitingRooms
+from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
 from shared.tasks import TaskSet
@@ -84,15 +85,15 @@ class Router:
         Raises:
             ServiceError: it cannot be served now; the error is the client's.
         """
-        given_up = {failure.replica.node for failure in failures if failure.replica.fresh}
+        lost = given_up(failures)
         if failures:
-            await self._look_again(failures[-1].replica)
-        replica = await self._serving(model_id, failures, given_up)
+            await self._look_again(failures[-1])
+        replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_loaded(model_id, failures, given_up)
+        return await self._when_loaded(model_id, failures, lost)
 
-    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], given_up: set[str]) -> Route:
+    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
         """Waits in the model's room until it can be served."""
         patient_until = time.monotonic() + self._patience_secs
         self._demand.arrived(model_id)
@@ -103,13 +104,13 @@ class Router:
                     await seat.news(within_secs=patient_until - time.monotonic())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
-                given_up.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
-                replica = await self._serving(model_id, failures, given_up)
+                lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                replica = await self._serving(model_id, failures, lost)
                 if replica is not None:
                     return Route(replica=replica, cold=True)
                 self._scheduler.want(model_id)
 
-    async def _serving(self, model_id: str, failures: Sequence[Failure], given_up: Collection[str]) -> Replica | None:
+    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
         """An engine that has the model now; None when it has to be waited for.
 
         Raises:
@@ -118,7 +119,7 @@ class Router:
         for _ in range(MAX_ROUNDS):
             match decide(model_id, self._catalogue(), self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
-                    left = [node for node in nodes if node not in given_up]
+                    left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
@@ -142,6 +143,11 @@ class Router:
         """Returns when every worker knows the table as it is now, and its counts are those of after."""
         self.publish(self._wanted)
         await self._counts.refresh()
+
+    def note(self, model_id: str) -> WaitNote:
+        """What a client that waits for the model may be told now."""
+        fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
+        return waiting_note(model_id, fleet, job, self._scheduler.note(model_id), time.time())
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -235,11 +241,13 @@ class Router:
                 self.publish(self._wanted & {model_id})
             return self._as_replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
-    async def _look_again(self, failed: Replica) -> None:
-        """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""
+    async def _look_again(self, failure: Failure) -> None:
+        """After a replica gave no answer: its neuron is asked what became of it, and for its endpoint. That of an
+        engine which is alive stays good: nobody else is to wait because one request found it busy."""
+        failed = failure.replica
         key = failed.model_id, failed.node
         known = self._endpoints.get(key)
-        if known is not None and known[1].url == failed.url:
+        if failure.kind in ("refused", "reset") and known is not None and known[1].url == failed.url:
             del self._endpoints[key]
             self.publish(self._wanted & {failed.model_id})
         watch = self._watches.get(failed.node)

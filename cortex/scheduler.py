@@ -114,6 +114,10 @@ class Scheduler:
             return job.plan.expected_secs - (now - begun)
         return RETRY_AFTER_SECS
 
+    def job(self, model_id: str) -> Job | None:
+        """Our load of this model, when one is under way."""
+        return self._loader.job(model_id)
+
     def note(self, model_id: str) -> str | None:
         """What a model that is not being loaded yet waits for, in words."""
         return self._turn.notes.get(model_id)

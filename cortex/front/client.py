@@ -169,13 +169,14 @@ class ClientConnection:
         self._state = _IDLE
         self.deadline = monotonic() + KEEP_ALIVE_SECS
 
-    def refuse(self, error: ServiceError, request_id: str) -> None:
-        """Answers the request that is being worked on with an error."""
+    def refuse(self, error: ServiceError, request_id: str, node: str | None = None) -> None:
+        """Answers the request that is being worked on with an error. `node` is the neuron whose engine caused it."""
         request = self._request
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
         anthropic = is_anthropic_path(request.path)
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
+        answer = error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive, node=node)
+        self.transport.write(answer)
         self.finished()
 
     def expired(self) -> None:

@@ -9,6 +9,7 @@ from cortex.front.client import ClientConnection
 from cortex.proxy.pool import Address
 from cortex.proxy.relay import Relay
 from cortex.proxy.request import Request
+from cortex.replica import FailureKind
 from shared.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ class ControlRequest:
     def resume(self) -> None:
         self._relay.resume()
 
-    def unreachable(self, reason: str) -> None:
+    def unreachable(self, reason: str, kind: FailureKind) -> None:
         log.error("the control process cannot be reached: %s", reason)
         error = Unavailable("cortex is starting again", code="unavailable", retry_after=RETRY_AFTER_SECS)
         self._client.refuse(error, self._request_id)
+
+    def refused(self, status: int, *, asleep: bool) -> bool:
+        return False
 
     def done(self) -> None:
         self._client.finished()

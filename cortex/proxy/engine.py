@@ -105,6 +105,14 @@ class EngineConnection:
         self._straight = self._between = False
         self.transport.abort()
 
+    def drop(self) -> None:
+        """Nobody wants more of the answer than its head. The connection is kept where the answer is whole already."""
+        body = self._body
+        if body is not None and body.ended:
+            self._release(body)
+        else:
+            self.abandon()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._pool.opened(self)
@@ -207,6 +215,8 @@ class EngineConnection:
         self._keep_alive = head.keep_alive
         self._body = body
         exchange.began(head, body, first)
+        if self._exchange is not exchange:  # it wants no more, and the connection may work for another one by now
+            return
         if fault:
             self._lose(fault)
         elif body.ended:
@@ -216,6 +226,11 @@ class EngineConnection:
         exchange, body = self._exchange, self._body
         assert exchange is not None
         assert body is not None
+        self._release(body)
+        exchange.ended()
+
+    def _release(self, body: Body) -> None:
+        """The present answer is over: back to the pool, if the next one can be told from it."""
         self._exchange = self._body = None
         self._straight = self._between = False
         self._served += 1
@@ -231,7 +246,6 @@ class EngineConnection:
             self._pool.put(self)
         else:
             transport.abort()
-        exchange.ended()
 
     def _lose(self, reason: str) -> None:
         exchange = self._exchange

@@ -21,7 +21,8 @@ from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.request import Request
 from cortex.proxy.speeds import Speeds
 from cortex.proxy.usage_queue import UsageQueue
-from cortex.replica import Failure, Replica, Route
+from cortex.proxy.waiting import Comments
+from cortex.replica import Failure, Replica, Route, WaitNote
 from cortex.tally import Tally
 from shared.errors import ServiceError
 from shared.tasks import TaskSet
@@ -64,6 +65,9 @@ class Control(Protocol):
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route: ...
 
+    def note(self, model_id: str) -> WaitNote | None:
+        """What a client that waits for the model may be told now; None when nothing is known."""
+
 
 class Gateway:
     """Owns a worker's side of everything: its pool, its counts, its speeds, its access log.
@@ -79,6 +83,7 @@ class Gateway:
         max_body_bytes: int,
         affinity: Affinity,
         load_factor: float,
+        comments: Comments,
     ) -> None:
         """Needs a running loop."""
         self.control = control
@@ -92,6 +97,7 @@ class Gateway:
         self.callers = callers
         self.tasks = TaskSet()
         self.max_body_bytes = max_body_bytes
+        self.comments = comments
         self.draining = False
         self._control_address = control_address
         self.usage = UsageQueue()

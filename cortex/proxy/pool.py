@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from cortex.proxy.engine import EngineConnection
+from cortex.replica import FailureKind
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
@@ -36,6 +37,16 @@ class Address(NamedTuple):
         if self.port == (443 if self.tls else 80):
             return host.encode()
         return f"{host}:{self.port}".encode()
+
+
+class NoConnection(Exception):
+    """None could be opened. Refused (also: no route, no such name) means that nobody is there, a time-out that somebody
+    may be, and is busy."""
+
+    def __init__(self, reason: str, kind: FailureKind) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.kind: FailureKind = kind
 
 
 def parse_url(url: str) -> tuple[Address, bytes]:
@@ -84,17 +95,22 @@ class EnginePool:
         """Opens a new connection, which `on_made` is called with.
 
         Raises:
-            OSError: there is none to be had (asyncio.TimeoutError: within CONNECT_TIMEOUT_SECS).
+            NoConnection: there is none to be had within CONNECT_TIMEOUT_SECS.
         """
 
         def factory() -> asyncio.Protocol:
             return cast(asyncio.Protocol, EngineConnection(self, address, on_made))
 
-        async with timeout(CONNECT_TIMEOUT_SECS):
-            if address.port:
-                await self._connect_tcp(address, factory)
-            else:
-                await self._connect_unix(address, factory)
+        try:
+            async with timeout(CONNECT_TIMEOUT_SECS):
+                if address.port:
+                    await self._connect_tcp(address, factory)
+                else:
+                    await self._connect_unix(address, factory)
+        except (asyncio.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
+            raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
+            raise NoConnection(str(error) or type(error).__name__, "refused") from error
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)

@@ -135,6 +135,11 @@ class Request:
         lines += (b"", b"")
         return b"\r\n".join(lines)
 
+    def want_unpacked(self) -> None:
+        """From now on an engine is asked for an answer without a content encoding."""
+        self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
+        self._passed.append(b"accept-encoding: identity")
+
     def forget(self) -> None:
         """Lets go of what only sending needs: from now on this request is sent nowhere any more."""
         self.body = b""

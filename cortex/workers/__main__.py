@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     Counted,
     Elsewhere,
     InFlightNow,
+    Notes,
     Ready,
     Refused,
     Resolved,
@@ -81,7 +82,7 @@ async def _listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case Changed() | Resolved() | Refused():
+                case Changed() | Resolved() | Refused() | Notes():
                     control.hear(message)
                 case Elsewhere(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)

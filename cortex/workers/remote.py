@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cortex.replica import Failure, Replica, Route
-from cortex.workers.messages import Changed, GiveUp, Refused, Resolve, Resolved, Setup, error_from_wire
+from cortex.replica import Failure, Replica, Route, WaitNote
+from cortex.workers.messages import Changed, GiveUp, Notes, Refused, Resolve, Resolved, Setup, error_from_wire
 from shared.errors import Unavailable
 
 
@@ -22,6 +22,7 @@ class RemoteControl:
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
+        self._notes: dict[str, WaitNote] = {}
         self._gone = False
 
     @property
@@ -45,8 +46,14 @@ class RemoteControl:
             del self._waiting[number]
             if future.cancelled():
                 self._send(GiveUp(number))
+            if not self._waiting:
+                self._notes = {}  # of a wait that is over
 
-    def hear(self, message: Changed | Resolved | Refused) -> None:
+    def note(self, model_id: str) -> WaitNote | None:
+        """What the control last told of a model that somebody here waits for."""
+        return self._notes.get(model_id)
+
+    def hear(self, message: Changed | Resolved | Refused | Notes) -> None:
         """Takes what the control says."""
         match message:
             case Changed(model_id, replicas):
@@ -54,6 +61,8 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
+            case Notes(by_model):
+                self._notes = by_model
             case Resolved(number, route):
                 future = self._waiting.get(number)
                 if future is not None and not future.done():

@@ -28,6 +28,7 @@ from cortex.workers.messages import (
     FromWorker,
     GiveUp,
     InFlightNow,
+    Notes,
     Ready,
     Resolve,
     Resolved,
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 COLLECT_TIMEOUT_SECS = 1.0
 STOP_MARGIN_SECS = 5.0
 """What a worker may take to end beyond its drain time-out."""
+NOTES_SECS = 1.0
+"""Between two words on the models that a worker waits for."""
 EARLY_DEATH_SECS = 5.0
 """A worker that dies sooner is replaced only after a pause."""
 MAX_PAUSE_SECS = 30.0
@@ -69,6 +72,10 @@ class Worker:
         self._in_flight: Mapping[Key, int] = {}
         self._begun: dict[Key, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
+        self._wanted: dict[int, str] = {}  # the models of these resolutions
+        self._noting: asyncio.TimerHandle | None = None
+        # The first one comes before the worker's first comment.
+        self._note_secs = min(NOTES_SECS, parts.config.waiting.first_comment_secs / 2)
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._numbers = 0
@@ -122,13 +129,29 @@ class Worker:
                         self._ready.set()
         finally:
             self._in_flight = {}
+            if self._noting is not None:
+                self._noting.cancel()
             await self._tasks.close()
             await self._channel.close()
 
     def _resolve(self, number: int, model_id: str, failures: list[Failure]) -> None:
         task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
         self._resolving[number] = task
-        task.add_done_callback(lambda _: self._resolving.pop(number))
+        self._wanted[number] = model_id
+        task.add_done_callback(lambda _: self._resolved(number))
+        if self._noting is None:
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
+
+    def _resolved(self, number: int) -> None:
+        del self._resolving[number], self._wanted[number]
+
+    def _note(self) -> None:
+        """Tells the worker how far the models are that it waits for, as long as there are any."""
+        self._noting = None
+        models = set(self._wanted.values())
+        if models:
+            self._channel.send(Notes({model_id: self._parts.router.note(model_id) for model_id in models}))
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
     async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
         try:

@@ -68,9 +68,11 @@ async def cortex_process(
     *,
     poll_secs: float = 0.05,
     routing: Mapping[str, Any] | None = None,
+    waiting: Mapping[str, Any] | None = None,
+    placement: Mapping[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
-    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and `routing` are
+    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
     sections of cortex.toml."""
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -78,6 +80,8 @@ async def cortex_process(
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
         "routing": dict(routing or {}),
+        "waiting": dict(waiting or {}),
+        "placement": dict(placement or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")

@@ -136,8 +136,7 @@ async def test_stop_cuts_what_does_not_finish(
 ) -> None:
     """After `drain_timeout_secs` a stream is cut, visibly, and the process ends all the same."""
     engine.scripts.append(Held())
-    settings: dict[str, Any] = {"drain_timeout_secs": 0.3, "workers": workers}
-    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], **settings) as process:
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], drain_timeout_secs=0.3, workers=workers) as process:
         async with connected(process.url) as client:
             await client.send(ASK)
             await client.head()
