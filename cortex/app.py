@@ -22,15 +22,17 @@ from cortex.counts import Counts
 from cortex.fleet import Fleet
 from cortex.front.server import accepting
 from cortex.keys import PARTS, Parts
+from cortex.live_config import LiveConfig
 from cortex.loader import Loader
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient
-from cortex.poller import NodeWatch
 from cortex.proxy.access import AccessLog
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.pool import Address
+from cortex.roster import Roster
 from cortex.router import Router
+from cortex.state_file import StateFile
+from cortex.stopping import Stopping
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
 from shared.serve import BACKLOG
@@ -38,50 +40,54 @@ from shared.tasks import running
 
 
 @contextlib.asynccontextmanager
-async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator[Parts]:
-    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop."""
+async def assembled(
+    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
+) -> AsyncIterator[Parts]:
+    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop. `files` are what the
+    configuration was read from; `state` None: nothing outlives the body."""
+    live, state, stopping = LiveConfig(config, catalogue, files), state or StateFile(), Stopping()
     fleet = Fleet(
-        [(entry.name, entry.endpoint) for entry in config.neurons], unhealthy_after=config.poll.unhealthy_after
+        [(entry.name, entry.endpoint) for entry in config.neurons],
+        unhealthy_after=config.poll.unhealthy_after,
+        drained=state.drained,
     )
+    live.subscribe(fleet.look_again)
     counts = Counts()
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
-        clients = {entry.name: NeuronClient(entry, session) for entry in config.neurons}
-        watches = {name: NodeWatch(client, fleet, config.poll) for name, client in clients.items()}
-        loader = Loader(fleet, clients, metrics, timeout_secs=config.cold_load.timeout_secs)
+        roster = Roster(session, fleet)
+        loader = Loader(fleet, roster.clients, metrics, live)
         router = Router(
-            catalogue=catalogue,
+            live=live,
             fleet=fleet,
             loader=loader,
-            clients=clients,
-            watches=watches,
+            clients=roster.clients,
+            watches=roster.watches,
             in_flight=counts.in_flight,
+            stopping=stopping,
         )
         parts = Parts(
-            config=config,
-            catalogue=catalogue,
+            live=live,
+            state=state,
+            stopping=stopping,
             fleet=fleet,
             counts=counts,
             metrics=metrics,
             session=session,
-            clients=clients,
-            watches=watches,
+            roster=roster,
             loader=loader,
             router=router,
             created=int(time.time()),
         )
-        loops = {
-            f"{kind} {name}": loop
-            for name, watch in watches.items()
-            for kind, loop in (("poll", watch.poll_loop), ("events", watch.listen_loop))
-        }
+        roster.configure(config.neurons, config.poll)
         try:
-            async with running({**loops, "routing table": router.publish_loop}):
+            async with running({"routing table": router.publish_loop, "state file": state.write_loop}):
                 yield parts
         finally:
-            await asyncio.gather(*(watch.close() for watch in watches.values()), loader.close(), router.close())
+            await asyncio.gather(roster.close(), loader.close(), router.close())
+            await state.close()
 
 
 def build_control_app(parts: Parts) -> web.Application:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cortex.fleet import Fleet
+from cortex.live_config import LiveConfig
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.routing import Load
 from cortex.snapshot import Reservation
 from shared.errors import Unavailable
@@ -50,14 +51,14 @@ class Loader:
         fleet: Fleet,
         clients: Mapping[str, NeuronClient],
         metrics: Metrics,
+        live: LiveConfig,
         *,
-        timeout_secs: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._clients = clients
         self._metrics = metrics
-        self._timeout_secs = timeout_secs
+        self._live = live
         self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[str, dict[str, tuple[LoadInProgress, asyncio.Task[None]]]] = {}  # model -> node -> job
@@ -66,7 +67,7 @@ class Loader:
     @property
     def timeout_secs(self) -> float:
         """How long a cold load may take."""
-        return self._timeout_secs
+        return self._live.config.cold_load.timeout_secs
 
     def in_progress(self) -> list[LoadInProgress]:
         return [job for jobs in self._jobs.values() for job, _ in jobs.values()]
@@ -146,6 +147,9 @@ class Loader:
             del self._jobs[model_id]
 
     async def _carry_out(self, load: Load) -> None:
+        client = self._clients.get(load.node)
+        if client is None:  # it has left the configuration since the decision
+            return
         command, started = load.command, self._clock()
         model_id = command.model_id
         devices = tuple(command.devices or ())
@@ -153,7 +157,10 @@ class Loader:
         log.info("loading %s on %s, devices %s (%s)", model_id, load.node, list(devices), load.reason)
         self._fleet.reserve(reservation)
         try:
-            await self._clients[load.node].load(command, timeout_secs=self._timeout_secs)
+            await client.load(command, timeout_secs=self.timeout_secs)
+        except NeuronLeft:
+            log.info("%s is loaded on by %s, which has left the configuration", model_id, load.node)
+            return  # whoever waits for the model is decided anew
         except (NeuronRefused, NeuronUnreachable) as error:
             if isinstance(error, NeuronRefused) and error.code == LOAD_IN_PROGRESS:
                 # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
@@ -170,7 +177,8 @@ class Loader:
         log.info("loaded %s on %s in %.1f s", model_id, load.node, took)
 
     async def wait_until_settled(self, model_id: str, node: str, *, timeout_secs: float) -> None:
-        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or out of reach.
+        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or out of reach; or
+        until the neuron has left the configuration.
 
         Raises:
             Unavailable: it failed, or did not settle within `timeout_secs`.
@@ -182,7 +190,8 @@ class Loader:
             raise self._failed_elsewhere(
                 model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s"
             ) from None
-        view = self._fleet.snapshot().nodes[node].models.get(model_id)
+        there = self._fleet.snapshot().nodes.get(node)
+        view = None if there is None else there.models.get(model_id)
         if view is not None and view.known_status is ModelStatus.FAILED:
             reason = view.error or "no reason given"
             raise self._failed_elsewhere(model_id, f"loading {model_id!r} on {node} failed: {reason}")
@@ -197,9 +206,9 @@ class Loader:
     async def _settled(self, model_id: str, node: str) -> None:
         version = self._fleet.version
         while True:
-            snapshot = self._fleet.snapshot().nodes[node]
-            status = snapshot.status_of(model_id)
-            if not snapshot.healthy or status is None or not status.coming:
+            snapshot = self._fleet.snapshot().nodes.get(node)
+            status = None if snapshot is None else snapshot.status_of(model_id)
+            if snapshot is None or not snapshot.healthy or status is None or not status.coming:
                 return
             version = await self._fleet.changed_since(version)
 

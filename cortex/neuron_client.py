@@ -30,6 +30,10 @@ class NeuronUnreachable(Exception):
     """No answer: refused, reset, timed out, or not HTTP."""
 
 
+class NeuronLeft(Exception):
+    """The neuron has left the configuration while it was asked; it goes on with what it was asked for."""
+
+
 class NeuronRefused(Exception):
     """An answer that is an error, or not the protocol's; `status` is its HTTP status."""
 
@@ -47,6 +51,7 @@ class NeuronClient:
         self.name = entry.name
         self._base = entry.endpoint
         self._session = session
+        self._loads: set[asyncio.Task[Any]] = set()
         token = entry.bearer_token
         # The session hands bodies on as they are, for the proxy's sake: here they must not be compressed.
         self._headers = {"Accept-Encoding": "identity"}
@@ -72,13 +77,27 @@ class NeuronClient:
         Raises:
             NeuronRefused: the neuron says why it is not.
             NeuronUnreachable: no answer within `timeout_secs`.
+            NeuronLeft: `leave` was called meanwhile.
         """
+        call = asyncio.create_task(self._post("/models/load", command, timeout_secs), name=f"load on {self.name}")
+        self._loads.add(call)
         try:
-            await self._post("/models/load", command, timeout_secs)
+            await asyncio.wait([call])
+            if call.cancelled():
+                raise NeuronLeft(self.name)
+            await call
         except NeuronRefused as refused:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
+        finally:
+            self._loads.discard(call)
+            call.cancel()
+
+    def leave(self) -> None:
+        """The neuron has left the configuration: nobody waits for its loads any more. It carries them on."""
+        for call in self._loads:
+            call.cancel()
 
     async def unload(self, model_id: str, *, timeout_secs: float) -> None:
         """Returns when the model's process is gone. Raises as `load`."""

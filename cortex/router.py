@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from cortex.catalogue import Catalogue
 from cortex.fleet import Fleet
+from cortex.live_config import LiveConfig
 from cortex.loader import Loader
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
 from cortex.replica import Failure, Replica, Route, unreachable
 from cortex.routing import Await, InFlight, Load, Refuse, Serve, decide, serving_nodes
 from cortex.snapshot import FleetSnapshot
+from cortex.stopping import Stopping
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
 from shared.tasks import TaskSet
@@ -39,20 +40,22 @@ class Router:
     def __init__(
         self,
         *,
-        catalogue: Catalogue,
+        live: LiveConfig,
         fleet: Fleet,
         loader: Loader,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
         in_flight: InFlight,
+        stopping: Stopping,
     ) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
-        self._catalogue = catalogue
+        self._live = live
         self._fleet = fleet
         self._loader = loader
         self._clients = clients
         self._watches = watches
         self._in_flight = in_flight
+        self._stopping = stopping
         self._endpoints: dict[tuple[str, str], tuple[_Version, EndpointReply]] = {}
         self._wanted: set[str] = set()  # models that somebody has asked for: their endpoints are fetched in advance
         self._fetching: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -61,11 +64,11 @@ class Router:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._catalogue.aliases
+        return self._live.catalogue.aliases
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
-        return self._catalogue.profile(model_id) is not None
+        return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
@@ -78,7 +81,7 @@ class Router:
             await self._look_again(failures[-1].replica)
         cold = False
         for _ in range(MAX_ROUNDS):
-            decision = decide(model_id, self._catalogue, self._fleet.snapshot(), self._in_flight)
+            decision = decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._in_flight)
             match decision:
                 case Serve(nodes):
                     left = [node for node in nodes if node not in given_up]
@@ -90,17 +93,30 @@ class Router:
                         return Route(replica=replica, cold=cold)
                 case Await(node):
                     cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.wait_until_settled(model_id, node, timeout_secs=self._loader.timeout_secs)
+                    await self._stopping.unless_begun(self._until_settled(model_id, node))
                     given_up.discard(node)
                 case Load():
                     cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.load(decision)
+                    await self._stopping.unless_begun(self._until_loaded(decision))
                     given_up.discard(decision.node)
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    async def _until_settled(self, model_id: str, node: str) -> None:
+        if not await self._loader.join(model_id):
+            await self._loader.wait_until_settled(model_id, node, timeout_secs=self._loader.timeout_secs)
+
+    async def _until_loaded(self, load: Load) -> None:
+        if not await self._loader.join(load.command.model_id):
+            await self._loader.load(load)
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """What these neurons told of their engines holds no more: they have left, or are elsewhere."""
+        gone = [key for key in self._endpoints if key[1] in nodes]
+        for key in gone:
+            del self._endpoints[key]
+        self.publish(self._wanted & {model_id for model_id, _ in gone})
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -170,14 +186,19 @@ class Router:
         patient_until = time.monotonic() + ENDPOINT_PATIENCE_SECS
         while True:
             fleet = self._fleet.snapshot()
+            if node not in fleet.nodes:
+                return None
             version = self._version(fleet, model_id, node)
             known = self._endpoints.get((model_id, node))
             if known is not None and known[0] == version:
                 return _replica(model_id, node, known[1], fleet)
+            client, watch = self._clients[node], self._watches[node]
             try:
-                endpoint = await self._clients[node].endpoint(model_id)
+                endpoint = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
-                await self._watches[node].refresh()
+                await watch.refresh()
+                if self._clients.get(node) is not client:
+                    continue
                 now = self._fleet.snapshot().nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
@@ -186,6 +207,8 @@ class Router:
                         f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
                     ) from error
                 await asyncio.sleep(ENDPOINT_AGAIN_SECS)
+                continue
+            if self._clients.get(node) is not client:  # it was another configuration's neuron that answered
                 continue
             if version is not None:
                 self._endpoints[model_id, node] = version, endpoint

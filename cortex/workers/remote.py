@@ -8,8 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cortex.replica import Failure, Replica, Route
-from cortex.workers.messages import Changed, GiveUp, Refused, Resolve, Resolved, Setup, error_from_wire
-from shared.errors import Unavailable
+from cortex.stopping import stopping
+from cortex.workers.messages import (
+    CatalogueChanged,
+    Changed,
+    GiveUp,
+    Refused,
+    Resolve,
+    Resolved,
+    Setup,
+    error_from_wire,
+)
 
 
 class RemoteControl:
@@ -34,7 +43,7 @@ class RemoteControl:
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """As `cortex.router.Router.resolve`. Unavailable when the control is gone."""
         if self._gone:
-            raise _gone()
+            raise stopping()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -46,7 +55,7 @@ class RemoteControl:
             if future.cancelled():
                 self._send(GiveUp(number))
 
-    def hear(self, message: Changed | Resolved | Refused) -> None:
+    def hear(self, message: Changed | CatalogueChanged | Resolved | Refused) -> None:
         """Takes what the control says."""
         match message:
             case Changed(model_id, replicas):
@@ -54,6 +63,9 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
+            case CatalogueChanged(models, aliases):
+                self._models = frozenset(models)
+                self._aliases = aliases
             case Resolved(number, route):
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
@@ -68,8 +80,4 @@ class RemoteControl:
         self._gone = True
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(_gone())
-
-
-def _gone() -> Unavailable:
-    return Unavailable("cortex is stopping", code="unavailable", retry_after=1)
+                future.set_exception(stopping())
