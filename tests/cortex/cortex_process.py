@@ -37,6 +37,11 @@ class CortexProcess:
 
     process: asyncio.subprocess.Process
     url: str
+    log_file: Path
+
+    def log(self) -> str:
+        """What it has said so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def rss_bytes(self) -> int:
         """Memory of the process that is in RAM."""
@@ -93,7 +98,7 @@ async def cortex_process(
         )
     try:
         await _healthy(url)
-        yield CortexProcess(process, url)
+        yield CortexProcess(process, url, directory / "cortex.log")
     finally:
         if process.returncode is None:
             process.kill()
