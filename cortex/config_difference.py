@@ -104,4 +104,6 @@ def _changes(key: str, before: object, after: object) -> list[str]:
 def _shown(value: object) -> str:
     if isinstance(value, BaseModel):
         return str(value.model_dump(exclude_none=True))
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(list(value) if isinstance(value, tuple) else value)

@@ -72,6 +72,7 @@ async def cortex_process(
     models: list[dict[str, Any]],
     *,
     poll_secs: float = 0.05,
+    state_dir: str | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
@@ -79,6 +80,7 @@ async def cortex_process(
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     config = {
+        **({} if state_dir is None else {"state_dir": state_dir}),
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
