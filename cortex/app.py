@@ -155,6 +155,8 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
         try:
             yield gateway
         finally:
+            gateway.draining = True  # first: whoever is refused now is to go elsewhere, and not to ask here again
+            parts.stopping.begin()
             parts.counts.detach(gateway)
 
 

@@ -82,7 +82,6 @@ async def serve(
                 log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
-                parts.stopping.begin()
 
 
 def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:

@@ -89,6 +89,7 @@ async def _listen(
                 case Collect(number):
                     channel.send(Counted(number, gateway.collect()))
                 case Stop():
+                    gateway.draining = True
                     stop.set()
                 case Setup():
                     raise AssertionError("a worker is set up once")

@@ -172,6 +172,7 @@ class Supervisor:
                 sock.close()
             for worker in self._workers.values():
                 worker.tell(Stop())
+            self._parts.stopping.begin()  # after that: whoever is refused now is to go elsewhere
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)
             self.kill()

@@ -96,12 +96,12 @@ class Cortex:
         return next((node for node in (await self.get("/fleet"))["nodes"] if node["name"] == name), None)
 
     async def until_healthy(self, name: str) -> None:
-        await self._until_node(name, lambda node: bool(node["healthy"]))
+        await self.until_node(name, lambda node: bool(node["healthy"]))
 
     async def until_loaded(self, name: str, model: str) -> None:
-        await self._until_node(name, lambda node: model in [view["id"] for view in node["models"]])
+        await self.until_node(name, lambda node: model in [view["id"] for view in node["models"]])
 
-    async def _until_node(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> None:
+    async def until_node(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> None:
         async def seen() -> None:
             while (node := await self.node(name)) is None or not condition(node):  # noqa: ASYNC110 - it is elsewhere
                 await asyncio.sleep(0.02)
@@ -355,10 +355,8 @@ async def test_a_neuron_at_another_endpoint(cortex: Cortex, benjy: SeedNeuron, b
         enough = asyncio.Event()
         asking = asyncio.create_task(keep_asking(cortex, "org/small", enough))
         assert await cortex.reload() == f"neuron benjy: endpoint {benjy.url} -> {moved.url}"
+        await cortex.until_node("benjy", lambda node: bool(node["devices"][0]["vram_total_mb"] == 48000))
         await until(lambda: moved.calls.count("/models/org/small/endpoint") > 0)
-        node = await cortex.node("benjy")
-        assert node is not None
-        assert (node["endpoint"], node["devices"][0]["vram_total_mb"]) == (moved.url, 48000)
         enough.set()
         assert {answer.status for answer in await asking} == {200}
         served = len(benjy.engine.requests)
