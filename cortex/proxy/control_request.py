@@ -9,6 +9,7 @@ from cortex.front.client import ClientConnection
 from cortex.proxy.pool import Address
 from cortex.proxy.relay import Relay
 from cortex.proxy.request import Request
+from cortex.stopping import stopping
 from shared.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class ControlRequest:
 
     def abandon(self) -> None:
         self._relay.abandon()
+
+    def stop(self) -> None:
+        if self._relay.status:
+            self._relay.cut_off("cortex is stopping")
+        else:
+            self._relay.abandon()
+            self._client.refuse(stopping(), self._request_id)
 
     def pause(self) -> None:
         self._relay.pause()

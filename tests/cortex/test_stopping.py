@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,8 +19,9 @@ from shared.errors import Unavailable
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.raw_engine import RawEngine, Received, plain
-from tests.cortex.raw_http import Wire, bounded, connected, request
+from tests.cortex.raw_http import Wire, bounded, connected, request, until
 from tests.cortex.seed_neuron import SeedNeuron
+from tests.processes import alive, descendants
 
 MODEL = "org/small"
 ASK = request(json.dumps({"model": MODEL}).encode())
@@ -47,6 +51,43 @@ async def test_who_waits_for_a_load_is_refused_at_once(process: CortexProcess, b
     assert await process.ended() == 0
     assert time.monotonic() - started < 10
     assert benjy.unloads == []
+
+
+async def test_stop_while_workers_start(tmp_path: Path) -> None:
+    """They need not be up to be told: nothing is waited for, and nothing is left behind."""
+    (tmp_path / "cortex.toml").write_text(
+        '[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\nworkers = 2\n', encoding="utf-8"
+    )
+    (tmp_path / "models.toml").write_text("", encoding="utf-8")
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cortex", "serve", "--config", str(tmp_path / "cortex.toml")), stderr=output
+        )
+    await until(lambda: b"is process" in log.read_bytes())
+    pids = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert await bounded(process.wait()) == 0
+    assert not alive(pids)
+
+
+async def test_hangup_of_a_closed_terminal_stops(tmp_path: Path) -> None:
+    """The kernel sends the very signal that asks for a reload: whose terminal is gone, ends, as always."""
+    (tmp_path / "cortex.toml").write_text(
+        '[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\n', encoding="utf-8"
+    )
+    (tmp_path / "models.toml").write_text("", encoding="utf-8")
+    log = tmp_path / "log"
+    ours, theirs = pty.openpty()
+    command = ["setsid", "--ctty", sys.executable, "-m", "cortex", "serve", "--config", str(tmp_path / "cortex.toml")]
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(*command, stdin=theirs, stderr=output)
+    os.close(theirs)
+    await until(lambda: b"cortex listening" in log.read_bytes())
+    process.send_signal(signal.SIGHUP)
+    await until(lambda: b"configuration reloaded" in log.read_bytes())
+    os.close(ours)
+    assert await bounded(process.wait()) == 0
 
 
 async def test_who_is_at_an_engine_is_served(process: CortexProcess, benjy: SeedNeuron) -> None:
