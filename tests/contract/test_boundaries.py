@@ -18,6 +18,7 @@ SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGE
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
     *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
+    "cortex/config_difference.py",
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),

@@ -79,12 +79,13 @@ async def cortex_process(
     cortex.toml."""
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    config = {
-        **({} if state_dir is None else {"state_dir": state_dir}),
+    config: dict[str, Any] = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
+    if state_dir is not None:
+        config["state_dir"] = state_dir
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     (directory / "models.toml").write_text(tomli_w.dumps({"models": models}), encoding="utf-8")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CORTEX_")}

@@ -144,7 +144,7 @@ async def test_stop_cuts_what_does_not_finish(
     async def silent(wire: Wire, received: Received) -> None:
         await asyncio.Event().wait()
 
-    settings = {"drain_timeout_secs": 0.3, "workers": workers}
+    settings: dict[str, Any] = {"drain_timeout_secs": 0.3, "workers": workers}
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], **settings) as process:
         async with (
             connected(process.url) as streaming,

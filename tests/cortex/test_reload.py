@@ -71,7 +71,7 @@ class Cortex:
         """What the log says was changed, at the next reload."""
         self._reloads += 1
         await until(lambda: self.log.count("configuration reloaded: ") >= self._reloads)
-        return re.findall(r"configuration reloaded: (.*)", self.log)[self._reloads - 1]
+        return str(re.findall(r"configuration reloaded: (.*)", self.log)[self._reloads - 1])
 
     async def refused(self) -> None:
         """Asks for a reload, and waits until the files are refused."""

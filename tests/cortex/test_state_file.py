@@ -55,7 +55,12 @@ async def test_many_changes_are_written_together(tmp_path: Path, monkeypatch: py
     state = StateFile(tmp_path)
     written: list[bytes] = []
     write = state._write
-    monkeypatch.setattr(state, "_write", lambda directory, data: (written.append(data), write(directory, data))[1])
+
+    def noted(directory: Path, data: bytes) -> str | None:
+        written.append(data)
+        return write(directory, data)
+
+    monkeypatch.setattr(state, "_write", noted)
     loop = asyncio.create_task(state.write_loop())
     for number in range(100):
         state.set_load_secs("m", "n", number)
