@@ -138,6 +138,7 @@ class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
     models_config: Path = Path("models.toml")
+    state_dir: Path | None = None  # None: see cortex.configuration.state_directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()

@@ -10,16 +10,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from cortex.bars import Cause
-from cortex.catalogue import Catalogue
 from cortex.commands import load_command
 from cortex.counts import Counts
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Plan
 from cortex.planning.view import Key
 from cortex.poller import NodeWatch
 from cortex.snapshot import NodeSnapshot, Reservation
+from cortex.state_file import StateFile
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
@@ -82,26 +83,35 @@ class Loader:
         self,
         *,
         fleet: Fleet,
-        catalogue: Callable[[], Catalogue],
+        live: LiveConfig,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
         counts: Counts,
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
-        timeout_secs: float,
+        state: StateFile,
     ) -> None:
         """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
         self._fleet = fleet
-        self._catalogue = catalogue
+        self._live = live
         self._clients = clients
         self._watches = watches
         self._counts = counts
         self._metrics = metrics
         self._settle_routes = settle_routes
-        self.timeout_secs = timeout_secs
-        self.load_secs: dict[str, dict[str, float]] = {}  # model -> node -> seconds, of the last load
+        self._state = state
         self._tasks = TaskSet()
         self._jobs: dict[Key, Job] = {}
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long a cold load may take."""
+        return self._live.config.cold_load.timeout_secs
+
+    @property
+    def load_secs(self) -> Mapping[str, Mapping[str, float]]:
+        """By model and node, what the last load took."""
+        return self._state.load_secs
 
     def jobs(self) -> list[Job]:
         return list(self._jobs.values())
@@ -141,7 +151,7 @@ class Loader:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
             raise NotWanted
-        client = self._clients[node]
+        client = self._client(node)
         try:
             if sleep and await self._put_to_sleep(key):
                 return
@@ -151,13 +161,13 @@ class Loader:
             if refused.status != 404:  # gone already
                 raise
         finally:
-            await self._watches[node].refresh()
+            await self._look_again(node)
 
     async def _put_to_sleep(self, key: Key) -> bool:
         """False when it does not sleep there."""
         model_id, node = key
         try:
-            await self._clients[node].sleep(model_id, timeout_secs=self.timeout_secs)
+            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
         except NeuronRefused as refused:
             log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
             return False
@@ -169,6 +179,8 @@ class Loader:
             await self._carry_out(job, wanted)
         except NotWanted:
             log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
+        except (NodeLeft, NeuronLeft):
+            log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
         except LoadFailed as error:
             failure = error
             log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
@@ -208,16 +220,15 @@ class Loader:
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()
         job.loading_since = started
-        node = self._fleet.snapshot().nodes[plan.node]
-        client = self._clients[plan.node]
-        command = load_command(plan, self._catalogue().profile(plan.model_id), node)
+        node, client = self._node(plan.node), self._client(plan.node)
+        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
         try:
             if node.status_of(plan.model_id) is ModelStatus.SLEEPING and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
             loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=not self._is_ours(plan.node))
         except NeuronRefused as refused:
             if refused.code != LOAD_IN_PROGRESS:
-                await self._watches[plan.node].refresh()  # it knows something that we do not
+                await self._look_again(plan.node)  # it knows something that we do not
                 raise _failed(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
             self._fleet.tell(plan.node, ModelView(id=plan.model_id, status=ModelStatus.LOADING.value))
@@ -225,10 +236,10 @@ class Loader:
         except NeuronUnreachable as error:
             raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if not loaded:
-            await self._watches[plan.node].refresh()
+            await self._look_again(plan.node)
             await self._until_loaded(plan)
         took = time.monotonic() - started
-        self.load_secs.setdefault(plan.model_id, {})[plan.node] = took
+        self._state.set_load_secs(plan.model_id, plan.node, took)
         self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
@@ -255,13 +266,30 @@ class Loader:
                 raise LoadFailed(f"{what}: it was unloaded meanwhile", Cause.PASSING)
             raise LoadFailed(f"{what}: {error}", cause_of(view))
 
+    def _node(self, name: str) -> NodeSnapshot:
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None:
+            raise NodeLeft(name)
+        return node
+
+    def _client(self, name: str) -> NeuronClient:
+        client = self._clients.get(name)
+        if client is None:
+            raise NodeLeft(name)
+        return client
+
+    async def _look_again(self, name: str) -> None:
+        watch = self._watches.get(name)
+        if watch is not None:
+            await watch.refresh()
+
     def _sleeps_when_idle(self, model_id: str) -> bool:
-        profile = self._catalogue().profile(model_id)
+        profile = self._live.catalogue.profile(model_id)
         return profile is not None and profile.when_idle == "sleep"
 
     def _is_ours(self, node: str) -> bool:
         """Seed neurons have no instance id, and know no more than the six requests."""
-        return self._fleet.snapshot().nodes[node].instance is not None
+        return self._node(node).instance is not None
 
 
 def cause_of(view: ModelView | None) -> Cause:

@@ -41,6 +41,10 @@ class NeuronUnreachable(Exception):
     """No answer: refused, reset, timed out, or not HTTP."""
 
 
+class NeuronLeft(Exception):
+    """The neuron has left the configuration while it was asked; it goes on with what it was asked for."""
+
+
 class NeuronRefused(Exception):
     """An answer that is an error, or not the protocol's; `status` is its HTTP status.
 
@@ -72,6 +76,7 @@ class NeuronClient:
         self.name = entry.name
         self._base = entry.endpoint
         self._session = session
+        self._loads: set[asyncio.Task[Any]] = set()
         token = entry.bearer_token
         # The session hands bodies on as they are, for the proxy's sake: here they must not be compressed.
         self._headers = {"Accept-Encoding": "identity"}
@@ -98,15 +103,30 @@ class NeuronClient:
         Raises:
             NeuronRefused: the neuron says why it is not.
             NeuronUnreachable: no answer within `timeout_secs`.
+            NeuronLeft: `leave` was called meanwhile.
         """
+        path = "/models/load" if wait else "/models/load?wait=false"
+        call = asyncio.create_task(self._post(path, command, timeout_secs), name=f"load on {self.name}")
+        self._loads.add(call)
         try:
-            answer = await self._post("/models/load" if wait else "/models/load?wait=false", command, timeout_secs)
+            await asyncio.wait([call])
+            if call.cancelled():
+                raise NeuronLeft(self.name)
+            answer = await call
         except NeuronRefused as refused:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
             return True
+        finally:
+            self._loads.discard(call)
+            call.cancel()
         return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
+
+    def leave(self) -> None:
+        """The neuron has left the configuration: nobody waits for its loads any more. It carries them on."""
+        for call in self._loads:
+            call.cancel()
 
     async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
         """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at

@@ -46,6 +46,8 @@ class NodeWatch:
         self._polling: asyncio.Task[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
+        self._described = False  # the known discovery came from here, and not from a watch of another endpoint before
+        self._retired = False
 
     async def poll_loop(self) -> None:
         """Polls for ever. Nodes start at random moments of the first interval, so that polls spread out."""
@@ -71,6 +73,23 @@ class NodeWatch:
             await asyncio.shield(self._polling)
         await self.poll()
 
+    def use(self, settings: PollSettings) -> None:
+        """Other settings, for the polls that begin from now on."""
+        sooner = settings.interval_secs < self._settings.interval_secs
+        self._settings = settings
+        if sooner:  # spread out again: the pause that runs may be a long one
+            delay = settings.interval_secs * random.random()  # noqa: S311 - as above
+            asyncio.get_running_loop().call_later(delay, self.nudge)
+
+    def retire(self) -> None:
+        """Tells the fleet nothing from now on: another watch may do so, or the neuron has left the configuration."""
+        self._retired = True
+
+    async def finished(self) -> None:
+        """Waits for a poll that is still under way; others may wait for it, too."""
+        if self._polling is not None:
+            await asyncio.wait([self._polling])
+
     async def close(self) -> None:
         """Ends a poll that is still under way."""
         if self._polling is not None:
@@ -92,6 +111,8 @@ class NodeWatch:
     def _miss(self, reason: str) -> None:
         """Polls also come out of turn, when an event stream ends or an engine is not found: those misses say nothing
         that the last one did not, and a neuron that restarts has the whole of `unhealthy_after` intervals."""
+        if self._retired:
+            return
         now = self._clock()
         if now - self._missed_at >= _TURN * self._settings.interval_secs:
             self._missed_at = now
@@ -100,12 +121,17 @@ class NodeWatch:
     async def _ask(self) -> None:
         """Health and models together; discovery once for each process of the neuron, and when it comes back."""
         started = self._clock()
+        if self._retired:
+            return
         node = self._fleet.snapshot().nodes[self.name]
         health, models = await asyncio.gather(self._client.health(), self._client.models())
         discovery: Discovery | None = None
-        if node.discovery is None or not node.healthy or health.instance_id != self._instance:
+        if not self._described or not node.healthy or health.instance_id != self._instance:
             discovery = await self._client.discovery()
             self._instance = discovery.instance_id or health.instance_id
+        if self._retired:
+            return
+        self._described = True
         self._fleet.observe(self.name, started=started, health=health, models=models, discovery=discovery)
 
     async def listen_loop(self) -> None:
@@ -130,6 +156,8 @@ class NodeWatch:
                 self._apply(name, data)
 
     def _apply(self, name: str, data: Any) -> None:
+        if self._retired:
+            return
         try:
             if name == "snapshot":
                 for item in data if isinstance(data, list) else data["models"]:

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from cortex.catalogue import Catalogue
 from cortex.counts import Counts
 from cortex.demand import Demand
 from cortex.fleet import Fleet
+from cortex.live_config import LiveConfig
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
 from cortex.proxy.choice import beyond_ours
@@ -18,6 +18,7 @@ from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreacha
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
+from cortex.stopping import Stopping
 from cortex.waiting import WaitingRooms
 from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
@@ -33,6 +34,9 @@ ENDPOINT_PATIENCE_SECS = 10.0
 ENDPOINT_AGAIN_SECS = 0.25
 """A neuron that cannot be reached is asked again for so long, unless it counts as away before."""
 
+RETRY_AFTER_TIMEOUT_SECS = 30
+"""For who has waited in vain for as long as a load may take."""
+
 _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
 
@@ -44,7 +48,7 @@ class Router:
     def __init__(
         self,
         *,
-        catalogue: Callable[[], Catalogue],
+        live: LiveConfig,
         fleet: Fleet,
         scheduler: Scheduler,
         rooms: WaitingRooms,
@@ -52,16 +56,15 @@ class Router:
         watches: Mapping[str, NodeWatch],
         counts: Counts,
         demand: Demand,
-        patience_secs: float,
+        stopping: Stopping,
     ) -> None:
-        """`patience_secs`: so long may a request wait for its model."""
         self.table: dict[str, tuple[Replica, ...]] = {}
-        self._catalogue = catalogue
+        self._live = live
         self._fleet = fleet
         self._scheduler = scheduler
         self._rooms = rooms
         self._demand = demand
-        self._patience_secs = patience_secs
+        self._stopping = stopping
         self._clients = clients
         self._watches = watches
         self._counts = counts
@@ -73,11 +76,11 @@ class Router:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._catalogue().aliases
+        return self._live.catalogue.aliases
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
-        return self._catalogue().profile(model_id) is not None
+        return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
@@ -91,11 +94,11 @@ class Router:
         replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_loaded(model_id, failures, lost)
+        return await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
         """Waits in the model's room until it can be served."""
-        patient_until = time.monotonic() + self._patience_secs
+        patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
         self._demand.arrived(model_id)
         with self._rooms.seat(model_id) as seat:
             self._scheduler.want(model_id)
@@ -117,7 +120,7 @@ class Router:
             ServiceError: it cannot be served.
         """
         for _ in range(MAX_ROUNDS):
-            match decide(model_id, self._catalogue(), self._fleet.snapshot(), self._counts.in_flight):
+            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
@@ -135,9 +138,16 @@ class Router:
     def _took_too_long(self, model_id: str) -> ServiceError:
         waits_for = self._scheduler.note(model_id)
         why = f" ({waits_for})" if waits_for else ""
-        return Unavailable(
-            f"{model_id!r} did not come up in {self._patience_secs:g} s{why}", code="cold_load_failed", retry_after=30
-        )
+        secs = self._live.config.cold_load.timeout_secs
+        message = f"{model_id!r} did not come up in {secs:g} s{why}"
+        return Unavailable(message, code="cold_load_failed", retry_after=RETRY_AFTER_TIMEOUT_SECS)
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """What these neurons told of their engines holds no more: they have left, or are elsewhere."""
+        gone = [key for key in self._endpoints if key[1] in nodes]
+        for key in gone:
+            del self._endpoints[key]
+        self.publish(self._wanted & {model_id for model_id, _ in gone})
 
     async def settle(self) -> None:
         """Returns when every worker knows the table as it is now, and its counts are those of after."""
@@ -219,14 +229,19 @@ class Router:
         patient_until = time.monotonic() + ENDPOINT_PATIENCE_SECS
         while True:
             fleet = self._fleet.snapshot()
+            if node not in fleet.nodes:
+                return None
             version = self._version(fleet, model_id, node)
             known = self._endpoints.get((model_id, node))
             if known is not None and known[0] == version:
                 return self._as_replica(model_id, node, known[1], fleet)
+            client, watch = self._clients[node], self._watches[node]
             try:
-                endpoint = await self._clients[node].endpoint(model_id)
+                endpoint = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
-                await self._watches[node].refresh()
+                await watch.refresh()
+                if self._clients.get(node) is not client:
+                    continue
                 now = self._fleet.snapshot().nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
@@ -235,6 +250,8 @@ class Router:
                         f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
                     ) from error
                 await asyncio.sleep(ENDPOINT_AGAIN_SECS)
+                continue
+            if self._clients.get(node) is not client:  # it was another configuration's neuron that answered
                 continue
             if version is not None:
                 self._endpoints[model_id, node] = version, endpoint

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from cortex.bars import Bars, Cause
-from cortex.catalogue import Catalogue, ModelProfile
+from cortex.catalogue import ModelProfile
 from cortex.demand import SAMPLE_SECS, Demand
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.loader import Job, Loader, LoadFailed, NotWanted, cause_of
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Held, Plan, best, plan_on, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, next_turn
 from cortex.planning.upkeep import Retirement, is_kept_up, upkeep
-from cortex.planning.view import Key, Rules, View, Waiting
+from cortex.planning.view import Key, View, Waiting
 from cortex.snapshot import NodeSnapshot
 from cortex.waiting import WaitingRooms
 from shared.errors import Conflict
@@ -44,9 +45,8 @@ class Scheduler:
     def __init__(
         self,
         *,
+        live: LiveConfig,
         fleet: Fleet,
-        catalogue: Callable[[], Catalogue],
-        rules: Callable[[], Rules],
         loader: Loader,
         demand: Demand,
         bars: Bars,
@@ -54,8 +54,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
-        self._catalogue = catalogue
-        self._rules = rules
+        self._live = live
         self._loader = loader
         self._demand = demand
         self._bars = bars
@@ -72,9 +71,9 @@ class Scheduler:
         """The present moment, for planning."""
         return View(
             now=self._clock(),
-            catalogue=self._catalogue(),
+            catalogue=self._live.catalogue,
             fleet=self._fleet.snapshot(),
-            rules=self._rules(),
+            rules=self._live.config.placement.rules(),
             uses=self._demand.uses(),
             waiting=self._rooms.waiting(),
             demand=self._demand.per_minute(),
@@ -132,7 +131,7 @@ class Scheduler:
         """Samples the demand and keeps, adds and removes replicas, for ever."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
-            rules = self._rules()
+            rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
             if profiles:
@@ -243,12 +242,13 @@ class Scheduler:
         """Whether the planner would now do something else on that node than what the neuron refused."""
         view = self.view()
         profile = view.profile(job.model_id)
-        found = None if profile is None else plan_on(view, profile, view.fleet.nodes[job.node])
+        node = view.fleet.nodes.get(job.node)
+        found = None if profile is None or node is None else plan_on(view, profile, node)
         return not isinstance(found, Plan) or found.rank != job.plan.rank
 
     def _learn(self, node: NodeSnapshot, model_id: str) -> None:
         """What the neuron booked for a model whose catalogue entry does not say."""
-        profile, view = self._catalogue().profile(model_id), node.models[model_id]
+        profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
         if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
             self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
@@ -289,7 +289,7 @@ class Scheduler:
         )
 
     def _kept_up(self) -> list[ModelProfile]:
-        return [profile for profile in self._catalogue().models if is_kept_up(profile)]
+        return [profile for profile in self._live.catalogue.models if is_kept_up(profile)]
 
     def _retire(self, retirement: Retirement) -> None:
         key = retirement.model_id, retirement.node
@@ -307,6 +307,8 @@ class Scheduler:
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)
+        except NodeLeft:
+            log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
             log.warning("%s did not leave %s: %s", *key, error)
         finally:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from cortex.live_config import LiveConfig
 from cortex.planning.view import Waiting
 from shared.errors import ServiceError, TooManyRequests
 from shared.tasks import timeout
@@ -53,14 +54,12 @@ class WaitingRooms:
     def __init__(
         self,
         *,
-        per_model: int,
-        total: int,
+        live: LiveConfig,
         retry_after: Callable[[str], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`retry_after` tells in how many seconds a model should be there, for those who find no seat."""
-        self._per_model = per_model
-        self._total = total
+        self._live = live
         self._retry_after = retry_after
         self._clock = clock
         self._rooms: dict[str, _Room] = {}
@@ -73,10 +72,10 @@ class WaitingRooms:
         Raises:
             TooManyRequests: there is none left.
         """
-        room = self._rooms.get(model_id)
-        if room is not None and len(room.seats) >= self._per_model:
+        room, limits = self._rooms.get(model_id), self._live.config.waiting
+        if room is not None and len(room.seats) >= limits.per_model:
             raise self._full(model_id, f"{len(room.seats)} requests are waiting for {model_id!r} already")
-        if self._taken >= self._total:
+        if self._taken >= limits.total:
             raise self._full(model_id, f"{self._taken} requests are waiting for models already")
         if room is None:
             room = self._rooms[model_id] = _Room(self._clock())

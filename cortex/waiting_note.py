@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def waiting_note(model_id: str, fleet: FleetSnapshot, job: Job | None, turn: str | None, now: float) -> WaitNote:
     """Where the model is on its way, how far, and how long it will still take. `job` is our load of it, `turn` what it
     waits for before one can begin, in the planner's words; `now` is Unix time."""
-    if job is not None:
+    if job is not None and job.node in fleet.nodes:
         what = job.phase if job.loading_since is None else "loading"
         return _on_its_way(model_id, fleet.nodes[job.node], what, now - job.started)
     for node in fleet.holders(model_id):

@@ -12,9 +12,11 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
 from cortex.explain import explain
+from cortex.fleet import NodeLeft
 from cortex.keys import PARTS, Parts
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.placement import infeasible_reason
+from cortex.planning.refusal import RETRY_AFTER_NODE_SECS
 from cortex.routing import Refuse, Serve, decide
 from cortex.snapshot import NodeSnapshot
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
@@ -68,6 +70,11 @@ def picture(parts: Parts) -> dict[str, Any]:
         ],
         "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
         "aliases": parts.catalogue.aliases,
+        "configuration": {
+            "loaded_at": parts.live.loaded_at,
+            "files": list(parts.live.files),
+            "error": parts.live.error,
+        },
     }
 
 
@@ -152,12 +159,16 @@ async def load_model(request: web.Request) -> web.Response:
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    if job is not None and job.task is not None:
-        await asyncio.shield(job.task)
-    if node is not None:
-        await _until_settled(parts, model_id, node)
+    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, None if job is None else job.task))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
+
+
+async def _until_loaded(parts: Parts, model_id: str, node: str | None, task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.shield(task)
+    if node is not None:
+        await _until_settled(parts, model_id, node)
 
 
 def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
@@ -202,10 +213,16 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
         status = node.status_of(model_id)
         return not node.healthy or status is None or not status.coming
 
-    with contextlib.suppress(asyncio.TimeoutError):
+    with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
         async with timeout(parts.loader.timeout_secs):
             await parts.fleet.until(name, settled)
-    node = parts.fleet.snapshot().nodes[name]
+    node = parts.fleet.snapshot().nodes.get(name)
+    if node is None:
+        raise Unavailable(
+            f"{name} has left the configuration while it loaded {model_id!r}",
+            code="neuron_unavailable",
+            retry_after=RETRY_AFTER_NODE_SECS,
+        )
     if node.status_of(model_id) is not ModelStatus.LOADED:
         bar = parts.scheduler.view().bar(model_id, name)
         view = node.models.get(model_id)
@@ -238,8 +255,9 @@ async def unload_model(request: web.Request) -> web.Response:
 
 
 async def _unload(parts: Parts, node: str, model_id: str) -> None:
+    client, watch = parts.clients[node], parts.watches[node]
     try:
-        await parts.clients[node].unload(model_id, timeout_secs=UNLOAD_TIMEOUT_SECS)
+        await client.unload(model_id, timeout_secs=UNLOAD_TIMEOUT_SECS)
     except NeuronRefused as error:
         if error.status == 404:
             raise NotFound(f"{node}: {error.message}", code="model_not_found", param="model") from error
@@ -247,22 +265,33 @@ async def _unload(parts: Parts, node: str, model_id: str) -> None:
     except NeuronUnreachable as error:
         raise Unavailable(str(error), code="neuron_unavailable", retry_after=5) from error
     finally:
-        await parts.watches[node].refresh()
+        await watch.refresh()
 
 
 async def drain_node(request: web.Request) -> web.Response:
-    return _set_draining(request, draining=True)
+    parts = request.app[PARTS]
+    return await _set_draining(parts, _node_named(parts, request.match_info["name"]).name, draining=True)
 
 
 async def resume_node(request: web.Request) -> web.Response:
-    return _set_draining(request, draining=False)
-
-
-def _set_draining(request: web.Request, *, draining: bool) -> web.Response:
+    """Also for a neuron that was drained and has left the configuration since: it is forgotten."""
     parts = request.app[PARTS]
-    name = _node_named(parts, request.match_info["name"]).name
-    parts.fleet.set_draining(name, draining)
-    return web.json_response({"node": name, "draining": draining})
+    name = request.match_info["name"]
+    if name not in parts.state.drained:
+        _node_named(parts, name)
+    return await _set_draining(parts, name, draining=False)
+
+
+async def _set_draining(parts: Parts, name: str, *, draining: bool) -> web.Response:
+    """Answers when it is written down: what the operator has read outlives cortex."""
+    if name in parts.fleet.snapshot().nodes:
+        parts.fleet.set_draining(name, draining)
+    parts.state.set_drained(name, draining)
+    await parts.state.flush()
+    answer: dict[str, Any] = {"node": name, "draining": draining}
+    if parts.state.problem is not None:
+        answer["warning"] = f"not kept over a restart: {parts.state.problem}"
+    return web.json_response(answer)
 
 
 def _node_named(parts: Parts, name: str) -> NodeSnapshot:
@@ -285,9 +314,10 @@ def _no_model(model_id: str) -> ServiceError:
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 while anything can be served: `degraded` when a neuron is missing; 503 without any."""
-    fleet = request.app[PARTS].fleet.snapshot()
+    """200 while anything can be served: `degraded` when a neuron is missing; 503 without any, and when cortex stops."""
+    parts = request.app[PARTS]
+    fleet, stops = parts.fleet.snapshot(), parts.stopping.begun
     healthy, total = len(fleet.healthy), len(fleet.nodes)
-    status = "ok" if healthy == total and total else "degraded"
+    status = "ok" if healthy == total and total and not stops else "degraded"
     body = {"status": status, "nodes": {"healthy": healthy, "total": total}}
-    return web.json_response(body, status=200 if healthy else 503)
+    return web.json_response(body, status=200 if healthy and not stops else 503)

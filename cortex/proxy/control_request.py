@@ -10,6 +10,7 @@ from cortex.proxy.pool import Address
 from cortex.proxy.relay import Relay
 from cortex.proxy.request import Request
 from cortex.replica import FailureKind
+from cortex.stopping import stopping
 from shared.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ class ControlRequest:
 
     def abandon(self) -> None:
         self._relay.abandon()
+
+    def stop(self) -> None:
+        if self._relay.status:
+            self._relay.cut_off("cortex is stopping")
+        else:
+            self._relay.abandon()
+            self._client.refuse(stopping(), self._request_id)
 
     def pause(self) -> None:
         self._relay.pause()

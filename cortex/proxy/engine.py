@@ -142,7 +142,7 @@ class EngineConnection:
         try:
             data = body.feed(data)
         except BadFraming as error:
-            self._lose(str(error))
+            self.lose(str(error))
             return
         if data:
             exchange.passed(data)
@@ -172,7 +172,7 @@ class EngineConnection:
         if isinstance(self._body, BodyUntilClose) and exc is None:
             self._end()
         else:
-            self._lose(str(exc) if exc else "the connection was closed")
+            self.lose(str(exc) if exc else "the connection was closed")
 
     def _read_head(self, data: bytes) -> None:
         while data:
@@ -187,7 +187,7 @@ class EngineConnection:
                     return
                 self._skip_interim(head)
             except BadHead as error:
-                self._lose(f"its answer is not HTTP: {error}")
+                self.lose(f"its answer is not HTTP: {error}")
                 return
             data = rest
 
@@ -218,7 +218,7 @@ class EngineConnection:
         if self._exchange is not exchange:  # it wants no more, and the connection may work for another one by now
             return
         if fault:
-            self._lose(fault)
+            self.lose(fault)
         elif body.ended:
             self._end()
 
@@ -247,7 +247,8 @@ class EngineConnection:
         else:
             transport.abort()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Ends the exchange that is under way; `reason` is for whoever reads of it."""
         exchange = self._exchange
         assert exchange is not None
         untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim

@@ -18,6 +18,7 @@ from cortex.proxy.request import Request
 from cortex.proxy.usage_queue import UsageRecord
 from cortex.proxy.waiting import STREAMED, WaitingStream
 from cortex.replica import Failure, FailureKind, Replica, WaitNote, unreachable
+from cortex.stopping import stopping
 from shared.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -109,6 +110,20 @@ class Journey:
         self._leave()
         self._account(LEFT if relay is None or not relay.status else relay.status)
         self._relay = None
+
+    def stop(self) -> None:
+        relay = self._relay
+        if relay is not None and relay.status:
+            relay.cut_off("cortex is stopping")
+            return
+        if self._resolving is not None:
+            self._resolving.cancel()
+            self._resolving = None
+        if relay is not None:
+            relay.abandon()
+        self._leave()
+        self._relay = None
+        self._refuse(stopping())
 
     def pause(self) -> None:
         if self._relay is not None:

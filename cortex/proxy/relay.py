@@ -106,6 +106,11 @@ class Relay:
             self._connection.abandon()
             self._connection = None
 
+    def cut_off(self, reason: str) -> None:
+        """An answer that has begun ends here, as if its engine were lost."""
+        if self._connection is not None:
+            self._connection.lose(reason)
+
     def pause(self) -> None:
         """The client reads too slowly."""
         if self._connection is not None:

@@ -30,6 +30,13 @@ class Changed(msgspec.Struct, frozen=True, tag=True):
     replicas: tuple[Replica, ...]
 
 
+class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
+    """The catalogue's ids and aliases from now on."""
+
+    models: list[str]
+    aliases: dict[str, str]
+
+
 class Elsewhere(msgspec.Struct, frozen=True, tag=True):
     """What the other workers have in flight."""
 
@@ -69,7 +76,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish what is in flight, then end."""
 
 
-ToWorker = Setup | Changed | Elsewhere | Resolved | Refused | Notes | Collect | Stop
+ToWorker = Setup | Changed | CatalogueChanged | Elsewhere | Resolved | Refused | Notes | Collect | Stop
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from cortex.replica import Failure, Replica
 from cortex.tally import Tally
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    CatalogueChanged,
     Changed,
     Collect,
     Counted,
@@ -181,15 +182,18 @@ class Supervisor:
         self._stopping = False
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The workers serve inside the body; on exit they finish what they have in flight."""
-        unsubscribe = self._parts.router.subscribe(self._table_changed)
+    async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """The workers serve inside the body; on exit they finish what they have in flight. `stop` ends the wait for
+        workers that do not come up."""
+        subscriptions = [
+            self._parts.router.subscribe(self._table_changed),
+            self._parts.live.subscribe(self._catalogue_changed),
+        ]
         keepers = [
             asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(len(self._socks))
         ]
         try:
-            for ready in self._ready:
-                await ready.wait()
+            await _first([self._all_ready(), stop.wait()])
             yield
         finally:
             self._stopping = True
@@ -197,11 +201,17 @@ class Supervisor:
                 sock.close()
             for worker in self._workers.values():
                 worker.tell(Stop())
+            self._parts.stopping.begin()  # after that: whoever is refused now is to go elsewhere
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)
             self.kill()
             await cancel_all(keepers)
-            unsubscribe()
+            for unsubscribe in subscriptions:
+                unsubscribe()
+
+    async def _all_ready(self) -> None:
+        for ready in self._ready:
+            await ready.wait()
 
     def kill(self) -> None:
         """Ends the workers at once."""
@@ -212,6 +222,15 @@ class Supervisor:
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
             worker.tell(Changed(model_id, replicas))
+
+    def _catalogue_changed(self) -> None:
+        models, aliases = self._catalogue()
+        for worker in self._workers.values():
+            worker.tell(CatalogueChanged(models, aliases))
+
+    def _catalogue(self) -> tuple[list[str], dict[str, str]]:
+        catalogue = self._parts.live.catalogue
+        return [profile.id for profile in catalogue.models], dict(catalogue.aliases)
 
     async def _keep(self, number: int) -> None:
         pause = 0.0
@@ -241,6 +260,8 @@ class Supervisor:
         worker = Worker(self._parts, process, channel, self._ready[number])
         worker.tell(self._setup())
         self._workers[number] = worker
+        if self._stopping:  # while the process was started: nobody else tells it
+            worker.tell(Stop())
         self._parts.counts.attach(worker)
         log.info("worker %d is process %d", number, process.pid)
         listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
@@ -257,10 +278,20 @@ class Supervisor:
 
     def _setup(self) -> Setup:
         parts = self._parts
+        models, aliases = self._catalogue()
         return Setup(
             config=parts.config.model_dump_json(),
-            models=[profile.id for profile in parts.catalogue.models],
-            aliases=dict(parts.catalogue.aliases),
+            models=models,
+            aliases=aliases,
             table=dict(parts.router.table),
             control_host=self._address.host,
         )
+
+
+async def _first(waits: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Until one of them ends."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancel_all(tasks)

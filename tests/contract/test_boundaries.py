@@ -21,6 +21,7 @@ PURE = (
         f"cortex/{name}.py"
         for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally", "waiting_note")
     ),
+    "cortex/config_difference.py",
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(
