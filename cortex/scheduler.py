@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from cortex.bars import Bars
+from cortex.bars import Bars, Cause
 from cortex.catalogue import Catalogue, ModelProfile
 from cortex.demand import SAMPLE_SECS, Demand
 from cortex.fleet import Fleet
