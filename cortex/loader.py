@@ -19,7 +19,7 @@ from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Plan
 from cortex.planning.view import Key
 from cortex.poller import NodeWatch
-from cortex.snapshot import NodeSnapshot, Reservation
+from cortex.snapshot import NodeSnapshot
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
@@ -181,8 +181,9 @@ class Loader:
 
     async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
         plan = job.plan
-        reservation = Reservation(plan.model_id, plan.node, plan.devices, 0 if plan.wakes else plan.share_mb)
-        leaving = [each.resident.key for each in plan.displacement.evictions]
+        reservation = plan.reservation
+        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
+        leaving = list(asleep)
         log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
         self._fleet.reserve(reservation)
         for key in leaving:
@@ -191,7 +192,10 @@ class Loader:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
                 await asyncio.gather(
-                    *(self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted) for key in leaving)
+                    *(
+                        self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep[key], wanted=wanted)
+                        for key in leaving
+                    )
                 )
             job.phase = "loading"
             await self._load(job)
