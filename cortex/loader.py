@@ -19,7 +19,7 @@ from cortex.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, Neuron
 from cortex.planning.plan import Plan
 from cortex.planning.view import Key
 from cortex.poller import NodeWatch
-from cortex.snapshot import NodeSnapshot, Reservation
+from cortex.snapshot import NodeSnapshot
 from cortex.state_file import StateFile
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
@@ -193,8 +193,9 @@ class Loader:
 
     async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
         plan = job.plan
-        reservation = Reservation(plan.model_id, plan.node, plan.devices, 0 if plan.wakes else plan.share_mb)
-        leaving = [each.resident.key for each in plan.displacement.evictions]
+        reservation = plan.reservation
+        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
+        leaving = list(asleep)
         log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
         self._fleet.reserve(reservation)
         for key in leaving:
@@ -202,7 +203,7 @@ class Loader:
         try:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-                await self._make_way(leaving, wanted)
+                await self._make_way(asleep, wanted)
             job.phase = "loading"
             await self._load(job)
         finally:
@@ -210,9 +211,13 @@ class Loader:
                 self._fleet.stay(key)
             self._fleet.release(reservation)
 
-    async def _make_way(self, leaving: list[Key], wanted: Callable[[], bool]) -> None:
-        """Sends all of them away; the first failure counts once none of the others is on its way out any more."""
-        going = (self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted) for key in leaving)
+    async def _make_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> None:
+        """Sends all of them away, which are given with whether they sleep now; the first failure counts once none of
+        the others is on its way out any more."""
+        going = (
+            self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted)
+            for key, asleep in leaving.items()
+        )
         for outcome in await asyncio.gather(*going, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -142,7 +142,3 @@ class FleetSnapshot:
     def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
         """The fleet as it is once this load has begun, for which others make way."""
         return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))
-
-    def reserved_mb(self, node: str, device: int) -> int:
-        """MiB of a device that loads under way will take."""
-        return sum(r.share_mb for r in self.reservations if r.node == node and device in r.devices)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from cortex.planning.memory import Resident
-from cortex.planning.view import View
+from cortex.planning.view import Key, View
 
 _EXHAUSTIVE = 10
 """Residents whose every subset is looked at; of more the cheapest are taken one after the other."""
@@ -64,8 +64,12 @@ class Displacement:
     def order(self) -> tuple[object, ...]:
         """The better the smaller; of those that cost the same, what was used least recently goes."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        names = tuple(sorted(each.resident.key for each in self.evictions))
-        return self.claim, self.busy, self.cost_per_mb, used, len(self.evictions), names
+        return self.claim, self.busy, self.cost_per_mb, used, len(self.evictions)
+
+    @property
+    def names(self) -> tuple[Key, ...]:
+        """What decides between equals, so that the same moment always gives the same plan."""
+        return tuple(sorted(each.resident.key for each in self.evictions))
 
 
 NOBODY = Displacement()
@@ -102,23 +106,26 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
     return Eviction(resident, Claim.IDLE, view.now)
 
 
-def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
-    """The best of those that make room for what is missing on each device; None when all together do not."""
-    concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
-    if not _suffice(missing_mb, concerned):
-        return None
-    if len(concerned) <= _EXHAUSTIVE:
-        return min((Displacement(chosen) for chosen in _minimal(missing_mb, concerned)), key=lambda d: d.order)
-    return Displacement(_cheapest_first(missing_mb, concerned))
-
-
-def _suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
+def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
+    """Whether their leaving makes room for what is missing on each device."""
     left = dict(missing_mb)
     for each in evictions:
         for index in each.resident.devices:
             if index in left:
                 left[index] -= each.resident.frees_mb
     return all(mb <= 0 for mb in left.values())
+
+
+def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
+    """The best of those that make room for what is missing on each device; None when all together do not."""
+    concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
+    if not suffice(missing_mb, concerned):
+        return None
+    if len(concerned) <= _EXHAUSTIVE:
+        return min(
+            (Displacement(chosen) for chosen in _minimal(missing_mb, concerned)), key=lambda d: (d.order, d.names)
+        )
+    return Displacement(_cheapest_first(missing_mb, concerned))
 
 
 def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
@@ -128,20 +135,20 @@ def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> I
         if any(bits & smaller == smaller for smaller in sufficient):
             continue
         chosen = tuple(each for position, each in enumerate(candidates) if bits >> position & 1)
-        if _suffice(missing_mb, chosen):
+        if suffice(missing_mb, chosen):
             sufficient.append(bits)
             yield chosen
 
 
 def _cheapest_first(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> tuple[Eviction, ...]:
-    ordered = sorted(candidates, key=lambda each: Displacement((each,)).order)
+    ordered = sorted(candidates, key=lambda each: (Displacement((each,)).order, each.resident.key))
     chosen: list[Eviction] = []
     for each in ordered:
         chosen.append(each)
-        if _suffice(missing_mb, chosen):
+        if suffice(missing_mb, chosen):
             break
     for each in reversed(list(chosen)):  # the dearest first: perhaps it is not needed any more
         rest = [other for other in chosen if other is not each]
-        if _suffice(missing_mb, rest):
+        if suffice(missing_mb, rest):
             chosen = rest
     return tuple(chosen)

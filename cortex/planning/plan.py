@@ -14,11 +14,14 @@ from enum import IntEnum
 from cortex.catalogue import ModelProfile
 from cortex.placement import infeasible_reason
 from cortex.planning.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
-from cortex.planning.displacement import NOBODY, Displacement, Eviction, displace, eviction, shield
-from cortex.planning.memory import Resident, Room, pending, residents, rooms
+from cortex.planning.displacement import NOBODY, Claim, Displacement, Eviction, displace, eviction, shield, suffice
+from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
 from cortex.planning.view import View
-from cortex.snapshot import NodeSnapshot
+from cortex.snapshot import NodeSnapshot, Reservation
 from shared.protocol import ModelStatus
+
+ENGINE_SHARE = 0.92
+"""Of a device: what vLLM takes when it is told nothing, and has to find free to start at all."""
 
 
 class Fit(IntEnum):
@@ -33,10 +36,10 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """A place for a model. `spare_mb` is what stays free on the devices, all together (negative: what is missing);
-    `ready_at` when it can be begun, in the view's time; `expected_secs` what the load should take, if known. With
-    `wakes`
-    the model sleeps there, and is woken."""
+    """A place for a model. `share_mb` is what each device must give, 0 when that is not known, and `takes_mb` what is
+    to be counted as taken of each until its neuron says; `spare_mb` is what stays free on the devices, all together
+    (negative: what is missing); `ready_at` when it can be begun, in the view's time; `expected_secs` what the load
+    should take, if known. With `wakes` the model sleeps there, and is woken."""
 
     model_id: str
     node: str
@@ -44,6 +47,7 @@ class Plan:
     share_mb: int
     fit: Fit
     spare_mb: int
+    takes_mb: int
     displacement: Displacement = NOBODY
     ready_at: float = float("-inf")
     expected_secs: float | None = None
@@ -53,6 +57,11 @@ class Plan:
     @property
     def reason(self) -> str:
         return f"{self.node}: {_fit_reason(self)}"
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is promised to it while it is carried out."""
+        return Reservation(self.model_id, self.node, self.devices, self.takes_mb)
 
 
 @dataclass(frozen=True)
@@ -123,44 +132,68 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
 
 @dataclass(frozen=True)
 class _Site:
-    """A feasible node as a place for one model: `share` is what each device must give, `floor` the devices that may."""
+    """A feasible node as a place for one model. `need` is what each of its devices must give, `to_wake` what each must
+    give on which the model sleeps here, empty when it does not; `floor` are the devices that may be chosen, `share` is
+    0 for a model of unknown size. MiB."""
 
     view: View
     profile: ModelProfile
     node: NodeSnapshot
     share: int
     room: Mapping[int, Room]
+    need: Mapping[int, int]
+    to_wake: Mapping[int, int]
     floor: list[int]
 
     @property
     def asleep_on(self) -> tuple[int, ...]:
-        """The devices on which the model sleeps here, none when it does not."""
-        if self.node.status_of(self.profile.id) is not ModelStatus.SLEEPING:
-            return ()
-        return tuple(self.node.models[self.profile.id].devices)
+        return tuple(sorted(self.to_wake))
 
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.min_devices, **limit)
 
-    def missing_mb(self, indices: tuple[int, ...]) -> dict[int, int]:
+    def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
         """By device, where what sleeps there gives way."""
-        free = {index: self.room[index].free_mb for index in indices}
-        return {index: self.share - mb for index, mb in free.items() if mb < self.share}
+        need = self.to_wake if wakes else self.need
+        return {i: need[i] - self.room[i].free_mb for i in indices if self.room[i].free_mb < need[i]}
 
 
 def plan_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Plan | Held:
     """The best that a feasible node can do for the model, or why it can do nothing now. Health is no matter here."""
-    floor = [device.index for device in eligible(profile, node)]
-    site = _Site(view, profile, node, view.share_mb(profile), rooms(view, node), floor)
-    room, share, asleep_on = site.room, site.share, site.asleep_on
-    if asleep_on and all(room[i].free_mb >= (share or room[i].asleep_mb) for i in asleep_on if i in room):
-        return _plan(site, asleep_on, Fit.AWAKE, wakes=True)
+    site = _site(view, profile, node)
+    room, need = site.room, site.need
+    if site.to_wake and not site.missing_mb(site.asleep_on, wakes=True):
+        return _plan(site, site.asleep_on, Fit.AWAKE, wakes=True)
     for fit, kept in ((Fit.NOW, True), (Fit.OVER_SLEEPERS, False)):
-        with_room = [i for i in floor if room[i].free_mb - (room[i].asleep_mb if kept else 0) >= share]
+        with_room = [i for i in site.floor if room[i].free_mb - (room[i].asleep_mb if kept else 0) >= need[i]]
         chosen = _best_set(site, with_room)
         if chosen is not None:
             return _plan(site, chosen, fit)
     return _after_displacement(site)
+
+
+def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
+    share, room = view.share_mb(profile), rooms(view, node)
+    floor = [device.index for device in eligible(profile, node)]
+    if share or books(node):
+        need = dict.fromkeys(room, share)
+    else:  # the engine will want what it takes of an empty card, and nobody tells before it fails
+        need = {device.index: int(device.vram_total_mb * ENGINE_SHARE) for device in node.devices}
+    return _Site(view, profile, node, share, room, need, _to_wake(profile, node, share, room, need), floor)
+
+
+def _to_wake(
+    profile: ModelProfile, node: NodeSnapshot, share: int, room: Mapping[int, Room], need: Mapping[int, int]
+) -> dict[int, int]:
+    """By device, what the model wants beside what it holds while it sleeps here: at most what all want that sleep."""
+    entry = node.models.get(profile.id)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not room.keys() >= set(entry.devices):
+        return {}
+    if books(node) and not share:
+        return {index: room[index].asleep_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, need[index] - held) for index in entry.devices}
+    return {i: min(mb, room[i].asleep_mb) if room[i].asleep_mb else mb for i, mb in wanted.items()}
 
 
 def _best_set(site: _Site, devices: list[int]) -> tuple[int, ...] | None:
@@ -184,23 +217,25 @@ def _after_displacement(site: _Site) -> Plan | Held:
         eviction(view, each, since=since) for each in others if shield(each, site.profile.residency_priority) is None
     ]
     # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
-    own = [eviction(view, each, since=since) for each in there if each.key[0] == own_id]
-    by_lack = sorted(site.floor, key=lambda index: (max(0, site.share - site.room[index].free_mb), index))
+    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id]
+    by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
-    plans = []
-    for indices in sets:
-        wakes = indices == site.asleep_on
-        way = displace(site.missing_mb(indices), movable if wakes else [*movable, *own])
-        if way is not None:
-            plans.append(_plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes))
+    ways = [(indices, displace(site.missing_mb(indices), [*movable, *own]), False) for indices in sets]
+    if site.to_wake:
+        ways.append((site.asleep_on, displace(site.missing_mb(site.asleep_on, wakes=True), movable), True))
+    plans = [
+        _plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes)
+        for indices, way, wakes in ways
+        if way is not None
+    ]
     if not plans:
         moving = pending(view, site.node)
         later = [*movable, *own, *(eviction(view, each, since=since) for each in moving)]
-        if moving and any(displace(site.missing_mb(indices), later) is not None for indices in sets):
+        if moving and any(suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
             return Held(f"waits for {names}, on the way up or out there", passes=True)
-        ways = ((indices, _everybody(site.missing_mb(indices), others, movable)) for indices in sets)
-        plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in ways if way is not None]
+        last = ((indices, _everybody(site.missing_mb(indices), others, movable)) for indices in sets)
+        plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
     return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
 
 
@@ -222,13 +257,16 @@ def _plan(
     wakes: bool = False,
 ) -> Plan:
     profile, node, room, share = site.profile, site.node, site.room, site.share
+    need = site.to_wake if wakes else site.need
     freed = sum(
         each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in displacement.evictions
     )
-    known_devices = [index for index in indices if index in room]
-    spare = sum(room[index].free_mb for index in known_devices) + freed - share * len(indices)
+    spare = sum(room[index].free_mb - need[index] for index in indices) + freed
+    takes = max(need[index] for index in indices)
+    if not takes and not wakes:
+        takes = max(0, *(room[index].free_mb for index in indices))
     known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-    connected = connection(node, indices) if known_devices else (0, 0)
+    connected = connection(node, indices)
     return Plan(
         model_id=profile.id,
         node=node.name,
@@ -236,11 +274,22 @@ def _plan(
         share_mb=share,
         fit=fit,
         spare_mb=spare,
+        takes_mb=takes,
         displacement=displacement,
         ready_at=displacement.ready_at,
         expected_secs=site.view.expected_load_secs(profile.id, node.name),
         wakes=wakes,
-        rank=(fit, displacement.order, not known, spare if share else -spare, *connected, node.name, indices),
+        rank=(
+            fit,
+            displacement.order,
+            not wakes,
+            not known,
+            spare if share else -spare,
+            *connected,
+            node.name,
+            indices,
+            displacement.names,
+        ),
     )
 
 
