@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import aiohttp
 from aiohttp import web
 
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
@@ -24,12 +23,12 @@ from cortex.front.server import accepting
 from cortex.keys import PARTS, Parts
 from cortex.loader import Loader
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient
+from cortex.neuron_client import IDLE_SECS, NeuronClient
 from cortex.poller import NodeWatch
 from cortex.proxy.access import AccessLog
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
-from cortex.proxy.pool import Address
+from cortex.proxy.pool import Address, EnginePool
 from cortex.router import Router
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
@@ -45,10 +44,8 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
     )
     counts = Counts()
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
-    ) as session:
-        clients = {entry.name: NeuronClient(entry, session) for entry in config.neurons}
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        clients = {entry.name: NeuronClient(entry, pool) for entry in config.neurons}
         watches = {name: NodeWatch(client, fleet, config.poll) for name, client in clients.items()}
         loader = Loader(fleet, clients, metrics, timeout_secs=config.cold_load.timeout_secs)
         router = Router(
@@ -65,7 +62,6 @@ async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator
             fleet=fleet,
             counts=counts,
             metrics=metrics,
-            session=session,
             clients=clients,
             watches=watches,
             loader=loader,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import aiohttp
 from aiohttp import web
 
 from cortex.catalogue import Catalogue
@@ -27,7 +26,6 @@ class Parts:
     fleet: Fleet
     counts: Counts
     metrics: Metrics
-    session: aiohttp.ClientSession
     clients: dict[str, NeuronClient]
     watches: dict[str, NodeWatch]
     loader: Loader

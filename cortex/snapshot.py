@@ -32,6 +32,8 @@ class NodeSnapshot:
     last_error: str | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
+    health_at: float = 0.0
+    """When `health` became known, in the fleet's time. It is kept while nothing but the uptime in it changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -63,12 +65,14 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
     """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
         return {*before.models, *after.models}
-    changed = before.models.keys() ^ after.models.keys()
-    for model_id in before.models.keys() & after.models.keys():
-        old, new = before.models[model_id], after.models[model_id]
-        if old is not new and (old.status != new.status or old.since != new.since):
-            changed.add(model_id)
-    if before.health is not after.health:
+    changed: set[str] = set()
+    if before.models is not after.models:
+        changed |= before.models.keys() ^ after.models.keys()
+        for model_id in before.models.keys() & after.models.keys():
+            old, new = before.models[model_id], after.models[model_id]
+            if old is not new and (old.status != new.status or old.since != new.since):
+                changed.add(model_id)
+    if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()
         changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
     return changed
@@ -81,6 +85,8 @@ class FleetSnapshot:
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
+    topology: object = None
+    """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
