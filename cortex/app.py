@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
+from cortex.api.models import MODEL_LIST, ModelList
+from cortex.api.picture import PICTURE, Picture
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
@@ -87,6 +89,8 @@ def build_control_app(parts: Parts) -> web.Application:
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app[PARTS] = parts
+    app[MODEL_LIST] = ModelList()
+    app[PICTURE] = Picture(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
 

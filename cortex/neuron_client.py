@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import json
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config import NeuronEntry
@@ -28,7 +28,7 @@ IDLE_SECS = 30.0
 UPTIME_SLACK_SECS = 1.0
 """How far a neuron's uptime may be from what it was and the time since, and still tell nothing new."""
 
-_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9.]+)')
+_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 _MODELS = TypeAdapter(list[ModelView])
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,6 +47,16 @@ class NeuronRefused(Exception):
         self.code = code
 
 
+class _KnownHealth(NamedTuple):
+    """The last answer of `/health`: its bytes without the uptime, when the neuron started by it (monotonic), and what
+    was made of it."""
+
+    body: bytes
+    started: float
+    data: Any
+    health: NeuronHealth
+
+
 class NeuronClient:
     """Typed calls to one neuron. Deadlines are the caller's, but for connecting."""
 
@@ -60,7 +70,8 @@ class NeuronClient:
         if token is not None:
             headers.append(b"authorization: Bearer " + _header_value(token))
         self._headers = b"\r\n".join(headers)
-        self._health: tuple[bytes, NeuronHealth, float] | None = None  # without its uptime; when it started
+        self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
+        self._health: _KnownHealth | None = None
         self._models: tuple[bytes, tuple[ModelView, ...]] | None = None
 
     async def discovery(self) -> Discovery:
@@ -68,23 +79,23 @@ class NeuronClient:
 
     async def health(self) -> NeuronHealth:
         """The same object as before while nothing but the uptime has changed, as it does in every answer."""
-        body = await self._get_body("/health")
+        body = (await self._answer("GET", "/health", self._ask_health, b"")).body
         uptime = _UPTIME.search(body)
         rest, started = body, 0.0
         if uptime is not None:
             rest = body[: uptime.start(1)] + body[uptime.end(1) :]
-            with contextlib.suppress(ValueError):  # what is wrong with it is said below
-                started = time.monotonic() - float(uptime[1])
+            started = time.monotonic() - float(uptime[1])
         known = self._health
-        if known is not None and known[0] == rest and abs(known[2] - started) < UPTIME_SLACK_SECS:
-            return known[1]
-        health = self._valid("/health", NeuronHealth, self._json("GET", "/health", body))
-        self._health = rest, health, started
+        if known is not None and known.body == rest and abs(known.started - started) < UPTIME_SLACK_SECS:
+            return known.health
+        data = self._json("GET", "/health", body)
+        health = self._valid("/health", NeuronHealth, data if known is None else _with_known(data, known))
+        self._health = _KnownHealth(rest, started, data, health)
         return health
 
     async def models(self) -> Sequence[ModelView]:
         """The same object as before while nothing has changed."""
-        body = await self._get_body("/models")
+        body = (await self._answer("GET", "/models", self._ask_models, b"")).body
         if self._models is None or self._models[0] != body:
             try:
                 found = _MODELS.validate_python(self._json("GET", "/models", body))
@@ -165,9 +176,6 @@ class NeuronClient:
             raise NeuronUnreachable(f"{self.name}: {method} {path}: {_reason(error)}") from error
         return self._json(method, path, answer.body)
 
-    async def _get_body(self, path: str) -> bytes:
-        return (await self._answer("GET", path, self._head("GET", path), b"")).body
-
     def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
         line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
         return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
@@ -190,9 +198,27 @@ class NeuronClient:
 
     def _json(self, method: str, path: str, body: bytes) -> Any:
         try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError):
+            pass
+        try:  # Python's parser lets more pass that some neuron may send: NaN, bytes that are no text
             return json.loads(body.decode("utf-8", "replace")) if body else None
         except (ValueError, RecursionError) as error:
             raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
+
+
+def _with_known(data: Any, known: _KnownHealth) -> Any:
+    """The data with those entries that are as they were replaced by what was made of them then."""
+    if not isinstance(data, dict) or not isinstance(known.data, dict):
+        return data
+    kept = {}
+    for name, made in (("devices", known.health.devices), ("models", known.health.models)):
+        new, old = data.get(name), known.data.get(name)
+        if isinstance(new, list) and isinstance(old, list) and len(new) == len(old) == len(made):
+            kept[name] = [
+                entry if entry != before else then for entry, before, then in zip(new, old, made, strict=True)
+            ]
+    return {**data, **kept}
 
 
 def _header_value(text: str) -> bytes:

@@ -167,9 +167,7 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
             exchange.leave()
 
 
-async def follow(
-    pool: EnginePool, address: Address, head: bytes, on_event: OnEvent, *, silence_secs: float
-) -> None:
+async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEvent, *, silence_secs: float) -> None:
     """Calls `on_event` with the name and the JSON data of each event, as it comes, until the stream ends.
 
     Raises:

@@ -30,6 +30,8 @@ FULL_EVERY = 15
 """Of so many polls one asks for the models although their events flow: whatever went wrong there heals."""
 MEASURED_POLLS = 2
 """So many polls ask for the models after a change: what it takes of the devices is measured a moment later."""
+MOMENTS = 200
+"""Of an interval, at which polls begin: a few together cost less than as many wake-ups."""
 _GOLDEN = 0.6180339887498949
 _TURN = 0.9  # of an interval: what comes sooner after a miss is out of turn
 
@@ -51,7 +53,7 @@ class NodeWatch:
         self._settings = settings
         self._clock = clock
         self._wake = asyncio.Event()
-        self._polling: asyncio.Task[None] | None = None
+        self._polling: asyncio.Future[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
         self._listening = False  # events flow, and told first how everything was
@@ -70,13 +72,13 @@ class NodeWatch:
             finally:
                 turn.cancel()
             self._wake.clear()
-            await self.poll()
+            await self._poll_here()
 
     def _pause(self) -> float:
         """Seconds until this neuron's next turn. Each has its own moment of the interval: multiples of the golden ratio
         spread any number of them evenly, also when more come later."""
         interval = self._settings.interval_secs
-        moment = interval * (self._fleet.position(self.name) * _GOLDEN % 1)
+        moment = interval * int(self._fleet.position(self.name) * _GOLDEN % 1 * MOMENTS) / MOMENTS
         pause = interval - (self._clock() - moment) % interval
         return pause if pause > interval / 2 else pause + interval
 
@@ -86,6 +88,18 @@ class NodeWatch:
             self._polling = asyncio.create_task(self._poll_once(), name=f"poll {self.name}")
         await asyncio.shield(self._polling)
 
+    async def _poll_here(self) -> None:
+        """As `poll`, without the cost of a task, for who polls all the time."""
+        if self._polling is not None and not self._polling.done():
+            await asyncio.shield(self._polling)
+            return
+        polled = self._polling = asyncio.get_running_loop().create_future()
+        try:
+            await self._poll_once()
+        finally:
+            if not polled.done():
+                polled.set_result(None)
+
     async def refresh(self) -> None:
         """A poll that begins after this call: what happened before it is seen."""
         if self._polling is not None and not self._polling.done():
@@ -94,7 +108,7 @@ class NodeWatch:
 
     async def close(self) -> None:
         """Ends a poll that is still under way."""
-        if self._polling is not None:
+        if isinstance(self._polling, asyncio.Task):
             await cancel_all([self._polling])
 
     def nudge(self) -> None:

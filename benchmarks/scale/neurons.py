@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -97,17 +96,18 @@ class PretendedNeuron:
         self._seed = seed
         self._port = port
         self._started = time.time()
+        self._answers = 0
         self._server: asyncio.Server | None = None
         self._connections: set[Exchange] = set()
         self._listeners: set[Exchange] = set()
         self._models = {name: self._view(name) for name in map(model_name, range(index * 4, index * 4 + MODELS_EACH))}
         uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(2)]
         self._pages: dict[str, Callable[[], Any]] = {
-            "/discovery": lambda: self._discovery,
-            "/health": self._health,
+            "/discovery": lambda: self.discovery,
+            "/health": self.health,
             "/models": self._listed,
         }
-        self._discovery = (
+        self.discovery = (
             {
                 "hostname": f"host{index}", "os": "Debian GNU/Linux 12", "kernel": "6.1.0-18-amd64",
                 "cuda_version": "12.8", "driver_version": "570.86.15", "harnesses": ["vllm"],
@@ -177,16 +177,16 @@ class PretendedNeuron:
         beyond = {"since", "progress", "error"} if self._seed else set()
         return [{key: value for key, value in view.items() if key not in beyond} for view in self._models.values()]
 
-    def _health(self) -> dict[str, Any]:
+    def health(self) -> dict[str, Any]:
+        self._answers += 1
         health = {
             "uptime_secs": round(time.time() - self._started, 3),
             "devices": [
                 {
                     "index": device, "vram_used_mb": 24000, "vram_free_mb": 8607,
-                    "utilization_pct": float(random.randrange(101)), "temp_c": random.randrange(40, 80),
-                    "power_w": random.randrange(80_000, 560_000) / 1000,
+                    "utilization_pct": float(figure % 101), "temp_c": 40 + figure % 41, "power_w": 80 + figure / 7,
                 }
-                for device in range(2)
+                for device, figure in enumerate((self._answers * 37 % 3301, self._answers * 53 % 3307))
             ],
         }  # fmt: skip
         if self._seed:
