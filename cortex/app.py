@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import aiohttp
 from aiohttp import web
 
+from cortex.api.models import MODEL_LIST, ModelList
+from cortex.api.picture import PICTURE, Picture
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.bars import Bars
 from cortex.catalogue import Catalogue
@@ -27,11 +28,12 @@ from cortex.keys import PARTS, Parts
 from cortex.live_config import LiveConfig
 from cortex.loader import Loader
 from cortex.metrics import Metrics
+from cortex.neuron_client import IDLE_SECS
 from cortex.proxy.access import AccessLog
 from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
-from cortex.proxy.pool import Address
+from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.waiting import Comments
 from cortex.roster import Roster
 from cortex.router import Router
@@ -60,10 +62,8 @@ async def assembled(
     live.subscribe(fleet.look_again)
     counts = Counts()
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
-    ) as session:
-        roster = Roster(session, fleet)
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        roster = Roster(pool, fleet)
         demand, bars = Demand(counts), Bars()
         rooms = WaitingRooms(
             live=live,
@@ -106,7 +106,6 @@ async def assembled(
             fleet=fleet,
             counts=counts,
             metrics=metrics,
-            session=session,
             roster=roster,
             rooms=rooms,
             loader=loader,
@@ -136,6 +135,8 @@ def build_control_app(parts: Parts) -> web.Application:
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app[PARTS] = parts
+    app[MODEL_LIST] = ModelList()
+    app[PICTURE] = Picture(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
 

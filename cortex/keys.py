@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import aiohttp
 from aiohttp import web
 
 from cortex.catalogue import Catalogue
@@ -35,7 +34,6 @@ class Parts:
     fleet: Fleet
     counts: Counts
     metrics: Metrics
-    session: aiohttp.ClientSession
     roster: Roster
     rooms: WaitingRooms
     loader: Loader

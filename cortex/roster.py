@@ -6,12 +6,11 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-import aiohttp
-
 from cortex.config import NeuronEntry, PollSettings
 from cortex.fleet import Fleet
 from cortex.neuron_client import NeuronClient
 from cortex.poller import NodeWatch
+from cortex.proxy.pool import EnginePool
 from shared.tasks import TaskSet, cancel_all, keep_running
 
 log = logging.getLogger(__name__)
@@ -21,10 +20,10 @@ class Roster:
     """Follows the configuration. `clients` and `watches` hold, by name, those of the present neurons, and are changed
     in place: whoever keeps them sees every change."""
 
-    def __init__(self, session: aiohttp.ClientSession, fleet: Fleet) -> None:
+    def __init__(self, pool: EnginePool, fleet: Fleet) -> None:
         self.clients: dict[str, NeuronClient] = {}
         self.watches: dict[str, NodeWatch] = {}
-        self._session = session
+        self._pool = pool
         self._fleet = fleet
         self._entries: dict[str, NeuronEntry] = {}
         self._loops: dict[str, list[asyncio.Task[None]]] = {}
@@ -58,7 +57,7 @@ class Roster:
     def _begin(self, entry: NeuronEntry, poll: PollSettings) -> None:
         name = entry.name
         self._entries[name] = entry
-        self.clients[name] = client = NeuronClient(entry, self._session)
+        self.clients[name] = client = NeuronClient(entry, self._pool)
         self.watches[name] = watch = NodeWatch(client, self._fleet, poll)
         self._loops[name] = [
             asyncio.create_task(keep_running(f"{kind} {name}", loop), name=f"{kind} {name}")

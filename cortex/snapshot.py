@@ -41,6 +41,8 @@ class NodeSnapshot:
     last_error: str | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
+    health_at: float = 0.0
+    """When `health` became known, in the fleet's time. It is kept while nothing but the uptime in it changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -76,12 +78,14 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
     """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
         return {*before.models, *after.models}
-    changed = before.models.keys() ^ after.models.keys()
-    for model_id in before.models.keys() & after.models.keys():
-        old, new = before.models[model_id], after.models[model_id]
-        if old is not new and (old.status != new.status or old.since != new.since):
-            changed.add(model_id)
-    if before.health is not after.health:
+    changed: set[str] = set()
+    if before.models is not after.models:
+        changed |= before.models.keys() ^ after.models.keys()
+        for model_id in before.models.keys() & after.models.keys():
+            old, new = before.models[model_id], after.models[model_id]
+            if old is not new and (old.status != new.status or old.since != new.since):
+                changed.add(model_id)
+    if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()
         changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
     return changed
@@ -95,6 +99,8 @@ class FleetSnapshot:
     reservations: tuple[Reservation, ...] = ()
     leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they make way, and get nothing new
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
+    topology: object = None
+    """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from typing import Any
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
+from cortex.api.picture import MIN_INTERVAL_SECS, PICTURE
 from cortex.explain import explain
 from cortex.fleet import NodeLeft
 from cortex.keys import PARTS, Parts
@@ -28,7 +28,6 @@ from shared.tasks import timeout
 
 KEEPALIVE_SECS = 15.0
 UNLOAD_TIMEOUT_SECS = 180.0
-MIN_EVENT_INTERVAL_SECS = 0.05
 
 
 class ModelAction(BaseModel):
@@ -40,89 +39,29 @@ class ModelAction(BaseModel):
 
 
 async def show_fleet(request: web.Request) -> web.Response:
-    return web.json_response(picture(request.app[PARTS]))
-
-
-def picture(parts: Parts) -> dict[str, Any]:
-    """The whole fleet as JSON data. Times are Unix seconds, memory in MiB."""
-    fleet = parts.fleet.snapshot()
-    return {
-        "nodes": [_node(node) for node in fleet.nodes.values()],
-        "loads": [
-            {
-                "model": job.model_id,
-                "node": job.node,
-                "started": job.started,
-                "reason": job.reason,
-                "because": job.why,
-                "phase": job.phase,
-                "evict": [each.resident.key[0] for each in job.plan.displacement.evictions],
-            }
-            for job in parts.loader.jobs()
-        ],
-        "in_flight": [
-            {"model": model, "node": node, "count": count}
-            for (model, node), count in sorted(parts.counts.all_in_flight().items())
-        ],
-        "waiting": [
-            {"model": model, "count": waiting.count, "for": parts.scheduler.note(model)}
-            for model, waiting in sorted(parts.rooms.waiting().items())
-        ],
-        "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
-        "aliases": parts.catalogue.aliases,
-        "configuration": {
-            "loaded_at": parts.live.loaded_at,
-            "files": list(parts.live.files),
-            "error": parts.live.error,
-        },
-    }
-
-
-def _node(node: NodeSnapshot) -> dict[str, Any]:
-    discovery = node.discovery
-    live = node.device_health
-    return {
-        "name": node.name,
-        "endpoint": node.endpoint,
-        "healthy": node.healthy,
-        "draining": node.draining,
-        "misses": node.misses,
-        "last_error": node.last_error,
-        "hostname": discovery and discovery.hostname,
-        "version": discovery and discovery.version,
-        "simulated": discovery and discovery.simulated,
-        "harnesses": discovery.harnesses if discovery else [],
-        "cuda_unavailable_reason": discovery and discovery.cuda_unavailable_reason,
-        "uptime_secs": node.health and node.health.uptime_secs,
-        "devices": [
-            {**device.model_dump(), **(live[device.index].model_dump() if device.index in live else {})}
-            for device in (discovery.devices if discovery else [])
-        ],
-        "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
-        "models": [
-            {
-                **view.model_dump(),
-                "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
-            }
-            for view in node.models.values()
-        ],
-        "activation": node.health.activation.model_dump() if node.health and node.health.activation else None,
-    }
+    return web.Response(body=request.app[PICTURE].body(), content_type="application/json", charset="utf-8")
 
 
 async def fleet_events(request: web.Request) -> web.StreamResponse:
-    """The picture now and after every change, as server-sent events; changes close together give one."""
-    parts, closing = request.app[PARTS], request.app[CLOSING]
+    """The picture now and after every change, as server-sent events: at once after a change, and then not again within
+    MIN_INTERVAL_SECS."""
+    parts, picture, closing = request.app[PARTS], request.app[PICTURE], request.app[CLOSING]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     while not closing.is_set():
-        version = parts.fleet.version
-        await response.write(b"event: fleet\ndata: " + json.dumps(picture(parts)).encode() + b"\n\n")
-        await asyncio.sleep(MIN_EVENT_INTERVAL_SECS)
+        version, event = picture.event()
+        await response.write(event)
+        await _closing_within(MIN_INTERVAL_SECS, closing)
         while parts.fleet.version == version and not closing.is_set():
             if not await _change_or_closing(parts, version, closing):
                 await response.write(b": keep-alive\n\n")
     return response
+
+
+async def _closing_within(secs: float, closing: asyncio.Event) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with timeout(secs):
+            await closing.wait()
 
 
 async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:

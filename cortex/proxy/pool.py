@@ -15,7 +15,7 @@ from cortex.replica import FailureKind
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
-"""How long an idle connection is kept: below the 5 s after which vLLM's server closes it itself."""
+"""How long an idle connection to an engine is kept: below the 5 s after which vLLM's server closes it itself."""
 CONNECT_TIMEOUT_SECS: Final = 5.0
 RESOLVED_SECS: Final = 10.0
 """How long a host's addresses are remembered."""
@@ -63,10 +63,11 @@ def parse_url(url: str) -> tuple[Address, bytes]:
 
 
 class EnginePool:
-    """Owns every connection to an engine."""
+    """Owns every connection to an engine; another one those to the neurons."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_secs: float = IDLE_SECS) -> None:
         self._loop = asyncio.get_running_loop()
+        self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
@@ -76,7 +77,7 @@ class EnginePool:
     def take(self, address: Address) -> EngineConnection | None:
         """An idle connection, the last used first; None when there is none that is good."""
         idle = self._idle.get(address)
-        oldest = self._loop.time() - IDLE_SECS
+        oldest = self._loop.time() - self._idle_secs
         while idle:
             connection = idle.pop()
             if not connection.transport.is_closing() and connection.idle_since > oldest:
@@ -174,7 +175,7 @@ class EnginePool:
 
     def _sweep(self) -> None:
         """Closes what has been idle too long, and looks again while anything is idle."""
-        oldest = self._loop.time() - IDLE_SECS
+        oldest = self._loop.time() - self._idle_secs
         for address, idle in list(self._idle.items()):
             for connection in idle:
                 if connection.idle_since > oldest:

@@ -22,7 +22,7 @@ def told(status: str, progress: Progress | None = None, *, loading: bool = False
     """The note when beast lists the model so."""
     view = ModelView(id=MODEL, status=status, progress=progress)
     beast = replace(BEAST, models=MappingProxyType({MODEL: view}), healthy=healthy)
-    job = Job(Plan(MODEL, "beast", (0,), 0, Fit.NOW, 0), "", 88.0, loading_since=1.0)
+    job = Job(Plan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
     return waiting_note(MODEL, fleet(beast, BENJY), job if loading else None, None, 100.0)
 
 
