@@ -17,7 +17,20 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
-    *(f"cortex/{name}.py" for name in ("placement", "feasibility", "event_stream", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
+    *(
+        f"cortex/{name}.py"
+        for name in (
+            "placement",
+            "feasibility",
+            "event_stream",
+            "routing",
+            "explain",
+            "snapshot",
+            "catalogue",
+            "replica",
+            "tally",
+        )
+    ),
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
