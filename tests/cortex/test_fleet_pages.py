@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+import pytest
 
+from cortex.api import models
 from cortex.api.models import ModelList
 from cortex.api.picture import MIN_INTERVAL_SECS, Picture
 from cortex.catalogue import Catalogue
@@ -48,8 +50,10 @@ def observed(fleet: Fleet, name: str, devices: int, models: dict[str, str], inst
     )
 
 
-def test_the_kept_list_is_the_list_made_anew() -> None:
+@pytest.mark.parametrize("block", [1, 2, 64])
+def test_the_kept_list_is_the_list_made_anew(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """After each of many random changes: polls, events, deaths, restarts, other devices."""
+    monkeypatch.setattr(models, "BLOCK", block)
     chance = random.Random(5)
     fleet, kept = Fleet([(name, f"http://{name}") for name in "abc"], unhealthy_after=1), ModelList()
     statuses = ["loaded", "loading", "failed", "unloaded"]
@@ -70,25 +74,24 @@ def test_the_kept_list_is_the_list_made_anew() -> None:
             case _:
                 fleet.set_draining(name, chance.choice([True, False]))
         snapshot = fleet.snapshot()
-        body = kept.body(CATALOGUE, snapshot, created=7)
-        made = ModelList().body(CATALOGUE, snapshot, created=7)
-        assert json.loads(body) == json.loads(made)
-        assert kept.body(CATALOGUE, snapshot, created=7) is body
+        blocks = kept.blocks(CATALOGUE, snapshot, created=7)
+        assert json.loads(b"".join(blocks)) == json.loads(b"".join(ModelList().blocks(CATALOGUE, snapshot, created=7)))
+        assert kept.blocks(CATALOGUE, snapshot, created=7) is blocks
     fewer = Catalogue(models=CATALOGUE.models[:1])
-    assert kept.body(fewer, fleet.snapshot(), created=7) == ModelList().body(fewer, fleet.snapshot(), created=7)
+    assert kept.blocks(fewer, fleet.snapshot(), created=7) == ModelList().blocks(fewer, fleet.snapshot(), created=7)
 
 
 def test_the_list_is_kept_over_polls_that_bring_nothing_to_it() -> None:
     """Figures of the devices, a drain, a restart with the same devices."""
     fleet, kept = Fleet([("a", "http://a")], unhealthy_after=3), ModelList()
     observed(fleet, "a", 2, {"small": "loaded"})
-    body = kept.body(CATALOGUE, fleet.snapshot(), created=7)
+    blocks = kept.blocks(CATALOGUE, fleet.snapshot(), created=7)
     health = NeuronHealth.model_validate({"devices": [{"index": 0, "vram_used_mb": 5}]})
     fleet.observe("a", started=float("inf"), health=health, models=None, discovery=None)
     fleet.set_draining("a", True)
-    assert kept.body(CATALOGUE, fleet.snapshot(), created=7) is body
+    assert kept.blocks(CATALOGUE, fleet.snapshot(), created=7) is blocks
     observed(fleet, "a", 2, {"small": "loaded"}, instance="two")
-    assert kept.body(CATALOGUE, fleet.snapshot(), created=7) == body
+    assert kept.blocks(CATALOGUE, fleet.snapshot(), created=7) == blocks
 
 
 async def pictures(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
@@ -146,3 +149,14 @@ async def test_listeners_share_one_picture(start_cortex: StartCortex, benjy: See
     cortex.parts.fleet.set_draining("benjy", True)
     await until(lambda: picture.event()[1] is not event)
     assert json.loads(picture.event()[1].partition(b"data: ")[2])["nodes"][0]["draining"] is True
+
+
+async def test_a_long_list_comes_in_pieces_of_one_answer(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """With its length told before, and whole; its head alone to who asks for that."""
+    cortex = await start_cortex([benjy], [{"id": f"m{number}"} for number in range(3 * models.BLOCK)])
+    async with cortex.http.get(f"{cortex.url}/v1/models") as response:
+        assert response.content_type == "application/json"
+        length = int(response.headers["Content-Length"])
+        assert [entry["id"] for entry in (await response.json())["data"]] == [f"m{n}" for n in range(3 * models.BLOCK)]
+    async with cortex.http.head(f"{cortex.url}/v1/models") as response:
+        assert int(response.headers["Content-Length"]) == length
