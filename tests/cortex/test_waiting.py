@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 import pytest
 
+from cortex.catalogue import Catalogue
+from cortex.config import CortexConfig, WaitingSettings
+from cortex.live_config import LiveConfig
 from cortex.planning.view import Waiting
 from cortex.waiting import Seat, WaitingRooms
 from shared.errors import TooManyRequests, Unavailable
@@ -22,10 +26,24 @@ class Clock:
         return self.now
 
 
-def _rooms(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock: Clock | None = None) -> WaitingRooms:
-    return WaitingRooms(
-        per_model=per_model, total=total, retry_after=lambda model_id: retry_after, clock=clock or Clock()
-    )
+class Rooms:
+    """Waiting rooms of models that are all `secs` away."""
+
+    def __init__(self, rooms: WaitingRooms, secs: float) -> None:
+        self.rooms = rooms
+        self.secs = secs
+
+    def seat(self, model_id: str) -> contextlib.AbstractContextManager[Seat]:
+        return self.rooms.seat(model_id, lambda _: self.secs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rooms, name)
+
+
+def _rooms(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock: Clock | None = None) -> Rooms:
+    waiting = WaitingSettings(per_model=per_model, total=total)
+    rooms = WaitingRooms(live=LiveConfig(CortexConfig(waiting=waiting), Catalogue()), clock=clock or Clock())
+    return Rooms(rooms, retry_after)
 
 
 def test_a_full_room_refuses_with_when_to_come_back() -> None:
