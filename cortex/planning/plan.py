@@ -7,7 +7,7 @@ that big cards stay free for big models; the best connected devices; the name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -82,9 +82,9 @@ class Verdict:
     passes: bool = False
 
 
-def verdicts(view: View, profile: ModelProfile, *, avoid: Collection[str] = ()) -> list[Verdict]:
-    """What each node of the fleet could do for the model. `avoid` are nodes that have it already."""
-    return [verdict_on(view, profile, node, avoid=avoid) for node in view.fleet.nodes.values()]
+def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What each node of the fleet could do for the model: for its first replica, or another."""
+    return [verdict_on(view, profile, node) for node in view.fleet.nodes.values()]
 
 
 def best(found: Iterable[Verdict]) -> Plan | None:
@@ -96,16 +96,16 @@ def best(found: Iterable[Verdict]) -> Plan | None:
     return None if plan is not None and plan.fit is Fit.TOO_LARGE and hope else plan
 
 
-def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot, *, avoid: Collection[str] = ()) -> Verdict:
+def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Verdict:
     """What one node could do for the model."""
-    obstacle = _obstacle(view, profile, node, avoid)
+    obstacle = _obstacle(view, profile, node)
     found = plan_on(view, profile, node) if obstacle is None else obstacle
     if isinstance(found, Held):
         return Verdict(node.name, None, found.reason, found.passes)
     return Verdict(node.name, found, _fit_reason(found))
 
 
-def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Collection[str]) -> Held | None:
+def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
     """Why the node is out of the question, before any memory is counted."""
     reason = infeasible_reason(profile, node)
     if reason is None and node.discovery is None:
@@ -114,8 +114,6 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Coll
         reason = f"down now: {node.last_error}"
     if reason is None and node.draining:
         reason = "draining"
-    if reason is None and node.name in avoid:
-        reason = "has it already"
     return _passing_obstacle(view, profile, node) if reason is None else Held(reason)
 
 
@@ -123,6 +121,8 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
     status, bar = node.status_of(profile.id), view.bar(profile.id, node.name)
     if (profile.id, node.name) in view.fleet.leaving:
         return Held("is about to lose it", passes=True)
+    if status is ModelStatus.LOADED:
+        return Held("has it already")
     if status is not None and status.coming:
         return Held("it is on its way there", passes=True)
     if bar is not None:
@@ -217,7 +217,7 @@ def _after_displacement(site: _Site) -> Plan | Held:
         eviction(view, each, since=since) for each in others if shield(each, site.profile.residency_priority) is None
     ]
     # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
-    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id]
+    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
     by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
     ways = [(indices, displace(site.missing_mb(indices), [*movable, *own]), False) for indices in sets]

@@ -375,9 +375,11 @@ def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
 
 
 def test_every_node_says_why() -> None:
-    """A verdict for each, in words, with the nodes that have it left out."""
+    """A verdict for each, in words."""
     moment = _crowded((0, 1, 2, 3))
-    found = verdicts(moment, _MODELS[0], avoid={"b"})
+    have_it = host("b", 24000, models={"m": On(14000)})
+    moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))
+    found = verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
         "a": "fits after displacement of x",
         "b": "has it already",
