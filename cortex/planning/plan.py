@@ -14,7 +14,17 @@ from enum import IntEnum
 from cortex.catalogue import ModelProfile
 from cortex.placement import infeasible_reason
 from cortex.planning.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
-from cortex.planning.displacement import NOBODY, Claim, Displacement, Eviction, displace, eviction, shield, suffice
+from cortex.planning.displacement import (
+    NOBODY,
+    Claim,
+    Displacement,
+    Eviction,
+    displace,
+    displace_each,
+    eviction,
+    shield,
+    suffice,
+)
 from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot, Reservation
@@ -220,13 +230,16 @@ def _after_displacement(site: _Site) -> Plan | Held:
     own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
     by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
-    ways = [(indices, displace(site.missing_mb(indices), [*movable, *own]), False) for indices in sets]
+    found = displace_each((site.missing_mb(indices) for indices in sets), [*movable, *own])
+    ways = [(indices, way, False) for indices, way in zip(sets, found, strict=True)]
     if site.to_wake:
         ways.append((site.asleep_on, displace(site.missing_mb(site.asleep_on, wakes=True), movable), True))
+    possible = [(way.order, indices, way, wakes) for indices, way, wakes in ways if way is not None]
+    cheapest = min((order for order, *_ in possible), default=None)
     plans = [
         _plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes)
-        for indices, way, wakes in ways
-        if way is not None
+        for order, indices, way, wakes in possible
+        if order == cheapest
     ]
     if not plans:
         moving = pending(view, site.node)
