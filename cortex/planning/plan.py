@@ -247,18 +247,23 @@ def _after_displacement(site: _Site) -> Plan | Held:
         if moving and any(suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
             return Held(f"waits for {names}, on the way up or out there", passes=True)
-        last = ((indices, _everybody(site.missing_mb(indices), others, movable)) for indices in sets)
+        last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)
         plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
     return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
 
 
-def _everybody(missing: Mapping[int, int], there: list[Resident], movable: list[Eviction]) -> Displacement | None:
-    """All who are on devices where even their leaving is not enough by the figures: what holds the rest is nobody's
-    that is known, or the figures are wrong, and the neuron has to say. None where somebody stays who may not be
-    moved."""
+def _last_resort(
+    site: _Site, indices: tuple[int, ...], there: list[Resident], movable: list[Eviction]
+) -> Displacement | None:
+    """Who leaves devices where even that is not enough by the figures: what holds the rest is nobody's that is known,
+    or the figures are wrong, and the neuron has to say. One that books says so before anything is started, so that
+    nobody has to leave for it. None where somebody stays who may not be moved."""
+    missing = site.missing_mb(indices)
     concerned = {each.key for each in there if each.devices & missing.keys()}
     leaving = tuple(each for each in movable if each.resident.key in concerned)
-    return Displacement(leaving) if len(leaving) == len(concerned) else None
+    if len(leaving) < len(concerned):
+        return None
+    return NOBODY if books(site.node) else Displacement(leaving)
 
 
 def _plan(

@@ -304,6 +304,14 @@ def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
         assert plan.spare_mb < 0
 
 
+@pytest.mark.parametrize(("seed", "displaced"), [(False, set()), (True, {"x"})])
+def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, displaced: set[str]) -> None:
+    """It refuses by its figures at once. Others find out with the whole device for it, or not at all."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
+    plan = plan_for(view(where, profile(vram_mb=30000)))
+    assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, displaced)
+
+
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
 def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
     """It makes way only when it is there."""
