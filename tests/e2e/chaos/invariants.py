@@ -35,6 +35,7 @@ class Watch:
     fleet: Fleet
     found: dict[str, float] = field(default_factory=dict)
     looks: int = 0
+    started: int = 0
     most_engines: int = 0
     _known: dict[tuple[int, int], tuple[str, str] | None] = field(default_factory=dict)
 
@@ -86,6 +87,7 @@ class Watch:
         host = next((each.name for each in self.fleet.neurons if (engine_id or "").startswith(each.id_prefix)), None)
         engine = None if host is None or model_id is None else (host, model_id)
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / _TICKS
+        self.started += engine is not None
         if engine is not None or age > _YOUNG_SECS:
             self._known[key] = engine
         return engine

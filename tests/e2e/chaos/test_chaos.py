@@ -10,12 +10,13 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from tests.e2e.chaos import report
 from tests.e2e.chaos.faults import Faults, schedule_of
 from tests.e2e.chaos.fleet import Fleet
 from tests.e2e.chaos.invariants import Watch, nothing_left, settled
@@ -34,7 +35,6 @@ SHOWN_MODELS = MODELS[: int(os.environ.get("CHAOS_MODELS", str(len(MODELS))))]
 FAULT_KINDS = [kind for kind in os.environ.get("CHAOS_KINDS", "").split(",") if kind]
 LEAST_SHARE = 0.99
 _PAUSE_SECS = 0.4  # of a client between two requests, on average
-_SHOWN = 40
 
 
 @pytest.fixture
@@ -66,23 +66,15 @@ async def test_every_request_ends_well_or_is_told_why(fleet: Fleet, tmp_path: Pa
     finally:
         watching.cancel()
         verdict = judge(fleet, clients.answered, faults.log)
-        tally = verdict.tally(clients.answered)
-        everything = sorted(clients.answered, key=lambda answer: answer.since)
-        timeline = [fault.told(start) for fault in sorted(faults.log, key=lambda fault: fault.at)]
-        (tmp_path / "requests.txt").write_text("\n".join(answer.told(start) for answer in everything))
-        (tmp_path / "faults.txt").write_text("\n".join(timeline))
-        print(f"CHAOS_SEED={SEED} CHAOS_SECS={SECS:g}: {tally}")
-        print(f"{watch.looks} looks, at most {watch.most_engines} engines at once; all is in {tmp_path}")
-        _print_some("faults:", timeline, len(timeline))
-        _print_some("violations:", [answer.told(start) for answer in verdict.violations])
-        _print_some("failures that count:", [answer.told(start) for answer in verdict.failures])
-        for service in fleet.services:
-            _print_some(f"{service.name}:", [service.tail()])
+        summary = report.summary(verdict, clients.answered, watch)
+        report.write(tmp_path, clients.answered, faults.log, start)
+        print(f"CHAOS_SEED={SEED} CHAOS_SECS={SECS:g}, all is in {tmp_path}\n{summary}")
+        print(report.details(fleet, verdict, faults.log, start))  # pytest shows it when the test fails
     problems += [f"{at - start:.3f}: {what}" for what, at in watch.found.items()]
     problems += await _ended(fleet)
     problems += [answer.told(start) for answer in verdict.violations]
     assert not problems, "\n".join(problems)
-    assert verdict.share >= LEAST_SHARE, tally
+    assert verdict.share >= LEAST_SHARE, summary
 
 
 async def _each_model_answers(fleet: Fleet) -> list[str]:
@@ -114,12 +106,3 @@ async def _ended(fleet: Fleet) -> list[str]:
         if (status := await neuron.end(signal.SIGTERM)) != 0:
             found.append(f"{neuron.name} ended with {status}")
     return found + [f"left: {what}" for what in await nothing_left(fleet)]
-
-
-def _print_some(title: str, lines: Sequence[str], most: int = _SHOWN) -> None:
-    """pytest shows it when the test fails."""
-    if lines:
-        print(f"\n{title}")
-        print("\n".join(lines[:most]))
-        if len(lines) > most:
-            print(f"… and {len(lines) - most} more")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,14 +32,6 @@ class Verdict:
     @property
     def share(self) -> float:
         return self.succeeded / len(self.counted) if self.counted else 0.0
-
-    def tally(self, everything: Sequence[Answered]) -> str:
-        kinds = Counter(f"{each.outcome.kind.value} {each.outcome.code}".strip() for each in everything)
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        return (
-            f"{len(everything)} requests: {listed}; {self.succeeded} of {len(self.counted)} that count succeeded "
-            f"({self.share:.2%}); of the others {self.lost} were lost with their engine after the first byte"
-        )
 
 
 def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) -> Verdict:
