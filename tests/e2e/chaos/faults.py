@@ -15,7 +15,7 @@ from tests.e2e.chaos.fleet import EngineServer, Fleet, NeuronHost, Service, send
 
 _FIRST_SECS = 2.0  # of load without a fault
 _LAST_SECS = 4.0
-_EVERY_SECS = 2.0  # a fault, about
+_EVERY_SECS = 2.4  # a fault, about
 _PAUSES_SECS = (0.2, 1.5)  # from an end to the next start
 _STOPPED_SECS = (0.2, 1.5)
 Item = TypeVar("Item")

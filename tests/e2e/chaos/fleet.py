@@ -261,6 +261,7 @@ def _cortex(
     config = directory / f"{name}.toml"
     table = {
         "models_config": "models.toml",
+        "state_dir": str(directory / f"{name}-state"),
         "gateway": {
             "listen": f"127.0.0.1:{ports[0]}",
             "metrics_listen": f"127.0.0.1:{ports[1]}",
@@ -272,6 +273,8 @@ def _cortex(
             "unhealthy_after": UNHEALTHY_AFTER,
         },
         "cold_load": {"timeout_secs": 30},
+        "placement": {"min_residency_secs": 4, "patience_secs": 2, "starvation_secs": 8},
+        "waiting": {"first_comment_secs": 0.3, "comment_interval_secs": 0.5},
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     _write(config, table)

@@ -52,14 +52,14 @@ class ChaosModel:
 
 
 MODELS = (
-    ChaosModel("hot/a", 7_000, 30, 0.3),
-    ChaosModel("hot/b", 9_000, 24, 0.3),
-    ChaosModel("warm/c", 11_000, 14, 0.4, min_device_vram_mb=12_000),
-    ChaosModel("warm/d", 14_000, 10, 0.4, min_device_vram_mb=20_000),
-    ChaosModel("big/e", 20_000, 6, 0.6, min_device_vram_mb=20_000),
-    ChaosModel("wide/f", 30_000, 3, 0.6, min_devices=2, min_device_vram_mb=20_000),
-    ChaosModel("rare/g", 10_000, 3, 0.3),
-    ChaosModel("rare/h", 17_000, 2, 0.5, min_device_vram_mb=20_000),
+    ChaosModel("hot/a", 7_000, 420, 0.3),
+    ChaosModel("hot/b", 9_000, 300, 0.3),
+    ChaosModel("warm/c", 11_000, 150, 0.4, min_device_vram_mb=12_000),
+    ChaosModel("warm/d", 14_000, 100, 0.4, min_device_vram_mb=20_000),
+    ChaosModel("big/e", 20_000, 12, 0.6, min_device_vram_mb=20_000),
+    ChaosModel("wide/f", 30_000, 6, 0.6, min_devices=2, min_device_vram_mb=20_000),
+    ChaosModel("rare/g", 10_000, 6, 0.3),
+    ChaosModel("rare/h", 17_000, 6, 0.5, min_device_vram_mb=20_000),
 )
 """118,000 MiB for 84,000 MiB of devices."""
 

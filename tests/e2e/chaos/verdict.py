@@ -44,7 +44,8 @@ def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) ->
         )
         hit = _was_hit(answer, faults)
         # A plain answer that was under way cannot end in anything but a cut connection.
-        excused = without_cortex or (kind is Kind.CUT and answer.head_at is not None and hit)
+        cut_with_engine = kind is Kind.CUT and answer.head_at is not None and not answer.asked.streamed and hit
+        excused = without_cortex or cut_with_engine
         if kind is Kind.VIOLATION or (kind in (Kind.REFUSED, Kind.CUT) and not excused):
             violations.append(answer)
         if kind is Kind.LEFT or without_cortex or not had_live_neuron(fleet, answer):
