@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -24,6 +24,26 @@ class TokenLimit(SettingsModel):
     output: int | None = Field(default=None, gt=0)
 
 
+class Replicas(SettingsModel):
+    """How many copies of a model: `min` are kept loaded, up to `max` are added under load."""
+
+    min: int = Field(default=0, ge=0, le=1000)
+    max: int = Field(default=1, ge=1, le=1000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_least_the_minimum(cls, data: object) -> object:
+        if isinstance(data, Mapping) and "max" not in data and isinstance(data.get("min"), int):
+            return {**data, "max": max(1, data["min"])}
+        return data
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Replicas:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
 class ModelProfile(SettingsModel):
     """One model of the catalogue. Memory in MiB; models.example.toml says what leaving a field out means."""
 
@@ -35,6 +55,10 @@ class ModelProfile(SettingsModel):
     min_device_vram_mb: int | None = Field(default=None, gt=0)
     pinned_on: tuple[str, ...] = ()
     residency_priority: int = DEFAULT_PRIORITY
+    replicas: Replicas = Replicas()
+    min_residency_secs: float | None = Field(default=None, ge=0)
+    idle_ttl_secs: float | None = Field(default=None, gt=0)
+    when_idle: Literal["unload", "sleep"] = "unload"
     source: str | None = None
     args: tuple[str, ...] = ()
     limit: TokenLimit | None = None

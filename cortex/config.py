@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.http1.names import OF_REQUESTS, PASS
+from cortex.planning.view import Rules
 from shared.settings import SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -57,6 +59,45 @@ class ColdLoadSettings(SettingsModel):
     timeout_secs: float = Field(default=1800, gt=0)
 
 
+class PlacementSettings(SettingsModel):
+    """`[placement]`: who makes way for whom, and when. Seconds."""
+
+    min_residency_secs: float = Field(default=30, ge=0)
+    patience_secs: float = Field(default=15, ge=0)
+    starvation_secs: float = Field(default=60, ge=0)
+    replica_target: int = Field(default=8, ge=1)  # requests at a time
+    scale_up_secs: float = Field(default=5, ge=0)
+    scale_down_secs: float = Field(default=300, gt=0)
+
+    def rules(self) -> Rules:
+        """For the planner."""
+        return Rules(**self.model_dump())
+
+
+class RoutingSettings(SettingsModel):
+    """`[routing]`: which of several replicas gets a request."""
+
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    load_factor: float = Field(default=1.25, ge=1, le=100)
+
+    @field_validator("session_header")
+    @classmethod
+    def _goes_on_to_the_engine(cls, value: str) -> str:
+        if OF_REQUESTS[value.encode() + b":"][0] != PASS:
+            raise ValueError("means something else to cortex: choose another name")
+        return value
+
+
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for a model, counted and told how long."""
+
+    per_model: int = Field(default=256, ge=1)
+    total: int = Field(default=2048, ge=1)
+    first_comment_secs: float = Field(default=1.0, gt=0)
+    comment_interval_secs: float = Field(default=2.0, gt=0)
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -97,10 +138,14 @@ class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
     models_config: Path = Path("models.toml")
+    state_dir: Path | None = None  # None: see cortex.configuration.state_directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
+    placement: PlacementSettings = PlacementSettings()
+    routing: RoutingSettings = RoutingSettings()
+    waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("neurons")

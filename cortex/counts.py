@@ -18,8 +18,11 @@ class WorkerCounts(Protocol):
 
     def in_flight_here(self) -> Mapping[Key, int]: ...
 
+    def begun_here(self) -> Mapping[Key, int]:
+        """Requests that were sent to an engine since the worker began."""
+
     async def refresh(self) -> None:
-        """Makes the two above as good as live."""
+        """Makes those above as good as live."""
 
 
 class Counts:
@@ -45,6 +48,14 @@ class Counts:
     def in_flight(self, model_id: str, node: str) -> int:
         key = model_id, node
         return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)
+
+    def begun(self) -> dict[Key, int]:
+        """Requests that were sent to engines. Falls when a worker ends, since nobody knows its last ones."""
+        total: dict[Key, int] = {}
+        for worker in self.workers:
+            for key, count in worker.begun_here().items():
+                total[key] = total.get(key, 0) + count
+        return total
 
     def all_in_flight(self) -> dict[Key, int]:
         """Without zeros."""

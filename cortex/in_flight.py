@@ -14,11 +14,13 @@ class InFlight:
 
     def __init__(self) -> None:
         self.here: dict[Key, int] = {}
+        self.begun: dict[Key, int] = {}  # since the process began; only grows
         self.elsewhere: Mapping[Key, int] = {}
         self.on_change: Callable[[], None] | None = None
 
     def add(self, key: Key) -> None:
         self.here[key] = self.here.get(key, 0) + 1
+        self.begun[key] = self.begun.get(key, 0) + 1
         if self.on_change is not None:
             self.on_change()
 

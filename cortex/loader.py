@@ -1,19 +1,26 @@
-"""Carries loads out: one for each model however many ask, outliving every asker, with a back-off after failures."""
+"""Carries plans out: those that make way are drained and sent away, then the model is loaded. One load of a model on a
+node at a time; it outlives whoever asked for it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
-from cortex.fleet import Fleet
+from cortex.bars import Cause
+from cortex.commands import load_command
+from cortex.counts import Counts
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
-from cortex.routing import Load
-from cortex.snapshot import Reservation
-from shared.errors import Unavailable
+from cortex.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.planning.plan import Plan
+from cortex.planning.view import Key
+from cortex.poller import NodeWatch
+from cortex.snapshot import NodeSnapshot
+from cortex.state_file import StateFile
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
@@ -21,25 +28,52 @@ log = logging.getLogger(__name__)
 
 LOAD_IN_PROGRESS = "load_in_progress"
 """What a neuron answers, with 409, when it is loading the model with another spec."""
-BACKOFF_FIRST_SECS = 10.0
-BACKOFF_MAX_SECS = 300.0
+INSUFFICIENT_VRAM = "insufficient_vram"
+_OF_THE_MODEL = ("invalid_request",)
+_PASSING = ("neuron_stopping", "load_cancelled")
+
+MAX_DRAIN_SECS = 3600.0
+"""What a neuron takes as `drain_secs`."""
+DRAIN_POLL_SECS = 0.05
 
 
-@dataclass(frozen=True)
-class LoadInProgress:
-    """A load under way; `started` is Unix time."""
+class LoadFailed(Exception):
+    """A load that did not come to its end. `no_room`: the neuron had no memory for it; `needs_mb` is what it would have
+    booked on each device, when it has said so."""
 
-    model_id: str
-    node: str
+    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
+        super().__init__(reason)
+        self.cause = cause
+        self.no_room = no_room
+        self.needs_mb = needs_mb
+
+
+class NotWanted(Exception):
+    """Nobody waits any more for a load that has displaced nobody yet."""
+
+
+@dataclass
+class Job:
+    """A load under way; `started` is Unix time. `phase` says what it is at."""
+
+    plan: Plan
+    why: str
     started: float
-    reason: str
+    phase: str = "beginning"
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    loading_since: float | None = None  # monotonic: when the neuron was asked
 
+    @property
+    def model_id(self) -> str:
+        return self.plan.model_id
 
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-    count: int
-    until: float  # monotonic
+    @property
+    def node(self) -> str:
+        return self.plan.node
+
+    @property
+    def reason(self) -> str:
+        return self.plan.reason
 
 
 class Loader:
@@ -47,162 +81,241 @@ class Loader:
 
     def __init__(
         self,
-        fleet: Fleet,
-        clients: Mapping[str, NeuronClient],
-        metrics: Metrics,
         *,
-        timeout_secs: float,
-        clock: Callable[[], float] = time.monotonic,
+        fleet: Fleet,
+        live: LiveConfig,
+        clients: Mapping[str, NeuronClient],
+        watches: Mapping[str, NodeWatch],
+        counts: Counts,
+        metrics: Metrics,
+        settle_routes: Callable[[], Awaitable[None]],
+        state: StateFile,
     ) -> None:
+        """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
         self._fleet = fleet
+        self._live = live
         self._clients = clients
+        self._watches = watches
+        self._counts = counts
         self._metrics = metrics
-        self._timeout_secs = timeout_secs
-        self._clock = clock
+        self._settle_routes = settle_routes
+        self._state = state
         self._tasks = TaskSet()
-        self._jobs: dict[str, dict[str, tuple[LoadInProgress, asyncio.Task[None]]]] = {}  # model -> node -> job
-        self._failures: dict[str, _Failure] = {}
+        self._jobs: dict[Key, Job] = {}
 
     @property
     def timeout_secs(self) -> float:
         """How long a cold load may take."""
-        return self._timeout_secs
+        return self._live.config.cold_load.timeout_secs
 
-    def in_progress(self) -> list[LoadInProgress]:
-        return [job for jobs in self._jobs.values() for job, _ in jobs.values()]
+    @property
+    def load_secs(self) -> Mapping[str, Mapping[str, float]]:
+        """By model and node, what the last load took."""
+        return self._state.load_secs
 
-    def node_of(self, model_id: str) -> str | None:
-        """Where a load of this model is under way, None when none is."""
-        return next(iter(self._jobs.get(model_id, {})), None)
+    def jobs(self) -> list[Job]:
+        return list(self._jobs.values())
 
-    async def join(self, model_id: str) -> bool:
-        """Waits for a load of this model that is under way; False when there is none.
+    def job(self, model_id: str) -> Job | None:
+        """A load of this model that is under way."""
+        return next((job for job in self._jobs.values() if job.model_id == model_id), None)
 
-        Raises:
-            Unavailable: the load failed.
-        """
-        jobs = self._jobs.get(model_id)
-        if not jobs:
-            return False
-        _, task = next(iter(jobs.values()))
-        await asyncio.shield(task)
-        return True
-
-    async def load(self, load: Load, *, after_failure: bool = False) -> None:
-        """Carries the load out, or joins it when it is under way on that neuron; the caller's leaving cancels nothing.
-        Afterwards the model is there, or on its way there by somebody else's doing.
-
-        `after_failure` True starts it in spite of a back-off: an operator asked.
-
-        Raises:
-            Unavailable: it failed, or failed so recently that it is not tried again yet.
-        """
-        await asyncio.shield(self.start(load, after_failure=after_failure))
-
-    def start(self, load: Load, *, after_failure: bool = False) -> asyncio.Task[None]:
-        """As `load`, but gives the task instead of waiting for it. Raises Unavailable inside a back-off."""
-        model_id = load.command.model_id
-        jobs = self._jobs.setdefault(model_id, {})
-        if load.node in jobs:
-            return jobs[load.node][1]
-        try:
-            if not after_failure:
-                self.check_backoff(model_id)
-            job = LoadInProgress(model_id, load.node, time.time(), load.reason)
-            task = self._tasks.spawn(self._carry_out(load), name=f"load {model_id} on {load.node}")
-            jobs[load.node] = job, task
-        finally:
-            if not jobs:
-                del self._jobs[model_id]
-        task.add_done_callback(lambda _: self._done(model_id, load.node))
-        return task
-
-    def check_backoff(self, model_id: str) -> None:
-        """Raises Unavailable while a model that failed to load is not to be tried again."""
-        failure = self._failures.get(model_id)
-        if failure is not None and failure.until > self._clock():
-            raise _failed(failure.message, failure.until - self._clock())
-
-    def failed(self, model_id: str, message: str) -> Unavailable:
-        """Notes a failed load and gives the error for its askers; each failure in a row doubles the back-off."""
-        earlier = self._failures.get(model_id)
-        count = 1 if earlier is None else earlier.count + 1
-        pause = min(BACKOFF_FIRST_SECS * 2 ** min(count - 1, 10), BACKOFF_MAX_SECS)
-        self._failures[model_id] = _Failure(message, count, self._clock() + pause)
-        return _failed(message, pause)
-
-    def succeeded(self, model_id: str) -> None:
-        """The model serves: its failures are forgotten."""
-        self._failures.pop(model_id, None)
+    def start(
+        self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]
+    ) -> Job:
+        """Begins to carry a plan out, or joins the load that is under way there. `wanted` is asked before anybody is
+        sent away; `done` hears of the end, unless nobody wanted it any more."""
+        key = plan.model_id, plan.node
+        if key in self._jobs:
+            return self._jobs[key]
+        job = self._jobs[key] = Job(plan, why, time.time())
+        job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
+        return job
 
     async def close(self) -> None:
         """Lets go of the loads; the neurons carry them on."""
         await self._tasks.close()
 
-    def _done(self, model_id: str, node: str) -> None:
-        jobs = self._jobs[model_id]
-        del jobs[node]
-        if not jobs:
-            del self._jobs[model_id]
-
-    async def _carry_out(self, load: Load) -> None:
-        command, started = load.command, self._clock()
-        model_id = command.model_id
-        devices = tuple(command.devices or ())
-        reservation = Reservation(model_id, load.node, devices, load.share_mb)
-        log.info("loading %s on %s, devices %s (%s)", model_id, load.node, list(devices), load.reason)
-        self._fleet.reserve(reservation)
-        try:
-            await self._clients[load.node].load(command, timeout_secs=self._timeout_secs)
-        except (NeuronRefused, NeuronUnreachable) as error:
-            if isinstance(error, NeuronRefused) and error.code == LOAD_IN_PROGRESS:
-                # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
-                self._fleet.tell(load.node, ModelView(id=model_id, status=ModelStatus.LOADING.value))
-                return
-            log.warning("loading %s on %s failed: %s", model_id, load.node, error)
-            raise self.failed(model_id, f"loading {model_id!r} on {load.node} failed: {error}") from error
-        finally:
-            self._fleet.release(reservation)
-        took = self._clock() - started
-        self.succeeded(model_id)
-        self._fleet.loaded(load.node, model_id, harness=command.harness, devices=devices)
-        self._metrics.cold_start(model_id, load.node, took)
-        log.info("loaded %s on %s in %.1f s", model_id, load.node, took)
-
-    async def wait_until_settled(self, model_id: str, node: str, *, timeout_secs: float) -> None:
-        """Waits until a model that is on its way on a neuron is so no more: loaded, gone, failed, or out of reach.
+    async def send_away(self, key: Key, *, sleep: bool, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Drains a model on a node and unloads it, or puts it to sleep where it can. It must be `leaving` already, and
+        is so until the caller says otherwise.
 
         Raises:
-            Unavailable: it failed, or did not settle within `timeout_secs`.
+            NotWanted: before it was asked to go. NeuronRefused, NeuronUnreachable: it is not gone.
         """
+        model_id, node = key
+        await self._settle_routes()
+        while self._counts.in_flight(model_id, node):
+            if not wanted():
+                raise NotWanted
+            await asyncio.sleep(DRAIN_POLL_SECS)
+        if not wanted():
+            raise NotWanted
+        client = self._client(node)
         try:
-            async with timeout(timeout_secs):
-                await self._settled(model_id, node)
-        except asyncio.TimeoutError:
-            raise self._failed_elsewhere(
-                model_id, f"{model_id!r} did not come up on {node} in {timeout_secs:g} s"
-            ) from None
-        view = self._fleet.snapshot().nodes[node].models.get(model_id)
-        if view is not None and view.known_status is ModelStatus.FAILED:
-            reason = view.error or "no reason given"
-            raise self._failed_elsewhere(model_id, f"loading {model_id!r} on {node} failed: {reason}")
-
-    def _failed_elsewhere(self, model_id: str, message: str) -> Unavailable:
-        """Many requests may wait for one load that somebody else started: its failure counts once."""
-        failure = self._failures.get(model_id)
-        if failure is not None and failure.until > self._clock():
-            return _failed(failure.message, failure.until - self._clock())
-        return self.failed(model_id, message)
-
-    async def _settled(self, model_id: str, node: str) -> None:
-        version = self._fleet.version
-        while True:
-            snapshot = self._fleet.snapshot().nodes[node]
-            status = snapshot.status_of(model_id)
-            if not snapshot.healthy or status is None or not status.coming:
+            if sleep and await self._put_to_sleep(key):
                 return
-            version = await self._fleet.changed_since(version)
+            drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) else 0
+            await client.unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain)
+        except NeuronRefused as refused:
+            if refused.status != 404:  # gone already
+                raise
+        finally:
+            await self._look_again(node)
+
+    async def _put_to_sleep(self, key: Key) -> bool:
+        """False when it does not sleep there."""
+        model_id, node = key
+        try:
+            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
+        except NeuronRefused as refused:
+            log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
+            return False
+        return True
+
+    async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]) -> None:
+        failure: LoadFailed | None = None
+        try:
+            await self._carry_out(job, wanted)
+        except NotWanted:
+            log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
+        except (NodeLeft, NeuronLeft):
+            log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
+        except LoadFailed as error:
+            failure = error
+            log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
+        except (NeuronRefused, NeuronUnreachable) as error:
+            failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
+            log.warning("%s", failure)
+        finally:
+            del self._jobs[job.model_id, job.node]
+        done(job, failure)
+
+    async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
+        plan = job.plan
+        reservation = plan.reservation
+        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
+        leaving = list(asleep)
+        log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
+        self._fleet.reserve(reservation)
+        for key in leaving:
+            self._fleet.leave(key)
+        try:
+            if leaving:
+                job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
+                await self._make_way(asleep, wanted)
+            job.phase = "loading"
+            await self._load(job)
+        finally:
+            for key in leaving:
+                self._fleet.stay(key)
+            self._fleet.release(reservation)
+
+    async def _make_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> None:
+        """Sends all of them away, which are given with whether they sleep now; the first failure counts once none of
+        the others is on its way out any more."""
+        going = (
+            self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted)
+            for key, asleep in leaving.items()
+        )
+        for outcome in await asyncio.gather(*going, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _load(self, job: Job) -> None:
+        plan, started = job.plan, time.monotonic()
+        job.loading_since = started
+        node, client = self._node(plan.node), self._client(plan.node)
+        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        try:
+            if node.status_of(plan.model_id) is ModelStatus.SLEEPING and not plan.wakes:
+                await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
+            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=not self._is_ours(plan.node))
+        except NeuronRefused as refused:
+            if refused.code != LOAD_IN_PROGRESS:
+                await self._look_again(plan.node)  # it knows something that we do not
+                raise _failed(plan, refused) from refused
+            # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
+            self._fleet.tell(plan.node, ModelView(id=plan.model_id, status=ModelStatus.LOADING.value))
+            return
+        except NeuronUnreachable as error:
+            raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
+        if not loaded:
+            await self._look_again(plan.node)
+            await self._until_loaded(plan)
+        took = time.monotonic() - started
+        self._state.set_load_secs(plan.model_id, plan.node, took)
+        self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
+        self._metrics.cold_start(plan.model_id, plan.node, took)
+        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+
+    async def _until_loaded(self, plan: Plan) -> None:
+        """Waits while the model is on its way up on the node."""
+
+        def settled(node: NodeSnapshot) -> bool:
+            status = node.status_of(plan.model_id)
+            return not node.healthy or status is None or not status.coming
+
+        what = f"loading {plan.model_id!r} on {plan.node} failed"
+        try:
+            async with timeout(self.timeout_secs):
+                node = await self._fleet.until(plan.node, settled)
+        except asyncio.TimeoutError:
+            raise LoadFailed(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
+        view = node.models.get(plan.model_id)
+        if not node.healthy:
+            raise LoadFailed(f"{what}: the neuron is away: {node.last_error}", Cause.PASSING)
+        if view is None or view.known_status is not ModelStatus.LOADED:
+            error = None if view is None else view.error
+            if error is None:
+                raise LoadFailed(f"{what}: it was unloaded meanwhile", Cause.PASSING)
+            raise LoadFailed(f"{what}: {error}", cause_of(view))
+
+    def _node(self, name: str) -> NodeSnapshot:
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None:
+            raise NodeLeft(name)
+        return node
+
+    def _client(self, name: str) -> NeuronClient:
+        client = self._clients.get(name)
+        if client is None:
+            raise NodeLeft(name)
+        return client
+
+    async def _look_again(self, name: str) -> None:
+        watch = self._watches.get(name)
+        if watch is not None:
+            await watch.refresh()
+
+    def _sleeps_when_idle(self, model_id: str) -> bool:
+        profile = self._live.catalogue.profile(model_id)
+        return profile is not None and profile.when_idle == "sleep"
+
+    def _is_ours(self, node: str) -> bool:
+        """Seed neurons have no instance id, and know no more than the six requests."""
+        return self._node(node).instance is not None
 
 
-def _failed(message: str, retry_after: float) -> Unavailable:
-    return Unavailable(message, code="cold_load_failed", retry_after=retry_after)
+def cause_of(view: ModelView | None) -> Cause:
+    """Whose fault it is that a model failed, as its neuron says."""
+    return _cause(None if view is None else view.cause)
+
+
+def _cause(text: str | None) -> Cause:
+    try:
+        return Cause(text or "")
+    except ValueError:
+        return Cause.UNKNOWN
+
+
+def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
+    reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
+    if refused.code in _PASSING:
+        return LoadFailed(reason, Cause.PASSING)
+    if refused.code == INSUFFICIENT_VRAM:
+        needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
+        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
+    if refused.code in _OF_THE_MODEL:
+        return LoadFailed(reason, Cause.MODEL)
+    return LoadFailed(reason, _cause(refused.cause))

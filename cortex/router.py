@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from cortex.catalogue import Catalogue
+from cortex.counts import Counts
+from cortex.demand import Demand
 from cortex.fleet import Fleet
-from cortex.loader import Loader
+from cortex.live_config import LiveConfig
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
-from cortex.replica import Failure, Replica, Route, unreachable
-from cortex.routing import Await, InFlight, Load, Refuse, Serve, decide, serving_nodes
+from cortex.proxy.choice import beyond_ours
+from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.routing import Await, Place, Refuse, Serve, decide
+from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
-from shared.errors import UpstreamError
+from cortex.stopping import Stopping
+from cortex.waiting import WaitingRooms
+from cortex.waiting_note import waiting_note
+from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
 from shared.tasks import TaskSet
 
@@ -28,6 +34,9 @@ ENDPOINT_PATIENCE_SECS = 10.0
 ENDPOINT_AGAIN_SECS = 0.25
 """A neuron that cannot be reached is asked again for so long, unless it counts as away before."""
 
+RETRY_AFTER_TIMEOUT_SECS = 30
+"""For who has waited in vain for as long as a load may take."""
+
 _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
 
@@ -39,20 +48,26 @@ class Router:
     def __init__(
         self,
         *,
-        catalogue: Catalogue,
+        live: LiveConfig,
         fleet: Fleet,
-        loader: Loader,
+        scheduler: Scheduler,
+        rooms: WaitingRooms,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
-        in_flight: InFlight,
+        counts: Counts,
+        demand: Demand,
+        stopping: Stopping,
     ) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
-        self._catalogue = catalogue
+        self._live = live
         self._fleet = fleet
-        self._loader = loader
+        self._scheduler = scheduler
+        self._rooms = rooms
+        self._demand = demand
+        self._stopping = stopping
         self._clients = clients
         self._watches = watches
-        self._in_flight = in_flight
+        self._counts = counts
         self._endpoints: dict[tuple[str, str], tuple[_Version, EndpointReply]] = {}
         self._wanted: set[str] = set()  # models that somebody has asked for: their endpoints are fetched in advance
         self._fetching: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -61,11 +76,11 @@ class Router:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._catalogue.aliases
+        return self._live.catalogue.aliases
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
-        return self._catalogue.profile(model_id) is not None
+        return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
@@ -73,34 +88,76 @@ class Router:
         Raises:
             ServiceError: it cannot be served now; the error is the client's.
         """
-        given_up = {failure.replica.node for failure in failures if failure.replica.fresh}
+        lost = given_up(failures)
         if failures:
-            await self._look_again(failures[-1].replica)
-        cold = False
+            await self._look_again(failures[-1])
+        replica = await self._serving(model_id, failures, lost)
+        if replica is not None:
+            return Route(replica=replica)
+        return await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
+
+    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
+        """Waits in the model's room until it can be served."""
+        patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
+        self._demand.arrived(model_id)
+        with self._rooms.seat(model_id) as seat:
+            self._scheduler.want(model_id)
+            while True:
+                try:
+                    await seat.news(within_secs=patient_until - time.monotonic())
+                except asyncio.TimeoutError:
+                    raise self._took_too_long(model_id) from None
+                lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                replica = await self._serving(model_id, failures, lost)
+                if replica is not None:
+                    return Route(replica=replica, cold=True)
+                self._scheduler.want(model_id)
+
+    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
+        """An engine that has the model now; None when it has to be waited for.
+
+        Raises:
+            ServiceError: it cannot be served.
+        """
         for _ in range(MAX_ROUNDS):
-            decision = decide(model_id, self._catalogue, self._fleet.snapshot(), self._in_flight)
-            match decision:
+            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
-                    left = [node for node in nodes if node not in given_up]
+                    left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
-                        break
+                        raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
                     replica = await self._replica(model_id, left[0])
                     if replica is not None:
-                        return Route(replica=replica, cold=cold)
-                case Await(node):
-                    cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.wait_until_settled(model_id, node, timeout_secs=self._loader.timeout_secs)
-                    given_up.discard(node)
-                case Load():
-                    cold = True
-                    if not await self._loader.join(model_id):
-                        await self._loader.load(decision)
-                    given_up.discard(decision.node)
+                        return replica
+                case Await() | Place():
+                    return None
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def _took_too_long(self, model_id: str) -> ServiceError:
+        waits_for = self._scheduler.note(model_id)
+        why = f" ({waits_for})" if waits_for else ""
+        secs = self._live.config.cold_load.timeout_secs
+        message = f"{model_id!r} did not come up in {secs:g} s{why}"
+        return Unavailable(message, code="cold_load_failed", retry_after=RETRY_AFTER_TIMEOUT_SECS)
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """What these neurons told of their engines holds no more: they have left, or are elsewhere."""
+        gone = [key for key in self._endpoints if key[1] in nodes]
+        for key in gone:
+            del self._endpoints[key]
+        self.publish(self._wanted & {model_id for model_id, _ in gone})
+
+    async def settle(self) -> None:
+        """Returns when every worker knows the table as it is now, and its counts are those of after."""
+        self.publish(self._wanted)
+        await self._counts.refresh()
+
+    def note(self, model_id: str) -> WaitNote:
+        """What a client that waits for the model may be told now."""
+        fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
+        return waiting_note(model_id, fleet, job, self._scheduler.note(model_id), time.time())
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -113,7 +170,9 @@ class Router:
         with self._fleet.route_changes() as changes:
             self.publish(self._wanted)
             while True:
-                self.publish(await changes.next() & self._wanted)
+                models = await changes.next()
+                self.publish(models & self._wanted)
+                self._scheduler.routes_changed(models)
 
     def publish(self, models: Iterable[str]) -> None:
         """Makes the table true to the fleet's present state for these models."""
@@ -136,14 +195,14 @@ class Router:
         """All replicas of a model, none unless the endpoint of each is known: a table with some of them would leave the
         others idle."""
         replicas: list[Replica] = []
-        nodes = serving_nodes(model_id, fleet)
+        nodes = fleet.serving(model_id)
         for node in nodes:
             known = self._endpoints.get((model_id, node.name))
             version = self._version(fleet, model_id, node.name)
             if known is None or known[0] != version:
                 self._fetch_ahead(model_id, node.name, version)
                 continue
-            replicas.append(_replica(model_id, node.name, known[1], fleet))
+            replicas.append(self._as_replica(model_id, node.name, known[1], fleet))
         return tuple(replicas) if len(replicas) == len(nodes) else ()
 
     def _fetch_ahead(self, model_id: str, node: str, version: _Version | None) -> None:
@@ -170,14 +229,19 @@ class Router:
         patient_until = time.monotonic() + ENDPOINT_PATIENCE_SECS
         while True:
             fleet = self._fleet.snapshot()
+            if node not in fleet.nodes:
+                return None
             version = self._version(fleet, model_id, node)
             known = self._endpoints.get((model_id, node))
             if known is not None and known[0] == version:
-                return _replica(model_id, node, known[1], fleet)
+                return self._as_replica(model_id, node, known[1], fleet)
+            client, watch = self._clients[node], self._watches[node]
             try:
-                endpoint = await self._clients[node].endpoint(model_id)
+                endpoint = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
-                await self._watches[node].refresh()
+                await watch.refresh()
+                if self._clients.get(node) is not client:
+                    continue
                 now = self._fleet.snapshot().nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
@@ -187,16 +251,20 @@ class Router:
                     ) from error
                 await asyncio.sleep(ENDPOINT_AGAIN_SECS)
                 continue
+            if self._clients.get(node) is not client:  # it was another configuration's neuron that answered
+                continue
             if version is not None:
                 self._endpoints[model_id, node] = version, endpoint
                 self.publish(self._wanted & {model_id})
-            return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
+            return self._as_replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
-    async def _look_again(self, failed: Replica) -> None:
-        """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""
+    async def _look_again(self, failure: Failure) -> None:
+        """After a replica gave no answer: its neuron is asked what became of it, and for its endpoint. That of an
+        engine which is alive stays good: nobody else is to wait because one request found it busy."""
+        failed = failure.replica
         key = failed.model_id, failed.node
         known = self._endpoints.get(key)
-        if known is not None and known[1].url == failed.url:
+        if failure.kind in ("refused", "reset") and known is not None and known[1].url == failed.url:
             del self._endpoints[key]
             self.publish(self._wanted & {failed.model_id})
         watch = self._watches.get(failed.node)
@@ -212,12 +280,15 @@ class Router:
             return None
         return view.since, None if snapshot.discovery is None else snapshot.discovery.instance_id
 
-
-def _replica(
-    model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
-) -> Replica:
-    activity = fleet.nodes[node].activity.get(model_id)
-    reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    return Replica(
-        model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, reported=reported, fresh=fresh
-    )
+    def _as_replica(
+        self, model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
+    ) -> Replica:
+        """What a worker is told. A replica is told anew when its neuron reports another activity, so our requests are
+        counted here at about the moment of the report."""
+        activity = fleet.nodes[node].activity.get(model_id)
+        others = 0
+        if activity is not None:
+            others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(model_id, node))
+        return Replica(
+            model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, others=others, fresh=fresh
+        )

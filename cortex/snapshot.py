@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
-from shared.protocol import Device, DeviceHealth, Discovery, ModelActivity, ModelStatus, ModelView, NeuronHealth
+from shared.protocol import (
+    Device,
+    DeviceHealth,
+    Discovery,
+    Link,
+    ModelActivity,
+    ModelStatus,
+    ModelView,
+    NeuronHealth,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class NodeSnapshot:
     last_error: str | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
+    health_at: float = 0.0
+    """When `health` became known, in the fleet's time. It is kept while nothing but the uptime in it changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -50,6 +61,10 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
+    def links(self) -> dict[tuple[int, int], Link]:
+        return {} if self.discovery is None else {(link.a, link.b): link for link in self.discovery.links}
+
+    @cached_property
     def activity(self) -> dict[str, ModelActivity]:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
@@ -63,12 +78,14 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
     """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
         return {*before.models, *after.models}
-    changed = before.models.keys() ^ after.models.keys()
-    for model_id in before.models.keys() & after.models.keys():
-        old, new = before.models[model_id], after.models[model_id]
-        if old is not new and (old.status != new.status or old.since != new.since):
-            changed.add(model_id)
-    if before.health is not after.health:
+    changed: set[str] = set()
+    if before.models is not after.models:
+        changed |= before.models.keys() ^ after.models.keys()
+        for model_id in before.models.keys() & after.models.keys():
+            old, new = before.models[model_id], after.models[model_id]
+            if old is not new and (old.status != new.status or old.since != new.since):
+                changed.add(model_id)
+    if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()
         changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
     return changed
@@ -76,11 +93,14 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
 
 @dataclass(frozen=True)
 class FleetSnapshot:
-    """All neurons by name, in the order of the configuration, and the loads under way."""
+    """All neurons by name, in the order of the configuration, the loads under way, and what makes way for them."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
+    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they make way, and get nothing new
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
+    topology: object = None
+    """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
@@ -100,11 +120,31 @@ class FleetSnapshot:
         """The neurons that list the model, whatever its status and theirs."""
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
+    def serving(self, model_id: str) -> list[NodeSnapshot]:
+        """The neurons whose engine may get a request for the model now. A draining one gets none while another can
+        serve; with nobody else its model still answers. One that makes way gets none."""
+        loaded = [
+            node
+            for node in self.holders(model_id)
+            if node.healthy
+            and node.status_of(model_id) is ModelStatus.LOADED
+            and (model_id, node.name) not in self.leaving
+        ]
+        return [node for node in loaded if not node.draining] or loaded
+
+    def coming(self, model_id: str) -> NodeSnapshot | None:
+        """A healthy neuron on which the model is on its way up."""
+        for node in self.holders(model_id):
+            status = node.status_of(model_id)
+            if node.healthy and status is not None and status.coming:
+                return node
+        return None
+
     @property
     def listed_models(self) -> list[str]:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def reserved_mb(self, node: str, device: int) -> int:
-        """MiB of a device that loads under way will take."""
-        return sum(r.share_mb for r in self.reservations if r.node == node and device in r.devices)
+    def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
+        """The fleet as it is once this load has begun, for which others make way."""
+        return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from neuron.harness import Harness
 from neuron.rooms import DeviceRoom
@@ -40,7 +41,8 @@ class InsufficientVram(Conflict):
 
     default_code = "insufficient_vram"
 
-    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom]) -> None:
+    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
+        """`needed_mb` is what the load wants of each of the rooms, if that is known."""
         figures = [
             DeviceFigures(
                 index=room.index,

@@ -54,7 +54,7 @@ class Ledger:
             wanted = f"{spec.model_id!r} needs {need} on {_places(spec)}"
             if spec.devices is not None:
                 rooms = tuple(room for room in rooms if room.index in spec.devices)
-            raise InsufficientVram(wanted, rooms)
+            raise InsufficientVram(wanted, rooms, [need.on(room, room.total_mb) for room in rooms])
         promised = dict(zip((device.index for device in choice.devices), choice.booked_mb, strict=True))
         foreign = {room.index: room.foreign_mb for room in rooms}
         self._bookings[number] = Booking(spec.model_id, promised, foreign_mb=foreign)

@@ -26,7 +26,11 @@ def status_table(fleet: dict[str, Any]) -> str:
         rows += [["", "", device, ""] for device in devices[1:]]
     text = table(["NODE", "STATE", "DEVICES", "MODELS"], rows)
     loads = [[job["model"], job["node"], job["reason"]] for job in fleet["loads"]]
-    return text + ("\n\n" + table(["LOADING", "ON", "BECAUSE"], loads) if loads else "")
+    text += "\n\n" + table(["LOADING", "ON", "BECAUSE"], loads) if loads else ""
+    error = fleet.get("configuration", {}).get("error")
+    return text + (
+        f"\n\nThe configuration files have mistakes, what was read before is in use:\n{error}" if error else ""
+    )
 
 
 def models_table(models: dict[str, Any]) -> str:

@@ -14,15 +14,18 @@ import msgspec
 
 from cortex.app import working
 from cortex.config import CortexConfig
+from cortex.in_flight import Key
 from cortex.proxy.gateway import Gateway
 from cortex.proxy.pool import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    CatalogueChanged,
     Changed,
     Collect,
     Counted,
     Elsewhere,
     InFlightNow,
+    Notes,
     Ready,
     Refused,
     Resolved,
@@ -56,6 +59,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     control = RemoteControl(setup, channel.send)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the control reads the files, and tells
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
@@ -65,7 +69,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
         settle()
         channel.send(Ready())
         await stop.wait()
-    channel.send(Counted(0, gateway.collect()))
+    channel.send(_counted(0, gateway))
     await cancel_all([listening])
     await channel.close()
 
@@ -80,13 +84,14 @@ async def _listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case Changed() | Resolved() | Refused():
+                case Changed() | CatalogueChanged() | Resolved() | Refused() | Notes():
                     control.hear(message)
                 case Elsewhere(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
-                    channel.send(Counted(number, gateway.collect()))
+                    channel.send(_counted(number, gateway))
                 case Stop():
+                    gateway.draining = True
                     stop.set()
                 case Setup():
                     raise AssertionError("a worker is set up once")
@@ -95,15 +100,22 @@ async def _listen(
     stop.set()
 
 
+def _counted(number: int, gateway: Gateway) -> Counted:
+    return Counted(number, gateway.collect(), counts_to_wire(gateway.in_flight.here))
+
+
 def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     """Tells of changes, many at a time."""
     loop = asyncio.get_running_loop()
     scheduled = False
+    told: dict[Key, int] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
-        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here)))
+        begun = {key: count for key, count in gateway.in_flight.begun.items() if told.get(key) != count}
+        told.update(begun)
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun)))
 
     def changed() -> None:
         nonlocal scheduled

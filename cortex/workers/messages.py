@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from cortex.in_flight import Key
-from cortex.replica import Failure, Replica, Route
+from cortex.replica import Failure, Replica, Route, WaitNote
 from cortex.tally import Tally
 from shared.errors import ServiceError
 
@@ -27,6 +28,13 @@ class Changed(msgspec.Struct, frozen=True, tag=True):
 
     model_id: str
     replicas: tuple[Replica, ...]
+
+
+class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
+    """The catalogue's ids and aliases from now on."""
+
+    models: list[str]
+    aliases: dict[str, str]
 
 
 class Elsewhere(msgspec.Struct, frozen=True, tag=True):
@@ -52,6 +60,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     extra: dict[str, Any]
 
 
+class Notes(msgspec.Struct, frozen=True, tag=True):
+    """What is known of the models that the worker waits for."""
+
+    by_model: dict[str, WaitNote]
+
+
 class Collect(msgspec.Struct, frozen=True, tag=True):
     """Asks for Counted."""
 
@@ -62,7 +76,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish what is in flight, then end."""
 
 
-ToWorker = Setup | Changed | Elsewhere | Resolved | Refused | Collect | Stop
+ToWorker = Setup | Changed | CatalogueChanged | Elsewhere | Resolved | Refused | Notes | Collect | Stop
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +96,10 @@ class GiveUp(msgspec.Struct, frozen=True, tag=True):
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
+    """What the worker has in flight, and how many requests it has begun, of the models with a change since."""
+
     counts: list[tuple[str, str, int]]
+    begun: list[tuple[str, str, int]]
 
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
@@ -90,12 +107,13 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     tally: Tally
+    in_flight: list[tuple[str, str, int]]
 
 
 FromWorker = Ready | Resolve | GiveUp | InFlightNow | Counted
 
 
-def counts_to_wire(counts: dict[Key, int]) -> list[tuple[str, str, int]]:
+def counts_to_wire(counts: Mapping[Key, int]) -> list[tuple[str, str, int]]:
     return [(model_id, node, count) for (model_id, node), count in counts.items()]
 
 

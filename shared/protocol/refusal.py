@@ -16,7 +16,8 @@ class FailureCause(str, Enum):
 
 
 class DeviceFigures(WireModel):
-    """One device in the error `insufficient_vram`, in MiB; `unusable` says why nothing can be placed there."""
+    """One device in the error `insufficient_vram`, in MiB; `unusable` says why nothing can be placed there,
+    `needed_mb` what the load wants of it."""
 
     index: int
     total_mb: Mib = 0
@@ -24,3 +25,4 @@ class DeviceFigures(WireModel):
     foreign_mb: Mib = 0
     bookable_mb: Mib = 0
     unusable: str | None = None
+    needed_mb: Mib | None = None

@@ -33,4 +33,4 @@ async def test_a_pretended_fleet_is_measured_whole() -> None:
     missing = [name for name, value in asdict(figures).items() if value <= 0 and "_cpu_" not in name]
     assert missing == []
     assert figures.death_secs > 0.5  # one miss is no death
-    assert fleet_size.table([figures]).count("\n") == 2
+    assert fleet_size.table(fleet_size.COLUMNS, [figures]).count("\n") == 2

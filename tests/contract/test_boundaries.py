@@ -17,10 +17,17 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
-    *(f"cortex/{name}.py" for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally")),
+    *(
+        f"cortex/{name}.py"
+        for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally", "waiting_note")
+    ),
+    "cortex/config_difference.py",
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
-    *(f"cortex/proxy/{name}.py" for name in ("body", "callers", "json_place", "request", "usage")),
+    *(
+        f"cortex/proxy/{name}.py"
+        for name in ("affinity", "body", "callers", "choice", "error_event", "json_place", "request", "speeds", "usage")
+    ),
     *(
         f"neuron/{name}.py"
         for name in (

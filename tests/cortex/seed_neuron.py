@@ -54,6 +54,7 @@ class SeedNeuron:
         self.loads: list[dict[str, Any]] = []
         self.unloads: list[str] = []
         self.calls: list[str] = []
+        self.shown: list[str | None] = []  # the Authorization of each call
         self.engine = SeedEngine()
         self.engine_url: str | None = None  # None: that of the engine
         self.load_gate = asyncio.Event()  # a load ends when it is set
@@ -131,6 +132,7 @@ class SeedNeuron:
     @web.middleware
     async def _observe(self, request: web.Request, handler: Answer) -> web.StreamResponse:
         self.calls.append(request.path)
+        self.shown.append(request.headers.get("Authorization"))
         if self.silent:
             await asyncio.Event().wait()
         return await handler(request)

@@ -94,7 +94,7 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
-    assert set(result.json) == {"nodes", "loads", "in_flight", "models", "aliases"}
+    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases", "configuration"}
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: SeedNeuron) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import aiohttp
+import contextlib
+
 import pytest
 
 from cortex.config import NeuronEntry
-from cortex.neuron_client import NeuronClient, NeuronRefused
+from cortex.neuron_client import IDLE_SECS, NeuronClient, NeuronRefused
+from cortex.proxy.pool import EnginePool
 from shared.protocol import DeviceFigures, LoadCommand
 from tests.cortex.seed_neuron import SeedNeuron
 
@@ -14,8 +16,8 @@ COMMAND = LoadCommand(model_id="m", harness="vllm")
 
 
 async def refused(neuron: SeedNeuron) -> NeuronRefused:
-    async with aiohttp.ClientSession() as session:
-        client = NeuronClient(NeuronEntry(name=neuron.name, endpoint=neuron.url), session)
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        client = NeuronClient(NeuronEntry(name=neuron.name, endpoint=neuron.url), pool)
         with pytest.raises(NeuronRefused) as caught:
             await client.load(COMMAND, timeout_secs=5)
     return caught.value

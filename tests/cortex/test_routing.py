@@ -10,6 +10,7 @@ import pytest
 from cortex.catalogue import Catalogue
 from cortex.routing import Await, Decision, Load, Refuse, Serve, decide, load_on
 from cortex.snapshot import FleetSnapshot, NodeSnapshot
+from shared.protocol import ModelActivity, NeuronHealth
 from tests.cortex.fleets import fleet, node
 
 CATALOGUE = Catalogue.model_validate(
@@ -92,6 +93,26 @@ def test_least_busy_replica_comes_first() -> None:
     """Our own requests decide before names do."""
     where = fleet(a("loaded"), b("loaded"))
     assert decision("m", where, lambda model, name: {"a": 3, "b": 1}[name]) == Serve(("b", "a"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "reported", "first"),
+    [
+        ((1, 0), (0, 0), "b"),
+        ((1, 0), (0, 2), "a"),  # somebody else's two are more than our one
+        ((2, 1), (2, 2), "a"),  # ours are not counted again
+        ((0, 0), (2, 1), "b"),
+    ],
+)
+def test_work_of_others_counts(ours: tuple[int, int], reported: tuple[int, int], first: str) -> None:
+    """As far as it is more than ours."""
+    nodes = [
+        replace(entry, health=NeuronHealth(models=[ModelActivity(id="m", in_flight=running)]))
+        for entry, running in zip((a("loaded"), b("loaded")), reported, strict=True)
+    ]
+    found = decision("m", fleet(*nodes), lambda model, name: ours["ab".index(name)])
+    assert isinstance(found, Serve)
+    assert found.nodes[0] == first
 
 
 @pytest.mark.parametrize(("instance_id", "expected"), [("i", None), (None, [0])])

@@ -1,0 +1,76 @@
+"""What is to be done now for everybody who waits. Pure: a view in, steps out, and when to look again.
+
+Models that share a box take turns: who waits longest goes first among equal priorities, and whoever has waited for
+`starvation_secs` before everybody. All that wait for one model are served by one load, so that ABCABC becomes AABBCC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cortex.planning.plan import Plan, best, verdicts
+from cortex.planning.refusal import refusal
+from cortex.planning.view import View
+from cortex.snapshot import Reservation
+from shared.errors import ServiceError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The outcome of one look at the fleet.
+
+    `loads` are to be begun now. `refused` cannot be served, and why. `notes` say what the others wait for. `wake_at` is
+    when to look again if nothing happens before, in the view's time.
+    """
+
+    loads: tuple[Plan, ...] = ()
+    refused: Mapping[str, ServiceError] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    wake_at: float | None = None
+
+
+def next_turn(view: View) -> Turn:
+    """The loads to begin for those who wait in `view.waiting`. Models that are served, on their way or being loaded
+    already are left alone."""
+    loads: list[Plan] = []
+    refused: dict[str, ServiceError] = {}
+    notes: dict[str, str] = {}
+    wake_at: list[float] = []
+    for model_id in sorted((m for m in view.waiting if _needs_a_place(view, m)), key=lambda m: _turn_order(view, m)):
+        profile = view.profile(model_id)
+        found = [] if profile is None else verdicts(view, profile)
+        plan = best(found)
+        if plan is None:
+            if any(verdict.passes for verdict in found):
+                wake_at += [bar.until for (m, _), bar in view.bars.items() if m == model_id and bar.until > view.now]
+                notes[model_id] = "; ".join(f"{each.node} {each.reason}" for each in found if each.passes)
+            else:
+                refused[model_id] = refusal(view, model_id, found)
+        elif plan.ready_at > view.now:
+            wake_at.append(plan.ready_at)
+            notes[model_id] = f"waiting for a turn: {plan.reason}"
+        else:
+            loads.append(plan)
+            view = after(view, plan)
+    return Turn(tuple(loads), refused, notes, min(wake_at, default=None))
+
+
+def after(view: View, plan: Plan) -> View:
+    """The view once this plan has begun."""
+    reservation = Reservation(plan.model_id, plan.node, plan.devices, 0 if plan.wakes else plan.share_mb)
+    leaving = [each.resident.key for each in plan.displacement.evictions]
+    return replace(view, fleet=view.fleet.with_load(reservation, leaving))
+
+
+def _needs_a_place(view: View, model_id: str) -> bool:
+    fleet = view.fleet
+    if any(each.model_id == model_id for each in fleet.reservations):
+        return False
+    return not fleet.serving(model_id) and fleet.coming(model_id) is None
+
+
+def _turn_order(view: View, model_id: str) -> tuple[object, ...]:
+    since = view.waiting[model_id].since
+    starved = view.now - since >= view.rules.starvation_secs
+    return not starved, 0 if starved else -view.priority(model_id), since, model_id
