@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config import NeuronEntry
 from cortex.neuron_http import Answer, AnswerTooLarge, NoEventStream, OnEvent, fetch, follow
-from cortex.proxy.pool import EnginePool, parse_url
+from cortex.proxy.pool import EnginePool, NoConnection, parse_url
 from shared.protocol import (
     DeviceFigures,
     Discovery,
@@ -199,7 +199,7 @@ class NeuronClient:
             await follow(self._pool, self._address, head, on_event, silence_secs=EVENT_SILENCE_SECS)
         except NoEventStream as error:
             raise NeuronRefused(error.status, f"{self.name}: no event stream") from error
-        except (OSError, asyncio.TimeoutError, ValueError) as error:
+        except (NoConnection, OSError, asyncio.TimeoutError, ValueError) as error:
             raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
 
     async def _get(self, path: str, model: type[Model], *, timeout_secs: float | None = None) -> Model:
@@ -242,7 +242,7 @@ class NeuronClient:
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
             raise NeuronRefused(error.status, f"{context}: {error}") from error
-        except (OSError, UnicodeError, asyncio.TimeoutError) as error:  # UnicodeError: a host that is no name
+        except (NoConnection, OSError, asyncio.TimeoutError) as error:
             raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
         if 300 <= answer.status < 400:
             raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
