@@ -30,7 +30,7 @@ __all__ = ["mark"]
 
 SEED = int(os.environ.get("CHAOS_SEED", "5"))
 SECS = float(os.environ.get("CHAOS_SECS", "45"))
-CLIENTS = int(os.environ.get("CHAOS_CLIENTS", "20"))
+CLIENTS = int(os.environ.get("CHAOS_CLIENTS", "40"))
 SHOWN_MODELS = MODELS[: int(os.environ.get("CHAOS_MODELS", str(len(MODELS))))]
 FAULT_KINDS = [kind for kind in os.environ.get("CHAOS_KINDS", "").split(",") if kind]
 LEAST_SHARE = 0.99

@@ -13,6 +13,8 @@ from tests.e2e.chaos.outcomes import Kind
 
 SEEN_SECS = POLL_SECS + POLL_TIMEOUT_SECS
 """A neuron that is back counts as live when every cortex has had the time for a poll."""
+STOPPING = "cortex_stopping"
+"""What a cortex that is told to stop says to those who wait for a load."""
 _GRACE_SECS = 1.5
 """After a fault that hit engines: until then answers on their host may be lost to it (a server outlives its core by a
 second)."""
@@ -39,9 +41,8 @@ def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) ->
     cortexes = {cortex.name: cortex for cortex in fleet.cortexes}
     for answer in answers:
         kind = answer.outcome.kind
-        without_cortex = kind in (Kind.REFUSED, Kind.CUT) and cortexes[answer.cortex].was_down(
-            answer.since, answer.until
-        )
+        turned_away = kind in (Kind.REFUSED, Kind.CUT) or answer.outcome.code.endswith(STOPPING)
+        without_cortex = turned_away and cortexes[answer.cortex].was_down(answer.since, answer.until)
         hit = _was_hit(answer, faults)
         # A plain answer that was under way cannot end in anything but a cut connection.
         cut_with_engine = kind is Kind.CUT and answer.head_at is not None and not answer.asked.streamed and hit
