@@ -47,84 +47,79 @@ from shared.serve import BACKLOG
 from shared.tasks import running
 
 
+def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet, roster: Roster) -> Parts:
+    """What decides, around the fleet and the roster."""
+    counts = Counts()
+    demand = Demand(counts)
+    metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
+    fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    rooms = WaitingRooms(live=live)
+    loader = Loader(
+        live=live,
+        fleet=fleet,
+        clients=roster.clients,
+        watches=roster.watches,
+        counts=counts,
+        metrics=metrics,
+        state=state,
+        settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
+    )
+    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, bars=Bars(), rooms=rooms)
+    router = Router(
+        live=live,
+        fleet=fleet,
+        scheduler=scheduler,
+        rooms=rooms,
+        clients=roster.clients,
+        watches=roster.watches,
+        counts=counts,
+        demand=demand,
+        stopping=stopping,
+    )
+    return Parts(
+        live=live,
+        state=state,
+        stopping=stopping,
+        fleet=fleet,
+        counts=counts,
+        metrics=metrics,
+        roster=roster,
+        rooms=rooms,
+        loader=loader,
+        scheduler=scheduler,
+        router=router,
+        created=int(time.time()),
+    )
+
+
 @contextlib.asynccontextmanager
 async def assembled(
     config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
 ) -> AsyncIterator[Parts]:
     """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop. `files` are what the
     configuration was read from; `state` None: nothing outlives the body."""
-    live, state, stopping = LiveConfig(config, catalogue, files), state or StateFile(), Stopping()
+    live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
     live.subscribe(fleet.look_again)
-    counts = Counts()
-    metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
-        roster = Roster(pool, fleet)
-        demand, bars = Demand(counts), Bars()
-        rooms = WaitingRooms(
-            live=live,
-            retry_after=lambda model_id: scheduler.retry_after(model_id),  # noqa: PLW0108 - made below
-        )
-        loader = Loader(
-            live=live,
-            fleet=fleet,
-            clients=roster.clients,
-            watches=roster.watches,
-            counts=counts,
-            metrics=metrics,
-            state=state,
-            settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
-        )
-        scheduler = Scheduler(
-            live=live,
-            fleet=fleet,
-            loader=loader,
-            demand=demand,
-            bars=bars,
-            rooms=rooms,
-        )
-        router = Router(
-            live=live,
-            fleet=fleet,
-            scheduler=scheduler,
-            rooms=rooms,
-            clients=roster.clients,
-            watches=roster.watches,
-            counts=counts,
-            demand=demand,
-            stopping=stopping,
-        )
-        fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
-        parts = Parts(
-            live=live,
-            state=state,
-            stopping=stopping,
-            fleet=fleet,
-            counts=counts,
-            metrics=metrics,
-            roster=roster,
-            rooms=rooms,
-            loader=loader,
-            scheduler=scheduler,
-            router=router,
-            created=int(time.time()),
-        )
-        roster.configure(config.neurons, config.poll)
+        parts = _brain(live, state, Stopping(), fleet, Roster(pool, fleet))
+        parts.roster.configure(config.neurons, config.poll)
         try:
             own = {
-                "routing table": router.publish_loop,
-                "scheduler": scheduler.run,
-                "upkeep": scheduler.keep_up,
+                "routing table": parts.router.publish_loop,
+                "scheduler": parts.scheduler.run,
+                "upkeep": parts.scheduler.keep_up,
                 "state file": state.write_loop,
             }
             async with running(own):
                 yield parts
         finally:
-            await asyncio.gather(roster.close(), loader.close(), scheduler.close(), router.close())
+            ending = (parts.roster, parts.loader, parts.scheduler, parts.router)
+            await asyncio.gather(*(part.close() for part in ending))
             await state.close()
 
 

@@ -80,9 +80,13 @@ class Bars:
         return failure.count
 
     def _failed_on(self, model_id: str) -> set[str]:
+        """Where it failed of late for what may be its own fault. A load may take longer to fail than the bar of the one
+        before holds."""
         now = self._clock()
         return {
             node
             for (model, node), failure in self._failures.items()
-            if model == model_id and failure.bar.until > now and failure.cause is not Cause.PASSING
+            if model == model_id
+            and failure.bar.until + MAX_SECS > now
+            and failure.cause in (Cause.UNKNOWN, Cause.MODEL)
         }

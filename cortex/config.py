@@ -65,6 +65,7 @@ class PlacementSettings(SettingsModel):
     min_residency_secs: float = Field(default=30, ge=0)
     patience_secs: float = Field(default=15, ge=0)
     starvation_secs: float = Field(default=60, ge=0)
+    pause_secs: float = Field(default=1, ge=0)
     replica_target: int = Field(default=8, ge=1)  # requests at a time
     scale_up_secs: float = Field(default=5, ge=0)
     scale_down_secs: float = Field(default=300, gt=0)

@@ -46,8 +46,12 @@ class ConfigurationFiles:
         Raises:
             SettingsError: with every problem of both files.
         """
-        self._catalogue = _catalogue_named_in(self.path) or self._catalogue
-        self._read = self.stamps()  # before the reading: what changes during it is seen as a change afterwards
+        # Before the reading: what changes during it is seen as a change afterwards.
+        self._read = self.stamps()
+        named = _catalogue_named_in(self.path)
+        if named is not None and named != self._catalogue:
+            self._catalogue = named
+            self._read = self.stamps()
         config, catalogue = read_configuration(self.path)
         return config if self._workers is None else with_workers(config, self._workers), catalogue
 

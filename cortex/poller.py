@@ -36,6 +36,12 @@ _GOLDEN = 0.6180339887498949
 _TURN = 0.9  # of an interval: what comes sooner after a miss is out of turn
 
 
+def moment(position: int, interval_secs: float) -> float:
+    """When in the interval a neuron is polled, in seconds from its beginning. Multiples of the golden ratio spread any
+    number of neurons evenly, also when more come later."""
+    return interval_secs * int(position * _GOLDEN % 1 * MOMENTS) / MOMENTS
+
+
 class NodeWatch:
     """Polls one neuron, listens to its events, and tells the fleet."""
 
@@ -77,11 +83,9 @@ class NodeWatch:
             await self._poll_here()
 
     def _pause(self) -> float:
-        """Seconds until this neuron's next turn. Each has its own moment of the interval: multiples of the golden ratio
-        spread any number of them evenly, also when more come later."""
+        """Seconds until this neuron's next turn, never much less than half an interval after a poll."""
         interval = self._settings.interval_secs
-        moment = interval * int(self._fleet.position(self.name) * _GOLDEN % 1 * MOMENTS) / MOMENTS
-        pause = interval - (self._clock() - moment) % interval
+        pause = interval - (self._clock() - moment(self._fleet.position(self.name), interval)) % interval
         return pause if pause > interval / 2 else pause + interval
 
     async def poll(self) -> None:

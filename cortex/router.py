@@ -100,7 +100,7 @@ class Router:
         """Waits in the model's room until it can be served."""
         patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
         self._demand.arrived(model_id)
-        with self._rooms.seat(model_id) as seat:
+        with self._rooms.seat(model_id, self._scheduler.retry_after) as seat:
             self._scheduler.want(model_id)
             while True:
                 try:

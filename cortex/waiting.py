@@ -55,28 +55,26 @@ class WaitingRooms:
         self,
         *,
         live: LiveConfig,
-        retry_after: Callable[[str], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`retry_after` tells in how many seconds a model should be there, for those who find no seat."""
         self._live = live
-        self._retry_after = retry_after
         self._clock = clock
         self._rooms: dict[str, _Room] = {}
         self._taken = 0
 
     @contextlib.contextmanager
-    def seat(self, model_id: str) -> Iterator[Seat]:
-        """A seat inside the body.
+    def seat(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Seat]:
+        """A seat inside the body. `retry_after` tells in how many seconds the model should be there, for who finds
+        none.
 
         Raises:
             TooManyRequests: there is none left.
         """
         room, limits = self._rooms.get(model_id), self._live.config.waiting
         if room is not None and len(room.seats) >= limits.per_model:
-            raise self._full(model_id, f"{len(room.seats)} requests are waiting for {model_id!r} already")
+            raise _full(f"{len(room.seats)} requests are waiting for {model_id!r} already", retry_after(model_id))
         if self._taken >= limits.total:
-            raise self._full(model_id, f"{self._taken} requests are waiting for models already")
+            raise _full(f"{self._taken} requests are waiting for models already", retry_after(model_id))
         if room is None:
             room = self._rooms[model_id] = _Room(self._clock())
         seat = Seat(model_id)
@@ -115,5 +113,6 @@ class WaitingRooms:
         for seat in () if room is None else room.seats:
             seat.tell(error)
 
-    def _full(self, model_id: str, what: str) -> TooManyRequests:
-        return TooManyRequests(what, code=CODE, retry_after=self._retry_after(model_id))
+
+def _full(what: str, retry_after: float) -> TooManyRequests:
+    return TooManyRequests(what, code=CODE, retry_after=retry_after)

@@ -53,10 +53,10 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
     for number in range(20):
         status = "sleeping" if number % 2 else "loaded"
         fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status))
-        changed += timed(lambda _: listing.body(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
+        changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         poll(fleet, 0, None)
-        same += timed(lambda _: listing.body(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
-        size = len(listing.body(catalogue, fleet.snapshot(), created=0))
+        same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
+        size = sum(map(len, listing.blocks(catalogue, fleet.snapshot(), created=0)))
     return Thinking(
         nodes=nodes,
         models=models,

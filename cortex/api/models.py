@@ -17,15 +17,25 @@ from shared.protocol import ModelStatus
 
 OWNER = "cortex"
 
+BLOCK = 64
+"""Entries that are put together to one piece of the answer."""
+
 Piece = tuple[bytes, tuple[str, ...], bytes]
 """An entry as JSON: what comes before the list of neurons, that list, what comes behind it. Thousands of models share
 one list of a thousand names."""
 
 
-async def list_models(request: web.Request) -> web.Response:
+async def list_models(request: web.Request) -> web.StreamResponse:
     parts = request.app[PARTS]
-    body = request.app[MODEL_LIST].body(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
-    return web.Response(body=body, content_type="application/json", charset="utf-8")
+    blocks = request.app[MODEL_LIST].blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    if len(blocks) == 1 or request.method == "HEAD":
+        return web.Response(body=b"".join(blocks), content_type="application/json", charset="utf-8")
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+    response.content_length = sum(map(len, blocks))
+    await response.prepare(request)
+    for block in blocks:  # of thousands of models on a thousand neurons there are megabytes
+        await response.write(block)
+    return response
 
 
 async def show_model(request: web.Request) -> web.Response:
@@ -89,7 +99,8 @@ class ModelList:
         self._created = 0
         self._aliases: dict[str, list[str]] = {}
         self._pieces: dict[str, list[Piece]] = {}  # by id: its own entry and those of its aliases, if it is listed
-        self._body: bytes | None = None
+        self._blocks: list[tuple[list[Piece], bytes]] = []  # what each was made of
+        self._answer: tuple[bytes, ...] | None = None
 
     def entry(
         self, model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int
@@ -97,25 +108,25 @@ class ModelList:
         """As `model_entry`."""
         return model_entry(model_id, catalogue, fleet, self._feasibility, created=created)
 
-    def body(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> bytes:
-        """The whole answer; the same object until something in it changes."""
+    def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:
+        """The whole answer, in pieces; the same object until something in it changes."""
         before = self._fleet
         if catalogue is not self._catalogue or created != self._created:
-            before, self._body = FleetSnapshot(), None
+            before, self._answer = FleetSnapshot(), None
             self._catalogue, self._created = catalogue, created
             self._pieces, self._aliases = {}, {}
             for alias, target in catalogue.aliases.items():
                 self._aliases.setdefault(target, []).append(alias)
-        if self._body is None or fleet is not before:
+        if self._answer is None or fleet is not before:
             self._fleet = fleet
             changed = _held_differently(before, fleet)
-            if self._body is None or fleet.topology is None or fleet.topology is not before.topology:
+            if self._answer is None or fleet.topology is None or fleet.topology is not before.topology:
                 changed |= self._feasible_elsewhere()
             for model_id in changed:
                 self._make(model_id)
-            if changed or self._body is None:
-                self._body = self._joined()
-        return self._body
+            if changed or self._answer is None:
+                self._answer = self._joined()
+        return self._answer
 
     def _feasible_elsewhere(self) -> set[str]:
         """The models of the catalogue whose list of neurons is another now. Mostly none: a neuron has started again,
@@ -127,7 +138,7 @@ class ModelList:
                 found.add(profile.id)
             elif pieces[0][1] is not names:
                 self._pieces[profile.id] = [(opening, names, rest) for opening, _, rest in pieces]
-                self._body = None
+                self._answer = None
         return found
 
     def _make(self, model_id: str) -> None:
@@ -138,19 +149,33 @@ class ModelList:
         else:
             self._pieces.pop(model_id, None)
 
-    def _joined(self) -> bytes:
-        """Catalogue models, then those that only neurons know, then aliases."""
+    def _joined(self) -> tuple[bytes, ...]:
+        """Catalogue models, then those that only neurons know, then aliases. Blocks of what is as it was are kept."""
         catalogue = self._catalogue
         order = [profile.id for profile in catalogue.models]
         order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
         listed = [pieces for pieces in map(self._pieces.get, order) if pieces is not None]
-        parts: list[bytes] = []
+        entries = [pieces[0] for pieces in listed]
+        entries += [alias for pieces in listed for alias in pieces[1:]]
+        before, self._blocks = self._blocks, []
         made: dict[int, bytes] = {}  # by identity: the hash of a thousand names takes as long as writing them
-        for opening, names, rest in (*(pieces[0] for pieces in listed), *(a for pieces in listed for a in pieces[1:])):
-            if id(names) not in made:
-                made[id(names)] = json.dumps(names).encode()
-            parts += (b", ", opening, made[id(names)], rest)
-        return b"".join((b'{"object": "list", "data": [', *parts[1:], b"]}"))
+        for start in range(0, len(entries), BLOCK):
+            block = entries[start : start + BLOCK]
+            known = before[len(self._blocks)] if len(self._blocks) < len(before) else None
+            if known is None or known[0] != block:
+                known = block, _block(block, made, first=start == 0)
+            self._blocks.append(known)
+        parts = [b'{"object": "list", "data": [', *(text for _, text in self._blocks), b"]}"]
+        return (b"".join(parts),) if len(parts) <= 3 else tuple(parts)
+
+
+def _block(entries: Iterable[Piece], made: dict[int, bytes], *, first: bool) -> bytes:
+    parts: list[bytes] = []
+    for opening, names, rest in entries:
+        if id(names) not in made:
+            made[id(names)] = json.dumps(names).encode()
+        parts += (b", ", opening, made[id(names)], rest)
+    return b"".join(parts[1:] if first else parts)
 
 
 def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:

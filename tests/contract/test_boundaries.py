@@ -19,9 +19,22 @@ ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
     *(
         f"cortex/{name}.py"
-        for name in ("placement", "routing", "explain", "snapshot", "catalogue", "replica", "tally", "waiting_note")
+        for name in (
+            "placement",
+            "feasibility",
+            "event_stream",
+            "routing",
+            "explain",
+            "snapshot",
+            "catalogue",
+            "replica",
+            "tally",
+        )
     ),
-    "cortex/config_difference.py",
+    *(
+        f"cortex/planning/{name}.py"
+        for name in ("view", "memory", "devices", "displacement", "plan", "turns", "upkeep", "refusal")
+    ),
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
     *(

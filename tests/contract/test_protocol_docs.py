@@ -90,8 +90,8 @@ def test_every_field_of_the_models_list_is_documented() -> None:
     node = NodeSnapshot(
         "n", "http://n", healthy=True, discovery=discovery, models={"m": ModelView(id="m", status="loaded")}
     )
-    body = ModelList().body(catalogue, FleetSnapshot({"n": node}), created=0)
-    entries = {entry["id"]: entry for entry in json.loads(body)["data"]}
+    blocks = ModelList().blocks(catalogue, FleetSnapshot({"n": node}), created=0)
+    entries = {entry["id"]: entry for entry in json.loads(b"".join(blocks))["data"]}
     text = (TOP / "docs" / "api.md").read_text(encoding="utf-8").partition("\n## Models\n")[2].partition("\n## ")[0]
     for field in entries["a"]:
         assert f"`{field}`" in text

@@ -140,6 +140,8 @@ class RawEngine:
         if head is None:
             return None
         framing, length = framing_of(head)
+        if framing == "close" and head.start.startswith("GET "):
+            return Received(head.start, head.headers, b"", number)
         assert framing == "length", f"a request with framing {framing!r}: {head}"
         return Received(head.start, head.headers, await read_body(wire.incoming, framing, length), number)
 

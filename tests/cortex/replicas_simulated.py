@@ -3,7 +3,8 @@
     python -m tests.cortex.replicas_simulated
 
 prints the tables of docs/relay.md. An engine runs so many requests at a time as it has slots, each the slower the more
-there are; others wait in its queue, in order. Its neuron tells of both every two seconds.
+there are; others wait in its queue, in order. Its neuron tells of both every two seconds, and by then they are a second
+old.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BY_MEMORY = (8, 16, 32)
 EQUAL = (16, 16, 16)
 CROWD = 32
 """So many requests at a time halve the speed of each: a batch costs little until the GPU is full."""
-POLL_SECS = 2.0
+LOOK_SECS = 1.0
+"""A neuron looks at its engine so often, and tells every second time what it saw the time before."""
 BYTES_PER_SEC = 1000.0
 """Of one answer, alone on an engine of speed 1."""
 MEAN_BYTES = 8000.0
@@ -118,12 +120,13 @@ class Simulation:
         return [engine.outstanding for engine in self.engines]
 
     def run(self, requests: int) -> Simulation:
-        now, next_poll, number = 0.0, POLL_SECS, 0
+        now, next_look, number = 0.0, LOOK_SECS, 0
+        seen: list[tuple[int, int]] | None = None
         arrival = self._random.expovariate(1 / self._pause)
         conversations = [self._random.getrandbits(64) for _ in range(60)]
         while number < requests:
             ends = [engine.next_end() for engine in self.engines]
-            now = min(arrival, next_poll, *ends)
+            now = min(arrival, next_look, *ends)
             for engine in self.engines:
                 engine.advance(now)
             if now == arrival:
@@ -133,9 +136,13 @@ class Simulation:
                     conversations[which] = self._random.getrandbits(64)
                 number += 1
                 arrival = now + self._random.expovariate(1 / self._pause)
-            elif now == next_poll:
-                self.others = [beyond_ours(len(e.running), len(e.waiting), e.outstanding) for e in self.engines]
-                next_poll += POLL_SECS
+            elif now == next_look:
+                next_look += LOOK_SECS
+                if seen is None:
+                    seen = [(len(engine.running), len(engine.waiting)) for engine in self.engines]
+                    continue
+                self.others = [beyond_ours(*then, ours) for then, ours in zip(seen, self.ours, strict=True)]
+                seen = None
             else:
                 self._end(ends.index(now), now)
         return self

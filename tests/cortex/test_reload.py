@@ -215,6 +215,16 @@ async def test_changed_files_are_noticed(single: Cortex, write: Callable[[Path, 
     assert "not reloaded" not in single.log
 
 
+async def test_another_catalogue_file_is_read_and_looked_at(single: Cortex) -> None:
+    """From the moment on that cortex.toml names it."""
+    single.write("other.toml", {"models": [OTHER]})
+    single.edit_config(lambda data: data.update(models_config="other.toml"))
+    assert await single.reload() == ("+model org/other, -model org/small, models_config models.toml -> other.toml")
+    assert (await single.get("/fleet"))["configuration"]["files"][1] == str(single.directory / "other.toml")
+    single.write("other.toml", {"models": [OTHER, SMALL]})
+    assert await single.reloaded() == "+model org/small"
+
+
 async def test_touched_files_change_nothing(single: Cortex, benjy: SeedNeuron) -> None:
     """A file with the same content."""
     os.utime(single.directory / "cortex.toml")

@@ -184,6 +184,18 @@ async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> Non
     assert await _ask(cortex, _chat("question")) == home
 
 
+@pytest.mark.parametrize("status", ["recovering", "reloading", "sleeping", "failed", "unknown to us"])
+async def test_one_that_cannot_serve_gets_no_request(
+    cortex: RunningCortex, neurons: list[TellingNeuron], status: str
+) -> None:
+    """Whatever its neuron reports beside."""
+    home = await _ask(cortex, _chat("question"))
+    next(neuron for neuron in neurons if neuron.name == home).models[MODEL] = status
+    await cortex.until(lambda: len(cortex.parts.router.table[MODEL]) == 2)
+    assert await _ask(cortex, _chat("question")) != home
+    assert home not in {await _embed(cortex) for _ in range(3)}
+
+
 async def test_all_workers_agree(tmp_path: Path, neurons: list[TellingNeuron]) -> None:
     """Whichever takes the connection, a prompt has one engine."""
     settings = {"load_factor": 100.0}  # many at once, so that both workers get some: no engine counts as too busy
