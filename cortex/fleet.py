@@ -65,6 +65,7 @@ class Fleet:
         # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
         # less and must not undo it.
         self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._unseen = set(self._nodes)  # no poll of them was answered or missed yet
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
         self._changed: asyncio.Future[None] | None = None
@@ -140,6 +141,12 @@ class Fleet:
         """Calls `listener` with such models at the very moment of the change."""
         self._route_listeners.append(listener)
 
+    async def surveyed(self) -> None:
+        """Waits until each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        version = self._version
+        while self._unseen:
+            version = await self.changed_since(version)
+
     def configure(
         self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
     ) -> None:
@@ -160,6 +167,7 @@ class Fleet:
                 holders.setdefault(model_id, []).append(node.name)
         self._holders = {model_id: tuple(names) for model_id, names in holders.items()}
         left = before.keys() - self._nodes.keys()
+        self._unseen = (self._unseen - left) | (self._nodes.keys() - before.keys())
         for name in left & self._node_changed.keys():
             self._node_changed.pop(name).set_result(None)
         self._touch()
@@ -186,6 +194,7 @@ class Fleet:
         if discovery is None or discovery == node.discovery:
             discovery = node.discovery
         known = node.models if models is None else self._merged(node, models, started)
+        self._unseen.discard(name)
         answered = node.healthy and not node.misses and node.last_error is None
         if answered and health is node.health and known is node.models and discovery is node.discovery:
             return
@@ -216,6 +225,7 @@ class Fleet:
         node = self._nodes.get(name)
         if node is None:
             return
+        self._unseen.discard(name)
         misses = node.misses + 1
         healthy = node.healthy and misses < self._unhealthy_after
         if node.healthy and not healthy:

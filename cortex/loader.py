@@ -4,9 +4,10 @@ node at a time; it outlives whoever asked for it."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from cortex.bars import Cause
@@ -22,7 +23,7 @@ from cortex.poller import NodeWatch
 from cortex.snapshot import NodeSnapshot
 from cortex.state_file import StateFile
 from shared.protocol import ModelStatus, ModelView
-from shared.tasks import TaskSet, timeout
+from shared.tasks import TaskSet, cancel_all, timeout
 
 log = logging.getLogger(__name__)
 
@@ -203,24 +204,56 @@ class Loader:
         try:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-                await self._make_way(asleep, wanted)
-            job.phase = "loading"
-            await self._load(job)
+            async with self._making_way(asleep, wanted):
+                job.phase = "loading"
+                await self._load(job)
         finally:
             for key in leaving:
                 self._fleet.stay(key)
             self._fleet.release(reservation)
 
-    async def _make_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> None:
-        """Sends all of them away, which are given with whether they sleep now; the first failure counts once none of
-        the others is on its way out any more."""
-        going = (
-            self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted)
+    @contextlib.asynccontextmanager
+    async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
+        """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
+        booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
+        asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
+
+        Raises, before the body: as `send_away`.
+        """
+        going = {
+            key: asyncio.create_task(
+                self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
+                name=f"{key[0]} leaves {key[1]}",
+            )
             for key, asleep in leaving.items()
-        )
-        for outcome in await asyncio.gather(*going, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        }
+        try:
+            for key, task in going.items():
+                await self._until_going(key, task)
+            yield
+        except asyncio.CancelledError:
+            await cancel_all(list(going.values()))
+            raise
+        finally:
+            outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
+        for (model_id, node), outcome in zip(going, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
+
+    async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
+        model_id, name = key
+
+        def ending(node: NodeSnapshot) -> bool:
+            # A seed neuron promises nothing: there it has to be gone.
+            return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
+
+        told = asyncio.create_task(self._fleet.until(name, ending))
+        try:
+            await asyncio.wait({sending, told}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all([told])
+        if sending.done():
+            sending.result()
 
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()

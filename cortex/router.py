@@ -120,6 +120,8 @@ class Router:
             ServiceError: it cannot be served.
         """
         for _ in range(MAX_ROUNDS):
+            if not self._fleet.snapshot().serving(model_id):
+                await self._fleet.surveyed()  # a cortex that has just started would load what is loaded somewhere
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]

@@ -61,6 +61,8 @@ class SeedNeuron:
         self.load_gate.set()
         self.load_started = asyncio.Event()
         self.load_error: tuple[int, Any] | None = None
+        self.answers = asyncio.Event()  # calls are answered when it is set
+        self.answers.set()
         self.silent = False  # True: accepts calls and never answers
         self.url = ""
 
@@ -135,6 +137,7 @@ class SeedNeuron:
         self.shown.append(request.headers.get("Authorization"))
         if self.silent:
             await asyncio.Event().wait()
+        await self.answers.wait()
         return await handler(request)
 
     @contextlib.asynccontextmanager

@@ -244,6 +244,32 @@ async def test_operator_unloads(start_cortex: StartCortex, benjy: SeedNeuron) ->
     assert benjy.unloads == ["org/small"]
 
 
+async def test_a_cortex_that_has_just_started_first_looks_around(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """A request that comes before a neuron was asked waits for its answer: the model may be loaded there."""
+    beast.models["org/small"] = "loaded"
+    beast.answers.clear()
+    cortex = await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 10})
+    await cortex.until(lambda: len(cortex.parts.fleet.snapshot().healthy) == 1)
+    asking = asyncio.create_task(_status(cortex.chat("org/small")))
+    await asyncio.wait({asking}, timeout=0.3)
+    assert not asking.done()
+    beast.answers.set()
+    assert await asking == 200
+    assert (beast.loads, benjy.loads) == ([], [])
+
+
+async def test_a_neuron_that_is_away_at_the_start_is_not_waited_for(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """One missed poll is enough."""
+    beast.silent = True
+    cortex = await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 0.2})
+    async with cortex.chat("org/small") as response:
+        assert (response.status, response.headers["x-cortex-node"]) == (200, "benjy")
+
+
 async def _status(request: object) -> int:
     async with request as response:  # type: ignore[attr-defined]
         await response.read()
