@@ -33,7 +33,7 @@ MEASURED_POLLS = 2
 MOMENTS = 200
 """Of an interval, at which polls begin: a few together cost less than as many wake-ups."""
 _GOLDEN = 0.6180339887498949
-_TURN = 0.9  # of an interval: what comes sooner after a miss is out of turn
+_TURN = 0.97  # of an interval: what comes sooner after a miss is out of turn
 
 
 def moment(position: int, interval_secs: float) -> float:
@@ -107,9 +107,11 @@ class NodeWatch:
                 polled.set_result(None)
 
     async def refresh(self) -> None:
-        """A poll that begins after this call: what happened before it is seen."""
+        """A poll that begins after this call, of the models too: what happened before it is seen, also when the event
+        that tells of it is still under way."""
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
+        self._full = max(self._full, 1)
         await self.poll()
 
     def use(self, settings: PollSettings) -> None:
@@ -206,7 +208,7 @@ class NodeWatch:
             finally:
                 self._listening = False
             self.nudge()
-            await asyncio.sleep(EVENTS_RETRY_SECS * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, hides nothing
+            await asyncio.sleep(EVENTS_RETRY_SECS * random.uniform(1.0, 1.5))  # noqa: S311 - spreads load, hides nothing
 
     def _apply(self, name: str, data: Any) -> None:
         if self._retired:

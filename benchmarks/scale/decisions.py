@@ -52,7 +52,7 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
     same: list[float] = []
     for number in range(20):
         status = "sleeping" if number % 2 else "loaded"
-        fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status))
+        fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1))
         changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         poll(fleet, 0, None)
         same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)

@@ -160,6 +160,7 @@ class RawEngine:
             yield self
         finally:
             server.close()
+            await asyncio.sleep(0)  # a connection just accepted is in the list then
             tasks = [wire.serving for wire in self.connections if wire.serving is not None]
             for wire in self.connections:
                 wire.transport.abort()

@@ -48,15 +48,17 @@ def status(cortex: RunningCortex) -> str | None:
     return None if view is None else view.status
 
 
-async def in_step(neuron: RawNeuron) -> int:
+async def in_step(neuron: RawNeuron, *, polls: int = 1) -> int:
     """Waits until events flow and the poll after their beginning is over; the number of requests until then."""
     await asyncio.wait_for(neuron.streaming.wait(), 10)
+    if not polls:
+        return len(neuron.asked)
     begun = neuron.asked.index("/events")
     await until(lambda: "/models" in neuron.asked[begun:] and neuron.asked[-1] == "/health")
     return len(neuron.asked)
 
 
-async def test_only_the_health_is_asked_while_events_flow(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_only_the_health_is_asked_while_events_flow(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """But every fifteenth poll asks for the models as well."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -66,7 +68,7 @@ async def test_only_the_health_is_asked_while_events_flow(start_cortex: StartCor
     assert since.count("/models") in (1, 2)
 
 
-async def test_without_events_every_poll_asks_for_the_models(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_without_events_every_poll_asks_for_the_models(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """A neuron of the seed protocol."""
     neuron.scripts["/events"] = answering(plain(b'{"error": "not found"}', status="404 Not Found"))
     await start_cortex([neuron], [])
@@ -76,7 +78,7 @@ async def test_without_events_every_poll_asks_for_the_models(start_cortex: Start
 
 
 async def test_an_event_counts_at_once_and_what_it_takes_is_asked_for(
-    start_cortex: StartCortex, neuron: RawNeuron
+    neuron: RawNeuron, start_cortex: StartCortex
 ) -> None:
     """The state comes with the event; the memory is measured a moment later, by the neuron, and asked for twice."""
     cortex = await start_cortex([neuron], [], poll={"interval_secs": 0.2})
@@ -89,7 +91,7 @@ async def test_an_event_counts_at_once_and_what_it_takes_is_asked_for(
     await until(lambda: node(cortex).models[MODEL].vram_used_mb == 77)
 
 
-async def test_models_are_asked_for_when_the_events_break(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_models_are_asked_for_when_the_events_break(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """What changed unseen is known with the next poll, and what vanished while nobody listened is not in the way."""
     cortex = await start_cortex([neuron], [])
     await in_step(neuron)
@@ -103,8 +105,17 @@ async def test_models_are_asked_for_when_the_events_break(start_cortex: StartCor
     await asyncio.wait_for(neuron.streaming.wait(), 10)
 
 
+async def test_who_wants_to_know_now_is_told_of_the_models_too(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+    """A neuron that has just refused an engine's address: what it says now counts, not the event that comes later."""
+    cortex = await start_cortex([neuron], [], poll={"interval_secs": 30})
+    await in_step(neuron, polls=0)
+    neuron.change(MODEL, "recovering")
+    await asyncio.gather(*(cortex.parts.watches["raw"].refresh() for _ in range(3)))
+    assert status(cortex) == "recovering"
+
+
 async def test_a_lost_event_is_made_good_by_what_the_health_speaks_of(
-    start_cortex: StartCortex, neuron: RawNeuron
+    neuron: RawNeuron, start_cortex: StartCortex
 ) -> None:
     """Another engine answers there: the models are asked for in that poll."""
     cortex = await start_cortex([neuron], [])
@@ -115,7 +126,7 @@ async def test_a_lost_event_is_made_good_by_what_the_health_speaks_of(
     assert len(neuron.asked) - begun < poller.FULL_EVERY
 
 
-async def test_a_new_process_is_asked_for_everything(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_a_new_process_is_asked_for_everything(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """Although the old one's events seem to flow still."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -127,7 +138,7 @@ async def test_a_new_process_is_asked_for_everything(start_cortex: StartCortex, 
 
 
 async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(
-    start_cortex: StartCortex, neuron: RawNeuron
+    neuron: RawNeuron, start_cortex: StartCortex
 ) -> None:
     """The list was made before the event and comes after it."""
     cortex = await start_cortex([neuron], [])
@@ -152,7 +163,7 @@ async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(
     assert status(cortex) == "failed"
 
 
-async def test_polls_that_bring_nothing_change_nothing(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_polls_that_bring_nothing_change_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """The uptime is another in every answer: nobody is woken by it, and yet the fleet's picture has the present one."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -201,7 +212,7 @@ async def huge(wire: Wire, received: Received) -> None:
     ],
 )
 async def test_an_answer_that_is_none_is_a_miss(
-    start_cortex: StartCortex, neuron: RawNeuron, monkeypatch: pytest.MonkeyPatch, script: Script, reason: str
+    neuron: RawNeuron, start_cortex: StartCortex, monkeypatch: pytest.MonkeyPatch, script: Script, reason: str
 ) -> None:
     """Three of them make the neuron unhealthy, with the reason; the first good one heals it."""
     monkeypatch.setattr(neuron_http, "MAX_ANSWER_BYTES", 1 << 20)
@@ -215,7 +226,7 @@ async def test_an_answer_that_is_none_is_a_miss(
     await until(lambda: node(cortex).healthy)
 
 
-async def test_a_connection_closed_between_polls_is_no_miss(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_a_connection_closed_between_polls_is_no_miss(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """Nor is one that the neuron closes at the very moment of the next poll."""
     closed = 0
 
@@ -239,7 +250,7 @@ async def test_a_connection_closed_between_polls_is_no_miss(start_cortex: StartC
     assert cortex.parts.fleet.version == with_misses
 
 
-async def test_polls_keep_their_connection(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_polls_keep_their_connection(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """One for the polls, one for the events."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -259,7 +270,7 @@ async def test_a_load_is_not_sent_on_a_kept_connection(neuron: RawNeuron) -> Non
     pool.close()
 
 
-async def test_a_hundred_broken_connections_leave_nothing(start_cortex: StartCortex, neuron: RawNeuron) -> None:
+async def test_a_hundred_broken_connections_leave_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """Neither a descriptor nor a task, of polls and of streams."""
 
     def used() -> tuple[int, int]:
