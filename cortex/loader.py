@@ -349,6 +349,6 @@ def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
     if refused.code == INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
         return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
-    if refused.code in _OF_THE_MODEL:
+    if refused.code in _OF_THE_MODEL and refused.cause is None:
         return LoadFailed(reason, Cause.MODEL)
     return LoadFailed(reason, _cause(refused.cause))

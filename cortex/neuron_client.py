@@ -242,7 +242,12 @@ class NeuronClient:
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
             raise NeuronRefused(error.status, f"{context}: {error}") from error
-        except (NoConnection, OSError, asyncio.TimeoutError) as error:
+        except (
+            NoConnection,
+            OSError,
+            UnicodeError,
+            asyncio.TimeoutError,
+        ) as error:  # UnicodeError: a host that is no name
             raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
         if 300 <= answer.status < 400:
             raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 
 from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig
@@ -14,7 +15,6 @@ from cortex.fleet import Fleet
 from cortex.keys import Parts
 from cortex.state_file import StateFile
 from shared.settings import SettingsError
-from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,28 @@ class Reloader:
         self._warned: frozenset[str] = frozenset()
 
     async def watch_loop(self) -> None:
-        """Looks for ever."""
-        last: tuple[Stamp, ...] | None = None
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                async with timeout(LOOK_SECS):
-                    await self._asked.wait()
-            asked = self._asked.is_set()
-            self._asked.clear()
-            stamps = await asyncio.to_thread(self._files.stamps)
-            if asked or (stamps == last and self._files.differ_from_what_was_read(stamps)):
+        """Waits for changes and for whoever asks, for ever."""
+        ended = threading.Event()
+        looking = threading.Thread(
+            target=self._look, args=(asyncio.get_running_loop(), ended), name="configuration files", daemon=True
+        )
+        looking.start()
+        try:
+            while True:
+                await self._asked.wait()
+                self._asked.clear()
                 await self.reload()
+        finally:
+            ended.set()
+
+    def _look(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
+        """In a thread of its own: a file on a network's file system that hangs must not hang cortex."""
+        last: tuple[Stamp, ...] | None = None
+        while not ended.wait(LOOK_SECS):
+            stamps = self._files.stamps()
+            if stamps == last and self._files.differ_from_what_was_read(stamps):
+                with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                    loop.call_soon_threadsafe(self._asked.set)
             last = stamps
 
     async def reload(self) -> None:

@@ -106,6 +106,22 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
     return Eviction(resident, Claim.IDLE, view.now)
 
 
+def displace_each(
+    missing_mb: Iterable[Mapping[int, int]], candidates: Sequence[Eviction]
+) -> Iterator[Displacement | None]:
+    """`displace` for several sets of devices. Devices that lack the same, and are held by the same, are alike: what is
+    found for one such set is good for all, of which a host of equal GPUs has many."""
+    holders: dict[int, frozenset[int]] = {}
+    found: dict[frozenset[tuple[int, frozenset[int]]], Displacement | None] = {}
+    for missing in missing_mb:
+        for index in missing.keys() - holders.keys():
+            holders[index] = frozenset(i for i, each in enumerate(candidates) if index in each.resident.devices)
+        kind = frozenset((mb, holders[index]) for index, mb in missing.items())
+        if kind not in found:
+            found[kind] = displace(missing, candidates)
+        yield found[kind]
+
+
 def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
     """Whether their leaving makes room for what is missing on each device."""
     left = dict(missing_mb)

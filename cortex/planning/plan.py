@@ -7,14 +7,24 @@ that big cards stay free for big models; the best connected devices; the name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from cortex.catalogue import ModelProfile
 from cortex.placement import infeasible_reason
 from cortex.planning.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
-from cortex.planning.displacement import NOBODY, Claim, Displacement, Eviction, displace, eviction, shield, suffice
+from cortex.planning.displacement import (
+    NOBODY,
+    Claim,
+    Displacement,
+    Eviction,
+    displace,
+    displace_each,
+    eviction,
+    shield,
+    suffice,
+)
 from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot, Reservation
@@ -82,9 +92,9 @@ class Verdict:
     passes: bool = False
 
 
-def verdicts(view: View, profile: ModelProfile, *, avoid: Collection[str] = ()) -> list[Verdict]:
-    """What each node of the fleet could do for the model. `avoid` are nodes that have it already."""
-    return [verdict_on(view, profile, node, avoid=avoid) for node in view.fleet.nodes.values()]
+def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What each node of the fleet could do for the model: for its first replica, or another."""
+    return [verdict_on(view, profile, node) for node in view.fleet.nodes.values()]
 
 
 def best(found: Iterable[Verdict]) -> Plan | None:
@@ -96,16 +106,16 @@ def best(found: Iterable[Verdict]) -> Plan | None:
     return None if plan is not None and plan.fit is Fit.TOO_LARGE and hope else plan
 
 
-def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot, *, avoid: Collection[str] = ()) -> Verdict:
+def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Verdict:
     """What one node could do for the model."""
-    obstacle = _obstacle(view, profile, node, avoid)
+    obstacle = _obstacle(view, profile, node)
     found = plan_on(view, profile, node) if obstacle is None else obstacle
     if isinstance(found, Held):
         return Verdict(node.name, None, found.reason, found.passes)
     return Verdict(node.name, found, _fit_reason(found))
 
 
-def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Collection[str]) -> Held | None:
+def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
     """Why the node is out of the question, before any memory is counted."""
     reason = infeasible_reason(profile, node)
     if reason is None and node.discovery is None:
@@ -114,8 +124,6 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Coll
         reason = f"down now: {node.last_error}"
     if reason is None and node.draining:
         reason = "draining"
-    if reason is None and node.name in avoid:
-        reason = "has it already"
     return _passing_obstacle(view, profile, node) if reason is None else Held(reason)
 
 
@@ -123,6 +131,8 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
     status, bar = node.status_of(profile.id), view.bar(profile.id, node.name)
     if (profile.id, node.name) in view.fleet.leaving:
         return Held("is about to lose it", passes=True)
+    if status is ModelStatus.LOADED:
+        return Held("has it already")
     if status is not None and status.coming:
         return Held("it is on its way there", passes=True)
     if bar is not None:
@@ -217,16 +227,19 @@ def _after_displacement(site: _Site) -> Plan | Held:
         eviction(view, each, since=since) for each in others if shield(each, site.profile.residency_priority) is None
     ]
     # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
-    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id]
+    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
     by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
-    ways = [(indices, displace(site.missing_mb(indices), [*movable, *own]), False) for indices in sets]
+    found = displace_each((site.missing_mb(indices) for indices in sets), [*movable, *own])
+    ways = [(indices, way, False) for indices, way in zip(sets, found, strict=True)]
     if site.to_wake:
         ways.append((site.asleep_on, displace(site.missing_mb(site.asleep_on, wakes=True), movable), True))
+    possible = [(way.order, indices, way, wakes) for indices, way, wakes in ways if way is not None]
+    cheapest = min((order for order, *_ in possible), default=None)
     plans = [
         _plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes)
-        for indices, way, wakes in ways
-        if way is not None
+        for order, indices, way, wakes in possible
+        if order == cheapest
     ]
     if not plans:
         moving = pending(view, site.node)
@@ -234,18 +247,23 @@ def _after_displacement(site: _Site) -> Plan | Held:
         if moving and any(suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
             return Held(f"waits for {names}, on the way up or out there", passes=True)
-        last = ((indices, _everybody(site.missing_mb(indices), others, movable)) for indices in sets)
+        last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)
         plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
     return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
 
 
-def _everybody(missing: Mapping[int, int], there: list[Resident], movable: list[Eviction]) -> Displacement | None:
-    """All who are on devices where even their leaving is not enough by the figures: what holds the rest is nobody's
-    that is known, or the figures are wrong, and the neuron has to say. None where somebody stays who may not be
-    moved."""
+def _last_resort(
+    site: _Site, indices: tuple[int, ...], there: list[Resident], movable: list[Eviction]
+) -> Displacement | None:
+    """Who leaves devices where even that is not enough by the figures: what holds the rest is nobody's that is known,
+    or the figures are wrong, and the neuron has to say. One that books says so before anything is started, so that
+    nobody has to leave for it. None where somebody stays who may not be moved."""
+    missing = site.missing_mb(indices)
     concerned = {each.key for each in there if each.devices & missing.keys()}
     leaving = tuple(each for each in movable if each.resident.key in concerned)
-    return Displacement(leaving) if len(leaving) == len(concerned) else None
+    if len(leaving) < len(concerned):
+        return None
+    return NOBODY if books(site.node) else Displacement(leaving)
 
 
 def _plan(

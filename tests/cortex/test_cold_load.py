@@ -185,6 +185,19 @@ async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: St
     assert len(benjy.loads) == 1
 
 
+@pytest.mark.parametrize(("cause", "status"), [("node", 200), ("model", 503), (None, 503)])
+async def test_refused_spec_is_tried_elsewhere_when_that_may_help(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, cause: str | None, status: int
+) -> None:
+    """A 400 whose cause is the node's (a path that is outside of its roots) says nothing of other nodes. Without a
+    cause it is the model's, which would be refused everywhere."""
+    error = {"message": "no such path here", "code": "invalid_request", **({"cause": cause} if cause else {})}
+    benjy.load_error = 400, {"error": error}
+    cortex = await start_cortex([benjy, beast], [SMALL])
+    assert await _status(cortex.chat("org/small")) == status
+    assert (len(benjy.loads), len(beast.loads)) == (1, 1 if status == 200 else 0)
+
+
 async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """409 insufficient_vram is neither "already loaded" nor a load to wait for: 503 with the neuron's figures, and the
     neuron is not asked again at once."""

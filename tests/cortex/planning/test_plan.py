@@ -151,6 +151,9 @@ def test_loads_under_way_count() -> None:
 def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(seed: bool) -> None:
     """While a load is under way the rest of its device stays free for others."""
     loading = host("n", 24000, models={"other": On(16000, status="loading")}, seed=seed)
+    if not seed:  # booked at once, taken bit by bit
+        entry = loading.models["other"].model_copy(update={"vram_used_mb": 3000})
+        loading = replace(loading, models={"other": entry})
     where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
     plan = plan_for(view(where, profile(vram_mb=7000)))
     assert (plan.fit, plan.spare_mb) == (Fit.NOW, 1000)
@@ -304,6 +307,14 @@ def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
         assert plan.spare_mb < 0
 
 
+@pytest.mark.parametrize(("seed", "displaced"), [(False, set()), (True, {"x"})])
+def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, displaced: set[str]) -> None:
+    """It refuses by its figures at once. Others find out with the whole device for it, or not at all."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
+    plan = plan_for(view(where, profile(vram_mb=30000)))
+    assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, displaced)
+
+
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
 def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
     """It makes way only when it is there."""
@@ -375,9 +386,11 @@ def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
 
 
 def test_every_node_says_why() -> None:
-    """A verdict for each, in words, with the nodes that have it left out."""
+    """A verdict for each, in words."""
     moment = _crowded((0, 1, 2, 3))
-    found = verdicts(moment, _MODELS[0], avoid={"b"})
+    have_it = host("b", 24000, models={"m": On(14000)})
+    moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))
+    found = verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
         "a": "fits after displacement of x",
         "b": "has it already",
