@@ -284,8 +284,8 @@ class Router:
         engine that was told to stop listens no more some time before it ends. Takes those that saw it out of `lost`. (A
         seed neuron tells nothing by itself.)"""
         serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
-        refused = Counter(failure.replica.node for failure in failures if failure.kind == "refused")
-        deaf = lost | {node for node, times in refused.items() if times > 1}
+        gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
+        deaf = lost | {node for node, times in gone.items() if times > 1}
         if deaf.issuperset(serving) and any(serving.values()):
             with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
                 async with timeout(ENGINE_END_SECS):
