@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cortex.counts import Counts
 from cortex.demand import Demand
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
 from cortex.live_config import LiveConfig
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
@@ -23,7 +25,7 @@ from cortex.waiting import WaitingRooms
 from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ ENDPOINT_AGAIN_SECS = 0.25
 
 RETRY_AFTER_TIMEOUT_SECS = 30
 """For who has waited in vain for as long as a load may take."""
+
+ENGINE_END_SECS = 2.0
+"""So long a neuron has to see the end of an engine that listens no more."""
 
 _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
@@ -91,6 +96,7 @@ class Router:
         lost = given_up(failures)
         if failures:
             await self._look_again(failures[-1])
+            await self._until_told(model_id, failures, lost)
         replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
@@ -272,6 +278,22 @@ class Router:
         watch = self._watches.get(failed.node)
         if watch is not None:
             await watch.refresh()
+
+    async def _until_told(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
+        """Where no neuron is left but those whose engine does not answer, one of them has a moment to see that: an
+        engine that was told to stop listens no more some time before it ends. Takes those that saw it out of `lost`. (A
+        seed neuron tells nothing by itself.)"""
+        serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
+        gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
+        deaf = lost | {node for node, times in gone.items() if times > 1}
+        if deaf.issuperset(serving) and any(serving.values()):
+            with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+                async with timeout(ENGINE_END_SECS):
+                    await self._fleet.until(
+                        min(name for name, tells in serving.items() if tells),
+                        lambda node: node.status_of(model_id) is not ModelStatus.LOADED,
+                    )
+            lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
 
     def _version(self, fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:
         """What an endpoint stays good for. None when that cannot be told: a seed neuron says nothing that tells a

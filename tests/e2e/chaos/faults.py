@@ -17,7 +17,7 @@ _FIRST_SECS = 2.0  # of load without a fault
 _LAST_SECS = 4.0
 _EVERY_SECS = 2.4  # a fault, about
 _PAUSES_SECS = (0.2, 1.5)  # from an end to the next start
-_STOPPED_SECS = (0.2, 1.5)
+_STOPPED_SECS = (0.2, 1.2)
 Item = TypeVar("Item")
 
 
@@ -173,8 +173,8 @@ KINDS: dict[str, Kind] = {
     )
 }
 _DECK = (
-    *("kill_engine",) * 4,
-    *("kill_core",) * 2,
+    *("kill_engine",) * 5,
+    *("kill_core",) * 1,
     *("terminate_engine",) * 1,
     *("stop_engine",) * 2,
     *("kill_neuron",) * 3,
