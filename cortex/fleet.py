@@ -159,6 +159,7 @@ class Fleet:
             node = before.get(name) or NodeSnapshot(name, endpoint, draining=name in drained)
             moved = node.endpoint != endpoint
             self._nodes[name] = replace(node, endpoint=endpoint, misses=0, last_error=None) if moved else node
+        self._topology = object()
         self._position = {name: position for position, name in enumerate(self._nodes)}
         self._told = {name: self._told.get(name, {}) for name in self._nodes}
         holders: dict[str, list[str]] = {}

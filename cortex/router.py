@@ -253,6 +253,8 @@ class Router:
                 now = self._fleet.snapshot().nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
+                if version is not None and self._version(self._fleet.snapshot(), model_id, node) != version:
+                    continue  # loaded again meanwhile
                 if isinstance(error, NeuronRefused) or time.monotonic() >= patient_until:
                     raise UpstreamError(
                         f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
