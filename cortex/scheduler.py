@@ -17,7 +17,7 @@ from cortex.fleet import Fleet, NodeLeft
 from cortex.live_config import LiveConfig
 from cortex.loader import Job, Loader, LoadFailed, NotWanted, cause_of
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
-from cortex.planning.plan import Held, Plan, best, plan_on, verdicts
+from cortex.planning.plan import Held, Plan, best, likely_verdicts, plan_on, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, next_turn
 from cortex.planning.upkeep import Retirement, is_kept_up, upkeep
@@ -218,7 +218,7 @@ class Scheduler:
         fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
         view = replace(view, fleet=fleet)
         profile = view.profile(plan.model_id)
-        other = None if profile is None else best(verdicts(view, profile))
+        other = None if profile is None else best(likely_verdicts(view, profile))
         return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:

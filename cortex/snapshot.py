@@ -61,6 +61,16 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
+    def _rooms_mb(self) -> tuple[int, ...]:
+        live = self.device_health
+        return tuple(sorted((_room_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
+
+    def room_mb(self, devices: int) -> int | None:
+        """MiB that so many devices have to give, each; None when there are fewer. What loads under way will take, and
+        what sleeping models want back, is not taken off."""
+        return self._rooms_mb[devices - 1] if devices <= len(self._rooms_mb) else None
+
+    @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
         return {} if self.discovery is None else {(link.a, link.b): link for link in self.discovery.links}
 
@@ -72,6 +82,12 @@ class NodeSnapshot:
         """The model's status here; None when it is not listed, or with a status this version does not know."""
         view = self.models.get(model_id)
         return None if view is None else view.known_status
+
+
+def _room_mb(device: Device, live: DeviceHealth | None) -> int:
+    if live is None:
+        return device.vram_total_mb
+    return live.vram_free_mb if live.vram_bookable_mb is None else live.vram_bookable_mb
 
 
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:

@@ -26,6 +26,7 @@ from cortex.planning.displacement import (
     suffice,
 )
 from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
+from cortex.planning.shortlist import shortlist
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot, Reservation
 from shared.protocol import ModelStatus
@@ -90,6 +91,14 @@ class Verdict:
     plan: Plan | None
     reason: str
     passes: bool = False
+
+
+def likely_verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What the nodes could do for the model that are worth a closer look; every node where none of those can do
+    anything."""
+    found = [verdict_on(view, profile, node) for node in shortlist(view, profile)]
+    hopeful = any(each.passes or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
+    return found if hopeful or len(found) == len(view.fleet.nodes) else verdicts(view, profile)
 
 
 def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:

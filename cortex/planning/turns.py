@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cortex.planning.plan import Plan, Verdict, best, verdicts
+from cortex.planning.plan import Plan, Verdict, best, likely_verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.view import View
 from shared.errors import ServiceError
@@ -40,7 +40,7 @@ def next_turn(view: View) -> Turn:
     kept: dict[str, str] = {}  # node -> who has starved and is to go there
     for model_id in sorted((m for m in view.waiting if _needs_a_place(view, m)), key=lambda m: _turn_order(view, m)):
         profile = view.profile(model_id)
-        found = [] if profile is None else [_unless_kept(kept, each) for each in verdicts(view, profile)]
+        found = [] if profile is None else [_unless_kept(kept, each) for each in likely_verdicts(view, profile)]
         plan = best(found)
         if plan is None:
             if any(verdict.passes for verdict in found):

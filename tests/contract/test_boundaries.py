@@ -33,7 +33,7 @@ PURE = (
     ),
     *(
         f"cortex/planning/{name}.py"
-        for name in ("view", "memory", "devices", "displacement", "plan", "turns", "upkeep", "refusal")
+        for name in ("view", "memory", "devices", "displacement", "plan", "turns", "upkeep", "refusal", "shortlist")
     ),
     *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
     *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),

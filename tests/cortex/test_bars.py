@@ -138,3 +138,16 @@ def test_an_operator_lifts_what_bars_a_model(bars: Bars, clock: Clock) -> None:
     bars.lift("m")
     assert list(bars.current()) == [("x", "a")]
     assert _pauses(bars, clock, [Cause.NODE]) == [80]
+
+
+def test_what_passes_does_not_reset_the_pause() -> None:
+    """A neuron that fails, restarts, and fails again has failed twice."""
+    clock = Clock()
+    bars = Bars(clock)
+    bars.failed("m", "n", Cause.NODE, "no")
+    clock.now += 11
+    bars.failed("m", "n", Cause.PASSING, "restarts")
+    assert bars.current()["m", "n"].passes
+    clock.now += 2
+    bars.failed("m", "n", Cause.NODE, "no")
+    assert bars.current()["m", "n"].until == clock.now + 20
