@@ -171,6 +171,10 @@ class _Site:
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.min_devices, **limit)
 
+    def may_fit(self, indices: tuple[int, ...]) -> bool:
+        """On empty devices of a node that says what it books."""
+        return books(self.node) and all(self.need[index] <= self.room[index].total_mb for index in indices)
+
     def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
         """By device, where what sleeps there gives way."""
         need = self.to_wake if wakes else self.need
@@ -253,7 +257,8 @@ def _after_displacement(site: _Site) -> Plan | Held:
     if not plans:
         moving = pending(view, site.node)
         later = [*movable, *own, *(eviction(view, each, since=since) for each in moving)]
-        if moving and any(suffice(site.missing_mb(indices), later) for indices in sets):
+        # While something moves the figures are about to be others: nothing is tried against them that might fit then.
+        if moving and any(site.may_fit(indices) or suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
             return Held(f"waits for {names}, on the way up or out there", passes=True)
         last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)

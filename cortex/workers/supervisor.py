@@ -49,6 +49,8 @@ STOP_MARGIN_SECS = 5.0
 """What a worker may take to end beyond its drain time-out."""
 NOTES_SECS = 1.0
 """Between two words on the models that a worker waits for."""
+HEARD_SECS = 0.2
+"""What workers may take to hear of the end before those who wait are refused."""
 EARLY_DEATH_SECS = 5.0
 """A worker that dies sooner is replaced only after a pause."""
 MAX_PAUSE_SECS = 30.0
@@ -199,9 +201,12 @@ class Supervisor:
             self._stopping = True
             for sock in self._socks:
                 sock.close()
-            for worker in self._workers.values():
+            workers = list(self._workers.values())
+            for worker in workers:
                 worker.tell(Stop())
-            self._parts.stopping.begin()  # after that: whoever is refused now is to go elsewhere
+            if workers:  # who is refused after that is told to go elsewhere, which a worker says that knows of the end
+                await asyncio.wait([asyncio.ensure_future(worker.refresh()) for worker in workers], timeout=HEARD_SECS)
+            self._parts.stopping.begin()
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)
             self.kill()
