@@ -93,8 +93,8 @@ class RoutingSettings(SettingsModel):
 class WaitingSettings(SettingsModel):
     """`[waiting]`: requests that wait for a model, counted and told how long."""
 
-    per_model: int = Field(default=256, ge=1)
-    total: int = Field(default=2048, ge=1)
+    per_model: int = Field(default=1024, ge=1)
+    total: int = Field(default=4096, ge=1)
     first_comment_secs: float = Field(default=1.0, gt=0)
     comment_interval_secs: float = Field(default=2.0, gt=0)
 
