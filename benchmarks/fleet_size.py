@@ -1,7 +1,8 @@
 """`python -m benchmarks.fleet_size`: what a large fleet costs cortex: 1, 10, 100, 1000 neurons.
 
 One other process pretends to be the neurons, each at an address of its own; cortex is the real command, on a core of
-its own where the machine has two. CPU time comes from the scheduler's nanosecond counters.
+its own where the machine has two. CPU time comes from the scheduler's nanosecond counters. How long cortex thinks is
+measured in this process, for as many neurons and models of the catalogue.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,12 +24,14 @@ from pathlib import Path
 
 from benchmarks.limits import raise_open_files
 from benchmarks.loops import run
+from benchmarks.scale.decisions import Thinking, p99, think
 from benchmarks.scale.http1 import Answer, Connection, request_bytes, until_answers
 from benchmarks.scale.neurons import MODELS, address, model_name
 from benchmarks.scale.services import Child, cpu_secs, free_ports, rss_mib, service
 
 CATALOGUE = 100
-"""Models of models.toml: half of what the fleet has."""
+"""Models of models.toml, unless told otherwise: half of what the fleet has."""
+STATE_CHANGES = 300
 SETTLE_SECS = 3.0
 CONCURRENCY = 8
 WARM_UP = 200
@@ -53,6 +56,8 @@ class Figures:
     fleet_ms: float
     fleet_kib: float
     metrics_ms: float
+    state_p50_ms: float  # from a neuron's event of a model's state to `/v1/models/{id}` showing it
+    state_p99_ms: float
     new_model_ms: float  # from the neuron's event to the first answer
     death_secs: float  # from the reset connections to `unhealthy`
     return_secs: float  # from listening again to `healthy`
@@ -67,7 +72,9 @@ class Bench:
         self._count = count
         self._front = Connection(_HOST, port)
 
-    async def measure(self, started: float, *, settle_secs: float, idle_secs: float, requests: int) -> Figures:
+    async def measure(
+        self, started: float, *, settle_secs: float, idle_secs: float, requests: int, seed: bool
+    ) -> Figures:
         """Everything, in an order in which nothing disturbs what comes after it."""
         await self._until_healthy(self._count, within_secs=180)
         all_healthy = time.perf_counter() - started
@@ -80,6 +87,7 @@ class Bench:
         metrics_page = Connection(_HOST, self._metrics_port)
         metrics = await self._page("/metrics", metrics_page)
         metrics_page.close()
+        states = [0.0] * 2 if seed else await self._state_changes(STATE_CHANGES)
         return Figures(
             neurons=self._count,
             all_healthy_secs=all_healthy,
@@ -87,14 +95,16 @@ class Bench:
             rss_mib=rss_mib(self._cortex.pid),
             request_cpu_us=request_cpu * 1e6,
             request_p50_ms=statistics.median(latencies) * 1000,
-            request_p99_ms=statistics.quantiles(latencies, n=100)[98] * 1000,
+            request_p99_ms=p99(latencies) * 1000,
             watched_cpu_ms_per_sec=watched_rate * 1000,
-            watched_p99_ms=statistics.quantiles(watched, n=100)[98] * 1000,
+            watched_p99_ms=p99(watched) * 1000,
             models_ms=models[0],
             models_kib=models[1],
             fleet_ms=fleet[0],
             fleet_kib=fleet[1],
             metrics_ms=metrics[0],
+            state_p50_ms=statistics.median(states) * 1000,
+            state_p99_ms=p99(states) * 1000,
             new_model_ms=await self._new_model() * 1000,
             death_secs=await self._death(),
             return_secs=await self._return(),
@@ -159,11 +169,24 @@ class Bench:
         return statistics.median(answer.secs for answer in answers) * 1000, len(answers[0].body) / 1024
 
     async def _tell(self, what: str, **data: object) -> float:
-        """Tells the pretended neurons; the moment at which they have heard."""
+        """Tells the pretended neurons, the last of them unless `node` is given; when they told it, or had heard."""
         connection = Connection(_HOST, self._neurons_port)
-        await connection.post(f"/{what}", {"node": self._count - 1, **data})
+        answer = await connection.post(f"/{what}", {"node": self._count - 1, **data})
         connection.close()
-        return time.perf_counter()
+        return float(answer.json().get("told", time.perf_counter()))
+
+    async def _state_changes(self, count: int) -> list[float]:
+        """A model goes to sleep on one neuron or another, and wakes: how long until cortex shows it, in seconds, with
+        the time of the request that sees it. Both processes read the same clock."""
+        took: list[float] = []
+        for number in range(count):
+            node = number // 2 * 37 % self._count
+            model, status = model_name(4 * node), "loaded" if number % 2 else "sleeping"
+            told = await self._tell("status", node=node, model=model, status=status)
+            ask = partial(self._front.get, f"/v1/models/{model}")
+            seen = await self._until(ask, partial(_shows, node=node_name(node), status=status), pause_secs=0)
+            took.append(seen.ended_at - told)
+        return took
 
     async def _new_model(self) -> float:
         """Median of several: a model that nobody knows appears on the last neuron."""
@@ -171,7 +194,7 @@ class Bench:
         for number in range(5):
             name = f"bench/new-{number}"
             request = chat(name)
-            telling = asyncio.create_task(self._tell("add", model=name))
+            telling = asyncio.create_task(self._tell("status", model=name, status="loaded"))
             began = time.perf_counter()
             answer = await self._until(partial(self._front.send, request), lambda found: found.status == 200)
             took.append(answer.ended_at - began)
@@ -192,7 +215,12 @@ class Bench:
         return found.ended_at
 
     async def _until(
-        self, ask: Callable[[], Awaitable[Answer]], right: Callable[[Answer], bool], within_secs: float = 60
+        self,
+        ask: Callable[[], Awaitable[Answer]],
+        right: Callable[[Answer], bool],
+        within_secs: float = 60,
+        *,
+        pause_secs: float = 0.005,
     ) -> Answer:
         deadline = time.perf_counter() + within_secs
         while time.perf_counter() < deadline:
@@ -201,7 +229,7 @@ class Bench:
                 answer = await ask()
                 if right(answer):
                     return answer
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(pause_secs)
         raise TimeoutError(f"not within {within_secs:g} s, {self._count} neurons")
 
 
@@ -209,6 +237,16 @@ def healthy_in(health: Answer) -> int | None:
     """How many neurons `/health` counts as healthy; None when it is an error that answers."""
     nodes = health.json().get("nodes")
     return None if nodes is None else int(nodes["healthy"])
+
+
+def node_name(index: int) -> str:
+    return f"n{index:04d}"
+
+
+def _shows(entry: Answer, *, node: str, status: str) -> bool:
+    return {"node": node, "status": status}.items() <= next(
+        (place.items() for place in entry.json().get("locations", ()) if place["node"] == node), set()
+    )
 
 
 def chat(model: str) -> bytes:
@@ -225,12 +263,13 @@ async def one_size(
     requests: int,
     seed: bool = False,
     settle_secs: float = SETTLE_SECS,
+    catalogue: int = CATALOGUE,
 ) -> Figures:
     """A fleet of this size and a cortex for it: starts, measures, ends both. cortex has the first core for itself."""
     port, metrics_port, neurons_port = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="fleet-size-") as name:
         directory = Path(name)
-        config = write_configuration(directory, count, port, metrics_port, neurons_port)
+        config = write_configuration(directory, count, port, metrics_port, neurons_port, catalogue=catalogue)
         command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
         command += ["--seed"] if seed else []
         with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
@@ -239,19 +278,24 @@ async def one_size(
             with service("cortex", config, cpus={cpus[0]}) as cortex:
                 bench = Bench(cortex, port, metrics_port, neurons_port, count)
                 try:
-                    return await bench.measure(started, settle_secs=settle_secs, idle_secs=idle_secs, requests=requests)
+                    return await bench.measure(
+                        started, settle_secs=settle_secs, idle_secs=idle_secs, requests=requests, seed=seed
+                    )
                 finally:
                     bench.close()
 
 
-def write_configuration(directory: Path, count: int, port: int, metrics_port: int, neurons_port: int) -> Path:
-    """cortex.toml and models.toml for so many neurons."""
+def write_configuration(
+    directory: Path, count: int, port: int, metrics_port: int, neurons_port: int, *, catalogue: int = CATALOGUE
+) -> Path:
+    """cortex.toml and models.toml for so many neurons and models."""
     neurons = "".join(
-        f'[[neurons]]\nname = "n{index:04d}"\nendpoint = "http://{address(index)}:{neurons_port}"\n'
+        f'[[neurons]]\nname = "{node_name(index)}"\nendpoint = "http://{address(index)}:{neurons_port}"\n'
         for index in range(count)
     )
     gateway = f'[gateway]\nlisten = "{_HOST}:{port}"\nmetrics_listen = "{_HOST}:{metrics_port}"\n'
-    models = "".join(f'[[models]]\nid = "{model_name(number)}"\nvram_mb = 6000\n' for number in range(CATALOGUE))
+    names = [model_name(number) if number < MODELS else f"bench/idle-{number}" for number in range(catalogue)]
+    models = "".join(f'[[models]]\nid = "{name}"\nvram_mb = 6000\n' for name in names)
     (directory / "models.toml").write_text(models, encoding="utf-8")
     config = directory / "cortex.toml"
     config.write_text(gateway + neurons, encoding="utf-8")
@@ -263,17 +307,25 @@ COLUMNS = {
     "rss_mib": "RSS MiB", "request_cpu_us": "CPU µs/request", "request_p50_ms": "p50 ms", "request_p99_ms": "p99 ms",
     "watched_cpu_ms_per_sec": "watched CPU ms/s", "watched_p99_ms": "watched p99 ms",
     "models_ms": "/v1/models ms", "models_kib": "KiB", "fleet_ms": "/fleet ms", "fleet_kib": "KiB",
-    "metrics_ms": "/metrics ms", "new_model_ms": "new model ms", "death_secs": "death seen s",
+    "metrics_ms": "/metrics ms", "state_p50_ms": "state p50 ms", "state_p99_ms": "state p99 ms",
+    "new_model_ms": "new model ms", "death_secs": "death seen s",
     "return_secs": "return seen s",
 }  # fmt: skip
 
 
-def table(rows: Sequence[Figures]) -> str:
+THINKING = {
+    "nodes": "neurons", "models": "models", "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
+    "placement_p50_us": "cold placement p50 µs", "placement_p99_us": "p99 µs",
+    "list_changed_ms": "`/v1/models` made ms", "list_same_ms": "kept ms", "list_mib": "MiB",
+}  # fmt: skip
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Figures] | Sequence[Thinking]) -> str:
     """The result as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         figures = asdict(row)
-        cells = (figures[key] for key in COLUMNS)
+        cells = (figures[key] for key in columns)
         lines.append("| " + " | ".join(str(c) if isinstance(c, int) else f"{c:.3g}" for c in cells) + " |")
     return "\n".join(lines)
 
@@ -283,19 +335,30 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N")
     parser.add_argument("--idle-secs", type=float, default=10.0, help="how long idling is measured (default 10)")
     parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--catalogue", type=int, default=CATALOGUE, metavar="N", help="models of the catalogue")
     parser.add_argument("--seed", action="store_true", help="neurons that speak the seed protocol and nothing more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     given = parser.parse_args()
     raise_open_files()  # inherited: a large fleet takes many connections
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[-1]})
-    rows = []
+    rows: list[Figures] = []
+    thinking: list[Thinking] = []
+    options = {"seed": given.seed, "idle_secs": given.idle_secs, "requests": given.requests}
     for size in given.sizes:
-        rows.append(run(one_size(size, cpus, seed=given.seed, idle_secs=given.idle_secs, requests=given.requests)))
-        sys.stderr.write(f"{rows[-1]}\n")
-    sys.stdout.write(table(rows) + "\n")
+        rows.append(run(one_size(size, cpus, catalogue=given.catalogue, **options)))
+        thinking.append(think(size, max(given.catalogue, CATALOGUE)))
+        sys.stderr.write(f"{rows[-1]}\n{thinking[-1]}\n")
+    sys.stdout.write(
+        f"load average {os.getloadavg()[0]:.1f}\n\n{table(COLUMNS, rows)}\n\n{table(THINKING, thinking)}\n"
+    )
     if given.json is not None:
-        data = {"python": platform.python_version(), "seed": given.seed, "sizes": [asdict(row) for row in rows]}
+        data = {
+            "python": platform.python_version(),
+            "seed": given.seed,
+            "sizes": [asdict(row) for row in rows],
+            "thinking": [asdict(row) for row in thinking],
+        }
         given.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

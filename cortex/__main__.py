@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cortex.cli.commands import add_client_commands
 from cortex.cli.simulate import add_simulate_command
+from cortex.configuration import ConfigurationFiles, configuration_warnings, read_configuration
 from cortex.dev.command import add_dev_command
-from cortex.serve import configuration_warnings, read_configuration, serve, with_workers
+from cortex.serve import serve
 from shared import __version__
 from shared.logs import configure_logging
 from shared.loop import run
@@ -45,15 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        config, catalogue = read_configuration(args.config)
+        files = ConfigurationFiles(args.config, workers=args.workers)
+        config, catalogue = files.read()
         configure_logging(config.log_level)
-        if args.workers is not None:
-            config = with_workers(config, args.workers)
         for fd in (args.fd, args.lifeline_fd):
             if fd is not None:  # ours alone: a worker that held them, too, would keep the port open
                 os.set_inheritable(fd, False)
         sock = None if args.fd is None else socket.socket(fileno=args.fd)
-        run(serve(config, catalogue, sock=sock, lifeline=args.lifeline_fd))
+        run(serve(config, catalogue, files, sock=sock, lifeline=args.lifeline_fd))
     except (SettingsError, ListenError, OSError) as error:
         print(f"cortex: {error}", file=sys.stderr)
         return 1

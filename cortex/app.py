@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import aiohttp
 from aiohttp import web
 
+from cortex.api.models import MODEL_LIST, ModelList
+from cortex.api.picture import PICTURE, Picture
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.bars import Bars
 from cortex.catalogue import Catalogue
@@ -24,16 +25,21 @@ from cortex.demand import Demand
 from cortex.fleet import Fleet
 from cortex.front.server import accepting
 from cortex.keys import PARTS, Parts
+from cortex.live_config import LiveConfig
 from cortex.loader import Loader
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient
-from cortex.poller import NodeWatch
+from cortex.neuron_client import IDLE_SECS
 from cortex.proxy.access import AccessLog
+from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
-from cortex.proxy.pool import Address
+from cortex.proxy.pool import Address, EnginePool
+from cortex.proxy.waiting import Comments
+from cortex.roster import Roster
 from cortex.router import Router
 from cortex.scheduler import Scheduler
+from cortex.state_file import StateFile
+from cortex.stopping import Stopping
 from cortex.waiting import WaitingRooms
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
@@ -41,88 +47,80 @@ from shared.serve import BACKLOG
 from shared.tasks import running
 
 
-@contextlib.asynccontextmanager
-async def assembled(config: CortexConfig, catalogue: Catalogue) -> AsyncIterator[Parts]:
-    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop."""
-    fleet = Fleet(
-        [(entry.name, entry.endpoint) for entry in config.neurons], unhealthy_after=config.poll.unhealthy_after
-    )
+def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet, roster: Roster) -> Parts:
+    """What decides, around the fleet and the roster."""
     counts = Counts()
+    demand = Demand(counts)
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
-    ) as session:
-        clients = {entry.name: NeuronClient(entry, session) for entry in config.neurons}
-        watches = {name: NodeWatch(client, fleet, config.poll) for name, client in clients.items()}
-        demand, bars = Demand(counts), Bars()
-        rooms = WaitingRooms(
-            per_model=config.waiting.per_model,
-            total=config.waiting.total,
-            retry_after=lambda model_id: scheduler.retry_after(model_id),  # noqa: PLW0108 - made below
-        )
-        loader = Loader(
-            fleet=fleet,
-            catalogue=lambda: catalogue,
-            clients=clients,
-            watches=watches,
-            counts=counts,
-            metrics=metrics,
-            settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
-            timeout_secs=config.cold_load.timeout_secs,
-        )
-        scheduler = Scheduler(
-            fleet=fleet,
-            catalogue=lambda: catalogue,
-            rules=config.placement.rules,
-            loader=loader,
-            demand=demand,
-            bars=bars,
-            rooms=rooms,
-        )
-        router = Router(
-            catalogue=lambda: catalogue,
-            fleet=fleet,
-            scheduler=scheduler,
-            rooms=rooms,
-            clients=clients,
-            watches=watches,
-            counts=counts,
-            demand=demand,
-            patience_secs=config.cold_load.timeout_secs,
-        )
-        fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
-        parts = Parts(
-            config=config,
-            catalogue=catalogue,
-            fleet=fleet,
-            counts=counts,
-            metrics=metrics,
-            session=session,
-            clients=clients,
-            watches=watches,
-            rooms=rooms,
-            loader=loader,
-            scheduler=scheduler,
-            router=router,
-            created=int(time.time()),
-        )
-        loops = {
-            f"{kind} {name}": loop
-            for name, watch in watches.items()
-            for kind, loop in (("poll", watch.poll_loop), ("events", watch.listen_loop))
-        }
+    fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    rooms = WaitingRooms(live=live)
+    loader = Loader(
+        live=live,
+        fleet=fleet,
+        clients=roster.clients,
+        watches=roster.watches,
+        counts=counts,
+        metrics=metrics,
+        state=state,
+        settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
+    )
+    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, bars=Bars(), rooms=rooms)
+    router = Router(
+        live=live,
+        fleet=fleet,
+        scheduler=scheduler,
+        rooms=rooms,
+        clients=roster.clients,
+        watches=roster.watches,
+        counts=counts,
+        demand=demand,
+        stopping=stopping,
+    )
+    return Parts(
+        live=live,
+        state=state,
+        stopping=stopping,
+        fleet=fleet,
+        counts=counts,
+        metrics=metrics,
+        roster=roster,
+        rooms=rooms,
+        loader=loader,
+        scheduler=scheduler,
+        router=router,
+        created=int(time.time()),
+    )
+
+
+@contextlib.asynccontextmanager
+async def assembled(
+    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
+) -> AsyncIterator[Parts]:
+    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop. `files` are what the
+    configuration was read from; `state` None: nothing outlives the body."""
+    live, state = LiveConfig(config, catalogue, files), state or StateFile()
+    fleet = Fleet(
+        [(entry.name, entry.endpoint) for entry in config.neurons],
+        unhealthy_after=config.poll.unhealthy_after,
+        drained=state.drained,
+    )
+    live.subscribe(fleet.look_again)
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        parts = _brain(live, state, Stopping(), fleet, Roster(pool, fleet))
+        parts.roster.configure(config.neurons, config.poll)
         try:
             own = {
-                "routing table": router.publish_loop,
-                "scheduler": scheduler.run,
-                "upkeep": scheduler.keep_up,
+                "routing table": parts.router.publish_loop,
+                "scheduler": parts.scheduler.run,
+                "upkeep": parts.scheduler.keep_up,
+                "state file": state.write_loop,
             }
-            async with running({**loops, **own}):
+            async with running(own):
                 yield parts
         finally:
-            await asyncio.gather(
-                *(watch.close() for watch in watches.values()), loader.close(), scheduler.close(), router.close()
-            )
+            ending = (parts.roster, parts.loader, parts.scheduler, parts.router)
+            await asyncio.gather(*(part.close() for part in ending))
+            await state.close()
 
 
 def build_control_app(parts: Parts) -> web.Application:
@@ -132,6 +130,8 @@ def build_control_app(parts: Parts) -> web.Application:
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app[PARTS] = parts
+    app[MODEL_LIST] = ModelList()
+    app[PICTURE] = Picture(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
 
@@ -171,6 +171,9 @@ async def working(
         callers=Callers({}),
         access=AccessLog(sys.stderr.write if info else None),
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
+        affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
+        load_factor=config.routing.load_factor,
+        comments=Comments(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     try:
         async with (
@@ -190,6 +193,8 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
         try:
             yield gateway
         finally:
+            gateway.draining = True  # first: whoever is refused now is to go elsewhere, and not to ask here again
+            parts.stopping.begin()
             parts.counts.detach(gateway)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from cortex.planning.view import ANY_NODE, Bar, Key
@@ -32,8 +32,12 @@ class Cause(str, Enum):
 @dataclass(frozen=True)
 class _Failure:
     bar: Bar
-    count: int  # in a row
-    cause: Cause
+    count: int = 0  # in a row, but for what passed
+    passing: int = 0  # in a row, since the last that did not pass
+    cause: Cause = Cause.PASSING  # of the last that did not
+
+
+_NONE = _Failure(Bar(-math.inf, ""))
 
 
 class Bars:
@@ -48,14 +52,16 @@ class Bars:
         key = model_id, node
         if cause is Cause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = Cause.MODEL
-        if cause is Cause.PASSING and self._in_a_row(key, Cause.PASSING) >= MAX_PASSING:
-            cause = Cause.NODE
         if cause is Cause.MODEL:
             key = model_id, ANY_NODE
-        count = self._in_a_row(key, cause) + 1
-        pause = PASSING_SECS if cause is Cause.PASSING else min(FIRST_SECS * 2 ** min(count - 1, 10), MAX_SECS)
-        bar = Bar(self._clock() + pause, reason, passes=cause is Cause.PASSING)
-        self._failures[key] = _Failure(bar, count, cause)
+        now, before = self._clock(), self._failures.get(key, _NONE)
+        if cause is Cause.PASSING and before.passing < MAX_PASSING:
+            bar = Bar(now + PASSING_SECS, reason, passes=True)
+            self._failures[key] = replace(before, bar=bar, passing=before.passing + 1)
+            return
+        pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
+        cause = Cause.NODE if cause is Cause.PASSING else cause
+        self._failures[key] = _Failure(Bar(now + pause, reason), before.count + 1, 0, cause)
 
     def succeeded(self, model_id: str, node: str) -> None:
         """The model serves there: what went wrong there before is forgotten, and what was taken for its own fault."""
@@ -65,24 +71,22 @@ class Bars:
     def lift(self, model_id: str) -> None:
         """An operator wants the model tried again now."""
         for key in [key for key in self._failures if key[0] == model_id]:
-            bar = self._failures[key].bar
-            self._failures[key] = _Failure(Bar(-math.inf, bar.reason), self._failures[key].count, Cause.NODE)
+            failure = self._failures[key]
+            self._failures[key] = replace(failure, bar=Bar(-math.inf, failure.bar.reason), cause=Cause.NODE)
 
     def current(self) -> Mapping[Key, Bar]:
         """Those that hold now."""
         now = self._clock()
         return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
 
-    def _in_a_row(self, key: Key, cause: Cause) -> int:
-        failure = self._failures.get(key)
-        if failure is None or (failure.cause is Cause.PASSING) != (cause is Cause.PASSING):
-            return 0
-        return failure.count
-
     def _failed_on(self, model_id: str) -> set[str]:
+        """Where it failed of late for what may be its own fault. A load may take longer to fail than the bar of the one
+        before holds."""
         now = self._clock()
         return {
             node
             for (model, node), failure in self._failures.items()
-            if model == model_id and failure.bar.until > now and failure.cause is not Cause.PASSING
+            if model == model_id
+            and failure.bar.until + MAX_SECS > now
+            and failure.cause in (Cause.UNKNOWN, Cause.MODEL)
         }

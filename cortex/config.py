@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.http1.names import OF_REQUESTS, PASS
 from cortex.planning.view import Rules
 from shared.settings import SettingsModel
 
@@ -74,11 +75,28 @@ class PlacementSettings(SettingsModel):
         return Rules(**self.model_dump())
 
 
-class WaitingSettings(SettingsModel):
-    """`[waiting]`: requests that wait for their model."""
+class RoutingSettings(SettingsModel):
+    """`[routing]`: which of several replicas gets a request."""
 
-    per_model: int = Field(default=256, ge=1)
-    total: int = Field(default=2048, ge=1)
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    load_factor: float = Field(default=1.25, ge=1, le=100)
+
+    @field_validator("session_header")
+    @classmethod
+    def _goes_on_to_the_engine(cls, value: str) -> str:
+        if OF_REQUESTS[value.encode() + b":"][0] != PASS:
+            raise ValueError("means something else to cortex: choose another name")
+        return value
+
+
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for a model, counted and told how long."""
+
+    per_model: int = Field(default=1024, ge=1)
+    total: int = Field(default=4096, ge=1)
+    first_comment_secs: float = Field(default=1.0, gt=0)
+    comment_interval_secs: float = Field(default=2.0, gt=0)
 
 
 class NeuronEntry(SettingsModel):
@@ -121,11 +139,13 @@ class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
     models_config: Path = Path("models.toml")
+    state_dir: Path | None = None  # None: see cortex.configuration.state_directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
+    routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 from cortex.catalogue import ModelProfile
@@ -13,6 +14,7 @@ from cortex.planning.view import View
 from cortex.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.snapshot import NodeSnapshot
 from shared.errors import ServiceError
+from shared.protocol import LinkKind
 
 
 def explain(model_id: str, view: View, in_flight: InFlight) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def _placed(model_id: str, view: View, found: list[Verdict]) -> dict[str, Any]:
             "node": plan.node,
             "reason": plan.reason,
             "devices": list(plan.devices),
+            "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.share_mb,
             "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
@@ -94,6 +97,18 @@ def _effort(view: View, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _why_devices(view: View, plan: Plan) -> str:
+    """What each of them has free, and how they are connected."""
+    node = view.fleet.nodes[plan.node]
+    room = rooms(view, node)
+    free = ", ".join(f"device {index} has {room[index].free_mb} MiB free" for index in plan.devices if index in room)
+    if len(plan.devices) == 1:
+        return free
+    kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
+    worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
+    return f"{free}; connected by {'a path that is not known' if worst is None else worst.value}"
+
+
 def _node(
     model_id: str, profile: ModelProfile | None, view: View, node: NodeSnapshot, verdict: Verdict | None
 ) -> dict[str, Any]:
@@ -108,6 +123,7 @@ def _node(
         "feasible": feasible,
         "fits": None if plan is None else plan.fit.name.lower(),
         "devices": [] if plan is None else list(plan.devices),
+        "devices_because": None if plan is None else _why_devices(view, plan),
         "spare_mb": None if plan is None else plan.spare_mb,
         "free_mb": {str(index): room.free_mb for index, room in rooms(view, node).items()},
         "evict": [] if plan is None else [each.resident.key[0] for each in plan.displacement.evictions],

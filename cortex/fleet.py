@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -17,6 +17,10 @@ from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_diffe
 from shared.protocol import Discovery, ModelStatus, ModelView, NeuronHealth
 
 log = logging.getLogger(__name__)
+
+
+class NodeLeft(Exception):
+    """The neuron is in the configuration no more."""
 
 
 class RouteChanges:
@@ -41,13 +45,19 @@ class RouteChanges:
 
 
 class Fleet:
-    """Reduces observations to a state; every change has a version and wakes whoever waits for it."""
+    """Reduces observations to a state; every change has a version and wakes whoever waits for it. What is observed of a
+    neuron that has left the configuration is passed over."""
 
     def __init__(
-        self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, clock: Callable[[], float] = time.monotonic
+        self,
+        nodes: Iterable[tuple[str, str]],
+        *,
+        unhealthy_after: int,
+        drained: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`nodes` are pairs of name and endpoint; `unhealthy_after` is in consecutive misses."""
-        self._nodes = {name: NodeSnapshot(name, endpoint) for name, endpoint in nodes}
+        """`nodes` are pairs of name and endpoint; `unhealthy_after` is in consecutive misses; `drained` are names."""
+        self._nodes = {name: NodeSnapshot(name, endpoint, draining=name in drained) for name, endpoint in nodes}
         self._unhealthy_after = unhealthy_after
         self._clock = clock
         self._reservations: list[Reservation] = []
@@ -55,6 +65,7 @@ class Fleet:
         # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
         # less and must not undo it.
         self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._unseen = set(self._nodes)  # no poll of them was answered or missed yet
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
         self._changed: asyncio.Future[None] | None = None
@@ -65,6 +76,7 @@ class Fleet:
         # share it, and kept from one to the next: polls come all the time and new models seldom.
         self._holders: Mapping[str, tuple[str, ...]] = {}
         self._position = {name: position for position, name in enumerate(self._nodes)}
+        self._topology = object()
 
     @property
     def version(self) -> int:
@@ -75,9 +87,21 @@ class Fleet:
         """The present state; the same object until something changes."""
         if self._snapshot is None:
             self._snapshot = FleetSnapshot(
-                MappingProxyType(dict(self._nodes)), tuple(self._reservations), self._leaving, self._holders
+                MappingProxyType(dict(self._nodes)),
+                tuple(self._reservations),
+                self._leaving,
+                index=self._holders,
+                topology=self._topology,
             )
         return self._snapshot
+
+    def node(self, name: str) -> NodeSnapshot:
+        """The present state of one neuron: much cheaper than a snapshot of all."""
+        return self._nodes[name]
+
+    def position(self, name: str) -> int:
+        """The neuron's place in the configuration, from 0."""
+        return self._position[name]
 
     async def changed_since(self, version: int) -> int:
         """Waits until the version differs from `version`; the new one."""
@@ -88,12 +112,20 @@ class Fleet:
         return self._version
 
     async def until(self, name: str, condition: Callable[[NodeSnapshot], bool]) -> NodeSnapshot:
-        """Waits until the condition holds of a neuron. Only a change of that neuron has it looked at again."""
-        while not condition(node := self._nodes[name]):
+        """Waits until the condition holds of a neuron. Only a change of that neuron has it looked at again.
+
+        Raises:
+            NodeLeft: it is in the configuration no more.
+        """
+        while True:
+            node = self._nodes.get(name)
+            if node is None:
+                raise NodeLeft(name)
+            if condition(node):
+                return node
             if name not in self._node_changed:
                 self._node_changed[name] = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._node_changed[name])
-        return node
 
     @contextlib.contextmanager
     def route_changes(self) -> Iterator[RouteChanges]:
@@ -109,20 +141,64 @@ class Fleet:
         """Calls `listener` with such models at the very moment of the change."""
         self._route_listeners.append(listener)
 
+    async def surveyed(self) -> None:
+        """Waits until each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        version = self._version
+        while self._unseen:
+            version = await self.changed_since(version)
+
+    def configure(
+        self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
+    ) -> None:
+        """The neurons are these from now on, in this order; arguments as above. One that stays keeps all that is known
+        of it, also at another endpoint: mostly that is the same neuron by another name, and the next poll tells."""
+        before = self._nodes
+        self._unhealthy_after = unhealthy_after
+        self._nodes = {}
+        for name, endpoint in nodes:
+            node = before.get(name) or NodeSnapshot(name, endpoint, draining=name in drained)
+            moved = node.endpoint != endpoint
+            self._nodes[name] = replace(node, endpoint=endpoint, misses=0, last_error=None) if moved else node
+        self._topology = object()
+        self._position = {name: position for position, name in enumerate(self._nodes)}
+        self._told = {name: self._told.get(name, {}) for name in self._nodes}
+        holders: dict[str, list[str]] = {}
+        for node in self._nodes.values():
+            for model_id in node.models:
+                holders.setdefault(model_id, []).append(node.name)
+        self._holders = {model_id: tuple(names) for model_id, names in holders.items()}
+        left = before.keys() - self._nodes.keys()
+        self._unseen = (self._unseen - left) | (self._nodes.keys() - before.keys())
+        for name in left & self._node_changed.keys():
+            self._node_changed.pop(name).set_result(None)
+        self._touch()
+        self._tell_routes({model_id for name in left for model_id in before[name].models})
+
+    def look_again(self) -> None:
+        """Something that is shown together with the fleet has changed: whoever follows it is to look again."""
+        self._touch()
+
     def observe(
         self,
         name: str,
         *,
         started: float,
         health: NeuronHealth,
-        models: Iterable[ModelView],
+        models: Iterable[ModelView] | None,
         discovery: Discovery | None,
     ) -> None:
-        """A poll that began at `started` was answered. `discovery` None keeps the known one."""
-        node = self._nodes[name]
-        told = self._told[name] = {m: when for m, when in self._told[name].items() if when > started}
-        merged = {view.id: view for view in models if view.id not in told}
-        merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
+        """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
+        answer that brings nothing new changes nothing: nobody is woken."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        if discovery is None or discovery == node.discovery:
+            discovery = node.discovery
+        known = node.models if models is None else self._merged(node, models, started)
+        self._unseen.discard(name)
+        answered = node.healthy and not node.misses and node.last_error is None
+        if answered and health is node.health and known is node.models and discovery is node.discovery:
+            return
         if not node.healthy:
             log.info("neuron %s is healthy", name)
         self._replace(
@@ -131,15 +207,26 @@ class Fleet:
                 healthy=True,
                 misses=0,
                 last_error=None,
-                discovery=discovery or node.discovery,
+                discovery=discovery,
                 health=health,
-                models=MappingProxyType(merged),
+                health_at=node.health_at if health is node.health else self._clock(),
+                models=known,
             )
         )
 
+    def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, ModelView]:
+        """What a poll lists, but for models that something newer has told of."""
+        told = self._told[node.name] = {m: when for m, when in self._told[node.name].items() if when > started}
+        merged = {view.id: view for view in models if view.id not in told}
+        merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
+        return node.models if merged == node.models else MappingProxyType(merged)
+
     def miss(self, name: str, reason: str) -> None:
         """A poll failed."""
-        node = self._nodes[name]
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._unseen.discard(name)
         misses = node.misses + 1
         healthy = node.healthy and misses < self._unhealthy_after
         if node.healthy and not healthy:
@@ -150,14 +237,18 @@ class Fleet:
 
     def tell(self, name: str, view: ModelView) -> None:
         """A neuron reported a model outside a poll (an event, a finished load): it counts at once."""
-        node = self._nodes[name]
+        node = self._nodes.get(name)
+        if node is None:
+            return
         self._told[name][view.id] = self._clock()
         if node.models.get(view.id) != view:
             self._replace(replace(node, models=MappingProxyType({**node.models, view.id: view})))
 
     def forget(self, name: str, model_id: str) -> None:
         """A neuron no longer lists a model."""
-        node = self._nodes[name]
+        node = self._nodes.get(name)
+        if node is None:
+            return
         self._told[name][model_id] = self._clock()
         if model_id in node.models:
             rest = {key: view for key, view in node.models.items() if key != model_id}
@@ -165,7 +256,10 @@ class Fleet:
 
     def loaded(self, name: str, model_id: str, *, harness: str | None, devices: Iterable[int]) -> None:
         """A load ended well: the entry counts as loaded at once, without waiting for the next poll."""
-        known = self._nodes[name].models.get(model_id)
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        known = node.models.get(model_id)
         if known is not None and known.known_status is ModelStatus.LOADED:
             self._told[name][model_id] = self._clock()
             return
@@ -209,7 +303,9 @@ class Fleet:
 
     def _replace(self, node: NodeSnapshot) -> None:
         before, self._nodes[node.name] = self._nodes[node.name], node
-        if before.models.keys() != node.models.keys():
+        if before.discovery is not node.discovery:
+            self._topology = object()
+        if before.models is not node.models and before.models.keys() != node.models.keys():
             self._index(node.name, gone=before.models.keys() - node.models.keys(), models=node.models)
         affected = with_different_routes(before, node)
         waiting = self._node_changed.pop(node.name, None)

@@ -4,24 +4,26 @@ node at a time; it outlives whoever asked for it."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from cortex.bars import Cause
-from cortex.catalogue import Catalogue
 from cortex.commands import load_command
 from cortex.counts import Counts
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.metrics import Metrics
-from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Plan
 from cortex.planning.view import Key
 from cortex.poller import NodeWatch
-from cortex.snapshot import NodeSnapshot, Reservation
+from cortex.snapshot import NodeSnapshot
+from cortex.state_file import StateFile
 from shared.protocol import ModelStatus, ModelView
-from shared.tasks import TaskSet, timeout
+from shared.tasks import TaskSet, cancel_all, timeout
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +84,35 @@ class Loader:
         self,
         *,
         fleet: Fleet,
-        catalogue: Callable[[], Catalogue],
+        live: LiveConfig,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
         counts: Counts,
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
-        timeout_secs: float,
+        state: StateFile,
     ) -> None:
         """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
         self._fleet = fleet
-        self._catalogue = catalogue
+        self._live = live
         self._clients = clients
         self._watches = watches
         self._counts = counts
         self._metrics = metrics
         self._settle_routes = settle_routes
-        self.timeout_secs = timeout_secs
-        self.load_secs: dict[str, dict[str, float]] = {}  # model -> node -> seconds, of the last load
+        self._state = state
         self._tasks = TaskSet()
         self._jobs: dict[Key, Job] = {}
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long a cold load may take."""
+        return self._live.config.cold_load.timeout_secs
+
+    @property
+    def load_secs(self) -> Mapping[str, Mapping[str, float]]:
+        """By model and node, what the last load took."""
+        return self._state.load_secs
 
     def jobs(self) -> list[Job]:
         return list(self._jobs.values())
@@ -141,7 +152,7 @@ class Loader:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
             raise NotWanted
-        client = self._clients[node]
+        client = self._client(node)
         try:
             if sleep and await self._put_to_sleep(key):
                 return
@@ -151,13 +162,13 @@ class Loader:
             if refused.status != 404:  # gone already
                 raise
         finally:
-            await self._watches[node].refresh()
+            await self._look_again(node)
 
     async def _put_to_sleep(self, key: Key) -> bool:
         """False when it does not sleep there."""
         model_id, node = key
         try:
-            await self._clients[node].sleep(model_id, timeout_secs=self.timeout_secs)
+            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
         except NeuronRefused as refused:
             log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
             return False
@@ -169,6 +180,8 @@ class Loader:
             await self._carry_out(job, wanted)
         except NotWanted:
             log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
+        except (NodeLeft, NeuronLeft):
+            log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
         except LoadFailed as error:
             failure = error
             log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
@@ -181,8 +194,9 @@ class Loader:
 
     async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
         plan = job.plan
-        reservation = Reservation(plan.model_id, plan.node, plan.devices, 0 if plan.wakes else plan.share_mb)
-        leaving = [each.resident.key for each in plan.displacement.evictions]
+        reservation = plan.reservation
+        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
+        leaving = list(asleep)
         log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
         self._fleet.reserve(reservation)
         for key in leaving:
@@ -190,31 +204,69 @@ class Loader:
         try:
             if leaving:
                 job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-                await asyncio.gather(*(self._make_way(key, wanted) for key in leaving))
-            job.phase = "loading"
-            await self._load(job)
+            async with self._making_way(asleep, wanted):
+                job.phase = "loading"
+                await self._load(job)
         finally:
             for key in leaving:
                 self._fleet.stay(key)
             self._fleet.release(reservation)
 
-    async def _make_way(self, key: Key, wanted: Callable[[], bool]) -> None:
-        await self.send_away(key, sleep=self._sleeps_when_idle(key[0]), wanted=wanted)
-        self._fleet.stay(key)  # it may come back at once, where there is room beside the newcomer
+    @contextlib.asynccontextmanager
+    async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
+        """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
+        booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
+        asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
+
+        Raises, before the body: as `send_away`.
+        """
+        going = {
+            key: asyncio.create_task(
+                self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
+                name=f"{key[0]} leaves {key[1]}",
+            )
+            for key, asleep in leaving.items()
+        }
+        try:
+            for key, task in going.items():
+                await self._until_going(key, task)
+            yield
+        except asyncio.CancelledError:
+            await cancel_all(list(going.values()))
+            raise
+        finally:
+            outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
+        for (model_id, node), outcome in zip(going, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
+
+    async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
+        model_id, name = key
+
+        def ending(node: NodeSnapshot) -> bool:
+            # A seed neuron promises nothing: there it has to be gone.
+            return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
+
+        told = asyncio.create_task(self._fleet.until(name, ending))
+        try:
+            await asyncio.wait({sending, told}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all([told])
+        if sending.done():
+            sending.result()
 
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()
         job.loading_since = started
-        node = self._fleet.snapshot().nodes[plan.node]
-        client = self._clients[plan.node]
-        command = load_command(plan, self._catalogue().profile(plan.model_id), node)
+        node, client = self._node(plan.node), self._client(plan.node)
+        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
         try:
             if node.status_of(plan.model_id) is ModelStatus.SLEEPING and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
             loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=not self._is_ours(plan.node))
         except NeuronRefused as refused:
             if refused.code != LOAD_IN_PROGRESS:
-                await self._watches[plan.node].refresh()  # it knows something that we do not
+                await self._look_again(plan.node)  # it knows something that we do not
                 raise _failed(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
             self._fleet.tell(plan.node, ModelView(id=plan.model_id, status=ModelStatus.LOADING.value))
@@ -222,10 +274,10 @@ class Loader:
         except NeuronUnreachable as error:
             raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if not loaded:
-            await self._watches[plan.node].refresh()
+            await self._look_again(plan.node)
             await self._until_loaded(plan)
         took = time.monotonic() - started
-        self.load_secs.setdefault(plan.model_id, {})[plan.node] = took
+        self._state.set_load_secs(plan.model_id, plan.node, took)
         self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
@@ -252,13 +304,30 @@ class Loader:
                 raise LoadFailed(f"{what}: it was unloaded meanwhile", Cause.PASSING)
             raise LoadFailed(f"{what}: {error}", cause_of(view))
 
+    def _node(self, name: str) -> NodeSnapshot:
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None:
+            raise NodeLeft(name)
+        return node
+
+    def _client(self, name: str) -> NeuronClient:
+        client = self._clients.get(name)
+        if client is None:
+            raise NodeLeft(name)
+        return client
+
+    async def _look_again(self, name: str) -> None:
+        watch = self._watches.get(name)
+        if watch is not None:
+            await watch.refresh()
+
     def _sleeps_when_idle(self, model_id: str) -> bool:
-        profile = self._catalogue().profile(model_id)
+        profile = self._live.catalogue.profile(model_id)
         return profile is not None and profile.when_idle == "sleep"
 
     def _is_ours(self, node: str) -> bool:
         """Seed neurons have no instance id, and know no more than the six requests."""
-        return self._fleet.snapshot().nodes[node].instance is not None
+        return self._node(node).instance is not None
 
 
 def cause_of(view: ModelView | None) -> Cause:
@@ -280,6 +349,6 @@ def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
     if refused.code == INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
         return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
-    if refused.code in _OF_THE_MODEL:
+    if refused.code in _OF_THE_MODEL and refused.cause is None:
         return LoadFailed(reason, Cause.MODEL)
     return LoadFailed(reason, _cause(refused.cause))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any, TypeVar
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-import aiohttp
+import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config import NeuronEntry
-from cortex.proxy.pool import parse_url
+from cortex.neuron_http import Answer, AnswerTooLarge, NoEventStream, OnEvent, fetch, follow
+from cortex.proxy.pool import EnginePool, NoConnection, parse_url
 from shared.protocol import (
     DeviceFigures,
     Discovery,
@@ -25,13 +28,17 @@ from shared.protocol import (
     SleepCommand,
     UnloadCommand,
 )
+from shared.tasks import timeout
 
-CONNECT_TIMEOUT_SECS = 5.0
 ENDPOINT_TIMEOUT_SECS = 5.0
-EVENT_SILENCE_SECS = 60.0
-"""A neuron sends a comment every 15 s on `/events`: silence of four times that is a dead connection."""
-MAX_EVENT_LINE = 1 << 20
+EVENT_SILENCE_SECS = 30.0
+"""A neuron sends a comment every 15 s on `/events`: silence of twice to four times that is a dead connection."""
+IDLE_SECS = 30.0
+"""How long a connection to a neuron is kept between two polls."""
+UPTIME_SLACK_SECS = 1.0
+"""How far a neuron's uptime may be from what it was and the time since, and still tell nothing new."""
 
+_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 _MODELS = TypeAdapter(list[ModelView])
 _FIGURES = TypeAdapter(list[DeviceFigures])
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,6 +46,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class NeuronUnreachable(Exception):
     """No answer: refused, reset, timed out, or not HTTP."""
+
+
+class NeuronLeft(Exception):
+    """The neuron has left the configuration while it was asked; it goes on with what it was asked for."""
 
 
 class NeuronRefused(Exception):
@@ -65,31 +76,63 @@ class NeuronRefused(Exception):
         self.devices = tuple(devices)
 
 
+class _KnownHealth(NamedTuple):
+    """The last answer of `/health`: its bytes without the uptime, when the neuron started by it (monotonic), and what
+    was made of it."""
+
+    body: bytes
+    started: float
+    data: Any
+    health: NeuronHealth
+
+
 class NeuronClient:
     """Typed calls to one neuron. Deadlines are the caller's, but for connecting."""
 
-    def __init__(self, entry: NeuronEntry, session: aiohttp.ClientSession) -> None:
+    def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
         self.name = entry.name
         self._base = entry.endpoint
-        self._session = session
+        self._loads: set[asyncio.Task[Any]] = set()
+        self._pool = pool
+        self._address, self._prefix = parse_url(entry.endpoint)
+        headers = [b"host: " + self._address.authority, b"accept-encoding: identity"]
         token = entry.bearer_token
-        # The session hands bodies on as they are, for the proxy's sake: here they must not be compressed.
-        self._headers = {"Accept-Encoding": "identity"}
         if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
+            headers.append(b"authorization: Bearer " + _header_value(token))
+        self._headers = b"\r\n".join(headers)
+        self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
+        self._health: _KnownHealth | None = None
+        self._models: tuple[bytes, tuple[ModelView, ...]] | None = None
 
     async def discovery(self) -> Discovery:
         return await self._get("/discovery", Discovery)
 
     async def health(self) -> NeuronHealth:
-        return await self._get("/health", NeuronHealth)
+        """The same object as before while nothing but the uptime has changed, as it does in every answer."""
+        body = (await self._answer("GET", "/health", self._ask_health, b"")).body
+        uptime = _UPTIME.search(body)
+        rest, started = body, 0.0
+        if uptime is not None:
+            rest = body[: uptime.start(1)] + body[uptime.end(1) :]
+            started = time.monotonic() - float(uptime[1])
+        known = self._health
+        if known is not None and known.body == rest and abs(known.started - started) < UPTIME_SLACK_SECS:
+            return known.health
+        data = self._json("GET", "/health", body)
+        health = self._valid("/health", NeuronHealth, data if known is None else _with_known(data, known))
+        self._health = _KnownHealth(rest, started, data, health)
+        return health
 
-    async def models(self) -> list[ModelView]:
-        data = await self._call("GET", "/models")
-        try:
-            return _MODELS.validate_python(data)
-        except ValidationError as error:
-            raise NeuronRefused(200, f"{self.name}: /models is not the protocol's: {_first(error)}") from error
+    async def models(self) -> Sequence[ModelView]:
+        """The same object as before while nothing has changed."""
+        body = (await self._answer("GET", "/models", self._ask_models, b"")).body
+        if self._models is None or self._models[0] != body:
+            try:
+                found = _MODELS.validate_python(self._json("GET", "/models", body))
+            except ValidationError as error:
+                raise NeuronRefused(200, f"{self.name}: /models is not the protocol's: {_first(error)}") from error
+            self._models = body, tuple(found)
+        return self._models[1]
 
     async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> bool:
         """Returns when the model is loaded, with True; with `wait` False, from a neuron that knows of that, as soon as
@@ -98,15 +141,30 @@ class NeuronClient:
         Raises:
             NeuronRefused: the neuron says why it is not.
             NeuronUnreachable: no answer within `timeout_secs`.
+            NeuronLeft: `leave` was called meanwhile.
         """
+        path = "/models/load" if wait else "/models/load?wait=false"
+        call = asyncio.create_task(self._post(path, command, timeout_secs), name=f"load on {self.name}")
+        self._loads.add(call)
         try:
-            answer = await self._post("/models/load" if wait else "/models/load?wait=false", command, timeout_secs)
+            await asyncio.wait([call])
+            if call.cancelled():
+                raise NeuronLeft(self.name)
+            answer = await call
         except NeuronRefused as refused:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
             return True
+        finally:
+            self._loads.discard(call)
+            call.cancel()
         return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
+
+    def leave(self) -> None:
+        """The neuron has left the configuration: nobody waits for its loads any more. It carries them on."""
+        for call in self._loads:
+            call.cancel()
 
     async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
         """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at
@@ -129,26 +187,25 @@ class NeuronClient:
         except ValueError as error:
             raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
 
-    async def events(self) -> AsyncGenerator[tuple[str, Any], None]:
-        """(event name, data) as they happen, until the connection ends.
+    async def listen(self, on_event: OnEvent) -> None:
+        """Calls `on_event` with the name and the data of each event, as it comes, until the connection ends.
 
         Raises:
             NeuronRefused: with 404 when this neuron has no events.
             NeuronUnreachable: the connection failed.
         """
-        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_SECS, sock_read=EVENT_SILENCE_SECS)
-        headers = {**self._headers, "Accept": "text/event-stream"}
+        head = self._head("GET", "/events", b"accept: text/event-stream")
         try:
-            async with self._session.get(f"{self._base}/events", headers=headers, timeout=timeout) as response:
-                if response.status != 200 or response.content_type != "text/event-stream":
-                    raise NeuronRefused(response.status, f"{self.name}: no event stream")
-                async for event in _server_sent_events(response.content):
-                    yield event
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
+            await follow(self._pool, self._address, head, on_event, silence_secs=EVENT_SILENCE_SECS)
+        except NoEventStream as error:
+            raise NeuronRefused(error.status, f"{self.name}: no event stream") from error
+        except (NoConnection, OSError, asyncio.TimeoutError, ValueError) as error:
             raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
 
     async def _get(self, path: str, model: type[Model], *, timeout_secs: float | None = None) -> Model:
-        data = await self._call("GET", path, timeout_secs=timeout_secs)
+        return self._valid(path, model, await self._call("GET", path, timeout_secs=timeout_secs))
+
+    def _valid(self, path: str, model: type[Model], data: Any) -> Model:
         try:
             return model.model_validate(data)
         except ValidationError as error:
@@ -161,20 +218,73 @@ class NeuronClient:
         return await self._call("POST", path, json_body=data, timeout_secs=timeout_secs)
 
     async def _call(self, method: str, path: str, *, json_body: Any = None, timeout_secs: float | None = None) -> Any:
-        timeout = aiohttp.ClientTimeout(total=timeout_secs, sock_connect=CONNECT_TIMEOUT_SECS)
+        if json_body is None:
+            head, body = self._head(method, path), b""
+        else:
+            body = json.dumps(json_body).encode()
+            head = self._head(method, path, b"content-type: application/json\r\ncontent-length: %d" % len(body))
         try:
-            async with self._session.request(
-                method, self._base + path, json=json_body, headers=self._headers, timeout=timeout
-            ) as response:
-                text = await response.text(errors="replace")
-                if response.status >= 400:
-                    raise _refusal(response.status, text, f"{self.name}: {method} {path}")
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            async with timeout(timeout_secs):
+                answer = await self._answer(method, path, head, body)
+        except asyncio.TimeoutError as error:
             raise NeuronUnreachable(f"{self.name}: {method} {path}: {_reason(error)}") from error
+        return self._json(method, path, answer.body)
+
+    def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
+        line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
+        return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
+
+    async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> Answer:
+        """An answer that is no error."""
+        context = f"{self.name}: {method} {path}"
         try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise NeuronRefused(response.status, f"{self.name}: {method} {path}: not JSON") from error
+            # A load is not sent twice: a kept connection that breaks does not tell whether it was heard.
+            answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
+        except AnswerTooLarge as error:
+            raise NeuronRefused(error.status, f"{context}: {error}") from error
+        except (
+            NoConnection,
+            OSError,
+            UnicodeError,
+            asyncio.TimeoutError,
+        ) as error:  # UnicodeError: a host that is no name
+            raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
+        if 300 <= answer.status < 400:
+            raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
+        if answer.status >= 400:
+            raise _refusal(answer.status, answer.body.decode("utf-8", "replace"), context)
+        return answer
+
+    def _json(self, method: str, path: str, body: bytes) -> Any:
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError):
+            pass
+        try:  # Python's parser lets more pass that some neuron may send: NaN, bytes that are no text
+            return json.loads(body.decode("utf-8", "replace")) if body else None
+        except (ValueError, RecursionError) as error:
+            raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
+
+
+def _with_known(data: Any, known: _KnownHealth) -> Any:
+    """The data with those entries that are as they were replaced by what was made of them then."""
+    if not isinstance(data, dict) or not isinstance(known.data, dict):
+        return data
+    kept = {}
+    for name, made in (("devices", known.health.devices), ("models", known.health.models)):
+        new, old = data.get(name), known.data.get(name)
+        if isinstance(new, list) and isinstance(old, list) and len(new) == len(old) == len(made):
+            kept[name] = [
+                entry if entry != before else then for entry, before, then in zip(new, old, made, strict=True)
+            ]
+    return {**data, **kept}
+
+
+def _header_value(text: str) -> bytes:
+    """Raises ValueError for what would end the header."""
+    if any(ord(character) < 32 for character in text.strip()):
+        raise ValueError("a token must not have line breaks or other control characters")
+    return text.strip().encode()
 
 
 def reachable_url(url: str, neuron_url: str) -> str:
@@ -258,31 +368,3 @@ def _reason(error: BaseException) -> str:
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
-async def _server_sent_events(stream: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]:
-    """(event name, JSON data) of an SSE stream; comments, ids and events that are not JSON are passed over."""
-    name, data, pending = "message", "", b""
-    async for block in stream.iter_any():
-        *lines, pending = (pending + block).split(b"\n")
-        if len(pending) > MAX_EVENT_LINE:
-            raise ValueError("a line of the event stream is too long")
-        for raw in lines:
-            line = raw.decode("utf-8", "replace").rstrip("\r")
-            if line.startswith("event:"):
-                name = line[6:].strip()
-            elif line.startswith("data:"):
-                data += line[5:].strip()
-            elif not line:
-                if data:
-                    with_json = _parsed(data)
-                    if with_json is not None:
-                        yield name, with_json
-                name, data = "message", ""
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from cortex.catalogue import Catalogue
 from cortex.counts import Counts
 from cortex.demand import Demand
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.poller import NodeWatch
-from cortex.replica import Failure, Replica, Route, unreachable
+from cortex.proxy.choice import beyond_ours
+from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
+from cortex.stopping import Stopping
 from cortex.waiting import WaitingRooms
+from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import EndpointReply, ModelStatus
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,12 @@ MAX_ROUNDS = 8
 ENDPOINT_PATIENCE_SECS = 10.0
 ENDPOINT_AGAIN_SECS = 0.25
 """A neuron that cannot be reached is asked again for so long, unless it counts as away before."""
+
+RETRY_AFTER_TIMEOUT_SECS = 30
+"""For who has waited in vain for as long as a load may take."""
+
+ENGINE_END_SECS = 2.0
+"""So long a neuron has to see the end of an engine that listens no more."""
 
 _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
@@ -42,7 +53,7 @@ class Router:
     def __init__(
         self,
         *,
-        catalogue: Callable[[], Catalogue],
+        live: LiveConfig,
         fleet: Fleet,
         scheduler: Scheduler,
         rooms: WaitingRooms,
@@ -50,16 +61,15 @@ class Router:
         watches: Mapping[str, NodeWatch],
         counts: Counts,
         demand: Demand,
-        patience_secs: float,
+        stopping: Stopping,
     ) -> None:
-        """`patience_secs`: so long may a request wait for its model."""
         self.table: dict[str, tuple[Replica, ...]] = {}
-        self._catalogue = catalogue
+        self._live = live
         self._fleet = fleet
         self._scheduler = scheduler
         self._rooms = rooms
         self._demand = demand
-        self._patience_secs = patience_secs
+        self._stopping = stopping
         self._clients = clients
         self._watches = watches
         self._counts = counts
@@ -71,11 +81,11 @@ class Router:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._catalogue().aliases
+        return self._live.catalogue.aliases
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
-        return self._catalogue().profile(model_id) is not None
+        return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
@@ -83,41 +93,44 @@ class Router:
         Raises:
             ServiceError: it cannot be served now; the error is the client's.
         """
-        given_up = {failure.replica.node for failure in failures if failure.replica.fresh}
+        lost = given_up(failures)
         if failures:
-            await self._look_again(failures[-1].replica)
-        replica = await self._serving(model_id, failures, given_up)
+            await self._look_again(failures[-1])
+            await self._until_told(model_id, failures, lost)
+        replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_loaded(model_id, failures, given_up)
+        return await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
 
-    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], given_up: set[str]) -> Route:
+    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
         """Waits in the model's room until it can be served."""
-        patient_until = time.monotonic() + self._patience_secs
+        patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
         self._demand.arrived(model_id)
-        with self._rooms.seat(model_id) as seat:
+        with self._rooms.seat(model_id, self._scheduler.retry_after) as seat:
             self._scheduler.want(model_id)
             while True:
                 try:
                     await seat.news(within_secs=patient_until - time.monotonic())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
-                given_up.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
-                replica = await self._serving(model_id, failures, given_up)
+                lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                replica = await self._serving(model_id, failures, lost)
                 if replica is not None:
                     return Route(replica=replica, cold=True)
                 self._scheduler.want(model_id)
 
-    async def _serving(self, model_id: str, failures: Sequence[Failure], given_up: Collection[str]) -> Replica | None:
+    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
         """An engine that has the model now; None when it has to be waited for.
 
         Raises:
             ServiceError: it cannot be served.
         """
         for _ in range(MAX_ROUNDS):
-            match decide(model_id, self._catalogue(), self._fleet.snapshot(), self._counts.in_flight):
+            if not self._fleet.snapshot().serving(model_id):
+                await self._fleet.surveyed()  # a cortex that has just started would load what is loaded somewhere
+            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
-                    left = [node for node in nodes if node not in given_up]
+                    left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
@@ -133,14 +146,26 @@ class Router:
     def _took_too_long(self, model_id: str) -> ServiceError:
         waits_for = self._scheduler.note(model_id)
         why = f" ({waits_for})" if waits_for else ""
-        return Unavailable(
-            f"{model_id!r} did not come up in {self._patience_secs:g} s{why}", code="cold_load_failed", retry_after=30
-        )
+        secs = self._live.config.cold_load.timeout_secs
+        message = f"{model_id!r} did not come up in {secs:g} s{why}"
+        return Unavailable(message, code="cold_load_failed", retry_after=RETRY_AFTER_TIMEOUT_SECS)
+
+    def forget(self, nodes: Collection[str]) -> None:
+        """What these neurons told of their engines holds no more: they have left, or are elsewhere."""
+        gone = [key for key in self._endpoints if key[1] in nodes]
+        for key in gone:
+            del self._endpoints[key]
+        self.publish(self._wanted & {model_id for model_id, _ in gone})
 
     async def settle(self) -> None:
         """Returns when every worker knows the table as it is now, and its counts are those of after."""
         self.publish(self._wanted)
         await self._counts.refresh()
+
+    def note(self, model_id: str) -> WaitNote:
+        """What a client that waits for the model may be told now."""
+        fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
+        return waiting_note(model_id, fleet, job, self._scheduler.note(model_id), time.time())
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Calls `subscriber` with a model and all its replicas whenever they change, none when it has to be asked for.
@@ -185,7 +210,7 @@ class Router:
             if known is None or known[0] != version:
                 self._fetch_ahead(model_id, node.name, version)
                 continue
-            replicas.append(_replica(model_id, node.name, known[1], fleet))
+            replicas.append(self._as_replica(model_id, node.name, known[1], fleet))
         return tuple(replicas) if len(replicas) == len(nodes) else ()
 
     def _fetch_ahead(self, model_id: str, node: str, version: _Version | None) -> None:
@@ -212,38 +237,65 @@ class Router:
         patient_until = time.monotonic() + ENDPOINT_PATIENCE_SECS
         while True:
             fleet = self._fleet.snapshot()
+            if node not in fleet.nodes:
+                return None
             version = self._version(fleet, model_id, node)
             known = self._endpoints.get((model_id, node))
             if known is not None and known[0] == version:
-                return _replica(model_id, node, known[1], fleet)
+                return self._as_replica(model_id, node, known[1], fleet)
+            client, watch = self._clients[node], self._watches[node]
             try:
-                endpoint = await self._clients[node].endpoint(model_id)
+                endpoint = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
-                await self._watches[node].refresh()
+                await watch.refresh()
+                if self._clients.get(node) is not client:
+                    continue
                 now = self._fleet.snapshot().nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
+                if version is not None and self._version(self._fleet.snapshot(), model_id, node) != version:
+                    continue  # loaded again meanwhile
                 if isinstance(error, NeuronRefused) or time.monotonic() >= patient_until:
                     raise UpstreamError(
                         f"{node} gives no endpoint for {model_id!r}: {error}", code="endpoint_unresolved"
                     ) from error
                 await asyncio.sleep(ENDPOINT_AGAIN_SECS)
                 continue
+            if self._clients.get(node) is not client:  # it was another configuration's neuron that answered
+                continue
             if version is not None:
                 self._endpoints[model_id, node] = version, endpoint
                 self.publish(self._wanted & {model_id})
-            return _replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
+            return self._as_replica(model_id, node, endpoint, self._fleet.snapshot(), fresh=True)
 
-    async def _look_again(self, failed: Replica) -> None:
-        """After a replica gave no answer: its endpoint is asked for again, and its neuron what became of it."""
+    async def _look_again(self, failure: Failure) -> None:
+        """After a replica gave no answer: its neuron is asked what became of it, and for its endpoint. That of an
+        engine which is alive stays good: nobody else is to wait because one request found it busy."""
+        failed = failure.replica
         key = failed.model_id, failed.node
         known = self._endpoints.get(key)
-        if known is not None and known[1].url == failed.url:
+        if failure.kind in ("refused", "reset") and known is not None and known[1].url == failed.url:
             del self._endpoints[key]
             self.publish(self._wanted & {failed.model_id})
         watch = self._watches.get(failed.node)
         if watch is not None:
             await watch.refresh()
+
+    async def _until_told(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
+        """Where no neuron is left but those whose engine does not answer, one of them has a moment to see that: an
+        engine that was told to stop listens no more some time before it ends. Takes those that saw it out of `lost`. (A
+        seed neuron tells nothing by itself.)"""
+        serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
+        gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
+        deaf = lost | {node for node, times in gone.items() if times > 1}
+        if deaf.issuperset(serving) and any(serving.values()):
+            with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+                async with timeout(ENGINE_END_SECS):
+                    await self._fleet.until(
+                        min(name for name, tells in serving.items() if tells),
+                        lambda node: node.status_of(model_id) is not ModelStatus.LOADED,
+                    )
+            lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
 
     def _version(self, fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:
         """What an endpoint stays good for. None when that cannot be told: a seed neuron says nothing that tells a
@@ -254,12 +306,15 @@ class Router:
             return None
         return view.since, None if snapshot.discovery is None else snapshot.discovery.instance_id
 
-
-def _replica(
-    model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
-) -> Replica:
-    activity = fleet.nodes[node].activity.get(model_id)
-    reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    return Replica(
-        model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, reported=reported, fresh=fresh
-    )
+    def _as_replica(
+        self, model_id: str, node: str, endpoint: EndpointReply, fleet: FleetSnapshot, *, fresh: bool = False
+    ) -> Replica:
+        """What a worker is told. A replica is told anew when its neuron reports another activity, so our requests are
+        counted here at about the moment of the report."""
+        activity = fleet.nodes[node].activity.get(model_id)
+        others = 0
+        if activity is not None:
+            others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(model_id, node))
+        return Replica(
+            model_id=model_id, node=node, url=endpoint.url, api_key=endpoint.api_key, others=others, fresh=fresh
+        )

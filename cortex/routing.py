@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cortex.catalogue import Catalogue
 from cortex.planning.refusal import unknown
+from cortex.proxy.choice import beyond_ours, work
 from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
@@ -70,11 +71,12 @@ def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:
 
 
 def _least_busy(model_id: str, nodes: list[NodeSnapshot], in_flight: InFlight) -> tuple[str, ...]:
-    """By our own requests first (known exactly), then by what the engine reports, then by name."""
+    """As a worker chooses for a request without a key. How fast the engines are only workers measure."""
 
-    def work(node: NodeSnapshot) -> tuple[int, int, str]:
-        activity = node.activity.get(model_id)
-        reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-        return in_flight(model_id, node.name), reported, node.name
+    def order(node: NodeSnapshot) -> tuple[float, str]:
+        outstanding, activity = in_flight(model_id, node.name), node.activity.get(model_id)
+        if activity is not None:
+            outstanding += beyond_ours(activity.in_flight, activity.queue_depth, outstanding)
+        return work(outstanding, 1.0), node.name
 
-    return tuple(node.name for node in sorted(nodes, key=work))
+    return tuple(node.name for node in sorted(nodes, key=order))

@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from cortex.bars import Bars
-from cortex.catalogue import Catalogue, ModelProfile
+from cortex.bars import Bars, Cause
+from cortex.catalogue import ModelProfile
 from cortex.demand import SAMPLE_SECS, Demand
-from cortex.fleet import Fleet
+from cortex.fleet import Fleet, NodeLeft
+from cortex.live_config import LiveConfig
 from cortex.loader import Job, Loader, LoadFailed, NotWanted, cause_of
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
-from cortex.planning.plan import Held, Plan, best, plan_on, verdicts
+from cortex.planning.plan import Held, Plan, best, likely_verdicts, plan_on, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, next_turn
 from cortex.planning.upkeep import Retirement, is_kept_up, upkeep
-from cortex.planning.view import Key, Rules, View, Waiting
+from cortex.planning.view import Key, View, Waiting
 from cortex.snapshot import NodeSnapshot
 from cortex.waiting import WaitingRooms
 from shared.errors import Conflict
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECS = 0.25
 """While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
 
+BETTER_PLACE_SECS = 1.0
+"""How often a load that waits for others to finish their requests looks for a better place."""
 RETRY_AFTER_SECS = 10.0
 """For a model of which nobody knows how long its load takes."""
 
@@ -42,9 +45,8 @@ class Scheduler:
     def __init__(
         self,
         *,
+        live: LiveConfig,
         fleet: Fleet,
-        catalogue: Callable[[], Catalogue],
-        rules: Callable[[], Rules],
         loader: Loader,
         demand: Demand,
         bars: Bars,
@@ -52,8 +54,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
-        self._catalogue = catalogue
-        self._rules = rules
+        self._live = live
         self._loader = loader
         self._demand = demand
         self._bars = bars
@@ -70,9 +71,9 @@ class Scheduler:
         """The present moment, for planning."""
         return View(
             now=self._clock(),
-            catalogue=self._catalogue(),
+            catalogue=self._live.catalogue,
             fleet=self._fleet.snapshot(),
-            rules=self._rules(),
+            rules=self._live.config.placement.rules(),
             uses=self._demand.uses(),
             waiting=self._rooms.waiting(),
             demand=self._demand.per_minute(),
@@ -89,6 +90,7 @@ class Scheduler:
             self._await_others(model_id, coming.name)
         elif self._loader.job(model_id) is None and model_id not in self._turn.notes:
             self.look()
+            self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
         """Begins what can be begun for those who wait, and tells those who cannot be served."""
@@ -111,6 +113,10 @@ class Scheduler:
             return job.plan.expected_secs - (now - begun)
         return RETRY_AFTER_SECS
 
+    def job(self, model_id: str) -> Job | None:
+        """Our load of this model, when one is under way."""
+        return self._loader.job(model_id)
+
     def note(self, model_id: str) -> str | None:
         """What a model that is not being loaded yet waits for, in words."""
         return self._turn.notes.get(model_id)
@@ -125,7 +131,7 @@ class Scheduler:
         """Samples the demand and keeps, adds and removes replicas, for ever."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
-            rules = self._rules()
+            rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
             if profiles:
@@ -186,10 +192,34 @@ class Scheduler:
         await self._tasks.close()
 
     def _begin(self, plan: Plan, why: str, *, for_waiters: bool = True) -> Job:
+        looked_at = self._clock()
+
         def wanted() -> bool:
-            return not for_waiters or self._rooms.count(plan.model_id) > 0
+            nonlocal looked_at
+            if not for_waiters:
+                return True
+            if not self._rooms.count(plan.model_id):
+                return False
+            if self._clock() - looked_at < BETTER_PLACE_SECS:
+                return True
+            looked_at = self._clock()
+            return not self._better_place(plan)
 
         return self._loader.start(plan, why, wanted=wanted, done=self._done)
+
+    def _better_place(self, plan: Plan) -> bool:
+        """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for
+        `plan` still have some."""
+        view = self.view()
+        going = [each.resident.key for each in plan.displacement.evictions]
+        if not any(view.use(*key).in_flight for key in going):
+            return False
+        reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
+        fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
+        view = replace(view, fleet=fleet)
+        profile = view.profile(plan.model_id)
+        other = None if profile is None else best(likely_verdicts(view, profile))
+        return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:
         if failure is not None:
@@ -212,12 +242,13 @@ class Scheduler:
         """Whether the planner would now do something else on that node than what the neuron refused."""
         view = self.view()
         profile = view.profile(job.model_id)
-        found = None if profile is None else plan_on(view, profile, view.fleet.nodes[job.node])
+        node = view.fleet.nodes.get(job.node)
+        found = None if profile is None or node is None else plan_on(view, profile, node)
         return not isinstance(found, Plan) or found.rank != job.plan.rank
 
     def _learn(self, node: NodeSnapshot, model_id: str) -> None:
         """What the neuron booked for a model whose catalogue entry does not say."""
-        profile, view = self._catalogue().profile(model_id), node.models[model_id]
+        profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
         if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
             self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
@@ -258,7 +289,7 @@ class Scheduler:
         )
 
     def _kept_up(self) -> list[ModelProfile]:
-        return [profile for profile in self._catalogue().models if is_kept_up(profile)]
+        return [profile for profile in self._live.catalogue.models if is_kept_up(profile)]
 
     def _retire(self, retirement: Retirement) -> None:
         key = retirement.model_id, retirement.node
@@ -276,6 +307,8 @@ class Scheduler:
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)
+        except NodeLeft:
+            log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
             log.warning("%s did not leave %s: %s", *key, error)
         finally:

@@ -1,14 +1,11 @@
-"""`cortex serve` and `cortex check`."""
+"""`cortex serve`."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
 import socket
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
-
-from pydantic import BaseModel, ValidationError
 
 from cortex.app import (
     assembled,
@@ -18,89 +15,29 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
-from cortex.catalogue import Catalogue, load_catalogue
+from cortex.catalogue import Catalogue
 from cortex.config import CortexConfig, GatewaySettings, parse_listen
+from cortex.configuration import ConfigurationFiles, state_directory
+from cortex.reload import Reloader, warn_of_absent
+from cortex.state_file import StateFile
 from cortex.workers.supervisor import Supervisor
 from shared.loop import settle
 from shared.serve import ListenError, Site, bind, serving, told_to_stop
-from shared.settings import SettingsError, load_settings
+from shared.tasks import running
 
 log = logging.getLogger(__name__)
 
-ENV_PREFIX = "CORTEX_"
-
-
-class _CatalogueName(BaseModel):
-    """The one key of cortex.toml that leads further, whatever else stands there."""
-
-    models_config: Path = Path("models.toml")
-
-
-def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
-    """cortex.toml with the environment's overrides, and the catalogue it names.
-
-    Raises:
-        SettingsError: with every problem of both files.
-    """
-    problems: list[str] = []
-    config: CortexConfig | None = None
-    catalogue = Catalogue()
-    try:
-        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX)
-        models_path: Path | None = config.models_path(path)
-    except SettingsError as error:
-        problems += error.problems
-        models_path = _catalogue_named_in(path)
-    try:
-        catalogue = load_catalogue(models_path) if models_path is not None else catalogue
-    except SettingsError as error:
-        problems += error.problems
-    if problems or config is None:
-        raise SettingsError(problems)
-    return config, catalogue
-
-
-def _catalogue_named_in(path: Path) -> Path | None:
-    """The catalogue that a cortex.toml with mistakes names, so that its mistakes are told too; None when that one
-    cannot be told either."""
-    named = {name: value for name, value in os.environ.items() if name == f"{ENV_PREFIX}MODELS_CONFIG"}
-    try:
-        return path.parent / load_settings(_CatalogueName, path, env_prefix=ENV_PREFIX, environ=named).models_config
-    except SettingsError:
-        return None
-
-
-def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:
-    """What is allowed and yet probably not meant."""
-    names = {entry.name for entry in config.neurons}
-    warnings = [] if names else [f"{path}: neurons: none is listed, nothing can be served"]
-    for number, profile in enumerate(catalogue.models):
-        warnings += [
-            f"{config.models_path(path)}: models[{number}].pinned_on: {profile.id!r} is pinned on {name!r}, "
-            f"which is no neuron of {path}"
-            for name in profile.pinned_on
-            if name not in names
-        ]
-    return warnings
-
-
-def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
-    """The configuration with another number of workers.
-
-    Raises:
-        SettingsError: it is none.
-    """
-    try:
-        gateway = GatewaySettings.model_validate({**config.gateway.model_dump(), "workers": workers})
-    except ValidationError as error:
-        raise SettingsError([f"--workers {workers}: {error.errors()[0]['msg']}"]) from error
-    return config.model_copy(update={"gateway": gateway})
-
 
 async def serve(
-    config: CortexConfig, catalogue: Catalogue, *, sock: socket.socket | None = None, lifeline: int | None = None
+    config: CortexConfig,
+    catalogue: Catalogue,
+    files: ConfigurationFiles,
+    *,
+    sock: socket.socket | None = None,
+    lifeline: int | None = None,
 ) -> None:
-    """Serves until told to stop. `sock` is an already bound socket to use instead of `gateway.listen`.
+    """Serves until told to stop. `files` are where the first two come from, and what comes after them; `sock` is an
+    already bound socket to use instead of `gateway.listen`.
 
     Raises:
         ListenError: an address is taken.
@@ -120,10 +57,18 @@ async def serve(
             workers.kill()
 
     host, port = socks[0].getsockname()[:2]
+    reload_asked = asyncio.Event()
+    state = StateFile(state_directory(config, files.path))
     async with (
-        told_to_stop(lifeline=lifeline, grace_secs=settings.drain_timeout_secs, on_forced_exit=kill_workers) as stop,
-        assembled(config, catalogue) as parts,
+        told_to_stop(
+            lifeline=lifeline,
+            grace_secs=settings.drain_timeout_secs,
+            on_hangup=reload_asked.set,
+            on_forced_exit=kill_workers,
+        ) as stop,
+        assembled(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
     ):
+        warn_of_absent(state, parts.fleet)
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
@@ -131,8 +76,8 @@ async def serve(
                 front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
             else:
                 workers = Supervisor(parts, socks, control_address(control))
-                front = workers.running()
-            async with front:
+                front = workers.running(stop)
+            async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
                 await stop.wait()

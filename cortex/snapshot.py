@@ -41,6 +41,8 @@ class NodeSnapshot:
     last_error: str | None = None
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
+    health_at: float = 0.0
+    """When `health` became known, in the fleet's time. It is kept while nothing but the uptime in it changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -59,6 +61,16 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
+    def _rooms_mb(self) -> tuple[int, ...]:
+        live = self.device_health
+        return tuple(sorted((_room_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
+
+    def room_mb(self, devices: int) -> int | None:
+        """MiB that so many devices have to give, each; None when there are fewer. What loads under way will take, and
+        what sleeping models want back, is not taken off."""
+        return self._rooms_mb[devices - 1] if devices <= len(self._rooms_mb) else None
+
+    @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
         return {} if self.discovery is None else {(link.a, link.b): link for link in self.discovery.links}
 
@@ -72,16 +84,24 @@ class NodeSnapshot:
         return None if view is None else view.known_status
 
 
+def _room_mb(device: Device, live: DeviceHealth | None) -> int:
+    if live is None:
+        return device.vram_total_mb
+    return live.vram_free_mb if live.vram_bookable_mb is None else live.vram_bookable_mb
+
+
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
     """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
         return {*before.models, *after.models}
-    changed = before.models.keys() ^ after.models.keys()
-    for model_id in before.models.keys() & after.models.keys():
-        old, new = before.models[model_id], after.models[model_id]
-        if old is not new and (old.status != new.status or old.since != new.since):
-            changed.add(model_id)
-    if before.health is not after.health:
+    changed: set[str] = set()
+    if before.models is not after.models:
+        changed |= before.models.keys() ^ after.models.keys()
+        for model_id in before.models.keys() & after.models.keys():
+            old, new = before.models[model_id], after.models[model_id]
+            if old is not new and (old.status != new.status or old.since != new.since):
+                changed.add(model_id)
+    if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()
         changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
     return changed
@@ -95,6 +115,8 @@ class FleetSnapshot:
     reservations: tuple[Reservation, ...] = ()
     leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they make way, and get nothing new
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
+    topology: object = None
+    """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
@@ -142,7 +164,3 @@ class FleetSnapshot:
     def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
         """The fleet as it is once this load has begun, for which others make way."""
         return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))
-
-    def reserved_mb(self, node: str, device: int) -> int:
-        """MiB of a device that loads under way will take."""
-        return sum(r.share_mb for r in self.reservations if r.node == node and device in r.devices)

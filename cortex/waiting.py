@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from cortex.live_config import LiveConfig
 from cortex.planning.view import Waiting
 from shared.errors import ServiceError, TooManyRequests
 from shared.tasks import timeout
@@ -53,31 +54,27 @@ class WaitingRooms:
     def __init__(
         self,
         *,
-        per_model: int,
-        total: int,
-        retry_after: Callable[[str], float],
+        live: LiveConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`retry_after` tells in how many seconds a model should be there, for those who find no seat."""
-        self._per_model = per_model
-        self._total = total
-        self._retry_after = retry_after
+        self._live = live
         self._clock = clock
         self._rooms: dict[str, _Room] = {}
         self._taken = 0
 
     @contextlib.contextmanager
-    def seat(self, model_id: str) -> Iterator[Seat]:
-        """A seat inside the body.
+    def seat(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Seat]:
+        """A seat inside the body. `retry_after` tells in how many seconds the model should be there, for who finds
+        none.
 
         Raises:
             TooManyRequests: there is none left.
         """
-        room = self._rooms.get(model_id)
-        if room is not None and len(room.seats) >= self._per_model:
-            raise self._full(model_id, f"{len(room.seats)} requests are waiting for {model_id!r} already")
-        if self._taken >= self._total:
-            raise self._full(model_id, f"{self._taken} requests are waiting for models already")
+        room, limits = self._rooms.get(model_id), self._live.config.waiting
+        if room is not None and len(room.seats) >= limits.per_model:
+            raise _full(f"{len(room.seats)} requests are waiting for {model_id!r} already", retry_after(model_id))
+        if self._taken >= limits.total:
+            raise _full(f"{self._taken} requests are waiting for models already", retry_after(model_id))
         if room is None:
             room = self._rooms[model_id] = _Room(self._clock())
         seat = Seat(model_id)
@@ -116,5 +113,6 @@ class WaitingRooms:
         for seat in () if room is None else room.seats:
             seat.tell(error)
 
-    def _full(self, model_id: str, what: str) -> TooManyRequests:
-        return TooManyRequests(what, code=CODE, retry_after=self._retry_after(model_id))
+
+def _full(what: str, retry_after: float) -> TooManyRequests:
+    return TooManyRequests(what, code=CODE, retry_after=retry_after)

@@ -51,8 +51,9 @@ class InsufficientVram(Conflict):
                 foreign_mb=room.foreign_mb,
                 bookable_mb=room.bookable_mb,
                 unusable=room.unusable,
+                needed_mb=needed,
             ).model_dump()
-            for room in rooms
+            for room, needed in zip_longest(rooms, needed_mb)
         ]
         super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
 

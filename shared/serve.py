@@ -113,10 +113,17 @@ async def serve_until_stopped(
 
 @contextlib.asynccontextmanager
 async def told_to_stop(
-    *, lifeline: int | None, grace_secs: float, on_forced_exit: Callable[[], None] = lambda: None
+    *,
+    lifeline: int | None,
+    grace_secs: float,
+    on_hangup: Callable[[], None] | None = None,
+    on_forced_exit: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[asyncio.Event]:
     """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets; a second signal exits at once with status
     130.
+
+    `on_hangup` is called for a SIGHUP that somebody sent, instead of stopping; one that the kernel sends since the
+    terminal is closed stops nevertheless.
 
     `lifeline` is the read end of a pipe whose other end a parent holds: its end of file means that the parent is gone,
     however it died. `on_forced_exit` is the last thing called before a forced exit.
@@ -135,8 +142,18 @@ async def told_to_stop(
         stop.set()
 
     # A closed terminal stops as well, unless it was asked not to (nohup).
+    terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+
+    def on_sighup(hangup: Callable[[], None]) -> None:
+        if terminal and not _has_terminal():
+            on_signal("SIGHUP")
+        else:
+            hangup()
+
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if on_hangup is not None:
+        loop.add_signal_handler(signal.SIGHUP, on_sighup, on_hangup)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number.name)
@@ -145,8 +162,17 @@ async def told_to_stop(
     try:
         yield stop
     finally:
-        for number in numbers:
+        for number in (*numbers, signal.SIGHUP):
             loop.remove_signal_handler(number)
+
+
+def _has_terminal() -> bool:
+    """Whether there is a controlling terminal; one that was closed is none any more (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _lifeline_ended(loop: asyncio.AbstractEventLoop, lifeline: int, stop: asyncio.Event) -> None:

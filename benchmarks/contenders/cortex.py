@@ -43,7 +43,8 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
         neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
         # -m finds what is in the directory that it is started in before what is installed.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return Launch(command, env={"PYTHONPATH": path}, cwd=packages, companions=[neuron], version=__version__)
+        environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}
+        return Launch(command, env=environ, cwd=packages, companions=[neuron], version=__version__)
 
     return prepare
 

@@ -77,7 +77,12 @@ async def counted_cortex(directory: Path, neuron_port: int, packages: Path) -> A
     )
     valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={directory / 'counts'}", "--dump-instr=no"]
     command = [*valgrind, sys.executable, "-m", "cortex", "serve", "--config", str(config)]
-    environ = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(packages)}
+    environ = {
+        **os.environ,
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": str(packages),
+        "XDG_STATE_HOME": str(directory),  # nothing is left in anybody's home
+    }
     with Child(command, directory / "cortex.log", environ=environ, directory=str(packages)) as child:
         await until_answers(HOST, port, "/health", within_secs=START_SECS, pause_secs=0.5)
         yield CountedCortex(child, directory, port)

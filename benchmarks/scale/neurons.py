@@ -1,8 +1,9 @@
 """`python -m benchmarks.scale.neurons`: one process that pretends to be many neurons, each at an address of its own.
 
 Neuron i listens on 127.1.x.y, answers the seed protocol plus `/events`, `since` and `instance_id`, and is the engine of
-its models too. On 127.0.0.1 it is told what to change: `POST /die`, `/revive` {"node": i} and `/add` {"node": i,
-"model": id}.
+its models too. Its devices' load, temperature and power are others in every answer, as those of real devices at work.
+On 127.0.0.1 it is told what to change: `POST /die`, `/revive` {"node": i} and `/status` {"node": i, "model": id,
+"status": text}, which answers when the change was told, as `time.perf_counter` in seconds.
 """
 
 from __future__ import annotations
@@ -95,17 +96,18 @@ class PretendedNeuron:
         self._seed = seed
         self._port = port
         self._started = time.time()
+        self._answers = 0
         self._server: asyncio.Server | None = None
         self._connections: set[Exchange] = set()
         self._listeners: set[Exchange] = set()
         self._models = {name: self._view(name) for name in map(model_name, range(index * 4, index * 4 + MODELS_EACH))}
         uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(2)]
         self._pages: dict[str, Callable[[], Any]] = {
-            "/discovery": lambda: self._discovery,
-            "/health": self._health,
+            "/discovery": lambda: self.discovery,
+            "/health": self.health,
             "/models": self._listed,
         }
-        self._discovery = (
+        self.discovery = (
             {
                 "hostname": f"host{index}", "os": "Debian GNU/Linux 12", "kernel": "6.1.0-18-amd64",
                 "cuda_version": "12.8", "driver_version": "570.86.15", "harnesses": ["vllm"],
@@ -140,11 +142,13 @@ class PretendedNeuron:
                 connection.transport.abort()
         self._listeners.clear()
 
-    def add(self, model_id: str) -> None:
-        """A model is loaded here now, and every listener hears of it."""
-        self._models[model_id] = {**self._view(model_id), "since": time.time()}
+    def change(self, model_id: str, status: str) -> float:
+        """A model has this status now, and every listener hears of it. When that was."""
+        self._models[model_id] = {**self._view(model_id), "status": status, "since": time.time()}
+        told = time.perf_counter()
         for listener in self._listeners:
             listener.write_event("model", self._models[model_id])
+        return told
 
     def keep_alive(self) -> None:
         for listener in self._listeners:
@@ -173,12 +177,18 @@ class PretendedNeuron:
         beyond = {"since", "progress", "error"} if self._seed else set()
         return [{key: value for key, value in view.items() if key not in beyond} for view in self._models.values()]
 
-    def _health(self) -> dict[str, Any]:
-        live = {"vram_used_mb": 24000, "vram_free_mb": 8607, "utilization_pct": 40.0, "temp_c": 55.0, "power_w": 300.0}
+    def health(self) -> dict[str, Any]:
+        self._answers += 1
         health = {
-            "uptime_secs": time.time() - self._started,
-            "devices": [{"index": 0, **live}, {"index": 1, **live}],
-        }
+            "uptime_secs": round(time.time() - self._started, 3),
+            "devices": [
+                {
+                    "index": device, "vram_used_mb": 24000, "vram_free_mb": 8607,
+                    "utilization_pct": float(figure % 101), "temp_c": 40 + figure % 41, "power_w": 80 + figure / 7,
+                }
+                for device, figure in enumerate((self._answers * 37 % 3301, self._answers * 53 % 3307))
+            ],
+        }  # fmt: skip
         if self._seed:
             return health
         return {
@@ -203,8 +213,8 @@ async def serve(count: int, port: int, *, seed: bool) -> None:
             revived = PretendedNeuron(asked["node"], port, seed=seed)
             neurons[asked["node"]] = revived
             tasks.add(loop.create_task(revived.listen()))
-        elif path == "/add":
-            neurons[asked["node"]].add(asked["model"])
+        elif path == "/status":
+            return json_answer({"told": neurons[asked["node"]].change(asked["model"], asked["status"])})
         return json_answer({"neurons": count})
 
     tasks: set[asyncio.Task[None]] = set()

@@ -80,7 +80,10 @@ class Child:
 def service(package: str, config: Path, *, cpus: Collection[int] | None = None) -> Child:
     """`cortex serve` or `neuron serve` with this configuration; its output goes beside it."""
     return Child(
-        [sys.executable, "-m", package, "serve", "--config", str(config)], config.with_suffix(".log"), cpus=cpus
+        [sys.executable, "-m", package, "serve", "--config", str(config)],
+        config.with_suffix(".log"),
+        cpus=cpus,
+        environ={**os.environ, "XDG_STATE_HOME": str(config.parent)},  # nothing is left in anybody's home
     )
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from typing import Any
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
+from cortex.api.picture import MIN_INTERVAL_SECS, PICTURE
 from cortex.explain import explain
+from cortex.fleet import NodeLeft
 from cortex.keys import PARTS, Parts
 from cortex.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.placement import infeasible_reason
+from cortex.planning.refusal import RETRY_AFTER_NODE_SECS
 from cortex.routing import Refuse, Serve, decide
 from cortex.snapshot import NodeSnapshot
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
@@ -26,7 +28,6 @@ from shared.tasks import timeout
 
 KEEPALIVE_SECS = 15.0
 UNLOAD_TIMEOUT_SECS = 180.0
-MIN_EVENT_INTERVAL_SECS = 0.05
 
 
 class ModelAction(BaseModel):
@@ -38,84 +39,29 @@ class ModelAction(BaseModel):
 
 
 async def show_fleet(request: web.Request) -> web.Response:
-    return web.json_response(picture(request.app[PARTS]))
-
-
-def picture(parts: Parts) -> dict[str, Any]:
-    """The whole fleet as JSON data. Times are Unix seconds, memory in MiB."""
-    fleet = parts.fleet.snapshot()
-    return {
-        "nodes": [_node(node) for node in fleet.nodes.values()],
-        "loads": [
-            {
-                "model": job.model_id,
-                "node": job.node,
-                "started": job.started,
-                "reason": job.reason,
-                "because": job.why,
-                "phase": job.phase,
-                "evict": [each.resident.key[0] for each in job.plan.displacement.evictions],
-            }
-            for job in parts.loader.jobs()
-        ],
-        "in_flight": [
-            {"model": model, "node": node, "count": count}
-            for (model, node), count in sorted(parts.counts.all_in_flight().items())
-        ],
-        "waiting": [
-            {"model": model, "count": waiting.count, "for": parts.scheduler.note(model)}
-            for model, waiting in sorted(parts.rooms.waiting().items())
-        ],
-        "models": [profile.model_dump(exclude_none=True) for profile in parts.catalogue.models],
-        "aliases": parts.catalogue.aliases,
-    }
-
-
-def _node(node: NodeSnapshot) -> dict[str, Any]:
-    discovery = node.discovery
-    live = node.device_health
-    return {
-        "name": node.name,
-        "endpoint": node.endpoint,
-        "healthy": node.healthy,
-        "draining": node.draining,
-        "misses": node.misses,
-        "last_error": node.last_error,
-        "hostname": discovery and discovery.hostname,
-        "version": discovery and discovery.version,
-        "simulated": discovery and discovery.simulated,
-        "harnesses": discovery.harnesses if discovery else [],
-        "cuda_unavailable_reason": discovery and discovery.cuda_unavailable_reason,
-        "uptime_secs": node.health and node.health.uptime_secs,
-        "devices": [
-            {**device.model_dump(), **(live[device.index].model_dump() if device.index in live else {})}
-            for device in (discovery.devices if discovery else [])
-        ],
-        "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
-        "models": [
-            {
-                **view.model_dump(),
-                "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
-            }
-            for view in node.models.values()
-        ],
-        "activation": node.health.activation.model_dump() if node.health and node.health.activation else None,
-    }
+    return web.Response(body=request.app[PICTURE].body(), content_type="application/json", charset="utf-8")
 
 
 async def fleet_events(request: web.Request) -> web.StreamResponse:
-    """The picture now and after every change, as server-sent events; changes close together give one."""
-    parts, closing = request.app[PARTS], request.app[CLOSING]
+    """The picture now and after every change, as server-sent events: at once after a change, and then not again within
+    MIN_INTERVAL_SECS."""
+    parts, picture, closing = request.app[PARTS], request.app[PICTURE], request.app[CLOSING]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     while not closing.is_set():
-        version = parts.fleet.version
-        await response.write(b"event: fleet\ndata: " + json.dumps(picture(parts)).encode() + b"\n\n")
-        await asyncio.sleep(MIN_EVENT_INTERVAL_SECS)
+        version, event = picture.event()
+        await response.write(event)
+        await _closing_within(MIN_INTERVAL_SECS, closing)
         while parts.fleet.version == version and not closing.is_set():
             if not await _change_or_closing(parts, version, closing):
                 await response.write(b": keep-alive\n\n")
     return response
+
+
+async def _closing_within(secs: float, closing: asyncio.Event) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with timeout(secs):
+            await closing.wait()
 
 
 async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:
@@ -152,12 +98,16 @@ async def load_model(request: web.Request) -> web.Response:
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    if job is not None and job.task is not None:
-        await asyncio.shield(job.task)
-    if node is not None:
-        await _until_settled(parts, model_id, node)
+    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, None if job is None else job.task))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
+
+
+async def _until_loaded(parts: Parts, model_id: str, node: str | None, task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.shield(task)
+    if node is not None:
+        await _until_settled(parts, model_id, node)
 
 
 def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
@@ -202,10 +152,16 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
         status = node.status_of(model_id)
         return not node.healthy or status is None or not status.coming
 
-    with contextlib.suppress(asyncio.TimeoutError):
+    with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
         async with timeout(parts.loader.timeout_secs):
             await parts.fleet.until(name, settled)
-    node = parts.fleet.snapshot().nodes[name]
+    node = parts.fleet.snapshot().nodes.get(name)
+    if node is None:
+        raise Unavailable(
+            f"{name} has left the configuration while it loaded {model_id!r}",
+            code="neuron_unavailable",
+            retry_after=RETRY_AFTER_NODE_SECS,
+        )
     if node.status_of(model_id) is not ModelStatus.LOADED:
         bar = parts.scheduler.view().bar(model_id, name)
         view = node.models.get(model_id)
@@ -238,8 +194,9 @@ async def unload_model(request: web.Request) -> web.Response:
 
 
 async def _unload(parts: Parts, node: str, model_id: str) -> None:
+    client, watch = parts.clients[node], parts.watches[node]
     try:
-        await parts.clients[node].unload(model_id, timeout_secs=UNLOAD_TIMEOUT_SECS)
+        await client.unload(model_id, timeout_secs=UNLOAD_TIMEOUT_SECS)
     except NeuronRefused as error:
         if error.status == 404:
             raise NotFound(f"{node}: {error.message}", code="model_not_found", param="model") from error
@@ -247,22 +204,33 @@ async def _unload(parts: Parts, node: str, model_id: str) -> None:
     except NeuronUnreachable as error:
         raise Unavailable(str(error), code="neuron_unavailable", retry_after=5) from error
     finally:
-        await parts.watches[node].refresh()
+        await watch.refresh()
 
 
 async def drain_node(request: web.Request) -> web.Response:
-    return _set_draining(request, draining=True)
+    parts = request.app[PARTS]
+    return await _set_draining(parts, _node_named(parts, request.match_info["name"]).name, draining=True)
 
 
 async def resume_node(request: web.Request) -> web.Response:
-    return _set_draining(request, draining=False)
-
-
-def _set_draining(request: web.Request, *, draining: bool) -> web.Response:
+    """Also for a neuron that was drained and has left the configuration since: it is forgotten."""
     parts = request.app[PARTS]
-    name = _node_named(parts, request.match_info["name"]).name
-    parts.fleet.set_draining(name, draining)
-    return web.json_response({"node": name, "draining": draining})
+    name = request.match_info["name"]
+    if name not in parts.state.drained:
+        _node_named(parts, name)
+    return await _set_draining(parts, name, draining=False)
+
+
+async def _set_draining(parts: Parts, name: str, *, draining: bool) -> web.Response:
+    """Answers when it is written down: what the operator has read outlives cortex."""
+    if name in parts.fleet.snapshot().nodes:
+        parts.fleet.set_draining(name, draining)
+    parts.state.set_drained(name, draining)
+    await parts.state.flush()
+    answer: dict[str, Any] = {"node": name, "draining": draining}
+    if parts.state.problem is not None:
+        answer["warning"] = f"not kept over a restart: {parts.state.problem}"
+    return web.json_response(answer)
 
 
 def _node_named(parts: Parts, name: str) -> NodeSnapshot:
@@ -285,9 +253,10 @@ def _no_model(model_id: str) -> ServiceError:
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 while anything can be served: `degraded` when a neuron is missing; 503 without any."""
-    fleet = request.app[PARTS].fleet.snapshot()
+    """200 while anything can be served: `degraded` when a neuron is missing; 503 without any, and when cortex stops."""
+    parts = request.app[PARTS]
+    fleet, stops = parts.fleet.snapshot(), parts.stopping.begun
     healthy, total = len(fleet.healthy), len(fleet.nodes)
-    status = "ok" if healthy == total and total else "degraded"
+    status = "ok" if healthy == total and total and not stops else "degraded"
     body = {"status": status, "nodes": {"healthy": healthy, "total": total}}
-    return web.json_response(body, status=200 if healthy else 503)
+    return web.json_response(body, status=200 if healthy and not stops else 503)

@@ -2,75 +2,70 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from aiohttp import web
 
 from cortex.catalogue import Catalogue, ModelProfile
+from cortex.feasibility import Feasibility
 from cortex.keys import PARTS
-from cortex.placement import is_feasible
-from cortex.snapshot import FleetSnapshot
+from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from shared.errors import NotFound
 from shared.protocol import ModelStatus
 
 OWNER = "cortex"
 
+BLOCK = 64
+"""Entries that are put together to one piece of the answer."""
 
-async def list_models(request: web.Request) -> web.Response:
+Piece = tuple[bytes, tuple[str, ...], bytes]
+"""An entry as JSON: what comes before the list of neurons, that list, what comes behind it. Thousands of models share
+one list of a thousand names."""
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
     parts = request.app[PARTS]
-    entries = model_entries(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
-    return web.json_response({"object": "list", "data": list(entries.values())})
+    blocks = request.app[MODEL_LIST].blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    if len(blocks) == 1 or request.method == "HEAD":
+        return web.Response(body=b"".join(blocks), content_type="application/json", charset="utf-8")
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+    response.content_length = sum(map(len, blocks))
+    await response.prepare(request)
+    for block in blocks:  # of thousands of models on a thousand neurons there are megabytes
+        await response.write(block)
+    return response
 
 
 async def show_model(request: web.Request) -> web.Response:
-    parts = request.app[PARTS]
-    model_id = request.match_info["model_id"]
-    entry = model_entries(parts.catalogue, parts.fleet.snapshot(), created=parts.created).get(model_id)
+    parts, name = request.app[PARTS], request.match_info["model_id"]
+    model_id, fleet = parts.catalogue.resolve(name), parts.fleet.snapshot()
+    entry = request.app[MODEL_LIST].entry(model_id, parts.catalogue, fleet, created=parts.created)
     if entry is None:
-        raise NotFound(f"the model {model_id!r} does not exist", code="model_not_found", param="model")
-    return web.json_response(entry)
+        raise NotFound(f"the model {name!r} does not exist", code="model_not_found", param="model")
+    return web.json_response(entry if name == model_id else _alias(name, model_id, entry))
 
 
-def model_entries(catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> dict[str, dict[str, Any]]:
-    """The union of (catalogue x topologies that can hold it) and what is loaded anywhere, then the aliases; by id.
-
-    `feasible_on` speaks of topology, which does not change when a neuron is away for a moment: a model does not
-    vanish from the list because its host restarts.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-    for profile in catalogue.models:
-        feasible_on = [node.name for node in fleet.nodes.values() if is_feasible(profile, node)]
-        if feasible_on or _loaded_on(profile.id, fleet):
-            entries[profile.id] = _entry(profile.id, profile, feasible_on, fleet, created)
-    for model_id in fleet.listed_models:
-        if model_id not in entries and _loaded_on(model_id, fleet):
-            entries[model_id] = _entry(model_id, catalogue.profile(model_id), [], fleet, created)
-    for alias, target in catalogue.aliases.items():
-        if target in entries:
-            entries[alias] = {**entries[target], "id": alias, "alias_of": target}
-    return entries
-
-
-def _entry(
-    model_id: str, profile: ModelProfile | None, feasible_on: list[str], fleet: FleetSnapshot, created: int
-) -> dict[str, Any]:
+def model_entry(
+    model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, feasibility: Feasibility, *, created: int
+) -> dict[str, Any] | None:
+    """One entry of the list, None when clients may not ask for the model. `created` is Unix time."""
+    profile = catalogue.profile(model_id)
+    feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
+    present = [node for node in fleet.holders(model_id) if node.healthy]
+    loaded = any(node.status_of(model_id) is ModelStatus.LOADED for node in present)
+    if not feasible_on and not loaded:
+        return None
     limit = None if profile is None else profile.limit
     return {
         "id": model_id,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
-        "loaded": bool(_loaded_on(model_id, fleet)),
+        "loaded": loaded,
         "feasible_on": feasible_on,
-        "locations": [
-            {
-                "node": node.name,
-                "status": node.models[model_id].status,
-                "vram_estimate_mb": node.models[model_id].vram_used_mb or (profile.vram_mb if profile else None),
-            }
-            for node in fleet.holders(model_id)
-            if node.healthy
-        ],
+        "locations": [_location(model_id, profile, node) for node in present],
         "limit": None if limit is None else limit.model_dump(exclude_none=True),
         "max_model_len": None if limit is None else limit.context,
         "harness": None if profile is None else profile.harness,
@@ -79,7 +74,136 @@ def _entry(
     }
 
 
-def _loaded_on(model_id: str, fleet: FleetSnapshot) -> list[str]:
-    return [
-        node.name for node in fleet.holders(model_id) if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
-    ]
+def _location(model_id: str, profile: ModelProfile | None, node: NodeSnapshot) -> dict[str, Any]:
+    view = node.models[model_id]
+    estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
+    return {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+
+
+def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "id": alias, "alias_of": target}
+
+
+class ModelList:
+    """The union of (catalogue x topologies that can hold it) and what is loaded anywhere, then the aliases, as JSON.
+    Entries are made anew only where something that they say has changed.
+
+    `feasible_on` speaks of topology, which does not change when a neuron is away for a moment: a model does not
+    vanish from the list because its host restarts.
+    """
+
+    def __init__(self) -> None:
+        self._feasibility = Feasibility()
+        self._catalogue = Catalogue()
+        self._fleet = FleetSnapshot()
+        self._created = 0
+        self._aliases: dict[str, list[str]] = {}
+        self._pieces: dict[str, list[Piece]] = {}  # by id: its own entry and those of its aliases, if it is listed
+        self._blocks: list[tuple[list[Piece], bytes]] = []  # what each was made of
+        self._answer: tuple[bytes, ...] | None = None
+
+    def entry(
+        self, model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int
+    ) -> dict[str, Any] | None:
+        """As `model_entry`."""
+        return model_entry(model_id, catalogue, fleet, self._feasibility, created=created)
+
+    def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:
+        """The whole answer, in pieces; the same object until something in it changes."""
+        before = self._fleet
+        if catalogue is not self._catalogue or created != self._created:
+            before, self._answer = FleetSnapshot(), None
+            self._catalogue, self._created = catalogue, created
+            self._pieces, self._aliases = {}, {}
+            for alias, target in catalogue.aliases.items():
+                self._aliases.setdefault(target, []).append(alias)
+        if self._answer is None or fleet is not before:
+            self._fleet = fleet
+            changed = _held_differently(before, fleet)
+            if self._answer is None or fleet.topology is None or fleet.topology is not before.topology:
+                changed |= self._feasible_elsewhere()
+            for model_id in changed:
+                self._make(model_id)
+            if changed or self._answer is None:
+                self._answer = self._joined()
+        return self._answer
+
+    def _feasible_elsewhere(self) -> set[str]:
+        """The models of the catalogue whose list of neurons is another now. Mostly none: a neuron has started again,
+        with the same devices."""
+        found: set[str] = set()
+        for profile in self._catalogue.models:
+            names, pieces = self._feasibility.nodes(profile, self._fleet), self._pieces.get(profile.id)
+            if pieces is None or not names:
+                found.add(profile.id)
+            elif pieces[0][1] is not names:
+                self._pieces[profile.id] = [(opening, names, rest) for opening, _, rest in pieces]
+                self._answer = None
+        return found
+
+    def _make(self, model_id: str) -> None:
+        entry = self.entry(model_id, self._catalogue, self._fleet, created=self._created)
+        if entry is not None:
+            aliases = (_alias(alias, model_id, entry) for alias in self._aliases.get(model_id, ()))
+            self._pieces[model_id] = [_piece(entry), *map(_piece, aliases)]
+        else:
+            self._pieces.pop(model_id, None)
+
+    def _joined(self) -> tuple[bytes, ...]:
+        """Catalogue models, then those that only neurons know, then aliases. Blocks of what is as it was are kept."""
+        catalogue = self._catalogue
+        order = [profile.id for profile in catalogue.models]
+        order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
+        listed = [pieces for pieces in map(self._pieces.get, order) if pieces is not None]
+        entries = [pieces[0] for pieces in listed]
+        entries += [alias for pieces in listed for alias in pieces[1:]]
+        before, self._blocks = self._blocks, []
+        made: dict[int, bytes] = {}  # by identity: the hash of a thousand names takes as long as writing them
+        for start in range(0, len(entries), BLOCK):
+            block = entries[start : start + BLOCK]
+            known = before[len(self._blocks)] if len(self._blocks) < len(before) else None
+            if known is None or known[0] != block:
+                known = block, _block(block, made, first=start == 0)
+            self._blocks.append(known)
+        parts = [b'{"object": "list", "data": [', *(text for _, text in self._blocks), b"]}"]
+        return (b"".join(parts),) if len(parts) <= 3 else tuple(parts)
+
+
+def _block(entries: Iterable[Piece], made: dict[int, bytes], *, first: bool) -> bytes:
+    parts: list[bytes] = []
+    for opening, names, rest in entries:
+        if id(names) not in made:
+            made[id(names)] = json.dumps(names).encode()
+        parts += (b", ", opening, made[id(names)], rest)
+    return b"".join(parts[1:] if first else parts)
+
+
+def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
+    """The models that are, or were, on a neuron in another way."""
+    changed: set[str] = set()
+    if after.topology is not None and after.topology is before.topology:  # the neurons are the same
+        pairs: Iterable[tuple[NodeSnapshot | None, NodeSnapshot | None]] = zip(
+            before.nodes.values(), after.nodes.values(), strict=True
+        )
+    else:
+        pairs = [(before.nodes.get(name), after.nodes.get(name)) for name in {*before.nodes, *after.nodes}]
+    for old, new in pairs:
+        if old is new:
+            continue
+        if old is None or new is None or old.healthy != new.healthy:
+            changed.update(*(node.models for node in (old, new) if node is not None))
+        elif old.models is not new.models:
+            ids = old.models.keys() | new.models.keys()
+            changed.update(i for i in ids if old.models.get(i) is not new.models.get(i))
+    return changed
+
+
+MODEL_LIST = web.AppKey("model_list", ModelList)
+
+_FEASIBLE_ON = '"feasible_on": '
+
+
+def _piece(entry: dict[str, Any]) -> Piece:
+    """The mark that this cuts at cannot be in a string of the entry: there its quotes have backslashes."""
+    opening, mark, rest = json.dumps({**entry, "feasible_on": None}).partition(f"{_FEASIBLE_ON}null")
+    return (opening + mark.removesuffix("null")).encode(), entry["feasible_on"], rest.encode()

@@ -25,8 +25,14 @@ def status_table(fleet: dict[str, Any]) -> str:
         rows.append([node["name"], state, devices[0], models])
         rows += [["", "", device, ""] for device in devices[1:]]
     text = table(["NODE", "STATE", "DEVICES", "MODELS"], rows)
-    loads = [[job["model"], job["node"], job["reason"]] for job in fleet["loads"]]
-    return text + ("\n\n" + table(["LOADING", "ON", "BECAUSE"], loads) if loads else "")
+    loads = [[job["model"], job["node"], job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
+    text += "\n\n" + table(["LOADING", "ON", "PHASE", "BECAUSE"], loads) if loads else ""
+    waiting = [[room["model"], str(room["count"]), room["for"] or "-"] for room in fleet.get("waiting", ())]
+    text += "\n\n" + table(["WAITED FOR", "BY", "BEFORE A LOAD"], waiting) if waiting else ""
+    error = fleet.get("configuration", {}).get("error")
+    return text + (
+        f"\n\nThe configuration files have mistakes, what was read before is in use:\n{error}" if error else ""
+    )
 
 
 def models_table(models: dict[str, Any]) -> str:
@@ -58,6 +64,13 @@ def explain_table(plan: dict[str, Any]) -> str:
         for node in plan["nodes"]
     ]
     head = f"{plan['model']}: {decision['action']}{where}{devices}: {decision['reason']}"
+    if decision.get("devices_because"):
+        head += f"\n  devices: {decision['devices_because']}"
+    for gone in decision.get("evictions", ()):
+        idle = "" if gone["idle_secs"] is None else f", last used {gone['idle_secs']:.0f} s ago"
+        head += f"\n  displaces {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
+    if decision.get("expected_load_secs") is not None:
+        head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
     return head + "\n\n" + table(["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], rows)
 
 

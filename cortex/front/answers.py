@@ -10,8 +10,10 @@ from shared.errors import ServiceError
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def error_answer(error: ServiceError, request_id: str, *, anthropic: bool, keep_alive: bool) -> bytes:
-    """The whole answer for a failure."""
+def error_answer(
+    error: ServiceError, request_id: str, *, anthropic: bool, keep_alive: bool, node: str | None = None
+) -> bytes:
+    """The whole answer for a failure. `node` is the neuron whose engine caused it."""
     body = json.dumps(error.anthropic_body() if anthropic else error.body()).encode()
     lines = [
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
@@ -20,6 +22,8 @@ def error_answer(error: ServiceError, request_id: str, *, anthropic: bool, keep_
         f"x-request-id: {request_id}",
         f"connection: {'keep-alive' if keep_alive else 'close'}",
     ]
+    if node is not None:
+        lines.append(f"x-cortex-node: {node}")
     if error.retry_after is not None:
         lines.append(f"retry-after: {error.retry_after}")
     if error.status == 401:

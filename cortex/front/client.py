@@ -15,6 +15,7 @@ from cortex.front.incoming import IncomingBody
 from cortex.front.unpack import unpack
 from cortex.http1.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.proxy.request import Request
+from cortex.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
 HEAD_TIMEOUT_SECS = 60.0
@@ -45,6 +46,9 @@ class Handling(Protocol):
 
     def abandon(self) -> None:
         """The client has left: nothing is written to it any more."""
+
+    def stop(self) -> None:
+        """The time that requests have for their end is over: the client is told so, as far as it still can be."""
 
     def pause(self) -> None:
         """The client reads more slowly than it is written to."""
@@ -169,14 +173,22 @@ class ClientConnection:
         self._state = _IDLE
         self.deadline = monotonic() + KEEP_ALIVE_SECS
 
-    def refuse(self, error: ServiceError, request_id: str) -> None:
-        """Answers the request that is being worked on with an error."""
+    def refuse(self, error: ServiceError, request_id: str, node: str | None = None) -> None:
+        """Answers the request that is being worked on with an error. `node` is the neuron whose engine caused it."""
         request = self._request
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
         anthropic = is_anthropic_path(request.path)
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive))
+        answer = error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive, node=node)
+        self.transport.write(answer)
         self.finished()
+
+    def stop(self) -> None:
+        """The time that requests have for their end is over."""
+        if self._handling is not None:
+            self._handling.stop()
+        elif self._state in (_HEAD, _BODY):
+            self._reject(stopping())
 
     def expired(self) -> None:
         """The deadline has passed."""

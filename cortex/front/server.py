@@ -18,6 +18,8 @@ from shared.tasks import cancel_all, timeout
 log = logging.getLogger(__name__)
 
 SWEEP_SECS = 1.0
+LAST_WORD_SECS = 1.0
+"""For clients to be told that they get no more."""
 
 
 @contextlib.asynccontextmanager
@@ -25,7 +27,7 @@ async def accepting(
     gateway: Gateway, socks: Sequence[socket.socket], *, drain_timeout_secs: float
 ) -> AsyncIterator[None]:
     """Serves clients on listening sockets inside the body. On exit: stop accepting, let requests finish within the
-    deadline, then cut what is left."""
+    deadline, then tell those that are left that they get no more, and close."""
     loop = asyncio.get_running_loop()
     connections = Connections()
 
@@ -62,6 +64,11 @@ async def _drain(gateway: Gateway, connections: Connections, timeout_secs: float
             await connections.empty.wait()
     if connections:
         log.warning("cutting %d connections that did not finish in %g s", len(connections), timeout_secs)
+    for connection in list(connections):
+        connection.stop()
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with timeout(LAST_WORD_SECS):
+            await connections.empty.wait()
     for connection in list(connections):
         connection.transport.abort()
     await connections.empty.wait()

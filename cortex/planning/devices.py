@@ -12,6 +12,8 @@ from shared.protocol import Device, Link, LinkKind
 
 MAX_DEVICE_SETS = 20_000
 """That are compared on one node where the model fits; a host with more than 16 GPUs is cut to its best ones first."""
+MAX_PATHS = 400_000
+"""Between two devices that are looked at in all these sets: they are fewer where each is large."""
 MAX_DISPLACED_SETS = 70
 """That are compared where somebody has to make way: all of a host with eight GPUs."""
 
@@ -26,8 +28,9 @@ def eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
 
 def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:
     """Every set of `size` of the devices, each in ascending order; of too many devices the last ones are left out until
-    there are no more than `at_most` sets."""
+    there are no more than `at_most` sets, and `MAX_PATHS` inside of them."""
     count = len(devices)
+    at_most = min(at_most, MAX_PATHS // max(1, _binomial(size, 2)))
     while count > size and _binomial(count, size) > at_most:
         count -= 1
     return combinations(sorted(devices[:count]), size)

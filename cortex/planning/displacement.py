@@ -2,7 +2,7 @@
 
 Only models of equal or lower `residency_priority` than the newcomer; none that is pinned to the node; the idle before
 the busy, the busy before those that have just been loaded; among equals the cheapest, which is measured reload seconds
-times recent demand. Where sets are too many to compare, those go first that are the cheapest per MiB freed.
+times recent demand per MiB freed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from cortex.planning.memory import Resident
-from cortex.planning.view import View
+from cortex.planning.view import Key, View
 
 _EXHAUSTIVE = 10
 """Residents whose every subset is looked at; of more the cheapest are taken one after the other."""
@@ -52,14 +52,9 @@ class Displacement:
         return sum(eviction.resident.in_flight > 0 for eviction in self.evictions)
 
     @property
-    def cost(self) -> float:
-        """Of all together: no less for freeing more than is missing."""
-        return sum(each.resident.cost for each in self.evictions)
-
-    @property
     def cost_per_mb(self) -> float:
         freed = sum(each.resident.frees_mb * len(each.resident.devices) for each in self.evictions)
-        return self.cost / max(1, freed)
+        return sum(each.resident.cost for each in self.evictions) / max(1, freed)
 
     @property
     def ready_at(self) -> float:
@@ -69,8 +64,12 @@ class Displacement:
     def order(self) -> tuple[object, ...]:
         """The better the smaller; of those that cost the same, what was used least recently goes."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        names = tuple(sorted(each.resident.key for each in self.evictions))
-        return self.claim, self.busy, self.cost, used, len(self.evictions), names
+        return self.claim, self.busy, self.cost_per_mb, used, len(self.evictions)
+
+    @property
+    def names(self) -> tuple[Key, ...]:
+        """What decides between equals, so that the same moment always gives the same plan."""
+        return tuple(sorted(each.resident.key for each in self.evictions))
 
 
 NOBODY = Displacement()
@@ -104,30 +103,45 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
         # Between two requests of somebody who asks one after the other it is not idle yet, nor right after its load.
         quiet_at = max(resident.last_used, resident.loaded_at) + view.rules.pause_secs
         return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
-    if view.now < resident.last_used + view.rules.pause_secs and not resident.asleep:
-        # So hot a model is worth more than an idle one; whoever waits long enough for a gap gets it all the same.
-        gap_at = resident.last_used + view.rules.pause_secs
-        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * view.rules.pause_secs))
     return Eviction(resident, Claim.IDLE, view.now)
 
 
-def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
-    """The best of those that make room for what is missing on each device; None when all together do not."""
-    concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
-    if not _suffice(missing_mb, concerned):
-        return None
-    if len(concerned) <= _EXHAUSTIVE:
-        return min((Displacement(chosen) for chosen in _minimal(missing_mb, concerned)), key=lambda d: d.order)
-    return Displacement(_cheapest_first(missing_mb, concerned))
+def displace_each(
+    missing_mb: Iterable[Mapping[int, int]], candidates: Sequence[Eviction]
+) -> Iterator[Displacement | None]:
+    """`displace` for several sets of devices. Devices that lack the same, and are held by the same, are alike: what is
+    found for one such set is good for all, of which a host of equal GPUs has many."""
+    holders: dict[int, frozenset[int]] = {}
+    found: dict[frozenset[tuple[int, frozenset[int]]], Displacement | None] = {}
+    for missing in missing_mb:
+        for index in missing.keys() - holders.keys():
+            holders[index] = frozenset(i for i, each in enumerate(candidates) if index in each.resident.devices)
+        kind = frozenset((mb, holders[index]) for index, mb in missing.items())
+        if kind not in found:
+            found[kind] = displace(missing, candidates)
+        yield found[kind]
 
 
-def _suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
+def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
+    """Whether their leaving makes room for what is missing on each device."""
     left = dict(missing_mb)
     for each in evictions:
         for index in each.resident.devices:
             if index in left:
                 left[index] -= each.resident.frees_mb
     return all(mb <= 0 for mb in left.values())
+
+
+def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
+    """The best of those that make room for what is missing on each device; None when all together do not."""
+    concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
+    if not suffice(missing_mb, concerned):
+        return None
+    if len(concerned) <= _EXHAUSTIVE:
+        return min(
+            (Displacement(chosen) for chosen in _minimal(missing_mb, concerned)), key=lambda d: (d.order, d.names)
+        )
+    return Displacement(_cheapest_first(missing_mb, concerned))
 
 
 def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
@@ -137,23 +151,20 @@ def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> I
         if any(bits & smaller == smaller for smaller in sufficient):
             continue
         chosen = tuple(each for position, each in enumerate(candidates) if bits >> position & 1)
-        if _suffice(missing_mb, chosen):
+        if suffice(missing_mb, chosen):
             sufficient.append(bits)
             yield chosen
 
 
 def _cheapest_first(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> tuple[Eviction, ...]:
-    alone = ((each, Displacement((each,))) for each in candidates)
-    ordered = [
-        each for each, way in sorted(alone, key=lambda pair: (pair[1].claim, pair[1].cost_per_mb, pair[1].order))
-    ]
+    ordered = sorted(candidates, key=lambda each: (Displacement((each,)).order, each.resident.key))
     chosen: list[Eviction] = []
     for each in ordered:
         chosen.append(each)
-        if _suffice(missing_mb, chosen):
+        if suffice(missing_mb, chosen):
             break
     for each in reversed(list(chosen)):  # the dearest first: perhaps it is not needed any more
         rest = [other for other in chosen if other is not each]
-        if _suffice(missing_mb, rest):
+        if suffice(missing_mb, rest):
             chosen = rest
     return tuple(chosen)

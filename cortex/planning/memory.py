@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cortex.planning.view import Key, View
-from cortex.snapshot import NodeSnapshot
+from cortex.snapshot import NodeSnapshot, Reservation
 from shared.protocol import Device, ModelStatus, ModelView
 
 SHARED_MEMORY_MB = 1 << 30
@@ -51,35 +52,39 @@ class Resident:
 
 def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
     """By device index. Free is what the node would promise to another engine, or what it measures where it does not
-    say; less what loads of ours will take that it has not booked yet."""
-    return {device.index: _room(view, node, device) for device in node.devices}
+    say; less what loads of ours will take that these figures do not have in them yet."""
+    ours = [(each, outstanding_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
+    return {device.index: _room(node, device, ours) for device in node.devices}
 
 
-def _room(view: View, node: NodeSnapshot, device: Device) -> Room:
+def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
+    """What a load of ours will take of each of its devices that the node's figures do not count as taken yet."""
+    entry = node.models.get(reservation.model_id)
+    status = None if entry is None else entry.known_status
+    if entry is None or status is None or not (status.coming or status is ModelStatus.LOADED):
+        return reservation.share_mb
+    if entry.vram_booked_mb:
+        return 0
+    return max(0, reservation.share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
+
+
+def books(node: NodeSnapshot) -> bool:
+    """Whether the node says what it would promise to another engine. It answers a load that has no room with figures;
+    others find out when the engine runs out of memory."""
+    return any(live.vram_bookable_mb is not None for live in node.device_health.values())
+
+
+def _room(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> Room:
     if not device.vram_total_mb:
         return Room(SHARED_MEMORY_MB, SHARED_MEMORY_MB)
+    reserved = sum(mb for reservation, mb in ours if device.index in reservation.devices)
     live = node.device_health.get(device.index)
-    reserved = view.fleet.reserved_mb(node.name, device.index) - _booked_of_reserved_mb(view, node, device.index)
     if live is None:
         return Room(device.vram_total_mb, device.vram_total_mb - reserved)
     if live.vram_bookable_mb is not None:
         return Room(device.vram_total_mb, live.vram_bookable_mb - reserved, live.vram_asleep_mb or 0)
     measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not say
     return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
-
-
-def _booked_of_reserved_mb(view: View, node: NodeSnapshot, index: int) -> int:
-    """What the node has booked already for loads of ours that are under way: it counts once."""
-    live, reserved = node.device_health.get(index), view.fleet.reserved_mb(node.name, index)
-    if not reserved or live is None or live.vram_booked_mb is None:
-        return 0
-    under_way = {each.model_id for each in view.fleet.reservations if each.node == node.name}
-    settled = sum(
-        (entry.vram_booked_mb or 0) // len(entry.devices)
-        for entry in node.models.values()
-        if index in entry.devices and entry.id not in under_way
-    )
-    return min(reserved, max(0, live.vram_booked_mb - settled))
 
 
 def residents(view: View, node: NodeSnapshot) -> list[Resident]:
@@ -98,11 +103,10 @@ def pending(view: View, node: NodeSnapshot) -> list[Resident]:
         for entry in node.models.values()
         if (entry.known_status is not None and entry.known_status.coming) or (entry.id, node.name) in view.fleet.leaving
     ]
-    listed = {each.key[0] for each in moving}
     asked_for = [
-        Resident((each.model_id, node.name), frozenset(each.devices), each.share_mb, 0, 0, 0.0, 0.0, 0.0)
+        Resident((each.model_id, node.name), frozenset(each.devices), outstanding_mb(node, each), 0, 0, 0.0, 0.0, 0.0)
         for each in view.fleet.reservations
-        if each.node == node.name and each.model_id not in listed
+        if each.node == node.name
     ]
     return [*moving, *asked_for]
 
@@ -112,22 +116,31 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
     use = view.use(entry.id, node.name)
     activity = node.activity.get(entry.id)
     reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    every_device = frozenset(device.index for device in node.devices)
-    devices = frozenset(entry.devices) or every_device
+    totals = {device.index: device.vram_total_mb for device in node.devices}
+    devices = frozenset(entry.devices) or frozenset(totals)
+    asleep = entry.known_status is ModelStatus.SLEEPING
     declared = 0 if profile is None else profile.vram_mb or 0
-    holds = entry.vram_booked_mb or entry.vram_used_mb or declared or sum(d.vram_total_mb for d in node.devices)
-    secs = view.expected_load_secs(entry.id, node.name) or LOAD_SECS_BASE + LOAD_SECS_PER_MB * holds
-    serving = sum(other.status_of(entry.id) is ModelStatus.LOADED for other in view.fleet.holders(entry.id))
+    holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
+    share = holds // max(1, len(devices))
+    if not share and not asleep:  # nobody knows: whatever there is
+        share = max((totals.get(index, 0) for index in devices), default=0)
+    size = max(holds, declared) or share * len(devices)
+    secs = view.expected_load_secs(entry.id, node.name) or LOAD_SECS_BASE + LOAD_SECS_PER_MB * size
     return Resident(
         key=(entry.id, node.name),
         devices=devices,
-        frees_mb=holds // max(1, len(devices)),
+        frees_mb=share,
         priority=view.priority(entry.id),
         in_flight=max(use.in_flight, reported),
         last_used=use.last_used,
         loaded_at=use.loaded_at,
         cost=secs * view.demand.get(entry.id, 0.0),
-        asleep=entry.known_status is ModelStatus.SLEEPING,
-        kept=profile is not None and serving <= profile.replicas.min,
+        asleep=asleep,
+        kept=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
         protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
     )
+
+
+def _others_serving(view: View, node: NodeSnapshot, model_id: str) -> int:
+    """Replicas that would be left without the one on this node."""
+    return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))

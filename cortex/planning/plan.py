@@ -7,18 +7,32 @@ that big cards stay free for big models; the best connected devices; the name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from cortex.catalogue import ModelProfile
 from cortex.placement import infeasible_reason
 from cortex.planning.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
-from cortex.planning.displacement import NOBODY, Displacement, Eviction, displace, eviction, shield
-from cortex.planning.memory import Resident, Room, pending, residents, rooms
+from cortex.planning.displacement import (
+    NOBODY,
+    Claim,
+    Displacement,
+    Eviction,
+    displace,
+    displace_each,
+    eviction,
+    shield,
+    suffice,
+)
+from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
+from cortex.planning.shortlist import shortlist
 from cortex.planning.view import View
-from cortex.snapshot import NodeSnapshot
+from cortex.snapshot import NodeSnapshot, Reservation
 from shared.protocol import ModelStatus
+
+ENGINE_SHARE = 0.92
+"""Of a device: what vLLM takes when it is told nothing, and has to find free to start at all."""
 
 
 class Fit(IntEnum):
@@ -33,10 +47,10 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """A place for a model. `spare_mb` is what stays free on the devices, all together (negative: what is missing);
-    `ready_at` when it can be begun, in the view's time; `expected_secs` what the load should take, if known. With
-    `wakes`
-    the model sleeps there, and is woken."""
+    """A place for a model. `share_mb` is what each device must give, 0 when that is not known, and `takes_mb` what is
+    to be counted as taken of each until its neuron says; `spare_mb` is what stays free on the devices, all together
+    (negative: what is missing); `ready_at` when it can be begun, in the view's time; `expected_secs` what the load
+    should take, if known. With `wakes` the model sleeps there, and is woken."""
 
     model_id: str
     node: str
@@ -44,6 +58,7 @@ class Plan:
     share_mb: int
     fit: Fit
     spare_mb: int
+    takes_mb: int
     displacement: Displacement = NOBODY
     ready_at: float = float("-inf")
     expected_secs: float | None = None
@@ -53,6 +68,11 @@ class Plan:
     @property
     def reason(self) -> str:
         return f"{self.node}: {_fit_reason(self)}"
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is promised to it while it is carried out."""
+        return Reservation(self.model_id, self.node, self.devices, self.takes_mb)
 
 
 @dataclass(frozen=True)
@@ -73,9 +93,17 @@ class Verdict:
     passes: bool = False
 
 
-def verdicts(view: View, profile: ModelProfile, *, avoid: Collection[str] = ()) -> list[Verdict]:
-    """What each node of the fleet could do for the model. `avoid` are nodes that have it already."""
-    return [verdict_on(view, profile, node, avoid=avoid) for node in view.fleet.nodes.values()]
+def likely_verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What the nodes could do for the model that are worth a closer look; every node where none of those can do
+    anything."""
+    found = [verdict_on(view, profile, node) for node in shortlist(view, profile)]
+    hopeful = any(each.passes or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
+    return found if hopeful or len(found) == len(view.fleet.nodes) else verdicts(view, profile)
+
+
+def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What each node of the fleet could do for the model: for its first replica, or another."""
+    return [verdict_on(view, profile, node) for node in view.fleet.nodes.values()]
 
 
 def best(found: Iterable[Verdict]) -> Plan | None:
@@ -87,16 +115,16 @@ def best(found: Iterable[Verdict]) -> Plan | None:
     return None if plan is not None and plan.fit is Fit.TOO_LARGE and hope else plan
 
 
-def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot, *, avoid: Collection[str] = ()) -> Verdict:
+def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Verdict:
     """What one node could do for the model."""
-    obstacle = _obstacle(view, profile, node, avoid)
+    obstacle = _obstacle(view, profile, node)
     found = plan_on(view, profile, node) if obstacle is None else obstacle
     if isinstance(found, Held):
         return Verdict(node.name, None, found.reason, found.passes)
     return Verdict(node.name, found, _fit_reason(found))
 
 
-def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Collection[str]) -> Held | None:
+def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
     """Why the node is out of the question, before any memory is counted."""
     reason = infeasible_reason(profile, node)
     if reason is None and node.discovery is None:
@@ -105,8 +133,6 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot, avoid: Coll
         reason = f"down now: {node.last_error}"
     if reason is None and node.draining:
         reason = "draining"
-    if reason is None and node.name in avoid:
-        reason = "has it already"
     return _passing_obstacle(view, profile, node) if reason is None else Held(reason)
 
 
@@ -114,6 +140,8 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
     status, bar = node.status_of(profile.id), view.bar(profile.id, node.name)
     if (profile.id, node.name) in view.fleet.leaving:
         return Held("is about to lose it", passes=True)
+    if status is ModelStatus.LOADED:
+        return Held("has it already")
     if status is not None and status.coming:
         return Held("it is on its way there", passes=True)
     if bar is not None:
@@ -123,44 +151,72 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
 
 @dataclass(frozen=True)
 class _Site:
-    """A feasible node as a place for one model: `share` is what each device must give, `floor` the devices that may."""
+    """A feasible node as a place for one model. `need` is what each of its devices must give, `to_wake` what each must
+    give on which the model sleeps here, empty when it does not; `floor` are the devices that may be chosen, `share` is
+    0 for a model of unknown size. MiB."""
 
     view: View
     profile: ModelProfile
     node: NodeSnapshot
     share: int
     room: Mapping[int, Room]
+    need: Mapping[int, int]
+    to_wake: Mapping[int, int]
     floor: list[int]
 
     @property
     def asleep_on(self) -> tuple[int, ...]:
-        """The devices on which the model sleeps here, none when it does not."""
-        if self.node.status_of(self.profile.id) is not ModelStatus.SLEEPING:
-            return ()
-        return tuple(self.node.models[self.profile.id].devices)
+        return tuple(sorted(self.to_wake))
 
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.min_devices, **limit)
 
-    def missing_mb(self, indices: tuple[int, ...]) -> dict[int, int]:
+    def may_fit(self, indices: tuple[int, ...]) -> bool:
+        """On empty devices of a node that says what it books."""
+        return books(self.node) and all(self.need[index] <= self.room[index].total_mb for index in indices)
+
+    def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
         """By device, where what sleeps there gives way."""
-        free = {index: self.room[index].free_mb for index in indices}
-        return {index: self.share - mb for index, mb in free.items() if mb < self.share}
+        need = self.to_wake if wakes else self.need
+        return {i: need[i] - self.room[i].free_mb for i in indices if self.room[i].free_mb < need[i]}
 
 
 def plan_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Plan | Held:
     """The best that a feasible node can do for the model, or why it can do nothing now. Health is no matter here."""
-    floor = [device.index for device in eligible(profile, node)]
-    site = _Site(view, profile, node, view.share_mb(profile), rooms(view, node), floor)
-    room, share, asleep_on = site.room, site.share, site.asleep_on
-    if asleep_on and all(room[i].free_mb >= (share or room[i].asleep_mb) for i in asleep_on if i in room):
-        return _plan(site, asleep_on, Fit.AWAKE, wakes=True)
+    site = _site(view, profile, node)
+    room, need = site.room, site.need
+    if site.to_wake and not site.missing_mb(site.asleep_on, wakes=True):
+        return _plan(site, site.asleep_on, Fit.AWAKE, wakes=True)
     for fit, kept in ((Fit.NOW, True), (Fit.OVER_SLEEPERS, False)):
-        with_room = [i for i in floor if room[i].free_mb - (room[i].asleep_mb if kept else 0) >= share]
+        with_room = [i for i in site.floor if room[i].free_mb - (room[i].asleep_mb if kept else 0) >= need[i]]
         chosen = _best_set(site, with_room)
         if chosen is not None:
             return _plan(site, chosen, fit)
     return _after_displacement(site)
+
+
+def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
+    share, room = view.share_mb(profile), rooms(view, node)
+    floor = [device.index for device in eligible(profile, node)]
+    if share or books(node):
+        need = dict.fromkeys(room, share)
+    else:  # the engine will want what it takes of an empty card, and nobody tells before it fails
+        need = {device.index: int(device.vram_total_mb * ENGINE_SHARE) for device in node.devices}
+    return _Site(view, profile, node, share, room, need, _to_wake(profile, node, share, room, need), floor)
+
+
+def _to_wake(
+    profile: ModelProfile, node: NodeSnapshot, share: int, room: Mapping[int, Room], need: Mapping[int, int]
+) -> dict[int, int]:
+    """By device, what the model wants beside what it holds while it sleeps here: at most what all want that sleep."""
+    entry = node.models.get(profile.id)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not room.keys() >= set(entry.devices):
+        return {}
+    if books(node) and not share:
+        return {index: room[index].asleep_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, need[index] - held) for index in entry.devices}
+    return {i: min(mb, room[i].asleep_mb) if room[i].asleep_mb else mb for i, mb in wanted.items()}
 
 
 def _best_set(site: _Site, devices: list[int]) -> tuple[int, ...] | None:
@@ -184,33 +240,44 @@ def _after_displacement(site: _Site) -> Plan | Held:
         eviction(view, each, since=since) for each in others if shield(each, site.profile.residency_priority) is None
     ]
     # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
-    own = [eviction(view, each, since=since) for each in there if each.key[0] == own_id]
-    by_lack = sorted(site.floor, key=lambda index: (max(0, site.share - site.room[index].free_mb), index))
+    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
+    by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
-    plans = []
-    for indices in sets:
-        wakes = indices == site.asleep_on
-        way = displace(site.missing_mb(indices), movable if wakes else [*movable, *own])
-        if way is not None:
-            plans.append(_plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes))
+    found = displace_each((site.missing_mb(indices) for indices in sets), [*movable, *own])
+    ways = [(indices, way, False) for indices, way in zip(sets, found, strict=True)]
+    if site.to_wake:
+        ways.append((site.asleep_on, displace(site.missing_mb(site.asleep_on, wakes=True), movable), True))
+    possible = [(way.order, indices, way, wakes) for indices, way, wakes in ways if way is not None]
+    cheapest = min((order for order, *_ in possible), default=None)
+    plans = [
+        _plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes)
+        for order, indices, way, wakes in possible
+        if order == cheapest
+    ]
     if not plans:
         moving = pending(view, site.node)
         later = [*movable, *own, *(eviction(view, each, since=since) for each in moving)]
-        if moving and any(displace(site.missing_mb(indices), later) is not None for indices in sets):
+        # While something moves the figures are about to be others: nothing is tried against them that might fit then.
+        if moving and any(site.may_fit(indices) or suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
             return Held(f"waits for {names}, on the way up or out there", passes=True)
-        ways = ((indices, _everybody(site.missing_mb(indices), others, movable)) for indices in sets)
-        plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in ways if way is not None]
+        last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)
+        plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
     return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
 
 
-def _everybody(missing: Mapping[int, int], there: list[Resident], movable: list[Eviction]) -> Displacement | None:
-    """All who are on devices where even their leaving is not enough by the figures: what holds the rest is nobody's
-    that is known, or the figures are wrong, and the neuron has to say. None where somebody stays who may not be
-    moved."""
+def _last_resort(
+    site: _Site, indices: tuple[int, ...], there: list[Resident], movable: list[Eviction]
+) -> Displacement | None:
+    """Who leaves devices where even that is not enough by the figures: what holds the rest is nobody's that is known,
+    or the figures are wrong, and the neuron has to say. One that books says so before anything is started, so that
+    nobody has to leave for it. None where somebody stays who may not be moved."""
+    missing = site.missing_mb(indices)
     concerned = {each.key for each in there if each.devices & missing.keys()}
     leaving = tuple(each for each in movable if each.resident.key in concerned)
-    return Displacement(leaving) if len(leaving) == len(concerned) else None
+    if len(leaving) < len(concerned):
+        return None
+    return NOBODY if books(site.node) else Displacement(leaving)
 
 
 def _plan(
@@ -222,13 +289,16 @@ def _plan(
     wakes: bool = False,
 ) -> Plan:
     profile, node, room, share = site.profile, site.node, site.room, site.share
+    need = site.to_wake if wakes else site.need
     freed = sum(
         each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in displacement.evictions
     )
-    known_devices = [index for index in indices if index in room]
-    spare = sum(room[index].free_mb for index in known_devices) + freed - share * len(indices)
+    spare = sum(room[index].free_mb - need[index] for index in indices) + freed
+    takes = max(need[index] for index in indices)
+    if not takes and not wakes:
+        takes = max(0, *(room[index].free_mb for index in indices))
     known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-    connected = connection(node, indices) if known_devices else (0, 0)
+    connected = connection(node, indices)
     return Plan(
         model_id=profile.id,
         node=node.name,
@@ -236,11 +306,22 @@ def _plan(
         share_mb=share,
         fit=fit,
         spare_mb=spare,
+        takes_mb=takes,
         displacement=displacement,
         ready_at=displacement.ready_at,
         expected_secs=site.view.expected_load_secs(profile.id, node.name),
         wakes=wakes,
-        rank=(fit, displacement.order, not known, spare if share else -spare, *connected, node.name, indices),
+        rank=(
+            fit,
+            displacement.order,
+            not wakes,
+            not known,
+            spare if share else -spare,
+            *connected,
+            node.name,
+            indices,
+            displacement.names,
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cortex.catalogue import ModelProfile
 from cortex.planning.displacement import Claim
-from cortex.planning.plan import Fit, Plan, best, verdicts
+from cortex.planning.plan import Fit, Plan, best, likely_verdicts
 from cortex.planning.turns import after
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot
@@ -56,7 +56,7 @@ def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
     if len(serving) < profile.replicas.min:
-        plan = best(verdicts(view, profile, avoid={node.name for node in serving}))
+        plan = best(likely_verdicts(view, profile))
         if plan is None or plan.fit is Fit.TOO_LARGE or plan.displacement.claim is not Claim.IDLE:
             return None
         return plan, f"replicas.min is {profile.replicas.min}, {len(serving)} serve"
@@ -64,7 +64,7 @@ def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
     pressed = since is not None and view.now - since >= view.rules.scale_up_secs
     if not serving or len(serving) >= profile.replicas.max or not pressed:
         return None
-    plan = best(verdicts(view, profile, avoid={node.name for node in serving}))
+    plan = best(likely_verdicts(view, profile))
     if plan is None or plan.fit > Fit.NOW:
         return None
     return plan, f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"

@@ -122,6 +122,7 @@ class View:
             node
             for node in self.fleet.holders(model_id)
             if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+            or (model_id, node.name) in self.fleet.leaving
         ]
         if not known:
             return None

@@ -87,6 +87,11 @@ class _AnyModel(msgspec.Struct):
     model: msgspec.Raw = msgspec.Raw(b"")
 
 
+class _AnyStream(msgspec.Struct):
+    stream: msgspec.Raw = msgspec.Raw(b"")
+
+
+_decode_stream = msgspec.json.Decoder(_AnyStream).decode
 _decode_model = msgspec.json.Decoder(JsonModel).decode
 _check_syntax = msgspec.json.Decoder(_AnyModel).decode
 _decode_text = msgspec.json.Decoder(str).decode
@@ -118,11 +123,7 @@ def _model_of_json(body: bytes) -> JsonModel:
 def _model_of_lenient_json(body: bytes) -> JsonModel:
     """For a body that msgspec refuses as it is: one with NaN and the like, with a `model` that is no string before the
     one that counts, or one that is really wrong."""
-    strict = body
-    for lenient, same in _LENIENCIES:
-        strict = strict.replace(lenient, same)
-    if strict.startswith(codecs.BOM_UTF8):
-        strict = b"   " + strict[3:]
+    strict = _made_strict(body)
     try:
         if not memoryview(_check_syntax(strict).model):
             raise _no_model()
@@ -139,6 +140,23 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
         return JsonModel(_decode_text(memoryview(body)[slice(*place)]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body's 'model' is not Unicode text: {error}", param="model") from error
+
+
+def asks_for_stream(body: bytes) -> bool:
+    """True for a JSON object whose top-level `stream` is true; never raises. Of several the last counts."""
+    for read in (bytes, _made_strict):
+        try:
+            return bytes(_decode_stream(read(body)).stream) == b"true"
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return False
+
+
+def _made_strict(body: bytes) -> bytes:
+    """The body with what msgspec refuses and json.loads takes replaced, at the same length."""
+    for lenient, same in _LENIENCIES:
+        body = body.replace(lenient, same)
+    return b"   " + body[3:] if body.startswith(codecs.BOM_UTF8) else body
 
 
 def _check_utf8(body: bytes) -> None:

@@ -9,6 +9,8 @@ from cortex.front.client import ClientConnection
 from cortex.proxy.pool import Address
 from cortex.proxy.relay import Relay
 from cortex.proxy.request import Request
+from cortex.replica import FailureKind
+from cortex.stopping import stopping
 from shared.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -44,16 +46,26 @@ class ControlRequest:
     def abandon(self) -> None:
         self._relay.abandon()
 
+    def stop(self) -> None:
+        if self._relay.status:
+            self._relay.cut_off("cortex is stopping")
+        else:
+            self._relay.abandon()
+            self._client.refuse(stopping(), self._request_id)
+
     def pause(self) -> None:
         self._relay.pause()
 
     def resume(self) -> None:
         self._relay.resume()
 
-    def unreachable(self, reason: str) -> None:
+    def unreachable(self, reason: str, kind: FailureKind) -> None:
         log.error("the control process cannot be reached: %s", reason)
         error = Unavailable("cortex is starting again", code="unavailable", retry_after=RETRY_AFTER_SECS)
         self._client.refuse(error, self._request_id)
+
+    def refused(self, status: int, *, asleep: bool) -> bool:
+        return False
 
     def done(self) -> None:
         self._client.finished()

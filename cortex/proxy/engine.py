@@ -105,6 +105,14 @@ class EngineConnection:
         self._straight = self._between = False
         self.transport.abort()
 
+    def drop(self) -> None:
+        """Nobody wants more of the answer than its head. The connection is kept where the answer is whole already."""
+        body = self._body
+        if body is not None and body.ended:
+            self._release(body)
+        else:
+            self.abandon()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._pool.opened(self)
@@ -134,7 +142,7 @@ class EngineConnection:
         try:
             data = body.feed(data)
         except BadFraming as error:
-            self._lose(str(error))
+            self.lose(str(error))
             return
         if data:
             exchange.passed(data)
@@ -164,7 +172,7 @@ class EngineConnection:
         if isinstance(self._body, BodyUntilClose) and exc is None:
             self._end()
         else:
-            self._lose(str(exc) if exc else "the connection was closed")
+            self.lose(str(exc) if exc else "the connection was closed")
 
     def _read_head(self, data: bytes) -> None:
         while data:
@@ -179,7 +187,7 @@ class EngineConnection:
                     return
                 self._skip_interim(head)
             except BadHead as error:
-                self._lose(f"its answer is not HTTP: {error}")
+                self.lose(f"its answer is not HTTP: {error}")
                 return
             data = rest
 
@@ -207,8 +215,10 @@ class EngineConnection:
         self._keep_alive = head.keep_alive
         self._body = body
         exchange.began(head, body, first)
+        if self._exchange is not exchange:  # it wants no more, and the connection may work for another one by now
+            return
         if fault:
-            self._lose(fault)
+            self.lose(fault)
         elif body.ended:
             self._end()
 
@@ -216,6 +226,11 @@ class EngineConnection:
         exchange, body = self._exchange, self._body
         assert exchange is not None
         assert body is not None
+        self._release(body)
+        exchange.ended()
+
+    def _release(self, body: Body) -> None:
+        """The present answer is over: back to the pool, if the next one can be told from it."""
         self._exchange = self._body = None
         self._straight = self._between = False
         self._served += 1
@@ -231,9 +246,9 @@ class EngineConnection:
             self._pool.put(self)
         else:
             transport.abort()
-        exchange.ended()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Ends the exchange that is under way; `reason` is for whoever reads of it."""
         exchange = self._exchange
         assert exchange is not None
         untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim

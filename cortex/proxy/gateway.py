@@ -13,13 +13,16 @@ from typing import Protocol
 from cortex.front.client import ClientConnection, Handling
 from cortex.in_flight import InFlight, Key
 from cortex.proxy.access import AccessLog
+from cortex.proxy.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.journey import UNKNOWN, Journey
 from cortex.proxy.pool import Address, EnginePool
 from cortex.proxy.request import Request
+from cortex.proxy.speeds import Speeds
 from cortex.proxy.usage_queue import UsageQueue
-from cortex.replica import Failure, Replica, Route
+from cortex.proxy.waiting import Comments
+from cortex.replica import Failure, Replica, Route, WaitNote
 from cortex.tally import Tally
 from shared.errors import ServiceError
 from shared.tasks import TaskSet
@@ -62,9 +65,13 @@ class Control(Protocol):
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route: ...
 
+    def note(self, model_id: str) -> WaitNote | None:
+        """What a client that waits for the model may be told now; None when nothing is known."""
+
 
 class Gateway:
-    """Owns a worker's side of everything: its pool, its counts, its access log. Implements `front.client.Gateway`."""
+    """Owns a worker's side of everything: its pool, its counts, its speeds, its access log.
+    Implements `front.client.Gateway`."""
 
     def __init__(
         self,
@@ -74,16 +81,23 @@ class Gateway:
         callers: Callers,
         access: AccessLog,
         max_body_bytes: int,
+        affinity: Affinity,
+        load_factor: float,
+        comments: Comments,
     ) -> None:
         """Needs a running loop."""
         self.control = control
         self.pool = EnginePool()
         self.in_flight = InFlight()
+        self.affinity = affinity
+        self.load_factor = load_factor
+        self.speeds = Speeds()
         self.tally = Tally()
         self.access = access
         self.callers = callers
         self.tasks = TaskSet()
         self.max_body_bytes = max_body_bytes
+        self.comments = comments
         self.draining = False
         self._control_address = control_address
         self.usage = UsageQueue()

@@ -11,10 +11,11 @@ from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from cortex.proxy.engine import EngineConnection
+from cortex.replica import FailureKind
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
-"""How long an idle connection is kept: below the 5 s after which vLLM's server closes it itself."""
+"""How long an idle connection to an engine is kept: below the 5 s after which vLLM's server closes it itself."""
 CONNECT_TIMEOUT_SECS: Final = 5.0
 RESOLVED_SECS: Final = 10.0
 """How long a host's addresses are remembered."""
@@ -38,6 +39,16 @@ class Address(NamedTuple):
         return f"{host}:{self.port}".encode()
 
 
+class NoConnection(Exception):
+    """None could be opened. Refused (also: no route, no such name) means that nobody is there, a time-out that somebody
+    may be, and is busy."""
+
+    def __init__(self, reason: str, kind: FailureKind) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.kind: FailureKind = kind
+
+
 def parse_url(url: str) -> tuple[Address, bytes]:
     """Where a base URL leads, and the path prefix that it has.
 
@@ -52,10 +63,11 @@ def parse_url(url: str) -> tuple[Address, bytes]:
 
 
 class EnginePool:
-    """Owns every connection to an engine."""
+    """Owns every connection to an engine; another one those to the neurons."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_secs: float = IDLE_SECS) -> None:
         self._loop = asyncio.get_running_loop()
+        self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
@@ -65,7 +77,7 @@ class EnginePool:
     def take(self, address: Address) -> EngineConnection | None:
         """An idle connection, the last used first; None when there is none that is good."""
         idle = self._idle.get(address)
-        oldest = self._loop.time() - IDLE_SECS
+        oldest = self._loop.time() - self._idle_secs
         while idle:
             connection = idle.pop()
             if not connection.transport.is_closing() and connection.idle_since > oldest:
@@ -84,17 +96,22 @@ class EnginePool:
         """Opens a new connection, which `on_made` is called with.
 
         Raises:
-            OSError: there is none to be had (asyncio.TimeoutError: within CONNECT_TIMEOUT_SECS).
+            NoConnection: there is none to be had within CONNECT_TIMEOUT_SECS.
         """
 
         def factory() -> asyncio.Protocol:
             return cast(asyncio.Protocol, EngineConnection(self, address, on_made))
 
-        async with timeout(CONNECT_TIMEOUT_SECS):
-            if address.port:
-                await self._connect_tcp(address, factory)
-            else:
-                await self._connect_unix(address, factory)
+        try:
+            async with timeout(CONNECT_TIMEOUT_SECS):
+                if address.port:
+                    await self._connect_tcp(address, factory)
+                else:
+                    await self._connect_unix(address, factory)
+        except (asyncio.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
+            raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
+            raise NoConnection(str(error) or type(error).__name__, "refused") from error
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)
@@ -158,7 +175,7 @@ class EnginePool:
 
     def _sweep(self) -> None:
         """Closes what has been idle too long, and looks again while anything is idle."""
-        oldest = self._loop.time() - IDLE_SECS
+        oldest = self._loop.time() - self._idle_secs
         for address, idle in list(self._idle.items()):
             for connection in idle:
                 if connection.idle_since > oldest:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from typing import Protocol
+from typing import Final, Protocol
 
 from cortex.front.client import ClientConnection
 from cortex.http1 import names
 from cortex.http1.framing import BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http1.heads import ResponseHead
 from cortex.proxy.engine import Body, EngineConnection
-from cortex.proxy.pool import Address, EnginePool
+from cortex.proxy.error_event import error_event
+from cortex.proxy.pool import Address, EnginePool, NoConnection
 from cortex.proxy.request import Request
 from cortex.proxy.tail import UsageTail
 from cortex.proxy.usage import Usage
-from shared.errors import UpstreamError, is_anthropic_path
+from cortex.replica import FailureKind
+from shared.errors import UpstreamError
+
+_ASLEEP: Final = b"x-neuron-sleeping:"
+"""The header of the 503 with which an engine says that it sleeps, and would answer if it were woken."""
 
 
 class Listener(Protocol):
-    """Who wanted the answer. Exactly one of the two is called, unless the relay is abandoned."""
+    """Who wanted the answer. Exactly one of the three ends the relay, unless it is abandoned."""
 
-    def unreachable(self, reason: str) -> None:
+    def unreachable(self, reason: str, kind: FailureKind) -> None:
         """The engine gave no answer at all: nothing has been sent to the client, the request may go elsewhere."""
+
+    def refused(self, status: int, *, asleep: bool) -> bool:
+        """The engine answers 502 or 503, because it is asleep perhaps, and nothing of that has been sent to the
+        client. True: the request has gone elsewhere. False: the client gets this answer."""
 
     def done(self) -> None:
         """The client has its answer, or has been told that it gets no more of it (`lost`)."""
@@ -98,6 +106,11 @@ class Relay:
             self._connection.abandon()
             self._connection = None
 
+    def cut_off(self, reason: str) -> None:
+        """An answer that has begun ends here, as if its engine were lost."""
+        if self._connection is not None:
+            self._connection.lose(reason)
+
     def pause(self) -> None:
         """The client reads too slowly."""
         if self._connection is not None:
@@ -112,11 +125,18 @@ class Relay:
         """Of the answer's body, its framing included."""
         return self._tail.fed_bytes
 
+    @property
+    def events(self) -> bool:
+        """The answer is a stream of events."""
+        return self._events
+
     def usage(self) -> Usage | None:
         """The engine's last word on tokens, None without one."""
         return self._tail.usage()
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        if head.status >= 502 and self._goes_elsewhere(head):
+            return
         client, request, named = self._client, self._request, head.named
         self.first_byte_at = time.monotonic()
         self.status = head.status
@@ -135,7 +155,7 @@ class Relay:
             if names.CONTENT_LENGTH in named:
                 lines.append(b"content-length: " + named[names.CONTENT_LENGTH])
         else:
-            self._events = packing is None and content_type is not None and _is_event_stream(content_type)
+            self._events = packing is None and content_type is not None and is_event_stream(content_type)
             if isinstance(body, BodyUntilClose):
                 keep_alive = False
             elif request.modern:
@@ -150,8 +170,7 @@ class Relay:
         elif not request.modern:
             lines.append(b"connection: keep-alive")
         lines += (b"", first)
-        if first:
-            self._tail.feed(first)
+        self._tail.feed(first)
         client.transport.write(b"\r\n".join(lines))
         if isinstance(body, ChunkedBody) and self._unpacked is None and not body.ended:
             assert self._connection is not None
@@ -173,7 +192,7 @@ class Relay:
             # Closed by the engine at this very moment, as it may any idle connection: once more, on a new one.
             self._connect()
         elif not self.status:
-            self._listener.unreachable(reason)
+            self._listener.unreachable(reason, "reset")
         else:
             self.lost_because = reason
             self._tell_of_loss(reason)
@@ -185,9 +204,9 @@ class Relay:
     async def _open(self) -> None:
         try:
             await self._pool.connect(self._address, self._send)
-        except (OSError, UnicodeError, asyncio.TimeoutError) as error:  # UnicodeError: a host that is no name
+        except NoConnection as error:
             self._connecting = None
-            self._listener.unreachable(str(error) or type(error).__name__)
+            self._listener.unreachable(error.reason, error.kind)
 
     def _send(self, connection: EngineConnection) -> None:
         self._connecting = None
@@ -197,9 +216,22 @@ class Relay:
         self._connection = connection
         connection.send(self, self._head, self._request.body)
 
+    def _goes_elsewhere(self, head: ResponseHead) -> bool:
+        """After an answer that says no more than that this engine does not serve now."""
+        if head.status > 503:
+            return False
+        asleep = any(line[: len(_ASLEEP)].lower() == _ASLEEP for line in head.passed)
+        if not self._listener.refused(head.status, asleep=asleep):
+            return False
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        connection.drop()
+        return True
+
     def _tell_of_loss(self, reason: str) -> None:
         """Never a clean end: an SSE client gets an explicit last event, every other one a cut connection."""
-        last = self._last_event(reason) if self._events else None
+        # The blank line first ends an event that was cut in the middle.
+        last = b"\n\n" + self._last_event(reason) if self._events else None
         if last is not None and isinstance(self._body, ChunkedBody) and self._unpacked is None:
             last = self._body.cut_off(last)
         if last is None:
@@ -210,11 +242,9 @@ class Relay:
 
     def _last_event(self, reason: str) -> bytes:
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")
-        # The blank line first ends an event that was cut in the middle.
-        if is_anthropic_path(self._request.path):
-            return f"\n\nevent: error\ndata: {json.dumps(error.anthropic_body())}\n\n".encode()
-        return f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+        return error_event(self._request.path, error)
 
 
-def _is_event_stream(content_type: bytes) -> bool:
+def is_event_stream(content_type: bytes) -> bool:
+    """True for an answer of server-sent events, whatever parameters the header has."""
     return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"

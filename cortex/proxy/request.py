@@ -77,6 +77,11 @@ class Request:
         return self._named.get(names.REQUEST_ID)
 
     @property
+    def passed(self) -> list[bytes]:
+        """The header lines that go on to the engine as they came."""
+        return self._passed
+
+    @property
     def content_encoding(self) -> bytes | None:
         return self._named.get(names.CONTENT_ENCODING)
 
@@ -129,6 +134,11 @@ class Request:
             lines.append(b"content-type: " + self.content_type)
         lines += (b"", b"")
         return b"\r\n".join(lines)
+
+    def want_unpacked(self) -> None:
+        """From now on an engine is asked for an answer without a content encoding."""
+        self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
+        self._passed.append(b"accept-encoding: identity")
 
     def forget(self) -> None:
         """Lets go of what only sending needs: from now on this request is sent nowhere any more."""

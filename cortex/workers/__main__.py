@@ -19,11 +19,13 @@ from cortex.proxy.gateway import Gateway
 from cortex.proxy.pool import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    CatalogueChanged,
     Changed,
     Collect,
     Counted,
     Elsewhere,
     InFlightNow,
+    Notes,
     Ready,
     Refused,
     Resolved,
@@ -57,6 +59,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     control = RemoteControl(setup, channel.send)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the control reads the files, and tells
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
@@ -81,13 +84,14 @@ async def _listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case Changed() | Resolved() | Refused():
+                case Changed() | CatalogueChanged() | Resolved() | Refused() | Notes():
                     control.hear(message)
                 case Elsewhere(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
                     channel.send(_counted(number, gateway))
                 case Stop():
+                    gateway.draining = True
                     stop.set()
                 case Setup():
                     raise AssertionError("a worker is set up once")

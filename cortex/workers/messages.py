@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from cortex.in_flight import Key
-from cortex.replica import Failure, Replica, Route
+from cortex.replica import Failure, Replica, Route, WaitNote
 from cortex.tally import Tally
 from shared.errors import ServiceError
 
@@ -28,6 +28,13 @@ class Changed(msgspec.Struct, frozen=True, tag=True):
 
     model_id: str
     replicas: tuple[Replica, ...]
+
+
+class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
+    """The catalogue's ids and aliases from now on."""
+
+    models: list[str]
+    aliases: dict[str, str]
 
 
 class Elsewhere(msgspec.Struct, frozen=True, tag=True):
@@ -53,6 +60,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     extra: dict[str, Any]
 
 
+class Notes(msgspec.Struct, frozen=True, tag=True):
+    """What is known of the models that the worker waits for."""
+
+    by_model: dict[str, WaitNote]
+
+
 class Collect(msgspec.Struct, frozen=True, tag=True):
     """Asks for Counted."""
 
@@ -63,7 +76,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish what is in flight, then end."""
 
 
-ToWorker = Setup | Changed | Elsewhere | Resolved | Refused | Collect | Stop
+ToWorker = Setup | Changed | CatalogueChanged | Elsewhere | Resolved | Refused | Notes | Collect | Stop
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -7,9 +7,19 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cortex.replica import Failure, Replica, Route
-from cortex.workers.messages import Changed, GiveUp, Refused, Resolve, Resolved, Setup, error_from_wire
-from shared.errors import Unavailable
+from cortex.replica import Failure, Replica, Route, WaitNote
+from cortex.stopping import stopping
+from cortex.workers.messages import (
+    CatalogueChanged,
+    Changed,
+    GiveUp,
+    Notes,
+    Refused,
+    Resolve,
+    Resolved,
+    Setup,
+    error_from_wire,
+)
 
 
 class RemoteControl:
@@ -22,6 +32,7 @@ class RemoteControl:
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
+        self._notes: dict[str, WaitNote] = {}
         self._gone = False
 
     @property
@@ -34,7 +45,7 @@ class RemoteControl:
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """As `cortex.router.Router.resolve`. Unavailable when the control is gone."""
         if self._gone:
-            raise _gone()
+            raise stopping()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -45,8 +56,14 @@ class RemoteControl:
             del self._waiting[number]
             if future.cancelled():
                 self._send(GiveUp(number))
+            if not self._waiting:
+                self._notes = {}  # of a wait that is over
 
-    def hear(self, message: Changed | Resolved | Refused) -> None:
+    def note(self, model_id: str) -> WaitNote | None:
+        """What the control last told of a model that somebody here waits for."""
+        return self._notes.get(model_id)
+
+    def hear(self, message: Changed | CatalogueChanged | Resolved | Refused | Notes) -> None:
         """Takes what the control says."""
         match message:
             case Changed(model_id, replicas):
@@ -54,6 +71,11 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
+            case Notes(by_model):
+                self._notes = by_model
+            case CatalogueChanged(models, aliases):
+                self._models = frozenset(models)
+                self._aliases = aliases
             case Resolved(number, route):
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
@@ -68,8 +90,4 @@ class RemoteControl:
         self._gone = True
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(_gone())
-
-
-def _gone() -> Unavailable:
-    return Unavailable("cortex is stopping", code="unavailable", retry_after=1)
+                future.set_exception(stopping())

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from cortex.replica import Failure, Replica
 from cortex.tally import Tally
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    CatalogueChanged,
     Changed,
     Collect,
     Counted,
@@ -28,6 +29,7 @@ from cortex.workers.messages import (
     FromWorker,
     GiveUp,
     InFlightNow,
+    Notes,
     Ready,
     Resolve,
     Resolved,
@@ -45,6 +47,10 @@ log = logging.getLogger(__name__)
 COLLECT_TIMEOUT_SECS = 1.0
 STOP_MARGIN_SECS = 5.0
 """What a worker may take to end beyond its drain time-out."""
+NOTES_SECS = 1.0
+"""Between two words on the models that a worker waits for."""
+HEARD_SECS = 0.2
+"""What workers may take to hear of the end before those who wait are refused."""
 EARLY_DEATH_SECS = 5.0
 """A worker that dies sooner is replaced only after a pause."""
 MAX_PAUSE_SECS = 30.0
@@ -69,6 +75,10 @@ class Worker:
         self._in_flight: Mapping[Key, int] = {}
         self._begun: dict[Key, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
+        self._wanted: dict[int, str] = {}  # the models of these resolutions
+        self._noting: asyncio.TimerHandle | None = None
+        # The first one comes before the worker's first comment.
+        self._note_secs = min(NOTES_SECS, parts.config.waiting.first_comment_secs / 2)
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._numbers = 0
@@ -122,13 +132,29 @@ class Worker:
                         self._ready.set()
         finally:
             self._in_flight = {}
+            if self._noting is not None:
+                self._noting.cancel()
             await self._tasks.close()
             await self._channel.close()
 
     def _resolve(self, number: int, model_id: str, failures: list[Failure]) -> None:
         task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
         self._resolving[number] = task
-        task.add_done_callback(lambda _: self._resolving.pop(number))
+        self._wanted[number] = model_id
+        task.add_done_callback(lambda _: self._resolved(number))
+        if self._noting is None:
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
+
+    def _resolved(self, number: int) -> None:
+        del self._resolving[number], self._wanted[number]
+
+    def _note(self) -> None:
+        """Tells the worker how far the models are that it waits for, as long as there are any."""
+        self._noting = None
+        models = set(self._wanted.values())
+        if models:
+            self._channel.send(Notes({model_id: self._parts.router.note(model_id) for model_id in models}))
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
     async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
         try:
@@ -158,27 +184,39 @@ class Supervisor:
         self._stopping = False
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The workers serve inside the body; on exit they finish what they have in flight."""
-        unsubscribe = self._parts.router.subscribe(self._table_changed)
+    async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """The workers serve inside the body; on exit they finish what they have in flight. `stop` ends the wait for
+        workers that do not come up."""
+        subscriptions = [
+            self._parts.router.subscribe(self._table_changed),
+            self._parts.live.subscribe(self._catalogue_changed),
+        ]
         keepers = [
             asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(len(self._socks))
         ]
         try:
-            for ready in self._ready:
-                await ready.wait()
+            await _first([self._all_ready(), stop.wait()])
             yield
         finally:
             self._stopping = True
             for sock in self._socks:
                 sock.close()
-            for worker in self._workers.values():
+            workers = list(self._workers.values())
+            for worker in workers:
                 worker.tell(Stop())
+            if workers:  # who is refused after that is told to go elsewhere, which a worker says that knows of the end
+                await asyncio.wait([asyncio.ensure_future(worker.refresh()) for worker in workers], timeout=HEARD_SECS)
+            self._parts.stopping.begin()
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)
             self.kill()
             await cancel_all(keepers)
-            unsubscribe()
+            for unsubscribe in subscriptions:
+                unsubscribe()
+
+    async def _all_ready(self) -> None:
+        for ready in self._ready:
+            await ready.wait()
 
     def kill(self) -> None:
         """Ends the workers at once."""
@@ -189,6 +227,15 @@ class Supervisor:
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
             worker.tell(Changed(model_id, replicas))
+
+    def _catalogue_changed(self) -> None:
+        models, aliases = self._catalogue()
+        for worker in self._workers.values():
+            worker.tell(CatalogueChanged(models, aliases))
+
+    def _catalogue(self) -> tuple[list[str], dict[str, str]]:
+        catalogue = self._parts.live.catalogue
+        return [profile.id for profile in catalogue.models], dict(catalogue.aliases)
 
     async def _keep(self, number: int) -> None:
         pause = 0.0
@@ -218,6 +265,8 @@ class Supervisor:
         worker = Worker(self._parts, process, channel, self._ready[number])
         worker.tell(self._setup())
         self._workers[number] = worker
+        if self._stopping:  # while the process was started: nobody else tells it
+            worker.tell(Stop())
         self._parts.counts.attach(worker)
         log.info("worker %d is process %d", number, process.pid)
         listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
@@ -234,10 +283,20 @@ class Supervisor:
 
     def _setup(self) -> Setup:
         parts = self._parts
+        models, aliases = self._catalogue()
         return Setup(
             config=parts.config.model_dump_json(),
-            models=[profile.id for profile in parts.catalogue.models],
-            aliases=dict(parts.catalogue.aliases),
+            models=models,
+            aliases=aliases,
             table=dict(parts.router.table),
             control_host=self._address.host,
         )
+
+
+async def _first(waits: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Until one of them ends."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancel_all(tasks)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from pydantic import BaseModel
 
-from cortex.api.models import model_entries
+from cortex.api.models import ModelList
 from cortex.catalogue import Catalogue
 from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from neuron.workers import NeuronModelView
@@ -89,7 +90,8 @@ def test_every_field_of_the_models_list_is_documented() -> None:
     node = NodeSnapshot(
         "n", "http://n", healthy=True, discovery=discovery, models={"m": ModelView(id="m", status="loaded")}
     )
-    entries = model_entries(catalogue, FleetSnapshot({"n": node}), created=0)
+    blocks = ModelList().blocks(catalogue, FleetSnapshot({"n": node}), created=0)
+    entries = {entry["id"]: entry for entry in json.loads(b"".join(blocks))["data"]}
     text = (TOP / "docs" / "api.md").read_text(encoding="utf-8").partition("\n## Models\n")[2].partition("\n## ")[0]
     for field in entries["a"]:
         assert f"`{field}`" in text

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,11 @@ class CortexProcess:
 
     process: asyncio.subprocess.Process
     url: str
+    log_file: Path
+
+    def log(self) -> str:
+        """What it has said so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def rss_bytes(self) -> int:
         """Memory of the process that is in RAM."""
@@ -67,17 +72,26 @@ async def cortex_process(
     models: list[dict[str, Any]],
     *,
     poll_secs: float = 0.05,
+    routing: Mapping[str, Any] | None = None,
+    waiting: Mapping[str, Any] | None = None,
+    placement: Mapping[str, Any] | None = None,
+    state_dir: str | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
-    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` is the section of
-    cortex.toml."""
+    """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
+    sections of cortex.toml."""
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    config = {
+    config: dict[str, Any] = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},
+        "routing": dict(routing or {}),
+        "waiting": dict(waiting or {}),
+        "placement": dict(placement or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
+    if state_dir is not None:
+        config["state_dir"] = state_dir
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     (directory / "models.toml").write_text(tomli_w.dumps({"models": models}), encoding="utf-8")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CORTEX_")}
@@ -93,7 +107,7 @@ async def cortex_process(
         )
     try:
         await _healthy(url)
-        yield CortexProcess(process, url)
+        yield CortexProcess(process, url, directory / "cortex.log")
     finally:
         if process.returncode is None:
             process.kill()

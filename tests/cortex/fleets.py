@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation
-from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelView, NeuronHealth
+from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelActivity, ModelView, NeuronHealth
 
 
 def node(
@@ -52,8 +55,68 @@ def node(
     )
 
 
-def fleet(*nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = ()) -> FleetSnapshot:
-    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations)
+@dataclass(frozen=True)
+class On:
+    """A model on a node: what it holds on each of its devices, and, asleep, what it wants more of each to wake."""
+
+    mb: int = 0
+    devices: tuple[int, ...] = (0,)
+    status: str = "loaded"
+    wants_mb: int = 0
+    working: int = 0
+    known: bool = True
+    """Whether the neuron says what it holds."""
+
+
+def host(
+    name: str,
+    *total_mb: int,
+    models: Mapping[str, On] | None = None,
+    foreign_mb: tuple[int, ...] = (),
+    seed: bool = False,
+    links: dict[tuple[int, int], LinkKind] | None = None,
+    lost: tuple[int, ...] = (),
+    healthy: bool = True,
+    draining: bool = False,
+) -> NodeSnapshot:
+    """A neuron whose figures follow from what is on it. `foreign_mb` is held by processes of nobody known; a `seed`
+    neuron tells what its devices measure and what its models use, and nothing of bookings."""
+    there = dict(models or {})
+    held = [sum(each.mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
+    asleep = [sum(each.wants_mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
+    foreign = foreign_mb or (0,) * len(total_mb)
+    free = tuple(total - mb - other for total, mb, other in zip(total_mb, held, foreign, strict=True))
+    bare = node(name, *total_mb, free_mb=free, links=links, lost=lost, healthy=healthy, draining=draining)
+    assert bare.health is not None
+    assert bare.discovery is not None
+    devices = [
+        live if seed else live.model_copy(update={"vram_bookable_mb": free[i], "vram_asleep_mb": asleep[i]})
+        for i, live in enumerate(bare.health.devices)
+    ]
+    activity = [ModelActivity(id=model_id, in_flight=each.working) for model_id, each in there.items() if each.working]
+    return replace(
+        bare,
+        discovery=bare.discovery.model_copy(update={"instance_id": None if seed else f"{name}-1"}),
+        health=bare.health.model_copy(update={"devices": devices, "models": activity}),
+        models={model_id: _entry(model_id, each, seed=seed) for model_id, each in there.items()},
+    )
+
+
+def _entry(model_id: str, on: On, *, seed: bool) -> ModelView:
+    held = on.mb * len(on.devices) if on.known else None
+    return ModelView(
+        id=model_id,
+        status=on.status,
+        devices=list(on.devices),
+        vram_used_mb=held,
+        vram_booked_mb=None if seed else held,
+    )
+
+
+def fleet(
+    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), leaving: tuple[tuple[str, str], ...] = ()
+) -> FleetSnapshot:
+    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(leaving))
 
 
 BEAST = node("beast", 32607, 32607)

@@ -140,6 +140,8 @@ class RawEngine:
         if head is None:
             return None
         framing, length = framing_of(head)
+        if framing == "close" and head.start.startswith("GET "):
+            return Received(head.start, head.headers, b"", number)
         assert framing == "length", f"a request with framing {framing!r}: {head}"
         return Received(head.start, head.headers, await read_body(wire.incoming, framing, length), number)
 
@@ -158,6 +160,7 @@ class RawEngine:
             yield self
         finally:
             server.close()
+            await asyncio.sleep(0)  # a connection just accepted is in the list then
             tasks = [wire.serving for wire in self.connections if wire.serving is not None]
             for wire in self.connections:
                 wire.transport.abort()

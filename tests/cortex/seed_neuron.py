@@ -54,12 +54,15 @@ class SeedNeuron:
         self.loads: list[dict[str, Any]] = []
         self.unloads: list[str] = []
         self.calls: list[str] = []
+        self.shown: list[str | None] = []  # the Authorization of each call
         self.engine = SeedEngine()
         self.engine_url: str | None = None  # None: that of the engine
         self.load_gate = asyncio.Event()  # a load ends when it is set
         self.load_gate.set()
         self.load_started = asyncio.Event()
         self.load_error: tuple[int, Any] | None = None
+        self.answers = asyncio.Event()  # calls are answered when it is set
+        self.answers.set()
         self.silent = False  # True: accepts calls and never answers
         self.url = ""
 
@@ -131,8 +134,10 @@ class SeedNeuron:
     @web.middleware
     async def _observe(self, request: web.Request, handler: Answer) -> web.StreamResponse:
         self.calls.append(request.path)
+        self.shown.append(request.headers.get("Authorization"))
         if self.silent:
             await asyncio.Event().wait()
+        await self.answers.wait()
         return await handler(request)
 
     @contextlib.asynccontextmanager

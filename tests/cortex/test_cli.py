@@ -94,7 +94,7 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
-    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases"}
+    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases", "configuration"}
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
@@ -110,7 +110,7 @@ async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, be
     result = await run("status", "--url", cortex.url)
     assert "gone" in result.out
     assert "down (gone: GET /" in result.out
-    assert ["LOADING", "ON", "BECAUSE"] in result.rows
+    assert ["LOADING", "ON", "PHASE", "BECAUSE"] in result.rows
     assert any(row[:2] == ["org/small", "benjy"] for row in result.rows)
     benjy.load_gate.set()
     await loading.communicate()
@@ -132,10 +132,14 @@ async def test_models(cortex: RunningCortex) -> None:
 
 
 async def test_explain(cortex: RunningCortex) -> None:
-    """The decision in a line, then each neuron with its reason."""
+    """The decision in a line with its devices, then each neuron with its reason."""
     result = await run("explain", "org/large", "--url", cortex.url)
     assert result.status == 0
-    head, _, *rows = result.out.splitlines()
+    head, because, _, *rows = result.out.splitlines()
+    assert (
+        because
+        == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by a path that is not known"
+    )
     assert head.startswith("org/large: load on beast, devices [0, 1]: beast: fits now")
     assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]
     assert rows[1].split()[:5] == ["beast", "yes", "-", "0", "1"]

@@ -185,6 +185,19 @@ async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: St
     assert len(benjy.loads) == 1
 
 
+@pytest.mark.parametrize(("cause", "status"), [("node", 200), ("model", 503), (None, 503)])
+async def test_refused_spec_is_tried_elsewhere_when_that_may_help(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, cause: str | None, status: int
+) -> None:
+    """A 400 whose cause is the node's (a path that is outside of its roots) says nothing of other nodes. Without a
+    cause it is the model's, which would be refused everywhere."""
+    error = {"message": "no such path here", "code": "invalid_request", **({"cause": cause} if cause else {})}
+    benjy.load_error = 400, {"error": error}
+    cortex = await start_cortex([benjy, beast], [SMALL])
+    assert await _status(cortex.chat("org/small")) == status
+    assert (len(benjy.loads), len(beast.loads)) == (1, 1 if status == 200 else 0)
+
+
 async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """409 insufficient_vram is neither "already loaded" nor a load to wait for: 503 with the neuron's figures, and the
     neuron is not asked again at once."""
@@ -229,6 +242,32 @@ async def test_operator_unloads(start_cortex: StartCortex, benjy: SeedNeuron) ->
         async with cortex.http.post(f"{cortex.url}/fleet/unload", json={"model": "org/small"}) as response:
             assert response.status == expected
     assert benjy.unloads == ["org/small"]
+
+
+async def test_a_cortex_that_has_just_started_first_looks_around(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """A request that comes before a neuron was asked waits for its answer: the model may be loaded there."""
+    beast.models["org/small"] = "loaded"
+    beast.answers.clear()
+    cortex = await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 10})
+    await cortex.until(lambda: len(cortex.parts.fleet.snapshot().healthy) == 1)
+    asking = asyncio.create_task(_status(cortex.chat("org/small")))
+    await asyncio.wait({asking}, timeout=0.3)
+    assert not asking.done()
+    beast.answers.set()
+    assert await asking == 200
+    assert (beast.loads, benjy.loads) == ([], [])
+
+
+async def test_a_neuron_that_is_away_at_the_start_is_not_waited_for(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """One missed poll is enough."""
+    beast.silent = True
+    cortex = await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 0.2})
+    async with cortex.chat("org/small") as response:
+        assert (response.status, response.headers["x-cortex-node"]) == (200, "benjy")
 
 
 async def _status(request: object) -> int:

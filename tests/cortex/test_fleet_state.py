@@ -5,6 +5,7 @@ from __future__ import annotations
 from cortex.fleet import Fleet
 from shared.protocol import Discovery, ModelView, NeuronHealth
 from tests.cortex.conftest import StartCortex
+from tests.cortex.raw_http import until
 from tests.cortex.seed_neuron import SeedNeuron
 
 SMALL = {"id": "org/small"}
@@ -13,8 +14,8 @@ SMALL = {"id": "org/small"}
 async def test_a_silent_neuron_delays_nobody(start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
     """While one neuron accepts calls and never answers, the other is polled at its own pace."""
     beast.silent = True
-    cortex = await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 30})
-    await cortex.until(lambda: benjy.calls.count("/health") > 5)
+    await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 30})
+    await until(lambda: benjy.calls.count("/health") > 5)
     assert beast.calls.count("/health") == 1
 
 
@@ -35,8 +36,8 @@ async def test_three_misses_make_unhealthy_and_one_success_heals(start_cortex: S
 
 async def test_discovery_is_fetched_once(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """Topology does not change while a neuron lives: polls ask for health and models only."""
-    cortex = await start_cortex([benjy], [SMALL])
-    await cortex.until(lambda: benjy.calls.count("/health") > 5)
+    await start_cortex([benjy], [SMALL])
+    await until(lambda: benjy.calls.count("/health") > 5)
     assert benjy.calls.count("/discovery") == 1
 
 

@@ -134,15 +134,39 @@ async def test_stop_is_prompt_without_work(process: CortexProcess) -> None:
 async def test_stop_cuts_what_does_not_finish(
     tmp_path: Path, benjy: SeedNeuron, engine: RawEngine, workers: int
 ) -> None:
-    """After `drain_timeout_secs` a stream is cut, visibly, and the process ends all the same."""
-    engine.scripts.append(Held())
-    settings = {"drain_timeout_secs": 0.3, "workers": workers}
+    """After `drain_timeout_secs` a stream is ended with an error and no `[DONE]`, a plain answer is cut, what waits for
+    the first byte is refused, and the process ends."""
+
+    async def begun(wire: Wire, received: Received) -> None:
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
+        await asyncio.Event().wait()
+
+    async def silent(wire: Wire, received: Received) -> None:
+        await asyncio.Event().wait()
+
+    settings: dict[str, Any] = {"drain_timeout_secs": 0.3, "workers": workers}
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], **settings) as process:
-        async with connected(process.url) as client:
-            await client.send(ASK)
-            await client.head()
+        async with (
+            connected(process.url) as streaming,
+            connected(process.url) as reading,
+            connected(process.url) as waiting,
+            connected(process.url) as sending,
+        ):
+            for client, script in ((streaming, Held()), (reading, begun), (waiting, silent)):
+                engine.scripts.append(script)
+                await client.send(ASK)
+                await engine.next_request()
+            await sending.send(ASK[:-3])
+            await reading.head()
             process.process.send_signal(signal.SIGTERM)
-            assert not (await client.rest()).endswith(b"0\r\n\r\n")
+            body = (await streaming.answer()).body
+            assert body.startswith(b"data: 1\n\n")
+            assert json.loads(body.rpartition(b"data: ")[2])["error"]["message"].endswith("cortex is stopping")
+            with pytest.raises(ConnectionResetError):
+                await reading.incoming.readexactly(20)
+            for client in (waiting, sending):
+                answer = await client.answer()
+                assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "cortex_stopping")
         assert await process.ended() == 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import aiohttp
+import contextlib
+
 import pytest
 
 from cortex.config import NeuronEntry
-from cortex.neuron_client import NeuronClient, NeuronRefused
+from cortex.neuron_client import IDLE_SECS, NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.proxy.pool import EnginePool
 from shared.protocol import DeviceFigures, LoadCommand
 from tests.cortex.seed_neuron import SeedNeuron
 
@@ -14,8 +16,8 @@ COMMAND = LoadCommand(model_id="m", harness="vllm")
 
 
 async def refused(neuron: SeedNeuron) -> NeuronRefused:
-    async with aiohttp.ClientSession() as session:
-        client = NeuronClient(NeuronEntry(name=neuron.name, endpoint=neuron.url), session)
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        client = NeuronClient(NeuronEntry(name=neuron.name, endpoint=neuron.url), pool)
         with pytest.raises(NeuronRefused) as caught:
             await client.load(COMMAND, timeout_secs=5)
     return caught.value
@@ -45,3 +47,15 @@ async def test_a_neuron_that_says_none_of_it(benjy: SeedNeuron, error: object) -
     benjy.load_error = (500, error)
     found = await refused(benjy)
     assert (found.message, found.code, found.cause, found.devices) == ("text", None, None, ())
+
+
+async def test_nobody_there() -> None:
+    """A refused connection is a neuron out of reach, for calls and for events: polls count it, loads go elsewhere."""
+    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+        client = NeuronClient(NeuronEntry(name="n", endpoint="http://127.0.0.1:1"), pool)
+        with pytest.raises(NeuronUnreachable):
+            await client.health()
+        with pytest.raises(NeuronUnreachable):
+            await client.load(COMMAND, timeout_secs=5)
+        with pytest.raises(NeuronUnreachable):
+            await client.listen(lambda *_: None)

@@ -35,6 +35,12 @@ def test_only_the_service_itself_gets_the_first_signal() -> None:
     assert service("neuron")["KillMode"] == "process"
 
 
+def test_cortex_can_be_reloaded_and_keeps_its_state() -> None:
+    """What the unit gives it is where cortex looks for it."""
+    assert service("cortex")["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert service("cortex")["StateDirectory"] == "cortex"
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("name", ["cortex", "neuron"])
 def test_systemd_understands_every_line(name: str, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_refusal_names_the_figures() -> None:
         "foreign_mb": 3464,
         "bookable_mb": 3100,
         "unusable": None,
+        "needed_mb": 12000,
     }
 
 

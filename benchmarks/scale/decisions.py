@@ -1,0 +1,106 @@
+"""How long cortex thinks about a large fleet: the functions themselves, in this process, without a socket."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from benchmarks.scale.neurons import PretendedNeuron
+from cortex.api.models import ModelList
+from cortex.catalogue import Catalogue
+from cortex.fleet import Fleet
+from cortex.routing import decide
+from cortex.snapshot import FleetSnapshot
+from shared.protocol import Discovery, ModelView, NeuronHealth
+
+LOADED_SHARE = 0.8
+"""Of the catalogue's models: so many are loaded somewhere, the rest nowhere."""
+REPLICATED = 10
+"""Models that are loaded on every fiftieth neuron."""
+_WARM_UP = 50
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Of one fleet and one catalogue. A decision is for a model that is loaded, a placement for one that is nowhere."""
+
+    nodes: int
+    models: int
+    decision_p50_us: float
+    decision_p99_us: float
+    placement_p50_us: float
+    placement_p99_us: float
+    list_changed_ms: float  # `/v1/models`, after a model's state changed
+    list_same_ms: float  # after polls that brought nothing
+    list_mib: float
+
+
+def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> Thinking:
+    """Measures all of it. Each decision is timed by itself."""
+    catalogue = Catalogue.model_validate({"models": [{"id": name(n), "vram_mb": 6000} for n in range(models)]})
+    fleet = Fleet([(f"n{node:04d}", f"http://n{node}") for node in range(nodes)], unhealthy_after=3)
+    loaded = max(1, int(models * LOADED_SHARE))
+    for node in range(nodes):
+        poll(fleet, node, {*range(node, loaded, nodes), *(range(min(REPLICATED, loaded)) if node % 50 == 0 else ())})
+    snapshot = fleet.snapshot()
+    served = timed(lambda n: decision(name(n * 7919 % loaded), catalogue, snapshot), range(decisions))
+    placed = timed(lambda n: decision(name(loaded + n % (models - loaded)), catalogue, snapshot), range(placements))
+    listing, size = ModelList(), 0
+    changed: list[float] = []
+    same: list[float] = []
+    for number in range(20):
+        status = "sleeping" if number % 2 else "loaded"
+        fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1))
+        changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
+        poll(fleet, 0, None)
+        same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
+        size = sum(map(len, listing.blocks(catalogue, fleet.snapshot(), created=0)))
+    return Thinking(
+        nodes=nodes,
+        models=models,
+        decision_p50_us=statistics.median(served) * 1e6,
+        decision_p99_us=p99(served) * 1e6,
+        placement_p50_us=statistics.median(placed) * 1e6,
+        placement_p99_us=p99(placed) * 1e6,
+        list_changed_ms=statistics.median(changed[1:]) * 1000,
+        list_same_ms=statistics.median(same[1:]) * 1000,
+        list_mib=size / 2**20,
+    )
+
+
+def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
+    """What a request that no table answers costs before anything is sent."""
+    decide(model_id, catalogue, snapshot, lambda _model, _node: 0)
+
+
+def name(number: int) -> str:
+    return f"bench/model-{number:04d}"
+
+
+def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
+    """One answered poll; `models` None: of the health alone."""
+    pretended = PretendedNeuron(node, 0, seed=False)
+    views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
+    fleet.observe(
+        f"n{node:04d}",
+        started=time.monotonic(),
+        health=NeuronHealth.model_validate(pretended.health()),
+        models=views,
+        discovery=Discovery.model_validate(pretended.discovery),
+    )
+
+
+def timed(work: Callable[[int], object], numbers: Iterable[int], *, warm_up: int = _WARM_UP) -> list[float]:
+    """Seconds of each call."""
+    took: list[float] = []
+    for number in (*range(warm_up), *numbers):
+        began = time.perf_counter()
+        work(number)
+        took.append(time.perf_counter() - began)
+    return took[warm_up:]
+
+
+def p99(times: list[float]) -> float:
+    return statistics.quantiles(times, n=100)[98]

@@ -1,0 +1,177 @@
+"""What outlives a cortex: one small file that says which neurons are drained and how long loads took."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from shared.tasks import TaskSet
+
+log = logging.getLogger(__name__)
+
+NAME = "state.json"
+WRITE_AFTER_SECS = 2.0
+"""What changes within so long is written once."""
+TRY_AGAIN_SECS = 10.0
+
+Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _State(BaseModel):
+    """The file. Memory of loads is by model and neuron, in seconds."""
+
+    version: Literal[1]
+    drained: list[str] = []
+    load_secs: dict[str, dict[str, Secs]] = {}
+
+
+class StateFile:
+    """Owns the file and what is in it. A file that cannot be read is put aside, one that cannot be written is warned of
+    once: neither keeps anybody from being served.
+
+    `problem` is why what is kept in memory is not in the file, None when it is.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Reads what an earlier cortex left in the directory, which is made when there is something to keep. None:
+        nothing outlives this process. Blocks."""
+        self._directory = directory
+        self._drained: set[str] = set()
+        self._load_secs: dict[str, dict[str, float]] = {}
+        self._lock: int | None = None
+        self._unwritten = False
+        self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._tasks = TaskSet()
+        self.problem: str | None = None
+        if directory is not None:
+            self._read(directory / NAME)
+
+    @property
+    def drained(self) -> Collection[str]:
+        """Names of the neurons that an operator has drained, also of those that no configuration names now."""
+        return frozenset(self._drained)
+
+    def set_drained(self, name: str, drained: bool) -> None:
+        if drained != (name in self._drained):
+            (self._drained.add if drained else self._drained.discard)(name)
+            self._touch()
+
+    @property
+    def load_secs(self) -> Mapping[str, Mapping[str, float]]:
+        """How long loading a model took on a neuron, by both, in seconds."""
+        return self._load_secs
+
+    def set_load_secs(self, model_id: str, node: str, secs: float) -> None:
+        self._load_secs.setdefault(model_id, {})[node] = secs
+        self._touch()
+
+    async def write_loop(self) -> None:
+        """Writes changes a moment after they came, for ever."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(WRITE_AFTER_SECS)
+            await self.flush()
+            if self.problem is not None:
+                await asyncio.sleep(TRY_AGAIN_SECS)
+                self._changed.set()
+
+    async def flush(self) -> None:
+        """Writes what is not written yet, now. The caller's leaving does not stop it."""
+        await asyncio.shield(self._tasks.spawn(self._write_changes(), name="state file"))
+
+    async def close(self) -> None:
+        """Writes what is left, and lets others have the file."""
+        await self.flush()
+        await self._tasks.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _touch(self) -> None:
+        self._unwritten = True
+        self._changed.set()
+
+    def _read(self, path: Path) -> None:
+        try:
+            state = _State.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return
+        except (OSError, ValidationError) as error:
+            aside = path.with_name(f"{NAME}.bad")
+            with contextlib.suppress(OSError):
+                path.replace(aside)
+            log.warning(
+                "%s cannot be used and is now %s; starting without it, no neuron is drained: %s",
+                path,
+                aside.name,
+                _reason(error),
+            )
+            return
+        self._drained = set(state.drained)
+        self._load_secs = state.load_secs
+
+    async def _write_changes(self) -> None:
+        async with self._writing:
+            self._changed.clear()
+            if not self._unwritten or self._directory is None:
+                return
+            self._unwritten = False
+            state = _State(version=1, drained=sorted(self._drained), load_secs=self._load_secs)
+            problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
+            self._unwritten |= problem is not None
+            if problem is not None and self.problem is None:
+                log.warning("%s: %s; what it should keep is lost with this process", self._directory / NAME, problem)
+            elif problem is None and self.problem is not None:
+                log.info("%s can be written again", self._directory / NAME)
+            self.problem = problem
+
+    def _write(self, directory: Path, data: bytes) -> str | None:
+        """Puts a new file in the place of the old one: whoever reads has one of the two. The reason when it cannot."""
+        fresh = directory / f"{NAME}.new"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take(directory)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:  # noqa: PTH123 - by its descriptor
+                os.fchmod(fd, 0o600)
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            fresh.replace(directory / NAME)
+            directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory_fd)  # the new name, too, is to outlive a power cut
+            finally:
+                os.close(directory_fd)
+        except OSError as error:
+            return _reason(error)
+        return None
+
+    def _take(self, directory: Path) -> None:
+        """Only one cortex writes: two would undo each other's changes. Taken with the first write and not at the start,
+        when the cortex before this one may still be finishing its answers."""
+        if self._lock is not None:
+            return
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise OSError(f"in use by another cortex ({error.strerror})") from error
+        self._lock = lock
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,56 @@
+"""The end of cortex, as those see it who wait for something that may outlast it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from shared.errors import Unavailable
+
+Result = TypeVar("Result")
+
+RETRY_AFTER_SECS = 5
+"""When to come back: about what a restart takes; another cortex behind the same balancer can be asked at once."""
+
+
+class Stopping:
+    """Begins once. What is sent to an engine by then is finished; what still waits for a model is refused, since a load
+    takes longer than the time that there is."""
+
+    def __init__(self) -> None:
+        self._begun = asyncio.Event()
+
+    @property
+    def begun(self) -> bool:
+        return self._begun.is_set()
+
+    def begin(self) -> None:
+        self._begun.set()
+
+    async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, which is cancelled when cortex begins to stop, or the caller is.
+
+        Raises:
+            Unavailable: cortex is stopping.
+        """
+        if self.begun:
+            work.close()
+            raise stopping()
+        working = asyncio.ensure_future(work)
+        begun = asyncio.ensure_future(self._begun.wait())
+        try:
+            await asyncio.wait([working, begun], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise stopping()
+            return working.result()
+        finally:
+            working.cancel()
+            begun.cancel()
+
+
+def stopping() -> Unavailable:
+    """The error for whoever is not served any more."""
+    return Unavailable(
+        "cortex is stopping; a load that has begun goes on", code="cortex_stopping", retry_after=RETRY_AFTER_SECS
+    )

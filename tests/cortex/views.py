@@ -1,0 +1,64 @@
+"""Moments written out by hand, for tests of the planner. The time is always `NOW`, and times are given as ages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cortex.catalogue import Catalogue, ModelProfile
+from cortex.planning.plan import Plan, best, verdicts
+from cortex.planning.view import Bar, Key, Rules, Use, View, Waiting
+from cortex.snapshot import FleetSnapshot
+
+NOW = 10_000.0
+
+
+def profile(**fields: Any) -> ModelProfile:
+    return ModelProfile.model_validate({"id": "m", **fields})
+
+
+def used(working: int = 0, *, idle: float = 500.0, age: float = 1000.0) -> Use:
+    """`idle` seconds since the last request, `age` since the load."""
+    return Use(working, NOW - idle, NOW - age)
+
+
+def view(
+    where: FleetSnapshot,
+    *models: ModelProfile,
+    waiting: Mapping[str, float] | None = None,
+    uses: Mapping[Key, Use] | None = None,
+    bars: Mapping[Key, Bar] | None = None,
+    pressed: Mapping[str, float] | None = None,
+    rules: Rules | None = None,
+    now: float = NOW,
+    **fields: Any,
+) -> View:
+    """`waiting` and `pressed` are seconds by model: for how long somebody waits, or there has been too much to do."""
+    return View(
+        now=now,
+        catalogue=Catalogue(models=models),
+        fleet=where,
+        rules=rules or Rules(),
+        waiting={model_id: Waiting(1, now - secs) for model_id, secs in (waiting or {}).items()},
+        uses=uses or {},
+        bars=bars or {},
+        pressed={model_id: now - secs for model_id, secs in (pressed or {}).items()},
+        **fields,
+    )
+
+
+def planned(moment: View, model_id: str = "m") -> Plan | None:
+    """The plan for a model, None when it can only wait or be refused."""
+    wanted = moment.profile(model_id)
+    assert wanted is not None
+    return best(verdicts(moment, wanted))
+
+
+def plan_for(moment: View, model_id: str = "m") -> Plan:
+    plan = planned(moment, model_id)
+    assert plan is not None
+    return plan
+
+
+def evicted(plan: Plan) -> set[str]:
+    return {each.resident.key[0] for each in plan.displacement.evictions}

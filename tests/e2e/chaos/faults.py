@@ -1,0 +1,218 @@
+"""What is done to the fleet, when, and to whom: a schedule that follows from a seed, and its log."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from neuron import session
+from tests.e2e.chaos.fleet import EngineServer, Fleet, NeuronHost, Service, send
+
+_FIRST_SECS = 2.0  # of load without a fault
+_LAST_SECS = 4.0
+_EVERY_SECS = 2.4  # a fault, about
+_PAUSES_SECS = (0.2, 1.5)  # from an end to the next start
+_STOPPED_SECS = (0.2, 1.2)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that was done. `at` and `until` are monotonic: from the signal to when all was as before."""
+
+    at: float
+    until: float
+    what: str
+    hosts: frozenset[str] = frozenset()
+    """The hosts whose engines it hit: an answer that was under way there may have been lost."""
+
+    def told(self, start: float) -> str:
+        return f"{self.at - start:7.3f} … {self.until - start:7.3f} {self.what}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`after` seconds from the start. `pick`, 0 to 1, chooses among what there is then; `pause_secs` is how long it
+    lasts, where it lasts."""
+
+    after: float
+    kind: str
+    pick: float
+    pause_secs: float
+
+
+@dataclass
+class Faults:
+    """Carries a schedule out on a fleet. The last cortex is never touched."""
+
+    fleet: Fleet
+    log: list[Fault] = field(default_factory=list)
+
+    async def carry_out(self, schedule: Sequence[Planned]) -> None:
+        """Returns when all is done and everything runs again. Faults that last overlap with those after them."""
+        began, tasks = time.monotonic(), []
+        for planned in schedule:
+            await asyncio.sleep(max(0.0, began + planned.after - time.monotonic()))
+            tasks.append(asyncio.create_task(self._one(planned), name=planned.kind))
+        await asyncio.gather(*tasks)
+
+    async def _one(self, planned: Planned) -> None:
+        at = time.monotonic()
+        what, hosts = await KINDS[planned.kind](self, planned)
+        self.log.append(Fault(at, time.monotonic(), f"{planned.kind}: {what}", hosts))
+
+    # Engines.
+
+    async def kill_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """Its server alone: its core is left, with the memory."""
+        return await self._signal_engine(planned, signal.SIGKILL)
+
+    async def kill_core(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """The server answers 500 for a second, and ends."""
+        return await self._signal_engine(planned, signal.SIGKILL, core=True)
+
+    async def terminate_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        return await self._signal_engine(planned, signal.SIGTERM)
+
+    async def stop_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """For a while."""
+        engine = await self._engine(planned)
+        if engine is None:
+            return "no engine", frozenset()
+        send(engine.pid, signal.SIGSTOP)
+        await asyncio.sleep(planned.pause_secs)
+        send(engine.pid, signal.SIGCONT)
+        return f"{_named(engine)} stood still for {planned.pause_secs:.1f} s", frozenset((engine.host,))
+
+    # Neurons.
+
+    async def kill_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """Its engines live on; the next neuron finds them."""
+        return await self._restart(_free(self.fleet.neurons, planned), signal.SIGKILL, planned)
+
+    async def restart_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """In order. One that stops its engines lets them finish what they have."""
+        return await self._restart(_free(self.fleet.neurons, planned), signal.SIGTERM, planned)
+
+    async def stop_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """For a while: it neither answers nor closes connections."""
+        neuron = _free(self.fleet.neurons, planned)
+        if neuron is None:
+            return "no neuron that nothing is done to", frozenset()
+        neuron.busy = True
+        neuron.is_down()
+        send(neuron.pid, signal.SIGSTOP)
+        await asyncio.sleep(planned.pause_secs)
+        send(neuron.pid, signal.SIGCONT)
+        neuron.is_back()
+        neuron.busy = False
+        return f"{neuron.name} stood still for {planned.pause_secs:.1f} s", frozenset()
+
+    # Cortexes.
+
+    async def kill_cortex(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGKILL, planned)
+
+    async def restart_cortex(self, planned: Planned) -> tuple[str, frozenset[str]]:
+        """In order: it finishes what it has."""
+        return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGTERM, planned)
+
+    # How it is done.
+
+    async def _restart(
+        self, service: Service | None, number: signal.Signals, planned: Planned
+    ) -> tuple[str, frozenset[str]]:
+        if service is None:
+            return "none that nothing is done to", frozenset()
+        service.busy = True
+        status = await service.end(number)
+        ends_engines = isinstance(service, NeuronHost) and number == signal.SIGTERM
+        hosts = frozenset((service.name,)) if ends_engines else frozenset[str]()
+        assert status == (0 if number == signal.SIGTERM else -number), f"{service.name}: {status}\n{service.tail()}"
+        await asyncio.sleep(planned.pause_secs)
+        await service.start()
+        service.busy = False
+        return f"{service.name}, {number.name}, back after {planned.pause_secs:.1f} s", hosts
+
+    async def _signal_engine(
+        self, planned: Planned, number: signal.Signals, *, core: bool = False
+    ) -> tuple[str, frozenset[str]]:
+        engine = await self._engine(planned)
+        if engine is None:
+            return "no engine", frozenset()
+        pids = [engine.pid]
+        if core:
+            members = await asyncio.to_thread(session.members_by_session)
+            pids = sorted(members.get(engine.pid, set()) - {engine.pid})
+        for pid in pids:
+            send(pid, number)
+        return f"{number.name} to {_named(engine)}{', its core' if core else ''}", frozenset((engine.host,))
+
+    async def _engine(self, planned: Planned) -> EngineServer | None:
+        return _chosen(await asyncio.to_thread(self.fleet.engines), planned.pick)
+
+
+Kind = Callable[[Faults, Planned], Awaitable[tuple[str, frozenset[str]]]]
+KINDS: dict[str, Kind] = {
+    kind.__name__: kind
+    for kind in (
+        Faults.kill_engine,
+        Faults.kill_core,
+        Faults.terminate_engine,
+        Faults.stop_engine,
+        Faults.kill_neuron,
+        Faults.restart_neuron,
+        Faults.stop_neuron,
+        Faults.kill_cortex,
+        Faults.restart_cortex,
+    )
+}
+_DECK = (
+    *("kill_engine",) * 5,
+    *("kill_core",) * 1,
+    *("terminate_engine",) * 1,
+    *("stop_engine",) * 2,
+    *("kill_neuron",) * 3,
+    *("restart_neuron",) * 2,
+    *("stop_neuron",) * 2,
+    *("kill_cortex",) * 2,
+    *("restart_cortex",) * 1,
+)
+"""Shuffled and dealt again and again: each kind comes as often as it stands here, in every run that is long enough."""
+
+
+def schedule_of(seed: int, secs: float, kinds: Sequence[str] = ()) -> list[Planned]:
+    """Only `kinds`, where they are given."""
+    chance = random.Random(f"faults/{seed}")
+    planned: list[Planned] = []
+    deck: list[str] = []
+    after = _FIRST_SECS
+    while after < secs - _LAST_SECS:
+        if not deck:
+            deck = [kind for kind in _DECK if not kinds or kind in kinds]
+            chance.shuffle(deck)
+        kind = deck.pop()
+        pause_secs = chance.uniform(*(_STOPPED_SECS if kind.startswith("stop_") else _PAUSES_SECS))
+        planned.append(Planned(after, kind, chance.random(), pause_secs))
+        after += _EVERY_SECS * chance.uniform(0.5, 1.5)
+    return planned
+
+
+def _named(engine: EngineServer) -> str:
+    return f"{engine.model_id} on {engine.host} (process {engine.pid})"
+
+
+ServiceT = TypeVar("ServiceT", bound=Service)
+
+
+def _free(services: Sequence[ServiceT], planned: Planned) -> ServiceT | None:
+    return _chosen([service for service in services if not service.busy], planned.pick)
+
+
+def _chosen(among: Sequence[Item], pick: float) -> Item | None:
+    return among[min(int(pick * len(among)), len(among) - 1)] if among else None

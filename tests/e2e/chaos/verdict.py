@@ -1,0 +1,73 @@
+"""Which answers are violations, which are excused by what was done to the fleet, and how many succeeded. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.e2e.chaos.faults import Fault
+from tests.e2e.chaos.fleet import POLL_SECS, POLL_TIMEOUT_SECS, Fleet
+from tests.e2e.chaos.load import Answered
+from tests.e2e.chaos.models import feasible_hosts
+from tests.e2e.chaos.outcomes import Kind
+
+SEEN_SECS = POLL_SECS + POLL_TIMEOUT_SECS
+"""A neuron that is back counts as live when every cortex has had the time for a poll."""
+STOPPING = "cortex_stopping"
+"""What a cortex that is told to stop says to those who wait for a load."""
+_GRACE_SECS = 1.5
+"""After a fault that hit engines: until then answers on their host may be lost to it (a server outlives its core by a
+second)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`counted`: those that stayed to their end, had a cortex and a live feasible neuron all the time; `succeeded` of
+    them; `lost`: not, though excused: an engine was killed under an answer that had begun."""
+
+    violations: list[Answered]
+    counted: list[Answered]
+    succeeded: int
+    failures: list[Answered]
+    lost: int
+
+    @property
+    def share(self) -> float:
+        return self.succeeded / len(self.counted) if self.counted else 0.0
+
+
+def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) -> Verdict:
+    violations, counted, failures, lost = [], [], [], 0
+    cortexes = {cortex.name: cortex for cortex in fleet.cortexes}
+    for answer in answers:
+        kind = answer.outcome.kind
+        turned_away = kind in (Kind.REFUSED, Kind.CUT) or answer.outcome.code.endswith(STOPPING)
+        without_cortex = turned_away and cortexes[answer.cortex].was_down(answer.since, answer.until)
+        hit = _was_hit(answer, faults)
+        # A plain answer that was under way cannot end in anything but a cut connection.
+        cut_with_engine = kind is Kind.CUT and answer.head_at is not None and not answer.asked.streamed and hit
+        excused = without_cortex or cut_with_engine
+        if kind is Kind.VIOLATION or (kind in (Kind.REFUSED, Kind.CUT) and not excused):
+            violations.append(answer)
+        if kind is Kind.LEFT or without_cortex or not had_live_neuron(fleet, answer):
+            continue
+        counted.append(answer)
+        if kind is not Kind.COMPLETE:
+            failures.append(answer)
+            lost += hit and (answer.outcome.code.startswith("stream:") or kind is Kind.CUT)
+    return Verdict(violations, counted, len(counted) - len(failures), failures, lost)
+
+
+def had_live_neuron(fleet: Fleet, answer: Answered) -> bool:
+    """Whether one neuron that can hold the model was up from the request's start to its end."""
+    return any(
+        not fleet.neuron(name).was_down(answer.since, answer.until, recovery_secs=SEEN_SECS)
+        for name in feasible_hosts(answer.asked.model_id)
+    )
+
+
+def _was_hit(answer: Answered, faults: Sequence[Fault]) -> bool:
+    return any(
+        answer.node in fault.hosts and fault.at <= answer.until and fault.until + _GRACE_SECS >= answer.since
+        for fault in faults
+    )
