@@ -2,7 +2,7 @@
 
 Only models of equal or lower `residency_priority` than the newcomer; none that is pinned to the node; the idle before
 the busy, the busy before those that have just been loaded; among equals the cheapest, which is measured reload seconds
-times recent demand per MiB freed.
+times recent demand. Where sets are too many to compare, those go first that are the cheapest per MiB freed.
 """
 
 from __future__ import annotations
@@ -52,9 +52,14 @@ class Displacement:
         return sum(eviction.resident.in_flight > 0 for eviction in self.evictions)
 
     @property
+    def cost(self) -> float:
+        """Of all together: no less for freeing more than is missing."""
+        return sum(each.resident.cost for each in self.evictions)
+
+    @property
     def cost_per_mb(self) -> float:
         freed = sum(each.resident.frees_mb * len(each.resident.devices) for each in self.evictions)
-        return sum(each.resident.cost for each in self.evictions) / max(1, freed)
+        return self.cost / max(1, freed)
 
     @property
     def ready_at(self) -> float:
@@ -64,7 +69,7 @@ class Displacement:
     def order(self) -> tuple[object, ...]:
         """The better the smaller; of those that cost the same, what was used least recently goes."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        return self.claim, self.busy, self.cost_per_mb, used, len(self.evictions)
+        return self.claim, self.busy, self.cost, used, len(self.evictions)
 
     @property
     def names(self) -> tuple[Key, ...]:
@@ -157,7 +162,9 @@ def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> I
 
 
 def _cheapest_first(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> tuple[Eviction, ...]:
-    ordered = sorted(candidates, key=lambda each: (Displacement((each,)).order, each.resident.key))
+    alone = [(each, Displacement((each,))) for each in candidates]
+    alone.sort(key=lambda pair: (pair[1].claim, pair[1].cost_per_mb, pair[1].order, pair[1].names))
+    ordered = [each for each, _ in alone]
     chosen: list[Eviction] = []
     for each in ordered:
         chosen.append(each)
