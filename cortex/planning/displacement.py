@@ -108,6 +108,9 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
         # Between two requests of somebody who asks one after the other it is not idle yet, nor right after its load.
         quiet_at = max(resident.last_used, resident.loaded_at) + view.rules.pause_secs
         return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
+    gap_at = resident.last_used + view.rules.pause_secs
+    if view.now < gap_at and not resident.asleep:  # whoever has waited for long enough takes it between two requests
+        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * view.rules.pause_secs))
     return Eviction(resident, Claim.IDLE, view.now)
 
 
