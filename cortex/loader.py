@@ -222,7 +222,7 @@ class Loader:
         """
         going = {
             key: asyncio.create_task(
-                self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
+                self._leave(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
                 name=f"{key[0]} leaves {key[1]}",
             )
             for key, asleep in leaving.items()
@@ -239,6 +239,10 @@ class Loader:
         for (model_id, node), outcome in zip(going, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
+
+    async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
+        await self.send_away(key, sleep=sleep, wanted=wanted)
+        self._fleet.stay(key)  # it may come back at once, where there is room beside the newcomer
 
     async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
         model_id, name = key
