@@ -69,7 +69,7 @@ class Displacement:
     def order(self) -> tuple[object, ...]:
         """The better the smaller; of those that cost the same, what was used least recently goes."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        return self.claim, self.busy, self.cost, used, len(self.evictions)
+        return self.claim, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
 
     @property
     def names(self) -> tuple[Key, ...]:
