@@ -9,7 +9,7 @@ from cortex.catalogue import ModelProfile
 from cortex.placement import is_feasible
 from cortex.planning.devices import MAX_DISPLACED_SETS, device_sets, eligible
 from cortex.planning.displacement import Claim, Displacement, Eviction
-from cortex.planning.memory import Resident, residents
+from cortex.planning.memory import Resident, residents, rooms
 from cortex.planning.plan import Fit, Plan, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, after, next_turn
@@ -125,7 +125,8 @@ class _Site:
         self.devices = devices
         self._model_id = profile.id
         self._share_mb = view.share_mb(profile)
-        free = {index: _free_mb(view, node, index) for index in devices}
+        room = rooms(view, node)
+        free = {index: room[index].free_mb for index in devices}
         self.missing_mb = {index: self._share_mb - mb for index, mb in free.items() if mb < self._share_mb}
         self.spare_mb = sum(free.values()) - self._share_mb * len(devices)
 
@@ -153,6 +154,7 @@ class _Site:
             share_mb=self._share_mb,
             fit=Fit.AFTER_DISPLACEMENT if leaving else Fit.NOW,
             spare_mb=self.spare_mb,
+            takes_mb=self._share_mb,
             displacement=Displacement(tuple(Eviction(each, Claim.IDLE, now) for each in leaving)),
         )
 
@@ -178,19 +180,3 @@ def _has_a_place(view: View, model_id: str) -> bool:
     fleet = view.fleet
     under_way = any(each.model_id == model_id for each in fleet.reservations)
     return under_way or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None
-
-
-def _free_mb(view: View, node: NodeSnapshot, index: int) -> int:
-    """What can be had on a device: a load that has begun is booked by its neuron, one that has not is reserved."""
-    live = node.device_health[index]
-    reserved = sum(
-        each.share_mb
-        for each in view.fleet.reservations
-        if each.node == node.name and index in each.devices and not _is_coming(node, each.model_id)
-    )
-    return (live.vram_bookable_mb or 0) - reserved
-
-
-def _is_coming(node: NodeSnapshot, model_id: str) -> bool:
-    status = node.status_of(model_id)
-    return status is not None and status.coming

@@ -28,7 +28,7 @@ from cortex.simulate.outcome import Counts, MemoryUse, Outcome, figures
 from cortex.simulate.policies import Policy
 from cortex.simulate.sent import Sent
 from cortex.simulate.trace import Ask
-from cortex.snapshot import FleetSnapshot, Reservation
+from cortex.snapshot import FleetSnapshot
 from shared.protocol import ModelStatus
 
 RECENT_SECS = 60.0
@@ -48,7 +48,6 @@ class _Job:
     """A load under way: `plan` with the models that have still to go."""
 
     plan: Plan
-    reservation: Reservation
     for_waiters: bool
     staying: set[Key]  # that are not gone yet
 
@@ -106,7 +105,7 @@ class World:
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(
             {name: host.snapshot() for name, host in self.hosts.items()},
-            tuple(job.reservation for job in self._jobs.values()),
+            tuple(job.plan.reservation for job in self._jobs.values()),
             frozenset(self._leaving),
         )
 
@@ -253,8 +252,7 @@ class World:
         if key in self._jobs:
             return
         leaving = [each.resident.key for each in plan.displacement.evictions]
-        reservation = Reservation(plan.model_id, plan.node, plan.devices, plan.share_mb)
-        self._jobs[key] = job = _Job(plan, reservation, for_waiters, set(leaving))
+        self._jobs[key] = job = _Job(plan, for_waiters, set(leaving))
         uses = self._demand.uses()
         self._leaving.update(leaving)
         for gone in leaving:
