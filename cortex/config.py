@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -62,17 +63,19 @@ class ColdLoadSettings(SettingsModel):
 class PlacementSettings(SettingsModel):
     """`[placement]`: who makes way for whom, and when. Seconds."""
 
-    min_residency_secs: float = Field(default=30, ge=0)
-    patience_secs: float = Field(default=15, ge=0)
-    starvation_secs: float = Field(default=60, ge=0)
-    pause_secs: float = Field(default=1, ge=0)
+    min_residency_secs: float = Field(default=15, ge=0)
+    patience_secs: float = Field(default=300, ge=0)
+    starvation_secs: float = Field(default=300, ge=0)
+    pause_secs: float = Field(default=5, ge=0)
     replica_target: int = Field(default=8, ge=1)  # requests at a time
     scale_up_secs: float = Field(default=5, ge=0)
     scale_down_secs: float = Field(default=300, gt=0)
 
     def rules(self) -> Rules:
         """For the planner."""
-        return Rules(**self.model_dump())
+        rules = Rules(**self.model_dump())
+        # Memory is not kept for somebody for whom nobody may be drained yet.
+        return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
 
 
 class RoutingSettings(SettingsModel):

@@ -18,6 +18,14 @@ _EXHAUSTIVE = 10
 """Residents whose every subset is looked at; of more the cheapest are taken one after the other."""
 
 
+PATIENCE_EXCHANGES = 4.0
+"""A model in use is left alone for so many times what its exchange for another and back takes, but for `patience_secs`
+at most."""
+PAUSE_EXCHANGES = 0.05
+LEAST_PAUSE_SECS = 0.5
+"""It counts as in use for this part of what the exchange takes after its last request, but for `pause_secs` at most."""
+
+
 class Claim(IntEnum):
     """What a resident can say for itself, weakest first."""
 
@@ -91,26 +99,30 @@ def shield(resident: Resident, priority: int) -> str | None:
     return None
 
 
-def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
-    """What displacing this resident would take, for somebody who waits since then."""
+def eviction(view: View, resident: Resident, *, since: float, load_secs: float) -> Eviction:
+    """What displacing this resident would take, for somebody who waits since then and whose load takes so long.
+
+    The longer the exchange takes, there and back, the longer the one that is in use is left alone: so that most of the
+    time goes into answers and not into loads.
+    """
+    rules, exchange_secs = view.rules, load_secs + resident.reload_secs
+    patient_until = since + min(rules.patience_secs, PATIENCE_EXCHANGES * exchange_secs)
+    pause = min(rules.pause_secs, max(LEAST_PAUSE_SECS, PAUSE_EXCHANGES * exchange_secs))
     profile = view.catalogue.profile(resident.key[0])
     own = None if profile is None else profile.min_residency_secs
-    residency = view.rules.min_residency_secs if own is None else own
-    had_its_time_at = resident.loaded_at + residency
+    had_its_time_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
     young = view.now < had_its_time_at and not resident.asleep
-    wanted = resident.key[0] in view.waiting
-    if resident.in_flight or wanted:
-        patient_until = since + view.rules.patience_secs
+    if resident.in_flight or resident.key[0] in view.waiting:
         if young:
             return Eviction(resident, Claim.YOUNG_BUSY, max(had_its_time_at, patient_until))
         return Eviction(resident, Claim.BUSY, patient_until)
     if young:
         # Between two requests of somebody who asks one after the other it is not idle yet, nor right after its load.
-        quiet_at = max(resident.last_used, resident.loaded_at) + view.rules.pause_secs
+        quiet_at = max(resident.last_used, resident.loaded_at) + pause
         return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
-    gap_at = resident.last_used + view.rules.pause_secs
+    gap_at = resident.last_used + pause
     if view.now < gap_at and not resident.asleep:  # whoever has waited for long enough takes it between two requests
-        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * view.rules.pause_secs))
+        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * pause))
     return Eviction(resident, Claim.IDLE, view.now)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from cortex.planning.view import Key, View
 from cortex.snapshot import NodeSnapshot, Reservation
@@ -43,6 +44,7 @@ class Resident:
     in_flight: int
     last_used: float
     loaded_at: float
+    reload_secs: float
     cost: float
     asleep: bool = False
     kept: bool = False
@@ -104,11 +106,22 @@ def pending(view: View, node: NodeSnapshot) -> list[Resident]:
         if (entry.known_status is not None and entry.known_status.coming) or (entry.id, node.name) in view.fleet.leaving
     ]
     asked_for = [
-        Resident((each.model_id, node.name), frozenset(each.devices), outstanding_mb(node, each), 0, 0, 0.0, 0.0, 0.0)
+        Resident(
+            (each.model_id, node.name), frozenset(each.devices), outstanding_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0
+        )
         for each in view.fleet.reservations
         if each.node == node.name
     ]
     return [*moving, *asked_for]
+
+
+def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> float:
+    """What a load there should take: as it took there, or elsewhere; else as loads of other models mostly do; else by its
+    size."""
+    known = view.expected_load_secs(model_id, node)
+    if known is None and view.load_secs:
+        known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())
+    return LOAD_SECS_BASE + LOAD_SECS_PER_MB * size_mb if known is None else known
 
 
 def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
@@ -125,7 +138,7 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
     if not share and not asleep:  # nobody knows: whatever there is
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
-    secs = view.expected_load_secs(entry.id, node.name) or LOAD_SECS_BASE + LOAD_SECS_PER_MB * size
+    secs = likely_load_secs(view, entry.id, node.name, size)
     return Resident(
         key=(entry.id, node.name),
         devices=devices,
@@ -134,6 +147,7 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
         in_flight=max(use.in_flight, reported),
         last_used=use.last_used,
         loaded_at=use.loaded_at,
+        reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
         kept=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,

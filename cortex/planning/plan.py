@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 
 from cortex.catalogue import ModelProfile
 from cortex.placement import infeasible_reason
@@ -25,7 +26,7 @@ from cortex.planning.displacement import (
     shield,
     suffice,
 )
-from cortex.planning.memory import Resident, Room, books, pending, residents, rooms
+from cortex.planning.memory import Resident, Room, books, likely_load_secs, pending, residents, rooms
 from cortex.planning.shortlist import shortlist
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot, Reservation
@@ -236,9 +237,9 @@ def _after_displacement(site: _Site) -> Plan | Held:
     since = view.now if waiting is None else waiting.since
     there = residents(view, site.node)
     others = [each for each in there if each.key[0] != own_id]
-    movable = [
-        eviction(view, each, since=since) for each in others if shield(each, site.profile.residency_priority) is None
-    ]
+    load_secs = likely_load_secs(view, own_id, site.node.name, site.share * site.profile.min_devices)
+    evicted = partial(eviction, view, since=since, load_secs=load_secs)
+    movable = [evicted(each) for each in others if shield(each, site.profile.residency_priority) is None]
     # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
     own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
     by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
@@ -256,7 +257,7 @@ def _after_displacement(site: _Site) -> Plan | Held:
     ]
     if not plans:
         moving = pending(view, site.node)
-        later = [*movable, *own, *(eviction(view, each, since=since) for each in moving)]
+        later = [*movable, *own, *(evicted(each) for each in moving)]
         # While something moves the figures are about to be others: nothing is tried against them that might fit then.
         if moving and any(site.may_fit(indices) or suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))

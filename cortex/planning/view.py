@@ -17,13 +17,13 @@ Key = tuple[str, str]
 class Rules:
     """The operator's `[placement]`. Seconds everywhere."""
 
-    min_residency_secs: float = 30.0
+    min_residency_secs: float = 15.0
     """A model stays at least so long, unless nothing else makes room."""
-    patience_secs: float = 15.0
+    patience_secs: float = 300.0
     """When somebody has waited so long, a model that had its time is drained for him although it is busy."""
-    starvation_secs: float = 60.0
+    starvation_secs: float = 300.0
     """Who has waited so long goes first, whatever the priorities."""
-    pause_secs: float = 1.0
+    pause_secs: float = 5.0
     """A model counts as in use for so long after its last request; for at most twice as long while somebody waits for
     its place."""
     replica_target: int = 8
