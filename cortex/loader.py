@@ -260,10 +260,13 @@ class Loader:
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
+        # One that is to wake is called asleep until it begins to, and when it cannot: only the answer tells.
+        wait = (asleep and plan.wakes) or not self._is_ours(plan.node)
         try:
-            if node.status_of(plan.model_id) is ModelStatus.SLEEPING and not plan.wakes:
+            if asleep and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
-            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=not self._is_ours(plan.node))
+            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
         except NeuronRefused as refused:
             if refused.code != LOAD_IN_PROGRESS:
                 await self._look_again(plan.node)  # it knows something that we do not

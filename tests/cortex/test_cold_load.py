@@ -7,6 +7,9 @@ import asyncio
 import pytest
 
 from tests.cortex.conftest import StartCortex
+from tests.cortex.raw_engine import Received, plain
+from tests.cortex.raw_http import Wire, until
+from tests.cortex.raw_neuron import RawNeuron
 from tests.cortex.seed_neuron import SeedNeuron
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
@@ -274,3 +277,23 @@ async def _status(request: object) -> int:
     async with request as response:  # type: ignore[attr-defined]
         await response.read()
         return int(response.status)
+
+
+async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) -> None:
+    """It may still be falling asleep: that its neuron calls it asleep meanwhile is no failure of the load."""
+    async with RawNeuron().running() as neuron:
+        neuron.change("org/small", "sleeping")
+
+        async def wake(wire: Wire, received: Received) -> None:
+            before = neuron.asked.count("/health")
+            await until(lambda: neuron.asked.count("/health") >= before + 2)
+            neuron.change("org/small", "loaded")
+            await wire.send(plain(b'{"status": "loaded"}'))
+
+        async def begin(wire: Wire, received: Received) -> None:
+            await wire.send(plain(b'{"status": "loading"}', status="202 Accepted"))
+
+        neuron.scripts.update({"/models/load": wake, "/models/load?wait=false": begin})
+        cortex = await start_cortex([neuron], [SMALL])
+        async with cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/small"}) as response:
+            assert response.status == 200, await response.text()
