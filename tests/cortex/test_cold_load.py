@@ -297,3 +297,19 @@ async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) 
         cortex = await start_cortex([neuron], [SMALL])
         async with cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/small"}) as response:
             assert response.status == 200, await response.text()
+
+
+async def test_a_neuron_that_loads_and_has_not_is_not_asked_without_end(
+    start_cortex: StartCortex, benjy: SeedNeuron
+) -> None:
+    """Its answer to a load is that it has the model already, which it does not list as loaded."""
+    benjy.models["org/small"] = "stopping"
+    benjy.load_error = (400, {"error": "the model is already loaded"})
+    cortex = await start_cortex([benjy], [SMALL])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    await benjy.load_started.wait()
+    polls = benjy.calls.count("/health")
+    await cortex.until(lambda: benjy.calls.count("/health") > polls + 5)
+    assert len(benjy.loads) == 1
+    benjy.models["org/small"] = "loaded"
+    assert await ask == 200
