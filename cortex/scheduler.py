@@ -308,7 +308,7 @@ class Scheduler:
         self._fleet.leave(key)
         try:
             await self._loader.send_away(
-                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id)
+                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.cortex.conftest import StartCortex
-from tests.cortex.raw_engine import Received, plain
+from tests.cortex.raw_engine import Received, answering, plain
 from tests.cortex.raw_http import Wire, until
 from tests.cortex.raw_neuron import RawNeuron
 from tests.cortex.seed_neuron import SeedNeuron
@@ -313,3 +313,20 @@ async def test_a_neuron_that_loads_and_has_not_is_not_asked_without_end(
     assert len(benjy.loads) == 1
     benjy.models["org/small"] = "loaded"
     assert await ask == 200
+
+
+async def test_an_idle_model_that_others_use_stays(start_cortex: StartCortex) -> None:
+    """Another cortex's requests came as it was told to sleep: it is not unloaded instead."""
+    async with RawNeuron().running() as neuron:
+        neuron.change("org/small", "loaded")
+        busy = b'{"error": {"message": "it has requests", "code": "model_busy"}}'
+
+        async def gone(wire: Wire, received: Received) -> None:
+            neuron.change("org/small", "unloaded")
+            await wire.send(plain(b'{"status": "unloaded"}'))
+
+        neuron.scripts["/models/sleep"] = answering(plain(busy, status="409 Conflict"))
+        neuron.scripts.update({"/models/unload": gone, "/models/unload?drain_secs=1800": gone})
+        await start_cortex([neuron], [{**SMALL, "idle_ttl_secs": 0.1, "when_idle": "sleep"}])
+        await until(lambda: neuron.asked.count("/models/sleep") > 1)
+        assert not [path for path in neuron.asked if path.startswith("/models/unload")]
