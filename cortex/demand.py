@@ -23,6 +23,7 @@ class Demand:
         self._counts = counts
         self._clock = clock
         self._begun: Mapping[Key, int] = {}
+        self._ended: dict[Key, int] = {}  # as the engines told last
         self._last_used: dict[Key, float] = {}
         self._loaded_at: dict[Key, float] = {}
         self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
@@ -45,10 +46,15 @@ class Demand:
         self._begun = begun
         in_flight = self._counts.all_in_flight()
         self._last_used.update(dict.fromkeys(in_flight, now))
+        ended: dict[Key, int] = {}
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
-                if activity.in_flight or activity.queue_depth:
-                    self._last_used[activity.id, node.name] = now
+                key, count = (activity.id, node.name), activity.ended or 0
+                ended[key] = count
+                # Another cortex's requests may all be so short that no poll sees one running.
+                if activity.in_flight or activity.queue_depth or count > self._ended.get(key, count):
+                    self._last_used[key] = now
+        self._ended = ended
         self._press(fleet, in_flight, replica_target, now)
 
     def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 LOAD_IN_PROGRESS = "load_in_progress"
 """What a neuron answers, with 409, when it is loading the model with another spec."""
 INSUFFICIENT_VRAM = "insufficient_vram"
+MODEL_BUSY = "model_busy"
+"""What a neuron answers, with 409, when a model that is to sleep has requests."""
 _OF_THE_MODEL = ("invalid_request",)
 _PASSING = ("neuron_stopping", "load_cancelled")
 
@@ -137,12 +139,14 @@ class Loader:
         """Lets go of the loads; the neurons carry them on."""
         await self._tasks.close()
 
-    async def send_away(self, key: Key, *, sleep: bool, wanted: Callable[[], bool] = lambda: True) -> None:
+    async def send_away(
+        self, key: Key, *, sleep: bool, wanted: Callable[[], bool] = lambda: True, if_idle: bool = False
+    ) -> None:
         """Drains a model on a node and unloads it, or puts it to sleep where it can. It must be `leaving` already, and
-        is so until the caller says otherwise.
+        is so until the caller says otherwise. With `if_idle` one that is to sleep stays when others use it.
 
         Raises:
-            NotWanted: before it was asked to go. NeuronRefused, NeuronUnreachable: it is not gone.
+            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone.
         """
         model_id, node = key
         await self._settle_routes()
@@ -154,7 +158,7 @@ class Loader:
             raise NotWanted
         client = self._client(node)
         try:
-            if sleep and await self._put_to_sleep(key):
+            if sleep and await self._put_to_sleep(key, if_idle=if_idle):
                 return
             drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) else 0
             await client.unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain)
@@ -164,12 +168,14 @@ class Loader:
         finally:
             await self._look_again(node)
 
-    async def _put_to_sleep(self, key: Key) -> bool:
-        """False when it does not sleep there."""
+    async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
+        """False when it does not sleep there. Raises NotWanted as `send_away`."""
         model_id, node = key
         try:
             await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
         except NeuronRefused as refused:
+            if if_idle and refused.code == MODEL_BUSY:
+                raise NotWanted from refused
             log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
             return False
         return True
@@ -264,10 +270,13 @@ class Loader:
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
+        # One that is to wake is called asleep until it begins to, and when it cannot: only the answer tells.
+        wait = (asleep and plan.wakes) or not self._is_ours(plan.node)
         try:
-            if node.status_of(plan.model_id) is ModelStatus.SLEEPING and not plan.wakes:
+            if asleep and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
-            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=not self._is_ours(plan.node))
+            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
         except NeuronRefused as refused:
             if refused.code != LOAD_IN_PROGRESS:
                 await self._look_again(plan.node)  # it knows something that we do not

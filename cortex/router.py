@@ -247,6 +247,8 @@ class Router:
             try:
                 endpoint = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
+                if isinstance(error, NeuronRefused):
+                    self._scheduler.lost(model_id, node, str(error))
                 await watch.refresh()
                 if self._clients.get(node) is not client:
                     continue

@@ -152,6 +152,11 @@ class Scheduler:
             self._rooms.news(model_id)
         self._wake.set()
 
+    def lost(self, model_id: str, node: str, reason: str) -> None:
+        """A neuron names no engine of a model that it was thought to have loaded. It gets a moment before it is asked
+        again to load it: one that says that it has, and has not, would be asked without end."""
+        self._bars.failed(model_id, node, Cause.PASSING, f"{node} has lost {model_id!r}: {reason}")
+
     def load(self, model_id: str, node_name: str | None) -> Job | None:
         """An operator's load, on a neuron or wherever it goes best: begun at once, in spite of a back-off and without
         waiting for a turn. None when it is on its way there by somebody else's doing.
@@ -303,7 +308,7 @@ class Scheduler:
         self._fleet.leave(key)
         try:
             await self._loader.send_away(
-                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id)
+                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)

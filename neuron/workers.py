@@ -188,7 +188,14 @@ class Workers:
         for worker in self.all:
             sample = None if worker.engine is None else worker.engine.vitals.sample
             if sample is not None and worker.condition.state is State.LOADED:
-                found.append(ModelActivity(id=worker.model_id, in_flight=sample.running, queue_depth=sample.waiting))
+                found.append(
+                    ModelActivity(
+                        id=worker.model_id,
+                        in_flight=sample.running,
+                        queue_depth=sample.waiting,
+                        ended=round(sample.ended),
+                    )
+                )
         return found
 
     def begin_stop(self) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from cortex.planning.view import Key, View
 from cortex.snapshot import NodeSnapshot, Reservation
-from shared.protocol import Device, ModelStatus, ModelView
+from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 SHARED_MEMORY_MB = 1 << 30
 """Stands for the memory of a device that has none of its own to count: it never refuses."""
@@ -62,8 +62,7 @@ def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
 def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     """What a load of ours will take of each of its devices that the node's figures do not count as taken yet."""
     entry = node.models.get(reservation.model_id)
-    status = None if entry is None else entry.known_status
-    if entry is None or status is None or not (status.coming or status is ModelStatus.LOADED):
+    if entry is None or not _is_up_or_coming(entry):
         return reservation.share_mb
     if entry.vram_booked_mb:
         return 0
@@ -84,9 +83,30 @@ def _room(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, 
     if live is None:
         return Room(device.vram_total_mb, device.vram_total_mb - reserved)
     if live.vram_bookable_mb is not None:
-        return Room(device.vram_total_mb, live.vram_bookable_mb - reserved, live.vram_asleep_mb or 0)
+        bookable = live.vram_bookable_mb - _not_counted_mb(node, device, live)
+        return Room(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
     measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not say
     return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
+
+
+def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
+    """What models on their way up have booked of a device since its figures were made: those are polled, a model that
+    begins to load is told of at once."""
+    there = [entry for entry in node.models.values() if device.index in (entry.devices or ())]
+    coming = sum(_booked_share_mb(entry) for entry in there if entry.known_status is not ModelStatus.LOADED)
+    if not coming or live.vram_booked_mb is None:
+        return 0
+    return min(coming, max(0, sum(map(_booked_share_mb, there)) - live.vram_booked_mb))
+
+
+def _booked_share_mb(entry: ModelView) -> int:
+    """Of each of its devices, for one that is loaded or on its way up."""
+    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_up_or_coming(entry) else 0
+
+
+def _is_up_or_coming(entry: ModelView) -> bool:
+    status = entry.known_status
+    return status is not None and (status.coming or status is ModelStatus.LOADED)
 
 
 def residents(view: View, node: NodeSnapshot) -> list[Resident]:

@@ -77,14 +77,17 @@ def _retirements(view: View, profile: ModelProfile) -> Iterator[Retirement]:
     serving = view.fleet.serving(profile.id)
     idle = sorted((view.now - _used_at(view, profile.id, node), node.name) for node in serving)[::-1]
     left = len(serving)
+    working = sum(_working(view, profile.id, node.name) for node in serving)
     for idle_secs, name in idle:
-        if left <= profile.replicas.min or _busy(view, profile.id, name):
+        if left <= profile.replicas.min or _working(view, profile.id, name):
             continue
         ttl = profile.idle_ttl_secs
         if ttl is not None and idle_secs >= ttl:
             left -= 1
             yield Retirement(profile.id, name, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
+            if working > view.rules.replica_target * (left - 1):
+                continue  # another would be loaded again for what the rest have to do
             left -= 1
             yield Retirement(profile.id, name, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
@@ -94,10 +97,11 @@ def _used_at(view: View, model_id: str, node: NodeSnapshot) -> float:
     return max(use.last_used, use.loaded_at)
 
 
-def _busy(view: View, model_id: str, node: str) -> bool:
+def _working(view: View, model_id: str, node: str) -> int:
+    """Requests that the model has there."""
     activity = view.fleet.nodes[node].activity.get(model_id)
     reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    return view.use(model_id, node).in_flight > 0 or reported > 0
+    return max(view.use(model_id, node).in_flight, reported)
 
 
 def _holders(view: View, profile: ModelProfile) -> Iterator[NodeSnapshot]:

@@ -39,11 +39,12 @@ class Activation(WireModel):
 
 
 class ModelActivity(WireModel):
-    """Requests of one engine: running now, and waiting inside the engine."""
+    """Requests of one engine: running now, waiting inside the engine, and ended since it started; None: not told."""
 
     id: str
     in_flight: int = 0
     queue_depth: int = 0
+    ended: int | None = None
 
 
 class NeuronHealth(WireModel):

@@ -7,6 +7,9 @@ import asyncio
 import pytest
 
 from tests.cortex.conftest import StartCortex
+from tests.cortex.raw_engine import Received, answering, plain
+from tests.cortex.raw_http import Wire, until
+from tests.cortex.raw_neuron import RawNeuron
 from tests.cortex.seed_neuron import SeedNeuron
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
@@ -274,3 +277,56 @@ async def _status(request: object) -> int:
     async with request as response:  # type: ignore[attr-defined]
         await response.read()
         return int(response.status)
+
+
+async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) -> None:
+    """It may still be falling asleep: that its neuron calls it asleep meanwhile is no failure of the load."""
+    async with RawNeuron().running() as neuron:
+        neuron.change("org/small", "sleeping")
+
+        async def wake(wire: Wire, received: Received) -> None:
+            before = neuron.asked.count("/health")
+            await until(lambda: neuron.asked.count("/health") >= before + 2)
+            neuron.change("org/small", "loaded")
+            await wire.send(plain(b'{"status": "loaded"}'))
+
+        async def begin(wire: Wire, received: Received) -> None:
+            await wire.send(plain(b'{"status": "loading"}', status="202 Accepted"))
+
+        neuron.scripts.update({"/models/load": wake, "/models/load?wait=false": begin})
+        cortex = await start_cortex([neuron], [SMALL])
+        async with cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/small"}) as response:
+            assert response.status == 200, await response.text()
+
+
+async def test_a_neuron_that_loads_and_has_not_is_not_asked_without_end(
+    start_cortex: StartCortex, benjy: SeedNeuron
+) -> None:
+    """Its answer to a load is that it has the model already, which it does not list as loaded."""
+    benjy.models["org/small"] = "stopping"
+    benjy.load_error = (400, {"error": "the model is already loaded"})
+    cortex = await start_cortex([benjy], [SMALL])
+    ask = asyncio.create_task(_status(cortex.chat("org/small")))
+    await benjy.load_started.wait()
+    polls = benjy.calls.count("/health")
+    await cortex.until(lambda: benjy.calls.count("/health") > polls + 5)
+    assert len(benjy.loads) == 1
+    benjy.models["org/small"] = "loaded"
+    assert await ask == 200
+
+
+async def test_an_idle_model_that_others_use_stays(start_cortex: StartCortex) -> None:
+    """Another cortex's requests came as it was told to sleep: it is not unloaded instead."""
+    async with RawNeuron().running() as neuron:
+        neuron.change("org/small", "loaded")
+        busy = b'{"error": {"message": "it has requests", "code": "model_busy"}}'
+
+        async def gone(wire: Wire, received: Received) -> None:
+            neuron.change("org/small", "unloaded")
+            await wire.send(plain(b'{"status": "unloaded"}'))
+
+        neuron.scripts["/models/sleep"] = answering(plain(busy, status="409 Conflict"))
+        neuron.scripts.update({"/models/unload": gone, "/models/unload?drain_secs=1800": gone})
+        await start_cortex([neuron], [{**SMALL, "idle_ttl_secs": 0.1, "when_idle": "sleep"}])
+        await until(lambda: neuron.asked.count("/models/sleep") > 1)
+        assert not [path for path in neuron.asked if path.startswith("/models/unload")]

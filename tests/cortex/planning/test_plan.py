@@ -160,6 +160,19 @@ def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(seed: bool) 
     assert planned(view(where, profile(vram_mb=9000))) is None  # it waits for the load's end
 
 
+@pytest.mark.parametrize("counted_mb", [16000, 0])
+def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
+    """A neuron tells of a load at once, and of its memory when it is polled: the figures may be those of before."""
+    loading = host("n", 40000, models={"other": On(16000, status="loading")})
+    assert loading.health is not None
+    [device] = loading.health.devices
+    figures = device.model_copy(update={"vram_booked_mb": counted_mb, "vram_bookable_mb": 40000 - counted_mb})
+    loading = replace(loading, health=loading.health.model_copy(update={"devices": [figures]}))
+    where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
+    assert plan_for(view(where, profile(vram_mb=20000))).spare_mb == 4000
+    assert planned(view(where, profile(vram_mb=30000))) is None
+
+
 def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
     """All of it is to come."""
     where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))

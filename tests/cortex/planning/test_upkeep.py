@@ -189,6 +189,13 @@ def test_requests_of_others_keep_a_model() -> None:
     assert retired(view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): used(idle=900)})) == []
 
 
+@pytest.mark.parametrize(("working", "expected"), [(9, []), (8, ["b"])])
+def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list[str]) -> None:
+    """While the others would have more than `replica_target` requests each without it, however idle it is itself."""
+    uses = {("m", "a"): used(working), ("m", "b"): used(idle=400)}
+    assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == expected
+
+
 def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
     """The next one goes instead."""
     uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
