@@ -66,7 +66,7 @@ class PlacementSettings(SettingsModel):
     min_residency_secs: float = Field(default=15, ge=0)
     patience_secs: float = Field(default=300, ge=0)
     starvation_secs: float = Field(default=300, ge=0)
-    pause_secs: float = Field(default=5, ge=0)
+    pause_secs: float = Field(default=10, ge=0)
     replica_target: int = Field(default=8, ge=1)  # requests at a time
     scale_up_secs: float = Field(default=5, ge=0)
     scale_down_secs: float = Field(default=300, gt=0)

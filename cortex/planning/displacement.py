@@ -21,7 +21,7 @@ _EXHAUSTIVE = 10
 PATIENCE_EXCHANGES = 4.0
 """A model in use is left alone for so many times what its exchange for another and back takes, but for `patience_secs`
 at most."""
-PAUSE_EXCHANGES = 0.05
+PAUSE_EXCHANGES = 0.1
 LEAST_PAUSE_SECS = 0.5
 """It counts as in use for this part of what the exchange takes after its last request, but for `pause_secs` at most."""
 

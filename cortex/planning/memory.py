@@ -136,8 +136,7 @@ def pending(view: View, node: NodeSnapshot) -> list[Resident]:
 
 
 def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> float:
-    """What a load there should take: as it took there, or elsewhere; else as loads of other models mostly do; else by its
-    size."""
+    """What a load there should take: as there, or elsewhere, before; else as others mostly take; else by its size."""
     known = view.expected_load_secs(model_id, node)
     if known is None and view.load_secs:
         known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())

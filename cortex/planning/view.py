@@ -23,7 +23,7 @@ class Rules:
     """When somebody has waited so long, a model that had its time is drained for him although it is busy."""
     starvation_secs: float = 300.0
     """Who has waited so long goes first, whatever the priorities."""
-    pause_secs: float = 5.0
+    pause_secs: float = 10.0
     """A model counts as in use for so long after its last request; for at most twice as long while somebody waits for
     its place."""
     replica_target: int = 8

@@ -11,6 +11,8 @@ from cortex.planning.view import Bar, Key, Rules, Use, View, Waiting
 from cortex.snapshot import FleetSnapshot
 
 NOW = 10_000.0
+RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)
+"""Easy to reckon with."""
 
 
 def profile(**fields: Any) -> ModelProfile:
@@ -38,7 +40,7 @@ def view(
         now=now,
         catalogue=Catalogue(models=models),
         fleet=where,
-        rules=rules or Rules(),
+        rules=rules or RULES,
         waiting={model_id: Waiting(1, now - secs) for model_id, secs in (waiting or {}).items()},
         uses=uses or {},
         bars=bars or {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from cortex.planning.plan import Fit
 from cortex.planning.view import Rules, Use
 from cortex.snapshot import FleetSnapshot
 from tests.cortex.fleets import On, fleet, host
-from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view
+from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view
 
 M = profile(vram_mb=20000)
 BOX = fleet(host("box", 24000, models={"a": On(20000)}))
@@ -89,7 +90,7 @@ def test_requests_of_others_count_as_well() -> None:
 
 @pytest.mark.parametrize(
     ("own", "rules", "ready_in"),
-    [(None, Rules(), 20), (60, Rules(), 50), (0, Rules(), 15), (None, Rules(min_residency_secs=100), 90)],
+    [(None, RULES, 20), (60, RULES, 50), (0, RULES, 15), (None, replace(RULES, min_residency_secs=100), 90)],
 )
 def test_residency_is_the_models_own_else_everybodys(own: float | None, rules: Rules, ready_in: float) -> None:
     """`min_residency_secs`, of the model and of all."""
@@ -222,7 +223,7 @@ def test_the_image_model_waits_for_the_mid_tier_rather_than_take_the_flagship(us
 
 
 def _eviction(name: str, mb: int, *devices: int, claim: Claim = Claim.IDLE, cost: float = 0.0) -> Eviction:
-    return Eviction(Resident((name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, cost), claim, NOW)
+    return Eviction(Resident((name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, 0.0, cost), claim, NOW)
 
 
 def _names(found: Displacement | None) -> set[str] | None:

@@ -13,7 +13,7 @@ from cortex.planning.turns import Turn, next_turn
 from cortex.planning.view import Bar, Rules, Use, View, Waiting
 from cortex.snapshot import NodeSnapshot, Reservation
 from tests.cortex.fleets import On, fleet, host
-from tests.cortex.views import NOW, evicted, profile, used, view
+from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 
 A, B, C = (profile(id=name, vram_mb=20000) for name in "abc")
 
@@ -24,7 +24,7 @@ class Box:
     when it has nothing more to do."""
 
     models: tuple[ModelProfile, ...]
-    rules: Rules = field(default_factory=Rules)
+    rules: Rules = RULES
     load_secs: float = 10.0
     now: float = 0.0
     loaded: str | None = None
@@ -119,7 +119,7 @@ def test_abcabc_becomes_aabbcc() -> None:
 
 def test_peers_take_turns() -> None:
     """A serves without pause; B gets the box when it has waited for patience and A has had its time; then A again."""
-    box = Box((A, B), Rules(min_residency_secs=30, patience_secs=15))
+    box = Box((A, B), RULES)
     box.ask("a")
     box.look()
     box.pass_time(10)
@@ -290,7 +290,7 @@ def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: f
 def test_a_split_model_gets_its_turn_among_small_ones() -> None:
     """Six small ones that come and go on two cards, never both at a time, and one that needs both: it waits for
     starvation, and for those that are there by then."""
-    rules = Rules()
+    rules = RULES
     small = tuple(profile(id=f"s{i}", vram_mb=20000) for i in range(6))
     holds: list[str | None] = [None, None]
     since, now, pair_loaded = [0.0, 0.0], 0.0, None
