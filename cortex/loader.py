@@ -124,12 +124,17 @@ class Loader:
     def start(
         self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]
     ) -> Job:
-        """Begins to carry a plan out, or joins the load that is under way there. `wanted` is asked before anybody is
-        sent away; `done` hears of the end, unless nobody wanted it any more."""
+        """Begins to carry a plan out, or joins the load that is under way there. What it takes, and who leaves for it,
+        is in the fleet's snapshot when this returns: the next decision may be made before the task has begun. `wanted`
+        is asked before anybody is sent away; `done` hears of the end, however it came."""
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
+        log.info("loading %s, devices %s, because %s: %s", plan.model_id, list(plan.devices), why, plan.reason)
         job = self._jobs[key] = Job(plan, why, time.time())
+        self._fleet.reserve(plan.reservation)
+        for each in plan.displacement.evictions:
+            self._fleet.leave(each.resident.key)
         job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
         return job
 
@@ -189,28 +194,19 @@ class Loader:
             failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
         finally:
+            for each in job.plan.displacement.evictions:
+                self._fleet.stay(each.resident.key)
+            self._fleet.release(job.plan.reservation)
             del self._jobs[job.model_id, job.node]
         done(job, failure)
 
     async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
-        plan = job.plan
-        reservation = plan.reservation
-        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
-        leaving = list(asleep)
-        log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
-        self._fleet.reserve(reservation)
-        for key in leaving:
-            self._fleet.leave(key)
-        try:
-            if leaving:
-                job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-            async with self._making_way(asleep, wanted):
-                job.phase = "loading"
-                await self._load(job)
-        finally:
-            for key in leaving:
-                self._fleet.stay(key)
-            self._fleet.release(reservation)
+        leaving = {each.resident.key: each.resident.asleep for each in job.plan.displacement.evictions}
+        if leaving:
+            job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
+        async with self._making_way(leaving, wanted):
+            job.phase = "loading"
+            await self._load(job)
 
     @contextlib.asynccontextmanager
     async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:

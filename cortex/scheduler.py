@@ -295,12 +295,12 @@ class Scheduler:
         key = retirement.model_id, retirement.node
         if key not in self._retiring:
             self._retiring.add(key)
+            self._fleet.leave(key)  # here, and not in the task: the next decision may be made before it has begun
             _ = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
 
     async def _send_away(self, retirement: Retirement) -> None:
         key = retirement.model_id, retirement.node
         log.info("%s leaves %s: %s", *key, retirement.reason)
-        self._fleet.leave(key)
         try:
             await self._loader.send_away(
                 key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id)
