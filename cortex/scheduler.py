@@ -277,16 +277,7 @@ class Scheduler:
             for node in view.fleet.holders(model_id)
             if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
         ]
-        if not known:
-            return None
-        entry = known[0].models[model_id]
-        return ModelProfile(
-            id=model_id,
-            harness=entry.harness or "vllm",
-            min_devices=max(1, len(entry.devices)),
-            pinned_on=tuple(node.name for node in known),
-            residency_priority=view.priority(model_id),
-        )
+        return view.remembered(model_id, known)
 
     def _kept_up(self) -> list[ModelProfile]:
         return [profile for profile in self._live.catalogue.models if is_kept_up(profile)]
