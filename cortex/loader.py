@@ -193,6 +193,9 @@ class Loader:
         except (NeuronRefused, NeuronUnreachable) as error:
             failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
+        except Exception as error:  # whoever waits must hear of the end, also of one that nobody has thought of
+            failure = LoadFailed(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
+            log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
             for each in job.plan.displacement.evictions:
                 self._fleet.stay(each.resident.key)

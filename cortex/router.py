@@ -86,8 +86,17 @@ class Router:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
 
         Raises:
-            ServiceError: it cannot be served now; the error is the client's.
+            ServiceError: it cannot be served now; the error is the client's. Nothing else: nobody would be told.
         """
+        try:
+            return await self._resolve(model_id, failures)
+        except ServiceError:
+            raise
+        except Exception as error:
+            log.exception("a bug in finding an engine for %s", model_id)
+            raise ServiceError("internal error; cortex's log has the details") from error
+
+    async def _resolve(self, model_id: str, failures: Sequence[Failure]) -> Route:
         lost = given_up(failures)
         if failures:
             await self._look_again(failures[-1])
@@ -171,6 +180,7 @@ class Router:
         """Keeps the table true to the fleet, for ever."""
         with self._fleet.route_changes() as changes:
             self.publish(self._wanted)
+            self._scheduler.routes_changed(list(self._rooms.models))  # what a loop before this one has not told
             while True:
                 models = await changes.next()
                 self.publish(models & self._wanted)

@@ -124,8 +124,8 @@ class Scheduler:
     async def run(self) -> None:
         """Looks whenever there may be something to do, for ever."""
         while True:
-            await self._something_to_do()
             self.look()
+            await self._something_to_do()
 
     async def keep_up(self) -> None:
         """Samples the demand and keeps, adds and removes replicas, for ever."""

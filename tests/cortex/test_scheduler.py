@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from cortex import scheduler
 from tests.cortex.conftest import StartCortex
+from tests.cortex.raw_http import bounded
 from tests.cortex.seed_neuron import SeedNeuron
 
 LOW = {"id": "org/low", "vram_mb": 20000}
@@ -17,10 +23,43 @@ async def test_two_who_come_at_the_same_moment_cause_one_load_each(
     beast.load_gate.clear()
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])
     parts = cortex.parts
-    scheduler = parts.scheduler
-    with parts.rooms.seat("org/low", scheduler.retry_after):
-        scheduler.want("org/low")
-        with parts.rooms.seat("org/high", scheduler.retry_after):
-            scheduler.want("org/high")
+    want, retry_after = parts.scheduler.want, parts.scheduler.retry_after
+    with parts.rooms.seat("org/low", retry_after):
+        want("org/low")
+        with parts.rooms.seat("org/high", retry_after):
+            want("org/high")
             jobs = [(job.model_id, job.node) for job in parts.loader.jobs()]
     assert jobs == [("org/low", "benjy"), ("org/high", "beast")]
+
+
+async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the reservation is gone with it."""
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("broken")
+
+    monkeypatch.setattr("cortex.loader.load_command", broken)
+    cortex = await start_cortex([benjy], [LOW])
+    async with cortex.chat("org/low") as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (503, "cold_load_failed")
+    assert not cortex.parts.fleet.snapshot().reservations
+
+
+async def test_a_bug_in_planning_is_an_answer_and_passes(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks meanwhile gets 500 and is not left waiting; afterwards cold loads go on as before."""
+    cortex = await start_cortex([benjy], [LOW, HIGH])
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "next_turn", lambda _: 1 / 0)
+        assert await bounded(_status(cortex.chat("org/low"))) == 500
+    assert await bounded(_status(cortex.chat("org/high"))) == 200
+
+
+async def _status(request: Any) -> int:
+    async with request as response:
+        await response.read()
+        return int(response.status)
