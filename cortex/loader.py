@@ -147,13 +147,17 @@ class Loader:
         is so until the caller says otherwise.
 
         Raises:
-            NotWanted: before it was asked to go. NeuronRefused, NeuronUnreachable: it is not gone.
+            NotWanted: before it was asked to go. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
+            NeuronLeft: nobody knows.
         """
         model_id, node = key
         await self._settle_routes()
         while self._counts.in_flight(model_id, node):
             if not wanted():
                 raise NotWanted
+            there = self._node(node)
+            if not there.healthy:  # its requests may hang for ever, and nothing can be loaded there
+                raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
             raise NotWanted

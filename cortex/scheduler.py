@@ -16,7 +16,7 @@ from cortex.demand import SAMPLE_SECS, Demand
 from cortex.fleet import Fleet, NodeLeft
 from cortex.live_config import LiveConfig
 from cortex.loader import Job, Loader, LoadFailed, NotWanted, cause_of
-from cortex.neuron_client import NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Held, Plan, best, likely_verdicts, plan_on, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, next_turn
@@ -298,7 +298,7 @@ class Scheduler:
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)
-        except NodeLeft:
+        except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
             log.warning("%s did not leave %s: %s", *key, error)

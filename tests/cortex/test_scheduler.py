@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from cortex import scheduler
 from tests.cortex.conftest import StartCortex
@@ -57,6 +59,35 @@ async def test_a_bug_in_planning_is_an_answer_and_passes(
         broken.setattr(scheduler, "next_turn", lambda _: 1 / 0)
         assert await bounded(_status(cortex.chat("org/low"))) == 500
     assert await bounded(_status(cortex.chat("org/high"))) == 200
+
+
+@pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
+async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
+    """A model is drained for another there: whoever waits for that one is told."""
+    going = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        going.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    benjy = SeedNeuron("benjy", 24000)
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(going.wait())
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().leaving))
+        if end == "it goes down":
+            benjy.silent = True
+        else:
+            cortex.parts.fleet.configure([], unhealthy_after=3)
+            cortex.parts.roster.configure([], cortex.parts.config.poll)
+        assert await bounded(waiting) == 503
+        assert not cortex.parts.loader.jobs()
+        busy.cancel()
 
 
 async def _status(request: Any) -> int:
