@@ -103,7 +103,10 @@ class Router:
         replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        return await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
+        while True:
+            route = await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
+            if self._is_serving(route.replica):  # still, a few turns of the loop later
+                return route
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
         """Waits in the model's room until it can be served."""
@@ -138,13 +141,17 @@ class Router:
                         raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
                     replica = await self._replica(model_id, left[0])
-                    if replica is not None:
+                    # It may have begun to make way for another while its neuron was asked.
+                    if replica is not None and self._is_serving(replica):
                         return replica
                 case Await() | Place():
                     return None
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def _is_serving(self, replica: Replica) -> bool:
+        return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
     def _took_too_long(self, model_id: str) -> ServiceError:
         waits_for = self._scheduler.note(model_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -88,6 +89,37 @@ async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_c
         assert await bounded(waiting) == 503
         assert not cortex.parts.loader.jobs()
         busy.cancel()
+
+
+async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start_cortex: StartCortex) -> None:
+    """A request asks for the address of an idle engine; before it comes the engine has been asked to go."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(SeedNeuron):
+        async def _endpoint(self, request: web.Request) -> web.Response:
+            response = await super()._endpoint(request)
+            asked.set()
+            await go_on.wait()
+            return response
+
+        async def _unload(self, request: web.Request) -> web.Response:
+            go_on.set()
+            polls = self.calls.count("/health")
+            while self.calls.count("/health") < polls + 2:  # noqa: ASYNC110 - the address has been heard by then
+                await asyncio.sleep(0.01)
+            self.used_mb = [0]
+            return await super()._unload(request)
+
+    benjy = Slow("benjy", 24000)
+    benjy.models, benjy.used_mb = {"org/low": "loaded"}, [20000]
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement={"min_residency_secs": 0})
+        first = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(asked.wait())
+        assert await bounded(_status(cortex.chat("org/high"))) == 200
+        models = [json.loads(body)["model"] for _, _, body in benjy.engine.requests]
+        assert models == ["org/high"], "the other waits for its turn"
+        first.cancel()
 
 
 async def _status(request: Any) -> int:
