@@ -272,11 +272,13 @@ class Loader:
                 await self._look_again(plan.node)  # it knows something that we do not
                 raise _failed(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
-            self._fleet.tell(plan.node, ModelView(id=plan.model_id, status=ModelStatus.LOADING.value))
+            self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
             raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if not loaded:
+            if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
+                self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
             await self._look_again(plan.node)
             await self._until_loaded(plan)
         took = time.monotonic() - started
@@ -284,6 +286,10 @@ class Loader:
         self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+
+    def _count_as_loading(self, plan: Plan) -> None:
+        view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
+        self._fleet.tell(plan.node, view)
 
     async def _until_loaded(self, plan: Plan) -> None:
         """Waits while the model is on its way up on the node."""

@@ -11,7 +11,9 @@ from aiohttp import web
 
 from cortex import scheduler
 from tests.cortex.conftest import StartCortex
-from tests.cortex.raw_http import bounded
+from tests.cortex.raw_engine import Received, plain
+from tests.cortex.raw_http import Wire, bounded
+from tests.cortex.raw_neuron import RawNeuron
 from tests.cortex.seed_neuron import SeedNeuron
 
 LOW = {"id": "org/low", "vram_mb": 20000}
@@ -120,6 +122,36 @@ async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start
         models = [json.loads(body)["model"] for _, _, body in benjy.engine.requests]
         assert models == ["org/high"], "the other waits for its turn"
         first.cancel()
+
+
+async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cortex: StartCortex) -> None:
+    """Events have a connection of their own, and may come late: meanwhile nothing is loaded elsewhere, and an old
+    failure is not taken for this load's."""
+    taken = asyncio.Event()
+
+    async def take(wire: Wire, received: Received) -> None:
+        first.change("org/low", "loading")
+        await wire.send(plain(b'{"status":"loading"}', status="202 Accepted"))
+        taken.set()
+
+    async with RawNeuron("first").running() as first, RawNeuron("second").running() as second:
+        first.scripts["/models/load?wait=false"] = second.scripts["/models/load?wait=false"] = take
+        first.change("org/low", "failed", error="long ago")
+        cortex = await start_cortex([first, second], [LOW], poll={"interval_secs": 30})
+        watch = cortex.parts.watches["first"]
+        await bounded(first.streaming.wait())
+        while first.asked[-2:] != ["/health", "/health"]:  # as long as events flow, nobody asks for the models
+            await watch.refresh()
+        asking = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(taken.wait())
+        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().coming("org/low") is not None), secs=2)
+        for _ in range(2):
+            await watch.refresh()
+        assert [job.node for job in cortex.parts.loader.jobs()] == ["first"]
+        first.change("org/low", "failed", error="just now", cause="model")
+        await first.tell("model", first.models["org/low"])
+        assert await bounded(asking) == 503
+        assert "/models/load?wait=false" not in second.asked
 
 
 async def _status(request: Any) -> int:
