@@ -36,15 +36,7 @@ class Demand:
     def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
         """Takes in what the workers and the neurons' engines have counted since the last sample."""
         now = self._clock()
-        begun = self._counts.begun()
-        for key, count in begun.items():
-            more = count - self._begun.get(key, 0)
-            if more > 0:
-                self._last_used[key] = now
-                self.arrived(key[0], more)
-        self._begun = begun
-        in_flight = self._counts.all_in_flight()
-        self._last_used.update(dict.fromkeys(in_flight, now))
+        in_flight = self._taken_in(now)
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
                 if activity.in_flight or activity.queue_depth:
@@ -64,8 +56,9 @@ class Demand:
                     self._loaded_at.setdefault((model_id, name), now)
 
     def uses(self) -> dict[Key, Use]:
-        """How each model is used where it is loaded."""
-        in_flight = self._counts.all_in_flight()
+        """How each model is used where it is loaded. Also a request that has come and gone since the last sample
+        counts: what was used a moment ago is not idle."""
+        in_flight = self._taken_in(self._clock())
         keys = self._loaded_at.keys() | in_flight.keys()
         return {
             key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), self._loaded_at.get(key, 0.0))
@@ -82,6 +75,19 @@ class Demand:
         """Since when each of a model's replicas has had more to do than the target."""
         return dict(self._pressed)
 
+    def _taken_in(self, now: float) -> dict[Key, int]:
+        """What is in flight now, after whatever the workers have begun is noted as used."""
+        begun = self._counts.begun()
+        for key, count in begun.items():
+            more = count - self._begun.get(key, 0)
+            if more > 0:
+                self._last_used[key] = now
+                self.arrived(key[0], more)
+        self._begun = begun
+        in_flight = self._counts.all_in_flight()
+        self._last_used.update(dict.fromkeys(in_flight, now))
+        return in_flight
+
     def _rate(self, model_id: str, now: float) -> float:
         rate, at = self._wanted.get(model_id, (0.0, now))
         return rate * math.exp(-(now - at) / MEMORY_SECS)
@@ -89,7 +95,7 @@ class Demand:
     def _press(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
         for model_id in {key[0] for key in in_flight} | self._pressed.keys():
             nodes = fleet.serving(model_id)
-            working = sum(max(in_flight.get((model_id, node.name), 0), _reported(node, model_id)) for node in nodes)
+            working = sum(max(in_flight.get((model_id, node.name), 0), node.working_on(model_id)) for node in nodes)
             if nodes and working > target * len(nodes):
                 self._pressed.setdefault(model_id, now)
             else:
@@ -98,8 +104,3 @@ class Demand:
 
 def _is_loaded(node: NodeSnapshot | None, model_id: str) -> bool:
     return node is not None and node.status_of(model_id) is ModelStatus.LOADED
-
-
-def _reported(node: NodeSnapshot, model_id: str) -> int:
-    activity = node.activity.get(model_id)
-    return 0 if activity is None else activity.in_flight + activity.queue_depth

@@ -177,8 +177,7 @@ class Scheduler:
                 raise refusal(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            status = node.status_of(model_id)
-            if status is not None and status.coming:
+            if node.has_coming(model_id):
                 return None
             placed = plan_on(view, profile, node)
             if isinstance(placed, Held):
@@ -255,14 +254,13 @@ class Scheduler:
     def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
         """A load that somebody else began, for which requests of ours wait, may fail as well."""
         key, view = (model_id, node.name), node.models[model_id]
-        status = view.known_status
-        if status is not None and status.coming:
+        if node.has_coming(model_id):
             if self._rooms.count(model_id):
                 self._await_others(model_id, node.name)
             return
         if key in self._awaited:
             self._awaited.discard(key)
-            if status is ModelStatus.FAILED:
+            if view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
                 self._bars.failed(model_id, node.name, cause_of(view), reason)
 

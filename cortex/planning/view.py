@@ -37,7 +37,7 @@ class Rules:
 class Use:
     """How a loaded model is used on one node. Times are those of `View.now`.
 
-    `in_flight` is what the engine works on, for whomever. `last_used` and `loaded_at` are 0 when nothing is known.
+    `in_flight` are our own requests there. `last_used` and `loaded_at` are 0 when nothing is known.
     """
 
     in_flight: int = 0
@@ -93,6 +93,10 @@ class View:
 
     def use(self, model_id: str, node: str) -> Use:
         return self.uses.get((model_id, node), UNUSED)
+
+    def working(self, model_id: str, node: NodeSnapshot) -> int:
+        """Requests that the model's engine on the node has, for whomever: by our own count, or the node's."""
+        return max(self.use(model_id, node.name).in_flight, node.working_on(model_id))
 
     def bar(self, model_id: str, node: str) -> Bar | None:
         """What forbids a load there now."""
