@@ -220,27 +220,33 @@ class Loader:
         """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
         booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
         asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
+        Where one does not go, those stay that have not been asked yet.
 
         Raises, before the body: as `send_away`.
         """
+        in_vain = False
         going = {
             key: asyncio.create_task(
-                self.send_away(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
+                self.send_away(
+                    key,
+                    sleep=self._sleeps_when_idle(key[0]) and not asleep,
+                    wanted=lambda: not in_vain and wanted(),
+                ),
                 name=f"{key[0]} leaves {key[1]}",
             )
             for key, asleep in leaving.items()
         }
         try:
-            for key, task in going.items():
-                await self._until_going(key, task)
+            await asyncio.gather(*(self._until_going(key, task) for key, task in going.items()))
             yield
         except asyncio.CancelledError:
             await cancel_all(list(going.values()))
             raise
         finally:
+            in_vain = True
             outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
         for (model_id, node), outcome in zip(going, outcomes, strict=True):
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, Exception) and not isinstance(outcome, NotWanted):
                 log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
 
     async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,23 +65,44 @@ async def test_a_bug_in_planning_is_an_answer_and_passes(
     assert await bounded(_status(cortex.chat("org/high"))) == 200
 
 
+async def hang(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: StartCortex) -> None:
+    """Two have to make way. One is refused by its neuron: the other, which still has a request, stays, and whoever
+    waits is not held until that has ended."""
+
+    class Stubborn(SeedNeuron):
+        async def _unload(self, request: web.Request) -> web.Response:
+            return web.json_response({"error": "it does not end"}, status=500)
+
+    benjy = Stubborn("benjy", 24000)
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/busy": "loaded", "org/idle": "loaded"}, [20000], hang
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/busy")))
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(_until(lambda: cortex.parts.scheduler.view().bar("org/high", "benjy") is not None))
+        assert not cortex.parts.fleet.snapshot().leaving
+        assert "org/busy" not in benjy.unloads
+        busy.cancel()
+        waiting.cancel()
+
+
 @pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
 async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
     """A model is drained for another there: whoever waits for that one is told."""
-    going = asyncio.Event()
-
-    async def hang(_: web.Request) -> web.StreamResponse:
-        going.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
     benjy = SeedNeuron("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
     async with benjy.running():
         impatient = {"patience_secs": 0, "min_residency_secs": 0}
         cortex = await start_cortex([benjy], [LOW, HIGH], placement=impatient)
         busy = asyncio.create_task(_status(cortex.chat("org/low")))
-        await bounded(going.wait())
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
         await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().leaving))
         if end == "it goes down":
@@ -158,3 +180,8 @@ async def _status(request: Any) -> int:
     async with request as response:
         await response.read()
         return int(response.status)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is looked at has no event
+        await asyncio.sleep(0.01)
