@@ -221,12 +221,14 @@ class Scheduler:
         return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:
-        if failure is not None:
-            self._note_failure(job, failure)
-        elif self._fleet.snapshot().serving(job.model_id):
-            self._bars.succeeded(job.model_id, job.node)
-        self._rooms.news(job.model_id)
-        self._wake.set()
+        try:
+            if failure is not None:
+                self._note_failure(job, failure)
+            elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
+                self._bars.succeeded(job.model_id, job.node)
+        finally:
+            self._rooms.news(job.model_id)
+            self._wake.set()
 
     def _note_failure(self, job: Job, failure: LoadFailed) -> None:
         cause = failure.cause
@@ -260,7 +262,9 @@ class Scheduler:
             return
         if key in self._awaited:
             self._awaited.discard(key)
-            if view.known_status is ModelStatus.FAILED:
+            if view.known_status is ModelStatus.LOADED:
+                self._bars.succeeded(model_id, node.name)
+            elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
                 self._bars.failed(model_id, node.name, cause_of(view), reason)
 

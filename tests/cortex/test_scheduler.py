@@ -176,6 +176,35 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         assert "/models/load?wait=false" not in second.asked
 
 
+async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_cortex: StartCortex) -> None:
+    """A model that is up by now was not at fault: when it has gone again it can be loaded at once."""
+
+    async def fail(wire: Wire, received: Received) -> None:
+        error = b'{"error":{"message":"no such file","code":"load_failed","cause":"model"}}'
+        await wire.send(plain(error, status="500 Internal Server Error"))
+
+    async def no_address(wire: Wire, received: Received) -> None:
+        await wire.send(plain(b'{"error":"none"}', status="404 Not Found"))
+
+    async with RawNeuron().running() as neuron:
+        neuron.scripts["/models/load?wait=false"] = fail
+        neuron.scripts["/models/org%2Flow/endpoint"] = no_address
+        cortex = await start_cortex([neuron], [LOW])
+        await bounded(neuron.streaming.wait())
+        view = cortex.parts.scheduler.view
+        assert await bounded(_status(cortex.chat("org/low"))) == 503
+        assert view().bar("org/low", "raw") is not None
+        neuron.change("org/low", "loading")
+        await neuron.tell("model", neuron.models["org/low"])
+        await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
+        asking = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(_until(lambda: cortex.parts.rooms.count("org/low") == 1))
+        neuron.change("org/low", "loaded")
+        await neuron.tell("model", neuron.models["org/low"])
+        assert await bounded(asking) == 502, "it has no engine"
+        assert view().bar("org/low", "raw") is None
+
+
 async def _status(request: Any) -> int:
     async with request as response:
         await response.read()
