@@ -93,7 +93,11 @@ class Scheduler:
             self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
-        """Begins what can be begun for those who wait, and tells those who cannot be served."""
+        """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
+        are neurons of which nobody knows yet what they have."""
+        if not self._fleet.is_surveyed:
+            self._turn = Turn(notes=dict.fromkeys(self._rooms.models, "neurons that are new have to answer first"))
+            return
         self._turn = turn = next_turn(self.view())
         for plan in turn.loads:
             self._begin(plan, "requests wait for it")
@@ -131,6 +135,7 @@ class Scheduler:
         """Samples the demand and keeps, adds and removes replicas, for ever."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
+            await self._fleet.surveyed()  # a replica may be where nobody has looked yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()

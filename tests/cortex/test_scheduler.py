@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from cortex import scheduler
+from cortex.config import NeuronEntry
 from tests.cortex.conftest import StartCortex
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
@@ -203,6 +204,39 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         await neuron.tell("model", neuron.models["org/low"])
         assert await bounded(asking) == 502, "it has no engine"
         assert view().bar("org/low", "raw") is None
+
+
+async def test_upkeep_waits_for_the_first_word_of_each_neuron(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
+    monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
+    benjy.models["org/kept"] = "loaded"
+    benjy.answers.clear()
+    kept = {"id": "org/kept", "vram_mb": 4000, "replicas": {"min": 1}}
+    slow = {"timeout_secs": 30, "interval_secs": 0.05}
+    cortex = await start_cortex([benjy, beast], [kept], wait_healthy=False, poll=slow)
+    await bounded(_until(lambda: beast.calls.count("/health") > 5))
+    benjy.answers.set()
+    await bounded(cortex.until(lambda: bool(cortex.parts.fleet.snapshot().serving("org/kept"))))
+    assert not beast.loads
+
+
+async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
+    start_cortex: StartCortex, beast: SeedNeuron
+) -> None:
+    """The only neuron is replaced by another: what waits for a place on the first is loaded on the second."""
+    benjy = SeedNeuron("benjy", 24000)
+    benjy.load_gate.clear()
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [LOW])
+        waiting = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(benjy.load_started.wait())
+        parts, entry = cortex.parts, NeuronEntry(name="beast", endpoint=beast.url)
+        parts.fleet.configure([("beast", beast.url)], unhealthy_after=3)
+        parts.roster.configure([entry], parts.config.poll)
+        assert await bounded(waiting) == 200
+        assert [load["model_id"] for load in beast.loads] == ["org/low"]
 
 
 async def _status(request: Any) -> int:
