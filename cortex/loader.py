@@ -55,12 +55,14 @@ class NotWanted(Exception):
 
 @dataclass
 class Job:
-    """A load under way; `started` is Unix time. `phase` says what it is at."""
+    """A load under way; `started` is Unix time. `phase` says what it is at. `needed`: not only for those who wait, but
+    for an operator, or to have enough replicas."""
 
     plan: Plan
     why: str
     started: float
     phase: str = "beginning"
+    needed: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 

@@ -173,6 +173,7 @@ class Scheduler:
         if node_name is None:
             job = self._loader.job(model_id)
             if job is not None:
+                job.needed = True
                 return job
             if view.fleet.coming(model_id) is not None:
                 return None
@@ -200,7 +201,7 @@ class Scheduler:
 
         def wanted() -> bool:
             nonlocal looked_at
-            if not for_waiters:
+            if job.needed:
                 return True
             if not self._rooms.count(plan.model_id):
                 return False
@@ -209,7 +210,9 @@ class Scheduler:
             looked_at = self._clock()
             return not self._better_place(plan)
 
-        return self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job = self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job.needed |= not for_waiters
+        return job
 
     def _better_place(self, plan: Plan) -> bool:
         """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for

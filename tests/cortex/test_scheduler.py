@@ -12,6 +12,7 @@ from aiohttp import web
 
 from cortex import scheduler
 from cortex.config import NeuronEntry
+from cortex.loader import DRAIN_POLL_SECS
 from tests.cortex.conftest import StartCortex
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
@@ -237,6 +238,36 @@ async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
         parts.roster.configure([entry], parts.config.poll)
         assert await bounded(waiting) == 200
         assert [load["model_id"] for load in beast.loads] == ["org/low"]
+
+
+async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
+    """Whoever began it has left before the model that makes way had finished its requests."""
+    benjy, finish = SeedNeuron("benjy", 24000), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await finish.wait()
+        return web.json_response({})
+
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], answer
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(_until(lambda: bool(cortex.parts.loader.jobs())))
+        operator = asyncio.create_task(
+            _status(cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/high"}))
+        )
+        (job,) = cortex.parts.loader.jobs()
+        await bounded(_until(lambda: job.needed))
+        waiting.cancel()
+        await bounded(_until(lambda: not cortex.parts.rooms.count("org/high")))
+        for _ in range(3):  # as many looks at whether it is still wanted
+            await asyncio.sleep(DRAIN_POLL_SECS)
+        finish.set()
+        assert await bounded(operator) == 200
+        assert await bounded(busy) == 200
 
 
 async def _status(request: Any) -> int:
