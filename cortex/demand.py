@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from cortex.counts import Counts
 from cortex.planning.view import Key, Use
-from cortex.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.snapshot import FleetSnapshot
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
@@ -24,7 +24,7 @@ class Demand:
         self._clock = clock
         self._begun: Mapping[Key, int] = {}
         self._last_used: dict[Key, float] = {}
-        self._loaded_at: dict[Key, float] = {}
+        self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._pressed: dict[str, float] = {}
 
@@ -47,22 +47,19 @@ class Demand:
         """Notes since when these models are loaded where they are."""
         now = self._clock()
         for model_id in models:
-            holders = {node.name: node for node in fleet.holders(model_id)}
-            for key in [key for key in self._loaded_at if key[0] == model_id]:
-                if not _is_loaded(holders.get(key[1]), model_id):
-                    del self._loaded_at[key]
-            for name, node in holders.items():
-                if _is_loaded(node, model_id):
-                    self._loaded_at.setdefault((model_id, name), now)
+            before = self._loaded_at.pop(model_id, {})
+            loaded = [node.name for node in fleet.holders(model_id) if node.status_of(model_id) is ModelStatus.LOADED]
+            if loaded:
+                self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
     def uses(self) -> dict[Key, Use]:
         """How each model is used where it is loaded. Also a request that has come and gone since the last sample
         counts: what was used a moment ago is not idle."""
         in_flight = self._taken_in(self._clock())
-        keys = self._loaded_at.keys() | in_flight.keys()
+        loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
-            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), self._loaded_at.get(key, 0.0))
-            for key in keys
+            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
+            for key in loaded_at.keys() | in_flight.keys()
         }
 
     def per_minute(self) -> dict[str, float]:
@@ -100,7 +97,3 @@ class Demand:
                 self._pressed.setdefault(model_id, now)
             else:
                 self._pressed.pop(model_id, None)
-
-
-def _is_loaded(node: NodeSnapshot | None, model_id: str) -> bool:
-    return node is not None and node.status_of(model_id) is ModelStatus.LOADED

@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECS = 0.25
 """While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
 
+PAUSE_PER_LOOK = 4
+"""Times as long as a look took nothing is looked at again: a large fleet that changes all the time takes no more than a
+fifth of cortex's time for those who wait."""
+
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
 RETRY_AFTER_SECS = 10.0
@@ -95,6 +99,9 @@ class Scheduler:
     def look(self) -> None:
         """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
         are neurons of which nobody knows yet what they have."""
+        if not self._rooms.models:  # a view costs something, and the fleet changes all the time
+            self._turn = Turn()
+            return
         if not self._fleet.is_surveyed:
             self._turn = Turn(notes=dict.fromkeys(self._rooms.models, "neurons that are new have to answer first"))
             return
@@ -128,7 +135,9 @@ class Scheduler:
     async def run(self) -> None:
         """Looks whenever there may be something to do, for ever."""
         while True:
+            began = time.perf_counter()
             self.look()
+            await asyncio.sleep(PAUSE_PER_LOOK * (time.perf_counter() - began))
             await self._something_to_do()
 
     async def keep_up(self) -> None:

@@ -102,3 +102,16 @@ def test_a_worker_that_ends_takes_no_demand_along(demand: Demand, counts: Counts
     other.serve()
     sample(demand)
     assert demand.per_minute()["m"] == pytest.approx(9 * 60 / MEMORY_SECS)
+
+
+def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
+    """It begins anew when the model was away in between, on that node."""
+    began = clock.now
+    clock.now += 5
+    here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})
+    demand.routes_changed(["m"], fleet(here, there))
+    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began, ("m", "b"): began + 5}
+    demand.routes_changed(["m"], fleet(there))
+    clock.now += 5
+    demand.routes_changed(["m"], fleet(here, there))
+    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began + 10, ("m", "b"): began + 5}

@@ -270,6 +270,21 @@ async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_mo
         assert await bounded(busy) == 200
 
 
+async def test_nothing_is_planned_while_nobody_waits(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much the fleet changes: what a thousand busy neurons tell each second is no reason to plan."""
+    benjy.models["org/low"] = "loaded"
+    cortex = await start_cortex([benjy], [LOW])
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "View", None)
+        for _ in range(3):
+            cortex.parts.scheduler.routes_changed(["org/low"])
+            await asyncio.sleep(0)
+        cortex.parts.scheduler.look()
+    assert await bounded(_status(cortex.chat("org/low"))) == 200
+
+
 async def _status(request: Any) -> int:
     async with request as response:
         await response.read()
