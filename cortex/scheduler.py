@@ -39,6 +39,8 @@ fifth of cortex's time for those who wait."""
 
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
+RETIRE_AGAIN_SECS = 60.0
+"""A model that its neuron did not let go is not asked to leave again before: each time it is away for a moment."""
 RETRY_AFTER_SECS = 10.0
 """For a model of which nobody knows how long its load takes."""
 
@@ -306,10 +308,11 @@ class Scheduler:
         if key not in self._retiring:
             self._retiring.add(key)
             self._fleet.leave(key)  # here, and not in the task: the next decision may be made before it has begun
-            _ = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            task = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            task.add_done_callback(lambda _: self._retiring.discard(key))
 
     async def _send_away(self, retirement: Retirement) -> None:
-        key = retirement.model_id, retirement.node
+        key, again_secs = (retirement.model_id, retirement.node), 0.0
         log.info("%s leaves %s: %s", *key, retirement.reason)
         try:
             await self._loader.send_away(
@@ -320,10 +323,11 @@ class Scheduler:
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
-            log.warning("%s did not leave %s: %s", *key, error)
+            log.warning("%s did not leave %s, and serves on: %s", *key, error)
+            again_secs = RETIRE_AGAIN_SECS
         finally:
             self._fleet.stay(key)
-            self._retiring.discard(key)
+        await asyncio.sleep(again_secs)
 
     async def _something_to_do(self) -> None:
         """Returns when somebody waits, or may have become able to be served."""

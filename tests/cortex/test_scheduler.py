@@ -72,14 +72,17 @@ async def hang(_: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
+class Stubborn(SeedNeuron):
+    """Does not let its models go."""
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        self.unloads.append((await request.json())["model_id"])
+        return web.json_response({"error": "it does not end"}, status=500)
+
+
 async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: StartCortex) -> None:
     """Two have to make way. One is refused by its neuron: the other, which still has a request, stays, and whoever
     waits is not held until that has ended."""
-
-    class Stubborn(SeedNeuron):
-        async def _unload(self, request: web.Request) -> web.Response:
-            return web.json_response({"error": "it does not end"}, status=500)
-
     benjy = Stubborn("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/busy": "loaded", "org/idle": "loaded"}, [20000], hang
     async with benjy.running():
@@ -238,6 +241,22 @@ async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
         parts.roster.configure([entry], parts.config.poll)
         assert await bounded(waiting) == 200
         assert [load["model_id"] for load in beast.loads] == ["org/low"]
+
+
+async def test_an_idle_model_that_does_not_go_is_left_alone(
+    start_cortex: StartCortex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves on, instead of being asked to go at every look."""
+    monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
+    benjy = Stubborn("benjy", 24000)
+    benjy.models["org/low"] = "loaded"
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [{**LOW, "idle_ttl_secs": 0.01}])
+        await bounded(_until(lambda: bool(benjy.unloads)))
+        polls = benjy.calls.count("/health")
+        await bounded(_until(lambda: benjy.calls.count("/health") > polls + 5))
+        assert benjy.unloads == ["org/low"]
+        assert not cortex.parts.fleet.snapshot().leaving
 
 
 async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
