@@ -18,7 +18,7 @@ from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreacha
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
-from cortex.stopping import Stopping
+from cortex.stopping import Stopping, stopping
 from cortex.waiting import WaitingRooms
 from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
@@ -103,13 +103,13 @@ class Router:
         replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        while True:
-            route = await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
-            if self._is_serving(route.replica):  # still, a few turns of the loop later
-                return route
+        return await self._when_loaded(model_id, failures, lost)
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
-        """Waits in the model's room until it can be served."""
+        """Waits in the model's room until it can be served. In the caller's own task: between the decision and the
+        count of what is in flight nothing else may run, or the model could be displaced as idle."""
+        if self._stopping.begun:
+            raise stopping()
         patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
         self._demand.arrived(model_id)
         with self._rooms.seat(model_id, self._scheduler.retry_after) as seat:
@@ -123,6 +123,8 @@ class Router:
                 replica = await self._serving(model_id, failures, lost)
                 if replica is not None:
                     return Route(replica=replica, cold=True)
+                if self._stopping.begun:
+                    raise stopping()
                 self._scheduler.want(model_id)
 
     async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:

@@ -18,6 +18,10 @@ _EXHAUSTIVE = 10
 """Residents whose every subset is looked at; of more the cheapest are taken one after the other."""
 
 
+HANDOVER_SECS = 0.1
+"""When to look again at a loaded model whose requests have not left the waiting room yet."""
+
+
 class Claim(IntEnum):
     """What a resident can say for itself, weakest first."""
 
@@ -96,6 +100,8 @@ def eviction(view: View, resident: Resident, *, since: float) -> Eviction:
     wanted = resident.key[0] in view.waiting
     if resident.in_flight or wanted:
         patient_until = since + view.rules.patience_secs
+        if wanted:  # it has just come up for them, and they are on their way to it: else it would have come in vain
+            patient_until = max(patient_until, view.now + HANDOVER_SECS)
         if young:
             return Eviction(resident, Claim.YOUNG_BUSY, max(had_its_time_at, patient_until))
         return Eviction(resident, Claim.BUSY, patient_until)
