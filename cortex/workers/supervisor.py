@@ -130,6 +130,9 @@ class Worker:
                         self._ready.set()
         finally:
             self._in_flight = {}
+            for waiting in self._collecting.values():  # it will not answer any more
+                if not waiting.done():
+                    waiting.set_result(None)
             if self._noting is not None:
                 self._noting.cancel()
             await self._tasks.close()
@@ -201,7 +204,8 @@ class Supervisor:
                 sock.close()
             for worker in self._workers.values():
                 worker.tell(Stop())
-            self._parts.stopping.begin()  # after that: whoever is refused now is to go elsewhere
+            await self._parts.counts.refresh()  # they have heard it: whoever is refused now is told to go elsewhere
+            self._parts.stopping.begin()
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)
             self.kill()
