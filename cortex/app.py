@@ -54,6 +54,7 @@ def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet,
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
     fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
     rooms = WaitingRooms(live=live)
+    stopping.on_begin(rooms.news_for_all)
     loader = Loader(
         live=live,
         fleet=fleet,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from cortex.counts import Counts
 from cortex.planning.view import Key, Use
-from cortex.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.snapshot import FleetSnapshot
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
@@ -25,7 +25,7 @@ class Demand:
         self._begun: Mapping[Key, int] = {}
         self._ended: dict[Key, int] = {}  # as the engines told last
         self._last_used: dict[Key, float] = {}
-        self._loaded_at: dict[Key, float] = {}
+        self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._pressed: dict[str, float] = {}
 
@@ -37,15 +37,7 @@ class Demand:
     def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
         """Takes in what the workers and the neurons' engines have counted since the last sample."""
         now = self._clock()
-        begun = self._counts.begun()
-        for key, count in begun.items():
-            more = count - self._begun.get(key, 0)
-            if more > 0:
-                self._last_used[key] = now
-                self.arrived(key[0], more)
-        self._begun = begun
-        in_flight = self._counts.all_in_flight()
-        self._last_used.update(dict.fromkeys(in_flight, now))
+        in_flight = self._taken_in(now)
         ended: dict[Key, int] = {}
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
@@ -61,21 +53,19 @@ class Demand:
         """Notes since when these models are loaded where they are."""
         now = self._clock()
         for model_id in models:
-            holders = {node.name: node for node in fleet.holders(model_id)}
-            for key in [key for key in self._loaded_at if key[0] == model_id]:
-                if not _is_loaded(holders.get(key[1]), model_id):
-                    del self._loaded_at[key]
-            for name, node in holders.items():
-                if _is_loaded(node, model_id):
-                    self._loaded_at.setdefault((model_id, name), now)
+            before = self._loaded_at.pop(model_id, {})
+            loaded = [node.name for node in fleet.holders(model_id) if node.status_of(model_id) is ModelStatus.LOADED]
+            if loaded:
+                self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
     def uses(self) -> dict[Key, Use]:
-        """How each model is used where it is loaded."""
-        in_flight = self._counts.all_in_flight()
-        keys = self._loaded_at.keys() | in_flight.keys()
+        """How each model is used where it is loaded. Also a request that has come and gone since the last sample
+        counts: what was used a moment ago is not idle."""
+        in_flight = self._taken_in(self._clock())
+        loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
-            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), self._loaded_at.get(key, 0.0))
-            for key in keys
+            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
+            for key in loaded_at.keys() | in_flight.keys()
         }
 
     def per_minute(self) -> dict[str, float]:
@@ -88,6 +78,19 @@ class Demand:
         """Since when each of a model's replicas has had more to do than the target."""
         return dict(self._pressed)
 
+    def _taken_in(self, now: float) -> dict[Key, int]:
+        """What is in flight now, after whatever the workers have begun is noted as used."""
+        begun = self._counts.begun()
+        for key, count in begun.items():
+            more = count - self._begun.get(key, 0)
+            if more > 0:
+                self._last_used[key] = now
+                self.arrived(key[0], more)
+        self._begun = begun
+        in_flight = self._counts.all_in_flight()
+        self._last_used.update(dict.fromkeys(in_flight, now))
+        return in_flight
+
     def _rate(self, model_id: str, now: float) -> float:
         rate, at = self._wanted.get(model_id, (0.0, now))
         return rate * math.exp(-(now - at) / MEMORY_SECS)
@@ -95,17 +98,8 @@ class Demand:
     def _press(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
         for model_id in {key[0] for key in in_flight} | self._pressed.keys():
             nodes = fleet.serving(model_id)
-            working = sum(max(in_flight.get((model_id, node.name), 0), _reported(node, model_id)) for node in nodes)
+            working = sum(max(in_flight.get((model_id, node.name), 0), node.working_on(model_id)) for node in nodes)
             if nodes and working > target * len(nodes):
                 self._pressed.setdefault(model_id, now)
             else:
                 self._pressed.pop(model_id, None)
-
-
-def _is_loaded(node: NodeSnapshot | None, model_id: str) -> bool:
-    return node is not None and node.status_of(model_id) is ModelStatus.LOADED
-
-
-def _reported(node: NodeSnapshot, model_id: str) -> int:
-    activity = node.activity.get(model_id)
-    return 0 if activity is None else activity.in_flight + activity.queue_depth

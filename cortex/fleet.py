@@ -141,8 +141,13 @@ class Fleet:
         """Calls `listener` with such models at the very moment of the change."""
         self._route_listeners.append(listener)
 
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        return not self._unseen
+
     async def surveyed(self) -> None:
-        """Waits until each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        """Waits for that."""
         version = self._version
         while self._unseen:
             version = await self.changed_since(version)

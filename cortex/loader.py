@@ -57,12 +57,14 @@ class NotWanted(Exception):
 
 @dataclass
 class Job:
-    """A load under way; `started` is Unix time. `phase` says what it is at."""
+    """A load under way; `started` is Unix time. `phase` says what it is at. `needed`: not only for those who wait, but
+    for an operator, or to have enough replicas."""
 
     plan: Plan
     why: str
     started: float
     phase: str = "beginning"
+    needed: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 
@@ -126,12 +128,17 @@ class Loader:
     def start(
         self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]
     ) -> Job:
-        """Begins to carry a plan out, or joins the load that is under way there. `wanted` is asked before anybody is
-        sent away; `done` hears of the end, unless nobody wanted it any more."""
+        """Begins to carry a plan out, or joins the load that is under way there. What it takes, and who leaves for it,
+        is in the fleet's snapshot when this returns: the next decision may be made before the task has begun. `wanted`
+        is asked before anybody is sent away; `done` hears of the end, however it came."""
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
+        log.info("loading %s, devices %s, because %s: %s", plan.model_id, list(plan.devices), why, plan.reason)
         job = self._jobs[key] = Job(plan, why, time.time())
+        self._fleet.reserve(plan.reservation)
+        for each in plan.displacement.evictions:
+            self._fleet.leave(each.resident.key)
         job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
         return job
 
@@ -146,13 +153,17 @@ class Loader:
         is so until the caller says otherwise. With `if_idle` one that is to sleep stays when others use it.
 
         Raises:
-            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone.
+            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
+            NeuronLeft: nobody knows.
         """
         model_id, node = key
         await self._settle_routes()
         while self._counts.in_flight(model_id, node):
             if not wanted():
                 raise NotWanted
+            there = self._node(node)
+            if not there.healthy:  # its requests may hang for ever, and nothing can be loaded there
+                raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
             raise NotWanted
@@ -194,56 +205,56 @@ class Loader:
         except (NeuronRefused, NeuronUnreachable) as error:
             failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
+        except Exception as error:  # whoever waits must hear of the end, also of one that nobody has thought of
+            failure = LoadFailed(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
+            log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
+            for each in job.plan.displacement.evictions:
+                self._fleet.stay(each.resident.key)
+            self._fleet.release(job.plan.reservation)
             del self._jobs[job.model_id, job.node]
         done(job, failure)
 
     async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
-        plan = job.plan
-        reservation = plan.reservation
-        asleep = {each.resident.key: each.resident.asleep for each in plan.displacement.evictions}
-        leaving = list(asleep)
-        log.info("loading %s, devices %s, because %s: %s", job.model_id, list(plan.devices), job.why, plan.reason)
-        self._fleet.reserve(reservation)
-        for key in leaving:
-            self._fleet.leave(key)
-        try:
-            if leaving:
-                job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-            async with self._making_way(asleep, wanted):
-                job.phase = "loading"
-                await self._load(job)
-        finally:
-            for key in leaving:
-                self._fleet.stay(key)
-            self._fleet.release(reservation)
+        leaving = {each.resident.key: each.resident.asleep for each in job.plan.displacement.evictions}
+        if leaving:
+            job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
+        async with self._making_way(leaving, wanted):
+            job.phase = "loading"
+            await self._load(job)
 
     @contextlib.asynccontextmanager
     async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
         """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
         booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
         asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
+        Where one does not go, those stay that have not been asked yet.
 
         Raises, before the body: as `send_away`.
         """
+        in_vain = False
         going = {
             key: asyncio.create_task(
-                self._leave(key, sleep=self._sleeps_when_idle(key[0]) and not asleep, wanted=wanted),
+                self._leave(
+                    key,
+                    sleep=self._sleeps_when_idle(key[0]) and not asleep,
+                    wanted=lambda: not in_vain and wanted(),
+                ),
                 name=f"{key[0]} leaves {key[1]}",
             )
             for key, asleep in leaving.items()
         }
         try:
-            for key, task in going.items():
-                await self._until_going(key, task)
+            await asyncio.gather(*(self._until_going(key, task) for key, task in going.items()))
             yield
         except asyncio.CancelledError:
             await cancel_all(list(going.values()))
             raise
         finally:
+            in_vain = True
             outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
         for (model_id, node), outcome in zip(going, outcomes, strict=True):
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, Exception) and not isinstance(outcome, NotWanted):
                 log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
 
     async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
@@ -282,11 +293,13 @@ class Loader:
                 await self._look_again(plan.node)  # it knows something that we do not
                 raise _failed(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
-            self._fleet.tell(plan.node, ModelView(id=plan.model_id, status=ModelStatus.LOADING.value))
+            self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
             raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if not loaded:
+            if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
+                self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
             await self._look_again(plan.node)
             await self._until_loaded(plan)
         took = time.monotonic() - started
@@ -294,6 +307,10 @@ class Loader:
         self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+
+    def _count_as_loading(self, plan: Plan) -> None:
+        view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
+        self._fleet.tell(plan.node, view)
 
     async def _until_loaded(self, plan: Plan) -> None:
         """Waits while the model is on its way up on the node."""

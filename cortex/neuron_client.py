@@ -92,7 +92,7 @@ class NeuronClient:
     def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
         self.name = entry.name
         self._base = entry.endpoint
-        self._loads: set[asyncio.Task[Any]] = set()
+        self._commands: set[asyncio.Task[Any]] = set()
         self._pool = pool
         self._address, self._prefix = parse_url(entry.endpoint)
         headers = [b"host: " + self._address.authority, b"accept-encoding: identity"]
@@ -144,37 +144,30 @@ class NeuronClient:
             NeuronLeft: `leave` was called meanwhile.
         """
         path = "/models/load" if wait else "/models/load?wait=false"
-        call = asyncio.create_task(self._post(path, command, timeout_secs), name=f"load on {self.name}")
-        self._loads.add(call)
         try:
-            await asyncio.wait([call])
-            if call.cancelled():
-                raise NeuronLeft(self.name)
-            answer = await call
+            answer = await self._command(path, command, timeout_secs)
         except NeuronRefused as refused:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
             return True
-        finally:
-            self._loads.discard(call)
-            call.cancel()
         return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
 
     def leave(self) -> None:
-        """The neuron has left the configuration: nobody waits for its loads any more. It carries them on."""
-        for call in self._loads:
+        """The neuron has left the configuration: nobody waits any more for what it was told to do. It carries that
+        on."""
+        for call in self._commands:
             call.cancel()
 
     async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
         """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at
         most `drain_secs`. Raises as `load`."""
         path = f"/models/unload?drain_secs={drain_secs:g}" if drain_secs else "/models/unload"
-        await self._post(path, UnloadCommand(model_id=model_id), timeout_secs)
+        await self._command(path, UnloadCommand(model_id=model_id), timeout_secs)
 
     async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
         """Returns when the model sleeps. Raises as `load`; NeuronRefused also from a neuron that knows no sleep."""
-        await self._post("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
+        await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
 
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
@@ -211,11 +204,23 @@ class NeuronClient:
         except ValidationError as error:
             raise NeuronRefused(200, f"{self.name}: {path} is not the protocol's: {_first(error)}") from error
 
-    async def _post(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
+    async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
+        """Tells the neuron to do something that may take long. Raises as `load`."""
         # What is asked of the neuron's memory is the model's id and nothing else.
         bare = isinstance(body, LoadCommand) and body.bare
         data = body.model_dump(mode="json", exclude_defaults=bare)
-        return await self._call("POST", path, json_body=data, timeout_secs=timeout_secs)
+        call = asyncio.create_task(
+            self._call("POST", path, json_body=data, timeout_secs=timeout_secs), name=f"{path} on {self.name}"
+        )
+        self._commands.add(call)
+        try:
+            await asyncio.wait([call])
+            if call.cancelled():
+                raise NeuronLeft(self.name)
+            return await call
+        finally:
+            self._commands.discard(call)
+            call.cancel()
 
     async def _call(self, method: str, path: str, *, json_body: Any = None, timeout_secs: float | None = None) -> Any:
         if json_body is None:

@@ -20,7 +20,7 @@ from cortex.replica import Failure, Replica, Route, WaitNote, given_up, unreacha
 from cortex.routing import Await, Place, Refuse, Serve, decide
 from cortex.scheduler import Scheduler
 from cortex.snapshot import FleetSnapshot
-from cortex.stopping import Stopping
+from cortex.stopping import Stopping, stopping
 from cortex.waiting import WaitingRooms
 from cortex.waiting_note import waiting_note
 from shared.errors import ServiceError, Unavailable, UpstreamError
@@ -91,8 +91,17 @@ class Router:
         """An engine for one request. `failures` are the replicas that this request has been sent to in vain.
 
         Raises:
-            ServiceError: it cannot be served now; the error is the client's.
+            ServiceError: it cannot be served now; the error is the client's. Nothing else: nobody would be told.
         """
+        try:
+            return await self._resolve(model_id, failures)
+        except ServiceError:
+            raise
+        except Exception as error:
+            log.exception("a bug in finding an engine for %s", model_id)
+            raise ServiceError("internal error; cortex's log has the details") from error
+
+    async def _resolve(self, model_id: str, failures: Sequence[Failure]) -> Route:
         lost = given_up(failures)
         if failures:
             await self._look_again(failures[-1])
@@ -100,10 +109,13 @@ class Router:
         replica = await self._serving(model_id, failures, lost)
         if replica is not None:
             return Route(replica=replica)
-        return await self._stopping.unless_begun(self._when_loaded(model_id, failures, lost))
+        return await self._when_loaded(model_id, failures, lost)
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
-        """Waits in the model's room until it can be served."""
+        """Waits in the model's room until it can be served. In the caller's own task: between the decision and the
+        count of what is in flight nothing else may run, or the model could be displaced as idle."""
+        if self._stopping.begun:
+            raise stopping()
         patient_until = time.monotonic() + self._live.config.cold_load.timeout_secs
         self._demand.arrived(model_id)
         with self._rooms.seat(model_id, self._scheduler.retry_after) as seat:
@@ -117,6 +129,8 @@ class Router:
                 replica = await self._serving(model_id, failures, lost)
                 if replica is not None:
                     return Route(replica=replica, cold=True)
+                if self._stopping.begun:
+                    raise stopping()
                 self._scheduler.want(model_id)
 
     async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
@@ -135,13 +149,17 @@ class Router:
                         raise unreachable(model_id, failures)
                     self._wanted.add(model_id)
                     replica = await self._replica(model_id, left[0])
-                    if replica is not None:
+                    # It may have begun to make way for another while its neuron was asked.
+                    if replica is not None and self._is_serving(replica):
                         return replica
                 case Await() | Place():
                     return None
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def _is_serving(self, replica: Replica) -> bool:
+        return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
     def _took_too_long(self, model_id: str) -> ServiceError:
         waits_for = self._scheduler.note(model_id)
@@ -177,6 +195,7 @@ class Router:
         """Keeps the table true to the fleet, for ever."""
         with self._fleet.route_changes() as changes:
             self.publish(self._wanted)
+            self._scheduler.routes_changed(list(self._rooms.models))  # what a loop before this one has not told
             while True:
                 models = await changes.next()
                 self.publish(models & self._wanted)

@@ -16,7 +16,7 @@ from cortex.demand import SAMPLE_SECS, Demand
 from cortex.fleet import Fleet, NodeLeft
 from cortex.live_config import LiveConfig
 from cortex.loader import Job, Loader, LoadFailed, NotWanted, cause_of
-from cortex.neuron_client import NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.planning.plan import Held, Plan, best, likely_verdicts, plan_on, verdicts
 from cortex.planning.refusal import refusal
 from cortex.planning.turns import Turn, next_turn
@@ -33,8 +33,14 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECS = 0.25
 """While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
 
+PAUSE_PER_LOOK = 4
+"""Times as long as a look took nothing is looked at again: a large fleet that changes all the time takes no more than a
+fifth of cortex's time for those who wait."""
+
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
+RETIRE_AGAIN_SECS = 60.0
+"""A model that its neuron did not let go is not asked to leave again before: each time it is away for a moment."""
 RETRY_AFTER_SECS = 10.0
 """For a model of which nobody knows how long its load takes."""
 
@@ -93,7 +99,14 @@ class Scheduler:
             self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
-        """Begins what can be begun for those who wait, and tells those who cannot be served."""
+        """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
+        are neurons of which nobody knows yet what they have."""
+        if not self._rooms.models:  # a view costs something, and the fleet changes all the time
+            self._turn = Turn()
+            return
+        if not self._fleet.is_surveyed:
+            self._turn = Turn(notes=dict.fromkeys(self._rooms.models, "neurons that are new have to answer first"))
+            return
         self._turn = turn = next_turn(self.view())
         for plan in turn.loads:
             self._begin(plan, "requests wait for it")
@@ -124,13 +137,16 @@ class Scheduler:
     async def run(self) -> None:
         """Looks whenever there may be something to do, for ever."""
         while True:
-            await self._something_to_do()
+            began = time.perf_counter()
             self.look()
+            await asyncio.sleep(PAUSE_PER_LOOK * (time.perf_counter() - began))
+            await self._something_to_do()
 
     async def keep_up(self) -> None:
         """Samples the demand and keeps, adds and removes replicas, for ever."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
+            await self._fleet.surveyed()  # a replica may be where nobody has looked yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
@@ -173,6 +189,7 @@ class Scheduler:
         if node_name is None:
             job = self._loader.job(model_id)
             if job is not None:
+                job.needed = True
                 return job
             if view.fleet.coming(model_id) is not None:
                 return None
@@ -182,8 +199,7 @@ class Scheduler:
                 raise refusal(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            status = node.status_of(model_id)
-            if status is not None and status.coming:
+            if node.has_coming(model_id):
                 return None
             placed = plan_on(view, profile, node)
             if isinstance(placed, Held):
@@ -201,7 +217,7 @@ class Scheduler:
 
         def wanted() -> bool:
             nonlocal looked_at
-            if not for_waiters:
+            if job.needed:
                 return True
             if not self._rooms.count(plan.model_id):
                 return False
@@ -210,7 +226,9 @@ class Scheduler:
             looked_at = self._clock()
             return not self._better_place(plan)
 
-        return self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job = self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job.needed |= not for_waiters
+        return job
 
     def _better_place(self, plan: Plan) -> bool:
         """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for
@@ -227,12 +245,14 @@ class Scheduler:
         return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
     def _done(self, job: Job, failure: LoadFailed | None) -> None:
-        if failure is not None:
-            self._note_failure(job, failure)
-        elif self._fleet.snapshot().serving(job.model_id):
-            self._bars.succeeded(job.model_id, job.node)
-        self._rooms.news(job.model_id)
-        self._wake.set()
+        try:
+            if failure is not None:
+                self._note_failure(job, failure)
+            elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
+                self._bars.succeeded(job.model_id, job.node)
+        finally:
+            self._rooms.news(job.model_id)
+            self._wake.set()
 
     def _note_failure(self, job: Job, failure: LoadFailed) -> None:
         cause = failure.cause
@@ -260,14 +280,15 @@ class Scheduler:
     def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
         """A load that somebody else began, for which requests of ours wait, may fail as well."""
         key, view = (model_id, node.name), node.models[model_id]
-        status = view.known_status
-        if status is not None and status.coming:
+        if node.has_coming(model_id):
             if self._rooms.count(model_id):
                 self._await_others(model_id, node.name)
             return
         if key in self._awaited:
             self._awaited.discard(key)
-            if status is ModelStatus.FAILED:
+            if view.known_status is ModelStatus.LOADED:
+                self._bars.succeeded(model_id, node.name)
+            elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
                 self._bars.failed(model_id, node.name, cause_of(view), reason)
 
@@ -282,16 +303,7 @@ class Scheduler:
             for node in view.fleet.holders(model_id)
             if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
         ]
-        if not known:
-            return None
-        entry = known[0].models[model_id]
-        return ModelProfile(
-            id=model_id,
-            harness=entry.harness or "vllm",
-            min_devices=max(1, len(entry.devices)),
-            pinned_on=tuple(node.name for node in known),
-            residency_priority=view.priority(model_id),
-        )
+        return view.remembered(model_id, known)
 
     def _kept_up(self) -> list[ModelProfile]:
         return [profile for profile in self._live.catalogue.models if is_kept_up(profile)]
@@ -300,25 +312,27 @@ class Scheduler:
         key = retirement.model_id, retirement.node
         if key not in self._retiring:
             self._retiring.add(key)
-            _ = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            self._fleet.leave(key)  # here, and not in the task: the next decision may be made before it has begun
+            task = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            task.add_done_callback(lambda _: self._retiring.discard(key))
 
     async def _send_away(self, retirement: Retirement) -> None:
-        key = retirement.model_id, retirement.node
+        key, again_secs = (retirement.model_id, retirement.node), 0.0
         log.info("%s leaves %s: %s", *key, retirement.reason)
-        self._fleet.leave(key)
         try:
             await self._loader.send_away(
                 key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)
-        except NodeLeft:
+        except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
-            log.warning("%s did not leave %s: %s", *key, error)
+            log.warning("%s did not leave %s, and serves on: %s", *key, error)
+            again_secs = RETIRE_AGAIN_SECS
         finally:
             self._fleet.stay(key)
-            self._retiring.discard(key)
+        await asyncio.sleep(again_secs)
 
     async def _something_to_do(self) -> None:
         """Returns when somebody waits, or may have become able to be served."""

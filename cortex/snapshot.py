@@ -78,6 +78,16 @@ class NodeSnapshot:
     def activity(self) -> dict[str, ModelActivity]:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
+    def working_on(self, model_id: str) -> int:
+        """Requests that the model's engine has by the node's last report, for whomever."""
+        activity = self.activity.get(model_id)
+        return 0 if activity is None else activity.in_flight + activity.queue_depth
+
+    def has_coming(self, model_id: str) -> bool:
+        """Whether the model is on its way up here."""
+        status = self.status_of(model_id)
+        return status is not None and status.coming
+
     def status_of(self, model_id: str) -> ModelStatus | None:
         """The model's status here; None when it is not listed, or with a status this version does not know."""
         view = self.models.get(model_id)
@@ -151,8 +161,7 @@ class FleetSnapshot:
     def coming(self, model_id: str) -> NodeSnapshot | None:
         """A healthy neuron on which the model is on its way up."""
         for node in self.holders(model_id):
-            status = node.status_of(model_id)
-            if node.healthy and status is not None and status.coming:
+            if node.healthy and node.has_coming(model_id):
                 return node
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from shared.errors import Unavailable
@@ -20,13 +20,21 @@ class Stopping:
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def begun(self) -> bool:
         return self._begun.is_set()
 
     def begin(self) -> None:
-        self._begun.set()
+        if not self.begun:
+            self._begun.set()
+            for listener in self._listeners:
+                listener()
+
+    def on_begin(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` at the beginning."""
+        self._listeners.append(listener)
 
     async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, which is cancelled when cortex begins to stop, or the caller is.

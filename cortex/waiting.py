@@ -105,6 +105,11 @@ class WaitingRooms:
         """All who wait for the model are told that it cannot be served."""
         self._tell(model_id, error)
 
+    def news_for_all(self) -> None:
+        """Something has changed for everybody."""
+        for model_id in self._rooms:
+            self.news(model_id)
+
     def waiting(self) -> Mapping[str, Waiting]:
         return {model_id: Waiting(len(room.seats), room.since) for model_id, room in self._rooms.items()}
 

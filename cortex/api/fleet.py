@@ -14,7 +14,7 @@ from cortex.api.picture import MIN_INTERVAL_SECS, PICTURE
 from cortex.explain import explain
 from cortex.fleet import NodeLeft
 from cortex.keys import PARTS, Parts
-from cortex.neuron_client import NeuronRefused, NeuronUnreachable
+from cortex.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.placement import infeasible_reason
 from cortex.planning.refusal import RETRY_AFTER_NODE_SECS
 from cortex.routing import Refuse, Serve, decide
@@ -203,6 +203,12 @@ async def _unload(parts: Parts, node: str, model_id: str) -> None:
         raise UpstreamError(f"{node}: {error.message}", code="unload_failed") from error
     except NeuronUnreachable as error:
         raise Unavailable(str(error), code="neuron_unavailable", retry_after=5) from error
+    except NeuronLeft as error:
+        raise Unavailable(
+            f"{node} has left the configuration while it unloaded {model_id!r}",
+            code="neuron_unavailable",
+            retry_after=RETRY_AFTER_NODE_SECS,
+        ) from error
     finally:
         await watch.refresh()
 

@@ -24,6 +24,8 @@ at most."""
 PAUSE_EXCHANGES = 0.1
 LEAST_PAUSE_SECS = 0.5
 """It counts as in use for this part of what the exchange takes after its last request, but for `pause_secs` at most."""
+HANDOVER_SECS = 0.1
+"""When to look again at a loaded model whose requests have not left the waiting room yet."""
 
 
 class Claim(IntEnum):
@@ -112,7 +114,10 @@ def eviction(view: View, resident: Resident, *, since: float, load_secs: float) 
     own = None if profile is None else profile.min_residency_secs
     had_its_time_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
     young = view.now < had_its_time_at and not resident.asleep
-    if resident.in_flight or resident.key[0] in view.waiting:
+    wanted = resident.key[0] in view.waiting
+    if resident.in_flight or wanted:
+        if wanted:  # it has just come up for them, and they are on their way to it: else it would have come in vain
+            patient_until = max(patient_until, view.now + HANDOVER_SECS)
         if young:
             return Eviction(resident, Claim.YOUNG_BUSY, max(had_its_time_at, patient_until))
         return Eviction(resident, Claim.BUSY, patient_until)

@@ -146,8 +146,6 @@ def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> floa
 def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
     profile = view.catalogue.profile(entry.id)
     use = view.use(entry.id, node.name)
-    activity = node.activity.get(entry.id)
-    reported = 0 if activity is None else activity.in_flight + activity.queue_depth
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
@@ -163,7 +161,7 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
         devices=devices,
         frees_mb=share,
         priority=view.priority(entry.id),
-        in_flight=max(use.in_flight, reported),
+        in_flight=view.working(entry.id, node),
         last_used=use.last_used,
         loaded_at=use.loaded_at,
         reload_secs=secs,

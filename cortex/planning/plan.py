@@ -36,6 +36,11 @@ ENGINE_SHARE = 0.92
 """Of a device: what vLLM takes when it is told nothing, and has to find free to start at all."""
 
 
+DRAINING = "draining"
+"""`ModelView.state` of an engine that takes no new requests and ends when it has answered those that it has. Its status
+is `unloaded`."""
+
+
 class Fit(IntEnum):
     """How a model fits on a node, best first."""
 
@@ -139,8 +144,11 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | N
 
 def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
     status, bar = node.status_of(profile.id), view.bar(profile.id, node.name)
+    entry = node.models.get(profile.id)
     if (profile.id, node.name) in view.fleet.leaving:
         return Held("is about to lose it", passes=True)
+    if entry is not None and entry.state == DRAINING:  # for another cortex: a load would wait there until the end
+        return Held("still finishes its requests there, and goes then", passes=True)
     if status is ModelStatus.LOADED:
         return Held("has it already")
     if status is not None and status.coming:

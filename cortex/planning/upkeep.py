@@ -51,7 +51,7 @@ def upkeep(view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
 
 def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
     """Another replica, where one is missing or would help. One at a time for each model."""
-    coming = [node for node in _holders(view, profile) if _is_coming(node, profile.id)]
+    coming = [node for node in _holders(view, profile) if node.has_coming(profile.id)]
     if coming or any(each.model_id == profile.id for each in view.fleet.reservations):
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
@@ -77,9 +77,9 @@ def _retirements(view: View, profile: ModelProfile) -> Iterator[Retirement]:
     serving = view.fleet.serving(profile.id)
     idle = sorted((view.now - _used_at(view, profile.id, node), node.name) for node in serving)[::-1]
     left = len(serving)
-    working = sum(_working(view, profile.id, node.name) for node in serving)
+    working = sum(view.working(profile.id, node) for node in serving)
     for idle_secs, name in idle:
-        if left <= profile.replicas.min or _working(view, profile.id, name):
+        if left <= profile.replicas.min or view.working(profile.id, view.fleet.nodes[name]):
             continue
         ttl = profile.idle_ttl_secs
         if ttl is not None and idle_secs >= ttl:
@@ -97,17 +97,5 @@ def _used_at(view: View, model_id: str, node: NodeSnapshot) -> float:
     return max(use.last_used, use.loaded_at)
 
 
-def _working(view: View, model_id: str, node: str) -> int:
-    """Requests that the model has there."""
-    activity = view.fleet.nodes[node].activity.get(model_id)
-    reported = 0 if activity is None else activity.in_flight + activity.queue_depth
-    return max(view.use(model_id, node).in_flight, reported)
-
-
 def _holders(view: View, profile: ModelProfile) -> Iterator[NodeSnapshot]:
     return (node for node in view.fleet.holders(profile.id) if node.healthy and not node.draining)
-
-
-def _is_coming(node: NodeSnapshot, model_id: str) -> bool:
-    status = node.status_of(model_id)
-    return status is not None and status.coming

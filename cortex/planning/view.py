@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cortex.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
-from cortex.snapshot import FleetSnapshot
+from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from shared.protocol import ModelStatus
 
 Key = tuple[str, str]
@@ -38,7 +38,7 @@ class Rules:
 class Use:
     """How a loaded model is used on one node. Times are those of `View.now`.
 
-    `in_flight` is what the engine works on, for whomever. `last_used` and `loaded_at` are 0 when nothing is known.
+    `in_flight` are our own requests there. `last_used` and `loaded_at` are 0 when nothing is known.
     """
 
     in_flight: int = 0
@@ -95,6 +95,10 @@ class View:
     def use(self, model_id: str, node: str) -> Use:
         return self.uses.get((model_id, node), UNUSED)
 
+    def working(self, model_id: str, node: NodeSnapshot) -> int:
+        """Requests that the model's engine on the node has, for whomever: by our own count, or the node's."""
+        return max(self.use(model_id, node.name).in_flight, node.working_on(model_id))
+
     def bar(self, model_id: str, node: str) -> Bar | None:
         """What forbids a load there now."""
         for key in ((model_id, ANY_NODE), (model_id, node)):
@@ -124,14 +128,19 @@ class View:
             if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
             or (model_id, node.name) in self.fleet.leaving
         ]
-        if not known:
+        return self.remembered(model_id, known)
+
+    def remembered(self, model_id: str, nodes: Sequence[NodeSnapshot]) -> ModelProfile | None:
+        """What can be told of a model by the nodes that list it, to load it again on one of them; None without any."""
+        if not nodes:
             return None
-        view = known[0].models[model_id]
-        return ModelProfile(
+        entry = nodes[0].models[model_id]
+        # Not validated: neurons name their models as they like, also as no catalogue may.
+        return ModelProfile.model_construct(
             id=model_id,
-            harness=view.harness or "vllm",
-            min_devices=max(1, len(view.devices)),
-            pinned_on=tuple(node.name for node in known),
+            harness=entry.harness or "vllm",
+            min_devices=max(1, len(entry.devices)),
+            pinned_on=tuple(node.name for node in nodes),
             residency_priority=self.priority(model_id),
         )
 

@@ -65,7 +65,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
     async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
         _report_in_flight(gateway, channel)
-        listening = loop.create_task(_listen(messages, channel, control, gateway, stop), name="control")
+        listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         settle()
         channel.send(Ready())
         await stop.wait()
@@ -74,13 +74,14 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     await channel.close()
 
 
-async def _listen(
+async def listen(
     messages: AsyncIterator[ToWorker],
     channel: Channel[ToWorker],
     control: RemoteControl,
     gateway: Gateway,
     stop: asyncio.Event,
 ) -> None:
+    """Does what the control says until it is gone; sets `stop` then, or when it says so."""
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
@@ -89,6 +90,7 @@ async def _listen(
                 case Elsewhere(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
+                    await asyncio.sleep(0)  # whoever was given an engine by the message before is to be counted
                     channel.send(_counted(number, gateway))
                 case Stop():
                     gateway.draining = True

@@ -49,8 +49,6 @@ STOP_MARGIN_SECS = 5.0
 """What a worker may take to end beyond its drain time-out."""
 NOTES_SECS = 1.0
 """Between two words on the models that a worker waits for."""
-HEARD_SECS = 0.2
-"""What workers may take to hear of the end before those who wait are refused."""
 EARLY_DEATH_SECS = 5.0
 """A worker that dies sooner is replaced only after a pause."""
 MAX_PAUSE_SECS = 30.0
@@ -132,6 +130,9 @@ class Worker:
                         self._ready.set()
         finally:
             self._in_flight = {}
+            for waiting in self._collecting.values():  # it will not answer any more
+                if not waiting.done():
+                    waiting.set_result(None)
             if self._noting is not None:
                 self._noting.cancel()
             await self._tasks.close()
@@ -201,11 +202,9 @@ class Supervisor:
             self._stopping = True
             for sock in self._socks:
                 sock.close()
-            workers = list(self._workers.values())
-            for worker in workers:
+            for worker in self._workers.values():
                 worker.tell(Stop())
-            if workers:  # who is refused after that is told to go elsewhere, which a worker says that knows of the end
-                await asyncio.wait([asyncio.ensure_future(worker.refresh()) for worker in workers], timeout=HEARD_SECS)
+            await self._parts.counts.refresh()  # they have heard it: whoever is refused now is told to go elsewhere
             self._parts.stopping.begin()
             patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=patience)

@@ -10,11 +10,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
 import tomli_w
 
+from cortex.in_flight import InFlight
+from cortex.replica import Replica, Route
+from cortex.tally import Tally
+from cortex.workers import __main__ as worker_process
+from cortex.workers.messages import Collect, Counted, Resolved, Setup, ToWorker
+from cortex.workers.remote import RemoteControl
 from tests.cortex.raw_http import bounded
 from tests.cortex.seed_neuron import SeedNeuron
 from tests.processes import alive, descendants
@@ -178,3 +186,27 @@ async def test_port_of_another_cortex_is_not_shared_unnoticed(workers: Workers, 
     _, error = await bounded(process.communicate(), secs=20)
     assert process.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in error.decode()
+
+
+async def test_whoever_has_just_been_given_an_engine_is_counted() -> None:
+    """The control asks for the counts before it displaces a model: the answer comes after the routes sent before."""
+    replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
+    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="")
+    sent: list[Any] = []
+    control, in_flight = RemoteControl(setup, sent.append), InFlight()
+
+    async def journey() -> None:
+        route = await control.resolve(MODEL)
+        in_flight.add((MODEL, route.replica.node))
+
+    async def messages() -> AsyncIterator[ToWorker]:
+        yield Resolved(1, Route(replica=replica))
+        yield Collect(7)
+
+    going = asyncio.create_task(journey())
+    await asyncio.sleep(0)
+    channel, gateway = Mock(send=sent.append), Mock(in_flight=in_flight, collect=Tally)
+    await worker_process.listen(messages(), channel, control, gateway, asyncio.Event())
+    await going
+    (counted,) = (message for message in sent if isinstance(message, Counted))
+    assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])

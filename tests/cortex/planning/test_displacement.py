@@ -244,3 +244,13 @@ def test_a_busy_one_goes_only_where_the_idle_do_not_suffice() -> None:
     busy = _eviction("c", 9000, 0, claim=Claim.BUSY)
     assert _names(displace({0: 8000}, [*idle, busy])) == {"a", "b"}
     assert _names(displace({0: 9000}, [*idle, busy])) == {"c"}
+
+
+def test_a_model_that_has_just_come_up_serves_those_it_came_for() -> None:
+    """However long somebody has waited for its place: as long as its own are in the waiting room, they are on their way
+    to it, and it would have come in vain."""
+    where = fleet(host("box", 24000, models={"a": On(20000)}))
+    moment = view(
+        where, M, waiting={"m": 1000, "a": 1}, uses={("a", "box"): used(age=1)}, rules=Rules(min_residency_secs=0)
+    )
+    assert plan_for(moment).ready_at > moment.now

@@ -50,6 +50,20 @@ def test_a_node_never_reached_is_neither_feasible_nor_ruled_out() -> None:
     assert not is_feasible(profile(), unknown)
 
 
+def test_where_a_model_is_being_drained_it_is_not_loaded_before_it_has_gone() -> None:
+    """Another cortex has sent it away: a load would wait there for the end of its requests, however long they take."""
+    known, other, wanted = (
+        host("a", 24000, models={"m": On(status="unloaded")}),
+        host("b", 24000),
+        profile(vram_mb=8000),
+    )
+    assert plan_for(view(fleet(known, other), wanted)).node == "a"
+    drained = replace(known, models={"m": known.models["m"].model_copy(update={"state": "draining"})})
+    assert plan_for(view(fleet(drained, other), wanted)).node == "b"
+    verdict = verdict_on(view(fleet(drained)), wanted, drained)
+    assert (verdict.plan, verdict.passes) == (None, True)
+
+
 FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
 
 

@@ -21,6 +21,13 @@ def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
     assert view(fleet(HERE)).priority("own") == DEFAULT_PRIORITY
 
 
+@pytest.mark.parametrize(("name", "devices"), [("my model", 1), ("", 1), ("x" * 600, 1), ("wide", 72)])
+def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: int) -> None:
+    """Neurons name their models as they like, and have what hardware they have: one such must not end all planning."""
+    there = host("a", *[24000] * devices, models={name: On(0, tuple(range(devices)), status="unloaded")})
+    assert len(plan_for(view(fleet(there)), name).devices) == devices
+
+
 @pytest.mark.parametrize(
     ("where", "known"),
     [
