@@ -168,7 +168,7 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         watch = cortex.parts.watches["first"]
         await bounded(first.streaming.wait())
         while first.asked[-2:] != ["/health", "/health"]:  # as long as events flow, nobody asks for the models
-            await watch.refresh()
+            await watch.poll()
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(taken.wait())
         await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().coming("org/low") is not None), secs=2)
@@ -207,7 +207,8 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         neuron.change("org/low", "loaded")
         await neuron.tell("model", neuron.models["org/low"])
         assert await bounded(asking) == 502, "it has no engine"
-        assert view().bar("org/low", "raw") is None
+        left = view().bar("org/low", "raw")
+        assert left is None or left.passes, "but for the moment that the lost engine costs"
 
 
 async def test_upkeep_waits_for_the_first_word_of_each_neuron(
