@@ -306,7 +306,10 @@ class Scheduler:
         return view.remembered(model_id, known)
 
     def _kept_up(self) -> list[ModelProfile]:
-        return [profile for profile in self._live.catalogue.models if is_kept_up(profile)]
+        drained = {
+            model_id for node in self._fleet.snapshot().nodes.values() if node.draining for model_id in node.models
+        }
+        return [each for each in self._live.catalogue.models if is_kept_up(each) or each.id in drained]
 
     def _retire(self, retirement: Retirement) -> None:
         key = retirement.model_id, retirement.node

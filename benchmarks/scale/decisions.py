@@ -11,6 +11,8 @@ from benchmarks.scale.neurons import PretendedNeuron
 from cortex.api.models import ModelList
 from cortex.catalogue import Catalogue
 from cortex.fleet import Fleet
+from cortex.planning.turns import next_turn
+from cortex.planning.view import View, Waiting
 from cortex.routing import decide
 from cortex.snapshot import FleetSnapshot
 from shared.protocol import Discovery, ModelView, NeuronHealth
@@ -46,7 +48,7 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
         poll(fleet, node, {*range(node, loaded, nodes), *(range(min(REPLICATED, loaded)) if node % 50 == 0 else ())})
     snapshot = fleet.snapshot()
     served = timed(lambda n: decision(name(n * 7919 % loaded), catalogue, snapshot), range(decisions))
-    placed = timed(lambda n: decision(name(loaded + n % (models - loaded)), catalogue, snapshot), range(placements))
+    placed = timed(lambda n: placement(name(loaded + n % (models - loaded)), catalogue, snapshot), range(placements))
     listing, size = ModelList(), 0
     changed: list[float] = []
     same: list[float] = []
@@ -73,6 +75,11 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
 def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
     """What a request that no table answers costs before anything is sent."""
     decide(model_id, catalogue, snapshot, lambda _model, _node: 0)
+
+
+def placement(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
+    """What it costs to find a place for a model that somebody waits for."""
+    next_turn(View(now=10.0, catalogue=catalogue, fleet=snapshot, waiting={model_id: Waiting(1, 9.0)}))
 
 
 def name(number: int) -> str:

@@ -12,6 +12,9 @@ from cortex.planning.turns import after
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot
 
+IN_USE_SECS = 60.0
+"""A model that was used so recently moves to another neuron when its own is drained."""
+
 
 @dataclass(frozen=True)
 class Retirement:
@@ -56,18 +59,32 @@ def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
     if len(serving) < profile.replicas.min:
-        plan = best(likely_verdicts(view, profile))
-        if plan is None or plan.fit is Fit.TOO_LARGE or plan.displacement.claim is not Claim.IDLE:
-            return None
-        return plan, f"replicas.min is {profile.replicas.min}, {len(serving)} serve"
+        return _gently(view, profile, f"replicas.min is {profile.replicas.min}, {len(serving)} serve")
+    if not serving:
+        return _off_drained(view, profile)
     since = view.pressed.get(profile.id)
-    pressed = since is not None and view.now - since >= view.rules.scale_up_secs
-    if not serving or len(serving) >= profile.replicas.max or not pressed:
-        return None
+    if len(serving) < profile.replicas.max and since is not None and view.now - since >= view.rules.scale_up_secs:
+        why = f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"
+        return _gently(view, profile, why, most=Fit.NOW)
+    return None
+
+
+def _off_drained(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
+    """A place elsewhere for a model in use that only drained neurons serve: they are to become empty."""
+    drained = view.fleet.serving(profile.id)
+    in_use = any(
+        view.working(profile.id, node) or view.now - view.use(profile.id, node.name).last_used < IN_USE_SECS
+        for node in drained
+    )
+    return _gently(view, profile, f"{', '.join(node.name for node in drained)} is drained") if in_use else None
+
+
+def _gently(
+    view: View, profile: ModelProfile, why: str, *, most: Fit = Fit.AFTER_DISPLACEMENT
+) -> tuple[Plan, str] | None:
+    """The best place, where nobody has to make way who is in use, or was just loaded."""
     plan = best(likely_verdicts(view, profile))
-    if plan is None or plan.fit > Fit.NOW:
-        return None
-    return plan, f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"
+    return None if plan is None or plan.fit > most or plan.displacement.claim is not Claim.IDLE else (plan, why)
 
 
 def _retirements(view: View, profile: ModelProfile) -> Iterator[Retirement]:

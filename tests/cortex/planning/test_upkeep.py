@@ -200,3 +200,20 @@ def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
     """The next one goes instead."""
     uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
     assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("where", "idle", "expected"),
+    [
+        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 5, [("m", "b")]),
+        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 500, []),  # nobody uses it
+        (fleet(host("a", 16000, models={"m": M}, draining=True)), 5, []),  # it stays where it is
+        (fleet(host("a", 16000, models={"m": M}), host("b", 24000)), 5, []),
+    ],
+)
+def test_a_model_in_use_moves_off_a_drained_neuron(
+    where: FleetSnapshot, idle: float, expected: list[tuple[str, str]]
+) -> None:
+    """So that the neuron becomes empty under traffic: once the model is elsewhere, no request goes there."""
+    moment = view(where, profile(vram_mb=14000), uses={("m", "a"): used(idle=idle)})
+    assert loads(moment) == expected
