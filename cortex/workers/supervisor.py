@@ -123,12 +123,12 @@ class Worker:
                     case Counted(number, tally, counts):
                         self._tally = tally
                         self._in_flight = counts_from_wire(counts)
-                        waiting = self._collecting.get(number)
-                        if waiting is not None and not waiting.done():
-                            waiting.set_result(None)
+                        _answered(self._collecting.get(number))
                     case Ready():
                         self._ready.set()
         finally:
+            for waiting in self._collecting.values():
+                _answered(waiting)  # its last word has come
             self._in_flight = {}
             for waiting in self._collecting.values():  # it will not answer any more
                 if not waiting.done():
@@ -170,6 +170,11 @@ class Worker:
         for other in counts.workers:
             if isinstance(other, Worker) and other is not self:
                 other.tell(Elsewhere(counts_to_wire(counts.in_flight_beside(other))))
+
+
+def _answered(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
 
 
 class Supervisor:
