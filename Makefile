@@ -5,7 +5,7 @@
 #   make bench-cold          what cortex and neuron add to an engine's own start (ARGS="--engine vllm": real vLLM)
 #   make bench-fleet         what 1, 10, 100 and 1000 neurons cost cortex (ARGS="--seed": seed neurons)
 #   make bench-instructions  instructions of a request and of a chunk beside the record (ARGS="--record")
-#   make test-compiled       cortex's tests with its request path compiled, as in the container image
+#   make test-compiled       the request path's tests with it compiled, as in the container image
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -45,12 +45,16 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m tests.environment
 	$(BIN)/python -m pytest $(ARGS)
 
+# Those that go through the compiled modules; the rest of cortex is the same as in `make test`.
+COMPILED_TESTS := $(addprefix tests/cortex/test_,$(addsuffix .py,body choice errors failover front_bodies front_hardening front_http \
+	front_patience proxy relay_flow relay_framing relay_lost relay_retry relay_usage replicas stopping tally usage waiting_streams workers))
+
 # In a copy: compiled modules come before their sources, and none may lie in the checkout.
 test-compiled: $(DEV_STAMP)
 	rm -rf build/compiled
 	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
 	cp -r tests benchmarks deploy docs pyproject.toml models.example.toml README.md CHANGELOG.md Makefile build/compiled
-	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/cortex)
+	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),$(COMPILED_TESTS))
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
