@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -102,11 +103,14 @@ async def test_who_is_at_an_engine_is_served(process: CortexProcess, benjy: Seed
         engine.scripts.append(script)
         benjy.models[MODEL] = "loaded"
         benjy.engine_url = engine.url
-        async with connected(process.url) as client, connected(process.url) as waiting:
+        async with connected(process.url) as client, contextlib.AsyncExitStack() as stack:
+            # So many that each worker has one: it is closed when its worker drains.
+            idle = [await stack.enter_async_context(connected(process.url)) for _ in range(12)]
             await client.send(ASK)
             await engine.next_request()
             process.process.send_signal(signal.SIGTERM)
-            assert await waiting.rest() == b""  # by now it drains
+            for waiting in idle:
+                assert await waiting.rest() == b""
             await client.send(ASK)
             go_on.set()
             answer = await client.answer()
