@@ -16,6 +16,7 @@ from aiohttp import web
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+HANGUP_CHECK_SECS = 1.0
 
 CLOSING = web.AppKey("closing", asyncio.Event)
 """Set when the service begins to stop: open event streams end on it."""
@@ -147,8 +148,14 @@ async def told_to_stop(
     def on_sighup(hangup: Callable[[], None]) -> None:
         if terminal and not _has_terminal():
             on_signal("SIGHUP")
-        else:
-            hangup()
+            return
+        hangup()
+        if terminal:  # two signals that come together are one: the terminal may be gone by the second
+            loop.call_later(HANGUP_CHECK_SECS, stop_without_terminal)
+
+    def stop_without_terminal() -> None:
+        if not stop.is_set() and not _has_terminal():
+            on_signal("SIGHUP")
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     if on_hangup is not None:
