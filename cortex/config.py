@@ -63,13 +63,13 @@ class ColdLoadSettings(SettingsModel):
 class PlacementSettings(SettingsModel):
     """`[placement]`: who makes way for whom, and when. Seconds."""
 
-    min_residency_secs: float = Field(default=15, ge=0)
-    patience_secs: float = Field(default=300, ge=0)
-    starvation_secs: float = Field(default=300, ge=0)
-    pause_secs: float = Field(default=10, ge=0)
-    replica_target: int = Field(default=8, ge=1)  # requests at a time
-    scale_up_secs: float = Field(default=5, ge=0)
-    scale_down_secs: float = Field(default=300, gt=0)
+    min_residency_secs: float = Field(default=Rules.min_residency_secs, ge=0)
+    patience_secs: float = Field(default=Rules.patience_secs, ge=0)
+    starvation_secs: float = Field(default=Rules.starvation_secs, ge=0)
+    pause_secs: float = Field(default=Rules.pause_secs, ge=0)
+    replica_target: int = Field(default=Rules.replica_target, ge=1)  # requests at a time
+    scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
+    scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
 
     def rules(self) -> Rules:
         """For the planner."""

@@ -44,9 +44,9 @@ def _decision(model_id: str, view: View, found: list[Verdict], in_flight: InFlig
 
 
 def _placed(model_id: str, view: View, found: list[Verdict]) -> dict[str, Any]:
-    for reservation in view.fleet.reservations:
-        if reservation.model_id == model_id:
-            return {"action": "wait", "node": reservation.node, "reason": "a load of it is under way there"}
+    under_way = view.fleet.load_of(model_id)
+    if under_way is not None:
+        return {"action": "wait", "node": under_way.node, "reason": "a load of it is under way there"}
     plan = best(found)
     if plan is not None:
         return {

@@ -316,8 +316,7 @@ class Loader:
         """Waits while the model is on its way up on the node."""
 
         def settled(node: NodeSnapshot) -> bool:
-            status = node.status_of(plan.model_id)
-            return not node.healthy or status is None or not status.coming
+            return not (node.healthy and node.has_coming(plan.model_id))
 
         what = f"loading {plan.model_id!r} on {plan.node} failed"
         try:

@@ -165,6 +165,10 @@ class FleetSnapshot:
                 return node
         return None
 
+    def load_of(self, model_id: str) -> Reservation | None:
+        """What is promised to a load of the model that is under way, None when there is none."""
+        return next((each for each in self.reservations if each.model_id == model_id), None)
+
     @property
     def listed_models(self) -> list[str]:
         """Every model that some neuron lists."""

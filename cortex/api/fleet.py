@@ -149,8 +149,7 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
     """
 
     def settled(node: NodeSnapshot) -> bool:
-        status = node.status_of(model_id)
-        return not node.healthy or status is None or not status.coming
+        return not (node.healthy and node.has_coming(model_id))
 
     with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
         async with timeout(parts.loader.timeout_secs):

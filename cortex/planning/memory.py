@@ -123,7 +123,7 @@ def pending(view: View, node: NodeSnapshot) -> list[Resident]:
     moving = [
         _resident(view, node, entry)
         for entry in node.models.values()
-        if (entry.known_status is not None and entry.known_status.coming) or (entry.id, node.name) in view.fleet.leaving
+        if node.has_coming(entry.id) or (entry.id, node.name) in view.fleet.leaving
     ]
     asked_for = [
         Resident(

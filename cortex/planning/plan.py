@@ -143,15 +143,14 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | N
 
 
 def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
-    status, bar = node.status_of(profile.id), view.bar(profile.id, node.name)
-    entry = node.models.get(profile.id)
+    entry, bar = node.models.get(profile.id), view.bar(profile.id, node.name)
     if (profile.id, node.name) in view.fleet.leaving:
         return Held("is about to lose it", passes=True)
     if entry is not None and entry.state == DRAINING:  # for another cortex: a load would wait there until the end
         return Held("still finishes its requests there, and goes then", passes=True)
-    if status is ModelStatus.LOADED:
+    if node.status_of(profile.id) is ModelStatus.LOADED:
         return Held("has it already")
-    if status is not None and status.coming:
+    if node.has_coming(profile.id):
         return Held("it is on its way there", passes=True)
     if bar is not None:
         return Held(f"not tried again for {bar.until - view.now:.1f} s: {bar.reason}", passes=bar.passes)

@@ -69,9 +69,7 @@ def after(view: View, plan: Plan) -> View:
 
 def _needs_a_place(view: View, model_id: str) -> bool:
     fleet = view.fleet
-    if any(each.model_id == model_id for each in fleet.reservations):
-        return False
-    return not fleet.serving(model_id) and fleet.coming(model_id) is None
+    return fleet.load_of(model_id) is None and not fleet.serving(model_id) and fleet.coming(model_id) is None
 
 
 def _starved(view: View, model_id: str) -> bool:

@@ -55,7 +55,7 @@ def upkeep(view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
 def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
     """Another replica, where one is missing or would help. One at a time for each model."""
     coming = [node for node in _holders(view, profile) if node.has_coming(profile.id)]
-    if coming or any(each.model_id == profile.id for each in view.fleet.reservations):
+    if coming or view.fleet.load_of(profile.id) is not None:
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
     if len(serving) < profile.replicas.min:
@@ -76,7 +76,8 @@ def _off_drained(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
         view.working(profile.id, node) or view.now - view.use(profile.id, node.name).last_used < IN_USE_SECS
         for node in drained
     )
-    return _gently(view, profile, f"{', '.join(node.name for node in drained)} is drained") if in_use else None
+    names = ", ".join(sorted(node.name for node in drained))
+    return _gently(view, profile, f"it is in use on drained neurons only ({names})") if in_use else None
 
 
 def _gently(

@@ -20,12 +20,13 @@ class Rules:
     min_residency_secs: float = 15.0
     """A model stays at least so long, unless nothing else makes room."""
     patience_secs: float = 300.0
-    """When somebody has waited so long, a model that had its time is drained for him although it is busy."""
+    """When somebody has waited so long, or a few times what the exchange takes (`displacement`), a model that had its
+    time is drained for him although it is busy."""
     starvation_secs: float = 300.0
     """Who has waited so long goes first, whatever the priorities."""
     pause_secs: float = 10.0
-    """A model counts as in use for so long after its last request; for at most twice as long while somebody waits for
-    its place."""
+    """A model counts as in use for a part of what the exchange takes after its last request, for so long at most; for
+    at most twice as long while somebody waits for its place."""
     replica_target: int = 8
     """Requests that one replica has at a time before another is worth a load."""
     scale_up_secs: float = 5.0

@@ -178,5 +178,5 @@ def _could_hold(profile: ModelProfile, node: NodeSnapshot) -> bool:
 
 def _has_a_place(view: View, model_id: str) -> bool:
     fleet = view.fleet
-    under_way = any(each.model_id == model_id for each in fleet.reservations)
+    under_way = fleet.load_of(model_id) is not None
     return under_way or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None

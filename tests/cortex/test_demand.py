@@ -7,7 +7,9 @@ import pytest
 from cortex.counts import Counts
 from cortex.demand import MEMORY_SECS, Demand
 from cortex.in_flight import InFlight, Key
+from cortex.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.tally import Tally
+from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 
 KEY = "m", "a"
@@ -115,3 +117,31 @@ def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
     clock.now += 5
     demand.routes_changed(["m"], fleet(here, there))
     assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began + 10, ("m", "b"): began + 5}
+
+
+def reported(**activity: int | None) -> FleetSnapshot:
+    health = NeuronHealth(models=[ModelActivity(id="m", **activity)])
+    models = {"m": ModelView(id="m", status="loaded")}
+    return FleetSnapshot({"n": NodeSnapshot("n", "http://n", healthy=True, health=health, models=models)})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "used"),
+    [
+        ({"ended": 4}, {"ended": 4}, False),
+        ({"ended": 4}, {"ended": 5}, True),  # begun and ended between two polls, by another cortex
+        ({"ended": 4}, {"ended": 0}, False),  # the engine started again
+        ({"ended": None}, {"ended": None}, False),  # a neuron that does not tell
+        ({"ended": 4}, {"ended": 4, "in_flight": 1}, True),
+        ({"ended": 4}, {"ended": 4, "queue_depth": 1}, True),
+    ],
+)
+def test_what_engines_report_is_use(before: dict[str, int | None], after: dict[str, int | None], used: bool) -> None:
+    """So that no cortex takes a model for idle which another one sends requests to."""
+    now = 100.0
+    demand = Demand(Counts(), clock=lambda: now)
+    demand.routes_changed(["m"], reported(**before))
+    demand.sample(reported(**before), replica_target=8)
+    now = 200.0
+    demand.sample(reported(**after), replica_target=8)
+    assert (demand.uses()["m", "n"].last_used == 200.0) is used

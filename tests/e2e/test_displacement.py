@@ -31,7 +31,7 @@ def model(name: str, vram_mb: int = 14000, **fields: Any) -> dict[str, Any]:
 
 
 @dataclass
-class FleetOfOne:
+class SmallFleet:
     """A cortex and its neurons."""
 
     http: aiohttp.ClientSession
@@ -114,7 +114,7 @@ async def fleet_of(
     faults: Mapping[int, str] | None = None,
     sleep: bool = False,
     **sections: Any,
-) -> AsyncIterator[FleetOfOne]:
+) -> AsyncIterator[SmallFleet]:
     """Runs inside the body."""
     async with contextlib.AsyncExitStack() as stack:
         neurons = [
@@ -126,7 +126,7 @@ async def fleet_of(
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         addresses = [Address(f"n{number}", neuron.base) for number, neuron in enumerate(neurons)]
         cortex = await stack.enter_async_context(cortex_process(directory, addresses, models, **sections))
-        yield FleetOfOne(http, cortex.url, neurons, directory / "cortex.log")
+        yield SmallFleet(http, cortex.url, neurons, directory / "cortex.log")
 
 
 async def test_peers_take_turns(tmp_path: Path) -> None:
