@@ -38,7 +38,7 @@ def next_turn(view: View) -> Turn:
     notes: dict[str, str] = {}
     wake_at: list[float] = []
     kept: dict[str, str] = {}  # node -> who has starved and is to go there
-    for model_id in sorted((m for m in view.waiting if _needs_a_place(view, m)), key=lambda m: _turn_order(view, m)):
+    for model_id in sorted((m for m in view.waiting if not has_a_place(view, m)), key=lambda m: _turn_order(view, m)):
         profile = view.profile(model_id)
         found = [] if profile is None else [_unless_kept(kept, each) for each in likely_verdicts(view, profile)]
         plan = best(found)
@@ -67,9 +67,10 @@ def after(view: View, plan: Plan) -> View:
     return replace(view, fleet=view.fleet.with_load(plan.reservation, leaving))
 
 
-def _needs_a_place(view: View, model_id: str) -> bool:
+def has_a_place(view: View, model_id: str) -> bool:
+    """Whether a model is served, on its way, or being loaded by us."""
     fleet = view.fleet
-    return fleet.load_of(model_id) is None and not fleet.serving(model_id) and fleet.coming(model_id) is None
+    return fleet.load_of(model_id) is not None or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None
 
 
 def _starved(view: View, model_id: str) -> bool:

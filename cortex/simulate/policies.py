@@ -12,7 +12,7 @@ from cortex.planning.displacement import Claim, Displacement, Eviction
 from cortex.planning.memory import Resident, residents, rooms
 from cortex.planning.plan import Fit, Plan, verdicts
 from cortex.planning.refusal import refusal
-from cortex.planning.turns import Turn, after, next_turn
+from cortex.planning.turns import Turn, after, has_a_place, next_turn
 from cortex.planning.upkeep import Upkeep, upkeep
 from cortex.planning.view import View
 from cortex.snapshot import NodeSnapshot
@@ -53,7 +53,7 @@ class _Baseline:
         notes: dict[str, str] = {}
         for model_id in sorted(view.waiting, key=lambda model_id: (view.waiting[model_id].since, model_id)):
             profile = view.catalogue.profile(model_id)
-            if profile is None or _has_a_place(view, model_id):
+            if profile is None or has_a_place(view, model_id):
                 continue
             nodes = [node for node in view.fleet.nodes.values() if _could_hold(profile, node)]
             if not nodes:
@@ -174,9 +174,3 @@ def _sites(view: View, profile: ModelProfile, node: NodeSnapshot) -> Iterator[_S
 def _could_hold(profile: ModelProfile, node: NodeSnapshot) -> bool:
     enough = [device for device in eligible(profile, node) if device.vram_total_mb >= profile.device_share_mb]
     return is_feasible(profile, node) and len(enough) >= profile.min_devices
-
-
-def _has_a_place(view: View, model_id: str) -> bool:
-    fleet = view.fleet
-    under_way = fleet.load_of(model_id) is not None
-    return under_way or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None
