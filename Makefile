@@ -46,8 +46,8 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Those that go through the compiled modules; the rest of cortex is the same as in `make test`.
-COMPILED_TESTS := $(addprefix tests/cortex/test_,$(addsuffix .py,body choice errors failover front_bodies front_hardening front_http \
-	front_patience proxy relay_flow relay_framing relay_lost relay_retry relay_usage replicas stopping tally usage waiting_streams workers))
+COMPILED_TESTS := $(addprefix tests/cortex/,http proxy metrics workers \
+	$(addprefix control/test_,failover.py replicas.py stopping.py))
 
 # In a copy: compiled modules come before their sources, and none may lie in the checkout.
 test-compiled: $(DEV_STAMP)

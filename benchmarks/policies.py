@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cortex.simulate.fleet_file import load_fleet
-from cortex.simulate.outcome import Outcome
-from cortex.simulate.policies import POLICIES
-from cortex.simulate.workload import load_workload, make_trace
-from cortex.simulate.world import simulate
+from cortex.simulator.fleet_file import load_fleet
+from cortex.simulator.outcome import Outcome
+from cortex.simulator.policies import POLICIES
+from cortex.simulator.workload import load_workload, make_trace
+from cortex.simulator.world import simulate
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "simulate"
 LOADS = (0.5, 1.0, 2.0)

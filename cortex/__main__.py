@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from cortex.cli.commands import add_client_commands
+from cortex.cli.dev.command import add_dev_command
+from cortex.cli.serve import serve
 from cortex.cli.simulate import add_simulate_command
-from cortex.configuration import ConfigurationFiles, configuration_warnings, read_configuration
-from cortex.dev.command import add_dev_command
-from cortex.serve import serve
+from cortex.config.files import ConfigurationFiles, configuration_warnings, read_configuration
 from shared import __version__
 from shared.logs import configure_logging
 from shared.loop import run

@@ -14,33 +14,33 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
+from cortex.api.app_keys import PARTS, Parts
+from cortex.api.fleet_view import PICTURE, Picture
 from cortex.api.models import MODEL_LIST, ModelList
-from cortex.api.picture import PICTURE, Picture
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.bars import Bars
-from cortex.catalogue import Catalogue
-from cortex.config import CortexConfig
-from cortex.counts import Counts
-from cortex.demand import Demand
-from cortex.fleet import Fleet
-from cortex.front.server import accepting
-from cortex.keys import PARTS, Parts
-from cortex.live_config import LiveConfig
-from cortex.loader import Loader
-from cortex.metrics import Metrics
-from cortex.neuron_client import IDLE_SECS
-from cortex.proxy.access import AccessLog
-from cortex.proxy.affinity import Affinity
+from cortex.config.catalogue import Catalogue
+from cortex.config.live import LiveConfig
+from cortex.config.settings import CortexConfig
+from cortex.control.admission_queue import WaitingRooms
+from cortex.control.backoff import Bars
+from cortex.control.demand import Demand
+from cortex.control.loader import Loader
+from cortex.control.resolver import Router
+from cortex.control.scheduler import Scheduler
+from cortex.fleet.membership import Roster
+from cortex.fleet.neuron_client import IDLE_SECS
+from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
+from cortex.http.server import accepting
+from cortex.http.stopping import Stopping
+from cortex.metrics.exporter import Metrics
+from cortex.metrics.worker_counts import Counts
+from cortex.proxy.access_log import AccessLog
+from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
-from cortex.proxy.pool import Address, EnginePool
-from cortex.proxy.waiting import Comments
-from cortex.roster import Roster
-from cortex.router import Router
-from cortex.scheduler import Scheduler
-from cortex.state_file import StateFile
-from cortex.stopping import Stopping
-from cortex.waiting import WaitingRooms
+from cortex.proxy.keep_alive import Comments
+from cortex.upstream.pool import Address, EnginePool
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
 from shared.serve import BACKLOG

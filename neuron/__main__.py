@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
-from neuron.discover import run_discover
+from neuron.engine.state_dir import StateDirError
 from neuron.estimate.command import add_parser, run_estimate
-from neuron.keys import SERVICES
-from neuron.simulated import resolve_devices
+from neuron.gpu.discovery import run_discover
+from neuron.gpu.simulated import resolve_devices
 from neuron.spec import spec_of
-from neuron.state_dir import StateDirError
 from shared import __version__
 from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging

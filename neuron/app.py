@@ -12,20 +12,20 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
-from neuron.activation import DefaultModels
-from neuron.admission import Admission
-from neuron.api import add_routes
+from neuron.api import estimate as estimate_api
+from neuron.api.app_keys import SERVICES, Services
+from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
-from neuron.discover import topology_source
-from neuron.estimate import api as estimate_api
-from neuron.events import EventHub
-from neuron.history import FILE_NAME, LoadHistory
-from neuron.keys import SERVICES, Services
-from neuron.launcher import Launcher
+from neuron.engine.ports import PortPool
+from neuron.engine.state_dir import StateDir
+from neuron.gpu.discovery import topology_source
+from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.default_models import DefaultModels
+from neuron.lifecycle.events import EventHub
+from neuron.lifecycle.launcher import Launcher
+from neuron.lifecycle.registry import Workers
 from neuron.metrics import NeuronMetrics
-from neuron.ports import PortPool
-from neuron.state_dir import StateDir
-from neuron.workers import Workers
+from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.http import error_middleware, require_token
 from shared.tasks import TaskSet
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from neuron.owned_flags import refusal
+from neuron.harness.vllm.argument_policy import refusal
 from shared.protocol import LoadCommand
 from shared.settings import SettingsModel
 

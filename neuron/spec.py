@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from neuron.config import HarnessName
-from neuron.owned_flags import refusal, shell_word
+from neuron.harness.vllm.argument_policy import refusal, shell_word
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 

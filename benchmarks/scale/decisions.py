@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from benchmarks.scale.neurons import PretendedNeuron
 from cortex.api.models import ModelList
-from cortex.catalogue import Catalogue
-from cortex.fleet import Fleet
-from cortex.planning.turns import next_turn
-from cortex.planning.view import View, Waiting
-from cortex.routing import decide
-from cortex.snapshot import FleetSnapshot
+from cortex.config.catalogue import Catalogue
+from cortex.control.routing import decide
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.state import Fleet
+from cortex.placement.fair_queue import next_turn
+from cortex.placement.inputs import View, Waiting
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 LOADED_SHARE = 0.8

@@ -10,15 +10,15 @@ from typing import Any
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
-from cortex.api.picture import MIN_INTERVAL_SECS, PICTURE
-from cortex.explain import explain
-from cortex.fleet import NodeLeft
-from cortex.keys import PARTS, Parts
-from cortex.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
-from cortex.placement import infeasible_reason
-from cortex.planning.refusal import RETRY_AFTER_NODE_SECS
-from cortex.routing import Refuse, Serve, decide
-from cortex.snapshot import NodeSnapshot
+from cortex.api.app_keys import PARTS, Parts
+from cortex.api.fleet_view import MIN_INTERVAL_SECS, PICTURE
+from cortex.control.explain import explain
+from cortex.control.routing import Refuse, Serve, decide
+from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.state import NodeLeft
+from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.refusal import RETRY_AFTER_NODE_SECS
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError
 from shared.http import read_model
 from shared.protocol import ModelStatus

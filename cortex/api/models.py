@@ -8,10 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
-from cortex.catalogue import Catalogue, ModelProfile
-from cortex.feasibility import Feasibility
-from cortex.keys import PARTS
-from cortex.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.api.app_keys import PARTS
+from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.placement.feasibility_cache import Feasibility
 from shared.errors import NotFound
 from shared.protocol import ModelStatus
 

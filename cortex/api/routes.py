@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.api import fleet, models
-from cortex.keys import PARTS
+from cortex.api.app_keys import PARTS
 from cortex.proxy.gateway import INFERENCE_PATHS
 
 

@@ -7,12 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from cortex.simulate.fleet_file import SimulatedFleet, load_fleet
-from cortex.simulate.policies import POLICIES
-from cortex.simulate.report import by_model, side_by_side
-from cortex.simulate.trace import Ask, read_trace, write_trace
-from cortex.simulate.workload import load_workload, make_trace
-from cortex.simulate.world import simulate
+from cortex.simulator.fleet_file import SimulatedFleet, load_fleet
+from cortex.simulator.policies import POLICIES
+from cortex.simulator.report import by_model, side_by_side
+from cortex.simulator.trace import Ask, read_trace, write_trace
+from cortex.simulator.workload import load_workload, make_trace
+from cortex.simulator.world import simulate
 from shared.settings import SettingsError
 
 EVERY = "all"

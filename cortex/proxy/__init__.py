@@ -1,1 +1,2 @@
-"""From a client's request to an engine and back."""
+"""A worker's request path: find the model's engine, choose a replica, relay the answer, fail over. `cortex.app` builds
+it; it reaches the control through the `Control` protocol only."""

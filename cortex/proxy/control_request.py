@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from cortex.front.client import ClientConnection
-from cortex.proxy.pool import Address
+from cortex.http.connection import ClientConnection
+from cortex.http.request import Request
+from cortex.http.stopping import stopping
 from cortex.proxy.relay import Relay
-from cortex.proxy.request import Request
-from cortex.replica import FailureKind
-from cortex.stopping import stopping
+from cortex.upstream.pool import Address
+from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
 
 if TYPE_CHECKING:

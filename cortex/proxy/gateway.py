@@ -10,20 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cortex.front.client import ClientConnection, Handling
-from cortex.in_flight import InFlight, Key
-from cortex.proxy.access import AccessLog
-from cortex.proxy.affinity import Affinity
+from cortex.http.connection import ClientConnection, Handling
+from cortex.http.request import Request
+from cortex.metrics.counters import Tally
+from cortex.metrics.in_flight import InFlight, Key
+from cortex.proxy.access_log import AccessLog
+from cortex.proxy.balancing.affinity import Affinity
+from cortex.proxy.balancing.speeds import Speeds
 from cortex.proxy.callers import Callers
 from cortex.proxy.control_request import ControlRequest
-from cortex.proxy.journey import UNKNOWN, Journey
-from cortex.proxy.pool import Address, EnginePool
-from cortex.proxy.request import Request
-from cortex.proxy.speeds import Speeds
+from cortex.proxy.keep_alive import Comments
+from cortex.proxy.request_handler import UNKNOWN, Journey
 from cortex.proxy.usage_queue import UsageQueue
-from cortex.proxy.waiting import Comments
-from cortex.replica import Failure, Replica, Route, WaitNote
-from cortex.tally import Tally
+from cortex.upstream.pool import Address, EnginePool
+from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.errors import ServiceError
 from shared.tasks import TaskSet
 

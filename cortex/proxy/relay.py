@@ -6,17 +6,17 @@ import asyncio
 import time
 from typing import Final, Protocol
 
-from cortex.front.client import ClientConnection
-from cortex.http1 import names
-from cortex.http1.framing import BodyUntilClose, ChunkedBody, SizedBody
-from cortex.http1.heads import ResponseHead
-from cortex.proxy.engine import Body, EngineConnection
+from cortex.http import headers as names
+from cortex.http.connection import ClientConnection
+from cortex.http.framing import BodyUntilClose, ChunkedBody, SizedBody
+from cortex.http.heads import ResponseHead
+from cortex.http.request import Request
 from cortex.proxy.error_event import error_event
-from cortex.proxy.pool import Address, EnginePool, NoConnection
-from cortex.proxy.request import Request
-from cortex.proxy.tail import UsageTail
-from cortex.proxy.usage import Usage
-from cortex.replica import FailureKind
+from cortex.upstream.connection import Body, EngineConnection
+from cortex.upstream.pool import Address, EnginePool, NoConnection
+from cortex.upstream.replica import FailureKind
+from cortex.upstream.tail import UsageTail
+from cortex.upstream.usage import Usage
 from shared.errors import UpstreamError
 
 _ASLEEP: Final = b"x-neuron-sleeping:"

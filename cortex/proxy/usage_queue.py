@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from cortex.proxy.usage import Usage
+from cortex.upstream.usage import Usage
 
 MAX_WAITING = 100_000
 """Records between two collections; beyond it the oldest are lost."""

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from cortex.app import working
-from cortex.config import CortexConfig
-from cortex.in_flight import Key
+from cortex.config.settings import CortexConfig
+from cortex.metrics.in_flight import Key
 from cortex.proxy.gateway import Gateway
-from cortex.proxy.pool import Address
+from cortex.upstream.pool import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,
@@ -35,7 +35,7 @@ from cortex.workers.messages import (
     counts_from_wire,
     counts_to_wire,
 )
-from cortex.workers.remote import RemoteControl
+from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
 from shared.loop import run, settle
 from shared.tasks import cancel_all

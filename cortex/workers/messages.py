@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from cortex.in_flight import Key
-from cortex.replica import Failure, Replica, Route, WaitNote
-from cortex.tally import Tally
+from cortex.metrics.counters import Tally
+from cortex.metrics.in_flight import Key
+from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.errors import ServiceError
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
-from cortex.in_flight import Key
-from cortex.keys import Parts
-from cortex.proxy.pool import Address
-from cortex.replica import Failure, Replica
-from cortex.tally import Tally
+from cortex.api.app_keys import Parts
+from cortex.metrics.counters import Tally
+from cortex.metrics.in_flight import Key
+from cortex.upstream.pool import Address
+from cortex.upstream.replica import Failure, Replica
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,

@@ -16,8 +16,8 @@ from neuron.estimate.locate import model_at
 from neuron.estimate.result import Estimate
 from neuron.estimate.sum import estimate
 from neuron.estimate.wish import Wish, wish_of
+from neuron.gpu.topology import Topology
 from neuron.spec import EngineSpec
-from neuron.topology import Topology
 
 __all__ = ["Estimate", "Wish", "estimate_of", "estimate_of_wish", "wish_of"]
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from neuron.config import NeuronConfig
-from neuron.discover import topology_source
 from neuron.estimate import estimate_of_wish
 from neuron.estimate.options import OPTIONS, with_options
 from neuron.estimate.reply import reply_of, table_of
 from neuron.estimate.wish import wish_of
+from neuron.gpu.discovery import topology_source
 from neuron.spec import EngineSpec
 from shared.protocol import EstimateReply
 

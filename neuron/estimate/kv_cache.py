@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from neuron.estimate.architecture import Architecture, LinearAttention
-from neuron.estimate.layers import LayerKind
-from neuron.estimate.number_types import KV_BITS, SCALED_PER_HEAD
+from neuron.estimate.files.architecture import Architecture, LinearAttention
+from neuron.estimate.files.layers import LayerKind
+from neuron.estimate.files.number_types import KV_BITS, SCALED_PER_HEAD
 
 BLOCK_TOKENS = 16  # vLLM gives memory to a sequence in blocks of this many tokens (`--block-size`)
 _BATCHES_IN_FLIGHT = 2  # asynchronous scheduling: the next batch is planned while one runs

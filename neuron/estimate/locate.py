@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from neuron.estimate.architecture import architecture_of
-from neuron.estimate.errors import ModelFilesInvalid, files_not_found
-from neuron.estimate.fields import Fields
-from neuron.estimate.safetensors_header import read_json
-from neuron.estimate.stored import stored_weights
+from neuron.estimate.files.architecture import architecture_of
+from neuron.estimate.files.errors import ModelFilesInvalid, files_not_found
+from neuron.estimate.files.fields import Fields
+from neuron.estimate.files.safetensors_header import read_json
+from neuron.estimate.files.stored import stored_weights
 from neuron.estimate.sum import Model
 
 CONFIG = "config.json"

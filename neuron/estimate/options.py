@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from neuron.estimate.number_types import KV_BITS
+from neuron.estimate.files.number_types import KV_BITS
 from neuron.estimate.wish import Wish, length_of
 from shared.errors import InvalidRequest
 

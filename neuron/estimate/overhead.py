@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from neuron.estimate.architecture import Architecture
+from neuron.estimate.files.architecture import Architecture
 from neuron.estimate.wish import Wish
 
 MIB = 1 << 20

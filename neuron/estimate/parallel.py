@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neuron.estimate.architecture import Architecture
-from neuron.estimate.number_types import checkpoint_method
+from neuron.estimate.files.architecture import Architecture
+from neuron.estimate.files.number_types import checkpoint_method
 
 _VOCABULARY_PADDING = 64
 

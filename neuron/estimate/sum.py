@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neuron.estimate.architecture import Architecture
-from neuron.estimate.context_length import default_length, longest
+from neuron.estimate.files.architecture import Architecture
+from neuron.estimate.files.context_length import default_length, longest
+from neuron.estimate.files.number_types import kv_cache_name, model_bits
+from neuron.estimate.files.parameters import Part
+from neuron.estimate.files.stored import StoredWeights
 from neuron.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
-from neuron.estimate.number_types import kv_cache_name, model_bits
 from neuron.estimate.overhead import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
@@ -20,9 +22,7 @@ from neuron.estimate.overhead import (
     graph_bytes,
 )
 from neuron.estimate.parallel import obstacle
-from neuron.estimate.parameters import Part
 from neuron.estimate.result import Estimate, Line, Option, line_of, unknown_line
-from neuron.estimate.stored import StoredWeights
 from neuron.estimate.weights import Weights, weights_of
 from neuron.estimate.wish import Wish
 from shared.protocol import Device

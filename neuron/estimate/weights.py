@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neuron.estimate.architecture import Architecture
-from neuron.estimate.layers import LayerKind
-from neuron.estimate.number_types import (
+from neuron.estimate.files.architecture import Architecture
+from neuron.estimate.files.layers import LayerKind
+from neuron.estimate.files.number_types import (
     EXPERTS_ONLY,
     ON_LOADING,
     checkpoint_bits,
     checkpoint_method,
     model_bits,
 )
-from neuron.estimate.parameters import Part, Placement, counts_of, parameter_count
-from neuron.estimate.stored import Amount, Group, StoredWeights
+from neuron.estimate.files.parameters import Part, Placement, counts_of, parameter_count
+from neuron.estimate.files.stored import Amount, Group, StoredWeights
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from neuron.config import HarnessName, HarnessSettings
-from neuron.need import Need
+from neuron.memory.requirement import Need
 from neuron.spec import EngineSpec
 from shared.protocol import Device, FailureCause
 
@@ -65,7 +65,7 @@ class LoadReading(Protocol):
 
     @property
     def phase(self) -> str:
-        """One of `neuron.phases`, never an earlier one than before."""
+        """One of `neuron.progress.phases`, never an earlier one than before."""
         ...
 
     @property
@@ -121,7 +121,7 @@ class Harness(Protocol):
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
 
     def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
-        """True when the engine that `command` starts can be put to sleep (`neuron.sleeping`)."""
+        """True when the engine that `command` starts can be put to sleep (`neuron.lifecycle.sleep`)."""
         ...
 
     def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessName
-from neuron.harness import vllm_cause, vllm_log, vllm_phases
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
 from neuron.harness.environment import engine_environment
-from neuron.harness.sleep_mode import control_environment, first_on_path, sim_can_sleep
-from neuron.harness.vllm import serve_arguments
-from neuron.need import Need
-from neuron.owned_flags import gives, value_of
-from neuron.sim.arguments import DEFAULT_DEVICE_VRAM_MB
-from neuron.sim.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
+from neuron.harness.vllm import errors as vllm_log
+from neuron.harness.vllm import failure_cause as vllm_cause
+from neuron.harness.vllm import phases as vllm_phases
+from neuron.harness.vllm.argument_policy import gives, value_of
+from neuron.harness.vllm.command import serve_arguments
+from neuron.harness.vllm.sleep_mode import control_environment, first_on_path, sim_can_sleep
+from neuron.memory.requirement import Need
+from neuron.sim.process.arguments import DEFAULT_DEVICE_VRAM_MB
+from neuron.sim.process.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec
 from shared.protocol import FailureCause
 

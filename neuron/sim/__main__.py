@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 
-from neuron.sim.core import EngineCore
+from neuron.sim.process.core import EngineCore
 
 
 def main() -> int:
     if "litter" not in sys.argv:
         return _serve_with_core()
-    from neuron.sim.litter import Litter  # noqa: PLC0415
+    from neuron.sim.process.litter import Litter  # noqa: PLC0415
 
     tmp = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - where vLLM would put it as well
     litter = Litter(tmp, os.environ.get("NEURON_ENGINE_ID", ""))
@@ -35,14 +35,14 @@ def _serve_with_core() -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
-        from neuron.sim.arguments import parse  # noqa: PLC0415
+        from neuron.sim.process.arguments import parse  # noqa: PLC0415
 
         settings = parse(sys.argv[1:])
         if settings.faults.deaf_at_first:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         import asyncio  # noqa: PLC0415
 
-        from neuron.sim.lifecycle import run  # noqa: PLC0415
+        from neuron.sim.process.lifecycle import run  # noqa: PLC0415
 
         return asyncio.run(run(settings, core))
     finally:

@@ -101,7 +101,7 @@ def test_image_runs_as_a_user_without_rights(podman: Podman, fleet: Fleet) -> No
 
 def test_image_has_its_request_path_compiled(podman: Podman, fleet: Fleet) -> None:
     """What is measured is what runs in the image."""
-    where = "import cortex.proxy.engine as engine; print(engine.__file__)"
+    where = "import cortex.upstream.connection as engine; print(engine.__file__)"
     found = podman("run", "--rm", "--network", "none", IMAGE, "/opt/cortex-neuron/bin/python", "-c", where)
     assert found.strip().endswith(".so")
 

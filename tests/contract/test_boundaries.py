@@ -18,70 +18,48 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
+    "cortex/config/catalogue.py",
+    *(f"cortex/control/{name}.py" for name in ("explain", "routing")),
+    *(f"cortex/fleet/{name}.py" for name in ("snapshot", "sse_reader")),
     *(
-        f"cortex/{name}.py"
+        f"cortex/http/{name}.py"
+        for name in ("body_reader", "decompress", "framing", "headers", "heads", "request", "responses")
+    ),
+    "cortex/metrics/counters.py",
+    *(
+        f"cortex/placement/{name}.py"
         for name in (
-            "placement",
-            "feasibility",
-            "event_stream",
-            "routing",
-            "explain",
-            "snapshot",
-            "catalogue",
-            "replica",
-            "tally",
+            *("candidates", "capacity", "devices", "eviction", "fair_queue", "feasibility", "feasibility_cache"),
+            *("inputs", "planner", "refusal", "replicas"),
         )
     ),
+    *(f"cortex/proxy/{name}.py" for name in ("callers", "error_event", "json_scan", "model_field")),
+    *(f"cortex/proxy/balancing/{name}.py" for name in ("affinity", "choice", "speeds")),
     *(
-        f"cortex/planning/{name}.py"
-        for name in ("view", "memory", "devices", "displacement", "plan", "turns", "upkeep", "refusal", "shortlist")
-    ),
-    *(
-        f"cortex/simulate/{name}.py"
+        f"cortex/simulator/{name}.py"
         for name in (
-            "clock",
-            "engine",
-            "fleet_file",
-            "host",
-            "outcome",
-            "policies",
-            "report",
-            "sent",
-            "trace",
-            "workload",
-            "world",
+            *("clock", "engine", "fleet_file", "host", "outcome", "policies", "report", "sent", "trace"),
+            *("workload", "world"),
         )
     ),
-    *(f"cortex/http1/{name}.py" for name in ("framing", "heads", "names")),
-    *(f"cortex/front/{name}.py" for name in ("answers", "incoming", "unpack")),
+    *(f"cortex/upstream/{name}.py" for name in ("replica", "usage")),
     *(
-        f"cortex/proxy/{name}.py"
-        for name in ("affinity", "body", "callers", "choice", "error_event", "json_place", "request", "speeds", "usage")
+        f"neuron/estimate/files/{name}.py"
+        for name in ("architecture", "context_length", "experts", "fields", "layers", "number_types", "parameters")
     ),
-    *(
-        f"neuron/{name}.py"
-        for name in (
-            "devices",
-            "hang",
-            "links",
-            "need",
-            "owned_flags",
-            "paths",
-            "restarts",
-            "rooms",
-            "spec",
-            "state",
-        )
-    ),
-    "shared/gpu_presets.py",
-    *(f"neuron/{name}.py" for name in ("phases", "load_times", "progress", "remaining", "line_ring")),
     *(
         f"neuron/estimate/{name}.py"
-        for name in ("architecture", "context_length", "experts", "fields", "kv_cache", "layers")
+        for name in ("kv_cache", "options", "overhead", "parallel", "reply", "result", "sum", "weights", "wish")
     ),
-    *(f"neuron/estimate/{name}.py" for name in ("number_types", "options", "overhead", "parallel", "parameters")),
-    *(f"neuron/estimate/{name}.py" for name in ("layers", "reply", "result", "sum", "weights", "wish")),
-    *(f"neuron/harness/{name}.py" for name in ("base", "environment", "vllm", "vllm_log", "vllm_phases")),
+    "neuron/gpu/links.py",
+    *(f"neuron/harness/{name}.py" for name in ("base", "environment")),
+    *(f"neuron/harness/vllm/{name}.py" for name in ("activity", "argument_policy", "command", "errors", "phases")),
+    *(f"neuron/lifecycle/{name}.py" for name in ("restarts", "states")),
+    *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
+    *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
+    "neuron/engine/line_ring.py",
+    "neuron/spec.py",
+    "shared/gpu_presets.py",
 )
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cortex.catalogue import Catalogue
-from cortex.config import CortexConfig
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
 from tests.contract.documents import documented_keys
 

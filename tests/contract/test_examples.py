@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from cortex.catalogue import Catalogue, load_catalogue
-from cortex.config import CortexConfig
-from cortex.simulate.fleet_file import FleetFile
-from cortex.simulate.workload import Workload
+from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.settings import CortexConfig
+from cortex.simulator.fleet_file import FleetFile
+from cortex.simulator.workload import Workload
 from neuron.config import NeuronConfig
-from neuron.simulated import resolve_devices
+from neuron.gpu.simulated import resolve_devices
 from shared.settings import load_settings
 from tests.contract.documents import TOP, Example, examples
 
@@ -81,7 +81,7 @@ def test_example_catalogue_is_the_seed_fleets() -> None:
 
 def test_example_catalogue_explains_every_field() -> None:
     """Each key of a model is shown, with a comment that says what leaving it out means."""
-    from cortex.catalogue import ModelProfile
+    from cortex.config.catalogue import ModelProfile
 
     text = (TOP / "models.example.toml").read_text(encoding="utf-8")
     for key in set(ModelProfile.model_fields) - {"id", "limit"}:

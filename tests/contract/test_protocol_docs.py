@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from cortex.api.models import ModelList
-from cortex.catalogue import Catalogue
-from cortex.snapshot import FleetSnapshot, NodeSnapshot
-from neuron.workers import NeuronModelView
+from cortex.config.catalogue import Catalogue
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from neuron.lifecycle.registry import NeuronModelView
 from shared.protocol import (
     Activation,
     Device,

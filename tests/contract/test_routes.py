@@ -9,9 +9,9 @@ import pytest
 from aiohttp import web
 
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.fleet import Fleet
-from cortex.metrics import Metrics
-from cortex.tally import Tally
+from cortex.fleet.state import Fleet
+from cortex.metrics.counters import Tally
+from cortex.metrics.exporter import Metrics
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from cortex.api.app_keys import Parts
 from cortex.app import (
     assembled,
     build_control_app,
@@ -20,9 +21,8 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
-from cortex.catalogue import Catalogue
-from cortex.config import CortexConfig
-from cortex.keys import Parts
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
 from shared.serve import Site, bind, serving
 from tests.cortex.seed_neuron import SeedNeuron
 

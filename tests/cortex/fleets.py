@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cortex.snapshot import FleetSnapshot, NodeSnapshot, Reservation
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelActivity, ModelView, NeuronHealth
 
 

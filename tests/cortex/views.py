@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cortex.catalogue import Catalogue, ModelProfile
-from cortex.planning.plan import Plan, best, verdicts
-from cortex.planning.view import Bar, Key, Rules, Use, View, Waiting
-from cortex.snapshot import FleetSnapshot
+from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.placement.inputs import Bar, Key, Rules, Use, View, Waiting
+from cortex.placement.planner import Plan, best, verdicts
 
 NOW = 10_000.0
 RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)

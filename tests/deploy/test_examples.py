@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from cortex.catalogue import load_catalogue
-from cortex.config import CortexConfig
+from cortex.config.catalogue import load_catalogue
+from cortex.config.settings import CortexConfig
 from neuron.config import HarnessEntry, NeuronConfig, SimulatedDevice
 from shared.protocol import LoadCommand
 from shared.settings import load_settings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.config import CortexConfig
+from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"

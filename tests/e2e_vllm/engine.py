@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neuron.config import HarnessSettings
-from neuron.harness import HARNESSES, HostFacts, LaunchPlan
+from neuron.harness.base import HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
+from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
 from shared.protocol import Device
 from tests.processes import eventually, of_session

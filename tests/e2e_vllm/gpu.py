@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from neuron.config import NeuronConfig
-from neuron.discover import topology_source
-from neuron.topology import TopologySource
+from neuron.gpu.discovery import topology_source
+from neuron.gpu.topology import TopologySource
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.models import tiny_qwen3
 from tests.environment.vllm import VllmEnvironment

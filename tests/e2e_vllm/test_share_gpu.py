@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from neuron.topology import TopologySource
+from neuron.gpu.topology import TopologySource
 from tests.e2e_vllm.gpu import gpu_model, gpu_vllm, gpus, used_mb
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import Answer, NeuronProcess, neuron_process

@@ -11,9 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from neuron import sleeping
 from neuron.config import HarnessSettings
-from neuron.inside.neuron_guard import CONTROL_HEADER, digest_of
+from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, digest_of
+from neuron.lifecycle import sleep as sleeping
 from tests.e2e_vllm.conftest import RealVllm
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, RunningEngine, running_engine
 from tests.processes import of_session

@@ -8,9 +8,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from neuron import sleeping
 from neuron.config import HarnessSettings
-from neuron.topology import TopologySource
+from neuron.gpu.topology import TopologySource
+from neuron.lifecycle import sleep as sleeping
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, running_engine
 from tests.e2e_vllm.gpu import gpu_model, gpu_vllm, gpus, used_mb
 

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from neuron import session
+from neuron.engine import session
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.neurons import Client, NeuronProcess, marked_processes, neuron_process, until
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from neuron.gpu.topology import Topology
 from neuron.spec import EngineSpec
-from neuron.topology import Topology
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 
 TOTALS = {"5090": 32607, "4090": 24564, "3060": 12288, "H100": 81559}

@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 import aiohttp
 
+from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
-from neuron.keys import SERVICES
-from neuron.workers import Workers
+from neuron.lifecycle.registry import Workers
 from shared.serve import Site, bind, serving
 
 MARK_VARIABLE = "ENGINE_TEST_MARK"

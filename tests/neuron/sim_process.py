@@ -14,8 +14,8 @@ from pathlib import Path
 
 import aiohttp
 
-from neuron.sim import vram
-from neuron.sim.core import TITLE
+from neuron.sim.process import vram
+from neuron.sim.process.core import TITLE
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-8B"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, Any
 
-from neuron.nvml import NvmlTopologySource
+from neuron.gpu.nvml import NvmlTopologySource
 from tests.nvml.library import REPOSITORY
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from neuron import session
+from neuron.engine import session
 from tests.e2e.chaos.fleet import EngineServer, Fleet, NeuronHost, Service, send
 
 _FIRST_SECS = 2.0  # of load without a fault

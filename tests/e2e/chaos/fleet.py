@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 import tomli_w
 
-from neuron import session
-from neuron.state_dir import StateDir
+from neuron.engine import session
+from neuron.engine.state_dir import StateDir
 from tests.e2e.chaos.models import HOSTS, ChaosModel, HostShape
 from tests.neuron.neurons import MARK_VARIABLE, REPOSITORY
 

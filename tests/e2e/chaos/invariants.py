@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from neuron import session
+from neuron.engine import session
 from tests.e2e.chaos.fleet import Fleet, NeuronHost, Service, served_model
 from tests.neuron.neurons import marked_processes
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from neuron.estimate.architecture import Architecture, architecture_of
-from neuron.estimate.fields import Fields
+from neuron.estimate.files.architecture import Architecture, architecture_of
+from neuron.estimate.files.fields import Fields
 
 Config = dict[str, Any]
 

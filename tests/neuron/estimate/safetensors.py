@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuron.estimate.safetensors_header import BITS
+from neuron.estimate.files.safetensors_header import BITS
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from neuron.estimate import estimate_of
-from neuron.estimate.errors import ModelFilesInvalid
+from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.parameters import Part, parameter_count
 from neuron.estimate.locate import hub_cache, model_at
-from neuron.estimate.parameters import Part, parameter_count
 from neuron.estimate.sum import Model
 from neuron.estimate.weights import weights_of
-from neuron.model_roots import is_below
+from neuron.gpu.topology import Topology
+from neuron.lifecycle.model_roots import is_below
 from neuron.spec import EngineSpec
-from neuron.topology import Topology
 from shared.errors import NotFound, ServiceError
 from tests.neuron.estimate.published import DEEPSEEK_V3, GPT_OSS_20B, LLAMA_8B, QWEN2_5_05B, Published
 from tests.neuron.estimate.safetensors import llama_tensors, write_header, write_model, write_tensors

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from neuron.estimate.context_length import default_length, longest
+from neuron.estimate.files.context_length import default_length, longest
+from neuron.estimate.files.layers import LayerKind
+from neuron.estimate.files.number_types import kv_cache_name
+from neuron.estimate.files.parameters import parameter_count
 from neuron.estimate.kv_cache import Sequences, cached_of, grouped_layers, token_bytes
-from neuron.estimate.layers import LayerKind
-from neuron.estimate.number_types import kv_cache_name
 from neuron.estimate.parallel import obstacle
-from neuron.estimate.parameters import parameter_count
 from neuron.estimate.sum import Model, estimate
 from neuron.estimate.weights import weights_of
 from neuron.estimate.wish import Wish, human_number
@@ -21,7 +21,9 @@ from tests.neuron.estimate import published
 from tests.neuron.estimate.published import MODELS, Published
 
 MIB = 1 << 20
-LOGS = Path(__file__).parent.parent / "vllm_logs"  # vLLM 0.32 with the model of tests/environment/tiny_model.py
+LOGS = (
+    Path(__file__).parents[1] / "harness" / "vllm_logs"
+)  # vLLM 0.32 with the model of tests/environment/tiny_model.py
 
 
 def by_name(model: Published) -> str:

@@ -11,8 +11,8 @@ from neuron.estimate.overhead import batching_of
 from neuron.estimate.result import Estimate
 from neuron.estimate.sum import Model, estimate
 from neuron.estimate.wish import Wish, human_number, length_of
+from neuron.gpu.topology import Topology
 from neuron.spec import EngineSpec
-from neuron.topology import Topology
 from shared.errors import InvalidRequest
 from shared.protocol import Device
 from tests.neuron.estimate import published

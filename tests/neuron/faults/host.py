@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 import aiohttp
 
-from neuron import session
-from neuron.sim import vram
-from neuron.sim.core import TITLE
+from neuron.engine import session
+from neuron.sim.process import vram
+from neuron.sim.process.core import TITLE
 from tests.neuron.neurons import REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port
 

@@ -1,0 +1,229 @@
+"""`cortex dev`: real processes on loopback, each ending with this one however it ends."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import tomli_w
+
+from cortex.cli.dev.fleet import (
+    DEFAULT_FLEET,
+    Engine,
+    SimulatedHost,
+    cortex_table,
+    models_table,
+    neuron_table,
+    parse_fleet,
+)
+from cortex.cli.dev.orphans import adopt_orphans, kill_adopted
+from cortex.config.catalogue import Catalogue, load_catalogue
+from shared.serve import ListenError, bind
+from shared.settings import SettingsError
+
+CORTEX = "cortex"  # a neuron may have this name too: then both end at once
+DEFAULT_PORT = 31313
+MAX_PORT = 65535
+READY_TIMEOUT_SECS = 60.0
+STOP_TIMEOUT_SECS = 40.0
+
+
+def add_dev_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `cortex dev` to the parser of `cortex`."""
+    parser = commands.add_parser("dev", help="run a simulated fleet here: no GPU, no file")
+    parser.add_argument("--fleet", default=DEFAULT_FLEET, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
+    parser.add_argument("--engine", choices=["sim", "vllm"], default="sim", help="default: %(default)s")
+    parser.add_argument("--model-dir", type=Path, help="with --engine vllm: the model that every name stands for")
+    parser.add_argument("--vllm-command", default="vllm", help="with --engine vllm: how it is started")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        if not 0 <= args.port <= MAX_PORT:
+            raise ValueError(f"--port {args.port} is no port: 0 to {MAX_PORT}")
+        hosts = parse_fleet(args.fleet)
+        engine = _engine(args)
+        return asyncio.run(_dev(hosts, engine, args.port))
+    except (ValueError, ListenError, SettingsError) as error:
+        print(f"cortex dev: {error}", file=sys.stderr)
+        return 1
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    if args.engine == "sim":
+        return Engine()
+    if args.model_dir is None or not args.model_dir.is_dir():
+        raise ValueError("--engine vllm needs --model-dir with the directory of a model")
+    return Engine("vllm", tuple(shlex.split(args.vllm_command)), str(args.model_dir.resolve()))
+
+
+def example_catalogue() -> Catalogue:
+    """models.example.toml: of the installed package, or of the checkout."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / "models.example.toml"
+    return load_catalogue(installed if installed.exists() else package.parent / "models.example.toml")
+
+
+def _memory_file(name: str, table: dict[str, Any]) -> int:
+    """A configuration as an anonymous file in memory: nothing is left behind, however this process ends."""
+    fd = os.memfd_create(name, 0)
+    os.write(fd, tomli_w.dumps(table).encode())
+    return fd
+
+
+class DevFleet:
+    """The child processes: each in its own session, so that Ctrl-C reaches only this process, and each holding the
+    read end of a pipe whose only writer is this process, so that they stop when it dies."""
+
+    def __init__(self) -> None:
+        adopt_orphans()
+        self._lifeline, self._writer = os.pipe()
+        self._processes: list[tuple[str, asyncio.subprocess.Process]] = []
+
+    async def start(self, name: str, module: str, config_fd: int, sock: socket.socket, *fds: int) -> None:
+        arguments = ["serve", "--config", f"/dev/fd/{config_fd}", "--fd", str(sock.fileno())]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", module, *arguments, "--lifeline-fd", str(self._lifeline)),
+            stdin=asyncio.subprocess.DEVNULL,
+            # The configuration is complete: no variable meant for a real cortex or neuron changes it.
+            env={key: value for key, value in os.environ.items() if not key.startswith(("CORTEX_", "NEURON_"))},
+            pass_fds=(config_fd, sock.fileno(), self._lifeline, *fds),
+            start_new_session=True,
+        )
+        self._processes.append((name, process))
+        sock.close()
+
+    async def _end(self, processes: list[asyncio.subprocess.Process]) -> None:
+        """SIGTERM, then SIGKILL after the time that draining and stopping engines may take."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            running = [process for process in processes if process.returncode is None]
+            for process in running:
+                process.send_signal(number)
+            if running:
+                await asyncio.wait(
+                    [asyncio.create_task(process.wait()) for process in running], timeout=STOP_TIMEOUT_SECS
+                )
+
+    async def first_exit(self) -> str:
+        """Waits for a child to end; which one."""
+        waits = {asyncio.create_task(process.wait()): name for name, process in self._processes}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return waits[done.pop()]
+
+    def signal_all(self, number: signal.Signals) -> None:
+        for _, process in self._processes:
+            if process.returncode is None:
+                process.send_signal(number)
+
+    async def stop(self) -> None:
+        """Cortex first, so that it does not see its neurons leave; then the neurons, which stop their engines."""
+        await self._end([process for name, process in self._processes if name == CORTEX])
+        await self._end([process for name, process in self._processes if name != CORTEX])
+        await asyncio.to_thread(kill_adopted)
+        os.close(self._writer)
+        os.close(self._lifeline)
+
+
+async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
+    gateway = bind("127.0.0.1", port)
+    url = f"http://127.0.0.1:{gateway.getsockname()[1]}"
+    metrics_listen = f"127.0.0.1:{port + 1 if 0 < port < MAX_PORT else 0}"
+    fleet, stop = DevFleet(), asyncio.Event()
+    _on_signals(fleet, stop)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        neurons = await _start(fleet, hosts, engine, gateway, metrics_listen)
+        exited = asyncio.create_task(fleet.first_exit())
+        ready = asyncio.create_task(_until_ready(url, len(hosts)))
+        await asyncio.wait({exited, stopping, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not ready.cancelled():
+            _announce(url, neurons, ready.result())
+        ready.cancel()
+        await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if exited.done() and not stop.is_set():
+            print(f"cortex dev: {exited.result()} has ended, stopping the rest", file=sys.stderr)
+            return 1
+        exited.cancel()
+        return 0
+    finally:
+        stopping.cancel()
+        await fleet.stop()
+
+
+def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
+    """The first signal stops; a further one is passed on, and makes the children exit at once."""
+
+    def on_signal() -> None:
+        if stop.is_set():
+            fleet.signal_all(signal.SIGTERM)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+
+
+async def _start(
+    fleet: DevFleet, hosts: list[SimulatedHost], engine: Engine, gateway: socket.socket, metrics_listen: str
+) -> list[tuple[str, int]]:
+    """Starts all; the neurons as (name, port)."""
+    neurons: list[tuple[str, int]] = []
+    for number, host in enumerate(hosts):
+        sock = bind("127.0.0.1", 0)
+        sock.listen()  # from now on callers wait instead of being refused
+        neurons.append((host.name, sock.getsockname()[1]))
+        config_fd = _memory_file(f"{host.name}.toml", neuron_table(host, number, engine))
+        await fleet.start(host.name, "neuron", config_fd, sock)
+        os.close(config_fd)
+    models_fd = _memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
+    table = cortex_table(neurons, models_config=f"/dev/fd/{models_fd}", metrics_listen=metrics_listen)
+    config_fd = _memory_file("cortex.toml", table)
+    await fleet.start(CORTEX, "cortex", config_fd, gateway, models_fd)
+    os.close(config_fd)
+    os.close(models_fd)
+    return neurons
+
+
+async def _until_ready(url: str, hosts: int) -> list[dict[str, Any]]:
+    """Waits until every neuron is healthy; the models that can be asked for."""
+    deadline = asyncio.get_running_loop().time() + READY_TIMEOUT_SECS
+    async with aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(f"{url}/health") as response:
+                    healthy = (await response.json())["nodes"]["healthy"]
+            except (aiohttp.ClientError, OSError, ValueError, LookupError):
+                healthy = 0
+            if healthy == hosts or asyncio.get_running_loop().time() > deadline:
+                async with session.get(f"{url}/v1/models") as response:
+                    return list((await response.json())["data"])
+            await asyncio.sleep(0.1)
+
+
+def _announce(url: str, neurons: list[tuple[str, int]], models: list[dict[str, Any]]) -> None:
+    print(f"\ncortex is at {url}, its neurons:")
+    for name, port in neurons:
+        print(f"  {name} at http://127.0.0.1:{port}")
+    print("\nModels:")
+    for model in models:
+        alias = f" = {model['alias_of']}" if "alias_of" in model else ""
+        print(f"  {model['id']}{alias}  (can run on {', '.join(model['feasible_on'])})")
+    example = models[0]["id"] if models else "MODEL"
+    body = f'{{"model": "{example}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    print(f"\nTry:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print("\nCtrl-C stops everything.", flush=True)

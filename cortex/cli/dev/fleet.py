@@ -1,0 +1,104 @@
+"""The configurations of a development fleet. Pure: options in, tables out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from cortex.config.catalogue import Catalogue, ModelProfile
+
+DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
+FIRST_ENGINE_PORT = 20000
+ENGINE_PORTS_PER_HOST = 200
+MAX_HOSTS = 200
+
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?:(?P<count>\d+)x)?(?P<device>[^,=]+)")
+
+
+@dataclass(frozen=True)
+class SimulatedHost:
+    """One host of the fleet: so many of one GPU."""
+
+    name: str
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the neurons run: "sim", or "vllm" with a command and a model directory."""
+
+    harness: str = "sim"
+    command: tuple[str, ...] = ()
+    model_dir: str | None = None
+
+
+def parse_fleet(text: str) -> list[SimulatedHost]:
+    """`NAME=COUNTxDEVICE,…` as hosts.
+
+    Raises:
+        ValueError: naming the part that is wrong.
+    """
+    hosts: list[SimulatedHost] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        match = _HOST.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is not NAME=COUNTxDEVICE, for example beast=2xRTX5090")
+        count = int(match["count"] or 1)
+        if not 1 <= count <= 16:
+            raise ValueError(f"{part!r}: a host has 1 to 16 devices")
+        if any(host.name == match["name"] for host in hosts):
+            raise ValueError(f"{part!r}: the name is given twice")
+        hosts.append(SimulatedHost(match["name"], (match["device"].strip(),) * count))
+    if not 1 <= len(hosts) <= MAX_HOSTS:
+        raise ValueError(f"a fleet has 1 to {MAX_HOSTS} hosts")
+    return hosts
+
+
+def neuron_table(host: SimulatedHost, number: int, engine: Engine) -> dict[str, Any]:
+    """neuron.toml of the host with this number (from 0). The port is that of the socket which the neuron inherits."""
+    first = FIRST_ENGINE_PORT + number * ENGINE_PORTS_PER_HOST
+    harness: dict[str, Any] = {"port_range": [first, first + ENGINE_PORTS_PER_HOST - 1]}
+    if engine.harness == "vllm":
+        harness["command"] = list(engine.command)
+        # A small model on a shared CPU: no compilation, and a cache of a fixed size instead of most of the memory.
+        harness["extra_args"] = shlex.split("--dtype bfloat16 --enforce-eager --kv-cache-memory-bytes 64M")
+        harness["env"] = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return {
+        "name": host.name,
+        "log_level": "warning",
+        "drain_timeout_secs": 5,
+        "harnesses": [{"name": engine.harness}],
+        "harness": {engine.harness: harness},
+        "simulate": {"devices": list(host.devices)},
+    }
+
+
+def cortex_table(neurons: list[tuple[str, int]], *, models_config: str, metrics_listen: str) -> dict[str, Any]:
+    """cortex.toml for neurons given as (name, port)."""
+    return {
+        "models_config": models_config,
+        "log_level": "warning",
+        "gateway": {"metrics_listen": metrics_listen, "drain_timeout_secs": 5},
+        "poll": {"interval_secs": 1.0},
+        "neurons": [{"name": name, "endpoint": f"http://127.0.0.1:{port}"} for name, port in neurons],
+    }
+
+
+def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: Engine) -> dict[str, Any]:
+    """The example catalogue for this engine. A pin on hosts that this fleet does not have is left out."""
+    names = {host.name for host in hosts}
+    return {
+        "models": [_model(profile, names, engine) for profile in example.models],
+        "aliases": dict(example.aliases),
+    }
+
+
+def _model(profile: ModelProfile, names: set[str], engine: Engine) -> dict[str, Any]:
+    table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "args", "source"})
+    table["harness"] = engine.harness
+    table["pinned_on"] = [name for name in profile.pinned_on if name in names]
+    if engine.model_dir is not None:
+        table["source"] = engine.model_dir
+    return table

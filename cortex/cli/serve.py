@@ -1,0 +1,98 @@
+"""`cortex serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import AbstractAsyncContextManager
+
+from cortex.app import (
+    assembled,
+    build_control_app,
+    build_metrics_app,
+    control_address,
+    control_socket,
+    serving_here,
+)
+from cortex.config.catalogue import Catalogue
+from cortex.config.files import ConfigurationFiles, state_directory
+from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
+from cortex.control.reload import Reloader, warn_of_absent
+from cortex.fleet.store import StateFile
+from cortex.workers.supervisor import Supervisor
+from shared.loop import settle
+from shared.serve import ListenError, Site, bind, serving, told_to_stop
+from shared.tasks import running
+
+log = logging.getLogger(__name__)
+
+
+async def serve(
+    config: CortexConfig,
+    catalogue: Catalogue,
+    files: ConfigurationFiles,
+    *,
+    sock: socket.socket | None = None,
+    lifeline: int | None = None,
+) -> None:
+    """Serves until told to stop. `files` are where the first two come from, and what comes after them; `sock` is an
+    already bound socket to use instead of `gateway.listen`.
+
+    Raises:
+        ListenError: an address is taken.
+    """
+    settings = config.gateway
+    socks = _listening(settings, sock)
+    try:
+        metrics = bind(*parse_listen(settings.metrics_listen))
+    except ListenError:
+        for listening in socks:
+            listening.close()
+        raise
+    workers: Supervisor | None = None
+
+    def kill_workers() -> None:
+        if workers is not None:
+            workers.kill()
+
+    host, port = socks[0].getsockname()[:2]
+    reload_asked = asyncio.Event()
+    state = StateFile(state_directory(config, files.path))
+    async with (
+        told_to_stop(
+            lifeline=lifeline,
+            grace_secs=settings.drain_timeout_secs,
+            on_hangup=reload_asked.set,
+            on_forced_exit=kill_workers,
+        ) as stop,
+        assembled(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
+    ):
+        warn_of_absent(state, parts.fleet)
+        control = control_socket()
+        sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
+        async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
+            if settings.workers == 1:
+                front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
+            else:
+                workers = Supervisor(parts, socks, control_address(control))
+                front = workers.running(stop)
+            async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
+                settle()
+                log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+                await stop.wait()
+                closing.set()  # first: event streams are requests in flight, too
+
+
+def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:
+    """A socket for each worker, all on one port."""
+    if sock is not None:
+        return [sock, *(sock.dup() for _ in range(settings.workers - 1))]
+    host, port = parse_listen(settings.listen)
+    first = bind(host, port)
+    if settings.workers == 1:
+        return [first]
+    # A shared port would let another cortex in unnoticed: that it is free was told by binding it alone.
+    port = first.getsockname()[1]
+    first.close()
+    return [bind(host, port, shared=True) for _ in range(settings.workers)]

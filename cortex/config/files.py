@@ -1,0 +1,152 @@
+"""The files that cortex is configured by: read together, checked together, and looked at for changes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.settings import CortexConfig, GatewaySettings
+from shared.settings import SettingsError, load_settings
+
+ENV_PREFIX = "CORTEX_"
+
+Stamp = tuple[int, ...]
+"""What tells a file from what it was: device, inode, size and time of change; empty for one that is not there."""
+
+
+class _CatalogueName(BaseModel):
+    """The one key of cortex.toml that leads further, whatever else stands there."""
+
+    models_config: Path = Path("models.toml")
+
+
+class ConfigurationFiles:
+    """cortex.toml and the catalogue that it names."""
+
+    def __init__(self, path: Path, *, workers: int | None = None) -> None:
+        """`workers` has precedence over what the file says."""
+        self.path = path
+        self._workers = workers
+        self._catalogue = path.parent / _CatalogueName().models_config
+        self._read: tuple[Stamp, ...] | None = None
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """cortex.toml and the catalogue, as it was named when the files were last read."""
+        return self.path, self._catalogue
+
+    def read(self) -> tuple[CortexConfig, Catalogue]:
+        """Both files, the environment's overrides and the command line's. Blocks.
+
+        Raises:
+            SettingsError: with every problem of both files.
+        """
+        # Before the reading: what changes during it is seen as a change afterwards.
+        self._read = self.stamps()
+        named = _catalogue_named_in(self.path)
+        if named is not None and named != self._catalogue:
+            self._catalogue = named
+            self._read = self.stamps()
+        config, catalogue = read_configuration(self.path)
+        return config if self._workers is None else with_workers(config, self._workers), catalogue
+
+    def stamps(self) -> tuple[Stamp, ...]:
+        """What the files are now; behind a symbolic link it is the file that counts. Blocks."""
+        return tuple(_stamp(path) for path in self.paths)
+
+    def differ_from_what_was_read(self, stamps: tuple[Stamp, ...]) -> bool:
+        """True when the files were other ones, or had not been changed yet, when they were last read."""
+        return stamps != self._read
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
+    """cortex.toml with the environment's overrides, and the catalogue it names.
+
+    Raises:
+        SettingsError: with every problem of both files.
+    """
+    problems: list[str] = []
+    config: CortexConfig | None = None
+    catalogue = Catalogue()
+    try:
+        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX)
+        models_path: Path | None = config.models_path(path)
+    except SettingsError as error:
+        problems += error.problems
+        models_path = _catalogue_named_in(path)
+    try:
+        catalogue = load_catalogue(models_path) if models_path is not None else catalogue
+    except SettingsError as error:
+        problems += error.problems
+    if problems or config is None:
+        raise SettingsError(problems)
+    return config, catalogue
+
+
+def _catalogue_named_in(path: Path) -> Path | None:
+    """The catalogue that a cortex.toml names, also one with mistakes, so that those of the catalogue are told too; None
+    when it cannot be told."""
+    named = {name: value for name, value in os.environ.items() if name == f"{ENV_PREFIX}MODELS_CONFIG"}
+    try:
+        return path.parent / load_settings(_CatalogueName, path, env_prefix=ENV_PREFIX, environ=named).models_config
+    except SettingsError:
+        return None
+
+
+def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:
+    """What is allowed and yet probably not meant."""
+    names = {entry.name for entry in config.neurons}
+    warnings = [] if names else [f"{path}: neurons: none is listed, nothing can be served"]
+    for number, profile in enumerate(catalogue.models):
+        warnings += [
+            f"{config.models_path(path)}: models[{number}].pinned_on: {profile.id!r} is pinned on {name!r}, "
+            f"which is no neuron of {path}"
+            for name in profile.pinned_on
+            if name not in names
+        ]
+    return warnings
+
+
+def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
+    """The configuration with another number of workers.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    try:
+        gateway = GatewaySettings.model_validate({**config.gateway.model_dump(), "workers": workers})
+    except ValidationError as error:
+        raise SettingsError([f"--workers {workers}: {error.errors()[0]['msg']}"]) from error
+    return config.model_copy(update={"gateway": gateway})
+
+
+def state_directory(config: CortexConfig, path: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where a cortex with this cortex.toml keeps what outlives it: `state_dir`, relative to the file; else what systemd
+    gives it; else a directory of this very file below the user's own, so that two cortexes with a file each share none.
+    None, and nothing is kept, for a file that is not a lasting one, such as `cortex dev`'s."""
+    if config.state_dir is not None:
+        return (path.parent / config.state_dir).absolute()
+    lasting = path.resolve()
+    if not lasting.is_file():  # one in memory, or a pipe: it resolves to a name that nothing has
+        return None
+    given = environ.get("STATE_DIRECTORY")
+    if given:
+        return Path(given.partition(":")[0])
+    try:
+        below = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError:  # a user without a home
+        return None
+    return below / "cortex" / hashlib.sha256(os.fsencode(lasting)).hexdigest()[:12]

@@ -1,0 +1,166 @@
+"""cortex.toml."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from cortex.http.headers import OF_REQUESTS, PASS
+from cortex.placement.inputs import Rules
+from shared.settings import SettingsModel
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def parse_listen(value: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` as a pair.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, for example 127.0.0.1:31313")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class GatewaySettings(SettingsModel):
+    """`[gateway]`: the front door itself."""
+
+    listen: str = "127.0.0.1:31313"
+    metrics_listen: str = "127.0.0.1:31314"
+    workers: int = Field(default=1, ge=1, le=256)
+    max_body_mib: int = Field(default=32, ge=1, le=4096)
+    drain_timeout_secs: float = Field(default=30, ge=0)
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        parse_listen(value)
+        return value
+
+
+class PollSettings(SettingsModel):
+    """`[poll]`: how neurons are watched."""
+
+    interval_secs: float = Field(default=2.0, gt=0)
+    timeout_secs: float = Field(default=5.0, gt=0)
+    unhealthy_after: int = Field(default=3, ge=1)  # consecutive misses
+
+
+class ColdLoadSettings(SettingsModel):
+    """`[cold_load]`: loading on request."""
+
+    timeout_secs: float = Field(default=1800, gt=0)
+
+
+class PlacementSettings(SettingsModel):
+    """`[placement]`: who makes way for whom, and when. Seconds."""
+
+    min_residency_secs: float = Field(default=Rules.min_residency_secs, ge=0)
+    patience_secs: float = Field(default=Rules.patience_secs, ge=0)
+    starvation_secs: float = Field(default=Rules.starvation_secs, ge=0)
+    pause_secs: float = Field(default=Rules.pause_secs, ge=0)
+    replica_target: int = Field(default=Rules.replica_target, ge=1)  # requests at a time
+    scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
+    scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
+
+    def rules(self) -> Rules:
+        """For the planner."""
+        rules = Rules(**self.model_dump())
+        # Memory is not kept for somebody for whom nobody may be drained yet.
+        return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
+
+
+class RoutingSettings(SettingsModel):
+    """`[routing]`: which of several replicas gets a request."""
+
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    load_factor: float = Field(default=1.25, ge=1, le=100)
+
+    @field_validator("session_header")
+    @classmethod
+    def _goes_on_to_the_engine(cls, value: str) -> str:
+        if OF_REQUESTS[value.encode() + b":"][0] != PASS:
+            raise ValueError("means something else to cortex: choose another name")
+        return value
+
+
+class WaitingSettings(SettingsModel):
+    """`[waiting]`: requests that wait for a model, counted and told how long."""
+
+    per_model: int = Field(default=1024, ge=1)
+    total: int = Field(default=4096, ge=1)
+    first_comment_secs: float = Field(default=1.0, gt=0)
+    comment_interval_secs: float = Field(default=2.0, gt=0)
+
+
+class NeuronEntry(SettingsModel):
+    """`[[neurons]]`: one GPU host."""
+
+    name: str
+    endpoint: str
+    token: str | None = Field(default=None, min_length=1)
+    token_env: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not _NODE_NAME.fullmatch(value):
+            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        _ = parts.port  # raises ValueError for one that is none
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must be a URL such as http://host:13131")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _token_is_there(self) -> NeuronEntry:
+        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
+            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        return self
+
+    @property
+    def bearer_token(self) -> str | None:
+        """What this neuron wants to see, None when nothing is configured."""
+        return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+
+class CortexConfig(SettingsModel):
+    """The whole of cortex.toml."""
+
+    models_config: Path = Path("models.toml")
+    state_dir: Path | None = None  # None: see cortex.config.files.state_directory
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    gateway: GatewaySettings = GatewaySettings()
+    poll: PollSettings = PollSettings()
+    cold_load: ColdLoadSettings = ColdLoadSettings()
+    placement: PlacementSettings = PlacementSettings()
+    routing: RoutingSettings = RoutingSettings()
+    waiting: WaitingSettings = WaitingSettings()
+    neurons: list[NeuronEntry] = Field(default_factory=list)
+
+    @field_validator("neurons")
+    @classmethod
+    def _distinct(cls, value: list[NeuronEntry]) -> list[NeuronEntry]:
+        names = [entry.name for entry in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is given twice")
+        return value
+
+    def models_path(self, config_file: Path) -> Path:
+        """Where the catalogue is: relative to the file that names it."""
+        return config_file.parent / self.models_config

@@ -1,0 +1,92 @@
+"""Which model is not to be loaded where for a while, because it failed there. The one owner of these back-offs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from cortex.placement.inputs import ANY_NODE, Bar, Key
+
+FIRST_SECS = 10.0
+MAX_SECS = 300.0
+PASSING_SECS = 1.0
+"""For a cause that goes by itself: a neuron that restarts, memory that somebody else was given a moment before."""
+MAX_PASSING = 5
+"""In a row; a cause that lasts longer counts as the node's."""
+UNKNOWN_NODES = 2
+"""A load that failed for an unknown reason is tried on so many nodes; then it is taken to be the model's."""
+
+
+class Cause(str, Enum):
+    """Whose fault a failed load is."""
+
+    NODE = "node"  # another node may do better
+    MODEL = "model"  # it would fail everywhere: a bad path, a bad flag
+    PASSING = "passing"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    bar: Bar
+    count: int = 0  # in a row, but for what passed
+    passing: int = 0  # in a row, since the last that did not pass
+    cause: Cause = Cause.PASSING  # of the last that did not
+
+
+_NONE = _Failure(Bar(-math.inf, ""))
+
+
+class Bars:
+    """Failures by model and node. The pause after the first is 10 s, doubling to 5 min with each in a row."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures: dict[Key, _Failure] = {}
+
+    def failed(self, model_id: str, node: str, cause: Cause, reason: str) -> None:
+        """Notes a failed load."""
+        key = model_id, node
+        if cause is Cause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
+            cause = Cause.MODEL
+        if cause is Cause.MODEL:
+            key = model_id, ANY_NODE
+        now, before = self._clock(), self._failures.get(key, _NONE)
+        if cause is Cause.PASSING and before.passing < MAX_PASSING:
+            bar = Bar(now + PASSING_SECS, reason, passes=True)
+            self._failures[key] = replace(before, bar=bar, passing=before.passing + 1)
+            return
+        pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
+        cause = Cause.NODE if cause is Cause.PASSING else cause
+        self._failures[key] = _Failure(Bar(now + pause, reason), before.count + 1, 0, cause)
+
+    def succeeded(self, model_id: str, node: str) -> None:
+        """The model serves there: what went wrong there before is forgotten, and what was taken for its own fault."""
+        self._failures.pop((model_id, node), None)
+        self._failures.pop((model_id, ANY_NODE), None)
+
+    def lift(self, model_id: str) -> None:
+        """An operator wants the model tried again now."""
+        for key in [key for key in self._failures if key[0] == model_id]:
+            failure = self._failures[key]
+            self._failures[key] = replace(failure, bar=Bar(-math.inf, failure.bar.reason), cause=Cause.NODE)
+
+    def current(self) -> Mapping[Key, Bar]:
+        """Those that hold now."""
+        now = self._clock()
+        return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
+
+    def _failed_on(self, model_id: str) -> set[str]:
+        """Where it failed of late for what may be its own fault. A load may take longer to fail than the bar of the one
+        before holds."""
+        now = self._clock()
+        return {
+            node
+            for (model, node), failure in self._failures.items()
+            if model == model_id
+            and failure.bar.until + MAX_SECS > now
+            and failure.cause in (Cause.UNKNOWN, Cause.MODEL)
+        }

@@ -1,0 +1,105 @@
+"""What is asked of which model: the one owner of when a model was last used, and how much it is wanted of late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.metrics.worker_counts import Counts
+from cortex.placement.inputs import Key, Use
+from shared.protocol import ModelStatus
+
+MEMORY_SECS = 600.0
+"""Requests count less the older they are: by a factor of e for each such time."""
+SAMPLE_SECS = 1.0
+
+
+class Demand:
+    """Times are `clock`'s. Workers count requests; `sample` turns their counts into what planning needs."""
+
+    def __init__(self, counts: Counts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._counts = counts
+        self._clock = clock
+        self._begun: Mapping[Key, int] = {}
+        self._ended: dict[Key, int] = {}  # as the engines told last
+        self._last_used: dict[Key, float] = {}
+        self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
+        self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
+        self._pressed: dict[str, float] = {}
+
+    def arrived(self, model_id: str, count: int = 1) -> None:
+        """Somebody asked for a model, whether or not it could be served at once."""
+        now = self._clock()
+        self._wanted[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
+
+    def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
+        """Takes in what the workers and the neurons' engines have counted since the last sample."""
+        now = self._clock()
+        in_flight = self._taken_in(now)
+        ended: dict[Key, int] = {}
+        for node in fleet.nodes.values():
+            for activity in () if node.health is None else node.health.models:
+                key, count = (activity.id, node.name), activity.ended or 0
+                ended[key] = count
+                # Another cortex's requests may all be so short that no poll sees one running.
+                if activity.in_flight or activity.queue_depth or count > self._ended.get(key, count):
+                    self._last_used[key] = now
+        self._ended = ended
+        self._press(fleet, in_flight, replica_target, now)
+
+    def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:
+        """Notes since when these models are loaded where they are."""
+        now = self._clock()
+        for model_id in models:
+            before = self._loaded_at.pop(model_id, {})
+            loaded = [node.name for node in fleet.holders(model_id) if node.status_of(model_id) is ModelStatus.LOADED]
+            if loaded:
+                self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
+
+    def uses(self) -> dict[Key, Use]:
+        """How each model is used where it is loaded. Also a request that has come and gone since the last sample
+        counts: what was used a moment ago is not idle."""
+        in_flight = self._taken_in(self._clock())
+        loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
+        return {
+            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
+            for key in loaded_at.keys() | in_flight.keys()
+        }
+
+    def per_minute(self) -> dict[str, float]:
+        """Requests a minute by model, of late."""
+        now = self._clock()
+        return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
+
+    @property
+    def pressed(self) -> Mapping[str, float]:
+        """Since when each of a model's replicas has had more to do than the target."""
+        return dict(self._pressed)
+
+    def _taken_in(self, now: float) -> dict[Key, int]:
+        """What is in flight now, after whatever the workers have begun is noted as used."""
+        begun = self._counts.begun()
+        for key, count in begun.items():
+            more = count - self._begun.get(key, 0)
+            if more > 0:
+                self._last_used[key] = now
+                self.arrived(key[0], more)
+        self._begun = begun
+        in_flight = self._counts.all_in_flight()
+        self._last_used.update(dict.fromkeys(in_flight, now))
+        return in_flight
+
+    def _rate(self, model_id: str, now: float) -> float:
+        rate, at = self._wanted.get(model_id, (0.0, now))
+        return rate * math.exp(-(now - at) / MEMORY_SECS)
+
+    def _press(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
+        for model_id in {key[0] for key in in_flight} | self._pressed.keys():
+            nodes = fleet.serving(model_id)
+            working = sum(max(in_flight.get((model_id, node.name), 0), node.working_on(model_id)) for node in nodes)
+            if nodes and working > target * len(nodes):
+                self._pressed.setdefault(model_id, now)
+            else:
+                self._pressed.pop(model_id, None)

@@ -1,0 +1,132 @@
+"""Why a model is, or would be, where it is. Pure: the very functions that decide, with their reasons kept."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+from cortex.config.catalogue import ModelProfile
+from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.capacity import rooms
+from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.inputs import View
+from cortex.placement.planner import Plan, Verdict, best, verdicts
+from cortex.placement.refusal import refusal
+from shared.errors import ServiceError
+from shared.protocol import LinkKind
+
+
+def explain(model_id: str, view: View, in_flight: InFlight) -> dict[str, Any]:
+    """What a request for the model would do now, and each node with the reason it fits or not. Memory in MiB, times in
+    seconds."""
+    profile = view.profile(model_id)
+    found = [] if profile is None else verdicts(view, profile)
+    by_node = {verdict.node: verdict for verdict in found}
+    return {
+        "model": model_id,
+        "in_catalogue": view.catalogue.profile(model_id) is not None,
+        "decision": _decision(model_id, view, found, in_flight),
+        "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
+    }
+
+
+def _decision(model_id: str, view: View, found: list[Verdict], in_flight: InFlight) -> dict[str, Any]:
+    match decide(model_id, view.catalogue, view.fleet, in_flight):
+        case Serve(nodes):
+            return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
+        case Await(node):
+            return {"action": "wait", "node": node, "reason": "on its way there"}
+        case Refuse(error):
+            return _refused(error)
+        case Place():
+            return _placed(model_id, view, found)
+
+
+def _placed(model_id: str, view: View, found: list[Verdict]) -> dict[str, Any]:
+    under_way = view.fleet.load_of(model_id)
+    if under_way is not None:
+        return {"action": "wait", "node": under_way.node, "reason": "a load of it is under way there"}
+    plan = best(found)
+    if plan is not None:
+        return {
+            "action": "load",
+            "node": plan.node,
+            "reason": plan.reason,
+            "devices": list(plan.devices),
+            "devices_because": _why_devices(view, plan),
+            "vram_mb_per_device": plan.share_mb,
+            "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
+            "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
+            **_effort(view, plan),
+        }
+    reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.passes]
+    if reasons:
+        return {"action": "wait", "reason": "; ".join(reasons)}
+    return _refused(refusal(view, model_id, found))
+
+
+def _refused(error: ServiceError) -> dict[str, Any]:
+    return {
+        "action": "refuse",
+        "reason": error.message,
+        "code": error.code,
+        "status": error.status,
+        "retry_after": error.retry_after,
+    }
+
+
+def _effort(view: View, plan: Plan) -> dict[str, Any]:
+    """What has to be done for the plan."""
+    return {
+        "expected_load_secs": None if plan.expected_secs is None else round(plan.expected_secs, 1),
+        "evict": [each.resident.key[0] for each in plan.displacement.evictions],
+        "evictions": [
+            {
+                "model": each.resident.key[0],
+                "frees_mb_per_device": each.resident.frees_mb,
+                "devices": sorted(each.resident.devices),
+                "priority": each.resident.priority,
+                "in_flight": each.resident.in_flight,
+                "state": each.claim.name.lower(),
+                "idle_secs": round(view.now - each.resident.last_used, 1) if each.resident.last_used else None,
+                "reload_cost": round(each.resident.cost, 3),
+            }
+            for each in plan.displacement.evictions
+        ],
+    }
+
+
+def _why_devices(view: View, plan: Plan) -> str:
+    """What each of them has free, and how they are connected."""
+    node = view.fleet.nodes[plan.node]
+    room = rooms(view, node)
+    free = ", ".join(f"device {index} has {room[index].free_mb} MiB free" for index in plan.devices if index in room)
+    if len(plan.devices) == 1:
+        return free
+    kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
+    worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
+    return f"{free}; connected by {'a path that is not known' if worst is None else worst.value}"
+
+
+def _node(
+    model_id: str, profile: ModelProfile | None, view: View, node: NodeSnapshot, verdict: Verdict | None
+) -> dict[str, Any]:
+    entry = node.models.get(model_id)
+    plan = None if verdict is None else verdict.plan
+    feasible = profile is not None and node.discovery is not None and infeasible_reason(profile, node) is None
+    return {
+        "node": node.name,
+        "healthy": node.healthy,
+        "draining": node.draining,
+        "status": None if entry is None else entry.status,
+        "feasible": feasible,
+        "fits": None if plan is None else plan.fit.name.lower(),
+        "devices": [] if plan is None else list(plan.devices),
+        "devices_because": None if plan is None else _why_devices(view, plan),
+        "spare_mb": None if plan is None else plan.spare_mb,
+        "free_mb": {str(index): room.free_mb for index, room in rooms(view, node).items()},
+        "evict": [] if plan is None else [each.resident.key[0] for each in plan.displacement.evictions],
+        "expected_load_secs": None if plan is None else plan.expected_secs,
+        "reason": "not in the catalogue" if verdict is None else verdict.reason,
+    }

@@ -1,0 +1,34 @@
+"""What a neuron is told when it shall load a model. Pure."""
+
+from __future__ import annotations
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.planner import Plan
+from shared.protocol import LoadCommand
+
+
+def load_command(plan: Plan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
+    """The command for a plan. What sleeps there has its spec and its devices, and with others its neuron would not wake
+    it; so has a model that only neurons know. A seed neuron remembers nothing, and is told what it lists."""
+    remembers = node.discovery is None or node.discovery.instance_id is not None
+    if remembers and (plan.wakes or profile is None):
+        return LoadCommand(model_id=plan.model_id)
+    if profile is None:
+        view = node.models[plan.model_id]
+        return LoadCommand(
+            model_id=plan.model_id,
+            harness=view.harness,
+            tensor_parallel=len(view.devices) if len(view.devices) > 1 else None,
+            devices=view.devices or None,
+        )
+    return LoadCommand(
+        model_id=profile.id,
+        harness=profile.harness,
+        quant=profile.quant,
+        tensor_parallel=profile.tensor_parallel,
+        devices=list(plan.devices),
+        source=profile.source,
+        args=list(profile.args),
+        vram_mb=profile.vram_mb,
+    )

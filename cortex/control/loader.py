@@ -1,0 +1,383 @@
+"""Carries plans out: those that make way are drained and sent away, then the model is loaded. One load of a model on a
+node at a time; it outlives whoever asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from cortex.config.live import LiveConfig
+from cortex.control.backoff import Cause
+from cortex.control.load_command import load_command
+from cortex.fleet.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.poller import NodeWatch
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.store import StateFile
+from cortex.metrics.exporter import Metrics
+from cortex.metrics.worker_counts import Counts
+from cortex.placement.inputs import Key
+from cortex.placement.planner import Plan
+from shared.protocol import ModelStatus, ModelView
+from shared.tasks import TaskSet, cancel_all, timeout
+
+log = logging.getLogger(__name__)
+
+LOAD_IN_PROGRESS = "load_in_progress"
+"""What a neuron answers, with 409, when it is loading the model with another spec."""
+INSUFFICIENT_VRAM = "insufficient_vram"
+MODEL_BUSY = "model_busy"
+"""What a neuron answers, with 409, when a model that is to sleep has requests."""
+_OF_THE_MODEL = ("invalid_request",)
+_PASSING = ("neuron_stopping", "load_cancelled")
+
+MAX_DRAIN_SECS = 3600.0
+"""What a neuron takes as `drain_secs`."""
+DRAIN_POLL_SECS = 0.05
+
+
+class LoadFailed(Exception):
+    """A load that did not come to its end. `no_room`: the neuron had no memory for it; `needs_mb` is what it would have
+    booked on each device, when it has said so."""
+
+    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
+        super().__init__(reason)
+        self.cause = cause
+        self.no_room = no_room
+        self.needs_mb = needs_mb
+
+
+class NotWanted(Exception):
+    """Nobody waits any more for a load that has displaced nobody yet."""
+
+
+@dataclass
+class Job:
+    """A load under way; `started` is Unix time. `phase` says what it is at. `needed`: not only for those who wait, but
+    for an operator, or to have enough replicas."""
+
+    plan: Plan
+    why: str
+    started: float
+    phase: str = "beginning"
+    needed: bool = False
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    loading_since: float | None = None  # monotonic: when the neuron was asked
+
+    @property
+    def model_id(self) -> str:
+        return self.plan.model_id
+
+    @property
+    def node(self) -> str:
+        return self.plan.node
+
+    @property
+    def reason(self) -> str:
+        return self.plan.reason
+
+
+class Loader:
+    """Owns the loads that this cortex has asked for."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        live: LiveConfig,
+        clients: Mapping[str, NeuronClient],
+        watches: Mapping[str, NodeWatch],
+        counts: Counts,
+        metrics: Metrics,
+        settle_routes: Callable[[], Awaitable[None]],
+        state: StateFile,
+    ) -> None:
+        """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
+        self._fleet = fleet
+        self._live = live
+        self._clients = clients
+        self._watches = watches
+        self._counts = counts
+        self._metrics = metrics
+        self._settle_routes = settle_routes
+        self._state = state
+        self._tasks = TaskSet()
+        self._jobs: dict[Key, Job] = {}
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long a cold load may take."""
+        return self._live.config.cold_load.timeout_secs
+
+    @property
+    def load_secs(self) -> Mapping[str, Mapping[str, float]]:
+        """By model and node, what the last load took."""
+        return self._state.load_secs
+
+    def jobs(self) -> list[Job]:
+        return list(self._jobs.values())
+
+    def job(self, model_id: str) -> Job | None:
+        """A load of this model that is under way."""
+        return next((job for job in self._jobs.values() if job.model_id == model_id), None)
+
+    def start(
+        self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]
+    ) -> Job:
+        """Begins to carry a plan out, or joins the load that is under way there. What it takes, and who leaves for it,
+        is in the fleet's snapshot when this returns: the next decision may be made before the task has begun. `wanted`
+        is asked before anybody is sent away; `done` hears of the end, however it came."""
+        key = plan.model_id, plan.node
+        if key in self._jobs:
+            return self._jobs[key]
+        log.info("loading %s, devices %s, because %s: %s", plan.model_id, list(plan.devices), why, plan.reason)
+        job = self._jobs[key] = Job(plan, why, time.time())
+        self._fleet.reserve(plan.reservation)
+        for each in plan.displacement.evictions:
+            self._fleet.leave(each.resident.key)
+        job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
+        return job
+
+    async def close(self) -> None:
+        """Lets go of the loads; the neurons carry them on."""
+        await self._tasks.close()
+
+    async def send_away(
+        self, key: Key, *, sleep: bool, wanted: Callable[[], bool] = lambda: True, if_idle: bool = False
+    ) -> None:
+        """Drains a model on a node and unloads it, or puts it to sleep where it can. It must be `leaving` already, and
+        is so until the caller says otherwise. With `if_idle` one that is to sleep stays when others use it.
+
+        Raises:
+            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
+            NeuronLeft: nobody knows.
+        """
+        model_id, node = key
+        await self._settle_routes()
+        while self._counts.in_flight(model_id, node):
+            if not wanted():
+                raise NotWanted
+            there = self._node(node)
+            if not there.healthy:  # its requests may hang for ever, and nothing can be loaded there
+                raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
+            await asyncio.sleep(DRAIN_POLL_SECS)
+        if not wanted():
+            raise NotWanted
+        client = self._client(node)
+        try:
+            if sleep and await self._put_to_sleep(key, if_idle=if_idle):
+                return
+            drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) else 0
+            await client.unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain)
+        except NeuronRefused as refused:
+            if refused.status != 404:  # gone already
+                raise
+        finally:
+            await self._look_again(node)
+
+    async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
+        """False when it does not sleep there. Raises NotWanted as `send_away`."""
+        model_id, node = key
+        try:
+            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
+        except NeuronRefused as refused:
+            if if_idle and refused.code == MODEL_BUSY:
+                raise NotWanted from refused
+            log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
+            return False
+        return True
+
+    async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]) -> None:
+        failure: LoadFailed | None = None
+        try:
+            await self._carry_out(job, wanted)
+        except NotWanted:
+            log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
+        except (NodeLeft, NeuronLeft):
+            log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
+        except LoadFailed as error:
+            failure = error
+            log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
+        except (NeuronRefused, NeuronUnreachable) as error:
+            failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
+            log.warning("%s", failure)
+        except Exception as error:  # whoever waits must hear of the end, also of one that nobody has thought of
+            failure = LoadFailed(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
+            log.exception("a bug in loading %s on %s", job.model_id, job.node)
+        finally:
+            for each in job.plan.displacement.evictions:
+                self._fleet.stay(each.resident.key)
+            self._fleet.release(job.plan.reservation)
+            del self._jobs[job.model_id, job.node]
+        done(job, failure)
+
+    async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
+        leaving = {each.resident.key: each.resident.asleep for each in job.plan.displacement.evictions}
+        if leaving:
+            job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
+        async with self._making_way(leaving, wanted):
+            job.phase = "loading"
+            await self._load(job)
+
+    @contextlib.asynccontextmanager
+    async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
+        """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
+        booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
+        asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
+        Where one does not go, those stay that have not been asked yet.
+
+        Raises, before the body: as `send_away`.
+        """
+        in_vain = False
+        going = {
+            key: asyncio.create_task(
+                self._leave(
+                    key,
+                    sleep=self._sleeps_when_idle(key[0]) and not asleep,
+                    wanted=lambda: not in_vain and wanted(),
+                ),
+                name=f"{key[0]} leaves {key[1]}",
+            )
+            for key, asleep in leaving.items()
+        }
+        try:
+            await asyncio.gather(*(self._until_going(key, task) for key, task in going.items()))
+            yield
+        except asyncio.CancelledError:
+            await cancel_all(list(going.values()))
+            raise
+        finally:
+            in_vain = True
+            outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
+        for (model_id, node), outcome in zip(going, outcomes, strict=True):
+            if isinstance(outcome, Exception) and not isinstance(outcome, NotWanted):
+                log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
+
+    async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
+        await self.send_away(key, sleep=sleep, wanted=wanted)
+        self._fleet.stay(key)  # it may come back at once, where there is room beside the newcomer
+
+    async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
+        model_id, name = key
+
+        def ending(node: NodeSnapshot) -> bool:
+            # A seed neuron promises nothing: there it has to be gone.
+            return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
+
+        told = asyncio.create_task(self._fleet.until(name, ending))
+        try:
+            await asyncio.wait({sending, told}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all([told])
+        if sending.done():
+            sending.result()
+
+    async def _load(self, job: Job) -> None:
+        plan, started = job.plan, time.monotonic()
+        job.loading_since = started
+        node, client = self._node(plan.node), self._client(plan.node)
+        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
+        # One that is to wake is called asleep until it begins to, and when it cannot: only the answer tells.
+        wait = (asleep and plan.wakes) or not self._is_ours(plan.node)
+        try:
+            if asleep and not plan.wakes:
+                await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
+            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+        except NeuronRefused as refused:
+            if refused.code != LOAD_IN_PROGRESS:
+                await self._look_again(plan.node)  # it knows something that we do not
+                raise _failed(plan, refused) from refused
+            # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
+            self._count_as_loading(plan)
+            return
+        except NeuronUnreachable as error:
+            raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
+        if not loaded:
+            if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
+                self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
+            await self._look_again(plan.node)
+            await self._until_loaded(plan)
+        took = time.monotonic() - started
+        self._state.set_load_secs(plan.model_id, plan.node, took)
+        self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
+        self._metrics.cold_start(plan.model_id, plan.node, took)
+        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+
+    def _count_as_loading(self, plan: Plan) -> None:
+        view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
+        self._fleet.tell(plan.node, view)
+
+    async def _until_loaded(self, plan: Plan) -> None:
+        """Waits while the model is on its way up on the node."""
+
+        def settled(node: NodeSnapshot) -> bool:
+            return not (node.healthy and node.has_coming(plan.model_id))
+
+        what = f"loading {plan.model_id!r} on {plan.node} failed"
+        try:
+            async with timeout(self.timeout_secs):
+                node = await self._fleet.until(plan.node, settled)
+        except asyncio.TimeoutError:
+            raise LoadFailed(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
+        view = node.models.get(plan.model_id)
+        if not node.healthy:
+            raise LoadFailed(f"{what}: the neuron is away: {node.last_error}", Cause.PASSING)
+        if view is None or view.known_status is not ModelStatus.LOADED:
+            error = None if view is None else view.error
+            if error is None:
+                raise LoadFailed(f"{what}: it was unloaded meanwhile", Cause.PASSING)
+            raise LoadFailed(f"{what}: {error}", cause_of(view))
+
+    def _node(self, name: str) -> NodeSnapshot:
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None:
+            raise NodeLeft(name)
+        return node
+
+    def _client(self, name: str) -> NeuronClient:
+        client = self._clients.get(name)
+        if client is None:
+            raise NodeLeft(name)
+        return client
+
+    async def _look_again(self, name: str) -> None:
+        watch = self._watches.get(name)
+        if watch is not None:
+            await watch.refresh()
+
+    def _sleeps_when_idle(self, model_id: str) -> bool:
+        profile = self._live.catalogue.profile(model_id)
+        return profile is not None and profile.when_idle == "sleep"
+
+    def _is_ours(self, node: str) -> bool:
+        """Seed neurons have no instance id, and know no more than the six requests."""
+        return self._node(node).instance is not None
+
+
+def cause_of(view: ModelView | None) -> Cause:
+    """Whose fault it is that a model failed, as its neuron says."""
+    return _cause(None if view is None else view.cause)
+
+
+def _cause(text: str | None) -> Cause:
+    try:
+        return Cause(text or "")
+    except ValueError:
+        return Cause.UNKNOWN
+
+
+def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
+    reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
+    if refused.code in _PASSING:
+        return LoadFailed(reason, Cause.PASSING)
+    if refused.code == INSUFFICIENT_VRAM:
+        needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
+        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
+    if refused.code in _OF_THE_MODEL and refused.cause is None:
+        return LoadFailed(reason, Cause.MODEL)
+    return LoadFailed(reason, _cause(refused.cause))

@@ -1,0 +1,111 @@
+"""Takes another configuration up while everything runs: read, checked, and only the difference applied."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+
+from cortex.api.app_keys import Parts
+from cortex.config.catalogue import Catalogue
+from cortex.config.diff import Difference, difference
+from cortex.config.files import ConfigurationFiles, Stamp, configuration_warnings
+from cortex.config.settings import CortexConfig
+from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
+from shared.settings import SettingsError
+
+log = logging.getLogger(__name__)
+
+LOOK_SECS = 1.0
+"""How often it is looked whether the files have changed. One that has is read when it is the same for so long, since it
+may be written in pieces."""
+
+
+class Reloader:
+    """Reads the files again when they have changed, or when it is asked to."""
+
+    def __init__(self, files: ConfigurationFiles, parts: Parts, asked: asyncio.Event) -> None:
+        """`asked` is set by whoever wants the files read now."""
+        self._files = files
+        self._parts = parts
+        self._asked = asked
+        self._warned: frozenset[str] = frozenset()
+
+    async def watch_loop(self) -> None:
+        """Waits for changes and for whoever asks, for ever."""
+        ended = threading.Event()
+        looking = threading.Thread(
+            target=self._look, args=(asyncio.get_running_loop(), ended), name="configuration files", daemon=True
+        )
+        looking.start()
+        try:
+            while True:
+                await self._asked.wait()
+                self._asked.clear()
+                await self.reload()
+        finally:
+            ended.set()
+
+    def _look(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
+        """In a thread of its own: a file on a network's file system that hangs must not hang cortex."""
+        last: tuple[Stamp, ...] | None = None
+        while not ended.wait(LOOK_SECS):
+            stamps = self._files.stamps()
+            if stamps == last and self._files.differ_from_what_was_read(stamps):
+                with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                    loop.call_soon_threadsafe(self._asked.set)
+            last = stamps
+
+    async def reload(self) -> None:
+        """Takes up what the files say. With a mistake in them nothing changes, and `live.error` says why."""
+        live = self._parts.live
+        try:
+            found, warnings = await asyncio.to_thread(self._compare, live.config, live.catalogue)
+        except SettingsError as error:
+            self._refuse(error.problems)
+        except Exception as error:
+            log.exception("a bug in reading the configuration")
+            self._refuse([f"{type(error).__name__}: {error}"])
+        else:
+            for warning in warnings:
+                if warning not in self._warned:
+                    log.warning("%s", warning)
+            self._warned = frozenset(warnings)
+            self._apply(found)
+
+    def _compare(self, config: CortexConfig, catalogue: Catalogue) -> tuple[Difference, list[str]]:
+        """Off the event loop: a large catalogue takes a moment."""
+        new_config, new_catalogue = self._files.read()
+        warnings = configuration_warnings(new_config, new_catalogue, self._files.path)
+        return difference(config, catalogue, new_config, new_catalogue), warnings
+
+    def _refuse(self, problems: list[str]) -> None:
+        for problem in problems:
+            log.error("configuration not reloaded: %s", problem)
+        self._parts.live.refuse("\n".join(problems))
+        self._parts.fleet.look_again()
+
+    def _apply(self, found: Difference) -> None:
+        """In one go, so that nobody sees half of it."""
+        parts, config = self._parts, found.config
+        parts.fleet.configure(
+            [(entry.name, entry.endpoint) for entry in config.neurons],
+            unhealthy_after=config.poll.unhealthy_after,
+            drained=parts.state.drained,
+        )
+        others = parts.roster.configure(config.neurons, config.poll)
+        parts.live.replace(config, found.catalogue, [str(path) for path in self._files.paths])
+        parts.router.forget(others)
+        log.info("configuration reloaded: %s", found)
+        for line in found.restart:
+            log.warning("configuration: %s needs a restart, and is not in use until then", line)
+        warn_of_absent(parts.state, parts.fleet)
+
+
+def warn_of_absent(state: StateFile, fleet: Fleet) -> None:
+    """Names the drained neurons that the configuration does not."""
+    absent = sorted(set(state.drained) - fleet.snapshot().nodes.keys())
+    if absent:
+        log.warning("drained, and no neuron of the configuration (`cortex resume` forgets it): %s", ", ".join(absent))

@@ -1,0 +1,82 @@
+"""What is to be done for a request. Pure: names and snapshots in, one decision out.
+
+The order is the contract's: loaded, on its way, known but unloaded or in the catalogue, nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cortex.config.catalogue import Catalogue
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.placement.refusal import unknown
+from cortex.proxy.balancing.choice import beyond_ours, work
+from shared.errors import ServiceError
+from shared.protocol import ModelStatus
+
+
+@dataclass(frozen=True)
+class Serve:
+    """The model is loaded on these neurons, least busy first."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Await:
+    """The model is on its way on this neuron."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """The model has to be loaded somewhere; the planner says where."""
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The model cannot be served."""
+
+    error: ServiceError
+
+
+Decision = Serve | Await | Place | Refuse
+InFlight = Callable[[str, str], int]
+"""Requests of ours that a model on a node is working on: (model id, node name) -> count."""
+
+_LOADABLE = (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+
+
+def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> Decision:
+    """What a request for `model_id` (an id, not an alias) needs now."""
+    nodes = fleet.serving(model_id)
+    if nodes:
+        return Serve(_least_busy(model_id, nodes, in_flight))
+    coming = fleet.coming(model_id)
+    if coming is not None:
+        return Await(coming.name)
+    if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
+        return Place()
+    return Refuse(unknown(model_id, fleet))
+
+
+def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:
+    """A model of no catalogue: some healthy neuron can load it again, or will when it has left."""
+    return any(
+        node.healthy and (node.status_of(model_id) in _LOADABLE or (model_id, node.name) in fleet.leaving)
+        for node in fleet.holders(model_id)
+    )
+
+
+def _least_busy(model_id: str, nodes: list[NodeSnapshot], in_flight: InFlight) -> tuple[str, ...]:
+    """As a worker chooses for a request without a key. How fast the engines are only workers measure."""
+
+    def order(node: NodeSnapshot) -> tuple[float, str]:
+        outstanding, activity = in_flight(model_id, node.name), node.activity.get(model_id)
+        if activity is not None:
+            outstanding += beyond_ours(activity.in_flight, activity.queue_depth, outstanding)
+        return work(outstanding, 1.0), node.name
+
+    return tuple(node.name for node in sorted(nodes, key=order))

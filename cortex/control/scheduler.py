@@ -1,0 +1,351 @@
+"""Decides, again and again, what is to be loaded where and what makes way: the planner's functions over the present
+state, and their steps given to the loader."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from cortex.config.catalogue import ModelProfile
+from cortex.config.live import LiveConfig
+from cortex.control.admission_queue import WaitingRooms
+from cortex.control.backoff import Bars, Cause
+from cortex.control.demand import SAMPLE_SECS, Demand
+from cortex.control.loader import Job, Loader, LoadFailed, NotWanted, cause_of
+from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.state import Fleet, NodeLeft
+from cortex.placement.fair_queue import Turn, next_turn
+from cortex.placement.inputs import Key, View, Waiting
+from cortex.placement.planner import Held, Plan, best, likely_verdicts, plan_on, verdicts
+from cortex.placement.refusal import refusal
+from cortex.placement.replicas import Retirement, is_kept_up, upkeep
+from shared.errors import Conflict
+from shared.protocol import ModelStatus
+from shared.tasks import TaskSet, timeout
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECS = 0.25
+"""While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
+
+PAUSE_PER_LOOK = 4
+"""Times as long as a look took nothing is looked at again: a large fleet that changes all the time takes no more than a
+fifth of cortex's time for those who wait."""
+
+BETTER_PLACE_SECS = 1.0
+"""How often a load that waits for others to finish their requests looks for a better place."""
+RETIRE_AGAIN_SECS = 60.0
+"""A model that its neuron did not let go is not asked to leave again before: each time it is away for a moment."""
+RETRY_AFTER_SECS = 10.0
+"""For a model of which nobody knows how long its load takes."""
+
+
+class Scheduler:
+    """The one place where loads and displacements are begun."""
+
+    def __init__(
+        self,
+        *,
+        live: LiveConfig,
+        fleet: Fleet,
+        loader: Loader,
+        demand: Demand,
+        bars: Bars,
+        rooms: WaitingRooms,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._live = live
+        self._loader = loader
+        self._demand = demand
+        self._bars = bars
+        self._rooms = rooms
+        self._clock = clock
+        self._needs_mb: dict[str, int] = {}
+        self._awaited: set[Key] = set()  # on their way by somebody else's doing, while requests wait for them
+        self._retiring: set[Key] = set()
+        self._turn = Turn()
+        self._wake = asyncio.Event()
+        self._tasks = TaskSet()
+
+    def view(self) -> View:
+        """The present moment, for planning."""
+        return View(
+            now=self._clock(),
+            catalogue=self._live.catalogue,
+            fleet=self._fleet.snapshot(),
+            rules=self._live.config.placement.rules(),
+            uses=self._demand.uses(),
+            waiting=self._rooms.waiting(),
+            demand=self._demand.per_minute(),
+            load_secs=self._loader.load_secs,
+            needs_mb=self._needs_mb,
+            bars=self._bars.current(),
+            pressed=self._demand.pressed,
+        )
+
+    def want(self, model_id: str) -> None:
+        """Somebody has begun to wait for a model, or waits on: what can be done for it is begun at once."""
+        coming = self._fleet.snapshot().coming(model_id)
+        if coming is not None:
+            self._await_others(model_id, coming.name)
+        elif self._loader.job(model_id) is None and model_id not in self._turn.notes:
+            self.look()
+            self._wake.set()  # so that `run` knows when to look again
+
+    def look(self) -> None:
+        """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
+        are neurons of which nobody knows yet what they have."""
+        if not self._rooms.models:  # a view costs something, and the fleet changes all the time
+            self._turn = Turn()
+            return
+        if not self._fleet.is_surveyed:
+            self._turn = Turn(notes=dict.fromkeys(self._rooms.models, "neurons that are new have to answer first"))
+            return
+        self._turn = turn = next_turn(self.view())
+        for plan in turn.loads:
+            self._begin(plan, "requests wait for it")
+        for model_id, error in turn.refused.items():
+            self._rooms.refuse(model_id, error)
+
+    def retry_after(self, model_id: str) -> float:
+        """Seconds until the model should be there, as far as can be told."""
+        job = self._loader.job(model_id)
+        fleet, now = self._fleet.snapshot(), self._clock()
+        node = fleet.coming(model_id)
+        progress = None if node is None else node.models[model_id].progress
+        if progress is not None and progress.remaining_secs is not None:
+            return progress.remaining_secs
+        if job is not None and job.plan.expected_secs is not None:
+            begun = now if job.loading_since is None else job.loading_since
+            return job.plan.expected_secs - (now - begun)
+        return RETRY_AFTER_SECS
+
+    def job(self, model_id: str) -> Job | None:
+        """Our load of this model, when one is under way."""
+        return self._loader.job(model_id)
+
+    def note(self, model_id: str) -> str | None:
+        """What a model that is not being loaded yet waits for, in words."""
+        return self._turn.notes.get(model_id)
+
+    async def run(self) -> None:
+        """Looks whenever there may be something to do, for ever."""
+        while True:
+            began = time.perf_counter()
+            self.look()
+            await asyncio.sleep(PAUSE_PER_LOOK * (time.perf_counter() - began))
+            await self._something_to_do()
+
+    async def keep_up(self) -> None:
+        """Samples the demand and keeps, adds and removes replicas, for ever."""
+        while True:
+            await asyncio.sleep(SAMPLE_SECS)
+            await self._fleet.surveyed()  # a replica may be where nobody has looked yet
+            rules = self._live.config.placement.rules()
+            self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
+            profiles = self._kept_up()
+            if profiles:
+                steps = upkeep(self.view(), profiles)
+                for plan, why in steps.loads:
+                    self._begin(plan, why, for_waiters=False)
+                for retirement in steps.retirements:
+                    self._retire(retirement)
+
+    def routes_changed(self, models: Iterable[str]) -> None:
+        """These models may be served elsewhere now, or not, or may have failed."""
+        fleet = self._fleet.snapshot()
+        for model_id in models:
+            for node in fleet.holders(model_id):
+                self._watch_others(node, model_id)
+                if node.status_of(model_id) is ModelStatus.LOADED:
+                    self._learn(node, model_id)
+            self._rooms.news(model_id)
+        self._wake.set()
+
+    def lost(self, model_id: str, node: str, reason: str) -> None:
+        """A neuron names no engine of a model that it was thought to have loaded. It gets a moment before it is asked
+        again to load it: one that says that it has, and has not, would be asked without end."""
+        self._bars.failed(model_id, node, Cause.PASSING, f"{node} has lost {model_id!r}: {reason}")
+
+    def load(self, model_id: str, node_name: str | None) -> Job | None:
+        """An operator's load, on a neuron or wherever it goes best: begun at once, in spite of a back-off and without
+        waiting for a turn. None when it is on its way there by somebody else's doing.
+
+        Raises:
+            ServiceError: there is no place for it.
+        """
+        self._bars.lift(model_id)
+        view = self.view()
+        view = replace(view, waiting={**view.waiting, model_id: Waiting(1, float("-inf"))})
+        profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
+        if profile is None:
+            raise refusal(view, model_id, ())
+        if node_name is None:
+            job = self._loader.job(model_id)
+            if job is not None:
+                job.needed = True
+                return job
+            if view.fleet.coming(model_id) is not None:
+                return None
+            found = verdicts(view, profile)
+            plan = best(found)
+            if plan is None:
+                raise refusal(view, model_id, found)
+        else:
+            node = view.fleet.nodes[node_name]
+            if node.has_coming(model_id):
+                return None
+            placed = plan_on(view, profile, node)
+            if isinstance(placed, Held):
+                raise Conflict(
+                    f"{node_name} has no room for {model_id!r}: {placed.reason}", code="insufficient_vram", param="node"
+                )
+            plan = placed
+        return self._begin(plan, "an operator asked", for_waiters=False)
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+    def _begin(self, plan: Plan, why: str, *, for_waiters: bool = True) -> Job:
+        looked_at = self._clock()
+
+        def wanted() -> bool:
+            nonlocal looked_at
+            if job.needed:
+                return True
+            if not self._rooms.count(plan.model_id):
+                return False
+            if self._clock() - looked_at < BETTER_PLACE_SECS:
+                return True
+            looked_at = self._clock()
+            return not self._better_place(plan)
+
+        job = self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job.needed |= not for_waiters
+        return job
+
+    def _better_place(self, plan: Plan) -> bool:
+        """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for
+        `plan` still have some."""
+        view = self.view()
+        going = [each.resident.key for each in plan.displacement.evictions]
+        if not any(view.use(*key).in_flight for key in going):
+            return False
+        reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
+        fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
+        view = replace(view, fleet=fleet)
+        profile = view.profile(plan.model_id)
+        other = None if profile is None else best(likely_verdicts(view, profile))
+        return other is not None and not other.displacement.busy and other.ready_at <= view.now
+
+    def _done(self, job: Job, failure: LoadFailed | None) -> None:
+        try:
+            if failure is not None:
+                self._note_failure(job, failure)
+            elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
+                self._bars.succeeded(job.model_id, job.node)
+        finally:
+            self._rooms.news(job.model_id)
+            self._wake.set()
+
+    def _note_failure(self, job: Job, failure: LoadFailed) -> None:
+        cause = failure.cause
+        if failure.no_room:
+            if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:
+                self._needs_mb[job.model_id] = failure.needs_mb
+            if self._planned_anew(job):  # somebody was faster: the present figures say so, too
+                cause = Cause.PASSING
+        self._bars.failed(job.model_id, job.node, cause, str(failure))
+
+    def _planned_anew(self, job: Job) -> bool:
+        """Whether the planner would now do something else on that node than what the neuron refused."""
+        view = self.view()
+        profile = view.profile(job.model_id)
+        node = view.fleet.nodes.get(job.node)
+        found = None if profile is None or node is None else plan_on(view, profile, node)
+        return not isinstance(found, Plan) or found.rank != job.plan.rank
+
+    def _learn(self, node: NodeSnapshot, model_id: str) -> None:
+        """What the neuron booked for a model whose catalogue entry does not say."""
+        profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
+        if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
+            self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
+
+    def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
+        """A load that somebody else began, for which requests of ours wait, may fail as well."""
+        key, view = (model_id, node.name), node.models[model_id]
+        if node.has_coming(model_id):
+            if self._rooms.count(model_id):
+                self._await_others(model_id, node.name)
+            return
+        if key in self._awaited:
+            self._awaited.discard(key)
+            if view.known_status is ModelStatus.LOADED:
+                self._bars.succeeded(model_id, node.name)
+            elif view.known_status is ModelStatus.FAILED:
+                reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
+                self._bars.failed(model_id, node.name, cause_of(view), reason)
+
+    def _await_others(self, model_id: str, node: str) -> None:
+        if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):
+            self._awaited.add((model_id, node))
+
+    def _failed_profile(self, view: View, model_id: str, node_name: str | None) -> ModelProfile | None:
+        """For an operator: a model that only neurons know is loaded again although it failed there."""
+        known = [
+            node
+            for node in view.fleet.holders(model_id)
+            if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
+        ]
+        return view.remembered(model_id, known)
+
+    def _kept_up(self) -> list[ModelProfile]:
+        drained = {
+            model_id for node in self._fleet.snapshot().nodes.values() if node.draining for model_id in node.models
+        }
+        return [each for each in self._live.catalogue.models if is_kept_up(each) or each.id in drained]
+
+    def _retire(self, retirement: Retirement) -> None:
+        key = retirement.model_id, retirement.node
+        if key not in self._retiring:
+            self._retiring.add(key)
+            self._fleet.leave(key)  # here, and not in the task: the next decision may be made before it has begun
+            task = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            task.add_done_callback(lambda _: self._retiring.discard(key))
+
+    async def _send_away(self, retirement: Retirement) -> None:
+        key, again_secs = (retirement.model_id, retirement.node), 0.0
+        log.info("%s leaves %s: %s", *key, retirement.reason)
+        try:
+            await self._loader.send_away(
+                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id), if_idle=True
+            )
+        except NotWanted:
+            log.info("%s stays on %s: somebody asks for it", *key)
+        except (NodeLeft, NeuronLeft):
+            log.info("%s has left the configuration", key[1])
+        except (NeuronRefused, NeuronUnreachable) as error:
+            log.warning("%s did not leave %s, and serves on: %s", *key, error)
+            again_secs = RETIRE_AGAIN_SECS
+        finally:
+            self._fleet.stay(key)
+        await asyncio.sleep(again_secs)
+
+    async def _something_to_do(self) -> None:
+        """Returns when somebody waits, or may have become able to be served."""
+        if not self._turn.notes:
+            await self._wake.wait()
+        else:
+            pause = LOOK_AGAIN_SECS
+            if self._turn.wake_at is not None:
+                pause = min(pause, max(0.0, self._turn.wake_at - self._clock()))
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(pause):
+                    await self._wake.wait()
+        self._wake.clear()

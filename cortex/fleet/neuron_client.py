@@ -1,0 +1,375 @@
+"""What cortex asks of one neuron, with the failures sorted: out of reach, or refused with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import msgspec
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from cortex.config.settings import NeuronEntry
+from cortex.fleet.neuron_http import Answer, AnswerTooLarge, NoEventStream, OnEvent, fetch, follow
+from cortex.upstream.pool import EnginePool, NoConnection, parse_url
+from shared.protocol import (
+    DeviceFigures,
+    Discovery,
+    EndpointReply,
+    LoadCommand,
+    ModelStatus,
+    ModelView,
+    NeuronHealth,
+    SleepCommand,
+    UnloadCommand,
+)
+from shared.tasks import timeout
+
+ENDPOINT_TIMEOUT_SECS = 5.0
+EVENT_SILENCE_SECS = 30.0
+"""A neuron sends a comment every 15 s on `/events`: silence of twice to four times that is a dead connection."""
+IDLE_SECS = 30.0
+"""How long a connection to a neuron is kept between two polls."""
+UPTIME_SLACK_SECS = 1.0
+"""How far a neuron's uptime may be from what it was and the time since, and still tell nothing new."""
+
+_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
+_MODELS = TypeAdapter(list[ModelView])
+_FIGURES = TypeAdapter(list[DeviceFigures])
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class NeuronUnreachable(Exception):
+    """No answer: refused, reset, timed out, or not HTTP."""
+
+
+class NeuronLeft(Exception):
+    """The neuron has left the configuration while it was asked; it goes on with what it was asked for."""
+
+
+class NeuronRefused(Exception):
+    """An answer that is an error, or not the protocol's; `status` is its HTTP status.
+
+    `cause` is whose doing a failed load is, a word of `shared.protocol.FailureCause`, and `devices` are the figures of
+    the devices that had no room for it: None and empty where the neuron does not say, as those of the seed never do.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        *,
+        cause: str | None = None,
+        devices: Sequence[DeviceFigures] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.cause = cause
+        self.devices = tuple(devices)
+
+
+class _KnownHealth(NamedTuple):
+    """The last answer of `/health`: its bytes without the uptime, when the neuron started by it (monotonic), and what
+    was made of it."""
+
+    body: bytes
+    started: float
+    data: Any
+    health: NeuronHealth
+
+
+class NeuronClient:
+    """Typed calls to one neuron. Deadlines are the caller's, but for connecting."""
+
+    def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
+        self.name = entry.name
+        self._base = entry.endpoint
+        self._commands: set[asyncio.Task[Any]] = set()
+        self._pool = pool
+        self._address, self._prefix = parse_url(entry.endpoint)
+        headers = [b"host: " + self._address.authority, b"accept-encoding: identity"]
+        token = entry.bearer_token
+        if token is not None:
+            headers.append(b"authorization: Bearer " + _header_value(token))
+        self._headers = b"\r\n".join(headers)
+        self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
+        self._health: _KnownHealth | None = None
+        self._models: tuple[bytes, tuple[ModelView, ...]] | None = None
+
+    async def discovery(self) -> Discovery:
+        return await self._get("/discovery", Discovery)
+
+    async def health(self) -> NeuronHealth:
+        """The same object as before while nothing but the uptime has changed, as it does in every answer."""
+        body = (await self._answer("GET", "/health", self._ask_health, b"")).body
+        uptime = _UPTIME.search(body)
+        rest, started = body, 0.0
+        if uptime is not None:
+            rest = body[: uptime.start(1)] + body[uptime.end(1) :]
+            started = time.monotonic() - float(uptime[1])
+        known = self._health
+        if known is not None and known.body == rest and abs(known.started - started) < UPTIME_SLACK_SECS:
+            return known.health
+        data = self._json("GET", "/health", body)
+        health = self._valid("/health", NeuronHealth, data if known is None else _with_known(data, known))
+        self._health = _KnownHealth(rest, started, data, health)
+        return health
+
+    async def models(self) -> Sequence[ModelView]:
+        """The same object as before while nothing has changed."""
+        body = (await self._answer("GET", "/models", self._ask_models, b"")).body
+        if self._models is None or self._models[0] != body:
+            try:
+                found = _MODELS.validate_python(self._json("GET", "/models", body))
+            except ValidationError as error:
+                raise NeuronRefused(200, f"{self.name}: /models is not the protocol's: {_first(error)}") from error
+            self._models = body, tuple(found)
+        return self._models[1]
+
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> bool:
+        """Returns when the model is loaded, with True; with `wait` False, from a neuron that knows of that, as soon as
+        the load is under way and its memory booked, with False.
+
+        Raises:
+            NeuronRefused: the neuron says why it is not.
+            NeuronUnreachable: no answer within `timeout_secs`.
+            NeuronLeft: `leave` was called meanwhile.
+        """
+        path = "/models/load" if wait else "/models/load?wait=false"
+        try:
+            answer = await self._command(path, command, timeout_secs)
+        except NeuronRefused as refused:
+            # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
+            if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
+                raise
+            return True
+        return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
+
+    def leave(self) -> None:
+        """The neuron has left the configuration: nobody waits any more for what it was told to do. It carries that
+        on."""
+        for call in self._commands:
+            call.cancel()
+
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
+        """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at
+        most `drain_secs`. Raises as `load`."""
+        path = f"/models/unload?drain_secs={drain_secs:g}" if drain_secs else "/models/unload"
+        await self._command(path, UnloadCommand(model_id=model_id), timeout_secs)
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
+        """Returns when the model sleeps. Raises as `load`; NeuronRefused also from a neuron that knows no sleep."""
+        await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
+
+    async def endpoint(self, model_id: str) -> EndpointReply:
+        """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
+        path = f"/models/{quote(model_id, safe='')}/endpoint"
+        found = await self._get(path, EndpointReply, timeout_secs=ENDPOINT_TIMEOUT_SECS)
+        try:
+            url = reachable_url(found.url, self._base)
+            parse_url(url)  # here, and not when a request is waiting
+            return found.model_copy(update={"url": url})
+        except ValueError as error:
+            raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
+
+    async def listen(self, on_event: OnEvent) -> None:
+        """Calls `on_event` with the name and the data of each event, as it comes, until the connection ends.
+
+        Raises:
+            NeuronRefused: with 404 when this neuron has no events.
+            NeuronUnreachable: the connection failed.
+        """
+        head = self._head("GET", "/events", b"accept: text/event-stream")
+        try:
+            await follow(self._pool, self._address, head, on_event, silence_secs=EVENT_SILENCE_SECS)
+        except NoEventStream as error:
+            raise NeuronRefused(error.status, f"{self.name}: no event stream") from error
+        except (NoConnection, OSError, asyncio.TimeoutError, ValueError) as error:
+            raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
+
+    async def _get(self, path: str, model: type[Model], *, timeout_secs: float | None = None) -> Model:
+        return self._valid(path, model, await self._call("GET", path, timeout_secs=timeout_secs))
+
+    def _valid(self, path: str, model: type[Model], data: Any) -> Model:
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            raise NeuronRefused(200, f"{self.name}: {path} is not the protocol's: {_first(error)}") from error
+
+    async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
+        """Tells the neuron to do something that may take long. Raises as `load`."""
+        # What is asked of the neuron's memory is the model's id and nothing else.
+        bare = isinstance(body, LoadCommand) and body.bare
+        data = body.model_dump(mode="json", exclude_defaults=bare)
+        call = asyncio.create_task(
+            self._call("POST", path, json_body=data, timeout_secs=timeout_secs), name=f"{path} on {self.name}"
+        )
+        self._commands.add(call)
+        try:
+            await asyncio.wait([call])
+            if call.cancelled():
+                raise NeuronLeft(self.name)
+            return await call
+        finally:
+            self._commands.discard(call)
+            call.cancel()
+
+    async def _call(self, method: str, path: str, *, json_body: Any = None, timeout_secs: float | None = None) -> Any:
+        if json_body is None:
+            head, body = self._head(method, path), b""
+        else:
+            body = json.dumps(json_body).encode()
+            head = self._head(method, path, b"content-type: application/json\r\ncontent-length: %d" % len(body))
+        try:
+            async with timeout(timeout_secs):
+                answer = await self._answer(method, path, head, body)
+        except asyncio.TimeoutError as error:
+            raise NeuronUnreachable(f"{self.name}: {method} {path}: {_reason(error)}") from error
+        return self._json(method, path, answer.body)
+
+    def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
+        line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
+        return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
+
+    async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> Answer:
+        """An answer that is no error."""
+        context = f"{self.name}: {method} {path}"
+        try:
+            # A load is not sent twice: a kept connection that breaks does not tell whether it was heard.
+            answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
+        except AnswerTooLarge as error:
+            raise NeuronRefused(error.status, f"{context}: {error}") from error
+        except (
+            NoConnection,
+            OSError,
+            UnicodeError,
+            asyncio.TimeoutError,
+        ) as error:  # UnicodeError: a host that is no name
+            raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
+        if 300 <= answer.status < 400:
+            raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
+        if answer.status >= 400:
+            raise _refusal(answer.status, answer.body.decode("utf-8", "replace"), context)
+        return answer
+
+    def _json(self, method: str, path: str, body: bytes) -> Any:
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError):
+            pass
+        try:  # Python's parser lets more pass that some neuron may send: NaN, bytes that are no text
+            return json.loads(body.decode("utf-8", "replace")) if body else None
+        except (ValueError, RecursionError) as error:
+            raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
+
+
+def _with_known(data: Any, known: _KnownHealth) -> Any:
+    """The data with those entries that are as they were replaced by what was made of them then."""
+    if not isinstance(data, dict) or not isinstance(known.data, dict):
+        return data
+    kept = {}
+    for name, made in (("devices", known.health.devices), ("models", known.health.models)):
+        new, old = data.get(name), known.data.get(name)
+        if isinstance(new, list) and isinstance(old, list) and len(new) == len(old) == len(made):
+            kept[name] = [
+                entry if entry != before else then for entry, before, then in zip(new, old, made, strict=True)
+            ]
+    return {**data, **kept}
+
+
+def _header_value(text: str) -> bytes:
+    """Raises ValueError for what would end the header."""
+    if any(ord(character) < 32 for character in text.strip()):
+        raise ValueError("a token must not have line breaks or other control characters")
+    return text.strip().encode()
+
+
+def reachable_url(url: str, neuron_url: str) -> str:
+    """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
+
+    Raises:
+        ValueError: `url` is no absolute http URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not an absolute URL")
+    neuron_host = urlsplit(neuron_url).hostname or ""
+    if not _is_local(parts.hostname) or _reaches_itself(neuron_host, parts.hostname):
+        return url.rstrip("/")
+    host = f"[{neuron_host}]" if ":" in neuron_host else neuron_host
+    netloc = host if parts.port is None else f"{host}:{parts.port}"
+    return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
+
+
+def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
+    """True when the neuron is on this very host by a name or another family of addresses: then the engine's own
+    loopback address is as good, and the neuron's may be one that the engine does not listen on."""
+    if not _is_local(neuron_host) or _is_wildcard(engine_host):
+        return False
+    try:
+        return ipaddress.ip_address(neuron_host).version != ipaddress.ip_address(engine_host).version
+    except ValueError:
+        return neuron_host == "localhost"
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _refusal(status: int, text: str, context: str) -> NeuronRefused:
+    """Understands our envelope, a flat `{"error": "text"}`, and anything else as text."""
+    try:
+        error = json.loads(text).get("error")
+    except (ValueError, AttributeError):
+        error = None
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        code, cause = error.get("code"), error.get("cause")
+        return NeuronRefused(
+            status,
+            error["message"],
+            code if isinstance(code, str) else None,
+            cause=cause if isinstance(cause, str) else None,
+            devices=_figures(error.get("devices")),
+        )
+    if isinstance(error, str):
+        return NeuronRefused(status, error)
+    return NeuronRefused(status, f"{context}: HTTP {status}: {text[:500]}")
+
+
+def _figures(data: Any) -> list[DeviceFigures]:
+    try:
+        return _FIGURES.validate_python([] if data is None else data)
+    except ValidationError:
+        return []
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return "timed out"
+    return str(error) or type(error).__name__
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

@@ -1,0 +1,189 @@
+"""HTTP to neurons over kept connections: a request with its whole answer, or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cortex.fleet.sse_reader import EventReader
+from cortex.http import headers as names
+from cortex.http.framing import ChunkedBody
+from cortex.http.heads import ResponseHead
+from cortex.upstream.connection import Body, EngineConnection
+from cortex.upstream.pool import Address, EnginePool
+
+MAX_ANSWER_BYTES = 16 << 20
+"""Of a whole answer. One entry of `/models` is about half a KiB."""
+
+OnEvent = Callable[[str, Any], None]
+
+
+class Answer(NamedTuple):
+    """A whole answer, its body without the framing."""
+
+    status: int
+    body: bytes
+
+
+class AnswerTooLarge(Exception):
+    """There is more of it than MAX_ANSWER_BYTES; `status` is its HTTP status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+        self.status = status
+
+
+class NoEventStream(Exception):
+    """Something else answers; `status` is its HTTP status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("no event stream")
+        self.status = status
+
+
+class _Stale(Exception):
+    """The neuron closed a kept connection at this very moment, as it may."""
+
+
+class _Exchange:
+    """Implements `engine.Exchange`; subclasses say what becomes of the body. `outcome` is done at its end."""
+
+    def __init__(self, head: bytes, body: bytes) -> None:
+        self._request = head, body
+        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.status = 0
+        self._connection: EngineConnection | None = None
+        self._chunks: ChunkedBody | None = None
+
+    async def begin(self, pool: EnginePool, address: Address, kept: EngineConnection | None) -> None:
+        """Sends the request, on a new connection when `kept` is None. Raises as `EnginePool.connect`."""
+        if kept is None:
+            await pool.connect(address, self._send)
+        else:
+            self._send(kept)
+
+    def leave(self) -> None:
+        """Nobody waits any more: a connection that is still at work is closed."""
+        if not self.outcome.done():
+            self.outcome.cancel()
+        elif not self.outcome.cancelled():
+            self.outcome.exception()  # looked at, so that it is not reported as never retrieved
+        if self._connection is not None:
+            self._connection.abandon()
+            self._connection = None
+
+    def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        self.status = head.status
+        if isinstance(body, ChunkedBody):
+            first = body.start_unpacking(first)
+            self._chunks = body
+        if first:
+            self._take(first)
+
+    def passed(self, data: bytes) -> None:
+        self._take(data if self._chunks is None else self._chunks.take())
+
+    def ended(self) -> None:
+        self._connection = None
+        if not self.outcome.done():
+            self.outcome.set_result(None)
+
+    def lost(self, reason: str, *, stale: bool) -> None:
+        self._connection = None
+        self._fail(_Stale() if stale else ConnectionError(reason))
+
+    def _send(self, connection: EngineConnection) -> None:
+        if self.outcome.done():
+            connection.abandon()
+            return
+        self._connection = connection
+        connection.send(self, *self._request)
+
+    def _fail(self, error: Exception) -> None:
+        """Whoever waits closes the connection: it must not be done in its own calls."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+    def _take(self, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class _Whole(_Exchange):
+    def __init__(self, head: bytes, body: bytes) -> None:
+        super().__init__(head, body)
+        self.pieces: list[bytes] = []
+        self._size = 0
+
+    def _take(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > MAX_ANSWER_BYTES:
+            self._fail(AnswerTooLarge(self.status))
+        else:
+            self.pieces.append(data)
+
+
+class _Events(_Exchange):
+    def __init__(self, head: bytes, on_event: OnEvent) -> None:
+        super().__init__(head, b"")
+        self._on_event = on_event
+        self._reader = EventReader()
+        self.heard = False
+
+    def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        kind = head.named.get(names.CONTENT_TYPE, b"").partition(b";")[0].strip().lower()
+        if head.status != 200 or kind != b"text/event-stream":
+            self._fail(NoEventStream(head.status))
+        super().began(head, body, first)
+
+    def _take(self, data: bytes) -> None:
+        if self.outcome.done():
+            return
+        self.heard = True
+        try:
+            for name, event in self._reader.feed(data):
+                self._on_event(name, event)
+        except Exception as error:  # noqa: BLE001 - told to whoever waits; a connection has nobody to tell
+            self._fail(error)
+
+
+async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b"", *, again: bool) -> Answer:
+    """The answer to one request. `again` True: it may be sent twice, so that a kept connection can be tried.
+
+    Raises:
+        OSError: no answer, or not the whole of it (asyncio.TimeoutError: no connection within the pool's time).
+        AnswerTooLarge: there is too much of it.
+    """
+    kept = pool.take(address) if again else None
+    while True:
+        exchange = _Whole(head, body)
+        try:
+            await exchange.begin(pool, address, kept)
+            await exchange.outcome
+            return Answer(exchange.status, b"".join(exchange.pieces))
+        except _Stale:
+            kept = None
+        finally:
+            exchange.leave()
+
+
+async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEvent, *, silence_secs: float) -> None:
+    """Calls `on_event` with the name and the JSON data of each event, as it comes, until the stream ends.
+
+    Raises:
+        NoEventStream: something else answers.
+        OSError: the connection is lost.
+        asyncio.TimeoutError: nothing came for `silence_secs`; told within twice that time.
+        ValueError: what comes is no event stream.
+    """
+    exchange = _Events(head, on_event)
+    try:
+        await exchange.begin(pool, address, None)
+        while not exchange.outcome.done():
+            exchange.heard = False
+            await asyncio.wait([exchange.outcome], timeout=silence_secs)
+            if not exchange.outcome.done() and not exchange.heard:
+                raise asyncio.TimeoutError
+        await exchange.outcome
+    finally:
+        exchange.leave()

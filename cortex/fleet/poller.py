@@ -1,0 +1,232 @@
+"""Watches every neuron: a poll loop with its own deadline and an event listener for each, none waiting for another.
+
+While a neuron's events flow, they tell of its models, and a poll asks for its health alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from cortex.config.settings import PollSettings
+from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.fleet.state import Fleet
+from shared.protocol import Discovery, ModelView, NeuronHealth
+from shared.tasks import cancel_all, timeout
+
+log = logging.getLogger(__name__)
+
+EVENTS_RETRY_SECS = 1.0
+NO_EVENTS_RETRY_SECS = 300.0
+"""A neuron without `/events` may be upgraded: asked again rarely, and whenever it is a new process."""
+FULL_EVERY = 15
+"""Of so many polls one asks for the models although their events flow: whatever went wrong there heals."""
+MEASURED_POLLS = 2
+"""So many polls ask for the models after a change: what it takes of the devices is measured a moment later."""
+MOMENTS = 200
+"""Of an interval, at which polls begin: a few together cost less than as many wake-ups."""
+_GOLDEN = 0.6180339887498949
+_TURN = 0.97  # of an interval: what comes sooner after a miss is out of turn
+
+
+def moment(position: int, interval_secs: float) -> float:
+    """When in the interval a neuron is polled, in seconds from its beginning. Multiples of the golden ratio spread any
+    number of neurons evenly, also when more come later."""
+    return interval_secs * int(position * _GOLDEN % 1 * MOMENTS) / MOMENTS
+
+
+class NodeWatch:
+    """Polls one neuron, listens to its events, and tells the fleet."""
+
+    def __init__(
+        self,
+        client: NeuronClient,
+        fleet: Fleet,
+        settings: PollSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = client.name
+        self._client = client
+        self._fleet = fleet
+        self._settings = settings
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._polling: asyncio.Future[None] | None = None
+        self._missed_at = float("-inf")
+        self._instance: str | None = None  # of the process that the known discovery describes
+        self._described = False  # the known discovery came from here, and not from a watch of another endpoint before
+        self._retired = False
+        self._listening = False  # events flow, and told first how everything was
+        self._full = 0  # polls to come that ask for the models whatever the events tell
+        self._lean = 0  # polls since one asked for them
+        self._active: frozenset[str] = frozenset()  # models that the last health spoke of
+
+    async def poll_loop(self) -> None:
+        """Polls for ever."""
+        loop = asyncio.get_running_loop()
+        await self.poll()
+        while True:
+            turn = loop.call_later(self._pause(), self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                turn.cancel()
+            self._wake.clear()
+            await self._poll_here()
+
+    def _pause(self) -> float:
+        """Seconds until this neuron's next turn, never much less than half an interval after a poll."""
+        interval = self._settings.interval_secs
+        pause = interval - (self._clock() - moment(self._fleet.position(self.name), interval)) % interval
+        return pause if pause > interval / 2 else pause + interval
+
+    async def poll(self) -> None:
+        """One poll, now. Callers at the same time share one."""
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll_once(), name=f"poll {self.name}")
+        await asyncio.shield(self._polling)
+
+    async def _poll_here(self) -> None:
+        """As `poll`, without the cost of a task, for who polls all the time."""
+        if self._polling is not None and not self._polling.done():
+            await asyncio.shield(self._polling)
+            return
+        polled = self._polling = asyncio.get_running_loop().create_future()
+        try:
+            await self._poll_once()
+        finally:
+            if not polled.done():
+                polled.set_result(None)
+
+    async def refresh(self) -> None:
+        """A poll that begins after this call, of the models too: what happened before it is seen, also when the event
+        that tells of it is still under way."""
+        if self._polling is not None and not self._polling.done():
+            await asyncio.shield(self._polling)
+        self._full = max(self._full, 1)
+        await self.poll()
+
+    def use(self, settings: PollSettings) -> None:
+        """Other settings, for the polls that begin from now on."""
+        sooner = settings.interval_secs < self._settings.interval_secs
+        self._settings = settings
+        if sooner:  # spread out again: the pause that runs may be a long one
+            delay = settings.interval_secs * random.random()  # noqa: S311 - as above
+            asyncio.get_running_loop().call_later(delay, self.nudge)
+
+    def retire(self) -> None:
+        """Tells the fleet nothing from now on: another watch may do so, or the neuron has left the configuration."""
+        self._retired = True
+
+    async def finished(self) -> None:
+        """Waits for a poll that is still under way; others may wait for it, too."""
+        if self._polling is not None:
+            await asyncio.wait([self._polling])
+
+    async def close(self) -> None:
+        """Ends a poll that is still under way."""
+        if isinstance(self._polling, asyncio.Task):
+            await cancel_all([self._polling])
+
+    def nudge(self) -> None:
+        """Lets the poll loop poll now instead of after its pause."""
+        self._wake.set()
+
+    async def _poll_once(self) -> None:
+        try:
+            async with timeout(self._settings.timeout_secs):
+                await self._ask()
+        except asyncio.TimeoutError:
+            self._miss(f"no answer within {self._settings.timeout_secs:g} s")
+        except (NeuronUnreachable, NeuronRefused) as error:
+            self._miss(str(error))
+        else:
+            return
+        self._full = max(self._full, 1)  # it may have been due in the poll that failed
+
+    def _miss(self, reason: str) -> None:
+        """Polls also come out of turn, when an event stream ends or an engine is not found: those misses say nothing
+        that the last one did not, and a neuron that restarts has the whole of `unhealthy_after` intervals."""
+        if self._retired:
+            return
+        now = self._clock()
+        if now - self._missed_at >= _TURN * self._settings.interval_secs:
+            self._missed_at = now
+            self._fleet.miss(self.name, reason)
+
+    async def _ask(self) -> None:
+        """Health; models unless events tell of them; discovery once for each process, and when it comes back."""
+        started = self._clock()
+        if self._retired:
+            return
+        node = self._fleet.node(self.name)
+        health = await self._client.health()
+        changed = not self._described or not node.healthy or health.instance_id != self._instance
+        models: Sequence[ModelView] | None = None
+        if self._models_due(health) or changed:
+            self._lean = 0
+            models = await self._client.models()
+        discovery: Discovery | None = None
+        if changed:
+            discovery = await self._client.discovery()
+            self._instance = discovery.instance_id or health.instance_id
+        if self._retired:
+            return
+        self._described = True
+        self._fleet.observe(self.name, started=started, health=health, models=models, discovery=discovery)
+
+    def _models_due(self, health: NeuronHealth) -> bool:
+        """Also when the engines that the health speaks of are others: an event may have been lost."""
+        active = frozenset(entry.id for entry in health.models)
+        due = not self._listening or self._full > 0 or self._lean + 1 >= FULL_EVERY or active != self._active
+        self._active = active
+        self._lean += 1
+        self._full = max(self._full - 1, 0)
+        return due
+
+    async def listen_loop(self) -> None:
+        """Listens to `/events` while the neuron is healthy and has them."""
+        while True:
+            await self._fleet.until(self.name, lambda node: node.healthy)
+            instance = self._instance
+            try:
+                await self._client.listen(self._apply)
+            except NeuronRefused:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    async with timeout(NO_EVENTS_RETRY_SECS):
+                        await self._fleet.until(self.name, lambda _: self._instance != instance)  # noqa: B023 - in this round
+            except NeuronUnreachable as error:
+                log.debug("%s", error)
+            finally:
+                self._listening = False
+            self.nudge()
+            await asyncio.sleep(EVENTS_RETRY_SECS * random.uniform(1.0, 1.5))  # noqa: S311 - spreads load, hides nothing
+
+    def _apply(self, name: str, data: Any) -> None:
+        if self._retired:
+            return
+        try:
+            if name == "snapshot":
+                for item in data if isinstance(data, list) else data["models"]:
+                    self._fleet.tell(self.name, ModelView.model_validate(item))
+                self._listening = True
+                self._full = 1  # what is not listed any more is not in it
+            elif name == "model":
+                view = ModelView.model_validate(data)
+                known = self._fleet.node(self.name).models.get(view.id)
+                self._fleet.tell(self.name, view)
+                if known is None or known.status != view.status:
+                    self._full = MEASURED_POLLS
+                    self.nudge()  # VRAM has changed with it
+            elif name == "removed":
+                self._fleet.forget(self.name, str(data["id"]))
+        except (ValidationError, LookupError, TypeError) as error:
+            log.warning("neuron %s sent an event that is not the protocol's: %s", self.name, error)

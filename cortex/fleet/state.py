@@ -1,0 +1,340 @@
+"""The one owner of what cortex knows about its neurons.
+
+Observations come in (a poll answered, a poll missed, an event, a finished load), immutable snapshots go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_different_routes
+from shared.protocol import Discovery, ModelStatus, ModelView, NeuronHealth
+
+log = logging.getLogger(__name__)
+
+
+class NodeLeft(Exception):
+    """The neuron is in the configuration no more."""
+
+
+class RouteChanges:
+    """Collects the models whose routes may have changed, for one listener. Polls that bring nothing of the kind leave
+    it asleep: a thousand neurons give five hundred answers a second."""
+
+    def __init__(self) -> None:
+        self._models: set[str] = set()
+        self._came = asyncio.Event()
+
+    def add(self, models: Iterable[str]) -> None:
+        self._models.update(models)
+        if self._models:
+            self._came.set()
+
+    async def next(self) -> set[str]:
+        """The ids collected since the last call; waits for one."""
+        await self._came.wait()
+        self._came.clear()
+        models, self._models = self._models, set()
+        return models
+
+
+class Fleet:
+    """Reduces observations to a state; every change has a version and wakes whoever waits for it. What is observed of a
+    neuron that has left the configuration is passed over."""
+
+    def __init__(
+        self,
+        nodes: Iterable[tuple[str, str]],
+        *,
+        unhealthy_after: int,
+        drained: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`nodes` are pairs of name and endpoint; `unhealthy_after` is in consecutive misses; `drained` are names."""
+        self._nodes = {name: NodeSnapshot(name, endpoint, draining=name in drained) for name, endpoint in nodes}
+        self._unhealthy_after = unhealthy_after
+        self._clock = clock
+        self._reservations: list[Reservation] = []
+        self._leaving: frozenset[tuple[str, str]] = frozenset()
+        # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
+        # less and must not undo it.
+        self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._unseen = set(self._nodes)  # no poll of them was answered or missed yet
+        self._version = 0
+        self._snapshot: FleetSnapshot | None = None
+        self._changed: asyncio.Future[None] | None = None
+        self._node_changed: dict[str, asyncio.Future[None]] = {}
+        self._route_changes: list[RouteChanges] = []
+        self._route_listeners: list[Callable[[set[str]], None]] = []
+        # Model id -> neurons that list it, in the order of the configuration. Never changed in place, since snapshots
+        # share it, and kept from one to the next: polls come all the time and new models seldom.
+        self._holders: Mapping[str, tuple[str, ...]] = {}
+        self._position = {name: position for position, name in enumerate(self._nodes)}
+        self._topology = object()
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        return self._version
+
+    def snapshot(self) -> FleetSnapshot:
+        """The present state; the same object until something changes."""
+        if self._snapshot is None:
+            self._snapshot = FleetSnapshot(
+                MappingProxyType(dict(self._nodes)),
+                tuple(self._reservations),
+                self._leaving,
+                index=self._holders,
+                topology=self._topology,
+            )
+        return self._snapshot
+
+    def node(self, name: str) -> NodeSnapshot:
+        """The present state of one neuron: much cheaper than a snapshot of all."""
+        return self._nodes[name]
+
+    def position(self, name: str) -> int:
+        """The neuron's place in the configuration, from 0."""
+        return self._position[name]
+
+    async def changed_since(self, version: int) -> int:
+        """Waits until the version differs from `version`; the new one."""
+        while self._version == version:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+        return self._version
+
+    async def until(self, name: str, condition: Callable[[NodeSnapshot], bool]) -> NodeSnapshot:
+        """Waits until the condition holds of a neuron. Only a change of that neuron has it looked at again.
+
+        Raises:
+            NodeLeft: it is in the configuration no more.
+        """
+        while True:
+            node = self._nodes.get(name)
+            if node is None:
+                raise NodeLeft(name)
+            if condition(node):
+                return node
+            if name not in self._node_changed:
+                self._node_changed[name] = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._node_changed[name])
+
+    @contextlib.contextmanager
+    def route_changes(self) -> Iterator[RouteChanges]:
+        """Hears, inside the body, of the models that may now be served elsewhere, or not, or no longer."""
+        changes = RouteChanges()
+        self._route_changes.append(changes)
+        try:
+            yield changes
+        finally:
+            self._route_changes.remove(changes)
+
+    def on_route_change(self, listener: Callable[[set[str]], None]) -> None:
+        """Calls `listener` with such models at the very moment of the change."""
+        self._route_listeners.append(listener)
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        return not self._unseen
+
+    async def surveyed(self) -> None:
+        """Waits for that."""
+        version = self._version
+        while self._unseen:
+            version = await self.changed_since(version)
+
+    def configure(
+        self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
+    ) -> None:
+        """The neurons are these from now on, in this order; arguments as above. One that stays keeps all that is known
+        of it, also at another endpoint: mostly that is the same neuron by another name, and the next poll tells."""
+        before = self._nodes
+        self._unhealthy_after = unhealthy_after
+        self._nodes = {}
+        for name, endpoint in nodes:
+            node = before.get(name) or NodeSnapshot(name, endpoint, draining=name in drained)
+            moved = node.endpoint != endpoint
+            self._nodes[name] = replace(node, endpoint=endpoint, misses=0, last_error=None) if moved else node
+        self._topology = object()
+        self._position = {name: position for position, name in enumerate(self._nodes)}
+        self._told = {name: self._told.get(name, {}) for name in self._nodes}
+        holders: dict[str, list[str]] = {}
+        for node in self._nodes.values():
+            for model_id in node.models:
+                holders.setdefault(model_id, []).append(node.name)
+        self._holders = {model_id: tuple(names) for model_id, names in holders.items()}
+        left = before.keys() - self._nodes.keys()
+        self._unseen = (self._unseen - left) | (self._nodes.keys() - before.keys())
+        for name in left & self._node_changed.keys():
+            self._node_changed.pop(name).set_result(None)
+        self._touch()
+        self._tell_routes({model_id for name in left for model_id in before[name].models})
+
+    def look_again(self) -> None:
+        """Something that is shown together with the fleet has changed: whoever follows it is to look again."""
+        self._touch()
+
+    def observe(
+        self,
+        name: str,
+        *,
+        started: float,
+        health: NeuronHealth,
+        models: Iterable[ModelView] | None,
+        discovery: Discovery | None,
+    ) -> None:
+        """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
+        answer that brings nothing new changes nothing: nobody is woken."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        if discovery is None or discovery == node.discovery:
+            discovery = node.discovery
+        known = node.models if models is None else self._merged(node, models, started)
+        self._unseen.discard(name)
+        answered = node.healthy and not node.misses and node.last_error is None
+        if answered and health is node.health and known is node.models and discovery is node.discovery:
+            return
+        if not node.healthy:
+            log.info("neuron %s is healthy", name)
+        self._replace(
+            replace(
+                node,
+                healthy=True,
+                misses=0,
+                last_error=None,
+                discovery=discovery,
+                health=health,
+                health_at=node.health_at if health is node.health else self._clock(),
+                models=known,
+            )
+        )
+
+    def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, ModelView]:
+        """What a poll lists, but for models that something newer has told of."""
+        told = self._told[node.name] = {m: when for m, when in self._told[node.name].items() if when > started}
+        merged = {view.id: view for view in models if view.id not in told}
+        merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
+        return node.models if merged == node.models else MappingProxyType(merged)
+
+    def miss(self, name: str, reason: str) -> None:
+        """A poll failed."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._unseen.discard(name)
+        misses = node.misses + 1
+        healthy = node.healthy and misses < self._unhealthy_after
+        if node.healthy and not healthy:
+            log.warning("neuron %s is unhealthy after %d misses: %s", name, misses, reason)
+        elif node.last_error != reason:
+            log.warning("neuron %s does not answer: %s", name, reason)
+        self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason))
+
+    def tell(self, name: str, view: ModelView) -> None:
+        """A neuron reported a model outside a poll (an event, a finished load): it counts at once."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._told[name][view.id] = self._clock()
+        if node.models.get(view.id) != view:
+            self._replace(replace(node, models=MappingProxyType({**node.models, view.id: view})))
+
+    def forget(self, name: str, model_id: str) -> None:
+        """A neuron no longer lists a model."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._told[name][model_id] = self._clock()
+        if model_id in node.models:
+            rest = {key: view for key, view in node.models.items() if key != model_id}
+            self._replace(replace(node, models=MappingProxyType(rest)))
+
+    def loaded(self, name: str, model_id: str, *, harness: str | None, devices: Iterable[int]) -> None:
+        """A load ended well: the entry counts as loaded at once, without waiting for the next poll."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        known = node.models.get(model_id)
+        if known is not None and known.known_status is ModelStatus.LOADED:
+            self._told[name][model_id] = self._clock()
+            return
+        self.tell(
+            name,
+            ModelView(id=model_id, harness=harness, status=ModelStatus.LOADED.value, devices=list(devices)),
+        )
+
+    def set_draining(self, name: str, draining: bool) -> None:
+        """An operator takes a neuron out of placement and routing, or puts it back."""
+        self._replace(replace(self._nodes[name], draining=draining))
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Counts a load's VRAM as taken until `release`."""
+        self._reservations.append(reservation)
+        self._touch()
+
+    def release(self, reservation: Reservation) -> None:
+        self._reservations.remove(reservation)
+        self._touch()
+
+    def leave(self, key: tuple[str, str]) -> None:
+        """A model (id, node) makes way for another: it gets nothing new until `stay`."""
+        self._set_leaving(self._leaving | {key}, key[0])
+
+    def stay(self, key: tuple[str, str]) -> None:
+        """It has made way, or need not any more."""
+        self._set_leaving(self._leaving - {key}, key[0])
+
+    def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:
+        self._leaving = leaving
+        self._touch()
+        self._tell_routes({model_id})
+
+    def _tell_routes(self, models: set[str]) -> None:
+        if models:
+            for listener in self._route_listeners:
+                listener(models)
+            for changes in self._route_changes:
+                changes.add(models)
+
+    def _replace(self, node: NodeSnapshot) -> None:
+        before, self._nodes[node.name] = self._nodes[node.name], node
+        if before.discovery is not node.discovery:
+            self._topology = object()
+        if before.models is not node.models and before.models.keys() != node.models.keys():
+            self._index(node.name, gone=before.models.keys() - node.models.keys(), models=node.models)
+        affected = with_different_routes(before, node)
+        waiting = self._node_changed.pop(node.name, None)
+        if waiting is not None:
+            waiting.set_result(None)
+        self._touch()
+        self._tell_routes(affected)
+
+    def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
+        """Makes the holders true for one neuron."""
+        holders = dict(self._holders)
+        for model_id in models:
+            known = holders.get(model_id, ())
+            if name not in known:
+                holders[model_id] = tuple(sorted((*known, name), key=self._position.__getitem__))
+        for model_id in gone:
+            holders[model_id] = tuple(holder for holder in holders[model_id] if holder != name)
+            if not holders[model_id]:
+                del holders[model_id]
+        self._holders = holders
+
+    def _touch(self) -> None:
+        self._version += 1
+        self._snapshot = None
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None

@@ -1,1 +1,0 @@
-"""Where clients arrive: connections, requests read from them, draining."""

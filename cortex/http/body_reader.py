@@ -1,0 +1,48 @@
+"""A request's body on its way in."""
+
+from __future__ import annotations
+
+from cortex.http.framing import BadFraming, ChunkedBody, SizedBody
+from shared.errors import InvalidRequest, RequestTooLarge
+
+
+class IncomingBody:
+    """Collects a body of a known length (in bytes), or a chunked one (`length` None)."""
+
+    __slots__ = ("_framing", "_max_bytes", "_pieces", "_size")
+
+    def __init__(self, length: int | None, max_bytes: int) -> None:
+        """Raises RequestTooLarge when it is known to become larger than `max_bytes`."""
+        self._framing = ChunkedBody(unpack=True) if length is None else SizedBody(length)
+        self._max_bytes = max_bytes
+        self._pieces: list[bytes] = []
+        self._size = length or 0
+        self._check_size()
+
+    def feed(self, data: bytes) -> bytes | None:
+        """What comes behind the body, None while it is not whole.
+
+        Raises:
+            InvalidRequest: it breaks the rules of its framing.
+            RequestTooLarge: it has become larger than `max_bytes`.
+        """
+        framing = self._framing
+        try:
+            data = framing.feed(data)
+        except BadFraming as error:
+            raise InvalidRequest(f"the body cannot be read: {error}") from error
+        if isinstance(framing, ChunkedBody):
+            data = framing.take()
+            self._size += len(data)
+            self._check_size()
+        if data:
+            self._pieces.append(data)
+        return framing.excess if framing.ended else None
+
+    def whole(self) -> bytes:
+        """The body, which is not to be fed any more."""
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
+    def _check_size(self) -> None:
+        if self._size > self._max_bytes:
+            raise RequestTooLarge(f"the request body is larger than {self._max_bytes} bytes")

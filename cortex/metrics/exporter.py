@@ -1,0 +1,114 @@
+"""What cortex counts, as Prometheus reads it: rendered at the time of a scrape. One for each app, none global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cortex.fleet.state import Fleet
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Histogram, Key, Tally, merged
+
+COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
+_LABELS = ("model", "node")
+
+
+class Metrics:
+    """The names and labels of the contract. Labels take only models and neurons that exist, so they stay bounded.
+
+    Requests are counted by the workers, cold starts here, in the process that loads.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        in_flight: Callable[[], Mapping[Key, int]],
+        tallies: Callable[[], Iterable[Tally]],
+    ) -> None:
+        self._cold_starts: dict[Key, Histogram] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(_Requests(tallies))
+        self._registry.register(_ColdStarts(self._cold_starts))
+        self._registry.register(_FleetGauges(fleet, in_flight))
+
+    def cold_start(self, model: str, node: str, secs: float) -> None:
+        """One model that was loaded because a request asked for it."""
+        started = self._cold_starts.setdefault((model, node), Histogram.of(COLD_START_BUCKETS))
+        started.observe(COLD_START_BUCKETS, secs)
+
+    def exposition(self) -> bytes:
+        """The text that a scrape gets."""
+        return generate_latest(self._registry)
+
+
+class _Requests(Collector):
+    """What the workers count."""
+
+    def __init__(self, tallies: Callable[[], Iterable[Tally]]) -> None:
+        self._tallies = tallies
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("cortex_requests", "Requests answered", labels=[*_LABELS, "status"])
+        errors = CounterMetricFamily(
+            "cortex_request_errors", "Requests that ended in an error", labels=[*_LABELS, "code"]
+        )
+        tokens = CounterMetricFamily("cortex_tokens", "Tokens as the engines report them", labels=[*_LABELS, "kind"])
+        duration = _family("cortex_request_duration_seconds", "Whole requests")
+        first_byte = _family("cortex_time_to_first_byte_seconds", "From a request's arrival to its answer's head")
+        for key, series in merged(self._tallies()).items():
+            for status, count in series.statuses.items():
+                requests.add_metric([*key, str(status)], count)
+            for code, count in series.errors.items():
+                errors.add_metric([*key, code], count)
+            for kind, count in series.tokens.items():
+                tokens.add_metric([*key, kind], count)
+            _add(duration, key, REQUEST_BUCKETS, series.duration)
+            _add(first_byte, key, FIRST_BYTE_BUCKETS, series.first_byte)
+        yield from (requests, errors, tokens, duration, first_byte)
+
+
+class _ColdStarts(Collector):
+    """Loads on request."""
+
+    def __init__(self, cold_starts: Mapping[Key, Histogram]) -> None:
+        self._cold_starts = cold_starts
+
+    def collect(self) -> Iterator[Metric]:
+        loads = CounterMetricFamily("cortex_cold_starts", "Models loaded on request", labels=_LABELS)
+        took = _family("cortex_cold_start_seconds", "Loads on request")
+        for key, histogram in self._cold_starts.items():
+            loads.add_metric(key, sum(histogram.counts))
+            _add(took, key, COLD_START_BUCKETS, histogram)
+        yield from (loads, took)
+
+
+class _FleetGauges(Collector):
+    """Gauges read from the fleet and from the workers."""
+
+    def __init__(self, fleet: Fleet, in_flight: Callable[[], Mapping[Key, int]]) -> None:
+        self._fleet = fleet
+        self._in_flight = in_flight
+
+    def collect(self) -> Iterator[Metric]:
+        healthy = GaugeMetricFamily("cortex_node_healthy", "1 when the neuron answers", labels=["node"])
+        for node in self._fleet.snapshot().nodes.values():
+            healthy.add_metric([node.name], float(node.healthy))
+        working = GaugeMetricFamily("cortex_requests_in_flight", "Requests at engines", labels=_LABELS)
+        for key, count in self._in_flight().items():
+            working.add_metric(key, count)
+        yield from (healthy, working)
+
+
+def _family(name: str, text: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(name, text, labels=_LABELS)
+
+
+def _add(family: HistogramMetricFamily, key: Key, buckets: tuple[float, ...], histogram: Histogram) -> None:
+    """Adds the samples of one series; none where nothing was observed."""
+    if not any(histogram.counts):
+        return
+    names = [*(str(float(bound)) for bound in buckets), "+Inf"]
+    family.add_metric(key, list(zip(names, accumulate(histogram.counts), strict=True)), histogram.secs)

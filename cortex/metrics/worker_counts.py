@@ -1,0 +1,75 @@
+"""What all workers together count, as the control process knows it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from cortex.metrics.counters import Tally, merged
+from cortex.metrics.in_flight import Key
+
+
+class WorkerCounts(Protocol):
+    """One worker's counts, live or as last told."""
+
+    def collect(self) -> Tally:
+        """Everything counted since the worker began."""
+
+    def in_flight_here(self) -> Mapping[Key, int]: ...
+
+    def begun_here(self) -> Mapping[Key, int]:
+        """Requests that were sent to an engine since the worker began."""
+
+    async def refresh(self) -> None:
+        """Makes those above as good as live."""
+
+
+class Counts:
+    """Adds the workers up. What a worker counted stays when it ends."""
+
+    def __init__(self) -> None:
+        self.workers: list[WorkerCounts] = []
+        self._ended = Tally()
+
+    def attach(self, worker: WorkerCounts) -> None:
+        self.workers.append(worker)
+
+    def detach(self, worker: WorkerCounts) -> None:
+        self.workers.remove(worker)
+        self._ended = merged([self._ended, worker.collect()])
+
+    async def refresh(self) -> None:
+        await asyncio.gather(*(worker.refresh() for worker in self.workers))
+
+    def tallies(self) -> list[Tally]:
+        return [self._ended, *(worker.collect() for worker in self.workers)]
+
+    def in_flight(self, model_id: str, node: str) -> int:
+        key = model_id, node
+        return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)
+
+    def begun(self) -> dict[Key, int]:
+        """Requests that were sent to engines. Falls when a worker ends, since nobody knows its last ones."""
+        total: dict[Key, int] = {}
+        for worker in self.workers:
+            for key, count in worker.begun_here().items():
+                total[key] = total.get(key, 0) + count
+        return total
+
+    def all_in_flight(self) -> dict[Key, int]:
+        """Without zeros."""
+        total: dict[Key, int] = {}
+        for worker in self.workers:
+            for key, count in worker.in_flight_here().items():
+                total[key] = total.get(key, 0) + count
+        return total
+
+    def in_flight_beside(self, worker: WorkerCounts) -> dict[Key, int]:
+        """What all the others are working on."""
+        total: dict[Key, int] = {}
+        for other in self.workers:
+            if other is not worker:
+                for key, count in other.in_flight_here().items():
+                    total[key] = total.get(key, 0) + count
+        return total

@@ -1,0 +1,177 @@
+"""What the devices of a node have to give, and what goes when a model goes. Pure; MiB everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.placement.inputs import Key, View
+from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
+
+SHARED_MEMORY_MB = 1 << 30
+"""Stands for the memory of a device that has none of its own to count: it never refuses."""
+
+LOAD_SECS_BASE = 5.0
+LOAD_SECS_PER_MB = 0.002
+"""What a load is taken to cost where none was ever measured: about the reading of the weights from a disk."""
+
+_HOLDING = (ModelStatus.LOADED, ModelStatus.SLEEPING)
+
+
+@dataclass(frozen=True)
+class Room:
+    """One device. `free_mb` can be had now; of that, `asleep_mb` is what models that sleep there want back."""
+
+    total_mb: int
+    free_mb: int
+    asleep_mb: int = 0
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model on a node that could make way: `frees_mb` on each of its `devices`.
+
+    `protected` says why it may not be displaced by anybody, None when it may by some. `cost` is what displacing it is
+    expected to cost: seconds of a reload times requests a minute.
+    """
+
+    key: Key
+    devices: frozenset[int]
+    frees_mb: int
+    priority: int
+    in_flight: int
+    last_used: float
+    loaded_at: float
+    reload_secs: float
+    cost: float
+    asleep: bool = False
+    kept: bool = False
+    """By `replicas.min`: it makes way only for a higher priority."""
+    protected: str | None = None
+
+
+def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
+    """By device index. Free is what the node would promise to another engine, or what it measures where it does not
+    say; less what loads of ours will take that these figures do not have in them yet."""
+    ours = [(each, outstanding_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
+    return {device.index: _room(node, device, ours) for device in node.devices}
+
+
+def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
+    """What a load of ours will take of each of its devices that the node's figures do not count as taken yet."""
+    entry = node.models.get(reservation.model_id)
+    if entry is None or not _is_up_or_coming(entry):
+        return reservation.share_mb
+    if entry.vram_booked_mb:
+        return 0
+    return max(0, reservation.share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
+
+
+def books(node: NodeSnapshot) -> bool:
+    """Whether the node says what it would promise to another engine. It answers a load that has no room with figures;
+    others find out when the engine runs out of memory."""
+    return any(live.vram_bookable_mb is not None for live in node.device_health.values())
+
+
+def _room(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> Room:
+    if not device.vram_total_mb:
+        return Room(SHARED_MEMORY_MB, SHARED_MEMORY_MB)
+    reserved = sum(mb for reservation, mb in ours if device.index in reservation.devices)
+    live = node.device_health.get(device.index)
+    if live is None:
+        return Room(device.vram_total_mb, device.vram_total_mb - reserved)
+    if live.vram_bookable_mb is not None:
+        bookable = live.vram_bookable_mb - _not_counted_mb(node, device, live)
+        return Room(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
+    measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not say
+    return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
+
+
+def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
+    """What models on their way up have booked of a device since its figures were made: those are polled, a model that
+    begins to load is told of at once."""
+    there = [entry for entry in node.models.values() if device.index in (entry.devices or ())]
+    coming = sum(_booked_share_mb(entry) for entry in there if entry.known_status is not ModelStatus.LOADED)
+    if not coming or live.vram_booked_mb is None:
+        return 0
+    return min(coming, max(0, sum(map(_booked_share_mb, there)) - live.vram_booked_mb))
+
+
+def _booked_share_mb(entry: ModelView) -> int:
+    """Of each of its devices, for one that is loaded or on its way up."""
+    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_up_or_coming(entry) else 0
+
+
+def _is_up_or_coming(entry: ModelView) -> bool:
+    status = entry.known_status
+    return status is not None and (status.coming or status is ModelStatus.LOADED)
+
+
+def residents(view: View, node: NodeSnapshot) -> list[Resident]:
+    """Everything on the node that holds memory and is not on its way up or out."""
+    return [
+        _resident(view, node, entry)
+        for entry in node.models.values()
+        if entry.known_status in _HOLDING and (entry.id, node.name) not in view.fleet.leaving
+    ]
+
+
+def pending(view: View, node: NodeSnapshot) -> list[Resident]:
+    """What is on its way up or out on the node: its memory cannot be had now, and may be later."""
+    moving = [
+        _resident(view, node, entry)
+        for entry in node.models.values()
+        if node.has_coming(entry.id) or (entry.id, node.name) in view.fleet.leaving
+    ]
+    asked_for = [
+        Resident(
+            (each.model_id, node.name), frozenset(each.devices), outstanding_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0
+        )
+        for each in view.fleet.reservations
+        if each.node == node.name
+    ]
+    return [*moving, *asked_for]
+
+
+def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> float:
+    """What a load there should take: as there, or elsewhere, before; else as others mostly take; else by its size."""
+    known = view.expected_load_secs(model_id, node)
+    if known is None and view.load_secs:
+        known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())
+    return LOAD_SECS_BASE + LOAD_SECS_PER_MB * size_mb if known is None else known
+
+
+def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
+    profile = view.catalogue.profile(entry.id)
+    use = view.use(entry.id, node.name)
+    totals = {device.index: device.vram_total_mb for device in node.devices}
+    devices = frozenset(entry.devices) or frozenset(totals)
+    asleep = entry.known_status is ModelStatus.SLEEPING
+    declared = 0 if profile is None else profile.vram_mb or 0
+    holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
+    share = holds // max(1, len(devices))
+    if not share and not asleep:  # nobody knows: whatever there is
+        share = max((totals.get(index, 0) for index in devices), default=0)
+    size = max(holds, declared) or share * len(devices)
+    secs = likely_load_secs(view, entry.id, node.name, size)
+    return Resident(
+        key=(entry.id, node.name),
+        devices=devices,
+        frees_mb=share,
+        priority=view.priority(entry.id),
+        in_flight=view.working(entry.id, node),
+        last_used=use.last_used,
+        loaded_at=use.loaded_at,
+        reload_secs=secs,
+        cost=secs * view.demand.get(entry.id, 0.0),
+        asleep=asleep,
+        kept=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
+        protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
+    )
+
+
+def _others_serving(view: View, node: NodeSnapshot, model_id: str) -> int:
+    """Replicas that would be left without the one on this node."""
+    return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))

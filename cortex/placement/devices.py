@@ -1,0 +1,64 @@
+"""Which devices of a node a model gets. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.capacity import Room
+from shared.protocol import Device, Link, LinkKind
+
+MAX_DEVICE_SETS = 20_000
+"""That are compared on one node where the model fits; a host with more than 16 GPUs is cut to its best ones first."""
+MAX_PATHS = 400_000
+"""Between two devices that are looked at in all these sets: they are fewer where each is large."""
+MAX_DISPLACED_SETS = 70
+"""That are compared where somebody has to make way: all of a host with eight GPUs."""
+
+_DISTANCE = {kind: rank for rank, kind in enumerate(LinkKind)}
+
+
+def eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
+    """The devices that reach the profile's floor; at least as many as it needs, on a feasible node."""
+    floor = profile.min_device_vram_mb or 0
+    return [device for device in node.devices if device.vram_total_mb >= floor]
+
+
+def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:
+    """Every set of `size` of the devices, each in ascending order; of too many devices the last ones are left out until
+    there are no more than `at_most` sets, and `MAX_PATHS` inside of them."""
+    count = len(devices)
+    at_most = min(at_most, MAX_PATHS // max(1, _binomial(size, 2)))
+    while count > size and _binomial(count, size) > at_most:
+        count -= 1
+    return combinations(sorted(devices[:count]), size)
+
+
+def connection(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
+    """How well the devices go together, the smaller the better: the worst path between two of them (0 for NVLink,
+    growing with every level of the PCIe tree; unknown counts as farthest), then how much their sizes differ, in MiB."""
+    links = node.links
+    distance = max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
+    totals = [device.vram_total_mb for device in node.devices if device.index in indices]
+    return distance, max(totals) - min(totals)
+
+
+def tightness(indices: tuple[int, ...], room: Mapping[int, Room], share_mb: int) -> int:
+    """The smaller the better: what is free on them, so that big holes stay; the most free for a model of unknown
+    size."""
+    free = sum(room[index].free_mb - room[index].asleep_mb for index in indices)
+    return free if share_mb else -free
+
+
+def _distance(links: Mapping[tuple[int, int], Link], a: int, b: int) -> int:
+    link = links.get((a, b))
+    return len(LinkKind) if link is None else _DISTANCE[link.kind]
+
+
+def _binomial(n: int, k: int) -> int:
+    result = 1
+    for i in range(min(k, n - k)):
+        result = result * (n - i) // (i + 1)
+    return result

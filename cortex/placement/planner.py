@@ -1,0 +1,356 @@
+"""Where a model goes, and what makes way for it; or why it goes nowhere. Pure.
+
+The order of the choices: pinned; awake again where it sleeps; into memory that is free; into memory that is free once
+others have left, the cheapest first (`displacement`); where a neuron knows the model already; then the tightest fit, so
+that big cards stay free for big models; the best connected devices; the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.placement.candidates import shortlist
+from cortex.placement.capacity import Resident, Room, books, likely_load_secs, pending, residents, rooms
+from cortex.placement.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
+from cortex.placement.eviction import (
+    NOBODY,
+    Claim,
+    Displacement,
+    Eviction,
+    displace,
+    displace_each,
+    eviction,
+    shield,
+    suffice,
+)
+from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.inputs import View
+from shared.protocol import ModelStatus
+
+ENGINE_SHARE = 0.92
+"""Of a device: what vLLM takes when it is told nothing, and has to find free to start at all."""
+
+
+DRAINING = "draining"
+"""`ModelView.state` of an engine that takes no new requests and ends when it has answered those that it has. Its status
+is `unloaded`."""
+
+
+class Fit(IntEnum):
+    """How a model fits on a node, best first."""
+
+    AWAKE = 0  # it sleeps there, and its memory is still to be had
+    NOW = 1  # into memory that is free
+    OVER_SLEEPERS = 2  # into memory that models which sleep there would want back
+    AFTER_DISPLACEMENT = 3
+    TOO_LARGE = 4  # not by the figures; `vram_mb` is an estimate, so that the neuron has the last word
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A place for a model. `share_mb` is what each device must give, 0 when that is not known, and `takes_mb` what is
+    to be counted as taken of each until its neuron says; `spare_mb` is what stays free on the devices, all together
+    (negative: what is missing); `ready_at` when it can be begun, in the view's time; `expected_secs` what the load
+    should take, if known. With `wakes` the model sleeps there, and is woken."""
+
+    model_id: str
+    node: str
+    devices: tuple[int, ...]
+    share_mb: int
+    fit: Fit
+    spare_mb: int
+    takes_mb: int
+    displacement: Displacement = NOBODY
+    ready_at: float = float("-inf")
+    expected_secs: float | None = None
+    wakes: bool = False
+    rank: tuple[object, ...] = field(default=(), compare=False)
+
+    @property
+    def reason(self) -> str:
+        return f"{self.node}: {_fit_reason(self)}"
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is promised to it while it is carried out."""
+        return Reservation(self.model_id, self.node, self.devices, self.takes_mb)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Nothing can be done on a node now. `passes`: it may later, without anybody's doing more."""
+
+    reason: str
+    passes: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One node's part in a plan: the best that it could do, or why it can do nothing."""
+
+    node: str
+    plan: Plan | None
+    reason: str
+    passes: bool = False
+
+
+def likely_verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What the nodes could do for the model that are worth a closer look; every node where none of those can do
+    anything."""
+    found = [verdict_on(view, profile, node) for node in shortlist(view, profile)]
+    hopeful = any(each.passes or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
+    return found if hopeful or len(found) == len(view.fleet.nodes) else verdicts(view, profile)
+
+
+def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
+    """What each node of the fleet could do for the model: for its first replica, or another."""
+    return [verdict_on(view, profile, node) for node in view.fleet.nodes.values()]
+
+
+def best(found: Iterable[Verdict]) -> Plan | None:
+    """The best of these plans, None when there is none, or when it is better to wait for one that will come: a load
+    that the figures speak against is tried only where nothing else is to be hoped for."""
+    listed = list(found)
+    plan = min((each.plan for each in listed if each.plan is not None), key=lambda plan: plan.rank, default=None)
+    hope = any(each.passes for each in listed)
+    return None if plan is not None and plan.fit is Fit.TOO_LARGE and hope else plan
+
+
+def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Verdict:
+    """What one node could do for the model."""
+    obstacle = _obstacle(view, profile, node)
+    found = plan_on(view, profile, node) if obstacle is None else obstacle
+    if isinstance(found, Held):
+        return Verdict(node.name, None, found.reason, found.passes)
+    return Verdict(node.name, found, _fit_reason(found))
+
+
+def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
+    """Why the node is out of the question, before any memory is counted."""
+    reason = infeasible_reason(profile, node)
+    if reason is None and node.discovery is None:
+        reason = f"not reached yet: {node.last_error or 'no answer so far'}"
+    if reason is None and not node.healthy:
+        reason = f"down now: {node.last_error}"
+    if reason is None and node.draining:
+        reason = "draining"
+    return _passing_obstacle(view, profile, node) if reason is None else Held(reason)
+
+
+def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
+    entry, bar = node.models.get(profile.id), view.bar(profile.id, node.name)
+    if (profile.id, node.name) in view.fleet.leaving:
+        return Held("is about to lose it", passes=True)
+    if entry is not None and entry.state == DRAINING:  # for another cortex: a load would wait there until the end
+        return Held("still finishes its requests there, and goes then", passes=True)
+    if node.status_of(profile.id) is ModelStatus.LOADED:
+        return Held("has it already")
+    if node.has_coming(profile.id):
+        return Held("it is on its way there", passes=True)
+    if bar is not None:
+        return Held(f"not tried again for {bar.until - view.now:.1f} s: {bar.reason}", passes=bar.passes)
+    return None
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A feasible node as a place for one model. `need` is what each of its devices must give, `to_wake` what each must
+    give on which the model sleeps here, empty when it does not; `floor` are the devices that may be chosen, `share` is
+    0 for a model of unknown size. MiB."""
+
+    view: View
+    profile: ModelProfile
+    node: NodeSnapshot
+    share: int
+    room: Mapping[int, Room]
+    need: Mapping[int, int]
+    to_wake: Mapping[int, int]
+    floor: list[int]
+
+    @property
+    def asleep_on(self) -> tuple[int, ...]:
+        return tuple(sorted(self.to_wake))
+
+    def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
+        return device_sets(devices, self.profile.min_devices, **limit)
+
+    def may_fit(self, indices: tuple[int, ...]) -> bool:
+        """On empty devices of a node that says what it books."""
+        return books(self.node) and all(self.need[index] <= self.room[index].total_mb for index in indices)
+
+    def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
+        """By device, where what sleeps there gives way."""
+        need = self.to_wake if wakes else self.need
+        return {i: need[i] - self.room[i].free_mb for i in indices if self.room[i].free_mb < need[i]}
+
+
+def plan_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Plan | Held:
+    """The best that a feasible node can do for the model, or why it can do nothing now. Health is no matter here."""
+    site = _site(view, profile, node)
+    room, need = site.room, site.need
+    if site.to_wake and not site.missing_mb(site.asleep_on, wakes=True):
+        return _plan(site, site.asleep_on, Fit.AWAKE, wakes=True)
+    for fit, kept in ((Fit.NOW, True), (Fit.OVER_SLEEPERS, False)):
+        with_room = [i for i in site.floor if room[i].free_mb - (room[i].asleep_mb if kept else 0) >= need[i]]
+        chosen = _best_set(site, with_room)
+        if chosen is not None:
+            return _plan(site, chosen, fit)
+    return _after_displacement(site)
+
+
+def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
+    share, room = view.share_mb(profile), rooms(view, node)
+    floor = [device.index for device in eligible(profile, node)]
+    if share or books(node):
+        need = dict.fromkeys(room, share)
+    else:  # the engine will want what it takes of an empty card, and nobody tells before it fails
+        need = {device.index: int(device.vram_total_mb * ENGINE_SHARE) for device in node.devices}
+    return _Site(view, profile, node, share, room, need, _to_wake(profile, node, share, room, need), floor)
+
+
+def _to_wake(
+    profile: ModelProfile, node: NodeSnapshot, share: int, room: Mapping[int, Room], need: Mapping[int, int]
+) -> dict[int, int]:
+    """By device, what the model wants beside what it holds while it sleeps here: at most what all want that sleep."""
+    entry = node.models.get(profile.id)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not room.keys() >= set(entry.devices):
+        return {}
+    if books(node) and not share:
+        return {index: room[index].asleep_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, need[index] - held) for index in entry.devices}
+    return {i: min(mb, room[i].asleep_mb) if room[i].asleep_mb else mb for i, mb in wanted.items()}
+
+
+def _best_set(site: _Site, devices: list[int]) -> tuple[int, ...] | None:
+    """Of these devices the best connected, then equals, then the tightest, then the lowest indices."""
+    room, share = site.room, site.share
+    devices.sort(key=lambda index: (tightness((index,), room, share), index))
+    return min(
+        site.sets(devices),
+        key=lambda indices: (connection(site.node, indices), tightness(indices, room, share), indices),
+        default=None,
+    )
+
+
+def _after_displacement(site: _Site) -> Plan | Held:
+    view, own_id = site.view, site.profile.id
+    waiting = view.waiting.get(own_id)
+    since = view.now if waiting is None else waiting.since
+    there = residents(view, site.node)
+    others = [each for each in there if each.key[0] != own_id]
+    load_secs = likely_load_secs(view, own_id, site.node.name, site.share * site.profile.min_devices)
+    evicted = partial(eviction, view, since=since, load_secs=load_secs)
+    movable = [evicted(each) for each in others if shield(each, site.profile.residency_priority) is None]
+    # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
+    own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
+    by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
+    sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
+    found = displace_each((site.missing_mb(indices) for indices in sets), [*movable, *own])
+    ways = [(indices, way, False) for indices, way in zip(sets, found, strict=True)]
+    if site.to_wake:
+        ways.append((site.asleep_on, displace(site.missing_mb(site.asleep_on, wakes=True), movable), True))
+    possible = [(way.order, indices, way, wakes) for indices, way, wakes in ways if way is not None]
+    cheapest = min((order for order, *_ in possible), default=None)
+    plans = [
+        _plan(site, indices, Fit.AFTER_DISPLACEMENT, way, wakes=wakes)
+        for order, indices, way, wakes in possible
+        if order == cheapest
+    ]
+    if not plans:
+        moving = pending(view, site.node)
+        later = [*movable, *own, *(evicted(each) for each in moving)]
+        # While something moves the figures are about to be others: nothing is tried against them that might fit then.
+        if moving and any(site.may_fit(indices) or suffice(site.missing_mb(indices), later) for indices in sets):
+            names = ", ".join(sorted({each.key[0] for each in moving}))
+            return Held(f"waits for {names}, on the way up or out there", passes=True)
+        last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)
+        plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
+    return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
+
+
+def _last_resort(
+    site: _Site, indices: tuple[int, ...], there: list[Resident], movable: list[Eviction]
+) -> Displacement | None:
+    """Who leaves devices where even that is not enough by the figures: what holds the rest is nobody's that is known,
+    or the figures are wrong, and the neuron has to say. One that books says so before anything is started, so that
+    nobody has to leave for it. None where somebody stays who may not be moved."""
+    missing = site.missing_mb(indices)
+    concerned = {each.key for each in there if each.devices & missing.keys()}
+    leaving = tuple(each for each in movable if each.resident.key in concerned)
+    if len(leaving) < len(concerned):
+        return None
+    return NOBODY if books(site.node) else Displacement(leaving)
+
+
+def _plan(
+    site: _Site,
+    indices: tuple[int, ...],
+    fit: Fit,
+    displacement: Displacement = NOBODY,
+    *,
+    wakes: bool = False,
+) -> Plan:
+    profile, node, room, share = site.profile, site.node, site.room, site.share
+    need = site.to_wake if wakes else site.need
+    freed = sum(
+        each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in displacement.evictions
+    )
+    spare = sum(room[index].free_mb - need[index] for index in indices) + freed
+    takes = max(need[index] for index in indices)
+    if not takes and not wakes:
+        takes = max(0, *(room[index].free_mb for index in indices))
+    known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+    connected = connection(node, indices)
+    return Plan(
+        model_id=profile.id,
+        node=node.name,
+        devices=indices,
+        share_mb=share,
+        fit=fit,
+        spare_mb=spare,
+        takes_mb=takes,
+        displacement=displacement,
+        ready_at=displacement.ready_at,
+        expected_secs=site.view.expected_load_secs(profile.id, node.name),
+        wakes=wakes,
+        rank=(
+            fit,
+            displacement.order,
+            not wakes,
+            not known,
+            spare if share else -spare,
+            *connected,
+            node.name,
+            indices,
+            displacement.names,
+        ),
+    )
+
+
+def _fit_reason(plan: Plan) -> str:
+    if plan.fit is Fit.AWAKE:
+        return "asleep there, and can wake"
+    if plan.fit is Fit.NOW:
+        return f"fits now with {plan.spare_mb} MiB to spare"
+    if plan.fit is Fit.OVER_SLEEPERS:
+        return f"fits now with {plan.spare_mb} MiB to spare, in memory that sleeping models would want back"
+    names = ", ".join(each.resident.key[0] for each in plan.displacement.evictions)
+    if plan.fit is Fit.AFTER_DISPLACEMENT:
+        return f"fits after displacement of {names}"
+    after = f" even without {names}" if names else ""
+    return f"wants {plan.share_mb} MiB on each device, {-plan.spare_mb} MiB more than can be had{after}: it is tried"
+
+
+def _blocked(site: _Site, there: list[Resident]) -> Held:
+    free = ", ".join(f"{each.free_mb} MiB free on device {index}" for index, each in site.room.items())
+    size = site.profile.min_devices
+    what = f"needs {site.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
+    reasons = ((each.key[0], shield(each, site.profile.residency_priority)) for each in there)
+    stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)
+    return Held(f"{what}, {free}" + (f"; {stays}" if stays else ""))

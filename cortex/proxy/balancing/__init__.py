@@ -1,0 +1,1 @@
+"""Which replica gets a request: outstanding work, measured speed, prefix affinity. Called by the request handler."""

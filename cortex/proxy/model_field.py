@@ -1,0 +1,219 @@
+"""The `model` of a request body: found, and replaced without touching any other byte. Pure.
+
+A body may be 32 MiB of images in base64, and most of it concerns only the engine. So nothing of it is built or copied:
+msgspec checks a JSON body in C and makes an object of `model` alone; where `model` stands is looked for only when an
+alias has to be replaced (`json_place`).
+
+What passes is what `json.loads`, hence vLLM, takes, with these differences:
+
+- a `model` with a lone surrogate ("\\ud800") is refused: it is no text and can name nothing;
+- UTF-16 and UTF-32 are refused: JSON between systems is UTF-8 (RFC 8259, section 8.1);
+- an integer of more than 4300 digits passes here, and Python's parser at the engine refuses it.
+
+NaN, Infinity, lone surrogates in other strings and a byte order mark, which json.loads takes and msgspec does not,
+pass too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import email.parser
+import email.policy
+import json
+from typing import TypeAlias
+
+import msgspec
+
+from cortex.proxy.json_scan import TooIntricateError, place_of_member
+from shared.errors import InvalidRequest
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+_UTF8_SLICE = 1 << 14
+
+# To what json.loads takes and msgspec refuses: something of the same length that both take. A number between blanks,
+# since `1NaN` must not become a number; a half of a surrogate pair becomes a private character, never an ASCII one,
+# since `\ud06d` must not become the `m` of a `model`. Strings change as well; `model` is read from the body itself.
+_LENIENCIES = (
+    (b"-Infinity", b" 0       "),
+    (b"Infinity", b" 0      "),
+    (b"NaN", b" 0 "),
+    (b"\\ud", b"\\ue"),
+    (b"\\uD", b"\\ue"),
+)
+
+MAX_PARTS = 1000
+"""Of a form. Starlette, in front of vLLM, takes as many; 32 MiB of empty parts would cost half a minute."""
+
+_MAX_PART_HEAD_BYTES = 4096
+
+
+class JsonModel(msgspec.Struct, frozen=True, gc=False):
+    """The top-level `model` of a JSON object, never empty. Of several the last counts, as in every engine's parser."""
+
+    model: str
+
+    def replaced(self, body: bytes, model: str) -> bytes:
+        """The body this was found in with another model in that place, everything else as it came.
+
+        A body of more than 100,000 brackets and strings gets a second `model` at its end instead, which is then the one
+        that counts: looking for the first would hold up everybody else.
+        """
+        value = json.dumps(model).encode()
+        try:
+            place = place_of_member(body, "model")
+        except TooIntricateError:
+            end = body.rindex(b"}")
+            return b"".join((memoryview(body)[:end], b',"model":', value, memoryview(body)[end:]))
+        return _spliced(body, *place, value)
+
+
+class FormModel(msgspec.Struct, frozen=True, gc=False):
+    """The `model` of a multipart form, never empty: bytes `start` to `end` of the body."""
+
+    model: str
+    start: int
+    end: int
+
+    def replaced(self, body: bytes, model: str) -> bytes:
+        """The body this was found in with another model in that place, everything else as it came."""
+        return _spliced(body, self.start, self.end, model.encode())
+
+
+ModelField: TypeAlias = JsonModel | FormModel
+"""What `find_model` finds: `model`, and `replaced(body, model)`."""
+
+
+class _AnyModel(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _AnyStream(msgspec.Struct):
+    stream: msgspec.Raw = msgspec.Raw(b"")
+
+
+_decode_stream = msgspec.json.Decoder(_AnyStream).decode
+_decode_model = msgspec.json.Decoder(JsonModel).decode
+_check_syntax = msgspec.json.Decoder(_AnyModel).decode
+_decode_text = msgspec.json.Decoder(str).decode
+
+
+def find_model(body: bytes, content_type: str) -> ModelField:
+    """The `model` of a JSON object, or of a multipart form.
+
+    Raises:
+        InvalidRequest: neither, or no string `model` in it.
+    """
+    if content_type != "application/json" and content_type.lower().startswith("multipart/form-data"):
+        return _model_of_form(body, content_type)
+    return _model_of_json(body)
+
+
+def _model_of_json(body: bytes) -> JsonModel:
+    if not body.isascii():
+        _check_utf8(body)  # msgspec does not look into the strings that it skips
+    try:
+        field = _decode_model(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        field = _model_of_lenient_json(body)
+    if not field.model:
+        raise _no_model()
+    return field
+
+
+def _model_of_lenient_json(body: bytes) -> JsonModel:
+    """For a body that msgspec refuses as it is: one with NaN and the like, with a `model` that is no string before the
+    one that counts, or one that is really wrong."""
+    strict = _made_strict(body)
+    try:
+        if not memoryview(_check_syntax(strict).model):
+            raise _no_model()
+        place = place_of_member(body, "model")
+    except msgspec.ValidationError:
+        raise _no_model() from None  # not an object
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except TooIntricateError as error:
+        raise InvalidRequest(f"the body is too intricate for JSON with NaN or other liberties: {error}") from error
+    if body[place[0]] != ord('"'):
+        raise _no_model()
+    try:
+        return JsonModel(_decode_text(memoryview(body)[slice(*place)]))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body's 'model' is not Unicode text: {error}", param="model") from error
+
+
+def asks_for_stream(body: bytes) -> bool:
+    """True for a JSON object whose top-level `stream` is true; never raises. Of several the last counts."""
+    for read in (bytes, _made_strict):
+        try:
+            return bytes(_decode_stream(read(body)).stream) == b"true"
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return False
+
+
+def _made_strict(body: bytes) -> bytes:
+    """The body with what msgspec refuses and json.loads takes replaced, at the same length."""
+    for lenient, same in _LENIENCIES:
+        body = body.replace(lenient, same)
+    return b"   " + body[3:] if body.startswith(codecs.BOM_UTF8) else body
+
+
+def _check_utf8(body: bytes) -> None:
+    """In slices: decoded as a whole, 32 MiB could take 128 MiB. Surrogates pass, as in json.loads."""
+    try:
+        if len(body) <= _UTF8_SLICE:  # a quarter of the cost
+            body.decode("utf-8", "surrogatepass")
+            return
+        decoder, view = _Utf8Decoder("surrogatepass"), memoryview(body)
+        for start in range(0, len(body), _UTF8_SLICE):
+            decoder.decode(view[start : start + _UTF8_SLICE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8: {error.reason}") from error
+
+
+def _model_of_form(body: bytes, content_type: str) -> FormModel:
+    """The part named `model` of a multipart form. Of several the last counts, as in Starlette, hence vLLM."""
+    header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
+    boundary = header.get_boundary()
+    if not boundary:
+        raise InvalidRequest("the multipart body has no boundary")
+    delimiter = b"--" + boundary.encode("utf-8", "surrogateescape")
+    found: FormModel | None = None
+    position = body.find(delimiter)
+    for _ in range(MAX_PARTS):
+        start = position + len(delimiter)
+        end = body.find(b"\r\n" + delimiter, start) if position >= 0 else -1
+        head, separator, _ = body[start : start + _MAX_PART_HEAD_BYTES].partition(b"\r\n\r\n")
+        if end < 0 or not separator:
+            break
+        part = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head.lstrip(b"\r\n") + b"\r\n\r\n")
+        if part.get_param("name", header="content-disposition") == "model":
+            found = _form_value(body, start + len(head) + len(separator), end)
+        position = end + 2
+    else:
+        raise InvalidRequest(f"the multipart body has more than {MAX_PARTS} parts")
+    if found is None:
+        raise _no_model()
+    return found
+
+
+def _form_value(body: bytes, begin: int, end: int) -> FormModel:
+    try:
+        value = body[begin:end].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the form's 'model' is not UTF-8", param="model") from error
+    if not value:
+        raise _no_model()
+    return FormModel(value, begin, end)
+
+
+def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:
+    """One copy of the body, with `value` for the bytes from `start` to `end`."""
+    view = memoryview(body)
+    return b"".join((view[:start], value, view[end:]))
+
+
+def _no_model() -> InvalidRequest:
+    return InvalidRequest("the body must have a string 'model'", param="model")

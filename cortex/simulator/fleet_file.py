@@ -1,0 +1,175 @@
+"""The file that `cortex simulate --fleet` reads: hosts, models, how long loads take, and the planner's rules."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from cortex.config.catalogue import Catalogue, ModelName, ModelProfile, load_catalogue
+from cortex.config.settings import PlacementSettings
+from shared.gpu_presets import PRESETS, find_preset
+from shared.protocol import Device, Link, LinkKind
+from shared.settings import SettingsError, SettingsModel, read_toml, validate_settings
+
+Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SimulatedGpu(SettingsModel):
+    """A GPU written out, for those that are no preset."""
+
+    name: str = "GPU"
+    vram_total_mb: int = Field(gt=0)
+
+
+class LinkEntry(SettingsModel):
+    """How two GPUs of a node reach each other."""
+
+    a: int = Field(ge=0)
+    b: int = Field(ge=0)
+    kind: LinkKind
+
+
+class SimulatedNode(SettingsModel):
+    """`[[nodes]]`: one host. Its loads take `load_factor` times as long as the file says."""
+
+    name: str = Field(min_length=1)
+    devices: tuple[SimulatedGpu | str, ...] = Field(min_length=1, max_length=64)
+    links: tuple[LinkEntry, ...] = ()
+    harnesses: tuple[str, ...] = ("vllm",)
+    load_factor: Factor = 1.0
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in value if isinstance(value, list) else ():
+            if isinstance(name, str) and find_preset(name) is None:
+                known = ", ".join(preset.name for preset in PRESETS)
+                raise ValueError(
+                    f"{name!r}: no such preset: write {{ name = …, vram_total_mb = … }}, or one of {known}"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _links_join_devices(self) -> SimulatedNode:
+        for link in self.links:
+            if not link.a < link.b < len(self.devices):
+                raise ValueError(
+                    f"links: {link.a} and {link.b} are not two devices of {self.name!r}, the lower one first"
+                )
+        return self
+
+    @cached_property
+    def gpus(self) -> tuple[Device, ...]:
+        """The devices, presets looked up."""
+        return tuple(_device(index, entry) for index, entry in enumerate(self.devices))
+
+    @cached_property
+    def paths(self) -> list[Link]:
+        return [Link(a=link.a, b=link.b, kind=link.kind) for link in self.links]
+
+
+class LoadSecs(SettingsModel):
+    """`[load_secs]`: a load takes `base` and `per_gb` for each GiB of the model's `vram_mb`, or what `models` says."""
+
+    base: Secs = 10.0
+    per_gb: Secs = 1.0
+    models: dict[ModelName, Secs] = Field(default_factory=dict)
+    unload: Secs = 2.0
+
+
+class Serving(SettingsModel):
+    """`[serving]`: so many requests an engine serves at full speed; more share that speed."""
+
+    parallel: int = Field(default=16, ge=1)
+    models: dict[ModelName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    timeout_secs: float = Field(default=1800, gt=0)  # of waiting for a model, as [cold_load] timeout_secs
+
+
+class FleetFile(SettingsModel):
+    """The whole file. Models come from `models_config`, a path relative to it, or are written out in it."""
+
+    nodes: tuple[SimulatedNode, ...] = Field(min_length=1)
+    models_config: Path | None = None
+    models: tuple[ModelProfile, ...] = ()
+    aliases: dict[ModelName, str] = Field(default_factory=dict)
+    load_secs: LoadSecs = LoadSecs()
+    serving: Serving = Serving()
+    placement: PlacementSettings = PlacementSettings()
+
+    @field_validator("nodes")
+    @classmethod
+    def _distinct(cls, value: tuple[SimulatedNode, ...]) -> tuple[SimulatedNode, ...]:
+        names = [node.name for node in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _models_from_one_place(self) -> FleetFile:
+        if (self.models_config is None) == (not self.models):
+            raise ValueError("give either models_config or [[models]]")
+        if self.aliases and self.models_config is not None:
+            raise ValueError("aliases: they belong to the file that models_config names")
+        return self
+
+
+class SimulatedFleet:
+    """A fleet file and its catalogue."""
+
+    def __init__(self, file: FleetFile, catalogue: Catalogue) -> None:
+        self.file = file
+        self.catalogue = catalogue
+        self.rules = file.placement.rules()
+
+    def load_secs(self, model_id: str, node: SimulatedNode) -> float:
+        """What a load of a model of the catalogue takes there, from the request to the neuron until it serves."""
+        rule = self.file.load_secs
+        secs = rule.models.get(model_id)
+        if secs is None:
+            profile = self.catalogue.profile(model_id)
+            secs = rule.base + rule.per_gb * ((profile.vram_mb or 0) if profile else 0) / 1024
+        return secs * node.load_factor
+
+    def parallel(self, model_id: str) -> int:
+        return self.file.serving.models.get(model_id, self.file.serving.parallel)
+
+
+def load_fleet(path: Path) -> SimulatedFleet:
+    """Reads the fleet file, and the catalogue it names.
+
+    Raises:
+        SettingsError: with a line for every problem found, naming file and key.
+    """
+    data = read_toml(path)
+    file = validate_settings(FleetFile, data, source=str(path))
+    if file.models_config is not None:
+        source = path.parent / file.models_config
+        catalogue = load_catalogue(source)
+    else:
+        source = path
+        tables: dict[str, object] = {key: data[key] for key in ("models", "aliases") if key in data}
+        catalogue = validate_settings(Catalogue, tables, source=str(path))
+    problems = [
+        f"{source}: models[{index}].vram_mb: required here, since nothing measures the model {profile.id!r}"
+        for index, profile in enumerate(catalogue.models)
+        if profile.vram_mb is None
+    ]
+    for table, models in (("load_secs", file.load_secs.models), ("serving", file.serving.models)):
+        unknown = [model_id for model_id in models if catalogue.profile(model_id) is None]
+        problems += [f"{path}: {table}.models: {model_id!r} is no model of the catalogue" for model_id in unknown]
+    if problems:
+        raise SettingsError(problems)
+    return SimulatedFleet(file, catalogue)
+
+
+def _device(index: int, entry: SimulatedGpu | str) -> Device:
+    if isinstance(entry, SimulatedGpu):
+        return Device(index=index, name=entry.name, vram_total_mb=entry.vram_total_mb)
+    preset = find_preset(entry)
+    assert preset is not None
+    return Device(index=index, name=preset.name, vram_total_mb=preset.vram_total_mb)

@@ -1,0 +1,93 @@
+"""The control, as a worker process sees it at the other end of its channel."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cortex.http.stopping import stopping
+from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.workers.messages import (
+    CatalogueChanged,
+    Changed,
+    GiveUp,
+    Notes,
+    Refused,
+    Resolve,
+    Resolved,
+    Setup,
+    error_from_wire,
+)
+
+
+class RemoteControl:
+    """Implements `proxy.gateway.Control`."""
+
+    def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
+        self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
+        self._aliases = setup.aliases
+        self._models = frozenset(setup.models)
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Route]] = {}
+        self._notes: dict[str, WaitNote] = {}
+        self._gone = False
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
+
+    def knows(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
+        """As `cortex.control.resolver.Router.resolve`. Unavailable when the control is gone."""
+        if self._gone:
+            raise stopping()
+        number = next(self._numbers)
+        future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        self._send(Resolve(number, model_id, list(failures)))
+        try:
+            return await future
+        finally:
+            del self._waiting[number]
+            if future.cancelled():
+                self._send(GiveUp(number))
+            if not self._waiting:
+                self._notes = {}  # of a wait that is over
+
+    def note(self, model_id: str) -> WaitNote | None:
+        """What the control last told of a model that somebody here waits for."""
+        return self._notes.get(model_id)
+
+    def hear(self, message: Changed | CatalogueChanged | Resolved | Refused | Notes) -> None:
+        """Takes what the control says."""
+        match message:
+            case Changed(model_id, replicas):
+                if replicas:
+                    self.table[model_id] = replicas
+                else:
+                    self.table.pop(model_id, None)
+            case Notes(by_model):
+                self._notes = by_model
+            case CatalogueChanged(models, aliases):
+                self._models = frozenset(models)
+                self._aliases = aliases
+            case Resolved(number, route):
+                future = self._waiting.get(number)
+                if future is not None and not future.done():
+                    future.set_result(route)
+            case Refused(number):
+                future = self._waiting.get(number)
+                if future is not None and not future.done():
+                    future.set_exception(error_from_wire(message))
+
+    def lost(self) -> None:
+        """The control is gone: nobody can be given an engine any more."""
+        self._gone = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(stopping())

@@ -1,0 +1,38 @@
+"""What handlers find in the app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from neuron.config import NeuronConfig
+from neuron.gpu.discovery import discovery_of
+from neuron.gpu.topology import TopologySource
+from neuron.lifecycle.default_models import DefaultModels
+from neuron.lifecycle.events import EventHub
+from neuron.lifecycle.registry import Workers
+from neuron.memory.ledger import Ledger
+from neuron.metrics import NeuronMetrics
+from shared.protocol import Discovery
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a handler may use; made by `neuron.app`, alive while the app serves."""
+
+    config: NeuronConfig
+    instance_id: str
+    started: float  # monotonic
+    source: TopologySource
+    ledger: Ledger
+    workers: Workers
+    hub: EventHub
+    default_models: DefaultModels
+    metrics: NeuronMetrics
+
+    async def discovery(self) -> Discovery:
+        return await discovery_of(self.config, self.source, instance_id=self.instance_id)
+
+
+SERVICES = web.AppKey("services", Services)

@@ -1,0 +1,73 @@
+"""`GET /estimate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from neuron.api.app_keys import SERVICES, Services
+from neuron.estimate import estimate_of_wish
+from neuron.estimate.options import OPTIONS, with_options
+from neuron.estimate.reply import reply_of
+from neuron.estimate.wish import wish_of
+from neuron.lifecycle.model_roots import check_below
+from neuron.spec import EngineSpec, spec_of
+from shared.errors import InvalidRequest
+from shared.http import reply
+from shared.protocol import LoadCommand
+
+_PARAMETERS = frozenset({"model", *OPTIONS})
+
+
+async def estimate(request: web.Request) -> web.Response:
+    services = request.app[SERVICES]
+    query = _query(request)
+    spec, known = _spec_of(query, services)
+    wish = wish_of(spec)
+    wish = with_options(wish if known else replace(wish, tensor_parallel=None), query)
+    await check_below(spec.source, services.config.model_roots, param="model")
+    topology = await services.source.discover()
+    environ = {**os.environ, **services.config.harness_settings(spec.harness).env}
+    made = await estimate_of_wish(spec, wish, topology, environ)
+    return reply(reply_of(query["model"], made))
+
+
+def _query(request: web.Request) -> Mapping[str, str]:
+    for name in request.query:
+        if name not in _PARAMETERS:
+            known = ", ".join(sorted(_PARAMETERS))
+            raise InvalidRequest(f"{name[:80]!r} is no parameter of this request (there are {known})", param=name[:80])
+        if len(request.query.getall(name)) > 1:
+            raise InvalidRequest(f"{name}: given more than once", param=name)
+    if not request.query.get("model"):
+        raise InvalidRequest("model: which one? an id or a path is needed", param="model")
+    return request.query
+
+
+def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, bool]:
+    """The spec that this neuron remembers of the model, or one made of its name; and whether it was remembered.
+
+    The harness's `extra_args` are at its end, as they are on the command line.
+    """
+    name = query["model"]
+    remembered = next((worker.spec for worker in services.workers.all if worker.model_id == name), None)
+    quant = query.get("quant")
+    try:
+        command = LoadCommand(model_id=name, quant=quant, harness=None)
+        made = spec_of(command, harnesses=services.config.harness_names)  # refuses what no load would accept either
+    except ValidationError as error:
+        raise InvalidRequest(f"model: {name[:80]!r} has more than 512 characters", param="model") from error
+    except InvalidRequest as error:
+        message = error.message.replace("model_id:", "model:", 1)
+        raise InvalidRequest(message, param="model" if error.param == "model_id" else error.param) from error
+    spec = remembered or made
+    extra = services.config.harness_settings(spec.harness).extra_args
+    return replace(spec, args=(*spec.args, *extra)), remembered is not None
+
+
+def add_routes(app: web.Application) -> None:
+    app.router.add_get("/estimate", estimate)

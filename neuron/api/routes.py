@@ -1,0 +1,196 @@
+"""neuron's HTTP API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from neuron import errors as failures
+from neuron.api.app_keys import SERVICES, Services
+from neuron.api.logs import last_lines, stream_lines
+from neuron.lifecycle.events import Event, Listener
+from neuron.lifecycle.failure_cause import because, cause_of
+from neuron.lifecycle.states import State
+from neuron.memory.capacity import with_rooms
+from neuron.metrics import CONTENT_TYPE
+from shared.errors import InvalidRequest, ServiceError
+from shared.http import read_model, reply
+from shared.protocol import (
+    Device,
+    DeviceHealth,
+    EndpointReply,
+    LoadCommand,
+    LoadReply,
+    NeuronHealth,
+    SleepCommand,
+    UnloadCommand,
+    WakeCommand,
+)
+from shared.serve import CLOSING
+from shared.tasks import timeout
+
+KEEP_ALIVE_SECS = 15.0
+DEFAULT_TAIL, MAX_TAIL = 100, 10_000  # lines
+MAX_DRAIN_SECS = 3600
+_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+async def discovery(request: web.Request) -> web.Response:
+    services = request.app[SERVICES]
+    return reply(await services.discovery())
+
+
+async def health(request: web.Request) -> web.Response:
+    services = request.app[SERVICES]
+    _, devices = await _figures(services)
+    return reply(
+        NeuronHealth(
+            uptime_secs=round(time.monotonic() - services.started, 3),
+            devices=devices,
+            instance_id=services.instance_id,
+            activation=services.default_models.progress,
+            models=services.workers.activity(),
+        )
+    )
+
+
+async def models(request: web.Request) -> web.Response:
+    views = await request.app[SERVICES].workers.views()
+    return web.json_response([view.model_dump(mode="json") for view in views])
+
+
+async def load(request: web.Request) -> web.Response:
+    try:
+        wait = _flag(request, "wait", default=True)
+        command = await read_model(request, LoadCommand)
+        run = await request.app[SERVICES].workers.load(command)
+        if not wait:
+            return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
+        await run.loaded()
+    except ServiceError as error:
+        error.extra = {**error.extra, **because(cause_of(error))}
+        raise
+    return reply(LoadReply(status="loaded", model_id=command.model_id))
+
+
+async def unload(request: web.Request) -> web.Response:
+    drain_secs = _seconds(request, "drain_secs", default=0.0)
+    command = await read_model(request, UnloadCommand)
+    await request.app[SERVICES].workers.unload(command.model_id, drain_secs=drain_secs)
+    return reply(LoadReply(status="unloaded", model_id=command.model_id))
+
+
+async def sleep(request: web.Request) -> web.Response:
+    command = await read_model(request, SleepCommand)
+    await request.app[SERVICES].workers.sleep(command.model_id, command.level)
+    return reply(LoadReply(status="sleeping", model_id=command.model_id))
+
+
+async def wake(request: web.Request) -> web.Response:
+    command = await read_model(request, WakeCommand)
+    await request.app[SERVICES].workers.wake(command.model_id)
+    return reply(LoadReply(status="loaded", model_id=command.model_id))
+
+
+async def endpoint(request: web.Request) -> web.Response:
+    worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
+    engine = worker.engine
+    if engine is None or worker.condition.state is not State.LOADED:
+        raise failures.unknown_model(worker.model_id, f"is not loaded: it is {worker.condition.state.value}")
+    url = engine.url
+    if request.app[SERVICES].config.binds_all_addresses and request.url.host:
+        with contextlib.suppress(ValueError):  # whatever stands in the Host header
+            url = str(request.url.origin().with_scheme("http").with_port(engine.port))
+    return reply(EndpointReply(url=url, api_key=engine.api_key))
+
+
+async def logs(request: web.Request) -> web.StreamResponse:
+    worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
+    text = request.query.get("tail", str(DEFAULT_TAIL))
+    if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
+        raise InvalidRequest(f"tail: {text!r} is no number of lines from 0 to {MAX_TAIL}", param="tail")
+    if not _flag(request, "follow", default=False):
+        return await last_lines(worker.model_id, worker.output, int(text))
+    return await stream_lines(request, worker.output, int(text), request.app[CLOSING])
+
+
+async def metrics(request: web.Request) -> web.Response:
+    services = request.app[SERVICES]
+    devices, live = await _figures(services)
+    page = services.metrics.render(services.workers.all, devices, live)
+    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """First every model as it is, then each change; ends when neuron stops or this listener falls behind."""
+    services = request.app[SERVICES]
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    await response.prepare(request)
+    with services.hub.listening() as listener:
+        # Taken after listening began: nothing can be missed, and the numbers tell what the snapshot has already.
+        views = [view.model_dump(mode="json") for view in services.workers.views_now()]
+        await response.write(Event(services.hub.last_number, "snapshot", json.dumps(views)).encoded())
+        await _pass_on(listener, response)
+    return response
+
+
+async def _pass_on(listener: Listener, response: web.StreamResponse) -> None:
+    while True:
+        try:
+            async with timeout(KEEP_ALIVE_SECS):
+                event = await listener.next()
+        except asyncio.TimeoutError:
+            await response.write(b": keep-alive\n\n")
+            continue
+        if event is None:
+            return
+        await response.write(event.encoded())
+
+
+async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth]]:
+    """The devices, and what the driver and our bookings say of each of them now."""
+    live = await services.source.health()
+    topology = await services.source.discover()  # after: `lost` is as that reading found it
+    return topology.devices, with_rooms(live, services.ledger.rooms(topology, live))
+
+
+def _flag(request: web.Request, name: str, *, default: bool) -> bool:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if text.lower() not in _FLAGS:
+        raise InvalidRequest(f"{name}: {text!r} is neither true nor false", param=name)
+    return _FLAGS[text.lower()]
+
+
+def _seconds(request: web.Request, name: str, *, default: float) -> float:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_DRAIN_SECS:  # false for nan as well
+        raise InvalidRequest(f"{name}: {text!r} is no number of seconds from 0 to {MAX_DRAIN_SECS}", param=name)
+    return seconds
+
+
+def add_routes(app: web.Application) -> None:
+    """The table of the neuron protocol. Model ids may hold slashes, percent-encoded or as they are."""
+    app.router.add_get("/discovery", discovery)
+    app.router.add_get("/health", health)
+    app.router.add_get("/models", models)
+    app.router.add_post("/models/load", load)
+    app.router.add_post("/models/unload", unload)
+    app.router.add_post("/models/sleep", sleep)
+    app.router.add_post("/models/wake", wake)
+    app.router.add_get("/models/{model_id:.+}/endpoint", endpoint)
+    app.router.add_get("/models/{model_id:.+}/logs", logs)
+    app.router.add_get("/events", events)
+    app.router.add_get("/metrics", metrics)

@@ -1,0 +1,132 @@
+"""A running engine: its process, where it answers, and what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from neuron.engine import session
+from neuron.engine import shared_memory as litter
+from neuron.engine.health import Vitals
+from neuron.engine.output import EngineOutput
+from neuron.engine.process import EngineProcess
+from neuron.engine.records import RunRecord
+from neuron.engine.shared_memory import SharedFile
+from neuron.engine.socket_owner import listens
+from neuron.engine.state_dir import EngineDir
+from neuron.gpu.topology import TopologySource
+from neuron.harness.base import Harness
+from neuron.lifecycle.load_request import Placement
+from neuron.memory.capacity import held_by
+from neuron.spec import EngineSpec
+
+VRAM_RELEASE_SECS = 30.0
+_VRAM_POLL_SECS = 0.1
+
+
+@dataclass
+class Engine:
+    """Exists inside `Launcher.engine` or `Launcher.adopted`, which leave nothing of it behind unless `leave` is set.
+
+    `url` is where neuron reaches it. `kill` True: it is past being asked to stop. `vram_released` is known after its
+    end.
+    """
+
+    spec: EngineSpec
+    placement: Placement
+    harness: Harness
+    record: RunRecord  # as it was when this neuron started or found the engine
+    url: str
+    directory: EngineDir
+    process: EngineProcess
+    output: EngineOutput
+    vitals: Vitals
+    startup_timeout_secs: float
+    stop_timeout_secs: float
+    ready_at: float | None = None  # Unix time; of an adopted one it may be long ago
+    load_secs: float | None = None
+    vram_used_mb: int | None = None  # when last measured; None: no device knows its processes
+    vram_released: bool = True
+    kill: bool = False
+    leave: bool = False
+    can_sleep: bool = False
+    slept_mb: int = 0  # of the host's memory, that it takes while it sleeps
+    waking: bool = False  # it was promised its memory again, and does not hold all of it yet
+    stopping: bool = False
+    shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
+
+    @property
+    def engine_id(self) -> str:
+        return self.record.engine_id
+
+    @property
+    def port(self) -> int:
+        return self.record.port
+
+    @property
+    def api_key(self) -> str:
+        return self.record.api_key
+
+    @property
+    def control_key(self) -> str:
+        return self.record.control_key
+
+    @property
+    def started_at(self) -> float:
+        """Unix time."""
+        return self.record.started_at
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        return self.placement.indices
+
+    async def owns_port(self) -> bool:
+        """True when one of its processes is seen to listen on its port."""
+        return await asyncio.to_thread(self._owns_port)
+
+    async def note_shared_files(self) -> None:
+        """Remembers what it has in /dev/shm now, to be removed after its end."""
+        self.shared_files |= await asyncio.to_thread(self._shared_files)
+
+    def _owns_port(self) -> bool:
+        return listens((process.pid for process in session.members(self.process.leader)), self.port)
+
+    def _shared_files(self) -> frozenset[SharedFile]:
+        return litter.mapped_by(session.live_members(self.process.leader))
+
+
+async def measure(engines: Collection[Engine], source: TopologySource) -> dict[int, dict[int, int]]:
+    """Sets `vram_used_mb` of each engine to what its processes hold now; what they hold by placement number and device
+    index, in MiB."""
+    if not engines:
+        return {}
+    usage = await source.process_memory_mb()
+    sessions = await asyncio.to_thread(session.members_by_session)
+    held = {}
+    for engine in engines:
+        pids = sessions.get(engine.process.pid, set())
+        engine.process.pids_seen |= pids
+        engine.vram_used_mb = memory_of(pids, usage)
+        held[engine.placement.number] = held_by(pids, usage)
+    return held
+
+
+def memory_of(pids: set[int], usage: Mapping[int, Mapping[int, int]]) -> int | None:
+    """MiB that the processes hold on all devices together, None when no device knows any of them."""
+    held = held_by(pids, usage)
+    return sum(held.values()) if held else None
+
+
+async def until_released(source: TopologySource, pids: set[int], *, timeout_secs: float = VRAM_RELEASE_SECS) -> bool:
+    """True once no device lists any of the processes, False when one still does after `timeout_secs`.
+
+    A driver takes a moment to tear down the context of a process that was killed.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_secs
+    while memory_of(pids, await source.process_memory_mb()) is not None:
+        if loop.time() >= deadline:
+            return False
+        await asyncio.sleep(_VRAM_POLL_SECS)
+    return True

@@ -1,0 +1,120 @@
+"""Watches one loaded engine from outside: is it well, does it answer, does it work."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+import aiohttp
+
+from neuron.config import HealthSettings
+from neuron.harness.vllm.activity import EngineSample, HangWatch, sample_of
+from shared.tasks import cancel_all
+
+# Two bad answers in a row, and no more than this apart: an engine that fails is known within two seconds.
+AGAIN_SECS = 0.5
+ASK_TIMEOUT_SECS = 5.0
+FIGURES_EVERY = 2  # of the intervals
+# These come from the engine's end of the connection; any other error of the operating system is our own trouble.
+_LOST = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
+
+
+class Answer(Enum):
+    """What came of a question to an engine."""
+
+    WELL = "well"
+    BAD = "bad"  # another status than 200
+    REFUSED = "refused"  # nobody listens, or the connection was cut
+    SILENT = "silent"  # no answer in time
+    UNASKED = "unasked"  # the question could not be put
+
+
+class Vitals:
+    """One engine's health and figures, while somebody waits in `until_bad`.
+
+    `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, health_path: str, settings: HealthSettings) -> None:
+        self.sample: EngineSample | None = None
+        """Its figures when last asked, None before the first answer. What did not come in time leaves it as it was."""
+        self._session = session
+        self._health = url + health_path
+        self._metrics = url + "/metrics"
+        self._settings = settings
+        self._ask_secs = min(ASK_TIMEOUT_SECS, settings.unresponsive_secs)
+
+    async def until_bad(self) -> str:
+        """Returns when the engine has to be killed: why, in words. Cancel it when the engine ends of itself.
+
+        Bad is: two answers in a row to the health check that are not 200, or refusals, or one of each; no answer to
+        it for `unresponsive_secs`; a hang (`neuron.harness.vllm.activity`).
+        """
+        watches = [asyncio.create_task(self._until_unwell()), asyncio.create_task(self._until_hung())]
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            await cancel_all(watches)
+
+    async def take_sample(self) -> EngineSample | None:
+        """Asks for its figures now; None when they did not come."""
+        sample: EngineSample | None = None
+
+        async def read(response: aiohttp.ClientResponse) -> bool:
+            nonlocal sample
+            sample = sample_of(await response.text()) if response.status == 200 else None
+            return sample is not None
+
+        await self._ask(self._metrics, read)
+        self.sample = sample or self.sample
+        return sample
+
+    async def _until_unwell(self) -> str:
+        silent_secs, said = 0.0, ""
+        while True:
+            started = time.monotonic()
+            answer, words = await self._ask(self._health, _is_well)
+            took = time.monotonic() - started
+            # As long as each question may take and no longer: neuron itself may have been stopped meanwhile.
+            silent_secs = silent_secs + min(took, self._ask_secs) if answer is Answer.SILENT else 0.0
+            if silent_secs >= self._settings.unresponsive_secs:
+                return f"no answer to its health check for {silent_secs:.0f} s"
+            pause = self._settings.interval_secs
+            if answer in (Answer.BAD, Answer.REFUSED):
+                if said:
+                    return f"its health check {words}"
+                said, pause = words, min(pause, AGAIN_SECS)
+            elif answer is Answer.WELL:
+                said = ""
+            await asyncio.sleep(max(0.0, pause - took))
+
+    async def _until_hung(self) -> str:
+        watch = HangWatch(self._settings.hang_grace_secs, self._settings.prefill_grace_secs)
+        while True:
+            reason = watch.observe(await self.take_sample(), time.monotonic())
+            if reason is not None:
+                return reason
+            await asyncio.sleep(self._settings.interval_secs * FIGURES_EVERY)
+
+    async def _ask(self, url: str, read: Callable[[aiohttp.ClientResponse], Awaitable[bool]]) -> tuple[Answer, str]:
+        """A GET, and what came of it, also in words; `read` says whether the answer is as it should be."""
+        timeout = aiohttp.ClientTimeout(total=self._ask_secs)
+        try:
+            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+                return Answer.WELL if await read(response) else Answer.BAD, f"said {response.status}"
+        except asyncio.TimeoutError:
+            return Answer.SILENT, f"did not answer for {self._ask_secs:g} s"
+        except OSError as error:
+            if error.errno in _LOST or isinstance(error, ConnectionError):
+                return Answer.REFUSED, f"was refused ({error.strerror or error})"
+            return Answer.UNASKED, str(error)
+        except (aiohttp.ClientError, ValueError) as error:
+            return Answer.REFUSED, f"was cut off ({error})"
+
+
+async def _is_well(response: aiohttp.ClientResponse) -> bool:
+    return response.status == 200

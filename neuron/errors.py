@@ -1,0 +1,141 @@
+"""Why an engine is not there, as errors for a client and as sentences for a person."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from neuron.harness.base import Harness
+from neuron.memory.capacity import DeviceRoom
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+from shared.protocol import DeviceFigures
+
+LAST_LINES = 20
+
+
+class LoadFailed(ServiceError):
+    """The engine ended, or could not be started, before it was ready."""
+
+    default_code = "load_failed"
+
+
+class LoadTimedOut(ServiceError):
+    """The engine was not ready within `startup_timeout_secs`."""
+
+    status = 504
+    default_code = "load_timeout"
+
+
+class VramNotReleased(ServiceError):
+    """The engine's processes are gone, and yet the driver still counts memory as theirs."""
+
+    default_code = "vram_not_released"
+
+
+class InsufficientVram(Conflict):
+    """The GPU memory that a load needs is not to be had; `wanted` says who needs what.
+
+    The figures per device are in the message, and for programs in `devices` beside it.
+    """
+
+    default_code = "insufficient_vram"
+
+    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
+        """`needed_mb` is what the load wants of each of the rooms, if that is known."""
+        figures = [
+            DeviceFigures(
+                index=room.index,
+                total_mb=room.total_mb,
+                booked_mb=room.booked_mb,
+                foreign_mb=room.foreign_mb,
+                bookable_mb=room.bookable_mb,
+                unusable=room.unusable,
+                needed_mb=needed,
+            ).model_dump()
+            for room, needed in zip_longest(rooms, needed_mb)
+        ]
+        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
+
+
+class SleepFailed(ServiceError):
+    """The engine was asked to sleep and did not."""
+
+    default_code = "sleep_failed"
+
+
+class SleepUnsettled(SleepFailed):
+    """The engine did not say whether it sleeps, and may fall asleep later: it can only be ended."""
+
+
+class WakeFailed(ServiceError):
+    """The engine was asked to wake and did not: it can be used only after it was loaded anew."""
+
+    default_code = "wake_failed"
+
+
+class GuardFailed(ServiceError):
+    """The engine's development routes are open to everybody who reaches it, or closed to neuron too."""
+
+    default_code = "sleep_unguarded"
+
+
+def sleep_unsupported(what: str, why: str) -> Conflict:
+    return Conflict(f"{what} cannot sleep: {why}", code="sleep_unsupported")
+
+
+def model_busy(what: str) -> Conflict:
+    return Conflict(f"{what} cannot sleep: it has requests", code="model_busy")
+
+
+def insufficient_ram(model_id: str, needed_mb: int, available_mb: int, reserve_mb: int) -> Conflict:
+    return Conflict(
+        f"{model_id} cannot sleep: its weights need {needed_mb} MiB of this host's memory, {available_mb} MiB are "
+        f"available, of which {reserve_mb} MiB are kept free",
+        code="insufficient_ram",
+        extra={"needed_mb": needed_mb, "available_mb": available_mb, "reserve_mb": reserve_mb},
+    )
+
+
+def already_loaded(model_id: str, difference: str) -> Conflict:
+    return Conflict(f"{model_id} is already loaded with another spec: {difference}", code="already_loaded")
+
+
+def load_in_progress(model_id: str, difference: str) -> Conflict:
+    # Not the words "already loaded": to a cortex they mean that the model can be used now.
+    return Conflict(f"{model_id} is being loaded with another spec: {difference}", code="load_in_progress")
+
+
+def load_cancelled(model_id: str) -> Conflict:
+    return Conflict(f"the load of {model_id} was cancelled: it was unloaded meanwhile", code="load_cancelled")
+
+
+def stopping() -> Unavailable:
+    return Unavailable("this neuron is stopping", code="neuron_stopping", retry_after=5)
+
+
+def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
+    return NotFound(f"the model {model_id!r} {what}", code="model_not_found")
+
+
+def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
+    """Why an engine that nobody stopped ended with exit code `code` (negative: a signal). vLLM also ends with 0. None:
+    it was started by an earlier neuron, and nobody tells us its code."""
+    cause = harness.root_cause(lines)
+    if code is None:
+        return cause or "ended unexpectedly (its exit code is not known, since an earlier neuron started it)"
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        killed = f"killed by signal {-code}{hint}"
+        return f"{killed}; its log says: {cause}" if cause is not None else killed
+    if cause is not None:
+        return cause
+    said = f"; its last line: {lines[-1].strip()}" if lines else " without a word"
+    return f"exited with status {code}{said}"
+
+
+def with_last_lines(reason: str, lines: Sequence[str]) -> str:
+    """The reason, followed by the engine's last output lines."""
+    if not lines:
+        return reason
+    return f"{reason}\nlast output lines:\n" + "\n".join(lines[-LAST_LINES:])

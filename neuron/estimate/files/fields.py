@@ -1,0 +1,95 @@
+"""Reading fields of a config.json that anybody may have written. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neuron.estimate.files.errors import ModelFilesInvalid
+
+_LARGEST = 1 << 40  # of any number of a configuration; what is larger is no model
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object and the name of the file it stands in. A field that is null counts as absent."""
+
+    values: Mapping[str, Any]
+    file: str
+
+    def integer(self, *names: str) -> int | None:
+        """The first of `names` that is there: configurations call one thing by several names.
+
+        Raises:
+            ModelFilesInvalid: it is no whole number from 0 to 2**40.
+        """
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
+                raise self.invalid(name, "is no whole number of a sane size")
+            return value
+        return None
+
+    def number(self, name: str) -> float | None:
+        """Raises ModelFilesInvalid when the field is there and no number."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise self.invalid(name, "is no number of a sane size")
+        return float(value)
+
+    def required(self, *names: str) -> int:
+        """As `integer`, at least 1.
+
+        Raises:
+            ModelFilesInvalid: none of the fields is there, or it is no such number.
+        """
+        value = self.integer(*names)
+        if value is None:
+            raise ModelFilesInvalid(f"{self.file} has no {' or '.join(names)}")
+        if value == 0:
+            raise ModelFilesInvalid(f"{self.file}: {names[0]} is 0")
+        return value
+
+    def flag(self, name: str) -> bool | None:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.invalid(name, "is neither true nor false")
+        return value
+
+    def text(self, *names: str) -> str | None:
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, str):
+                raise self.invalid(name, "is no text")
+            return value
+        return None
+
+    def inner(self, *names: str) -> Fields | None:
+        """The first of `names` that is there, an object itself."""
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                raise self.invalid(name, "is no object")
+            return Fields(value, self.file)
+        return None
+
+    def listed(self, name: str) -> list[Any] | None:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, list):
+            raise self.invalid(name, "is no list")
+        return value
+
+    def invalid(self, name: str, reason: str) -> ModelFilesInvalid:
+        shown = repr(self.values.get(name))
+        return ModelFilesInvalid(f"{self.file}: {name} = {shown[:80]} {reason}")

@@ -1,0 +1,140 @@
+"""What a model's safetensors files hold, summed up by what it means for memory."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from neuron.estimate.files.architecture import Architecture
+from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.parameters import Part, Placement
+from neuron.estimate.files.safetensors_header import FLOATS, Tensor, read_json, tensors_of
+
+INDEX = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_SHARDS = 10_000
+
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head|wte|word_embeddings|embed_out|shared|output)\.weight$")
+_ENCODERS = re.compile(
+    r"(?:^|\.)(?:visual|vision_\w+|vit|audio_\w+|multi_modal_projector|mm_projector|mlp1|aligner|embed_vision)\."
+)
+_ROUTER = re.compile(r"\.(?:gate|router|shared_expert_gate)(?:\.wg)?\.(?:weight|bias|e_score_correction_bias)$")
+_LATENT_DOWN = re.compile(r"\.(?:q_a_proj|kv_a_proj_with_mqa|fused_qkv_a_proj_with_mqa)\.")
+_KEYS_AND_VALUES = re.compile(r"\.[kv]_proj\.")
+_ATTENTION = re.compile(r"(?:attn|attention)\w*\.")
+_EXPERTS = re.compile(r"\.experts\.")
+# Read from the checkpoint only for speculative decoding, or computed anew.
+_NOT_LOADED = re.compile(r"(?:^|\.)mtp\.|rotary_emb\.inv_freq$|(?:^|\.)attn\.bias$|attention\.masked_bias$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What weights are told apart by."""
+
+    part: Part
+    placement: Placement
+    matrices: bool  # quantisation on loading applies to them
+
+
+@dataclass(frozen=True)
+class Amount:
+    """`floats`: numbers in a plain floating-point type, which become the model's on loading. Bytes: of all."""
+
+    floats: int = 0
+    float_bytes: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The sums. `files` is the number of safetensors files; `unloaded_bytes` is of tensors that vLLM leaves alone."""
+
+    amounts: Mapping[Group, Amount]
+    files: int
+    unloaded_bytes: int
+
+
+def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None:
+    """The weights in the files of `directory`, None when there are no safetensors files. Blocks; reads headers only.
+
+    Raises:
+        ModelFilesInvalid: a file is broken, or one that the index names is missing.
+    """
+    paths = _files(directory)
+    if not paths:
+        return None
+    sums: dict[Group, list[int]] = defaultdict(lambda: [0, 0, 0])
+    unloaded = 0
+    for path in paths:
+        for tensor in tensors_of(path):
+            if not is_loaded(tensor, model):
+                unloaded += tensor.stored_bytes
+                continue
+            amount = sums[group_of(tensor)]
+            if tensor.dtype in FLOATS:
+                amount[0] += tensor.numbers
+                amount[1] += tensor.stored_bytes
+            amount[2] += tensor.stored_bytes
+    amounts = {group: Amount(*amount) for group, amount in sums.items()}
+    return StoredWeights(MappingProxyType(amounts), len(paths), unloaded)
+
+
+def is_loaded(tensor: Tensor, model: Architecture) -> bool:
+    """False for what vLLM leaves alone: layers beyond the model's own (they predict further tokens), and an output
+    head beside the embeddings it is tied to."""
+    if _NOT_LOADED.search(tensor.name):
+        return False
+    if model.tied and tensor.name.endswith("lm_head.weight"):
+        return False
+    layer = _LAYER.search(tensor.name)
+    return layer is None or _ENCODERS.search(tensor.name) is not None or int(layer[1][:9]) < model.layers
+
+
+def group_of(tensor: Tensor) -> Group:
+    """Where the weight belongs, by the names that the models of transformers give theirs."""
+    name = tensor.name
+    if _ENCODERS.search(name):
+        return Group(Part.ENCODERS, Placement.SPLIT if len(tensor.shape) > 1 else Placement.WHOLE, matrices=False)
+    if _EMBEDDING.search(name):
+        return Group(Part.EMBEDDING, Placement.SPLIT, matrices=False)
+    if len(tensor.shape) < 2 or _ROUTER.search(name):
+        return Group(Part.SMALL, Placement.WHOLE, matrices=False)
+    placement = Placement.SPLIT
+    if _LATENT_DOWN.search(name):
+        placement = Placement.WHOLE
+    elif _KEYS_AND_VALUES.search(name):
+        placement = Placement.BY_KV_HEAD
+    part = Part.ATTENTION if _ATTENTION.search(name) else Part.FEED_FORWARD
+    return Group(Part.EXPERTS if _EXPERTS.search(name) else part, placement, matrices=True)
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        return _shards(directory, index, read_json(index, max_bytes=_MAX_INDEX_BYTES))
+    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    # Mistral publishes the same weights twice, the second time in a file of this name.
+    return [path for path in found if not path.name.startswith("consolidated")] or found
+
+
+def _shards(directory: Path, index: Path, content: Mapping[str, Any]) -> list[Path]:
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelFilesInvalid(f"{index} has no weight_map")
+    shards: Iterable[Any] = names.values()
+    unique = {name for name in shards if isinstance(name, str)}
+    for name in unique:
+        if Path(name).name != name:
+            raise ModelFilesInvalid(f"{index}: {name[:120]!r} is no name of a file beside it")
+    if len(unique) > _MAX_SHARDS or any(not isinstance(name, str) for name in names.values()):
+        raise ModelFilesInvalid(f"{index}: weight_map does not name the files of the weights")
+    missing = sorted(name for name in unique if not (directory / name).exists())
+    if missing:
+        raise ModelFilesInvalid(f"{directory / missing[0]} is missing: {len(missing)} of {len(unique)} files are")
+    return [directory / name for name in sorted(unique)]

@@ -1,0 +1,138 @@
+"""GPUs that are not there: facts from `[simulate]`, memory from what simulated engines hold."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from neuron.config import SimulatedDevice, SimulateSettings
+from neuron.gpu.topology import Topology
+from neuron.sim.process import vram
+from shared.gpu_presets import PRESETS, find_preset
+from shared.protocol import Device, DeviceHealth, Link, LinkKind
+from shared.settings import SettingsError
+
+DRIVER_VERSION = "580.95.05"
+CUDA_VERSION = "13.0"
+NVLINKS = 4  # between each pair, with `nvlink = true`
+DEFAULT_COMPUTE_CAPABILITY = "8.0"  # of a device written out without one and without a preset
+
+IDLE_TEMP_C = 34.0
+IDLE_POWER_W = 18.0
+
+_UUID_NAMESPACE = uuid.UUID("5d7c1b0e-0f5b-5a53-9a54-6e6575726f6e")
+
+
+class SimulatedTopologySource:
+    """`neuron.gpu.topology.TopologySource` of a simulated host.
+
+    `vram_dir` is where this host's simulated engines record what they hold (`neuron.sim.process.vram`); optional.
+    `name` (the neuron's) makes device uuids that are stable over restarts and differ between hosts.
+
+    Raises:
+        SettingsError: a device names no preset and does not say how much memory it has, or two have one uuid.
+    """
+
+    def __init__(self, settings: SimulateSettings, vram_dir: Path, *, name: str = "") -> None:
+        self._vram_dir = vram_dir
+        devices = resolve_devices(settings, host=name)
+        self._topology = Topology(
+            devices=devices,
+            links=links_of(devices, nvlink=settings.nvlink),
+            driver_version=DRIVER_VERSION,
+            cuda_version=CUDA_VERSION,
+            simulated=True,
+        )
+
+    async def discover(self) -> Topology:
+        return self._topology
+
+    async def health(self) -> Sequence[DeviceHealth]:
+        used = await asyncio.to_thread(vram.used_mb, self._vram_dir)
+        return [health_of(device, used[device.uuid or ""]) for device in self._topology.devices]
+
+    async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
+        usage = await asyncio.to_thread(vram.usage_by_process, self._vram_dir)
+        return {
+            device.index: {pid: held[device.uuid] for pid, held in usage.items() if device.uuid in held}
+            for device in self._topology.devices
+        }
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def health_of(device: Device, used_mb: int) -> DeviceHealth:
+    """An idle GPU with `used_mb` MiB taken, at most all it has."""
+    used = min(used_mb, device.vram_total_mb)
+    return DeviceHealth(
+        index=device.index,
+        vram_used_mb=used,
+        vram_free_mb=device.vram_total_mb - used,
+        utilization_pct=0,
+        temp_c=IDLE_TEMP_C,
+        power_w=IDLE_POWER_W,
+    )
+
+
+def links_of(devices: Sequence[Device], *, nvlink: bool) -> tuple[Link, ...]:
+    """All pairs alike: NVLink peers, or cards below one PCIe host bridge."""
+    kind, count = (LinkKind.NVLINK, NVLINKS) if nvlink else (LinkKind.PHB, 0)
+    pairs = combinations(range(len(devices)), 2)
+    return tuple(Link(a=a, b=b, kind=kind, nvlinks=count) for a, b in pairs)
+
+
+def resolve_devices(settings: SimulateSettings, *, host: str) -> tuple[Device, ...]:
+    """`[simulate] devices` as devices, numbered in the order written.
+
+    Raises:
+        SettingsError: with one line for each problem.
+    """
+    devices: list[Device] = []
+    problems: list[str] = []
+    for index, entry in enumerate(settings.devices):
+        try:
+            devices.append(resolve_device(entry, index=index, host=host))
+        except SettingsError as error:
+            problems += error.problems
+    uuids = [device.uuid for device in devices]
+    problems += [
+        f"simulate.devices[{device.index}].uuid = {device.uuid!r}: another device has it"
+        for place, device in enumerate(devices)
+        if device.uuid in uuids[:place]
+    ]
+    if problems:
+        raise SettingsError(problems)
+    return tuple(devices)
+
+
+def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> Device:
+    """One entry of `[simulate] devices`: what it says, and what it leaves out from the preset of its name.
+
+    Raises:
+        SettingsError: naming the value and the presets there are.
+    """
+    table = SimulatedDevice(name=entry) if isinstance(entry, str) else entry
+    if table.index not in (None, index):
+        raise SettingsError([f"simulate.devices[{index}].index = {table.index}: devices are numbered as written"])
+    preset = find_preset(table.name)
+    total = table.vram_total_mb or (preset.vram_total_mb if preset else None)
+    if total is None:
+        known = ", ".join(each.name for each in PRESETS)
+        key = f"simulate.devices[{index}]" if isinstance(entry, str) else f"simulate.devices[{index}].name"
+        raise SettingsError(
+            [f"{key} = {table.name!r}: no such preset: write {{ name = …, vram_total_mb = … }}, or use one of {known}"]
+        )
+    capability = table.compute_capability or (preset.compute_capability if preset else DEFAULT_COMPUTE_CAPABILITY)
+    return Device(
+        index=index,
+        name=preset.name if preset and isinstance(entry, str) else table.name,
+        vram_total_mb=total,
+        compute_capability=capability,
+        uuid=table.uuid or f"GPU-{uuid.uuid5(_UUID_NAMESPACE, f'{host}/{index}')}",
+        pci_bus_id=table.pci_bus_id or f"00000000:{index + 1:02X}:00.0",
+        numa_node=table.numa_node if table.numa_node is not None else 0,
+    )

@@ -1,0 +1,130 @@
+"""`vllm serve`: its command line and environment."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+from neuron.config import HarnessName
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
+from neuron.harness.environment import engine_environment
+from neuron.harness.vllm import errors as vllm_log
+from neuron.harness.vllm import failure_cause as vllm_cause
+from neuron.harness.vllm import phases as vllm_phases
+from neuron.harness.vllm.argument_policy import gives, value_of
+from neuron.harness.vllm.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
+from neuron.memory.requirement import Need
+from neuron.spec import EngineSpec
+from shared.protocol import FailureCause
+
+DEFAULT_COMMAND = ("vllm",)
+DEFAULT_UTILIZATION = 0.92
+"""The part of each device that vLLM takes when nothing tells it otherwise (`vllm serve --help`, 0.32)."""
+_UTILIZATION = ("--gpu-memory-utilization", "--device-memory-utilization")
+_SIZES_MEMORY = (*_UTILIZATION, "--kv-cache-memory-bytes")
+_DIGITS = 10_000  # the fraction on the command line has four
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+class VllmHarness:
+    """Real vLLM, from an executable that may live in another virtual environment."""
+
+    name: HarnessName = "vllm"
+    health_path = "/health"
+    runs_on_gpu = True
+    sleeps_in_ram = True
+
+    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
+        """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
+        with contextlib.suppress(ValueError):
+            fraction = float(value_of(args, *_UTILIZATION) or "")
+            if 0 < fraction <= 1:
+                return Need(fraction=fraction)
+        if share_mb is None:
+            return Need(fraction=DEFAULT_UTILIZATION)
+        return Need(share_mb, one_fraction=not gives(args, *_SIZES_MEMORY))
+
+    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+        argv = serve_arguments(plan, DEFAULT_COMMAND)
+        own: dict[str, str] = {}
+        binding: dict[str, str] = {}
+        if plan.devices:  # simulated ones too: a vLLM for the CPU passes over it
+            argv += _memory_arguments(plan)
+            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
+        if not facts.has_gpu and THREADS_BIND not in facts.environ:
+            own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
+        if plan.control_key is not None and vllm_can_sleep(plan, facts):
+            argv += sleep_arguments(plan, facts)
+            binding = guarded_environment(plan, facts, plan.control_key)
+        argv += plan.arguments
+        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own, binding))
+
+    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+        return vllm_can_sleep(plan, facts)
+
+    def first_reading(self) -> LoadReading:
+        return vllm_phases.Reading()
+
+    def root_cause(self, lines: Sequence[str]) -> str | None:
+        return vllm_log.root_cause(lines)
+
+    def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
+        return vllm_cause.cause_of(error, path_missing=path_missing)
+
+    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
+        return vllm_log.weights_mb(lines, ranks)
+
+
+def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:
+    """The part of the command line that vLLM and its simulation share."""
+    spec = plan.spec
+    argv = [*(plan.settings.command or default_command), "serve", spec.source]
+    argv += ["--served-model-name", spec.model_id, *spec.served_names]
+    argv += ["--host", plan.host, "--port", str(plan.port)]
+    if spec.tensor_parallel > 1:
+        argv += ["--tensor-parallel-size", str(spec.tensor_parallel)]
+    if spec.quant is not None:
+        argv += ["--quantization", spec.quant]
+    return argv
+
+
+def _memory_arguments(plan: LaunchPlan) -> list[str]:
+    """`--gpu-memory-utilization` for an engine with a share, unless its arguments size its memory already.
+
+    Rounded down: two engines whose shares add up to a device must not want more than it has. vLLM takes one fraction
+    for all its devices: the one with which the smallest gives the share. A larger one gives the same fraction of more,
+    which is what is booked there (`Need.one_fraction`); vLLM refuses to start where that is not free, though it uses no
+    more blocks of it than fit on the smallest.
+    """
+    totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
+    if plan.share_mb is None or not totals or gives(plan.arguments, *_SIZES_MEMORY):
+        return []
+    parts = math.floor(plan.share_mb * _DIGITS / min(totals))
+    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
+
+
+def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
+    """Cores for each rank of a tensor-parallel engine on a CPU host.
+
+    vLLM's own binding wants a NUMA node for each rank and fails where there are fewer. With fewer cores than ranks it
+    is left to vLLM all the same: ranks that share a core wait for each other in spin locks.
+    """
+    if not 1 < ranks <= len(cpus):
+        return {}
+    ordered = sorted(cpus)
+    per_rank = len(ordered) // ranks
+    parts = [ordered[rank * per_rank : (rank + 1) * per_rank] for rank in range(ranks)]
+    return {THREADS_BIND: "|".join(map(_core_list, parts))}
+
+
+def _core_list(cores: Sequence[int]) -> str:
+    """Cores as vLLM reads them: runs as `a-b`, separated by commas."""
+    runs: list[tuple[int, int]] = []
+    for core in cores:
+        if runs and runs[-1][1] == core - 1:
+            runs[-1] = (runs[-1][0], core)
+        else:
+            runs.append((core, core))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,132 @@
+"""How far a vLLM is with its start, from what it prints.
+
+The words are those of vLLM 0.8 to 0.32 on GPUs and of 0.32 on a CPU, and of the hub's client, which vLLM downloads
+with. What vLLM says nothing of stays in the phase before: building the model, and a download without bars (vLLM turns
+most of them off), count as `starting`; profiling the memory counts as `compiling`, or as `warming up` where nothing is
+compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from neuron.harness.vllm.errors import split_record
+from neuron.progress.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, STARTING, WARMING_UP, rank
+
+_MAX_MESSAGE = 200  # characters
+
+_BARE_RECORD = re.compile(r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[?[\w.]+:\d+\] ")  # of a version that names no process
+_EAGER = re.compile(r"Enforce eager set|enforce_eager(?:=|': )True")
+_TWO_CAPTURES = re.compile(r"CUDAGraphMode\.FULL_AND_PIECEWISE")
+
+# `model-00001-of-00004.safetensors:  12%|█▏        | 598M/4.98G [00:03<00:25, 171MB/s]`: only weights count, since
+# configurations and tokenizers come before and are small.
+_FILE_BAR = re.compile(r"(?P<name>[\w.-]+\.(?:safetensors|bin|gguf|pth?))\]?:\s+(?P<percent>\d{1,3})%")
+_FILES_BAR = re.compile(r"Fetching \d+ files:\s+(\d{1,3})%")
+_FILE_COUNT = re.compile(r"-of-0*(\d+)")
+_DOWNLOADED = re.compile(r"Time spent downloading weights for .*: (\d+(?:\.\d+)?) seconds")
+_SHARDS_BAR = re.compile(r"[Ll]oading [^:]*(?:shards|loader|Streamer):\s+(\d{1,3})%")
+_CAPTURE_BAR = re.compile(r"Capturing CUDA graph(?P<what>[^:]*):\s+(?P<percent>\d{1,3})%")
+
+# What announces a phase without saying how far it is.
+_MARKS = tuple(
+    (re.compile(pattern), phase)
+    for pattern, phase in (
+        (r"Resolved architecture:|Initializing a V[01] LLM engine|Starting to load model", STARTING),
+        (r"Initializing model took|Filesystem type for checkpoints", LOADING),
+        (r"Using cache directory: .* for vLLM's torch\.compile|Dynamo bytecode transform time", COMPILING),
+        (r"Cache the graph (?:of|for) |Compiling a graph for|Directly load (?:the compiled graph|AOT)", COMPILING),
+        (r"torch\.compile (?:takes|took|and initial profiling)|Warming up model for the compilation", COMPILING),
+        (r"Capturing cudagraphs for|Capturing the model for CUDA graphs", CAPTURING),
+        (r"Graph capturing finished|init engine \(.*\) took", WARMING_UP),
+    )
+)
+# The weights are in place: what follows is compiling, unless the engine was told not to.
+_MODEL_LOADED = re.compile(r"Model loading took|Memory profiling takes|Available KV cache memory|KV cache size:")
+_SERVING = re.compile(r"Starting vLLM (?:API )?server|Application startup complete")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an engine's output has said of its start so far; `after` reads on.
+
+    Several processes write at the same time: `fraction` is that of the furthest and never falls within a phase, and a
+    line of an earlier phase changes nothing.
+    """
+
+    phase: str = STARTING
+    fraction: float | None = None
+    """Of the phase, 0 to 1; None: the engine does not say."""
+    message: str | None = None
+    """The line that said so, without its prefix."""
+    serving: bool = False
+    """It says that it answers now, or in a moment."""
+    downloaded_secs: float | None = None
+    """What it says that fetching its weights took."""
+    eager: bool = False
+    two_captures: bool = False  # graphs are captured twice, with a bar each: PIECEWISE, then FULL
+    files: Mapping[str, float] = field(default_factory=dict)  # weight files under way -> fraction
+
+    def after(self, line: str) -> Reading:
+        """With the next line of output."""
+        text = _BARE_RECORD.sub("", split_record(line)[1].strip())
+        known = replace(
+            self,
+            eager=self.eager or _EAGER.search(text) is not None,
+            two_captures=self.two_captures or _TWO_CAPTURES.search(text) is not None,
+        )
+        return known._download(text) or known._bar(text) or known._mark(text) or known
+
+    def _download(self, text: str) -> Reading | None:
+        done = _DOWNLOADED.search(text)
+        if done is not None:
+            return replace(self, downloaded_secs=float(done[1]))._at(LOADING, None, text)
+        together = _last(_FILES_BAR, text)
+        if together is not None:
+            return self._at(DOWNLOADING, int(together[1]) / 100, text)
+        bar = _last(_FILE_BAR, text)
+        if bar is None or rank(self.phase) > rank(DOWNLOADING):
+            return None
+        files = {**self.files, bar["name"]: int(bar["percent"]) / 100}
+        counts = [int(count[1]) for count in map(_FILE_COUNT.search, files) if count is not None]
+        return replace(self, files=files)._at(DOWNLOADING, sum(files.values()) / max([len(files), *counts]), text)
+
+    def _bar(self, text: str) -> Reading | None:
+        shards = _last(_SHARDS_BAR, text)
+        if shards is not None:
+            return self._at(LOADING, int(shards[1]) / 100, text)
+        graphs = _last(_CAPTURE_BAR, text)
+        if graphs is None:
+            return None
+        fraction = int(graphs["percent"]) / 100
+        if self.two_captures and "PIECEWISE" in graphs["what"]:
+            fraction /= 2
+        elif self.two_captures:
+            fraction = 0.5 + fraction / 2
+        return self._at(CAPTURING, fraction, text)
+
+    def _mark(self, text: str) -> Reading | None:
+        if _SERVING.search(text):
+            return replace(self, serving=True)._at(WARMING_UP, None, text)
+        if "Loading weights took" in text:
+            return self._at(LOADING, 1.0, text)
+        if _MODEL_LOADED.search(text):
+            return self._at(WARMING_UP if self.eager else COMPILING, None, text)
+        phase = next((phase for pattern, phase in _MARKS if pattern.search(text)), None)
+        return None if phase is None else self._at(phase, None, text)
+
+    def _at(self, phase: str, fraction: float | None, text: str) -> Reading:
+        if rank(phase) < rank(self.phase):
+            return self
+        if fraction is not None:
+            fraction = min(fraction, 1.0)
+        if phase == self.phase and self.fraction is not None:
+            fraction = self.fraction if fraction is None else max(self.fraction, fraction)
+        return replace(self, phase=phase, fraction=fraction, message=text[:_MAX_MESSAGE])
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match: where redrawing got lost, several states of a bar stand on one line."""
+    return next(reversed(list(pattern.finditer(text))), None)

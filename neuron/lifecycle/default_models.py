@@ -1,0 +1,41 @@
+"""The models that are loaded at start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from neuron.lifecycle.registry import Workers
+from shared.errors import ServiceError
+from shared.protocol import Activation, LoadCommand
+
+log = logging.getLogger(__name__)
+
+
+class DefaultModels:
+    """Loads them one after the other, since loads that compete for a disk are slower than in turn. One that fails
+    does not keep the others from coming."""
+
+    def __init__(self, workers: Workers, commands: Sequence[LoadCommand]) -> None:
+        self._workers = workers
+        self._commands = list(commands)
+        self.progress = Activation(
+            state="activating" if commands else "idle", pending=[command.model_id for command in commands]
+        )
+
+    async def load_all(self) -> None:
+        for command in self._commands:
+            self._update(in_progress=command.model_id, pending=self.progress.pending[1:])
+            try:
+                await (await self._workers.load(command)).loaded()
+            except ServiceError as error:
+                log.error("default model %s was not loaded: %s", command.model_id, error.message)  # noqa: TRY400
+                reason = error.message.partition("\n")[0]
+                self._update(in_progress=None, failed={**self.progress.failed, command.model_id: reason})
+            else:
+                self._update(in_progress=None, completed=[*self.progress.completed, command.model_id])
+        if self._commands:
+            self._update(state="done")
+
+    def _update(self, **changes: object) -> None:
+        self.progress = self.progress.model_copy(update=changes)

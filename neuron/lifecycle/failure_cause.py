@@ -1,0 +1,49 @@
+"""Whose doing it is that a model could not be loaded: the host's, the model's, or not known. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from neuron.harness.base import Harness
+from shared.errors import ServiceError
+from shared.protocol import FailureCause
+
+_BY_CODE = {
+    "cuda_unavailable": FailureCause.NODE,
+    "insufficient_vram": FailureCause.NODE,
+    "load_timeout": FailureCause.NODE,
+    "neuron_stopping": FailureCause.NODE,
+    "no_free_port": FailureCause.NODE,
+    "vram_not_released": FailureCause.NODE,
+    "invalid_request": FailureCause.MODEL,
+}
+_OF_THE_HOST = ("devices", "harness", "tensor_parallel")
+"""Fields of a load command that are refused for what this host has."""
+_NOT_STARTED = (126, 127)  # a shell's: what it was to start cannot be executed, or is not there
+
+
+def cause_of(error: ServiceError) -> FailureCause:
+    """Of the error of a load. What found the error may have said it (`because`); else its code tells."""
+    said = error.extra.get("cause")
+    if said is not None:
+        return FailureCause(said)
+    if error.param in _OF_THE_HOST:
+        return FailureCause.NODE
+    return _BY_CODE.get(error.code, FailureCause.UNKNOWN)
+
+
+def because(cause: FailureCause) -> dict[str, str]:
+    """For `extra` of an error."""
+    return {"cause": cause.value}
+
+
+def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> FailureCause:
+    """Of an engine that ended by itself with exit code `code` (negative: a signal; None: not known) and whose last
+    output is `lines`. `path_missing`: see `Harness.cause_of`."""
+    if code == -signal.SIGKILL or code in _NOT_STARTED:
+        return FailureCause.NODE
+    error = harness.root_cause(lines)
+    if error is None:
+        return FailureCause.NODE if path_missing else FailureCause.UNKNOWN
+    return harness.cause_of(error, path_missing=path_missing)

@@ -1,0 +1,129 @@
+"""Puts an engine to sleep and wakes it, through routes that need neuron's control key (`neuron.harness.vllm.guard`).
+
+The guard in the engine sees to it that a sleep aborts nothing: requests that are there are finished first, and those
+that come from then on get 503 with `x-neuron-sleeping`. `/health` says 200 all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+
+from neuron import errors as failures
+from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER
+
+SLEEP_SECS = 120.0
+WAKE_SECS = 120.0
+_ASK_SECS = 5.0
+_SAID_CHARACTERS = 500
+
+
+async def sleep(
+    http: aiohttp.ClientSession, url: str, control_key: str, *, level: int = 1, timeout_secs: float = SLEEP_SECS
+) -> None:
+    """Returns when the engine at `url` sleeps: at level 1 its weights are in the host's memory, its KV cache is gone.
+
+    Requests that it has are finished first, for which they have 10 s.
+
+    Raises:
+        Conflict: `sleep_unsupported`, it knows no sleep; `model_busy`, it still has requests, and goes on as before.
+        SleepFailed: it does not sleep, and goes on as before.
+        SleepUnsettled: it did not answer, and may be falling asleep.
+    """
+    path = f"/sleep?level={level}&mode=wait"
+    try:
+        status, text = await _tell(http, url + path, control_key, timeout_secs)
+    except _NO_ANSWER as error:
+        reason = f"the engine did not say that it sleeps: {_why(error, timeout_secs)}"
+        raise failures.SleepUnsettled(reason) from error
+    if status == 404:
+        raise failures.sleep_unsupported("the engine", "it was not started with sleep mode")
+    if status == 409:
+        raise failures.model_busy("the engine")
+    if status == 200 and await is_sleeping(http, url, control_key) is not False:
+        return
+    # vLLM stops beginning requests before it sleeps, and does not begin again when it fails then.
+    await wake(http, url, control_key)
+    raise failures.SleepFailed(f"the engine does not sleep: it answered {status} {text}".rstrip())
+
+
+async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeout_secs: float = WAKE_SECS) -> None:
+    """Returns when the engine at `url` is awake and serves; also when it did not sleep.
+
+    Raises:
+        WakeFailed: it is not, most often because its memory was taken meanwhile. What it holds is unknown: end it.
+    """
+    try:
+        status, text = await _tell(http, url + "/wake_up", control_key, timeout_secs)
+    except _NO_ANSWER as error:
+        raise failures.WakeFailed(f"the engine did not say that it is awake: {_why(error, timeout_secs)}") from error
+    if status != 200:
+        raise failures.WakeFailed(f"the engine does not wake: it answered {status} {text}".rstrip())
+    if await is_sleeping(http, url, control_key) is not False:
+        raise failures.WakeFailed("the engine does not wake: it says that it still sleeps")
+
+
+async def is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str) -> bool | None:
+    """Whether the engine sleeps, None when it does not say so within 5 s."""
+    try:
+        return _said(*await _ask(http, url, control_key))
+    except _NO_ANSWER:
+        return None
+
+
+async def obeys_only_us(http: aiohttp.ClientSession, url: str, control_key: str) -> bool:
+    """True when the engine answers neuron's control key and nobody else; to be asked once it is healthy.
+
+    False: it answers nobody, so it cannot be put to sleep, and all else is well.
+
+    Raises:
+        GuardFailed: it answers without the key: its development routes are open, so it must not serve.
+    """
+    try:
+        stranger = _said(*await _ask(http, url, None))
+    except _NO_ANSWER:
+        return False
+    if stranger is not None:
+        raise failures.GuardFailed(
+            f"the engine's development routes are open to everybody who reaches it: /is_sleeping said {stranger}"
+        )
+    return await is_sleeping(http, url, control_key) is not None
+
+
+_NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+
+
+async def _tell(http: aiohttp.ClientSession, url: str, control_key: str, timeout_secs: float) -> tuple[int, str]:
+    timeout = aiohttp.ClientTimeout(total=timeout_secs)
+    async with http.post(url, headers={CONTROL_HEADER: control_key}, timeout=timeout, allow_redirects=False) as reply:
+        return reply.status, await _beginning(reply)
+
+
+async def _ask(http: aiohttp.ClientSession, url: str, control_key: str | None) -> tuple[int, str]:
+    headers = {} if control_key is None else {CONTROL_HEADER: control_key}
+    timeout = aiohttp.ClientTimeout(total=_ASK_SECS)
+    async with http.get(url + "/is_sleeping", headers=headers, timeout=timeout, allow_redirects=False) as reply:
+        return reply.status, await _beginning(reply)
+
+
+def _said(status: int, text: str) -> bool | None:
+    """What an answer of /is_sleeping says, None when it is none."""
+    try:
+        answer: Any = json.loads(text) if status == 200 else None
+    except ValueError:
+        return None
+    sleeps = answer.get("is_sleeping") if isinstance(answer, dict) else None
+    return sleeps if isinstance(sleeps, bool) else None
+
+
+async def _beginning(reply: aiohttp.ClientResponse) -> str:
+    return (await reply.text(errors="replace"))[:_SAID_CHARACTERS]
+
+
+def _why(error: BaseException, timeout_secs: float) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return f"no answer within {timeout_secs:g} s"
+    return str(error) or type(error).__name__

@@ -1,0 +1,77 @@
+"""This host's own history of loads, kept in a file over restarts of neuron."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from neuron.progress.load_times import History, LoadKey, LoadTimes, from_json, to_json
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "history.json"  # in the state directory
+_MAX_BYTES = 8 * 2**20  # more than the bounds of `History` allow
+
+
+class LoadHistory:
+    """Owns the file `path`; None is memory only. A file that cannot be used costs estimates, never a load."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._history = History()
+        self._writing = asyncio.Lock()
+
+    async def read(self) -> None:
+        """Takes up what an earlier neuron left. What is no history is ignored, with a warning, and replaced by the
+        next load."""
+        if self._path is not None:
+            self._history = await asyncio.to_thread(_read, self._path)
+
+    def expected(self, key: LoadKey) -> LoadTimes | None:
+        """What the next load will take; None when there was none before. See `History.expected`."""
+        return self._history.expected(key)
+
+    async def record(self, key: LoadKey, times: LoadTimes) -> None:
+        """Adds a load that succeeded. Returns when it is in the file, or a warning in the log."""
+        self._history = self._history.with_load(key, times)
+        if self._path is not None:
+            # A task of its own: a caller that is cancelled would leave the thread writing beside the next one.
+            await asyncio.shield(asyncio.create_task(self._write(self._path), name="write history of loads"))
+
+    async def _write(self, path: Path) -> None:
+        async with self._writing:
+            await asyncio.to_thread(_write, path, self._history)  # the newest by then
+
+
+def _read(path: Path) -> History:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        return from_json(json.loads(data))
+    except FileNotFoundError:
+        return History()
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s is no history of loads and will be replaced: %s", path, error)
+        return History()
+
+
+def _write(path: Path, history: History) -> None:
+    """The whole file or nothing of it, readable by this user alone."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            new.unlink()
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(to_json(history), file, separators=(",", ":"))
+        new.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written, so this load is forgotten with neuron's end: %s", path, error)
+        with contextlib.suppress(OSError):
+            new.unlink()

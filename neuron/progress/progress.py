@@ -1,0 +1,102 @@
+"""How far one load is: fed with the engine's lines and the clock, it tells what `/models` and `/events` show.
+
+No I/O and no clock of its own; times are seconds of any one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neuron.harness.base import LoadReading
+from neuron.progress.eta import Moment, remaining_secs, share_done
+from neuron.progress.load_times import LoadTimes
+from neuron.progress.phases import DOWNLOADING, STARTING
+from shared.protocol import Progress
+
+STEP = 0.01  # of a phase: less is no news
+TELL_SECS = 1.0  # without other news, since times change too
+_NEARLY = 0.99  # the most that `overall` says before the engine is up
+
+
+class LoadProgress:
+    """Tracks one load from its engine's start at `started`; `expected` is from this host's history, None without."""
+
+    def __init__(self, reading: LoadReading, *, started: float, expected: LoadTimes | None = None) -> None:
+        self._reading = reading
+        self._expected = expected
+        self._started = self._phase_began = self._fraction_reached = started
+        self._spent: dict[str, float] = {}
+        self._overall: float | None = None
+        self._told = (reading.phase, reading.fraction, started)
+
+    @property
+    def serving(self) -> bool:
+        """The engine says that it answers: time to ask its health."""
+        return self._reading.serving
+
+    def feed(self, lines: Sequence[str], now: float) -> bool:
+        """Takes new lines, or none. True when the change since the last time it was True is worth an event: another
+        phase, a hundredth of one, or a second."""
+        for line in lines:
+            self._take(self._reading.after(line), now)
+        self._overall = self._overall_at(now)
+        phase, fraction, told_at = self._told
+        news = (
+            self._reading.phase != phase
+            or (self._reading.fraction or 0.0) - (fraction or 0.0) >= STEP - 1e-9
+            or now - told_at >= TELL_SECS
+        )
+        if news:
+            self._told = (self._reading.phase, self._reading.fraction, now)
+        return news
+
+    def view(self, now: float) -> Progress:
+        """For the wire. `overall` is as of the last `feed`."""
+        at = self._moment(now)
+        remaining = remaining_secs(self._expected, at)
+        return Progress(
+            phase=self._reading.phase,
+            fraction=self._reading.fraction,
+            message=self._reading.message,
+            elapsed_secs=round(at.elapsed_secs, 3),
+            phase_elapsed_secs=round(at.phase_secs, 3),
+            overall=None if self._overall is None else round(self._overall, 4),
+            remaining_secs=None if remaining is None else max(round(remaining, 1), 0.1),
+        )
+
+    def times(self, now: float) -> LoadTimes:
+        """What each phase took until `now`: for the history, once the load has succeeded."""
+        return LoadTimes({**self._spent, self._reading.phase: now - self._phase_began})
+
+    def _take(self, new: LoadReading, now: float) -> None:
+        old, self._reading = self._reading, new
+        if new.phase != old.phase:
+            self._spent[old.phase] = now - self._phase_began
+            self._phase_began = self._fraction_reached = now
+        elif new.fraction != old.fraction:
+            self._fraction_reached = now
+        if new.downloaded_secs is not None and old.downloaded_secs is None and DOWNLOADING not in self._spent:
+            # Told afterwards only: until then it looked like a long start.
+            secs = min(new.downloaded_secs, self._spent.get(STARTING, 0.0))
+            if secs > 0:
+                self._spent[STARTING] -= secs
+                self._spent[DOWNLOADING] = secs
+
+    def _moment(self, now: float) -> Moment:
+        return Moment(
+            spent=self._spent,
+            phase=self._reading.phase,
+            phase_secs=now - self._phase_began,
+            fraction=self._reading.fraction,
+            fraction_secs=self._fraction_reached - self._phase_began,
+        )
+
+    def _overall_at(self, now: float) -> float | None:
+        """Never less than before; None while there is neither history nor a percentage."""
+        at = self._moment(now)
+        if self._expected is not None:
+            remaining = remaining_secs(self._expected, at)
+            done = None if remaining is None else at.elapsed_secs / (at.elapsed_secs + remaining)
+        else:
+            done = None if at.fraction is None and self._overall is None else share_done(at)
+        return self._overall if done is None else max(self._overall or 0.0, min(done, _NEARLY))

@@ -1,0 +1,1 @@
+"""The simulated engine's HTTP surface: one module per family of routes."""

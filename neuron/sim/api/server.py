@@ -1,0 +1,150 @@
+"""The HTTP application: the route table and what every request passes through."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from neuron.sim.api import audio, chat, completions, errors, messages, pooling, responses, tokenization
+from neuron.sim.api.app_keys import ENGINE
+from neuron.sim.engine import metrics
+from neuron.sim.engine.engine import Engine
+from neuron.sim.process.sleep import Sleeper, add_sleep_routes, guard
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_MAX_BODY = 512 * 1024 * 1024  # vLLM has no limit of its own; this one keeps a mistake from filling the machine
+_VERSION = "0.32.0"
+_STARTED = web.AppKey("started", int)
+
+
+async def health(request: web.Request) -> web.Response:
+    return web.Response(status=200 if request.app[ENGINE].healthy else 503)
+
+
+async def version(_request: web.Request) -> web.Response:
+    return web.json_response({"version": _VERSION})
+
+
+async def models(request: web.Request) -> web.Response:
+    settings = request.app[ENGINE].settings
+    data: list[dict[str, object]] = [
+        {
+            "id": name,
+            "object": "model",
+            "created": request.app[_STARTED],
+            "owned_by": "vllm",
+            "root": settings.model,
+            "parent": None,
+            "max_model_len": settings.max_model_len,
+            "permission": [],
+        }
+        for name in settings.served_names
+    ]
+    return web.json_response({"object": "list", "data": data})
+
+
+async def exposition(request: web.Request) -> web.Response:
+    text = request.app[ENGINE].exposition()
+    return web.Response(body=text.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def server_load(request: web.Request) -> web.Response:
+    """Open requests; always 0 without --enable-server-load-tracking, as vLLM has it."""
+    engine = request.app[ENGINE]
+    return web.json_response({"server_load": engine.requests_open if engine.settings.track_load else 0})
+
+
+WORK: dict[str, Handler] = {
+    "/v1/chat/completions": chat.chat_completions,
+    "/v1/completions": completions.completions,
+    "/v1/responses": responses.responses,
+    "/v1/messages": messages.messages,
+    "/v1/messages/count_tokens": messages.count_tokens,
+    "/v1/embeddings": pooling.embeddings,
+    "/pooling": pooling.pooling,
+    "/classify": pooling.classify,
+    "/rerank": pooling.rerank,
+    "/v1/rerank": pooling.rerank,
+    "/v2/rerank": pooling.rerank,
+    "/score": pooling.score,
+    "/v1/score": pooling.score,
+    "/tokenize": tokenization.tokenize,
+    "/detokenize": tokenization.detokenize,
+    "/v1/audio/transcriptions": audio.speech_to_text,
+    "/v1/audio/translations": audio.speech_to_text,
+}
+"""What is posted to the model."""
+
+VIEWS: dict[str, Handler] = {
+    "/health": health,
+    "/ping": health,
+    "/version": version,
+    "/v1/models": models,
+    "/metrics": exposition,
+    "/load": server_load,
+}
+
+
+@web.middleware
+async def _envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
+    anthropic = request.path.startswith("/v1/messages")
+    try:
+        return await handler(request)
+    except errors.ApiError as error:
+        return errors.response(error, anthropic=anthropic)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return errors.response(errors.ApiError(error.status, error.reason, error.reason), anthropic=anthropic)
+
+
+@web.middleware
+async def _count(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.path not in WORK:
+        return await handler(request)
+    engine = request.app[ENGINE]
+    engine.requests_seen += 1
+    engine.requests_open += 1
+    try:
+        return await handler(request)
+    finally:
+        engine.requests_open -= 1
+
+
+def _require_key(key: str) -> Middleware:
+    """Guards what is below /v1, and nothing else: vLLM leaves /health, /metrics, /tokenize and the like open."""
+    expected = f"Bearer {key}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if request.path.startswith("/v1") and not hmac.compare_digest(given, expected):
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    return check
+
+
+def build_app(
+    engine: Engine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
+) -> web.Application:
+    """The application around an engine; `api_key` None leaves everything open.
+
+    With a `sleeper` it has vLLM's routes for it, for whoever shows the control key with this digest.
+    """
+    guards: list[Middleware] = [] if sleeper is None else [guard(sleeper, control_digest)]
+    guards += [] if api_key is None else [_require_key(api_key)]
+    app = web.Application(middlewares=[*guards, _envelope, _count], client_max_size=_MAX_BODY)
+    app[ENGINE] = engine
+    app[_STARTED] = int(time.time())
+    app.router.add_routes([web.get(path, handler) for path, handler in VIEWS.items()])
+    app.router.add_routes([web.post(path, handler) for path, handler in WORK.items()])
+    app.router.add_post("/ping", health)
+    if sleeper is not None:
+        add_sleep_routes(app, sleeper)
+    return app

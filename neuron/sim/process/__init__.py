@@ -1,0 +1,1 @@
+"""The simulated engine as a process: command line, output, load, memory, sleep and shutdown."""

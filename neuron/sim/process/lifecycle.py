@@ -1,0 +1,157 @@
+"""The life of an engine process: bind, load, listen, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE
+from neuron.sim.api.server import build_app
+from neuron.sim.engine.engine import Engine
+from neuron.sim.engine.faults import Fault, spawn_stubborn_child
+from neuron.sim.process import console
+from neuron.sim.process.arguments import EngineSettings
+from neuron.sim.process.core import CoreState, EngineCore
+from neuron.sim.process.loading import (
+    load,
+    report_dead_core,
+    report_failed_start,
+    report_out_of_memory,
+    report_unsupported_model,
+)
+from neuron.sim.process.memory import DeviceMemory, OutOfMemory
+from neuron.sim.process.sleep import Sleeper, in_dev_mode
+
+# Aborted requests need a moment to write their last event; whoever does not read is not waited for.
+_SHUTDOWN_TIMEOUT_SECS = 0.5
+# From the death of the core to the end of the server, as measured with vLLM 0.32.
+_AFTER_CORE_SECS = 1.0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: until it does, clients are refused. Raises OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+async def run(settings: EngineSettings, core: EngineCore) -> int:
+    """Serves until SIGTERM or SIGINT, or until its core has died. Returns the process's exit status.
+
+    SIGUSR1 stops all generation for good while everything else goes on; SIGUSR2 makes `/health` say 503. Before the
+    engine serves, both are ignored.
+
+    Raises:
+        OSError: the address cannot be bound or listened on.
+    """
+    engine = Engine(settings)
+    stop, ended = asyncio.Event(), asyncio.Event()  # asked to stop; that, or the core has died
+    loop = asyncio.get_running_loop()
+
+    def stop_now() -> None:
+        stop.set()
+        ended.set()
+
+    def look_at_core() -> None:
+        state = core.state()
+        engine.stall(state is CoreState.STOPPED)
+        if state is CoreState.DEAD and not engine.core_dead:
+            engine.core_died()
+            ended.set()
+
+    loop.add_signal_handler(signal.SIGINT, stop_now)
+    if not settings.faults.deaf_at_first:
+        loop.add_signal_handler(signal.SIGTERM, stop_now)
+    loop.add_signal_handler(signal.SIGCHLD, look_at_core)
+    look_at_core()  # it may have died before
+    if Fault.SPAWN_CHILD in settings.faults:
+        spawn_stubborn_child()
+    if Fault.UNSUPPORTED_MODEL in settings.faults:
+        report_unsupported_model()
+        return 1
+    with bind(settings.host, settings.port) as sock:
+        memory = DeviceMemory.from_environment(os.environ, holder=core.pid)
+        try:
+            if not await _unless(ended, load(settings, memory, core.pid)):
+                if stop.is_set():
+                    return 0
+                report_failed_start(-signal.SIGKILL)
+                return 1
+        except OutOfMemory as error:
+            report_out_of_memory(error, core.pid)
+            return 1
+        if Fault.LOSE_EARLY_SIGTERM in settings.faults:
+            loop.add_signal_handler(signal.SIGTERM, stop_now)
+        loop.add_signal_handler(signal.SIGUSR1, engine.hang)
+        loop.add_signal_handler(signal.SIGUSR2, engine.sicken)
+        await _serve(engine, core, memory, sock, stop=stop, ended=ended)
+    return 0
+
+
+async def _serve(
+    engine: Engine,
+    core: EngineCore,
+    memory: DeviceMemory,
+    sock: socket.socket,
+    *,
+    stop: asyncio.Event,
+    ended: asyncio.Event,
+) -> None:
+    faults = engine.settings.faults
+    app = build_app(
+        engine,
+        api_key=os.environ.get("VLLM_API_KEY") or None,
+        sleeper=Sleeper(engine, memory) if in_dev_mode(os.environ) else None,
+        control_digest=os.environ.get(DIGEST_VARIABLE),
+    )
+    # handler_cancellation: a client that leaves ends its handler, and with that the generation.
+    runner = web.AppRunner(
+        app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS, access_log=None, handle_signals=False
+    )
+    await runner.setup()
+    try:
+        host, port = sock.getsockname()[:2]
+        console.log("APIServer", "api_server.py:1893", f"Starting vLLM server on http://{host}:{port}")
+        await web.SockSite(runner, sock).start()
+        console.raw("APIServer", "INFO:     Application startup complete.")
+        if Fault.CRASH_AFTER_SECS in faults and await _unless(
+            ended, asyncio.sleep(faults.threshold(Fault.CRASH_AFTER_SECS))
+        ):
+            core.kill()
+        await ended.wait()
+        if not stop.is_set():
+            report_dead_core()
+            _ = await _unless(stop, asyncio.sleep(_AFTER_CORE_SECS))
+    finally:
+        engine.stop()
+        await runner.cleanup()
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
+    """Runs `work` to its end, or until `stop` is set. True when it came to its end; its failure is raised."""
+    working = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+            return True
+        return False
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(working, stopping, return_exceptions=True)

@@ -1,0 +1,328 @@
+"""The operator's commands: the real `python -m cortex`, talking to a cortex on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from shared.protocol import ModelStatus
+from shared.serve import Site, bind, serving
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.seed_neuron import SeedNeuron
+
+TOP = Path(__file__).parents[3]
+SMALL = {"id": "org/small", "vram_mb": 4000}
+LARGE = {"id": "org/large", "min_devices": 2, "vram_mb": 50000}
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells of a table, its head included."""
+        return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in self.out.splitlines()]
+
+
+async def start(
+    *arguments: str, stdout: int = asyncio.subprocess.PIPE, environ: Mapping[str, str] = MappingProxyType({})
+) -> asyncio.subprocess.Process:
+    """The command with only `environ` of cortex's own variables, its output buffered as a user's is."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CORTEX_", "PYTHONUNBUF"))}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "cortex", *arguments),
+        stdout=stdout,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=TOP,
+        env={**inherited, **environ},
+    )
+
+
+async def run(*arguments: str, **environ: str) -> Result:
+    process = await start(*arguments, environ=environ)
+    out, err = await process.communicate()
+    assert b"Traceback" not in err, err.decode()
+    assert process.returncode is not None
+    return Result(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> RunningCortex:
+    """A cortex with two neurons, two models and an alias."""
+    return await start_cortex([beast, benjy], [SMALL, LARGE], aliases={"small": "org/small"})
+
+
+async def test_status(cortex: RunningCortex, beast: SeedNeuron) -> None:
+    """A row for each device, the neuron's first with its state and models."""
+    beast.models["org/small"] = "loaded"
+    beast.used_mb[1] = 500
+    fleet = cortex.parts.fleet
+    await cortex.until(lambda: bool(fleet.snapshot().nodes["beast"].models))
+    await cortex.until(lambda: fleet.snapshot().nodes["beast"].device_health[1].vram_used_mb == 500)
+    result = await run("status", "--url", cortex.url)
+    assert (result.status, result.err) == (0, "")
+    assert result.rows == [
+        ["NODE", "STATE", "DEVICES", "MODELS"],
+        ["beast", "healthy", "0: GPU 0/32000 MiB", "org/small (loaded)"],
+        ["1: GPU 500/32000 MiB"],
+        ["benjy", "healthy", "0: GPU 0/24000 MiB", "-"],
+    ]
+
+
+async def test_status_as_json(cortex: RunningCortex) -> None:
+    """What GET /fleet says, unchanged."""
+    result = await run("status", "--json", "--url", cortex.url)
+    assert result.status == 0
+    assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
+    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases", "configuration"}
+
+
+async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """What is under way and why, and what a neuron that does not answer last said."""
+    benjy.load_gate.clear()
+    async with SeedNeuron("gone", 1000).running() as gone:
+        pass
+    cortex = await start_cortex([benjy, gone], [SMALL], wait_healthy=False)
+    await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["benjy"].healthy)
+    await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["gone"].misses > 0)
+    loading = await start("load", "org/small", "--url", cortex.url)
+    await benjy.load_started.wait()
+    result = await run("status", "--url", cortex.url)
+    assert "gone" in result.out
+    assert "down (gone: GET /" in result.out
+    assert ["LOADING", "ON", "PHASE", "BECAUSE"] in result.rows
+    assert any(row[:2] == ["org/small", "benjy"] for row in result.rows)
+    benjy.load_gate.set()
+    await loading.communicate()
+    assert loading.returncode == 0
+
+
+async def test_models(cortex: RunningCortex) -> None:
+    """Each with where it is and could be; aliases say what they stand for."""
+    result = await run("models", "--url", cortex.url)
+    assert result.status == 0
+    assert result.rows == [
+        ["MODEL", "LOADED", "FEASIBLE ON", "WHERE"],
+        ["org/small", "no", "beast, benjy", "-"],
+        ["org/large", "no", "beast", "-"],
+        ["small", "no", "beast, benjy", "-", "alias of org/small"],
+    ]
+    listed = (await run("models", "--json", "--url", cortex.url)).json
+    assert [entry["id"] for entry in listed["data"]] == ["org/small", "org/large", "small"]
+
+
+async def test_explain(cortex: RunningCortex) -> None:
+    """The decision in a line with its devices, then each neuron with its reason."""
+    result = await run("explain", "org/large", "--url", cortex.url)
+    assert result.status == 0
+    head, because, _, *rows = result.out.splitlines()
+    assert (
+        because
+        == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by a path that is not known"
+    )
+    assert head.startswith("org/large: load on beast, devices [0, 1]: beast: fits now")
+    assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]
+    assert rows[1].split()[:5] == ["beast", "yes", "-", "0", "1"]
+    assert "needs 2 devices, has 1" in rows[2]
+    plan = (await run("explain", "small", "--json", "--url", cortex.url)).json
+    assert (plan["model"], plan["decision"]["action"], plan["decision"]["evict"]) == ("org/small", "load", [])
+
+
+async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
+    """An answer and not a failure: it says why the model would be refused."""
+    result = await run("explain", "nobody/knows", "--url", cortex.url)
+    assert result.status == 0
+    assert result.out.startswith("nobody/knows: refuse: the model 'nobody/knows' does not exist")
+
+
+async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+    """Where the planner wants it, or on a neuron that is named; an alias stands for its model."""
+    result = await run("load", "small", "--url", cortex.url)
+    assert result.status == 0
+    assert result.out.startswith("status: loaded, model: org/small, node: benjy, load_secs: ")
+    assert benjy.models == {"org/small": "loaded"}
+    result = await run("load", "org/small", "--on", "beast", "--json", "--url", cortex.url)
+    assert (result.status, result.json["node"]) == (0, "beast")
+    assert beast.loads[0]["model_id"] == "org/small"
+    result = await run("unload", "org/small", "--on", "benjy", "--url", cortex.url)
+    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: ['benjy']\n")
+    assert (benjy.models, list(beast.models)) == ({}, ["org/small"])
+    assert (await run("unload", "org/small", "--url", cortex.url)).status == 0
+    assert beast.models == {}
+
+
+async def test_load_again_does_nothing(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """What is loaded already is told, and no neuron is asked."""
+    await run("load", "org/small", "--url", cortex.url)
+    result = await run("load", "org/small", "--json", "--url", cortex.url)
+    assert (result.status, result.json) == (0, {"status": "loaded", "model": "org/small", "node": "benjy"})
+    assert len(benjy.loads) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("load", "nobody/knows"), "the model 'nobody/knows' does not exist"),
+        (("load", "org/large", "--on", "benjy"), "benjy cannot hold 'org/large': needs 2 devices, has 1"),
+        (("load", "org/small", "--on", "nowhere"), "there is no neuron 'nowhere' (there are: beast, benjy)"),
+        (("unload", "org/small"), "no healthy neuron has 'org/small' loaded"),
+        (("unload", "org/small", "--on", "beast"), "beast: unknown model"),
+        (("drain", "nowhere"), "there is no neuron 'nowhere'"),
+        (("drain", "nowhere", "--json"), "there is no neuron 'nowhere'"),
+        (("resume", "a/b"), "there is no neuron 'a/b'"),
+    ],
+)
+async def test_refusals(cortex: RunningCortex, arguments: tuple[str, ...], message: str) -> None:
+    """Exit 1, cortex's own words on standard error, nothing on standard output."""
+    result = await run(*arguments, "--url", cortex.url)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"cortex: {message}")
+
+
+async def test_failed_load_says_why(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """The neuron's reason, and exit 1; asked again it is tried again, whatever the back-off."""
+    benjy.load_error = (500, {"error": "CUDA out of memory"})
+    for attempt in (1, 2):
+        result = await run("load", "org/small", "--on", "benjy", "--url", cortex.url)
+        assert result.status == 1
+        assert "CUDA out of memory" in result.err
+        assert len(benjy.loads) == attempt
+
+
+async def test_drain_and_resume(cortex: RunningCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+    """A drained neuron gets no new model, its state shows, and resume undoes it."""
+    result = await run("drain", "benjy", "--url", cortex.url)
+    assert (result.status, result.out) == (0, "node: benjy, draining: True\n")
+    assert ["benjy", "healthy, draining", "0: GPU 0/24000 MiB", "-"] in (await run("status", "--url", cortex.url)).rows
+    assert (await run("load", "org/small", "--url", cortex.url)).status == 0
+    assert (len(beast.loads), benjy.loads) == (1, [])
+    result = await run("resume", "benjy", "--json", "--url", cortex.url)
+    assert (result.status, result.json) == (0, {"node": "benjy", "draining": False})
+    assert not cortex.parts.fleet.snapshot().nodes["benjy"].draining
+
+
+async def test_url_from_the_environment(cortex: RunningCortex) -> None:
+    """CORTEX_URL is the default, --url wins; a slash at the end is no matter."""
+    assert (await run("models", CORTEX_URL=f"{cortex.url}/")).status == 0
+    assert (await run("models", "--url", cortex.url, CORTEX_URL="http://127.0.0.1:1")).status == 0
+
+
+@contextlib.asynccontextmanager
+async def stranger(text: str, seen: list[str]) -> AsyncIterator[str]:
+    """A server that is no cortex: it answers everything with `text`; the Authorization headers it saw go to `seen`."""
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Authorization", ""))
+        return web.Response(text=text, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    site = Site(app, bind("127.0.0.1", 0))
+    async with serving([site], drain_timeout_secs=0):
+        yield f"http://127.0.0.1:{site.port}"
+
+
+async def test_api_key_is_sent() -> None:
+    """CORTEX_API_KEY as a bearer token; none without it."""
+    seen: list[str] = []
+    async with stranger('{"data": []}', seen) as url:
+        assert (await run("models", "--url", url, CORTEX_API_KEY="the key")).status == 0
+        assert (await run("models", "--url", url)).status == 0
+    assert seen == ["Bearer the key", ""]
+
+
+@pytest.mark.parametrize("text", ['{"data": [{"id": "x", "object": "model"}]}', "[]", '"x"', "null", "no json"])
+async def test_a_server_that_is_no_cortex(text: str) -> None:
+    """A line that says so, no traceback."""
+    async with stranger(text, []) as url:
+        result = await run("models", "--url", url)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("cortex: ")
+    assert url in result.err
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://127.0.0.1:port", "file:///etc/passwd", "127.0.0.1", ""])
+async def test_out_of_reach(url: str) -> None:
+    """Exit 1 with the URL in a line; only http is spoken."""
+    result = await run("status", "--url", url)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("cortex: ")
+    assert url in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+async def test_what_answers_is_not_http() -> None:
+    """As above, for a port where something else listens."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"220 mail ready\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async with server:
+        result = await run("status", "--url", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    assert result.status == 1
+    assert result.err.startswith("cortex: http://127.0.0.1")
+
+
+async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """The command ends with 130 and without a traceback; the load goes on."""
+    benjy.load_gate.clear()
+    process = await start("load", "org/small", "--url", cortex.url)
+    await benjy.load_started.wait()
+    process.send_signal(signal.SIGINT)
+    out, err = await process.communicate()
+    assert (process.returncode, out, err) == (130, b"", b"")
+    benjy.load_gate.set()
+    snapshot = cortex.parts.fleet.snapshot
+    await cortex.until(lambda: snapshot().nodes["benjy"].status_of("org/small") is ModelStatus.LOADED)
+
+
+async def test_reader_that_leaves(cortex: RunningCortex) -> None:
+    """`cortex models | head -0`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = await start("models", "--url", cortex.url, stdout=writer)
+    finally:
+        os.close(writer)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("load",), ("drain",), ("status", "--bad")])
+async def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    """Exit 2 with the usage, as command lines do."""
+    result = await run(*arguments)
+    assert result.status == 2
+    assert "usage: cortex" in result.err
+
+
+async def test_version_and_help() -> None:
+    """Both say what this is and exit with 0."""
+    assert (await run("--version")).out.startswith("cortex 0.")
+    result = await run("--help")
+    for command in ("serve", "dev", "status", "models", "explain", "load", "unload", "drain", "resume", "check"):
+        assert command in result.out

@@ -1,0 +1,48 @@
+"""The configurations that `cortex dev` makes up: each is one that the services take."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cortex.cli.dev.command import example_catalogue
+from cortex.cli.dev.fleet import DEFAULT_FLEET, Engine, cortex_table, models_table, neuron_table, parse_fleet
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
+from neuron.config import NeuronConfig
+
+VLLM = Engine("vllm", ("/opt/vllm/bin/vllm",), "/srv/tiny")
+
+
+@pytest.mark.parametrize("engine", [Engine(), VLLM])
+def test_tables_are_valid(engine: Engine) -> None:
+    """As the services read them; engines of different hosts never share a port range."""
+    hosts = parse_fleet(DEFAULT_FLEET)
+    ranges = []
+    for number, host in enumerate(hosts):
+        config = NeuronConfig.model_validate(neuron_table(host, number, engine))
+        assert config.harness_names == [engine.harness]
+        ranges.append(config.harness_settings(config.harnesses[0].name).port_range)
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(ranges))
+    neurons = [(host.name, 1000 + number) for number, host in enumerate(hosts)]
+    table = cortex_table(neurons, models_config="models.toml", metrics_listen="127.0.0.1:0")
+    assert next(entry.endpoint for entry in CortexConfig.model_validate(table).neurons) == "http://127.0.0.1:1000"
+
+
+@pytest.mark.parametrize(("fleet", "pins"), [(DEFAULT_FLEET, ("beast",)), ("other=2xRTX5090", ())])
+def test_example_catalogue_for_a_fleet(fleet: str, pins: tuple[str, ...]) -> None:
+    """Same models, this engine, no arguments of another; a pin on a host that is not there is left out."""
+    found = Catalogue.model_validate(models_table(example_catalogue(), parse_fleet(fleet), VLLM))
+    assert [profile.id for profile in found.models] == [profile.id for profile in example_catalogue().models]
+    assert found.aliases == example_catalogue().aliases
+    for profile in found.models:
+        assert (profile.harness, profile.source, profile.args, profile.quant) == ("vllm", "/srv/tiny", (), None)
+    assert found.models[0].pinned_on == pins
+    assert found.models[0].residency_priority == 300
+
+
+def test_fleets_are_parsed() -> None:
+    """A count of one may be left out; names of GPUs may have spaces."""
+    hosts = parse_fleet("a=2xRTX5090, b=RTX 4090,")
+    assert [(host.name, host.devices) for host in hosts] == [("a", ("RTX5090",) * 2), ("b", ("RTX 4090",))]

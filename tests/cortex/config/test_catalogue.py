@@ -1,0 +1,108 @@
+"""models.toml: what is a catalogue and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cortex.config.catalogue import Catalogue, ModelProfile, load_catalogue
+from shared.settings import SettingsError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "models.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problem(tmp_path: Path, text: str) -> str:
+    """The only problem of a catalogue, without the file's name that it begins with."""
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        load_catalogue(path)
+    assert len(caught.value.problems) == 1, caught.value.problems
+    assert caught.value.problems[0].startswith(f"{path}: ")
+    return caught.value.problems[0].removeprefix(f"{path}: ")
+
+
+def test_only_the_id_is_needed(tmp_path: Path) -> None:
+    """Everything else has a meaning when it is left out."""
+    catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'"))
+    profile = catalogue.models[0]
+    assert profile == ModelProfile(id="org/model")
+    assert (profile.harness, profile.min_devices, profile.residency_priority) == ("vllm", 1, 100)
+    assert (profile.tensor_parallel, profile.device_share_mb, profile.pinned_on, profile.limit) == (None, 0, (), None)
+
+
+def test_empty_catalogue_is_valid(tmp_path: Path) -> None:
+    """A front door for models that are loaded by hand."""
+    assert load_catalogue(write(tmp_path, "")) == Catalogue()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 100),
+        ({"pinned_on": []}, 100),
+        ({"pinned_on": ["beast"]}, 1000),
+        ({"pinned_on": ["beast"], "residency_priority": 300}, 300),
+        ({"residency_priority": 0}, 0),
+    ],
+)
+def test_priority_of_pinned_models(fields: dict[str, object], expected: int) -> None:
+    """1000 when pinned_on is set, unless it is said otherwise."""
+    assert ModelProfile.model_validate({"id": "m", **fields}).residency_priority == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "vram_mb", "share", "parallel"),
+    [(1, 4000, 4000, None), (2, 54000, 27000, 2), (3, 10000, 3334, 3), (2, None, 0, 2)],
+)
+def test_share_of_each_device(devices: int, vram_mb: int | None, share: int, parallel: int | None) -> None:
+    """The footprint is of all devices together; a share is rounded up, and tensor_parallel is only sent above 1."""
+    profile = ModelProfile(id="m", min_devices=devices, vram_mb=vram_mb)
+    assert (profile.device_share_mb, profile.tensor_parallel) == (share, parallel)
+
+
+def test_aliases(tmp_path: Path) -> None:
+    """An alias leads to its model, any other name to itself."""
+    catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'\n[aliases]\nlarge = 'org/model'"))
+    assert catalogue.resolve("large") == "org/model"
+    assert catalogue.resolve("other") == "other"
+    assert catalogue.profile("large") is None
+    assert catalogue.profile("org/model") is catalogue.models[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[models]]", "models[0].id: required, but missing"),
+        ("[[models]]\nid = ''", "models[0].id = '': "),
+        ("[[models]]\nid = 'a b'", "models[0].id = 'a b': "),
+        ("[[models]]\nid = 'a'\n[[models]]\nid = 'a'", "the model 'a' is listed twice"),
+        ("[[models]]\nid = 'a'\nvram = 5", "models[0].vram: unknown key (value 5)"),
+        ("[[models]]\nid = 'a'\nvram_mb = 0", "models[0].vram_mb = 0: "),
+        ("[[models]]\nid = 'a'\nvram_mb = 'big'", "models[0].vram_mb = 'big': "),
+        ("[[models]]\nid = 'a'\nmin_devices = 0", "models[0].min_devices = 0: "),
+        ("[[models]]\nid = 'a'\nmin_device_vram_mb = -1", "models[0].min_device_vram_mb = -1: "),
+        ("[[models]]\nid = 'a'\npinned_on = 'beast'", "models[0].pinned_on = 'beast': "),
+        ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),
+        ("[[models]]\nid = 'a'\n[models.limit]\ncontext = 0", "models[0].limit.context = 0: "),
+        ("[[models]]\nid = 'a'\n[models.limit]\nmax = 1", "models[0].limit.max: unknown key"),
+        ("[aliases]\nx = 'nothing'", "'x' leads to 'nothing', which is no model of this catalogue"),
+        ("[[models]]\nid = 'a'\n[aliases]\na = 'a'", "'a' is also the id of a model"),
+        ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' leads to 'b', which is no model"),
+        ("[model]\nid = 'a'", "model: unknown key"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    """Each with the key, and the value where there is one."""
+    assert expected in problem(tmp_path, text)
+
+
+def test_environment_does_not_reach_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MODELS` or `ALIASES` in a user's environment mean something else."""
+    monkeypatch.setenv("MODELS", "[]")
+    monkeypatch.setenv("ALIASES__X", "y")
+    assert len(load_catalogue(write(tmp_path, "[[models]]\nid = 'a'")).models) == 1

@@ -1,0 +1,168 @@
+"""cortex.toml, and `cortex check` and `cortex serve` on files good and bad."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cortex.config.settings import CortexConfig, parse_listen
+from shared.settings import SettingsError, load_settings
+
+TOP = Path(__file__).parents[3]
+NEURON = "[[neurons]]\nname = 'beast'\nendpoint = 'http://beast:13131'\n"
+
+
+def load(tmp_path: Path, text: str, **environ: str) -> CortexConfig:
+    path = tmp_path / "cortex.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_settings(CortexConfig, path, env_prefix="CORTEX_", environ=environ)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    """Those of the contract."""
+    config = load(tmp_path, "")
+    assert (config.gateway.listen, config.gateway.metrics_listen) == ("127.0.0.1:31313", "127.0.0.1:31314")
+    assert (config.gateway.max_body_mib, config.gateway.drain_timeout_secs) == (32, 30)
+    assert (config.poll.interval_secs, config.poll.timeout_secs, config.poll.unhealthy_after) == (2.0, 5.0, 3)
+    assert config.cold_load.timeout_secs == 1800
+    assert config.models_path(tmp_path / "cortex.toml") == tmp_path / "models.toml"
+
+
+def test_models_config_may_be_absolute(tmp_path: Path) -> None:
+    """Else it is relative to the file that names it."""
+    assert load(tmp_path, "models_config = '/etc/m.toml'").models_path(tmp_path / "c.toml") == Path("/etc/m.toml")
+
+
+def test_environment(tmp_path: Path) -> None:
+    """The overrides of the contract, an IPv6 address, and neurons as a whole list."""
+    config = load(
+        tmp_path,
+        NEURON,
+        CORTEX_GATEWAY__LISTEN="[::1]:8080",
+        CORTEX_POLL__INTERVAL_SECS="0.5",
+        CORTEX_NEURONS='[{"name": "benjy", "endpoint": "http://benjy:1"}]',
+        CORTEX_URL="http://elsewhere",
+        CORTEX_API_KEY="key",
+    )
+    assert parse_listen(config.gateway.listen) == ("::1", 8080)
+    assert config.poll.interval_secs == 0.5
+    assert [entry.name for entry in config.neurons] == ["benjy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[gateway]\nlisten = '31313'", "gateway.listen = '31313': must be HOST:PORT"),
+        ("[gateway]\nlisten = 'host:port'", "gateway.listen = 'host:port': must be HOST:PORT"),
+        ("[gateway]\nlisten = 'host:70000'", "gateway.listen = 'host:70000': must be HOST:PORT"),
+        ("[gateway]\nmetrics_listen = ''", "gateway.metrics_listen = '': must be HOST:PORT"),
+        ("[gateway]\nlisten = 31313", "gateway.listen = 31313: "),
+        ("[gateway]\nmax_body_mib = 0", "gateway.max_body_mib = 0: "),
+        ("[gateway]\ndrain_timeout_secs = -1", "gateway.drain_timeout_secs = -1: "),
+        ("[poll]\ninterval_secs = 0", "poll.interval_secs = 0: "),
+        ("[poll]\nunhealthy_after = 0", "poll.unhealthy_after = 0: "),
+        ("[poll]\ninterval = 1", "poll.interval: unknown key (value 1)"),
+        ("[cold_load]\ntimeout_secs = 0", "cold_load.timeout_secs = 0: "),
+        ("[routing]\nsession_header = 'a b'", "routing.session_header = 'a b': "),
+        ("[routing]\nsession_header = 'Cookie'", "routing.session_header = 'Cookie': means something else to cortex"),
+        ("[routing]\nprefix_chars = -1", "routing.prefix_chars = -1: "),
+        ("[routing]\nload_factor = 0.9", "routing.load_factor = 0.9: "),
+        ("log_level = 'loud'", "log_level = 'loud': "),
+        ("[[neurons]]\nname = 'beast'", "neurons[0].endpoint: required, but missing"),
+        ("[[neurons]]\nname = 'be ast'\nendpoint = 'http://x'", "neurons[0].name = 'be ast': must start"),
+        ("[[neurons]]\nname = '-x'\nendpoint = 'http://x'", "neurons[0].name = '-x': must start"),
+        ("[[neurons]]\nname = 'x'\nendpoint = 'beast:13131'", "neurons[0].endpoint = 'beast:13131': must be a URL"),
+        ("[[neurons]]\nname = 'x'\nendpoint = 'ftp://x'", "neurons[0].endpoint = 'ftp://x': must be a URL"),
+        ("[[neurons]]\nname = 'x'\nendpoint = 'http://x?a=1'", "neurons[0].endpoint = 'http://x?a=1': must be a URL"),
+        (NEURON + NEURON, "the name 'beast' is given twice"),
+        (NEURON + "token = ''", "neurons[0].token = '': "),
+        (NEURON + "token_env = 'NO_SUCH'", "neurons[0]: token_env: the environment variable NO_SUCH is not set"),
+        (NEURON + "tokn = 'x'", "neurons[0].tokn: unknown key"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    """Each with file, key and value."""
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, text)
+    assert len(caught.value.problems) == 1, caught.value.problems
+    assert caught.value.problems[0].startswith(f"{tmp_path}/cortex.toml: ")
+    assert expected in caught.value.problems[0]
+
+
+def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file, from the environment, or none; the file wins. An endpoint's last slash is dropped."""
+    monkeypatch.setenv("BEAST_TOKEN", "from environment")
+    text = NEURON.replace("13131'", "13131/'")
+    plain, named, both = (
+        load(tmp_path, text + more).neurons[0]
+        for more in ("", "token_env = 'BEAST_TOKEN'", "token_env = 'BEAST_TOKEN'\ntoken = 'from file'")
+    )
+    assert (plain.bearer_token, named.bearer_token, both.bearer_token) == (None, "from environment", "from file")
+    assert plain.endpoint == "http://beast:13131"
+
+
+def cortex(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "cortex", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=TOP,
+        env={**os.environ, **environ},
+        check=False,
+    )
+
+
+def test_check_of_good_files(tmp_path: Path) -> None:
+    """Exit 0, with what was found; a pin on a neuron that is not listed is warned of."""
+    (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
+    (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\npinned_on = ['benjy']", encoding="utf-8")
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"ok: {tmp_path}/cortex.toml: 1 neurons; {tmp_path}/models.toml: 1 models\n",
+    )
+    assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
+
+
+def test_check_names_every_problem_of_both_files(tmp_path: Path) -> None:
+    """Exit 1; also those of a catalogue that a wrong cortex.toml names, and only of that one."""
+    (tmp_path / "cortex.toml").write_text(
+        "models_config = 'cat.toml'\nwrong = 1\n[poll]\ninterval_secs = 0", encoding="utf-8"
+    )
+    (tmp_path / "cat.toml").write_text("[[models]]\nid = 'a'\nsize = 3\n[aliases]\nb = 'c'", encoding="utf-8")
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"), CORTEX_GATEWAY__LISTEN="nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert sorted(line.partition(": ")[2].partition(": ")[0] for line in done.stderr.splitlines()) == [
+        "gateway.listen = 'nowhere'",
+        "models[0].size",
+        "poll.interval_secs = 0",
+        "wrong",
+    ]
+    assert "environment CORTEX_GATEWAY__LISTEN: gateway.listen" in done.stderr
+    assert f"{tmp_path}/cat.toml: models[0].size: unknown key (value 3)" in done.stderr
+
+
+@pytest.mark.parametrize("text", [None, "= 1", "models_config = 5"])
+def test_check_guesses_no_catalogue(tmp_path: Path, text: str | None) -> None:
+    """Where cortex.toml cannot be read there is one problem, and not a missing models.toml as well."""
+    if text is not None:
+        (tmp_path / "cortex.toml").write_text(text, encoding="utf-8")
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{tmp_path}/cortex.toml: ")
+
+
+def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
+    """A service with a mistake in its files does not start."""
+    (tmp_path / "cortex.toml").write_text("wrong = 1", encoding="utf-8")
+    done = cortex("serve", "--config", str(tmp_path / "cortex.toml"))
+    assert done.returncode == 1
+    assert f"{tmp_path}/cortex.toml: wrong: unknown key (value 1)" in done.stderr
+    assert "Traceback" not in done.stderr

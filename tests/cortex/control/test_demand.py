@@ -1,0 +1,147 @@
+"""What is made of the workers' counts: when a model was last used, and how much it is wanted."""
+
+from __future__ import annotations
+
+import pytest
+
+from cortex.control.demand import MEMORY_SECS, Demand
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.metrics.counters import Tally
+from cortex.metrics.in_flight import InFlight, Key
+from cortex.metrics.worker_counts import Counts
+from shared.protocol import ModelActivity, ModelView, NeuronHealth
+from tests.cortex.fleets import On, fleet, host
+
+KEY = "m", "a"
+FLEET = fleet(host("a", 24000, models={"m": On(9000)}))
+
+
+class Worker:
+    """A worker's counts, by hand."""
+
+    def __init__(self) -> None:
+        self.in_flight = InFlight()
+
+    def collect(self) -> Tally:
+        return Tally()
+
+    def in_flight_here(self) -> dict[Key, int]:
+        return self.in_flight.here
+
+    def begun_here(self) -> dict[Key, int]:
+        return self.in_flight.begun
+
+    async def refresh(self) -> None: ...
+
+    def serve(self, *, times: int = 1) -> None:
+        """Requests that come and go."""
+        for _ in range(times):
+            self.in_flight.add(KEY)
+            self.in_flight.remove(KEY)
+
+
+class Moment:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Moment:
+    return Moment()
+
+
+@pytest.fixture
+def counts() -> Counts:
+    return Counts()
+
+
+@pytest.fixture
+def demand(counts: Counts, clock: Moment) -> Demand:
+    demand = Demand(counts, clock)
+    demand.routes_changed(["m"], FLEET)
+    return demand
+
+
+def sample(demand: Demand) -> None:
+    demand.sample(FLEET, replica_target=8)
+
+
+def attached(counts: Counts) -> Worker:
+    worker = Worker()
+    counts.attach(worker)
+    return worker
+
+
+def test_a_request_between_two_samples_is_seen_by_whoever_looks(demand: Demand, counts: Counts, clock: Moment) -> None:
+    """A model that was used half a second ago is not one that has been idle for ever."""
+    worker = attached(counts)
+    sample(demand)
+    clock.now += 0.5
+    worker.serve()
+    assert demand.uses()[KEY].last_used == clock.now
+    assert demand.uses()[KEY].in_flight == 0
+
+
+def test_each_request_is_counted_once_however_often_one_looks(demand: Demand, counts: Counts, clock: Moment) -> None:
+    worker = attached(counts)
+    for _ in range(3):
+        worker.serve(times=2)
+        demand.uses()
+        sample(demand)
+    assert demand.per_minute()["m"] == pytest.approx(6 * 60 / MEMORY_SECS)
+
+
+def test_a_worker_that_ends_takes_no_demand_along(demand: Demand, counts: Counts, clock: Moment) -> None:
+    """Nor do those of the one in its place count less."""
+    old, other = attached(counts), attached(counts)
+    old.serve(times=5)
+    sample(demand)
+    counts.detach(old)
+    sample(demand)
+    attached(counts).serve(times=3)
+    other.serve()
+    sample(demand)
+    assert demand.per_minute()["m"] == pytest.approx(9 * 60 / MEMORY_SECS)
+
+
+def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
+    """It begins anew when the model was away in between, on that node."""
+    began = clock.now
+    clock.now += 5
+    here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})
+    demand.routes_changed(["m"], fleet(here, there))
+    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began, ("m", "b"): began + 5}
+    demand.routes_changed(["m"], fleet(there))
+    clock.now += 5
+    demand.routes_changed(["m"], fleet(here, there))
+    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began + 10, ("m", "b"): began + 5}
+
+
+def reported(**activity: int | None) -> FleetSnapshot:
+    health = NeuronHealth(models=[ModelActivity(id="m", **activity)])
+    models = {"m": ModelView(id="m", status="loaded")}
+    return FleetSnapshot({"n": NodeSnapshot("n", "http://n", healthy=True, health=health, models=models)})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "used"),
+    [
+        ({"ended": 4}, {"ended": 4}, False),
+        ({"ended": 4}, {"ended": 5}, True),  # begun and ended between two polls, by another cortex
+        ({"ended": 4}, {"ended": 0}, False),  # the engine started again
+        ({"ended": None}, {"ended": None}, False),  # a neuron that does not tell
+        ({"ended": 4}, {"ended": 4, "in_flight": 1}, True),
+        ({"ended": 4}, {"ended": 4, "queue_depth": 1}, True),
+    ],
+)
+def test_what_engines_report_is_use(before: dict[str, int | None], after: dict[str, int | None], used: bool) -> None:
+    """So that no cortex takes a model for idle which another one sends requests to."""
+    now = 100.0
+    demand = Demand(Counts(), clock=lambda: now)
+    demand.routes_changed(["m"], reported(**before))
+    demand.sample(reported(**before), replica_target=8)
+    now = 200.0
+    demand.sample(reported(**after), replica_target=8)
+    assert (demand.uses()["m", "n"].last_used == 200.0) is used

@@ -1,0 +1,112 @@
+"""Neurons that come, go and move while the fleet is watched."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.state import Fleet, NodeLeft
+from shared.protocol import Discovery, ModelView, NeuronHealth
+
+
+def fleet_of(*names: str) -> Fleet:
+    return Fleet([(name, f"http://{name}") for name in names], unhealthy_after=3)
+
+
+def configure(fleet: Fleet, *names: str, drained: tuple[str, ...] = (), **endpoints: str) -> None:
+    nodes = [(name, endpoints.get(name, f"http://{name}")) for name in names]
+    fleet.configure(nodes, unhealthy_after=3, drained=drained)
+
+
+def poll(fleet: Fleet, name: str, *models: str) -> None:
+    views = [ModelView(id=model, status="loaded") for model in models]
+    fleet.observe(name, started=float("inf"), health=NeuronHealth(), models=views, discovery=Discovery())
+
+
+def test_those_that_stay_are_the_same_objects() -> None:
+    """Nothing known of them is lost, whoever comes or goes beside them."""
+    fleet = fleet_of("a", "b")
+    poll(fleet, "a", "m")
+    before = fleet.snapshot()
+    configure(fleet, "c", "a")
+    after = fleet.snapshot()
+    assert list(after.nodes) == ["c", "a"]
+    assert after.nodes["a"] is before.nodes["a"]
+    assert not after.nodes["c"].healthy
+    assert list(before.nodes) == ["a", "b"], "a snapshot does not change"
+
+
+def test_holders_follow_the_new_order() -> None:
+    """Those that left hold nothing; what is observed afterwards is put in its place."""
+    fleet = fleet_of("a", "b", "c")
+    for name in ("a", "b", "c"):
+        poll(fleet, name, "m", name)
+    configure(fleet, "c", "d", "a")
+    assert [node.name for node in fleet.snapshot().holders("m")] == ["c", "a"]
+    assert sorted(fleet.snapshot().listed_models) == ["a", "c", "m"]
+    poll(fleet, "d", "m")
+    snapshot = fleet.snapshot()
+    assert [node.name for node in snapshot.holders("m")] == ["c", "d", "a"]
+    assert snapshot.holders("m") == FleetSnapshot(snapshot.nodes).holders("m")
+
+
+def test_what_is_heard_of_one_that_left_is_passed_over() -> None:
+    """A poll or a load that ends too late."""
+    fleet = fleet_of("a")
+    configure(fleet)
+    version = fleet.version
+    poll(fleet, "a", "m")
+    fleet.miss("a", "gone")
+    fleet.tell("a", ModelView(id="m", status="loaded"))
+    fleet.forget("a", "m")
+    fleet.loaded("a", "m", harness=None, devices=[])
+    assert fleet.version == version
+    assert not fleet.snapshot().nodes
+
+
+async def test_who_waits_for_one_that_left_is_woken() -> None:
+    """Both kinds of wait; a wait for another neuron goes on."""
+    fleet = fleet_of("a", "b")
+    left = asyncio.create_task(fleet.until("a", lambda node: node.healthy))
+    stays = asyncio.create_task(fleet.until("b", lambda node: node.healthy))
+    change = asyncio.create_task(fleet.changed_since(fleet.version))
+    await asyncio.sleep(0)
+    configure(fleet, "b")
+    with pytest.raises(NodeLeft):
+        await left
+    await change
+    assert not stays.done()
+    poll(fleet, "b")
+    assert (await stays).name == "b"
+
+
+async def test_routes_to_one_that_left_have_changed() -> None:
+    """All of them, and no others."""
+    fleet = fleet_of("a", "b")
+    poll(fleet, "a", "m", "n")
+    poll(fleet, "b", "x")
+    with fleet.route_changes() as changes:
+        configure(fleet, "b", "c")
+        assert await changes.next() == {"m", "n"}
+
+
+def test_one_that_moves_is_the_same_until_it_says_otherwise() -> None:
+    """At another endpoint it serves on; its misses were the old one's."""
+    fleet = fleet_of("a")
+    poll(fleet, "a", "m")
+    fleet.miss("a", "old address")
+    configure(fleet, "a", a="http://elsewhere")
+    node = fleet.snapshot().nodes["a"]
+    assert (node.endpoint, node.healthy, node.misses, node.last_error) == ("http://elsewhere", True, 0, None)
+    assert list(node.models) == ["m"]
+
+
+def test_drained_is_who_was_drained_when_it_comes() -> None:
+    """At the start, and later; one that is there already is as the operator last said."""
+    fleet = Fleet([("a", "http://a"), ("b", "http://b")], unhealthy_after=3, drained=["a", "unknown"])
+    assert [node.draining for node in fleet.snapshot().nodes.values()] == [True, False]
+    fleet.set_draining("a", False)
+    configure(fleet, "a", "b", "c", drained=("a", "c"))
+    assert [node.draining for node in fleet.snapshot().nodes.values()] == [False, False, True]

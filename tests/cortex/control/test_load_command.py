@@ -1,0 +1,78 @@
+"""What a neuron is told when it shall load a model, case by case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cortex.config.catalogue import ModelProfile
+from cortex.control.load_command import load_command
+from cortex.fleet.snapshot import NodeSnapshot
+from shared.protocol import LoadCommand
+from tests.cortex.fleets import On, fleet, host
+from tests.cortex.views import plan_for, profile, view
+
+SPEC = profile(vram_mb=14000, quant="fp8", args=["--x"], source="/srv/m")
+
+
+def _command(model: ModelProfile | None, where: NodeSnapshot, model_id: str = "m") -> LoadCommand:
+    moment = view(fleet(where), *([] if model is None else [model]))
+    return load_command(plan_for(moment, model_id), model, where)
+
+
+def test_the_catalogues_spec_and_the_plans_devices() -> None:
+    """Everything that the catalogue says of the engine, and where it goes."""
+    assert _command(SPEC, host("n", 12000, 24000)).model_dump(exclude_defaults=True) == {
+        "model_id": "m",
+        "harness": "vllm",
+        "quant": "fp8",
+        "devices": [1],
+        "source": "/srv/m",
+        "args": ["--x"],
+        "vram_mb": 14000,
+    }
+
+
+@pytest.mark.parametrize(("min_devices", "tensor_parallel"), [(1, None), (2, 2)])
+def test_one_device_is_no_tensor_parallelism(min_devices: int, tensor_parallel: int | None) -> None:
+    """Null for a single device, else the number of them."""
+    command = _command(profile(min_devices=min_devices, vram_mb=14000), host("n", 24000, 24000))
+    assert (command.tensor_parallel, len(command.devices or [])) == (tensor_parallel, min_devices)
+
+
+ASLEEP = On(500, status="sleeping", wants_mb=13500)
+
+
+@pytest.mark.parametrize(
+    ("models", "seed", "expected"),
+    [
+        ({"m": ASLEEP}, False, {"model_id": "m"}),  # with another spec, or on other devices, it would not be woken
+        ({"m": ASLEEP}, True, {"model_id": "m", "devices": [0], "vram_mb": 14000, "quant": "fp8"}),
+        # its memory was taken: loaded anew, on what is free
+        ({"m": ASLEEP, "x": On(20000)}, False, {"model_id": "m", "devices": [1], "vram_mb": 14000, "quant": "fp8"}),
+    ],
+)
+def test_a_sleeping_model(models: dict[str, On], seed: bool, expected: dict[str, Any]) -> None:
+    """Woken where it sleeps with nothing but its name; a seed neuron is told the whole spec."""
+    command = _command(SPEC, host("n", 24000, 24000, models=models, seed=seed))
+    assert command.bare is (expected == {"model_id": "m"})
+    assert expected.items() <= command.model_dump(exclude_defaults=True).items()
+
+
+@pytest.mark.parametrize(
+    ("seed", "devices", "expected"),
+    [
+        (False, (0, 1), {"model_id": "own"}),
+        (True, (0, 1), {"model_id": "own", "harness": "vllm", "devices": [0, 1], "tensor_parallel": 2}),
+        (True, (1,), {"model_id": "own", "harness": "vllm", "devices": [1]}),
+        (True, (), {"model_id": "own", "harness": "vllm"}),
+    ],
+)
+def test_a_model_of_no_catalogue(seed: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
+    """Its neuron knows its spec; one of the seed protocol is told what it lists."""
+    where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, seed=seed)
+    entry = where.models["own"].model_copy(update={"harness": "vllm"})
+    where = replace(where, models={"own": entry})
+    assert _command(None, where, "own").model_dump(exclude_defaults=True) == expected

@@ -1,0 +1,130 @@
+"""What is decided for a request, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from cortex.config.catalogue import Catalogue
+from cortex.control.routing import Await, Decision, Place, Refuse, Serve, decide
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from shared.protocol import ModelActivity, NeuronHealth
+from tests.cortex.fleets import fleet, node
+
+CATALOGUE = Catalogue.model_validate({"models": [{"id": "m", "vram_mb": 4000}, {"id": "pinned", "pinned_on": ["a"]}]})
+
+
+def a(status: str | None = None, *, model: str = "m", healthy: bool = True, draining: bool = False) -> NodeSnapshot:
+    return node("a", 24000, models={model: status} if status else {}, healthy=healthy, draining=draining)
+
+
+def b(status: str | None = None) -> NodeSnapshot:
+    return node("b", 12000, models={"m": status} if status else {})
+
+
+def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] = lambda m, n: 0) -> Decision:
+    return decide(model, CATALOGUE, where, busy)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (fleet(a("loaded"), b()), Serve(("a",))),
+        (fleet(a("loaded"), b("loaded")), Serve(("a", "b"))),
+        (fleet(a("loaded", draining=True), b("loaded")), Serve(("b",))),
+        (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # nobody else has it
+        (fleet(a("loaded"), b("loaded"), leaving=(("m", "a"),)), Serve(("b",))),  # what makes way gets nothing new
+        (fleet(a("loading"), b()), Await("a")),
+        (fleet(a("reloading"), b()), Await("a")),
+        (fleet(a("recovering"), b("loaded")), Serve(("b",))),
+    ],
+)
+def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None:
+    """Loaded first; on its way is waited for."""
+    assert decision("m", where) == expected
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        fleet(a("unloaded"), b()),
+        fleet(a("sleeping"), b()),
+        fleet(a("failed"), b()),
+        fleet(a("loaded", healthy=False), b()),
+        fleet(a("loading", healthy=False), b()),
+        fleet(a("what is this"), b()),
+        fleet(a("loaded"), b(), leaving=(("m", "a"),)),
+        fleet(a(), b()),
+        fleet(),
+    ],
+)
+def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnapshot) -> None:
+    """The planner says where, or why nowhere."""
+    assert decision("m", where) == Place()
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (fleet(a("unloaded", model="own"), b()), True),
+        (fleet(a("sleeping", model="own"), b()), True),
+        (fleet(a("loaded", model="own"), b(), leaving=(("own", "a"),)), True),
+        (fleet(a("unloaded", model="own", healthy=False), b()), False),
+        (fleet(a("failed", model="own"), b()), False),
+    ],
+)
+def test_a_model_of_no_catalogue_is_placed_where_it_can_come_back(where: FleetSnapshot, expected: bool) -> None:
+    """A healthy neuron that can load it again, or will when it has left."""
+    assert (decision("own", where) == Place()) is expected
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        (fleet(a(), b()), "model_not_found"),
+        (fleet(a("loaded", model="other", healthy=False), b()), "neuron_unavailable"),
+        (fleet(a("failed", model="other"), b()), "cold_load_failed"),
+        (fleet(a(healthy=False), b()), "model_not_found"),
+        (fleet(node("a", healthy=False, discovered=False)), "no_healthy_neurons"),
+    ],
+)
+def test_refusals(where: FleetSnapshot, code: str) -> None:
+    """Each case of the contract; what is temporary says when to come back."""
+    found = decision("other", where)
+    assert isinstance(found, Refuse)
+    assert found.error.code == code
+    assert (found.error.retry_after is not None) is (found.error.status == 503)
+
+
+def test_least_busy_replica_comes_first() -> None:
+    """Our own requests decide before names do."""
+    where = fleet(a("loaded"), b("loaded"))
+    assert decision("m", where, lambda model, name: {"a": 3, "b": 1}[name]) == Serve(("b", "a"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "reported", "first"),
+    [
+        ((1, 0), (0, 0), "b"),
+        ((1, 0), (0, 2), "a"),  # somebody else's two are more than our one
+        ((2, 1), (2, 2), "a"),  # ours are not counted again
+        ((0, 0), (2, 1), "b"),
+    ],
+)
+def test_work_of_others_counts(ours: tuple[int, int], reported: tuple[int, int], first: str) -> None:
+    """As far as it is more than ours."""
+    nodes = [
+        replace(entry, health=NeuronHealth(models=[ModelActivity(id="m", in_flight=running)]))
+        for entry, running in zip((a("loaded"), b("loaded")), reported, strict=True)
+    ]
+    found = decision("m", fleet(*nodes), lambda model, name: ours["ab".index(name)])
+    assert isinstance(found, Serve)
+    assert found.nodes[0] == first
+
+
+def test_a_lost_neuron_serves_nothing() -> None:
+    """Whatever it last said."""
+    lost = replace(a("loaded"), healthy=False)
+    assert decision("m", fleet(lost, b("loaded"))) == Serve(("b",))

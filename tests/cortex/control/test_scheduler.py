@@ -1,0 +1,316 @@
+"""The scheduler between decisions and their effects, against real seed neurons."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from cortex.config.settings import NeuronEntry
+from cortex.control import scheduler
+from cortex.control.loader import DRAIN_POLL_SECS
+from tests.cortex.conftest import StartCortex
+from tests.cortex.raw_engine import Received, plain
+from tests.cortex.raw_http import Wire, bounded
+from tests.cortex.raw_neuron import RawNeuron
+from tests.cortex.seed_neuron import SeedNeuron
+
+LOW = {"id": "org/low", "vram_mb": 20000}
+HIGH = {"id": "org/high", "vram_mb": 20000, "residency_priority": 200}
+
+
+async def test_two_who_come_at_the_same_moment_cause_one_load_each(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+) -> None:
+    """What has just been begun counts at once, also for the decision that follows in the same turn of the loop."""
+    benjy.load_gate.clear()
+    beast.load_gate.clear()
+    cortex = await start_cortex([benjy, beast], [LOW, HIGH])
+    parts = cortex.parts
+    want, retry_after = parts.scheduler.want, parts.scheduler.retry_after
+    with parts.rooms.seat("org/low", retry_after):
+        want("org/low")
+        with parts.rooms.seat("org/high", retry_after):
+            want("org/high")
+            jobs = [(job.model_id, job.node) for job in parts.loader.jobs()]
+    assert jobs == [("org/low", "benjy"), ("org/high", "beast")]
+
+
+async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the reservation is gone with it."""
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("broken")
+
+    monkeypatch.setattr("cortex.control.loader.load_command", broken)
+    cortex = await start_cortex([benjy], [LOW])
+    async with cortex.chat("org/low") as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (503, "cold_load_failed")
+    assert not cortex.parts.fleet.snapshot().reservations
+
+
+async def test_a_bug_in_planning_is_an_answer_and_passes(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks meanwhile gets 500 and is not left waiting; afterwards cold loads go on as before."""
+    cortex = await start_cortex([benjy], [LOW, HIGH])
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "next_turn", lambda _: 1 / 0)
+        assert await bounded(_status(cortex.chat("org/low"))) == 500
+    assert await bounded(_status(cortex.chat("org/high"))) == 200
+
+
+async def hang(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+class Stubborn(SeedNeuron):
+    """Does not let its models go."""
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        self.unloads.append((await request.json())["model_id"])
+        return web.json_response({"error": "it does not end"}, status=500)
+
+
+async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: StartCortex) -> None:
+    """Two have to make way. One is refused by its neuron: the other, which still has a request, stays, and whoever
+    waits is not held until that has ended."""
+    benjy = Stubborn("benjy", 24000)
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/busy": "loaded", "org/idle": "loaded"}, [20000], hang
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/busy")))
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(_until(lambda: cortex.parts.scheduler.view().bar("org/high", "benjy") is not None))
+        assert not cortex.parts.fleet.snapshot().leaving
+        assert "org/busy" not in benjy.unloads
+        busy.cancel()
+        waiting.cancel()
+
+
+@pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
+async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
+    """A model is drained for another there: whoever waits for that one is told."""
+    benjy = SeedNeuron("benjy", 24000)
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().leaving))
+        if end == "it goes down":
+            benjy.silent = True
+        else:
+            cortex.parts.fleet.configure([], unhealthy_after=3)
+            cortex.parts.roster.configure([], cortex.parts.config.poll)
+        assert await bounded(waiting) == 503
+        assert not cortex.parts.loader.jobs()
+        busy.cancel()
+
+
+async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start_cortex: StartCortex) -> None:
+    """A request asks for the address of an idle engine; before it comes the engine has been asked to go."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(SeedNeuron):
+        async def _endpoint(self, request: web.Request) -> web.Response:
+            response = await super()._endpoint(request)
+            asked.set()
+            await go_on.wait()
+            return response
+
+        async def _unload(self, request: web.Request) -> web.Response:
+            go_on.set()
+            polls = self.calls.count("/health")
+            while self.calls.count("/health") < polls + 2:  # noqa: ASYNC110 - the address has been heard by then
+                await asyncio.sleep(0.01)
+            self.used_mb = [0]
+            return await super()._unload(request)
+
+    benjy = Slow("benjy", 24000)
+    benjy.models, benjy.used_mb = {"org/low": "loaded"}, [20000]
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement={"min_residency_secs": 0})
+        first = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(asked.wait())
+        assert await bounded(_status(cortex.chat("org/high"))) == 200
+        models = [json.loads(body)["model"] for _, _, body in benjy.engine.requests]
+        assert models == ["org/high"], "the other waits for its turn"
+        first.cancel()
+
+
+async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cortex: StartCortex) -> None:
+    """Events have a connection of their own, and may come late: meanwhile nothing is loaded elsewhere, and an old
+    failure is not taken for this load's."""
+    taken = asyncio.Event()
+
+    async def take(wire: Wire, received: Received) -> None:
+        first.change("org/low", "loading")
+        await wire.send(plain(b'{"status":"loading"}', status="202 Accepted"))
+        taken.set()
+
+    async with RawNeuron("first").running() as first, RawNeuron("second").running() as second:
+        first.scripts["/models/load?wait=false"] = second.scripts["/models/load?wait=false"] = take
+        first.change("org/low", "failed", error="long ago")
+        cortex = await start_cortex([first, second], [LOW], poll={"interval_secs": 30})
+        watch = cortex.parts.watches["first"]
+        await bounded(first.streaming.wait())
+        while first.asked[-2:] != ["/health", "/health"]:  # as long as events flow, nobody asks for the models
+            await watch.poll()
+        asking = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(taken.wait())
+        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().coming("org/low") is not None), secs=2)
+        for _ in range(2):
+            await watch.refresh()
+        assert [job.node for job in cortex.parts.loader.jobs()] == ["first"]
+        first.change("org/low", "failed", error="just now", cause="model")
+        await first.tell("model", first.models["org/low"])
+        assert await bounded(asking) == 503
+        assert "/models/load?wait=false" not in second.asked
+
+
+async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_cortex: StartCortex) -> None:
+    """A model that is up by now was not at fault: when it has gone again it can be loaded at once."""
+
+    async def fail(wire: Wire, received: Received) -> None:
+        error = b'{"error":{"message":"no such file","code":"load_failed","cause":"model"}}'
+        await wire.send(plain(error, status="500 Internal Server Error"))
+
+    async def no_address(wire: Wire, received: Received) -> None:
+        await wire.send(plain(b'{"error":"none"}', status="404 Not Found"))
+
+    async with RawNeuron().running() as neuron:
+        neuron.scripts["/models/load?wait=false"] = fail
+        neuron.scripts["/models/org%2Flow/endpoint"] = no_address
+        cortex = await start_cortex([neuron], [LOW])
+        await bounded(neuron.streaming.wait())
+        view = cortex.parts.scheduler.view
+        assert await bounded(_status(cortex.chat("org/low"))) == 503
+        assert view().bar("org/low", "raw") is not None
+        neuron.change("org/low", "loading")
+        await neuron.tell("model", neuron.models["org/low"])
+        await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
+        asking = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(_until(lambda: cortex.parts.rooms.count("org/low") == 1))
+        neuron.change("org/low", "loaded")
+        await neuron.tell("model", neuron.models["org/low"])
+        assert await bounded(asking) == 502, "it has no engine"
+        left = view().bar("org/low", "raw")
+        assert left is None or left.passes, "but for the moment that the lost engine costs"
+
+
+async def test_upkeep_waits_for_the_first_word_of_each_neuron(
+    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
+    monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
+    benjy.models["org/kept"] = "loaded"
+    benjy.answers.clear()
+    kept = {"id": "org/kept", "vram_mb": 4000, "replicas": {"min": 1}}
+    slow = {"timeout_secs": 30, "interval_secs": 0.05}
+    cortex = await start_cortex([benjy, beast], [kept], wait_healthy=False, poll=slow)
+    await bounded(_until(lambda: beast.calls.count("/health") > 5))
+    benjy.answers.set()
+    await bounded(cortex.until(lambda: bool(cortex.parts.fleet.snapshot().serving("org/kept"))))
+    assert not beast.loads
+
+
+async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
+    start_cortex: StartCortex, beast: SeedNeuron
+) -> None:
+    """The only neuron is replaced by another: what waits for a place on the first is loaded on the second."""
+    benjy = SeedNeuron("benjy", 24000)
+    benjy.load_gate.clear()
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [LOW])
+        waiting = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(benjy.load_started.wait())
+        parts, entry = cortex.parts, NeuronEntry(name="beast", endpoint=beast.url)
+        parts.fleet.configure([("beast", beast.url)], unhealthy_after=3)
+        parts.roster.configure([entry], parts.config.poll)
+        assert await bounded(waiting) == 200
+        assert [load["model_id"] for load in beast.loads] == ["org/low"]
+
+
+async def test_an_idle_model_that_does_not_go_is_left_alone(
+    start_cortex: StartCortex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves on, instead of being asked to go at every look."""
+    monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
+    benjy = Stubborn("benjy", 24000)
+    benjy.models["org/low"] = "loaded"
+    async with benjy.running():
+        cortex = await start_cortex([benjy], [{**LOW, "idle_ttl_secs": 0.01}])
+        await bounded(_until(lambda: bool(benjy.unloads)))
+        polls = benjy.calls.count("/health")
+        await bounded(_until(lambda: benjy.calls.count("/health") > polls + 5))
+        assert benjy.unloads == ["org/low"]
+        assert not cortex.parts.fleet.snapshot().leaving
+
+
+async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
+    """Whoever began it has left before the model that makes way had finished its requests."""
+    benjy, finish = SeedNeuron("benjy", 24000), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await finish.wait()
+        return web.json_response({})
+
+    benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], answer
+    async with benjy.running():
+        impatient = {"patience_secs": 0, "min_residency_secs": 0}
+        cortex = await start_cortex([benjy], [LOW, HIGH], placement=impatient)
+        busy = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(_until(lambda: bool(benjy.engine.requests)))
+        waiting = asyncio.create_task(_status(cortex.chat("org/high")))
+        await bounded(_until(lambda: bool(cortex.parts.loader.jobs())))
+        operator = asyncio.create_task(
+            _status(cortex.http.post(f"{cortex.url}/fleet/load", json={"model": "org/high"}))
+        )
+        (job,) = cortex.parts.loader.jobs()
+        await bounded(_until(lambda: job.needed))
+        waiting.cancel()
+        await bounded(_until(lambda: not cortex.parts.rooms.count("org/high")))
+        for _ in range(3):  # as many looks at whether it is still wanted
+            await asyncio.sleep(DRAIN_POLL_SECS)
+        finish.set()
+        assert await bounded(operator) == 200
+        assert await bounded(busy) == 200
+
+
+async def test_nothing_is_planned_while_nobody_waits(
+    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much the fleet changes: what a thousand busy neurons tell each second is no reason to plan."""
+    benjy.models["org/low"] = "loaded"
+    cortex = await start_cortex([benjy], [LOW])
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "View", None)
+        for _ in range(3):
+            cortex.parts.scheduler.routes_changed(["org/low"])
+            await asyncio.sleep(0)
+        cortex.parts.scheduler.look()
+    assert await bounded(_status(cortex.chat("org/low"))) == 200
+
+
+async def _status(request: Any) -> int:
+    async with request as response:
+        await response.read()
+        return int(response.status)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is looked at has no event
+        await asyncio.sleep(0.01)

@@ -1,0 +1,176 @@
+"""What SIGTERM means for requests that wait for a model, and for whoever asks how cortex is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cortex.http.stopping import Stopping
+from shared.errors import Unavailable
+from tests.cortex.conftest import StartCortex
+from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.raw_engine import RawEngine, Received, plain
+from tests.cortex.raw_http import Wire, bounded, connected, request, until
+from tests.cortex.seed_neuron import SeedNeuron
+from tests.processes import alive, descendants
+
+MODEL = "org/small"
+ASK = request(json.dumps({"model": MODEL}).encode())
+
+
+@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
+async def process(request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron) -> AsyncIterator[CortexProcess]:
+    """With the usual time to drain, and a model that is loaded on request."""
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
+        yield process
+
+
+@pytest.mark.parametrize("target", ["/v1/completions", "/v1/messages", "/fleet/load"])
+async def test_who_waits_for_a_load_is_refused_at_once(process: CortexProcess, benjy: SeedNeuron, target: str) -> None:
+    """With a code that says so and a time to come back, while there is time to ask another cortex; the neuron is not
+    told to stop the load, and cortex does not wait out its time to drain."""
+    benjy.load_gate.clear()
+    async with connected(process.url) as client:
+        await client.send(request(json.dumps({"model": MODEL}).encode(), target=target))
+        await bounded(benjy.load_started.wait())
+        started = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        answer = await client.answer()
+    error = json.loads(answer.body)["error"]
+    assert (answer.status, error["code"], answer.get("retry-after")) == (503, "cortex_stopping", "5")
+    assert answer.get("connection") == "close"
+    assert await process.ended() == 0
+    assert time.monotonic() - started < 10
+    assert benjy.unloads == []
+
+
+async def test_stop_while_workers_start(tmp_path: Path) -> None:
+    """They need not be up to be told: nothing is waited for, and nothing is left behind."""
+    (tmp_path / "cortex.toml").write_text(
+        '[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\nworkers = 2\n', encoding="utf-8"
+    )
+    (tmp_path / "models.toml").write_text("", encoding="utf-8")
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cortex", "serve", "--config", str(tmp_path / "cortex.toml")), stderr=output
+        )
+    await until(lambda: b"is process" in log.read_bytes())
+    pids = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert await bounded(process.wait()) == 0
+    assert not alive(pids)
+
+
+async def test_hangup_of_a_closed_terminal_stops(tmp_path: Path) -> None:
+    """The kernel sends the very signal that asks for a reload: whose terminal is gone, ends, as always."""
+    (tmp_path / "cortex.toml").write_text(
+        '[gateway]\nlisten = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\n', encoding="utf-8"
+    )
+    (tmp_path / "models.toml").write_text("", encoding="utf-8")
+    log = tmp_path / "log"
+    ours, theirs = pty.openpty()
+    command = ["setsid", "--ctty", sys.executable, "-m", "cortex", "serve", "--config", str(tmp_path / "cortex.toml")]
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(*command, stdin=theirs, stderr=output)
+    os.close(theirs)
+    await until(lambda: b"cortex listening" in log.read_bytes())
+    process.send_signal(signal.SIGHUP)
+    await until(lambda: b"configuration reloaded" in log.read_bytes())
+    os.close(ours)
+    assert await bounded(process.wait()) == 0
+
+
+async def test_who_is_at_an_engine_is_served(process: CortexProcess, benjy: SeedNeuron) -> None:
+    """Also when the engine has not said a word yet; and nothing new is begun on its connection."""
+    go_on = asyncio.Event()
+
+    async def script(wire: Wire, received: Received) -> None:
+        await bounded(go_on.wait())
+        await wire.send(plain(b'{"done": true}'))
+
+    async with RawEngine().running() as engine:
+        engine.scripts.append(script)
+        benjy.models[MODEL] = "loaded"
+        benjy.engine_url = engine.url
+        async with connected(process.url) as client, contextlib.AsyncExitStack() as stack:
+            # So many that each worker has one: it is closed when its worker drains.
+            idle = [await stack.enter_async_context(connected(process.url)) for _ in range(12)]
+            await client.send(ASK)
+            await engine.next_request()
+            process.process.send_signal(signal.SIGTERM)
+            for waiting in idle:
+                assert await waiting.rest() == b""
+            await client.send(ASK)
+            go_on.set()
+            answer = await client.answer()
+            assert (answer.status, answer.body, answer.get("connection")) == (200, b'{"done": true}', "close")
+            assert await client.rest() == b""
+        assert await process.ended() == 0
+        assert len(engine.requests) == 1
+
+
+async def test_a_model_that_is_not_there_is_not_loaded_any_more(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """A request whose body is complete only now: it gets the same answer, and nothing is begun for it."""
+    cortex = await start_cortex([benjy], [{"id": MODEL}])
+    cortex.parts.stopping.begin()
+    async with cortex.chat(MODEL) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "cortex_stopping")
+    assert benjy.loads == []
+    benjy.models[MODEL] = "loaded"
+    await cortex.until(lambda: MODEL in cortex.parts.fleet.snapshot().nodes["benjy"].models)
+    async with cortex.chat(MODEL) as answer:
+        assert answer.status == 200
+
+
+async def test_health_says_so(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """To a balancer that asks before the listening socket is closed."""
+    cortex = await start_cortex([benjy], [])
+    async with cortex.http.get(f"{cortex.url}/health") as answer:
+        assert (answer.status, (await answer.json())["status"]) == (200, "ok")
+    cortex.parts.stopping.begin()
+    async with cortex.http.get(f"{cortex.url}/health") as answer:
+        assert (answer.status, (await answer.json())["status"]) == (503, "degraded")
+
+
+async def test_what_is_waited_for_decides_when_it_comes_first() -> None:
+    """Its result or its error; an end that begins meanwhile cancels it, as does a caller that leaves."""
+    stopping = Stopping()
+    cancelled: list[str] = []
+
+    async def forever(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            raise
+
+    async def fails() -> None:
+        raise ValueError("its own")
+
+    assert await stopping.unless_begun(asyncio.sleep(0, "result")) == "result"
+    with pytest.raises(ValueError, match="its own"):
+        await stopping.unless_begun(fails())
+    leaving = asyncio.create_task(stopping.unless_begun(forever("left")))
+    staying = asyncio.create_task(stopping.unless_begun(forever("stayed")))
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    assert leaving.cancelled()
+    stopping.begin()
+    with pytest.raises(Unavailable, match="cortex is stopping"):
+        await staying
+    await asyncio.sleep(0.01)
+    assert cancelled == ["left", "stayed"]
+    with pytest.raises(Unavailable):
+        await stopping.unless_begun(forever("never begun"))

@@ -1,0 +1,81 @@
+"""What a client that waits is told, and where a request that failed may still go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import MappingProxyType
+
+import pytest
+
+from cortex.control.loader import Job
+from cortex.control.wait_note import waiting_note
+from cortex.placement.planner import Fit, Plan
+from cortex.upstream.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
+from shared.protocol import ModelView, Progress
+from tests.cortex.fleets import BEAST, BENJY, fleet
+
+MODEL = "org/m"
+
+
+def told(status: str, progress: Progress | None = None, *, loading: bool = False, healthy: bool = True) -> WaitNote:
+    """The note when beast lists the model so."""
+    view = ModelView(id=MODEL, status=status, progress=progress)
+    beast = replace(BEAST, models=MappingProxyType({MODEL: view}), healthy=healthy)
+    job = Job(Plan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
+    return waiting_note(MODEL, fleet(beast, BENJY), job if loading else None, None, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (
+            Progress(phase="loading weights", fraction=0.404, remaining_secs=34.2),
+            ": loading weights 40 %, about 35 s left",
+        ),
+        (Progress(phase="compiling", remaining_secs=3), ": compiling, about 3 s left"),
+        (Progress(phase="compiling"), ": compiling"),
+        (Progress(phase="compiling", fraction=math.nan, remaining_secs=math.inf), ": compiling"),
+        (Progress(remaining_secs=3), ": about 3 s left"),
+        (Progress(), " for 12 s"),
+        (None, " for 12 s"),
+    ],
+)
+def test_load_of_ours(progress: Progress | None, expected: str) -> None:
+    """As much as its neuron tells; else how long it has been."""
+    assert told("loading", progress, loading=True) == WaitNote(text=f"loading org/m on beast{expected}", node="beast")
+
+
+def test_other_waits() -> None:
+    """Somebody else's load, an engine's recovery, an address that is asked for, and nothing at all."""
+    assert told("loading") == WaitNote(text="loading org/m on beast", node="beast")
+    assert told("recovering", Progress(phase="starting")).text == "recovering org/m on beast: starting"
+    assert told("loaded").node == "beast"
+    for nowhere in (told("unloaded"), told("loading", healthy=False)):
+        assert nowhere == WaitNote(text="waiting for a place for org/m")
+    waits = waiting_note(MODEL, fleet(BEAST), None, "a turn", 100.0)
+    assert waits == WaitNote(text="waiting for a place for org/m: a turn")
+
+
+def failure(node: str, kind: FailureKind, *, fresh: bool = False) -> Failure:
+    return Failure(replica=Replica(model_id=MODEL, node=node, url="http://x", fresh=fresh), reason="", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([failure("a", "refused"), failure("b", "reset")], set()),
+        ([failure("a", "refused", fresh=True), failure("b", "reset", fresh=True)], {"a", "b"}),
+        ([failure("a", "timeout", fresh=True)], set()),
+        ([failure("a", "timeout"), failure("b", "timeout"), failure("a", "timeout")], {"a"}),
+        ([failure("a", "status", fresh=True)] * 2, set()),
+    ],
+)
+def test_given_up(failures: list[Failure], expected: set[str]) -> None:
+    """A dead engine at an address that was just asked for, and one that was busy twice; never one that answered."""
+    assert given_up(failures) == expected
+
+
+def test_untried_first() -> None:
+    """Their order is kept otherwise."""
+    assert untried_first(["a", "b", "c", "d"], [failure("a", "status"), failure("c", "reset")]) == ["b", "d", "a", "c"]

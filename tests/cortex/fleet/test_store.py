@@ -1,0 +1,202 @@
+"""What cortex keeps over restarts, and where."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cortex.config.files import state_directory
+from cortex.config.settings import CortexConfig
+from cortex.fleet.store import StateFile
+
+
+async def test_what_is_kept_is_found_by_the_next(tmp_path: Path) -> None:
+    """Drained neurons and times of loads; in a file that is this user's alone, with nothing beside it but a lock."""
+    state = StateFile(tmp_path / "cortex" / "state")
+    state.set_drained("beast", True)
+    state.set_drained("benjy", True)
+    state.set_drained("benjy", False)
+    state.set_load_secs("org/small", "beast", 12.5)
+    await state.close()
+    directory = tmp_path / "cortex" / "state"
+    assert stat.S_IMODE((directory / "state.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert sorted(path.name for path in directory.iterdir()) == ["lock", "state.json"]
+    again = StateFile(directory)
+    assert again.drained == {"beast"}
+    assert again.load_secs == {"org/small": {"beast": 12.5}}
+
+
+async def test_a_drain_is_there_when_flush_returns(tmp_path: Path) -> None:
+    """Whatever becomes of the process then."""
+    state = StateFile(tmp_path)
+    state.set_drained("beast", True)
+    await state.flush()
+    assert StateFile(tmp_path).drained == {"beast"}
+
+
+async def test_nothing_is_made_without_something_to_keep(tmp_path: Path) -> None:
+    """A cortex that drained nobody leaves no trace."""
+    state = StateFile(tmp_path / "state")
+    await state.flush()
+    await state.close()
+    assert not (tmp_path / "state").exists()
+
+
+async def test_many_changes_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop waits a moment, then writes once."""
+    monkeypatch.setattr("cortex.fleet.store.WRITE_AFTER_SECS", 0.05)
+    state = StateFile(tmp_path)
+    written: list[bytes] = []
+    write = state._write
+
+    def noted(directory: Path, data: bytes) -> str | None:
+        written.append(data)
+        return write(directory, data)
+
+    monkeypatch.setattr(state, "_write", noted)
+    loop = asyncio.create_task(state.write_loop())
+    for number in range(100):
+        state.set_load_secs("m", "n", number)
+    while not written:  # noqa: ASYNC110 - written in a thread
+        await asyncio.sleep(0.01)
+    loop.cancel()
+    await state.close()
+    assert len(written) == 1
+    assert StateFile(tmp_path).load_secs == {"m": {"n": 99}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"version": 2, "drained": []}',
+        '{"drained": ["beast"]}',
+        '{"version": 1, "drained": "beast"}',
+        '{"version": 1, "load_secs": {"m": {"n": -1}}}',
+        '{"version": 1, "load_secs": {"m": {"n": NaN}}}',
+        b"\xff\xfe\x00",
+    ],
+)
+async def test_a_bad_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | bytes) -> None:
+    """It is warned of, cortex starts without it, and the next write does not destroy it."""
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "state.json").write_bytes(data)
+    state = StateFile(tmp_path)
+    assert (set(state.drained), dict(state.load_secs)) == (set(), {})
+    assert f"{tmp_path}/state.json cannot be used and is now state.json.bad" in caplog.text
+    state.set_drained("beast", True)
+    await state.close()
+    assert (tmp_path / "state.json.bad").read_bytes() == data
+    assert StateFile(tmp_path).drained == {"beast"}
+
+
+async def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
+    """As long as the version is the same, so is the meaning of what is known."""
+    (tmp_path / "state.json").write_text(json.dumps({"version": 1, "drained": ["a"], "more": 1}), encoding="utf-8")
+    assert StateFile(tmp_path).drained == {"a"}
+
+
+async def test_an_unwritable_place_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And tried again with each change: then what had not been written is."""
+    caplog.set_level(logging.INFO)
+    place = tmp_path / "file"
+    place.write_text("in the way", encoding="utf-8")
+    state = StateFile(place / "state")
+    for name in ("a", "b"):
+        state.set_drained(name, True)
+        await state.flush()
+    assert state.problem is not None
+    assert "Not a directory" in state.problem
+    assert caplog.text.count("is lost with this process") == 1
+    place.unlink()
+    await state.flush()
+    assert state.problem is None
+    assert "can be written again" in caplog.text
+    await state.close()
+    assert StateFile(place / "state").drained == {"a", "b"}
+
+
+async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
+    """A second one reads, as it may be the next that starts while the first still drains, and writes when that is gone;
+    until then neither undoes the other's changes."""
+    first = StateFile(tmp_path)
+    first.set_drained("a", True)
+    await first.flush()
+    second = StateFile(tmp_path)
+    second.set_drained("b", True)
+    await second.flush()
+    assert second.problem is not None
+    assert "in use by another cortex" in second.problem
+    assert StateFile(tmp_path).drained == {"a"}
+    await first.close()
+    await second.flush()
+    assert second.problem is None
+    assert StateFile(tmp_path).drained == {"a", "b"}
+    await second.close()
+
+
+async def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new one takes its place whole or not at all."""
+    state = StateFile(tmp_path)
+    state.set_drained("a", True)
+    await state.flush()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    state.set_drained("b", True)
+    await state.flush()
+    assert state.problem == "No space left on device"
+    assert StateFile(tmp_path).drained == {"a"}
+    monkeypatch.undo()
+    await state.close()
+
+
+async def test_without_a_directory_it_is_all_in_memory() -> None:
+    """For a fleet that is itself gone with its cortex."""
+    state = StateFile(None)
+    state.set_drained("beast", True)
+    await state.flush()
+    assert (set(state.drained), state.problem) == ({"beast"}, None)
+    await state.close()
+
+
+def test_where_the_state_is(tmp_path: Path) -> None:
+    """As configured; else systemd's; else the user's, by the configuration file, so that two with a file each share
+    nothing, whatever they are called."""
+    files = [tmp_path / name / "cortex.toml" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("", encoding="utf-8")
+    config, at_home = CortexConfig(), {"XDG_STATE_HOME": "/home/x/state"}
+    given = CortexConfig.model_validate({"state_dir": "kept"})
+    assert state_directory(given, files[0], {"STATE_DIRECTORY": "/var/lib/cortex"}) == files[0].parent / "kept"
+    assert state_directory(config, files[0], {"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}) == Path("/var/lib/a")
+    a, b = (state_directory(config, file, at_home) for file in files)
+    assert a is not None
+    assert a.parent == Path("/home/x/state/cortex")
+    assert a != b
+    (tmp_path / "link.toml").symlink_to(files[0])
+    assert state_directory(config, tmp_path / "link.toml", at_home) == a
+
+
+def test_a_configuration_that_does_not_last_keeps_nothing(tmp_path: Path) -> None:
+    """As that of `cortex dev`, which is in memory: its number is another cortex's next time. A `state_dir` counts."""
+    fd = os.memfd_create("cortex.toml", 0)
+    try:
+        path = Path(f"/dev/fd/{fd}")
+        assert state_directory(CortexConfig(), path, {"STATE_DIRECTORY": "/var/lib/cortex"}) is None
+        given = CortexConfig.model_validate({"state_dir": str(tmp_path)})
+        assert state_directory(given, path, {}) == tmp_path
+    finally:
+        os.close(fd)

@@ -1,0 +1,69 @@
+"""What the request path counts, alone and added up."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Histogram, Tally, merged
+
+
+def counted(times: int = 1) -> Tally:
+    """A tally with a bit of everything, each `times` times."""
+    tally = Tally()
+    for _ in range(times):
+        tally.request("m", "beast", 200, 0.25, 0.004)
+        tally.request("m", "beast", 502, 0.5, None)
+        tally.error("m", "beast", "upstream_unreachable")
+        tally.tokens("m", "beast", 3, 5)
+        tally.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
+    return tally
+
+
+def test_everything_is_counted_once() -> None:
+    """Statuses, errors, tokens and durations, each for its model and neuron."""
+    series = dict(counted().items())
+    assert set(series) == {("m", "beast"), ('odd "name"\n', "benjy")}
+    here = series["m", "beast"]
+    assert (here.statuses, here.errors) == ({200: 1, 502: 1}, {"upstream_unreachable": 1})
+    assert here.tokens == {"prompt": 3, "completion": 5}
+    assert (sum(here.duration.counts), here.duration.secs) == (2, 0.75)
+    assert (sum(here.first_byte.counts), here.first_byte.secs) == (1, 0.004)
+
+
+@pytest.mark.parametrize("buckets", [REQUEST_BUCKETS, FIRST_BYTE_BUCKETS])
+def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float, ...]) -> None:
+    """Upper bounds are inclusive, as Prometheus defines `le`; what is above all is kept too."""
+    for place, bound in enumerate(buckets):
+        histogram = Histogram.of(buckets)
+        histogram.observe(buckets, bound)
+        histogram.observe(buckets, bound * 1.0001)
+        assert [place, place + 1] == [at for at, count in enumerate(histogram.counts) if count]
+
+
+def test_a_tally_travels_between_processes() -> None:
+    """Whole, in either of msgspec's encodings, and it goes on counting there."""
+    there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Tally)
+    assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Tally)
+    there.request("m", "beast", 200, 1.0, None)
+    there.request("new", "beast", 200, 1.0, None)
+    assert len(dict(there.items())) == 3
+
+
+def test_tallies_add_up_and_stay_as_they_are() -> None:
+    """Three workers count as much as one that did it all; the sum is no view of any of them."""
+    one, two = counted(), counted(2)
+    total = merged([one, two, Tally()])
+    assert total == counted(3)
+    total.request("m", "beast", 200, 1.0, 1.0)
+    total.error("m", "beast", "new")
+    assert (one, two) == (counted(), counted(2))
+    assert merged([]) == Tally()
+
+
+def test_other_buckets_are_not_added() -> None:
+    """A sum over different buckets would be a lie."""
+    foreign = counted()
+    foreign.series["m"]["beast"].duration.counts.append(1)
+    with pytest.raises(ValueError, match="longer"):
+        merged([counted(), foreign])

@@ -1,0 +1,75 @@
+"""The page that Prometheus reads, from the counts of several workers."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cortex.fleet.state import Fleet
+from cortex.metrics.counters import Tally
+from cortex.metrics.exporter import Metrics
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def samples(metrics: Metrics) -> Samples:
+    """Each sample of the page by its name and labels."""
+    families = text_string_to_metric_families(metrics.exposition().decode())
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for f in families for sample in f.samples}
+
+
+def made(*tallies: Tally) -> Metrics:
+    fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
+    return Metrics(fleet, lambda: {("m", "beast"): 2}, lambda: tallies)
+
+
+def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset({"model": model, "node": "beast", **labels}.items())
+
+
+def test_the_page_is_the_sum_of_the_workers() -> None:
+    """And of what they count between two scrapes."""
+    one, two = Tally(), Tally()
+    metrics = made(one, two)
+    one.request("m", "beast", 200, 0.3, 0.02)
+    two.request("m", "beast", 200, 40.0, None)
+    two.error("m", "beast", "upstream_lost")
+    two.tokens("m", "beast", 3, 5)
+    page = samples(metrics)
+    assert page[key("cortex_requests_total", status="200")] == 2
+    assert page[key("cortex_request_errors_total", code="upstream_lost")] == 1
+    assert page[key("cortex_tokens_total", kind="completion")] == 5
+    assert page[key("cortex_requests_in_flight")] == 2
+    assert page["cortex_node_healthy", frozenset({("node", "beast")})] == 0
+    one.request("m", "beast", 200, 0.3, None)
+    assert samples(metrics)[key("cortex_requests_total", status="200")] == 3
+
+
+def test_buckets_add_up() -> None:
+    """Each holds those below it, the last all of them, as Prometheus wants it."""
+    tally = Tally()
+    for secs in (0.05, 0.2, 0.25, 1e6):
+        tally.request("m", "beast", 200, secs, None)
+    page = samples(made(tally))
+    name = "cortex_request_duration_seconds"
+    counts = [page[key(f"{name}_bucket", le=le)] for le in ("0.05", "0.1", "0.25", "1800.0", "+Inf")]
+    assert counts == [1, 1, 3, 3, 4]
+    assert (page[key(f"{name}_count")], page[key(f"{name}_sum")]) == (4, 1e6 + 0.5)
+    assert key("cortex_time_to_first_byte_seconds_count") not in page
+
+
+def test_cold_starts_are_counted_where_models_are_loaded() -> None:
+    """As a number and as durations."""
+    metrics = made()
+    metrics.cold_start("m", "beast", 12.0)
+    page = samples(metrics)
+    assert page[key("cortex_cold_starts_total")] == page[key("cortex_cold_start_seconds_bucket", le="20.0")] == 1
+    assert page[key("cortex_cold_start_seconds_bucket", le="10.0")] == 0
+
+
+def test_any_name_of_a_model_survives_the_page() -> None:
+    """Escaped, so that it breaks no line; and no series but the documented ones is made."""
+    tally, name = Tally(), 'we"ird\\\n{ü}'
+    tally.request(name, "beast", 200, 1.0, 1.0)
+    page = made(tally).exposition()
+    assert samples(made(tally))[key("cortex_requests_total", model=name, status="200")] == 1
+    assert b"_created" not in page

@@ -1,0 +1,55 @@
+"""Large fleets: the nodes that are looked at, and that the best is among them."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from cortex.placement.candidates import MANY, shortlist
+from cortex.placement.planner import best, likely_verdicts, verdicts
+from tests.cortex.fleets import On, fleet, host
+from tests.cortex.views import profile, view
+
+
+def test_a_small_fleet_is_looked_at_in_full() -> None:
+    """Every node of it, whatever it has."""
+    nodes = [host(f"n{i}", 24000) for i in range(MANY)]
+    assert len(shortlist(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MANY
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_is_on_the_list(seed: int, size: int) -> None:
+    """Of 300 nodes of many kinds, of which one in three has no room."""
+    random = Random(seed)
+    wanted = profile(vram_mb=9000 * size, min_devices=size, min_device_vram_mb=random.choice((None, 20000)))
+    nodes = []
+    for number in range(300):
+        total = random.choice((12000, 24000, 32000))
+        held = random.choice((0, 4000, 8000, total - 100))
+        models = {f"other{number}": On(held)} if held else {}
+        nodes.append(host(f"n{number}", *[total] * random.choice((1, 2)), models=models))
+    moment = view(fleet(*nodes), wanted)
+    assert len(shortlist(moment, wanted)) == MANY
+    assert best(likely_verdicts(moment, wanted)) == best(verdicts(moment, wanted))
+
+
+def test_who_knows_the_model_is_on_the_list() -> None:
+    """Its node comes first where it fits, however much room it has."""
+    wanted = profile(vram_mb=4000)
+    knows = host("knows", 32000, models={"m": On(0, status="unloaded")})
+    moment = view(fleet(*[host(f"n{i}", 12000) for i in range(100)], knows), wanted)
+    plan = best(likely_verdicts(moment, wanted))
+    assert plan is not None
+    assert plan.node == "knows"
+
+
+def test_nothing_is_given_up_for_being_far_down() -> None:
+    """Only one of 200 nodes can hold it, and that one is full of something idle."""
+    wanted = profile(vram_mb=30000)
+    full = host("full", 32000, models={"old": On(31000)})
+    moment = view(fleet(*[host(f"n{i}", 24000) for i in range(199)], full), wanted, profile(id="old", vram_mb=31000))
+    plan = best(likely_verdicts(moment, wanted))
+    assert plan is not None
+    assert plan.node == "full"

@@ -1,0 +1,337 @@
+"""Whose turn it is, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.placement.fair_queue import Turn, next_turn
+from cortex.placement.inputs import Bar, Rules, Use, View, Waiting
+from cortex.placement.planner import Fit, Plan
+from tests.cortex.fleets import On, fleet, host
+from tests.cortex.views import NOW, RULES, evicted, profile, used, view
+
+A, B, C = (profile(id=name, vram_mb=20000) for name in "abc")
+
+
+@dataclass
+class Box:
+    """One card that its models share, and the clock of whoever drives it. Loads take `load_secs`; who makes way leaves
+    when it has nothing more to do."""
+
+    models: tuple[ModelProfile, ...]
+    rules: Rules = RULES
+    load_secs: float = 10.0
+    now: float = 0.0
+    loaded: str | None = None
+    loading: str | None = None
+    leaving: str | None = None
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    working: int = 0
+    loaded_at: float = 0.0
+    last_used: float = 0.0
+    ready_at: float = 0.0
+    served: list[str] = field(default_factory=list)
+    loads: list[tuple[float, str]] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+
+    def view(self) -> View:
+        there = {name: On(20000) for name in (self.loaded,) if name}
+        reserved = (Reservation(self.loading, "box", (0,), 20000),) if self.loading else ()
+        gone = ((self.leaving, "box"),) if self.leaving else ()
+        uses = {(self.loaded, "box"): Use(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
+        return View(
+            now=self.now,
+            catalogue=Catalogue(models=self.models),
+            fleet=fleet(host("box", 24000, models=there), reservations=reserved, leaving=gone),
+            rules=self.rules,
+            uses=uses,
+            waiting=dict(self.waiting),
+        )
+
+    def state(self) -> tuple[str | None, str | None, str | None]:
+        """What is loaded, what is being loaded, what makes way."""
+        return self.loaded, self.loading, self.leaving
+
+    def ask(self, *models: str) -> None:
+        """A request for each, one after the other."""
+        for name in models:
+            if self.loaded == name and self.leaving != name:
+                self.served.append(name)
+                self.last_used = self.now
+            else:
+                known = self.waiting.get(name, Waiting(0, self.now))
+                self.waiting[name] = Waiting(known.count + 1, known.since)
+
+    def look(self) -> Turn:
+        turn = next_turn(self.view())
+        for plan in turn.loads:
+            self._begin(plan)
+        self._settle()
+        return turn
+
+    def pass_time(self, secs: float, *, step: float = 0.25) -> None:
+        """The clock runs, and it is looked at every `step`."""
+        until = self.now + secs
+        while self.now < until - 1e-9:
+            self.now += step
+            if self.working:
+                self.last_used = self.now
+            self._settle()
+            self.look()
+
+    def _begin(self, plan: Plan) -> None:
+        assert self.loading is None, "two loads at once into one place"
+        self.loading = plan.model_id
+        self.leaving = next(iter(evicted(plan)), None)
+        self.ready_at = self.now + self.load_secs
+
+    def _settle(self) -> None:
+        if self.leaving and not self.working:
+            self.loaded = self.leaving = None
+            self.ready_at = self.now + self.load_secs
+        if self.loading and not self.leaving and self.now >= self.ready_at:
+            self.loaded, self.loading, self.loaded_at = self.loading, None, self.now
+            self.loads.append((self.now, self.loaded))
+            done = self.waiting.pop(self.loaded, Waiting(0, self.now))
+            self.served += [self.loaded] * done.count
+            self.waited.append(self.now - done.since)
+            self.last_used = self.now
+
+
+def _order(served: Iterable[str]) -> str:
+    return "".join(served)
+
+
+def test_abcabc_becomes_aabbcc() -> None:
+    """All that wait for one model are served by one load: three loads for six requests, in the order they came."""
+    box = Box((A, B, C))
+    box.ask(*"abcabc")
+    box.look()
+    box.pass_time(120)
+    assert _order(box.served) == "aabbcc"
+    assert [name for _, name in box.loads] == ["a", "b", "c"]
+
+
+def test_peers_take_turns() -> None:
+    """A serves without pause; B gets the box when it has waited for patience and A has had its time; then A again."""
+    box = Box((A, B), RULES)
+    box.ask("a")
+    box.look()
+    box.pass_time(10)
+    assert (box.state(), box.now) == (("a", None, None), 10)
+    box.working = 2
+    box.ask("b")
+    turn = box.look()
+    assert (turn.loads, turn.wake_at) == ((), 40)
+    assert turn.notes == {"b": "waiting for a turn: box: fits after displacement of a"}
+    box.pass_time(29.75)
+    assert box.state() == ("a", None, None)  # it has not had its 30 s
+    box.pass_time(0.25)
+    assert box.state() == ("a", "b", "a")  # marked, and drained first
+    box.ask("a")
+    assert _order(box.served) == "a"  # nothing new for one that leaves
+    box.pass_time(60)
+    assert box.state() == ("a", "b", "a")  # however long it takes
+    box.working = 0
+    box.pass_time(10.5)
+    assert box.state() == ("b", None, None)
+    box.working = 1
+    box.pass_time(29)
+    assert box.state() == ("b", None, None)
+    box.pass_time(1)
+    assert box.state() == ("b", "a", "b")
+    box.working = 0
+    box.pass_time(10.5)
+    assert (box.state(), _order(box.served)) == (("a", None, None), "aba")
+
+
+def test_an_idle_peer_makes_way_at_once() -> None:
+    """When it had its time; before, only after a pause that shows that nobody goes on with it."""
+    box = Box((A, B))
+    box.ask("a")
+    box.look()
+    box.pass_time(50)
+    box.ask("b")
+    assert [plan.model_id for plan in box.look().loads] == ["b"]
+    box.pass_time(10.25)
+    assert box.state() == ("b", None, None)
+    box.ask("a")
+    assert box.look().loads == ()
+    box.pass_time(1)
+    assert box.state() == (None, "a", None)
+
+
+def test_nobody_starves_among_busy_peers() -> None:
+    """Three models that are asked for all the time: each gets its turn, and waits no longer than the others' turns
+    take."""
+    box = Box((A, B, C), load_secs=5)
+    for _ in range(1200):
+        box.ask(*"abc")
+        box.working = 1 if box.loaded and not box.leaving else 0  # drained within the quarter of a second
+        box.pass_time(0.25)
+    names = [name for _, name in box.loads]
+    assert names[:9] == list("abcabcabc")
+    turn_secs = box.rules.min_residency_secs + box.load_secs + 1
+    assert max(box.waited) <= 3 * turn_secs
+    assert min(after - before for (before, _), (after, _) in zip(box.loads, box.loads[1:], strict=False)) >= 30
+
+
+WAIT_FOR_A_LOAD = fleet(host("box", 24000))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "first"),
+    [
+        ({"a": 5, "b": 9}, "b"),  # among equals who waits longest
+        ({"a": 5, "b": 5}, "a"),  # then the name
+        ({"a": 50, "high": 1}, "high"),  # the priority before that
+        ({"a": 60, "high": 1}, "a"),  # but who starves goes first
+        ({"a": 61, "high": 60}, "a"),  # and of those that starve who waits longest
+        ({"a": 60, "high": 61}, "high"),
+    ],
+)
+def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
+    """Starved, priority, patience, name."""
+    high = profile(id="high", vram_mb=20000, residency_priority=200)
+    turn = next_turn(view(WAIT_FOR_A_LOAD, A, B, high, waiting=waiting))
+    assert [plan.model_id for plan in turn.loads] == [first]
+    assert set(turn.notes) == set(waiting) - {first}
+    assert not turn.refused
+
+
+def test_what_can_go_side_by_side_does() -> None:
+    """One look begins every load for which there is room, each on its own device."""
+    where = fleet(host("box", 24000, 24000), host("other", 24000))
+    turn = next_turn(view(where, A, B, C, waiting={"a": 3, "b": 2, "c": 1}))
+    assert [(plan.model_id, plan.node, plan.devices) for plan in turn.loads] == [
+        ("a", "box", (0,)),
+        ("b", "box", (1,)),
+        ("c", "other", (0,)),
+    ]
+
+
+def test_what_one_displaces_is_not_displaced_by_another() -> None:
+    """Two that wait: one makes room for the first, the other waits for its own turn."""
+    where = fleet(host("box", 24000, 24000, models={"a": On(20000), "d": On(20000, (1,))}))
+    models = A, B, C, profile(id="d", vram_mb=20000)
+    turn = next_turn(view(where, *models, waiting={"b": 2, "c": 1}))
+    assert [(plan.model_id, evicted(plan)) for plan in turn.loads] == [("b", {"a"}), ("c", {"d"})]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        fleet(host("box", 24000, models={"a": On(20000)})),  # served
+        fleet(host("box", 24000, models={"a": On(20000, status="recovering")})),  # on its way
+        fleet(host("box", 24000), host("other", 24000), reservations=(Reservation("a", "other", (0,), 20000),)),
+    ],
+)
+def test_what_needs_no_place_is_left_alone(where: object) -> None:
+    """Served, on its way up, or being loaded already."""
+    assert next_turn(view(where, A, waiting={"a": 1})) == Turn()  # type: ignore[arg-type]
+
+
+def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
+    """A refusal for one model is none for another."""
+    top = profile(id="top", vram_mb=20000, residency_priority=500)
+    where = fleet(host("box", 24000, models={"top": On(20000)}), host("small", 9000))
+    there = profile(id="there", vram_mb=20000, pinned_on=["box"], residency_priority=100)
+    moment = view(where, there, top, profile(id="s", vram_mb=4000), waiting={"there": 5, "s": 1, "gone": 1})
+    turn = next_turn(moment)
+    assert [plan.model_id for plan in turn.loads] == ["s"]
+    assert {m: error.code for m, error in turn.refused.items()} == {
+        "there": "insufficient_vram",
+        "gone": "model_not_found",
+    }
+
+
+def test_the_next_look_is_at_the_first_that_may_be_ready() -> None:
+    """The end of a bar, or of somebody's patience."""
+    where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
+    bars = {("b", "other"): Bar(NOW + 9, "restarts", passes=True), ("b", "box"): Bar(NOW + 400, "no")}
+    moment = view(where, A, B, waiting={"b": 1}, uses={("a", "box"): used(1)}, bars=bars)
+    assert next_turn(moment).wake_at == NOW + 9
+
+
+PAIR = profile(id="pair", vram_mb=40000, min_devices=2)
+S, T = profile(id="s", vram_mb=20000), profile(id="t", vram_mb=20000)
+
+
+def _two_cards(first: str, second: str, **devices: On) -> NodeSnapshot:
+    return host("box", 24000, 24000, models={first: On(20000), second: On(20000, (1,)), **devices})
+
+
+@pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
+def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken: bool) -> None:
+    """A split model needs two cards, of which one is young and busy: smaller ones would take the other one again and
+    again, each young in its turn."""
+    where = fleet(_two_cards("a", "s"))
+    uses = {("a", "box"): used(1, idle=0, age=5), ("s", "box"): used(idle=900)}
+    turn = next_turn(view(where, A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
+    assert [plan.model_id for plan in turn.loads] == (["t"] if taken else [])
+    assert "pair" in turn.notes
+
+
+@pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
+def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: float, taken: bool) -> None:
+    """Else there would always be one under way on either of the cards."""
+    loading = host("box", 24000, 24000, models={"a": On(20000, status="loading"), "s": On(20000, (1,))})
+    uses = {("s", "box"): used(idle=900)}
+    turn = next_turn(view(fleet(loading), A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
+    assert [plan.model_id for plan in turn.loads] == (["t"] if taken else [])
+    assert not turn.refused
+
+
+def test_a_split_model_gets_its_turn_among_small_ones() -> None:
+    """Six small ones that come and go on two cards, never both at a time, and one that needs both: it waits for
+    starvation, and for those that are there by then."""
+    rules = RULES
+    small = tuple(profile(id=f"s{i}", vram_mb=20000) for i in range(6))
+    holds: list[str | None] = [None, None]
+    since, now, pair_loaded = [0.0, 0.0], 0.0, None
+    waiting = {each.id: Waiting(1, 0.0) for each in small} | {"pair": Waiting(1, 1.0)}
+    while now < 300 and pair_loaded is None:
+        there = {name: On(20000, (i,)) for i, name in enumerate(holds) if name}
+        moment = View(
+            now=now,
+            catalogue=Catalogue(models=(*small, PAIR)),
+            fleet=fleet(host("box", 24000, 24000, models=there)),
+            rules=rules,
+            uses={(name, "box"): Use(1, now, since[i]) for i, name in enumerate(holds) if name},
+            waiting={m: each for m, each in waiting.items() if m not in there and each.since <= now},
+        )
+        for plan in next_turn(moment).loads:
+            if plan.model_id == "pair":
+                pair_loaded = now
+                break
+            (index,) = plan.devices
+            holds[index], since[index] = plan.model_id, now + (15 if now == 0 else 0) * index
+            waiting = {**waiting, **{name: Waiting(1, now) for name in evicted(plan)}}
+        now += 1.0
+    assert pair_loaded is not None
+    assert pair_loaded <= rules.starvation_secs + rules.min_residency_secs + rules.patience_secs
+
+
+def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
+    """A turn's own steps are seen by those after: one that fits beside is begun, one that does not waits."""
+    half = profile(id="half", vram_mb=12000)
+    turn = next_turn(
+        view(
+            fleet(host("box", 24000)),
+            half,
+            A,
+            profile(id="rest", vram_mb=11000),
+            waiting={
+                "half": 3,
+                "a": 2,
+                "rest": 1,
+            },
+        )
+    )
+    assert [(plan.model_id, plan.fit) for plan in turn.loads] == [("half", Fit.NOW), ("rest", Fit.NOW)]
+    assert "waits for half" in turn.notes["a"]

@@ -1,0 +1,65 @@
+"""What is kept of feasibility says what asking node by node would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.placement.feasibility import is_feasible
+from cortex.placement.feasibility_cache import Feasibility
+from shared.protocol import Discovery
+from tests.cortex.fleets import fleet, node
+
+PROFILES = [
+    ModelProfile(id="m", harness=harness, min_devices=devices, min_device_vram_mb=floor, pinned_on=pinned)
+    for harness, devices, floor, pinned in product(
+        ("vllm", "sim"), (1, 2, 3), (None, 12000, 24000, 48000), ((), ("a",), ("c", "a", "nobody"))
+    )
+]
+
+
+def asked_one_by_one(profile: ModelProfile, snapshot: FleetSnapshot) -> tuple[str, ...]:
+    return tuple(entry.name for entry in snapshot.nodes.values() if is_feasible(profile, entry))
+
+
+def test_it_says_what_the_rule_says() -> None:
+    """For every need and every kind of neuron, one after the other, by one object; of neurons that come and go."""
+    nodes = [
+        node("c", 24000, 24000),
+        node("a", 12000, 24000, harnesses=("vllm", "sim")),
+        node("twin", 24000, 12000, harnesses=("sim", "vllm")),
+        node("lost", 24000, 48000, lost=(1,)),
+        node("mig", 24000, 24000, 24000, mig=(0,)),
+        node("unknown", 24000, discovered=False),
+        node("away", 48000, healthy=False),
+        node("none"),
+    ]
+    feasibility = Feasibility()
+    for snapshot in (fleet(*nodes), fleet(*nodes[:3]), fleet(*reversed(nodes)), fleet(), fleet(*nodes[2:])):
+        for profile in PROFILES:
+            assert feasibility.nodes(profile, snapshot) == asked_one_by_one(profile, snapshot)
+
+
+def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> None:
+    """The very object stays, so that whoever keeps something made of it need not make it again."""
+    first, second = node("a", 24000), node("b", 24000)
+    feasibility, profile = Feasibility(), ModelProfile(id="m")
+    found = feasibility.nodes(profile, fleet(first, second))
+    assert first.discovery is not None
+    again = replace(first, discovery=first.discovery.model_copy(update={"instance_id": "two"}))
+    assert feasibility.nodes(profile, fleet(again, second)) is found
+    bigger = replace(first, discovery=node("a", 48000).discovery)
+    assert feasibility.nodes(profile, fleet(bigger, second)) is found
+    assert feasibility.nodes(profile, fleet(replace(first, discovery=Discovery()), second)) == ("b",)
+
+
+def test_neurons_are_looked_at_only_when_a_topology_changed() -> None:
+    """A snapshot that tells so is believed: thousands of questions come between two changes."""
+    topology = object()
+    feasibility, profile = Feasibility(), ModelProfile(id="m")
+    found = feasibility.nodes(profile, replace(fleet(node("a", 24000)), topology=topology))
+    unseen = replace(fleet(node("a", 24000), node("b", 24000)), topology=topology)
+    assert feasibility.nodes(profile, unseen) is found
+    assert feasibility.nodes(profile, replace(unseen, topology=object())) == ("a", "b")

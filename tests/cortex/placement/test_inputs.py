@@ -1,0 +1,70 @@
+"""What a moment says of one model."""
+
+from __future__ import annotations
+
+import pytest
+
+from cortex.config.catalogue import DEFAULT_PRIORITY
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.placement.inputs import Bar
+from cortex.placement.planner import verdict_on
+from tests.cortex.fleets import On, fleet, host
+from tests.cortex.views import NOW, plan_for, profile, view
+
+HERE = host("a", 24000, 24000, models={"own": On(0, (0, 1), status="unloaded")})
+
+
+def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
+    """On as many devices; elsewhere nobody has its spec."""
+    plan = plan_for(view(fleet(host("b", 90000), HERE)), "own")
+    assert (plan.node, plan.devices) == ("a", (0, 1))
+    assert view(fleet(HERE)).priority("own") == DEFAULT_PRIORITY
+
+
+@pytest.mark.parametrize(("name", "devices"), [("my model", 1), ("", 1), ("x" * 600, 1), ("wide", 72)])
+def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: int) -> None:
+    """Neurons name their models as they like, and have what hardware they have: one such must not end all planning."""
+    there = host("a", *[24000] * devices, models={name: On(0, tuple(range(devices)), status="unloaded")})
+    assert len(plan_for(view(fleet(there)), name).devices) == devices
+
+
+@pytest.mark.parametrize(
+    ("where", "known"),
+    [
+        (fleet(HERE), True),
+        (fleet(host("a", 24000, models={"own": On(500, status="sleeping")})), True),
+        (fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),)), True),  # it can come back then
+        (fleet(host("a", 24000, models={"own": On(9000, status="failed")})), False),
+        (fleet(host("a", 24000, models={"own": On(9000, status="what?")})), False),
+        (fleet(host("a", 24000)), False),
+    ],
+)
+def test_models_of_no_catalogue_that_can_be_loaded(where: FleetSnapshot, known: bool) -> None:
+    """Those that a neuron has and can bring up again."""
+    assert (view(where).profile("own") is not None) is known
+
+
+def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
+    """Also when only its neuron knows it."""
+    where = fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),))
+    moment = view(where)
+    own = moment.profile("own")
+    assert own is not None
+    assert verdict_on(moment, own, where.nodes["a"]).passes
+
+
+def test_the_catalogue_outweighs_what_was_seen() -> None:
+    """Its size, its priority."""
+    moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), needs_mb={"m": 9000, "n": 9000})
+    assert moment.share_mb(profile(vram_mb=3000)) == 3000
+    assert moment.share_mb(profile(id="n")) == 9000
+    assert moment.share_mb(profile(id="o")) == 0
+    assert moment.priority("m") == 7
+
+
+def test_bars_end() -> None:
+    """One for all nodes outweighs that of a node; one that has ended is none."""
+    bars = {("m", "*"): Bar(NOW + 1, "every"), ("m", "a"): Bar(NOW + 9, "a"), ("n", "a"): Bar(NOW, "over")}
+    moment = view(fleet(HERE), bars=bars)
+    found = moment.bar("m", "a"), moment.bar("m", "b"), moment.bar("n", "a")
+    assert [bar and bar.reason for bar in found] == ["every", "every", None]

@@ -1,0 +1,427 @@
+"""Where models go, case by case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
+from cortex.placement.fair_queue import after
+from cortex.placement.feasibility import infeasible_reason, is_feasible
+from cortex.placement.inputs import Bar, View
+from cortex.placement.planner import Fit, best, verdict_on, verdicts
+from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node
+from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "feasible"),
+    [
+        ({}, QUADBRAT, True),
+        ({"pinned_on": ["beast"]}, BEAST, True),
+        ({"pinned_on": ["beast"]}, BENJY, False),
+        ({"harness": "sim"}, BENJY, False),
+        ({"min_devices": 2}, BEAST, True),
+        ({"min_devices": 2}, BENJY, False),
+        ({"min_devices": 2}, node("n", 32000, 32000, lost=(1,)), False),
+        ({"min_devices": 2}, node("n", 32000, 32000, mig=(1,)), False),
+        ({"min_device_vram_mb": 16000}, BENJY, True),
+        ({"min_device_vram_mb": 16000}, QUADBRAT, False),
+        ({"min_devices": 2, "min_device_vram_mb": 20000}, node("n", 24000, 12000), False),
+        ({"min_devices": 2, "min_device_vram_mb": 20000}, node("n", 24000, 12000, 24000), True),
+        ({"vram_mb": 10**6}, QUADBRAT, True),  # an estimate never rules out
+        ({}, node("empty"), False),
+    ],
+)
+def test_feasibility(fields: dict[str, Any], where: NodeSnapshot, feasible: bool) -> None:
+    """The contract's rules, each alone; an infeasible node always says why."""
+    assert is_feasible(profile(**fields), where) is feasible
+    assert (infeasible_reason(profile(**fields), where) is None) is feasible
+
+
+def test_a_node_never_reached_is_neither_feasible_nor_ruled_out() -> None:
+    """It may turn out to hold the model: unknown is not unservable."""
+    unknown = node("n", discovered=False)
+    assert infeasible_reason(profile(), unknown) is None
+    assert not is_feasible(profile(), unknown)
+
+
+def test_where_a_model_is_being_drained_it_is_not_loaded_before_it_has_gone() -> None:
+    """Another cortex has sent it away: a load would wait there for the end of its requests, however long they take."""
+    known, other, wanted = (
+        host("a", 24000, models={"m": On(status="unloaded")}),
+        host("b", 24000),
+        profile(vram_mb=8000),
+    )
+    assert plan_for(view(fleet(known, other), wanted)).node == "a"
+    drained = replace(known, models={"m": known.models["m"].model_copy(update={"state": "draining"})})
+    assert plan_for(view(fleet(drained, other), wanted)).node == "b"
+    verdict = verdict_on(view(fleet(drained)), wanted, drained)
+    assert (verdict.plan, verdict.passes) == (None, True)
+
+
+FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "expected"),
+    [
+        ({"vram_mb": 54000, "min_devices": 2, "min_device_vram_mb": 24000}, SEED_FLEET, "beast"),
+        ({"vram_mb": 14000, "min_device_vram_mb": 16000}, SEED_FLEET, "benjy"),  # tightest, not biggest
+        ({"vram_mb": 4000}, SEED_FLEET, "quadbrat"),
+        ({}, SEED_FLEET, "beast"),  # of unknown size: where most is free
+        ({"vram_mb": 14000}, fleet(BEAST, FULL_BENJY), "beast"),  # fits now beats fits after displacement
+        ({"vram_mb": 14000}, fleet(FULL_BENJY, QUADBRAT), "benjy"),  # after displacement beats never
+        ({"vram_mb": 14000, "pinned_on": ["benjy"]}, fleet(BEAST, FULL_BENJY), "benjy"),  # pinned beats all
+        ({"vram_mb": 14000}, fleet(node("b", 16000), node("a", 16000)), "a"),  # ties by name
+        ({"vram_mb": 4000}, fleet(node("a", 16000, draining=True), BEAST), "beast"),
+        ({"vram_mb": 4000}, fleet(node("a", 16000, healthy=False), BEAST), "beast"),
+        ({"vram_mb": 4000}, fleet(node("a", 16000, discovered=False), BEAST), "beast"),
+        ({"min_devices": 8}, SEED_FLEET, None),
+        # of what is equally tight the better connected
+        ({"vram_mb": 20000, "min_devices": 2}, fleet(host("a", 12000, 24000), host("b", 18000, 18000)), "b"),
+        # where it was before it is loaded faster, though not as tightly
+        ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="unloaded")})), "b"),
+        ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="failed")})), "a"),
+        ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="what?")})), "a"),
+        # but to a neuron that is full it does not go back, as long as another has room
+        (
+            {"vram_mb": 14000},
+            fleet(host("a", 24000, models={"x": On(23000), "m": On(status="unloaded")}), host("b", 40000)),
+            "b",
+        ),
+        # of two that are full to where it was, else where the least is left over
+        (
+            {"vram_mb": 14000},
+            fleet(
+                host("a", 16000, models={"x": On(15000)}),
+                host("b", 24000, models={"y": On(15000), "m": On(status="unloaded")}),
+            ),
+            "b",
+        ),
+        (
+            {"vram_mb": 14000},
+            fleet(host("a", 24000, models={"x": On(15000)}), host("b", 16000, models={"y": On(15000)})),
+            "b",
+        ),
+    ],
+)
+def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: str | None) -> None:
+    """Pinned, fits now, fits after displacement, known there, tightest fit, topology, name."""
+    found = planned(view(where, profile(**fields)))
+    assert (found and found.node) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "uses", "expected"),
+    [
+        # asleep beats free, however tight the other
+        (fleet(host("a", 24000, models={"m": On(500, status="sleeping", wants_mb=8000)}), host("b", 9000)), {}, "a"),
+        # free beats what sleepers want back, and that beats to displace
+        (fleet(host("a", 9000, models={"s": On(500, status="sleeping", wants_mb=8000)}), host("b", 24000)), {}, "b"),
+        (
+            fleet(
+                host("a", 9000, models={"s": On(500, status="sleeping", wants_mb=8000)}),
+                host("b", 9000, models={"x": On(8000)}),
+            ),
+            {},
+            "a",
+        ),
+        # an idle one goes before a busy one, and a busy one before a young one
+        (
+            fleet(host("a", 9000, models={"x": On(8000)}), host("b", 9000, models={"y": On(8000)})),
+            {("x", "a"): used(1), ("y", "b"): used()},
+            "b",
+        ),
+        (
+            fleet(host("a", 9000, models={"x": On(8000)}), host("b", 9000, models={"y": On(8000)})),
+            {("x", "a"): used(1), ("y", "b"): used(idle=10, age=10)},
+            "a",
+        ),
+        # and all that before one that does not fit by the figures
+        (
+            fleet(host("a", 9000, foreign_mb=(8000,)), host("b", 9000, models={"y": On(8000)})),
+            {("y", "b"): used(1, idle=0, age=1)},
+            "b",
+        ),
+    ],
+)
+def test_order_of_fits(where: FleetSnapshot, uses: Any, expected: str) -> None:
+    """Awake again, free, of sleepers, displaced (idle, busy, young), tried in spite of the figures."""
+    assert plan_for(view(where, profile(vram_mb=8000), uses=uses)).node == expected
+
+
+def test_loads_under_way_count() -> None:
+    """Two models that each fit alone are not both put where only one fits."""
+    reserved = (Reservation("other", "benjy", (0,), 14000),)
+    assert plan_for(view(fleet(BENJY, BEAST, reservations=reserved), profile(vram_mb=14000))).node == "beast"
+
+
+@pytest.mark.parametrize("seed", [False, True])
+def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(seed: bool) -> None:
+    """While a load is under way the rest of its device stays free for others."""
+    loading = host("n", 24000, models={"other": On(16000, status="loading")}, seed=seed)
+    if not seed:  # booked at once, taken bit by bit
+        entry = loading.models["other"].model_copy(update={"vram_used_mb": 3000})
+        loading = replace(loading, models={"other": entry})
+    where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
+    plan = plan_for(view(where, profile(vram_mb=7000)))
+    assert (plan.fit, plan.spare_mb) == (Fit.NOW, 1000)
+    assert planned(view(where, profile(vram_mb=9000))) is None  # it waits for the load's end
+
+
+@pytest.mark.parametrize("counted_mb", [16000, 0])
+def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
+    """A neuron tells of a load at once, and of its memory when it is polled: the figures may be those of before."""
+    loading = host("n", 40000, models={"other": On(16000, status="loading")})
+    assert loading.health is not None
+    [device] = loading.health.devices
+    figures = device.model_copy(update={"vram_booked_mb": counted_mb, "vram_bookable_mb": 40000 - counted_mb})
+    loading = replace(loading, health=loading.health.model_copy(update={"devices": [figures]}))
+    where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
+    assert plan_for(view(where, profile(vram_mb=20000))).spare_mb == 4000
+    assert planned(view(where, profile(vram_mb=30000))) is None
+
+
+def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
+    """All of it is to come."""
+    where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))
+    assert plan_for(view(where, profile(vram_mb=7000))).spare_mb == 1000
+    found = verdict_on(view(where, profile(vram_mb=9000)), profile(vram_mb=9000), where.nodes["n"])
+    assert (found.plan, found.passes) == (None, True)
+    assert "waits for other" in found.reason
+
+
+def test_what_a_neuron_has_promised_is_not_free() -> None:
+    """Its engines may not have taken it yet: what it would promise to another counts, not what it measures."""
+    where = node("n", 24000, 24000, free_mb=(23000, 24000))
+    assert where.health is not None
+    first, second = where.health.devices
+    health = [first.model_copy(update={"vram_bookable_mb": 4000}), second]
+    where = replace(where, health=where.health.model_copy(update={"devices": health}))
+    for devices, vram_mb in (((0,), 3000), ((1,), 8000)):
+        plan = plan_for(view(fleet(where), profile(vram_mb=vram_mb)))
+        assert (plan.devices, plan.fit) == (devices, Fit.NOW)
+
+
+SLEEPER = On(500, status="sleeping", wants_mb=13500)
+
+
+def test_sleeping_models_keep_what_they_want_to_wake() -> None:
+    """As long as there is room elsewhere; it never rules a device out."""
+    where = fleet(host("n", 24000, 24000, models={"s": On(1000, status="sleeping", wants_mb=20000)}))
+    for vram_mb, devices, fit in ((2000, (0,), Fit.NOW), (8000, (1,), Fit.NOW)):
+        plan = plan_for(view(where, profile(vram_mb=vram_mb)))
+        assert (plan.devices, plan.fit) == (devices, fit)
+    both = plan_for(view(where, profile(vram_mb=16000, min_devices=2)))
+    assert (both.devices, both.fit) == ((0, 1), Fit.OVER_SLEEPERS)
+
+
+def test_a_sleeping_model_wakes_where_it_sleeps() -> None:
+    """On its devices, though others are better; nothing is reloaded."""
+    plan = plan_for(view(fleet(host("n", 24000, 14000, models={"m": SLEEPER})), profile(vram_mb=14000)))
+    assert (plan.fit, plan.wakes, plan.devices) == (Fit.AWAKE, True, (0,))
+
+
+@pytest.mark.parametrize("seed", [False, True])
+def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
+    """One that fills its card has never all of that free while it sleeps there."""
+    full = host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=22500)}, seed=seed)
+    plan = plan_for(view(fleet(full), profile(vram_mb=23500)))
+    assert (plan.fit, plan.wakes, plan.spare_mb) == (Fit.AWAKE, True, 500)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        # the other GPU of the node
+        (
+            fleet(host("n", 24000, 24000, models={"m": SLEEPER, "taker": On(20000)})),
+            ("n", (1,), Fit.NOW, False),
+        ),
+        # another node
+        (
+            fleet(host("n", 24000, models={"m": SLEEPER, "taker": On(20000)}), host("o", 24000)),
+            ("o", (0,), Fit.NOW, False),
+        ),
+        # nowhere else: the taker makes way, and it is woken
+        (
+            fleet(host("n", 24000, models={"m": SLEEPER, "taker": On(20000)})),
+            ("n", (0,), Fit.AFTER_DISPLACEMENT, True),
+        ),
+    ],
+)
+def test_a_sleeper_whose_memory_was_taken(where: FleetSnapshot, expected: tuple[object, ...]) -> None:
+    """It is loaded where there is room, else who took it makes way."""
+    plan = plan_for(view(where, profile(vram_mb=14000), waiting={"m": 1}))
+    assert (plan.node, plan.devices, plan.fit, plan.wakes) == expected
+    assert plan.ready_at <= NOW
+
+
+def test_a_sleeper_of_unknown_size_wakes() -> None:
+    """With what its neuron says it wants, or with what an engine takes where that says nothing."""
+    for seed in (False, True):
+        where = fleet(host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=20000)}, seed=seed))
+        assert plan_for(view(where, profile())).wakes
+
+
+@pytest.mark.parametrize("reserves", ["the sleeper", "the load"])
+def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
+    """Nobody is put into it between the order and the neuron's booking."""
+    where = fleet(host("n", 24000, models={"m": SLEEPER}))
+    models = profile(vram_mb=14000), profile(id="x", vram_mb=12000)
+    moment = view(where, *models)
+    first, second = ("m", "x") if reserves == "the sleeper" else ("x", "m")
+    moment = after(moment, plan_for(moment, first))
+    assert planned(moment, second) is None
+
+
+@pytest.mark.parametrize(("vram_mb", "booked"), [(None, {"m": 7000}), (7000, {})])
+def test_size_is_the_catalogues_else_what_was_seen(vram_mb: int | None, booked: dict[str, int]) -> None:
+    """Tightest fit by either."""
+    moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), needs_mb=booked)
+    assert (plan_for(moment).node, plan_for(moment).share_mb) == ("b", 7000)
+
+
+def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
+    """Whoever comes first may take all of it: until its neuron says, it is taken."""
+    for seed in (False, True):
+        moment = view(
+            fleet(host("n", 24000, 24000, seed=seed)), profile(), profile(id="x"), profile(id="y", vram_mb=8000)
+        )
+        first = plan_for(moment)
+        moment = after(moment, first)
+        assert first.devices == (0,)
+        assert plan_for(moment, "x").devices == (1,)
+        assert plan_for(moment, "y").devices == (1,)
+
+
+def test_a_model_of_unknown_size_asks_a_neuron_that_books() -> None:
+    """It answers with figures at once, so that nobody is displaced on a guess."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}))
+    assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (Fit.NOW, set())
+
+
+def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
+    """There an engine that finds too little fails late, and nobody says what it wanted: the idle one makes way."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=True))
+    assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (
+        Fit.AFTER_DISPLACEMENT,
+        {"x"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "tried"),
+    [
+        (fleet(host("n", 24000)), True),  # larger than any device: an estimate may be wrong
+        (fleet(host("n", 48000, foreign_mb=(40000,))), True),  # held by nobody known: it may be gone
+        (fleet(host("n", 24000, models={"x": On(20000)})), True),
+        (fleet(host("n", 24000, models={"top": On(20000)})), False),  # who stays is known
+        (fleet(host("n", 24000, models={"x": On(20000, status="loading")})), True),
+    ],
+)
+def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
+    """`vram_mb` is an estimate: where nothing but figures speaks against a load, the neuron has the last word."""
+    plan = planned(view(where, profile(vram_mb=30000), profile(id="top", residency_priority=500)))
+    assert (plan is not None) is tried
+    if plan is not None:
+        assert plan.fit is Fit.TOO_LARGE
+        assert plan.spare_mb < 0
+
+
+@pytest.mark.parametrize(("seed", "displaced"), [(False, set()), (True, {"x"})])
+def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, displaced: set[str]) -> None:
+    """It refuses by its figures at once. Others find out with the whole device for it, or not at all."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
+    plan = plan_for(view(where, profile(vram_mb=30000)))
+    assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, displaced)
+
+
+@pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
+def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
+    """It makes way only when it is there."""
+    where = fleet(host("n", 24000, models={"x": On(20000, status=status)}))
+    found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
+    assert (found.plan, found.passes) == (None, True)
+
+
+def test_what_is_leaving_is_waited_for() -> None:
+    """Its memory is somebody's already, or nobody's in a moment."""
+    where = fleet(host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
+    assert (found.plan, found.passes) == (None, True)
+
+
+def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
+    """A node where something is on its way out is better than one where it would be a gamble."""
+    where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    assert planned(view(where, profile(vram_mb=14000))) is None
+
+
+@pytest.mark.parametrize(
+    ("bars", "expected"),
+    [
+        ({("m", "a"): Bar(NOW + 5, "out of memory")}, "b"),
+        ({("m", "*"): Bar(NOW + 5, "bad flag")}, None),
+        ({("m", "a"): Bar(NOW - 1, "long ago")}, "a"),
+        ({("x", "a"): Bar(NOW + 5, "another's")}, "a"),
+        ({("m", "a"): Bar(NOW + 5, "a race", passes=True)}, "b"),
+    ],
+)
+def test_bars(bars: dict[tuple[str, str], Bar], expected: str | None) -> None:
+    """Where a model failed it is not tried for a while."""
+    found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), bars=bars))
+    assert (found and found.node) == expected
+
+
+def test_expected_time_is_that_of_the_node_else_the_longest_elsewhere() -> None:
+    """None when nobody ever loaded it."""
+    where = fleet(host("a", 24000))
+    times = {"m": {"b": 40.0, "c": 90.0}}
+    assert plan_for(view(where, profile(vram_mb=8000), load_secs=times)).expected_secs == 90.0
+    assert plan_for(view(where, profile(vram_mb=8000), load_secs={"m": {"a": 7.0}})).expected_secs == 7.0
+    assert plan_for(view(where, profile(vram_mb=8000))).expected_secs is None
+
+
+def _crowded(order: tuple[int, ...]) -> View:
+    nodes = [
+        host("a", 24000, 24000, models={"x": On(20000), "y": On(20000, devices=(1,))}),
+        host("b", 24000, models={"x": On(20000)}),
+        host("c", 48000, models={"z": On(40000), "s": On(500, status="sleeping", wants_mb=7000)}),
+        host("d", 12000, models={"m": On(status="unloaded")}),
+    ]
+    return view(fleet(*(nodes[i] for i in order)), *_MODELS, uses={("z", "c"): used(2)})
+
+
+_MODELS: tuple[ModelProfile, ...] = (
+    profile(vram_mb=14000),
+    profile(id="pair", vram_mb=40000, min_devices=2),
+    profile(id="big", vram_mb=45000),
+)
+
+
+@pytest.mark.parametrize("model_id", [each.id for each in _MODELS])
+def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
+    """Nor on anything else that is not in the view: the same moment gives the same plan."""
+    plans = [plan_for(_crowded(order), model_id) for order in permutations(range(4))]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_every_node_says_why() -> None:
+    """A verdict for each, in words."""
+    moment = _crowded((0, 1, 2, 3))
+    have_it = host("b", 24000, models={"m": On(14000)})
+    moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))
+    found = verdicts(moment, _MODELS[0])
+    assert {each.node: each.reason for each in found} == {
+        "a": "fits after displacement of x",
+        "b": "has it already",
+        "c": "fits after displacement of z",
+        "d": "wants 14000 MiB on each device, 2000 MiB more than can be had: it is tried",
+    }
+    assert best(found) == found[0].plan

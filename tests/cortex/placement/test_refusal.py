@@ -1,0 +1,105 @@
+"""What clients are told when no node takes a model, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.placement.fair_queue import next_turn
+from cortex.placement.inputs import Bar, Key
+from cortex.placement.planner import verdicts
+from cortex.placement.refusal import refusal, unknown
+from shared.errors import ServiceError
+from tests.cortex.fleets import On, fleet, host, node
+from tests.cortex.views import NOW, profile, view
+
+M = profile(vram_mb=14000)
+PINNED = profile(id="pinned", vram_mb=14000, pinned_on=["a"])
+TOP = profile(id="top", vram_mb=20000, residency_priority=500)
+FULL = host("a", 24000, models={"top": On(20000)})
+
+
+def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar]) -> ServiceError:
+    moment = view(where, M, PINNED, TOP, bars=bars)
+    wanted = moment.profile(model_id)
+    return refusal(moment, model_id, [] if wanted is None else verdicts(moment, wanted))
+
+
+@pytest.mark.parametrize(
+    ("model_id", "where", "bars", "code"),
+    [
+        ("m", fleet(), {}, "no_healthy_neurons"),
+        ("m", fleet(host("a", 24000, healthy=False)), {}, "no_healthy_neurons"),
+        ("pinned", fleet(host("a", 24000, healthy=False), host("b", 24000)), {}, "neuron_unavailable"),
+        ("pinned", fleet(host("a", 24000, draining=True), host("b", 24000)), {}, "neuron_unavailable"),
+        ("pinned", fleet(node("a", discovered=False), host("b", 24000)), {}, "neuron_unavailable"),
+        ("pinned", fleet(host("b", 24000)), {}, "no_feasible_neuron"),
+        ("m", fleet(FULL), {}, "insufficient_vram"),
+        ("m", fleet(FULL), {("m", "a"): Bar(NOW + 7, "no")}, "cold_load_failed"),
+        ("m", fleet(host("a", 24000)), {("m", "*"): Bar(NOW + 7, "no")}, "cold_load_failed"),
+        ("m", fleet(host("a", 24000, healthy=False)), {("m", "a"): Bar(NOW + 7, "no")}, "no_healthy_neurons"),
+        ("own", fleet(host("a", 24000)), {}, "model_not_found"),
+        ("own", fleet(host("a", 24000)), {("own", "a"): Bar(NOW + 7, "no")}, "cold_load_failed"),
+    ],
+)
+def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar], code: str) -> None:
+    """Each by its own code; what is temporary says when to come back."""
+    error = _refused(model_id, where, bars)
+    assert error.code == code
+    assert (error.retry_after is not None) is (error.status == 503)
+
+
+def test_a_failed_load_says_when_it_is_tried_again() -> None:
+    """The first of several nodes, with its own reason."""
+    bars = {("m", "a"): Bar(NOW + 40, "on a"), ("m", "b"): Bar(NOW + 7, "on b")}
+    error = _refused("m", fleet(host("a", 24000), host("b", 24000)), bars)
+    assert (error.retry_after, error.message) == (7, "on b")
+
+
+def test_who_is_in_the_way_is_named() -> None:
+    """With the figures, and why it stays."""
+    error = _refused("m", fleet(FULL, node("b", 24000, draining=True)), {})
+    assert "a: needs 14000 MiB, 4000 MiB free on device 0; top stays (priority 500 is above 100)" in error.message
+    assert "b: draining" in error.message
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        (fleet(host("a", 24000)), "model_not_found"),
+        (fleet(host("a", 24000, models={"own": On(9000)}, healthy=False), host("b", 24000)), "neuron_unavailable"),
+        (fleet(host("a", 24000, models={"own": On(status="failed")})), "cold_load_failed"),
+        (fleet(host("a", 24000, models={"own": On(status="what?")})), "neuron_unavailable"),
+        (fleet(node("a", healthy=False, discovered=False)), "no_healthy_neurons"),
+        (fleet(host("a", 24000, healthy=False)), "model_not_found"),
+    ],
+)
+def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
+    """Where they are, and why that is of no use now."""
+    assert unknown("own", where).code == code
+
+
+@pytest.mark.parametrize(
+    ("bar", "where", "outcome"),
+    [
+        (("m", "a"), fleet(host("a", 24000), host("b", 40000)), "b"),  # the node's fault: elsewhere
+        (("m", "a"), fleet(host("a", 24000)), "refused"),
+        (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model's: nowhere
+    ],
+)
+def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str) -> None:
+    """Decides where it is tried again, if anywhere."""
+    turn = next_turn(view(where, M, waiting={"m": 1}, bars={bar: Bar(NOW + 7, "no")}))
+    assert [plan.node for plan in turn.loads] == ([outcome] if outcome != "refused" else [])
+    if outcome == "refused":
+        assert (turn.refused["m"].code, turn.refused["m"].retry_after) == ("cold_load_failed", 7)
+
+
+def test_a_cause_that_goes_by_itself_is_waited_for() -> None:
+    """Nobody is refused; it is looked at again when the bar ends."""
+    bars = {("m", "a"): Bar(NOW + 1, "restarts", passes=True)}
+    turn = next_turn(view(fleet(host("a", 24000)), M, waiting={"m": 1}, bars=bars))
+    assert (turn.loads, turn.refused, turn.wake_at) == ((), {}, NOW + 1)
+    assert "restarts" in turn.notes["m"]

@@ -1,0 +1,219 @@
+"""Replicas kept, added and removed, and idle models sent away, case by case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import FleetSnapshot, Reservation
+from cortex.placement.inputs import Bar, View
+from cortex.placement.replicas import Retirement, Upkeep, is_kept_up, upkeep
+from tests.cortex.fleets import On, fleet, host
+from tests.cortex.views import NOW, evicted, profile, used, view
+
+M = On(14000)
+
+
+def kept(minimum: int = 1, maximum: int | None = None, **fields: Any) -> ModelProfile:
+    replicas = {"min": minimum, "max": maximum if maximum is not None else max(1, minimum)}
+    return profile(vram_mb=14000, replicas=replicas, **fields)
+
+
+def steps(moment: View) -> Upkeep:
+    return upkeep(moment, moment.catalogue.models)
+
+
+def loads(moment: View) -> list[tuple[str, str]]:
+    return [(plan.model_id, plan.node) for plan, _ in steps(moment).loads]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"replicas": {"min": 1}}, True),
+        ({"replicas": {"max": 2}}, True),
+        ({"idle_ttl_secs": 60}, True),
+    ],
+)
+def test_who_is_looked_after(fields: dict[str, Any], expected: bool) -> None:
+    """Models that only come when asked for need no upkeep."""
+    assert is_kept_up(profile(**fields)) is expected
+
+
+@pytest.mark.parametrize(
+    ("minimum", "where", "expected"),
+    [
+        (1, fleet(host("a", 16000)), "a"),
+        (1, fleet(host("a", 16000, models={"m": M})), None),
+        (2, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), "b"),
+        (2, fleet(host("a", 40000, models={"m": M})), None),  # never twice on one node
+        (1, fleet(host("a", 16000, models={"m": M}, healthy=False), host("b", 24000)), "b"),  # its node died
+        (1, fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), "b"),  # or drains
+        (1, fleet(host("a", 16000, models={"m": M}, draining=True)), None),  # nowhere to go
+        (1, fleet(host("a", 16000, models={"m": On(500, status="sleeping", wants_mb=13500)})), "a"),  # woken
+        (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}), host("b", 24000)), None),
+        (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}, healthy=False), host("b", 24000)), "b"),
+        (2, fleet(host("a", 16000), reservations=(Reservation("m", "b", (0,), 14000),)), None),  # one at a time
+        (1, fleet(host("a", 12000)), None),  # too large by the figures: nobody waits for it to be tried
+        (1, fleet(host("a", 16000, models={"m": On(status="failed")}), host("b", 24000)), "a"),
+    ],
+)
+def test_the_minimum_is_kept(minimum: int, where: FleetSnapshot, expected: str | None) -> None:
+    """Loaded wherever feasible, also after a node dies or drains."""
+    assert loads(view(where, kept(minimum))) == ([] if expected is None else [("m", expected)])
+
+
+@pytest.mark.parametrize(
+    ("use", "priority", "expected"),
+    [
+        (used(), 100, {"x"}),  # an idle equal makes way
+        (used(1), 100, None),  # nobody's request is hurt for it
+        (used(idle=5, age=5), 100, None),  # nor a model sent away that has just come
+        (used(), 200, None),  # nor one of a higher priority
+    ],
+)
+def test_what_makes_way_for_the_minimum(use: Any, priority: int, expected: set[str] | None) -> None:
+    """Only idle models of no higher priority."""
+    where = fleet(host("a", 16000, models={"x": On(14000)}))
+    x = profile(id="x", vram_mb=14000, residency_priority=priority)
+    found = upkeep(view(where, kept(), x, uses={("x", "a"): use}), [kept()])
+    assert [evicted(plan) for plan, _ in found.loads] == ([] if expected is None else [expected])
+
+
+def test_two_that_are_both_kept_do_not_send_each_other_away() -> None:
+    """Whoever is there stays, among equals."""
+    other = kept(id="x")
+    assert steps(view(fleet(host("a", 16000, models={"x": On(14000)})), kept(), other)) == Upkeep()
+
+
+def test_after_a_failure_it_is_not_tried_again_at_once() -> None:
+    """The minimum respects what bars a load."""
+    bars = {("m", "a"): Bar(NOW + 9, "no")}
+    assert loads(view(fleet(host("a", 16000)), kept(), bars=bars)) == []
+    assert loads(view(fleet(host("a", 16000), host("b", 24000)), kept(), bars=bars)) == [("m", "b")]
+
+
+def test_one_look_does_not_put_two_into_one_place() -> None:
+    """What is begun for one counts for the next."""
+    moment = view(fleet(host("a", 16000), host("b", 24000)), kept(), kept(id="x"), kept(id="y"))
+    assert loads(moment) == [("m", "a"), ("x", "b")]
+
+
+SCALED = kept(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("pressed", "where", "expected"),
+    [
+        (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), "b"),
+        (4, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), None),  # not for long enough
+        (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000, models={"x": On(14000)})), None),  # displaces
+        (
+            6,
+            fleet(
+                host("a", 16000, models={"m": M}),
+                host("b", 16000, models={"s": On(500, status="sleeping", wants_mb=13000)}),
+            ),
+            None,  # nor what a sleeping model wants back
+        ),
+        (6, fleet(host("a", 16000), host("b", 24000)), None),  # nobody serves: that is for those who wait
+        (6, fleet(*(host(name, 16000, models={"m": M}) for name in "abc"), host("d", 24000)), None),  # the maximum
+    ],
+)
+def test_replicas_are_added_under_pressure(pressed: float, where: FleetSnapshot, expected: str | None) -> None:
+    """When there has been too much to do for long enough, and room without displacing anybody."""
+    found = loads(view(where, SCALED, pressed={"m": pressed}))
+    assert found == ([] if expected is None else [("m", expected)])
+
+
+def retired(moment: View) -> list[tuple[str, bool]]:
+    found = steps(moment).retirements
+    assert all(isinstance(each, Retirement) for each in found)
+    return [(each.node, each.sleep) for each in found]
+
+
+TWO = fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M}))
+
+
+@pytest.mark.parametrize(
+    ("model", "idle", "expected"),
+    [
+        (SCALED, {"a": 400, "b": 10}, ["a"]),
+        (SCALED, {"a": 299, "b": 10}, []),
+        (SCALED, {"a": 400, "b": 500}, ["b"]),  # the longest idle; the last one stays
+        (kept(2), {"a": 400, "b": 500}, []),  # down to the minimum
+        (kept(1, 2), {"a": 400, "b": 500}, ["b"]),
+        (kept(0, 2, idle_ttl_secs=60), {"a": 100, "b": 30}, ["a"]),
+        (kept(0, 2, idle_ttl_secs=60), {"a": 100, "b": 90}, ["a", "b"]),
+        (kept(1, 2, idle_ttl_secs=60), {"a": 100, "b": 90}, ["a"]),
+    ],
+)
+def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], expected: list[str]) -> None:
+    """Beyond the minimum, the least recently used first."""
+    uses = {("m", name): used(idle=secs) for name, secs in idle.items()}
+    assert [name for name, _ in retired(view(TWO, model, uses=uses))] == expected
+
+
+@pytest.mark.parametrize(
+    ("use", "waiting", "expected"),
+    [
+        (used(idle=61), {}, True),
+        (used(idle=59), {}, False),
+        (used(idle=900, age=30), {}, False),  # loaded, and not used since: its time begins then
+        (used(1, idle=900), {}, False),
+        (used(idle=900), {"m": 1}, False),
+    ],
+)
+def test_idle_ttl(use: Any, waiting: dict[str, float], expected: bool) -> None:
+    """A model that nobody has used for `idle_ttl_secs` leaves by itself; by default it is unloaded."""
+    where = fleet(host("a", 16000, models={"m": M}))
+    moment = view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): use}, waiting=waiting)
+    assert retired(moment) == ([("a", False)] if expected else [])
+
+
+def test_idle_model_is_put_to_sleep() -> None:
+    """With `when_idle = "sleep"`. One that sleeps is not sent away again."""
+    model = kept(0, idle_ttl_secs=60, when_idle="sleep")
+    uses = {("m", "a"): used(idle=90)}
+    assert retired(view(fleet(host("a", 16000, models={"m": M})), model, uses=uses)) == [("a", True)]
+    asleep = fleet(host("a", 16000, models={"m": On(500, status="sleeping", wants_mb=13500)}))
+    assert retired(view(asleep, model, uses=uses)) == []
+
+
+def test_requests_of_others_keep_a_model() -> None:
+    """What the engine itself reports counts as use."""
+    where = fleet(host("a", 16000, models={"m": On(14000, working=1)}))
+    assert retired(view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): used(idle=900)})) == []
+
+
+@pytest.mark.parametrize(("working", "expected"), [(9, []), (8, ["b"])])
+def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list[str]) -> None:
+    """While the others would have more than `replica_target` requests each without it, however idle it is itself."""
+    uses = {("m", "a"): used(working), ("m", "b"): used(idle=400)}
+    assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == expected
+
+
+def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
+    """The next one goes instead."""
+    uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
+    assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("where", "idle", "expected"),
+    [
+        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 5, [("m", "b")]),
+        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 500, []),  # nobody uses it
+        (fleet(host("a", 16000, models={"m": M}, draining=True)), 5, []),  # it stays where it is
+        (fleet(host("a", 16000, models={"m": M}), host("b", 24000)), 5, []),
+    ],
+)
+def test_a_model_in_use_moves_off_a_drained_neuron(
+    where: FleetSnapshot, idle: float, expected: list[tuple[str, str]]
+) -> None:
+    """So that the neuron becomes empty under traffic: once the model is elsewhere, no request goes there."""
+    moment = view(where, profile(vram_mb=14000), uses={("m", "a"): used(idle=idle)})
+    assert loads(moment) == expected

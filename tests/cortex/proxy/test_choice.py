@@ -1,0 +1,222 @@
+"""Which replica gets a request, case by case, and what that does to waiting."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from statistics import fmean
+
+import pytest
+
+from cortex.proxy.balancing.choice import beyond_ours, choose, least_work
+from cortex.proxy.balancing.speeds import Speeds
+from tests.cortex.replicas_simulated import Simulation, ideal, learned, least_in_flight, with_affinity
+
+NODES = ["a", "b", "c"]
+EQUAL = [1.0, 1.0, 1.0]
+KIND = ("m", b"/v1/chat/completions", True)
+
+
+@pytest.mark.parametrize(
+    ("outstanding", "speeds", "expected"),
+    [
+        ([0, 0, 0], EQUAL, "a"),  # a tie
+        ([1, 0, 0], EQUAL, "b"),
+        ([2, 1, 0], EQUAL, "c"),
+        ([0, 0, 0], [1.0, 1.0, 2.0], "c"),  # idle all of them: the fastest
+        ([0, 0, 1], [1.0, 1.0, 2.0], "a"),  # as good as waiting there: by name
+        ([0, 0, 1], [1.0, 1.0, 2.5], "c"),
+        ([4, 4, 15], [1.0, 1.0, 4.0], "c"),
+        ([2, 3, 15], [1.0, 1.0, 4.0], "a"),
+    ],
+)
+def test_least_work_by_speed(outstanding: list[int], speeds: list[float], expected: str) -> None:
+    """With the request itself counted."""
+    assert NODES[least_work(NODES, outstanding, speeds)] == expected
+    assert NODES[choose(NODES, outstanding, speeds, None)] == expected
+
+
+def test_order_of_the_replicas_is_no_matter() -> None:
+    """A tie goes by name, wherever it stands."""
+    assert least_work(["b", "c", "a"], [0, 0, 0], EQUAL) == 2
+    key = 12345
+    first = NODES[choose(NODES, [0, 0, 0], EQUAL, key)]
+    for names in (["b", "c", "a"], ["c", "b", "a"]):
+        assert names[choose(names, [0, 0, 0], EQUAL, key)] == first
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "ours", "expected"),
+    [
+        (0, 0, 0, 0),
+        (5, 0, 5, 0),  # all of it ours: counted once
+        (5, 0, 2, 3),  # another cortex has three there
+        (2, 0, 5, 0),  # told before the last three were sent
+        (8, 4, 12, 4),  # four of ours wait: each counts once more
+        (0, 3, 0, 6),
+    ],
+)
+def test_what_an_engine_has_beyond_ours(running: int, waiting: int, ours: int, expected: int) -> None:
+    """What waits inside the engine weighs twice."""
+    assert beyond_ours(running, waiting, ours) == expected
+
+
+def _order(key: int, load_factor: float = 1.25) -> list[str]:
+    """The replicas of a key, best first: each is passed over in turn, being full."""
+    names, order = list(NODES), []
+    while names:
+        best = names[choose(names, [0] * len(names), [1.0] * len(names), key, load_factor)]
+        order.append(best)
+        names.remove(best)
+    return order
+
+
+@pytest.mark.parametrize(
+    ("loads", "speeds", "rank"),
+    [
+        ((0, 0, 0), (1, 1, 1), 0),
+        ((1, 0, 0), (1, 1, 1), 1),  # with this one 2 of 2; it may have 0.83 of them, rounded up: 1
+        ((1, 1, 0), (1, 1, 1), 0),  # 2 of 3, and it may have 1.25, rounded up
+        ((2, 1, 1), (1, 1, 1), 0),
+        ((3, 1, 1), (1, 1, 1), 1),
+        ((5, 5, 1), (1, 1, 1), 2),  # the next in its order is full too
+        ((9, 9, 9), (1, 1, 1), 0),
+        ((12, 8, 8), (1, 1, 1), 0),  # 13 of 29, and it may have 12.08, rounded up
+        ((13, 8, 8), (1, 1, 1), 1),
+        ((13, 8, 8), (2, 1, 1), 0),  # twice as fast, twice the share
+        ((4, 12, 12), (0.25, 1, 1), 0),
+        ((5, 12, 12), (0.25, 1, 1), 1),
+    ],
+)
+def test_a_key_stays_unless_its_replica_has_too_much(
+    loads: tuple[int, ...], speeds: tuple[float, ...], rank: int
+) -> None:
+    """`loads` and `speeds` are in the key's own order of replicas; the request goes to the `rank`th of them."""
+    for key in range(0, 2**64, 2**60):
+        order = _order(key)
+        by_name = dict(zip(order, zip(loads, speeds, strict=True), strict=True))
+        chosen = choose(NODES, [by_name[n][0] for n in NODES], [float(by_name[n][1]) for n in NODES], key)
+        assert NODES[chosen] == order[rank]
+
+
+def test_some_replica_is_always_chosen() -> None:
+    """However loads and speeds are: with a key never one above its bound, while one is below."""
+    generator = random.Random(7)
+    for _ in range(2000):
+        size = generator.randint(1, 6)
+        names = [f"n{i}" for i in range(size)]
+        loads = [generator.choice((0, 1, 2, generator.randint(0, 400))) for _ in names]
+        speeds = [generator.uniform(0.25, 4) for _ in names]
+        factor = generator.choice((1.0, 1.25, 3.0))
+        place = choose(names, loads, speeds, generator.getrandbits(64), factor)
+        bound = factor * (sum(loads) + 1) * speeds[place] / sum(speeds)
+        assert loads[place] + 1 < bound + 1
+
+
+def test_keys_spread_evenly() -> None:
+    """Also keys that differ little, and between nodes whose names do."""
+    generator = random.Random(3)
+    names = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"]
+    for keys in (range(8000), [generator.getrandbits(64) for _ in range(8000)]):
+        counts = Counter(names[choose(names, [0] * 4, [1.0] * 4, key)] for key in keys)
+        assert min(counts.values()) > 1850, counts
+
+
+def test_a_replica_that_leaves_moves_only_its_own_keys() -> None:
+    """And one that comes takes only what becomes its own."""
+    generator = random.Random(5)
+    for key in (generator.getrandbits(64) for _ in range(500)):
+        before = NODES[choose(NODES, [0, 0, 0], EQUAL, key)]
+        after = ["a", "c"][choose(["a", "c"], [0, 0], [1.0, 1.0], key)]
+        assert before in ("b", after)
+
+
+def test_all_processes_agree() -> None:
+    """Nothing of a choice hangs on a process's own seed of hashes."""
+    program = (
+        "from cortex.proxy.balancing.affinity import Affinity; from cortex.proxy.balancing.choice import choose\n"
+        'body = b\'{"messages": [{"role": "user", "content": "hello %d"}]}\'\n'
+        "key = Affinity('', 256).key\n"
+        "print([choose(['a', 'b', 'c'], [0] * 3, [1.0] * 3, key(b'/v1/chat/completions', (), body % i))"
+        " for i in range(50)])"
+    )
+    told = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(told) == 1
+
+
+def test_nobody_has_measured_a_replica() -> None:
+    """It counts as the usual one; so do all of them in the beginning."""
+    speeds = Speeds()
+    assert speeds.of("m", NODES) == EQUAL
+    for _ in range(50):
+        speeds.learn(KIND, "a", 4.0, 1000)
+        speeds.learn(KIND, "b", 1.0, 1000)
+    slow, fast, unknown = speeds.of("m", NODES)
+    assert unknown == 1.0
+    assert slow < unknown < fast
+    assert fast / slow == pytest.approx(4, rel=0.2)
+    assert speeds.of("other", NODES) == EQUAL
+
+
+def test_speeds_are_bounded() -> None:
+    """A replica that takes a thousand times as long is given a little still, so that its recovery is seen."""
+    speeds = Speeds()
+    for _ in range(200):
+        speeds.learn(KIND, "a", 1000.0, 1000)
+        speeds.learn(KIND, "b", 1.0, 1000)
+    for speed in speeds.of("m", ["a", "b"]):
+        assert 0.25 - 1e-9 <= speed <= 4 + 1e-9
+
+
+def test_kinds_of_answers_are_not_compared() -> None:
+    """Streams have fifty times the bytes of plain answers: who has got more of one kind is not faster for it."""
+    speeds = Speeds()
+    plain = (*KIND[:2], False)
+    for _ in range(50):
+        speeds.learn(KIND, "a", 1.0, 50_000)
+        speeds.learn(plain, "b", 1.0, 1000)
+    for _ in range(50):
+        speeds.learn(KIND, "b", 1.0, 50_000)
+    assert speeds.of("m", ["a", "b"]) == pytest.approx([1.0, 1.0])
+
+
+def test_a_replica_that_has_become_slow_is_noticed() -> None:
+    """Within some tens of answers, and one slow answer is not enough."""
+    speeds = Speeds()
+    for _ in range(500):
+        for node in ("a", "b"):
+            speeds.learn(KIND, node, 1.0, 1000)
+    speeds.learn(KIND, "a", 100.0, 1000)
+    assert speeds.of("m", ["a"])[0] > 0.9
+    for _ in range(30):
+        speeds.learn(KIND, "a", 4.0, 1000)
+        speeds.learn(KIND, "b", 1.0, 1000)
+    slow, fast = speeds.of("m", ["a", "b"])
+    assert slow < 0.6 * fast
+
+
+def test_an_empty_answer_teaches_nothing() -> None:
+    """Nor does one that took no time."""
+    speeds = Speeds()
+    speeds.learn(KIND, "a", 1.0, 0)
+    speeds.learn(KIND, "a", 0.0, 10)
+    assert speeds.of("m", ["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_waiting_with_mismatched_replicas(seed: int) -> None:
+    """Speeds 1, 2 and 4 at four fifths of what they can do: about as good as with the speeds known, and clearly better
+    than by requests in flight alone."""
+    before, known, now = (Simulation(p, 0.8, seed=seed).run(5000) for p in (least_in_flight, ideal, learned))
+    assert fmean(now.times) < 1.1 * fmean(known.times)
+    assert fmean(now.times) < 0.8 * fmean(before.times)
+    assert fmean(now.waits) < 0.25 * fmean(before.waits)
+
+
+def test_affinity_keeps_conversations_at_little_cost() -> None:
+    """More turns come to the engine of the turn before; the bound keeps waiting near."""
+    without, kept = (Simulation(policy, 0.8).run(5000) for policy in (learned, with_affinity))
+    assert fmean(kept.kept) > fmean(without.kept) + 0.1
+    assert fmean(kept.times) < 1.15 * fmean(without.times)

@@ -1,0 +1,97 @@
+"""Events: complete, in order, and no burden to neuron."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from neuron.lifecycle.events import QUEUE_LIMIT, EventHub
+from tests.neuron.neurons import Neuron, config_of, neuron_here
+
+MODEL = "org/model"
+
+
+async def sse(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, int, Any]]:
+    """(name, id, data) of each event."""
+    fields: dict[str, str] = {}
+    async for raw in response.content:
+        line = raw.decode().rstrip("\n")
+        if line and not line.startswith(":"):
+            key, _, value = line.partition(": ")
+            fields[key] = value
+        elif fields:
+            yield fields["event"], int(fields["id"]), json.loads(fields["data"])
+            fields = {}
+
+
+async def test_a_whole_life_in_events(neuron: Neuron) -> None:
+    """First the snapshot, then every status in order with progress between, numbered without a gap."""
+    await neuron.load("other")
+    async with neuron.session.get(f"{neuron.base}/events") as response:
+        assert response.content_type == "text/event-stream"
+        stream = sse(response)
+        name, last, data = await anext(stream)
+        assert name == "snapshot"
+        assert [(model["id"], model["status"]) for model in data] == [("other", "loaded")]
+        task = asyncio.create_task(neuron.load(MODEL, "--load-secs", "1", vram_mb=5000))
+        states: list[str] = []
+        phases: list[str] = []
+        async for name, number, model in stream:
+            assert (name, model["id"]) == ("model", MODEL)
+            assert number == last + 1
+            last = number
+            if not states or states[-1] != model["state"]:
+                states.append(model["state"])
+            if model["progress"]:
+                phases.append(model["progress"]["phase"])
+            if model["state"] == "loaded" and task is not None:
+                assert model["vram_used_mb"] == 5000
+                assert (await task).status == 200
+                task = asyncio.create_task(neuron.unload(MODEL))
+            if model["state"] == "unloaded":
+                break
+        assert (await task).status == 200
+        assert states == ["starting", "loading", "loaded", "stopping", "unloaded"]
+        assert "loading weights" in phases
+
+
+async def test_failure_is_an_event(neuron: Neuron) -> None:
+    """A listener learns why a load failed."""
+    async with neuron.session.get(f"{neuron.base}/events") as response:
+        stream = sse(response)
+        await anext(stream)
+        task = asyncio.create_task(neuron.load(MODEL, "--fault", "oom-at-load"))
+        async for _, _, model in stream:
+            if model["status"] == "failed":
+                assert "out of memory" in model["error"]
+                break
+        await task
+
+
+async def test_stream_ends_with_neuron(mark: str, tmp_path: Path) -> None:
+    """An open stream does not hold up the stop, and ends cleanly."""
+    async with aiohttp.ClientSession() as session:
+        async with neuron_here(config_of(tmp_path / "state", drain_timeout_secs=15)) as neuron:
+            response = await session.get(f"{neuron.base}/events")
+            await anext(sse(response))
+            started = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - started < 5
+        await response.read()
+
+
+async def test_listener_that_does_not_listen_is_dropped() -> None:
+    """Its queue is bounded; others go on."""
+    hub = EventHub()
+    with hub.listening() as slow, hub.listening() as quick:
+        for number in range(QUEUE_LIMIT + 5):
+            hub.publish("model", str(number))
+            event = await quick.next()
+            assert event is not None
+            assert event.data == str(number)
+        assert await slow.next() is None
+        assert not quick.dropped

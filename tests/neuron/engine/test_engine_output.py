@@ -1,0 +1,356 @@
+"""An engine's output over its whole life: follower, ring, rotation, and what the logs endpoint streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from neuron.api.logs import last_lines, stream_lines
+from neuron.engine import output as engine_output
+from neuron.engine.line_ring import LineRing
+from neuron.engine.log import MAX_READ, EngineLog, LogFollower
+from neuron.engine.output import EngineOutput
+from neuron.harness.vllm.phases import Reading
+from neuron.progress.progress import LoadProgress
+from tests.neuron.sim_process import until
+
+BAR = "Loading safetensors checkpoint shards:  {}% Completed | {}/4 [00:00<00:00,  4.02it/s]"
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def numbered(start: int, stop: int) -> list[str]:
+    return [f"line {number:06}" for number in range(start, stop)]
+
+
+def encoded(lines: list[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def bytes_in(directory: Path) -> int:
+    return sum(entry.stat().st_size for entry in directory.iterdir())
+
+
+@contextlib.asynccontextmanager
+async def following(output: EngineOutput, *, pause_secs: float = 0.01) -> AsyncIterator[list[str]]:
+    """What is told while the body runs."""
+    told: list[str] = []
+    task = asyncio.create_task(output.follow(told.extend, lambda: pause_secs))
+    try:
+        yield told
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+# --- the ring
+
+
+def test_ring_is_bounded() -> None:
+    """By lines and by characters; one long line stays, alone."""
+    ring = LineRing(max_lines=3, max_chars=10)
+    ring.extend(["a", "b", "c"])
+    assert (ring.tail(2), ring.dropped) == (["b", "c"], False)
+    ring.extend(["d"])
+    assert (ring.tail(9), ring.dropped) == (["b", "c", "d"], True)
+    ring.extend(["12345678"])
+    assert ring.tail(9) == ["c", "d", "12345678"]
+    ring.extend(["x" * 50])
+    assert ring.tail(9) == ["x" * 50]
+    assert ring.tail(0) == []
+
+
+# --- the follower
+
+
+def test_a_bar_is_told_when_it_is_drawn(tmp_path: Path) -> None:
+    """Not when the next state ends its line, a minute later; and once."""
+    path = tmp_path / "engine.log"
+    follower = LogFollower(EngineLog(path))
+    append(path, b"\r" + BAR.format(25, 1).encode())
+    assert follower.new_lines() == [BAR.format(25, 1)]
+    assert follower.new_lines() == []
+    append(path, b"\r" + BAR.format(50, 2).encode())
+    assert follower.new_lines() == [BAR.format(50, 2)]
+    append(path, b"\nnext\nhalf a li")
+    assert follower.new_lines() == ["next"]
+    assert follower.rest() == ["half a li"]
+    assert follower.rest() == []
+
+
+def test_an_engine_from_before_is_taken_up_at_its_end(tmp_path: Path) -> None:
+    """Of a large file only the end is read: nobody wants yesterday's requests."""
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 200_000)))
+    follower = LogFollower(EngineLog(path))
+    lines = follower.new_lines()
+    assert lines[-1] == "line 199999"
+    assert len(lines) <= MAX_READ // 12 + 1
+    assert not follower.behind
+    assert not follower.from_start
+
+
+# --- rotation
+
+
+def test_rotation_keeps_every_line(tmp_path: Path) -> None:
+    """Both for the follower and for the tail of the files; also the line that was half written then."""
+    path = tmp_path / "engine.log"
+    log = EngineLog(path)
+    follower = LogFollower(log)
+    assert follower.new_lines() == []
+    lines = numbered(0, 1000)
+    with path.open("ab", buffering=0) as writer:
+        writer.write(encoded(lines) + b"half")
+        assert log.trim(max_bytes=1000, follower=follower)
+        writer.write(b" and half\nafter\n")
+    assert follower.new_lines() == [*lines, "half and half", "after"]
+    assert path.read_bytes() == b" and half\nafter\n"
+    assert log.previous.stat().st_size <= 1000
+    assert log.previous.stat().st_mode & 0o777 == 0o600
+    assert log.tail(4) == ["line 000998", "line 000999", "half and half", "after"]
+    assert names_in(tmp_path) == ["engine.log", "engine.log.1"]
+
+
+WRITER = """
+import os, sys, time
+out = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+for number in range(int(sys.argv[2])):
+    os.write(out, b"line %06d\\n" % number)
+    if number % 200 == 0:
+        time.sleep(0.001)
+"""
+
+
+async def test_rotation_under_a_writing_process(tmp_path: Path) -> None:
+    """A process appends in bursts while its file is rotated again and again: each line comes once and in
+    order, but for a few at the moments of truncation, and the files stay bounded."""
+    path = tmp_path / "engine.log"
+    path.touch()
+    output = EngineOutput(path, max_file_bytes=200_000)
+    count = 60_000
+    async with following(output) as told:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", WRITER, str(path), str(count))
+        assert await process.wait() == 0
+        await output.close()
+    rotations = EngineLog(path).previous.exists()
+    assert rotations
+    numbers = [int(line.split()[1]) for line in told if line.startswith("line ") and len(line) == 11]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == count - 1
+    assert len(numbers) >= count * 0.9
+    assert bytes_in(tmp_path) < 2 * 200_000 + 2 * MAX_READ
+    assert output.file.tail(5) == numbered(count - 5, count)
+
+
+def test_rotation_on_a_full_disk_keeps_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying fails: the last lines are kept where the truncation made room, and nothing is missed."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 100)))
+    follower = LogFollower(EngineLog(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", full)
+        assert EngineLog(path).trim(max_bytes=100, follower=follower)
+    assert follower.new_lines() == numbered(0, 100)
+    assert path.stat().st_size == 0
+    assert EngineLog(path).tail(2) == ["line 000098", "line 000099"]
+    assert names_in(tmp_path) == ["engine.log", "engine.log.1"]
+
+
+def test_a_file_that_cannot_be_rotated_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said in the log; whoever asks is told that it did not work."""
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 100)))
+    (tmp_path / "engine.log.1").mkdir()
+    (tmp_path / "engine.log.1" / "in the way").touch()
+    assert not EngineLog(path).trim(max_bytes=100)
+    assert "cannot be trimmed" in caplog.text
+    assert path.stat().st_size == 1200
+
+
+# --- all of it together
+
+
+async def test_tail_comes_from_memory(tmp_path: Path) -> None:
+    """As soon as that has enough lines, or all: the disk is not read again. What was just written is in it."""
+    path = tmp_path / "engine.log"
+    output = EngineOutput(path)
+    assert await output.tail(5) == []
+    path.write_bytes(encoded(numbered(0, 10)))
+    assert await output.tail(3) == numbered(7, 10)
+    append(path, b"half a li")
+    assert await output.tail(2) == ["line 000009", "half a li"]
+    path.unlink()
+    assert await output.tail(100) == [*numbered(0, 10), "half a li"]
+
+
+async def test_tail_of_an_adopted_engine_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More lines than memory holds, some of them from before the rotation."""
+    monkeypatch.setattr(engine_output, "RING_LINES", 10)
+    (tmp_path / "engine.log.1").write_bytes(encoded(numbered(0, 100)))
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(100, 105)))
+    output = EngineOutput(path)
+    assert await output.tail(2) == numbered(103, 105)
+    assert await output.tail(50) == numbered(55, 105)
+    path.write_bytes(encoded(numbered(100, 200)))
+    assert await output.tail(50) == numbered(150, 200)
+
+
+async def test_an_unreadable_file_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The last lines are still there, and so is the follower."""
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 5)))
+    output = EngineOutput(path)
+    assert await output.tail(2) == numbered(3, 5)
+    path.unlink()
+    path.mkdir()
+    assert await output.tail(2) == numbered(3, 5)
+    assert await output.tail(2) == numbered(3, 5)
+    assert caplog.text.count("cannot be read") == 1
+
+
+async def test_an_asker_that_leaves_takes_no_lines_with_it(tmp_path: Path) -> None:
+    """The read goes on without it."""
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 1000)))
+    output = EngineOutput(path)
+    asking = asyncio.create_task(output.tail(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asking
+    async with following(output) as told:
+        append(path, b"last\n")
+        await until(lambda: "last" in told)
+    assert await output.tail(1001) == [*numbered(0, 1000), "last"]
+
+
+async def test_the_last_words_are_kept(tmp_path: Path) -> None:
+    """Also those without an end of line; `follow` ends by itself."""
+    path = tmp_path / "engine.log"
+    output = EngineOutput(path)
+    told: list[str] = []
+    task = asyncio.create_task(output.follow(told.extend, lambda: 60.0))
+    append(path, b"one\nBus error")
+    await output.close()
+    await asyncio.wait_for(task, 5)
+    assert told == ["one", "Bus error"]
+    assert await output.tail(5) == ["one", "Bus error"]
+
+
+async def test_a_simulated_engine_passes_all_phases(tmp_path: Path) -> None:
+    """From the process's file to progress: a download when asked for, and every phase in its order."""
+    path = tmp_path / "engine.log"
+    output = EngineOutput(path)
+    loop = asyncio.get_running_loop()
+    progress = LoadProgress(Reading(), started=loop.time())
+    phases: list[str] = []
+    up = asyncio.Event()
+
+    def on_lines(lines: list[str]) -> None:
+        for line in lines or [""]:
+            if progress.feed([line], loop.time()):
+                phases.append(progress.view(loop.time()).phase)
+        if progress.serving:
+            up.set()
+
+    with path.open("ab") as sink:
+        command = [sys.executable, "-m", "neuron.sim", "serve", "m", "--port", "0", "--load-secs", "0.3"]
+        process = await asyncio.create_subprocess_exec(
+            *command, "--download-secs", "0.2", stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+    follower = asyncio.create_task(output.follow(on_lines, lambda: 0.01))
+    try:
+        await asyncio.wait_for(up.wait(), 20)
+    finally:
+        process.terminate()
+        assert await process.wait() == 0
+        await output.close()
+        await follower
+    seen = list(dict.fromkeys(["starting", *phases]))
+    assert seen == ["starting", "downloading", "loading weights", "compiling", "capturing graphs", "warming up"]
+    assert progress.times(loop.time()).phases["downloading"] > 0.1
+
+
+# --- the endpoint
+
+
+@contextlib.asynccontextmanager
+async def serving_logs(output: EngineOutput | None, closing: asyncio.Event) -> AsyncIterator[aiohttp.ClientSession]:
+    async def logs(request: web.Request) -> web.StreamResponse:
+        if "follow" in request.query:
+            return await stream_lines(request, output, int(request.query["tail"]), closing)
+        return await last_lines("m", output, int(request.query["tail"]))
+
+    app = web.Application()
+    app.router.add_get("/logs", logs)
+    async with TestServer(app) as server, aiohttp.ClientSession(str(server.make_url("/"))) as session:
+        yield session
+
+
+async def read_events(response: aiohttp.ClientResponse, count: int) -> list[str]:
+    found: list[str] = []
+    while len(found) < count:
+        line = (await asyncio.wait_for(response.content.readline(), 5)).decode()
+        if line.startswith("data: "):
+            found.append(line.removeprefix("data: ").rstrip("\n"))
+    return found
+
+
+@pytest.mark.parametrize("ends", ["engine", "neuron"])
+async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
+    """The last lines, then each new one, also when nobody else follows; the end of either ends the answer."""
+    path = tmp_path / "engine.log"
+    path.write_bytes(encoded(numbered(0, 10)))
+    output, closing = EngineOutput(path), asyncio.Event()
+    async with serving_logs(output, closing) as session:
+        async with session.get("/logs?tail=2&follow=true") as response:
+            assert response.content_type == "text/event-stream"
+            assert await read_events(response, 2) == numbered(8, 10)
+            append(path, encoded(["more", "and more"]))
+            assert await read_events(response, 2) == ["more", "and more"]
+            append(path, b"last words")
+            if ends == "engine":
+                await output.close()
+                assert await read_events(response, 1) == ["last words"]
+            else:
+                closing.set()
+            rest = await asyncio.wait_for(response.content.read(), 5)
+            assert rest.replace(b"data: last words\n\n", b"") == b"\n"
+        async with session.get("/logs?tail=2") as answer:
+            assert (await answer.json())["id"] == "m"
+
+
+async def test_logs_without_an_engine(tmp_path: Path) -> None:
+    """No lines, and a stream that ends at once."""
+    async with serving_logs(None, asyncio.Event()) as session:
+        async with session.get("/logs?tail=2") as answer:
+            assert await answer.json() == {"id": "m", "lines": []}
+        async with session.get("/logs?tail=2&follow=true") as response:
+            assert await response.read() == b""

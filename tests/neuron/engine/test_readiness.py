@@ -1,0 +1,70 @@
+"""When an engine counts as ready, and how soon that is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from neuron.engine import readiness
+from neuron.engine.readiness import until_ready
+
+
+class Health:
+    """An engine's health, and when it was asked for."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.asked = asyncio.Event()
+        self.questions = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.questions += 1
+        self.asked.set()
+        return web.Response(status=200 if self.up else 503)
+
+
+async def owned() -> bool:
+    return True
+
+
+async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pauses of a minute: the hint alone makes it ask, and again soon when that was a moment too early."""
+    monkeypatch.setattr(readiness, "FIRST_PAUSE_SECS", 60.0)
+    health, hint = Health(), asyncio.Event()
+    app = web.Application()
+    app.router.add_get("/health", health.answer)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("")).rstrip("/")
+        ready = asyncio.create_task(
+            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+        )
+        await asyncio.wait_for(health.asked.wait(), 5)
+        health.asked.clear()
+        hint.set()
+        await asyncio.wait_for(health.asked.wait(), 5)
+        assert not ready.done()
+        health.up = True
+        began = time.monotonic()
+        await asyncio.wait_for(ready, 5)
+        assert time.monotonic() - began < 1
+    assert health.questions >= 3
+
+
+async def test_a_hint_proves_nothing() -> None:
+    """An engine that says it is up and does not answer is not ready; it is not asked without pause either."""
+    health, hint = Health(), asyncio.Event()
+    hint.set()
+    app = web.Application()
+    app.router.add_get("/health", health.answer)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("")).rstrip("/")
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(
+                until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint), 0.5
+            )
+    assert 2 <= health.questions <= 14

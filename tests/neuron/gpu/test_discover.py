@@ -1,0 +1,168 @@
+"""`neuron discover` as a real process, against the test NVML library and against none."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron.config import NeuronConfig, SimulateSettings
+from neuron.gpu.discovery import discovery_of, topology_source
+from neuron.gpu.discovery_table import table_of
+from shared import __version__
+from shared.protocol import Device, Discovery, Link, LinkKind
+from tests.nvml.library import (
+    DRIVER_NOT_LOADED,
+    HOST_BRIDGE,
+    LONE_4090,
+    NO_PERMISSION,
+    NVLINKED_PAIR,
+    ONE_LOST,
+    REPOSITORY,
+    UNKNOWN,
+    VERSION_MISMATCH,
+    build_library,
+    uuid_of,
+    write_scenario,
+)
+
+COMMAND = ("-m", "neuron", "discover")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return build_library(tmp_path_factory.getbasetemp() / "nvml")
+
+
+def discover(environment: Mapping[str, str], *arguments: str) -> str:
+    """What `neuron discover` prints; it must end with status 0 and without a traceback."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("NEURON_")}
+    result = subprocess.run(
+        [sys.executable, *COMMAND, *arguments],
+        cwd=REPOSITORY,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def discovered(environment: Mapping[str, str]) -> dict[str, Any]:
+    answer = json.loads(discover(environment, "--json"))
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
+    """Two NVLinked GPUs, with the host around them."""
+    answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, topology__0__1=HOST_BRIDGE))
+    assert [(device["index"], device["uuid"]) for device in answer["devices"]] == [(0, uuid_of(0)), (1, uuid_of(1))]
+    assert answer["links"] == [{"a": 0, "b": 1, "kind": "nvlink", "nvlinks": 4}]
+    assert (answer["driver_version"], answer["cuda_version"]) == ("580.95.05", "13.0")
+    assert (answer["hostname"], answer["kernel"]) == (socket.gethostname(), platform.release())
+    assert (answer["version"], answer["simulated"], answer["harnesses"]) == (__version__, False, ["vllm"])
+    assert answer["os"]
+
+
+def test_lone_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """One GPU has no links."""
+    answer = discovered(library | write_scenario(tmp_path / "hardware", LONE_4090))
+    assert [device["name"] for device in answer["devices"]] == ["NVIDIA GeForce RTX 4090"]
+    assert answer["links"] == []
+
+
+def test_a_driver_without_a_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """Zero devices, and nothing is wrong."""
+    answer = discovered(library | write_scenario(tmp_path / "hardware"))
+    assert (answer["devices"], answer["cuda_unavailable_reason"]) == ([], None)
+    assert answer["driver_version"] == "580.95.05"
+
+
+def test_no_nvidia_library(tmp_path: Path) -> None:
+    """A host without an NVIDIA stack has zero devices; that is no error."""
+    # Found before a real library, and no library.
+    (tmp_path / "libnvidia-ml.so.1").touch()
+    answer = discovered({"LD_LIBRARY_PATH": str(tmp_path)})
+    assert (answer["devices"], answer["links"], answer["cuda_unavailable_reason"]) == ([], [], None)
+    assert answer["driver_version"] is None
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (VERSION_MISMATCH, "reboot"),
+        (DRIVER_NOT_LOADED, "modprobe nvidia"),
+        (NO_PERMISSION, "/dev/nvidia"),
+        (UNKNOWN, "dmesg"),
+        (777, "dmesg"),  # a code that this nvidia-ml-py does not know
+    ],
+)
+def test_a_driver_that_cannot_be_used(library: dict[str, str], tmp_path: Path, code: int, advice: str) -> None:
+    """Zero devices, and a reason that says what happened and what to do."""
+    answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, init=code))
+    assert answer["devices"] == []
+    assert f"({code})" in answer["cuda_unavailable_reason"]
+    assert advice in answer["cuda_unavailable_reason"]
+
+
+def test_one_lost_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """The GPU that is lost is marked; the other one is served."""
+    answer = discovered(library | write_scenario(tmp_path / "hardware", ONE_LOST))
+    assert [bool(device["lost"]) for device in answer["devices"]] == [False, True]
+    assert answer["cuda_unavailable_reason"] is None
+
+
+def test_tables_for_people(library: dict[str, str], tmp_path: Path) -> None:
+    """Without --json: the devices, the matrix of their links, what is wrong."""
+    environment = library | write_scenario(tmp_path / "hardware", (*NVLINKED_PAIR, ONE_LOST[1]))
+    text = discover(environment)
+    assert "driver  580.95.05, CUDA 13.0" in text
+    assert text.count("NVIDIA GeForce RTX 5090  32607 MiB  12.0") == 2
+    assert "GPU 2 cannot be used: NVML: GPU is lost (15)" in text
+    assert text.endswith(
+        "      GPU0  GPU1  GPU2\n"
+        "GPU0  X     NV4   ?\n"
+        "GPU1  NV4   X     ?\n"
+        "GPU2  ?     ?     X\n"
+        "\n"
+        "  NV#  # NVLinks\n"
+        "  ?    the driver does not say\n"
+    )
+
+
+def test_table_of_a_host_that_cannot_use_its_gpus() -> None:
+    """The reason stands where a person looks first."""
+    text = table_of(Discovery(hostname="beast", cuda_unavailable_reason="reboot it"))
+    assert "CUDA is unavailable: reboot it" in text
+    assert text.endswith("\nno GPU\n")
+
+
+def test_table_of_pcie_links() -> None:
+    """Kinds are written and explained as by `nvidia-smi topo -m`, and only those that occur."""
+    devices = [Device(index=index) for index in range(2)]
+    text = table_of(Discovery(devices=devices, links=[Link(a=0, b=1, kind=LinkKind.PHB)]))
+    assert "GPU1  PHB   X\n" in text
+    assert text.endswith("\n\n  PHB  a PCIe host bridge\n")
+
+
+async def test_a_simulated_host_goes_by_the_neurons_name(tmp_path: Path) -> None:
+    """The hosts of a simulated fleet share one machine; each is told by its own name."""
+    simulate = SimulateSettings(devices=["RTX 5090", "RTX 5090"], nvlink=True)
+    config = NeuronConfig(name="beast", simulate=simulate)
+    source = topology_source(config, tmp_path)
+    discovery = await discovery_of(config, source, instance_id="one")
+    assert (discovery.hostname, discovery.simulated, discovery.instance_id) == ("beast", True, "one")
+    assert [device.name for device in discovery.devices] == ["RTX 5090", "RTX 5090"]
+    assert discovery.links == [Link(a=0, b=1, kind=LinkKind.NVLINK, nvlinks=4)]

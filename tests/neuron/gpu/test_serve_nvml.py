@@ -1,0 +1,129 @@
+"""`neuron serve` on a host whose GPUs come from NVML: real command, real nvidia-ml-py, a library made for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from neuron.memory.capacity import MARGIN_MB
+from tests.neuron.neurons import REPOSITORY, neuron_process, until
+from tests.nvml.library import (
+    GPU_IS_LOST,
+    LONE_4090,
+    NVLINKED_PAIR,
+    ONE_LOST,
+    VERSION_MISMATCH,
+    Gpu,
+    build_library,
+    uuid_of,
+    write_scenario,
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return build_library(tmp_path_factory.getbasetemp() / "nvml")
+
+
+def configuration(directory: Path) -> Path:
+    """neuron.toml without `[simulate]`; "vllm" is a program that writes down how it was called and serves like it."""
+    program = directory / "vllm"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        f"json.dump([sys.argv[1:], dict(os.environ)], open({str(directory / 'called.json')!r}, 'w'))\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
+    )
+    program.chmod(0o755)
+    path = directory / "neuron.toml"
+    path.write_text(
+        f'port = 0\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
+        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29100, 29199]\n'
+    )
+    return path
+
+
+def environment(library: Mapping[str, str], scenario: Mapping[str, str]) -> dict[str, str]:
+    return {**library, **scenario, "PYTHONPATH": str(REPOSITORY)}
+
+
+async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
+    """Topology and live figures are NVML's; the engine gets its GPUs by UUID and its share of them, and no secret
+    in its arguments."""
+    busy = (Gpu(nvlinks=NVLINKED_PAIR[0].nvlinks, used_mib=2048), NVLINKED_PAIR[1])
+    scenario = write_scenario(tmp_path / "gpus", busy)
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+        discovery = (await neuron.call("GET", "/discovery")).body
+        assert [device["uuid"] for device in discovery["devices"]] == [uuid_of(0), uuid_of(1)]
+        assert discovery["links"] == [{"a": 0, "b": 1, "kind": "nvlink", "nvlinks": 4}]
+        assert discovery["harnesses"] == ["vllm"]
+        assert not discovery["simulated"]
+        live = (await neuron.call("GET", "/health")).body["devices"]
+        assert live[0]["vram_used_mb"] - live[1]["vram_used_mb"] == 2048
+        assert live[1]["temp_c"] == 42
+        command = {"model_id": "org/large", "harness": "vllm", "tensor_parallel": 2, "vram_mb": 54000, "quant": "fp8"}
+        assert (await neuron.call("POST", "/models/load", json=command)).status == 200
+        endpoint = (await neuron.call("GET", "/models/org%2Flarge/endpoint")).body
+    arguments, variables = json.loads((tmp_path / "called.json").read_text())
+    assert variables["CUDA_VISIBLE_DEVICES"] == f"{uuid_of(0)},{uuid_of(1)}"
+    assert variables["VLLM_API_KEY"] == endpoint["api_key"]
+    assert endpoint["api_key"] not in " ".join(arguments)
+    given = {name: arguments[place + 1] for place, name in enumerate(arguments) if name.startswith("--")}
+    assert given["--tensor-parallel-size"] == "2"
+    assert given["--quantization"] == "fp8"
+    assert float(given["--gpu-memory-utilization"]) == pytest.approx(27000 / 32607, abs=0.02)
+
+
+async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """Each gets the fraction that it was booked; a third is refused with the figures."""
+    scenario = write_scenario(tmp_path / "gpus", LONE_4090)  # 512 MiB in use, and as many the driver's own
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+        fractions = []
+        for model in ("first", "second"):
+            command = {"model_id": model, "harness": "vllm", "vram_mb": 11_000}
+            assert (await neuron.call("POST", "/models/load", json=command)).status == 200
+            arguments, _ = json.loads((tmp_path / "called.json").read_text())
+            fractions.append(float(arguments[arguments.index("--gpu-memory-utilization") + 1]))
+        assert fractions == [0.4478, 0.4478]
+        third = await neuron.call("POST", "/models/load", json={"model_id": "third", "harness": "vllm"})
+        (device,) = (await neuron.call("GET", "/health")).body["devices"]
+    assert (third.status, third.error["code"]) == (409, "insufficient_vram")
+    assert "11000 booked by 'first', 11000 booked by 'second', 512 held by" in third.error["message"]
+    assert (device["vram_booked_mb"], device["vram_foreign_mb"]) == (22_000, 512)
+    assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - MARGIN_MB
+
+
+async def test_driver_mismatch_is_served(library: dict[str, str], tmp_path: Path) -> None:
+    """The service runs and says what is wrong; a load is refused with that reason at once."""
+    scenario = write_scenario(tmp_path / "gpus", init=VERSION_MISMATCH)
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+        discovery = (await neuron.call("GET", "/discovery")).body
+        assert discovery["devices"] == []
+        assert discovery["cuda_unavailable_reason"]
+        refused = await neuron.call("POST", "/models/load", json={"model_id": "m", "harness": "vllm"})
+        assert refused.status == 503
+        assert refused.error["code"] == "cuda_unavailable"
+
+
+async def test_lost_gpu_is_marked_and_not_used(library: dict[str, str], tmp_path: Path) -> None:
+    """One that is gone at the start, and one that goes later: the rest serves on."""
+    scenario = write_scenario(tmp_path / "gpus", ONE_LOST)
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+        devices = (await neuron.call("GET", "/discovery")).body["devices"]
+        assert devices[0]["lost"] is None
+        assert devices[1]["lost"]
+        wanted = {"model_id": "m", "harness": "vllm", "devices": [1]}
+        assert (await neuron.call("POST", "/models/load", json=wanted)).status == 400
+        write_scenario(tmp_path / "gpus", (Gpu(figures={"error": GPU_IS_LOST}),) * 2)
+
+        async def all_lost() -> bool:
+            await neuron.call("GET", "/health")
+            found = (await neuron.call("GET", "/discovery")).body["devices"]
+            return all(device["lost"] for device in found)
+
+        await until(all_lost)
+        assert (await neuron.call("GET", "/health")).status == 200

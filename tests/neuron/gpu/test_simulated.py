@@ -1,0 +1,140 @@
+"""Simulated GPUs: which they are, and memory that really fills up and empties."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from neuron.config import NeuronConfig, SimulatedDevice, SimulateSettings
+from neuron.gpu.simulated import SimulatedTopologySource, resolve_device
+from neuron.sim.process import vram
+from shared.gpu_presets import PRESETS, find_preset
+from shared.protocol import LinkKind
+from shared.settings import SettingsError, validate_settings
+
+
+@pytest.mark.parametrize(
+    "spelling", ["RTX 5090", "RTX5090", "rtx 5090", "rtx-5090", "NVIDIA GeForce RTX 5090", "GeForce RTX 5090"]
+)
+def test_spellings_of_a_preset(spelling: str) -> None:
+    """People write a card's name in many ways; the fleet shows one."""
+    device = resolve_device(spelling, index=0, host="beast")
+    assert (device.name, device.vram_total_mb, device.compute_capability) == ("RTX 5090", 32607, "12.0")
+
+
+@pytest.mark.parametrize(
+    ("reported", "preset"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+    ],
+)
+def test_names_that_nvml_reports_are_presets(reported: str, preset: str) -> None:
+    """A name copied from nvidia-smi works."""
+    found = find_preset(reported)
+    assert found is not None
+    assert found.name == preset
+
+
+def test_every_preset_is_found_by_its_own_name() -> None:
+    """No two presets share a spelling."""
+    assert [find_preset(preset.name) for preset in PRESETS] == list(PRESETS)
+
+
+def test_a_table_overrides_its_preset() -> None:
+    """What a table says holds; the rest comes from the preset of its name."""
+    table = SimulatedDevice(name="RTX 4090", vram_total_mb=8000, numa_node=1, uuid="GPU-mine")
+    device = resolve_device(table, index=3, host="benjy")
+    assert (device.vram_total_mb, device.compute_capability) == (8000, "8.9")
+    assert (device.numa_node, device.uuid, device.index) == (1, "GPU-mine", 3)
+
+
+def test_a_card_of_ones_own() -> None:
+    """A name that is no preset needs only its memory."""
+    device = resolve_device(SimulatedDevice(name="RTX 6090", vram_total_mb=48000), index=0, host="x")
+    assert (device.name, device.vram_total_mb, device.compute_capability) == ("RTX 6090", 48000, "8.0")
+
+
+def test_every_unknown_device_is_named_at_construction(tmp_path: Path) -> None:
+    """A wrong name is found before anything starts: key, value and what is known, one line for each."""
+    settings = SimulateSettings(devices=["RTX 5090", "RTX 9999", SimulatedDevice(name="Abacus")])
+    with pytest.raises(SettingsError) as raised:
+        SimulatedTopologySource(settings, tmp_path)
+    first, second = raised.value.problems
+    assert "simulate.devices[1] = 'RTX 9999'" in first
+    assert "RTX 5090, RTX 5080" in first
+    assert "simulate.devices[2].name = 'Abacus'" in second
+
+
+def test_two_devices_with_one_uuid_are_refused(tmp_path: Path) -> None:
+    """Memory is counted by uuid: two devices of one uuid would fill each other."""
+    table = SimulatedDevice(name="L4", uuid="GPU-same")
+    with pytest.raises(SettingsError, match=r"devices\[1\].uuid = 'GPU-same'"):
+        SimulatedTopologySource(SimulateSettings(devices=[table, table]), tmp_path)
+
+
+async def test_uuids_are_stable_and_distinct(tmp_path: Path) -> None:
+    """The same over restarts, different between devices and between neurons, and of a real GPU's form."""
+    settings = SimulateSettings(devices=["RTX 5090", "RTX 5090"])
+    beast, again, benjy = [
+        [device.uuid for device in (await SimulatedTopologySource(settings, tmp_path, name=name).discover()).devices]
+        for name in ("beast", "beast", "benjy")
+    ]
+    assert beast == again
+    assert len({*beast, *benjy}) == 4
+    assert all(value and uuid.UUID(value.removeprefix("GPU-")) for value in beast)
+
+
+@pytest.mark.parametrize(("nvlink", "kind", "count"), [(True, LinkKind.NVLINK, 4), (False, LinkKind.PHB, 0)])
+async def test_links(tmp_path: Path, nvlink: bool, kind: LinkKind, count: int) -> None:
+    """Every pair is linked in the way the settings say, and the topology owns up to being simulated."""
+    source = SimulatedTopologySource(SimulateSettings(devices=["L4"] * 3, nvlink=nvlink), tmp_path)
+    topology = await source.discover()
+    assert [(link.a, link.b) for link in topology.links] == [(0, 1), (0, 2), (1, 2)]
+    assert {(link.kind, link.nvlinks) for link in topology.links} == {(kind, count)}
+    assert topology.simulated
+    assert not topology.has_gpu
+
+
+async def test_memory_follows_the_processes_that_hold_it(tmp_path: Path) -> None:
+    """A live process fills a device, and its death frees it, however it died."""
+    source = SimulatedTopologySource(SimulateSettings(devices=["RTX 5090", "RTX 3060"]), tmp_path, name="beast")
+    first, second = (await source.discover()).devices
+    assert first.uuid is not None
+    assert second.uuid is not None
+    holder = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
+    try:
+        vram.hold(tmp_path, {first.uuid: 30000, second.uuid: 99999}, pid=holder.pid)
+        figures = [(device.vram_used_mb, device.vram_free_mb) for device in await source.health()]
+        assert figures == [(30000, 2607), (12288, 0)]
+        assert await source.process_memory_mb() == {0: {holder.pid: 30000}, 1: {holder.pid: 99999}}
+    finally:
+        holder.kill()
+        await holder.communicate()
+    assert [device.vram_used_mb for device in await source.health()] == [0, 0]
+    assert await source.process_memory_mb() == {0: {}, 1: {}}
+
+
+async def test_idle_figures_are_there_before_the_directory_is(tmp_path: Path) -> None:
+    """A host on which nothing was ever loaded has free memory and the figures of an idle card."""
+    source = SimulatedTopologySource(SimulateSettings(devices=["L4"]), tmp_path / "not-yet")
+    (device,) = await source.health()
+    assert (device.vram_used_mb, device.vram_free_mb, device.utilization_pct) == (0, 23034, 0)
+    assert device.temp_c is not None
+    assert device.power_w is not None
+
+
+def test_devices_as_neuron_toml_has_them() -> None:
+    """Names and tables mix in one list."""
+    data = {"simulate": {"devices": ["RTX 5090", {"name": "RTX 4090", "numa_node": 1}]}}
+    config = validate_settings(NeuronConfig, data, source="neuron.toml")
+    assert config.simulate is not None
+    names = [resolve_device(entry, index=0, host="").name for entry in config.simulate.devices]
+    assert names == ["RTX 5090", "RTX 4090"]

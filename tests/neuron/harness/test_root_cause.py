@@ -1,0 +1,82 @@
+"""Why an engine ended, found in what it printed. `vllm_logs/` is what vLLM 0.32 really printed for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neuron.errors import exit_reason
+from neuron.harness.registry import HARNESSES
+from neuron.harness.vllm.errors import root_cause
+
+LOGS = Path(__file__).parent / "vllm_logs"
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("badflag", "unrecognized arguments: --no-such-flag"),
+        ("badvalue", "argument --max-model-len: invalid human_readable_int_or_auto value: 'banana'"),
+        ("nopath", "HFValidationError: Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/tmp/does"),
+        ("offline", "LocalEntryNotFoundError: Cannot find an appropriate cached snapshot folder"),
+        ("toolong", "User-specified max_model_len (100000) is greater than the derived max_model_len"),
+        ("kv", "ValueError: Available memory on node 0 (7.53/9.09 GiB) on kv cache allocation is less than requested"),
+        ("sleep", "Sleep mode is not supported on current platform."),
+        ("tp2", "AssertionError: Not enough allowed NUMA nodes to bind threads of 2 local CPUWorkers."),
+    ],
+)
+def test_real_failures(log: str, cause: str) -> None:
+    """The cause is named, wherever in the output it is."""
+    found = root_cause((LOGS / f"{log}.txt").read_text().splitlines())
+    assert found is not None
+    assert found.startswith(cause)
+    assert "input_value" not in found
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        ([], None),
+        (["(APIServer pid=1) INFO 11-23 11:11:55 [a.py:1] all is well"], None),
+        (["(APIServer pid=1) WARNING 11-23 11:11:55 [a.py:1] may cause `OSError: [Errno 24] x`"], None),
+        (["OSError: [Errno 98] Address already in use"], "OSError: [Errno 98] Address already in use"),
+        (
+            [
+                "(Worker_TP1 pid=7) ERROR 11-23 11:11:55 [w.py:1] torch.OutOfMemoryError: CUDA out of memory.",
+                "(EngineCore pid=6) ERROR 11-23 11:11:55 [c.py:1] RuntimeError: Worker failed",
+                "RuntimeError: Engine core initialization failed. See root cause above.",
+                "UserWarning: resource_tracker: there appear to be leaks",
+            ],
+            "OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            ["ImportError: libcudart.so.13: cannot open", "RuntimeError: Engine core initialization failed."],
+            "ImportError: libcudart.so.13: cannot open",
+        ),
+        (
+            ["RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'x': -9}"],
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'x': -9}",
+        ),
+        (["  raise ValueError(", "AssertionError"], "AssertionError"),
+    ],
+)
+def test_cause_of(lines: list[str], cause: str | None) -> None:
+    """Engine processes before the server, real causes before those that only point to one, nothing from warnings."""
+    assert root_cause(lines) == cause
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "reason"),
+    [
+        (-9, ["INFO: fine"], "killed by signal 9 (out of memory?)"),
+        (-11, [], "killed by signal 11"),
+        (-9, ["ValueError: x"], "killed by signal 9 (out of memory?); its log says: ValueError: x"),
+        (1, ["ValueError: x"], "ValueError: x"),
+        (0, ["INFO: bye "], "exited with status 0; its last line: INFO: bye"),
+        (3, [], "exited with status 3 without a word"),
+    ],
+)
+def test_reason_of_an_exit(code: int, lines: list[str], reason: str) -> None:
+    """A signal is named first: the log cannot know of it."""
+    assert exit_reason(HARNESSES["vllm"], code, lines) == reason

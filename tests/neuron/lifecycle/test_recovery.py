@@ -1,0 +1,213 @@
+"""Engines that die: noticed, swept, started again, and given up in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron.config import RecoverySettings
+from neuron.lifecycle.restarts import Restarts
+from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
+
+MODEL = "org/model"
+
+
+async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
+    """The model's entry once another engine than `dead` serves it."""
+
+    async def reached() -> dict[str, Any] | None:
+        entry = await neuron.model(MODEL)
+        return entry if entry["status"] == "loaded" and entry["pid"] != dead else None
+
+    found: dict[str, Any] = await until(reached)
+    return found
+
+
+async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
+    """An engine comes back at once beside one that has taken memory since somebody last looked: what it took is counted
+    as its own."""
+    await neuron.load(MODEL, "--vram-mb", "16000", vram_mb=16000, devices=[0])
+    before = await neuron.model(MODEL)
+    slow = asyncio.create_task(neuron.load("slow", "--load-secs", "3", vram_mb=16000, devices=[0]))
+    await until(lambda: _begun(neuron, "slow"))
+    await asyncio.sleep(1.2)  # it takes some thousand MiB, and nobody measures: who asks for /models would
+    os.kill(before["pid"], signal.SIGKILL)
+    await asyncio.sleep(0.7)
+    assert (await loaded_again(neuron, before["pid"]))["failures"] == 1
+    assert (await slow).status == 200
+
+
+async def _begun(neuron: Neuron, model_id: str) -> bool:
+    """True once it has been measured while it loads."""
+    entry = await neuron.model(model_id)
+    return entry.get("pid") is not None and entry["vram_used_mb"] is not None
+
+
+@pytest.mark.parametrize("options", [(), ("--fault", "spawn-child")])
+async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tuple[str, ...]) -> None:
+    """kill -9: told within two seconds, not served meanwhile, everything of it swept, and another one is there."""
+    await neuron.load(MODEL, *options, "--load-secs", "0.5", vram_mb=9000)
+    before = await neuron.model(MODEL)
+    family = marked_processes(mark)
+    killed_at = time.monotonic()
+    os.kill(before["pid"], signal.SIGKILL)
+    view = await neuron.until_status(MODEL, "recovering")
+    assert time.monotonic() - killed_at < 2
+    assert (await neuron.endpoint(MODEL)).status == 404
+    after = await loaded_again(neuron, before["pid"])
+    assert set(marked_processes(mark)).isdisjoint(family)
+    assert (after["failures"], after["vram_used_mb"], after["error"]) == (1, 9000, None)
+    assert [step["state"] for step in reversed(after["transitions"])][-3:] == ["loaded", "recovering", "loaded"]
+    assert "killed by signal 9" in (await neuron.model(MODEL))["transitions"][1]["reason"] or view["reason"]
+    assert len(neuron.reserved_ports) == 1
+    metrics = (await neuron.call("GET", "/metrics")).body
+    assert f'neuron_engine_restarts_total{{model="{MODEL}"}} 1.0' in metrics
+
+
+async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
+    """vLLM ends with 0 when its engine core died: nobody asked for it, so it comes back."""
+    await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.9")
+    before = (await neuron.model(MODEL))["pid"]
+    assert (await loaded_again(neuron, before))["failures"] >= 1
+
+
+async def test_who_asks_meanwhile_waits_for_it(neuron: Neuron) -> None:
+    """A load of a model that recovers joins the recovery."""
+    await neuron.load(MODEL, "--load-secs", "0.5")
+    before = (await neuron.model(MODEL))["pid"]
+    os.kill(before, signal.SIGKILL)
+    await neuron.until_status(MODEL, "recovering")
+    assert (await neuron.load(MODEL, "--load-secs", "0.5")).status == 200
+    assert (await neuron.model(MODEL))["pid"] != before
+
+
+async def test_given_up_after_failures_in_a_row(mark: str, tmp_path: Path) -> None:
+    """An engine that dies again and again is failed with the cause, until somebody loads it again."""
+    recovery = {"max_failures": 3, "backoff_secs": 0.1}
+    async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
+        crashing = ("--fault", "crash-after-secs", "--fault-after", "0.6")
+        await neuron.load(MODEL, *crashing)
+        view = await neuron.until_status(MODEL, "failed")
+        assert view["failures"] == 3
+        assert view["reason"] == "given up after 3 failures in a row"
+        assert "EngineDeadError" in view["error"]
+        assert not marked_processes(mark)
+        assert (await neuron.call("GET", f"/models/{MODEL}/logs")).body["lines"]
+        assert (await neuron.load(MODEL)).status == 200
+        assert (await neuron.model(MODEL))["failures"] == 0
+
+
+async def test_stop_ends_a_pause(mark: str, tmp_path: Path) -> None:
+    """An unload does not wait for the next start, and nothing starts after it."""
+    recovery = {"backoff_secs": 600, "max_backoff_secs": 600}
+    async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
+        await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.6")
+
+        async def pausing() -> bool:
+            entry = await neuron.model(MODEL)
+            return bool(entry["failures"] == 2 and entry["retry_at"] and entry["retry_at"] > time.time() + 500)
+
+        await until(pausing)
+        assert (await neuron.unload(MODEL)).status == 200
+        assert (await neuron.model(MODEL))["status"] == "unloaded"
+        assert not marked_processes(mark)
+
+
+async def test_failed_first_load_is_not_repeated(neuron: Neuron) -> None:
+    """What never came up is wrong, and not unlucky: failed at once."""
+    assert (await neuron.load(MODEL, "--fault", "oom-at-load")).status == 500
+    view = await neuron.model(MODEL)
+    assert (view["status"], view["failures"]) == ("failed", 0)
+
+
+async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None:
+    """One whose process runs and whose health check fails is as good as dead."""
+    await neuron.load(MODEL, "--fault", "bad-health", "--fault-after", "1")
+    before = (await neuron.model(MODEL))["pid"]
+    found = (await neuron.endpoint(MODEL)).body
+    headers = {"Authorization": f"Bearer {found['api_key']}"}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+    async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
+        await response.read()
+    assert (await loaded_again(neuron, before))["failures"] == 1
+
+
+async def test_hung_engine_is_killed_and_comes_back(mark: str, tmp_path: Path) -> None:
+    """Requests run, no token comes, /health says 200: after the grace time it is hung. One that only has a long prompt
+    is left alone."""
+    health = {"interval_secs": 0.1, "hang_grace_secs": 1, "prefill_grace_secs": 600}
+    async with neuron_here(config_of(tmp_path / "state", health=health)) as neuron:
+        await neuron.load("patient", "--fault", "slow-prefill", "--fault-after", "600")
+        await neuron.load(MODEL, "--tokens-per-sec", "20")
+        pids = {model: (await neuron.model(model))["pid"] for model in ("patient", MODEL)}
+        asking = [asyncio.create_task(ask_for_tokens(neuron, model)) for model in pids]
+        await until(lambda: neuron.activity() == {"patient": 1, MODEL: 1})
+        os.kill(pids[MODEL], signal.SIGUSR1)
+        after = await loaded_again(neuron, pids[MODEL])
+        assert "hung" in after["transitions"][1]["reason"] or "token" in after["transitions"][1]["reason"]
+        assert (await neuron.model("patient"))["pid"] == pids["patient"]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def ask_for_tokens(neuron: Neuron, model: str) -> None:
+    found = (await neuron.endpoint(model)).body
+    headers = {"Authorization": f"Bearer {found['api_key']}"}
+    body = {"model": model, "prompt": "x", "max_tokens": 1000, "stream": True}
+    async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
+        await response.read()
+
+
+MAPS_SHARED_MEMORY = """
+import mmap, os, sys
+fd = os.open(OURS, os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 4096); keep = mmap.mmap(fd, 4096)
+from neuron.sim.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def shared_files() -> Iterator[tuple[Path, Path]]:
+    """Two names in /dev/shm; there is a file of the second name."""
+    ours, theirs = Path(f"/dev/shm/psm_{os.getpid()}a"), Path(f"/dev/shm/psm_{os.getpid()}b")
+    theirs.write_bytes(b"x" * 4096)
+    yield ours, theirs
+    assert theirs.exists()
+    for path in (ours, theirs):
+        path.unlink(missing_ok=True)
+
+
+async def test_shared_memory_goes_with_the_engine(mark: str, tmp_path: Path, shared_files: tuple[Path, Path]) -> None:
+    """What an engine had mapped of /dev/shm is not left behind when it is killed; what somebody else has is."""
+    ours, _ = shared_files
+    script = tmp_path / "engine.py"
+    script.write_text(f"OURS = {str(ours)!r}\n{MAPS_SHARED_MEMORY}")
+    settings = {"command": [sys.executable, str(script)]}
+    async with neuron_here(config_of(tmp_path / "state", sim=settings, recovery={"max_failures": 1})) as neuron:
+        await neuron.load(MODEL)
+        assert os.access(ours, os.F_OK)
+        os.kill((await neuron.model(MODEL))["pid"], signal.SIGKILL)
+        await neuron.until_status(MODEL, "failed")
+        assert not os.access(ours, os.F_OK)
+
+
+def test_pauses_between_starts() -> None:
+    """0, 10, 20, ... 300 s, five failures in a row, and a new row after a stable time."""
+    restarts = Restarts(RecoverySettings(max_failures=9))
+    pauses = []
+    while not restarts.given_up:
+        restarts = restarts.after_failure(served_secs=1.0)
+        pauses.append(restarts.pause_secs)
+    assert pauses == [0, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert Restarts(RecoverySettings(), failures=4).after_failure(None).given_up
+    assert Restarts(RecoverySettings(), failures=4).after_failure(300).failures == 1
+    assert Restarts(RecoverySettings(), failures=10**6).pause_secs == 300

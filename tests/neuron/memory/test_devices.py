@@ -1,0 +1,342 @@
+"""Which GPUs an engine gets: cases by hand, and every set of small hosts against the documented order."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from neuron.gpu.topology import Topology
+from neuron.memory.capacity import Booking, DeviceRoom, rooms_of
+from neuron.memory.requirement import Need
+from neuron.memory.selection import Choice, check_devices, choose
+from shared.errors import InvalidRequest
+from shared.protocol import Link, LinkKind
+from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
+
+HALF = Need(fraction=0.5)
+
+
+def booked(*devices: int, mb: int = 8000) -> Booking:
+    return Booking("org/other", dict.fromkeys(devices, mb))
+
+
+def chosen(
+    topology: Topology, count: int, need: Need, *bookings: Booking, used: Mapping[int, int] | None = None, **named: Any
+) -> Choice | None:
+    everything = {index: mb for booking in bookings for index, mb in booking.promised_mb.items()}
+    health = measured(topology, {**everything, **(used or {})})
+    return choose(count, need, topology, rooms_of(topology, health, bookings), **named)
+
+
+def indices(choice: Choice | None) -> list[int] | None:
+    return None if choice is None else [device.index for device in choice.devices]
+
+
+@pytest.mark.parametrize(
+    ("topology", "count", "need", "bookings", "expected"),
+    [
+        # One of a mesh: any is as good. Two of it: they are as well connected anywhere.
+        (MESH, 1, Need(8000), [], [0]),
+        (MESH, 4, Need(8000), [booked(1, mb=75_000)], [0, 2, 3, 4]),
+        (MESH, 8, Need(8000), [], list(range(8))),
+        # Islands: a broken one goes before a whole one, and no set is spread over both unless it must be.
+        (ISLANDS, 1, Need(60_000), [booked(5, mb=60_000)], [4]),
+        (ISLANDS, 2, Need(60_000), [booked(0, mb=60_000), booked(1, mb=60_000)], [2, 3]),
+        (ISLANDS, 4, Need(60_000), [booked(1, mb=60_000)], [4, 5, 6, 7]),
+        (ISLANDS, 3, Need(60_000), [booked(0, 1, 4, mb=60_000)], [5, 6, 7]),
+        (ISLANDS, 4, Need(60_000), [booked(0, 4, mb=60_000)], [1, 2, 3, 5]),
+        # Pairs: one card is taken where no pair is broken, two come from one pair, and a broken pair goes first.
+        (PAIRS, 1, Need(60_000), [], [2]),
+        (PAIRS, 1, Need(60_000), [booked(2, mb=60_000)], [3]),
+        (PAIRS, 1, Need(60_000), [booked(2, 3, mb=60_000)], [0]),
+        (PAIRS, 1, Need(60_000), [booked(2, 3, 5, mb=60_000)], [4]),
+        (PAIRS, 2, Need(60_000), [], [0, 1]),
+        (PAIRS, 2, Need(60_000), [booked(0, mb=60_000)], [4, 5]),
+        (PAIRS, 2, Need(60_000), [booked(0, 5, mb=60_000)], [1, 2]),  # broken pairs and loose cards alike: the lowest
+        # Switches before NUMA nodes, and among switches the nearer.
+        (SWITCHES, 2, Need(8000), [], [2, 3]),
+        (SWITCHES, 2, Need(20_000), [booked(2, mb=8000)], [0, 1]),
+        (SWITCHES, 2, Need(20_000), [booked(1, 2, mb=8000)], [0, 3]),
+        # Mixed cards: alike before larger; the smallest that has room; of unknown size, where most is.
+        (MIXED, 2, Need(8000), [], [1, 3]),
+        (MIXED, 1, Need(8000), [], [0]),
+        (MIXED, 1, Need(14_000), [], [2]),
+        (MIXED, 1, Need(30_000), [], [1]),
+        (MIXED, 1, HALF, [], [1]),
+        (MIXED, 3, Need(14_000), [], [1, 2, 3]),
+        (MIXED, 3, Need(14_000, one_fraction=True), [], [1, 2, 3]),
+        # What shares a card with an engine leaves the other card free.
+        (host("5090", "5090"), 1, Need(8000), [booked(1)], [1]),
+        # Nothing fits: nothing is chosen.
+        (MIXED, 1, Need(32_608), [], None),
+        (MIXED, 2, Need(30_000), [booked(3)], None),
+        (MIXED, 5, Need(1), [], None),
+    ],
+)
+def test_choice(
+    topology: Topology, count: int, need: Need, bookings: list[Booking], expected: list[int] | None
+) -> None:
+    """Cases that a person can check."""
+    assert indices(chosen(topology, count, need, *bookings)) == expected
+
+
+def test_a_few_mib_do_not_break_a_pair() -> None:
+    """Idle cards differ by what the driver keeps on them: that is no closer fit."""
+    assert indices(chosen(PAIRS, 1, Need(60_000), used={0: 12, 1: 480, 4: 3})) == [2]
+
+
+def test_what_is_free_comes_before_what_comes_back() -> None:
+    """Of two cards alike, the one that need not be waited for."""
+    topology = host("5090", "5090")
+    leaving = replace(booked(0), leaving=True)
+    assert indices(chosen(topology, 1, Need(8000), leaving)) == [1]
+    assert indices(chosen(topology, 2, Need(30_000), leaving)) == [0, 1]
+
+
+@pytest.mark.parametrize(("need_mb", "expected"), [(20_000, [1]), (4000, [0])])
+def test_sleeping_engines_can_wake(need_mb: int, expected: list[int]) -> None:
+    """What they want then is left alone while another card will do; what they do not want is not."""
+    asleep = replace(booked(0, mb=1500), held_mb={0: 1500}, awake_mb={0: 20_000})
+    topology = host("4090", "4090")
+    assert indices(chosen(topology, 1, Need(need_mb), asleep)) == expected
+    assert indices(chosen(topology, 2, Need(need_mb), asleep)) == [0, 1]
+    (room, other) = rooms_of(topology, measured(topology, {0: 1500}), [asleep])
+    assert (room.asleep_mb, other.asleep_mb) == (18_500, 0)
+
+
+def test_numa_nodes_count_where_no_link_is_known() -> None:
+    """A virtual machine tells the nodes and no paths."""
+    topology = host("4090", "4090", "4090", d0={"numa_node": 0}, d1={"numa_node": 1}, d2={"numa_node": 1})
+    assert indices(chosen(topology, 2, Need(8000))) == [1, 2]
+
+
+def test_more_nvlinks_are_better() -> None:
+    """As in a hybrid cube mesh, where some peers have one link and some two."""
+    topology = host(
+        *["H100"] * 3,
+        links=[*linked([(0, 1)], LinkKind.NVLINK, 1), *linked([(1, 2)], LinkKind.NVLINK, 2)],
+    )
+    assert indices(chosen(topology, 2, Need(8000))) == [1, 2]
+
+
+def test_lost_and_divided_devices_are_passed_over() -> None:
+    """A GPU that fell off the bus, one in MIG mode, and one that gives no figures, however well they are connected."""
+    topology = host(
+        *["H100"] * 5,
+        links=linked([range(4)], LinkKind.NVLINK, 18),
+        d0={"lost": "fell off the bus"},
+        d2={"mig_mode": True},
+        d3={"mig_mode": False},
+    )
+    assert indices(chosen(topology, 2, Need(8000))) == [1, 3]
+    assert indices(chosen(topology, 3, Need(8000))) == [1, 3, 4]
+    assert chosen(topology, 4, Need(8000)) is None
+    silent = [figures for figures in measured(topology) if figures.index != 1]
+    assert indices(choose(2, Need(8000), topology, rooms_of(topology, silent, []))) == [3, 4]
+
+
+def test_named_devices() -> None:
+    """In the order named, whatever their links, and only with room on each."""
+    assert indices(chosen(MIXED, 2, Need(8000), named=(2, 0))) == [2, 0]
+    assert chosen(MIXED, 2, Need(14_000), named=(2, 0)) is None
+
+
+def test_host_without_devices() -> None:
+    """A CPU host gives none, and refuses none."""
+    choice = chosen(Topology(), 2, Need(8000))
+    assert choice is not None
+    assert (choice.devices, choice.booked_mb) == ((), ())
+    check_devices(spec(8), Topology())
+
+
+def test_memory_that_cannot_be_counted_never_refuses() -> None:
+    """A GPU that shares the host's memory has no figure of its own."""
+    topology = host("GB10", d0={"vram_total_mb": 0})
+    assert indices(chosen(topology, 1, Need(90_000))) == [0]
+
+
+def test_one_fraction_for_unequal_cards() -> None:
+    """vLLM takes the same fraction of each card: what the smallest needs decides what the larger must have."""
+    need = Need(18_000, one_fraction=True)
+    topology = host("4090", "5090")
+    assert need.shares(rooms_of(topology, measured(topology), [])) == (18_000, 23_894)
+    assert indices(chosen(topology, 2, need, booked(1, mb=8700))) == [0, 1]
+    assert chosen(topology, 2, need, booked(1, mb=8800)) is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "count", "need", "why"),
+    [
+        (PAIRS, 2, Need(60_000), "2 of 6 devices with room: 0 and 1, joined by NVLink (4 links); closest fit, 43118 MiB"
+         " left over; leaves NVLinked 4+5 whole"),
+        (PAIRS, 1, Need(60_000), "1 of 6 devices with room: 2; closest fit, 21559 MiB left over; leaves NVLinked 0+1,"
+         " 4+5 whole"),
+        (MESH, 8, Need(1), "8 of 8 devices with room: 0, 1, 2, 3, 4, 5, 6 and 7, joined by NVLink (at least 18 links)"),
+        (SWITCHES, 2, Need(24_564), "2 of 4 devices with room: 2 and 3, joined by PCIe switches, without a host bridge"
+         " between; closest fit, 0 MiB left over"),
+        (MIXED, 1, HALF, "1 of 4 devices with room: 1; roomiest, as the model's size is not known, 16303 MiB"
+         " left over"),
+        (MIXED, 4, Need(1), "4 of 4 devices with room: 0, 1, 2 and 3, of one NUMA node;"
+         " cards differ (3060, 5090, 4090)"),
+        (host("4090", "4090"), 2, Need(1), "2 of 2 devices with room: 0 and 1, with no fast path between them known"),
+    ],
+)  # fmt: skip
+def test_choice_says_why(topology: Topology, count: int, need: Need, why: str) -> None:
+    """In a sentence for an operator."""
+    choice = chosen(topology, count, need)
+    assert choice is not None
+    assert choice.why == why
+
+
+def test_devices_that_are_refused() -> None:
+    """Naming one that is not there, lost or in MIG mode, or needing it, is refused with the reason."""
+    topology = host("A", "A", "A", d0={"lost": "fell off the bus"}, d2={"mig_mode": True})
+    with pytest.raises(InvalidRequest, match="fell off the bus"):
+        check_devices(spec(devices=(0,)), topology)
+    with pytest.raises(InvalidRequest, match="no device 7"):
+        check_devices(spec(devices=(7,)), topology)
+    with pytest.raises(InvalidRequest, match="MIG mode"):
+        check_devices(spec(devices=(2,)), topology)
+    with pytest.raises(InvalidRequest, match=r"1 can be used here; device 0: fell off the bus; device 2: .*MIG mode"):
+        check_devices(spec(2), topology)
+    check_devices(spec(), topology)
+
+
+# --- every set of small hosts
+
+_KINDS = [*LinkKind, None]
+
+
+def random_host(source: random.Random) -> Topology:
+    """Up to six cards of up to three kinds with any links, some lost, some in MIG mode, some on NUMA nodes."""
+    names = [source.choice(["5090", "4090", "3060"][: source.randint(1, 3)]) for _ in range(source.randint(1, 6))]
+    changed: dict[str, Any] = {}
+    for index in range(len(names)):
+        odds = source.random()
+        changed[f"d{index}"] = {"numa_node": source.choice([None, 0, 1])}
+        if odds < 0.1:
+            changed[f"d{index}"]["lost"] = "gone"
+        elif odds < 0.2:
+            changed[f"d{index}"]["mig_mode"] = True
+    links = []
+    for a, b in combinations(range(len(names)), 2):
+        kind = source.choice(_KINDS)
+        if kind is not None:
+            links.append(Link(a=a, b=b, kind=kind, nvlinks=source.choice([1, 4]) if kind is LinkKind.NVLINK else 0))
+    return host(*names, links=links, **changed)
+
+
+def joint(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
+    """The documented grade of a pair, worked out anew: kind of path, fewer NVLinks, place in nvidia-smi's list."""
+    link = next((link for link in topology.links if (link.a, link.b) == (min(a, b), max(a, b))), None)
+    kinds = {"nvlink": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
+    grade = 3 if link is None else kinds[link.kind.value]
+    nodes = {device.index: device.numa_node for device in topology.devices}
+    if grade == 3 and nodes[a] is not None and nodes[a] == nodes[b]:
+        grade = 2
+    return grade, 0 if link is None else -link.nvlinks, len(kinds) if link is None else list(LinkKind).index(link.kind)
+
+
+def order(
+    topology: Topology, rooms: Mapping[int, DeviceRoom], need: Need, group: tuple[int, ...]
+) -> tuple[object, ...]:
+    """The documented order, worked out anew from its words."""
+    cards = {device.index: (device.name, device.vram_total_mb) for device in topology.devices}
+    pairs = [joint(topology, a, b) for a, b in combinations(group, 2)]
+    worst = max(pairs, default=(0, 0, 0))
+    left = sum(
+        rooms[i].total_mb - 1024 * round((rooms[i].total_mb - rooms[i].bookable_mb) / 1024) - mb
+        for i, mb in zip(group, wanted(topology, need, group), strict=True)
+    )
+    idle = {
+        room.index
+        for room in rooms.values()
+        if room.unusable is None and not room.booked_by and room.bookable_mb >= room.total_mb / 2
+    }
+    cut = [0, 0, 0]
+    for a in idle & set(group):
+        for b in idle - set(group):
+            grade, fewer, _ = joint(topology, a, b)
+            if grade < 3:
+                cut[grade] += max(1, -fewer)
+    return (
+        worst[:2],
+        len({cards[index] for index in group}),
+        worst[2],
+        sum(
+            max(0, rooms[i].asleep_mb - (rooms[i].bookable_mb - mb))
+            for i, mb in zip(group, wanted(topology, need, group), strict=True)
+        ),
+        left if need.fraction is None else -left,
+        sum(len(rooms[index].booked_by) for index in group),
+        sum(rooms[index].coming_back_mb for index in group),
+        cut,
+        group,
+    )
+
+
+def wanted(topology: Topology, need: Need, group: tuple[int, ...]) -> list[int]:
+    totals = [topology.devices[index].vram_total_mb for index in group]
+    if need.fraction is not None:
+        return [math.ceil(need.fraction * total) for total in totals]
+    return [math.ceil(need.mb * total / min(totals)) if need.one_fraction else need.mb for total in totals]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_set_is_better(seed: int) -> None:
+    """Whatever the host and what is on it: the choice has room, and no other set with room is better by the order; when
+    none is chosen none has room. The same again gives the same."""
+    source = random.Random(seed)
+    topology = random_host(source)
+    everywhere = [device.index for device in topology.devices]
+    bookings = [
+        replace(
+            booked(*source.sample(everywhere, source.randint(1, len(everywhere))), mb=source.randint(500, 14_000)),
+            leaving=source.random() < 0.3,
+            awake_mb=dict.fromkeys(everywhere, 20_000) if source.random() < 0.3 else None,
+        )
+        for _ in range(source.randint(0, 3))
+    ]
+    used = {index: source.choice([0, 3, 700, 9000]) for index in everywhere}
+    for booking in bookings:
+        for index, mb in booking.promised_mb.items():
+            used[index] += mb
+    rooms = {room.index: room for room in rooms_of(topology, measured(topology, used), bookings)}
+    size = source.choice([1000, 8000, 14_000, 23_000])
+    for need in (Need(size), Need(size, one_fraction=True), Need(fraction=0.6)):
+        for count in range(1, len(everywhere) + 1):
+            choice = choose(count, need, topology, tuple(rooms.values()))
+            assert choice == choose(count, need, topology, tuple(rooms.values()))
+            with_room = [
+                group
+                for group in combinations(everywhere, count)
+                if all(rooms[i].has(mb) for i, mb in zip(group, wanted(topology, need, group), strict=True))
+            ]
+            if choice is None:
+                assert not with_room
+                continue
+            group = tuple(device.index for device in choice.devices)
+            assert group in with_room
+            assert not any(device.lost or device.mig_mode for device in choice.devices)
+            assert list(choice.booked_mb) == wanted(topology, need, group)
+            best = order(topology, rooms, need, group)
+            assert all(best <= order(topology, rooms, need, other) for other in with_room)
+
+
+def test_large_hosts() -> None:
+    """Sixteen devices are looked at set by set. With more the search is bounded, and still finds the only set with
+    room, and an island."""
+    sixteen = host(*["H100"] * 16, links=linked([range(8), range(8, 16)], LinkKind.NVLINK, 18))
+    assert indices(chosen(sixteen, 8, Need(60_000))) == list(range(8))
+    assert indices(chosen(sixteen, 4, Need(60_000), booked(9, mb=60_000))) == [8, 10, 11, 12]
+    many = host(*["H100"] * 24, links=linked([(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23)], LinkKind.NVLINK, 18))
+    assert indices(chosen(many, 12, Need(60_000))) == list(range(1, 24, 2))
+    full = booked(*range(12), mb=60_000)
+    assert indices(chosen(many, 12, Need(60_000), full)) == list(range(12, 24))
+    assert chosen(many, 13, Need(60_000), full) is None

@@ -1,0 +1,437 @@
+"""The bookings of GPU memory: what counts, what is refused, and that nothing is promised twice."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from neuron.errors import InsufficientVram
+from neuron.gpu.topology import Topology
+from neuron.memory.capacity import MARGIN_MB, DeviceRoom, held_by, with_rooms
+from neuron.memory.ledger import Ledger
+from shared.errors import InvalidRequest
+from shared.protocol import DeviceHealth
+from tests.neuron.hosts import TOTALS, host, measured, spec
+
+ONE, TWO = host("4090"), host("5090", "5090")
+FULL = TOTALS["4090"]
+
+
+def room(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0, reserve: int = 0) -> DeviceRoom:
+    return ledger.rooms(topology, measured(topology, {index: used}, reserve=reserve))[index]
+
+
+def book(
+    ledger: Ledger, number: int, share: int | None, topology: Topology = ONE, used: int = 0, **of: Any
+) -> list[int]:
+    choice = ledger.book(number, spec(**of), share, topology, measured(topology, {0: used}))
+    return [device.index for device in choice.devices]
+
+
+# --- what a device has to give
+
+
+def test_memory_of_a_loading_engine_is_not_counted_twice() -> None:
+    """Booked 20000, of which it holds 7000 so far: 20000 are gone, whether the driver names its processes or not."""
+    for known in (True, False):
+        ledger = Ledger()
+        book(ledger, 1, 20_000)
+        if known:
+            ledger.holding(1, {0: 7000})
+        found = room(ledger, used=7000)
+        assert (found.booked_mb, found.held_mb, found.foreign_mb) == (20_000, 7000, 0)
+        assert found.bookable_mb == FULL - 20_000
+
+
+def test_foreign_memory() -> None:
+    """What is in use and not ours is gone as well; without the driver's word, only what is beyond our promises."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.holding(1, {0: 7000})
+    found = room(ledger, used=9500)
+    assert (found.foreign_mb, found.bookable_mb) == (2500, FULL - 22_500)
+    ledger.holding(1, {})
+    found = room(ledger, used=20_600)
+    assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (20_000, 600, FULL - 20_600)
+    assert room(Ledger(), used=900).foreign_mb == 900
+
+
+def test_memory_that_was_foreign_at_the_booking_stays_so() -> None:
+    """An engine that has just been booked holds nothing yet, whatever is in use; what comes into use then is its."""
+    ledger = Ledger()
+    book(ledger, 1, 10_000, used=3000)
+    for used, held in ((3000, 0), (10_000, 7000), (13_000, 10_000)):
+        found = room(ledger, used=used)
+        assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (held, 3000, FULL - 13_000)
+    book(ledger, 2, 5000, used=13_500)
+    assert room(ledger, used=16_000).bookable_mb == FULL - 18_500
+
+
+def test_measured_footprint_replaces_the_estimate() -> None:
+    """Smaller or larger than what was promised; later measurements count too."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    for footprint in (14_000, 21_000, 21_500):
+        ledger.measured(1, {0: footprint})
+        found = room(ledger, used=footprint)
+        assert (found.booked_mb, found.held_mb, found.bookable_mb) == (footprint, footprint, FULL - footprint)
+
+
+def test_growth_seen_before_the_load_is_done_counts() -> None:
+    """An engine that holds more than it was promised has it, and a driver that does not say leaves the promise."""
+    ledger = Ledger()
+    book(ledger, 1, 10_000)
+    ledger.holding(1, {0: 12_000})
+    assert room(ledger, used=12_000).bookable_mb == FULL - 12_000
+    ledger.measured(1, {})
+    found = room(ledger, used=12_000)
+    assert (found.booked_mb, found.foreign_mb) == (10_000, 2000)
+
+
+def test_memory_of_a_leaving_engine_can_be_promised_again() -> None:
+    """And is told apart from what is free already. Once the engine is gone, what is still in use is a stranger's."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.measured(1, {0: 20_000})
+    with pytest.raises(InsufficientVram):
+        book(ledger, 2, 18_000, used=20_000)
+    ledger.leaving(1)
+    found = room(ledger, used=20_000)
+    assert (found.booked_mb, found.bookable_mb, found.coming_back_mb) == (0, FULL, 20_000)
+    assert book(ledger, 2, 18_000, used=20_000) == [0]
+    ledger.release(1)
+    found = room(ledger, used=300)
+    assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (300, 0, FULL - 18_000)
+
+
+def test_memory_that_comes_back_is_awaited() -> None:
+    """By whom it was promised to, the earlier first, and no longer than it takes."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.measured(1, {0: 20_000})
+    assert ledger.awaited(1, ONE, measured(ONE, {0: 20_000})) == {}
+    ledger.leaving(1)
+    book(ledger, 2, 4000, used=20_000)
+    book(ledger, 3, 18_000, used=20_000)
+    used = measured(ONE, {0: 20_000})
+    assert [ledger.awaited(number, ONE, used) for number in (2, 3, 9)] == [{}, {0: 17_436}, {}]
+    ledger.holding(2, {0: 4000})
+    assert ledger.awaited(3, ONE, measured(ONE, {0: 24_000})) == {0: 17_436}
+    ledger.release(1)
+    assert ledger.awaited(3, ONE, measured(ONE, {0: 4000})) == {}
+
+
+def test_leaving_engine_whose_processes_are_not_named() -> None:
+    """In a container it is taken to hold what is in use, up to its promise."""
+    ledger = Ledger()
+    book(ledger, 1, 15_000)
+    book(ledger, 2, 5000)
+    ledger.leaving(1)
+    found = room(ledger, used=16_000)
+    assert (found.coming_back_mb, found.held_mb, found.foreign_mb) == (15_000, 16_000, 0)
+    assert found.bookable_mb == FULL - 5000
+
+
+def test_real_devices_keep_a_margin_and_the_drivers_reserve() -> None:
+    """What NVML counts as neither used nor free is nobody's; a CUDA context needs some MiB beside the share."""
+    real = host("4090", simulated=False)
+    assert room(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - MARGIN_MB
+    assert room(Ledger(), real, used=FULL).bookable_mb == 0
+    assert Ledger().rooms(ONE, [DeviceHealth(index=0)])[0].bookable_mb == FULL  # a driver that tells nothing
+
+
+def test_health_figures() -> None:
+    """As `/health` has them; a device that cannot be used has nothing to book."""
+    topology = host("5090", "5090", d1={"mig_mode": True})
+    ledger = Ledger()
+    book(ledger, 1, 8000, topology)
+    live = measured(topology, {0: 9000})
+    figures = with_rooms(live, ledger.rooms(topology, live))
+    told = [(item.vram_booked_mb, item.vram_foreign_mb, item.vram_bookable_mb) for item in figures]
+    assert told == [(8000, 1000, TOTALS["5090"] - 9000), (0, 0, 0)]
+    assert with_rooms(live, ()) == live
+
+
+def test_memory_held_by_processes() -> None:
+    """By device; one that knows none of the processes is left out, which is not the same as nothing."""
+    usage = {0: {7: 100, 8: 5, 9: 1}, 1: {7: 50}, 2: {5: 70}}
+    assert held_by({7, 8}, usage) == {0: 105, 1: 50}
+
+
+def test_default_fraction_is_of_what_cuda_sees() -> None:
+    """A desktop's small card: NVML counts the driver's reserve into the total, CUDA and so vLLM do not."""
+    small = host("3060", simulated=False)
+    choice = Ledger().book(1, spec(harness="vllm"), None, small, measured(small, {0: 200}, reserve=300))
+    assert choice.booked_mb == (11_029,)
+
+
+# --- refusals
+
+
+def test_refusal_names_the_figures() -> None:
+    """Who needs what, and for each device what can be had and who has the rest; the same for programs."""
+    topology = host("4090", "4090", "3060", d1={"lost": "fell off the bus"})
+    ledger = Ledger()
+    book(ledger, 1, 18_000, topology, model_id="org/a", devices=(0,))
+    with pytest.raises(InsufficientVram) as refused:
+        ledger.book(2, spec(2, "org/b"), 12_000, topology, measured(topology, {0: 21_464, 2: 288}))
+    error = refused.value
+    assert (error.status, error.code) == (409, "insufficient_vram")
+    assert error.message == (
+        "'org/b' needs 12000 MiB on each of 2 devices; "
+        "device 0 (4090): 3100 of 24564 MiB can be had (18000 booked by 'org/a', 3464 held by processes that are not "
+        "neuron's); "
+        "device 1 (4090) cannot be used: fell off the bus; "
+        "device 2 (3060): 12000 of 12288 MiB can be had (288 held by processes that are not neuron's)"
+    )
+    assert error.body()["error"]["devices"][0] == {
+        "index": 0,
+        "total_mb": 24_564,
+        "booked_mb": 18_000,
+        "foreign_mb": 3464,
+        "bookable_mb": 3100,
+        "unusable": None,
+        "needed_mb": 12000,
+    }
+
+
+def test_named_devices_that_are_full_are_refused() -> None:
+    """However much room the others have; only the named ones are spoken of."""
+    ledger = Ledger()
+    book(ledger, 1, 30_000, TWO, devices=(0,))
+    with pytest.raises(InsufficientVram) as refused:
+        book(ledger, 2, 8000, TWO, devices=(0,))
+    assert "device 0 (5090): 2607 of 32607" in refused.value.message
+    assert "device 1" not in refused.value.message
+    assert book(ledger, 2, 8000, TWO) == [1]
+
+
+def test_what_is_booked_when_nothing_is_known() -> None:
+    """vLLM's default fraction of the device, the simulation's default; what arguments say outweighs both."""
+    ledger = Ledger()
+    book(ledger, 1, None, harness="vllm")
+    assert room(ledger).booked_mb == 22_599  # 92%
+    with pytest.raises(InsufficientVram, match="'org/m' needs 92% of the memory on one device"):
+        book(ledger, 2, None, harness="vllm")
+    assert book(ledger, 3, None) == [0]
+    assert room(ledger).booked_mb == 22_599 + 1024
+    ledger = Ledger()
+    for number in (1, 2):
+        choice = ledger.book(
+            number, spec(harness="vllm", args=("--gpu-memory-utilization", "0.9")), None, ONE, measured(ONE),
+            extra_args=["--gpu-memory-utilization=0.5"],
+        )  # fmt: skip
+        assert choice.booked_mb == (12_282,)
+    assert room(ledger).bookable_mb == 0
+
+
+def test_device_that_was_lost_since_the_check() -> None:
+    """A spec that is remembered from before is refused with the reason."""
+    topology = host("5090", "5090", d0={"lost": "fell off the bus"})
+    for wanted in (spec(devices=(0,)), spec(2), spec(devices=(7,))):
+        with pytest.raises(InvalidRequest, match=r"fell off the bus|no device 7"):
+            Ledger().book(1, wanted, 1000, topology, measured(topology))
+
+
+def test_refused_load_books_nothing() -> None:
+    """It leaves the memory to others, and can be tried again."""
+    ledger = Ledger()
+    with pytest.raises(InsufficientVram):
+        book(ledger, 1, FULL + 1)
+    assert room(ledger).bookable_mb == FULL
+    assert book(ledger, 1, FULL) == [0]
+
+
+def test_host_without_devices_books_nothing() -> None:
+    """Any number of engines of any size share a CPU host."""
+    ledger = Ledger()
+    assert book(ledger, 1, 10**6, Topology()) == book(ledger, 2, None, Topology(), harness="vllm") == []
+    assert ledger.rooms(Topology(), []) == ()
+
+
+def test_unequal_cards_are_booked_as_vllm_fills_them() -> None:
+    """One fraction for all: of the larger card more is booked, until the measured footprint says otherwise."""
+    topology = host("4090", "5090")
+    ledger = Ledger()
+    choice = ledger.book(1, spec(2, harness="vllm"), 12_282, topology, measured(topology))
+    assert choice.booked_mb == (12_282, 16_304)
+    ledger.measured(1, {0: 12_000, 1: 12_500})
+    live = measured(topology, {0: 12_000, 1: 12_500})
+    assert [found.bookable_mb for found in ledger.rooms(topology, live)] == [12_564, 20_107]
+
+
+# --- sleeping, adopting
+
+
+def test_sleeping_engine_gives_back_what_it_does_not_hold() -> None:
+    """And gets it again when it wakes, unless it has been given away."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.measured(1, {0: 20_500})
+    ledger.shrink(1, {0: 900})
+    assert room(ledger, used=900).bookable_mb == FULL - 900
+    ledger.measured(1, {0: 950})
+    book(ledger, 2, 10_000, used=950)
+    with pytest.raises(InsufficientVram, match=r"needs 19550 MiB more on device 0 to wake.*10000 booked by 'org/m'"):
+        ledger.regrow(1, ONE, measured(ONE, {0: 950}))
+    assert room(ledger, used=950).booked_mb == 10_950
+    ledger.release(2)
+    with pytest.raises(InsufficientVram, match="held by processes that are not neuron's"):
+        ledger.regrow(1, ONE, measured(ONE, {0: 9000}))
+    ledger.regrow(1, ONE, measured(ONE, {0: 950}))
+    ledger.holding(1, {0: 5000})
+    assert room(ledger, used=5000).bookable_mb == FULL - 20_500
+    ledger.regrow(1, ONE, measured(ONE, {0: 5000}))  # awake: nothing to do
+    ledger.measured(1, {0: 20_400})
+    assert room(ledger, used=20_400).booked_mb == 20_400
+
+
+def test_sleeping_engine_whose_memory_the_driver_does_not_tell_keeps_its_promise() -> None:
+    """Nobody can tell that it let go of anything."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000)
+    ledger.shrink(1, {})
+    assert room(ledger, used=900).bookable_mb == FULL - 20_000
+    ledger.regrow(1, ONE, measured(ONE, {0: 900}))
+
+
+def test_adopted_engine() -> None:
+    """It is there: booked without a check, also beyond what the device has."""
+    ledger = Ledger()
+    ledger.adopt(1, "org/a", (0,), 30_000)
+    assert room(ledger, used=20_000).bookable_mb == 0
+    ledger.measured(1, {0: 20_000})
+    assert room(ledger, used=20_000).bookable_mb == FULL - 20_000
+    ledger.adopt(2, "org/b", (0,), None)
+    found = room(ledger, used=22_000)
+    assert (found.foreign_mb, found.bookable_mb) == (2000, FULL - 22_000)
+    ledger.measured(2, {0: 2000})
+    found = room(ledger, used=22_000)
+    assert (found.foreign_mb, found.booked_by) == (0, (("org/a", 20_000), ("org/b", 2000)))
+
+
+def test_late_words_about_engines_that_are_gone() -> None:
+    """A measurement that comes after the end changes nothing."""
+    ledger = Ledger()
+    for late in (ledger.holding, ledger.measured, ledger.shrink):
+        late(9, {0: 5000})
+    ledger.leaving(9)
+    ledger.release(9)
+    ledger.regrow(9, ONE, measured(ONE))
+    assert room(ledger).bookable_mb == FULL
+
+
+# --- any sequence of events, against a model of its own
+
+
+@dataclass
+class Held:
+    """What an engine was promised and really holds, in MiB by device."""
+
+    promised: dict[int, int]
+    held: dict[int, int]
+    leaving: bool = False
+    settled: bool = False
+
+    def unfilled(self, index: int) -> int:
+        return 0 if self.leaving else max(0, self.promised.get(index, 0) - self.held.get(index, 0))
+
+
+class Model:
+    """A host as it really is, with a ledger that is told of it."""
+
+    def __init__(self, source: random.Random) -> None:
+        self.source = source
+        self.topology = host(*source.choices(["5090", "4090", "3060"], k=source.randint(1, 3)))
+        self.totals = {device.index: device.vram_total_mb for device in self.topology.devices}
+        self.ledger = Ledger()
+        self.engines: dict[int, Held] = {}
+        self.foreign = dict.fromkeys(self.totals, 0)
+
+    def used(self, index: int) -> int:
+        return self.foreign[index] + sum(each.held.get(index, 0) for each in self.engines.values())
+
+    def spare(self, index: int) -> int:
+        """What is neither in use by what stays, nor promised: below 0 when strangers took what was promised."""
+        going = sum(each.held.get(index, 0) for each in self.engines.values() if each.leaving)
+        unfilled = sum(each.unfilled(index) for each in self.engines.values())
+        return self.totals[index] - self.used(index) - unfilled + going
+
+    def health(self) -> list[DeviceHealth]:
+        return measured(self.topology, {index: self.used(index) for index in self.totals})
+
+    def book(self, number: int) -> None:
+        share, count = self.source.randint(200, 14_000), self.source.randint(1, len(self.totals))
+        spare = {index: self.spare(index) for index in self.totals}
+        try:
+            choice = self.ledger.book(number, spec(count), share, self.topology, self.health())
+        except InsufficientVram:
+            assert sum(mb >= share for mb in spare.values()) < count
+            return
+        assert all(spare[device.index] >= share for device in choice.devices)
+        promised = {device.index: share for device in choice.devices}
+        self.engines[number] = Held(promised, dict.fromkeys(promised, 0))
+
+    def fill(self, number: int, engine: Held) -> None:
+        if not engine.settled:
+            engine.held = {index: self.source.randint(0, mb) for index, mb in engine.promised.items()}
+            self.ledger.holding(number, engine.held)
+
+    def measure(self, number: int, engine: Held) -> None:
+        if not engine.leaving:
+            engine.held = {index: self.source.randint(mb // 2, mb) for index, mb in engine.promised.items()}
+            engine.promised, engine.settled = dict(engine.held), True
+            self.ledger.measured(number, engine.held)
+
+    def leave(self, number: int, engine: Held) -> None:
+        engine.leaving = True
+        self.ledger.leaving(number)
+
+    def release(self, number: int, engine: Held) -> None:
+        if engine.leaving:
+            del self.engines[number]
+            self.ledger.release(number)
+
+    def take(self) -> None:
+        """A stranger takes or gives back memory; then all that load are measured, as before a booking."""
+        index = self.source.choice(list(self.totals))
+        room = self.totals[index] - self.used(index) + self.foreign[index]
+        self.foreign[index] = self.source.randint(0, max(0, min(4000, room)))
+        for number, engine in self.engines.items():
+            if not engine.settled:
+                self.ledger.holding(number, engine.held)
+
+    def step(self, number: int) -> None:
+        kind = self.source.choice(["book", "book", "fill", "measure", "leave", "release", "take"])
+        if kind == "book":
+            self.book(number)
+        elif kind == "take":
+            self.take()
+        elif self.engines:
+            some = self.source.choice(list(self.engines))
+            {"fill": self.fill, "measure": self.measure, "leave": self.leave, "release": self.release}[kind](
+                some, self.engines[some]
+            )
+
+    def check(self) -> None:
+        for found in self.ledger.rooms(self.topology, self.health()):
+            assert found.bookable_mb == max(0, self.spare(found.index))
+            assert found.foreign_mb == self.foreign[found.index]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_memory_is_never_promised_twice(seed: int) -> None:
+    """Loads, fillings, measurements, stops and strangers in any order: whatever is booked fits beside all that is in
+    use or promised, whatever is refused does not, and in the end everything is free again."""
+    model = Model(random.Random(seed))
+    for number in range(200):
+        model.step(number)
+        model.check()
+    for number, engine in list(model.engines.items()):
+        model.leave(number, engine)
+        model.release(number, engine)
+    model.check()
+    assert not any(found.booked_mb for found in model.ledger.rooms(model.topology, model.health()))
