@@ -15,26 +15,26 @@ from collections.abc import AsyncIterator, Sequence
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS, Parts
-from cortex.api.fleet_view import PICTURE, Picture
+from cortex.api.fleet_view import PICTURE, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
-from cortex.control.admission_queue import WaitingRooms
-from cortex.control.backoff import Bars
+from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.backoff import Backoffs
 from cortex.control.demand import Demand
 from cortex.control.loader import Loader
-from cortex.control.resolver import Router
+from cortex.control.resolver import Resolver
 from cortex.control.scheduler import Scheduler
-from cortex.fleet.membership import Roster
+from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import IDLE_SECS
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.http.server import accepting
 from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.callers import Callers
@@ -47,13 +47,13 @@ from shared.serve import BACKLOG
 from shared.tasks import running
 
 
-def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet, roster: Roster) -> Parts:
+def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet, roster: Membership) -> Parts:
     """What decides, around the fleet and the roster."""
-    counts = Counts()
+    counts = CountTotals()
     demand = Demand(counts)
     metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
     fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
-    rooms = WaitingRooms(live=live)
+    rooms = AdmissionQueue(live=live)
     stopping.on_begin(rooms.news_for_all)
     loader = Loader(
         live=live,
@@ -65,8 +65,8 @@ def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet,
         state=state,
         settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
     )
-    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, bars=Bars(), rooms=rooms)
-    router = Router(
+    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, bars=Backoffs(), rooms=rooms)
+    router = Resolver(
         live=live,
         fleet=fleet,
         scheduler=scheduler,
@@ -107,7 +107,7 @@ async def assembled(
     )
     live.subscribe(fleet.look_again)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
-        parts = _brain(live, state, Stopping(), fleet, Roster(pool, fleet))
+        parts = _brain(live, state, Stopping(), fleet, Membership(pool, fleet))
         parts.roster.configure(config.neurons, config.poll)
         try:
             own = {
@@ -132,7 +132,7 @@ def build_control_app(parts: Parts) -> web.Application:
     )
     app[PARTS] = parts
     app[MODEL_LIST] = ModelList()
-    app[PICTURE] = Picture(parts)
+    app[PICTURE] = FleetView(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
 

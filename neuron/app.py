@@ -23,7 +23,7 @@ from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.registry import Workers
+from neuron.lifecycle.registry import Registry
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.http import error_middleware, require_token
@@ -75,7 +75,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         await history.read()
         admission = Admission(config, source)
         launcher = Launcher(config, source, state, http, PortPool(config.host), history, admission, numbers=numbers)
-        workers = Workers(config, launcher, hub, metrics)
+        workers = Registry(config, launcher, hub, metrics)
         stack.push_async_callback(workers.stop_all)
         await workers.adopt(found)
         state.keep = False  # not before: a start that failed would make strangers of engines that run

@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.lifecycle.model_supervisor import Worker
+from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
 from shared.protocol import Device, DeviceHealth
 
@@ -49,7 +49,9 @@ class NeuronMetrics:
         """Lets the counters of a model begin at zero, not at their first event."""
         self._restarts.labels(model_id)
 
-    def render(self, workers: Iterable[Worker], devices: Sequence[Device], health: Sequence[DeviceHealth]) -> bytes:
+    def render(
+        self, workers: Iterable[ModelSupervisor], devices: Sequence[Device], health: Sequence[DeviceHealth]
+    ) -> bytes:
         """The page: the counters, and the state of models and devices as given."""
         now = CollectorRegistry()
         now.register(_Snapshot([*_engine_states(workers), *_device_gauges(devices, health)]))
@@ -64,7 +66,7 @@ class _Snapshot(Collector):
         return self._families
 
 
-def _engine_states(workers: Iterable[Worker]) -> Iterator[Metric]:
+def _engine_states(workers: Iterable[ModelSupervisor]) -> Iterator[Metric]:
     states = GaugeMetricFamily("neuron_engine_state", "1 for the state a model is in.", labels=["model", "state"])
     for worker in workers:
         for state in State:

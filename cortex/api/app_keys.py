@@ -10,18 +10,18 @@ from aiohttp import web
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
-from cortex.control.admission_queue import WaitingRooms
+from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.loader import Loader
-from cortex.control.resolver import Router
+from cortex.control.resolver import Resolver
 from cortex.control.scheduler import Scheduler
-from cortex.fleet.membership import Roster
+from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NodeWatch
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Parts:
     state: StateFile
     stopping: Stopping
     fleet: Fleet
-    counts: Counts
+    counts: CountTotals
     metrics: Metrics
-    roster: Roster
-    rooms: WaitingRooms
+    roster: Membership
+    rooms: AdmissionQueue
     loader: Loader
     scheduler: Scheduler
-    router: Router
+    router: Resolver
     created: int
 
     @property

@@ -18,7 +18,7 @@ MIN_INTERVAL_SECS = 0.25
 _UPTIME_MARK = '"uptime_secs": '
 
 
-class Picture:
+class FleetView:
     """`GET /fleet`, and what `/fleet/events` sends. Times are Unix seconds, memory in MiB."""
 
     def __init__(self, parts: Parts) -> None:
@@ -98,7 +98,7 @@ class Picture:
         return self._catalogue[1]
 
 
-PICTURE = web.AppKey("picture", Picture)
+PICTURE = web.AppKey("picture", FleetView)
 
 
 def _uptime(node: NodeSnapshot) -> bytes:

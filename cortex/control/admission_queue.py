@@ -16,7 +16,7 @@ from shared.tasks import timeout
 CODE = "waiting_room_full"
 
 
-class Seat:
+class Ticket:
     """One request's place. It hears of what may end its waiting; what it was told while it did not listen is kept."""
 
     def __init__(self, model_id: str) -> None:
@@ -45,10 +45,10 @@ class Seat:
 @dataclass
 class _Room:
     since: float
-    seats: set[Seat] = field(default_factory=set)
+    seats: set[Ticket] = field(default_factory=set)
 
 
-class WaitingRooms:
+class AdmissionQueue:
     """Owner of all seats. Times are `clock`'s."""
 
     def __init__(
@@ -63,7 +63,7 @@ class WaitingRooms:
         self._taken = 0
 
     @contextlib.contextmanager
-    def seat(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Seat]:
+    def seat(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Ticket]:
         """A seat inside the body. `retry_after` tells in how many seconds the model should be there, for who finds
         none.
 
@@ -77,7 +77,7 @@ class WaitingRooms:
             raise _full(f"{self._taken} requests are waiting for models already", retry_after(model_id))
         if room is None:
             room = self._rooms[model_id] = _Room(self._clock())
-        seat = Seat(model_id)
+        seat = Ticket(model_id)
         room.seats.add(seat)
         self._taken += 1
         try:

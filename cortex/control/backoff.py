@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.placement.inputs import ANY_NODE, Bar, Key
+from cortex.placement.inputs import ANY_NODE, Backoff, Key
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -31,16 +31,16 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True)
 class _Failure:
-    bar: Bar
+    bar: Backoff
     count: int = 0  # in a row, but for what passed
     passing: int = 0  # in a row, since the last that did not pass
     cause: Cause = Cause.PASSING  # of the last that did not
 
 
-_NONE = _Failure(Bar(-math.inf, ""))
+_NONE = _Failure(Backoff(-math.inf, ""))
 
 
-class Bars:
+class Backoffs:
     """Failures by model and node. The pause after the first is 10 s, doubling to 5 min with each in a row."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,12 +56,12 @@ class Bars:
             key = model_id, ANY_NODE
         now, before = self._clock(), self._failures.get(key, _NONE)
         if cause is Cause.PASSING and before.passing < MAX_PASSING:
-            bar = Bar(now + PASSING_SECS, reason, passes=True)
+            bar = Backoff(now + PASSING_SECS, reason, passes=True)
             self._failures[key] = replace(before, bar=bar, passing=before.passing + 1)
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = Cause.NODE if cause is Cause.PASSING else cause
-        self._failures[key] = _Failure(Bar(now + pause, reason), before.count + 1, 0, cause)
+        self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
 
     def succeeded(self, model_id: str, node: str) -> None:
         """The model serves there: what went wrong there before is forgotten, and what was taken for its own fault."""
@@ -72,9 +72,9 @@ class Bars:
         """An operator wants the model tried again now."""
         for key in [key for key in self._failures if key[0] == model_id]:
             failure = self._failures[key]
-            self._failures[key] = replace(failure, bar=Bar(-math.inf, failure.bar.reason), cause=Cause.NODE)
+            self._failures[key] = replace(failure, bar=Backoff(-math.inf, failure.bar.reason), cause=Cause.NODE)
 
-    def current(self) -> Mapping[Key, Bar]:
+    def current(self) -> Mapping[Key, Backoff]:
         """Those that hold now."""
         now = self._clock()
         return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key, Use
 from shared.protocol import ModelStatus
 
@@ -19,7 +19,7 @@ SAMPLE_SECS = 1.0
 class Demand:
     """Times are `clock`'s. Workers count requests; `sample` turns their counts into what planning needs."""
 
-    def __init__(self, counts: Counts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, counts: CountTotals, clock: Callable[[], float] = time.monotonic) -> None:
         self._counts = counts
         self._clock = clock
         self._begun: Mapping[Key, int] = {}

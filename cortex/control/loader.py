@@ -19,7 +19,7 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
 from cortex.placement.planner import Plan
 from shared.protocol import ModelStatus, ModelView
@@ -91,7 +91,7 @@ class Loader:
         live: LiveConfig,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
-        counts: Counts,
+        counts: CountTotals,
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cortex.config.live import LiveConfig
-from cortex.control.admission_queue import WaitingRooms
+from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import Demand
 from cortex.control.routing import Await, Place, Refuse, Serve, decide
 from cortex.control.scheduler import Scheduler
@@ -20,7 +20,7 @@ from cortex.fleet.poller import NodeWatch
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
 from cortex.http.stopping import Stopping, stopping
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 from cortex.proxy.balancing.choice import beyond_ours
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable, UpstreamError
@@ -46,7 +46,7 @@ _Version = tuple[object, object]
 Subscriber = Callable[[str, tuple[Replica, ...]], None]
 
 
-class Router:
+class Resolver:
     """`table` holds, by model id, every replica of the models that can be served without asking anybody. Its owner is
     this object; subscribers hear of each change."""
 
@@ -56,10 +56,10 @@ class Router:
         live: LiveConfig,
         fleet: Fleet,
         scheduler: Scheduler,
-        rooms: WaitingRooms,
+        rooms: AdmissionQueue,
         clients: Mapping[str, NeuronClient],
         watches: Mapping[str, NodeWatch],
-        counts: Counts,
+        counts: CountTotals,
         demand: Demand,
         stopping: Stopping,
     ) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
-from cortex.control.admission_queue import WaitingRooms
-from cortex.control.backoff import Bars, Cause
+from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.loader import Job, Loader, LoadFailed, NotWanted, cause_of
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
@@ -55,8 +55,8 @@ class Scheduler:
         fleet: Fleet,
         loader: Loader,
         demand: Demand,
-        bars: Bars,
-        rooms: WaitingRooms,
+        bars: Backoffs,
+        rooms: AdmissionQueue,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet

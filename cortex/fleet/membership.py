@@ -16,7 +16,7 @@ from shared.tasks import TaskSet, cancel_all, keep_running
 log = logging.getLogger(__name__)
 
 
-class Roster:
+class Membership:
     """Follows the configuration. `clients` and `watches` hold, by name, those of the present neurons, and are changed
     in place: whoever keeps them sees every change."""
 

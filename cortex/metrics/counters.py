@@ -61,7 +61,7 @@ class Series(msgspec.Struct):
         self.first_byte.add(other.first_byte)
 
 
-class Tally(msgspec.Struct):
+class Counters(msgspec.Struct):
     """Everything that was counted since the process began, as a message to another process. It only grows. Its labels
     are bounded by whoever counts: models and neurons that exist, and one word for all others."""
 
@@ -98,7 +98,7 @@ class Tally(msgspec.Struct):
             for node, series in nodes.items():
                 yield (model, node), series
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: Counters) -> None:
         """Adds the counts of another, and shares nothing with it.
 
         Raises:
@@ -114,9 +114,9 @@ class Tally(msgspec.Struct):
             return self.series.setdefault(model, {}).setdefault(node, Series())
 
 
-def merged(tallies: Iterable[Tally]) -> Tally:
+def merged(tallies: Iterable[Counters]) -> Counters:
     """The sum of all, which shares nothing with them."""
-    total = Tally()
+    total = Counters()
     for tally in tallies:
         total.add(tally)
     return total

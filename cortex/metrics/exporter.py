@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Histogram, Key, Tally, merged
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Key, merged
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")
@@ -26,7 +26,7 @@ class Metrics:
         self,
         fleet: Fleet,
         in_flight: Callable[[], Mapping[Key, int]],
-        tallies: Callable[[], Iterable[Tally]],
+        tallies: Callable[[], Iterable[Counters]],
     ) -> None:
         self._cold_starts: dict[Key, Histogram] = {}
         self._registry = CollectorRegistry()
@@ -47,7 +47,7 @@ class Metrics:
 class _Requests(Collector):
     """What the workers count."""
 
-    def __init__(self, tallies: Callable[[], Iterable[Tally]]) -> None:
+    def __init__(self, tallies: Callable[[], Iterable[Counters]]) -> None:
         self._tallies = tallies
 
     def collect(self) -> Iterator[Metric]:

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from typing import Protocol
 
-from cortex.metrics.counters import Tally, merged
+from cortex.metrics.counters import Counters, merged
 from cortex.metrics.in_flight import Key
 
 
 class WorkerCounts(Protocol):
     """One worker's counts, live or as last told."""
 
-    def collect(self) -> Tally:
+    def collect(self) -> Counters:
         """Everything counted since the worker began."""
 
     def in_flight_here(self) -> Mapping[Key, int]: ...
@@ -25,12 +25,12 @@ class WorkerCounts(Protocol):
         """Makes those above as good as live."""
 
 
-class Counts:
+class CountTotals:
     """Adds the workers up. What a worker counted stays when it ends."""
 
     def __init__(self) -> None:
         self.workers: list[WorkerCounts] = []
-        self._ended = Tally()
+        self._ended = Counters()
 
     def attach(self, worker: WorkerCounts) -> None:
         self.workers.append(worker)
@@ -42,7 +42,7 @@ class Counts:
     async def refresh(self) -> None:
         await asyncio.gather(*(worker.refresh() for worker in self.workers))
 
-    def tallies(self) -> list[Tally]:
+    def tallies(self) -> list[Counters]:
         return [self._ended, *(worker.collect() for worker in self.workers)]
 
     def in_flight(self, model_id: str, node: str) -> int:

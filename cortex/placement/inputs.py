@@ -59,7 +59,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Bar:
+class Backoff:
     """A model is not to be loaded on a node until then, because it failed there. `passes`: who waits need not be told,
     since the cause goes by itself."""
 
@@ -90,7 +90,7 @@ class View:
     demand: Mapping[str, float] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     needs_mb: Mapping[str, int] = field(default_factory=dict)
-    bars: Mapping[Key, Bar] = field(default_factory=dict)
+    bars: Mapping[Key, Backoff] = field(default_factory=dict)
     pressed: Mapping[str, float] = field(default_factory=dict)
 
     def use(self, model_id: str, node: str) -> Use:
@@ -100,7 +100,7 @@ class View:
         """Requests that the model's engine on the node has, for whomever: by our own count, or the node's."""
         return max(self.use(model_id, node.name).in_flight, node.working_on(model_id))
 
-    def bar(self, model_id: str, node: str) -> Bar | None:
+    def bar(self, model_id: str, node: str) -> Backoff | None:
         """What forbids a load there now."""
         for key in ((model_id, ANY_NODE), (model_id, node)):
             bar = self.bars.get(key)

@@ -20,7 +20,7 @@ MAX_ERROR_BYTES: Final = 65536
 """Of an engine's error; what is longer is cut, and then no JSON any more."""
 
 
-class BegunRelay(Relay):
+class DeferredRelay(Relay):
     """An event stream passes as ever. Anything else becomes the last event. `status` is the engine's, and 502 where it
     says 200 and sends no event stream."""
 

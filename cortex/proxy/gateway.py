@@ -12,7 +12,7 @@ from typing import Protocol
 
 from cortex.http.connection import ClientConnection, Handling
 from cortex.http.request import Request
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight, Key
 from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
@@ -20,7 +20,7 @@ from cortex.proxy.balancing.speeds import Speeds
 from cortex.proxy.callers import Callers
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.keep_alive import Comments
-from cortex.proxy.request_handler import UNKNOWN, Journey
+from cortex.proxy.request_handler import UNKNOWN, RequestHandler
 from cortex.proxy.usage_queue import UsageQueue
 from cortex.upstream.pool import Address, EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
@@ -92,7 +92,7 @@ class Gateway:
         self.affinity = affinity
         self.load_factor = load_factor
         self.speeds = Speeds()
-        self.tally = Tally()
+        self.tally = Counters()
         self.access = access
         self.callers = callers
         self.tasks = TaskSet()
@@ -115,7 +115,7 @@ class Gateway:
 
     def handle(self, client: ClientConnection, request: Request) -> Handling:
         if request.method == b"POST" and request.path in _INFERENCE:
-            return Journey(self, client, request)
+            return RequestHandler(self, client, request)
         return ControlRequest(self, client, request, self._control_address)
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
@@ -128,7 +128,7 @@ class Gateway:
             self.access.line(f"{what} {error.status} refused={error.message!r} id={request_id}")
         return request_id
 
-    def collect(self) -> Tally:
+    def collect(self) -> Counters:
         """The tally, with the usage that has waited."""
         for record in self.usage.taken():
             self.tally.tokens(record.model_id, record.node, record.usage.prompt, record.usage.completion)

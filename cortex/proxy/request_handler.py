@@ -11,7 +11,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
 from cortex.proxy.balancing.choice import choose
-from cortex.proxy.deferred_relay import BegunRelay
+from cortex.proxy.deferred_relay import DeferredRelay
 from cortex.proxy.error_event import error_event
 from cortex.proxy.keep_alive import STREAMED, WaitingStream
 from cortex.proxy.model_field import find_model
@@ -36,7 +36,7 @@ LEFT: Final = 499
 """nginx's number for a client that left before its answer."""
 
 
-class Journey:
+class RequestHandler:
     """Implements `front.client.Handling` and `relay.Listener`. Where the model can be served at once no task is made
     and nothing is awaited; whatever has to be waited for is asked of the control, in a task."""
 
@@ -267,7 +267,7 @@ class Journey:
                 % (request_id, replica.node.encode(), b"true" if self._cold else b"false"),
             )
         else:
-            relay = BegunRelay(
+            relay = DeferredRelay(
                 gateway.pool, self._client, request, self, address=address, head=head, waiting=self._waiting
             )
         self._relay = relay

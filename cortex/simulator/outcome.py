@@ -25,7 +25,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Figures:
-    """Counts of one simulation, or of one model in it.
+    """CountTotals of one simulation, or of one model in it.
 
     `cold_starts` are requests that waited for their model; `displacements` models that made way, `hot_displacements`
     those of them that were used less than `RECENT_SECS` before.
@@ -57,7 +57,7 @@ class Outcome:
 
 
 @dataclass
-class Counts:
+class CountTotals:
     """Counted while the simulation runs, by model."""
 
     loads: Counter[str] = field(default_factory=Counter)
@@ -94,7 +94,7 @@ class MemoryUse:
         self._as_of = now
 
 
-def figures(requests: Iterable[Request], counts: Counts, models: Iterable[str]) -> Figures:
+def figures(requests: Iterable[Request], counts: CountTotals, models: Iterable[str]) -> Figures:
     """The figures of these requests and models."""
     listed, names = list(requests), list(models)
     return Figures(

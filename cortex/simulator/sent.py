@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight, Key
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 
 
 class Sent:
@@ -15,13 +15,13 @@ class Sent:
     def __init__(self) -> None:
         self.requests = InFlight()
 
-    def counts(self) -> Counts:
-        counts = Counts()
+    def counts(self) -> CountTotals:
+        counts = CountTotals()
         counts.attach(self)
         return counts
 
-    def collect(self) -> Tally:
-        return Tally()
+    def collect(self) -> Counters:
+        return Counters()
 
     def in_flight_here(self) -> Mapping[Key, int]:
         return self.requests.here

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from cortex.control.backoff import Bars, Cause
+from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.scheduler import LOOK_AGAIN_SECS
 from cortex.fleet.snapshot import FleetSnapshot
@@ -25,7 +25,7 @@ from cortex.simulator.clock import Clock
 from cortex.simulator.engine import Engine, Request
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.host import Host, NoRoom
-from cortex.simulator.outcome import Counts, MemoryUse, Outcome, figures
+from cortex.simulator.outcome import CountTotals, MemoryUse, Outcome, figures
 from cortex.simulator.policies import Policy
 from cortex.simulator.sent import Sent
 from cortex.simulator.trace import Ask
@@ -59,12 +59,12 @@ class World:
         self.clock = Clock()
         self.hosts = {node.name: Host(node) for node in fleet.file.nodes}
         self.requests = [Request(number, ask.model, ask.at, ask.secs) for number, ask in enumerate(trace)]
-        self.counts = Counts()
+        self.counts = CountTotals()
         self._fleet = fleet
         self._policy = policy
         self._sent = Sent()
         self._demand = Demand(self._sent.counts(), clock=self.clock)
-        self._bars = Bars(self.clock)
+        self._bars = Backoffs(self.clock)
         self._jobs: dict[Key, _Job] = {}
         self._leaving: set[Key] = set()
         self._retiring: dict[Key, Retirement] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import Key
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.errors import ServiceError
@@ -106,7 +106,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     """Everything counted since the worker began. `number` is that of the Collect, 0 for the last word of a worker."""
 
     number: int
-    tally: Tally
+    tally: Counters
     in_flight: list[tuple[str, str, int]]
 
 

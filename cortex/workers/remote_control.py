@@ -43,7 +43,7 @@ class RemoteControl:
         return model_id in self._models
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
-        """As `cortex.control.resolver.Router.resolve`. Unavailable when the control is gone."""
+        """As `cortex.control.resolver.Resolver.resolve`. Unavailable when the control is gone."""
         if self._gone:
             raise stopping()
         number = next(self._numbers)

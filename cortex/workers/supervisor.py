@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cortex.api.app_keys import Parts
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import Key
 from cortex.upstream.pool import Address
 from cortex.upstream.replica import Failure, Replica
@@ -69,7 +69,7 @@ class Worker:
         self._ready = ready
         self._parts = parts
         self._channel = channel
-        self._tally = Tally()
+        self._tally = Counters()
         self._in_flight: Mapping[Key, int] = {}
         self._begun: dict[Key, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
@@ -81,7 +81,7 @@ class Worker:
         self._tasks = TaskSet()
         self._numbers = 0
 
-    def collect(self) -> Tally:
+    def collect(self) -> Counters:
         return self._tally
 
     def in_flight_here(self) -> Mapping[Key, int]:

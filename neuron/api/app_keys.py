@@ -11,7 +11,7 @@ from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
-from neuron.lifecycle.registry import Workers
+from neuron.lifecycle.registry import Registry
 from neuron.memory.ledger import Ledger
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Discovery
@@ -26,7 +26,7 @@ class Services:
     started: float  # monotonic
     source: TopologySource
     ledger: Ledger
-    workers: Workers
+    workers: Registry
     hub: EventHub
     default_models: DefaultModels
     metrics: NeuronMetrics

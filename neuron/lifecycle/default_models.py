@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from neuron.lifecycle.registry import Workers
+from neuron.lifecycle.registry import Registry
 from shared.errors import ServiceError
 from shared.protocol import Activation, LoadCommand
 
@@ -16,7 +16,7 @@ class DefaultModels:
     """Loads them one after the other, since loads that compete for a disk are slower than in turn. One that fails
     does not keep the others from coming."""
 
-    def __init__(self, workers: Workers, commands: Sequence[LoadCommand]) -> None:
+    def __init__(self, workers: Registry, commands: Sequence[LoadCommand]) -> None:
         self._workers = workers
         self._commands = list(commands)
         self.progress = Activation(

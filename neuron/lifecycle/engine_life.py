@@ -15,10 +15,10 @@ from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
 from neuron.lifecycle import sleep as sleeping
 from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
-from neuron.lifecycle.exit_kind import Ending, first_of
+from neuron.lifecycle.exit_kind import ExitKind, first_of
 from neuron.lifecycle.failure_cause import because, cause_of_end
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import Run, Wish
+from neuron.lifecycle.load_request import LoadRequest, Wish
 from neuron.lifecycle.states import Condition, State
 from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress
@@ -54,10 +54,10 @@ class EngineLife:
     """`ending` is how it ended, `served_secs` how long it had served then (None: it never came up). What concerns the
     model is told to `model`; the process itself is ended by the launcher, when this is over."""
 
-    def __init__(self, launcher: Launcher, engine: Engine, run: Run, model: Model) -> None:
+    def __init__(self, launcher: Launcher, engine: Engine, run: LoadRequest, model: Model) -> None:
         self.engine = engine
         self.run = run
-        self.ending = Ending.STOPPED
+        self.ending = ExitKind.STOPPED
         self.served_secs: float | None = None
         self._launcher = launcher
         self._model = model
@@ -75,7 +75,7 @@ class EngineLife:
         """True when it serves; False when it ended, or has to be ended, before."""
         engine, run = self.engine, self.run
         if run.stop_wanted.is_set():
-            self._end(Ending.STOPPED)
+            self._end(ExitKind.STOPPED)
             return False
         served_before = engine.ready_at is not None
         ready = until_ready(
@@ -89,27 +89,27 @@ class EngineLife:
         try:
             ending = await first_of(
                 {
-                    Ending.STOPPED: run.stop_wanted.wait(),
-                    Ending.EXITED: engine.process.main_exited.wait(),
-                    Ending.READY: ready,
+                    ExitKind.STOPPED: run.stop_wanted.wait(),
+                    ExitKind.EXITED: engine.process.main_exited.wait(),
+                    ExitKind.READY: ready,
                 },
                 timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
             )
-            if ending is Ending.READY:
+            if ending is ExitKind.READY:
                 # It is asked more then, and may be gone by now, or have somebody else on its port.
                 ending = await first_of(
                     {
-                        Ending.READY: self._came_up(served_before),
-                        Ending.STOPPED: run.stop_wanted.wait(),
-                        Ending.EXITED: engine.process.main_exited.wait(),
+                        ExitKind.READY: self._came_up(served_before),
+                        ExitKind.STOPPED: run.stop_wanted.wait(),
+                        ExitKind.EXITED: engine.process.main_exited.wait(),
                     }
                 )
         except failures.GuardFailed as error:
             self._ill = error.message
-            self._end(Ending.UNHEALTHY)
+            self._end(ExitKind.UNHEALTHY)
             return False
-        if ending is not Ending.READY:
-            if served_before and ending is not Ending.STOPPED:
+        if ending is not ExitKind.READY:
+            if served_before and ending is not ExitKind.STOPPED:
                 self.served_secs = 0.0
             self._end(ending)
             return False
@@ -121,14 +121,14 @@ class EngineLife:
         vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
         try:
             ending = await self._until_end(vitals)
-            while ending is Ending.WISHED:
+            while ending is ExitKind.WISHED:
                 ending = await self._fulfil(self.run.wishes.popleft()) or await self._until_end(vitals)
-            if ending is Ending.UNHEALTHY:
+            if ending is ExitKind.UNHEALTHY:
                 self._ill = self._ill or vitals.result()
         finally:
             await cancel_all([vitals])
         self.served_secs = time.monotonic() - since
-        if ending is Ending.STOPPED:
+        if ending is ExitKind.STOPPED:
             await self._drain()
         else:
             # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
@@ -141,13 +141,13 @@ class EngineLife:
         engine = self.engine
         await asyncio.wait([self._following])
         lines = await asyncio.to_thread(engine.output.file.tail, 2000, max_bytes=_CAUSE_BYTES)
-        if self.ending is Ending.TIMED_OUT:
+        if self.ending is ExitKind.TIMED_OUT:
             if self.served_secs is not None:
                 reason = f"its engine did not answer neuron within {ADOPT_SECS:g} s"
                 return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
-        if self.ending is Ending.UNHEALTHY:
+        if self.ending is ExitKind.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
             reason = self._ill if cause is None else f"{self._ill}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
@@ -157,10 +157,10 @@ class EngineLife:
         extra = because(cause_of_end(engine.harness, code, lines, path_missing=path_missing))
         return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
 
-    def _end(self, ending: Ending) -> None:
+    def _end(self, ending: ExitKind) -> None:
         self.ending = ending
-        self.engine.leave = self.run.leave_engine and ending is Ending.STOPPED
-        self.engine.kill = ending in (Ending.UNHEALTHY, Ending.TIMED_OUT)
+        self.engine.leave = self.run.leave_engine and ending is ExitKind.STOPPED
+        self.engine.kill = ending in (ExitKind.UNHEALTHY, ExitKind.TIMED_OUT)
 
     def _startup_secs_left(self) -> float:
         """Of an engine that an earlier neuron began to load, what is left of its time."""
@@ -188,25 +188,25 @@ class EngineLife:
             self._model.loaded(engine, "adopted, it answers" if served_before else "it answers", seconds)
         self.run.settle(None)
 
-    async def _until_end(self, vitals: asyncio.Task[str]) -> Ending:
+    async def _until_end(self, vitals: asyncio.Task[str]) -> ExitKind:
         engine, run = self.engine, self.run
         while True:
             ending = await first_of(
                 {
-                    Ending.STOPPED: run.stop_wanted.wait(),
-                    Ending.EXITED: engine.process.main_exited.wait(),
-                    Ending.UNHEALTHY: _until_done(vitals),
-                    Ending.WISHED: run.wished.wait(),
+                    ExitKind.STOPPED: run.stop_wanted.wait(),
+                    ExitKind.EXITED: engine.process.main_exited.wait(),
+                    ExitKind.UNHEALTHY: _until_done(vitals),
+                    ExitKind.WISHED: run.wished.wait(),
                 },
                 timeout_secs=_HOUSEKEEPING_SECS,
             )
             if run.stop_wanted.is_set():
-                return Ending.STOPPED
-            if ending is not Ending.TIMED_OUT:
+                return ExitKind.STOPPED
+            if ending is not ExitKind.TIMED_OUT:
                 return ending
             await engine.note_shared_files()
 
-    async def _fulfil(self, wish: Wish) -> Ending | None:
+    async def _fulfil(self, wish: Wish) -> ExitKind | None:
         """Lets the engine sleep or wake. How it ended meanwhile, or has to end because it does neither; else None."""
         run, model = self.run, self._model
         if not run.wishes:
@@ -216,20 +216,20 @@ class EngineLife:
                 run.settle(None)
             wish.settle(None)
             return None
-        ends = {Ending.STOPPED: run.stop_wanted.wait(), Ending.EXITED: self.engine.process.main_exited.wait()}
+        ends = {ExitKind.STOPPED: run.stop_wanted.wait(), ExitKind.EXITED: self.engine.process.main_exited.wait()}
         working = self._sleep(wish.level) if wish.level else self._wake()
         try:
-            ending = await first_of({**ends, Ending.READY: working})
+            ending = await first_of({**ends, ExitKind.READY: working})
         except (failures.WakeFailed, failures.SleepUnsettled) as error:
             self._ill = error.message
             wish.settle(error)
-            return Ending.UNHEALTHY
+            return ExitKind.UNHEALTHY
         except ServiceError as error:
             model.become(State.LOADED if wish.level else State.SLEEPING, error.message)
             run.settle(None if wish.level else error)
             wish.settle(error)
             return None
-        if ending is Ending.READY:
+        if ending is ExitKind.READY:
             wish.settle(None)
             return None
         wish.settle(run.stop_reason or failures.LoadFailed("its engine ended"))

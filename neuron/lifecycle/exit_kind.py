@@ -10,7 +10,7 @@ from typing import Any
 from shared.tasks import cancel_all
 
 
-class Ending(Enum):
+class ExitKind(Enum):
     """What ended the phase."""
 
     READY = "ready"  # it answers
@@ -22,8 +22,8 @@ class Ending(Enum):
 
 
 async def first_of(
-    alternatives: Mapping[Ending, Coroutine[Any, Any, Any]], *, timeout_secs: float | None = None
-) -> Ending:
+    alternatives: Mapping[ExitKind, Coroutine[Any, Any, Any]], *, timeout_secs: float | None = None
+) -> ExitKind:
     """What happened first, in case of doubt the one named first; TIMED_OUT when nothing did in time.
 
     The others are cancelled, and gone when this returns. Raises what the first one raised.
@@ -37,4 +37,4 @@ async def first_of(
         if task in done:
             task.result()
             return ending
-    return Ending.TIMED_OUT
+    return ExitKind.TIMED_OUT

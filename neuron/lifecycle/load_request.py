@@ -46,7 +46,7 @@ class Wish:
             raise error
 
 
-class Run:
+class LoadRequest:
     """Shared by everybody who asks for the model meanwhile. Only its worker changes it.
 
     An outcome is a value and not an exception, since there may be nobody to be told of it.

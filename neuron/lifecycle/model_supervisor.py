@@ -20,10 +20,10 @@ from neuron.engine.engine import Engine
 from neuron.engine.output import EngineOutput
 from neuron.engine.state_dir import EngineDir, FoundEngine
 from neuron.lifecycle.engine_life import EngineLife
-from neuron.lifecycle.exit_kind import Ending, first_of
+from neuron.lifecycle.exit_kind import ExitKind, first_of
 from neuron.lifecycle.failure_cause import cause_of
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import Placement, Run, Wish
+from neuron.lifecycle.load_request import LoadRequest, Placement, Wish
 from neuron.lifecycle.restarts import Restarts
 from neuron.lifecycle.states import Condition, State
 from neuron.spec import EngineSpec
@@ -46,7 +46,7 @@ class Ended:
     again: bool = False  # at once: nothing was wrong with the engine
 
 
-class Worker:
+class ModelSupervisor:
     """Single owner of one model's engine. `on_change` is called after every change of `condition`, `on_loaded` with
     the seconds each successful load took, `on_restart` whenever an engine is started again after it died."""
 
@@ -55,9 +55,9 @@ class Worker:
         model_id: str,
         launcher: Launcher,
         *,
-        on_change: Callable[[Worker], None],
-        on_loaded: Callable[[Worker, float], None],
-        on_restart: Callable[[Worker], None],
+        on_change: Callable[[ModelSupervisor], None],
+        on_loaded: Callable[[ModelSupervisor, float], None],
+        on_restart: Callable[[ModelSupervisor], None],
     ) -> None:
         self.model_id = model_id
         self.condition = Condition(State.UNLOADED, time.time(), "not loaded yet")
@@ -74,13 +74,13 @@ class Worker:
         self._on_change = on_change
         self._on_loaded = on_loaded
         self._on_restart = on_restart
-        self._run: Run | None = None
-        self._next: Run | None = None  # begins when `_run`, which is stopping, is gone
+        self._run: LoadRequest | None = None
+        self._next: LoadRequest | None = None  # begins when `_run`, which is stopping, is gone
         self._task: asyncio.Task[None] | None = None  # kept, since the loop alone would not keep it alive
         self._last_dir: EngineDir | None = None
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> LoadRequest | None:
         return self._run
 
     @property
@@ -100,7 +100,7 @@ class Worker:
             raise failures.unknown_model(self.model_id, "was never loaded here: say with which harness")
         return spec
 
-    def joined(self, spec: EngineSpec | None) -> Run | None:
+    def joined(self, spec: EngineSpec | None) -> LoadRequest | None:
         """The run that a load for `spec` (None: whatever it is) joins; None when a new one has to `begin`.
 
         Raises:
@@ -116,23 +116,23 @@ class Worker:
                 run.wish(0)
         return run
 
-    def begin(self, spec: EngineSpec, placement: Placement) -> Run:
+    def begin(self, spec: EngineSpec, placement: Placement) -> LoadRequest:
         """A new run; only when there is none to be joined. It begins as soon as what stops at present is gone."""
         assert self._joinable() is None
         self.spec = spec
         self.restarts = Restarts(self._launcher.config.recovery)
-        new = Run(spec, placement)
+        new = LoadRequest(spec, placement)
         if self._run is not None:
             self._next = new
         else:
             self._begin(new, State.STARTING, "asked to load")
         return new
 
-    def adopt(self, found: FoundEngine, placement: Placement) -> Run:
+    def adopt(self, found: FoundEngine, placement: Placement) -> LoadRequest:
         """A run with the engine that an earlier neuron left."""
         assert found.record is not None
         self.spec = spec = found.record.engine_spec
-        run = Run(spec, placement)
+        run = LoadRequest(spec, placement)
         self._last_dir = found.directory
         self._begin(run, State.RECOVERING, "found at neuron's start", found)
         return run
@@ -148,7 +148,7 @@ class Worker:
             raise failures.unknown_model(self.model_id, f"is not loaded: it is {state.value}")
         return run.wish(level)
 
-    def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> Run | None:
+    def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> LoadRequest | None:
         """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any. `reason`
         is for those who wait for the model, `why` for those who look at it; the same where it is left out."""
         why = why or reason.message
@@ -181,11 +181,11 @@ class Worker:
             run.leave_engine = True
             run.stop(reason)
 
-    def _joinable(self) -> Run | None:
+    def _joinable(self) -> LoadRequest | None:
         run = self._next or self._run
         return run if run is not None and run.joinable else None
 
-    def _check_same(self, run: Run, wanted: EngineSpec | None) -> None:
+    def _check_same(self, run: LoadRequest, wanted: EngineSpec | None) -> None:
         if wanted is None:
             return
         running = run.spec
@@ -197,7 +197,7 @@ class Worker:
             conflict = failures.already_loaded if loaded else failures.load_in_progress
             raise conflict(self.model_id, difference)
 
-    def _begin(self, run: Run, state: State, reason: str, found: FoundEngine | None = None) -> None:
+    def _begin(self, run: LoadRequest, state: State, reason: str, found: FoundEngine | None = None) -> None:
         self._run = run
         self.become(state, reason, progress=Progress(phase="starting"))
         self._task = asyncio.create_task(self._drive(run, found), name=f"engine of {self.model_id}")
@@ -232,10 +232,10 @@ class Worker:
             self._on_loaded(self, seconds)
         self.become(State.LOADED, why)
 
-    def _release(self, run: Run) -> None:
+    def _release(self, run: LoadRequest) -> None:
         self._launcher.ledger.release(run.placement.number)
 
-    async def _drive(self, run: Run, found: FoundEngine | None) -> None:
+    async def _drive(self, run: LoadRequest, found: FoundEngine | None) -> None:
         error: ServiceError | None
         try:
             error = await self._live(run, found)
@@ -259,7 +259,7 @@ class Worker:
         run.settle(error or run.stop_reason)
         run.finish()
 
-    async def _live(self, run: Run, found: FoundEngine | None) -> ServiceError | None:
+    async def _live(self, run: LoadRequest, found: FoundEngine | None) -> ServiceError | None:
         """The whole life of a run, through all its engines; why it failed, None when it ended as asked."""
         launches = 0
         came_up = again = found is not None
@@ -286,7 +286,7 @@ class Worker:
                 return None
             self._on_restart(self)
 
-    async def _pause(self, run: Run, error: ServiceError) -> None:
+    async def _pause(self, run: LoadRequest, error: ServiceError) -> None:
         """Between the end of an engine and the start of the next."""
         pause = self.restarts.pause_secs
         run.reopen()
@@ -298,7 +298,7 @@ class Worker:
                 async with timeout(pause):
                     await run.stop_wanted.wait()
 
-    async def _new_engine(self, run: Run, *, again: bool) -> Ended:
+    async def _new_engine(self, run: LoadRequest, *, again: bool) -> Ended:
         """One engine from its start to its end. `again`: not the run's first."""
         if self._last_dir is not None:
             directory, self._last_dir, self.output = self._last_dir, None, None
@@ -316,7 +316,7 @@ class Worker:
                 return Ended(error)
             return await self._account(life)
 
-    async def _place_again(self, run: Run) -> None:
+    async def _place_again(self, run: LoadRequest) -> None:
         """For the next engine of a run. What cannot be booked any more is not told as booked either."""
         before = run.placement
         try:
@@ -325,7 +325,7 @@ class Worker:
             run.placement = Placement(before.number, share_mb=before.share_mb)
             raise
 
-    async def _found_engine(self, run: Run, found: FoundEngine) -> Ended:
+    async def _found_engine(self, run: LoadRequest, found: FoundEngine) -> Ended:
         """The rest of the life of an engine that an earlier neuron started."""
         assert found.record is not None
         async with self._launcher.adopted(found.record, found.directory, run.placement) as engine:
@@ -335,15 +335,15 @@ class Worker:
             await self._through(life, contextlib.AsyncExitStack())
         return await self._account(life)
 
-    async def _until_its_turn(self, run: Run, turn: contextlib.AsyncExitStack) -> bool:
+    async def _until_its_turn(self, run: LoadRequest, turn: contextlib.AsyncExitStack) -> bool:
         """Waits until nobody else starts on its devices and their memory is free; False when a stop came before."""
         devices = run.placement.indices
         if self._launcher.turns.busy(devices):
             self.show(Progress(phase="waiting", message="another engine is starting on one of its devices"))
-        begun = await first_of({Ending.STOPPED: run.stop_wanted.wait(), Ending.READY: self._turn(run, turn)})
-        return begun is Ending.READY
+        begun = await first_of({ExitKind.STOPPED: run.stop_wanted.wait(), ExitKind.READY: self._turn(run, turn)})
+        return begun is ExitKind.READY
 
-    async def _turn(self, run: Run, turn: contextlib.AsyncExitStack) -> None:
+    async def _turn(self, run: LoadRequest, turn: contextlib.AsyncExitStack) -> None:
         await turn.enter_async_context(self._launcher.turns.turn(run.placement.indices))
         await self._launcher.admission.until_memory_is_back(run.placement.number)
 
@@ -363,7 +363,7 @@ class Worker:
         self.engine = None  # its pid may be another's before the next one starts
         if not engine.vram_released:
             run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
-        if life.ending is Ending.STOPPED:
+        if life.ending is ExitKind.STOPPED:
             return Ended()
         error, port_was_taken = await life.explain()
         return Ended(error, life.served_secs, again=port_was_taken and life.served_secs is None)

@@ -18,8 +18,8 @@ from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import Placement, Run
-from neuron.lifecycle.model_supervisor import Worker
+from neuron.lifecycle.load_request import LoadRequest, Placement
+from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
 from neuron.metrics import NeuronMetrics
 from neuron.spec import spec_of
@@ -41,7 +41,7 @@ class NeuronModelView(ModelView):
     transitions: list[Transition] = Field(default_factory=list)
 
 
-class Workers:
+class Registry:
     """The workers by model id. A model once asked for stays known, with its spec, while this process lives."""
 
     def __init__(self, config: NeuronConfig, launcher: Launcher, hub: EventHub, metrics: NeuronMetrics) -> None:
@@ -49,15 +49,15 @@ class Workers:
         self._launcher = launcher
         self._hub = hub
         self._metrics = metrics
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, ModelSupervisor] = {}
         self._numbers = itertools.count(1)
         self._stopping = False
 
     @property
-    def all(self) -> Sequence[Worker]:
+    def all(self) -> Sequence[ModelSupervisor]:
         return list(self._workers.values())
 
-    def get(self, model_id: str) -> Worker:
+    def get(self, model_id: str) -> ModelSupervisor:
         """The worker of a known model.
 
         Raises:
@@ -68,8 +68,8 @@ class Workers:
             raise failures.unknown_model(model_id)
         return worker
 
-    async def load(self, command: LoadCommand) -> Run:
-        """The run that loads the model, joined or new; wait with `Run.loaded`.
+    async def load(self, command: LoadCommand) -> LoadRequest:
+        """The run that loads the model, joined or new; wait with `LoadRequest.loaded`.
 
         Raises:
             InvalidRequest: a value is refused. Conflict: there with another spec. NotFound: a bare command for a
@@ -226,8 +226,8 @@ class Workers:
     async def _measure(self) -> None:
         await self._launcher.measure([worker.engine for worker in self.all if worker.engine is not None])
 
-    def _known_or_new(self, model_id: str) -> Worker:
-        return self._workers.get(model_id) or Worker(
+    def _known_or_new(self, model_id: str) -> ModelSupervisor:
+        return self._workers.get(model_id) or ModelSupervisor(
             model_id,
             self._launcher,
             on_change=self._changed,
@@ -235,7 +235,7 @@ class Workers:
             on_restart=lambda worker: self._metrics.restarted(worker.model_id),
         )
 
-    def _changed(self, worker: Worker) -> None:
+    def _changed(self, worker: ModelSupervisor) -> None:
         if worker.model_id not in self._workers:  # known from its first change on, not from a request that was refused
             self._workers[worker.model_id] = worker
             self._metrics.known(worker.model_id)
@@ -246,7 +246,7 @@ class Workers:
             raise failures.stopping()
 
 
-def view_of(worker: Worker) -> NeuronModelView:
+def view_of(worker: ModelSupervisor) -> NeuronModelView:
     """A worker as `/models` and the events show it. `vram_used_mb` is as last measured."""
     condition, engine, run = worker.condition, worker.engine, worker.run
     spec = worker.spec

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
 from neuron.app import build_app
 from neuron.config import NeuronConfig
@@ -129,7 +129,7 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
     """Names and labels of the contract; every registered one is explained in docs/api.md with its labels."""
-    fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Tally()
+    fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
     metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [tally])
     tally.request("m", "beast", 200, 1.0, 0.1)
     tally.error("m", "beast", "code")

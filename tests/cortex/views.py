@@ -7,7 +7,7 @@ from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Bar, Key, Rules, Use, View, Waiting
+from cortex.placement.inputs import Backoff, Key, Rules, Use, View, Waiting
 from cortex.placement.planner import Plan, best, verdicts
 
 NOW = 10_000.0
@@ -29,7 +29,7 @@ def view(
     *models: ModelProfile,
     waiting: Mapping[str, float] | None = None,
     uses: Mapping[Key, Use] | None = None,
-    bars: Mapping[Key, Bar] | None = None,
+    bars: Mapping[Key, Backoff] | None = None,
     pressed: Mapping[str, float] | None = None,
     rules: Rules | None = None,
     now: float = NOW,

@@ -20,7 +20,7 @@ import aiohttp
 from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
-from neuron.lifecycle.registry import Workers
+from neuron.lifecycle.registry import Registry
 from shared.serve import Site, bind, serving
 
 MARK_VARIABLE = "ENGINE_TEST_MARK"
@@ -117,7 +117,7 @@ class Client:
 class Neuron(Client):
     """A neuron served in this process."""
 
-    workers: Workers
+    workers: Registry
     state_dir: Path
 
     def activity(self) -> dict[str, int]:

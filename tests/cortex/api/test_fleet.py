@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from cortex.api import models
-from cortex.api.fleet_view import MIN_INTERVAL_SECS, Picture
+from cortex.api.fleet_view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.state import Fleet
@@ -135,7 +135,7 @@ async def test_a_first_change_is_told_at_once_and_many_are_told_together(
 async def test_listeners_share_one_picture(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """And what they are shown is what `GET /fleet` shows."""
     cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
-    picture = Picture(cortex.parts)
+    picture = FleetView(cortex.parts)
     version, event = picture.event()
     assert picture.event()[1] is event
     assert version == cortex.parts.fleet.version

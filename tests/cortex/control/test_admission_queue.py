@@ -11,7 +11,7 @@ import pytest
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig, WaitingSettings
-from cortex.control.admission_queue import Seat, WaitingRooms
+from cortex.control.admission_queue import AdmissionQueue, Ticket
 from cortex.placement.inputs import Waiting
 from shared.errors import TooManyRequests, Unavailable
 
@@ -29,11 +29,11 @@ class Clock:
 class Rooms:
     """Waiting rooms of models that are all `secs` away."""
 
-    def __init__(self, rooms: WaitingRooms, secs: float) -> None:
+    def __init__(self, rooms: AdmissionQueue, secs: float) -> None:
         self.rooms = rooms
         self.secs = secs
 
-    def seat(self, model_id: str) -> contextlib.AbstractContextManager[Seat]:
+    def seat(self, model_id: str) -> contextlib.AbstractContextManager[Ticket]:
         return self.rooms.seat(model_id, lambda _: self.secs)
 
     def __getattr__(self, name: str) -> Any:
@@ -42,7 +42,7 @@ class Rooms:
 
 def _rooms(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock: Clock | None = None) -> Rooms:
     waiting = WaitingSettings(per_model=per_model, total=total)
-    rooms = WaitingRooms(live=LiveConfig(CortexConfig(waiting=waiting), Catalogue()), clock=clock or Clock())
+    rooms = AdmissionQueue(live=LiveConfig(CortexConfig(waiting=waiting), Catalogue()), clock=clock or Clock())
     return Rooms(rooms, retry_after)
 
 
@@ -145,7 +145,7 @@ async def test_a_refusal_reaches_all_who_wait() -> None:
     """Each is told why."""
     rooms = _rooms()
 
-    async def hears(seat: Seat) -> str | None:
+    async def hears(seat: Ticket) -> str | None:
         try:
             await seat.news(within_secs=1)
         except Unavailable as error:

@@ -6,9 +6,9 @@ import pytest
 
 from cortex.control.demand import MEMORY_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight, Key
-from cortex.metrics.worker_counts import Counts
+from cortex.metrics.worker_counts import CountTotals
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 
@@ -22,8 +22,8 @@ class Worker:
     def __init__(self) -> None:
         self.in_flight = InFlight()
 
-    def collect(self) -> Tally:
-        return Tally()
+    def collect(self) -> Counters:
+        return Counters()
 
     def in_flight_here(self) -> dict[Key, int]:
         return self.in_flight.here
@@ -53,12 +53,12 @@ def clock() -> Moment:
 
 
 @pytest.fixture
-def counts() -> Counts:
-    return Counts()
+def counts() -> CountTotals:
+    return CountTotals()
 
 
 @pytest.fixture
-def demand(counts: Counts, clock: Moment) -> Demand:
+def demand(counts: CountTotals, clock: Moment) -> Demand:
     demand = Demand(counts, clock)
     demand.routes_changed(["m"], FLEET)
     return demand
@@ -68,13 +68,15 @@ def sample(demand: Demand) -> None:
     demand.sample(FLEET, replica_target=8)
 
 
-def attached(counts: Counts) -> Worker:
+def attached(counts: CountTotals) -> Worker:
     worker = Worker()
     counts.attach(worker)
     return worker
 
 
-def test_a_request_between_two_samples_is_seen_by_whoever_looks(demand: Demand, counts: Counts, clock: Moment) -> None:
+def test_a_request_between_two_samples_is_seen_by_whoever_looks(
+    demand: Demand, counts: CountTotals, clock: Moment
+) -> None:
     """A model that was used half a second ago is not one that has been idle for ever."""
     worker = attached(counts)
     sample(demand)
@@ -84,7 +86,9 @@ def test_a_request_between_two_samples_is_seen_by_whoever_looks(demand: Demand, 
     assert demand.uses()[KEY].in_flight == 0
 
 
-def test_each_request_is_counted_once_however_often_one_looks(demand: Demand, counts: Counts, clock: Moment) -> None:
+def test_each_request_is_counted_once_however_often_one_looks(
+    demand: Demand, counts: CountTotals, clock: Moment
+) -> None:
     worker = attached(counts)
     for _ in range(3):
         worker.serve(times=2)
@@ -93,7 +97,7 @@ def test_each_request_is_counted_once_however_often_one_looks(demand: Demand, co
     assert demand.per_minute()["m"] == pytest.approx(6 * 60 / MEMORY_SECS)
 
 
-def test_a_worker_that_ends_takes_no_demand_along(demand: Demand, counts: Counts, clock: Moment) -> None:
+def test_a_worker_that_ends_takes_no_demand_along(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     """Nor do those of the one in its place count less."""
     old, other = attached(counts), attached(counts)
     old.serve(times=5)
@@ -139,7 +143,7 @@ def reported(**activity: int | None) -> FleetSnapshot:
 def test_what_engines_report_is_use(before: dict[str, int | None], after: dict[str, int | None], used: bool) -> None:
     """So that no cortex takes a model for idle which another one sends requests to."""
     now = 100.0
-    demand = Demand(Counts(), clock=lambda: now)
+    demand = Demand(CountTotals(), clock=lambda: now)
     demand.routes_changed(["m"], reported(**before))
     demand.sample(reported(**before), replica_target=8)
     now = 200.0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Histogram, Tally, merged
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
 
 
-def counted(times: int = 1) -> Tally:
+def counted(times: int = 1) -> Counters:
     """A tally with a bit of everything, each `times` times."""
-    tally = Tally()
+    tally = Counters()
     for _ in range(times):
         tally.request("m", "beast", 200, 0.25, 0.004)
         tally.request("m", "beast", 502, 0.5, None)
@@ -43,8 +43,8 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
 
 def test_a_tally_travels_between_processes() -> None:
     """Whole, in either of msgspec's encodings, and it goes on counting there."""
-    there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Tally)
-    assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Tally)
+    there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
+    assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
     there.request("m", "beast", 200, 1.0, None)
     there.request("new", "beast", 200, 1.0, None)
     assert len(dict(there.items())) == 3
@@ -53,12 +53,12 @@ def test_a_tally_travels_between_processes() -> None:
 def test_tallies_add_up_and_stay_as_they_are() -> None:
     """Three workers count as much as one that did it all; the sum is no view of any of them."""
     one, two = counted(), counted(2)
-    total = merged([one, two, Tally()])
+    total = merged([one, two, Counters()])
     assert total == counted(3)
     total.request("m", "beast", 200, 1.0, 1.0)
     total.error("m", "beast", "new")
     assert (one, two) == (counted(), counted(2))
-    assert merged([]) == Tally()
+    assert merged([]) == Counters()
 
 
 def test_other_buckets_are_not_added() -> None:

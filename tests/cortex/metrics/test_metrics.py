@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -17,7 +17,7 @@ def samples(metrics: Metrics) -> Samples:
     return {(sample.name, frozenset(sample.labels.items())): sample.value for f in families for sample in f.samples}
 
 
-def made(*tallies: Tally) -> Metrics:
+def made(*tallies: Counters) -> Metrics:
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
     return Metrics(fleet, lambda: {("m", "beast"): 2}, lambda: tallies)
 
@@ -28,7 +28,7 @@ def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tupl
 
 def test_the_page_is_the_sum_of_the_workers() -> None:
     """And of what they count between two scrapes."""
-    one, two = Tally(), Tally()
+    one, two = Counters(), Counters()
     metrics = made(one, two)
     one.request("m", "beast", 200, 0.3, 0.02)
     two.request("m", "beast", 200, 40.0, None)
@@ -46,7 +46,7 @@ def test_the_page_is_the_sum_of_the_workers() -> None:
 
 def test_buckets_add_up() -> None:
     """Each holds those below it, the last all of them, as Prometheus wants it."""
-    tally = Tally()
+    tally = Counters()
     for secs in (0.05, 0.2, 0.25, 1e6):
         tally.request("m", "beast", 200, secs, None)
     page = samples(made(tally))
@@ -68,7 +68,7 @@ def test_cold_starts_are_counted_where_models_are_loaded() -> None:
 
 def test_any_name_of_a_model_survives_the_page() -> None:
     """Escaped, so that it breaks no line; and no series but the documented ones is made."""
-    tally, name = Tally(), 'we"ird\\\n{ü}'
+    tally, name = Counters(), 'we"ird\\\n{ü}'
     tally.request(name, "beast", 200, 1.0, 1.0)
     page = made(tally).exposition()
     assert samples(made(tally))[key("cortex_requests_total", model=name, status="200")] == 1

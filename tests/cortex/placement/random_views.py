@@ -8,7 +8,7 @@ from typing import Any
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
-from cortex.placement.inputs import Bar, View
+from cortex.placement.inputs import Backoff, View
 from shared.protocol import LinkKind
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, profile, used, view
@@ -34,7 +34,7 @@ def random_view(seed: int) -> View:
             for key in there
         },
         bars={
-            (random.choice(models).id, random.choice((*(n.name for n in nodes), "*"))): Bar(
+            (random.choice(models).id, random.choice((*(n.name for n in nodes), "*"))): Backoff(
                 NOW + random.choice((-5, 5)), "no", passes=random.random() < 0.5
             )
             for _ in range(random.choice((0, 1, 3)))

@@ -10,7 +10,7 @@ import pytest
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import Turn, next_turn
-from cortex.placement.inputs import Bar, Rules, Use, View, Waiting
+from cortex.placement.inputs import Backoff, Rules, Use, View, Waiting
 from cortex.placement.planner import Fit, Plan
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view
@@ -253,7 +253,7 @@ def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
 def test_the_next_look_is_at_the_first_that_may_be_ready() -> None:
     """The end of a bar, or of somebody's patience."""
     where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
-    bars = {("b", "other"): Bar(NOW + 9, "restarts", passes=True), ("b", "box"): Bar(NOW + 400, "no")}
+    bars = {("b", "other"): Backoff(NOW + 9, "restarts", passes=True), ("b", "box"): Backoff(NOW + 400, "no")}
     moment = view(where, A, B, waiting={"b": 1}, uses={("a", "box"): used(1)}, bars=bars)
     assert next_turn(moment).wake_at == NOW + 9
 

@@ -6,7 +6,7 @@ import pytest
 
 from cortex.config.catalogue import DEFAULT_PRIORITY
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Bar
+from cortex.placement.inputs import Backoff
 from cortex.placement.planner import verdict_on
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, plan_for, profile, view
@@ -64,7 +64,7 @@ def test_the_catalogue_outweighs_what_was_seen() -> None:
 
 def test_bars_end() -> None:
     """One for all nodes outweighs that of a node; one that has ended is none."""
-    bars = {("m", "*"): Bar(NOW + 1, "every"), ("m", "a"): Bar(NOW + 9, "a"), ("n", "a"): Bar(NOW, "over")}
+    bars = {("m", "*"): Backoff(NOW + 1, "every"), ("m", "a"): Backoff(NOW + 9, "a"), ("n", "a"): Backoff(NOW, "over")}
     moment = view(fleet(HERE), bars=bars)
     found = moment.bar("m", "a"), moment.bar("m", "b"), moment.bar("n", "a")
     assert [bar and bar.reason for bar in found] == ["every", "every", None]

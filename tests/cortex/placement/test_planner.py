@@ -12,7 +12,7 @@ from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.fair_queue import after
 from cortex.placement.feasibility import infeasible_reason, is_feasible
-from cortex.placement.inputs import Bar, View
+from cortex.placement.inputs import Backoff, View
 from cortex.placement.planner import Fit, best, verdict_on, verdicts
 from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node
 from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view
@@ -366,14 +366,14 @@ def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("bars", "expected"),
     [
-        ({("m", "a"): Bar(NOW + 5, "out of memory")}, "b"),
-        ({("m", "*"): Bar(NOW + 5, "bad flag")}, None),
-        ({("m", "a"): Bar(NOW - 1, "long ago")}, "a"),
-        ({("x", "a"): Bar(NOW + 5, "another's")}, "a"),
-        ({("m", "a"): Bar(NOW + 5, "a race", passes=True)}, "b"),
+        ({("m", "a"): Backoff(NOW + 5, "out of memory")}, "b"),
+        ({("m", "*"): Backoff(NOW + 5, "bad flag")}, None),
+        ({("m", "a"): Backoff(NOW - 1, "long ago")}, "a"),
+        ({("x", "a"): Backoff(NOW + 5, "another's")}, "a"),
+        ({("m", "a"): Backoff(NOW + 5, "a race", passes=True)}, "b"),
     ],
 )
-def test_bars(bars: dict[tuple[str, str], Bar], expected: str | None) -> None:
+def test_bars(bars: dict[tuple[str, str], Backoff], expected: str | None) -> None:
     """Where a model failed it is not tried for a while."""
     found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), bars=bars))
     assert (found and found.node) == expected

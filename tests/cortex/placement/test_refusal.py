@@ -8,7 +8,7 @@ import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import next_turn
-from cortex.placement.inputs import Bar, Key
+from cortex.placement.inputs import Backoff, Key
 from cortex.placement.planner import verdicts
 from cortex.placement.refusal import refusal, unknown
 from shared.errors import ServiceError
@@ -21,7 +21,7 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar]) -> ServiceError:
+def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff]) -> ServiceError:
     moment = view(where, M, PINNED, TOP, bars=bars)
     wanted = moment.profile(model_id)
     return refusal(moment, model_id, [] if wanted is None else verdicts(moment, wanted))
@@ -37,14 +37,14 @@ def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar]) -> Se
         ("pinned", fleet(node("a", discovered=False), host("b", 24000)), {}, "neuron_unavailable"),
         ("pinned", fleet(host("b", 24000)), {}, "no_feasible_neuron"),
         ("m", fleet(FULL), {}, "insufficient_vram"),
-        ("m", fleet(FULL), {("m", "a"): Bar(NOW + 7, "no")}, "cold_load_failed"),
-        ("m", fleet(host("a", 24000)), {("m", "*"): Bar(NOW + 7, "no")}, "cold_load_failed"),
-        ("m", fleet(host("a", 24000, healthy=False)), {("m", "a"): Bar(NOW + 7, "no")}, "no_healthy_neurons"),
+        ("m", fleet(FULL), {("m", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
+        ("m", fleet(host("a", 24000)), {("m", "*"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
+        ("m", fleet(host("a", 24000, healthy=False)), {("m", "a"): Backoff(NOW + 7, "no")}, "no_healthy_neurons"),
         ("own", fleet(host("a", 24000)), {}, "model_not_found"),
-        ("own", fleet(host("a", 24000)), {("own", "a"): Bar(NOW + 7, "no")}, "cold_load_failed"),
+        ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff], code: str) -> None:
     """Each by its own code; what is temporary says when to come back."""
     error = _refused(model_id, where, bars)
     assert error.code == code
@@ -53,7 +53,7 @@ def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Bar], 
 
 def test_a_failed_load_says_when_it_is_tried_again() -> None:
     """The first of several nodes, with its own reason."""
-    bars = {("m", "a"): Bar(NOW + 40, "on a"), ("m", "b"): Bar(NOW + 7, "on b")}
+    bars = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), bars)
     assert (error.retry_after, error.message) == (7, "on b")
 
@@ -91,7 +91,7 @@ def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
 )
 def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str) -> None:
     """Decides where it is tried again, if anywhere."""
-    turn = next_turn(view(where, M, waiting={"m": 1}, bars={bar: Bar(NOW + 7, "no")}))
+    turn = next_turn(view(where, M, waiting={"m": 1}, bars={bar: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in turn.loads] == ([outcome] if outcome != "refused" else [])
     if outcome == "refused":
         assert (turn.refused["m"].code, turn.refused["m"].retry_after) == ("cold_load_failed", 7)
@@ -99,7 +99,7 @@ def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str)
 
 def test_a_cause_that_goes_by_itself_is_waited_for() -> None:
     """Nobody is refused; it is looked at again when the bar ends."""
-    bars = {("m", "a"): Bar(NOW + 1, "restarts", passes=True)}
+    bars = {("m", "a"): Backoff(NOW + 1, "restarts", passes=True)}
     turn = next_turn(view(fleet(host("a", 24000)), M, waiting={"m": 1}, bars=bars))
     assert (turn.loads, turn.refused, turn.wake_at) == ((), {}, NOW + 1)
     assert "restarts" in turn.notes["m"]

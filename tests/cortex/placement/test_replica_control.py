@@ -8,7 +8,7 @@ import pytest
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, Reservation
-from cortex.placement.inputs import Bar, View
+from cortex.placement.inputs import Backoff, View
 from cortex.placement.replicas import Retirement, Upkeep, is_kept_up, upkeep
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, evicted, profile, used, view
@@ -91,7 +91,7 @@ def test_two_that_are_both_kept_do_not_send_each_other_away() -> None:
 
 def test_after_a_failure_it_is_not_tried_again_at_once() -> None:
     """The minimum respects what bars a load."""
-    bars = {("m", "a"): Bar(NOW + 9, "no")}
+    bars = {("m", "a"): Backoff(NOW + 9, "no")}
     assert loads(view(fleet(host("a", 16000)), kept(), bars=bars)) == []
     assert loads(view(fleet(host("a", 16000), host("b", 24000)), kept(), bars=bars)) == [("m", "b")]
 

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 import tomli_w
 
-from cortex.metrics.counters import Tally
+from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.upstream.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
@@ -133,7 +133,7 @@ async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron)
 
 
 async def test_metrics_and_fleet_are_those_of_all_workers(workers: Workers, benjy: SeedNeuron) -> None:
-    """Counts are summed, those of a worker that ended included."""
+    """CountTotals are summed, those of a worker that ended included."""
     benjy.models[MODEL] = "loaded"
     assert {status for status, _ in await asyncio.gather(*(workers.ask() for _ in range(30)))} == {200}
     metrics = _metrics_port(workers)
@@ -205,7 +205,7 @@ async def test_whoever_has_just_been_given_an_engine_is_counted() -> None:
 
     going = asyncio.create_task(journey())
     await asyncio.sleep(0)
-    channel, gateway = Mock(send=sent.append), Mock(in_flight=in_flight, collect=Tally)
+    channel, gateway = Mock(send=sent.append), Mock(in_flight=in_flight, collect=Counters)
     await worker_process.listen(messages(), channel, control, gateway, asyncio.Event())
     await going
     (counted,) = (message for message in sent if isinstance(message, Counted))

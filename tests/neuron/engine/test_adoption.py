@@ -272,7 +272,7 @@ async def test_start_that_fails_leaves_the_records(config: Path, mark: str, monk
         raise RuntimeError("no start")
 
     with monkeypatch.context() as patched:
-        patched.setattr("neuron.app.Workers.adopt", fails)
+        patched.setattr("neuron.app.Registry.adopt", fails)
         failing = web.AppRunner(build_app(load_settings(NeuronConfig, config, env_prefix="NEURON_"), port=1))
         with pytest.raises(RuntimeError, match="no start"):
             await failing.setup()
