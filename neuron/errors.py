@@ -1,15 +1,10 @@
-"""Why an engine is not there, as errors for a client and as sentences for a person."""
+"""Why an engine cannot be used: the errors that clients see."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
-from itertools import zip_longest
 
-from neuron.harness.base import Harness
-from neuron.memory.capacity import DeviceRoom
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
-from shared.protocol import DeviceFigures
 
 LAST_LINES = 20
 
@@ -31,31 +26,6 @@ class VramNotReleased(ServiceError):
     """The engine's processes are gone, and yet the driver still counts memory as theirs."""
 
     default_code = "vram_not_released"
-
-
-class InsufficientVram(Conflict):
-    """The GPU memory that a load needs is not to be had; `wanted` says who needs what.
-
-    The figures per device are in the message, and for programs in `devices` beside it.
-    """
-
-    default_code = "insufficient_vram"
-
-    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
-        """`needed_mb` is what the load wants of each of the rooms, if that is known."""
-        figures = [
-            DeviceFigures(
-                index=room.index,
-                total_mb=room.total_mb,
-                booked_mb=room.booked_mb,
-                foreign_mb=room.foreign_mb,
-                bookable_mb=room.bookable_mb,
-                unusable=room.unusable,
-                needed_mb=needed,
-            ).model_dump()
-            for room, needed in zip_longest(rooms, needed_mb)
-        ]
-        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
 
 
 class SleepFailed(ServiceError):
@@ -116,22 +86,6 @@ def stopping() -> Unavailable:
 
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
     return NotFound(f"the model {model_id!r} {what}", code="model_not_found")
-
-
-def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
-    """Why an engine that nobody stopped ended with exit code `code` (negative: a signal). vLLM also ends with 0. None:
-    it was started by an earlier neuron, and nobody tells us its code."""
-    cause = harness.root_cause(lines)
-    if code is None:
-        return cause or "ended unexpectedly (its exit code is not known, since an earlier neuron started it)"
-    if code < 0:
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        killed = f"killed by signal {-code}{hint}"
-        return f"{killed}; its log says: {cause}" if cause is not None else killed
-    if cause is not None:
-        return cause
-    said = f"; its last line: {lines[-1].strip()}" if lines else " without a word"
-    return f"exited with status {code}{said}"
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

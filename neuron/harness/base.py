@@ -9,6 +9,7 @@ from typing import Protocol
 
 from neuron.config import HarnessName, HarnessSettings
 from neuron.memory.requirement import Need
+from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import Device, FailureCause
 
@@ -58,39 +59,6 @@ class EngineCommand:
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
-
-
-class LoadReading(Protocol):
-    """What an engine's output has said of its start so far. Immutable: `after` gives the next."""
-
-    @property
-    def phase(self) -> str:
-        """One of `neuron.progress.phases`, never an earlier one than before."""
-        ...
-
-    @property
-    def fraction(self) -> float | None:
-        """Of the phase, 0 to 1, never less than before; None when the engine does not say."""
-        ...
-
-    @property
-    def message(self) -> str | None:
-        """The engine's own words."""
-        ...
-
-    @property
-    def serving(self) -> bool:
-        """The engine says that it answers now, or in a moment: worth asking at once."""
-        ...
-
-    @property
-    def downloaded_secs(self) -> float | None:
-        """What fetching its files took, where the engine says so afterwards."""
-        ...
-
-    def after(self, line: str) -> LoadReading:
-        """With the next line of output."""
-        ...
 
 
 class Harness(Protocol):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessName
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm import errors as vllm_log
 from neuron.harness.vllm import failure_cause as vllm_cause
@@ -18,6 +18,7 @@ from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import serve_arguments
 from neuron.harness.vllm.sleep_mode import control_environment, first_on_path, sim_can_sleep
 from neuron.memory.requirement import Need
+from neuron.progress.phases import LoadReading
 from neuron.sim.process.arguments import DEFAULT_DEVICE_VRAM_MB
 from neuron.sim.process.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec

@@ -78,8 +78,10 @@ class Admission:
         Raises:
             InsufficientVram: its memory is not to be had. InvalidRequest: as `neuron.memory.selection.check_devices`.
         """
-        extra_args = self.config.harness_settings(spec.harness).extra_args
-        choice = self.ledger.book(number, spec, share_mb, topology, health, extra_args=extra_args)
+        # Arguments that size the engine's memory outweigh `share_mb`, since the engine goes by them.
+        args = [*spec.args, *self.config.harness_settings(spec.harness).extra_args]
+        need = HARNESSES[spec.harness].memory_need(spec, share_mb, args)
+        choice = self.ledger.book(number, spec, need, topology, health)
         return Placement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
 
     async def until_memory_is_back(self, number: int) -> None:

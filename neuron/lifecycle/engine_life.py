@@ -16,7 +16,7 @@ from neuron.engine.readiness import until_ready
 from neuron.lifecycle import sleep as sleeping
 from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
 from neuron.lifecycle.exit_kind import ExitKind, first_of
-from neuron.lifecycle.failure_cause import because, cause_of_end
+from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, Wish
 from neuron.lifecycle.states import Condition, State
@@ -152,7 +152,7 @@ class EngineLife:
             reason = self._ill if cause is None else f"{self._ill}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
         code = await engine.process.wait()
-        reason = failures.exit_reason(engine.harness, code, lines)
+        reason = exit_reason(engine.harness, code, lines)
         path_missing = await asyncio.to_thread(_is_missing_path, engine.spec.source)
         extra = because(cause_of_end(engine.harness, code, lines, path_missing=path_missing))
         return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)

@@ -30,8 +30,8 @@ async def fall_asleep(launcher: Launcher, engine: Engine, level: int) -> None:
         weights_mb = engine.harness.weights_mb(lines, engine.spec.tensor_parallel)
         await host_ram.check_sleep(
             launcher.config,
-            engine.harness,
             engine.spec.model_id,
+            sleeps_in_ram=engine.harness.sleeps_in_ram,
             weights_mb=weights_mb,
             vram_used_mb=before_mb,
             slept_mb=launcher.sleepers.taken_mb,

@@ -1,4 +1,4 @@
-"""Whose doing it is that a model could not be loaded: the host's, the model's, or not known. Pure."""
+"""Why a load failed, in words, and whether the host or the model is at fault. Pure."""
 
 from __future__ import annotations
 
@@ -47,3 +47,19 @@ def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, pa
     if error is None:
         return FailureCause.NODE if path_missing else FailureCause.UNKNOWN
     return harness.cause_of(error, path_missing=path_missing)
+
+
+def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
+    """Why an engine that was not stopped exited with `code` (negative: a signal; 0 is possible too). None: an earlier
+    neuron started it, so its exit code is unknown."""
+    cause = harness.root_cause(lines)
+    if code is None:
+        return cause or "exited unexpectedly (exit code unknown: an earlier neuron started it)"
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        killed = f"killed by signal {-code}{hint}"
+        return f"{killed}; its log says: {cause}" if cause is not None else killed
+    if cause is not None:
+        return cause
+    said = f"; its last line: {lines[-1].strip()}" if lines else " and no output"
+    return f"exited with status {code}{said}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
-from shared.protocol import Device, DeviceHealth
+from shared.errors import Conflict
+from shared.protocol import Device, DeviceFigures, DeviceHealth
 
 MARGIN_MB = 512
 """Left unbooked on every real device: an engine's CUDA context, which vLLM does not count into the fraction that it is
@@ -79,6 +81,31 @@ class DeviceRoom:
             takers.append(f"{self.foreign_mb} held by processes that are not neuron's")
         taken = f" ({', '.join(takers)})" if takers else ""
         return f"{label}: {self.bookable_mb} of {self.total_mb} MiB can be had{taken}"
+
+
+class InsufficientVram(Conflict):
+    """Not enough GPU memory for a load; `wanted` says which model needs how much.
+
+    The message has the figures of each device, and so has the `devices` field of the error.
+    """
+
+    default_code = "insufficient_vram"
+
+    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
+        """`needed_mb`: what the load needs on each of `rooms`, in MiB, if known."""
+        figures = [
+            DeviceFigures(
+                index=room.index,
+                total_mb=room.total_mb,
+                booked_mb=room.booked_mb,
+                foreign_mb=room.foreign_mb,
+                bookable_mb=room.bookable_mb,
+                unusable=room.unusable,
+                needed_mb=needed,
+            ).model_dump()
+            for room, needed in zip_longest(rooms, needed_mb)
+        ]
+        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
 
 
 def unusable_reason(device: Device) -> str | None:

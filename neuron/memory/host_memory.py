@@ -9,7 +9,6 @@ from pathlib import Path
 
 from neuron import errors as failures
 from neuron.config import NeuronConfig
-from neuron.harness.base import Harness
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -48,9 +47,9 @@ def slept_mb(weights_mb: int | None, before_mb: int | None, after_mb: int | None
 
 async def check_sleep(
     config: NeuronConfig,
-    harness: Harness,
     model_id: str,
     *,
+    sleeps_in_ram: bool,
     weights_mb: int | None,
     vram_used_mb: int | None,
     slept_mb: int = 0,
@@ -62,7 +61,7 @@ async def check_sleep(
     Raises:
         Conflict: `insufficient_ram`, there is no room for it.
     """
-    if not harness.sleeps_in_ram and config.simulate is None:
+    if not sleeps_in_ram and config.simulate is None:
         return 0  # a simulated engine, and no simulated memory
     wanted_mb = needed_mb(weights_mb, vram_used_mb)
     ram = await host_ram(config, slept_mb=slept_mb, promised_mb=promised_mb)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from neuron.errors import InsufficientVram
 from neuron.gpu.topology import Topology
-from neuron.harness.registry import HARNESSES
-from neuron.memory.capacity import Booking, DeviceRoom, rooms_of
+from neuron.memory.capacity import Booking, DeviceRoom, InsufficientVram, rooms_of
+from neuron.memory.requirement import Need
 from neuron.memory.selection import Choice, check_devices, choose
 from neuron.spec import EngineSpec
 from shared.protocol import DeviceHealth
@@ -30,24 +29,18 @@ class Ledger:
         self,
         number: int,
         spec: EngineSpec,
-        share_mb: int | None,
+        need: Need,
         topology: Topology,
         health: Sequence[DeviceHealth],
-        *,
-        extra_args: Sequence[str] = (),
     ) -> Choice:
-        """Devices for engine `number`, and its memory on each of them: its own until `release`.
-
-        `share_mb` is what it needs on each device, None when nothing is known of that; `extra_args` are the operator's
-        arguments for its harness. Arguments that size the engine's memory outweigh `share_mb`, since the engine goes
-        by them. A host without devices gives an empty choice.
+        """Books devices for engine `number`, and `need` on each of them, until `release`. On a host without devices
+        the choice is empty.
 
         Raises:
             InsufficientVram: no devices, or not the ones the spec names, have that much to give.
             InvalidRequest: as `check_devices`; a device may have been lost since a spec was checked.
         """
         check_devices(spec, topology)
-        need = HARNESSES[spec.harness].memory_need(spec, share_mb, [*spec.args, *extra_args])
         rooms = self.rooms(topology, health)
         choice = choose(spec.tensor_parallel, need, topology, rooms, named=spec.devices)
         if choice is None:

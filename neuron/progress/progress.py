@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neuron.harness.base import LoadReading
 from neuron.progress.eta import Moment, remaining_secs, share_done
 from neuron.progress.load_times import LoadTimes
-from neuron.progress.phases import DOWNLOADING, STARTING
+from neuron.progress.phases import DOWNLOADING, STARTING, LoadReading
 from shared.protocol import Progress
 
 STEP = 0.01  # of a phase: less is no news

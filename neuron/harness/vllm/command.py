@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from neuron.config import HarnessName
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan, LoadReading
+from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm import errors as vllm_log
 from neuron.harness.vllm import failure_cause as vllm_cause
@@ -15,6 +15,7 @@ from neuron.harness.vllm import phases as vllm_phases
 from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.memory.requirement import Need
+from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import FailureCause
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from neuron.errors import InsufficientVram, VramNotReleased, load_cancelled, stopping
+from neuron.errors import VramNotReleased, load_cancelled, stopping
 from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.errors import root_cause
 from neuron.lifecycle.failure_cause import cause_of, cause_of_end
+from neuron.memory.capacity import InsufficientVram
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import FailureCause
 from tests.neuron.neurons import Neuron, config_of, marked_engines, neuron_here, until

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from neuron.errors import exit_reason
 from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.errors import root_cause
+from neuron.lifecycle.failure_cause import exit_reason
 
 LOGS = Path(__file__).parent / "vllm_logs"
 
@@ -74,7 +74,7 @@ def test_cause_of(lines: list[str], cause: str | None) -> None:
         (-9, ["ValueError: x"], "killed by signal 9 (out of memory?); its log says: ValueError: x"),
         (1, ["ValueError: x"], "ValueError: x"),
         (0, ["INFO: bye "], "exited with status 0; its last line: INFO: bye"),
-        (3, [], "exited with status 3 without a word"),
+        (3, [], "exited with status 3 and no output"),
     ],
 )
 def test_reason_of_an_exit(code: int, lines: list[str], reason: str) -> None:

@@ -68,17 +68,16 @@ async def test_on_a_simulated_host_counts_what_is_configured() -> None:
 
 async def test_what_is_asked_before_a_sleep() -> None:
     """A simulated engine needs room where the host's memory is simulated too, and nothing else counts it."""
-    vllm, sim = HARNESSES["vllm"], HARNESSES["sim"]
     real = NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 1 << 40}})
-    assert await check_sleep(real, sim, "m", weights_mb=5, vram_used_mb=9) == 0
+    assert await check_sleep(real, "m", sleeps_in_ram=False, weights_mb=5, vram_used_mb=9) == 0
     with pytest.raises(Conflict, match="m cannot sleep"):
-        await check_sleep(real, vllm, "m", weights_mb=5, vram_used_mb=9)
+        await check_sleep(real, "m", sleeps_in_ram=True, weights_mb=5, vram_used_mb=9)
     simulate = {"devices": ["RTX 4090"], "ram_mb": 6_000}
     limited = NeuronConfig.model_validate({"simulate": simulate, "sleep": {"ram_reserve_mb": 1_000}})
-    assert await check_sleep(limited, sim, "m", weights_mb=5_000, vram_used_mb=9_000) == 5_000
+    assert await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000) == 5_000
     for taken in ({"slept_mb": 1}, {"promised_mb": 1}):
         with pytest.raises(Conflict):
-            await check_sleep(limited, sim, "m", weights_mb=5_000, vram_used_mb=9_000, **taken)
+            await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, **taken)
 
 
 def test_weights_as_the_log_tells_them() -> None:

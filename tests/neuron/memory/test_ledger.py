@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from neuron.errors import InsufficientVram
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import MARGIN_MB, DeviceRoom, held_by, with_rooms
+from neuron.harness.registry import HARNESSES
+from neuron.memory.capacity import MARGIN_MB, DeviceRoom, InsufficientVram, held_by, with_rooms
 from neuron.memory.ledger import Ledger
+from neuron.memory.requirement import Need
+from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import DeviceHealth
 from tests.neuron.hosts import TOTALS, host, measured, spec
@@ -24,10 +26,16 @@ def room(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0
     return ledger.rooms(topology, measured(topology, {index: used}, reserve=reserve))[index]
 
 
+def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> Need:
+    """What the harness of `wanted` says that it takes."""
+    return HARNESSES[wanted.harness].memory_need(wanted, share, [*wanted.args, *extra_args])
+
+
 def book(
     ledger: Ledger, number: int, share: int | None, topology: Topology = ONE, used: int = 0, **of: Any
 ) -> list[int]:
-    choice = ledger.book(number, spec(**of), share, topology, measured(topology, {0: used}))
+    wanted = spec(**of)
+    choice = ledger.book(number, wanted, need(wanted, share), topology, measured(topology, {0: used}))
     return [device.index for device in choice.devices]
 
 
@@ -164,7 +172,8 @@ def test_memory_held_by_processes() -> None:
 def test_default_fraction_is_of_what_cuda_sees() -> None:
     """A desktop's small card: NVML counts the driver's reserve into the total, CUDA and so vLLM do not."""
     small = host("3060", simulated=False)
-    choice = Ledger().book(1, spec(harness="vllm"), None, small, measured(small, {0: 200}, reserve=300))
+    wanted = spec(harness="vllm")
+    choice = Ledger().book(1, wanted, need(wanted), small, measured(small, {0: 200}, reserve=300))
     assert choice.booked_mb == (11_029,)
 
 
@@ -177,7 +186,7 @@ def test_refusal_names_the_figures() -> None:
     ledger = Ledger()
     book(ledger, 1, 18_000, topology, model_id="org/a", devices=(0,))
     with pytest.raises(InsufficientVram) as refused:
-        ledger.book(2, spec(2, "org/b"), 12_000, topology, measured(topology, {0: 21_464, 2: 288}))
+        ledger.book(2, spec(2, "org/b"), Need(12_000), topology, measured(topology, {0: 21_464, 2: 288}))
     error = refused.value
     assert (error.status, error.code) == (409, "insufficient_vram")
     assert error.message == (
@@ -220,10 +229,8 @@ def test_what_is_booked_when_nothing_is_known() -> None:
     assert room(ledger).booked_mb == 22_599 + 1024
     ledger = Ledger()
     for number in (1, 2):
-        choice = ledger.book(
-            number, spec(harness="vllm", args=("--gpu-memory-utilization", "0.9")), None, ONE, measured(ONE),
-            extra_args=["--gpu-memory-utilization=0.5"],
-        )  # fmt: skip
+        wanted = spec(harness="vllm", args=("--gpu-memory-utilization", "0.9"))
+        choice = ledger.book(number, wanted, need(wanted, None, "--gpu-memory-utilization=0.5"), ONE, measured(ONE))
         assert choice.booked_mb == (12_282,)
     assert room(ledger).bookable_mb == 0
 
@@ -233,7 +240,7 @@ def test_device_that_was_lost_since_the_check() -> None:
     topology = host("5090", "5090", d0={"lost": "fell off the bus"})
     for wanted in (spec(devices=(0,)), spec(2), spec(devices=(7,))):
         with pytest.raises(InvalidRequest, match=r"fell off the bus|no device 7"):
-            Ledger().book(1, wanted, 1000, topology, measured(topology))
+            Ledger().book(1, wanted, Need(1000), topology, measured(topology))
 
 
 def test_refused_load_books_nothing() -> None:
@@ -256,7 +263,8 @@ def test_unequal_cards_are_booked_as_vllm_fills_them() -> None:
     """One fraction for all: of the larger card more is booked, until the measured footprint says otherwise."""
     topology = host("4090", "5090")
     ledger = Ledger()
-    choice = ledger.book(1, spec(2, harness="vllm"), 12_282, topology, measured(topology))
+    wanted = spec(2, harness="vllm")
+    choice = ledger.book(1, wanted, need(wanted, 12_282), topology, measured(topology))
     assert choice.booked_mb == (12_282, 16_304)
     ledger.measured(1, {0: 12_000, 1: 12_500})
     live = measured(topology, {0: 12_000, 1: 12_500})
@@ -367,7 +375,7 @@ class Model:
         share, count = self.source.randint(200, 14_000), self.source.randint(1, len(self.totals))
         spare = {index: self.spare(index) for index in self.totals}
         try:
-            choice = self.ledger.book(number, spec(count), share, self.topology, self.health())
+            choice = self.ledger.book(number, spec(count), Need(share), self.topology, self.health())
         except InsufficientVram:
             assert sum(mb >= share for mb in spare.values()) < count
             return
