@@ -12,7 +12,7 @@ import aiohttp
 
 from neuron.config import HealthSettings
 from neuron.harness.vllm.activity import EngineSample, HangWatch, sample_of
-from shared.tasks import cancel_all
+from shared.tasks import first_of
 
 # Two bad answers in a row, and no more than this apart: an engine that fails is known within two seconds.
 AGAIN_SECS = 0.5
@@ -53,12 +53,9 @@ class Vitals:
         Bad is: two answers in a row to the health check that are not 200, or refusals, or one of each; no answer to
         it for `unresponsive_secs`; a hang (`neuron.harness.vllm.activity`).
         """
-        watches = [asyncio.create_task(self._until_unwell()), asyncio.create_task(self._until_hung())]
-        try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        finally:
-            await cancel_all(watches)
+        watches = [asyncio.ensure_future(self._until_unwell()), asyncio.ensure_future(self._until_hung())]
+        await first_of(dict(enumerate(watches)))
+        return next(watch.result() for watch in watches if not watch.cancelled())
 
     async def take_sample(self) -> EngineSample | None:
         """Asks for its figures now; None when they did not come."""
