@@ -13,7 +13,6 @@ from neuron import errors as failures
 from neuron.engine.engine import Engine
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
-from neuron.lifecycle import sleep as sleeping
 from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
 from neuron.lifecycle.exit_kind import ExitKind
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
@@ -172,8 +171,9 @@ class EngineLife:
             async with timeout(_MEASURE_SECS):
                 await asyncio.gather(self._launcher.measure([engine]), engine.vitals.take_sample())
         await engine.note_shared_files()
-        if engine.can_sleep and not served_before:
-            engine.can_sleep = await sleeping.obeys_only_us(self._launcher.http, engine.url, engine.control_key)
+        control = engine.harness.sleep
+        if control is not None and engine.can_sleep and not served_before:
+            engine.can_sleep = await control.is_guarded(self._launcher.http, engine.url, engine.control_key)
         seconds = None
         if not served_before:
             engine.ready_at = time.time()
