@@ -2,126 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import socket
 import struct
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
-from cortex.api.app_keys import PARTS, Parts
-from cortex.api.fleet_view import PICTURE, FleetView
+from cortex.api.app_keys import PARTS
+from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.config.catalogue import Catalogue
-from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
-from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import Backoffs
-from cortex.control.demand import Demand
-from cortex.control.loader import Loader
-from cortex.control.resolver import Resolver
-from cortex.control.scheduler import Scheduler
-from cortex.fleet.membership import Membership
-from cortex.fleet.neuron_client import IDLE_SECS
-from cortex.fleet.state import Fleet
-from cortex.fleet.store import StateFile
+from cortex.control.wiring import Parts
 from cortex.http.server import accepting
-from cortex.http.stopping import Stopping
-from cortex.metrics.exporter import Metrics
-from cortex.metrics.worker_counts import CountTotals
 from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.callers import Callers
 from cortex.proxy.gateway import Control, Gateway
 from cortex.proxy.keep_alive import Comments
-from cortex.upstream.pool import Address, EnginePool
+from cortex.upstream.pool import Address
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
 from shared.serve import BACKLOG
 from shared.tasks import running
-
-
-def _brain(live: LiveConfig, state: StateFile, stopping: Stopping, fleet: Fleet, roster: Membership) -> Parts:
-    """What decides, around the fleet and the roster."""
-    counts = CountTotals()
-    demand = Demand(counts)
-    metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
-    fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
-    rooms = AdmissionQueue(live=live)
-    stopping.on_begin(rooms.news_for_all)
-    loader = Loader(
-        live=live,
-        fleet=fleet,
-        clients=roster.clients,
-        watches=roster.watches,
-        counts=counts,
-        metrics=metrics,
-        state=state,
-        settle_routes=lambda: router.settle(),  # noqa: PLW0108 - made below
-    )
-    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, bars=Backoffs(), rooms=rooms)
-    router = Resolver(
-        live=live,
-        fleet=fleet,
-        scheduler=scheduler,
-        rooms=rooms,
-        clients=roster.clients,
-        watches=roster.watches,
-        counts=counts,
-        demand=demand,
-        stopping=stopping,
-    )
-    return Parts(
-        live=live,
-        state=state,
-        stopping=stopping,
-        fleet=fleet,
-        counts=counts,
-        metrics=metrics,
-        roster=roster,
-        rooms=rooms,
-        loader=loader,
-        scheduler=scheduler,
-        router=router,
-        created=int(time.time()),
-    )
-
-
-@contextlib.asynccontextmanager
-async def assembled(
-    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
-) -> AsyncIterator[Parts]:
-    """The parts of a cortex's control, watching its fleet inside the body. Needs a running loop. `files` are what the
-    configuration was read from; `state` None: nothing outlives the body."""
-    live, state = LiveConfig(config, catalogue, files), state or StateFile()
-    fleet = Fleet(
-        [(entry.name, entry.endpoint) for entry in config.neurons],
-        unhealthy_after=config.poll.unhealthy_after,
-        drained=state.drained,
-    )
-    live.subscribe(fleet.look_again)
-    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
-        parts = _brain(live, state, Stopping(), fleet, Membership(pool, fleet))
-        parts.roster.configure(config.neurons, config.poll)
-        try:
-            own = {
-                "routing table": parts.router.publish_loop,
-                "scheduler": parts.scheduler.run,
-                "upkeep": parts.scheduler.keep_up,
-                "state file": state.write_loop,
-            }
-            async with running(own):
-                yield parts
-        finally:
-            ending = (parts.roster, parts.loader, parts.scheduler, parts.router)
-            await asyncio.gather(*(part.close() for part in ending))
-            await state.close()
 
 
 def build_control_app(parts: Parts) -> web.Application:
@@ -132,7 +39,7 @@ def build_control_app(parts: Parts) -> web.Application:
     )
     app[PARTS] = parts
     app[MODEL_LIST] = ModelList()
-    app[PICTURE] = FleetView(parts)
+    app[FLEET_VIEW] = FleetView(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
 
@@ -189,7 +96,7 @@ async def working(
 @contextlib.asynccontextmanager
 async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Address) -> AsyncIterator[Gateway]:
     """The only worker, in the control's own process."""
-    async with working(parts.router, parts.config, socks, address) as gateway:
+    async with working(parts.resolver, parts.config, socks, address) as gateway:
         parts.counts.attach(gateway)
         try:
             yield gateway

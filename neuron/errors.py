@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+from shared.protocol import ErrorCode
 
 LAST_LINES = 20
 
@@ -12,26 +13,26 @@ LAST_LINES = 20
 class LoadFailed(ServiceError):
     """The engine ended, or could not be started, before it was ready."""
 
-    default_code = "load_failed"
+    default_code = ErrorCode.LOAD_FAILED
 
 
 class LoadTimedOut(ServiceError):
     """The engine was not ready within `startup_timeout_secs`."""
 
     status = 504
-    default_code = "load_timeout"
+    default_code = ErrorCode.LOAD_TIMEOUT
 
 
 class VramNotReleased(ServiceError):
     """The engine's processes are gone, and yet the driver still counts memory as theirs."""
 
-    default_code = "vram_not_released"
+    default_code = ErrorCode.VRAM_NOT_RELEASED
 
 
 class SleepFailed(ServiceError):
     """The engine was asked to sleep and did not."""
 
-    default_code = "sleep_failed"
+    default_code = ErrorCode.SLEEP_FAILED
 
 
 class SleepUnsettled(SleepFailed):
@@ -41,51 +42,51 @@ class SleepUnsettled(SleepFailed):
 class WakeFailed(ServiceError):
     """The engine was asked to wake and did not: it can be used only after it was loaded anew."""
 
-    default_code = "wake_failed"
+    default_code = ErrorCode.WAKE_FAILED
 
 
 class GuardFailed(ServiceError):
     """The engine's development routes are open to everybody who reaches it, or closed to neuron too."""
 
-    default_code = "sleep_unguarded"
+    default_code = ErrorCode.SLEEP_UNGUARDED
 
 
 def sleep_unsupported(what: str, why: str) -> Conflict:
-    return Conflict(f"{what} cannot sleep: {why}", code="sleep_unsupported")
+    return Conflict(f"{what} cannot sleep: {why}", code=ErrorCode.SLEEP_UNSUPPORTED)
 
 
 def model_busy(what: str) -> Conflict:
-    return Conflict(f"{what} cannot sleep: it has requests", code="model_busy")
+    return Conflict(f"{what} cannot sleep: it has requests", code=ErrorCode.MODEL_BUSY)
 
 
 def insufficient_ram(model_id: str, needed_mb: int, available_mb: int, reserve_mb: int) -> Conflict:
     return Conflict(
         f"{model_id} cannot sleep: its weights need {needed_mb} MiB of this host's memory, {available_mb} MiB are "
         f"available, of which {reserve_mb} MiB are kept free",
-        code="insufficient_ram",
+        code=ErrorCode.INSUFFICIENT_RAM,
         extra={"needed_mb": needed_mb, "available_mb": available_mb, "reserve_mb": reserve_mb},
     )
 
 
 def already_loaded(model_id: str, difference: str) -> Conflict:
-    return Conflict(f"{model_id} is already loaded with another spec: {difference}", code="already_loaded")
+    return Conflict(f"{model_id} is already loaded with another spec: {difference}", code=ErrorCode.ALREADY_LOADED)
 
 
 def load_in_progress(model_id: str, difference: str) -> Conflict:
     # Not the words "already loaded": to a cortex they mean that the model can be used now.
-    return Conflict(f"{model_id} is being loaded with another spec: {difference}", code="load_in_progress")
+    return Conflict(f"{model_id} is being loaded with another spec: {difference}", code=ErrorCode.LOAD_IN_PROGRESS)
 
 
 def load_cancelled(model_id: str) -> Conflict:
-    return Conflict(f"the load of {model_id} was cancelled: it was unloaded meanwhile", code="load_cancelled")
+    return Conflict(f"the load of {model_id} was cancelled: it was unloaded meanwhile", code=ErrorCode.LOAD_CANCELLED)
 
 
 def stopping() -> Unavailable:
-    return Unavailable("this neuron is stopping", code="neuron_stopping", retry_after=5)
+    return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=5)
 
 
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
-    return NotFound(f"the model {model_id!r} {what}", code="model_not_found")
+    return NotFound(f"the model {model_id!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

@@ -18,15 +18,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from shared.protocol.errors import ErrorCode
+
 
 class ServiceError(Exception):
     """A failure with the status, code and message that the client gets.
 
     `retry_after` is in seconds; it becomes the Retry-After header, rounded up. `param` names the offending field.
+    `status` replaces that of the class.
     """
 
     status = 500
-    default_code = "internal_error"
+    default_code: str = ErrorCode.INTERNAL_ERROR
 
     def __init__(
         self,
@@ -36,10 +39,13 @@ class ServiceError(Exception):
         param: str | None = None,
         retry_after: float | None = None,
         extra: dict[str, Any] | None = None,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
+        if status is not None:
+            self.status = status
         self.message = message
-        self.code = code or self.default_code
+        self.code = str(code or self.default_code)
         self.param = param
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
         self.extra = extra or {}
@@ -107,44 +113,44 @@ def envelope(
 
 class InvalidRequest(ServiceError):
     status = 400
-    default_code = "invalid_request"
+    default_code = ErrorCode.INVALID_REQUEST
 
 
 class Unauthorized(ServiceError):
     status = 401
-    default_code = "invalid_api_key"
+    default_code = ErrorCode.INVALID_API_KEY
 
 
 class NotFound(ServiceError):
     status = 404
-    default_code = "not_found"
+    default_code = ErrorCode.NOT_FOUND
 
 
 class Conflict(ServiceError):
     status = 409
-    default_code = "conflict"
+    default_code = ErrorCode.CONFLICT
 
 
 class RequestTooLarge(ServiceError):
     status = 413
-    default_code = "request_too_large"
+    default_code = ErrorCode.REQUEST_TOO_LARGE
 
 
 class TooManyRequests(ServiceError):
     status = 429
-    default_code = "rate_limit_exceeded"
+    default_code = ErrorCode.RATE_LIMIT_EXCEEDED
 
 
 class UpstreamError(ServiceError):
     status = 502
-    default_code = "upstream_unreachable"
+    default_code = ErrorCode.UPSTREAM_UNREACHABLE
 
 
 class Unavailable(ServiceError):
     """Temporary: always tells when to come back."""
 
     status = 503
-    default_code = "unavailable"
+    default_code = ErrorCode.UNAVAILABLE
 
     def __init__(
         self,

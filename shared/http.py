@@ -14,6 +14,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope, is_anthropic_path
+from shared.protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 def _http_exception_response(request: web.Request, error: web.HTTPException) -> web.Response:
     """aiohttp's own 404, 405 and the like, in our envelope."""
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status, "invalid_request")
+    codes = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
+    code = codes.get(error.status, ErrorCode.INVALID_REQUEST)
     message = f"{request.method} {request.path}: {error.reason}"
     response = web.json_response(envelope(message, status=error.status, code=code), status=error.status)
     if "Allow" in error.headers:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
-from cortex.api.app_keys import Parts
 from cortex.config.catalogue import Catalogue
+from cortex.control.wiring import Parts
 from cortex.fleet.snapshot import NodeSnapshot
 
 MIN_INTERVAL_SECS = 0.25
 """Between two pictures for one listener: a large fleet changes hundreds of times a second."""
-
-_UPTIME_MARK = '"uptime_secs": '
 
 
 class FleetView:
@@ -23,8 +21,8 @@ class FleetView:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._nodes: dict[str, tuple[NodeSnapshot, bytes, bytes]] = {}  # what stands before and behind the uptime
-        self._catalogue: tuple[Catalogue, bytes] | None = None
+        self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
+        self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
         self._event: tuple[int, float, bytes] | None = None  # of which version, when
 
     def body(self) -> bytes:
@@ -50,7 +48,7 @@ class FleetView:
             ],
             "waiting": [
                 {"model": model, "count": waiting.count, "for": parts.scheduler.note(model)}
-                for model, waiting in sorted(parts.rooms.waiting().items())
+                for model, waiting in sorted(parts.queue.waiting().items())
             ],
             "configuration": {
                 "loaded_at": parts.live.loaded_at,
@@ -58,22 +56,10 @@ class FleetView:
                 "error": parts.live.error,
             },
         }
-        pieces: list[bytes] = []
-        for node in fleet.nodes.values():
-            pieces += (b", ", *self._node(node))
+        nodes = [{**self._node(node), "uptime_secs": _uptime(node)} for node in fleet.nodes.values()]
         if len(self._nodes) > len(fleet.nodes):
             self._nodes = {name: known for name, known in self._nodes.items() if name in fleet.nodes}
-        return b"".join(
-            (
-                b'{"nodes": [',
-                *pieces[1:],
-                b"], ",
-                json.dumps(rest)[1:-1].encode(),
-                b", ",
-                self._of_catalogue(parts.catalogue),
-                b"}",
-            )
-        )
+        return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(parts.catalogue)})
 
     def event(self) -> tuple[int, bytes]:
         """The picture as a server-sent event, with the fleet's version that it is of. Listeners share one for as long
@@ -84,33 +70,36 @@ class FleetView:
             known = self._event = version, now, b"event: fleet\ndata: " + self.body() + b"\n\n"
         return known[0], known[2]
 
-    def _node(self, node: NodeSnapshot) -> tuple[bytes, bytes, bytes]:
+    def _node(self, node: NodeSnapshot) -> dict[str, msgspec.Raw]:
         known = self._nodes.get(node.name)
         if known is None or known[0] is not node:
-            opening, mark, rest = json.dumps(_node(node)).partition(f"{_UPTIME_MARK}null")
-            known = self._nodes[node.name] = node, (opening + mark.removesuffix("null")).encode(), rest.encode()
-        return known[1], _uptime(node), known[2]
+            known = self._nodes[node.name] = node, _encoded(_node(node))
+        return known[1]
 
-    def _of_catalogue(self, catalogue: Catalogue) -> bytes:
+    def _of_catalogue(self, catalogue: Catalogue) -> dict[str, msgspec.Raw]:
         if self._catalogue is None or self._catalogue[0] is not catalogue:
             models = [profile.model_dump(exclude_none=True) for profile in catalogue.models]
-            self._catalogue = catalogue, json.dumps({"models": models, "aliases": catalogue.aliases})[1:-1].encode()
+            self._catalogue = catalogue, _encoded({"models": models, "aliases": dict(catalogue.aliases)})
         return self._catalogue[1]
 
 
-PICTURE = web.AppKey("picture", FleetView)
+FLEET_VIEW = web.AppKey("fleet_view", FleetView)
 
 
-def _uptime(node: NodeSnapshot) -> bytes:
-    """It goes on by itself while the neuron answers; what it was is not told again by every poll."""
+def _encoded(fields: dict[str, Any]) -> dict[str, msgspec.Raw]:
+    return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
+
+
+def _uptime(node: NodeSnapshot) -> float | None:
+    """Grows by itself while the neuron answers: a poll that brings nothing new does not update `health`."""
     if node.health is None:
-        return b"null"
+        return None
     since = time.monotonic() - node.health_at if node.healthy else 0.0
-    return b"%.3f" % (node.health.uptime_secs + since)
+    return round(node.health.uptime_secs + since, 3)
 
 
 def _node(node: NodeSnapshot) -> dict[str, Any]:
-    """Without its uptime, which is null here."""
+    """Everything about a node but its uptime, and without the keys of its engines."""
     discovery = node.discovery
     live = node.device_health
     return {
@@ -125,7 +114,6 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "simulated": discovery and discovery.simulated,
         "harnesses": discovery.harnesses if discovery else [],
         "cuda_unavailable_reason": discovery and discovery.cuda_unavailable_reason,
-        "uptime_secs": None,
         "devices": [
             {**device.model_dump(), **(live[device.index].model_dump() if device.index in live else {})}
             for device in (discovery.devices if discovery else [])
@@ -133,7 +121,7 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
         "models": [
             {
-                **view.model_dump(),
+                **view.model_dump(exclude={"endpoint"}),
                 "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
             }
             for view in node.models.values()

@@ -13,7 +13,7 @@ from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility_cache import Feasibility
 from shared.errors import NotFound
-from shared.protocol import ModelStatus
+from shared.protocol import ErrorCode, ModelStatus
 
 OWNER = "cortex"
 
@@ -43,7 +43,7 @@ async def show_model(request: web.Request) -> web.Response:
     model_id, fleet = parts.catalogue.resolve(name), parts.fleet.snapshot()
     entry = request.app[MODEL_LIST].entry(model_id, parts.catalogue, fleet, created=parts.created)
     if entry is None:
-        raise NotFound(f"the model {name!r} does not exist", code="model_not_found", param="model")
+        raise NotFound(f"the model {name!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
     return web.json_response(entry if name == model_id else _alias(name, model_id, entry))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, models
+from cortex.api import fleet, models, operator
 from cortex.api.app_keys import PARTS
 from cortex.proxy.gateway import INFERENCE_PATHS
 
 
 async def of_workers(request: web.Request) -> web.StreamResponse:
-    """Workers send these requests to engines themselves; the routes stand here so that other methods are refused."""
+    """Workers send these requests to engines themselves; the routes exist here so that other methods get a 405."""
     raise web.HTTPNotFound
 
 
@@ -30,10 +30,10 @@ CONTROL_ROUTES = (
     web.get("/fleet", fleet.show_fleet),
     web.get("/fleet/events", fleet.fleet_events),
     web.get("/fleet/explain", fleet.explain_model),
-    web.post("/fleet/load", fleet.load_model),
-    web.post("/fleet/unload", fleet.unload_model),
-    web.post("/fleet/nodes/{name}/drain", fleet.drain_node),
-    web.post("/fleet/nodes/{name}/resume", fleet.resume_node),
+    web.post("/fleet/load", operator.load_model),
+    web.post("/fleet/unload", operator.unload_model),
+    web.post("/fleet/nodes/{name}/drain", operator.drain_node),
+    web.post("/fleet/nodes/{name}/resume", operator.resume_node),
 )
 
 METRICS_ROUTES = (web.get("/metrics", expose_metrics),)

@@ -8,7 +8,6 @@ import socket
 from contextlib import AbstractAsyncContextManager
 
 from cortex.app import (
-    assembled,
     build_control_app,
     build_metrics_app,
     control_address,
@@ -19,6 +18,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.files import ConfigurationFiles, state_directory
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
+from cortex.control.wiring import running_control
 from cortex.fleet.store import StateFile
 from cortex.workers.supervisor import Supervisor
 from shared.loop import settle
@@ -66,7 +66,7 @@ async def serve(
             on_hangup=reload_asked.set,
             on_forced_exit=kill_workers,
         ) as stop,
-        assembled(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
+        running_control(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
     ):
         warn_of_absent(state, parts.fleet)
         control = control_socket()

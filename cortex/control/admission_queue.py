@@ -1,4 +1,4 @@
-"""The waiting rooms: requests that wait for a model that cannot serve yet. Bounded for each model and in all."""
+"""The admission queue: requests that wait for a model that cannot serve yet. Bounded per model and in total."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from cortex.config.live import LiveConfig
 from cortex.placement.inputs import Waiting
 from shared.errors import ServiceError, TooManyRequests
+from shared.protocol import ErrorCode
 from shared.tasks import timeout
-
-CODE = "waiting_room_full"
 
 
 class Ticket:
-    """One request's place. It hears of what may end its waiting; what it was told while it did not listen is kept."""
+    """One waiting request. News that arrives while it does not listen is kept."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
@@ -28,7 +27,7 @@ class Ticket:
         """Returns when something has changed for the model.
 
         Raises:
-            ServiceError: it cannot be served. asyncio.TimeoutError: nothing came within that time.
+            ServiceError: it cannot be served. asyncio.TimeoutError: no news within that time.
         """
         async with timeout(within_secs):
             await self._event.wait()
@@ -43,81 +42,75 @@ class Ticket:
 
 
 @dataclass
-class _Room:
+class _Line:
     since: float
-    seats: set[Ticket] = field(default_factory=set)
+    tickets: set[Ticket] = field(default_factory=set)
 
 
 class AdmissionQueue:
-    """Owner of all seats. Times are `clock`'s."""
+    """Owner of all tickets. Times are `clock`'s."""
 
-    def __init__(
-        self,
-        *,
-        live: LiveConfig,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, *, live: LiveConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._live = live
         self._clock = clock
-        self._rooms: dict[str, _Room] = {}
+        self._lines: dict[str, _Line] = {}
         self._taken = 0
 
     @contextlib.contextmanager
-    def seat(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Ticket]:
-        """A seat inside the body. `retry_after` tells in how many seconds the model should be there, for who finds
-        none.
+    def ticket(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Ticket]:
+        """A ticket inside the body. `retry_after` estimates the seconds until the model is loaded, for the error.
 
         Raises:
-            TooManyRequests: there is none left.
+            TooManyRequests: the queue is full.
         """
-        room, limits = self._rooms.get(model_id), self._live.config.waiting
-        if room is not None and len(room.seats) >= limits.per_model:
-            raise _full(f"{len(room.seats)} requests are waiting for {model_id!r} already", retry_after(model_id))
+        line, limits = self._lines.get(model_id), self._live.config.waiting
+        if line is not None and len(line.tickets) >= limits.per_model:
+            raise _full(f"{len(line.tickets)} requests are already waiting for {model_id!r}", retry_after(model_id))
         if self._taken >= limits.total:
-            raise _full(f"{self._taken} requests are waiting for models already", retry_after(model_id))
-        if room is None:
-            room = self._rooms[model_id] = _Room(self._clock())
-        seat = Ticket(model_id)
-        room.seats.add(seat)
+            raise _full(f"{self._taken} requests are already waiting for models", retry_after(model_id))
+        if line is None:
+            line = self._lines[model_id] = _Line(self._clock())
+        ticket = Ticket(model_id)
+        line.tickets.add(ticket)
         self._taken += 1
         try:
-            yield seat
+            yield ticket
         finally:
             self._taken -= 1
-            room.seats.remove(seat)
-            if not room.seats:
-                del self._rooms[model_id]
+            line.tickets.remove(ticket)
+            if not line.tickets:
+                del self._lines[model_id]
 
     def count(self, model_id: str) -> int:
-        room = self._rooms.get(model_id)
-        return 0 if room is None else len(room.seats)
+        line = self._lines.get(model_id)
+        return 0 if line is None else len(line.tickets)
 
     @property
     def models(self) -> Iterable[str]:
-        """Models that somebody waits for."""
-        return self._rooms.keys()
+        """Models that requests wait for."""
+        return self._lines.keys()
 
     def news(self, model_id: str) -> None:
-        """Something has changed for the model: all who wait for it look again."""
+        """Something changed for the model: every request that waits for it looks again."""
         self._tell(model_id, None)
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
-        """All who wait for the model are told that it cannot be served."""
+        """Ends the wait of every request for the model with this error."""
         self._tell(model_id, error)
 
     def news_for_all(self) -> None:
-        """Something has changed for everybody."""
-        for model_id in self._rooms:
+        """Something changed for every model."""
+        for model_id in self._lines:
             self.news(model_id)
 
     def waiting(self) -> Mapping[str, Waiting]:
-        return {model_id: Waiting(len(room.seats), room.since) for model_id, room in self._rooms.items()}
+        return {model_id: Waiting(len(line.tickets), line.since) for model_id, line in self._lines.items()}
 
     def _tell(self, model_id: str, error: ServiceError | None) -> None:
-        room = self._rooms.get(model_id)
-        for seat in () if room is None else room.seats:
-            seat.tell(error)
+        line = self._lines.get(model_id)
+        for ticket in () if line is None else line.tickets:
+            ticket.tell(error)
 
 
-def _full(what: str, retry_after: float) -> TooManyRequests:
-    return TooManyRequests(what, code=CODE, retry_after=retry_after)
+def _full(message: str, retry_after: float) -> TooManyRequests:
+    return TooManyRequests(message, code=ErrorCode.WAITING_ROOM_FULL, retry_after=retry_after)

@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from cortex.config.live import LiveConfig
 from cortex.control.backoff import Cause
 from cortex.control.load_command import load_command
+from cortex.control.route_table import RouteTable
 from cortex.fleet.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.poller import NodeWatch
 from cortex.fleet.snapshot import NodeSnapshot
@@ -22,18 +23,12 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
 from cortex.placement.planner import Plan
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
-LOAD_IN_PROGRESS = "load_in_progress"
-"""What a neuron answers, with 409, when it is loading the model with another spec."""
-INSUFFICIENT_VRAM = "insufficient_vram"
-MODEL_BUSY = "model_busy"
-"""What a neuron answers, with 409, when a model that is to sleep has requests."""
-_OF_THE_MODEL = ("invalid_request",)
-_PASSING = ("neuron_stopping", "load_cancelled")
+_PASSING = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 MAX_DRAIN_SECS = 3600.0
 """What a neuron takes as `drain_secs`."""
@@ -93,17 +88,18 @@ class Loader:
         watches: Mapping[str, NodeWatch],
         counts: CountTotals,
         metrics: Metrics,
-        settle_routes: Callable[[], Awaitable[None]],
+        routes: RouteTable,
         state: StateFile,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
         self._watches = watches
         self._counts = counts
         self._metrics = metrics
-        self._settle_routes = settle_routes
+        self._routes = routes
+        self._clock = clock
         self._state = state
         self._tasks = TaskSet()
         self._jobs: dict[Key, Job] = {}
@@ -146,8 +142,30 @@ class Loader:
         """Lets go of the loads; the neurons carry them on."""
         await self._tasks.close()
 
+    async def unload(self, key: Key, *, drain: bool) -> None:
+        """Unloads a model from a node for an operator. `drain`: requests in flight finish first, for at most
+        `cold_load.timeout_secs`. Raises as `send_away`.
+        """
+        leaving = self._fleet.snapshot().leaving
+        if not drain:
+            await self._unload(key, drain_secs=0)
+            return
+        deadline = self._clock() + self.timeout_secs
+        self._fleet.leave(key)
+        try:
+            await self.send_away(key, sleep=False, patient=lambda: self._clock() < deadline)
+        finally:
+            if key not in leaving:
+                self._fleet.stay(key)
+
     async def send_away(
-        self, key: Key, *, sleep: bool, wanted: Callable[[], bool] = lambda: True, if_idle: bool = False
+        self,
+        key: Key,
+        *,
+        sleep: bool,
+        wanted: Callable[[], bool] = lambda: True,
+        patient: Callable[[], bool] = lambda: True,
+        if_idle: bool = False,
     ) -> None:
         """Drains a model on a node and unloads it, or puts it to sleep where it can. It must be `leaving` already, and
         is so until the caller says otherwise. With `if_idle` one that is to sleep stays when others use it.
@@ -157,8 +175,8 @@ class Loader:
             NeuronLeft: nobody knows.
         """
         model_id, node = key
-        await self._settle_routes()
-        while self._counts.in_flight(model_id, node):
+        await self._routes.settle()
+        while self._counts.in_flight(model_id, node) and patient():
             if not wanted():
                 raise NotWanted
             there = self._node(node)
@@ -167,12 +185,15 @@ class Loader:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
             raise NotWanted
-        client = self._client(node)
+        if sleep and await self._put_to_sleep(key, if_idle=if_idle):
+            return
+        drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) and patient() else 0
+        await self._unload(key, drain_secs=drain)
+
+    async def _unload(self, key: Key, *, drain_secs: float) -> None:
+        model_id, node = key
         try:
-            if sleep and await self._put_to_sleep(key, if_idle=if_idle):
-                return
-            drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) else 0
-            await client.unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain)
+            await self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
         except NeuronRefused as refused:
             if refused.status != 404:  # gone already
                 raise
@@ -185,10 +206,12 @@ class Loader:
         try:
             await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
         except NeuronRefused as refused:
-            if if_idle and refused.code == MODEL_BUSY:
+            if if_idle and refused.code == ErrorCode.MODEL_BUSY:
                 raise NotWanted from refused
             log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
             return False
+        finally:
+            await self._look_again(node)
         return True
 
     async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]) -> None:
@@ -271,7 +294,7 @@ class Loader:
         await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
 
     async def _load(self, job: Job) -> None:
-        plan, started = job.plan, time.monotonic()
+        plan, started = job.plan, self._clock()
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
@@ -281,9 +304,9 @@ class Loader:
         try:
             if asleep and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
-            loaded = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+            reply = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
         except NeuronRefused as refused:
-            if refused.code != LOAD_IN_PROGRESS:
+            if refused.code != ErrorCode.LOAD_IN_PROGRESS:
                 await self._look_again(plan.node)  # it knows something that we do not
                 raise _failed(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
@@ -291,14 +314,16 @@ class Loader:
             return
         except NeuronUnreachable as error:
             raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
-        if not loaded:
+        if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
             await self._look_again(plan.node)
             await self._until_loaded(plan)
-        took = time.monotonic() - started
+        took = self._clock() - started
         self._state.set_load_secs(plan.model_id, plan.node, took)
-        self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
+        self._fleet.loaded(
+            plan.node, plan.model_id, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint
+        )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
 
@@ -369,9 +394,9 @@ def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
     if refused.code in _PASSING:
         return LoadFailed(reason, Cause.PASSING)
-    if refused.code == INSUFFICIENT_VRAM:
+    if refused.code == ErrorCode.INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
         return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
-    if refused.code in _OF_THE_MODEL and refused.cause is None:
+    if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
         return LoadFailed(reason, Cause.MODEL)
     return LoadFailed(reason, _cause(refused.cause))

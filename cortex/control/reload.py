@@ -7,11 +7,11 @@ import contextlib
 import logging
 import threading
 
-from cortex.api.app_keys import Parts
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
 from cortex.config.files import ConfigurationFiles, Stamp, configuration_warnings
 from cortex.config.settings import CortexConfig
+from cortex.control.wiring import Parts
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from shared.settings import SettingsError
@@ -95,9 +95,9 @@ class Reloader:
             unhealthy_after=config.poll.unhealthy_after,
             drained=parts.state.drained,
         )
-        others = parts.roster.configure(config.neurons, config.poll)
+        others = parts.membership.configure(config.neurons, config.poll)
         parts.live.replace(config, found.catalogue, [str(path) for path in self._files.paths])
-        parts.router.forget(others)
+        parts.routes.forget(others)
         log.info("configuration reloaded: %s", found)
         for line in found.restart:
             log.warning("configuration: %s needs a restart, and is not in use until then", line)

@@ -25,7 +25,7 @@ from cortex.placement.planner import Held, Plan, best, likely_verdicts, plan_on,
 from cortex.placement.refusal import refusal
 from cortex.placement.replicas import Retirement, is_kept_up, upkeep
 from shared.errors import Conflict
-from shared.protocol import ModelStatus
+from shared.protocol import ErrorCode, ModelStatus
 from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
@@ -55,16 +55,16 @@ class Scheduler:
         fleet: Fleet,
         loader: Loader,
         demand: Demand,
-        bars: Backoffs,
-        rooms: AdmissionQueue,
+        backoffs: Backoffs,
+        queue: AdmissionQueue,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._live = live
         self._loader = loader
         self._demand = demand
-        self._bars = bars
-        self._rooms = rooms
+        self._backoffs = backoffs
+        self._queue = queue
         self._clock = clock
         self._needs_mb: dict[str, int] = {}
         self._awaited: set[Key] = set()  # on their way by somebody else's doing, while requests wait for them
@@ -81,11 +81,11 @@ class Scheduler:
             fleet=self._fleet.snapshot(),
             rules=self._live.config.placement.rules(),
             uses=self._demand.uses(),
-            waiting=self._rooms.waiting(),
+            waiting=self._queue.waiting(),
             demand=self._demand.per_minute(),
             load_secs=self._loader.load_secs,
             needs_mb=self._needs_mb,
-            bars=self._bars.current(),
+            bars=self._backoffs.current(),
             pressed=self._demand.pressed,
         )
 
@@ -101,17 +101,17 @@ class Scheduler:
     def look(self) -> None:
         """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
         are neurons of which nobody knows yet what they have."""
-        if not self._rooms.models:  # a view costs something, and the fleet changes all the time
+        if not self._queue.models:  # a view costs something, and the fleet changes all the time
             self._turn = Turn()
             return
         if not self._fleet.is_surveyed:
-            self._turn = Turn(notes=dict.fromkeys(self._rooms.models, "neurons that are new have to answer first"))
+            self._turn = Turn(notes=dict.fromkeys(self._queue.models, "neurons that are new have to answer first"))
             return
         self._turn = turn = next_turn(self.view())
         for plan in turn.loads:
             self._begin(plan, "requests wait for it")
         for model_id, error in turn.refused.items():
-            self._rooms.refuse(model_id, error)
+            self._queue.refuse(model_id, error)
 
     def retry_after(self, model_id: str) -> float:
         """Seconds until the model should be there, as far as can be told."""
@@ -165,13 +165,8 @@ class Scheduler:
                 self._watch_others(node, model_id)
                 if node.status_of(model_id) is ModelStatus.LOADED:
                     self._learn(node, model_id)
-            self._rooms.news(model_id)
+            self._queue.news(model_id)
         self._wake.set()
-
-    def lost(self, model_id: str, node: str, reason: str) -> None:
-        """A neuron names no engine of a model that it was thought to have loaded. It gets a moment before it is asked
-        again to load it: one that says that it has, and has not, would be asked without end."""
-        self._bars.failed(model_id, node, Cause.PASSING, f"{node} has lost {model_id!r}: {reason}")
 
     def load(self, model_id: str, node_name: str | None) -> Job | None:
         """An operator's load, on a neuron or wherever it goes best: begun at once, in spite of a back-off and without
@@ -180,7 +175,7 @@ class Scheduler:
         Raises:
             ServiceError: there is no place for it.
         """
-        self._bars.lift(model_id)
+        self._backoffs.lift(model_id)
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: Waiting(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -204,7 +199,9 @@ class Scheduler:
             placed = plan_on(view, profile, node)
             if isinstance(placed, Held):
                 raise Conflict(
-                    f"{node_name} has no room for {model_id!r}: {placed.reason}", code="insufficient_vram", param="node"
+                    f"{node_name} has no room for {model_id!r}: {placed.reason}",
+                    code=ErrorCode.INSUFFICIENT_VRAM,
+                    param="node",
                 )
             plan = placed
         return self._begin(plan, "an operator asked", for_waiters=False)
@@ -219,7 +216,7 @@ class Scheduler:
             nonlocal looked_at
             if job.needed:
                 return True
-            if not self._rooms.count(plan.model_id):
+            if not self._queue.count(plan.model_id):
                 return False
             if self._clock() - looked_at < BETTER_PLACE_SECS:
                 return True
@@ -249,9 +246,9 @@ class Scheduler:
             if failure is not None:
                 self._note_failure(job, failure)
             elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
-                self._bars.succeeded(job.model_id, job.node)
+                self._backoffs.succeeded(job.model_id, job.node)
         finally:
-            self._rooms.news(job.model_id)
+            self._queue.news(job.model_id)
             self._wake.set()
 
     def _note_failure(self, job: Job, failure: LoadFailed) -> None:
@@ -261,7 +258,7 @@ class Scheduler:
                 self._needs_mb[job.model_id] = failure.needs_mb
             if self._planned_anew(job):  # somebody was faster: the present figures say so, too
                 cause = Cause.PASSING
-        self._bars.failed(job.model_id, job.node, cause, str(failure))
+        self._backoffs.failed(job.model_id, job.node, cause, str(failure))
 
     def _planned_anew(self, job: Job) -> bool:
         """Whether the planner would now do something else on that node than what the neuron refused."""
@@ -281,16 +278,16 @@ class Scheduler:
         """A load that somebody else began, for which requests of ours wait, may fail as well."""
         key, view = (model_id, node.name), node.models[model_id]
         if node.has_coming(model_id):
-            if self._rooms.count(model_id):
+            if self._queue.count(model_id):
                 self._await_others(model_id, node.name)
             return
         if key in self._awaited:
             self._awaited.discard(key)
             if view.known_status is ModelStatus.LOADED:
-                self._bars.succeeded(model_id, node.name)
+                self._backoffs.succeeded(model_id, node.name)
             elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
-                self._bars.failed(model_id, node.name, cause_of(view), reason)
+                self._backoffs.failed(model_id, node.name, cause_of(view), reason)
 
     def _await_others(self, model_id: str, node: str) -> None:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):
@@ -324,7 +321,7 @@ class Scheduler:
         log.info("%s leaves %s: %s", *key, retirement.reason)
         try:
             await self._loader.send_away(
-                key, sleep=retirement.sleep, wanted=lambda: not self._rooms.count(retirement.model_id), if_idle=True
+                key, sleep=retirement.sleep, wanted=lambda: not self._queue.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
             log.info("%s stays on %s: somebody asks for it", *key)

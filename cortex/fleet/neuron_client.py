@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -22,6 +23,7 @@ from shared.protocol import (
     Discovery,
     EndpointReply,
     LoadCommand,
+    LoadReply,
     ModelStatus,
     ModelView,
     NeuronHealth,
@@ -134,9 +136,9 @@ class NeuronClient:
             self._models = body, tuple(found)
         return self._models[1]
 
-    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> bool:
-        """Returns when the model is loaded, with True; with `wait` False, from a neuron that knows of that, as soon as
-        the load is under way and its memory booked, with False.
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
+        """Returns when the model is loaded. With `wait` False, and a neuron that supports it: as soon as the load is
+        under way and its memory is booked; the reply's status is then `loading`.
 
         Raises:
             NeuronRefused: the neuron says why it is not.
@@ -150,8 +152,11 @@ class NeuronClient:
             # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
-            return True
-        return not (isinstance(answer, dict) and answer.get("status") == ModelStatus.LOADING.value)
+            return LoadReply(status=ModelStatus.LOADED.value)
+        try:
+            return LoadReply.model_validate(answer)
+        except ValidationError:  # a protocol v1 neuron may answer 200 with anything
+            return LoadReply(status=ModelStatus.LOADED.value)
 
     def leave(self) -> None:
         """The neuron has left the configuration: nobody waits any more for what it was told to do. It carries that
@@ -174,9 +179,7 @@ class NeuronClient:
         path = f"/models/{quote(model_id, safe='')}/endpoint"
         found = await self._get(path, EndpointReply, timeout_secs=ENDPOINT_TIMEOUT_SECS)
         try:
-            url = reachable_url(found.url, self._base)
-            parse_url(url)  # here, and not when a request is waiting
-            return found.model_copy(update={"url": url})
+            return reachable(found, self._base)
         except ValueError as error:
             raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
 
@@ -290,6 +293,14 @@ def _header_value(text: str) -> bytes:
     if any(ord(character) < 32 for character in text.strip()):
         raise ValueError("a token must not have line breaks or other control characters")
     return text.strip().encode()
+
+
+@lru_cache(maxsize=4096)
+def reachable(endpoint: EndpointReply, neuron_url: str) -> EndpointReply:
+    """The endpoint with `reachable_url`. Raises ValueError if it cannot be connected to."""
+    url = reachable_url(endpoint.url, neuron_url)
+    parse_url(url)
+    return endpoint.model_copy(update={"url": url})
 
 
 def reachable_url(url: str, neuron_url: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_different_routes
-from shared.protocol import Discovery, ModelStatus, ModelView, NeuronHealth
+from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, NeuronHealth
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,15 @@ class Fleet:
             rest = {key: view for key, view in node.models.items() if key != model_id}
             self._replace(replace(node, models=MappingProxyType(rest)))
 
-    def loaded(self, name: str, model_id: str, *, harness: str | None, devices: Iterable[int]) -> None:
+    def loaded(
+        self,
+        name: str,
+        model_id: str,
+        *,
+        harness: str | None,
+        devices: Iterable[int],
+        endpoint: EndpointReply | None = None,
+    ) -> None:
         """A load ended well: the entry counts as loaded at once, without waiting for the next poll."""
         node = self._nodes.get(name)
         if node is None:
@@ -270,7 +278,13 @@ class Fleet:
             return
         self.tell(
             name,
-            ModelView(id=model_id, harness=harness, status=ModelStatus.LOADED.value, devices=list(devices)),
+            ModelView(
+                id=model_id,
+                harness=harness,
+                status=ModelStatus.LOADED.value,
+                devices=list(devices),
+                endpoint=endpoint,
+            ),
         )
 
     def set_draining(self, name: str, draining: bool) -> None:

@@ -193,7 +193,7 @@ class ClientConnection:
     def expired(self) -> None:
         """The deadline has passed."""
         if self._state in (_HEAD, _BODY):
-            self._reject(_with_status(InvalidRequest("the request did not come in time"), 408))
+            self._reject(InvalidRequest("timed out waiting for the request", status=408))
         elif self._state == _IDLE:
             self.close()
         else:
@@ -238,7 +238,7 @@ class ClientConnection:
             self._request = request = Request(reader[0], peer=self.peer, received=monotonic())
             request.check_expectation()
         except BadHead as error:
-            self._reject(_with_status(InvalidRequest(str(error)), error.status))
+            self._reject(InvalidRequest(str(error), status=error.status))
             return
         length = request.content_length
         if length == len(rest):  # as mostly: it came with its head, or there is none
@@ -335,8 +335,3 @@ class ClientConnection:
         self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
-
-
-def _with_status(error: ServiceError, status: int) -> ServiceError:
-    error.status = status
-    return error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from shared.errors import Unavailable
+from shared.protocol import ErrorCode
 from shared.tasks import first_of
 
 Result = TypeVar("Result")
@@ -55,5 +56,7 @@ class Stopping:
 def stopping() -> Unavailable:
     """The error for whoever is not served any more."""
     return Unavailable(
-        "cortex is stopping; a load that has begun goes on", code="cortex_stopping", retry_after=RETRY_AFTER_SECS
+        "cortex is stopping; a load that has begun goes on",
+        code=ErrorCode.CORTEX_STOPPING,
+        retry_after=RETRY_AFTER_SECS,
     )

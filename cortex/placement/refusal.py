@@ -10,7 +10,7 @@ from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import View
 from cortex.placement.planner import Verdict
 from shared.errors import NotFound, ServiceError, Unavailable
-from shared.protocol import ModelStatus
+from shared.protocol import ErrorCode, ModelStatus
 
 RETRY_AFTER_NODE_SECS = 5
 """When to come back for a neuron that is down: about what noticing its return takes."""
@@ -33,20 +33,20 @@ def refusal(view: View, model_id: str, found: Sequence[Verdict]) -> ServiceError
             return _infeasible(profile, fleet)
     if bars:
         first = min(bars, key=lambda bar: bar.until)
-        return Unavailable(first.reason, code="cold_load_failed", retry_after=first.until - view.now)
+        return Unavailable(first.reason, code=ErrorCode.COLD_LOAD_FAILED, retry_after=first.until - view.now)
     names = {node.name for node in possible}
     present = [node for node in possible if node.healthy and node.discovery is not None and not node.draining]
     if not present:
         away = ", ".join(f"{node.name} ({_absence(node)})" for node in possible)
         return Unavailable(
             f"the model {model_id!r} can only run on neurons that are away now: {away}",
-            code="neuron_unavailable",
+            code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=RETRY_AFTER_NODE_SECS,
         )
     reasons = "; ".join(f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names)
     return Unavailable(
         f"there is no room for the model {model_id!r} now ({reasons})",
-        code="insufficient_vram",
+        code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=RETRY_AFTER_ROOM_SECS,
     )
 
@@ -58,33 +58,33 @@ def unknown(model_id: str, fleet: FleetSnapshot) -> ServiceError:
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is down now",
-                code="neuron_unavailable",
+                code=ErrorCode.NEURON_UNAVAILABLE,
                 retry_after=RETRY_AFTER_NODE_SECS,
             )
         if view.known_status is ModelStatus.FAILED:
             return Unavailable(
                 f"the model {model_id!r} failed on {node.name}: {view.error or 'no reason given'}",
-                code="cold_load_failed",
+                code=ErrorCode.COLD_LOAD_FAILED,
                 retry_after=RETRY_AFTER_NODE_SECS,
             )
         return Unavailable(
             f"the model {model_id!r} is {view.status!r} on {node.name}",
-            code="neuron_unavailable",
+            code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=RETRY_AFTER_NODE_SECS,
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
         return no_healthy_neurons()  # one that has never answered may well have the model
-    return NotFound(f"the model {model_id!r} does not exist", code="model_not_found", param="model")
+    return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
 def no_healthy_neurons() -> ServiceError:
-    return Unavailable("no neuron is healthy", code="no_healthy_neurons", retry_after=RETRY_AFTER_NODE_SECS)
+    return Unavailable("no neuron is healthy", code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=RETRY_AFTER_NODE_SECS)
 
 
 def _infeasible(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:
     reasons = "; ".join(f"{node.name}: {infeasible_reason(profile, node)}" for node in fleet.nodes.values())
     return NotFound(
-        f"no neuron can hold the model {profile.id!r} ({reasons})", code="no_feasible_neuron", param="model"
+        f"no neuron can hold the model {profile.id!r} ({reasons})", code=ErrorCode.NO_FEASIBLE_NEURON, param="model"
     )
 
 

@@ -12,6 +12,7 @@ from cortex.proxy.relay import Relay
 from cortex.upstream.pool import Address
 from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
+from shared.protocol import ErrorCode
 
 if TYPE_CHECKING:
     from cortex.proxy.gateway import Gateway
@@ -61,7 +62,7 @@ class ControlRequest:
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         log.error("the control process cannot be reached: %s", reason)
-        error = Unavailable("cortex is starting again", code="unavailable", retry_after=RETRY_AFTER_SECS)
+        error = Unavailable("cortex is starting again", code=ErrorCode.UNAVAILABLE, retry_after=RETRY_AFTER_SECS)
         self._client.refuse(error, self._request_id)
 
     def refused(self, status: int, *, asleep: bool) -> bool:

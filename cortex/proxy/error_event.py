@@ -6,6 +6,7 @@ import json
 from typing import Any, Final
 
 from shared.errors import ServiceError, UpstreamError, anthropic_error_type, is_anthropic_path
+from shared.protocol import ErrorCode
 
 MAX_TOLD: Final = 2000
 """Characters of an engine's error that is no JSON."""
@@ -30,9 +31,8 @@ def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
         if anthropic and told.get("type") != "error":
             told = {"type": "error", "error": {"type": anthropic_error_type(status), **_without_type(error)}}
         return _event(told, anthropic=anthropic)
-    ours = UpstreamError(_message(status, told, body), code="upstream_error")
-    if status >= 400:
-        ours.status = status
+    message = _message(status, told, body)
+    ours = UpstreamError(message, code=ErrorCode.UPSTREAM_ERROR, status=status if status >= 400 else None)
     return error_event(path, ours)
 
 

@@ -18,6 +18,7 @@ from cortex.upstream.replica import FailureKind
 from cortex.upstream.tail import UsageTail
 from cortex.upstream.usage import Usage
 from shared.errors import UpstreamError
+from shared.protocol import ErrorCode
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 with which an engine says that it sleeps, and would answer if it were woken."""
@@ -241,7 +242,7 @@ class Relay:
             self._client.transport.write(last)
 
     def _last_event(self, reason: str) -> bytes:
-        error = UpstreamError(f"the engine was lost while it answered: {reason}", code="upstream_lost")
+        error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)
         return error_event(self._request.path, error)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from shared.errors import UpstreamError
+from shared.protocol import ErrorCode
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,4 +75,4 @@ def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:
     """The error when no replica is left to try."""
     reasons = {failure.replica.node: failure.reason for failure in failures}
     tried = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "the fleet keeps changing"
-    return UpstreamError(f"no engine with {model_id!r} can be reached ({tried})", code="upstream_unreachable")
+    return UpstreamError(f"no engine with {model_id!r} can be reached ({tried})", code=ErrorCode.UPSTREAM_UNREACHABLE)

@@ -126,8 +126,11 @@ def error_to_wire(number: int, error: ServiceError) -> Refused:
 
 
 def error_from_wire(refused: Refused) -> ServiceError:
-    error = ServiceError(
-        refused.message, code=refused.code, param=refused.param, retry_after=refused.retry_after, extra=refused.extra
+    return ServiceError(
+        refused.message,
+        code=refused.code,
+        param=refused.param,
+        retry_after=refused.retry_after,
+        extra=refused.extra,
+        status=refused.status,
     )
-    error.status = refused.status
-    return error

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from cortex.api.app_keys import Parts
+from cortex.control.wiring import Parts
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import Key
 from cortex.upstream.pool import Address
@@ -154,12 +154,12 @@ class Worker:
         self._noting = None
         models = set(self._wanted.values())
         if models:
-            self._channel.send(Notes({model_id: self._parts.router.note(model_id) for model_id in models}))
+            self._channel.send(Notes({model_id: self._parts.resolver.note(model_id) for model_id in models}))
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
     async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
         try:
-            route = await self._parts.router.resolve(model_id, failures)
+            route = await self._parts.resolver.resolve(model_id, failures)
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:
@@ -194,7 +194,7 @@ class Supervisor:
         """The workers serve inside the body; on exit they finish what they have in flight. `stop` ends the wait for
         workers that do not come up."""
         subscriptions = [
-            self._parts.router.subscribe(self._table_changed),
+            self._parts.routes.subscribe(self._table_changed),
             self._parts.live.subscribe(self._catalogue_changed),
         ]
         keepers = [
@@ -292,6 +292,6 @@ class Supervisor:
             config=parts.config.model_dump_json(),
             models=models,
             aliases=aliases,
-            table=dict(parts.router.table),
+            table=dict(parts.resolver.table),
             control_host=self._address.host,
         )

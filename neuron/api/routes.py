@@ -18,7 +18,7 @@ from neuron.lifecycle.failure_cause import because, cause_of
 from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_rooms
 from neuron.metrics import CONTENT_TYPE
-from shared.errors import InvalidRequest, ServiceError
+from shared.errors import InvalidRequest, NotFound, ServiceError
 from shared.http import read_model, reply
 from shared.protocol import (
     Device,
@@ -75,7 +75,7 @@ async def load(request: web.Request) -> web.Response:
     except ServiceError as error:
         error.extra = {**error.extra, **because(cause_of(error))}
         raise
-    return reply(LoadReply(status="loaded", model_id=command.model_id))
+    return reply(_loaded(request, command.model_id))
 
 
 async def unload(request: web.Request) -> web.Response:
@@ -94,11 +94,28 @@ async def sleep(request: web.Request) -> web.Response:
 async def wake(request: web.Request) -> web.Response:
     command = await read_model(request, WakeCommand)
     await request.app[SERVICES].workers.wake(command.model_id)
-    return reply(LoadReply(status="loaded", model_id=command.model_id))
+    return reply(_loaded(request, command.model_id))
 
 
 async def endpoint(request: web.Request) -> web.Response:
-    worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
+    return reply(_endpoint_of(request, request.match_info["model_id"]))
+
+
+def _loaded(request: web.Request, model_id: str) -> LoadReply:
+    try:
+        engine = _endpoint_of(request, model_id)
+    except NotFound:  # it was loaded, and has ended since
+        return LoadReply(status="loaded", model_id=model_id)
+    return LoadReply(status="loaded", model_id=model_id, url=engine.url, api_key=engine.api_key)
+
+
+def _endpoint_of(request: web.Request, model_id: str) -> EndpointReply:
+    """Where a loaded model answers, as the caller can reach it.
+
+    Raises:
+        NotFound: it is unknown, or not loaded.
+    """
+    worker = request.app[SERVICES].workers.get(model_id)
     engine = worker.engine
     if engine is None or worker.condition.state is not State.LOADED:
         raise failures.unknown_model(worker.model_id, f"is not loaded: it is {worker.condition.state.value}")
@@ -106,7 +123,7 @@ async def endpoint(request: web.Request) -> web.Response:
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # whatever stands in the Host header
             url = str(request.url.origin().with_scheme("http").with_port(engine.port))
-    return reply(EndpointReply(url=url, api_key=engine.api_key))
+    return EndpointReply(url=url, api_key=engine.api_key)
 
 
 async def logs(request: web.Request) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from shared.errors import Unavailable
+from shared.protocol import ErrorCode
 
 _TIME_WAIT = "06"  # of /proc/net/tcp
 
@@ -51,7 +52,9 @@ class PortPool:
                 self._reserved.add(port)
                 self._next[ports] = (start + step + 1) % size
                 return port
-        raise Unavailable(f"no free port in {first}-{last} on {self._host}", code="no_free_port", retry_after=10)
+        raise Unavailable(
+            f"no free port in {first}-{last} on {self._host}", code=ErrorCode.NO_FREE_PORT, retry_after=10
+        )
 
     def claim(self, port: int) -> None:
         """Reserves the port of an engine that has it already."""

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from neuron.harness.base import Harness
 from shared.errors import ServiceError
-from shared.protocol import FailureCause
+from shared.protocol import ErrorCode, FailureCause
 
-_BY_CODE = {
-    "cuda_unavailable": FailureCause.NODE,
-    "insufficient_vram": FailureCause.NODE,
-    "load_timeout": FailureCause.NODE,
-    "neuron_stopping": FailureCause.NODE,
-    "no_free_port": FailureCause.NODE,
-    "vram_not_released": FailureCause.NODE,
-    "invalid_request": FailureCause.MODEL,
+_BY_CODE: dict[str, FailureCause] = {
+    ErrorCode.CUDA_UNAVAILABLE: FailureCause.NODE,
+    ErrorCode.INSUFFICIENT_VRAM: FailureCause.NODE,
+    ErrorCode.LOAD_TIMEOUT: FailureCause.NODE,
+    ErrorCode.NEURON_STOPPING: FailureCause.NODE,
+    ErrorCode.NO_FREE_PORT: FailureCause.NODE,
+    ErrorCode.VRAM_NOT_RELEASED: FailureCause.NODE,
+    ErrorCode.INVALID_REQUEST: FailureCause.MODEL,
 }
 _OF_THE_HOST = ("devices", "harness", "tensor_parallel")
 """Fields of a load command that are refused for what this host has."""

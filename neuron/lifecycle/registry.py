@@ -23,7 +23,7 @@ from neuron.lifecycle.load_request import LoadRequest, Placement
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
 from neuron.metrics import NeuronMetrics
-from shared.protocol import LoadCommand, ModelActivity, ModelView, Transition
+from shared.protocol import EndpointReply, LoadCommand, ModelActivity, ModelView, Transition
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +269,9 @@ def view_of(worker: ModelSupervisor) -> NeuronModelView:
         retry_at=condition.retry_at,
         vram_booked_mb=worker.booked_mb,
         slept_mb=0 if engine is None else engine.slept_mb,
+        endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
+        if engine is not None and condition.state is State.LOADED
+        else None,
         placement=None if placement is None else placement.why or None,
         transitions=list(reversed(worker.transitions)),
     )

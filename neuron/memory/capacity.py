@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
 from shared.errors import Conflict
-from shared.protocol import Device, DeviceFigures, DeviceHealth
+from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
 
 MARGIN_MB = 512
 """Left unbooked on every real device: an engine's CUDA context, which vLLM does not count into the fraction that it is
@@ -89,7 +89,7 @@ class InsufficientVram(Conflict):
     The message has the figures of each device, and so has the `devices` field of the error.
     """
 
-    default_code = "insufficient_vram"
+    default_code = ErrorCode.INSUFFICIENT_VRAM
 
     def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
         """`needed_mb`: what the load needs on each of `rooms`, in MiB, if known."""

@@ -12,6 +12,7 @@ from shared.protocol.commands import (
     UnloadCommand,
     WakeCommand,
 )
+from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
 from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
@@ -25,6 +26,7 @@ __all__ = [
     "DeviceHealth",
     "Discovery",
     "EndpointReply",
+    "ErrorCode",
     "EstimateLine",
     "EstimateOption",
     "EstimateReply",

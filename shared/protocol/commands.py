@@ -43,13 +43,6 @@ class LoadCommand(WireModel):
         return not self.model_dump(exclude={"model_id"}, exclude_defaults=True)
 
 
-class LoadReply(WireModel):
-    """Answer of load, unload, sleep and wake: the status reached, or the one being worked towards (202)."""
-
-    status: str
-    model_id: str | None = None
-
-
 class UnloadCommand(WireModel):
     """Body of `POST /models/unload`."""
 
@@ -74,3 +67,17 @@ class EndpointReply(WireModel):
 
     url: str
     api_key: str | None = None
+
+
+class LoadReply(WireModel):
+    """Answer of load, unload, sleep and wake: the status reached, or the one being worked towards (202). `url` and
+    `api_key` are the engine's endpoint when the model is loaded."""
+
+    status: str
+    model_id: str | None = None
+    url: str | None = None
+    api_key: str | None = None
+
+    @property
+    def endpoint(self) -> EndpointReply | None:
+        return None if self.url is None else EndpointReply(url=self.url, api_key=self.api_key)

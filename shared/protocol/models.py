@@ -7,6 +7,7 @@ from enum import Enum
 from pydantic import Field
 
 from shared.protocol.base import IndexList, Mib, WireModel
+from shared.protocol.commands import EndpointReply
 
 
 class ModelStatus(str, Enum):
@@ -64,7 +65,7 @@ class ModelView(WireModel):
     What a neuron of the seed protocol does not tell is None. `state` is as `status`, but exact, and `reason` why it is
     so; `cause` is whose doing a failure is (`FailureCause`); `retry_at` (Unix time) is when a model that recovers is
     started again. `vram_booked_mb` is what is booked for it on all its devices together, `slept_mb` what a sleeping
-    model takes of the host's memory.
+    model takes of the host's memory. `endpoint` is where a loaded model answers, as in `GET /models/{id}/endpoint`.
     """
 
     id: str
@@ -82,6 +83,7 @@ class ModelView(WireModel):
     retry_at: float | None = None
     vram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
+    endpoint: EndpointReply | None = None
 
     @property
     def known_status(self) -> ModelStatus | None:

@@ -12,9 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from cortex.api.app_keys import Parts
 from cortex.app import (
-    assembled,
     build_control_app,
     build_metrics_app,
     control_address,
@@ -23,6 +21,7 @@ from cortex.app import (
 )
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
+from cortex.control.wiring import Parts, running_control
 from shared.serve import Site, bind, serving
 from tests.cortex.seed_neuron import SeedNeuron
 
@@ -73,7 +72,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
                 {"neurons": entries, "poll": poll, "gateway": gateway_settings, **settings}
             )
             catalogue = Catalogue.model_validate({"models": models, "aliases": aliases or {}})
-            parts = await stack.enter_async_context(assembled(config, catalogue))
+            parts = await stack.enter_async_context(running_control(config, catalogue))
             control, metrics = control_socket(), Site(build_metrics_app(parts), bind("127.0.0.1", 0))
             await stack.enter_async_context(
                 serving([Site(build_control_app(parts), control), metrics], drain_timeout_secs=0)

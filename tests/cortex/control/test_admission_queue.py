@@ -1,4 +1,4 @@
-"""The waiting rooms: who gets a seat, and what they hear."""
+"""The waiting queue: who gets a seat, and what they hear."""
 
 from __future__ import annotations
 
@@ -26,105 +26,105 @@ class Clock:
         return self.now
 
 
-class Rooms:
-    """Waiting rooms of models that are all `secs` away."""
+class Queue:
+    """Waiting queue of models that are all `secs` away."""
 
-    def __init__(self, rooms: AdmissionQueue, secs: float) -> None:
-        self.rooms = rooms
+    def __init__(self, queue: AdmissionQueue, secs: float) -> None:
+        self.queue = queue
         self.secs = secs
 
-    def seat(self, model_id: str) -> contextlib.AbstractContextManager[Ticket]:
-        return self.rooms.seat(model_id, lambda _: self.secs)
+    def ticket(self, model_id: str) -> contextlib.AbstractContextManager[Ticket]:
+        return self.queue.ticket(model_id, lambda _: self.secs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.rooms, name)
+        return getattr(self.queue, name)
 
 
-def _rooms(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock: Clock | None = None) -> Rooms:
+def _queue(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock: Clock | None = None) -> Queue:
     waiting = WaitingSettings(per_model=per_model, total=total)
-    rooms = AdmissionQueue(live=LiveConfig(CortexConfig(waiting=waiting), Catalogue()), clock=clock or Clock())
-    return Rooms(rooms, retry_after)
+    queue = AdmissionQueue(live=LiveConfig(CortexConfig(waiting=waiting), Catalogue()), clock=clock or Clock())
+    return Queue(queue, retry_after)
 
 
 def test_a_full_room_refuses_with_when_to_come_back() -> None:
     """429, from what the load still takes; another model's room has seats."""
-    rooms = _rooms()
-    with rooms.seat("m"), rooms.seat("m"):
-        with pytest.raises(TooManyRequests) as refused, rooms.seat("m"):
+    queue = _queue()
+    with queue.ticket("m"), queue.ticket("m"):
+        with pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
             pass
         assert (refused.value.status, refused.value.code, refused.value.retry_after) == (429, "waiting_room_full", 18)
         assert "2 requests are waiting for 'm' already" in refused.value.message
-        with rooms.seat("x"):
-            assert (rooms.count("m"), rooms.count("x")) == (2, 1)
+        with queue.ticket("x"):
+            assert (queue.count("m"), queue.count("x")) == (2, 1)
 
 
 @pytest.mark.parametrize(("secs", "told"), [(-5.0, 1), (0.0, 1), (0.2, 1), (60.0, 60)])
 def test_when_to_come_back_is_never_now(secs: float, told: int) -> None:
     """A load that should have ended already is nearly there."""
-    rooms = _rooms(per_model=1, retry_after=secs)
-    with rooms.seat("m"), pytest.raises(TooManyRequests) as refused, rooms.seat("m"):
+    queue = _queue(per_model=1, retry_after=secs)
+    with queue.ticket("m"), pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
         pass
     assert refused.value.retry_after == told
 
 
-def test_all_rooms_together_are_bounded() -> None:
+def test_all_queue_together_are_bounded() -> None:
     """However few wait for each."""
-    rooms = _rooms()
-    with rooms.seat("a"), rooms.seat("b"), rooms.seat("c"):
-        with pytest.raises(TooManyRequests) as refused, rooms.seat("d"):
+    queue = _queue()
+    with queue.ticket("a"), queue.ticket("b"), queue.ticket("c"):
+        with pytest.raises(TooManyRequests) as refused, queue.ticket("d"):
             pass
         assert "3 requests are waiting for models already" in refused.value.message
-        assert "d" not in rooms.waiting()
+        assert "d" not in queue.waiting()
 
 
 def test_a_seat_that_is_given_up_is_the_next_ones() -> None:
     """After an error as well: whoever leaves takes nothing with him."""
-    rooms = _rooms(per_model=1, total=1)
+    queue = _queue(per_model=1, total=1)
     for _ in range(3):
-        with pytest.raises(RuntimeError), rooms.seat("m"):
+        with pytest.raises(RuntimeError), queue.ticket("m"):
             raise RuntimeError
-    with rooms.seat("x"):
-        assert list(rooms.models) == ["x"]
-    assert (list(rooms.models), rooms.count("m"), rooms.waiting()) == ([], 0, {})
+    with queue.ticket("x"):
+        assert list(queue.models) == ["x"]
+    assert (list(queue.models), queue.count("m"), queue.waiting()) == ([], 0, {})
 
 
-async def test_a_client_that_leaves_gives_up_its_seat() -> None:
+async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
     """Its task is cancelled while it waits."""
-    rooms = _rooms(per_model=1)
+    queue = _queue(per_model=1)
 
     async def wait() -> None:
-        with rooms.seat("m") as seat:
+        with queue.ticket("m") as seat:
             await seat.news(within_secs=60)
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
-    assert rooms.count("m") == 1
+    assert queue.count("m") == 1
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    assert rooms.count("m") == 0
+    assert queue.count("m") == 0
 
 
 def test_a_room_has_been_waited_in_since_its_first() -> None:
     """As long as somebody is there; an empty room forgets."""
     clock = Clock()
-    rooms = _rooms(clock=clock)
-    first = rooms.seat("m")
+    queue = _queue(clock=clock)
+    first = queue.ticket("m")
     first.__enter__()
     clock.now += 5
-    with rooms.seat("m"):
-        assert rooms.waiting() == {"m": Waiting(2, 1000.0)}
+    with queue.ticket("m"):
+        assert queue.waiting() == {"m": Waiting(2, 1000.0)}
         first.__exit__(None, None, None)
-        assert rooms.waiting() == {"m": Waiting(1, 1000.0)}
-    with rooms.seat("m"):
-        assert rooms.waiting() == {"m": Waiting(1, 1005.0)}
+        assert queue.waiting() == {"m": Waiting(1, 1000.0)}
+    with queue.ticket("m"):
+        assert queue.waiting() == {"m": Waiting(1, 1005.0)}
 
 
 async def test_news_wake_all_who_wait_for_the_model() -> None:
     """And nobody else."""
-    rooms = _rooms()
-    with rooms.seat("m") as one, rooms.seat("m") as two, rooms.seat("x") as other:
-        rooms.news("m")
+    queue = _queue()
+    with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
+        queue.news("m")
         await one.news(within_secs=1)
         await two.news(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
@@ -133,9 +133,9 @@ async def test_news_wake_all_who_wait_for_the_model() -> None:
 
 async def test_what_was_told_while_nobody_listened_is_kept() -> None:
     """Once: it is news no more when it has been heard."""
-    rooms = _rooms()
-    with rooms.seat("m") as seat:
-        rooms.news("m")
+    queue = _queue()
+    with queue.ticket("m") as seat:
+        queue.news("m")
         await seat.news(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
             await seat.news(within_secs=0.01)
@@ -143,7 +143,7 @@ async def test_what_was_told_while_nobody_listened_is_kept() -> None:
 
 async def test_a_refusal_reaches_all_who_wait() -> None:
     """Each is told why."""
-    rooms = _rooms()
+    queue = _queue()
 
     async def hears(seat: Ticket) -> str | None:
         try:
@@ -152,15 +152,15 @@ async def test_a_refusal_reaches_all_who_wait() -> None:
             return error.code
         return None
 
-    with rooms.seat("m") as one, rooms.seat("m") as two, rooms.seat("x") as other:
-        rooms.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
-        rooms.news("x")
+    with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
+        queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
+        queue.news("x")
         assert await asyncio.gather(*(map(hears, (one, two, other)))) == ["cold_load_failed", "cold_load_failed", None]
 
 
 def test_news_for_a_model_that_nobody_waits_for() -> None:
     """Nothing happens."""
-    rooms = _rooms()
-    rooms.news("m")
-    rooms.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
-    assert rooms.waiting() == {}
+    queue = _queue()
+    queue.news("m")
+    queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
+    assert queue.waiting() == {}

@@ -235,7 +235,7 @@ async def test_busy_engine_is_avoided_and_not_forgotten(
     with full_backlog() as url:
         beast.engine_url = url
         await answered_by(two, "benjy")
-        assert [replica.url for replica in two.parts.router.table[MODEL]] == [url, other.url]
+        assert [replica.url for replica in two.parts.routes.table[MODEL]] == [url, other.url]
         assert beast.calls.count(f"/models/{MODEL}/endpoint") == 1
 
 
@@ -247,7 +247,7 @@ async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: SeedN
         await answered_by(two, "beast")
     beast.engine_url = engine.url
     await answered_by(two, "benjy")
-    await until(lambda: [r.url for r in two.parts.router.table.get(MODEL, ())][:1] == [engine.url])
+    await until(lambda: [r.url for r in two.parts.routes.table.get(MODEL, ())][:1] == [engine.url])
     await answered_by(two, "beast")
 
 

@@ -56,7 +56,7 @@ async def cortex(start_cortex: StartCortex, neurons: list[TellingNeuron]) -> Run
     """With all three in its table."""
     running = await start_cortex(neurons, [{"id": MODEL}])
     await _ask(running, _chat("first"))
-    await running.until(lambda: MODEL in running.parts.router.table)
+    await running.until(lambda: MODEL in running.parts.routes.table)
     return running
 
 
@@ -150,7 +150,7 @@ async def test_work_of_others_counts_and_ours_only_once(cortex: RunningCortex, n
     neurons[0].activity = (1, 0)  # ours
     neurons[1].activity = (2, 0)  # another cortex's
     neurons[2].activity = (1, 2)
-    table = cortex.parts.router.table
+    table = cortex.parts.routes.table
     await cortex.until(lambda: [replica.others for replica in table[MODEL]] == [0, 2, 5])
     held.came.clear()
     second = asyncio.create_task(_embed(cortex))
@@ -177,10 +177,10 @@ async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> Non
     """Not even those that are its own by their prompt."""
     home = await _ask(cortex, _chat("question"))
     cortex.parts.fleet.set_draining(home, True)
-    await cortex.until(lambda: len(cortex.parts.router.table[MODEL]) == 2)
+    await cortex.until(lambda: len(cortex.parts.routes.table[MODEL]) == 2)
     assert await _ask(cortex, _chat("question")) != home
     cortex.parts.fleet.set_draining(home, False)
-    await cortex.until(lambda: len(cortex.parts.router.table[MODEL]) == 3)
+    await cortex.until(lambda: len(cortex.parts.routes.table[MODEL]) == 3)
     assert await _ask(cortex, _chat("question")) == home
 
 
@@ -191,7 +191,7 @@ async def test_one_that_cannot_serve_gets_no_request(
     """Whatever its neuron reports beside."""
     home = await _ask(cortex, _chat("question"))
     next(neuron for neuron in neurons if neuron.name == home).models[MODEL] = status
-    await cortex.until(lambda: len(cortex.parts.router.table[MODEL]) == 2)
+    await cortex.until(lambda: len(cortex.parts.routes.table[MODEL]) == 2)
     assert await _ask(cortex, _chat("question")) != home
     assert home not in {await _embed(cortex) for _ in range(3)}
 

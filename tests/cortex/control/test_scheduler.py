@@ -32,9 +32,9 @@ async def test_two_who_come_at_the_same_moment_cause_one_load_each(
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])
     parts = cortex.parts
     want, retry_after = parts.scheduler.want, parts.scheduler.retry_after
-    with parts.rooms.seat("org/low", retry_after):
+    with parts.queue.ticket("org/low", retry_after):
         want("org/low")
-        with parts.rooms.seat("org/high", retry_after):
+        with parts.queue.ticket("org/high", retry_after):
             want("org/high")
             jobs = [(job.model_id, job.node) for job in parts.loader.jobs()]
     assert jobs == [("org/low", "benjy"), ("org/high", "beast")]
@@ -114,7 +114,7 @@ async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_c
             benjy.silent = True
         else:
             cortex.parts.fleet.configure([], unhealthy_after=3)
-            cortex.parts.roster.configure([], cortex.parts.config.poll)
+            cortex.parts.membership.configure([], cortex.parts.config.poll)
         assert await bounded(waiting) == 503
         assert not cortex.parts.loader.jobs()
         busy.cancel()
@@ -203,7 +203,7 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         await neuron.tell("model", neuron.models["org/low"])
         await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
-        await bounded(_until(lambda: cortex.parts.rooms.count("org/low") == 1))
+        await bounded(_until(lambda: cortex.parts.queue.count("org/low") == 1))
         neuron.change("org/low", "loaded")
         await neuron.tell("model", neuron.models["org/low"])
         assert await bounded(asking) == 502, "it has no engine"
@@ -239,7 +239,7 @@ async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
         await bounded(benjy.load_started.wait())
         parts, entry = cortex.parts, NeuronEntry(name="beast", endpoint=beast.url)
         parts.fleet.configure([("beast", beast.url)], unhealthy_after=3)
-        parts.roster.configure([entry], parts.config.poll)
+        parts.membership.configure([entry], parts.config.poll)
         assert await bounded(waiting) == 200
         assert [load["model_id"] for load in beast.loads] == ["org/low"]
 
@@ -282,7 +282,7 @@ async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_mo
         (job,) = cortex.parts.loader.jobs()
         await bounded(_until(lambda: job.needed))
         waiting.cancel()
-        await bounded(_until(lambda: not cortex.parts.rooms.count("org/high")))
+        await bounded(_until(lambda: not cortex.parts.queue.count("org/high")))
         for _ in range(3):  # as many looks at whether it is still wanted
             await asyncio.sleep(DRAIN_POLL_SECS)
         finish.set()

@@ -479,7 +479,7 @@ async def test_anthropic_client(cortex: RunningCortex, benjy: SeedNeuron, engine
 
 def _commented(cortex: RunningCortex) -> asyncio.Event:
     """Set when a client is told what it waits for."""
-    told, router = asyncio.Event(), cortex.parts.router
+    told, router = asyncio.Event(), cortex.parts.resolver
     note = router.note
 
     def noting(model_id: str) -> WaitNote:

@@ -1,0 +1,233 @@
+"""What operators do: load, unload, drain, resume. Every action goes through the scheduler and the loader, as requests
+do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict
+
+from cortex.api.app_keys import PARTS
+from cortex.control.routing import Refuse, Serve, decide
+from cortex.control.wiring import Parts
+from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.state import NodeLeft
+from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.inputs import Key
+from cortex.placement.refusal import RETRY_AFTER_NODE_SECS
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError
+from shared.http import read_model
+from shared.protocol import ErrorCode, ModelStatus
+from shared.protocol.commands import ModelId
+from shared.tasks import timeout
+
+Result = TypeVar("Result")
+
+
+class LoadAction(BaseModel):
+    """Body of `POST /fleet/load`. Without `node` the planner chooses."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: ModelId
+    node: str | None = None
+
+
+class UnloadAction(LoadAction):
+    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: requests in flight finish first."""
+
+    drain: bool = True
+
+
+async def load_model(request: web.Request) -> web.Response:
+    """Loads a model, by default where the planner wants it. Waits; `?wait=false` answers 202 at once."""
+    parts = request.app[PARTS]
+    action = await read_model(request, LoadAction)
+    model_id = parts.catalogue.resolve(action.model)
+    serving = _serving(parts, model_id, action.node)
+    if serving is not None:
+        return web.json_response({"status": "loaded", "model": model_id, "node": serving})
+    started = time.monotonic()
+    job = parts.scheduler.load(model_id, action.node)
+    coming = parts.fleet.snapshot().coming(model_id)
+    node = action.node or (job.node if job is not None else None if coming is None else coming.name)
+    if request.query.get("wait") == "false":
+        return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
+    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, None if job is None else job.task))
+    took = round(time.monotonic() - started, 3)
+    return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
+
+
+async def _until_loaded(parts: Parts, model_id: str, node: str | None, task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.shield(task)
+    if node is not None:
+        await _until_settled(parts, model_id, node)
+
+
+def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
+    """A neuron that has the model loaded, the named one if one is named; None when it is to be loaded.
+
+    Raises:
+        ServiceError: it cannot be.
+    """
+    fleet = parts.fleet.snapshot()
+    profile = parts.catalogue.profile(model_id)
+    if node_name is None:
+        decision = decide(model_id, parts.catalogue, fleet, parts.counts.in_flight)
+        if isinstance(decision, Serve):
+            return decision.nodes[0]
+        failed = any(
+            node.healthy and node.status_of(model_id) is ModelStatus.FAILED for node in fleet.holders(model_id)
+        )
+        if isinstance(decision, Refuse) and not failed:
+            raise decision.error
+        return None
+    node = _usable_node(parts, node_name)
+    if node.status_of(model_id) is ModelStatus.LOADED:
+        return node.name
+    if profile is None:
+        if model_id not in node.models:
+            raise _no_model(model_id)
+        return None
+    reason = infeasible_reason(profile, node)
+    if reason is not None:
+        raise Conflict(
+            f"{node.name} cannot hold {model_id!r}: {reason}", code=ErrorCode.NO_FEASIBLE_NEURON, param="node"
+        )
+    return None
+
+
+async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
+    """Returns when the model is loaded there.
+
+    Raises:
+        Unavailable: it is not.
+    """
+
+    def settled(node: NodeSnapshot) -> bool:
+        return not (node.healthy and node.has_coming(model_id))
+
+    with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+        async with timeout(parts.loader.timeout_secs):
+            await parts.fleet.until(name, settled)
+    node = parts.fleet.snapshot().nodes.get(name)
+    if node is None:
+        raise _left(name, f"loaded {model_id!r}")
+    if node.status_of(model_id) is not ModelStatus.LOADED:
+        backoff = parts.scheduler.view().bar(model_id, name)
+        view = node.models.get(model_id)
+        said = "it is no longer listed" if view is None else view.error or f"it is {view.status}"
+        message = f"loading {model_id!r} on {name} failed: {said}" if backoff is None else backoff.reason
+        wait = RETRY_AFTER_NODE_SECS if backoff is None else backoff.until - time.monotonic()
+        raise Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait)
+
+
+async def unload_model(request: web.Request) -> web.Response:
+    """Unloads a model from one neuron, or from all that have it. Requests in flight finish first, unless the body says
+    `"drain": false`. The answer lists every node's result, also when some failed."""
+    parts = request.app[PARTS]
+    action = await read_model(request, UnloadAction)
+    model_id = parts.catalogue.resolve(action.model)
+    if action.node is not None:
+        nodes = [_usable_node(parts, action.node)]
+    else:
+        nodes = [
+            node
+            for node in parts.fleet.snapshot().holders(model_id)
+            if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
+        ]
+    nodes = [node for node in nodes if model_id in node.models]
+    if not nodes:
+        where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
+        raise NotFound(f"{where} {model_id!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    unloads = (_unload(parts, (model_id, node.name), drain=action.drain) for node in nodes)
+    errors = await parts.stopping.unless_begun(_all(unloads))
+    results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
+    failed = next((error for error in errors if error is not None), None)
+    if failed is not None:
+        failed.extra = {**failed.extra, "results": results}
+        raise failed
+    unloaded = [node.name for node in nodes]
+    return web.json_response({"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results})
+
+
+async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
+    return await asyncio.gather(*works)
+
+
+def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
+    if error is None:
+        return {"node": node, "status": "unloaded"}
+    return {"node": node, "status": "failed", "code": error.code, "error": error.message}
+
+
+async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None:
+    """None when the model is gone from the node, else why not."""
+    model_id, node = key
+    try:
+        await parts.loader.unload(key, drain=drain)
+    except NeuronRefused as error:
+        return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
+    except NeuronUnreachable as error:
+        return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+    except (NeuronLeft, NodeLeft):
+        return _left(node, f"unloaded {model_id!r}")
+    return None
+
+
+def _left(node: str, meanwhile: str) -> Unavailable:
+    message = f"{node} left the configuration while it {meanwhile}"
+    return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+
+
+async def drain_node(request: web.Request) -> web.Response:
+    parts = request.app[PARTS]
+    return await _set_draining(parts, _node_named(parts, request.match_info["name"]).name, draining=True)
+
+
+async def resume_node(request: web.Request) -> web.Response:
+    """Also forgets a drained neuron that has left the configuration."""
+    parts = request.app[PARTS]
+    name = request.match_info["name"]
+    if name not in parts.state.drained:
+        _node_named(parts, name)
+    return await _set_draining(parts, name, draining=False)
+
+
+async def _set_draining(parts: Parts, name: str, *, draining: bool) -> web.Response:
+    """Answers once the state file is written: what the operator was told survives a restart."""
+    if name in parts.fleet.snapshot().nodes:
+        parts.fleet.set_draining(name, draining)
+    parts.state.set_drained(name, draining)
+    await parts.state.flush()
+    answer: dict[str, Any] = {"node": name, "draining": draining}
+    if parts.state.problem is not None:
+        answer["warning"] = f"not kept over a restart: {parts.state.problem}"
+    return web.json_response(answer)
+
+
+def _node_named(parts: Parts, name: str) -> NodeSnapshot:
+    node = parts.fleet.snapshot().nodes.get(name)
+    if node is None:
+        names = ", ".join(parts.fleet.snapshot().nodes) or "none"
+        raise NotFound(f"unknown neuron {name!r} (known: {names})", code=ErrorCode.NODE_NOT_FOUND, param="node")
+    return node
+
+
+def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
+    node = _node_named(parts, name)
+    if not node.healthy:
+        raise Unavailable(
+            f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS
+        )
+    return node
+
+
+def _no_model(model_id: str) -> ServiceError:
+    return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")

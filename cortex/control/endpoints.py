@@ -1,0 +1,158 @@
+"""Where engines answer, as their neurons say. Remembers an endpoint for as long as it can be trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from cortex.control.backoff import Backoffs, Cause
+from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.poller import NodeWatch
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.state import Fleet
+from shared.errors import UpstreamError
+from shared.protocol import EndpointReply, ErrorCode, ModelStatus
+
+PATIENCE_SECS = 10.0
+RETRY_SECS = 0.25
+"""A neuron that cannot be reached is asked again for this long, unless it counts as down before."""
+
+_Version = tuple[object, object]
+_Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an engine answers. `fresh`: the neuron was just asked for it; a remembered one may have moved since."""
+
+    url: str
+    api_key: str | None
+    fresh: bool = False
+
+
+class Endpoints:
+    """Owner of the remembered endpoints, by model id and node name.
+
+    Our neurons send an endpoint with the model's status, so that it is known the moment a load ends. Other neurons are
+    asked. After a failed request the endpoint that was used is no longer trusted, and the neuron is asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        clients: Mapping[str, NeuronClient],
+        watches: Mapping[str, NodeWatch],
+        backoffs: Backoffs,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._clients = clients
+        self._watches = watches
+        self._backoffs = backoffs
+        self._clock = clock
+        self._known: dict[_Key, tuple[_Version, EndpointReply]] = {}
+        self._distrusted: dict[_Key, EndpointReply] = {}
+
+    def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
+        """The endpoint as far as it is known without asking the neuron."""
+        remembered = self._known.get((model_id, node))
+        if remembered is not None and remembered[0] == version(fleet, model_id, node):
+            return Endpoint(remembered[1].url, remembered[1].api_key)
+        snapshot = fleet.nodes[node]
+        view = snapshot.models.get(model_id)
+        told = None if view is None else view.endpoint
+        if told is None or self._distrusted.get((model_id, node)) == told:
+            return None
+        try:
+            found = reachable(told, snapshot.endpoint)
+        except ValueError:
+            return None
+        return Endpoint(found.url, found.api_key)
+
+    async def fetch(self, model_id: str, node: str) -> Endpoint | None:
+        """The endpoint, asking the neuron unless it is known. None if the model has just left the neuron or the neuron
+        is down. A neuron that cannot be reached but does not count as down yet may be restarting while its engines
+        serve on: it is asked again.
+
+        Raises:
+            UpstreamError: the neuron lists the model as loaded but gives no endpoint.
+        """
+        deadline = self._clock() + PATIENCE_SECS
+        while True:
+            fleet = self._fleet.snapshot()
+            if node not in fleet.nodes:
+                return None
+            known = self.known(fleet, model_id, node)
+            if known is not None:
+                return known
+            asked = version(fleet, model_id, node)
+            client, watch = self._clients[node], self._watches[node]
+            try:
+                reply = await client.endpoint(model_id)
+            except (NeuronRefused, NeuronUnreachable) as error:
+                refused = isinstance(error, NeuronRefused)
+                if refused:
+                    self._note_lost(model_id, node, str(error))
+                await watch.refresh()
+                if self._clients.get(node) is not client:
+                    continue
+                fleet = self._fleet.snapshot()
+                now = fleet.nodes[node]
+                if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
+                    return None
+                if asked is not None and version(fleet, model_id, node) != asked:
+                    continue  # loaded again since
+                if refused or self._clock() >= deadline:
+                    message = f"{node} gives no endpoint for {model_id!r}: {error}"
+                    raise UpstreamError(message, code=ErrorCode.ENDPOINT_UNRESOLVED) from error
+                await asyncio.sleep(RETRY_SECS)
+                continue
+            if self._clients.get(node) is not client:  # the reply came from a neuron of the previous configuration
+                continue
+            if asked is not None:
+                self._known[model_id, node] = asked, reply
+            return Endpoint(reply.url, reply.api_key, fresh=True)
+
+    @staticmethod
+    def can_remember(fleet: FleetSnapshot, model_id: str, node: str) -> bool:
+        """Whether an endpoint that is fetched now stays known: fetching it ahead is useless otherwise."""
+        return version(fleet, model_id, node) is not None
+
+    def distrust(self, model_id: str, node: str, url: str) -> bool:
+        """No engine answers at this URL: the neuron is asked before the next request goes there. True if the URL was
+        the known one."""
+        key, fleet = (model_id, node), self._fleet.snapshot()
+        known = self.known(fleet, model_id, node) if node in fleet.nodes else None
+        if known is None or known.url != url:
+            return False
+        self._known.pop(key, None)
+        view = fleet.nodes[node].models.get(model_id)
+        if view is not None and view.endpoint is not None:
+            self._distrusted[key] = view.endpoint
+        return True
+
+    def forget(self, nodes: Collection[str]) -> set[str]:
+        """Drops what these neurons said; they left or moved. The models that had an endpoint there."""
+        gone = {key for key in self._known if key[1] in nodes}
+        for key in gone:
+            del self._known[key]
+        for key in [key for key in self._distrusted if key[1] in nodes]:
+            del self._distrusted[key]
+        return {model_id for model_id, _ in gone}
+
+    def _note_lost(self, model_id: str, node: str, reason: str) -> None:
+        """A neuron that reports a model as loaded and denies it when asked would otherwise be asked without end."""
+        self._backoffs.failed(model_id, node, Cause.PASSING, f"{node} has lost {model_id!r}: {reason}")
+
+
+def version(fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:
+    """What an endpoint stays valid for; None if unknown. A protocol v1 neuron gives no sign of a reload, and an entry
+    that cortex made itself after a load has no `since` until the neuron reports the model."""
+    snapshot = fleet.nodes[node]
+    view = snapshot.models.get(model_id)
+    if view is None or view.since is None:
+        return None
+    return view.since, snapshot.instance
