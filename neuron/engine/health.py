@@ -13,7 +13,7 @@ import aiohttp
 
 from neuron.config import HealthSettings
 from neuron.harness.activity import ActivityProbe, RequestCounts
-from shared.tasks import cancel_all
+from shared.tasks import first_of
 
 # Two bad answers in a row, and no more than this apart: an engine that fails is known within two seconds.
 AGAIN_SECS = 0.5
@@ -64,14 +64,11 @@ class Vitals:
         Bad is: two answers in a row to the health check that are not 200, or refusals, or one of each; no answer to
         it for `unresponsive_secs`; a hang (`neuron.harness.activity`).
         """
-        watches = [asyncio.create_task(self._until_unwell())]
+        watches = [asyncio.ensure_future(self._until_unwell())]
         if self._probe is not None:
-            watches.append(asyncio.create_task(self._until_hung(self._probe)))
-        try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        finally:
-            await cancel_all(watches)
+            watches.append(asyncio.ensure_future(self._until_hung(self._probe)))
+        await first_of(dict(enumerate(watches)))
+        return next(watch.result() for watch in watches if not watch.cancelled())
 
     async def take_sample(self) -> RequestCounts | None:
         """Asks for its figures now; None when they did not come."""
