@@ -14,8 +14,9 @@ from neuron.estimate import estimate_of_wish
 from neuron.estimate.options import OPTIONS, with_options
 from neuron.estimate.reply import reply_of
 from neuron.estimate.wish import wish_of
+from neuron.harness.checks import spec_of
 from neuron.lifecycle.model_roots import check_below
-from neuron.spec import EngineSpec, spec_of
+from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.http import reply
 from shared.protocol import LoadCommand

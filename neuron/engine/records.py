@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from neuron.spec import EngineSpec
+from shared.files import replace_file
 
 VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -77,17 +77,7 @@ def write(path: Path, record: RunRecord) -> None:
     Raises:
         OSError: the disk is full, or not writable; what was there before is still there.
     """
-    temporary = path.with_suffix(".new")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_file(path, record.model_dump_json().encode())
 
 
 def read(path: Path) -> RunRecord | None:

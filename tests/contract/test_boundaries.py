@@ -52,7 +52,7 @@ PURE = (
         for name in ("kv_cache", "options", "overhead", "parallel", "reply", "result", "sum", "weights", "wish")
     ),
     "neuron/gpu/links.py",
-    *(f"neuron/harness/{name}.py" for name in ("base", "environment")),
+    *(f"neuron/harness/{name}.py" for name in ("activity", "base", "checks", "environment")),
     *(f"neuron/harness/vllm/{name}.py" for name in ("activity", "argument_policy", "command", "errors", "phases")),
     *(f"neuron/lifecycle/{name}.py" for name in ("restarts", "states")),
     *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
