@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neuron.api.app_keys import SERVICES
+from neuron.api.estimate_command import add_parser, run_estimate
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.engine.state_dir import StateDirError
-from neuron.estimate.command import add_parser, run_estimate
 from neuron.gpu.discovery import run_discover
 from neuron.gpu.simulated import resolve_devices
 from neuron.harness.checks import CheckedConfig, spec_of

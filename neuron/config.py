@@ -12,6 +12,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from shared.protocol import LoadCommand
 from shared.settings import SettingsModel
 
+DEFAULT_HARNESS = "vllm"
+"""What a neuron offers without `[[harnesses]]`."""
 DEFAULT_PORT_RANGE = (20000, 20999)
 
 
@@ -110,7 +112,7 @@ class NeuronConfig(SettingsModel):
     drain_timeout_secs: float = Field(default=30, ge=0)
     on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # left ones are adopted by the next neuron
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
-    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
+    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name=DEFAULT_HARNESS)])
     harness: dict[str, HarnessSettings] = Field(default_factory=dict)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
 from shared.files import replace_file
 
@@ -57,7 +58,10 @@ class RunRecord(BaseModel):
         """Raises ValueError when it was written by a version that had other fields, or other values for them."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
             raise ValueError(f"fields of a spec that are not known: {sorted(unknown)}")
-        return _SPEC.validate_python(self.spec)
+        spec = _SPEC.validate_python(self.spec)
+        if spec.harness not in HARNESSES:
+            raise ValueError(f"unknown harness {spec.harness!r}")
+        return spec
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:

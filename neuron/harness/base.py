@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron.config import HarnessSettings
+from neuron.estimate.estimator import MemoryEstimator
 from neuron.harness.activity import ActivityProbe
 from neuron.harness.sleep import SleepControl
 from neuron.memory.requirement import Need
@@ -92,6 +93,8 @@ class Harness(ABC):
     """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    estimator: MemoryEstimator | None = None
+    """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 
     @abstractmethod
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:

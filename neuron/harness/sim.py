@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import neuron
+from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.memory.requirement import Need
-from neuron.sim.process.arguments import DEFAULT_DEVICE_VRAM_MB
-from neuron.sim.process.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")

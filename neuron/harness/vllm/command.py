@@ -11,18 +11,17 @@ from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
 from neuron.harness.vllm.errors import cause_of, root_cause
+from neuron.harness.vllm.estimate.estimator import VllmEstimator
+from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import Reading
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.memory.requirement import Need
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
+from shared.gpu_memory import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = ("vllm",)
-DEFAULT_UTILIZATION = 0.92
-"""The part of each device that vLLM takes when nothing tells it otherwise (`vllm serve --help`, 0.32)."""
-_UTILIZATION = ("--gpu-memory-utilization", "--device-memory-utilization")
-_SIZES_MEMORY = (*_UTILIZATION, "--kv-cache-memory-bytes")
 _DIGITS = 10_000  # the fraction on the command line has four
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
@@ -36,16 +35,17 @@ class VllmHarness(Harness):
     runs_on_gpu = True
     activity = VllmActivity()
     sleep = VllmSleep()
+    estimator = VllmEstimator()
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
         """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
         with contextlib.suppress(ValueError):
-            fraction = float(value_of(args, *_UTILIZATION) or "")
+            fraction = float(value_of(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
                 return Need(fraction=fraction)
         if share_mb is None:
-            return Need(fraction=DEFAULT_UTILIZATION)
-        return Need(share_mb, one_fraction=not gives(args, *_SIZES_MEMORY))
+            return Need(fraction=DEFAULT_ENGINE_SHARE)
+        return Need(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
@@ -113,7 +113,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     more blocks of it than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if plan.share_mb is None or not totals or gives(plan.arguments, *_SIZES_MEMORY):
+    if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):
         return []
     parts = math.floor(plan.share_mb * _DIGITS / min(totals))
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
