@@ -53,7 +53,7 @@ def test_a_full_room_refuses_with_when_to_come_back() -> None:
         with pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
             pass
         assert (refused.value.status, refused.value.code, refused.value.retry_after) == (429, "waiting_room_full", 18)
-        assert "2 requests are waiting for 'm' already" in refused.value.message
+        assert "2 requests are already waiting for 'm'" in refused.value.message
         with queue.ticket("x"):
             assert (queue.count("m"), queue.count("x")) == (2, 1)
 
@@ -73,7 +73,7 @@ def test_all_queue_together_are_bounded() -> None:
     with queue.ticket("a"), queue.ticket("b"), queue.ticket("c"):
         with pytest.raises(TooManyRequests) as refused, queue.ticket("d"):
             pass
-        assert "3 requests are waiting for models already" in refused.value.message
+        assert "3 requests are already waiting for models" in refused.value.message
         assert "d" not in queue.waiting()
 
 
