@@ -16,7 +16,7 @@ from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.metrics.in_flight import Key
 from cortex.proxy.gateway import Gateway
-from cortex.upstream.pool import Address
+from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,

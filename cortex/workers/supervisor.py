@@ -17,7 +17,7 @@ import msgspec
 from cortex.api.app_keys import Parts
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import Key
-from cortex.upstream.pool import Address
+from cortex.upstream.address import Address
 from cortex.upstream.replica import Failure, Replica
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
