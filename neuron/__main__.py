@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neuron.api.app_keys import SERVICES
+from neuron.api.estimate_command import add_parser, run_estimate
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.engine.state_dir import StateDirError
-from neuron.estimate.command import add_parser, run_estimate
 from neuron.gpu.discovery import run_discover
 from neuron.gpu.simulated import resolve_devices
-from neuron.spec import spec_of
+from neuron.harness.checks import CheckedConfig, spec_of
 from shared import __version__
 from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config(path: Path | None) -> NeuronConfig:
-    config = load_settings(NeuronConfig, path, env_prefix="NEURON_")
+    config = load_settings(CheckedConfig, path, env_prefix="NEURON_")
     problems: list[str] = []
     for number, command in enumerate(config.default_commands):
         try:

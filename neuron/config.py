@@ -9,18 +9,18 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from neuron.harness.vllm.argument_policy import refusal
 from shared.protocol import LoadCommand
 from shared.settings import SettingsModel
 
-HarnessName = Literal["vllm", "sim"]
+DEFAULT_HARNESS = "vllm"
+"""What a neuron offers without `[[harnesses]]`."""
 DEFAULT_PORT_RANGE = (20000, 20999)
 
 
 class HarnessEntry(SettingsModel):
     """A harness this host offers."""
 
-    name: HarnessName
+    name: str
 
 
 class HarnessSettings(SettingsModel):
@@ -33,14 +33,6 @@ class HarnessSettings(SettingsModel):
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
     sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default (vllm: off, sim: on)
-
-    @field_validator("extra_args")
-    @classmethod
-    def _not_neurons_own(cls, value: list[str]) -> list[str]:
-        reason = refusal(value)
-        if reason is not None:
-            raise ValueError(reason)
-        return value
 
     @field_validator("port_range")
     @classmethod
@@ -108,7 +100,7 @@ class DefaultModel(LoadCommand):
 
 
 class NeuronConfig(SettingsModel):
-    """The whole of neuron.toml."""
+    """The whole of neuron.toml. Load it as `neuron.harness.checks.CheckedConfig`, which knows the harnesses."""
 
     name: str | None = None  # None: the host's name
     host: str = "127.0.0.1"
@@ -120,8 +112,8 @@ class NeuronConfig(SettingsModel):
     drain_timeout_secs: float = Field(default=30, ge=0)
     on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # left ones are adopted by the next neuron
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
-    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name="vllm")])
-    harness: dict[HarnessName, HarnessSettings] = Field(default_factory=dict)
+    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name=DEFAULT_HARNESS)])
+    harness: dict[str, HarnessSettings] = Field(default_factory=dict)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
     simulate: SimulateSettings | None = None
@@ -146,10 +138,10 @@ class NeuronConfig(SettingsModel):
         return self
 
     @property
-    def harness_names(self) -> list[HarnessName]:
+    def harness_names(self) -> list[str]:
         return [entry.name for entry in self.harnesses]
 
-    def harness_settings(self, name: HarnessName) -> HarnessSettings:
+    def harness_settings(self, name: str) -> HarnessSettings:
         return self.harness.get(name) or HarnessSettings()
 
     @property

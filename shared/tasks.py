@@ -7,8 +7,8 @@ import contextlib
 import logging
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
 if sys.version_info >= (3, 11):
@@ -16,11 +16,13 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout
 
-__all__ = ["TaskSet", "cancel_all", "keep_running", "running", "timeout"]
+__all__ = ["TaskSet", "cancel_all", "first_of", "keep_running", "running", "timeout"]
 
 from shared.errors import ServiceError
 
 log = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
 
 RESTART_DELAY_SECS = 1.0
 CANCEL_AGAIN_SECS = 1.0
@@ -46,7 +48,7 @@ async def running(loops: Mapping[str, Callable[[], Awaitable[None]]]) -> AsyncIt
         await cancel_all(tasks)
 
 
-async def cancel_all(tasks: list[asyncio.Task[Any]]) -> None:
+async def cancel_all(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """Cancels the tasks and waits until each has really ended.
 
     A task can lose a cancellation in code that is not ours: it is told again until it hears.
@@ -59,6 +61,27 @@ async def cancel_all(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # looked at, so that it is not reported as never retrieved
+
+
+async def first_of(alternatives: Mapping[Key, Awaitable[Any]], *, timeout_secs: float | None = None) -> Key | None:
+    """The key of the awaitable that finishes first; None after `timeout_secs`.
+
+    If several have finished, the one listed first wins. The others are cancelled and have ended when this returns.
+    Raises what the winner raised.
+    """
+    tasks = {asyncio.ensure_future(work): key for key, work in alternatives.items()}
+    try:
+        await asyncio.wait(tasks, timeout=timeout_secs, return_when=asyncio.FIRST_COMPLETED)
+        winner = next((task for task in tasks if task.done()), None)
+    finally:
+        await cancel_all([task for task in tasks if not task.done()])
+    for task in tasks:
+        if task is not winner and not task.cancelled():
+            task.exception()  # retrieved, so that asyncio does not report it
+    if winner is None:
+        return None
+    winner.result()
+    return tasks[winner]
 
 
 class TaskSet:

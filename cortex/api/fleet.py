@@ -24,7 +24,7 @@ from shared.http import read_model
 from shared.protocol import ModelStatus
 from shared.protocol.commands import ModelId
 from shared.serve import CLOSING
-from shared.tasks import timeout
+from shared.tasks import first_of, timeout
 
 KEEPALIVE_SECS = 15.0
 UNLOAD_TIMEOUT_SECS = 180.0
@@ -66,13 +66,8 @@ async def _closing_within(secs: float, closing: asyncio.Event) -> None:
 
 async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:
     """False when neither came within the keep-alive's time."""
-    waits = [asyncio.ensure_future(parts.fleet.changed_since(version)), asyncio.ensure_future(closing.wait())]
-    try:
-        done, _ = await asyncio.wait(waits, timeout=KEEPALIVE_SECS, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
-    finally:
-        for wait in waits:
-            wait.cancel()
+    waits = {"change": parts.fleet.changed_since(version), "closing": closing.wait()}
+    return await first_of(waits, timeout_secs=KEEPALIVE_SECS) is not None
 
 
 async def explain_model(request: web.Request) -> web.Response:

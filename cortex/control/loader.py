@@ -23,7 +23,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
 from cortex.placement.planner import Plan
 from shared.protocol import ModelStatus, ModelView
-from shared.tasks import TaskSet, cancel_all, timeout
+from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
@@ -268,13 +268,7 @@ class Loader:
             # A seed neuron promises nothing: there it has to be gone.
             return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
 
-        told = asyncio.create_task(self._fleet.until(name, ending))
-        try:
-            await asyncio.wait({sending, told}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await cancel_all([told])
-        if sending.done():
-            sending.result()
+        await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
 
     async def _load(self, job: Job) -> None:
         plan, started = job.plan, time.monotonic()

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from shared.files import replace_file
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -136,22 +137,10 @@ class StateFile:
 
     def _write(self, directory: Path, data: bytes) -> str | None:
         """Puts a new file in the place of the old one: whoever reads has one of the two. The reason when it cannot."""
-        fresh = directory / f"{NAME}.new"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(directory)
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with open(fd, "wb") as file:  # noqa: PTH123 - by its descriptor
-                os.fchmod(fd, 0o600)
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
-            fresh.replace(directory / NAME)
-            directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory_fd)  # the new name, too, is to outlive a power cut
-            finally:
-                os.close(directory_fd)
+            replace_file(directory / NAME, data)
         except OSError as error:
             return _reason(error)
         return None

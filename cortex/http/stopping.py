@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from shared.errors import Unavailable
+from shared.tasks import first_of
 
 Result = TypeVar("Result")
 
@@ -46,15 +47,9 @@ class Stopping:
             work.close()
             raise stopping()
         working = asyncio.ensure_future(work)
-        begun = asyncio.ensure_future(self._begun.wait())
-        try:
-            await asyncio.wait([working, begun], return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise stopping()
-            return working.result()
-        finally:
-            working.cancel()
-            begun.cancel()
+        if await first_of({"work": working, "stop": self._begun.wait()}) == "stop":
+            raise stopping()
+        return working.result()
 
 
 def stopping() -> Unavailable:

@@ -30,11 +30,8 @@ from cortex.placement.eviction import (
 )
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import View
+from shared.gpu_memory import DEFAULT_ENGINE_SHARE
 from shared.protocol import ModelStatus
-
-ENGINE_SHARE = 0.92
-"""Of a device: what vLLM takes when it is told nothing, and has to find free to start at all."""
-
 
 DRAINING = "draining"
 """`ModelView.state` of an engine that takes no new requests and ends when it has answered those that it has. Its status
@@ -209,7 +206,7 @@ def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
     if share or books(node):
         need = dict.fromkeys(room, share)
     else:  # the engine will want what it takes of an empty card, and nobody tells before it fails
-        need = {device.index: int(device.vram_total_mb * ENGINE_SHARE) for device in node.devices}
+        need = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     return _Site(view, profile, node, share, room, need, _to_wake(profile, node, share, room, need), floor)
 
 

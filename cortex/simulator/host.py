@@ -7,10 +7,8 @@ from types import MappingProxyType
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.simulator.engine import Engine
 from cortex.simulator.fleet_file import SimulatedNode
+from shared.gpu_memory import DEVICE_MARGIN_MB
 from shared.protocol import DeviceHealth, Discovery, ModelStatus, ModelView, NeuronHealth
-
-MARGIN_MB = 512
-"""What a neuron leaves unbooked on every real device."""
 
 
 class NoRoom(Exception):
@@ -41,7 +39,7 @@ class Host:
     def bookable_mb(self, device: int) -> int:
         """What another engine could be promised there."""
         booked = sum(engine.share_mb for engine in self.engines.values() if device in engine.devices)
-        return self.node.gpus[device].vram_total_mb - MARGIN_MB - booked
+        return self.node.gpus[device].vram_total_mb - DEVICE_MARGIN_MB - booked
 
     def add(self, engine: Engine, now: float) -> None:
         """An engine is started: from now on its memory is booked.

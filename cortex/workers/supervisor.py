@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ from cortex.workers.messages import (
     error_to_wire,
 )
 from shared.errors import ServiceError
-from shared.tasks import TaskSet, cancel_all, timeout
+from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Supervisor:
             asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(len(self._socks))
         ]
         try:
-            await _first([self._all_ready(), stop.wait()])
+            await first_of({"ready": self._all_ready(), "stop": stop.wait()})
             yield
         finally:
             self._stopping = True
@@ -295,12 +295,3 @@ class Supervisor:
             table=dict(parts.router.table),
             control_host=self._address.host,
         )
-
-
-async def _first(waits: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    """Until one of them ends."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        await cancel_all(tasks)

@@ -10,12 +10,13 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from neuron.api.app_keys import SERVICES, Services
-from neuron.estimate import estimate_of_wish
+from neuron.estimate.estimator import estimate_of
 from neuron.estimate.options import OPTIONS, with_options
 from neuron.estimate.reply import reply_of
-from neuron.estimate.wish import wish_of
+from neuron.harness.checks import spec_of
+from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.model_roots import check_below
-from neuron.spec import EngineSpec, spec_of
+from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.http import reply
 from shared.protocol import LoadCommand
@@ -27,12 +28,15 @@ async def estimate(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     query = _query(request)
     spec, known = _spec_of(query, services)
-    wish = wish_of(spec)
-    wish = with_options(wish if known else replace(wish, tensor_parallel=None), query)
+    estimator = HARNESSES[spec.harness].estimator
+    if estimator is None:
+        raise InvalidRequest(f"model: the harness {spec.harness!r} estimates no memory", param="model")
+    options = estimator.options_of(spec)
+    options = with_options(options if known else replace(options, tensor_parallel=None), query)
     await check_below(spec.source, services.config.model_roots, param="model")
     topology = await services.source.discover()
     environ = {**os.environ, **services.config.harness_settings(spec.harness).env}
-    made = await estimate_of_wish(spec, wish, topology, environ)
+    made = await estimate_of(estimator, spec, topology, environ, options)
     return reply(reply_of(query["model"], made))
 
 

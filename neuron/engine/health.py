@@ -7,12 +7,13 @@ import errno
 import time
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from typing import Any
 
 import aiohttp
 
 from neuron.config import HealthSettings
-from neuron.harness.vllm.activity import EngineSample, HangWatch, sample_of
-from shared.tasks import cancel_all
+from neuron.harness.activity import ActivityProbe, RequestCounts
+from shared.tasks import first_of
 
 # Two bad answers in a row, and no more than this apart: an engine that fails is known within two seconds.
 AGAIN_SECS = 0.5
@@ -35,15 +36,25 @@ class Answer(Enum):
 class Vitals:
     """One engine's health and figures, while somebody waits in `until_bad`.
 
-    `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it.
+    `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` nothing
+    is known of its requests, and no hang is detected.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, *, health_path: str, settings: HealthSettings) -> None:
-        self.sample: EngineSample | None = None
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        *,
+        health_path: str,
+        probe: ActivityProbe[Any] | None,
+        settings: HealthSettings,
+    ) -> None:
+        self.sample: RequestCounts | None = None
         """Its figures when last asked, None before the first answer. What did not come in time leaves it as it was."""
         self._session = session
         self._health = url + health_path
-        self._metrics = url + "/metrics"
+        self._url = url
+        self._probe = probe
         self._settings = settings
         self._ask_secs = min(ASK_TIMEOUT_SECS, settings.unresponsive_secs)
 
@@ -51,25 +62,27 @@ class Vitals:
         """Returns when the engine has to be killed: why, in words. Cancel it when the engine ends of itself.
 
         Bad is: two answers in a row to the health check that are not 200, or refusals, or one of each; no answer to
-        it for `unresponsive_secs`; a hang (`neuron.harness.vllm.activity`).
+        it for `unresponsive_secs`; a hang (`neuron.harness.activity`).
         """
-        watches = [asyncio.create_task(self._until_unwell()), asyncio.create_task(self._until_hung())]
-        try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        finally:
-            await cancel_all(watches)
+        watches = [asyncio.ensure_future(self._until_unwell())]
+        if self._probe is not None:
+            watches.append(asyncio.ensure_future(self._until_hung(self._probe)))
+        await first_of(dict(enumerate(watches)))
+        return next(watch.result() for watch in watches if not watch.cancelled())
 
-    async def take_sample(self) -> EngineSample | None:
+    async def take_sample(self) -> RequestCounts | None:
         """Asks for its figures now; None when they did not come."""
-        sample: EngineSample | None = None
+        probe = self._probe
+        if probe is None:
+            return None
+        sample: RequestCounts | None = None
 
         async def read(response: aiohttp.ClientResponse) -> bool:
             nonlocal sample
-            sample = sample_of(await response.text()) if response.status == 200 else None
+            sample = probe.sample_of(await response.text()) if response.status == 200 else None
             return sample is not None
 
-        await self._ask(self._metrics, read)
+        await self._ask(self._url + probe.path, read)
         self.sample = sample or self.sample
         return sample
 
@@ -92,8 +105,8 @@ class Vitals:
                 said = ""
             await asyncio.sleep(max(0.0, pause - took))
 
-    async def _until_hung(self) -> str:
-        watch = HangWatch(self._settings.hang_grace_secs, self._settings.prefill_grace_secs)
+    async def _until_hung(self, probe: ActivityProbe[Any]) -> str:
+        watch = probe.hang_detector(self._settings.hang_grace_secs, self._settings.prefill_grace_secs)
         while True:
             reason = watch.observe(await self.take_sample(), time.monotonic())
             if reason is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
+from shared.files import replace_file
 
 VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -57,7 +58,10 @@ class RunRecord(BaseModel):
         """Raises ValueError when it was written by a version that had other fields, or other values for them."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
             raise ValueError(f"fields of a spec that are not known: {sorted(unknown)}")
-        return _SPEC.validate_python(self.spec)
+        spec = _SPEC.validate_python(self.spec)
+        if spec.harness not in HARNESSES:
+            raise ValueError(f"unknown harness {spec.harness!r}")
+        return spec
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
@@ -77,17 +81,7 @@ def write(path: Path, record: RunRecord) -> None:
     Raises:
         OSError: the disk is full, or not writable; what was there before is still there.
     """
-    temporary = path.with_suffix(".new")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_file(path, record.model_dump_json().encode())
 
 
 def read(path: Path) -> RunRecord | None:

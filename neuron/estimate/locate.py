@@ -12,7 +12,7 @@ from neuron.estimate.files.errors import ModelFilesInvalid, files_not_found
 from neuron.estimate.files.fields import Fields
 from neuron.estimate.files.safetensors_header import read_json
 from neuron.estimate.files.stored import stored_weights
-from neuron.estimate.sum import Model
+from neuron.estimate.weights import Model
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from neuron.estimate.overhead import MIB
+MIB = 1 << 20
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)

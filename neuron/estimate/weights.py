@@ -20,6 +20,15 @@ from neuron.estimate.files.stored import Amount, Group, StoredWeights
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model as its files describe it."""
+
+    source: str
+    architecture: Architecture
+    stored: StoredWeights | None  # None: there are no safetensors files
+
+
+@dataclass(frozen=True)
 class WeightGroup:
     """Weights of one part that are placed alike, in bytes over all, each counted once."""
 

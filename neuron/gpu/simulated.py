@@ -9,8 +9,8 @@ from itertools import combinations
 from pathlib import Path
 
 from neuron.config import SimulatedDevice, SimulateSettings
+from neuron.gpu import simulated_vram as vram
 from neuron.gpu.topology import Topology
-from neuron.sim.process import vram
 from shared.gpu_presets import PRESETS, find_preset
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.settings import SettingsError
@@ -29,7 +29,7 @@ _UUID_NAMESPACE = uuid.UUID("5d7c1b0e-0f5b-5a53-9a54-6e6575726f6e")
 class SimulatedTopologySource:
     """`neuron.gpu.topology.TopologySource` of a simulated host.
 
-    `vram_dir` is where this host's simulated engines record what they hold (`neuron.sim.process.vram`); optional.
+    `vram_dir` is where this host's simulated engines record what they hold (`neuron.gpu.simulated_vram`); optional.
     `name` (the neuron's) makes device uuids that are stable over restarts and differ between hosts.
 
     Raises:

@@ -1,15 +1,19 @@
-"""What a harness has to offer, and the facts it decides from."""
+"""The seam between neuron and its engines: what a harness offers, and the facts it decides from."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from neuron.config import HarnessName, HarnessSettings
+from neuron.config import HarnessSettings
+from neuron.estimate.estimator import MemoryEstimator
+from neuron.harness.activity import ActivityProbe
+from neuron.harness.sleep import SleepControl
 from neuron.memory.requirement import Need
-from neuron.progress.phases import LoadReading
+from neuron.progress.phases import STARTING, LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import Device, FailureCause
 
@@ -31,8 +35,8 @@ class HostFacts:
 class LaunchPlan:
     """Everything decided about one engine before it starts.
 
-    `share_mb` is what was booked on the smallest of its devices (on each, when they are alike), in MiB; None when
-    nothing is known of the need, and the engine takes what it takes by default.
+    `share_mb` is the booking on the smallest of its devices (on each, when they are alike), in MiB; None when its need
+    is unknown and the engine uses its own default.
     """
 
     spec: EngineSpec
@@ -45,7 +49,7 @@ class LaunchPlan:
     engine_id: str
     share_mb: int | None = None
     control_key: str | None = None
-    """What neuron shows the engine to put it to sleep, another secret for each; None: it shall not be able to."""
+    """Secret that neuron shows the engine to put it to sleep, different for each; None: the engine cannot sleep."""
 
     @property
     def arguments(self) -> list[str]:
@@ -61,50 +65,63 @@ class EngineCommand:
     env: Mapping[str, str]
 
 
-class Harness(Protocol):
-    """Pure: no method reads or changes anything but its arguments."""
+@dataclass(frozen=True)
+class SilentLoad:
+    """The reading of an engine whose output says nothing about its load: it starts until it answers."""
 
-    @property
-    def name(self) -> HarnessName: ...
+    phase: str = STARTING
+    fraction: float | None = None
+    message: str | None = None
+    serving: bool = False
+    downloaded_secs: float | None = None
 
-    @property
-    def health_path(self) -> str:
-        """Answers 200 once, and as long as, the engine serves."""
-        ...
+    def after(self, line: str) -> SilentLoad:
+        return self
 
-    @property
-    def runs_on_gpu(self) -> bool:
-        """True when an engine on a host whose GPUs cannot be used would be a mistake."""
-        ...
+
+class Harness(ABC):
+    """One kind of engine. Pure: no method reads or changes anything but its arguments.
+
+    Only `command` is required. Every other member has the default for an engine that speaks OpenAI's API, answers 200
+    on `health_path` once and as long as it serves, and offers nothing else.
+    """
+
+    health_path: str = "/health"
+    runs_on_gpu: bool = False
+    """True: the engine must not start on a host whose GPUs cannot be used."""
+    activity: ActivityProbe[Any] | None = None
+    """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
+    sleep: SleepControl | None = None
+    """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    estimator: MemoryEstimator | None = None
+    """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
+
+    @abstractmethod
+    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+        """The command line and environment of the engine. It has to listen on `plan.host` and `plan.port`."""
+
+    def refused_argument(self, args: Sequence[str]) -> str | None:
+        """Why one of `args` must not be passed to the engine, naming it; None when all may."""
+        return None
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
-        """What an engine with these arguments will take on each device, when it is meant to take `share_mb`."""
-        ...
-
-    @property
-    def sleeps_in_ram(self) -> bool:
-        """True when the weights of a sleeping engine take memory of this host."""
-        ...
-
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand: ...
+        """What an engine with these arguments takes on each device when it is meant to take `share_mb` MiB. By default
+        that share, and without one the whole device."""
+        return Need(fraction=1.0) if share_mb is None else Need(share_mb)
 
     def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
-        """True when the engine that `command` starts can be put to sleep (`neuron.lifecycle.sleep`)."""
-        ...
-
-    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
-        """MiB of weights on all `ranks` devices together, as the output of its load tells; None when it does not."""
-        ...
+        """True when the engine that `command` starts can be put to sleep with `sleep`."""
+        return False
 
     def first_reading(self) -> LoadReading:
-        """What is known of a load before the engine's first line."""
-        ...
+        """What is known about a load before the engine's first line of output."""
+        return SilentLoad()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
-        """The error that made the engine end, from its last output lines; None when they name none."""
-        ...
+        """The error that made the engine exit, from its last output lines; None when they name none."""
+        return None
 
     def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
-        """Whose doing an error found by `root_cause` is. `path_missing` True when the model is a path that is not on
-        this host."""
-        ...
+        """Whether the host or the model is at fault for an error that `root_cause` found. `path_missing` True when the
+        model is a path that does not exist on this host."""
+        return FailureCause.UNKNOWN

@@ -8,33 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import neuron
-from neuron.config import HarnessName
+from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
-from neuron.harness.environment import engine_environment
-from neuron.harness.vllm import errors as vllm_log
-from neuron.harness.vllm import failure_cause as vllm_cause
-from neuron.harness.vllm import phases as vllm_phases
 from neuron.harness.vllm.argument_policy import gives, value_of
-from neuron.harness.vllm.command import serve_arguments
-from neuron.harness.vllm.sleep_mode import control_environment, first_on_path, sim_can_sleep
+from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
+from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.memory.requirement import Need
-from neuron.progress.phases import LoadReading
-from neuron.sim.process.arguments import DEFAULT_DEVICE_VRAM_MB
-from neuron.sim.process.vram import DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.spec import EngineSpec
-from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
 _PACKAGE_ROOT = str(Path(neuron.__file__).parent.parent)
 
 
-class SimHarness:
-    """Takes simulated memory, answers with made-up words, and is otherwise supervised like the real thing."""
+class SimSleep(VllmSleep):
+    """No weights, so nothing is copied to the host's memory."""
 
-    name: HarnessName = "sim"
-    health_path = "/health"
+    weights_in_ram = False
+
+
+class SimHarness(VllmHarness):
+    """Takes simulated memory, answers with made-up words, and is otherwise supervised like vLLM."""
+
     runs_on_gpu = False
-    sleeps_in_ram = False
+    sleep = SimSleep()
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
         """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
@@ -54,25 +50,13 @@ class SimHarness:
         own = {
             VRAM_DIR_VARIABLE: str(facts.vram_dir),
             DEVICES_VARIABLE: json.dumps(devices),
-            # This very package, also when it was not installed and wherever neuron was started from.
+            # This package, installed or not, wherever neuron was started from.
             "PYTHONPATH": first_on_path(_PACKAGE_ROOT, facts.environ.get("PYTHONPATH")),
         }
-        binding: dict[str, str] = {}
+        fixed: dict[str, str] = {}
         if plan.control_key is not None and sim_can_sleep(plan):
-            binding = control_environment(plan.control_key)
-        return EngineCommand((*argv, *plan.arguments), engine_environment(plan, facts.environ, own, binding))
+            fixed = control_environment(plan.control_key)
+        return EngineCommand((*argv, *plan.arguments), vllm_environment(plan, facts, own, fixed))
 
     def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
         return sim_can_sleep(plan)
-
-    def first_reading(self) -> LoadReading:
-        return vllm_phases.Reading()
-
-    def root_cause(self, lines: Sequence[str]) -> str | None:
-        return vllm_log.root_cause(lines)
-
-    def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
-        return vllm_cause.cause_of(error, path_missing=path_missing)
-
-    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
-        return vllm_log.weights_mb(lines, ranks)

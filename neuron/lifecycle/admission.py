@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from neuron.config import NeuronConfig
-from neuron.estimate import estimate_of
-from neuron.estimate.sum import USABLE_SHARE
+from neuron.estimate.estimator import estimate_of
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.load_request import Placement
@@ -52,18 +51,19 @@ class Admission:
         """MiB that the engine is to take on each device: what the spec says, else what its model's own files say. None,
         and with that the engine's own default: they are not on this host, or do not tell everything, or tell of more
         than the default."""
-        if spec.vram_mb is not None or not topology.devices:
+        estimator = HARNESSES[spec.harness].estimator
+        if spec.vram_mb is not None or not topology.devices or estimator is None:
             return spec.share_mb
         settings = self.config.harness_settings(spec.harness)
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
-            found = await estimate_of(whole, topology, {**os.environ, **settings.env})
+            found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
         except ServiceError as error:
             log.info("%s: its memory is not known beforehand: %s", spec.model_id, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
         largest = max(device.vram_total_mb for device in topology.devices)
-        return None if found.unknown or share > USABLE_SHARE * largest else share
+        return None if found.unknown or share > estimator.usable_share * largest else share
 
     def book(
         self,

@@ -13,9 +13,8 @@ from neuron import errors as failures
 from neuron.engine.engine import Engine
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
-from neuron.lifecycle import sleep as sleeping
 from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
-from neuron.lifecycle.exit_kind import ExitKind, first_of
+from neuron.lifecycle.exit_kind import ExitKind
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, Wish
@@ -24,7 +23,7 @@ from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress
 from shared.errors import ServiceError
 from shared.protocol import FailureCause, Progress
-from shared.tasks import cancel_all, timeout
+from shared.tasks import cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ class EngineLife:
         if ending is not ExitKind.READY:
             if served_before and ending is not ExitKind.STOPPED:
                 self.served_secs = 0.0
-            self._end(ending)
+            self._end(ending or ExitKind.TIMED_OUT)
             return False
         return True
 
@@ -172,8 +171,9 @@ class EngineLife:
             async with timeout(_MEASURE_SECS):
                 await asyncio.gather(self._launcher.measure([engine]), engine.vitals.take_sample())
         await engine.note_shared_files()
-        if engine.can_sleep and not served_before:
-            engine.can_sleep = await sleeping.obeys_only_us(self._launcher.http, engine.url, engine.control_key)
+        control = engine.harness.sleep
+        if control is not None and engine.can_sleep and not served_before:
+            engine.can_sleep = await control.is_guarded(self._launcher.http, engine.url, engine.control_key)
         seconds = None
         if not served_before:
             engine.ready_at = time.time()
@@ -202,7 +202,7 @@ class EngineLife:
             )
             if run.stop_wanted.is_set():
                 return ExitKind.STOPPED
-            if ending is not ExitKind.TIMED_OUT:
+            if ending is not None:
                 return ending
             await engine.note_shared_files()
 

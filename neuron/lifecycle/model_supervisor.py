@@ -20,7 +20,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.output import EngineOutput
 from neuron.engine.state_dir import EngineDir, FoundEngine
 from neuron.lifecycle.engine_life import EngineLife
-from neuron.lifecycle.exit_kind import ExitKind, first_of
+from neuron.lifecycle.exit_kind import ExitKind
 from neuron.lifecycle.failure_cause import cause_of
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, Placement, Wish
@@ -29,7 +29,7 @@ from neuron.lifecycle.states import Condition, State
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 from shared.protocol import FailureCause, Progress, Transition
-from shared.tasks import timeout
+from shared.tasks import first_of, timeout
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from neuron.engine import records, session
 from neuron.engine import shared_memory as litter
 from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
+from neuron.harness.checks import spec_of
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, Placement
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
 from neuron.metrics import NeuronMetrics
-from neuron.spec import spec_of
 from shared.protocol import LoadCommand, ModelActivity, ModelView, Transition
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,8 @@ from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
 from shared.errors import Conflict
+from shared.gpu_memory import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth
-
-MARGIN_MB = 512
-"""Left unbooked on every real device: an engine's CUDA context, which vLLM does not count into the fraction that it is
-told to take, and the few MiB by which NVML and CUDA disagree. Simulated devices have neither."""
 
 MIG_REASON = "it is in MIG mode: its memory belongs to MIG instances, and neuron serves whole GPUs only"
 SILENT_REASON = "it does not answer"
@@ -120,7 +117,7 @@ def rooms_of(
 ) -> tuple[DeviceRoom, ...]:
     """The room on every device of the host, in the topology's order."""
     live = {figures.index: figures for figures in health}
-    margin = 0 if topology.simulated else MARGIN_MB
+    margin = 0 if topology.simulated else DEVICE_MARGIN_MB
     return tuple(
         _room(device, live.get(device.index), [each for each in bookings if device.index in each.promised_mb], margin)
         for device in topology.devices

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from neuron.progress.load_times import History, LoadKey, LoadTimes, from_json, to_json
+from shared.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +62,7 @@ def _read(path: Path) -> History:
 
 def _write(path: Path, history: History) -> None:
     """The whole file or nothing of it, readable by this user alone."""
-    new = path.with_name(path.name + ".new")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(to_json(history), file, separators=(",", ":"))
-        new.replace(path)
+        replace_file(path, json.dumps(to_json(history), separators=(",", ":")).encode(), durable=False)
     except OSError as error:
         log.warning("%s cannot be written, so this load is forgotten with neuron's end: %s", path, error)
-        with contextlib.suppress(OSError):
-            new.unlink()

@@ -10,32 +10,32 @@ from neuron.sim.process.core import EngineCore
 
 
 def main() -> int:
-    if "litter" not in sys.argv:
+    if "leave-files" not in sys.argv:
         return _serve_with_core()
-    from neuron.sim.process.litter import Litter  # noqa: PLC0415
+    from neuron.sim.process.leftovers import LeftoverFiles  # noqa: PLC0415
 
-    tmp = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - where vLLM would put it as well
-    litter = Litter(tmp, os.environ.get("NEURON_ENGINE_ID", ""))
+    tmp = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - vLLM's default too
+    files = LeftoverFiles(tmp, os.environ.get("NEURON_ENGINE_ID", ""))
     try:
         return _serve_with_core()
     finally:
-        litter.clean()
+        files.remove()
 
 
 def _serve_with_core() -> int:
-    # Before the imports below: what the server has in memory by now, the core keeps a copy of.
+    # Before the imports below: the core keeps a copy of the memory that the server has by now.
     core = EngineCore.fork()
 
     def end_now(_number: int, _frame: object) -> None:
         core.kill()
         os._exit(0)
 
-    # Also before the imports, which take most of the start: a SIGTERM that comes meanwhile must count.
+    # Also before the imports, which take most of the start: SIGTERM must work during them.
     signal.signal(signal.SIGTERM, end_now)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
-        from neuron.sim.process.arguments import parse  # noqa: PLC0415
+        from neuron.sim.engine.arguments import parse  # noqa: PLC0415
 
         settings = parse(sys.argv[1:])
         if settings.faults.deaf_at_first:

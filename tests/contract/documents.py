@@ -1,4 +1,4 @@
-"""Reading the project's own documents: sections, tables, examples."""
+"""Reads the project's own documents: sections, tables, examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCUMENTS = (TOP / "README.md", *sorted((TOP / "docs").glob("*.md")))
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced TOML block that says which file it is an example of."""
+    """A fenced TOML block that names the file it is an example of."""
 
     document: str
     number: int

@@ -1,4 +1,4 @@
-"""Examples in documents and example files are accepted by the programs they are for."""
+"""The programs accept the examples in documents and the example files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("example", examples(), ids=str)
 def test_documents_show_valid_files(example: Example, tmp_path: Path) -> None:
-    """Whoever copies a block gets a service that starts; every toml block says which file it is."""
+    """Every toml block names its file and is valid as that file."""
     model, prefix = (LOADERS | SIMULATION)[example.file]
     path = tmp_path / example.file
     path.write_text(example.text, encoding="utf-8")
@@ -54,7 +54,7 @@ def test_documents_show_every_file() -> None:
 
 @pytest.mark.parametrize("path", sorted((TOP / "deploy").rglob("*.toml")), ids=lambda path: str(path.relative_to(TOP)))
 def test_deployed_files_are_valid(path: Path) -> None:
-    """deploy/ has nothing that a service would refuse."""
+    """The services accept every file in deploy/."""
     text = path.read_text(encoding="utf-8")
     if path.name == "models.toml":
         assert load_catalogue(path).models
@@ -64,8 +64,8 @@ def test_deployed_files_are_valid(path: Path) -> None:
         assert load_settings(NeuronConfig, path, env_prefix="NEURON_", environ={}).harnesses
 
 
-def test_example_catalogue_is_the_seed_fleets() -> None:
-    """Three models: a 27B on two GPUs of beast, an 8B on any of 16 GB, a 0.6B anywhere."""
+def test_example_catalogue_fits_the_example_fleet() -> None:
+    """Three models: a 27B on two GPUs of beast, an 8B on any GPU of 16 GB, a 0.6B anywhere."""
     catalogue = load_catalogue(TOP / "models.example.toml")
     assert [profile.id for profile in catalogue.models] == ["Qwen/Qwen3.6-27B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"]
     large, middle, small = catalogue.models
@@ -80,12 +80,12 @@ def test_example_catalogue_is_the_seed_fleets() -> None:
 
 
 def test_example_catalogue_explains_every_field() -> None:
-    """Each key of a model is shown, with a comment that says what leaving it out means."""
+    """Each key of a model is shown, with a comment that has its default."""
     from cortex.config.catalogue import ModelProfile
 
     text = (TOP / "models.example.toml").read_text(encoding="utf-8")
     for key in set(ModelProfile.model_fields) - {"id", "limit"}:
         comment = re.search(rf"((?:^# .*\n)+)(?:# )?{key} = ", text, re.MULTILINE)
         assert comment is not None, key
-        assert "Left out:" in comment[1] or "Left out:" in text.partition(comment[0])[2][:300], key
-    assert "Left out:" in text.partition("[models.limit]")[0].rpartition("\n\n")[2]
+        assert "Default:" in comment[1] or "Default:" in text.partition(comment[0])[2][:300], key
+    assert "Default:" in text.partition("[models.limit]")[0].rpartition("\n\n")[2]

@@ -1,4 +1,4 @@
-"""docs/protocol.md and docs/api.md name every field that travels, and mark those of the seed."""
+"""docs/protocol.md and docs/api.md name every field that travels, and mark those of protocol v1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from shared.protocol import (
 )
 from tests.contract.documents import TOP
 
-# Section -> (what travels there, which of its fields every seed neuron has).
+# Section -> (what travels there, which of its fields are protocol v1).
 SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "GET /discovery": (
         (Discovery, Device, Link),
@@ -66,12 +66,12 @@ def section(title: str) -> str:
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_field_is_documented(title: str) -> None:
-    """Each field stands in the section of its request: bold when it is the seed's, in code marks when it is more."""
-    models, seed = SECTIONS[title]
+    """Each field stands in the section of its request: bold when it is part of protocol v1, in code marks otherwise."""
+    models, v1 = SECTIONS[title]
     bold = set(re.findall(r"\*\*(\w+)\*\*", section(title)))
     code = set(re.findall(r"`(\w+)`", section(title)))
     fields = {field for model in models for field in model.model_fields}
-    assert bold == set(seed.split())
+    assert bold == set(v1.split())
     assert fields - bold <= code
 
 

@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from neuron.config import HarnessSettings
+from neuron.harness.vllm import sleep_routes as sleeping
 from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, digest_of
-from neuron.lifecycle import sleep as sleeping
 from tests.e2e_vllm.conftest import RealVllm
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, RunningEngine, running_engine
 from tests.processes import of_session
@@ -106,7 +106,7 @@ async def test_nobody_else_finds_the_development_routes(engine: RunningEngine, h
 
 async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
     """A request that runs is finished, one that comes during the sleep is refused, one after it is served."""
-    assert await sleeping.obeys_only_us(http, engine.url, CONTROL_KEY)
+    assert await sleeping.is_guarded(http, engine.url, CONTROL_KEY)
     assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
     long = {**CHAT, "max_tokens": 32, "ignore_eos": True, "stream": True}
     async with http.post(f"{engine.url}/v1/chat/completions", json=long) as running:

@@ -10,7 +10,7 @@ import pytest
 
 from neuron.config import HarnessSettings
 from neuron.gpu.topology import TopologySource
-from neuron.lifecycle import sleep as sleeping
+from neuron.harness.vllm import sleep_routes as sleeping
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, running_engine
 from tests.e2e_vllm.gpu import gpu_model, gpu_vllm, gpus, used_mb
 
@@ -36,7 +36,7 @@ async def test_memory_goes_and_comes_back(
     before = await used_mb(gpus, device.index)
     with running_engine(tmp_path, gpu_model, settings, devices=(device,)) as engine:
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {API_KEY}"}) as http:
-            assert await sleeping.obeys_only_us(http, engine.url, CONTROL_KEY)
+            assert await sleeping.is_guarded(http, engine.url, CONTROL_KEY)
             loaded = await used_mb(gpus, device.index) - before
             assert loaded > SHARE * device.vram_total_mb * 0.5
             await sleeping.sleep(http, engine.url, CONTROL_KEY)

@@ -45,7 +45,7 @@ def measured(topology: Topology, used: Mapping[int, int] | None = None, *, reser
 
 
 def spec(tensor_parallel: int = 1, model_id: str = "org/m", harness: str = "sim", **fields: Any) -> EngineSpec:
-    return EngineSpec(model_id, harness, model_id, tensor_parallel=tensor_parallel, **fields)  # type: ignore[arg-type]
+    return EngineSpec(model_id, harness, model_id, tensor_parallel=tensor_parallel, **fields)
 
 
 MESH = host(*["H100"] * 8, links=linked([range(8)], LinkKind.NVLINK, 18))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shared import tasks
-from shared.tasks import TaskSet, cancel_all, running
+from shared.tasks import TaskSet, cancel_all, first_of, running
 
 
 async def test_a_failing_loop_is_logged_and_started_again(
@@ -91,3 +91,25 @@ async def test_cancel_all_waits_for_the_end() -> None:
     await asyncio.sleep(0)
     await cancel_all(started)
     assert ended == ["slow"]
+
+
+async def test_first_of_names_the_winner_and_ends_the_others() -> None:
+    """On a tie the one listed first wins; a timeout is None; the winner's exception is raised."""
+    ended = asyncio.Event()
+
+    async def never() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def fails() -> None:
+        raise ValueError("lost")
+
+    assert await first_of({"slow": never(), "quick": asyncio.sleep(0)}) == "quick"
+    assert ended.is_set()
+    assert await first_of({"a": asyncio.sleep(0), "b": asyncio.sleep(0)}) == "a"
+    assert await first_of({"slow": never()}, timeout_secs=0.01) is None
+    with pytest.raises(ValueError, match="lost"):
+        await first_of({"slow": never(), "failing": fails()})
+    assert await first_of({"quick": asyncio.sleep(0), "failing": fails()}) == "quick"

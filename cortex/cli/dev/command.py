@@ -28,6 +28,7 @@ from cortex.cli.dev.orphans import adopt_orphans, kill_adopted
 from cortex.config.catalogue import Catalogue, load_catalogue
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
+from shared.tasks import first_of
 
 CORTEX = "cortex"  # a neuron may have this name too: then both end at once
 DEFAULT_PORT = 31313
@@ -117,13 +118,9 @@ class DevFleet:
 
     async def first_exit(self) -> str:
         """Waits for a child to end; which one."""
-        waits = {asyncio.create_task(process.wait()): name for name, process in self._processes}
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        return waits[done.pop()]
+        name = await first_of({name: process.wait() for name, process in self._processes})
+        assert name is not None
+        return name
 
     def signal_all(self, number: signal.Signals) -> None:
         for _, process in self._processes:

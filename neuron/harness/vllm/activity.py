@@ -1,4 +1,4 @@
-"""Whether an engine that says it is well does any work, from its own counters. Pure."""
+"""Whether a vLLM that answers its health check makes progress, from its metrics. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from neuron.harness.activity import ActivityProbe, HangDetector, RequestCounts
+
 LONGEST_GAP_SECS = 30.0
-"""As much of the time between two samples counts at most: whoever looks may itself have been stopped meanwhile."""
+"""Cap on the time that counts between two samples: neuron itself may have been stopped in between."""
 
 _SAMPLE = re.compile(r"^(?P<name>vllm:\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)", re.MULTILINE)
 _NO_WORK = re.compile(r'finished_reason="(?:abort|error)"')
@@ -26,24 +28,21 @@ _FIELDS = {
 
 
 @dataclass(frozen=True)
-class EngineSample:
-    """What a metrics page of vLLM says at one moment, all label sets together; 0 for what it does not say."""
+class EngineSample(RequestCounts):
+    """vLLM's metrics page at one moment, all label sets together; 0 for what it lacks. `running` counts sequences."""
 
-    running: int  # requests (sequences) in the present batch
-    waiting: int
     generated_tokens: float = 0
     prompt_tokens: float = 0
-    iterations: float = 0  # steps of the engine that were counted
+    iterations: float = 0  # counted steps of the engine
     iteration_tokens: float = 0
-    first_tokens: float = 0  # requests that have got their first token
-    completed: float = 0  # requests that came to an end of their own
-    ended: float = 0  # requests that ended in whatever way
+    first_tokens: float = 0  # requests that got their first token
+    completed: float = 0  # requests that finished by themselves
     preemptions: float = 0
     kv_cache_usage: float = 0  # share, 0 to 1
 
     @property
     def counters(self) -> tuple[float, ...]:
-        """What never falls while the engine lives, and rises only by work."""
+        """Values that never fall while the engine lives and rise only through progress."""
         return (
             self.generated_tokens,
             self.prompt_tokens,
@@ -56,7 +55,7 @@ class EngineSample:
 
 
 def sample_of(exposition: str) -> EngineSample | None:
-    """The sample in a metrics page, None when it does not say how many requests run or wait."""
+    """The sample in a metrics page; None when it does not say how many requests run or wait."""
     totals: defaultdict[str, float] = defaultdict(float)
     for found in _SAMPLE.finditer(exposition):
         name, value = found["name"], float(found["value"])
@@ -74,19 +73,29 @@ def sample_of(exposition: str) -> EngineSample | None:
     return EngineSample(running, waiting, **totals)
 
 
+class VllmActivity(ActivityProbe[EngineSample]):
+    """Reads vLLM's Prometheus metrics."""
+
+    def sample_of(self, page: str) -> EngineSample | None:
+        return sample_of(page)
+
+    def hang_detector(self, grace_secs: float, prefill_grace_secs: float) -> HangDetector[EngineSample]:
+        return HangWatch(grace_secs, prefill_grace_secs)
+
+
 class HangWatch:
-    """Tells from samples of one engine whether it is hung: it has requests running, and no counter moves.
+    """Detects from samples of one engine that it hangs: it has running requests, and no counter moves.
 
-    What counts is the time without work while requests run. It begins anew when any counter rises or the KV cache
-    fills (work was done), and when a counter falls (another engine answers). Time without requests does not count.
-    Requests that come or leave are no work: the clients of a hung engine time out and try again.
+    It measures the time without progress while requests run. The clock restarts when a counter rises or the KV cache
+    fills (progress), and when a counter falls (another engine answers). Time without requests does not count. Arriving
+    and leaving requests are no progress: the clients of a hung engine time out and retry.
 
-    Two patiences. While every running request may still be waiting for its first token (a prefill, in which nothing
-    need move), it is `prefill_grace_secs`; as soon as one is known to be generating, `grace_secs`. How many wait for
-    their first token follows from who came and who got one; at an idle engine it is nobody.
+    There are two limits. While all running requests may still wait for their first token (a prefill, in which no
+    counter need move), it is `prefill_grace_secs`; once one is known to generate, `grace_secs`. How many wait for their
+    first token follows from the requests that arrived and the first tokens that were counted.
 
-    What it cannot see: vLLM updates its gauges with the results of a step. An engine that hangs in its very first step
-    after it was idle says that nothing runs.
+    Blind spot: vLLM updates its gauges with the results of a step, so an engine that hangs in its first step after
+    being idle reports no running requests.
     """
 
     def __init__(self, grace_secs: float, prefill_grace_secs: float) -> None:
@@ -94,14 +103,11 @@ class HangWatch:
         self._prefill_grace_secs = prefill_grace_secs
         self._last: EngineSample | None = None
         self._last_at = 0.0
-        self._idle_secs = 0.0  # time without work while requests ran
-        self._unstarted = 0.0  # at most so many of the running requests have no token yet
+        self._idle_secs = 0.0  # time without progress while requests ran
+        self._unstarted = 0.0  # upper bound of the running requests that have no token yet
 
     def observe(self, sample: EngineSample | None, now: float) -> str | None:
-        """Takes a sample made at `now` (seconds of a monotonic clock); None: there was no answer, which proves nothing.
-
-        Returns why the engine is hung, None when it is not known to be.
-        """
+        """See `HangDetector.observe`. A missing answer proves nothing."""
         if sample is None:
             return None
         last, passed = self._last, min(now - self._last_at, LONGEST_GAP_SECS)
@@ -113,7 +119,7 @@ class HangWatch:
             self._idle_secs = 0.0
         elif last.running and sample.running:
             self._idle_secs += passed
-        # Who was aborted may be counted as ended or not: in doubt it was one that had its tokens.
+        # An aborted request may or may not be counted as ended: assume that it had its first token.
         came = max(sample.running - last.running + sample.ended - last.ended, 0.0)
         unstarted = self._unstarted + came - (sample.first_tokens - last.first_tokens)
         self._unstarted = min(max(unstarted, 0.0), sample.running)

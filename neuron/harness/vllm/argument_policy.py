@@ -1,8 +1,7 @@
-"""Arguments that would override what neuron decides itself."""
+"""vLLM's flags that neuron sets itself, and how to find a flag among arguments."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 OWNED_FLAGS = (
@@ -18,20 +17,16 @@ OWNED_FLAGS = (
     "--tensor-parallel-size",
     "--device-ids",
 )
-_OWNED_FAMILY = "--ssl-"  # with TLS the engine's own health check over http would never pass
-_SHELL = re.compile(r"[`;|&<>]|\$[({\w]")
-_CONTROL = frozenset(map(chr, (*range(32), 127)))
+_OWNED_FAMILY = "--ssl-"  # with TLS neuron's health check over http would always fail
 
 
-def refusal(args: Sequence[str]) -> str | None:
-    """Why one of `args` cannot be passed to an engine; None when all can.
+def refused_argument(args: Sequence[str]) -> str | None:
+    """Why one of `args` cannot be passed to vLLM; None when all can.
 
-    vLLM's parser takes underscores for dashes, `--flag=value`, `--flag.key` and every unambiguous abbreviation: what
-    could be read as an owned flag in any of these ways is refused.
+    vLLM's parser accepts underscores for dashes, `--flag=value`, `--flag.key` and every unambiguous abbreviation:
+    anything that could be read as an owned flag in one of these ways is refused.
     """
     for arg in args:
-        if not _CONTROL.isdisjoint(arg):
-            return f"{arg!r} has control characters"
         if arg == "--":
             return "'--' would turn flags into operands"
         flag = owned_flag(arg)
@@ -40,25 +35,8 @@ def refusal(args: Sequence[str]) -> str | None:
     return None
 
 
-def shell_word(args: Sequence[str]) -> str | None:
-    """Why one of `args` is refused from outside: it could be read as a shell word, or is a path that climbs out.
-
-    No shell ever sees an argument; what runs an engine may be a script that hands it to one. JSON values are exempt:
-    vLLM needs them, and they hold such characters by nature.
-    """
-    for arg in args:
-        value = arg.partition("=")[2] if arg.startswith("-") else arg
-        if value.startswith(("{", "[")):
-            continue
-        if ".." in value.split("/"):
-            return f"{arg!r}: '..' is not allowed in it"
-        if _SHELL.search(value):
-            return f"{arg!r} could be read as a shell word"
-    return None
-
-
 def owned_flag(arg: str) -> str | None:
-    """The owned flag that `arg` could be read as, None when it is another flag or a value."""
+    """The owned flag that `arg` could be read as; None when it is another flag or a value."""
     name = arg.partition("=")[0].partition(".")[0].replace("_", "-")
     if name in ("-t", "-tp"):  # -t is an abbreviation of -tp
         return "--tensor-parallel-size"
@@ -70,7 +48,7 @@ def owned_flag(arg: str) -> str | None:
 
 
 def value_of(args: Sequence[str], *flags: str) -> str | None:
-    """The value that the last of the flags (written with dashes) among `args` has; None without one."""
+    """The value of the last of `flags` (written with dashes) in `args`; None when there is none."""
     found = None
     for place, arg in enumerate(args):
         name, given, value = arg.partition("=")
@@ -80,5 +58,5 @@ def value_of(args: Sequence[str], *flags: str) -> str | None:
 
 
 def gives(args: Sequence[str], *flags: str) -> bool:
-    """True when one of the flags (written with dashes) is among `args`."""
+    """True when one of `flags` (written with dashes) is in `args`."""
     return any(arg.partition("=")[0].replace("_", "-") in flags for arg in args)

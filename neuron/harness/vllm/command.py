@@ -4,78 +4,79 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from neuron.config import HarnessName
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, Harness, HostFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
-from neuron.harness.vllm import errors as vllm_log
-from neuron.harness.vllm import failure_cause as vllm_cause
-from neuron.harness.vllm import phases as vllm_phases
-from neuron.harness.vllm.argument_policy import gives, value_of
-from neuron.harness.vllm.sleep_mode import guarded_environment, sleep_arguments, vllm_can_sleep
+from neuron.harness.vllm.activity import VllmActivity
+from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
+from neuron.harness.vllm.errors import cause_of, root_cause
+from neuron.harness.vllm.estimate.estimator import VllmEstimator
+from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
+from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.memory.requirement import Need
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
+from shared.gpu_memory import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = ("vllm",)
-DEFAULT_UTILIZATION = 0.92
-"""The part of each device that vLLM takes when nothing tells it otherwise (`vllm serve --help`, 0.32)."""
-_UTILIZATION = ("--gpu-memory-utilization", "--device-memory-utilization")
-_SIZES_MEMORY = (*_UTILIZATION, "--kv-cache-memory-bytes")
 _DIGITS = 10_000  # the fraction on the command line has four
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+# Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
+# that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
+_NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
 
 
-class VllmHarness:
+class VllmHarness(Harness):
     """Real vLLM, from an executable that may live in another virtual environment."""
 
-    name: HarnessName = "vllm"
-    health_path = "/health"
     runs_on_gpu = True
-    sleeps_in_ram = True
+    activity = VllmActivity()
+    sleep = VllmSleep()
+    estimator = VllmEstimator()
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
         """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
         with contextlib.suppress(ValueError):
-            fraction = float(value_of(args, *_UTILIZATION) or "")
+            fraction = float(value_of(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
                 return Need(fraction=fraction)
         if share_mb is None:
-            return Need(fraction=DEFAULT_UTILIZATION)
-        return Need(share_mb, one_fraction=not gives(args, *_SIZES_MEMORY))
+            return Need(fraction=DEFAULT_ENGINE_SHARE)
+        return Need(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
 
     def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
-        binding: dict[str, str] = {}
-        if plan.devices:  # simulated ones too: a vLLM for the CPU passes over it
+        fixed: dict[str, str] = {}
+        if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
             own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
-        if plan.control_key is not None and vllm_can_sleep(plan, facts):
+        if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
-            binding = guarded_environment(plan, facts, plan.control_key)
+            fixed = guarded_environment(plan, facts, plan.control_key)
         argv += plan.arguments
-        return EngineCommand(tuple(argv), engine_environment(plan, facts.environ, own, binding))
+        return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
     def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
         return vllm_can_sleep(plan, facts)
 
+    def refused_argument(self, args: Sequence[str]) -> str | None:
+        return refused_argument(args)
+
     def first_reading(self) -> LoadReading:
-        return vllm_phases.Reading()
+        return Reading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
-        return vllm_log.root_cause(lines)
+        return root_cause(lines)
 
     def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
-        return vllm_cause.cause_of(error, path_missing=path_missing)
-
-    def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:
-        return vllm_log.weights_mb(lines, ranks)
+        return cause_of(error, path_missing=path_missing)
 
 
 def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:
@@ -91,6 +92,18 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     return argv
 
 
+def vllm_environment(
+    plan: LaunchPlan, facts: HostFacts, own: Mapping[str, str], fixed: Mapping[str, str]
+) -> dict[str, str]:
+    """The part of the environment that vLLM and its simulation share. `own` yields to the operator's `env`, `fixed`
+    does not."""
+    inherited = {name: value for name, value in facts.environ.items() if name not in _NOT_INHERITED}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
+    # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
+    # id stays readable in /proc/PID/environ of each.
+    return engine_environment(plan, inherited, defaults, {**fixed, "VLLM_API_KEY": plan.api_key, "SPT_NOENV": "1"})
+
+
 def _memory_arguments(plan: LaunchPlan) -> list[str]:
     """`--gpu-memory-utilization` for an engine with a share, unless its arguments size its memory already.
 
@@ -100,7 +113,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     more blocks of it than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if plan.share_mb is None or not totals or gives(plan.arguments, *_SIZES_MEMORY):
+    if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):
         return []
     parts = math.floor(plan.share_mb * _DIGITS / min(totals))
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]

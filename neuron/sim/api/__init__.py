@@ -1,1 +1,1 @@
-"""The simulated engine's HTTP surface: one module per family of routes."""
+"""The HTTP API of a simulated engine: OpenAI's, Anthropic's and vLLM's own routes. Called by `neuron.sim.process`."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from aiohttp import BodyPartReader, web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.bodies import served_model
 from neuron.sim.api.errors import malformed
+from neuron.sim.engine.engine import ENGINE
 
 _BYTES_PER_SEC = 32_000  # of 16 bit mono at 16 kHz, which a real model would get to hear
 

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from neuron.sim.api.errors import bad_request, malformed, unknown_model
 from neuron.sim.engine import tokens
+from neuron.sim.engine.arguments import EngineSettings
 from neuron.sim.engine.engine import Prompt
-from neuron.sim.process.arguments import EngineSettings
 
 Body = Mapping[str, Any]
 

@@ -8,7 +8,6 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.bodies import (
     Body,
     answers_wanted,
@@ -22,7 +21,7 @@ from neuron.sim.api.bodies import (
     wants_usage,
 )
 from neuron.sim.api.sse import EventStream
-from neuron.sim.engine.engine import Engine, Order, Usage
+from neuron.sim.engine.engine import ENGINE, Engine, Order, Usage
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:

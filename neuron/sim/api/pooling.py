@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.bodies import (
     Body,
     check_length,
@@ -22,7 +21,7 @@ from neuron.sim.api.bodies import (
     text_list,
 )
 from neuron.sim.api.errors import bad_request, malformed
-from neuron.sim.engine.engine import Engine, Prompt
+from neuron.sim.engine.engine import ENGINE, Engine, Prompt
 from neuron.sim.engine.vectors import embed, normalised, similarity
 
 _LABELS = ("LABEL_0", "LABEL_1")

@@ -9,7 +9,6 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.bodies import (
     Body,
     check_length,
@@ -21,7 +20,7 @@ from neuron.sim.api.bodies import (
     wants_stream,
 )
 from neuron.sim.api.sse import EventStream
-from neuron.sim.engine.engine import Order, Prompt
+from neuron.sim.engine.engine import ENGINE, Order, Prompt
 from neuron.sim.engine.metrics import FinishReason
 
 _STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}

@@ -10,10 +10,9 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from neuron.sim.api import audio, chat, completions, errors, messages, pooling, responses, tokenization
-from neuron.sim.api.app_keys import ENGINE
+from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
-from neuron.sim.engine.engine import Engine
-from neuron.sim.process.sleep import Sleeper, add_sleep_routes, guard
+from neuron.sim.engine.engine import ENGINE, CoreDied, Engine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -97,6 +96,8 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except errors.ApiError as error:
         return errors.response(error, anthropic=anthropic)
+    except CoreDied as error:
+        return errors.response(errors.ApiError(500, str(error), "InternalServerError"), anthropic=anthropic)
     except web.HTTPException as error:
         if error.status < 400:
             raise

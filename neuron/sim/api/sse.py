@@ -6,8 +6,8 @@ import json
 
 from aiohttp import web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.errors import error_body
+from neuron.sim.engine.engine import ENGINE
 
 
 class EventStream:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from neuron.sim.api.app_keys import ENGINE
 from neuron.sim.api.bodies import conversation, read_json, required, served_model, text_list
 from neuron.sim.api.errors import malformed
 from neuron.sim.engine import tokens
+from neuron.sim.engine.engine import ENGINE
 
 
 async def tokenize(request: web.Request) -> web.Response:

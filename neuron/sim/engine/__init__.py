@@ -1,1 +1,2 @@
-"""What the simulated engine does with a request: admission, tokens, timing, faults, metrics."""
+"""The simulated model server without HTTP: settings, admission, tokens, timing, faults, metrics, device memory and
+console output. Called by `neuron.sim.api` and `neuron.sim.process`."""

@@ -7,12 +7,13 @@ import itertools
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 
-from neuron.sim.api.errors import ApiError
+from aiohttp import web
+
 from neuron.sim.engine import tokens
+from neuron.sim.engine.arguments import EngineSettings
 from neuron.sim.engine.faults import Fault, die
 from neuron.sim.engine.metrics import EngineMetrics, FinishReason
 from neuron.sim.engine.slots import Slots
-from neuron.sim.process.arguments import EngineSettings
 
 _KV_CACHE_REQUESTS = 8  # the KV cache holds this many requests of the full context length
 _QUOTED_CHARACTERS = 200
@@ -90,6 +91,10 @@ def answer_pieces(model: str, prompt: Prompt, choice: int) -> Iterator[str]:
     return itertools.chain(tokens.pieces(opening), itertools.cycle(tokens.pieces(_FILLER)))
 
 
+class CoreDied(Exception):
+    """The engine core is dead, and the answer lost with it. The message is vLLM's."""
+
+
 @dataclass
 class Engine:
     """State of one simulated engine."""
@@ -99,7 +104,7 @@ class Engine:
     requests_seen: int = 0  # counted where they come in, whatever becomes of them
     requests_open: int = 0
     core_dead: bool = False
-    sleep_level: int = 0  # 0: awake; changed by neuron.sim.process.sleep only
+    sleep_level: int = 0  # 0: awake; changed by neuron.sim.api.sleep only
     _unhealthy: bool = False
     _hung: bool = False
     _cached_tokens: int = 0
@@ -253,9 +258,8 @@ class Engine:
         return self.settings.ttft_secs + slow
 
     def _check_core(self) -> None:
-        """Raises ApiError when the core is dead: what was made of an answer is lost with it."""
         if self.core_dead:
-            raise ApiError(500, self.end_words, "InternalServerError")
+            raise CoreDied(self.end_words)
 
     def _wake(self) -> None:
         for pause in self._pauses:
@@ -289,6 +293,10 @@ class Engine:
             self._pauses.discard(pause)
             if timer is not None:
                 timer.cancel()
+
+
+ENGINE = web.AppKey("engine", Engine)
+"""Where the handlers find the engine."""
 
 
 def _end(pause: asyncio.Future[None]) -> None:

@@ -24,7 +24,7 @@ class Fault(str, Enum):
     BAD_HEALTH = "bad-health"
     LOSE_EARLY_SIGTERM = "lose-early-sigterm"
     SLOW_PREFILL = "slow-prefill"
-    LITTER = "litter"
+    LEAVE_FILES = "leave-files"
 
 
 # What `--fault-after` stands at when it is not given.

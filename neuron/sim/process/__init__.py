@@ -1,1 +1,1 @@
-"""The simulated engine as a process: command line, output, load, memory, sleep and shutdown."""
+"""A simulated engine's processes: server, core, load and shutdown. Called by `neuron.sim.__main__`."""

@@ -14,10 +14,12 @@ from aiohttp import web
 
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE
 from neuron.sim.api.server import build_app
+from neuron.sim.api.sleep import Sleeper, in_dev_mode
+from neuron.sim.engine import console
+from neuron.sim.engine.arguments import EngineSettings
 from neuron.sim.engine.engine import Engine
 from neuron.sim.engine.faults import Fault, spawn_stubborn_child
-from neuron.sim.process import console
-from neuron.sim.process.arguments import EngineSettings
+from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 from neuron.sim.process.core import CoreState, EngineCore
 from neuron.sim.process.loading import (
     load,
@@ -26,8 +28,6 @@ from neuron.sim.process.loading import (
     report_out_of_memory,
     report_unsupported_model,
 )
-from neuron.sim.process.memory import DeviceMemory, OutOfMemory
-from neuron.sim.process.sleep import Sleeper, in_dev_mode
 
 # Aborted requests need a moment to write their last event; whoever does not read is not waited for.
 _SHUTDOWN_TIMEOUT_SECS = 0.5

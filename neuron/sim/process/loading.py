@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from neuron.sim.engine import console
+from neuron.sim.engine.arguments import EngineSettings
 from neuron.sim.engine.faults import Fault
-from neuron.sim.process import console
-from neuron.sim.process.arguments import EngineSettings
-from neuron.sim.process.memory import DeviceMemory, OutOfMemory
+from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 
 _SHARDS = 4
 _FILE_GB = 4.98

@@ -21,7 +21,7 @@ from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.engine import records
 from neuron.engine.session import Leader, live_members, stat_of
-from neuron.sim.process.litter import SHARED_MEMORY
+from neuron.sim.process.leftovers import SHARED_MEMORY
 from neuron.spec import EngineSpec
 from shared.settings import load_settings
 from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
@@ -297,11 +297,11 @@ async def test_state_directory_by_another_path(config: Path, mark: str, tmp_path
         assert not set(orphans) & set(marked_processes(mark))
 
 
-async def test_litter_of_an_engine_that_died_with_its_neuron(config: Path, mark: str) -> None:
+async def test_files_of_an_engine_that_died_with_its_neuron(config: Path, mark: str) -> None:
     """Nobody saw its end: the next neuron knows from the record what it had in /dev/shm."""
     before = set(SHARED_MEMORY.iterdir())
     async with neuron_process(config) as first:
-        await first.load(MODEL, "--fault", "litter")
+        await first.load(MODEL, "--fault", "leave-files")
         made = set(SHARED_MEMORY.iterdir()) - before
         await killed(first)
     assert made

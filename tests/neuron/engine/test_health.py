@@ -16,6 +16,7 @@ from aiohttp import web
 
 from neuron.config import HealthSettings
 from neuron.engine.health import Vitals
+from neuron.harness.vllm.activity import EngineSample, VllmActivity
 from tests.neuron.sim_process import FAST, SimProcess, core_of, free_port, ready_engine, until
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000}
@@ -25,7 +26,8 @@ QUICK = {"interval_secs": 0.1, "unresponsive_secs": 1, "hang_grace_secs": 0.6, "
 @contextlib.asynccontextmanager
 async def watched(url: str, **settings: float) -> AsyncIterator[Vitals]:
     async with aiohttp.ClientSession() as session:
-        yield Vitals(session, url, health_path="/health", settings=HealthSettings(**{**QUICK, **settings}))
+        limits = HealthSettings(**{**QUICK, **settings})
+        yield Vitals(session, url, health_path="/health", probe=VllmActivity(), settings=limits)
 
 
 async def verdict(engine: SimProcess, *, within_secs: float, **settings: float) -> str:
@@ -110,7 +112,7 @@ async def test_a_long_prefill_is_waited_for() -> None:
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(vitals.until_bad(), 2)
         sample = await vitals.take_sample()
-        assert sample is not None
+        assert isinstance(sample, EngineSample)
         assert sample.completed == 1
 
 

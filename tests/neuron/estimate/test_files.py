@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from neuron.estimate import estimate_of
+from neuron.estimate.estimator import estimate_of
 from neuron.estimate.files.errors import ModelFilesInvalid
 from neuron.estimate.files.parameters import Part, parameter_count
 from neuron.estimate.locate import hub_cache, model_at
-from neuron.estimate.sum import Model
-from neuron.estimate.weights import weights_of
+from neuron.estimate.weights import Model, weights_of
 from neuron.gpu.topology import Topology
+from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.lifecycle.model_roots import is_below
 from neuron.spec import EngineSpec
 from shared.errors import NotFound, ServiceError
@@ -265,7 +265,7 @@ class TestBroken:
     async def test_configuration(self, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
         directory = write_model(tmp_path, {**SMALL, **changes})
         with pytest.raises(ModelFilesInvalid) as caught:
-            await estimate_of(EngineSpec("m", "vllm", str(directory)), Topology(), {})
+            await estimate_of(VllmEstimator(), EngineSpec("m", "vllm", str(directory)), Topology(), {})
         assert reason in caught.value.message
         assert str(directory) in caught.value.message
         assert len(caught.value.message) < 400

@@ -200,8 +200,11 @@ def test_command_says_what_is_wrong(llama: Path, two_cards: str, tmp_path: Path)
     for arguments, said in (
         (("nobody/has-this",), "neuron: the files of 'nobody/has-this' are not on this host"),
         ((str(broken),), f"neuron: {broken / 'config.json'} has no num_hidden_layers"),
-        ((str(llama), "--max-model-len", "long"), "neuron: max_model_len: 'long' is no number"),
-        ((str(llama), "--tensor-parallel", "0"), "neuron: tensor_parallel: '0' is no number from 1 to 64"),
+        (
+            (str(llama), "--max-model-len", "long"),
+            "neuron: max_model_len: must be a number such as 32768, 32k or 32K, got 'long'",
+        ),
+        ((str(llama), "--tensor-parallel", "0"), "neuron: tensor_parallel: must be a number from 1 to 64, got '0'"),
     ):
         result = run(*arguments, "--config", two_cards, HF_HOME=str(tmp_path))
         assert (result.returncode, result.stdout) == (1, "")

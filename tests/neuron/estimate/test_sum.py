@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from neuron.estimate import estimate_of, wish_of
-from neuron.estimate.overhead import batching_of
+from neuron.estimate.estimator import estimate_of
+from neuron.estimate.options import EngineOptions, human_number, length_of
 from neuron.estimate.result import Estimate
-from neuron.estimate.sum import Model, estimate
-from neuron.estimate.wish import Wish, human_number, length_of
+from neuron.estimate.weights import Model
 from neuron.gpu.topology import Topology
+from neuron.harness.vllm.estimate.estimator import VllmEstimator, estimate
+from neuron.harness.vllm.estimate.overhead import batching_of
+from neuron.harness.vllm.memory_flags import options_of
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import Device
@@ -23,14 +25,14 @@ RTX_4090 = Device(index=0, name="RTX 4090", vram_total_mb=24_564)
 H100 = Device(index=0, name="NVIDIA H100 80GB HBM3", vram_total_mb=81_559)
 
 
-def wish(*args: str, quant: str | None = None) -> Wish:
-    return wish_of(EngineSpec("m", "vllm", "m", quant=quant, args=args))
+def options(*args: str, quant: str | None = None) -> EngineOptions:
+    return options_of(EngineSpec("m", "vllm", "m", quant=quant, args=args))
 
 
 def of(model: Published, *args: str, devices: int = 1, card: Device = RTX_4090, quant: str | None = None) -> Estimate:
     spec = EngineSpec("m", "vllm", "m", quant=quant, args=args, tensor_parallel=devices)
     cards = [card.model_copy(update={"index": index}) for index in range(4)]
-    return estimate(Model(model.name, model.architecture, None), wish_of(spec), cards)
+    return estimate(Model(model.name, model.architecture, None), options_of(spec), cards)
 
 
 def line(made: Estimate, what: str) -> int | None:
@@ -45,7 +47,7 @@ def line(made: Estimate, what: str) -> int | None:
 def test_lengths_are_written_as_vllm_takes_them(text: str, tokens: int) -> None:
     """Small letters are thousands, large ones 1024s; fractions of thousands only."""
     assert length_of(text, "max_model_len") == tokens
-    assert wish("--max-model-len", text).max_model_len == wish(f"--max_model_len={text}").max_model_len == tokens
+    assert options("--max-model-len", text).max_model_len == options(f"--max_model_len={text}").max_model_len == tokens
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "1.5K", "banana", "1e9", "32kk", "٣٢", "9" * 40, "1G 2", "nan"])
@@ -55,19 +57,19 @@ def test_lengths_that_are_none(text: str) -> None:
         human_number(text, "max_model_len", "max_model_len")
     assert caught.value.param == "max_model_len"
     with pytest.raises(InvalidRequest) as of_argument:
-        wish(f"--max-model-len={text}")
+        options(f"--max-model-len={text}")
     assert of_argument.value.param == "args"
     assert of_argument.value.message.startswith("--max-model-len: ")
 
 
 def test_automatic_length_is_the_models_own() -> None:
-    assert wish("--max-model-len", "auto").max_model_len is wish("--max-model-len=-1").max_model_len is None
+    assert options("--max-model-len", "auto").max_model_len is options("--max-model-len=-1").max_model_len is None
     assert of(LLAMA_8B, "--max-model-len", "auto").max_model_len == 131_072
 
 
 def test_every_flag_in_every_spelling() -> None:
     """Two words or one, underscores for dashes, the short form; of two the last one counts."""
-    asked = wish(
+    asked = options(
         *("--max-num-seqs", "8", "--max_num_batched_tokens=4k", "--kv-cache-dtype", "fp8", "--dtype=half"),
         *("--kv-cache-memory-bytes", "2G", "-q", "fp8", "--cpu-offload-gb=1.5", "--enforce-eager"),
         *("--gpu-memory-utilization", "0.5", "--device-memory-utilization=.8", "--runner", "pooling"),
@@ -81,7 +83,7 @@ def test_every_flag_in_every_spelling() -> None:
             "--max-model-len=1k",
         ),
     )
-    assert asked == Wish(
+    assert asked == EngineOptions(
         max_model_len=1000,
         max_num_seqs=16,
         max_num_batched_tokens=4000,
@@ -89,16 +91,16 @@ def test_every_flag_in_every_spelling() -> None:
         kv_cache_bytes=2 << 30,
         dtype="half",
         quantization="fp8",
-        gpu_memory_utilization=0.8,
+        memory_fraction=0.8,
         cpu_offload_gib=1.5,
-        enforce_eager=True,
+        eager=True,
         pooling=True,
         revision="v2",
         download_dir="/data",
         tensor_parallel=1,
     )
-    assert wish("--enforce-eager", "--no-enforce-eager").enforce_eager is False
-    assert wish(quant="awq").quantization == "awq"
+    assert options("--enforce-eager", "--no-enforce-eager").eager is False
+    assert options(quant="awq").quantization == "awq"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_every_flag_in_every_spelling() -> None:
 def test_arguments_that_are_no_numbers(args: tuple[str, ...]) -> None:
     """As vLLM would refuse them, only at once."""
     with pytest.raises(InvalidRequest) as caught:
-        wish(*args)
+        options(*args)
     assert caught.value.param == "args"
     assert caught.value.message.startswith(args[0].partition("=")[0])
 
@@ -137,7 +139,7 @@ def test_batches_are_those_of_vllm(
     mb: int, name: str, length: int, args: tuple[str, ...], expected: tuple[int, int]
 ) -> None:
     """Its defaults for an API server, by the device's memory."""
-    batching = batching_of(wish(*args), max_model_len=length, device_mb=mb, device_name=name)
+    batching = batching_of(options(*args), max_model_len=length, device_mb=mb, device_name=name)
     assert (batching.sequences, batching.tokens) == expected
 
 
@@ -171,7 +173,7 @@ def test_one_whole_sequence_has_room_unless_more_are_asked_for() -> None:
     """`--max-num-seqs` of an engine is a limit: nobody means that as many are at full length."""
     assert of(LLAMA_8B, "--max-num-seqs", "256").sequences == 1
     cards = [RTX_4090]
-    made = estimate(Model("m", LLAMA_8B.architecture, None), Wish(max_model_len=8192, full_sequences=4), cards)
+    made = estimate(Model("m", LLAMA_8B.architecture, None), EngineOptions(max_model_len=8192, full_sequences=4), cards)
     assert (made.sequences, line(made, "KV cache")) == (4, 4096)
 
 
@@ -211,12 +213,13 @@ def test_options_say_why_not() -> None:
 def test_a_free_number_of_devices_is_the_smallest_that_fits() -> None:
     model = Model("m", LLAMA_8B.architecture, None)
     two = [RTX_4090, RTX_4090.model_copy(update={"index": 1})]
-    made = estimate(model, Wish(), two)
+    made = estimate(model, EngineOptions(), two)
     assert (made.tensor_parallel, made.split_over) == (2, 2)
     lost = [RTX_4090, RTX_4090.model_copy(update={"index": 1, "lost": "fell off the bus"})]
-    assert (estimate(model, Wish(), lost).tensor_parallel, estimate(model, Wish(), lost).host_devices) == (None, 1)
-    assert estimate(model, Wish(), []).host_devices == 0
-    assert estimate(model, Wish(gpu_memory_utilization=0.1), two).tensor_parallel is None
+    found = estimate(model, EngineOptions(), lost)
+    assert (found.tensor_parallel, found.host_devices) == (None, 1)
+    assert estimate(model, EngineOptions(), []).host_devices == 0
+    assert estimate(model, EngineOptions(memory_fraction=0.1), two).tensor_parallel is None
 
 
 async def test_devices_that_the_spec_names_are_those_that_count(tmp_path: Path) -> None:
@@ -225,6 +228,6 @@ async def test_devices_that_the_spec_names_are_those_that_count(tmp_path: Path) 
     small = Device(index=1, vram_total_mb=12_288)
     topology = Topology(devices=(H100, small))
     spec = EngineSpec("m", "vllm", str(tmp_path), args=("--max-model-len", "1k"))
-    assert (await estimate_of(spec, topology, {})).tensor_parallel == 1
+    assert (await estimate_of(VllmEstimator(), spec, topology, {})).tensor_parallel == 1
     named = EngineSpec("m", "vllm", str(tmp_path), args=("--max-model-len", "1k"), devices=(1,))
-    assert (await estimate_of(named, topology, {})).tensor_parallel is None
+    assert (await estimate_of(VllmEstimator(), named, topology, {})).tensor_parallel is None

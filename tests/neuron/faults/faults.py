@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from shared.serve import ListenError, bind
 from tests.neuron.faults.host import DEVICE_MB, DEVICES, EngineProcess, Host, engine_processes, send
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import aiohttp
 
 from neuron.engine import session
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
 from tests.neuron.neurons import REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from tests.neuron.faults.host import DEVICE_MB, EngineProcess, Host, engine_processes
 
 AGREE_SECS = 5.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from neuron.memory.capacity import MARGIN_MB
+from shared.gpu_memory import DEVICE_MARGIN_MB
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.nvml.library import (
     GPU_IS_LOST,
@@ -94,7 +94,7 @@ async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path)
     assert (third.status, third.error["code"]) == (409, "insufficient_vram")
     assert "11000 booked by 'first', 11000 booked by 'second', 512 held by" in third.error["message"]
     assert (device["vram_booked_mb"], device["vram_foreign_mb"]) == (22_000, 512)
-    assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - MARGIN_MB
+    assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - DEVICE_MARGIN_MB
 
 
 async def test_driver_mismatch_is_served(library: dict[str, str], tmp_path: Path) -> None:

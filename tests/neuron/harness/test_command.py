@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from neuron.config import HarnessName, HarnessSettings
+from neuron.config import HarnessSettings
 from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
@@ -152,7 +152,7 @@ def test_estimated_share() -> None:
         ("sim", 8000, ("--vram-mb=3000", "--vram-mb"), Need(8000)),
     ],
 )
-def test_memory_need(harness: HarnessName, share: int | None, args: tuple[str, ...], need: Need) -> None:
+def test_memory_need(harness: str, share: int | None, args: tuple[str, ...], need: Need) -> None:
     """What an engine will take: what its arguments say, else its share, else its own default."""
     spec = replace(SPEC, tensor_parallel=2)
     assert HARNESSES[harness].memory_need(spec, share, args) == need
@@ -186,7 +186,7 @@ def test_cpu_binding(ranks: int, cpus: tuple[int, ...], bound: str | None) -> No
 
 
 @pytest.mark.parametrize("harness", ["vllm", "sim"])
-def test_environment(harness: HarnessName) -> None:
+def test_environment(harness: str) -> None:
     """The key is in the environment and not in argv; what neuron needs stands whatever the operator sets."""
     spec = replace(SPEC, harness=harness)
     made = command(spec, settings=HarnessSettings(env={"X": "1", "VLLM_API_KEY": "mine", "TMPDIR": "/tmp"}))
@@ -206,7 +206,11 @@ def test_nothing_of_neuron_is_inherited() -> None:
             ("NEURON_TOKEN", "CORTEX_API_KEY", "BEAST_TOKEN", "NOTIFY_SOCKET", "LISTEN_FDS", "VLLM_API_KEY"), "x"
         ),
     }
-    assert inheritable(environ, secrets=frozenset({"BEAST_TOKEN"})) == ENVIRON
+    inherited = inheritable(environ, secrets=frozenset({"BEAST_TOKEN"}))
+    assert inherited == {**ENVIRON, "VLLM_API_KEY": "x"}
+    made = command(SPEC, environ={**inherited, "VLLM_PORT": "1", "VLLM_SERVER_DEV_MODE": "1"})
+    assert made.env["VLLM_API_KEY"] == "key"
+    assert made.env.keys().isdisjoint({"VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
 
 
 GUARD = str(Path(neuron_guard.__file__).parent)
@@ -263,8 +267,8 @@ def test_what_guards_cannot_be_overridden() -> None:
 
 
 def test_without_a_control_key_nothing_sleeps() -> None:
-    for harness in HARNESSES.values():
-        plan, facts = planned(replace(SPEC, harness=harness.name), settings=HarnessSettings(sleep_mode="dev"))
+    for name, harness in HARNESSES.items():
+        plan, facts = planned(replace(SPEC, harness=name), settings=HarnessSettings(sleep_mode="dev"))
         assert not harness.can_sleep(plan, facts)
         assert "VLLM_SERVER_DEV_MODE" not in harness.command(plan, facts).env
 

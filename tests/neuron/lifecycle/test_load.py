@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from tests.neuron.neurons import Answer, Neuron, config_of, marked_engines, marked_processes, neuron_here, until
 
 MODEL = "org/model"

@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from neuron.errors import GuardFailed, SleepFailed, SleepUnsettled, WakeFailed
+from neuron.gpu import simulated_vram as vram
+from neuron.harness.vllm import sleep_routes as sleeping
 from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, DIGEST_VARIABLE, digest_of
-from neuron.lifecycle import sleep as sleeping
-from neuron.sim.process import vram
 from shared.errors import Conflict
 from tests.neuron.neurons import until
 from tests.neuron.sim.test_sim_life import HELLO
@@ -69,7 +69,7 @@ async def test_memory_goes_and_comes_back(http: aiohttp.ClientSession, tmp_path:
     """Asleep a tenth at most stays, on each device; awake it is all there. Both may be asked for twice."""
     env = {**SLEEPER, **memory_environment(tmp_path, 8192, 8192)}
     async with ready_engine(*FAST, "--vram-mb", "6000", "-tp", "2", "--wake-secs", "0", env=env) as engine:
-        assert await sleeping.obeys_only_us(http, engine.url, KEY)
+        assert await sleeping.is_guarded(http, engine.url, KEY)
         assert await sleeping.is_sleeping(http, engine.url, KEY) is False
         for _ in range(2):
             await sleeping.sleep(http, engine.url, KEY)
@@ -144,7 +144,7 @@ async def test_only_the_key_opens_the_routes(http: aiohttp.ClientSession) -> Non
 
 async def test_an_engine_without_sleep_mode(http: aiohttp.ClientSession) -> None:
     async with ready_engine(*FAST, env={DIGEST_VARIABLE: digest_of(KEY)}) as engine:
-        assert not await sleeping.obeys_only_us(http, engine.url, KEY)
+        assert not await sleeping.is_guarded(http, engine.url, KEY)
         assert await sleeping.is_sleeping(http, engine.url, KEY) is None
         with pytest.raises(Conflict) as caught:
             await sleeping.sleep(http, engine.url, KEY)
@@ -155,7 +155,7 @@ async def test_an_open_engine_is_found_out(http: aiohttp.ClientSession) -> None:
     """Whatever kept the guard from being loaded: an engine that answers strangers must not serve."""
     async with strange_engine({"/is_sleeping": says_asleep(False)}) as url:
         with pytest.raises(GuardFailed, match="/is_sleeping said False"):
-            await sleeping.obeys_only_us(http, url, KEY)
+            await sleeping.is_guarded(http, url, KEY)
 
 
 async def test_a_busy_engine_goes_on(http: aiohttp.ClientSession) -> None:
@@ -189,7 +189,7 @@ async def test_an_engine_that_does_not_answer(http: aiohttp.ClientSession) -> No
     with pytest.raises(WakeFailed):
         await sleeping.wake(http, url, KEY)
     assert await sleeping.is_sleeping(http, url, KEY) is None
-    assert not await sleeping.obeys_only_us(http, url, KEY)
+    assert not await sleeping.is_guarded(http, url, KEY)
 
 
 async def test_a_wake_that_is_none(http: aiohttp.ClientSession) -> None:

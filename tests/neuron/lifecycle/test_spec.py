@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from neuron.config import HarnessName
-from neuron.spec import EngineSpec, spec_of
+from neuron.harness.checks import spec_of
+from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
-HARNESSES: list[HarnessName] = ["vllm", "sim"]
+HARNESSES: list[str] = ["vllm", "sim"]
 
 
 def spec(**fields: Any) -> EngineSpec:

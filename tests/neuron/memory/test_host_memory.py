@@ -87,6 +87,7 @@ def test_weights_as_the_log_tells_them() -> None:
         "(Worker_TP1 pid=8) INFO 11-23 11:11:55 [model_runner.py:51] Model loading took 15.0 GiB memory and 3 s",
     ]
     for harness in HARNESSES.values():
-        assert harness.weights_mb(lines, 2) == 31232
-        assert harness.weights_mb(lines[:1], 1) == 15616
-        assert harness.weights_mb(["Loading weights took 3.1 seconds"], 1) is None
+        assert harness.sleep is not None
+        assert harness.sleep.weights_mb(lines, 2) == 31232
+        assert harness.sleep.weights_mb(lines[:1], 1) == 15616
+        assert harness.sleep.weights_mb(["Loading weights took 3.1 seconds"], 1) is None

@@ -10,11 +10,12 @@ import pytest
 
 from neuron.gpu.topology import Topology
 from neuron.harness.registry import HARNESSES
-from neuron.memory.capacity import MARGIN_MB, DeviceRoom, InsufficientVram, held_by, with_rooms
+from neuron.memory.capacity import DeviceRoom, InsufficientVram, held_by, with_rooms
 from neuron.memory.ledger import Ledger
 from neuron.memory.requirement import Need
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
+from shared.gpu_memory import DEVICE_MARGIN_MB
 from shared.protocol import DeviceHealth
 from tests.neuron.hosts import TOTALS, host, measured, spec
 
@@ -146,7 +147,7 @@ def test_leaving_engine_whose_processes_are_not_named() -> None:
 def test_real_devices_keep_a_margin_and_the_drivers_reserve() -> None:
     """What NVML counts as neither used nor free is nobody's; a CUDA context needs some MiB beside the share."""
     real = host("4090", simulated=False)
-    assert room(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - MARGIN_MB
+    assert room(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - DEVICE_MARGIN_MB
     assert room(Ledger(), real, used=FULL).bookable_mb == 0
     assert Ledger().rooms(ONE, [DeviceHealth(index=0)])[0].bookable_mb == FULL  # a driver that tells nothing
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from neuron.sim.process import vram
-from neuron.sim.process.litter import SHARED_MEMORY
+from neuron.gpu import simulated_vram as vram
+from neuron.sim.process.leftovers import SHARED_MEMORY
 from tests.neuron.sim_process import (
     FAST,
     SimProcess,
@@ -194,11 +194,11 @@ async def test_fault_lose_early_sigterm() -> None:
 
 
 @pytest.mark.parametrize("orderly", [True, False])
-async def test_fault_litter(orderly: bool, tmp_path: Path) -> None:
-    """An orderly end leaves the ranks' directory alone; SIGKILL leaves everything. The core maps what is shared."""
+async def test_fault_leave_files(orderly: bool, tmp_path: Path) -> None:
+    """An orderly exit leaves the ranks' directory only; SIGKILL leaves everything. The core maps the shared files."""
     before = set(SHARED_MEMORY.iterdir())
     env = {"TMPDIR": str(tmp_path)}
-    async with ready_engine(*FAST, "--fault", "litter", env=env) as engine:
+    async with ready_engine(*FAST, "--fault", "leave-files", env=env) as engine:
         mapped = read(f"/proc/{core_of(engine.pid)}/maps")
         made = {path for path in set(SHARED_MEMORY.iterdir()) - before if path.name in mapped}
         assert sorted(path.name.rstrip("0123456789abcdef") for path in made) == ["psm_", "sem.mp-"]

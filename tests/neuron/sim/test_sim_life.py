@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 from tests.neuron.sim_process import (
     FAST,
     MODEL,

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from neuron.sim.engine import tokens
+from neuron.sim.engine.arguments import human_readable_int_or_auto, parse
 from neuron.sim.engine.faults import Fault
+from neuron.sim.engine.memory import split_evenly
 from neuron.sim.engine.slots import Slots
 from neuron.sim.engine.vectors import similarity
-from neuron.sim.process.arguments import human_readable_int_or_auto, parse
-from neuron.sim.process.memory import split_evenly
 
 
 def test_vllms_own_arguments_are_understood_or_at_least_taken() -> None:

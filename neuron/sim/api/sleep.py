@@ -21,9 +21,9 @@ from neuron.harness.vllm.guard.neuron_guard import (
     needs_the_model,
 )
 from neuron.sim.api.errors import ApiError, bad_request
+from neuron.sim.engine import console
 from neuron.sim.engine.engine import Engine
-from neuron.sim.process import console
-from neuron.sim.process.memory import DeviceMemory, OutOfMemory
+from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
 _CONTEXT_MB = 400  # of each device: what a CUDA context keeps, whatever the weights do

@@ -1,7 +1,7 @@
-"""Puts an engine to sleep and wakes it, through routes that need neuron's control key (`neuron.harness.vllm.guard`).
+"""vLLM's sleep routes, which the guard in the engine opens to neuron's control key only (`neuron.harness.vllm.guard`).
 
-The guard in the engine sees to it that a sleep aborts nothing: requests that are there are finished first, and those
-that come from then on get 503 with `x-neuron-sleeping`. `/health` says 200 all the while.
+The guard also makes sure that a sleep aborts nothing: running requests are finished first, and new ones get 503 with
+`x-neuron-sleeping`. `/health` stays 200 throughout.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SAID_CHARACTERS = 500
 async def sleep(
     http: aiohttp.ClientSession, url: str, control_key: str, *, level: int = 1, timeout_secs: float = SLEEP_SECS
 ) -> None:
-    """Returns when the engine at `url` sleeps: at level 1 its weights are in the host's memory, its KV cache is gone.
+    """Returns when the engine at `url` sleeps: at level 1 its weights are in host memory and its KV cache is gone.
 
-    Requests that it has are finished first, for which they have 10 s.
+    Running requests have 10 s to finish.
 
     Raises:
-        Conflict: `sleep_unsupported`, it knows no sleep; `model_busy`, it still has requests, and goes on as before.
+        Conflict: `sleep_unsupported`, sleep mode is off; `model_busy`, it still has requests. It goes on as before.
         SleepFailed: it does not sleep, and goes on as before.
         SleepUnsettled: it did not answer, and may be falling asleep.
     """
@@ -37,7 +37,7 @@ async def sleep(
     try:
         status, text = await _tell(http, url + path, control_key, timeout_secs)
     except _NO_ANSWER as error:
-        reason = f"the engine did not say that it sleeps: {_why(error, timeout_secs)}"
+        reason = f"the engine did not confirm that it sleeps: {_why(error, timeout_secs)}"
         raise failures.SleepUnsettled(reason) from error
     if status == 404:
         raise failures.sleep_unsupported("the engine", "it was not started with sleep mode")
@@ -45,39 +45,41 @@ async def sleep(
         raise failures.model_busy("the engine")
     if status == 200 and await is_sleeping(http, url, control_key) is not False:
         return
-    # vLLM stops beginning requests before it sleeps, and does not begin again when it fails then.
+    # vLLM stops scheduling requests before it sleeps, and does not resume when the sleep fails.
     await wake(http, url, control_key)
     raise failures.SleepFailed(f"the engine does not sleep: it answered {status} {text}".rstrip())
 
 
 async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeout_secs: float = WAKE_SECS) -> None:
-    """Returns when the engine at `url` is awake and serves; also when it did not sleep.
+    """Returns when the engine at `url` serves; at once when it is awake.
 
     Raises:
-        WakeFailed: it is not, most often because its memory was taken meanwhile. What it holds is unknown: end it.
+        WakeFailed: it does not, usually because its memory was taken meanwhile. What it holds is unknown: kill it.
     """
     try:
         status, text = await _tell(http, url + "/wake_up", control_key, timeout_secs)
     except _NO_ANSWER as error:
-        raise failures.WakeFailed(f"the engine did not say that it is awake: {_why(error, timeout_secs)}") from error
+        raise failures.WakeFailed(
+            f"the engine did not confirm that it is awake: {_why(error, timeout_secs)}"
+        ) from error
     if status != 200:
         raise failures.WakeFailed(f"the engine does not wake: it answered {status} {text}".rstrip())
     if await is_sleeping(http, url, control_key) is not False:
-        raise failures.WakeFailed("the engine does not wake: it says that it still sleeps")
+        raise failures.WakeFailed("the engine does not wake: it reports that it still sleeps")
 
 
 async def is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str) -> bool | None:
-    """Whether the engine sleeps, None when it does not say so within 5 s."""
+    """Whether the engine sleeps; None when it does not answer within 5 s."""
     try:
         return _said(*await _ask(http, url, control_key))
     except _NO_ANSWER:
         return None
 
 
-async def obeys_only_us(http: aiohttp.ClientSession, url: str, control_key: str) -> bool:
-    """True when the engine answers neuron's control key and nobody else; to be asked once it is healthy.
+async def is_guarded(http: aiohttp.ClientSession, url: str, control_key: str) -> bool:
+    """True when the engine accepts neuron's control key and nothing else. Call it once the engine is healthy.
 
-    False: it answers nobody, so it cannot be put to sleep, and all else is well.
+    False: it does not accept the key either, so it cannot be put to sleep; everything else works.
 
     Raises:
         GuardFailed: it answers without the key: its development routes are open, so it must not serve.
@@ -88,7 +90,7 @@ async def obeys_only_us(http: aiohttp.ClientSession, url: str, control_key: str)
         return False
     if stranger is not None:
         raise failures.GuardFailed(
-            f"the engine's development routes are open to everybody who reaches it: /is_sleeping said {stranger}"
+            f"the engine's development routes answer without the control key: /is_sleeping said {stranger}"
         )
     return await is_sleeping(http, url, control_key) is not None
 
@@ -110,7 +112,7 @@ async def _ask(http: aiohttp.ClientSession, url: str, control_key: str | None) -
 
 
 def _said(status: int, text: str) -> bool | None:
-    """What an answer of /is_sleeping says, None when it is none."""
+    """The answer of /is_sleeping; None when it is malformed."""
     try:
         answer: Any = json.loads(text) if status == 200 else None
     except ValueError:

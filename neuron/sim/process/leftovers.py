@@ -1,4 +1,4 @@
-"""What vLLM leaves lying about when it is killed: shared memory, semaphores, sockets and directories of its ranks."""
+"""What vLLM leaves behind when it is killed: shared memory, semaphores, sockets and directories of its ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the fixed place of POSIX shared
 _SEGMENT_BYTES = 4096
 
 
-class Litter:
-    """Files as vLLM and Python's multiprocessing name them; what is shared begins with `owner`.
+class LeftoverFiles:
+    """Files as vLLM and Python's multiprocessing name them; the shared ones begin with `owner`.
 
-    Made before the core is forked, which then has what is shared mapped as well: as long as one of the two lives, it
-    can be seen whose it is.
+    Create them before the core is forked, so that the core maps the shared ones too: while one of the two processes
+    lives, /proc shows which engine they belong to.
     """
 
     def __init__(self, tmp_dir: str, owner: str, shared: Path = SHARED_MEMORY) -> None:
@@ -28,13 +28,13 @@ class Litter:
         address = tmp / str(uuid.uuid4())
         with socket.socket(socket.AF_UNIX) as ipc:
             ipc.bind(str(address))
-        self.removed_at_the_end = (segment, semaphore, address)
-        self.left_for_ever = tmp / f"vllm_dist_{secrets.token_hex(8)}"
-        self.left_for_ever.mkdir()
+        self._removed_on_exit = (segment, semaphore, address)
+        rank_directory = tmp / f"vllm_dist_{secrets.token_hex(8)}"
+        rank_directory.mkdir()
 
-    def clean(self) -> None:
-        """What an orderly end removes. The directory of the ranks stays even then, as with vLLM 0.32."""
-        for path in self.removed_at_the_end:
+    def remove(self) -> None:
+        """Removes what an orderly exit removes: all but the directory of the ranks, as vLLM 0.32 does."""
+        for path in self._removed_on_exit:
             path.unlink(missing_ok=True)
 
 

@@ -1,47 +1,37 @@
-"""From a model, a wish and a host's devices to an estimate. Pure."""
+"""The memory of a vLLM, summed up from a model, its options and a host's devices. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from neuron.estimate.estimator import MemoryEstimator
 from neuron.estimate.files.architecture import Architecture
-from neuron.estimate.files.context_length import default_length, longest
 from neuron.estimate.files.number_types import kv_cache_name, model_bits
 from neuron.estimate.files.parameters import Part
-from neuron.estimate.files.stored import StoredWeights
-from neuron.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
-from neuron.estimate.overhead import (
+from neuron.estimate.options import EngineOptions
+from neuron.estimate.result import GIB, MIB, Estimate, Line, Option, line_of, unknown_line
+from neuron.estimate.weights import Model, Weights, weights_of
+from neuron.harness.vllm.estimate.context_length import default_length, longest
+from neuron.harness.vllm.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
+from neuron.harness.vllm.estimate.overhead import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
-    GIB,
-    MIB,
     Batching,
     activation_bytes,
     batching_of,
     graph_bytes,
 )
-from neuron.estimate.parallel import obstacle
-from neuron.estimate.result import Estimate, Line, Option, line_of, unknown_line
-from neuron.estimate.weights import Weights, weights_of
-from neuron.estimate.wish import Wish
+from neuron.harness.vllm.estimate.parallel import obstacle
+from neuron.harness.vllm.memory_flags import options_of
+from neuron.spec import EngineSpec
+from shared.gpu_memory import DEFAULT_ENGINE_SHARE
 from shared.protocol import Device
 
 FULL_SEQUENCES = 1
-"""Sequences of the whole length that have room, unless more are asked for. vLLM does not start with less; shorter ones
-share the room, so that one at full length is several of the usual length."""
-USABLE_SHARE = 0.92
-"""Of a device's memory: vLLM's own `--gpu-memory-utilization`. The rest is the driver's, and what nobody foresees."""
-_LOOKED_AT = 8  # numbers of devices, also on a host with fewer: to tell what would do
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model as its files have it."""
-
-    source: str
-    architecture: Architecture
-    stored: StoredWeights | None  # None: there are no safetensors files
+"""Sequences of the whole length that fit by default. vLLM does not start with fewer; several shorter ones replace
+one."""
+_LOOKED_AT = 8  # numbers of devices to try, also on a host with fewer: to show what would do
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class _Case:
     """Everything that does not depend on the number of devices."""
 
     model: Architecture
-    wish: Wish
+    options: EngineOptions
     weights: Weights
     batching: Batching
     sequences: Sequences
@@ -57,15 +47,26 @@ class _Case:
     bits: int
 
 
-def estimate(model: Model, wish: Wish, devices: Sequence[Device]) -> Estimate:
-    """The sum for `wish.tensor_parallel` devices, or for the smallest number of `devices` that will do (1 when none
-    does), and what each other number comes to. A device that is lost does not count."""
-    case = _case_of(model, wish, devices)
+class VllmEstimator(MemoryEstimator):
+    """The rules of vLLM 0.32."""
+
+    usable_share = DEFAULT_ENGINE_SHARE
+
+    def options_of(self, spec: EngineSpec) -> EngineOptions:
+        return options_of(spec)
+
+    def estimate(self, model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+        return estimate(model, options, devices)
+
+
+def estimate(model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+    """See `MemoryEstimator.estimate`."""
+    case = _case_of(model, options, devices)
     usable = sorted((device.vram_total_mb for device in devices if device.lost is None), reverse=True)
-    looked_at = range(1, max(len(usable), wish.tensor_parallel or 1, _LOOKED_AT) + 1)
-    options = tuple(_option(case, number, usable) for number in looked_at)
-    fitting = next((option.tensor_parallel for option in options if option.fits), None)
-    split_over = wish.tensor_parallel or fitting or 1
+    looked_at = range(1, max(len(usable), options.tensor_parallel or 1, _LOOKED_AT) + 1)
+    splits = tuple(_option(case, number, usable) for number in looked_at)
+    fitting = next((split.tensor_parallel for split in splits if split.fits), None)
+    split_over = options.tensor_parallel or fitting or 1
     return Estimate(
         source=model.source,
         architecture=model.architecture.name or model.architecture.model_type,
@@ -75,25 +76,25 @@ def estimate(model: Model, wish: Wish, devices: Sequence[Device]) -> Estimate:
         split_over=split_over,
         host_devices=len(usable),
         lines=tuple(_lines(case, split_over)),
-        options=options,
+        options=splits,
         notes=tuple(_notes(case)),
     )
 
 
-def _case_of(model: Model, wish: Wish, devices: Sequence[Device]) -> _Case:
+def _case_of(model: Model, options: EngineOptions, devices: Sequence[Device]) -> _Case:
     architecture = model.architecture
     first = next((device for device in devices if device.lost is None), Device(index=0))
-    length = wish.max_model_len or default_length(architecture.text)
-    batching = batching_of(wish, max_model_len=length, device_mb=first.vram_total_mb, device_name=first.name)
-    count = wish.full_sequences or min(FULL_SEQUENCES, batching.sequences)
+    length = options.max_model_len or default_length(architecture.text)
+    batching = batching_of(options, max_model_len=length, device_mb=first.vram_total_mb, device_name=first.name)
+    count = options.full_sequences or min(FULL_SEQUENCES, batching.sequences)
     return _Case(
         model=architecture,
-        wish=wish,
-        weights=weights_of(architecture, model.stored, dtype=wish.dtype, quantization=wish.quantization),
+        options=options,
+        weights=weights_of(architecture, model.stored, dtype=options.dtype, quantization=options.quantization),
         batching=batching,
         sequences=Sequences(count=count, tokens=length, batched_tokens=batching.tokens),
-        kv_dtype=kv_cache_name(wish.kv_cache_dtype, architecture.quantization),
-        bits=model_bits(wish.dtype, architecture.dtype),
+        kv_dtype=kv_cache_name(options.kv_cache_dtype, architecture.quantization),
+        bits=model_bits(options.dtype, architecture.dtype),
     )
 
 
@@ -105,7 +106,7 @@ def _option(case: _Case, devices: int, usable: Sequence[int]) -> Option:
     if devices > len(usable):
         reason = f"there {'is' if len(usable) == 1 else 'are'} {len(usable) or 'none'} here"
     else:
-        share = USABLE_SHARE if case.wish.gpu_memory_utilization is None else case.wish.gpu_memory_utilization
+        share = DEFAULT_ENGINE_SHARE if case.options.memory_fraction is None else case.options.memory_fraction
         room = int(usable[devices - 1] * share)
         if needed > room:
             reason = f"more than the {room} MiB of {usable[devices - 1]} that can be used"
@@ -116,11 +117,11 @@ def _lines(case: _Case, devices: int) -> Iterator[Line]:
     yield from _weight_lines(case, devices)
     yield from _cache_lines(case, devices)
     activations = activation_bytes(
-        case.model, case.batching, bits=case.bits, devices=devices, pooling=case.wish.pooling
+        case.model, case.batching, bits=case.bits, devices=devices, pooling=case.options.pooling
     )
     batch = f"peak for {case.batching.tokens:,} tokens of {case.batching.sequences:,} sequences in one step"
     yield line_of("activations", activations, devices, batch)
-    graphs = graph_bytes(case.model, case.wish)
+    graphs = graph_bytes(case.model, case.options)
     yield line_of("CUDA graphs", graphs, devices, f"{case.model.layers} layers" if graphs else "none are captured")
     yield line_of("CUDA context", CONTEXT_BYTES, devices, "context, libraries, kernels")
     if devices > 1:
@@ -135,7 +136,7 @@ def _weight_lines(case: _Case, devices: int) -> Iterator[Line]:
         size = case.weights.on_each_device(part, devices, case.model.kv_heads)
         loaded += size
         yield line_of(f"weights: {part.value}", size, devices, _where(part, devices))
-    offloaded = min(loaded, case.wish.cpu_offload_gib * GIB)
+    offloaded = min(loaded, case.options.cpu_offload_gib * GIB)
     if offloaded:
         mib = int(offloaded / MIB)
         yield Line("weights: in host memory", -mib, -mib * devices, "--cpu-offload-gb, for each device")
@@ -152,8 +153,8 @@ def _cache_lines(case: _Case, devices: int) -> Iterator[Line]:
         yield Line("KV cache", 0, 0, "none: an encoder keeps nothing")
         return
     cached = cached_of(case.model, case.sequences, dtype=case.kv_dtype, model_bits=case.bits, devices=devices)
-    if case.wish.kv_cache_bytes is not None:
-        yield line_of("KV cache", case.wish.kv_cache_bytes, devices, _room(case, cached))
+    if case.options.kv_cache_bytes is not None:
+        yield line_of("KV cache", case.options.kv_cache_bytes, devices, _room(case, cached))
         return
     if not cached:
         yield Line("KV cache", 0, 0, "none of a size that is known")
@@ -164,9 +165,9 @@ def _cache_lines(case: _Case, devices: int) -> Iterator[Line]:
 def _room(case: _Case, cached: Sequence[Cached]) -> str:
     text = "--kv-cache-memory-bytes, on each device"
     needed = sum(each.size for each in cached)
-    if not needed or case.wish.kv_cache_bytes is None:
+    if not needed or case.options.kv_cache_bytes is None:
         return text
-    fitting = case.wish.kv_cache_bytes / needed * case.sequences.count
+    fitting = case.options.kv_cache_bytes / needed * case.sequences.count
     return f"{text}: room for {fitting:.2f} sequences of {case.sequences.tokens:,} tokens"
 
 
@@ -181,7 +182,7 @@ def _unknown(case: _Case) -> Iterator[str]:
         yield "activations: the sampler's, since config.json tells no vocab_size"
     if case.model.other_parts:
         yield "activations of images or sound: vLLM tries the largest ones at its start"
-    for flag in case.wish.not_counted:
+    for flag in case.options.not_counted:
         yield f"{flag}: what it takes, or changes"
 
 
@@ -189,6 +190,6 @@ def _notes(case: _Case) -> Iterator[str]:
     most, tokens = longest(case.model.text), case.sequences.tokens
     if tokens > most:
         yield f"max_model_len {tokens} is more than the model's {most}, which vLLM refuses unless told otherwise"
-    method = case.wish.quantization
+    method = case.options.quantization
     if method is not None and case.model.quantization is not None:
         yield f"quantization {method}: the checkpoint is quantised already, its own sizes count"

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB
 from neuron.sim.engine.faults import Fault, Faults
 
 DEFAULT_MAX_MODEL_LEN = 32768
-DEFAULT_DEVICE_VRAM_MB = 1024
 
 # vLLM's flags that change nothing here, accepted so that a model's vLLM arguments also start its simulation.
 _INERT_WITH_VALUE = (

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuron.sim.process import vram
+from neuron.gpu import simulated_vram as vram
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 @dataclass
 class DeviceMemory:
-    """What an engine holds on its devices, kept by `neuron.sim.process.vram`; freed by the end of its holder.
+    """What an engine holds on its devices, kept by `neuron.gpu.simulated_vram`; freed by the end of its holder.
 
     `holder` is the pid of the process it is counted as: the engine core's. Without a directory (started by hand,
     outside a simulated host) nothing is kept and nothing runs out.

@@ -1,7 +1,7 @@
 """Simulated GPU memory: one file per holder in a directory, as NVML lists one entry per process.
 
-A holder is a process, identified by pid and start time, so that memory of a dead process is free at once, however it
-died, and a recycled pid holds nothing. Foreign holders are simulated in the same way: by a file.
+A holder is a process, identified by pid and start time: memory of a dead process is free at once, however it died, and
+a recycled pid holds nothing. Foreign holders are simulated in the same way.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
-"""Environment variable that tells a simulated engine where its host's memory is kept."""
+"""Environment variable: the directory of the holders' files, for a simulated engine."""
 DEVICES_VARIABLE = "NEURON_SIM_DEVICES"
-"""Environment variable with the engine's devices: a JSON object, device uuid -> total MiB."""
+"""Environment variable: the engine's devices, as a JSON object of device uuid -> total MiB."""
+DEFAULT_DEVICE_VRAM_MB = 1024
+"""What a simulated engine takes on each device by default."""
 
 
 def process_start_ticks(pid: int) -> int | None:
@@ -29,7 +31,7 @@ def process_start_ticks(pid: int) -> int | None:
 
 
 def hold(directory: Path, usage_mb: Mapping[str, int], *, pid: int | None = None) -> None:
-    """Sets what a process (by default this one) holds, in MiB by device uuid. Replaces what it held; atomic."""
+    """Records what a process (by default this one) holds, in MiB by device uuid. Atomically replaces its old record."""
     pid = os.getpid() if pid is None else pid
     record = {"pid": pid, "start_ticks": process_start_ticks(pid), "usage_mb": dict(usage_mb)}
     temporary = directory / f".{pid}.tmp"
@@ -38,7 +40,7 @@ def hold(directory: Path, usage_mb: Mapping[str, int], *, pid: int | None = None
 
 
 def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:
-    """What every live holder holds: pid -> device uuid -> MiB. Files of dead holders are removed."""
+    """What live processes hold: pid -> device uuid -> MiB. Removes the files of dead ones."""
     usage: dict[int, dict[str, int]] = {}
     for path in directory.glob("*.json"):
         try:
@@ -47,7 +49,7 @@ def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):
-            continue  # a file that is being written by hand: looked at again next time
+            continue  # a file being written by hand: read again next time
         if start_ticks is None or process_start_ticks(pid) != start_ticks:
             path.unlink(missing_ok=True)
             continue
@@ -56,7 +58,7 @@ def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:
 
 
 def used_mb(directory: Path) -> Counter[str]:
-    """MiB in use by device uuid, all live holders together."""
+    """MiB in use by device uuid, all live processes together."""
     total: Counter[str] = Counter()
     for held in usage_by_process(directory).values():
         total.update(held)

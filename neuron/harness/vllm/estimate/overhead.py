@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neuron.estimate.files.architecture import Architecture
-from neuron.estimate.wish import Wish
-
-MIB = 1 << 20
-GIB = 1 << 30
+from neuron.estimate.options import EngineOptions
+from neuron.estimate.result import MIB
 
 CONTEXT_BYTES = 640 * MIB
 """CUDA's context, its libraries' workspaces and loaded kernels: 0.4 to 0.6 GiB of a process on Ampere to Blackwell."""
@@ -36,7 +34,7 @@ class Batching:
     tokens: int
 
 
-def batching_of(wish: Wish, *, max_model_len: int, device_mb: int, device_name: str) -> Batching:
+def batching_of(options: EngineOptions, *, max_model_len: int, device_mb: int, device_name: str) -> Batching:
     """`--max-num-seqs` and `--max-num-batched-tokens`, by default as vLLM 0.32 chooses them for a device."""
     if device_mb >= 160 * 1024:
         tokens, sequences = 16384, 1024
@@ -44,9 +42,9 @@ def batching_of(wish: Wish, *, max_model_len: int, device_mb: int, device_name: 
         tokens, sequences = 8192, 1024
     else:
         tokens, sequences = 2048, 256
-    asked = wish.max_num_seqs or sequences
-    batched = wish.max_num_batched_tokens or min(asked * max_model_len, tokens)
-    return Batching(sequences=asked if wish.max_num_seqs else min(asked, batched), tokens=batched)
+    asked = options.max_num_seqs or sequences
+    batched = options.max_num_batched_tokens or min(asked * max_model_len, tokens)
+    return Batching(sequences=asked if options.max_num_seqs else min(asked, batched), tokens=batched)
 
 
 def activation_bytes(model: Architecture, batching: Batching, *, bits: int, devices: int, pooling: bool) -> float:
@@ -61,9 +59,9 @@ def activation_bytes(model: Architecture, batching: Batching, *, bits: int, devi
     return max(layer, rows * (model.vocabulary * LOGIT_BYTES + model.hidden * bits / 8))
 
 
-def graph_bytes(model: Architecture, wish: Wish) -> float:
+def graph_bytes(model: Architecture, options: EngineOptions) -> float:
     """On each device; none with `--enforce-eager`, and none where an encoder's passes are not captured."""
-    return 0 if wish.enforce_eager or model.encoder_only else model.layers * GRAPH_BYTES_PER_LAYER
+    return 0 if options.eager or model.encoder_only else model.layers * GRAPH_BYTES_PER_LAYER
 
 
 def _experts_width(model: Architecture, devices: int) -> float:

@@ -1,0 +1,156 @@
+"""Checks what comes from outside, neuron.toml and load commands, against the harnesses that there are. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pydantic import field_validator
+
+from neuron.config import HarnessEntry, HarnessSettings, NeuronConfig
+from neuron.harness.registry import HARNESSES
+from neuron.spec import EXTENSIONS, EngineSpec
+from shared.errors import InvalidRequest
+from shared.protocol import LoadCommand
+
+# Model ids, paths and names as they exist; excludes flags, shell words and unprintable characters.
+_PLAIN_NAME = re.compile(r"/?\w[\w./:@+=,%-]*")
+_QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_REMOTE = re.compile(r"(?:s3|gs)://.+")
+_SHELL = re.compile(r"[`;|&<>]|\$[({\w]")
+_CONTROL = frozenset(map(chr, (*range(32), 127)))
+_MAX_ARGS = 256
+_MAX_SERVED_NAMES = 64
+
+
+class CheckedConfig(NeuronConfig):
+    """neuron.toml in which every harness exists and accepts its `extra_args`."""
+
+    @field_validator("harnesses")
+    @classmethod
+    def _known(cls, entries: list[HarnessEntry]) -> list[HarnessEntry]:
+        for entry in entries:
+            _check_known(entry.name)
+        return entries
+
+    @field_validator("harness")
+    @classmethod
+    def _accepted(cls, tables: dict[str, HarnessSettings]) -> dict[str, HarnessSettings]:
+        for name, table in tables.items():
+            _check_known(name)
+            reason = control_character(table.extra_args) or HARNESSES[name].refused_argument(table.extra_args)
+            if reason is not None:
+                raise ValueError(f"{name}.extra_args: {reason}")
+        return tables
+
+
+def _check_known(name: str) -> None:
+    if name not in HARNESSES:
+        raise ValueError(f"unknown harness {name!r} (known: {', '.join(HARNESSES)})")
+
+
+def spec_of(command: LoadCommand, *, harnesses: list[str]) -> EngineSpec:
+    """`command` as a spec; without a harness it gets the first of `harnesses`, those that this host offers.
+
+    Raises:
+        InvalidRequest: names the field and its value.
+    """
+    check_name("model_id", command.model_id)
+    source = command.source if command.source is not None else command.model_id
+    check_name("source", source)
+    _check_source(source, "model_id" if command.source is None else "source")
+    for name in command.served_names:
+        check_name("served_names", name)
+    if len(command.served_names) > _MAX_SERVED_NAMES:
+        raise InvalidRequest(f"served_names: more than {_MAX_SERVED_NAMES}", param="served_names")
+    if command.quant is not None and not _QUANTIZATION.fullmatch(command.quant):
+        raise InvalidRequest(f"quant: invalid quantization name {command.quant!r}", param="quant")
+    harness = _harness(command.harness, harnesses)
+    if len(command.args) > _MAX_ARGS:
+        raise InvalidRequest(f"args: more than {_MAX_ARGS}", param="args")
+    reason = (
+        control_character(command.args) or HARNESSES[harness].refused_argument(command.args) or shell_word(command.args)
+    )
+    if reason is not None:
+        raise InvalidRequest(f"args: {reason}", param="args")
+    return EngineSpec(
+        model_id=command.model_id,
+        harness=harness,
+        source=source,
+        quant=command.quant,
+        tensor_parallel=_tensor_parallel(command),
+        devices=tuple(command.devices or ()) or None,
+        args=tuple(command.args),
+        vram_mb=command.vram_mb,
+        served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
+        said=frozenset(name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None),
+    )
+
+
+def check_name(field: str, value: str) -> None:
+    """Refuses a name that could be read as a flag, a shell word or a path with `..`.
+
+    Raises:
+        InvalidRequest: names the field and its value.
+    """
+    if value.startswith("-"):
+        reason = "it could be read as a flag"
+    elif not _PLAIN_NAME.fullmatch(value):
+        reason = "only letters, digits and . _ - / : @ + = , % are allowed, beginning with a letter, a digit or /"
+    elif ".." in value.split("/"):
+        reason = "'..' is not allowed"
+    else:
+        return
+    raise InvalidRequest(f"{field}: {value!r} is not a valid name: {reason}", param=field)
+
+
+def control_character(args: Sequence[str]) -> str | None:
+    """Why one of `args` is refused: it contains control characters. None when none does."""
+    return next((f"{arg!r} contains control characters" for arg in args if not _CONTROL.isdisjoint(arg)), None)
+
+
+def shell_word(args: Sequence[str]) -> str | None:
+    """Why one of `args` is refused in a load command: it could be read as a shell word, or is a path with `..`.
+
+    neuron never uses a shell, but an operator's engine command may be a script that does. JSON values are exempt:
+    engines need them, and they contain such characters by nature.
+    """
+    for arg in args:
+        value = arg.partition("=")[2] if arg.startswith("-") else arg
+        if value.startswith(("{", "[")):
+            continue
+        if ".." in value.split("/"):
+            return f"{arg!r}: '..' is not allowed"
+        if _SHELL.search(value):
+            return f"{arg!r} could be read as a shell word"
+    return None
+
+
+def _check_source(source: str, field: str) -> None:
+    relative = not source.startswith("/") and not _REMOTE.fullmatch(source)
+    if relative and source.count("/") > 1:
+        raise InvalidRequest(
+            f"{field}: {source!r} is neither an absolute path nor a model name (NAME or ORGANISATION/NAME)", param=field
+        )
+
+
+def _harness(name: str | None, harnesses: list[str]) -> str:
+    for known in harnesses:
+        if name is None or name == known:
+            return known
+    offered = ", ".join(harnesses) or "none"
+    raise InvalidRequest(f"harness: {name!r} is not offered here (offered: {offered})", param="harness")
+
+
+def _tensor_parallel(command: LoadCommand) -> int:
+    devices = command.devices
+    if not devices:
+        return command.tensor_parallel or 1
+    if len(set(devices)) != len(devices):
+        raise InvalidRequest(f"devices: {devices} lists a device twice", param="devices")
+    wanted = command.tensor_parallel or len(devices)
+    if len(devices) != wanted:
+        raise InvalidRequest(
+            f"devices: {devices} has {len(devices)} entries, but tensor_parallel is {wanted}", param="devices"
+        )
+    return wanted

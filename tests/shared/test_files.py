@@ -1,0 +1,30 @@
+"""Atomic file replacement."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from shared.files import replace_file
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_the_new_content_replaces_the_old(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    replace_file(path, b"new", durable=durable)
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [each.name for each in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    (tmp_path / "state.json.new").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"state\.json\.new"):
+        replace_file(path, b"new")
+    assert path.read_text() == "old"
+    assert not (tmp_path / "elsewhere").exists()
