@@ -174,6 +174,12 @@ class EngineConnection:
     def eof_received(self) -> None:
         """The transport closes itself; `connection_lost` follows."""
 
+    def pause_writing(self) -> None:
+        """Nothing to pause: the request is written as a whole."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.closed(self)
         if self._exchange is None:
