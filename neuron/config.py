@@ -32,7 +32,7 @@ class HarnessSettings(SettingsModel):
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
-    sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default (vllm: off, sim: on)
+    sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default
 
     @field_validator("port_range")
     @classmethod

@@ -20,7 +20,7 @@ _Stamp = tuple[tuple[str, int, int], ...]
 
 
 def model_at(source: str, environ: Mapping[str, str], *, revision: str | None, download_dir: str | None) -> Model:
-    """The model that vLLM would load for `source`: a directory, or a name in the hub's local cache.
+    """The model that an engine would load for `source`: a directory, or a name in the hub's local cache.
 
     `environ` is the engine's. What was read is remembered as long as the files' times and sizes stay the same.
 

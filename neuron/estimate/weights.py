@@ -56,7 +56,7 @@ class Weights:
 
 
 def weights_of(model: Architecture, stored: StoredWeights | None, *, dtype: str, quantization: str | None) -> Weights:
-    """The weights of `model` once loaded; `dtype` and `quantization` are what vLLM is told.
+    """The weights of `model` once loaded; `dtype` and `quantization` are the engine's options.
 
     Tensors' own sizes where there are safetensors files. Where there are none, parameters counted from the
     configuration times the bits of their type.

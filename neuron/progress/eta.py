@@ -14,8 +14,8 @@ _LATE_SECS = 0.5
 _LOST = 2.0  # expected totals: a load this late, in a phase without a bar, is not estimated any more
 _MIN_FRACTION = 0.01  # of a download: before, its rate is noise
 
-# Of a load nobody has seen before; a download counts only where there is one. Chosen, not measured: about what vLLM
-# takes for models of some GiB on one GPU.
+# Of a load without history; a download counts only if there is one. Chosen, not measured: about right for models of
+# some GiB on one GPU.
 _SHARES = {STARTING: 0.2, DOWNLOADING: 1.0, LOADING: 0.35, COMPILING: 0.3, CAPTURING: 0.1, WARMING_UP: 0.05}
 
 

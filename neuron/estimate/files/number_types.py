@@ -1,4 +1,4 @@
-"""How many bits the types of numbers have that vLLM's flags and configurations name. Pure."""
+"""Bits of the number types that engine flags and model configurations name. Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPERTS_ONLY = frozenset({"experts_int8", "moe_wna16", "mxfp4", "gpt_oss_mxfp4"}
 
 
 def model_bits(asked: str, published: str | None) -> int:
-    """Bits of a plain number once the model is loaded; `asked` is vLLM's `--dtype`."""
+    """Bits of a plain number once the model is loaded; `asked` is the engine's `--dtype`."""
     if asked != "auto":
         return DTYPE_BITS.get(asked, 16)
     return min(DTYPE_BITS.get(published or "", 16), 16)

@@ -53,7 +53,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The sums. `files` is the number of safetensors files; `unloaded_bytes` is of tensors that vLLM leaves alone."""
+    """The sums. `files` is the number of safetensors files; `unloaded_bytes` counts tensors that are not loaded."""
 
     amounts: Mapping[Group, Amount]
     files: int
@@ -86,8 +86,8 @@ def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None
 
 
 def is_loaded(tensor: Tensor, model: Architecture) -> bool:
-    """False for what vLLM leaves alone: layers beyond the model's own (they predict further tokens), and an output
-    head beside the embeddings it is tied to."""
+    """False for layers beyond the model's own (for speculative decoding), and for an output head that is tied to the
+    embeddings."""
     if _NOT_LOADED.search(tensor.name):
         return False
     if model.tied and tensor.name.endswith("lm_head.weight"):
