@@ -172,16 +172,16 @@ class TestBroken:
     @pytest.mark.parametrize(
         ("data", "reason"),
         [
-            (b"", "no safetensors file"),
-            (b"\x10\0\0", "no safetensors file"),
+            (b"", "not a safetensors file"),
+            (b"\x10\0\0", "not a safetensors file"),
             (b"\xff" * 8, "its header would have 18446744073709551615 bytes"),
-            ((100_000_001).to_bytes(8, "little"), "no safetensors file"),
-            ((64_000_000).to_bytes(8, "little") + b"{}", "cut off"),
+            ((100_000_001).to_bytes(8, "little"), "not a safetensors file"),
+            ((64_000_000).to_bytes(8, "little") + b"{}", "truncated"),
             ((2).to_bytes(8, "little") + b"xx", "not valid JSON"),
-            ((2).to_bytes(8, "little") + b"[]", "no object"),
+            ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
             ((2).to_bytes(8, "little") + b"\xff\xff", "not valid JSON"),
             ((200_000).to_bytes(8, "little") + b"[" * 200_000, "not valid JSON"),
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "no safetensors file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a safetensors file"),
         ],
     )
     def test_header(self, data: bytes, reason: str, tmp_path: Path) -> None:
@@ -222,17 +222,17 @@ class TestBroken:
         directory = write_model(tmp_path, SMALL, llama_tensors(SMALL))
         path = directory / "model.safetensors"
         os.truncate(path, path.stat().st_size - 1)
-        assert "is cut off" in self.refused(directory)
+        assert "is truncated" in self.refused(directory)
 
     @pytest.mark.parametrize(
         ("index", "reason"),
         [
             ({}, "no weight_map"),
             ({"weight_map": []}, "no weight_map"),
-            ({"weight_map": {"a": 7}}, "does not name the files"),
-            ({"weight_map": {"a": "../../etc/passwd"}}, "no name of a file beside it"),
-            ({"weight_map": {"a": "/etc/passwd"}}, "no name of a file beside it"),
-            ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "is missing: 2 of 2 files are"),
+            ({"weight_map": {"a": 7}}, "does not list the weights' files"),
+            ({"weight_map": {"a": "../../etc/passwd"}}, "not the name of a file beside it"),
+            ({"weight_map": {"a": "/etc/passwd"}}, "not the name of a file beside it"),
+            ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "is missing (2 of 2 files are)"),
         ],
     )
     def test_index(self, index: object, reason: str, tmp_path: Path) -> None:
@@ -278,10 +278,10 @@ class TestBroken:
         assert "config.json" in self.refused(tmp_path)
 
     def test_a_pipe_in_place_of_a_file(self, tmp_path: Path) -> None:
-        """Opening it would wait for ever."""
+        """Opening it would block."""
         directory = write_model(tmp_path, SMALL)
         os.mkfifo(directory / "model.safetensors")
-        assert "no regular file" in self.refused(directory)
+        assert "not a regular file" in self.refused(directory)
 
     def test_a_configuration_of_a_senseless_size(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").touch()
@@ -334,7 +334,7 @@ class TestPlace:
         (tmp_path / "model.gguf").touch()
         with pytest.raises(NotFound, match=r"no config\.json"):
             read(tmp_path)
-        with pytest.raises(NotFound, match="a file, and no directory"):
+        with pytest.raises(NotFound, match="a file, not a directory"):
             read(tmp_path / "model.gguf")
 
     def test_what_was_read_is_remembered_until_it_changes(self, tmp_path: Path) -> None:
@@ -351,5 +351,5 @@ class TestPlace:
         shard = directory / "model-00002-of-00002.safetensors"
         shard.unlink()
         shard.symlink_to("../../blobs/nothing")
-        with pytest.raises(ModelFilesInvalid, match="is missing: 1 of 2 files are"):
+        with pytest.raises(ModelFilesInvalid, match=r"is missing \(1 of 2 files are\)"):
             read(directory)

@@ -198,7 +198,7 @@ def test_blocks_of_a_quantised_checkpoint_are_not_cut() -> None:
     quantised = Published("Qwen/Qwen3-30B-A3B-FP8", config, 30.5, 0).architecture
     assert obstacle(published.QWEN3_30B_A3B.architecture, 4) is None
     assert obstacle(quantised, 2) is None
-    assert "no multiple of the quantisation's 128" in (obstacle(quantised, 4) or "")
+    assert "not a multiple of the quantization's 128" in (obstacle(quantised, 4) or "")
 
 
 @pytest.mark.parametrize(

@@ -177,18 +177,18 @@ def test_one_whole_sequence_has_room_unless_more_are_asked_for() -> None:
     assert (made.sequences, line(made, "KV cache")) == (4, 4096)
 
 
-def test_an_encoder_keeps_nothing() -> None:
+def test_encoders_have_no_kv_cache() -> None:
     """And has no words to choose among. vLLM makes no cache for one, whatever size it is told."""
     made = of(published.MINILM, "--kv-cache-memory-bytes", "64M")
     assert line(made, "KV cache") == line(made, "CUDA graphs") == 0
-    assert next(each.how for each in made.lines if each.what == "KV cache") == "none: an encoder keeps nothing"
+    assert next(each.how for each in made.lines if each.what == "KV cache") == "none: encoders have no KV cache"
     assert (line(made, "activations") or 0) < 20
 
 
 def test_what_is_not_known_is_said() -> None:
     """A line each, without a number, and not in the sum."""
     made = of(published.GEMMA3_27B, "--speculative-config", "{}", "--kv-cache-dtype", "new_type")
-    assert {"weights", "KV cache", "activations of images or sound", "--speculative-config"} <= set(made.unknown)
+    assert {"weights", "KV cache", "activations of images or audio", "--speculative-config"} <= set(made.unknown)
     assert all(each.total_mb is None for each in made.lines if each.how.startswith("not counted"))
     mamba = Published("hybrid", {**LLAMA_8B.config, "hybrid_override_pattern": "M-*" * 11}, 0, 0)
     assert "state of 11 state-space layers (Mamba or alike)" in of(mamba).unknown
@@ -203,7 +203,7 @@ def test_options_say_why_not() -> None:
     assert reasons[1] == "more than the 22598 MiB of 24564 that can be used"
     assert reasons[2] == reasons[4] == "fits"
     assert reasons[3] == "32 attention heads cannot be divided by 3"
-    assert reasons[8] == "there are 4 here"
+    assert reasons[8] == "this host has 4 usable devices"
     assert (made.tensor_parallel, made.split_over) == (2, 1)
     assert made.reasons[0].startswith(f"over 1, {made.per_device_mb(1)} MiB on each: more than")
     with pytest.raises(ValueError, match="9 devices: estimated for 1 to 8"):
