@@ -5,7 +5,8 @@
 #   make bench-cold          what cortex and neuron add to an engine's own start (ARGS="--engine vllm": real vLLM)
 #   make bench-fleet         what 1, 10, 100 and 1000 neurons cost cortex (ARGS="--seed": seed neurons)
 #   make bench-instructions  instructions of a request and of a chunk beside the record (ARGS="--record")
-#   make test-compiled       the request path's tests with it compiled, as in the container image
+#   make test-compiled       the tests of the request path, compiled
+#   make wheel               a compiled wheel in dist/
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -27,7 +28,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test test-compiled bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev test test-compiled wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -52,9 +53,12 @@ COMPILED_TESTS := $(addprefix tests/cortex/,http proxy metrics workers \
 # In a copy: compiled modules come before their sources, and none may lie in the checkout.
 test-compiled: $(DEV_STAMP)
 	rm -rf build/compiled
-	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
-	cp -r tests benchmarks deploy docs pyproject.toml models.example.toml README.md CHANGELOG.md Makefile build/compiled
+	CORTEX_COMPILE=yes $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
+	cp -r tests benchmarks deploy docs pyproject.toml *.md LICENSE models.example.toml Makefile build/compiled
 	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),$(COMPILED_TESTS))
+
+wheel: $(RUN_STAMP)
+	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
@@ -92,7 +96,7 @@ $(BIN)/python:
 # --group needs pip 25.1, and Debian's is older.
 $(RUN_STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable .
+	CORTEX_COMPILE=no $(BIN)/python -m pip install --quiet --editable .
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)

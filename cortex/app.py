@@ -170,7 +170,7 @@ async def working(
         control,
         control_address=address,
         callers=Callers({}),
-        access=AccessLog(sys.stderr.write if info else None),
+        access=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,

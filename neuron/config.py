@@ -111,6 +111,7 @@ class NeuronConfig(SettingsModel):
     token_env: str | None = None
     state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     drain_timeout_secs: float = Field(default=30, ge=0)
     on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # the next neuron adopts engines that are left
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)

@@ -12,6 +12,7 @@ from cortex.proxy.relay import Relay
 from cortex.upstream.pool import Address
 from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
+from shared.request_ids import request_scope
 
 if TYPE_CHECKING:
     from cortex.proxy.gateway import Gateway
@@ -60,7 +61,8 @@ class ControlRequest:
         self._relay.resume()
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
-        log.error("the control process cannot be reached: %s", reason)
+        with request_scope(self._request_id):
+            log.error("the control process cannot be reached: %s", reason)
         error = Unavailable("cortex is starting again", code="unavailable", retry_after=RETRY_AFTER_SECS)
         self._client.refuse(error, self._request_id)
 

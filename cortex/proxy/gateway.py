@@ -125,7 +125,7 @@ class Gateway:
             self.tally.request(UNKNOWN, UNKNOWN, error.status, self.now() - request.received, None)
         if self.access.on:
             what = "-" if request is None else f"{request.method.decode()} {request.path.decode('latin-1')}"
-            self.access.line(f"{what} {error.status} refused={error.message!r} id={request_id}")
+            self.access.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 
     def collect(self) -> Counters:

@@ -20,6 +20,7 @@ from cortex.proxy.usage_queue import UsageRecord
 from cortex.upstream.pool import Address, parse_url
 from cortex.upstream.replica import Failure, FailureKind, Replica, WaitNote, unreachable
 from shared.errors import ServiceError
+from shared.request_ids import request_scope
 
 if TYPE_CHECKING:
     from cortex.proxy.gateway import Gateway
@@ -202,7 +203,8 @@ class RequestHandler:
         """The present replica gave no answer for the client."""
         replica = self._replica
         assert replica is not None
-        log.warning("%s on %s does not serve (%s): %s", replica.model_id, replica.node, kind, reason)
+        with request_scope(self._request_id):
+            log.warning("%s on %s does not serve (%s): %s", replica.model_id, replica.node, kind, reason)
         self._leave()
         self._relay = None
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
@@ -212,7 +214,8 @@ class RequestHandler:
         if self._waiting is None and request.path in STREAMED:
             self._waiting = WaitingStream(self._client, request, self._request_id, self._note, gateway.comments)
         self._asked_at = gateway.now()
-        self._resolving = self._gateway.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
+        with request_scope(self._request_id):
+            self._resolving = self._gateway.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
 
     async def _ask_control(self) -> None:
         try:
@@ -318,7 +321,8 @@ class RequestHandler:
             secs = format(took, ".3f")
             gateway.access.line(
                 f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}"
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
+                self._request_id,
             )
 
     def _note_usage(self, relay: Relay) -> None:

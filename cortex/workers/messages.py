@@ -87,6 +87,7 @@ class Resolve(msgspec.Struct, frozen=True, tag=True):
     number: int
     model_id: str
     failures: list[Failure]
+    request_id: str | None
 
 
 class GiveUp(msgspec.Struct, frozen=True, tag=True):
