@@ -1,4 +1,4 @@
-"""The two tables of requests, and the metrics: all there, and all documented."""
+"""Routes, metrics and error codes of both services are complete and documented."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def sample_names(exposition: bytes) -> set[str]:
 
 
 def test_cortex_has_every_route() -> None:
-    """The table of cortex, no more and no less."""
+    """cortex serves exactly the routes of `CORTEX_TABLE`."""
     app = web.Application()
     app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
@@ -115,20 +115,20 @@ def test_cortex_has_every_route() -> None:
 
 
 def test_neuron_has_every_route() -> None:
-    """The table of the neuron protocol, no more and no less."""
+    """neuron serves exactly the routes of `NEURON_TABLE`."""
     assert routes_of(build_app(NeuronConfig(), port=1)) == NEURON_TABLE
 
 
 @pytest.mark.parametrize(("name", "table"), [("api.md", CORTEX_TABLE), ("protocol.md", NEURON_TABLE)])
 def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) -> None:
-    """Each path stands in the document of its service, in code marks."""
+    """The document of each service has each of its paths in code marks."""
     text = document(name).replace("/v1/models/{id}", "/v1/models/{model_id}")
     for method, path in table:
         assert re.search(rf"`(?:{method} )?{re.escape(path)}[`?]", text), (method, path)
 
 
-async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
-    """Names and labels of the contract; every registered one is explained in docs/api.md with its labels."""
+async def test_cortex_metrics_match_contract_and_documents() -> None:
+    """cortex exports exactly the metrics of the contract, and docs/api.md has each with its labels."""
     fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
     metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [tally])
     tally.request("m", "beast", 200, 1.0, 0.1)
@@ -147,7 +147,7 @@ async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
 
 
 def test_neuron_metrics_are_documented() -> None:
-    """Every family on a neuron's page is explained in docs/protocol.md; those of the contract are among them."""
+    """docs/protocol.md has every family of neuron's page, and the page has those of the contract."""
     metrics = NeuronMetrics()
     metrics.loaded("m", 1.0)
     metrics.known("m")
@@ -164,7 +164,7 @@ def all_errors(error: type[ServiceError] = ServiceError) -> set[str]:
 
 
 def test_every_code_a_source_names_is_documented() -> None:
-    """Whatever `code` a client of cortex or a caller of neuron may get stands in a document."""
+    """A document has every `code` that cortex or neuron can answer with."""
     text = document("api.md") + document("protocol.md")
     named = {
         code
@@ -173,6 +173,6 @@ def test_every_code_a_source_names_is_documented() -> None:
         if "sim" not in path.relative_to(TOP).parts
         for code in re.findall(r"\b(?:default_)?code ?= ?\"(\w+)\"", path.read_text(encoding="utf-8"))
     }
-    unused = {"not_found", "conflict", "unavailable"}  # bases: those who raise them give a code
+    unused = {"not_found", "conflict", "unavailable"}  # defaults of base classes; every raise gives a code
     missing = {code for code in named | (all_errors() - unused) if f"`{code}`" not in text}
     assert not missing
