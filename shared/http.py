@@ -30,7 +30,7 @@ def reply(model: BaseModel, *, status: int = 200) -> web.Response:
 def error_response(
     error: ServiceError, *, anthropic: bool = False, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """The response for `error`, with Retry-After where it has one."""
+    """The response for `error`, with its Retry-After if it has one."""
     body = error.anthropic_body() if anthropic else error.body()
     response = web.json_response(body, status=error.status, headers=headers)
     if error.retry_after is not None:
@@ -70,7 +70,7 @@ def request_id_of(request: web.Request) -> str:
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns every failure into the error envelope. Cancellation passes: it is the client leaving."""
+    """Turns every failure into the error envelope. Cancellation passes: the client has disconnected."""
     own_id = request_id_of(request)
     with request_scope(own_id):
         response = await _answer(request, handler)
@@ -93,19 +93,19 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _http_exception_response(request, error)
     except web.RequestPayloadError as error:
         if request.transport is None or request.transport.is_closing():
-            raise  # the client is gone; nothing to answer
-        unreadable = InvalidRequest(f"the body cannot be read: {error}")
+            raise  # the client has disconnected
+        unreadable = InvalidRequest(f"cannot read the body: {error}")
         return error_response(unreadable, anthropic=is_anthropic_path(request.path))
     except ConnectionError:
-        raise  # as above
+        raise  # the client has disconnected
     except Exception:
         log.exception("unhandled error in %s %s", request.method, request.path)
-        internal = ServiceError("internal error; the service's log has the details")
+        internal = ServiceError("internal error, see the service's log")
         return error_response(internal, anthropic=is_anthropic_path(request.path))
 
 
 def _http_exception_response(request: web.Request, error: web.HTTPException) -> web.Response:
-    """aiohttp's own 404, 405 and the like, in our envelope."""
+    """aiohttp's own 404, 405 and similar in our envelope."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status, "invalid_request")
     message = f"{request.method} {request.path}: {error.reason}"
     response = web.json_response(envelope(message, status=error.status, code=code), status=error.status)
@@ -121,7 +121,7 @@ def bearer_token(headers: Mapping[str, str]) -> str | None:
 
 
 def require_token(token: str, *, open_paths: frozenset[str] = frozenset()) -> Any:
-    """A middleware that lets only callers with this bearer token pass, except to `open_paths`."""
+    """A middleware that requires this bearer token, except for `open_paths`."""
     expected = token.encode()
 
     @web.middleware

@@ -32,7 +32,7 @@ class Part(Enum):
     FEED_FORWARD = "feed-forward"
     EXPERTS = "experts"
     SMALL = "norms, biases, routers"
-    ENCODERS = "encoders of images or sound"
+    ENCODERS = "image and audio encoders"
 
 
 @dataclass(frozen=True)
