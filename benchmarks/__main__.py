@@ -14,9 +14,9 @@ from benchmarks.contenders.process import REPOSITORY
 from benchmarks.limits import raise_open_files
 from benchmarks.loops import run
 from benchmarks.measure.machine import machine
-from benchmarks.report.bars import bars
 from benchmarks.report.document import write
 from benchmarks.report.table import table
+from benchmarks.report.targets import targets
 from benchmarks.results import Results, load
 from benchmarks.runner import Bench
 from benchmarks.session import in_own_session
@@ -77,11 +77,11 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def report(results: Results, args: argparse.Namespace) -> int:
-    """Prints the table and the bars; writes what is asked for."""
+    """Prints the table and the targets; writes the requested files."""
     print(f"\n{table(results)}\n")
-    for bar in bars(results):
-        if bar.passed is not None or args.write:
-            print(bar)
+    for target in targets(results):
+        if target.passed is not None or args.write:
+            print(target)
     print(f"{results.settings.get('secs', 0)} s")
     if args.json:
         results.save(args.json)

@@ -13,16 +13,16 @@ from cortex.cli.dev.command import add_dev_command
 from cortex.cli.serve import serve
 from cortex.cli.simulate import add_simulate_command
 from cortex.config.files import ConfigurationFiles, configuration_warnings, read_configuration
-from shared import __version__
 from shared.logs import configure_logging
 from shared.loop import run
 from shared.serve import ListenError
 from shared.settings import SettingsError
+from shared.version import version_text
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cortex", description="One address in front of a fleet of GPU hosts.")
-    parser.add_argument("--version", action="version", version=f"cortex {__version__}")
+    parser.add_argument("--version", action="version", version=version_text("cortex"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve_parser = commands.add_parser("serve", help="run the front door")
@@ -48,7 +48,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         files = ConfigurationFiles(args.config, workers=args.workers)
         config, catalogue = files.read()
-        configure_logging(config.log_level)
+        configure_logging(config.log_level, config.log_format)
         for fd in (args.fd, args.lifeline_fd):
             if fd is not None:  # ours alone: a worker that held them, too, would keep the port open
                 os.set_inheritable(fd, False)

@@ -169,7 +169,7 @@ async def working(
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
-        access_log=AccessLog(sys.stderr.write if info else None),
+        access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
         keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),

@@ -18,18 +18,18 @@ from neuron.engine.state_dir import StateDirError
 from neuron.gpu.discovery import run_discover
 from neuron.gpu.simulated import resolve_devices
 from neuron.harness.checks import CheckedConfig, spec_of
-from shared import __version__
 from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, serve_until_stopped
 from shared.settings import SettingsError, load_settings
+from shared.version import version_text
 
 log = logging.getLogger("neuron")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuron", description="The agent on a GPU host: runs engines for a cortex.")
-    parser.add_argument("--version", action="version", version=f"neuron {__version__}")
+    parser.add_argument("--version", action="version", version=version_text("neuron"))
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve this host's GPUs")
     serve.add_argument("--config", type=Path, help="neuron.toml; without it defaults and NEURON_* variables apply")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "estimate":
             return run_estimate(None if arguments.config is None else _config(arguments.config), arguments)
         config = _config(arguments.config)
-        configure_logging(config.log_level)
+        configure_logging(config.log_level, config.log_format)
         asyncio.run(_serve(config, arguments.fd, arguments.lifeline_fd))
     except (SettingsError, ListenError, StateDirError, ServiceError) as error:
         print(f"neuron: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a run found: a table, the bars of acceptance, a plot."""
+"""Reports of a benchmark run: table, targets, plot. Called by `benchmarks.__main__`."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def plot_path() -> Path:
-    """The script that draws; never imported, since it needs what we do not have."""
+    """The plot script. It runs as a process of its own because it needs matplotlib."""
     return Path(__file__).with_name("plot.py")

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: the generated part, the figures beside it, the plot."""
+"""Writes docs/benchmarks.md (its generated part), docs/benchmarks.json and docs/benchmarks.png."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks.contenders.contender import ContenderUnavailable
 from benchmarks.contenders.packages import environment
 from benchmarks.report import plot_path
-from benchmarks.report.bars import bars
 from benchmarks.report.table import spreads, table
+from benchmarks.report.targets import targets
 from benchmarks.results import Results
 
 BEGIN, END = "<!-- gateways: begin, made by make bench -->", "<!-- gateways: end -->"
@@ -19,8 +19,8 @@ _MATPLOTLIB = "matplotlib==3.11.2"
 
 
 def write(results: Results, docs: Path) -> list[str]:
-    """Replaces the generated part of benchmarks.md in `docs`, and writes benchmarks.json and benchmarks.png beside it;
-    what could not be done, as lines.
+    """Replaces the generated part of benchmarks.md in `docs` and writes benchmarks.json and benchmarks.png next to it.
+    Returns a line for each problem.
 
     Raises:
         ValueError: the file has no markers.
@@ -37,10 +37,10 @@ def write(results: Results, docs: Path) -> list[str]:
 
 
 def replaced(page: str, part: str) -> str:
-    """The page with another generated part.
+    """The page with `part` as its generated part.
 
     Raises:
-        ValueError: it has no markers.
+        ValueError: the page has no markers.
     """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -50,19 +50,24 @@ def replaced(page: str, part: str) -> str:
 
 
 def generated(results: Results) -> str:
-    """Machine, table, bars, and what lies behind the medians."""
-    told = results.machine
+    """The generated part: machine, table, plot, targets, settings of each gateway, spread of the rounds."""
+    machine = results.machine
     parts = [
-        f"Measured {told['date']} at {told['commit']}: {told['cpu']}, {told['cpus']} CPUs, {told['memory_gib']} GiB, "
-        f"{told['kernel']} (virtual machine: {told['hypervisor']}), Python {told['python']} on {told['loop']}, "
-        f"{told['packages']}. {_rounds(results)} In brackets: times nginx.",
+        f"Measured {machine['date']} at {machine['commit']}: {machine['cpu']}, {machine['cpus']} CPUs, "
+        f"{machine['memory_gib']} GiB, {machine['kernel']} (virtual machine: {machine['hypervisor']}), "
+        f"Python {machine['python']} on {machine['loop']}, {machine['packages']}. {_rounds(results)} "
+        "In brackets: the ratio to nginx.",
         table(results),
         "![CPU per request and chunk, first byte, memory](benchmarks.png)",
-        "### The bars",
+        "### Targets",
         "\n".join(
-            ["| | bar | measured |", "|---|---|---|", *(_bar(b.verdict, b.text, b.figures) for b in bars(results))]
+            [
+                "| | target | measured |",
+                "|---|---|---|",
+                *(f"| {t.verdict} | {t.text} | {t.figures} |" for t in targets(results)),
+            ]
         ),
-        "### What is switched on",
+        "### What does each gateway do?",
         "\n".join(
             f"- {each['title']} {each['version']}: {each['switched_on']}" for each in results.contenders.values()
         ),
@@ -82,22 +87,18 @@ def _rounds(results: Results) -> str:
     rounds = results.settings["rounds"]
     text = f"Medians of {rounds} rounds." if rounds > 1 else "One round."
     if results.settings.get("quick"):
-        text += " A quick run: less work in each case."
+        text += " A quick run: fewer requests in each case."
     foreign = results.foreign()
-    return text if foreign is None else f"{text} Others had {foreign:.0%} of the gateway's CPU meanwhile."
-
-
-def _bar(verdict: str, text: str, figures: str) -> str:
-    return f"| {verdict} | {text} | {figures} |"
+    return text if foreign is None else f"{text} Other processes used {foreign:.0%} of the gateway's CPU."
 
 
 def draw(figures: Path, picture: Path) -> None:
-    """Draws the plot, with our own matplotlib or with that of an environment made for it.
+    """Draws the plot, with matplotlib from this environment or from one made for it.
 
     Raises:
-        ContenderUnavailable: there is none and it cannot be installed.
-        SubprocessError: the drawing failed.
+        ContenderUnavailable: matplotlib cannot be installed.
+        SubprocessError: the plot script failed.
     """
-    ours = importlib.util.find_spec("matplotlib") is not None
-    python = Path(sys.executable) if ours else environment(_MATPLOTLIB) / "python"
+    installed = importlib.util.find_spec("matplotlib") is not None
+    python = Path(sys.executable) if installed else environment(_MATPLOTLIB) / "python"
     subprocess.run([python, plot_path(), figures, picture], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The plot: `python plot.py RESULTS.json PICTURE.png`, by any Python that has matplotlib; imports nothing of ours."""
+"""Draws the plot: `python plot.py RESULTS.json PICTURE.png`, in any Python with matplotlib, without project code."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ PANELS = (
     ("saturation", "per_second", "plain requests/s (c=64)"),
     ("idle8000", "kib_per_stream", "KiB RSS per open stream"),
 )
-LEFT_OUT = {"direct"}
+OMITTED = {"direct"}
 OURS, FLOOR, OTHERS = "#d1495b", "#8d99ae", "#30638e"
 OFF_SCALE = 3
-"""Bars longer than so many times the median are cut, so that one slow gateway does not flatten the rest."""
+"""Bars longer than this many times the median are cut, or one slow gateway would flatten the rest."""
 
 
 def main() -> int:
-    """Draws one panel for each case that was measured."""
+    """Draws one panel for each measured case. Exit status 1 when there is none."""
     results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     panels = [panel for panel in PANELS if panel[0] in results["cases"]]
     if not panels:
         return 1
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    importlib.import_module("matplotlib").use("Agg")  # by name, so that type checking does not need it either
+    importlib.import_module("matplotlib").use("Agg")  # imported by name: type checking does not need it
     plt = importlib.import_module("matplotlib.pyplot")
     figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.1 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (case, name, title) in zip(axes.flat, panels, strict=False):
         _panel(axis, results["cases"][case], name, title)
-    told = results["machine"]
+    machine = results["machine"]
     figure.suptitle(
-        f"{told['cpu']}, {told['cpus']} CPUs, {told['kernel']}, {told['date']}, {told['commit']}", fontsize=9
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}, {machine['date']}, {machine['commit']}",
+        fontsize=9,
     )
     figure.tight_layout()
     figure.savefig(sys.argv[2], dpi=110)
@@ -47,7 +48,9 @@ def main() -> int:
 
 
 def _panel(axis: Any, cells: dict[str, Any], name: str, title: str) -> None:
-    bars = [(who, cell) for who, cell in cells.items() if who not in LEFT_OUT and name in cell["median"]][::-1]
+    bars = [(gateway, cell) for gateway, cell in cells.items() if gateway not in OMITTED and name in cell["median"]][
+        ::-1
+    ]
     values = [cell["median"][name] for _, cell in bars]
     limit = sorted(values)[len(values) // 2] * OFF_SCALE if values else 0
     shown = [min(value, limit) for value in values]
@@ -56,10 +59,10 @@ def _panel(axis: Any, cells: dict[str, Any], name: str, title: str) -> None:
         [max(0.0, value - min(each)) if value <= limit else 0 for value, each in zip(values, spread, strict=True)],
         [max(0.0, max(each) - value) if value <= limit else 0 for value, each in zip(values, spread, strict=True)],
     ]
-    colours = [OURS if who.startswith("cortex") else FLOOR if who == "nginx" else OTHERS for who, _ in bars]
+    colours = [OURS if name.startswith("cortex") else FLOOR if name == "nginx" else OTHERS for name, _ in bars]
     several = any(len(each) > 1 for each in spread)
     style = {"xerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if several else {}
-    axis.barh([who for who, _ in bars], shown, color=colours, **style)
+    axis.barh([gateway for gateway, _ in bars], shown, color=colours, **style)
     for at, (value, length) in enumerate(zip(values, shown, strict=True)):
         label = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
         axis.text(length, at, f" {label}{' (cut)' if value > length else ''}", va="center", fontsize=8)

@@ -1,4 +1,4 @@
-"""The table, as Markdown."""
+"""The results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.results import BASE, Results
 
 @dataclass(frozen=True)
 class Column:
-    """`compared`: the ratio to nginx stands beside the figure. `lower` figures are better."""
+    """A column of the table. `compared`: the ratio to nginx follows the figure in brackets."""
 
     head: str
     case: str
@@ -34,14 +34,14 @@ COLUMNS = (
 
 
 def table(results: Results) -> str:
-    """One row a contender, one column a case that was measured; the ratio to nginx in brackets."""
+    """A row for each gateway, a column for each measured case, the ratio to nginx in brackets."""
     columns = [column for column in COLUMNS if column.case in results.cells]
     lines = [
         "| gateway | " + " | ".join(column.head for column in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
-    for name, told in results.contenders.items():
-        title = f"{told['title']} {told['version']}".strip()
+    for name, contender in results.contenders.items():
+        title = f"{contender['title']} {contender['version']}".strip()
         bold = f"**{title}**" if name.startswith("cortex") else title
         cells = [_cell(results, column, name) for column in columns]
         lines.append(f"| {bold} | " + " | ".join(cells) + " |")
@@ -62,8 +62,8 @@ def _cell(results: Results, column: Column, name: str) -> str:
 
 
 def spreads(results: Results) -> str:
-    """How far the rounds lay apart, and everything that went wrong."""
-    lines = ["| case | gateway | median | least - greatest | faults |", "|---|---|---:|---:|---|"]
+    """The spread of the rounds, and every fault."""
+    lines = ["| case | gateway | median | min - max | faults |", "|---|---|---:|---:|---|"]
     for case, cells in results.cells.items():
         figure = _key(case)
         for name, cell in cells.items():

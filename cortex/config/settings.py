@@ -144,6 +144,7 @@ class CortexConfig(SettingsModel):
     models_config: Path = Path("models.toml")
     state_dir: Path | None = None  # None: see cortex.config.files.state_directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from shared.errors import Unavailable
+from shared.tasks import first_of
 
 Result = TypeVar("Result")
 

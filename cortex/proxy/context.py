@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
@@ -17,9 +14,6 @@ from cortex.proxy.keep_alive import KeepAliveTimes
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet
-
-# The id appears in a header and in logs, so an id from a client must match.
-_SAFE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Control(Protocol):
@@ -67,14 +61,6 @@ class ProxyContext:
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
-        self._ids = itertools.count()
-        self._id_prefix = os.urandom(10).hex()
-
-    def request_id(self, given: bytes | None) -> str:
-        """The client's `x-request-id` if it is safe to echo and log, else a new id."""
-        if given is not None and _SAFE_REQUEST_ID.fullmatch(given):
-            return given.decode()
-        return self._id_prefix + format(next(self._ids), "012x")
 
     async def close(self) -> None:
         await self.tasks.close()

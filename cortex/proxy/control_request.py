@@ -13,6 +13,8 @@ from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address
 from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
+from shared.request_ids import request_id as make_request_id
+from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class ControlRequest:
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
         self._client = client
-        self._request_id = context.request_id(request.request_id)
+        self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
         self._relay = Relay(
             context.pool,
@@ -57,7 +59,8 @@ class ControlRequest:
         self._relay.resume()
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
-        log.error("control process unavailable: %s (request %s)", reason, self._request_id)
+        with request_scope(self._request_id):
+            log.error("control process unavailable: %s", reason)
         error = Unavailable(
             "control process unavailable, retry shortly", code="unavailable", retry_after=RETRY_AFTER_SECS
         )

@@ -16,6 +16,7 @@ from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
 from shared.errors import ServiceError
+from shared.request_ids import request_id as make_request_id
 
 INFERENCE_PATHS = (
     "/v1/chat/completions",
@@ -62,13 +63,13 @@ class Gateway:
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         context = self._context
-        request_id = context.request_id(None if request is None else request.request_id)
+        request_id = make_request_id(None if request is None else request.request_id)
         if request is not None and request.path in _INFERENCE:
             context.counters.error(UNKNOWN, UNKNOWN, error.code)
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
             what = "-" if request is None else f"{request.method.decode()} {request.path.decode('latin-1')}"
-            context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}")
+            context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 
     def collect(self) -> Counters:

@@ -24,6 +24,8 @@ from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address, parse_url
 from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
 from shared.errors import ServiceError
+from shared.request_ids import request_id as make_request_id
+from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class RequestHandler:
         self._context = context
         self._client = client
         self._request = request
-        self._request_id = context.request_id(request.request_id)
+        self._request_id = make_request_id(request.request_id)
         self._caller = caller
         self._state: _Resolving | _Sent | None = None
         self._model_id = ""
@@ -212,14 +214,8 @@ class RequestHandler:
         state = self._leave_state()
         assert isinstance(state, _Sent)
         replica = state.replica
-        log.warning(
-            "%s on %s does not serve (%s): %s (request %s)",
-            replica.model_id,
-            replica.node,
-            kind,
-            reason,
-            self._request_id,
-        )
+        with request_scope(self._request_id):
+            log.warning("%s on %s does not serve (%s): %s", replica.model_id, replica.node, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
     def _retry(self, others: tuple[Replica, ...]) -> None:
@@ -240,7 +236,9 @@ class RequestHandler:
                 note=context.control.note,
                 times=context.keep_alive_times,
             )
-        self._state = _Resolving(context.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}"))
+        with request_scope(self._request_id):
+            task = context.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
+        self._state = _Resolving(task)
 
     async def _ask_control(self) -> None:
         try:
@@ -345,7 +343,8 @@ class RequestHandler:
             secs = format(took, ".3f")
             context.access_log.line(
                 f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}"
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
+                self._request_id,
             )
 
 

@@ -55,7 +55,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     if not isinstance(setup, Setup):
         return
     config = CortexConfig.model_validate_json(setup.config)
-    configure_logging(config.log_level)
+    configure_logging(config.log_level, config.log_format)
     control = RemoteControl(setup, channel.send)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

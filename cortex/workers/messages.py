@@ -91,6 +91,7 @@ class Resolve(msgspec.Struct, frozen=True, tag=True):
     number: int
     model_id: str
     failures: list[Failure]
+    request_id: str | None
 
 
 class CancelResolve(msgspec.Struct, frozen=True, tag=True):

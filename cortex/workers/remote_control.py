@@ -20,6 +20,7 @@ from cortex.workers.messages import (
     TableChanged,
     error_from_wire,
 )
+from shared.request_ids import current_request_id
 
 
 class RemoteControl:
@@ -49,7 +50,7 @@ class RemoteControl:
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send(Resolve(number, model_id, list(failures)))
+        self._send(Resolve(number, model_id, list(failures), current_request_id()))
         try:
             return await future
         finally:

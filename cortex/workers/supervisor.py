@@ -40,6 +40,7 @@ from cortex.workers.messages import (
     error_to_wire,
 )
 from shared.errors import ServiceError
+from shared.request_ids import request_scope
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,8 @@ class WorkerProcess:
         try:
             async for message in self._channel.messages():
                 match message:
-                    case Resolve(number, model_id, failures):
-                        self._resolve(number, model_id, failures)
+                    case Resolve(number, model_id, failures, request_id):
+                        self._resolve(number, model_id, failures, request_id)
                     case CancelResolve(number):
                         if number in self._resolving:
                             self._resolving[number].cancel()
@@ -135,8 +136,9 @@ class WorkerProcess:
             await self._tasks.close()
             await self._channel.close()
 
-    def _resolve(self, number: int, model_id: str, failures: list[Failure]) -> None:
-        task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
+    def _resolve(self, number: int, model_id: str, failures: list[Failure], request_id: str | None) -> None:
+        with request_scope(request_id):
+            task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
         self._resolving[number] = task
         self._resolving_models[number] = model_id
         task.add_done_callback(lambda _: self._resolved(number))

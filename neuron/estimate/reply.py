@@ -1,4 +1,4 @@
-"""An estimate as it travels, and as a person reads it. Pure."""
+"""An estimate as a protocol message and as a table. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared.protocol import EstimateLine, EstimateOption, EstimateReply
 
 
 def reply_of(model: str, estimate: Estimate) -> EstimateReply:
-    """The answer for somebody who asked for `model`."""
+    """The protocol message; `model` is the name in the request."""
     return EstimateReply(
         model=model,
         source=estimate.source,
@@ -41,7 +41,7 @@ def reply_of(model: str, estimate: Estimate) -> EstimateReply:
 
 
 def table_of(reply: EstimateReply) -> str:
-    """Lines of text, the last one ended."""
+    """Lines of text, each with a newline."""
     blocks = [_head(reply), _sum(reply), _options(reply), reply.notes]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 

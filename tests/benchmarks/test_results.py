@@ -1,4 +1,4 @@
-"""Summing up and writing down: medians, ratios, bars, the document."""
+"""Results and reports: medians, ratios, targets, the document."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cases.case import Measured
-from benchmarks.report.bars import Bar, bars
 from benchmarks.report.document import BEGIN, END, generated, replaced
 from benchmarks.report.table import table
+from benchmarks.report.targets import Target, targets
 from benchmarks.results import Results, load
 
 
@@ -29,8 +29,8 @@ def _results() -> Results:
     return results
 
 
-def _bar(results: Results, start: str) -> Bar:
-    return next(bar for bar in bars(results) if bar.text.startswith(start))
+def _target(results: Results, start: str) -> Target:
+    return next(target for target in targets(results) if target.text.startswith(start))
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -48,22 +48,22 @@ def test_a_round_that_failed_shifts_no_ratio() -> None:
     assert results.ratio("plain", "cortex", "cpu_us") == 2.0
 
 
-def test_bars_pass_fail_or_are_not_measured() -> None:
+def test_targets_pass_fail_or_are_not_measured() -> None:
     results = _results()
-    assert _bar(results, "CPU per chunk at 200 streams ≤").passed is True
-    assert _bar(results, "CPU per chunk at 1000 streams ≤").passed is None
+    assert _target(results, "CPU per chunk at 200 streams ≤").passed is True
+    assert _target(results, "CPU per chunk at 1000 streams ≤").passed is None
     for cortex in (30.0, 60.0, 90.0):
         results.cell("stream200", "cortex").add(Measured({"cpu_us": cortex}))
     results.cells["stream200"]["cortex"].rounds[:3] = []
-    assert _bar(results, "CPU per chunk at 200 streams ≤").passed is False
+    assert _target(results, "CPU per chunk at 200 streams ≤").passed is False
 
 
-def test_a_stream_lost_fails_the_bar_of_open_streams() -> None:
+def test_a_lost_stream_fails_the_target_for_open_streams() -> None:
     results = _results()
     lost = Measured({"ended_well": 7999.0, "kib_per_stream": 9.0}, Counter({"no end": 1}))
     results.cell("idle8000", "cortex").add(lost)
-    assert _bar(results, "8,000 open").passed is False
-    assert _bar(results, "RSS per open").passed is True
+    assert _target(results, "8,000 open").passed is False
+    assert _target(results, "RSS per open").passed is True
     assert "⚠" in table(results)
 
 

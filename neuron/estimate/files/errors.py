@@ -1,4 +1,4 @@
-"""What can be wrong with a model's files."""
+"""Errors about a model's files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from shared.errors import NotFound, ServiceError
 
 
 class ModelFilesInvalid(ServiceError):
-    """A model's file is broken, or lacks what has to be known; the message names the file."""
+    """A file of the model is broken or incomplete; the message names it."""
 
     status = 422
     default_code = "model_files_invalid"

@@ -1,6 +1,6 @@
 """How many parameters a model has, from its configuration alone. Pure.
 
-Used where there are no safetensors files to look into, and checked against the published sizes of models.
+Used for models without safetensors files; the tests compare it with the published sizes of models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEARNED_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})
 
 
 class Placement(Enum):
-    """What tensor parallelism does with a weight."""
+    """How tensor parallelism places a weight."""
 
     SPLIT = "split"  # each device has its share
     BY_KV_HEAD = "by kv head"  # split, but never finer than one key-value head
@@ -25,19 +25,19 @@ class Placement(Enum):
 
 
 class Part(Enum):
-    """What a weight belongs to; its value is how a person reads it."""
+    """What a weight belongs to; the value is its display name."""
 
     EMBEDDING = "embeddings and output head"
     ATTENTION = "attention"
     FEED_FORWARD = "feed-forward"
     EXPERTS = "experts"
     SMALL = "norms, biases, routers"
-    ENCODERS = "encoders of images or sound"
+    ENCODERS = "image and audio encoders"
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of one part that are treated alike. `matrices`: quantisation applies to them."""
+    """Parameters of one part that are treated alike. `matrices`: quantization applies to them."""
 
     part: Part
     parameters: int
@@ -46,7 +46,7 @@ class Count:
 
 
 def counts_of(model: Architecture) -> tuple[Count, ...]:
-    """The parameters of the text model. Encoders of images or sound are not in it."""
+    """The parameters of the text model, without image and audio encoders."""
     return tuple(count for count in _counts(model) if count.parameters)
 
 
@@ -110,7 +110,7 @@ def _linear_attention(model: Architecture) -> Iterator[Count]:
     if linear is None:
         return
     values = linear.value_heads * linear.value_dim
-    # Queries, keys, values and the output's gate; two numbers for each head; the way back.
+    # Queries, keys, values and the output's gate; two numbers per head; the output projection.
     split = model.hidden * (linear.convolved + values + 2 * linear.value_heads) + values * model.hidden
     yield Count(Part.ATTENTION, layers * split, Placement.SPLIT, matrices=True)
     small = linear.convolved * linear.kernel + 2 * linear.value_heads + linear.value_dim

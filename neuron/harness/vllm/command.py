@@ -38,7 +38,7 @@ class VllmHarness(Harness):
     estimator = VllmEstimator()
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
-        """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
+        """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
         with contextlib.suppress(ValueError):
             fraction = float(value_of(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
@@ -105,12 +105,12 @@ def vllm_environment(
 
 
 def _memory_arguments(plan: LaunchPlan) -> list[str]:
-    """`--gpu-memory-utilization` for an engine with a share, unless its arguments size its memory already.
+    """`--gpu-memory-utilization` for an engine with a share, unless its arguments already size its memory.
 
-    Rounded down: two engines whose shares add up to a device must not want more than it has. vLLM takes one fraction
-    for all its devices: the one with which the smallest gives the share. A larger one gives the same fraction of more,
-    which is what is booked there (`Need.one_fraction`); vLLM refuses to start where that is not free, though it uses no
-    more blocks of it than fit on the smallest.
+    Rounded down: two engines whose shares add up to a device must not ask for more than it has. vLLM has one fraction
+    for all devices, so it is the one that gives the share on the smallest. On a larger device the same fraction is
+    more, and that is what is booked there (`Need.one_fraction`): vLLM refuses to start unless it is free, though
+    it uses no more blocks than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
     if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):
@@ -122,8 +122,8 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
 def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
     """Cores for each rank of a tensor-parallel engine on a CPU host.
 
-    vLLM's own binding wants a NUMA node for each rank and fails where there are fewer. With fewer cores than ranks it
-    is left to vLLM all the same: ranks that share a core wait for each other in spin locks.
+    vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
+    vLLM anyway: ranks that share a core would wait for each other in spin locks.
     """
     if not 1 < ranks <= len(cpus):
         return {}
@@ -134,7 +134,7 @@ def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
 
 
 def _core_list(cores: Sequence[int]) -> str:
-    """Cores as vLLM reads them: runs as `a-b`, separated by commas."""
+    """Cores in vLLM's notation: ranges `a-b`, separated by commas."""
     runs: list[tuple[int, int]] = []
     for core in cores:
         if runs and runs[-1][1] == core - 1:

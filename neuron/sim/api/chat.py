@@ -48,7 +48,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 def order_of(body: Body, engine: Engine) -> Order:
-    """What a chat request asks for. Raises ApiError when it cannot be had."""
+    """The order of a chat request. Raises ApiError when it cannot be served."""
     model = served_model(body.get("model"), engine.settings)
     prompt = conversation(required(body, "messages"))
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"

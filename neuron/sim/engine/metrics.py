@@ -1,4 +1,4 @@
-"""The engine's figures in Prometheus text, under vLLM's names and labels."""
+"""The engine's metrics in Prometheus text, with vLLM's names and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LATENCY_BUCKETS = (
 
 
 class Histogram:
-    """Observations in seconds, counted into buckets with inclusive upper bounds."""
+    """Counts of observed seconds in buckets with inclusive upper bounds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass
 class EngineMetrics:
-    """What one engine has counted since it started."""
+    """Counters of one engine since its start."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -55,13 +55,13 @@ class EngineMetrics:
     latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS))
 
     def finish(self, reason: FinishReason, sequences: int, seconds: float) -> None:
-        """Counts the end of a request's sequences, `seconds` after it came in."""
+        """Counts the end of a request's sequences, `seconds` after its arrival."""
         self.finished[reason] += sequences
         for _ in range(sequences):
             self.latency.observe(seconds)
 
     def render(self, *, model_name: str, running: int, waiting: int, kv_cache_usage: float, sleep_level: int) -> str:
-        """The whole exposition; the gauges' present values are given by the engine."""
+        """The whole exposition; the engine passes the gauges' current values."""
         labels = {"engine": "0", "model_name": model_name}
         lines: list[str] = []
 

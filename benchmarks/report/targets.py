@@ -1,4 +1,4 @@
-"""The bars that cortex has to clear, checked against what was measured."""
+"""The targets for cortex, checked against the results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MAX_KIB_PER_STREAM = 16.0
 
 
 @dataclass(frozen=True)
-class Bar:
-    """`passed` is None when what it needs was not measured."""
+class Target:
+    """One target. `passed` is None when its case was not measured."""
 
     text: str
     figures: str
@@ -22,15 +22,15 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """In a word or two."""
+        """`pass`, `FAIL` or `not measured`."""
         return "not measured" if self.passed is None else "pass" if self.passed else "FAIL"
 
     def __str__(self) -> str:
         return f"{self.verdict:12} {self.text}: {self.figures}"
 
 
-def bars(results: Results) -> list[Bar]:
-    """All of them."""
+def targets(results: Results) -> list[Target]:
+    """Every target, in the order of the report."""
     found = []
     for case, streams in (("stream200", 200), ("stream1000", 1000)):
         found.append(_at_most(results, case, "cpu_us", 1.15, f"CPU per chunk at {streams} streams"))
@@ -44,59 +44,59 @@ def bars(results: Results) -> list[Bar]:
     return found
 
 
-def _at_most(results: Results, case: str, figure: str, times: float, what: str) -> Bar:
+def _at_most(results: Results, case: str, figure: str, times: float, what: str) -> Target:
     ratio = results.ratio(case, US, figure)
     if ratio is None:
-        return Bar(f"{what} ≤ {times:g} x nginx", "-", None)
+        return Target(f"{what} ≤ {times:g} x nginx", "-", None)
     ours, theirs = results.figure(case, US, figure), results.figure(case, BASE, figure)
-    return Bar(f"{what} ≤ {times:g} x nginx", f"{ratio:.2f} x ({ours:.1f} to {theirs:.1f} µs)", ratio <= times)
+    return Target(f"{what} ≤ {times:g} x nginx", f"{ratio:.2f} x ({ours:.1f} to {theirs:.1f} µs)", ratio <= times)
 
 
-def _below(results: Results, case: str, figure: str, rivals: tuple[str, ...], what: str) -> Bar:
+def _below(results: Results, case: str, figure: str, rivals: tuple[str, ...], what: str) -> Target:
     text = f"{what} below {', '.join(rivals)}"
     ours = results.figure(case, US, figure)
     theirs = {rival: results.figure(case, rival, figure) for rival in rivals}
     known = {rival: value for rival, value in theirs.items() if value is not None}
     if ours is None or not known:
-        return Bar(text, "-", None)
+        return Target(text, "-", None)
     shown = f"{ours:.1f} µs; " + ", ".join(f"{rival} {value:.1f}" for rival, value in known.items())
     missing = [rival for rival, value in theirs.items() if value is None]
     if missing:
         shown += f"; not measured: {', '.join(missing)}"
     below = all(ours < value for value in known.values())
-    return Bar(text, shown, None if below and missing else below)
+    return Target(text, shown, None if below and missing else below)
 
 
-def _first_byte(results: Results) -> Bar:
+def _first_byte(results: Results) -> Target:
     text = "added time to first byte at light load, p99 ≤ 2 x nginx"
     ratio = results.ratio("ttfb", US, "added_p99_us")
     if ratio is None:
-        return Bar(text, "-", None)
+        return Target(text, "-", None)
     ours, theirs = (results.figure("ttfb", name, "added_p99_us") for name in (US, BASE))
-    return Bar(text, f"{ratio:.2f} x ({ours:.0f} to {theirs:.0f} µs)", ratio <= 2.0)
+    return Target(text, f"{ratio:.2f} x ({ours:.0f} to {theirs:.0f} µs)", ratio <= 2.0)
 
 
-def _memory(results: Results) -> Bar:
+def _memory(results: Results) -> Target:
     kib = results.figure("idle8000", US, "kib_per_stream")
     text = f"RSS per open stream ≤ {MAX_KIB_PER_STREAM:g} KiB"
-    return Bar(text, "-", None) if kib is None else Bar(text, f"{kib:.1f} KiB", kib <= MAX_KIB_PER_STREAM)
+    return Target(text, "-", None) if kib is None else Target(text, f"{kib:.1f} KiB", kib <= MAX_KIB_PER_STREAM)
 
 
-def _no_error(results: Results) -> Bar:
+def _no_error(results: Results) -> Target:
     text = "8,000 open streams on one worker without an error"
     cell = results.find("idle8000", US)
     if cell is None:
-        return Bar(text, "-", None)
+        return Target(text, "-", None)
     ended = cell.values("ended_well")
     well = bool(ended) and not cell.faults and all(value == 8000 for value in ended)
-    return Bar(text, f"{min(ended, default=0):.0f} ended well, {sum(cell.faults.values())} errors", well)
+    return Target(text, f"{min(ended, default=0):.0f} ended well, {sum(cell.faults.values())} errors", well)
 
 
-def _two_workers(results: Results) -> Bar:
+def _two_workers(results: Results) -> Target:
     text = "two workers: CPU per request not more than 10 % above one worker's"
     ratio = results.ratio("paced", "cortex-2", "cpu_us", base=US)
     if ratio is None:
-        return Bar(text, "-", None)
+        return Target(text, "-", None)
     floor = results.ratio("paced", "nginx-2", "cpu_us", base=BASE)
     beside = "" if floor is None else f"; a second worker of nginx {(floor - 1) * 100:+.1f} %"
-    return Bar(text, f"{(ratio - 1) * 100:+.1f} %{beside}", ratio <= 1.10)
+    return Target(text, f"{(ratio - 1) * 100:+.1f} %{beside}", ratio <= 1.10)
