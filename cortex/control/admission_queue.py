@@ -45,7 +45,7 @@ class Ticket:
 @dataclass
 class _Room:
     since: float
-    seats: set[Ticket] = field(default_factory=set)
+    seats: dict[Ticket, None] = field(default_factory=dict)  # in order of arrival
 
 
 class AdmissionQueue:
@@ -78,13 +78,13 @@ class AdmissionQueue:
         if room is None:
             room = self._rooms[model_id] = _Room(self._clock())
         seat = Ticket(model_id)
-        room.seats.add(seat)
+        room.seats[seat] = None
         self._taken += 1
         try:
             yield seat
         finally:
             self._taken -= 1
-            room.seats.remove(seat)
+            del room.seats[seat]
             if not room.seats:
                 del self._rooms[model_id]
 

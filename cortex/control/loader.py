@@ -9,12 +9,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cortex.config.live import LiveConfig
 from cortex.control.backoff import Cause
 from cortex.control.load_command import load_command
-from cortex.fleet.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
-from cortex.fleet.poller import NodeWatch
+from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
 from cortex.fleet.store import StateFile
@@ -22,7 +22,7 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
 from cortex.placement.planner import Plan
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import LoadCommand, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,22 @@ _PASSING = ("neuron_stopping", "load_cancelled")
 MAX_DRAIN_SECS = 3600.0
 """What a neuron takes as `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
+
+
+class NeuronCommands(Protocol):
+    """The commands of `cortex.fleet.neuron_client.NeuronClient` that a load needs."""
+
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> bool: ...
+
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None: ...
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None: ...
+
+
+class Refreshable(Protocol):
+    """A neuron's poller, as far as a load needs it."""
+
+    async def refresh(self) -> None: ...
 
 
 class LoadFailed(Exception):
@@ -89,12 +105,13 @@ class Loader:
         *,
         fleet: Fleet,
         live: LiveConfig,
-        clients: Mapping[str, NeuronClient],
-        watches: Mapping[str, NodeWatch],
+        clients: Mapping[str, NeuronCommands],
+        watches: Mapping[str, Refreshable],
         counts: CountTotals,
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`settle_routes` returns when every worker knows what is in the fleet's snapshot now."""
         self._fleet = fleet
@@ -105,6 +122,7 @@ class Loader:
         self._metrics = metrics
         self._settle_routes = settle_routes
         self._state = state
+        self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[Key, Job] = {}
 
@@ -271,7 +289,7 @@ class Loader:
         await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
 
     async def _load(self, job: Job) -> None:
-        plan, started = job.plan, time.monotonic()
+        plan, started = job.plan, self._clock()
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
@@ -296,7 +314,7 @@ class Loader:
                 self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
             await self._look_again(plan.node)
             await self._until_loaded(plan)
-        took = time.monotonic() - started
+        took = self._clock() - started
         self._state.set_load_secs(plan.model_id, plan.node, took)
         self._fleet.loaded(plan.node, plan.model_id, harness=command.harness, devices=plan.devices)
         self._metrics.cold_start(plan.model_id, plan.node, took)
@@ -333,7 +351,7 @@ class Loader:
             raise NodeLeft(name)
         return node
 
-    def _client(self, name: str) -> NeuronClient:
+    def _client(self, name: str) -> NeuronCommands:
         client = self._clients.get(name)
         if client is None:
             raise NodeLeft(name)
