@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from neuron.estimate.files.architecture import architecture_of
-from neuron.estimate.files.errors import ModelFilesInvalid, files_not_found
-from neuron.estimate.files.fields import Fields
+from neuron.estimate.files.fields import Fields, ModelFilesInvalid, files_not_found
 from neuron.estimate.files.safetensors_header import read_json
 from neuron.estimate.files.stored import stored_weights
 from neuron.estimate.weights import Model

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from neuron.estimate.files.architecture import Architecture
-from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.fields import ModelFilesInvalid
 from neuron.estimate.files.parameters import Part, Placement
 from neuron.estimate.files.safetensors_header import FLOATS, Tensor, read_json, tensors_of
 

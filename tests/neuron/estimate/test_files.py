@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from neuron.estimate.estimator import estimate_of
-from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.fields import ModelFilesInvalid
 from neuron.estimate.files.parameters import Part, parameter_count
 from neuron.estimate.locate import hub_cache, model_at
 from neuron.estimate.weights import Model, weights_of
