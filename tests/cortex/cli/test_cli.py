@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -149,9 +150,9 @@ async def test_explain(cortex: RunningCortex) -> None:
 
 
 async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
-    """An answer and not a failure: it says why the model would be refused."""
+    """Exit 1, and the reason why the model would be refused."""
     result = await run("explain", "nobody/knows", "--url", cortex.url)
-    assert result.status == 0
+    assert result.status == 1
     assert result.out.startswith("nobody/knows: refuse: the model 'nobody/knows' does not exist")
 
 
@@ -317,7 +318,7 @@ async def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     """Exit 2 with the usage, as command lines do."""
     result = await run(*arguments)
     assert result.status == 2
-    assert "usage: cortex" in result.err
+    assert "Usage: cortex" in result.err
 
 
 async def test_version_and_help() -> None:
@@ -326,3 +327,28 @@ async def test_version_and_help() -> None:
     result = await run("--help")
     for command in ("serve", "dev", "status", "models", "explain", "load", "unload", "drain", "resume", "check"):
         assert command in result.out
+
+
+@pytest.mark.parametrize("program", ["cortex", "neuron"])
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help_import_little(program: str, option: str) -> None:
+    """Start-up stays fast: no server, configuration or hub library is imported."""
+    heavy = {"aiohttp", "asyncio", "huggingface_hub", "msgspec", "pydantic", "rich", "urllib.request", "uvloop"}
+    code = (
+        f"import sys; from {program}.__main__ import main; status = main([{option!r}])\n"
+        f"print(status, sorted({heavy!r} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [(("load", "org/s"), "org/small"), (("drain", "be"), "beast"), (("load", "x", "--on", ""), "benjy")],
+)
+async def test_completion_offers_names(cortex: RunningCortex, arguments: tuple[str, ...], names: str) -> None:
+    """Model and node names come from the running cortex; without one nothing is offered."""
+    variables = {"_CORTEX_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("cortex", *arguments))}
+    variables["COMP_CWORD"] = str(len(arguments))
+    assert names in (await run(CORTEX_URL=cortex.url, **variables)).out.split()
+    assert (await run(CORTEX_URL="http://127.0.0.1:1", **variables)).out.strip() == ""

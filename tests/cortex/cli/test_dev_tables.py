@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from cortex.cli.commands import DEFAULT_FLEET
 from cortex.cli.dev.command import example_catalogue
-from cortex.cli.dev.fleet import DEFAULT_FLEET, Engine, cortex_table, models_table, neuron_table, parse_fleet
+from cortex.cli.dev.fleet import Engine, cortex_table, models_table, neuron_table, parse_fleet
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
