@@ -9,7 +9,6 @@ from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
 
-DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 FIRST_ENGINE_PORT = 20000
 ENGINE_PORTS_PER_HOST = 200
 MAX_HOSTS = 200

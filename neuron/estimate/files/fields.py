@@ -1,4 +1,4 @@
-"""Typed access to the fields of an untrusted config.json. Pure."""
+"""Typed access to the fields of an untrusted config.json, and the errors of a model's files. Pure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neuron.estimate.files.errors import ModelFilesInvalid
+from shared.errors import NotFound, ServiceError
 
 _LARGEST = 1 << 40  # upper bound of any number in a configuration
+
+
+class ModelFilesInvalid(ServiceError):
+    """A file of the model is broken or incomplete; the message names it."""
+
+    status = 422
+    default_code = "model_files_invalid"
+
+
+def files_not_found(source: str, reason: str) -> NotFound:
+    return NotFound(f"the files of {source!r} are not on this host: {reason}", code="model_files_not_found")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from neuron.estimate.files.errors import ModelFilesInvalid
-from neuron.estimate.files.fields import Fields
+from neuron.estimate.files.fields import Fields, ModelFilesInvalid
 
 MAX_LAYERS = 4096
 

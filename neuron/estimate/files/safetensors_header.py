@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.fields import ModelFilesInvalid
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
