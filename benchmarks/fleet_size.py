@@ -189,7 +189,7 @@ class Bench:
         return took
 
     async def _new_model(self) -> float:
-        """Median of several: a model that nobody knows appears on the last neuron."""
+        """Median seconds until cortex sees a new model on the last neuron."""
         took = []
         for number in range(5):
             name = f"bench/new-{number}"

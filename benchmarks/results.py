@@ -55,7 +55,7 @@ class Results:
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)  # by case, then by contender
 
     def cell(self, case: str, contender: str) -> Cell:
-        """Made when it is not there."""
+        """Created if missing."""
         return self.cells.setdefault(case, {}).setdefault(contender, Cell())
 
     def find(self, case: str, contender: str) -> Cell | None:
@@ -118,10 +118,10 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """What `save` wrote.
+    """Reads what `save` wrote.
 
     Raises:
-        OSError, ValueError, KeyError: it is not there, or something else.
+        OSError, ValueError, KeyError: the file is missing or holds something else.
     """
     value = json.loads(path.read_text(encoding="utf-8"))
     results = Results(value["machine"], value["settings"], value["contenders"], value["skipped"])

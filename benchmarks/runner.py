@@ -140,10 +140,10 @@ class _Entry:
 
 
 async def listens(port: int, within_secs: float = 10.0) -> None:
-    """Returns when somebody listens on the port.
+    """Waits until a server listens on the port.
 
     Raises:
-        ContenderUnavailable: nobody does.
+        ContenderUnavailable: none listens after `within_secs`.
     """
     deadline = asyncio.get_running_loop().time() + within_secs
     while asyncio.get_running_loop().time() < deadline:

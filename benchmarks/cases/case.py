@@ -22,7 +22,7 @@ TIMEOUT_SECS = 150.0
 class Subject:
     """A contender that serves on `port`, with so many `workers` processes. The engine that answers listens on
     `answering_port`: `engine_port`, unless the contender is an engine itself. Its work is divided by `slowness`;
-    `quick` divides it for everybody.
+    `quick` divides it for every contender.
     """
 
     port: int
@@ -89,7 +89,7 @@ def no_collections() -> Iterator[None]:
 async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
     """Filled when the body has ended."""
     span = Span()
-    await asyncio.sleep(0.05)  # what came before shall be over
+    await asyncio.sleep(0.05)  # let earlier work finish
     with no_collections():
         cpus = tree.cpus()
         tree.forget_peak()

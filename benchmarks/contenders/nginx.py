@@ -83,4 +83,4 @@ _ON = (
 )
 NGINX = Contender("nginx", "nginx", _ON, _prepare)
 NGINX_2 = Contender("nginx-2", "nginx, two workers", _ON, partial(_prepare, workers=2), workers=2)
-"""What a second worker costs on this machine whoever it is."""
+"""Memory of a second worker on this machine, for any contender."""

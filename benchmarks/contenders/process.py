@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.contenders.contender import Contender, ContenderUnavailable, Launch, Place
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.limits import prefer
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
@@ -27,8 +27,7 @@ _STOP_SECS = 5.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, below those that the kernel gives to clients: thousands of connections would
-    otherwise take it."""
+    """A free port below the kernel's range for outgoing connections; thousands of them would otherwise take it."""
     for port in range(20000 + os.getpid() % 8000, 32000):
         with contextlib.suppress(OSError), socket.socket() as sock:
             sock.bind(("127.0.0.1", port))
@@ -125,7 +124,7 @@ class Runner:
         return Running(self.contender, place.port, ProcessTree(process.pid), launch.version)
 
     async def _answers(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        wish = Wish()
+        spec = AnswerSpec()
         reason = "it does not listen"
         deadline = asyncio.get_running_loop().time() + self.contender.start_secs
         while asyncio.get_running_loop().time() < deadline:
@@ -133,7 +132,7 @@ class Runner:
                 raise ContenderUnavailable(f"it ended with status {process.returncode}: {_last_words(log)}")
             try:
                 async with Pool(port, 1) as pool:
-                    tally = await repeat(pool, chat_request(port, wish), wish, count=1, timeout=5)
+                    tally = await repeat(pool, chat_request(port, spec), spec, count=1, timeout=5)
             except OSError:
                 await asyncio.sleep(0.1)
                 continue
