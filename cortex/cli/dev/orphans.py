@@ -15,7 +15,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of every descendant whose own parent dies. Does nothing where that is unsupported."""
+    """Makes this process the parent of orphaned descendants. Does nothing where that is unsupported."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
