@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.cases.case import Measured
 
 BASE = "nginx"
-"""What others are compared with."""
+"""The contender that others are compared with."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Cell:
     notes: set[str] = field(default_factory=set)
 
     def add(self, measured: Measured) -> None:
-        """Adds a round, an empty one when nothing could be measured."""
+        """Adds a round, empty if nothing could be measured."""
         self.rounds.append(measured.figures)
         self.faults += measured.faults
         self.notes |= set(measured.notes)

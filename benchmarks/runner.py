@@ -1,4 +1,4 @@
-"""Runs the cases: contenders in turns within each round, so that what the machine does meanwhile hits all alike."""
+"""Runs the cases: contenders take turns within each round, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MEASUREMENT_SECS = 400.0
 
 @dataclass(frozen=True)
 class Cpus:
-    """Who runs where. With one CPU everything shares it, and the figures say little."""
+    """Which process runs on which CPU. On a single CPU everything shares it, and the figures mean little."""
 
     gateway: set[int]
     load: set[int]

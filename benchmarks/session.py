@@ -1,4 +1,4 @@
-"""A benchmark runs in a session of its own, before others on the CPU, and never beside another one."""
+"""A benchmark runs in its own session, with CPU priority, and only one at a time."""
 
 from __future__ import annotations
 

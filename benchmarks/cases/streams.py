@@ -15,7 +15,7 @@ _SPREAD = 20
 
 
 def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
-    """So many streams at once, `interval` seconds between the chunks of each."""
+    """This many streams at once, `interval` seconds between the chunks of each."""
 
     async def measure(subject: Subject) -> Measured:
         chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured

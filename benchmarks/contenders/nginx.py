@@ -1,4 +1,4 @@
-"""nginx: the floor. It routes nothing, looks at nothing, and writes its access log."""
+"""nginx: the lower bound. It only forwards, and writes its access log."""
 
 from __future__ import annotations
 

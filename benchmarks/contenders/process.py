@@ -52,7 +52,7 @@ def on_cpus(cpus: set[int]) -> Iterator[None]:
 
 
 def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | None = None) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, its output in `log`."""
+    """A process in its own session, its output in `log`."""
     env = {**os.environ, **(launch.env if launch else {})}
     with log.open("ab") as output, on_cpus(cpus):
         process = subprocess.Popen(
@@ -69,7 +69,7 @@ def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | Non
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and everything below it; what does not go by itself is killed."""
+    """Terminates a process and its descendants; kills those that do not exit."""
     below = descendants(process.pid)
     process.terminate()
     try:
@@ -93,7 +93,7 @@ class Running:
 
 
 class Runner:
-    """The processes of one contender: started once, or anew for a measurement that wants a fresh one."""
+    """The processes of one contender: started once, or again for a measurement that needs a fresh one."""
 
     def __init__(self, contender: Contender, engine_port: int, directory: Path, cpus: set[int], load_cpus: set[int]):
         self.contender = contender

@@ -15,7 +15,7 @@ BACKLOG = 16384
 
 
 async def serve(port: int) -> None:
-    """Serves until it is told to end."""
+    """Serves until told to stop."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""The engine's side of a connection: as little HTTP as will do, since it must not be what is measured."""
+"""The engine's side of a connection: minimal HTTP, so that the engine does not dominate the measurement."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Stream:
 
 
 class Engine:
-    """What the connections share."""
+    """State that the connections share."""
 
     def __init__(self) -> None:
         self.wheel = Wheel()

@@ -15,7 +15,7 @@ _TOKEN = re.compile(rb" tok-(\d{6})")
 
 
 def fault(answer: Answer | None, spec: AnswerSpec) -> str | None:
-    """What is wrong with an answer, None when nothing is. A gateway may write JSON anew, but no token may be missing,
+    """The fault of an answer, or None. A gateway may reformat JSON, but no token may be missing,
     doubled or out of place, a stream ends with [DONE], and `usage` is there."""
     if answer is None:
         return "connection lost or broken framing"
