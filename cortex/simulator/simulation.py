@@ -156,7 +156,7 @@ class Simulation:
             clients=self.neurons,
             watches=self.neurons,
             counts=self._totals,
-            metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.tallies),
+            metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
             settle_routes=self._worker.refresh,
             state=StateFile(),
             clock=clock,
