@@ -73,8 +73,8 @@ async def serve(
     sock: socket.socket | None = None,
     lifeline: int | None = None,
 ) -> None:
-    """Serves until told to stop. `files` are where the first two come from, and what comes after them; `sock` is an
-    already bound socket to use instead of `gateway.listen`.
+    """Serves until told to stop. `files` are their source, watched for changes; `sock` is a bound socket to use
+    instead of `gateway.listen`.
 
     Raises:
         ListenError: an address is taken.
@@ -129,7 +129,7 @@ def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[so
     first = bind(host, port)
     if settings.workers == 1:
         return [first]
-    # A shared port would let another cortex in unnoticed: that it is free was told by binding it alone.
+    # Binding the port alone proves that it is free; a shared bind would succeed next to another cortex.
     port = first.getsockname()[1]
     first.close()
     return [bind(host, port, shared=True) for _ in range(settings.workers)]

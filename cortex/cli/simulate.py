@@ -9,9 +9,9 @@ from pathlib import Path
 from cortex.simulator.fleet_file import SimulatedFleet, load_fleet
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.report import by_model, side_by_side
+from cortex.simulator.simulation import simulate
 from cortex.simulator.trace import Ask, read_trace, write_trace
 from cortex.simulator.workload import load_workload, make_trace
-from cortex.simulator.world import simulate
 from shared.command_line import fail
 from shared.settings import SettingsError
 
@@ -43,7 +43,7 @@ def run_simulate(
     except OSError as error:
         fail("cortex", error)
     names = list(POLICIES) if policy == "all" else [policy]
-    outcomes = [simulate(fleet, asks, POLICIES[name]()) for name in names]
+    outcomes = [simulate(fleet, asks, name) for name in names]
     if as_json:
         print(json.dumps([outcome.as_json() for outcome in outcomes], indent=2))
         return 0

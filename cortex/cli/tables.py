@@ -24,7 +24,7 @@ def status_table(fleet: dict[str, Any]) -> str:
     text += "\n\n" + table([["WAITED FOR", "BY", "BEFORE A LOAD"], *waiting]) if waiting else ""
     error = fleet.get("configuration", {}).get("error")
     return text + (
-        f"\n\nThe configuration files have mistakes, what was read before is in use:\n{error}" if error else ""
+        f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""
     )
 
 

@@ -11,14 +11,14 @@ from neuron.estimate.files.architecture import architecture_of
 from neuron.estimate.files.fields import Fields, ModelFilesInvalid, files_not_found
 from neuron.estimate.files.safetensors_header import read_json
 from neuron.estimate.files.stored import stored_weights
-from neuron.estimate.weights import Model
+from neuron.estimate.weights import ModelFiles
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _Stamp = tuple[tuple[str, int, int], ...]
 
 
-def model_at(source: str, environ: Mapping[str, str], *, revision: str | None, download_dir: str | None) -> Model:
+def model_at(source: str, environ: Mapping[str, str], *, revision: str | None, download_dir: str | None) -> ModelFiles:
     """The model that an engine would load for `source`: a directory, or a name in the hub's local cache.
 
     `environ` is the engine's. The result is cached while the files' times and sizes stay the same.
@@ -98,8 +98,8 @@ def _stamp(directory: Path) -> _Stamp:
 
 
 @lru_cache(maxsize=64)
-def _read(source: str, directory: Path, _: _Stamp) -> Model:
+def _read(source: str, directory: Path, _: _Stamp) -> ModelFiles:
     path = directory / CONFIG
     config = Fields(read_json(path, max_bytes=_MAX_CONFIG_BYTES), str(path))
     architecture = architecture_of(config)
-    return Model(source, architecture, stored_weights(directory, architecture))
+    return ModelFiles(source, architecture, stored_weights(directory, architecture))

@@ -15,12 +15,12 @@ from neuron.estimate.files.number_types import (
     checkpoint_method,
     model_bits,
 )
-from neuron.estimate.files.parameters import Part, Placement, counts_of, parameter_count
+from neuron.estimate.files.parameters import Part, WeightPlacement, counts_of, parameter_count
 from neuron.estimate.files.stored import Amount, Group, StoredWeights
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFiles:
     """A model as its files describe it."""
 
     source: str
@@ -33,7 +33,7 @@ class WeightGroup:
     """Weights of one part with the same placement; `size` in bytes, each weight counted once."""
 
     part: Part
-    placement: Placement
+    placement: WeightPlacement
     size: float
 
 
@@ -74,9 +74,9 @@ def weights_of(model: Architecture, stored: StoredWeights | None, *, dtype: str,
 
 
 def _share(group: WeightGroup, devices: int, kv_heads: int) -> float:
-    if group.placement is Placement.WHOLE:
+    if group.placement is WeightPlacement.WHOLE:
         return group.size
-    if group.placement is Placement.BY_KV_HEAD:
+    if group.placement is WeightPlacement.BY_KV_HEAD:
         return group.size / min(devices, kv_heads or devices)
     return group.size / devices
 

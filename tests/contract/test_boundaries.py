@@ -29,19 +29,13 @@ PURE = (
     *(
         f"cortex/placement/{name}.py"
         for name in (
-            *("candidates", "capacity", "devices", "eviction", "fair_queue", "feasibility", "feasibility_cache"),
+            *("candidates", "capacity", "devices", "eviction", "fair_queue", "feasibility"),
             *("inputs", "planner", "refusal", "replicas"),
         )
     ),
     *(f"cortex/proxy/{name}.py" for name in ("authentication", "error_event", "json_scan", "model_field")),
     *(f"cortex/proxy/balancing/{name}.py" for name in ("affinity", "choice", "speeds")),
-    *(
-        f"cortex/simulator/{name}.py"
-        for name in (
-            *("clock", "engine", "fleet_file", "host", "outcome", "policies", "report", "sent", "trace"),
-            *("workload", "world"),
-        )
-    ),
+    *(f"cortex/simulator/{name}.py" for name in ("engine", "fleet_file", "outcome", "policies", "trace", "workload")),
     *(f"cortex/upstream/{name}.py" for name in ("replica", "usage")),
     *(
         f"neuron/estimate/files/{name}.py"

@@ -1,4 +1,4 @@
-"""`cortex dev`: real processes on loopback, each ending with this one however it ends."""
+"""`cortex dev`: real processes on loopback that end when this one ends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def example_catalogue() -> Catalogue:
 
 
 def _memory_file(name: str, table: dict[str, Any]) -> int:
-    """A configuration as an anonymous file in memory: nothing is left behind, however this process ends."""
+    """A configuration as an anonymous memory file, which needs no cleanup."""
     fd = os.memfd_create(name, 0)
     os.write(fd, tomli_w.dumps(table).encode())
     return fd
@@ -103,7 +103,7 @@ class DevFleet:
                 )
 
     async def first_exit(self) -> str:
-        """Waits for a child to end; which one."""
+        """Waits for a child to exit; returns its name."""
         name = await first_of({name: process.wait() for name, process in self._processes})
         assert name is not None
         return name
@@ -149,7 +149,7 @@ async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
 
 
 def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
-    """The first signal stops; a further one is passed on, and makes the children exit at once."""
+    """The first signal stops the fleet; a second one is forwarded and makes the children exit at once."""
 
     def on_signal() -> None:
         if stop.is_set():
@@ -164,7 +164,7 @@ def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
 async def _start(
     fleet: DevFleet, hosts: list[SimulatedHost], engine: Engine, gateway: socket.socket, metrics_listen: str
 ) -> list[tuple[str, int]]:
-    """Starts all; the neurons as (name, port)."""
+    """Starts every process; returns the neurons as (name, port)."""
     neurons: list[tuple[str, int]] = []
     for number, host in enumerate(hosts):
         sock = bind("127.0.0.1", 0)
@@ -183,7 +183,7 @@ async def _start(
 
 
 async def _until_ready(url: str, hosts: int) -> list[dict[str, Any]]:
-    """Waits until every neuron is healthy; the models that can be asked for."""
+    """Waits until every neuron is healthy; returns the models."""
     deadline = asyncio.get_running_loop().time() + READY_TIMEOUT_SECS
     async with aiohttp.ClientSession() as session:
         while True:

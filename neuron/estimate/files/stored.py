@@ -12,7 +12,7 @@ from typing import Any
 
 from neuron.estimate.files.architecture import Architecture
 from neuron.estimate.files.fields import ModelFilesInvalid
-from neuron.estimate.files.parameters import Part, Placement
+from neuron.estimate.files.parameters import Part, WeightPlacement
 from neuron.estimate.files.safetensors_header import FLOATS, Tensor, read_json, tensors_of
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ class Group:
     """Weights that are treated alike."""
 
     part: Part
-    placement: Placement
+    placement: WeightPlacement
     matrices: bool  # quantization on loading applies to them
 
 
@@ -101,16 +101,18 @@ def group_of(tensor: Tensor) -> Group:
     """The group of a weight, by the naming conventions of transformers."""
     name = tensor.name
     if _ENCODERS.search(name):
-        return Group(Part.ENCODERS, Placement.SPLIT if len(tensor.shape) > 1 else Placement.WHOLE, matrices=False)
+        return Group(
+            Part.ENCODERS, WeightPlacement.SPLIT if len(tensor.shape) > 1 else WeightPlacement.WHOLE, matrices=False
+        )
     if _EMBEDDING.search(name):
-        return Group(Part.EMBEDDING, Placement.SPLIT, matrices=False)
+        return Group(Part.EMBEDDING, WeightPlacement.SPLIT, matrices=False)
     if len(tensor.shape) < 2 or _ROUTER.search(name):
-        return Group(Part.SMALL, Placement.WHOLE, matrices=False)
-    placement = Placement.SPLIT
+        return Group(Part.SMALL, WeightPlacement.WHOLE, matrices=False)
+    placement = WeightPlacement.SPLIT
     if _LATENT_DOWN.search(name):
-        placement = Placement.WHOLE
+        placement = WeightPlacement.WHOLE
     elif _KEYS_AND_VALUES.search(name):
-        placement = Placement.BY_KV_HEAD
+        placement = WeightPlacement.BY_KV_HEAD
     part = Part.ATTENTION if _ATTENTION.search(name) else Part.FEED_FORWARD
     return Group(Part.EXPERTS if _EXPERTS.search(name) else part, placement, matrices=True)
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
-from neuron.harness.base import EngineCommand, Harness, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
@@ -47,7 +47,7 @@ class VllmHarness(Harness):
             return Need(fraction=DEFAULT_ENGINE_SHARE)
         return Need(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
 
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+    def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
         fixed: dict[str, str] = {}
@@ -63,7 +63,7 @@ class VllmHarness(Harness):
         argv += plan.arguments
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
-    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+    def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return vllm_can_sleep(plan, facts)
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
@@ -93,7 +93,7 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
 
 
 def vllm_environment(
-    plan: LaunchPlan, facts: HostFacts, own: Mapping[str, str], fixed: Mapping[str, str]
+    plan: LaunchPlan, facts: LaunchFacts, own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
     """The part of the environment that vLLM and its simulation share. `own` yields to the operator's `env`, `fixed`
     does not."""

@@ -21,7 +21,7 @@ from neuron.sim.api.bodies import (
     text_list,
 )
 from neuron.sim.api.errors import bad_request, malformed
-from neuron.sim.engine.engine import ENGINE, Engine, Prompt
+from neuron.sim.engine.engine import ENGINE, Prompt, SimEngine
 from neuron.sim.engine.vectors import embed, normalised, similarity
 
 _LABELS = ("LABEL_0", "LABEL_1")
@@ -118,7 +118,7 @@ async def score(request: web.Request) -> web.Response:
     return web.json_response(_listing("score", model, data, read))
 
 
-def _texts(body: Body, engine: Engine) -> list[str]:
+def _texts(body: Body, engine: SimEngine) -> list[str]:
     """`input`, or the conversation in `messages`, each within the context length."""
     if body.get("input") is None and body.get("messages") is not None:
         texts = [conversation(body["messages"]).text]

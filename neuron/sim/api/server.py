@@ -12,7 +12,7 @@ from aiohttp.typedefs import Middleware
 from neuron.sim.api import audio, chat, completions, errors, messages, pooling, responses, tokenization
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
-from neuron.sim.engine.engine import ENGINE, CoreDied, Engine
+from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -132,7 +132,7 @@ def _require_key(key: str) -> Middleware:
 
 
 def build_app(
-    engine: Engine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
+    engine: SimEngine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
 ) -> web.Application:
     """The application around an engine; `api_key` None leaves everything open.
 

@@ -22,7 +22,7 @@ from neuron.harness.vllm.guard.neuron_guard import (
 )
 from neuron.sim.api.errors import ApiError, bad_request
 from neuron.sim.engine import console
-from neuron.sim.engine.engine import Engine
+from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
@@ -37,7 +37,7 @@ class Sleeper:
     In every mode, running requests are finished first (vLLM's `wait`, the mode that neuron uses).
     """
 
-    engine: Engine
+    engine: SimEngine
     memory: DeviceMemory
     closed: bool = False  # from the start of a sleep until the engine is awake
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -60,7 +60,7 @@ class Step:
 
 
 @dataclass
-class Answer:
+class SequenceAnswer:
     """A complete answer: all steps of one sequence."""
 
     text: str = ""
@@ -69,7 +69,7 @@ class Answer:
 
 
 @dataclass
-class Usage:
+class TokenUsage:
     """Token counts of a request so far."""
 
     prompt_tokens: int
@@ -96,7 +96,7 @@ class CoreDied(Exception):
 
 
 @dataclass
-class Engine:
+class SimEngine:
     """State of one simulated engine."""
 
     settings: EngineSettings
@@ -194,9 +194,9 @@ class Engine:
             self._cached_tokens -= cached
             self.metrics.finish(outcome, order.sequences, clock.time() - came)
 
-    async def answers(self, order: Order) -> list[Answer]:
+    async def answers(self, order: Order) -> list[SequenceAnswer]:
         """The complete answers of all sequences."""
-        whole = [Answer() for _ in range(order.sequences)]
+        whole = [SequenceAnswer() for _ in range(order.sequences)]
         async for step in self.generate(order):
             answer = whole[step.index]
             answer.text += step.text
@@ -295,7 +295,7 @@ class Engine:
                 timer.cancel()
 
 
-ENGINE = web.AppKey("engine", Engine)
+ENGINE = web.AppKey("engine", SimEngine)
 """Where the handlers find the engine."""
 
 

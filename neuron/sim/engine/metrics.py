@@ -23,7 +23,7 @@ _LATENCY_BUCKETS = (
 )  # fmt: skip
 
 
-class Histogram:
+class LatencyHistogram:
     """Counts of observed seconds in buckets with inclusive upper bounds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -51,8 +51,8 @@ class EngineMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_FINISH_REASONS, 0))
-    time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_TTFT_BUCKETS))
-    latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS))
+    time_to_first_token: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(_TTFT_BUCKETS))
+    latency: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(_LATENCY_BUCKETS))
 
     def finish(self, reason: FinishReason, sequences: int, seconds: float) -> None:
         """Counts the end of a request's sequences, `seconds` after its arrival."""

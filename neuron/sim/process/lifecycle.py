@@ -17,7 +17,7 @@ from neuron.sim.api.server import build_app
 from neuron.sim.api.sleep import Sleeper, in_dev_mode
 from neuron.sim.engine import console
 from neuron.sim.engine.arguments import EngineSettings
-from neuron.sim.engine.engine import Engine
+from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.faults import Fault, spawn_stubborn_child
 from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 from neuron.sim.process.core import CoreState, EngineCore
@@ -57,7 +57,7 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
     Raises:
         OSError: the address cannot be bound or listened on.
     """
-    engine = Engine(settings)
+    engine = SimEngine(settings)
     stop, ended = asyncio.Event(), asyncio.Event()  # asked to stop; asked to stop or core dead
     loop = asyncio.get_running_loop()
 
@@ -102,7 +102,7 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
 
 
 async def _serve(
-    engine: Engine,
+    engine: SimEngine,
     core: EngineCore,
     memory: DeviceMemory,
     sock: socket.socket,

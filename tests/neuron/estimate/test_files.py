@@ -14,7 +14,7 @@ from neuron.estimate.estimator import estimate_of
 from neuron.estimate.files.fields import ModelFilesInvalid
 from neuron.estimate.files.parameters import Part, parameter_count
 from neuron.estimate.locate import hub_cache, model_at
-from neuron.estimate.weights import Model, weights_of
+from neuron.estimate.weights import ModelFiles, weights_of
 from neuron.gpu.topology import Topology
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.lifecycle.model_roots import is_below
@@ -34,7 +34,7 @@ SMALL = {
 }
 
 
-def read(directory: Path) -> Model:
+def read(directory: Path) -> ModelFiles:
     return model_at(str(directory), {}, revision=None, download_dir=None)
 
 

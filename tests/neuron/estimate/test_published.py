@@ -11,7 +11,7 @@ from neuron.estimate.files.layers import LayerKind
 from neuron.estimate.files.number_types import kv_cache_name
 from neuron.estimate.files.parameters import parameter_count
 from neuron.estimate.options import EngineOptions, human_number
-from neuron.estimate.weights import Model, weights_of
+from neuron.estimate.weights import ModelFiles, weights_of
 from neuron.harness.vllm.estimate.context_length import default_length, longest
 from neuron.harness.vllm.estimate.estimator import estimate
 from neuron.harness.vllm.estimate.kv_cache import Sequences, cached_of, grouped_layers, token_bytes
@@ -221,7 +221,7 @@ def test_blocks_of_a_quantized_checkpoint_are_not_split() -> None:
 def test_smallest_number_of_devices(model: Published, cards: list[int], length: int, expected: int | None) -> None:
     """On common hosts for these models."""
     devices = [Device(index=index, vram_total_mb=mb) for index, mb in enumerate(cards)]
-    made = estimate(Model(model.name, model.architecture, None), EngineOptions(max_model_len=length), devices)
+    made = estimate(ModelFiles(model.name, model.architecture, None), EngineOptions(max_model_len=length), devices)
     assert made.tensor_parallel == expected, made.reasons
 
 
@@ -239,7 +239,7 @@ def test_real_log_agrees_on_the_longest_sequence() -> None:
     config = {**published.QWEN3_8B.config, "max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default"}}
     model = Published("tiny", config, 0, 0)
     assert longest(model.architecture.text) == derived
-    made = estimate(Model("tiny", model.architecture, None), EngineOptions(max_model_len=asked), [])
+    made = estimate(ModelFiles("tiny", model.architecture, None), EngineOptions(max_model_len=asked), [])
     assert made.notes == (
         "max_model_len 100000 is more than the model's 2048, which vLLM refuses unless told otherwise",
     )

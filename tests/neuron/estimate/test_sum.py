@@ -9,7 +9,7 @@ import pytest
 from neuron.estimate.estimator import estimate_of
 from neuron.estimate.options import EngineOptions, human_number, length_of
 from neuron.estimate.result import Estimate
-from neuron.estimate.weights import Model
+from neuron.estimate.weights import ModelFiles
 from neuron.gpu.topology import Topology
 from neuron.harness.vllm.estimate.estimator import VllmEstimator, estimate
 from neuron.harness.vllm.estimate.overhead import batching_of
@@ -32,7 +32,7 @@ def options(*args: str, quant: str | None = None) -> EngineOptions:
 def of(model: Published, *args: str, devices: int = 1, card: Device = RTX_4090, quant: str | None = None) -> Estimate:
     spec = EngineSpec("m", "vllm", "m", quant=quant, args=args, tensor_parallel=devices)
     cards = [card.model_copy(update={"index": index}) for index in range(4)]
-    return estimate(Model(model.name, model.architecture, None), options_of(spec), cards)
+    return estimate(ModelFiles(model.name, model.architecture, None), options_of(spec), cards)
 
 
 def line(made: Estimate, what: str) -> int | None:
@@ -171,7 +171,9 @@ def test_one_whole_sequence_fits_by_default() -> None:
     """`--max-num-seqs` of an engine is a limit; it does not mean that as many have the full length."""
     assert of(LLAMA_8B, "--max-num-seqs", "256").sequences == 1
     cards = [RTX_4090]
-    made = estimate(Model("m", LLAMA_8B.architecture, None), EngineOptions(max_model_len=8192, full_sequences=4), cards)
+    made = estimate(
+        ModelFiles("m", LLAMA_8B.architecture, None), EngineOptions(max_model_len=8192, full_sequences=4), cards
+    )
     assert (made.sequences, line(made, "KV cache")) == (4, 4096)
 
 
@@ -209,7 +211,7 @@ def test_options_have_reasons() -> None:
 
 
 def test_the_default_is_the_smallest_number_of_devices_that_fits() -> None:
-    model = Model("m", LLAMA_8B.architecture, None)
+    model = ModelFiles("m", LLAMA_8B.architecture, None)
     two = [RTX_4090, RTX_4090.model_copy(update={"index": 1})]
     made = estimate(model, EngineOptions(), two)
     assert (made.tensor_parallel, made.split_over) == (2, 2)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from neuron.config import HarnessSettings
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.command import cpu_binding
@@ -42,7 +42,7 @@ def planned(
     settings: HarnessSettings | None = None,
     control_key: str | None = None,
     environ: dict[str, str] = ENVIRON,
-) -> tuple[LaunchPlan, HostFacts]:
+) -> tuple[LaunchPlan, LaunchFacts]:
     plan = LaunchPlan(
         spec=spec,
         settings=settings or HarnessSettings(),
@@ -55,7 +55,7 @@ def planned(
         share_mb=spec.share_mb,
         control_key=control_key,
     )
-    return plan, HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=environ, vram_dir=Path("/state/vram"))
+    return plan, LaunchFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=environ, vram_dir=Path("/state/vram"))
 
 
 def test_vllm_in_full() -> None:
@@ -120,14 +120,14 @@ def test_engines_that_share_a_device_fit_on_it(total: int) -> None:
 
 
 def serve_memory(plan: LaunchPlan) -> str:
-    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    facts = LaunchFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
     argv = HARNESSES["vllm"].command(plan, facts).argv
     return argv[argv.index("--gpu-memory-utilization") + 1]
 
 
 def test_estimated_share() -> None:
     """An estimated booking is passed to the engine, and to the simulation."""
-    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    facts = LaunchFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
     two = replace(SPEC, tensor_parallel=2)
     plan = LaunchPlan(two, HarnessSettings(), GPUS, "h", 1, Path("/t"), "k", "i/1", share_mb=6000)
     assert serve_memory(plan) == "0.2500"

@@ -11,7 +11,7 @@ from neuron.estimate.files.number_types import kv_cache_name, model_bits
 from neuron.estimate.files.parameters import Part
 from neuron.estimate.options import EngineOptions
 from neuron.estimate.result import GIB, MIB, Estimate, Line, Option, line_of, unknown_line
-from neuron.estimate.weights import Model, Weights, weights_of
+from neuron.estimate.weights import ModelFiles, Weights, weights_of
 from neuron.harness.vllm.estimate.context_length import default_length, longest
 from neuron.harness.vllm.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
 from neuron.harness.vllm.estimate.overhead import (
@@ -55,11 +55,11 @@ class VllmEstimator(MemoryEstimator):
     def options_of(self, spec: EngineSpec) -> EngineOptions:
         return options_of(spec)
 
-    def estimate(self, model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+    def estimate(self, model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
         return estimate(model, options, devices)
 
 
-def estimate(model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+def estimate(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
     """See `MemoryEstimator.estimate`."""
     case = _case_of(model, options, devices)
     usable = sorted((device.vram_total_mb for device in devices if device.lost is None), reverse=True)
@@ -81,7 +81,7 @@ def estimate(model: Model, options: EngineOptions, devices: Sequence[Device]) ->
     )
 
 
-def _case_of(model: Model, options: EngineOptions, devices: Sequence[Device]) -> _Case:
+def _case_of(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> _Case:
     architecture = model.architecture
     first = next((device for device in devices if device.lost is None), Device(index=0))
     length = options.max_model_len or default_length(architecture.text)

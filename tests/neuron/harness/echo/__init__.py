@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from neuron.harness.base import EngineCommand, Harness, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 
 _SERVER = str(Path(__file__).parent / "server.py")
@@ -16,6 +16,6 @@ class EchoHarness(Harness):
 
     health_path = "/healthz"
 
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+    def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = (sys.executable, _SERVER, plan.host, str(plan.port), *plan.arguments)
         return EngineCommand(argv, engine_environment(plan, facts.environ, {}, {}))
