@@ -1,33 +1,34 @@
-# Everything from nothing but python3 and make.
+# Needs only python3 and make.
 #   make dev    install into .venv, then run a simulated fleet (ARGS="--port 8080" passes arguments on)
 #   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
-#   make bench  what cortex costs beside nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
-#   make bench-cold          what cortex and neuron add to an engine's own start (ARGS="--engine vllm": real vLLM)
-#   make bench-fleet         what 1, 10, 100 and 1000 neurons cost cortex (ARGS="--seed": seed neurons)
-#   make bench-instructions  instructions of a request and of a chunk beside the record (ARGS="--record")
-#   make test-compiled       the request path's tests with it compiled, as in the container image
+#   make bench  compares cortex with nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
+#   make bench-cold          time that cortex and neuron add to an engine's start (ARGS="--engine vllm": real vLLM)
+#   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--seed": protocol v1 neurons)
+#   make bench-instructions  instructions per request and per chunk, compared with the record (ARGS="--record")
+#   make test-compiled       the tests of the request path, compiled
+#   make wheel               a compiled wheel in dist/
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cortex-neuron
 
-# What was installed is known by the name of a stamp: another pyproject.toml or Python gives another name, so that the
-# second `make dev` starts at once and a changed dependency is never missed.
+# The stamp's name depends on pyproject.toml and Python: a second `make dev` starts at once, and a changed dependency is
+# installed.
 KEY       := $(shell { cat pyproject.toml; $(PYTHON) -VV; } 2>/dev/null | sha256sum | cut -c1-16)
 RUN_STAMP := $(VENV)/.run-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-# Debian splits venv from python3. As root it is installed; anybody else is told what to type.
+# Debian splits venv from python3: installed if root, otherwise explained.
 define INSTALL_VENV
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; \
 	else \
-		echo >&2 'this Python has no venv module: run  sudo apt-get install python3-venv  and then make again'; exit 1; \
+		echo >&2 'this Python has no venv module: run  sudo apt-get install python3-venv  and repeat'; exit 1; \
 	fi
 endef
 
-.PHONY: help dev test test-compiled bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev test test-compiled wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -45,16 +46,19 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m tests.environment
 	$(BIN)/python -m pytest $(ARGS)
 
-# Those that go through the compiled modules; the rest of cortex is the same as in `make test`.
+# Tests that run through compiled modules; the rest is the same as in `make test`.
 COMPILED_TESTS := $(addprefix tests/cortex/,http proxy metrics workers \
 	$(addprefix control/test_,failover.py replicas.py stopping.py))
 
-# In a copy: compiled modules come before their sources, and none may lie in the checkout.
+# In a copy: a compiled module in the checkout would hide its source.
 test-compiled: $(DEV_STAMP)
 	rm -rf build/compiled
-	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
-	cp -r tests benchmarks deploy docs pyproject.toml models.example.toml README.md CHANGELOG.md Makefile build/compiled
+	CORTEX_COMPILE=yes $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
+	cp -r tests benchmarks deploy docs pyproject.toml *.md LICENSE models.example.toml Makefile build/compiled
 	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),$(COMPILED_TESTS))
+
+wheel: $(RUN_STAMP)
+	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
@@ -85,14 +89,14 @@ install: $(DEV_STAMP)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo >&2 'Python 3.10 or newer is needed; say which with make PYTHON=python3.12'; exit 1; }
+		{ echo >&2 'Python 3.10 or newer required, for example make PYTHON=python3.12'; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { $(INSTALL_VENV); }
 	$(PYTHON) -m venv --clear $(VENV)
 
 # --group needs pip 25.1, and Debian's is older.
 $(RUN_STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable .
+	CORTEX_COMPILE=no $(BIN)/python -m pip install --quiet --editable .
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
@@ -102,6 +106,6 @@ $(DEV_STAMP): $(RUN_STAMP)
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
 
-# About 3 GB: the vLLM that the tests run, its models, container images.
+# About 3 GB: vLLM for the tests, its models, container images.
 clean-cache:
 	rm -rf $(CACHE)

@@ -1,1 +1,1 @@
-"""What cortex costs beside nginx and other gateways: `python -m benchmarks --help`."""
+"""Measures cortex next to nginx and other gateways: `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures cortex beside nginx and other gateways."""
+"""`python -m benchmarks`: measures cortex next to nginx and other gateways."""
 
 from __future__ import annotations
 

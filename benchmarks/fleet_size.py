@@ -30,7 +30,7 @@ from benchmarks.scale.neurons import MODELS, address, model_name
 from benchmarks.scale.services import Child, cpu_secs, free_ports, rss_mib, service
 
 CATALOGUE = 100
-"""Models of models.toml, unless told otherwise: half of what the fleet has."""
+"""Default number of models in models.toml: half of the fleet's models."""
 STATE_CHANGES = 300
 SETTLE_SECS = 3.0
 CONCURRENCY = 8
@@ -46,7 +46,7 @@ class Figures:
     all_healthy_secs: float  # from the start of the process
     idle_cpu_ms_per_sec: float
     rss_mib: float
-    request_cpu_us: float  # less what the fleet costs when idle
+    request_cpu_us: float  # minus the idle fleet's cost
     request_p50_ms: float  # one client, one after another
     request_p99_ms: float
     watched_cpu_ms_per_sec: float  # idle but for one listener of /fleet/events
@@ -64,7 +64,7 @@ class Figures:
 
 
 class Bench:
-    """A running cortex with its fleet, and what is measured of it."""
+    """A running cortex with its fleet, and the measurements."""
 
     def __init__(self, cortex: Child, port: int, metrics_port: int, neurons_port: int, count: int) -> None:
         self._cortex = cortex
@@ -75,7 +75,7 @@ class Bench:
     async def measure(
         self, started: float, *, settle_secs: float, idle_secs: float, requests: int, seed: bool
     ) -> Figures:
-        """Everything, in an order in which nothing disturbs what comes after it."""
+        """All measurements, in an order in which none disturbs a later one."""
         await self._until_healthy(self._count, within_secs=180)
         all_healthy = time.perf_counter() - started
         await asyncio.sleep(settle_secs)
@@ -142,7 +142,7 @@ class Bench:
         return [(await self._front.send(chat(model_name(number % 4)))).secs for number in range(count)]
 
     async def _cpu_rate(self, secs: float) -> float:
-        """CPU seconds used in a second, while nothing is asked."""
+        """CPU seconds used per second without requests."""
         used, began = cpu_secs(self._cortex.pid), time.perf_counter()
         await asyncio.sleep(secs)
         return (cpu_secs(self._cortex.pid) - used) / (time.perf_counter() - began)
@@ -189,7 +189,7 @@ class Bench:
         return took
 
     async def _new_model(self) -> float:
-        """Median of several: a model that nobody knows appears on the last neuron."""
+        """Median seconds until cortex sees a new model on the last neuron."""
         took = []
         for number in range(5):
             name = f"bench/new-{number}"
@@ -288,7 +288,7 @@ async def one_size(
 def write_configuration(
     directory: Path, count: int, port: int, metrics_port: int, neurons_port: int, *, catalogue: int = CATALOGUE
 ) -> Path:
-    """cortex.toml and models.toml for so many neurons and models."""
+    """cortex.toml and models.toml for these numbers of neurons and models."""
     neurons = "".join(
         f'[[neurons]]\nname = "{node_name(index)}"\nendpoint = "http://{address(index)}:{neurons_port}"\n'
         for index in range(count)

@@ -1,4 +1,4 @@
-"""What the kernel grants to what is measured and to what measures: open files, and the CPU before others."""
+"""Kernel limits for the contenders and the load generator: open files and CPU priority."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.policies`: the planner beside plain LRU and first-fit, simulated over the example fleet, for
+"""`python -m benchmarks.policies`: compares the planner with LRU and first-fit, simulated on the example fleet, for
 many seeds and several loads. Prints the tables of docs/simulate.md."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from cortex.simulator.fleet_file import load_fleet
 from cortex.simulator.outcome import Outcome
 from cortex.simulator.policies import POLICIES
+from cortex.simulator.simulation import simulate
 from cortex.simulator.workload import load_workload, make_trace
-from cortex.simulator.world import simulate
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "simulate"
 LOADS = (0.5, 1.0, 2.0)
@@ -33,8 +33,8 @@ def main() -> None:
         outcomes: dict[str, list[Outcome]] = {name: [] for name in POLICIES}
         for seed in range(1, args.seeds + 1):
             trace = make_trace(workload, fleet.catalogue, seed=seed, load=load)
-            for name, policy in POLICIES.items():
-                outcomes[name].append(simulate(fleet, trace, policy()))
+            for name in POLICIES:
+                outcomes[name].append(simulate(fleet, trace, name))
         for name, each in outcomes.items():
             _say(_row(load, name, each))
         planner = outcomes["planner"]
@@ -85,7 +85,7 @@ def _row(load: float, name: str, outcomes: Sequence[Outcome]) -> str:
 def _ratios(
     label: str, planner: Sequence[Outcome], other: Sequence[Outcome], figure: Callable[[Outcome], float]
 ) -> str:
-    """How many times as long one waits with the other: over all seeds, then for each."""
+    """Waiting time of the other policy divided by the planner's: over all seeds, then for each."""
     each = [figure(theirs) / figure(ours) for ours, theirs in zip(planner, other, strict=True)]
     whole = statistics.fmean(map(figure, other)) / statistics.fmean(map(figure, planner))
     return f"| {label} | {whole:.2f} |" + "".join(f" {ratio:.2f} |" for ratio in each)

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.cases.case import Measured
 
 BASE = "nginx"
-"""What others are compared with."""
+"""The contender that others are compared with."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Cell:
     notes: set[str] = field(default_factory=set)
 
     def add(self, measured: Measured) -> None:
-        """Adds a round, an empty one when nothing could be measured."""
+        """Adds a round, empty if nothing could be measured."""
         self.rounds.append(measured.figures)
         self.faults += measured.faults
         self.notes |= set(measured.notes)
@@ -55,7 +55,7 @@ class Results:
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)  # by case, then by contender
 
     def cell(self, case: str, contender: str) -> Cell:
-        """Made when it is not there."""
+        """Created if missing."""
         return self.cells.setdefault(case, {}).setdefault(contender, Cell())
 
     def find(self, case: str, contender: str) -> Cell | None:
@@ -118,10 +118,10 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """What `save` wrote.
+    """Reads what `save` wrote.
 
     Raises:
-        OSError, ValueError, KeyError: it is not there, or something else.
+        OSError, ValueError, KeyError: the file is missing or holds something else.
     """
     value = json.loads(path.read_text(encoding="utf-8"))
     results = Results(value["machine"], value["settings"], value["contenders"], value["skipped"])

@@ -1,4 +1,4 @@
-"""Runs the cases: contenders in turns within each round, so that what the machine does meanwhile hits all alike."""
+"""Runs the cases: contenders take turns within each round, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MEASUREMENT_SECS = 400.0
 
 @dataclass(frozen=True)
 class Cpus:
-    """Who runs where. With one CPU everything shares it, and the figures say little."""
+    """Which process runs on which CPU. On a single CPU everything shares it, and the figures mean little."""
 
     gateway: set[int]
     load: set[int]
@@ -140,10 +140,10 @@ class _Entry:
 
 
 async def listens(port: int, within_secs: float = 10.0) -> None:
-    """Returns when somebody listens on the port.
+    """Waits until a server listens on the port.
 
     Raises:
-        ContenderUnavailable: nobody does.
+        ContenderUnavailable: none listens after `within_secs`.
     """
     deadline = asyncio.get_running_loop().time() + within_secs
     while asyncio.get_running_loop().time() < deadline:

@@ -1,4 +1,4 @@
-"""A benchmark runs in a session of its own, before others on the CPU, and never beside another one."""
+"""A benchmark runs in its own session, with CPU priority, and only one at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.environment.cache import locked
 def in_own_session(main: Callable[[], int]) -> int:
     """Calls `main` in a child process; its exit status.
 
-    The preference on the CPU holds for a whole session where the kernel groups processes by it, and the caller's shell
-    shall not have it afterwards. Waits while another benchmark runs on this machine. SIGINT and SIGTERM end the child
-    by a SystemExit, so that what it has started is ended.
+    Where the kernel groups processes by session, the CPU preference applies to a whole session; the caller's shell must
+    not keep it. Waits while another benchmark runs on this machine. SIGINT and SIGTERM raise SystemExit in the child,
+    so that it stops the processes it started.
     """
     sys.stdout.flush()
     child = os.fork()

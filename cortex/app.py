@@ -21,14 +21,13 @@ from cortex.control.wiring import Parts
 from cortex.http.server import accepting
 from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
-from cortex.proxy.callers import Callers
-from cortex.proxy.gateway import Control, Gateway
-from cortex.proxy.keep_alive import Comments
-from cortex.upstream.pool import Address
+from cortex.proxy.context import Control, ProxyContext
+from cortex.proxy.gateway import Gateway
+from cortex.proxy.keep_alive import KeepAliveTimes
+from cortex.upstream.address import Address
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware
 from shared.serve import BACKLOG
-from shared.tasks import running
 
 
 def build_control_app(parts: Parts) -> web.Application:
@@ -73,24 +72,20 @@ async def working(
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
-    gateway = Gateway(
+    context = ProxyContext(
         control,
-        control_address=address,
-        callers=Callers({}),
-        access=AccessLog(sys.stderr.write if info else None),
-        max_body_bytes=config.gateway.max_body_mib * 1024 * 1024,
+        access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
-        comments=Comments(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
+        keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
+    max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
+    gateway = Gateway(context, control_address=address, max_body_bytes=max_body_bytes)
     try:
-        async with (
-            running({"usage": gateway.account_loop}),
-            accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs),
-        ):
+        async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
             yield gateway
     finally:
-        await gateway.close()
+        await context.close()
 
 
 @contextlib.asynccontextmanager

@@ -1,113 +1,98 @@
-"""The `neuron` command."""
+"""The `neuron` command line. Each command imports what it needs when it runs, so that help and version are fast."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import logging
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from neuron.api.app_keys import SERVICES
-from neuron.api.estimate_command import add_parser, run_estimate
-from neuron.app import build_app
-from neuron.config import NeuronConfig
-from neuron.engine.state_dir import StateDirError
-from neuron.gpu.discovery import run_discover
-from neuron.gpu.simulated import resolve_devices
-from neuron.harness.checks import CheckedConfig, spec_of
-from shared import __version__
-from shared.errors import InvalidRequest, ServiceError
-from shared.logs import configure_logging
-from shared.serve import ListenError, Site, bind, serve_until_stopped
-from shared.settings import SettingsError, load_settings
+import typer
 
-log = logging.getLogger("neuron")
+from shared.command_line import command_line, run_command
+from shared.version import version_text
+
+app = command_line("The agent on a GPU host: runs engines for a cortex.")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="neuron", description="The agent on a GPU host: runs engines for a cortex.")
-    parser.add_argument("--version", action="version", version=f"neuron {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="serve this host's GPUs")
-    serve.add_argument("--config", type=Path, help="neuron.toml; without it defaults and NEURON_* variables apply")
-    serve.add_argument("--fd", type=int, help="listen on this inherited socket, which is bound already")
-    serve.add_argument(
-        "--lifeline-fd", type=int, help="stop when this inherited pipe ends: its other end is a parent's"
-    )
-    discover = commands.add_parser("discover", help="print this host's GPU topology")
-    discover.add_argument("--json", action="store_true", help="as JSON, as GET /discovery answers")
-    discover.add_argument("--config", type=Path, help="neuron.toml, for [simulate]")
-    add_parser(commands)
-    return parser
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version_text("neuron"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The agent on a GPU host: runs engines for a cortex."""
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="The configuration file, neuron.toml.")]
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="neuron.toml. Default: defaults and NEURON_* variables.")
+    ] = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="An inherited, bound socket to listen on.")] = None,
+    lifeline_fd: Annotated[int | None, typer.Option(hidden=True, help="Stop when this inherited pipe closes.")] = None,
+) -> int:
+    """Serve this host's GPUs."""
+    from neuron.commands import run_serve
+
+    return run_serve(config, fd=fd, lifeline=lifeline_fd)
+
+
+@app.command()
+def discover(config: Config = None, as_json: Json = False) -> int:
+    """Print this host's GPU topology."""
+    from neuron.commands import run_discover
+
+    return run_discover(config, as_json=as_json)
+
+
+@app.command()
+def estimate(
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a name in the hub's local cache.")],
+    max_model_len: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens of a sequence. Default: the model's maximum.")
+    ] = None,
+    max_num_seqs: Annotated[
+        str | None, typer.Option(metavar="N", help="Sequences of that length at once. Default: 1.")
+    ] = None,
+    tensor_parallel: Annotated[
+        str | None, typer.Option(metavar="N", help="Devices. Default: the fewest that it fits on.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(metavar="Q", help="Quantization while loading, such as fp8.")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(metavar="T", help="Data type of the KV cache, such as fp8.")
+    ] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> int:
+    """Estimate how much memory a model needs, from its files."""
+    from neuron.commands import run_estimate
+
+    given = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "tensor_parallel": tensor_parallel,
+        "quant": quant,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    return run_estimate(config, model, options, as_json=as_json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 1 when it cannot be done, 2 when it is not understood."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        if arguments.command == "discover":
-            config = None if arguments.config is None else _config(arguments.config)
-            return run_discover(config, arguments.json)
-        if arguments.command == "estimate":
-            return run_estimate(None if arguments.config is None else _config(arguments.config), arguments)
-        config = _config(arguments.config)
-        configure_logging(config.log_level)
-        asyncio.run(_serve(config, arguments.fd, arguments.lifeline_fd))
-    except (SettingsError, ListenError, StateDirError, ServiceError) as error:
-        print(f"neuron: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _config(path: Path | None) -> NeuronConfig:
-    config = load_settings(CheckedConfig, path, env_prefix="NEURON_")
-    problems: list[str] = []
-    for number, command in enumerate(config.default_commands):
-        try:
-            spec_of(command, harnesses=config.harness_names)
-        except InvalidRequest as error:
-            problems.append(f"default_models[{number}].{error.message}")
-    if config.simulate is not None:
-        try:
-            resolve_devices(config.simulate, host=config.name or "")
-        except SettingsError as error:
-            problems += error.problems
-    if problems:
-        raise SettingsError([f"{path or 'configuration'}: {problem}" for problem in problems])
-    return config
-
-
-async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> None:
-    site = _site(config, fd)
-    name = config.name or socket.gethostname()
-    host = f"[{config.host}]" if ":" in config.host else config.host
-
-    def kill_engines() -> None:
-        if SERVICES in site.app:
-            site.app[SERVICES].workers.kill_all_now()
-
-    await serve_until_stopped(
-        [site],
-        drain_timeout_secs=config.drain_timeout_secs,
-        lifeline=lifeline,
-        on_ready=lambda: log.info("neuron %s listening on http://%s:%d", name, host, site.port),
-        on_forced_exit=kill_engines,
-    )
-
-
-def _site(config: NeuronConfig, fd: int | None) -> Site:
-    if fd is None:
-        sock = bind(config.host, config.port)
-    else:
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError as error:
-            raise ListenError(f"--fd {fd} is not a socket: {error.strerror}") from error
-        sock.setblocking(False)
-    return Site(build_app(config, port=int(sock.getsockname()[1])), sock)
+    """Runs the command; the exit status: 1 when it fails, 2 when the arguments are wrong."""
+    return run_command(app, "neuron", argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class HarnessEntry(SettingsModel):
 
 
 class HarnessSettings(SettingsModel):
-    """`[harness.NAME]`: how engines of one kind are started."""
+    """`[harness.NAME]`: how engines of this kind are started."""
 
     command: list[str] | None = Field(default=None, min_length=1)  # None: the harness's own default
     port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # inclusive
@@ -32,7 +32,7 @@ class HarnessSettings(SettingsModel):
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
-    sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default (vllm: off, sim: on)
+    sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default
 
     @field_validator("port_range")
     @classmethod
@@ -43,9 +43,9 @@ class HarnessSettings(SettingsModel):
 
 
 class SimulatedDevice(SettingsModel):
-    """A simulated GPU written out; whatever is left out comes from the preset `name`, if there is one."""
+    """A simulated GPU; missing values come from the preset `name`, if there is one."""
 
-    index: int | None = Field(default=None, ge=0)  # its place in the list, for those who write it out
+    index: int | None = Field(default=None, ge=0)  # optional; its position in the list
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None
@@ -55,7 +55,7 @@ class SimulatedDevice(SettingsModel):
 
 
 class SimulateSettings(SettingsModel):
-    """`[simulate]`: when present, the topology is this and not NVML's."""
+    """`[simulate]`: when present, it replaces the topology that NVML reports."""
 
     devices: list[str | SimulatedDevice]
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
@@ -63,9 +63,9 @@ class SimulateSettings(SettingsModel):
 
 
 class SleepSettings(SettingsModel):
-    """`[sleep]`: limits on the memory of this host that sleeping engines take."""
+    """`[sleep]`: limits on the host memory of sleeping engines."""
 
-    ram_reserve_mb: int = Field(default=4096, ge=0)  # what other programs keep, whatever sleeps
+    ram_reserve_mb: int = Field(default=4096, ge=0)  # stays free for other programs
 
 
 class HealthSettings(SettingsModel):
@@ -85,16 +85,18 @@ class HealthSettings(SettingsModel):
 
 
 class RecoverySettings(SettingsModel):
-    """`[recovery]`: what follows when an engine dies that nobody stopped."""
+    """`[recovery]`: what happens when an engine dies without being stopped."""
 
-    max_failures: int = Field(default=5, ge=1)  # in a row: then the model is `failed` until somebody loads it again
-    backoff_secs: float = Field(default=10, ge=0)  # before the second start, doubling; before the first there is none
+    max_failures: int = Field(default=5, ge=1)  # in a row; then the model is `failed` until it is loaded again
+    backoff_secs: float = Field(
+        default=10, ge=0
+    )  # before the second restart, doubling from there; the first is immediate
     max_backoff_secs: float = Field(default=300, ge=0)
-    stable_secs: float = Field(default=300, ge=0)  # an engine that served so long begins a new row of failures
+    stable_secs: float = Field(default=300, ge=0)  # after serving this long, an engine's failures are forgotten
 
 
 class DefaultModel(LoadCommand):
-    """An entry of `[[default_models]]`: a load command, in which a misspelt key is an error."""
+    """An entry of `[[default_models]]`: a load command in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -109,22 +111,23 @@ class NeuronConfig(SettingsModel):
     token_env: str | None = None
     state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     drain_timeout_secs: float = Field(default=30, ge=0)
-    on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # left ones are adopted by the next neuron
+    on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # the next neuron adopts engines that are left
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name=DEFAULT_HARNESS)])
     harness: dict[str, HarnessSettings] = Field(default_factory=dict)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
     simulate: SimulateSettings | None = None
-    model_roots: list[Path] = Field(default_factory=list)  # not empty: local models come from below these only
+    model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
     default_models: list[DefaultModel] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> NeuronConfig:
         names = self.harness_names
         if len(set(names)) != len(names):
-            raise ValueError("harnesses: a harness is listed twice")
+            raise ValueError("harnesses: duplicate harness")
         for model in self.default_models:
             if model.harness is not None and model.harness not in names:
                 raise ValueError(
@@ -146,24 +149,24 @@ class NeuronConfig(SettingsModel):
 
     @property
     def binds_all_addresses(self) -> bool:
-        """True when `host` is a wildcard: then callers reach engines where they reach neuron."""
+        """True when `host` is a wildcard: callers then reach engines at the address where they reach neuron."""
         return self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
     @property
     def default_commands(self) -> list[LoadCommand]:
-        """`default_models` with the harness filled in: without one they would ask for a spec remembered from before."""
+        """`default_models` with the harness filled in: a bare model id would ask for its remembered spec."""
         first = self.harness_names[0] if self.harnesses else None
         return [model.model_copy(update={"harness": model.harness or first}) for model in self.default_models]
 
     @property
     def bearer_token(self) -> str | None:
-        """The token callers must show, None when none is configured."""
+        """The token that callers must send; None when none is configured."""
         return self.token or (os.environ[self.token_env] if self.token_env else None)
 
     def state_directory(self, port: int) -> Path:
-        """Where this neuron keeps its engines' directories; `port` is the one it really listens on."""
+        """Where this neuron keeps its engines' directories; `port` is the one it actually listens on."""
         default = Path(tempfile.gettempdir()) / f"neuron-{os.getuid()}-{port}"
         path = (self.state_dir or default).absolute()
-        # Engines are known again by this path, so it has to be one and the same whichever way it is written. Its last
-        # part is left as it is: a symbolic link there is refused.
+        # Engines are recognised by this path after a restart, so it must not depend on how it is written. Its last part
+        # is not resolved: a symbolic link there is refused.
         return path.parent.resolve() / path.name

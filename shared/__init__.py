@@ -1,3 +1,4 @@
-"""What cortex and neuron have in common: the wire protocol, errors, settings and how a service runs."""
+"""What cortex and neuron share: the wire protocol, errors, settings, logs and how a service runs. Both import it; it
+imports neither."""
 
 __version__ = "0.1.0"

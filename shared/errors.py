@@ -10,7 +10,8 @@
     ├── UpstreamError         502 (code given)
     └── Unavailable           503 (code given), always with Retry-After
 
-Services raise these; `shared.http` is the only place where one becomes an HTTP response.
+Services raise these. `shared.http` renders them for aiohttp, `cortex.http.responses` as bytes for the proxy; both use
+`ServiceError.body`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class ServiceError(Exception):
         return envelope(self.message, status=self.status, code=self.code, param=self.param, extra=self.extra)
 
     def anthropic_body(self) -> dict[str, Any]:
-        """The same failure in Anthropic's shape, for `/v1/messages`."""
+        """The Anthropic error envelope, for `/v1/messages`."""
         return {
             "type": "error",
             "error": {"type": anthropic_error_type(self.status), "message": self.message, "code": self.code},
@@ -67,7 +68,7 @@ class ServiceError(Exception):
 
 
 def is_anthropic_path(path: str | bytes) -> bool:
-    """True for the routes whose errors take Anthropic's shape."""
+    """True for routes whose errors have Anthropic's shape."""
     if isinstance(path, bytes):
         path = path.decode("latin-1")
     return path == "/v1/messages" or path.startswith("/v1/messages/")
@@ -106,7 +107,7 @@ def envelope(
     param: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`{"error": {message, type, code, param}}`, with further fields beside them where a caller has figures to give."""
+    """`{"error": {message, type, code, param}}`, plus the fields of `extra` in the inner object."""
     error: dict[str, Any] = {"message": message, "type": error_type(status), "code": code, "param": param}
     return {"error": {**error, **(extra or {})}}
 
@@ -147,7 +148,7 @@ class UpstreamError(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """Temporary: always tells when to come back."""
+    """A temporary failure, always with a Retry-After."""
 
     status = 503
     default_code = ErrorCode.UNAVAILABLE

@@ -1,7 +1,7 @@
-"""Real GPUs that `[simulate] devices` can name. Pure.
+"""Real GPUs that `[simulate] devices` can name.
 
 Memory is `memory.total` in MiB as NVML reports it for the card with ECC in its factory setting, which is a little less
-than the figure on the box; the compute capability is NVIDIA's.
+than the advertised size; the compute capability is NVIDIA's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuPreset:
-    """A card: `aliases` are other spellings, such as the name NVML gives it, compared as `find_preset` says."""
+    """One GPU model. `aliases` are other spellings, such as NVML's name."""
 
     name: str
     vram_total_mb: int
@@ -43,7 +43,7 @@ def find_preset(name: str) -> GpuPreset | None:
 
 
 def _spelling(name: str) -> str:
-    """Lower-case letters and digits only, without the maker's words."""
+    """Lower-case letters and digits only, without the vendor's words."""
     letters = "".join(character for character in name.lower() if character.isalnum())
     return letters.replace("nvidia", "").replace("geforce", "")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import re
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope, is_anthropic_path
 from shared.protocol.errors import ErrorCode
+from shared.request_ids import request_id, request_scope
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +21,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Model = TypeVar("Model", bound=BaseModel)
 
 REQUEST_ID = web.RequestKey("request_id", str)
-# An id from outside is echoed in a header and written to logs: anything else than these is replaced.
-_SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def reply(model: BaseModel, *, status: int = 200) -> web.Response:
@@ -34,7 +31,7 @@ def reply(model: BaseModel, *, status: int = 200) -> web.Response:
 def error_response(
     error: ServiceError, *, anthropic: bool = False, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """The response for `error`, with Retry-After where it has one."""
+    """The response for `error`, with its Retry-After if it has one."""
     body = error.anthropic_body() if anthropic else error.body()
     response = web.json_response(body, status=error.status, headers=headers)
     if error.retry_after is not None:
@@ -63,48 +60,53 @@ async def read_model(request: web.Request, model: type[Model]) -> Model:
 
 
 def request_id_of(request: web.Request) -> str:
-    """The request's id: the caller's `x-request-id` when it is harmless, else a new one. Stable for a request."""
+    """The request's id (`shared.request_ids`), the same each time."""
     if REQUEST_ID in request:
         return request[REQUEST_ID]
-    given = request.headers.get("x-request-id", "")
-    made = given if _SAFE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    given = request.headers.get("x-request-id")
+    made = request_id(None if given is None else given.encode("utf-8", "surrogateescape"))
     request[REQUEST_ID] = made
     return made
 
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns every failure into the error envelope. Cancellation passes: it is the client leaving."""
-    request_id = request_id_of(request)
-    try:
-        response = await handler(request)
-    except ServiceError as error:
-        response = error_response(error, anthropic=is_anthropic_path(request.path))
-    except web.HTTPRequestEntityTooLarge as error:
-        too_large = RequestTooLarge(error.text or "the request body is too large")
-        response = error_response(too_large, anthropic=is_anthropic_path(request.path))
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        response = _http_exception_response(request, error)
-    except web.RequestPayloadError as error:
-        if request.transport is None or request.transport.is_closing():
-            raise  # the client is gone; there is nobody to answer
-        unreadable = InvalidRequest(f"the body cannot be read: {error}")
-        response = error_response(unreadable, anthropic=is_anthropic_path(request.path))
-    except ConnectionError:
-        raise  # as above
-    except Exception:
-        log.exception("unhandled error in %s %s", request.method, request.path)
-        internal = ServiceError("internal error; the service's log has the details")
-        response = error_response(internal, anthropic=is_anthropic_path(request.path))
+    """Turns every failure into the error envelope. Cancellation passes: the client has disconnected."""
+    own_id = request_id_of(request)
+    with request_scope(own_id):
+        response = await _answer(request, handler)
     if not response.prepared:
-        response.headers.setdefault("x-request-id", request_id)
+        response.headers.setdefault("x-request-id", own_id)
     return response
 
 
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ServiceError as error:
+        return error_response(error, anthropic=is_anthropic_path(request.path))
+    except web.HTTPRequestEntityTooLarge as error:
+        too_large = RequestTooLarge(error.text or "the request body is too large")
+        return error_response(too_large, anthropic=is_anthropic_path(request.path))
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _http_exception_response(request, error)
+    except web.RequestPayloadError as error:
+        if request.transport is None or request.transport.is_closing():
+            raise  # the client has disconnected
+        unreadable = InvalidRequest(f"cannot read the body: {error}")
+        return error_response(unreadable, anthropic=is_anthropic_path(request.path))
+    except ConnectionError:
+        raise  # the client has disconnected
+    except Exception:
+        log.exception("unhandled error in %s %s", request.method, request.path)
+        internal = ServiceError("internal error, see the service's log")
+        return error_response(internal, anthropic=is_anthropic_path(request.path))
+
+
 def _http_exception_response(request: web.Request, error: web.HTTPException) -> web.Response:
-    """aiohttp's own 404, 405 and the like, in our envelope."""
+    """aiohttp's own 404, 405 and similar in our envelope."""
     codes = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
     code = codes.get(error.status, ErrorCode.INVALID_REQUEST)
     message = f"{request.method} {request.path}: {error.reason}"
@@ -121,7 +123,7 @@ def bearer_token(headers: Mapping[str, str]) -> str | None:
 
 
 def require_token(token: str, *, open_paths: frozenset[str] = frozenset()) -> Any:
-    """A middleware that lets only callers with this bearer token pass, except to `open_paths`."""
+    """A middleware that requires this bearer token, except for `open_paths`."""
     expected = token.encode()
 
     @web.middleware

@@ -1,4 +1,4 @@
-"""The event loop that services run on: uvloop's where it is installed, asyncio's own elsewhere."""
+"""The event loop of the services: uvloop if installed, otherwise asyncio's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ except ImportError:
     uvloop = None  # type: ignore[assignment]
 
 GC_THRESHOLD = 10_000
-"""Containers made and not freed before the youngest are looked at."""
+"""Allocations minus deallocations of container objects that start a collection of the youngest generation."""
 
 Result = TypeVar("Result")
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """As asyncio.run. What requests leave behind is freed by counting: the garbage collector may look less often."""
+    """Like asyncio.run, with a rarer garbage collection: reference counting frees what requests leave behind."""
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     if uvloop is None:
         return asyncio.run(main)
@@ -27,6 +27,6 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
 
 
 def settle() -> None:
-    """For a service that is up: what is there now stays, and the garbage collector need not look at it again."""
+    """Call once the service is up: excludes the objects of the start-up from garbage collection."""
     gc.collect()
     gc.freeze()

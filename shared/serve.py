@@ -1,4 +1,4 @@
-"""The only way an app is served, by the commands and by the tests: sockets, signals, draining."""
+"""Serving an aiohttp app, in commands and in tests: sockets, signals, draining."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKLOG = 1024
 HANGUP_CHECK_SECS = 1.0
 
 CLOSING = web.AppKey("closing", asyncio.Event)
-"""Set when the service begins to stop: open event streams end on it."""
+"""Set when the service begins to stop. Event streams end then."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Site:
 
 
 class ListenError(Exception):
-    """An address cannot be listened on; the message names it."""
+    """Cannot listen on an address; the message names it."""
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening TCP socket; port 0 lets the system choose. `shared` ones may be bound again, each with its own queue
-    of connections (SO_REUSEPORT).
+    """A listening TCP socket; port 0 lets the system choose. `shared`: several sockets can bind the address, each
+    with its own queue of connections (SO_REUSEPORT).
 
     Raises:
-        ListenError: the address is taken or not of this host.
+        ListenError: the address is in use or not an address of this host.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -57,7 +57,7 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
-        sock.listen(BACKLOG)  # here and not later: two may bind one address, and only listening tells
+        sock.listen(BACKLOG)  # at once: with SO_REUSEADDR a conflict shows only in listen()
     except OSError as error:
         sock.close()
         raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -67,13 +67,13 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncIterator[asyncio.Event]:
-    """Serves the sites inside the body, which may set the event (CLOSING) before its end. On exit: stop accepting,
-    finish what is in flight within the deadline, cancel the rest, then run the apps' cleanup.
+    """Serves the sites inside the body, which may set the event (CLOSING) early. On exit: stop accepting, finish
+    requests in flight within the deadline, cancel the rest, then run the apps' cleanup.
 
-    `handler_cancellation` is on, so that a handler ends when its client leaves (aiohttp's own default is off in
+    A handler is cancelled when its client disconnects (aiohttp's own default is off in
     production and on in its test server).
     """
-    # aiohttp takes a timeout of 0 for none at all and would wait for ever.
+    # aiohttp treats 0 as no timeout.
     shutdown_timeout = max(drain_timeout_secs, 0.001)
     runners: list[web.AppRunner] = []
     closing = asyncio.Event()
@@ -103,7 +103,7 @@ async def serve_until_stopped(
     on_ready: Callable[[], None] = lambda: None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until told to stop, as `told_to_stop` says."""
+    """Serves until `told_to_stop` fires."""
     async with (
         told_to_stop(lifeline=lifeline, grace_secs=drain_timeout_secs, on_forced_exit=on_forced_exit) as stop,
         serving(sites, drain_timeout_secs=drain_timeout_secs),
@@ -120,14 +120,13 @@ async def told_to_stop(
     on_hangup: Callable[[], None] | None = None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets; a second signal exits at once with status
+    """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets. A second signal exits at once with status
     130.
 
-    `on_hangup` is called for a SIGHUP that somebody sent, instead of stopping; one that the kernel sends since the
-    terminal is closed stops nevertheless.
+    `on_hangup` is called on SIGHUP instead of stopping, unless the kernel sent it because the terminal was closed.
 
-    `lifeline` is the read end of a pipe whose other end a parent holds: its end of file means that the parent is gone,
-    however it died. `on_forced_exit` is the last thing called before a forced exit.
+    `lifeline` is the read end of a pipe whose other end the parent process holds: end of file means that the parent
+    has died. `on_forced_exit` is called right before a forced exit.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -136,13 +135,13 @@ async def told_to_stop(
     def on_signal(name: str) -> None:
         signals.append(name)
         if len(signals) > 1:
-            log.warning("%s again: exiting at once", name)
+            log.warning("%s again: exiting immediately", name)
             on_forced_exit()
             os._exit(130)
-        log.info("%s: stopping, what is in flight has %g s", name, grace_secs)
+        log.info("%s: stopping, requests in flight have %g s to finish", name, grace_secs)
         stop.set()
 
-    # A closed terminal stops as well, unless it was asked not to (nohup).
+    # Closing the terminal stops the service too, except under nohup.
     terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
     def on_sighup(hangup: Callable[[], None]) -> None:
@@ -150,7 +149,7 @@ async def told_to_stop(
             on_signal("SIGHUP")
             return
         hangup()
-        if terminal:  # two signals that come together are one: the terminal may be gone by the second
+        if terminal:  # the kernel merges two pending SIGHUPs: the terminal may close right after this one
             loop.call_later(HANGUP_CHECK_SECS, stop_without_terminal)
 
     def stop_without_terminal() -> None:
@@ -174,7 +173,7 @@ async def told_to_stop(
 
 
 def _has_terminal() -> bool:
-    """Whether there is a controlling terminal; one that was closed is none any more (tty(4))."""
+    """Whether the process has an open controlling terminal (tty(4))."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError:
@@ -184,5 +183,5 @@ def _has_terminal() -> bool:
 
 def _lifeline_ended(loop: asyncio.AbstractEventLoop, lifeline: int, stop: asyncio.Event) -> None:
     loop.remove_reader(lifeline)
-    log.info("the parent process is gone: stopping")
+    log.info("parent process has died: stopping")
     stop.set()

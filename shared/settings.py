@@ -1,6 +1,6 @@
-"""TOML plus environment to a validated model.
+"""Configuration: TOML plus environment variables, validated.
 
-Every mistake is found before anything starts, and its message names the file (or the variable), the key and the value.
+Mistakes are found before anything starts; messages name the file or variable, the key and the value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SettingsModel(BaseModel):
 
 
 class SettingsError(Exception):
-    """One or more problems in a configuration; `problems` holds a line for each."""
+    """Problems in a configuration, one line each in `problems`."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -41,7 +41,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The file as a dict.
 
     Raises:
-        SettingsError: it cannot be read or is not TOML.
+        SettingsError: it is unreadable or not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -62,8 +62,8 @@ def load_settings(
 ) -> Settings:
     """`path` overlaid with `PREFIX_KEY=` and `PREFIX_SECTION__KEY=` from the environment, validated.
 
-    A value that starts with `[` or `{` and is JSON is read as such. A variable whose first part is no key of `model`
-    is left alone (other programs use the prefix too) unless it contains `__`, which can only be meant for us.
+    A value that starts with `[` or `{` is read as JSON if it parses. A variable whose first part is not a key of
+    `model` is ignored (other programs may use the prefix), unless it contains `__`: that is an error.
 
     Raises:
         SettingsError: with one line for each problem.
@@ -89,10 +89,10 @@ def load_settings(
 
 
 def _overlay(data: dict[str, Any], keys: tuple[str, ...], text: str) -> str | None:
-    """Puts `text` at `keys` in `data`; the reason when it cannot."""
+    """Sets `text` at `keys` in `data`. Returns the reason if it cannot."""
     value = text
     if text[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError):  # `[::1]:80` is an address and no JSON
+        with contextlib.suppress(ValueError):  # `[::1]:80` is an address, not JSON
             value = json.loads(text)
     table = data
     for key in keys[:-1]:
@@ -133,7 +133,7 @@ def _describe(problem: dict[str, Any], source: str, sources: Mapping[tuple[str, 
     if problem["type"] == "missing":
         return f"{origin}: {key}: required, but missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if isinstance(problem["input"], Mapping):  # a rule about a whole table: repeating the table says nothing
+    if isinstance(problem["input"], Mapping):  # a rule about a whole table: do not print the table
         return f"{origin}: {key}: {message}"
     return f"{origin}: {key} = {problem['input']!r}: {message}"
 

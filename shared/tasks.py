@@ -1,4 +1,4 @@
-"""Background loops that neither die silently nor outlive their owner."""
+"""Background tasks that neither die silently nor outlive their owner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-# Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
+# Not asyncio.wait_for: before Python 3.12 it loses a cancellation that arrives with the result.
 if sys.version_info >= (3, 11):
     from asyncio import timeout
 else:
@@ -29,18 +29,18 @@ CANCEL_AGAIN_SECS = 1.0
 
 
 async def keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs `work` for ever; a failure is logged and followed by a pause (jittered) and a new start."""
+    """Runs `work` repeatedly until cancelled. Logs a failure and restarts after a jittered pause."""
     while True:
         try:
             await work()
         except Exception:
-            log.exception("background task %s failed; starting it again", name)
+            log.exception("background task %s failed, restarting", name)
         await asyncio.sleep(RESTART_DELAY_SECS * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
 
 
 @contextlib.asynccontextmanager
 async def running(loops: Mapping[str, Callable[[], Awaitable[None]]]) -> AsyncIterator[None]:
-    """Keeps the named loops running inside the `async with` body, and ends them after it."""
+    """Keeps the named loops running inside the `async with` body."""
     tasks = [asyncio.create_task(keep_running(name, work), name=name) for name, work in loops.items()]
     try:
         yield
@@ -51,7 +51,7 @@ async def running(loops: Mapping[str, Callable[[], Awaitable[None]]]) -> AsyncIt
 async def cancel_all(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """Cancels the tasks and waits until each has really ended.
 
-    A task can lose a cancellation in code that is not ours: it is told again until it hears.
+    Third-party code can swallow a cancellation, so it is repeated.
     """
     pending = set(tasks)
     while pending:
@@ -60,7 +60,7 @@ async def cancel_all(tasks: Sequence[asyncio.Future[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_SECS)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # looked at, so that it is not reported as never retrieved
+            task.exception()  # retrieved, so that asyncio does not report it
 
 
 async def first_of(alternatives: Mapping[Key, Awaitable[Any]], *, timeout_secs: float | None = None) -> Key | None:
@@ -85,7 +85,7 @@ async def first_of(alternatives: Mapping[Key, Awaitable[Any]], *, timeout_secs: 
 
 
 class TaskSet:
-    """Owns detached tasks: keeps them from being collected, logs a failure, and ends them all on `close`."""
+    """Owns detached tasks: keeps references, logs failures, and cancels the rest on `close`."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -100,11 +100,11 @@ class TaskSet:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()
-            # An error made for a client says all there is to say; of any other the trace is wanted.
+            # A ServiceError explains itself; any other error needs its traceback.
             log.error(
                 "task %s failed: %s", task.get_name(), error, exc_info=not isinstance(error, ServiceError) and error
             )
 
     async def close(self) -> None:
-        """Cancels what still runs and waits for its end."""
+        """Cancels the tasks that still run and waits for them."""
         await cancel_all(list(self._tasks))

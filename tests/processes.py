@@ -1,4 +1,4 @@
-"""What runs on this machine, as the kernel tells it."""
+"""Processes on this machine, from /proc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Process:
-    """A live process; one that only waits to be reaped is none."""
+    """A live process (not a zombie)."""
 
     pid: int
     parent: int
@@ -29,7 +29,7 @@ def all_processes() -> list[Process]:
             stat = (directory / "stat").read_text(encoding="utf-8", errors="replace")
             command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has exited
         state, parent, _, session = stat.rpartition(")")[2].split()[:4]
         if state not in ("Z", "X"):
             found.append(Process(int(directory.name), int(parent), int(session), command))
@@ -37,19 +37,19 @@ def all_processes() -> list[Process]:
 
 
 def engines_of(pid: int) -> dict[int, list[Process]]:
-    """The engines of a neuron: each has a session of its own, led by a child of the neuron."""
+    """The engines of a neuron: each has its own session, led by a child of the neuron."""
     processes = all_processes()
     leaders = [process.pid for process in processes if process.parent == pid and process.session == process.pid]
     return {leader: [process for process in processes if process.session == leader] for leader in leaders}
 
 
 def of_session(session: int) -> list[Process]:
-    """What lives in a session, whoever its parent is by now."""
+    """The processes of a session, also those with a new parent."""
     return [process for process in all_processes() if process.session == session]
 
 
 def descendants(pid: int) -> set[int]:
-    """All processes below `pid`, without it."""
+    """All descendants of `pid`."""
     parents = {process.pid: process.parent for process in all_processes()}
     found: set[int] = set()
     frontier = {pid}
@@ -60,15 +60,15 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: Iterable[int]) -> set[int]:
-    """Those of the processes that still run."""
+    """The processes that still run."""
     return set(pids) & {process.pid for process in all_processes()}
 
 
 def eventually(look: Callable[[], Found], what: str, *, within_secs: float) -> Found:
-    """What `look` gives as soon as it is true.
+    """Polls `look` until its result is true, and returns it.
 
     Raises:
-        AssertionError: it is not, for `within_secs`.
+        AssertionError: it is not true within `within_secs`.
     """
     deadline = time.monotonic() + within_secs
     while True:

@@ -1,1 +1,1 @@
-"""What is measured of each contender, one kind of work a module."""
+"""The measurements of each contender, one kind of work a module."""

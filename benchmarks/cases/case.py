@@ -1,4 +1,4 @@
-"""What the cases have in common."""
+"""Types and helpers that the cases share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.measure.machine import busy_secs
 from benchmarks.measure.tree import ProcessTree
 
 TIMEOUT_SECS = 150.0
-"""For one measurement of one contender; what has no answer by then counts as a fault."""
+"""Limit for one measurement of one contender; requests unanswered by then count as faults."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A contender that serves on `port`, with so many `workers` processes. The engine that answers listens on
+    """A contender that serves on `port`, with `workers` processes. The engine listens on
     `answering_port`: `engine_port`, unless the contender is an engine itself. Its work is divided by `slowness`;
-    `quick` divides it for everybody.
+    `quick` divides it for every contender.
     """
 
     port: int
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Case:
-    """`key` is the figure that contenders are compared by. `fresh`: wants a process that has done nothing yet."""
+    """`key` is the figure that contenders are compared by. `fresh`: needs a newly started process."""
 
     name: str
     title: str
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass
 class Span:
-    """What a piece of work took. CPU time is that of the contender's tree."""
+    """Cost of a piece of work. CPU time covers the contender's process tree."""
 
     cpu_ns: int = 0
     wall_secs: float = 0.0
@@ -89,7 +89,7 @@ def no_collections() -> Iterator[None]:
 async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
     """Filled when the body has ended."""
     span = Span()
-    await asyncio.sleep(0.05)  # what came before shall be over
+    await asyncio.sleep(0.05)  # let earlier work finish
     with no_collections():
         cpus = tree.cpus()
         tree.forget_peak()
@@ -105,6 +105,6 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
 
 
 def noted(tally: Tally, figures: dict[str, float]) -> Measured:
-    """The figures with what the tally says of the answers."""
+    """The figures, with the tally of the answers."""
     notes = [] if tally.unchanged == tally.answers else ["writes the answers anew"]
     return Measured(figures, tally.faults, notes)

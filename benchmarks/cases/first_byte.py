@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, no_collections, noted
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.check import Tally
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
 
-_WISH = Wish(chunks=4)
+_WISH = AnswerSpec(chunks=4)
 _PAUSE_SECS = 0.001
 _BLOCK = 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from benchmarks.cases.case import Case, Measured, Subject, no_collections, noted
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.drive import hold_open, repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
@@ -28,10 +28,10 @@ async def release(engine_port: int) -> None:
 async def _idle(subject: Subject) -> Measured:
     """Memory before is that of a process that has served 200 streams, so that what it loads once is not counted."""
     count = subject.amount(STREAMS, STREAMS)
-    warm = Wish(chunks=2, interval=0.001)
+    warm = AnswerSpec(chunks=2, interval=0.001)
     async with Pool(subject.port, 8) as pool:
         await repeat(pool, chat_request(subject.port, warm), warm, count=200, timeout=_TIMEOUT_SECS)
-    wish = Wish(chunks=3, interval=0.05, hold=True)
+    spec = AnswerSpec(chunks=3, interval=0.05, hold=True)
     before = subject.tree.rss_bytes()
     figures: dict[str, float] = {"streams": count}
 
@@ -45,8 +45,8 @@ async def _idle(subject: Subject) -> Measured:
     with no_collections():
         tally = await hold_open(
             subject.port,
-            chat_request(subject.port, wish),
-            wish,
+            chat_request(subject.port, spec),
+            spec,
             count=count,
             per_second=_OPENED_PER_SECOND / subject.slowness,
             timeout=_TIMEOUT_SECS,

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, noted, spanned
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
@@ -21,15 +21,15 @@ _WRK_SCRIPT = Path(__file__).with_name("post.lua")
 
 
 async def _plain(subject: Subject) -> Measured:
-    wish = Wish()
-    request = chat_request(subject.port, wish)
+    spec = AnswerSpec()
+    request = chat_request(subject.port, spec)
     count = subject.amount(10_000, 6_000, at_least=64)
     connections = CONCURRENCY * subject.workers  # so that each worker has as much to do at a time as a single one
     async with Pool(subject.port, connections) as pool:
-        await repeat(pool, request, wish, count=max(connections, count // 5), timeout=TIMEOUT_SECS)
+        await repeat(pool, request, spec, count=max(connections, count // 5), timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(pool, request, wish, count=count, timeout=TIMEOUT_SECS)
+            tally = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
     figures = {
         "cpu_us": span.cpu_ns / 1e3 / count,
         "per_second": count / span.wall_secs,
@@ -40,15 +40,15 @@ async def _plain(subject: Subject) -> Measured:
 
 
 async def _paced(subject: Subject) -> Measured:
-    wish = Wish()
-    request = chat_request(subject.port, wish)
+    spec = AnswerSpec()
+    request = chat_request(subject.port, spec)
     count = subject.amount(16_000, 8_000, at_least=64) * subject.workers
     async with Pool(subject.port, CONCURRENCY * subject.workers) as pool:
-        await repeat(pool, request, wish, count=count // 5, timeout=TIMEOUT_SECS)
+        await repeat(pool, request, spec, count=count // 5, timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
             tally = await repeat(
-                pool, request, wish, count=count, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS, spread=_PAUSE_SECS
+                pool, request, spec, count=count, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS, spread=_PAUSE_SECS
             )
     figures = {
         "cpu_us": span.cpu_ns / 1e3 / count,
@@ -80,16 +80,16 @@ async def _saturation(subject: Subject) -> Measured:
 
 
 async def _saturated_by_us(subject: Subject, secs: int) -> Measured:
-    wish = Wish()
-    request = chat_request(subject.port, wish)
+    spec = AnswerSpec()
+    request = chat_request(subject.port, spec)
     async with Pool(subject.port, SATURATING) as pool:
         began = time.perf_counter()
         probe = SATURATING * 2
-        await repeat(pool, request, wish, count=probe, timeout=TIMEOUT_SECS)
+        await repeat(pool, request, spec, count=probe, timeout=TIMEOUT_SECS)
         count = max(probe, int(probe / (time.perf_counter() - began) * secs))
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(pool, request, wish, count=count, timeout=TIMEOUT_SECS)
+            tally = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
     figures = {
         "per_second": count / span.wall_secs,
         "busy_cpus": span.busy,
@@ -101,7 +101,7 @@ async def _saturated_by_us(subject: Subject, secs: int) -> Measured:
 
 async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:
     """Requests a second, and the number of answers that were no success. wrk inherits our CPUs."""
-    request = chat_request(port, Wish())
+    request = chat_request(port, AnswerSpec())
     head, _, body = request.partition(b"\r\n\r\n")
     headers = [line.decode() for line in head.split(b"\r\n")[1:] if not line.lower().startswith(b"content-length")]
     command = [program, "-t1", f"-c{SATURATING}", f"-d{secs}s", "-s", str(_WRK_SCRIPT)]

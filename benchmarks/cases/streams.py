@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, noted, spanned
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
@@ -15,15 +15,15 @@ _SPREAD = 20
 
 
 def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
-    """So many streams at once, `interval` seconds between the chunks of each."""
+    """This many streams at once, `interval` seconds between the chunks of each."""
 
     async def measure(subject: Subject) -> Measured:
         chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured
-        wish = Wish(chunks=chunks, interval=interval)
-        request = chat_request(subject.port, wish)
-        # All of them at one time, so that each has a connection to the engine as well. Otherwise those who keep
-        # idle ones for minutes would have them from the round before, and nobody else would.
-        warm = Wish(chunks=2, interval=interval * (_SPREAD + 5))
+        spec = AnswerSpec(chunks=chunks, interval=interval)
+        request = chat_request(subject.port, spec)
+        # All at once, so that every contender has a connection to the engine for each stream. Otherwise only contenders
+        # that keep idle connections for minutes would have them, from the round before.
+        warm = AnswerSpec(chunks=2, interval=interval * (_SPREAD + 5))
         async with Pool(subject.port, streams) as pool:
             await repeat(
                 pool,
@@ -36,7 +36,7 @@ def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Me
             await pool.refill()
             async with spanned(subject.tree) as span:
                 tally = await repeat(
-                    pool, request, wish, count=streams, timeout=TIMEOUT_SECS, spread=interval * _SPREAD
+                    pool, request, spec, count=streams, timeout=TIMEOUT_SECS, spread=interval * _SPREAD
                 )
         ideal = interval * (chunks - 1 + _SPREAD)
         figures = {

@@ -1,1 +1,1 @@
-"""What is measured: each contender as a real process, configured to do its best."""
+"""The contenders: each a real process, configured for its best performance."""

@@ -12,7 +12,7 @@ from tests.environment.commands import run
 
 _BUILD_SECS = 600
 _MADE_OF = ("pyproject.toml", "deploy/compile.py", "cortex/**/*.py", "shared/**/*.py", "neuron/**/*.py")
-SWITCH = {"HATCH_BUILD_HOOK_ENABLE_CUSTOM": "1"}
+SWITCH = {"CORTEX_COMPILE": "yes"}
 
 
 def compiled(checkout: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the runner knows of a contender."""
+"""A contender as the runner sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ContenderUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """What a contender gets to work with. `directory` is its own, empty and temporary."""
+    """Inputs for starting a contender. `directory` is empty and temporary."""
 
     engine_port: int
     port: int

@@ -41,7 +41,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
         if workers > 1:
             command += ["--workers", str(workers)]
         neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
-        # -m finds what is in the directory that it is started in before what is installed.
+        # -m prefers modules in the working directory to installed ones.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
         environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}
         return Launch(command, env=environ, cwd=packages, companions=[neuron], version=__version__)

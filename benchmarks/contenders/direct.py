@@ -1,4 +1,4 @@
-"""No gateway at all: what the engine and the load generator make of it alone."""
+"""No gateway: the engine and the load generator alone."""
 
 from __future__ import annotations
 

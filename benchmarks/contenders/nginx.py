@@ -1,4 +1,4 @@
-"""nginx: the floor. It routes nothing, looks at nothing, and writes its access log."""
+"""nginx: the lower bound. It only forwards, and writes its access log."""
 
 from __future__ import annotations
 
@@ -83,4 +83,4 @@ _ON = (
 )
 NGINX = Contender("nginx", "nginx", _ON, _prepare)
 NGINX_2 = Contender("nginx-2", "nginx, two workers", _ON, partial(_prepare, workers=2), workers=2)
-"""What a second worker costs on this machine whoever it is."""
+"""Memory of a second worker on this machine, for any contender."""

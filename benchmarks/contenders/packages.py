@@ -1,4 +1,4 @@
-"""Gateways from the Python package index, each in a virtual environment of its own that is made once and kept."""
+"""Gateways from the Python package index, each in its own cached virtual environment."""
 
 from __future__ import annotations
 

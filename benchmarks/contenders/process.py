@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.contenders.contender import Contender, ContenderUnavailable, Launch, Place
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.limits import prefer
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
@@ -27,8 +27,7 @@ _STOP_SECS = 5.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, below those that the kernel gives to clients: thousands of connections would
-    otherwise take it."""
+    """A free port below the kernel's range for outgoing connections; thousands of them would otherwise take it."""
     for port in range(20000 + os.getpid() % 8000, 32000):
         with contextlib.suppress(OSError), socket.socket() as sock:
             sock.bind(("127.0.0.1", port))
@@ -53,7 +52,7 @@ def on_cpus(cpus: set[int]) -> Iterator[None]:
 
 
 def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | None = None) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, its output in `log`."""
+    """A process in its own session, its output in `log`."""
     env = {**os.environ, **(launch.env if launch else {})}
     with log.open("ab") as output, on_cpus(cpus):
         process = subprocess.Popen(
@@ -70,7 +69,7 @@ def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | Non
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and everything below it; what does not go by itself is killed."""
+    """Terminates a process and its descendants; kills those that do not exit."""
     below = descendants(process.pid)
     process.terminate()
     try:
@@ -94,7 +93,7 @@ class Running:
 
 
 class Runner:
-    """The processes of one contender: started once, or anew for a measurement that wants a fresh one."""
+    """The processes of one contender: started once, or again for a measurement that needs a fresh one."""
 
     def __init__(self, contender: Contender, engine_port: int, directory: Path, cpus: set[int], load_cpus: set[int]):
         self.contender = contender
@@ -125,7 +124,7 @@ class Runner:
         return Running(self.contender, place.port, ProcessTree(process.pid), launch.version)
 
     async def _answers(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        wish = Wish()
+        spec = AnswerSpec()
         reason = "it does not listen"
         deadline = asyncio.get_running_loop().time() + self.contender.start_secs
         while asyncio.get_running_loop().time() < deadline:
@@ -133,7 +132,7 @@ class Runner:
                 raise ContenderUnavailable(f"it ended with status {process.returncode}: {_last_words(log)}")
             try:
                 async with Pool(port, 1) as pool:
-                    tally = await repeat(pool, chat_request(port, wish), wish, count=1, timeout=5)
+                    tally = await repeat(pool, chat_request(port, spec), spec, count=1, timeout=5)
             except OSError:
                 await asyncio.sleep(0.1)
                 continue

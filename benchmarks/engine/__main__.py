@@ -15,7 +15,7 @@ BACKLOG = 16384
 
 
 async def serve(port: int) -> None:
-    """Serves until it is told to end."""
+    """Serves until told to stop."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -23,7 +23,7 @@ async def serve(port: int) -> None:
     engine = Engine()
     server = await loop.create_server(lambda: EngineConnection(engine), "127.0.0.1", port, backlog=BACKLOG)
     gc.freeze()
-    gc.disable()  # nothing here makes cycles, and a collection would show as somebody else's latency
+    gc.disable()  # nothing here makes cycles, and a collection would show as a contender's latency
     await stop.wait()
     server.close()
 

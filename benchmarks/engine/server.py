@@ -1,4 +1,4 @@
-"""The engine's side of a connection: as little HTTP as will do, since it must not be what is measured."""
+"""The engine's side of a connection: minimal HTTP, so that the engine does not dominate the measurement."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import re
 from typing import cast
 
+from benchmarks.engine.answer_spec import AnswerSpec, spec_in
 from benchmarks.engine.answers import (
     MODEL,
     STREAM_HEAD,
@@ -15,11 +16,10 @@ from benchmarks.engine.answers import (
     stream_events,
 )
 from benchmarks.engine.wheel import TICK_SECS, Wheel
-from benchmarks.engine.wish import Wish, wish_in
 
 _LENGTH = b"\r\ncontent-length:"
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked")
-_WISH_WITHIN = 4096  # bytes of a body's beginning in which the wish stands
+_SPEC_WITHIN = 4096  # the spec lies within the first bytes of a body
 _HEALTHY = head("200 OK", "text/plain", 0)
 _MODELS = json_answer(
     {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "vllm", "max_model_len": 40960}]}
@@ -33,12 +33,12 @@ class Stream:
 
     __slots__ = ("_events", "_left", "_ticks", "due", "transport")
 
-    def __init__(self, transport: asyncio.Transport, wish: Wish) -> None:
+    def __init__(self, transport: asyncio.Transport, spec: AnswerSpec) -> None:
         self.transport: asyncio.Transport | None = transport
         self.due = 0
-        self._events = iter(stream_events(wish.chunks))
-        self._left = wish.chunks
-        self._ticks = max(1, round(wish.interval / TICK_SECS))
+        self._events = iter(stream_events(spec.chunks))
+        self._left = spec.chunks
+        self._ticks = max(1, round(spec.interval / TICK_SECS))
 
     def emit(self) -> int:
         """Sends the next event; the ticks until the one after it, 0 at the end or when the client has left."""
@@ -50,7 +50,7 @@ class Stream:
 
 
 class Engine:
-    """What the connections share."""
+    """State that the connections share."""
 
     def __init__(self) -> None:
         self.wheel = Wheel()
@@ -78,8 +78,8 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._buffer = b""
-        self._left = 0  # bytes of a body still to come, its wish being known
-        self._wish = Wish()
+        self._left = 0  # remaining bytes of a body whose spec is known
+        self._wish = AnswerSpec()
         self._stream: Stream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -116,7 +116,7 @@ class EngineConnection(asyncio.Protocol):
         at += len(_LENGTH)
         length = int(lowered[at : lowered.index(b"\r\n", at)])
         body_came = len(data) - end - 4
-        if body_came < min(length, _WISH_WITHIN):
+        if body_came < min(length, _SPEC_WITHIN):
             if b"\r\nexpect: 100-continue" in lowered and not body_came:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             return data
@@ -124,11 +124,11 @@ class EngineConnection(asyncio.Protocol):
             self._engine.release()
             self._transport.write(_HEALTHY)
             return b""
-        wish = wish_in(data[end + 4 : end + 4 + _WISH_WITHIN])
+        spec = spec_in(data[end + 4 : end + 4 + _SPEC_WITHIN])
         if body_came < length:
-            self._wish, self._left = wish, length - body_came
+            self._wish, self._left = spec, length - body_came
         else:
-            self._answer(wish)
+            self._answer(spec)
         return b""
 
     def _unmeasured(self, data: bytes, lowered_head: bytes, body_at: int) -> bytes:
@@ -138,7 +138,7 @@ class EngineConnection(asyncio.Protocol):
             return b""
         if not data.endswith(b"0\r\n\r\n"):  # no prompt of ours holds this
             return data
-        self._answer(wish_in(data[body_at : body_at + _WISH_WITHIN]))
+        self._answer(spec_in(data[body_at : body_at + _SPEC_WITHIN]))
         return b""
 
     def _get_other(self, data: bytes) -> bytes:
@@ -146,19 +146,19 @@ class EngineConnection(asyncio.Protocol):
             return json_answer(self._engine.stats())
         return _UNKNOWN
 
-    def _answer(self, wish: Wish) -> None:
+    def _answer(self, spec: AnswerSpec) -> None:
         self._left = 0
         self._engine.requests += 1
-        if not wish.chunks:
-            self._transport.write(plain_answer(wish.size))
+        if not spec.chunks:
+            self._transport.write(plain_answer(spec.size))
             return
-        if not wish.interval and not wish.hold:
-            self._transport.write(STREAM_HEAD + b"".join(stream_events(wish.chunks)))
+        if not spec.interval and not spec.hold:
+            self._transport.write(STREAM_HEAD + b"".join(stream_events(spec.chunks)))
             return
-        stream = self._stream = Stream(self._transport, wish)
+        stream = self._stream = Stream(self._transport, spec)
         self._transport.write(STREAM_HEAD)
         ticks = stream.emit()
-        if wish.hold:
+        if spec.hold:
             self._engine.held.append(stream)
         elif ticks:
             self._engine.wheel.add(stream, ticks)

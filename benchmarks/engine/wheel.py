@@ -10,12 +10,12 @@ TICK_SECS = 0.001
 
 
 class Due(Protocol):
-    """What the wheel drives."""
+    """A stream that the wheel drives."""
 
     due: int
 
     def emit(self) -> int:
-        """Does what is due now; the number of ticks until the next time, 0 when there is none."""
+        """Sends the due events; returns the ticks until the next call, 0 for none."""
 
 
 class Wheel:
@@ -32,7 +32,7 @@ class Wheel:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, stream: Due, ticks: int) -> None:
-        """`stream` is due in so many ticks, at least one."""
+        """Schedules `stream` in this many ticks, at least one."""
         stream.due = self._now() + ticks
         self._put(stream)
 

@@ -21,7 +21,7 @@ PLAIN, SHORT_STREAMS, STREAMS, CHUNKS = 300, 100, 3, 300
 """Of the smaller measurement of each pair; the larger has twice as many requests, or chunks in a stream."""
 START_SECS = 300.0
 QUIET_SECS = 0.3
-"""cortex has finished what a request left behind (its log line, its counts) when it used no CPU for so long."""
+"""Without CPU use for this long, cortex has finished a request's trailing work (log line, counters)."""
 
 
 class NotAvailable(Exception):
@@ -81,7 +81,7 @@ async def counted_cortex(directory: Path, neuron_port: int, packages: Path) -> A
         **os.environ,
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(packages),
-        "XDG_STATE_HOME": str(directory),  # nothing is left in anybody's home
+        "XDG_STATE_HOME": str(directory),  # leaves nothing in the home directory
     }
     with Child(command, directory / "cortex.log", environ=environ, directory=str(packages)) as child:
         await until_answers(HOST, port, "/health", within_secs=START_SECS, pause_secs=0.5)

@@ -7,42 +7,42 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.engine.answers import DONE, plain_body, stream_payload
-from benchmarks.engine.wish import Wish
 from benchmarks.load.connection import Answer
 
 _TOKEN = re.compile(rb" tok-(\d{6})")
 
 
-def fault(answer: Answer | None, wish: Wish) -> str | None:
-    """What is wrong with an answer, None when nothing is. A gateway may write JSON anew, but no token may be missing,
+def fault(answer: Answer | None, spec: AnswerSpec) -> str | None:
+    """The fault of an answer, or None. A gateway may reformat JSON, but no token may be missing,
     doubled or out of place, a stream ends with [DONE], and `usage` is there."""
     if answer is None:
         return "connection lost or broken framing"
     if answer.status != 200:
         return f"status {answer.status}"
-    if unchanged(answer, wish):
+    if unchanged(answer, spec):
         return None
-    return _stream_fault(answer.body, wish) if wish.chunks else _plain_fault(answer.body, wish)
+    return _stream_fault(answer.body, spec) if spec.chunks else _plain_fault(answer.body, spec)
 
 
-def unchanged(answer: Answer, wish: Wish) -> bool:
+def unchanged(answer: Answer, spec: AnswerSpec) -> bool:
     """Byte for byte what the engine sent as the body."""
-    return answer.body == (stream_payload(wish.chunks) if wish.chunks else plain_body(wish.size))
+    return answer.body == (stream_payload(spec.chunks) if spec.chunks else plain_body(spec.size))
 
 
-def _stream_fault(body: bytes, wish: Wish) -> str | None:
+def _stream_fault(body: bytes, spec: AnswerSpec) -> str | None:
     if not body.rstrip(b"\n").endswith(DONE.rstrip(b"\n")):
         return "no [DONE] at the end"
     numbers = [int(number) for number in _TOKEN.findall(body)]
-    if numbers != list(range(wish.chunks)):
-        return f"{len(numbers)} tokens in order, not {wish.chunks}" if numbers else "no tokens"
+    if numbers != list(range(spec.chunks)):
+        return f"{len(numbers)} tokens in order, not {spec.chunks}" if numbers else "no tokens"
     return None if b'"usage"' in body else "no usage"
 
 
-def _plain_fault(body: bytes, wish: Wish) -> str | None:
+def _plain_fault(body: bytes, spec: AnswerSpec) -> str | None:
     try:
-        got, sent = json.loads(body), json.loads(plain_body(wish.size))
+        got, sent = json.loads(body), json.loads(plain_body(spec.size))
         same = got["choices"][0]["message"]["content"] == sent["choices"][0]["message"]["content"]
         tokens = got["usage"]["completion_tokens"] == sent["usage"]["completion_tokens"]
     except (ValueError, LookupError, TypeError):
@@ -61,15 +61,15 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     first_byte_ns: list[int] = field(default_factory=list)
 
-    def add(self, answer: Answer | None, wish: Wish) -> None:
+    def add(self, answer: Answer | None, spec: AnswerSpec) -> None:
         """Counts an answer, or the lack of one."""
-        wrong = fault(answer, wish)
+        wrong = fault(answer, spec)
         if wrong is not None:
             self.faults[wrong] += 1
             return
         assert answer is not None
         self.answers += 1
-        self.unchanged += unchanged(answer, wish)
+        self.unchanged += unchanged(answer, spec)
         self.body_bytes += len(answer.body)
         self.pieces += answer.pieces
         self.first_byte_ns.append(answer.first_byte_ns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from benchmarks.engine.wish import Wish
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.check import Tally
 from benchmarks.load.connection import Answer, ClientConnection
 from benchmarks.load.pool import Pool
@@ -14,10 +14,10 @@ from benchmarks.load.pool import Pool
 class _Run:
     """A fixed number of requests over the connections of a pool: each sends its next one when its answer is whole."""
 
-    def __init__(self, pool: Pool, request: bytes, wish: Wish, count: int, pause: float) -> None:
+    def __init__(self, pool: Pool, request: bytes, spec: AnswerSpec, count: int, pause: float) -> None:
         self._pool = pool
         self._request = request
-        self._wish = wish
+        self._wish = spec
         self._unsent = self._unanswered = count
         self._pause = pause
         self._tasks: set[asyncio.Task[None]] = set()
@@ -57,11 +57,11 @@ class _Run:
 
 
 async def repeat(
-    pool: Pool, request: bytes, wish: Wish, *, count: int, timeout: float, pause: float = 0.0, spread: float = 0.0
+    pool: Pool, request: bytes, spec: AnswerSpec, *, count: int, timeout: float, pause: float = 0.0, spread: float = 0.0
 ) -> Tally:
     """`count` requests over all connections of the pool; each connection pauses `pause` seconds after an answer, and
     the connections start over `spread` seconds. What has no answer after `timeout` seconds is a fault."""
-    run = _Run(pool, request, wish, count, pause)
+    run = _Run(pool, request, spec, count, pause)
     loop = asyncio.get_running_loop()
     connections = pool.connections[:count]
     for number, connection in enumerate(connections):
@@ -79,7 +79,7 @@ async def repeat(
 async def hold_open(
     port: int,
     request: bytes,
-    wish: Wish,
+    spec: AnswerSpec,
     *,
     count: int,
     per_second: float,
@@ -101,7 +101,7 @@ async def hold_open(
 
     def on_end(answer: Answer | None) -> None:
         nonlocal ended
-        tally.add(answer, wish)
+        tally.add(answer, spec)
         ended += 1
         if ended == count:
             all_ended.set()

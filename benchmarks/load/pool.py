@@ -33,7 +33,7 @@ class Pool:
         """Makes it whole again.
 
         Raises:
-            OSError: nobody listens any more.
+            OSError: connection refused.
         """
         self.connections = [connection for connection in self.connections if connection.transport is not None]
         while len(self.connections) < self._size:

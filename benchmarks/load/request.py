@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.engine.answers import MODEL
-from benchmarks.engine.wish import Wish
 
 API_KEY = "sk-bench-4f9c2b7e8a1d5036c4e2f8b9a7d1c3e5"
 PROMPT_BYTES = 600
 _SENTENCE = "Explain to me, in a few plain words, why the sky is blue and the sea is not always so. "
 
 
-def prompt_text(wish: Wish, size: int = PROMPT_BYTES) -> str:
-    """A prompt of `size` bytes that begins with the wish."""
-    return (wish.text() + " " + _SENTENCE * (size // len(_SENTENCE) + 1))[:size]
+def prompt_text(spec: AnswerSpec, size: int = PROMPT_BYTES) -> str:
+    """A prompt of `size` bytes that begins with the spec."""
+    return (spec.text() + " " + _SENTENCE * (size // len(_SENTENCE) + 1))[:size]
 
 
-def chat_request(port: int, wish: Wish, *, image_bytes: int = 0) -> bytes:
+def chat_request(port: int, spec: AnswerSpec, *, image_bytes: int = 0) -> bytes:
     """A whole request: head and body. `image_bytes` > 0 adds so many bytes of base64 as an image in the prompt."""
-    content: Any = prompt_text(wish)
+    content: Any = prompt_text(spec)
     if image_bytes:
         image = "data:image/png;base64," + "iVBORw0KGgoAAAANSUhEUgAA" * (image_bytes // 24)
         content = [{"type": "text", "text": content}, {"type": "image_url", "image_url": {"url": image}}]
     body: dict[str, Any] = {"messages": [{"role": "user", "content": content}], "model": MODEL}
-    if wish.chunks:
+    if spec.chunks:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     payload = json.dumps(body, separators=(",", ":")).encode()
     return _head(port, len(payload)) + payload

@@ -32,7 +32,7 @@ def machine(checkout: Path) -> dict[str, str]:
 
 
 def busy_secs(cpus: set[int]) -> float:
-    """CPU time that has been used on these CPUs by anybody, in seconds: /proc/stat, in ticks."""
+    """Total CPU time used on these CPUs, in seconds, from /proc/stat (in ticks)."""
     ticks = 0
     for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
         name, *counts = line.split()
@@ -43,7 +43,7 @@ def busy_secs(cpus: set[int]) -> float:
 
 
 def version(package: str) -> str:
-    """An installed package's version, `none` when it is not there."""
+    """An installed package's version, `none` if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -83,12 +83,12 @@ def service(package: str, config: Path, *, cpus: Collection[int] | None = None) 
         [sys.executable, "-m", package, "serve", "--config", str(config)],
         config.with_suffix(".log"),
         cpus=cpus,
-        environ={**os.environ, "XDG_STATE_HOME": str(config.parent)},  # nothing is left in anybody's home
+        environ={**os.environ, "XDG_STATE_HOME": str(config.parent)},  # leaves nothing in the home directory
     )
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody uses now, all different, and below those that the system gives to outgoing connections."""
+    """Distinct free TCP ports, below the system's range for outgoing connections."""
     found: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         if len(found) == count:

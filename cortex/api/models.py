@@ -11,7 +11,7 @@ from aiohttp import web
 from cortex.api.app_keys import PARTS
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.feasibility_cache import Feasibility
+from cortex.placement.feasibility import FeasibilityCache
 from shared.errors import NotFound
 from shared.protocol import ErrorCode, ModelStatus
 
@@ -48,7 +48,7 @@ async def show_model(request: web.Request) -> web.Response:
 
 
 def model_entry(
-    model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, feasibility: Feasibility, *, created: int
+    model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, feasibility: FeasibilityCache, *, created: int
 ) -> dict[str, Any] | None:
     """One entry of the list, None when clients may not ask for the model. `created` is Unix time."""
     profile = catalogue.profile(model_id)
@@ -93,7 +93,7 @@ class ModelList:
     """
 
     def __init__(self) -> None:
-        self._feasibility = Feasibility()
+        self._feasibility = FeasibilityCache()
         self._catalogue = Catalogue()
         self._fleet = FleetSnapshot()
         self._created = 0

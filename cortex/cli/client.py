@@ -6,6 +6,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,32 +15,33 @@ CALL_TIMEOUT_SECS = 30.0
 
 
 class CallFailed(Exception):
-    """The call did not succeed; the message is for the person at the terminal."""
+    """The call failed; the message is for the person at the terminal."""
 
 
 def call(
-    url: str, method: str, path: str, *, api_key: str | None, body: dict[str, Any] | None = None, patient: bool = False
+    url: str, method: str, path: str, *, api_key: str | None, timeout_secs: float, body: dict[str, Any] | None = None
 ) -> Any:
-    """The JSON answer. `patient` True waits as long as a load may take.
+    """The JSON answer.
 
     Raises:
-        CallFailed: cortex is out of reach or answered with an error.
+        CallFailed: cortex is unreachable or answered with an error.
     """
     if not _is_web_address(url):
-        raise CallFailed(f"--url {url!r} must begin with http:// or https://")
+        raise CallFailed(f"--url {url!r} must start with http:// or https://")
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers, method=method)  # noqa: S310 - the scheme is checked above
-    timeout = LOAD_TIMEOUT_SECS if patient else CALL_TIMEOUT_SECS
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310 - as above
+        with urllib.request.urlopen(request, timeout=timeout_secs) as response:  # noqa: S310 - as above
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
-        raise CallFailed(_message(error.read(), error.code)) from error
+        hint = ", set CORTEX_API_KEY to a valid key" if error.code == HTTPStatus.UNAUTHORIZED else ""
+        raise CallFailed(_message(error.read(), error.code) + hint) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CallFailed(f"{url}: {getattr(error, 'reason', None) or str(error) or type(error).__name__}") from error
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise CallFailed(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
 
 
 def _is_web_address(url: str) -> bool:

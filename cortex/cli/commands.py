@@ -1,92 +1,243 @@
-"""status, models, explain, load, unload, drain, resume."""
+"""The commands of `cortex` and their options. Each imports what it needs when it runs, so that help, version and
+completion are fast."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from cortex.cli.client import CallFailed, call
-from cortex.cli.tables import explain_table, models_table, status_table
+import typer
+
+from shared.command_line import command_line, fail
+from shared.version import version_text
 
 DEFAULT_URL = "http://127.0.0.1:31313"
+DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
+_COMPLETION_TIMEOUT_SECS = 0.5
+_MAX_LOAD = 1e6
 
-Ask = Callable[[argparse.Namespace, "Cortex"], Any]
-Show = Callable[[Any], str]
-
-
-class Cortex:
-    """The cortex that `--url`, CORTEX_URL and CORTEX_API_KEY name."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self._url = url
-        self._api_key = api_key
-
-    def get(self, path: str) -> Any:
-        return call(self._url, "GET", path, api_key=self._api_key)
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return call(self._url, "POST", path, api_key=self._api_key, body=body, patient=True)
+app = command_line("One address in front of a fleet of GPU hosts.")
 
 
-def add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the commands to the parser of `cortex`."""
-    _add(commands, "status", "the neurons, their GPUs and what is on them", lambda _, c: c.get("/fleet"), status_table)
-    _add(commands, "models", "what clients may ask for", lambda _, c: c.get("/v1/models"), models_table)
-    explain = _add(
-        commands,
-        "explain",
-        "where a model would go, and why",
-        lambda args, c: c.get(f"/fleet/explain?model={quote(args.model, safe='')}"),
-        explain_table,
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version_text("cortex"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One address in front of a fleet of GPU hosts."""
+
+
+def _fetch(ctx: typer.Context, path: str) -> Any:
+    """GET for shell completion, None on any failure."""
+    from cortex.cli.client import CallFailed, call
+
+    url = str(ctx.params.get("url") or os.environ.get("CORTEX_URL") or DEFAULT_URL)
+    try:
+        key = os.environ.get("CORTEX_API_KEY")
+        return call(url, "GET", path, api_key=key, timeout_secs=_COMPLETION_TIMEOUT_SECS)
+    except CallFailed:
+        return None
+
+
+def _complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
+    try:
+        names = [str(entry["id"]) for entry in _fetch(ctx, "/v1/models")["data"]]
+    except (LookupError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
+    try:
+        names = [str(node["name"]) for node in _fetch(ctx, "/fleet")["nodes"]]
+    except (LookupError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id or an alias.", autocompletion=_complete_model)]
+Node = Annotated[str, typer.Argument(metavar="NODE", help="A neuron's name.", autocompletion=_complete_node)]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: cortex chooses.", autocompletion=_complete_node),
+]
+Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes that share the port. Default: from the file.")
+    ] = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="An inherited, bound socket to listen on.")] = None,
+    lifeline_fd: Annotated[int | None, typer.Option(hidden=True, help="Stop when this inherited pipe closes.")] = None,
+) -> int:
+    """Run the front door."""
+    from cortex.cli.serve import run_serve
+
+    return run_serve(config, workers=workers, fd=fd, lifeline=lifeline_fd)
+
+
+@app.command()
+def check(config: ConfigFile) -> int:
+    """Validate cortex.toml and models.toml, and print every problem."""
+    from cortex.cli.serve import run_check
+
+    return run_check(config)
+
+
+@app.command()
+def dev(
+    fleet: Annotated[str, typer.Option(help="The hosts, as NAME=COUNTxDEVICE,...")] = DEFAULT_FLEET,
+    port: Annotated[int, typer.Option(help="Port on loopback; 0 picks a free one.")] = 31313,
+    engine: Annotated[Literal["sim", "vllm"], typer.Option(help="What the neurons run.")] = "sim",
+    model_dir: Annotated[Path | None, typer.Option(help="With --engine vllm: the model behind every name.")] = None,
+    vllm_command: Annotated[str, typer.Option(help="With --engine vllm: how to start vLLM.")] = "vllm",
+) -> int:
+    """Run a simulated fleet on this machine, without GPU or config file."""
+    from cortex.cli.dev.command import run_dev
+
+    return run_dev(fleet, port=port, engine=engine, model_dir=model_dir, vllm_command=vllm_command)
+
+
+@app.command()
+def simulate(
+    *,
+    fleet: Annotated[Path, typer.Option(metavar="FILE", help="Hosts, models and load times.")],
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="The requests, as JSON lines or CSV.")] = None,
+    workload: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Generate the requests from this description.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated requests.")] = 1,
+    load: Annotated[float, typer.Option(metavar="X", help="Multiplies the number of sessions.")] = 1.0,
+    make_trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the requests to this file and stop.")
+    ] = None,
+    policy: Annotated[
+        Literal["planner", "lru", "first-fit", "all"], typer.Option(help="Who places models; all compares them.")
+    ] = "all",
+    by_model: Annotated[bool, typer.Option("--by-model", help="Print a line for each model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> int:
+    """Replay a trace of requests on a simulated fleet."""
+    if (trace is None) == (workload is None):
+        raise typer.BadParameter("give either --trace or --workload")
+    if not 0 < load < _MAX_LOAD:
+        raise typer.BadParameter(f"--load must be above 0 and below {_MAX_LOAD:.0f}, got {load}")
+    from cortex.cli.simulate import run_simulate
+
+    return run_simulate(
+        fleet,
+        trace=trace,
+        workload=workload,
+        seed=seed,
+        load=load,
+        made_trace=make_trace,
+        policy=policy,
+        each_model=by_model,
+        as_json=as_json,
     )
-    load = _add(commands, "load", "load a model and wait for it", lambda a, c: c.post("/fleet/load", _action(a)), _done)
-    unload = _add(commands, "unload", "unload a model", lambda a, c: c.post("/fleet/unload", _action(a)), _done)
-    for parser in (explain, load, unload):
-        parser.add_argument("model", metavar="MODEL")
-    for parser in (load, unload):
-        parser.add_argument("--on", metavar="NODE", dest="node", help="the neuron; left out: cortex decides")
-    for verb, text in (("drain", "give a neuron no new work"), ("resume", "give a neuron work again")):
-        parser = _add(commands, verb, text, _node_action(verb), _done)
-        parser.add_argument("node", metavar="NODE")
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, ask: Ask, show: Show
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text)
-    parser.add_argument("--url", default=os.environ.get("CORTEX_URL", DEFAULT_URL), help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="the answer as JSON, for scripts")
-    parser.set_defaults(run=lambda args: _run(args, ask, show))
-    return parser
+@app.command()
+def status(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """Show the neurons, their GPUs and their models."""
+    from cortex.cli.tables import status_table
 
-
-def _run(args: argparse.Namespace, ask: Ask, show: Show) -> int:
-    try:
-        answer = ask(args, Cortex(args.url, os.environ.get("CORTEX_API_KEY")))
-    except CallFailed as error:
-        print(f"cortex: {error}", file=sys.stderr)
-        return 1
-    try:
-        text = json.dumps(answer, indent=2) if args.json else show(answer)
-    except (LookupError, TypeError, AttributeError):
-        print(f"cortex: {args.url} does not answer as a cortex does", file=sys.stderr)
-        return 1
-    print(text)
+    _print_answer(url, _call(url, "GET", "/fleet"), as_json, status_table)
     return 0
 
 
-def _node_action(verb: str) -> Ask:
-    return lambda args, cortex: cortex.post(f"/fleet/nodes/{quote(args.node, safe='')}/{verb}", {})
+@app.command()
+def models(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """List the models that clients can request."""
+    from cortex.cli.tables import models_table
+
+    _print_answer(url, _call(url, "GET", "/v1/models"), as_json, models_table)
+    return 0
 
 
-def _action(args: argparse.Namespace) -> dict[str, Any]:
-    return {"model": args.model, "node": args.node}
+@app.command()
+def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """Explain where a model would be placed, and why. Exit 1 if the model is unknown."""
+    from cortex.cli.tables import explain_table
+
+    plan = _call(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
+    _print_answer(url, plan, as_json, explain_table)
+    return int(isinstance(plan, dict) and plan.get("decision", {}).get("code") == "model_not_found")
 
 
-def _done(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{key}: {value}" for key, value in answer.items())
+@app.command()
+def load(model: Model, node: On = None, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """Load a model and wait until it is ready."""
+    return _act(url, "/fleet/load", {"model": model, "node": node}, as_json)
+
+
+@app.command()
+def unload(
+    model: Model,
+    node: On = None,
+    drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Unload a model. Default: from every neuron, after its requests in flight have finished."""
+    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain}, as_json)
+
+
+@app.command()
+def drain(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """Stop giving new models to a neuron."""
+    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json)
+
+
+@app.command()
+def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+    """Give new models to a drained neuron again."""
+    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json)
+
+
+def _act(url: str, path: str, body: dict[str, Any], as_json: bool) -> int:
+    answer = _call(url, "POST", path, body)
+    _print_answer(url, answer, as_json, _summary)
+    return 0
+
+
+def _summary(done: dict[str, Any]) -> str:
+    """Fields of the answer on one line; `results` repeats per node what the others say."""
+    return ", ".join(f"{key}: {value}" for key, value in done.items() if key != "results")
+
+
+def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    from cortex.cli.client import CALL_TIMEOUT_SECS, LOAD_TIMEOUT_SECS, CallFailed, call
+
+    timeout = CALL_TIMEOUT_SECS if body is None else LOAD_TIMEOUT_SECS
+    try:
+        key = os.environ.get("CORTEX_API_KEY")
+        return call(url, method, path, api_key=key, body=body, timeout_secs=timeout)
+    except CallFailed as error:
+        fail("cortex", error)
+
+
+def _print_answer(url: str, answer: Any, as_json: bool, show: Callable[[Any], str]) -> None:
+    import json
+
+    try:
+        text = json.dumps(answer, indent=2) if as_json else show(answer)
+    except (LookupError, TypeError, AttributeError):
+        fail("cortex", f"{url} does not answer like a cortex, check --url")
+    sys.stdout.write(f"{text}\n")

@@ -1,11 +1,14 @@
-"""`cortex serve`."""
+"""`cortex serve` and `cortex check`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+import sys
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 from cortex.app import (
     build_control_app,
@@ -15,17 +18,51 @@ from cortex.app import (
     serving_here,
 )
 from cortex.config.catalogue import Catalogue
-from cortex.config.files import ConfigurationFiles, state_directory
+from cortex.config.files import ConfigurationFiles, configuration_warnings, read_configuration, state_directory
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import running_control
 from cortex.fleet.store import StateFile
 from cortex.workers.supervisor import Supervisor
-from shared.loop import settle
+from shared.command_line import fail
+from shared.logs import configure_logging
+from shared.loop import run, settle
 from shared.serve import ListenError, Site, bind, serving, told_to_stop
+from shared.settings import SettingsError
 from shared.tasks import running
 
 log = logging.getLogger(__name__)
+
+
+def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None) -> int:
+    """Serves until told to stop; the exit status. `workers` overrides the file, `fd` is a bound socket to listen on,
+    and `lifeline` a pipe whose end stops the service."""
+    try:
+        files = ConfigurationFiles(config_file, workers=workers)
+        config, catalogue = files.read()
+        configure_logging(config.log_level, config.log_format)
+        for inherited in (fd, lifeline):
+            if inherited is not None:  # a worker that inherited them would keep the port open
+                os.set_inheritable(inherited, False)
+        sock = None if fd is None else socket.socket(fileno=fd)
+        run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
+    except (SettingsError, ListenError, OSError) as error:
+        fail("cortex", error)
+    return 0
+
+
+def run_check(config_file: Path) -> int:
+    """Prints the problems of the files, or their size; the exit status."""
+    try:
+        config, catalogue = read_configuration(config_file)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for warning in configuration_warnings(config, catalogue, config_file):
+        print(f"warning: {warning}", file=sys.stderr)
+    models, neurons = len(catalogue.models), len(config.neurons)
+    print(f"ok: {config_file}: {neurons} neurons; {config.models_path(config_file)}: {models} models")
+    return 0
 
 
 async def serve(
@@ -36,8 +73,8 @@ async def serve(
     sock: socket.socket | None = None,
     lifeline: int | None = None,
 ) -> None:
-    """Serves until told to stop. `files` are where the first two come from, and what comes after them; `sock` is an
-    already bound socket to use instead of `gateway.listen`.
+    """Serves until told to stop. `files` are their source, watched for changes; `sock` is a bound socket to use
+    instead of `gateway.listen`.
 
     Raises:
         ListenError: an address is taken.
@@ -92,7 +129,7 @@ def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[so
     first = bind(host, port)
     if settings.workers == 1:
         return [first]
-    # A shared port would let another cortex in unnoticed: that it is free was told by binding it alone.
+    # Binding the port alone proves that it is free; a shared bind would succeed next to another cortex.
     port = first.getsockname()[1]
     first.close()
     return [bind(host, port, shared=True) for _ in range(settings.workers)]

@@ -1,17 +1,10 @@
-"""Answers of cortex as tables for people. Pure: JSON data in, text out."""
+"""Cortex's answers as tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Left-aligned columns, two spaces apart."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
+from shared.tables import table
 
 
 def status_table(fleet: dict[str, Any]) -> str:
@@ -24,14 +17,14 @@ def status_table(fleet: dict[str, Any]) -> str:
         devices = [_device(device) for device in node["devices"]] or ["-"]
         rows.append([node["name"], state, devices[0], models])
         rows += [["", "", device, ""] for device in devices[1:]]
-    text = table(["NODE", "STATE", "DEVICES", "MODELS"], rows)
+    text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
     loads = [[job["model"], job["node"], job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
-    text += "\n\n" + table(["LOADING", "ON", "PHASE", "BECAUSE"], loads) if loads else ""
+    text += "\n\n" + table([["LOADING", "ON", "PHASE", "BECAUSE"], *loads]) if loads else ""
     waiting = [[room["model"], str(room["count"]), room["for"] or "-"] for room in fleet.get("waiting", ())]
-    text += "\n\n" + table(["WAITED FOR", "BY", "BEFORE A LOAD"], waiting) if waiting else ""
+    text += "\n\n" + table([["WAITED FOR", "BY", "BEFORE A LOAD"], *waiting]) if waiting else ""
     error = fleet.get("configuration", {}).get("error")
     return text + (
-        f"\n\nThe configuration files have mistakes, what was read before is in use:\n{error}" if error else ""
+        f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""
     )
 
 
@@ -46,7 +39,7 @@ def models_table(models: dict[str, Any]) -> str:
         ]
         for entry in models["data"]
     ]
-    return table(["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], rows)
+    return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
 
 
 def explain_table(plan: dict[str, Any]) -> str:
@@ -71,7 +64,7 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  displaces {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
-    return head + "\n\n" + table(["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], rows)
+    return head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
 
 
 def _device(device: dict[str, Any]) -> str:

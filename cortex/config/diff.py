@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 
-NEEDS_RESTART = ("gateway", "state_dir", "log_level")
+NEEDS_RESTART = ("gateway", "state_dir", "log_level", "log_format")
 """Keys of cortex.toml that are read once, at the start."""
 MAX_NAMED = 40
 """Changes that are named one by one: a log line is to be read."""

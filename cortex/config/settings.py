@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from cortex.http.headers import OF_REQUESTS, PASS
-from cortex.placement.inputs import Rules
 from shared.settings import SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -60,8 +59,30 @@ class ColdLoadSettings(SettingsModel):
     timeout_secs: float = Field(default=1800, gt=0)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """The `[placement]` settings, as the planner uses them. Times in seconds."""
+
+    min_residency_secs: float = 15.0
+    """A model stays loaded at least this long, unless no other eviction makes enough room."""
+    patience_secs: float = 300.0
+    """After this wait, or sooner when a reload is quick (see `cortex.placement.eviction`), a busy model that has had
+    its minimum residency is drained and evicted."""
+    starvation_secs: float = 300.0
+    """After this wait a model goes first, whatever the priorities."""
+    pause_secs: float = 10.0
+    """Upper limit of the time after its last request during which a model still counts as in use; twice that while
+    another model waits for its memory."""
+    replica_target: int = 8
+    """Requests per replica above which another replica is worth a load."""
+    scale_up_secs: float = 5.0
+    """The requests must exceed the target for this long."""
+    scale_down_secs: float = 300.0
+    """A replica beyond the minimum is retired after this long without a request."""
+
+
 class PlacementSettings(SettingsModel):
-    """`[placement]`: who makes way for whom, and when. Seconds."""
+    """`[placement]`: which model is evicted for which, and when. Times in seconds."""
 
     min_residency_secs: float = Field(default=Rules.min_residency_secs, ge=0)
     patience_secs: float = Field(default=Rules.patience_secs, ge=0)
@@ -74,7 +95,7 @@ class PlacementSettings(SettingsModel):
     def rules(self) -> Rules:
         """For the planner."""
         rules = Rules(**self.model_dump())
-        # Memory is not kept for somebody for whom nobody may be drained yet.
+        # Memory is not reserved for a model before busy models may be drained for it.
         return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
 
 
@@ -144,6 +165,7 @@ class CortexConfig(SettingsModel):
     models_config: Path = Path("models.toml")
     state_dir: Path | None = None  # None: see cortex.config.files.state_directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()

@@ -44,7 +44,7 @@ class Ticket:
 @dataclass
 class _Line:
     since: float
-    tickets: set[Ticket] = field(default_factory=set)
+    tickets: dict[Ticket, None] = field(default_factory=dict)  # in order of arrival
 
 
 class AdmissionQueue:
@@ -71,13 +71,13 @@ class AdmissionQueue:
         if line is None:
             line = self._lines[model_id] = _Line(self._clock())
         ticket = Ticket(model_id)
-        line.tickets.add(ticket)
+        line.tickets[ticket] = None
         self._taken += 1
         try:
             yield ticket
         finally:
             self._taken -= 1
-            line.tickets.remove(ticket)
+            del line.tickets[ticket]
             if not line.tickets:
                 del self._lines[model_id]
 

@@ -7,15 +7,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cortex.config.live import LiveConfig
 from cortex.control.backoff import Cause
 from cortex.control.load_command import load_command
-from cortex.control.route_table import RouteTable
-from cortex.fleet.neuron_client import NeuronClient, NeuronLeft, NeuronRefused, NeuronUnreachable
-from cortex.fleet.poller import NodeWatch
+from cortex.control.load_failure import LoadFailed, cause_of, failure_of
+from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
 from cortex.fleet.store import StateFile
@@ -23,27 +23,31 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
 from cortex.placement.planner import Plan
-from shared.protocol import ErrorCode, ModelStatus, ModelView
+from shared.protocol import ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
-_PASSING = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 MAX_DRAIN_SECS = 3600.0
 """What a neuron takes as `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
 
 
-class LoadFailed(Exception):
-    """A load that did not come to its end. `no_room`: the neuron had no memory for it; `needs_mb` is what it would have
-    booked on each device, when it has said so."""
+class NeuronCommands(Protocol):
+    """The commands of `cortex.fleet.neuron_client.NeuronClient` that a load needs."""
 
-    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
-        super().__init__(reason)
-        self.cause = cause
-        self.no_room = no_room
-        self.needs_mb = needs_mb
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply: ...
+
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None: ...
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None: ...
+
+
+class Refreshable(Protocol):
+    """A neuron's poller, as far as a load needs it."""
+
+    async def refresh(self) -> None: ...
 
 
 class NotWanted(Exception):
@@ -84,23 +88,24 @@ class Loader:
         *,
         fleet: Fleet,
         live: LiveConfig,
-        clients: Mapping[str, NeuronClient],
-        watches: Mapping[str, NodeWatch],
+        clients: Mapping[str, NeuronCommands],
+        watches: Mapping[str, Refreshable],
         counts: CountTotals,
         metrics: Metrics,
-        routes: RouteTable,
+        settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`settle_routes` returns when every worker has the route table of now."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
         self._watches = watches
         self._counts = counts
         self._metrics = metrics
-        self._routes = routes
-        self._clock = clock
+        self._settle_routes = settle_routes
         self._state = state
+        self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[Key, Job] = {}
 
@@ -175,7 +180,7 @@ class Loader:
             NeuronLeft: nobody knows.
         """
         model_id, node = key
-        await self._routes.settle()
+        await self._settle_routes()
         while self._counts.in_flight(model_id, node) and patient():
             if not wanted():
                 raise NotWanted
@@ -308,7 +313,7 @@ class Loader:
         except NeuronRefused as refused:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
                 await self._look_again(plan.node)  # it knows something that we do not
-                raise _failed(plan, refused) from refused
+                raise failure_of(plan, refused) from refused
             # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
             self._count_as_loading(plan)
             return
@@ -358,7 +363,7 @@ class Loader:
             raise NodeLeft(name)
         return node
 
-    def _client(self, name: str) -> NeuronClient:
+    def _client(self, name: str) -> NeuronCommands:
         client = self._clients.get(name)
         if client is None:
             raise NodeLeft(name)
@@ -376,27 +381,3 @@ class Loader:
     def _is_ours(self, node: str) -> bool:
         """Seed neurons have no instance id, and know no more than the six requests."""
         return self._node(node).instance is not None
-
-
-def cause_of(view: ModelView | None) -> Cause:
-    """Whose fault it is that a model failed, as its neuron says."""
-    return _cause(None if view is None else view.cause)
-
-
-def _cause(text: str | None) -> Cause:
-    try:
-        return Cause(text or "")
-    except ValueError:
-        return Cause.UNKNOWN
-
-
-def _failed(plan: Plan, refused: NeuronRefused) -> LoadFailed:
-    reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
-    if refused.code in _PASSING:
-        return LoadFailed(reason, Cause.PASSING)
-    if refused.code == ErrorCode.INSUFFICIENT_VRAM:
-        needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
-        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
-    if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
-        return LoadFailed(reason, Cause.MODEL)
-    return LoadFailed(reason, _cause(refused.cause))

@@ -8,14 +8,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
-from cortex.control.loader import Job, Loader, LoadFailed, NotWanted, cause_of
+from cortex.control.load_failure import LoadFailed, cause_of
+from cortex.control.loader import Job, Loader, NotWanted
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
@@ -23,7 +24,7 @@ from cortex.placement.fair_queue import Turn, next_turn
 from cortex.placement.inputs import Key, View, Waiting
 from cortex.placement.planner import Held, Plan, best, likely_verdicts, plan_on, verdicts
 from cortex.placement.refusal import refusal
-from cortex.placement.replicas import Retirement, is_kept_up, upkeep
+from cortex.placement.replicas import Retirement, Upkeep, is_kept_up, upkeep
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.tasks import TaskSet, timeout
@@ -45,6 +46,17 @@ RETRY_AFTER_SECS = 10.0
 """For a model of which nobody knows how long its load takes."""
 
 
+@dataclass(frozen=True)
+class Policy:
+    """The two decisions of the scheduler: what to load for waiting requests, and which replicas to add or retire."""
+
+    next_turn: Callable[[View], Turn]
+    upkeep: Callable[[View, Iterable[ModelProfile]], Upkeep]
+
+
+PLANNER = Policy(next_turn, upkeep)
+
+
 class Scheduler:
     """The one place where loads and displacements are begun."""
 
@@ -58,6 +70,7 @@ class Scheduler:
         backoffs: Backoffs,
         queue: AdmissionQueue,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy = PLANNER,
     ) -> None:
         self._fleet = fleet
         self._live = live
@@ -66,6 +79,7 @@ class Scheduler:
         self._backoffs = backoffs
         self._queue = queue
         self._clock = clock
+        self._policy = policy
         self._needs_mb: dict[str, int] = {}
         self._awaited: set[Key] = set()  # on their way by somebody else's doing, while requests wait for them
         self._retiring: set[Key] = set()
@@ -107,7 +121,7 @@ class Scheduler:
         if not self._fleet.is_surveyed:
             self._turn = Turn(notes=dict.fromkeys(self._queue.models, "neurons that are new have to answer first"))
             return
-        self._turn = turn = next_turn(self.view())
+        self._turn = turn = self._policy.next_turn(self.view())
         for plan in turn.loads:
             self._begin(plan, "requests wait for it")
         for model_id, error in turn.refused.items():
@@ -137,9 +151,9 @@ class Scheduler:
     async def run(self) -> None:
         """Looks whenever there may be something to do, for ever."""
         while True:
-            began = time.perf_counter()
+            began = self._clock()
             self.look()
-            await asyncio.sleep(PAUSE_PER_LOOK * (time.perf_counter() - began))
+            await asyncio.sleep(PAUSE_PER_LOOK * (self._clock() - began))
             await self._something_to_do()
 
     async def keep_up(self) -> None:
@@ -151,7 +165,7 @@ class Scheduler:
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
             if profiles:
-                steps = upkeep(self.view(), profiles)
+                steps = self._policy.upkeep(self.view(), profiles)
                 for plan, why in steps.loads:
                     self._begin(plan, why, for_waiters=False)
                 for retirement in steps.retirements:

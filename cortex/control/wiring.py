@@ -77,7 +77,7 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
     clients, watches = membership.clients, membership.watches
     demand = Demand(counts)
     fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
-    metrics = Metrics(fleet, counts.all_in_flight, counts.tallies)
+    metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
     stopping.on_begin(queue.news_for_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, watches=watches, backoffs=backoffs)
@@ -90,7 +90,7 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         counts=counts,
         metrics=metrics,
         state=state,
-        routes=routes,
+        settle_routes=routes.settle,
     )
     scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, backoffs=backoffs, queue=queue)
     resolver = Resolver(

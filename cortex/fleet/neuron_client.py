@@ -17,7 +17,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config.settings import NeuronEntry
 from cortex.fleet.neuron_http import Answer, AnswerTooLarge, NoEventStream, OnEvent, fetch, follow
-from cortex.upstream.pool import EnginePool, NoConnection, parse_url
+from cortex.upstream.address import parse_url
+from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
     DeviceFigures,
     Discovery,

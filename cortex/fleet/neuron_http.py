@@ -10,8 +10,9 @@ from cortex.fleet.sse_reader import EventReader
 from cortex.http import headers as names
 from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
+from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
-from cortex.upstream.pool import Address, EnginePool
+from cortex.upstream.pool import EnginePool
 
 MAX_ANSWER_BYTES = 16 << 20
 """Of a whole answer. One entry of `/models` is about half a KiB."""

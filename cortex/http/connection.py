@@ -1,5 +1,5 @@
-"""A client's connection: reads one request after the other, hands each to the gateway, and is written to by whoever
-answers it."""
+"""A client's connection: reads one request after the other and hands each to the dispatcher, whose handler writes the
+answer to `transport`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Final, Protocol, cast
 
 from cortex.http.body_reader import IncomingBody
-from cortex.http.connections import Connections
 from cortex.http.decompress import unpack
 from cortex.http.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.http.request import Request
@@ -19,67 +18,68 @@ from cortex.http.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
 HEAD_TIMEOUT_SECS = 60.0
-"""From a head's first byte to its end."""
+"""From the first byte of a head to its end."""
 BODY_TIMEOUT_SECS = 60.0
 """Between two pieces of a body."""
 KEEP_ALIVE_SECS = 75.0
 """For an idle connection."""
 LINGER_SECS = 5.0
-"""For a client that is still sending when it has been refused: closing at once would destroy the answer on its way."""
+"""For a client that is still sending when it is refused: an immediate close would discard the answer in flight."""
 CLOSING_SECS = 60.0
-"""For a client to read what it has been sent."""
+"""For a client to read the rest of its answer."""
 MAX_AHEAD_BYTES: Final = 65536
-"""Of further requests that a client sends before it has its answer; then they are left where they are."""
+"""Of pipelined requests that are read before the current answer is complete; beyond it, reading pauses."""
 LOOK_SECS: Final = 0.05
-"""How often it is looked whether such a client is still there."""
-
+"""How often the kernel is asked whether a client that is not read from is still connected."""
 
 _ESTABLISHED: Final = 1  # the first byte of struct tcp_info of tcp(7)
 _LINE_ENDS: Final = b"\r\n"
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
 
-class Handling(Protocol):
-    """The work on one request. Ends with a call of `ClientConnection.finished`, unless it is abandoned."""
+class Handler(Protocol):
+    """Answers one request. Calls `ClientConnection.finished` at the end, unless it is abandoned."""
 
     def begin(self) -> None: ...
 
     def abandon(self) -> None:
-        """The client has left: nothing is written to it any more."""
+        """The client disconnected: write nothing more."""
 
     def stop(self) -> None:
-        """The time that requests have for their end is over: the client is told so, as far as it still can be."""
+        """The drain timeout is over: tell the client as far as that is still possible, and finish."""
 
     def pause(self) -> None:
-        """The client reads more slowly than it is written to."""
+        """The client reads too slowly: stop producing."""
 
     def resume(self) -> None:
-        """It has caught up."""
+        """The client has caught up."""
 
 
-class Gateway(Protocol):
-    """What the front hands requests to. `max_body_bytes` bounds a request's body, also unpacked."""
+class Dispatcher(Protocol):
+    """Picks the handler of each request. `max_body_bytes` bounds a request's body, before and after decompression.
+    While `draining`, connections close after their current answer."""
 
     max_body_bytes: int
     draining: bool
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
-        """Notes a request that was refused before it was whole; gives it an id."""
+        """Records a request that was refused before it was complete (`request` None: without a valid head). Returns its
+        request id."""
 
-    def handle(self, client: ClientConnection, request: Request) -> Handling: ...
+    def handle(self, client: ClientConnection, request: Request) -> Handler: ...
 
 
-# What a connection does. Plain numbers: an Enum's members cost more to look up than the rest of a step.
+# The states of a connection. Plain numbers: looking up an enum member costs more than the rest of a step.
 _IDLE: Final = 0
 _HEAD: Final = 1
 _BODY: Final = 2
 _WORKING: Final = 3
-_LINGERING: Final = 4  # refused, or sent too far ahead: what still comes is thrown away
+_LINGERING: Final = 4  # refused: what still arrives is discarded
 _CLOSING: Final = 5
 
 
 class ClientConnection:
-    """One request at a time; what comes ahead of its turn waits. `deadline` is in monotonic seconds, 0 for none.
+    """Works on one request at a time; pipelined requests wait. `deadline` is in monotonic seconds, 0 for none.
 
     An asyncio.Protocol in all but name: mypyc compiles no class with a base that is not compiled.
     """
@@ -88,8 +88,8 @@ class ClientConnection:
         "_ahead",
         "_body",
         "_connections",
-        "_gateway",
-        "_handling",
+        "_dispatcher",
+        "_handler",
         "_held_back",
         "_reader",
         "_request",
@@ -99,9 +99,9 @@ class ClientConnection:
         "transport",
     )
 
-    def __init__(self, gateway: Gateway, connections: Connections) -> None:
-        """`connections` is the front's: this one is in it as long as it lives."""
-        self._gateway = gateway
+    def __init__(self, dispatcher: Dispatcher, connections: OpenConnections) -> None:
+        """The connection is in `connections` from `connection_made` to `connection_lost`."""
+        self._dispatcher = dispatcher
         self._connections = connections
         self._state = _IDLE
         self._reader: tuple[RequestHead, HeadReader] | None = None
@@ -109,18 +109,18 @@ class ClientConnection:
         self._body: IncomingBody | None = None
         self._ahead = b""
         self._held_back = False
-        self._handling: Handling | None = None
+        self._handler: Handler | None = None
         self.deadline = 0.0
         self.peer = ""
         self.transport: asyncio.Transport  # set by connection_made
 
     @property
     def draining(self) -> bool:
-        return self._gateway.draining
+        return self._dispatcher.draining
 
     @property
     def working(self) -> bool:
-        """A request has begun and its answer is not finished."""
+        """A request has begun and its answer is not complete."""
         return self._state in (_HEAD, _BODY, _WORKING)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -140,80 +140,80 @@ class ClientConnection:
             self._keep(data)
 
     def eof_received(self) -> None:
-        """A client that stops sending has left, as for every server of this kind. `abort`: what it has not read yet
-        would keep the connection open."""
+        """A client that stops sending counts as disconnected, as in most servers. `abort`, because unread data would
+        keep the connection open."""
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.closed(self)
         self._state = _CLOSING
-        handling, self._handling = self._handling, None
-        if handling is not None:
-            handling.abandon()
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.abandon()
 
     def pause_writing(self) -> None:
-        if self._handling is not None:
-            self._handling.pause()
+        if self._handler is not None:
+            self._handler.pause()
 
     def resume_writing(self) -> None:
-        if self._handling is not None:
-            self._handling.resume()
+        if self._handler is not None:
+            self._handler.resume()
 
     def finished(self) -> None:
-        """The answer is written. The next request, or the end."""
+        """The answer is written: go on with the next request, or close."""
         request = self._request
         assert request is not None
-        self._request = self._handling = None
-        if not request.keep_alive or self._gateway.draining:
+        self._request = self._handler = None
+        if not request.keep_alive or self._dispatcher.draining:
             self.close()
             return
-        if self._ahead:  # later, so that a row of them does not nest; what comes meanwhile goes behind them
+        if self._ahead:  # deferred, so that many pipelined requests do not recurse
             asyncio.get_running_loop().call_soon(self._go_on)
             return
         self._state = _IDLE
         self.deadline = monotonic() + KEEP_ALIVE_SECS
 
     def refuse(self, error: ServiceError, request_id: str, node: str | None = None) -> None:
-        """Answers the request that is being worked on with an error. `node` is the neuron whose engine caused it."""
+        """Answers the current request with an error. `node` is the neuron whose engine caused it."""
         request = self._request
         assert request is not None
-        keep_alive = request.keep_alive = request.keep_alive and not self._gateway.draining
+        keep_alive = request.keep_alive = request.keep_alive and not self._dispatcher.draining
         anthropic = is_anthropic_path(request.path)
         answer = error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive, node=node)
         self.transport.write(answer)
         self.finished()
 
     def stop(self) -> None:
-        """The time that requests have for their end is over."""
-        if self._handling is not None:
-            self._handling.stop()
+        """The drain timeout is over."""
+        if self._handler is not None:
+            self._handler.stop()
         elif self._state in (_HEAD, _BODY):
             self._reject(stopping())
 
     def expired(self) -> None:
         """The deadline has passed."""
         if self._state in (_HEAD, _BODY):
-            self._reject(InvalidRequest("timed out waiting for the request", status=408))
+            self._reject(InvalidRequest("timed out while reading the request", status=408))
         elif self._state == _IDLE:
             self.close()
         else:
             self.transport.abort()
 
     def cut(self) -> None:
-        """Ends the connection by a reset: for an answer whose end is the connection's, a mere close would be a clean
+        """Resets the connection: where an answer ends with its connection, an ordinary close would look like a clean
         end."""
         self._state = _CLOSING
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
     def close(self) -> None:
-        """Closes as soon as everything is sent."""
+        """Closes once everything is sent."""
         self._state = _CLOSING
         self.deadline = monotonic() + CLOSING_SECS
         self.transport.close()
 
     def _linger(self) -> None:
-        """Ends our side and waits for the client to end its own: closing while it sends would destroy what we sent."""
+        """Closes the sending side and waits for the client: closing while it sends would discard our answer."""
         self._state = _LINGERING
         self.deadline = monotonic() + LINGER_SECS
         self.transport.write_eof()
@@ -241,7 +241,7 @@ class ClientConnection:
             self._reject(InvalidRequest(str(error), status=error.status))
             return
         length = request.content_length
-        if length == len(rest):  # as mostly: it came with its head, or there is none
+        if length == len(rest):  # usual: the body came with its head, or there is none
             request.body = rest
             self._complete()
         elif length == 0:
@@ -254,7 +254,7 @@ class ClientConnection:
         request = self._request
         assert request is not None
         try:
-            self._body = IncomingBody(length, self._gateway.max_body_bytes)
+            self._body = IncomingBody(length, self._dispatcher.max_body_bytes)
         except ServiceError as error:
             self._reject(error)
             return
@@ -288,17 +288,17 @@ class ClientConnection:
         encoding = request.content_encoding
         if encoding is not None:
             try:
-                request.body = unpack(request.body, encoding, self._gateway.max_body_bytes)
+                request.body = unpack(request.body, encoding, self._dispatcher.max_body_bytes)
             except ServiceError as error:
                 self._reject(error)
                 return
         self._state = _WORKING
         self.deadline = 0.0
-        self._handling = handling = self._gateway.handle(self, request)
-        handling.begin()
+        self._handler = handler = self._dispatcher.handle(self, request)
+        handler.begin()
 
     def _keep(self, data: bytes) -> None:
-        """A request that came before its turn."""
+        """Stores pipelined requests until the current answer is complete."""
         self._ahead += data
         if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
             self._held_back = True
@@ -306,7 +306,7 @@ class ClientConnection:
             self._look_after()
 
     def _look_after(self) -> None:
-        """While nothing is read, nobody tells that the client has left: the kernel is asked instead."""
+        """While reading is paused, asyncio does not notice a disconnect: polls the kernel instead."""
         if not self._held_back or self._state == _CLOSING:
             return
         info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
@@ -316,7 +316,7 @@ class ClientConnection:
             self.transport.abort()
 
     def _go_on(self) -> None:
-        if self._state != _WORKING:  # the connection was lost meanwhile
+        if self._state != _WORKING:  # the connection was lost in the meantime
             return
         ahead, self._ahead = self._ahead, b""
         self._state = _IDLE
@@ -327,11 +327,29 @@ class ClientConnection:
                 self.transport.resume_reading()
 
     def _reject(self, error: ServiceError) -> None:
-        """Answers a request that cannot be read to its end, and ends the connection: where the next one would begin is
-        not known."""
+        """Answers a request that cannot be read to its end and closes the connection, because the start of the next
+        request is unknown."""
         request = self._request
-        request_id = self._gateway.rejected(request, error)
+        request_id = self._dispatcher.rejected(request, error)
         anthropic = request is not None and is_anthropic_path(request.path)
         self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
+
+
+class OpenConnections:
+    """The open client connections; `empty` is set while there are none."""
+
+    def __init__(self) -> None:
+        self.all: set[ClientConnection] = set()
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    def opened(self, connection: ClientConnection) -> None:
+        self.all.add(connection)
+        self.empty.clear()
+
+    def closed(self, connection: ClientConnection) -> None:
+        self.all.discard(connection)
+        if not self.all:
+            self.empty.set()

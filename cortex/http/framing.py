@@ -1,7 +1,7 @@
-"""Where a body ends, found by counting while its bytes pass. Pure.
+"""Body framing: finds the end of a body by counting bytes as they pass. Pure.
 
-Each framing takes the bytes as they come and gives those that may be passed on, unchanged: nothing is decoded and
-encoded again. `ended` tells the end; `excess` is what came behind it.
+`feed` takes bytes as they arrive and returns those that can be passed on, unchanged: nothing is decoded and encoded
+again. `ended` is set at the end of the body; `excess` is what followed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_SIZE_LINE: Final = 256
 MAX_TRAILERS: Final = 16384
 """Bytes of the last chunk with its trailer fields."""
 MAX_PADDING: Final = 65536
-"""Bytes of a chunk that was cut and can still be filled up."""
+"""Missing bytes of a cut chunk that are filled up at most."""
 
 # Strict: Python's int() would take signs, blanks, underscores and 0x as well.
 _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?")
@@ -26,8 +26,8 @@ _LONGEST_FRAMED: Final = 4096
 
 
 def _prefixes() -> list[bytes]:
-    """By the bytes of a whole chunk: the size line that it begins with. b"\\n", which begins no chunk, where a chunk
-    cannot be so long."""
+    """Size lines, indexed by the length of the whole chunk. Lengths that no chunk can have map to b"\\n", which never
+    begins a chunk."""
     prefixes = [b"\n"] * (_LONGEST_FRAMED + 1)
     for size in range(1, _LONGEST_FRAMED):
         line = b"%x\r\n" % size
@@ -38,15 +38,15 @@ def _prefixes() -> list[bytes]:
 
 
 PREFIXES: Final = _prefixes()
-"""For those who know that a chunk comes, and mostly a whole one: a look-up and a comparison tell."""
+"""Recognizes a whole chunk at a chunk boundary with one look-up and one comparison."""
 
 
 class BadFraming(Exception):
-    """The body breaks the rules of its own framing."""
+    """The body violates its framing."""
 
 
 class SizedBody:
-    """A body of a known length (Content-Length, or none at all)."""
+    """A body of known length (Content-Length, or no body)."""
 
     __slots__ = ("ended", "excess", "left")
 
@@ -67,7 +67,7 @@ class SizedBody:
 
 
 class BodyUntilClose:
-    """A body that lasts as long as its connection."""
+    """A body that ends with its connection."""
 
     __slots__ = ("ended", "excess")
 
@@ -80,9 +80,9 @@ class BodyUntilClose:
 
 
 class ChunkedBody:
-    """A chunked body. Framing bytes pass only when they are whole, so that a cut body can still be closed by `cut_off`.
+    """A chunked body. Framing passes only when complete, so `cut_off` can still close a cut body.
 
-    With `unpack`, `payload` collects the chunks' contents.
+    With `unpack`, `payload` collects the contents of the chunks.
     """
 
     __slots__ = ("_held", "_left", "ended", "excess", "payload")
@@ -91,15 +91,15 @@ class ChunkedBody:
         self.ended = False
         self.excess = b""
         self.payload: list[bytes] | None = [] if unpack else None
-        self._left = 0  # bytes to come of the present chunk, with its CRLF; 0: a size line comes
-        self._held = b""  # the beginning of framing that is not whole yet
+        self._left = 0  # missing bytes of the current chunk with its CRLF; 0: a size line follows
+        self._held = b""  # incomplete framing
 
     def feed(self, data: bytes) -> bytes:
         if self._held:
             data = self._held + data
             self._held = b""
         size = len(data)
-        start, position = 0, self._left  # of the present chunk's contents, and the end of the chunk
+        start, position = 0, self._left  # start of the current chunk's contents, and end of the chunk
         while True:
             if position:
                 if self.payload is not None:
@@ -122,7 +122,7 @@ class ChunkedBody:
             position = start + length + 2
 
     def start_unpacking(self, fed: bytes) -> bytes:
-        """Collects contents from now on; those of what has been fed and passed so far."""
+        """Collects contents from now on. Returns the contents in `fed`, the bytes that `feed` has returned so far."""
         again = ChunkedBody(unpack=True)
         again.feed(fed)
         self.payload = []
@@ -130,7 +130,7 @@ class ChunkedBody:
 
     @property
     def between(self) -> bool:
-        """The next byte begins a chunk, and nothing is held back."""
+        """The next byte begins a chunk and nothing is held back."""
         return not self._left and not self._held and not self.ended
 
     def take(self) -> bytes:
@@ -141,8 +141,8 @@ class ChunkedBody:
         return taken
 
     def cut_off(self, last: bytes) -> bytes | None:
-        """What ends a body whose sender was lost: the present chunk filled up with line feeds, `last` as a chunk of its
-        own, and the end. None when too much of the chunk is missing."""
+        """Closes a body whose sender was lost: fills up the current chunk with line feeds, then adds `last` as a chunk
+        and the end. None if too much of the chunk is missing."""
         missing = max(self._left - 2, 0)
         if missing > MAX_PADDING:
             return None
@@ -150,7 +150,7 @@ class ChunkedBody:
         return b"%b%x\r\n%b\r\n0\r\n\r\n" % (filled, len(last), last)
 
     def _cut_in_chunk(self, data: bytes, left: int) -> bytes:
-        """The chunk goes on in the next piece; the CR of its end is held back until its LF is there."""
+        """The chunk continues in the next piece; the CR at its end is held back until its LF arrives."""
         if left == 1:
             if data[-1:] != b"\r":
                 raise BadFraming("a chunk does not end with CRLF")
@@ -164,12 +164,12 @@ class ChunkedBody:
         if len(line) >= MAX_SIZE_LINE:
             raise BadFraming("a chunk's size line is too long")
         if not _begins_size_line(line):
-            raise BadFraming(f"not a chunk's size: {line[:32]!r}")
+            raise BadFraming(f"invalid chunk size: {line[:32]!r}")
         self._left, self._held = 0, line
         return data[:position]
 
     def _last_chunk(self, data: bytes, position: int, line_end: int) -> bytes:
-        """The end, with its trailer fields if it has any; passed on only when it is whole."""
+        """The last chunk with its trailer fields, passed on only when complete."""
         end = data.find(b"\r\n\r\n", line_end)
         if end < 0:
             if len(data) - position > MAX_TRAILERS:
@@ -178,7 +178,7 @@ class ChunkedBody:
             return data[:position]
         for line in data[line_end + 2 : end].split(b"\r\n") if end > line_end else ():
             if _TRAILER.fullmatch(line) is None:
-                raise BadFraming(f"not a trailer field: {line[:32]!r}")
+                raise BadFraming(f"invalid trailer field: {line[:32]!r}")
         end += 4
         self.ended = True
         if end < len(data):
@@ -189,7 +189,7 @@ class ChunkedBody:
 def _chunk_size(line: bytes) -> int:
     match = _SIZE.fullmatch(line)
     if match is None:
-        raise BadFraming(f"not a chunk's size: {line[:32]!r}")
+        raise BadFraming(f"invalid chunk size: {line[:32]!r}")
     return int(match[1], 16)
 
 
@@ -197,5 +197,5 @@ _BEGINNING: Final = re.compile(rb"[0-9A-Fa-f]{0,15}(?:[ \t]*(?:;[^\r\n\x00]*)?\r
 
 
 def _begins_size_line(line: bytes) -> bool:
-    """Told early, so that nonsense is not waited for."""
+    """Detects invalid data early, without waiting for the rest of the line."""
     return _BEGINNING.fullmatch(line) is not None

@@ -1,4 +1,4 @@
-"""A request as the proxy works on it, and the head that an engine gets."""
+"""A client's request, and its head for an engine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cortex.http import headers as names
 from cortex.http.heads import BadHead, RequestHead
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
-# As numbers: looking for a byte in bytes is seven times as fast as looking for bytes.
+# As numbers: searching bytes for a number is seven times as fast as searching for bytes.
 _COMMA: Final = 0x2C
 _PERCENT: Final = 0x25
 _AUTHORITY: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Request:
-    """A whole request: its head and, once it has come, its body.
+    """The head and, once it has arrived, the body.
 
-    `target` is path and query as they came, without scheme and authority; `path` is without the query and unquoted.
+    `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
     `content_length` is None for a chunked body; `modern` means HTTP/1.1.
     """
 
@@ -43,11 +43,11 @@ class Request:
         """`received` is monotonic seconds.
 
         Raises:
-            BadHead: the head is well-formed and yet not to be served.
+            BadHead: the head is well-formed, but cannot be served.
         """
         version, named = head.version, head.named
         if version not in _VERSIONS:
-            raise BadHead(f"{version.decode()} is not spoken here", 505)
+            raise BadHead(f"unsupported HTTP version {version.decode()}", 505)
         self._named = named
         self._passed = head.passed
         self.method = head.method
@@ -60,25 +60,25 @@ class Request:
         self.content_length = _content_length(named, modern=modern)
         if names.HOST not in named:
             if modern:
-                raise BadHead("a request has a Host header")
+                raise BadHead("missing Host header")
         elif _COMMA in named[names.HOST]:
-            raise BadHead("a request has one Host header")
+            raise BadHead("more than one Host header")
         target = head.target
         if target[:1] != b"/":
             target = _path_of(head)
         self.target = target
         path = target.partition(b"?")[0]
-        # An encoded slash is part of a name, and no separator.
+        # An encoded slash belongs to a name and does not separate names.
         self.path = unquote_to_bytes(path) if _PERCENT in path and b"%2f" not in path.lower() else path
 
     @property
     def request_id(self) -> bytes | None:
-        """The caller's `x-request-id`, whatever it is."""
+        """The client's `x-request-id`, unchecked."""
         return self._named.get(names.REQUEST_ID)
 
     @property
     def passed(self) -> list[bytes]:
-        """The header lines that go on to the engine as they came."""
+        """The header lines that go to the engine unchanged."""
         return self._passed
 
     @property
@@ -87,18 +87,18 @@ class Request:
 
     @property
     def expects_continue(self) -> bool:
-        """The client waits for a word before it sends the body."""
+        """The client waits for `100 Continue` before it sends the body."""
         return names.EXPECT in self._named
 
     def check_expectation(self) -> None:
-        """Raises BadHead when more is expected than a word before the body."""
+        """Raises BadHead for any expectation other than `100-continue`."""
         expected = self._named.get(names.EXPECT)
         if expected is not None and expected.lower() != b"100-continue":
-            raise BadHead("of the expectations only '100-continue' is understood", 417)
+            raise BadHead("unsupported expectation; only '100-continue' is supported", 417)
 
     @property
-    def shown_key(self) -> bytes | None:
-        """The key of `Authorization: Bearer`, or of Anthropic's `x-api-key`; None when neither is there."""
+    def api_key(self) -> bytes | None:
+        """The key from `Authorization: Bearer` or Anthropic's `x-api-key`; None without either."""
         given = self._named.get(names.AUTHORIZATION)
         if given is not None and given[:7].lower() == b"bearer ":
             return given[7:].strip() or None
@@ -106,7 +106,7 @@ class Request:
 
     @property
     def credentials(self) -> list[bytes]:
-        """The header lines with which the client shows who it is: cortex's business, and none of an engine."""
+        """The header lines that identify the client. They go to the control app, never to an engine."""
         shown = (
             (b"authorization: ", names.AUTHORIZATION),
             (b"x-api-key: ", names.API_KEY),
@@ -115,8 +115,7 @@ class Request:
         return [name + self._named[kind] for name, kind in shown if kind in self._named]
 
     def head_for(self, host: bytes, prefix: bytes, request_id: bytes, credentials: Iterable[bytes]) -> bytes:
-        """The head of this request for an engine at `host`, below the path `prefix`. `credentials` are header
-        lines."""
+        """The head for an engine at `host`, below the path `prefix`. `credentials` are header lines."""
         forwarded = self.peer.encode("ascii", "replace")
         given = self._named.get(names.FORWARDED_FOR)
         if given is not None:
@@ -135,41 +134,41 @@ class Request:
         lines += (b"", b"")
         return b"\r\n".join(lines)
 
-    def want_unpacked(self) -> None:
-        """From now on an engine is asked for an answer without a content encoding."""
+    def refuse_encodings(self) -> None:
+        """Asks engines for an answer without a content encoding."""
         self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
         self._passed.append(b"accept-encoding: identity")
 
     def forget(self) -> None:
-        """Lets go of what only sending needs: from now on this request is sent nowhere any more."""
+        """Frees what only sending needs. The request cannot be sent again afterwards."""
         self.body = b""
         self._passed = []
         self._named = {}
 
 
 def _content_length(named: dict[int, bytes], *, modern: bool) -> int | None:
-    """The body's length, 0 without one, None for a chunked one. llhttp has refused what is no number, and both."""
+    """The body's length, 0 without a body, None for a chunked one."""
     encoding, length = named.get(names.TRANSFER_ENCODING), named.get(names.CONTENT_LENGTH)
     if encoding is None:
         if length is None:
             return 0
         if not length.isdigit():
-            raise BadHead("Content-Length must be one number")
+            raise BadHead("Content-Length must be a single number")
         return int(length)
     if encoding.lower() != b"chunked":
-        raise BadHead("of the transfer encodings only 'chunked' is understood", 501)
+        raise BadHead("unsupported transfer encoding; only 'chunked' is supported", 501)
     if length is not None or not modern:
-        raise BadHead("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0")
+        raise BadHead("Transfer-Encoding cannot be combined with Content-Length or HTTP/1.0")
     return None
 
 
 def _path_of(head: RequestHead) -> bytes:
-    """A target that does not begin with its path."""
+    """The path and query of a target that does not begin with its path."""
     target = head.target
     match = _AUTHORITY.match(target)
-    if match is not None:  # a request line may hold a whole URL
+    if match is not None:  # the absolute form
         rest = target[match.end() :]
         return rest if rest[:1] == b"/" else b"/" + rest
     if target == b"*" and head.method == b"OPTIONS":
         return target
-    raise BadHead(f"not a request target: {target[:64]!r}")
+    raise BadHead(f"invalid request target: {target[:64]!r}")

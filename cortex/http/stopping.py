@@ -1,4 +1,4 @@
-"""The end of cortex, as those see it who wait for something that may outlast it."""
+"""The shutdown of cortex: ends waits that would outlast it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.tasks import first_of
 Result = TypeVar("Result")
 
 RETRY_AFTER_SECS = 5
-"""When to come back: about what a restart takes; another cortex behind the same balancer can be asked at once."""
+"""About the time of a restart. Another cortex behind the same load balancer can answer sooner."""
 
 
 class Stopping:
-    """Begins once. What is sent to an engine by then is finished; what still waits for a model is refused, since a load
-    takes longer than the time that there is."""
+    """Begins once. Requests that are at an engine finish; those that still wait for a model are refused, because a load
+    takes longer than the drain timeout."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
@@ -35,11 +35,11 @@ class Stopping:
                 listener()
 
     def on_begin(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` at the beginning."""
+        """Calls `listener` when stopping begins."""
         self._listeners.append(listener)
 
     async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is cancelled when cortex begins to stop, or the caller is.
+        """The result of `work`, which is cancelled if stopping begins or the caller is cancelled.
 
         Raises:
             Unavailable: cortex is stopping.
@@ -54,9 +54,9 @@ class Stopping:
 
 
 def stopping() -> Unavailable:
-    """The error for whoever is not served any more."""
+    """The error for requests that are refused during shutdown."""
     return Unavailable(
-        "cortex is stopping; a load that has begun goes on",
+        "cortex is stopping; a load that has begun continues",
         code=ErrorCode.CORTEX_STOPPING,
         retry_after=RETRY_AFTER_SECS,
     )

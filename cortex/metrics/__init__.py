@@ -1,2 +1,2 @@
-"""Counters of the request path, summed over workers, and their Prometheus exporter. The proxy and the control write
-them; `/metrics` and the scheduler read them."""
+"""Counters of the request path, their sums over all workers, and the Prometheus exporter. The proxy and the control
+count; `/metrics` and the scheduler read."""

@@ -1,44 +1,47 @@
-"""What the request path counts: plain numbers for each model and neuron, cheap to add to and to add up.
+"""The counters of the request path: plain numbers for each model and neuron.
 
-Each worker process has a tally and sends it, whole, to the control process, which renders the sum for Prometheus.
+Each worker counts into its own Counters and sends them to the control process, which renders the sum for Prometheus
+(`cortex.metrics.exporter`). A new metric needs a field here and a family there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
+
+from cortex.metrics.in_flight import Key
 
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Upper bounds in seconds; one more bucket holds what is above the last."""
 
-Key: TypeAlias = tuple[str, str]
-"""Model and neuron."""
+UNKNOWN: Final = "unknown"
+"""The label for a model or a neuron that does not exist."""
 
 _Label = TypeVar("_Label", int, str)
 
 
 class Histogram(msgspec.Struct):
-    """How often which duration was seen. `counts` has one number for each bucket, not added up."""
+    """A histogram of durations. `counts` has one number for each bucket, not cumulative; `secs` is the sum."""
 
     counts: list[int]
     secs: float = 0.0
 
     @classmethod
     def of(cls, buckets: tuple[float, ...]) -> Histogram:
-        """An empty one. `buckets` are its upper bounds in seconds."""
+        """An empty histogram. `buckets` are its upper bounds in seconds."""
         return cls([0] * (len(buckets) + 1))
 
     def observe(self, buckets: tuple[float, ...], secs: float) -> None:
-        """Counts one duration. `buckets` are those it was made with, which it need not carry about."""
+        """Counts one duration. `buckets` must be those that it was created with."""
         self.counts[bisect_left(buckets, secs)] += 1
         self.secs += secs
 
     def add(self, other: Histogram) -> None:
-        """Adds another of the same buckets."""
+        """Adds another histogram with the same buckets."""
         self.counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
         self.secs += other.secs
 
@@ -62,18 +65,18 @@ class Series(msgspec.Struct):
 
 
 class Counters(msgspec.Struct):
-    """Everything that was counted since the process began, as a message to another process. It only grows. Its labels
-    are bounded by whoever counts: models and neurons that exist, and one word for all others."""
+    """Everything counted since the process began, also as a message between processes. Numbers only grow. Callers bound
+    the labels: models and neurons that exist, and UNKNOWN."""
 
     series: dict[str, dict[str, Series]] = {}  # by model and neuron
 
     def request(self, model: str, node: str, status: int, secs: float, first_byte_secs: float | None) -> None:
-        """One request that was answered, or left by its client.
+        """Counts a request that was answered, or whose client disconnected.
 
         Args:
             status: the HTTP status of the answer.
-            secs: the whole request took so long.
-            first_byte_secs: from the request's arrival to its answer's head; None when no engine answered.
+            secs: duration of the whole request.
+            first_byte_secs: from the arrival of the request to the head of its answer; None if no engine answered.
         """
         series = self._of(model, node)
         series.statuses[status] = series.statuses.get(status, 0) + 1
@@ -82,12 +85,12 @@ class Counters(msgspec.Struct):
             series.first_byte.observe(FIRST_BYTE_BUCKETS, first_byte_secs)
 
     def error(self, model: str, node: str, code: str) -> None:
-        """One request that ended in an error of ours."""
+        """Counts a request that ended in an error of cortex."""
         errors = self._of(model, node).errors
         errors[code] = errors.get(code, 0) + 1
 
     def tokens(self, model: str, node: str, prompt: int, completion: int) -> None:
-        """What an engine reported for one request."""
+        """Counts the tokens that an engine reported for one request."""
         tokens = self._of(model, node).tokens
         tokens["prompt"] = tokens.get("prompt", 0) + prompt
         tokens["completion"] = tokens.get("completion", 0) + completion
@@ -99,10 +102,10 @@ class Counters(msgspec.Struct):
                 yield (model, node), series
 
     def add(self, other: Counters) -> None:
-        """Adds the counts of another, and shares nothing with it.
+        """Adds the counts of another, without sharing objects.
 
         Raises:
-            ValueError: it came from a program with other buckets.
+            ValueError: the other has other buckets (another version of cortex).
         """
         for key, series in other.items():
             self._of(*key).add(series)
@@ -114,11 +117,11 @@ class Counters(msgspec.Struct):
             return self.series.setdefault(model, {}).setdefault(node, Series())
 
 
-def merged(tallies: Iterable[Counters]) -> Counters:
-    """The sum of all, which shares nothing with them."""
+def merged(parts: Iterable[Counters]) -> Counters:
+    """The sum, which shares no objects with its parts."""
     total = Counters()
-    for tally in tallies:
-        total.add(tally)
+    for part in parts:
+        total.add(part)
     return total
 
 

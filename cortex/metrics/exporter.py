@@ -1,4 +1,4 @@
-"""What cortex counts, as Prometheus reads it: rendered at the time of a scrape. One for each app, none global."""
+"""cortex's metrics for Prometheus, rendered at each scrape: names, labels and help texts."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Key, merged
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
+from cortex.metrics.in_flight import Key
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")
 
 
 class Metrics:
-    """The names and labels of the contract. Labels take only models and neurons that exist, so they stay bounded.
+    """The registry of one control app. Labels are bounded: only models and neurons that exist.
 
-    Requests are counted by the workers, cold starts here, in the process that loads.
+    Workers count requests; the control process counts cold starts here.
     """
 
     def __init__(
         self,
         fleet: Fleet,
         in_flight: Callable[[], Mapping[Key, int]],
-        tallies: Callable[[], Iterable[Counters]],
+        counters: Callable[[], Iterable[Counters]],
     ) -> None:
         self._cold_starts: dict[Key, Histogram] = {}
         self._registry = CollectorRegistry()
-        self._registry.register(_Requests(tallies))
+        self._registry.register(_Requests(counters))
         self._registry.register(_ColdStarts(self._cold_starts))
         self._registry.register(_FleetGauges(fleet, in_flight))
 
     def cold_start(self, model: str, node: str, secs: float) -> None:
-        """One model that was loaded because a request asked for it."""
+        """Counts a model that was loaded for a request."""
         started = self._cold_starts.setdefault((model, node), Histogram.of(COLD_START_BUCKETS))
         started.observe(COLD_START_BUCKETS, secs)
 
     def exposition(self) -> bytes:
-        """The text that a scrape gets."""
+        """The body of a scrape."""
         return generate_latest(self._registry)
 
 
 class _Requests(Collector):
-    """What the workers count."""
+    """Counted by the workers."""
 
-    def __init__(self, tallies: Callable[[], Iterable[Counters]]) -> None:
-        self._tallies = tallies
+    def __init__(self, counters: Callable[[], Iterable[Counters]]) -> None:
+        self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("cortex_requests", "Requests answered", labels=[*_LABELS, "status"])
@@ -58,7 +59,7 @@ class _Requests(Collector):
         tokens = CounterMetricFamily("cortex_tokens", "Tokens as the engines report them", labels=[*_LABELS, "kind"])
         duration = _family("cortex_request_duration_seconds", "Whole requests")
         first_byte = _family("cortex_time_to_first_byte_seconds", "From a request's arrival to its answer's head")
-        for key, series in merged(self._tallies()).items():
+        for key, series in merged(self._counters()).items():
             for status, count in series.statuses.items():
                 requests.add_metric([*key, str(status)], count)
             for code, count in series.errors.items():
@@ -71,7 +72,7 @@ class _Requests(Collector):
 
 
 class _ColdStarts(Collector):
-    """Loads on request."""
+    """Counted by the control process."""
 
     def __init__(self, cold_starts: Mapping[Key, Histogram]) -> None:
         self._cold_starts = cold_starts
@@ -107,7 +108,7 @@ def _family(name: str, text: str) -> HistogramMetricFamily:
 
 
 def _add(family: HistogramMetricFamily, key: Key, buckets: tuple[float, ...], histogram: Histogram) -> None:
-    """Adds the samples of one series; none where nothing was observed."""
+    """Adds the samples of one series, unless it is empty."""
     if not any(histogram.counts):
         return
     names = [*(str(float(bound)) for bound in buckets), "+Inf"]

@@ -1,4 +1,4 @@
-"""Requests that are being worked on, by model and neuron."""
+"""Requests at engines, by model and neuron."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Key = tuple[str, str]
 
 
 class InFlight:
-    """One worker's requests, counted exactly: each is in it from the choice of its neuron to the last byte of its
-    answer. `elsewhere` is what the other workers last told of theirs."""
+    """One worker's exact counts: a request counts from the choice of its neuron to the last byte of its answer.
+    `elsewhere` are the counts that the other workers last reported."""
 
     def __init__(self) -> None:
         self.here: dict[Key, int] = {}

@@ -1,4 +1,4 @@
-"""What all workers together count, as the control process knows it."""
+"""The sums over all workers, in the control process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cortex.metrics.in_flight import Key
 
 
 class WorkerCounts(Protocol):
-    """One worker's counts, live or as last told."""
+    """One worker's counts, live or as last reported."""
 
     def collect(self) -> Counters:
         """Everything counted since the worker began."""
@@ -22,11 +22,11 @@ class WorkerCounts(Protocol):
         """Requests that were sent to an engine since the worker began."""
 
     async def refresh(self) -> None:
-        """Makes those above as good as live."""
+        """Brings the counts up to date."""
 
 
 class CountTotals:
-    """Adds the workers up. What a worker counted stays when it ends."""
+    """Sums over the workers. What a worker counted remains after it exits."""
 
     def __init__(self) -> None:
         self.workers: list[WorkerCounts] = []
@@ -42,7 +42,7 @@ class CountTotals:
     async def refresh(self) -> None:
         await asyncio.gather(*(worker.refresh() for worker in self.workers))
 
-    def tallies(self) -> list[Counters]:
+    def counters(self) -> list[Counters]:
         return [self._ended, *(worker.collect() for worker in self.workers)]
 
     def in_flight(self, model_id: str, node: str) -> int:
@@ -50,7 +50,7 @@ class CountTotals:
         return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)
 
     def begun(self) -> dict[Key, int]:
-        """Requests that were sent to engines. Falls when a worker ends, since nobody knows its last ones."""
+        """Requests sent to engines. Drops when a worker exits, because its last requests are unknown."""
         total: dict[Key, int] = {}
         for worker in self.workers:
             for key, count in worker.begun_here().items():
@@ -66,7 +66,7 @@ class CountTotals:
         return total
 
     def in_flight_beside(self, worker: WorkerCounts) -> dict[Key, int]:
-        """What all the others are working on."""
+        """The requests of all other workers."""
         total: dict[Key, int] = {}
         for other in self.workers:
             if other is not worker:

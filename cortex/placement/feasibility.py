@@ -1,16 +1,19 @@
-"""Which nodes could ever hold a model. Pure."""
+"""Which nodes could ever hold a model: the rule, and a cache of its answers for whole fleets. Pure."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cortex.config.catalogue import ModelProfile
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.devices import eligible
+from shared.protocol import Discovery
 
 
 def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why the node's topology can never hold the model; None when it can, or when it is not known yet.
 
-    The rules of the contract; `vram_mb` is not among them. Health is no matter here.
+    `vram_mb` and the node's health play no part.
     """
     if profile.pinned_on and node.name not in profile.pinned_on:
         return f"pinned on {', '.join(profile.pinned_on)}"
@@ -33,3 +36,95 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
 def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
     """True when the node's topology is known and can hold the model."""
     return node.discovery is not None and infeasible_reason(profile, node) is None
+
+
+class _Topology(NamedTuple):
+    """The properties of a neuron that the rule looks at. Neurons that share them can hold the same models."""
+
+    harnesses: frozenset[str]
+    totals_mb: tuple[int, ...]  # of the usable devices, ascending
+
+
+class _Requirement(NamedTuple):
+    """The properties of a model that the rule looks at, except `pinned_on`."""
+
+    harness: str
+    min_devices: int
+    min_device_vram_mb: int | None
+
+
+class FeasibilityCache:
+    """`is_feasible` for whole fleets, for large fleets and catalogues: evaluated once per kind of topology. Answers
+    always follow from the snapshot given; only what is unchanged since the last call is reused."""
+
+    def __init__(self) -> None:
+        self._followed: object = None  # topology of the snapshot that the rest was computed from
+        self._discoveries: dict[str, Discovery | None] = {}
+        self._topologies: dict[str, _Topology | None] = {}  # in the order of the configuration
+        self._position: dict[str, int] = {}
+        self._examples: dict[_Topology, NodeSnapshot] = {}
+        self._verdicts: dict[tuple[_Requirement, _Topology], bool] = {}
+        self._found: dict[tuple[_Requirement, tuple[str, ...]], tuple[str, ...]] = {}
+        self._outdated: dict[tuple[_Requirement, tuple[str, ...]], tuple[str, ...]] = {}
+
+    def nodes(self, profile: ModelProfile, fleet: FleetSnapshot) -> tuple[str, ...]:
+        """The neurons whose topology is known and can hold the model, healthy or not, in configuration order. Returns
+        the same object while the answer is the same."""
+        if fleet.topology is None or fleet.topology is not self._followed:
+            self._follow(fleet)
+        requirement = _Requirement(profile.harness, profile.min_devices, profile.min_device_vram_mb)
+        key = requirement, profile.pinned_on
+        found = self._found.get(key)
+        if found is None:
+            found, before = self._find(requirement, profile), self._outdated.pop(key, None)
+            found = self._found[key] = before if before == found else found
+        return found
+
+    def _follow(self, fleet: FleetSnapshot) -> None:
+        """Reads the topology of every neuron; if any has changed, drops the answers."""
+        before = self._topologies
+        topologies: dict[str, _Topology | None] = {}
+        for name, node in fleet.nodes.items():
+            if name in before and self._discoveries[name] is node.discovery:
+                topologies[name] = before[name]
+            else:
+                topologies[name] = _topology(node)
+                self._discoveries[name] = node.discovery
+            topology = topologies[name]
+            if topology is not None and topology not in self._examples:
+                self._examples[topology] = node
+        if list(topologies.items()) != list(before.items()):
+            self._topologies = topologies
+            self._position = {name: position for position, name in enumerate(topologies)}
+            self._discoveries = {name: self._discoveries[name] for name in topologies}
+            kinds = {topology for topology in topologies.values() if topology is not None}
+            self._examples = {topology: self._examples[topology] for topology in kinds}
+            self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if key[1] in kinds}
+            self._outdated |= self._found
+            self._found = {}
+        self._followed = fleet.topology
+
+    def _find(self, requirement: _Requirement, profile: ModelProfile) -> tuple[str, ...]:
+        names = sorted(self._position.keys() & profile.pinned_on, key=self._position.__getitem__)
+        return tuple(name for name in names or self._unpinned(profile) if self._holds(requirement, profile, name))
+
+    def _unpinned(self, profile: ModelProfile) -> list[str]:
+        return [] if profile.pinned_on else list(self._position)
+
+    def _holds(self, requirement: _Requirement, profile: ModelProfile, name: str) -> bool:
+        topology = self._topologies[name]
+        if topology is None:
+            return False
+        verdict = self._verdicts.get((requirement, topology))
+        if verdict is None:
+            anywhere = profile.model_copy(update={"pinned_on": ()})
+            verdict = infeasible_reason(anywhere, self._examples[topology]) is None
+            self._verdicts[requirement, topology] = verdict
+        return verdict
+
+
+def _topology(node: NodeSnapshot) -> _Topology | None:
+    if node.discovery is None:
+        return None
+    totals = tuple(sorted(device.vram_total_mb for device in node.devices))
+    return _Topology(frozenset(node.discovery.harnesses), totals)

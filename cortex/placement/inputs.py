@@ -6,33 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
+from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from shared.protocol import ModelStatus
 
 Key = tuple[str, str]
 """(model id, node name)."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The operator's `[placement]`. Seconds everywhere."""
-
-    min_residency_secs: float = 15.0
-    """A model stays at least so long, unless nothing else makes room."""
-    patience_secs: float = 300.0
-    """When somebody has waited so long, or a few times what the exchange takes (`displacement`), a model that had its
-    time is drained for him although it is busy."""
-    starvation_secs: float = 300.0
-    """Who has waited so long goes first, whatever the priorities."""
-    pause_secs: float = 10.0
-    """A model counts as in use for a part of what the exchange takes after its last request, for so long at most; for
-    at most twice as long while somebody waits for its place."""
-    replica_target: int = 8
-    """Requests that one replica has at a time before another is worth a load."""
-    scale_up_secs: float = 5.0
-    """The queue has to stay above the target for so long."""
-    scale_down_secs: float = 300.0
-    """A replica beyond the minimum goes after so long without a request."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +27,7 @@ class Use:
 
 
 UNUSED = Use()
+DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class View:
     now: float
     catalogue: Catalogue
     fleet: FleetSnapshot
-    rules: Rules = Rules()
+    rules: Rules = DEFAULT_RULES
     uses: Mapping[Key, Use] = field(default_factory=dict)
     waiting: Mapping[str, Waiting] = field(default_factory=dict)
     demand: Mapping[str, float] = field(default_factory=dict)

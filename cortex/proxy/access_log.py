@@ -1,8 +1,9 @@
-"""The access line of each request, written in batches: each by itself would cost more than the relaying."""
+"""The access line of each request, written in batches: a write for each would cost more than the relaying."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from typing import Final
@@ -12,10 +13,14 @@ MAX_LINES: Final = 256
 
 
 class AccessLog:
-    """Lines in the log's own format, at most FLUSH_SECS late. `write` gets whole lines; None turns the log off."""
+    """Lines in the format of the log (`shared.logs`), at most FLUSH_SECS late.
 
-    def __init__(self, write: Callable[[str], object] | None) -> None:
+    `write` gets whole lines; None turns the log off. `as_json`: one JSON object a line instead of text.
+    """
+
+    def __init__(self, write: Callable[[str], object] | None, *, as_json: bool = False) -> None:
         self._write = write
+        self._as_json = as_json
         self._lines: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
@@ -25,22 +30,37 @@ class AccessLog:
     def on(self) -> bool:
         return self._write is not None
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, request_id: str) -> None:
+        """Adds a line. `text` contains the request's id already."""
         now = time.time()
         second = int(now)
         if second != self._second:
             self._second = second
-            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        # Joined and not formatted: compiled, a format in an f-string costs as much as all the rest of this.
+            if self._as_json:
+                self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            else:
+                self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        # Joined, not formatted: compiled, a format in an f-string costs as much as the rest of this function.
         millis = str(1000 + int((now - second) * 1000))[1:]
-        self._lines.append(f"{self._stamp},{millis} INFO    cortex.access: {text}\n")
+        if self._as_json:
+            fields = {
+                "time": f"{self._stamp}.{millis}Z",
+                "level": "info",
+                "logger": "cortex.access",
+                "message": text,
+                "request_id": request_id,
+                "exception": None,
+            }
+            self._lines.append(json.dumps(fields) + "\n")
+        else:
+            self._lines.append(f"{self._stamp},{millis} INFO    cortex.access: {text}\n")
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_SECS, self.flush)
         elif len(self._lines) >= MAX_LINES:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting."""
+        """Writes the lines collected so far."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,21 +1,21 @@
-"""A request that no engine answers: lists, the fleet, the dashboard. It goes to the control app, as to an engine."""
+"""A request for the control app (model list, fleet, operator actions), relayed to it as to an engine."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
+from cortex.proxy.answer import DirectAnswer
+from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
-from cortex.upstream.pool import Address
+from cortex.upstream.address import Address
 from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
-
-if TYPE_CHECKING:
-    from cortex.proxy.gateway import Gateway
+from shared.request_ids import request_id as make_request_id
+from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +23,21 @@ RETRY_AFTER_SECS = 1
 
 
 class ControlRequest:
-    """Implements `front.client.Handling` and `relay.Listener`."""
+    """Implements `http.connection.Handler` and `relay.RelayListener`."""
 
     __slots__ = ("_client", "_relay", "_request_id")
 
-    def __init__(self, gateway: Gateway, client: ClientConnection, request: Request, address: Address) -> None:
+    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
         self._client = client
-        self._request_id = gateway.request_id(request.request_id)
+        self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
         self._relay = Relay(
-            gateway.pool,
-            client,
+            context.pool,
             request,
             self,
             address=address,
             head=request.head_for(b"cortex", b"", request_id, request.credentials),
-            extra=b"x-request-id: " + request_id,
+            answer=DirectAnswer(client, request, extra=b"x-request-id: " + request_id),
         )
 
     def begin(self) -> None:
@@ -61,8 +60,11 @@ class ControlRequest:
         self._relay.resume()
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
-        log.error("the control process cannot be reached: %s", reason)
-        error = Unavailable("cortex is starting again", code=ErrorCode.UNAVAILABLE, retry_after=RETRY_AFTER_SECS)
+        with request_scope(self._request_id):
+            log.error("control process unavailable: %s", reason)
+        error = Unavailable(
+            "control process unavailable, retry shortly", code=ErrorCode.UNAVAILABLE, retry_after=RETRY_AFTER_SECS
+        )
         self._client.refuse(error, self._request_id)
 
     def refused(self, status: int, *, asleep: bool) -> bool:

@@ -8,12 +8,12 @@ from typing import Any, Final
 from shared.errors import ServiceError, UpstreamError, anthropic_error_type, is_anthropic_path
 from shared.protocol import ErrorCode
 
-MAX_TOLD: Final = 2000
-"""Characters of an engine's error that is no JSON."""
+MAX_QUOTED: Final = 2000
+"""Characters of an engine's error that is not JSON."""
 
 
 def error_event(path: bytes, error: ServiceError) -> bytes:
-    """An error of ours. What would have been the Retry-After header is in it as `retry_after`, in seconds."""
+    """An error of cortex. `retry_after` (seconds) replaces the Retry-After header."""
     anthropic = is_anthropic_path(path)
     body = error.anthropic_body() if anthropic else error.body()
     if error.retry_after is not None:
@@ -22,16 +22,16 @@ def error_event(path: bytes, error: ServiceError) -> bytes:
 
 
 def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
-    """What an engine answered instead of a stream, with HTTP status `status`: its own error where it has the dialect's
-    shape, else an `upstream_error` that quotes it."""
+    """An engine's answer with HTTP status `status` instead of a stream: its own error if it has the shape of one, else
+    an `upstream_error` that quotes it."""
     anthropic = is_anthropic_path(path)
-    told = _json_object(body)
-    error = told.get("error")
+    given = _json_object(body)
+    error = given.get("error")
     if status >= 400 and isinstance(error, dict):
-        if anthropic and told.get("type") != "error":
-            told = {"type": "error", "error": {"type": anthropic_error_type(status), **_without_type(error)}}
-        return _event(told, anthropic=anthropic)
-    message = _message(status, told, body)
+        if anthropic and given.get("type") != "error":
+            given = {"type": "error", "error": {"type": anthropic_error_type(status), **_without_type(error)}}
+        return _event(given, anthropic=anthropic)
+    message = _message(status, given, body)
     ours = UpstreamError(message, code=ErrorCode.UPSTREAM_ERROR, status=status if status >= 400 else None)
     return error_event(path, ours)
 
@@ -42,7 +42,7 @@ def _event(body: dict[str, Any], *, anthropic: bool) -> bytes:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    """{} for what is none."""
+    """{} if `body` is anything else."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -54,10 +54,10 @@ def _without_type(error: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in error.items() if name != "type"}
 
 
-def _message(status: int, told: dict[str, Any], body: bytes) -> str:
+def _message(status: int, given: dict[str, Any], body: bytes) -> str:
     if status < 400:
         return f"the engine answered {status} without an event stream"
-    said = next((told[key] for key in ("error", "message", "detail") if isinstance(told.get(key), str)), None)
+    said = next((given[key] for key in ("error", "message", "detail") if isinstance(given.get(key), str)), None)
     if said is None:
-        said = body.decode("utf-8", "replace").strip()[:MAX_TOLD]
+        said = body.decode("utf-8", "replace").strip()[:MAX_QUOTED]
     return f"the engine answered {status}: {said}" if said else f"the engine answered {status}"

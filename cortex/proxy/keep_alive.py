@@ -1,7 +1,7 @@
-"""The client of a stream that has to wait for its engine: its answer is begun early, and it hears comments.
+"""Keep-alive comments for a streaming client that waits for its engine: the answer begins early, with comments in it.
 
-A line `: text` of an event stream is passed over by every parser of such streams, and keeps clients and load balancers
-from giving up. Once the answer is begun its status is 200, whatever comes: an error is then the stream's last event.
+Every parser of event streams skips a line `: text`, but clients and load balancers see traffic and do not give up. Once
+the answer has begun, its status is 200 whatever happens; an error then becomes the last event of the stream.
 """
 
 from __future__ import annotations
@@ -22,40 +22,42 @@ MAX_TEXT: Final = 500
 """Characters of a comment."""
 
 
-class Comments(NamedTuple):
-    """When a waiting stream hears the first comment after the beginning of its wait, and each further one after the
-    one before; in seconds."""
+class KeepAliveTimes(NamedTuple):
+    """Seconds until the first comment, and between two comments."""
 
     first_secs: float
     interval_secs: float
 
 
-class WaitingStream:
-    """One client's wait. `begun`: it has our head, and everything else goes behind that."""
+class KeepAliveStream:
+    """One client's wait. `begun`: the client has our head, and everything else must follow it. `sent_to` is the node
+    that works on the request, None while the model is not ready."""
 
-    __slots__ = ("_client", "_comments", "_note", "_request", "_request_id", "_timer", "begun")
+    __slots__ = ("_client", "_model_id", "_note", "_request", "_request_id", "_timer", "_times", "begun", "sent_to")
 
     def __init__(
         self,
         client: ClientConnection,
         request: Request,
         request_id: str,
-        note: Callable[[], WaitNote],
-        comments: Comments,
+        model_id: str,
+        *,
+        note: Callable[[str], WaitNote | None],
+        times: KeepAliveTimes,
     ) -> None:
-        """`note` is asked for each comment. Needs a running loop."""
+        """`note` gives the progress of a model. Needs a running loop."""
         self._client = client
         self._request = request
         self._request_id = request_id
+        self._model_id = model_id
         self._note = note
-        self._comments = comments
+        self._times = times
         self.begun = False
-        self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(
-            comments.first_secs, self._begin
-        )
+        self.sent_to: str | None = None
+        self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(times.first_secs, self._begin)
 
     def stop(self) -> None:
-        """No further comment."""
+        """Sends no further comment."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -67,7 +69,7 @@ class WaitingStream:
         self._client.transport.write(self.framed(event) + last)
 
     def framed(self, data: bytes) -> bytes:
-        """Bytes of the stream as they are written behind our head; `data` is not empty."""
+        """`data`, which must not be empty, in the framing of our head."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self._request.modern else data
 
     def _begin(self) -> None:
@@ -76,9 +78,9 @@ class WaitingStream:
         if not asks_for_stream(request.body):
             return
         self.begun = True
-        request.want_unpacked()
+        request.refuse_encodings()
         request.keep_alive = request.modern and request.keep_alive and not client.draining
-        note = self._note()
+        note = self._current_note()
         lines = [
             "HTTP/1.1 200 OK",
             "content-type: text/event-stream; charset=utf-8",
@@ -94,19 +96,24 @@ class WaitingStream:
             lines.append("connection: close")
         head = "\r\n".join([*lines, "", ""]).encode()
         client.transport.write(head + self.framed(_comment(note)))
-        self._again()
+        self._schedule()
 
-    def _again(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._comments.interval_secs, self._tick)
+    def _schedule(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._times.interval_secs, self._tick)
 
     def _tick(self) -> None:
         transport = self._client.transport
-        if not transport.get_write_buffer_size():  # a client that does not read is not sent more
-            transport.write(self.framed(_comment(self._note())))
-        self._again()
+        if not transport.get_write_buffer_size():  # nothing piles up for a client that does not read
+            transport.write(self.framed(_comment(self._current_note())))
+        self._schedule()
+
+    def _current_note(self) -> WaitNote:
+        if self.sent_to is not None:
+            return WaitNote(text=f"{self._model_id} on {self.sent_to} has the request", node=self.sent_to)
+        return self._note(self._model_id) or WaitNote(text=f"waiting for {self._model_id}")
 
 
 def _comment(note: WaitNote) -> bytes:
-    """One line, whatever clients and neurons name their models and phases."""
+    """One line, whatever characters the names of models and phases contain."""
     text = " ".join(note.text.split())[:MAX_TEXT]
     return f": {text}\n\n".encode("utf-8", "replace")

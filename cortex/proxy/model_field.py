@@ -1,17 +1,16 @@
 """The `model` of a request body: found, and replaced without touching any other byte. Pure.
 
-A body may be 32 MiB of images in base64, and most of it concerns only the engine. So nothing of it is built or copied:
-msgspec checks a JSON body in C and makes an object of `model` alone; where `model` stands is looked for only when an
-alias has to be replaced (`json_place`).
+A body may be 32 MiB of base64 images that only concern the engine, so it is neither built nor copied: msgspec checks a
+JSON body in C and creates only `model`. The position of `model` is only searched for when an alias is replaced
+(`json_scan`).
 
-What passes is what `json.loads`, hence vLLM, takes, with these differences:
+Accepts what `json.loads`, and so vLLM, accepts, with these differences:
 
-- a `model` with a lone surrogate ("\\ud800") is refused: it is no text and can name nothing;
+- a `model` with a lone surrogate ("\\ud800") is refused: it cannot be a name;
 - UTF-16 and UTF-32 are refused: JSON between systems is UTF-8 (RFC 8259, section 8.1);
 - an integer of more than 4300 digits passes here, and Python's parser at the engine refuses it.
 
-NaN, Infinity, lone surrogates in other strings and a byte order mark, which json.loads takes and msgspec does not,
-pass too.
+NaN, Infinity, lone surrogates in other strings and a byte order mark pass too, although msgspec refuses them.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from shared.errors import InvalidRequest
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _UTF8_SLICE = 1 << 14
 
-# To what json.loads takes and msgspec refuses: something of the same length that both take. A number between blanks,
-# since `1NaN` must not become a number; a half of a surrogate pair becomes a private character, never an ASCII one,
-# since `\ud06d` must not become the `m` of a `model`. Strings change as well; `model` is read from the body itself.
+# Replacements of the same length for what json.loads accepts and msgspec refuses. Numbers get blanks around them:
+# `1NaN` must not become a number. Half a surrogate pair becomes a private character, never an ASCII one: `\ud06d`
+# must not become the `m` of a `model`. Strings change too, so `model` is read from the original body.
 _LENIENCIES = (
     (b"-Infinity", b" 0       "),
     (b"Infinity", b" 0      "),
@@ -42,21 +41,21 @@ _LENIENCIES = (
 )
 
 MAX_PARTS = 1000
-"""Of a form. Starlette, in front of vLLM, takes as many; 32 MiB of empty parts would cost half a minute."""
+"""Of a form, as in Starlette, which vLLM uses. 32 MiB of empty parts would take half a minute."""
 
 _MAX_PART_HEAD_BYTES = 4096
 
 
 class JsonModel(msgspec.Struct, frozen=True, gc=False):
-    """The top-level `model` of a JSON object, never empty. Of several the last counts, as in every engine's parser."""
+    """The top-level `model` of a JSON object, never empty. The last of several counts, as in every engine's parser."""
 
     model: str
 
     def replaced(self, body: bytes, model: str) -> bytes:
-        """The body this was found in with another model in that place, everything else as it came.
+        """`body`, in which this was found, with another model and otherwise unchanged.
 
-        A body of more than 100,000 brackets and strings gets a second `model` at its end instead, which is then the one
-        that counts: looking for the first would hold up everybody else.
+        A body of more than 100,000 brackets and strings gets a second `model` at its end instead, which then counts:
+        searching for the first would block the event loop.
         """
         value = json.dumps(model).encode()
         try:
@@ -75,12 +74,12 @@ class FormModel(msgspec.Struct, frozen=True, gc=False):
     end: int
 
     def replaced(self, body: bytes, model: str) -> bytes:
-        """The body this was found in with another model in that place, everything else as it came."""
+        """`body`, in which this was found, with another model and otherwise unchanged."""
         return _spliced(body, self.start, self.end, model.encode())
 
 
 ModelField: TypeAlias = JsonModel | FormModel
-"""What `find_model` finds: `model`, and `replaced(body, model)`."""
+"""The result of `find_model`."""
 
 
 class _AnyModel(msgspec.Struct):
@@ -101,7 +100,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
     """The `model` of a JSON object, or of a multipart form.
 
     Raises:
-        InvalidRequest: neither, or no string `model` in it.
+        InvalidRequest: the body is neither, or has no string `model`.
     """
     if content_type != "application/json" and content_type.lower().startswith("multipart/form-data"):
         return _model_of_form(body, content_type)
@@ -110,7 +109,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
 
 def _model_of_json(body: bytes) -> JsonModel:
     if not body.isascii():
-        _check_utf8(body)  # msgspec does not look into the strings that it skips
+        _check_utf8(body)  # msgspec does not check the strings that it skips
     try:
         field = _decode_model(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -121,8 +120,8 @@ def _model_of_json(body: bytes) -> JsonModel:
 
 
 def _model_of_lenient_json(body: bytes) -> JsonModel:
-    """For a body that msgspec refuses as it is: one with NaN and the like, with a `model` that is no string before the
-    one that counts, or one that is really wrong."""
+    """For a body that msgspec refuses: with NaN and the like, with a non-string `model` before the one that counts, or
+    really invalid."""
     strict = _made_strict(body)
     try:
         if not memoryview(_check_syntax(strict).model):
@@ -133,7 +132,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     except TooIntricateError as error:
-        raise InvalidRequest(f"the body is too intricate for JSON with NaN or other liberties: {error}") from error
+        raise InvalidRequest(f"the body is too complex for JSON with NaN or other extensions: {error}") from error
     if body[place[0]] != ord('"'):
         raise _no_model()
     try:
@@ -143,7 +142,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
 
 
 def asks_for_stream(body: bytes) -> bool:
-    """True for a JSON object whose top-level `stream` is true; never raises. Of several the last counts."""
+    """True for a JSON object whose top-level `stream` is true; never raises. The last of several counts."""
     for read in (bytes, _made_strict):
         try:
             return bytes(_decode_stream(read(body)).stream) == b"true"
@@ -153,14 +152,14 @@ def asks_for_stream(body: bytes) -> bool:
 
 
 def _made_strict(body: bytes) -> bytes:
-    """The body with what msgspec refuses and json.loads takes replaced, at the same length."""
+    """The body with everything replaced that json.loads accepts and msgspec refuses, at the same length."""
     for lenient, same in _LENIENCIES:
         body = body.replace(lenient, same)
     return b"   " + body[3:] if body.startswith(codecs.BOM_UTF8) else body
 
 
 def _check_utf8(body: bytes) -> None:
-    """In slices: decoded as a whole, 32 MiB could take 128 MiB. Surrogates pass, as in json.loads."""
+    """Checks in slices, because 32 MiB decoded at once could take 128 MiB. Surrogates pass, as in json.loads."""
     try:
         if len(body) <= _UTF8_SLICE:  # a quarter of the cost
             body.decode("utf-8", "surrogatepass")
@@ -174,7 +173,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _model_of_form(body: bytes, content_type: str) -> FormModel:
-    """The part named `model` of a multipart form. Of several the last counts, as in Starlette, hence vLLM."""
+    """The part named `model` of a multipart form. The last of several counts, as in Starlette."""
     header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
     boundary = header.get_boundary()
     if not boundary:
@@ -210,7 +209,7 @@ def _form_value(body: bytes, begin: int, end: int) -> FormModel:
 
 
 def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:
-    """One copy of the body, with `value` for the bytes from `start` to `end`."""
+    """A copy of the body with `value` in place of the bytes from `start` to `end`."""
     view = memoryview(body)
     return b"".join((view[:start], value, view[end:]))
 

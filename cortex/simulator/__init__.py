@@ -1,2 +1,2 @@
-"""`cortex simulate`: the scheduler and the loader on a virtual clock, with a fleet and a trace of requests in and
-waiting times out. Only the command line and the benchmarks call it."""
+"""`cortex simulate`: runs the real scheduler and loader on virtual time, with simulated neurons and requests. Only the
+command line and the benchmarks call it."""

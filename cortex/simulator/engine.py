@@ -10,8 +10,8 @@ from shared.protocol import ModelStatus
 
 @dataclass
 class Request:
-    """One request of the trace. `begun` and `ended` are None until then; one that is given up is never begun. `cold`:
-    it had to wait for its model."""
+    """One request of the trace. `begun` and `ended` are None until then; an unserved request never begins. `cold`: it
+    had to wait for its model."""
 
     number: int
     model: str
@@ -23,17 +23,17 @@ class Request:
 
     @property
     def waited(self) -> float:
-        """Seconds until it was begun, or given up; it has ended."""
+        """Seconds until it began, or ended unserved. Call it after the request has ended."""
         until = self.ended if self.begun is None else self.begun
         assert until is not None
         return until - self.at
 
 
 class Engine:
-    """Up to `parallel` requests are served at full speed; more share the speed of so many, each the same part of it.
+    """Serves up to `parallel` requests at full speed; more share that total speed equally.
 
-    Work is counted in seconds of full speed: a request that came when each had had `_done` ends when each has had
-    `_done + secs`.
+    Work is counted in seconds at full speed: `_done` is what each request would have received since the start, so a
+    request ends when `_done` has grown by its `secs`.
     """
 
     def __init__(self, model_id: str, devices: tuple[int, ...], share_mb: int, parallel: int) -> None:
@@ -48,7 +48,7 @@ class Engine:
 
     @property
     def booked_mb(self) -> int:
-        """On all its devices together."""
+        """MiB on all its devices together."""
         return self.share_mb * len(self.devices)
 
     @property
@@ -60,13 +60,13 @@ class Engine:
         heapq.heappush(self._ends, (self._done + request.secs, request.number, request))
 
     def next_end(self) -> float | None:
-        """When the next request ends, if no other comes before; None when there is none."""
+        """When the next request ends unless another begins first; None when there is none."""
         if not self._ends:
             return None
         return self._as_of + max(0.0, self._ends[0][0] - self._done) / self._speed
 
     def end_next(self, now: float) -> Request:
-        """The request that ends now."""
+        """Removes and returns the request that ends now."""
         self._work(now)
         end, _, request = heapq.heappop(self._ends)
         self._done = max(self._done, end)  # rounding

@@ -1,4 +1,4 @@
-"""What came of a simulation, in figures. Pure."""
+"""The result of a simulation, in figures. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cortex.simulator.engine import Request
 
 @dataclass(frozen=True)
 class Waiting:
-    """Seconds from a request's arrival to its engine's beginning with it, over all requests, also those that found
-    their model loaded. Who was never served waited until he gave up."""
+    """Seconds from a request's arrival until its engine starts on it, over all requests, warm ones included. For an
+    unserved request, until it was refused or timed out."""
 
     mean: float = 0.0
     p50: float = 0.0
@@ -25,10 +25,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Figures:
-    """CountTotals of one simulation, or of one model in it.
+    """Figures of one simulation, or of one model in it.
 
-    `cold_starts` are requests that waited for their model; `displacements` models that made way, `hot_displacements`
-    those of them that were used less than `RECENT_SECS` before.
+    `cold_starts` are requests that waited for their model; `displacements` are evictions, `hot_displacements` those of
+    models that were used within the last `RECENT_SECS`.
     """
 
     requests: int
@@ -42,8 +42,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One policy's simulation. `vram_loaded_pct` is the share of the fleet's memory that models held, on average over
-    the time; `vram_in_use_pct` the share held by models that worked on a request."""
+    """One policy's simulation. `vram_loaded_pct` is the share of the fleet's memory that models held, averaged over
+    time; `vram_in_use_pct` the share held by models with a running request."""
 
     policy: str
     total: Figures
@@ -57,16 +57,16 @@ class Outcome:
 
 
 @dataclass
-class CountTotals:
-    """Counted while the simulation runs, by model."""
+class EventCounts:
+    """Events during the simulation, by model."""
 
     loads: Counter[str] = field(default_factory=Counter)
-    displacements: Counter[str] = field(default_factory=Counter)
-    hot_displacements: Counter[str] = field(default_factory=Counter)
+    evictions: Counter[str] = field(default_factory=Counter)
+    hot_evictions: Counter[str] = field(default_factory=Counter)
 
 
 class MemoryUse:
-    """Integrates over the time what models hold, and what those hold that work."""
+    """Integrates over time the memory of loaded models, and of models with a running request."""
 
     def __init__(self, total_mb: int) -> None:
         self._total_mb = total_mb
@@ -77,13 +77,13 @@ class MemoryUse:
         self._as_of = 0.0
 
     def change(self, now: float, *, held_mb: int = 0, working_mb: int = 0) -> None:
-        """From now on, models hold so much more."""
+        """Adds to what models hold from now on, in MiB."""
         self._accrue(now)
         self._held_mb += held_mb
         self._working_mb += working_mb
 
     def shares(self, now: float) -> tuple[float, float]:
-        """(held, working) in per cent of the fleet's memory, on average until now."""
+        """(held, working) in percent of the fleet's memory, averaged until now."""
         self._accrue(now)
         whole = self._total_mb * now
         return (100 * self._held / whole, 100 * self._working / whole) if whole else (0.0, 0.0)
@@ -94,15 +94,15 @@ class MemoryUse:
         self._as_of = now
 
 
-def figures(requests: Iterable[Request], counts: CountTotals, models: Iterable[str]) -> Figures:
+def figures(requests: Iterable[Request], counts: EventCounts, models: Iterable[str]) -> Figures:
     """The figures of these requests and models."""
     listed, names = list(requests), list(models)
     return Figures(
         requests=len(listed),
         cold_starts=sum(request.cold for request in listed),
         loads=sum(counts.loads[name] for name in names),
-        displacements=sum(counts.displacements[name] for name in names),
-        hot_displacements=sum(counts.hot_displacements[name] for name in names),
+        displacements=sum(counts.evictions[name] for name in names),
+        hot_displacements=sum(counts.hot_evictions[name] for name in names),
         unserved=sum(request.begun is None for request in listed),
         waiting=waiting([request.waited for request in listed]),
     )

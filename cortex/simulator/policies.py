@@ -1,53 +1,32 @@
-"""Who decides in a simulation: cortex's planner, or what is common elsewhere, to compare it with. Pure."""
+"""The policies of a simulation: cortex's planner, and two common policies to compare it with. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 from cortex.config.catalogue import ModelProfile
+from cortex.control.scheduler import PLANNER, Policy
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import Resident, residents, rooms
 from cortex.placement.devices import MAX_DISPLACED_SETS, device_sets, eligible
 from cortex.placement.eviction import Claim, Displacement, Eviction
-from cortex.placement.fair_queue import Turn, after, has_a_place, next_turn
+from cortex.placement.fair_queue import Turn, after, has_a_place
 from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import View
 from cortex.placement.planner import Fit, Plan, verdicts
 from cortex.placement.refusal import refusal
-from cortex.placement.replicas import Upkeep, upkeep
+from cortex.placement.replicas import Upkeep
 from shared.errors import ServiceError
 
-
-class Policy(Protocol):
-    """Decides as cortex's scheduler asks: what to load now for those who wait, and what nobody need wait for."""
-
-    name: str
-
-    def turn(self, view: View) -> Turn: ...
-
-    def upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep: ...
+Choose = Callable[[View, Sequence["_Site"]], Plan | None]
+"""Picks one of the possible places of a model; None when it has to wait."""
 
 
-class Planner:
-    """What cortex does."""
+def _first_come_first_served(choose: Choose) -> Policy:
+    """Considers the waiting models in order of arrival; each takes the place that `choose` finds. Evicts idle models
+    only, whatever their priority and age, and never a pinned one. Adds and retires no replicas."""
 
-    name = "planner"
-
-    def turn(self, view: View) -> Turn:
-        return next_turn(view)
-
-    def upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
-        return upkeep(view, profiles)
-
-
-class _Baseline:
-    """First come, first served: everybody who waits is looked at in that order, and who finds a place takes it. Only
-    models without requests are displaced, whatever their priority and age, and none that is pinned."""
-
-    name = ""
-
-    def turn(self, view: View) -> Turn:
+    def next_turn(view: View) -> Turn:
         loads: list[Plan] = []
         refused: dict[str, ServiceError] = {}
         notes: dict[str, str] = {}
@@ -61,64 +40,59 @@ class _Baseline:
                 continue
             here = [node for node in nodes if (model_id, node.name) not in view.fleet.leaving]
             sites = [site for node in here for site in _sites(view, profile, node)]
-            plan = self._place(view, sites)
+            plan = choose(view, sites)
             if plan is None:
-                notes[model_id] = "waits for room"
+                notes[model_id] = "waiting for memory"
             else:
                 loads.append(plan)
                 view = after(view, plan)
         return Turn(tuple(loads), refused, notes)
 
-    def upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
+    def upkeep(view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
         return Upkeep()
 
-    def _place(self, view: View, sites: Sequence[_Site]) -> Plan | None:
-        raise NotImplementedError
+    return Policy(next_turn, upkeep)
 
 
-class LeastRecentlyUsed(_Baseline):
-    """Any node with room, the one with the most of it; else the models go that were used least recently."""
-
-    name = "lru"
-
-    def _place(self, view: View, sites: Sequence[_Site]) -> Plan | None:
-        with_room = [site for site in sites if not site.missing_mb]
-        if with_room:
-            roomiest = max(with_room, key=lambda site: site.spare_mb)
-            return roomiest.plan()
-        found: list[tuple[float, _Site, list[Resident]]] = []
-        for site in sites:
-            leaving = site.make_room(view, lambda each: max(each.last_used, each.loaded_at))
-            if leaving is not None:
-                found.append((max(max(each.last_used, each.loaded_at) for each in leaving), site, leaving))
-        if not found:
-            return None
-        _, site, leaving = min(found, key=lambda each: each[0])
-        return site.plan(leaving, view.now)
-
-
-class FirstFit(_Baseline):
-    """The first node with room, in the order of the names; else the first where enough can go, the oldest first."""
-
-    name = "first-fit"
-
-    def _place(self, view: View, sites: Sequence[_Site]) -> Plan | None:
-        ordered = sorted(sites, key=lambda site: (site.node.name, site.devices))
-        for site in ordered:
-            if not site.missing_mb:
-                return site.plan()
-        for site in ordered:
-            leaving = site.make_room(view, lambda each: each.loaded_at)
-            if leaving is not None:
-                return site.plan(leaving, view.now)
+def _least_recently_used(view: View, sites: Sequence[_Site]) -> Plan | None:
+    """The place with the most free memory; if none has enough, evicts the least recently used models."""
+    with_room = [site for site in sites if not site.missing_mb]
+    if with_room:
+        return max(with_room, key=lambda site: site.spare_mb).plan()
+    found: list[tuple[float, _Site, list[Resident]]] = []
+    for site in sites:
+        leaving = site.make_room(view, lambda each: max(each.last_used, each.loaded_at))
+        if leaving is not None:
+            found.append((max(max(each.last_used, each.loaded_at) for each in leaving), site, leaving))
+    if not found:
         return None
+    _, site, leaving = min(found, key=lambda each: each[0])
+    return site.plan(leaving, view.now)
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {each.name: each for each in (Planner, LeastRecentlyUsed, FirstFit)}
+def _first_fit(view: View, sites: Sequence[_Site]) -> Plan | None:
+    """The first node with enough free memory, by name; if none has, evicts the models loaded first, on the first node
+    where that is enough."""
+    ordered = sorted(sites, key=lambda site: (site.node.name, site.devices))
+    for site in ordered:
+        if not site.missing_mb:
+            return site.plan()
+    for site in ordered:
+        leaving = site.make_room(view, lambda each: each.loaded_at)
+        if leaving is not None:
+            return site.plan(leaving, view.now)
+    return None
+
+
+POLICIES: dict[str, Policy] = {
+    "planner": PLANNER,
+    "lru": _first_come_first_served(_least_recently_used),
+    "first-fit": _first_come_first_served(_first_fit),
+}
 
 
 class _Site:
-    """Devices of a node as a place for a model."""
+    """A set of devices of one node, as a possible place for a model."""
 
     def __init__(self, view: View, profile: ModelProfile, node: NodeSnapshot, devices: tuple[int, ...]) -> None:
         self.node = node
@@ -131,7 +105,7 @@ class _Site:
         self.spare_mb = sum(free.values()) - self._share_mb * len(devices)
 
     def make_room(self, view: View, age: Callable[[Resident], float]) -> list[Resident] | None:
-        """Idle models that go, the oldest first; None when all of them are not enough."""
+        """Idle models to evict, oldest first; None when evicting all of them is not enough."""
         idle = [each for each in residents(view, self.node) if not each.in_flight and each.protected is None]
         chosen: list[Resident] = []
         for each in sorted(idle, key=lambda each: (age(each), each.key)):
@@ -140,7 +114,7 @@ class _Site:
             chosen.append(each)
         if not self._suffice(chosen):
             return None
-        for each in reversed(list(chosen)):  # who need not go stays, the youngest first
+        for each in reversed(list(chosen)):  # spare those that need not go, youngest first
             rest = [other for other in chosen if other is not each]
             if self._suffice(rest):
                 chosen = rest

@@ -1,11 +1,11 @@
-"""Simulations as tables for people. Pure."""
+"""Simulations as tables for people."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cortex.cli.tables import table
 from cortex.simulator.outcome import Figures, Outcome
+from shared.tables import table
 
 _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("requests", lambda f: str(f.requests)),
@@ -27,7 +27,7 @@ def side_by_side(outcomes: Sequence[Outcome]) -> str:
     rows: list[list[str]] = [[label, *(show(each.total) for each in outcomes)] for label, show in _ROWS]
     rows.append(["VRAM loaded", *(f"{each.vram_loaded_pct:.1f} %" for each in outcomes)])
     rows.append(["VRAM in use", *(f"{each.vram_in_use_pct:.1f} %" for each in outcomes)])
-    return table(["", *(each.policy for each in outcomes)], rows)
+    return table([["", *(each.policy for each in outcomes)], *rows])
 
 
 def by_model(outcome: Outcome) -> str:
@@ -47,4 +47,4 @@ def by_model(outcome: Outcome) -> str:
         for model, each in sorted(outcome.by_model.items(), key=lambda item: (-item[1].requests, item[0]))
     ]
     head = ["REQUESTS", "COLD", "LOADS", "DISPLACED", "UNSERVED", "MEAN", "P99", "MAX"]
-    return table([outcome.policy.upper(), *head], rows)
+    return table([[outcome.policy.upper(), *head], *rows])

@@ -1,47 +1,56 @@
-"""One connection to an engine: a request goes out, an answer's bytes come in and pass on as they are."""
+"""One connection to an engine: sends a request and passes the bytes of the answer on unchanged."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 from cortex.http import headers as names
 from cortex.http.framing import PREFIXES, BadFraming, BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http.heads import BadHead, HeadReader, ResponseHead, response_reader
+from cortex.upstream.address import Address
 from cortex.upstream.tail import MOST_CHUNKS, UsageTail
 
-if TYPE_CHECKING:
-    from cortex.upstream.pool import Address, EnginePool
-
-# Above it two writes cost less than one copy.
+# Above this size two writes cost less than one copy.
 _JOINED_BYTES: Final = 16384
 
 Body = SizedBody | ChunkedBody | BodyUntilClose
 
 MAX_INTERIM: Final = 32
-"""Interim answers (100, 103) before one that counts."""
+"""Interim answers (100, 103) before the final one."""
 
 
 class Exchange(Protocol):
-    """What an engine connection tells about the one request it works on. Exactly one of `lost` and `ended` ends it."""
+    """Receives the answer to one request from an EngineConnection. Exactly one of `lost` and `ended` is called last."""
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
-        """The answer's head is there, and with it the first bytes of its body (none, perhaps)."""
+        """The head of the answer has arrived, with the first bytes of its body, if any."""
 
     def passed(self, data: bytes) -> None:
-        """Bytes of the answer's body, in their framing."""
+        """Further bytes of the body, still framed."""
 
     def ended(self) -> None:
-        """The answer is whole."""
+        """The answer is complete."""
 
     def lost(self, reason: str, *, stale: bool) -> None:
-        """The engine is lost. `stale`: before any byte of an answer, on a connection that had served before."""
+        """The connection broke. `stale`: before any byte of an answer, on a connection that had served before."""
+
+
+class ConnectionOwner(Protocol):
+    """The pool that a connection belongs to."""
+
+    def opened(self, connection: EngineConnection) -> None: ...
+
+    def closed(self, connection: EngineConnection) -> None: ...
+
+    def put(self, connection: EngineConnection) -> None:
+        """The connection is idle and can be reused."""
 
 
 class EngineConnection:
-    """Belongs to the pool while idle, to one exchange while it works. An asyncio.Protocol in all but name: mypyc
-    compiles no class with a base that is not compiled."""
+    """Belongs to its owner while idle, to one exchange while it works. Implements asyncio.Protocol without inheriting
+    from it: mypyc cannot compile a class whose base is not compiled."""
 
     __slots__ = (
         "_between",
@@ -51,8 +60,8 @@ class EngineConnection:
         "_interim",
         "_keep_alive",
         "_on_made",
+        "_owner",
         "_paused",
-        "_pool",
         "_reader",
         "_served",
         "_straight",
@@ -64,13 +73,13 @@ class EngineConnection:
         "transport",
     )
 
-    def __init__(self, pool: EnginePool, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
-        """`on_made` is called as soon as something can be sent."""
+    def __init__(self, owner: ConnectionOwner, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
+        """`on_made` is called as soon as a request can be sent."""
         self.address = address
         self._on_made: Callable[[EngineConnection], None] | None = on_made
         self.idle_since = 0.0
         self.transport: asyncio.Transport  # set by connection_made
-        self._pool = pool
+        self._owner = owner
         self._exchange: Exchange | None = None
         self._reader: tuple[ResponseHead, HeadReader] | None = None
         self._body: Body | None = None
@@ -80,13 +89,13 @@ class EngineConnection:
         self._paused = False
         self._to_head = False
         self._straight = False
-        self._between = False  # and the next byte begins a chunk
+        self._between = False  # passing straight, and the next byte begins a chunk
         self._write: Callable[[bytes], None]
         self._tail: UsageTail
         self._chunks: list[bytes]
 
     def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
-        """Writes a request. Its answer goes to `exchange`."""
+        """Sends a request. Its answer goes to `exchange`."""
         self._to_head = head.startswith(b"HEAD ")
         self._exchange = exchange
         self._body = None
@@ -100,13 +109,13 @@ class EngineConnection:
             self.transport.write(head + body)
 
     def abandon(self) -> None:
-        """Nobody wants the answer any more: closing is what tells the engine to stop."""
+        """Drops the answer and closes the connection, which tells the engine to stop."""
         self._exchange = None
         self._straight = self._between = False
         self.transport.abort()
 
     def drop(self) -> None:
-        """Nobody wants more of the answer than its head. The connection is kept where the answer is whole already."""
+        """Drops the rest of an answer after its head. Keeps the connection if the answer is already complete."""
         body = self._body
         if body is not None and body.ended:
             self._release(body)
@@ -115,16 +124,16 @@ class EngineConnection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._pool.opened(self)
-        on_made, self._on_made = self._on_made, None  # it leads to the first request, which is not to be kept
+        self._owner.opened(self)
+        on_made, self._on_made = self._on_made, None  # would keep the first request alive
         assert on_made is not None
         on_made(self)
 
     def data_received(self, data: bytes) -> None:
         size = len(data)
         if self._between and size < len(PREFIXES) and data.startswith(PREFIXES[size]) and data.endswith(b"\r\n"):
-            # The usual case by far, one whole chunk in a piece, in as few steps as possible: each call more makes
-            # itself felt in what a stream costs.
+            # The hot path of every stream: one whole chunk per read. Inlined, because each additional call measurably
+            # raises the cost of a stream.
             chunks = self._chunks
             chunks.append(data)
             if len(chunks) > MOST_CHUNKS:
@@ -132,7 +141,7 @@ class EngineConnection:
             self._write(data)
             return
         exchange = self._exchange
-        if exchange is None:  # an idle connection has nothing to say
+        if exchange is None:  # nothing may arrive on an idle connection
             self.transport.abort()
             return
         body = self._body
@@ -153,7 +162,7 @@ class EngineConnection:
             self._between = body.between
 
     def pass_straight(self, write: Callable[[bytes], None], tail: UsageTail) -> None:
-        """From now on whole chunks of the present answer go to `write` and `tail`, and not by the exchange."""
+        """From now on whole chunks of the current answer go to `write` and `tail` and bypass the exchange."""
         body = self._body
         assert isinstance(body, ChunkedBody)
         self._straight = True
@@ -163,10 +172,16 @@ class EngineConnection:
         self._chunks = tail.chunks
 
     def eof_received(self) -> None:
-        """The transport closes itself, and `connection_lost` follows."""
+        """The transport closes itself; `connection_lost` follows."""
+
+    def pause_writing(self) -> None:
+        """Nothing to pause: the request is written as a whole."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._pool.closed(self)
+        self._owner.closed(self)
         if self._exchange is None:
             return
         if isinstance(self._body, BodyUntilClose) and exc is None:
@@ -187,19 +202,19 @@ class EngineConnection:
                     return
                 self._skip_interim(head)
             except BadHead as error:
-                self.lose(f"its answer is not HTTP: {error}")
+                self.lose(f"invalid HTTP answer: {error}")
                 return
             data = rest
 
     def _skip_interim(self, head: ResponseHead) -> None:
-        """100 and 103 say that the answer is still to come."""
+        """Skips 100 and 103; the final answer follows."""
         self._interim += 1
         if head.status == 101 or self._interim > MAX_INTERIM:
             raise BadHead(f"status {head.status}")
         self._reader = response_reader()
 
     def _begin(self, head: ResponseHead, rest: bytes) -> None:
-        """The head and what came with it pass on in one piece."""
+        """Passes the head on together with the bytes that came with it."""
         exchange = self._exchange
         assert exchange is not None
         body = _framing(head, to_head=self._to_head)
@@ -215,7 +230,7 @@ class EngineConnection:
         self._keep_alive = head.keep_alive
         self._body = body
         exchange.began(head, body, first)
-        if self._exchange is not exchange:  # it wants no more, and the connection may work for another one by now
+        if self._exchange is not exchange:  # it dropped the answer; the connection may already serve another exchange
             return
         if fault:
             self.lose(fault)
@@ -230,12 +245,12 @@ class EngineConnection:
         exchange.ended()
 
     def _release(self, body: Body) -> None:
-        """The present answer is over: back to the pool, if the next one can be told from it."""
+        """The current answer is complete: returns the connection to its owner if it can be reused."""
         self._exchange = self._body = None
         self._straight = self._between = False
         self._served += 1
         transport = self.transport
-        # An answer may come before the request is wholly written: the rest of that would read as the next one.
+        # If the answer came before the request was completely written, the rest would be read as the next request.
         if (
             self._keep_alive
             and not body.excess
@@ -243,12 +258,12 @@ class EngineConnection:
             and not transport.get_write_buffer_size()
         ):
             self.resume()
-            self._pool.put(self)
+            self._owner.put(self)
         else:
             transport.abort()
 
     def lose(self, reason: str) -> None:
-        """Ends the exchange that is under way; `reason` is for whoever reads of it."""
+        """Ends the current exchange as lost; `reason` goes into logs and error messages."""
         exchange = self._exchange
         assert exchange is not None
         untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim
@@ -258,7 +273,7 @@ class EngineConnection:
         exchange.lost(reason, stale=untouched and self._served > 0)
 
     def pause(self) -> None:
-        """Stops the reading: the engine's sending stops with it."""
+        """Stops reading, which makes the engine stop sending."""
         if not self._paused and not self.transport.is_closing():
             self._paused = True
             self.transport.pause_reading()
@@ -270,7 +285,7 @@ class EngineConnection:
 
 
 def _framing(head: ResponseHead, *, to_head: bool) -> Body:
-    """RFC 9112, section 6.3; BadHead where the end of the body cannot be told safely."""
+    """The body framing, by RFC 9112, section 6.3. Raises BadHead if the end of the body is ambiguous."""
     encoding, length = head.named.get(names.TRANSFER_ENCODING), head.named.get(names.CONTENT_LENGTH)
     if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
         raise BadHead(f"transfer encoding {encoding[:64]!r}, length {length!r}")

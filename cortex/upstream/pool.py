@@ -1,4 +1,4 @@
-"""Connections to engines: opened, kept while they are good, and counted."""
+"""The pool of connections to engines: opens them, reuses idle ones, closes those that idle too long."""
 
 from __future__ import annotations
 
@@ -7,41 +7,24 @@ import socket
 import ssl
 from collections.abc import Callable
 from ipaddress import ip_address
-from typing import Final, NamedTuple, cast
-from urllib.parse import urlsplit
+from typing import Final, cast
 
+from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from cortex.upstream.replica import FailureKind
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
-"""How long an idle connection to an engine is kept: below the 5 s after which vLLM's server closes it itself."""
+"""How long an idle connection to an engine is kept. vLLM's server closes it after 5 s."""
 CONNECT_TIMEOUT_SECS: Final = 5.0
 RESOLVED_SECS: Final = 10.0
-"""How long a host's addresses are remembered."""
+"""How long resolved host names are cached."""
 _SWEEP_SECS: Final = 1.0
 
 
-class Address(NamedTuple):
-    """Where connections go to; those of one address are alike. `port` 0: `host` names a Unix socket, with a leading NUL
-    one of Linux's abstract namespace."""
-
-    host: str
-    port: int
-    tls: bool = False
-
-    @property
-    def authority(self) -> bytes:
-        """The Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        if self.port == (443 if self.tls else 80):
-            return host.encode()
-        return f"{host}:{self.port}".encode()
-
-
 class NoConnection(Exception):
-    """None could be opened. Refused (also: no route, no such name) means that nobody is there, a time-out that somebody
-    may be, and is busy."""
+    """No connection could be opened. `kind` "refused" (also no route, unknown host) means that nothing listens there,
+    "timeout" that the server may only be busy."""
 
     def __init__(self, reason: str, kind: FailureKind) -> None:
         super().__init__(reason)
@@ -49,21 +32,8 @@ class NoConnection(Exception):
         self.kind: FailureKind = kind
 
 
-def parse_url(url: str) -> tuple[Address, bytes]:
-    """Where a base URL leads, and the path prefix that it has.
-
-    Raises:
-        ValueError: it is no http or https URL.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"not an HTTP URL: {url!r}")
-    tls = parts.scheme == "https"
-    return Address(parts.hostname, parts.port or (443 if tls else 80), tls), parts.path.rstrip("/").encode("ascii")
-
-
 class EnginePool:
-    """Owns every connection to an engine; another one those to the neurons."""
+    """Owns the connections to all engines; a second pool owns those to the neurons."""
 
     def __init__(self, idle_secs: float = IDLE_SECS) -> None:
         self._loop = asyncio.get_running_loop()
@@ -75,7 +45,7 @@ class EnginePool:
         self._sweeping: asyncio.TimerHandle | None = None
 
     def take(self, address: Address) -> EngineConnection | None:
-        """An idle connection, the last used first; None when there is none that is good."""
+        """An idle connection that is still open, most recently used first; None without one."""
         idle = self._idle.get(address)
         oldest = self._loop.time() - self._idle_secs
         while idle:
@@ -86,17 +56,17 @@ class EnginePool:
         return None
 
     def put(self, connection: EngineConnection) -> None:
-        """Takes a connection back."""
+        """Takes an idle connection back."""
         connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(_SWEEP_SECS, self._sweep)
 
     async def connect(self, address: Address, on_made: Callable[[EngineConnection], None]) -> None:
-        """Opens a new connection, which `on_made` is called with.
+        """Opens a new connection and passes it to `on_made`.
 
         Raises:
-            NoConnection: there is none to be had within CONNECT_TIMEOUT_SECS.
+            NoConnection: it failed, or took longer than CONNECT_TIMEOUT_SECS.
         """
 
         def factory() -> asyncio.Protocol:
@@ -110,14 +80,14 @@ class EnginePool:
                     await self._connect_unix(address, factory)
         except (asyncio.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
             raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
             raise NoConnection(str(error) or type(error).__name__, "refused") from error
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
-            sock.connect(address.host)  # at once, or it fails because the other side's backlog is full
+            sock.connect(address.host)  # immediate, or fails because the other side's backlog is full
             await self._loop.create_unix_connection(factory, sock=sock)
         except BaseException:
             sock.close()
@@ -150,7 +120,7 @@ class EnginePool:
             idle.remove(connection)
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes all connections."""
         if self._sweeping is not None:
             self._sweeping.cancel()
         for connection in list(self._open):
@@ -174,12 +144,12 @@ class EnginePool:
         return self._tls
 
     def _sweep(self) -> None:
-        """Closes what has been idle too long, and looks again while anything is idle."""
+        """Closes what has been idle too long; runs again while anything is idle."""
         oldest = self._loop.time() - self._idle_secs
         for address, idle in list(self._idle.items()):
             for connection in idle:
                 if connection.idle_since > oldest:
-                    break  # they stand in the order in which they came back
+                    break  # ordered by the time they became idle
                 connection.transport.abort()
             self._idle[address] = [c for c in idle if c.idle_since > oldest]
             if not self._idle[address]:

@@ -1,4 +1,4 @@
-"""What the control tells a worker about where a request may go, and what it hears back."""
+"""What control and workers exchange about the routing of one request. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shared.protocol import ErrorCode
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine that has the model. `url` is its base URL; `others` is the work there that is not this cortex's, by its
+    """An engine that has the model. `url` is its base URL; `others` is its work for other clients of the engine, by the
     neuron's last report (`choice.beyond_ours`).
 
-    `fresh`: the neuron has just been asked for the endpoint. A remembered one may have moved since.
+    `fresh`: the neuron has just been asked for the endpoint. A cached one may have moved since.
     """
 
     model_id: str
@@ -27,14 +27,14 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status"]
-"""refused: nobody listens there, the engine is dead. timeout: no connection in time, it may just be busy. reset: lost
+"""refused: nothing listens there, the engine is dead. timeout: no connection in time, it may only be busy. reset: lost
 before a byte of its answer. status: it answered 502 or 503, and the answer was not passed on."""
 
 TIMEOUTS_BEFORE_GIVING_UP = 2
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that gave no answer for the client."""
+    """A replica that had no answer for the client."""
 
     replica: Replica
     reason: str
@@ -42,23 +42,22 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request goes. `cold`: it had to wait for the model to be loaded."""
+    """Where a request goes. `cold`: it waited for the model to load."""
 
     replica: Replica
     cold: bool = False
 
 
 class WaitNote(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client that waits may be told, in one line. `node` is where its model is on its way, None while it has no
-    place."""
+    """One line of progress for a waiting client. `node` is where the model loads, None while it has no placement."""
 
     text: str
     node: str | None = None
 
 
 def given_up(failures: Sequence[Failure]) -> set[str]:
-    """The neurons that one request is not sent to again: those that gave no answer at an endpoint which had just been
-    asked for, and those that let it wait for a connection twice. One that answered 502 or 503 is alive."""
+    """The neurons that a request is not sent to again: no answer at a fresh endpoint, or two connection timeouts. A
+    neuron whose engine answered 502 or 503 is alive."""
     nodes = [failure.replica.node for failure in failures if failure.kind == "timeout"]
     slow = {node for node in nodes if nodes.count(node) >= TIMEOUTS_BEFORE_GIVING_UP}
     lost = {f.replica.node for f in failures if f.replica.fresh and f.kind in ("refused", "reset")}
@@ -66,7 +65,7 @@ def given_up(failures: Sequence[Failure]) -> set[str]:
 
 
 def untried_first(nodes: Sequence[str], failures: Sequence[Failure]) -> list[str]:
-    """The neurons in their order, those that this request was sent to in vain behind all others."""
+    """The neurons in their order, but those that this request has tried come last."""
     tried = {failure.replica.node for failure in failures}
     return sorted(nodes, key=lambda node: node in tried)
 

@@ -1,4 +1,4 @@
-"""The engine's token counts, read from an answer's bytes as it passes."""
+"""The engine's token counts, read from the last bytes of an answer. Pure."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Several processes on one port: each serves clients, one control process decides for all."""
+"""Worker processes that serve clients on one shared port, and their channel to the control process, which decides for
+all of them. `cortex serve` starts them through the Supervisor."""

@@ -1,4 +1,4 @@
-"""A worker process. Started by the control and by nobody else; its arguments are inherited descriptors."""
+"""A worker process. Only the control starts it; its arguments are inherited file descriptors."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.metrics.in_flight import Key
 from cortex.proxy.gateway import Gateway
-from cortex.upstream.pool import Address
+from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,
-    Changed,
     Collect,
     Counted,
-    Elsewhere,
     InFlightNow,
     Notes,
+    OthersInFlight,
     Ready,
     Refused,
     Resolved,
     Setup,
     Stop,
+    TableChanged,
     ToWorker,
     counts_from_wire,
     counts_to_wire,
@@ -43,11 +43,11 @@ from shared.tasks import cancel_all
 log = logging.getLogger(__name__)
 
 REPORT_SECS = 0.2
-"""How soon the others hear of a change of what is in flight here."""
+"""How soon the other workers learn of a change in the requests in flight here."""
 
 
 async def work(channel_fd: int, listen_fds: list[int]) -> None:
-    """Serves until the control says stop, or is gone."""
+    """Serves until the control says stop or is gone."""
     decoder = msgspec.msgpack.Decoder(ToWorker)
     channel: Channel[ToWorker] = await Channel.over(socket.socket(fileno=channel_fd), decoder)
     messages = channel.messages()
@@ -55,11 +55,11 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     if not isinstance(setup, Setup):
         return
     config = CortexConfig.model_validate_json(setup.config)
-    configure_logging(config.log_level)
+    configure_logging(config.log_level, config.log_format)
     control = RemoteControl(setup, channel.send)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the control reads the files, and tells
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the control reloads the files and sends the changes
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
@@ -81,22 +81,22 @@ async def listen(
     gateway: Gateway,
     stop: asyncio.Event,
 ) -> None:
-    """Does what the control says until it is gone; sets `stop` then, or when it says so."""
+    """Applies the control's messages until it is gone. Sets `stop` then, or when the control sends Stop."""
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case Changed() | CatalogueChanged() | Resolved() | Refused() | Notes():
-                    control.hear(message)
-                case Elsewhere(counts):
+                case TableChanged() | CatalogueChanged() | Resolved() | Refused() | Notes():
+                    control.receive(message)
+                case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
-                    await asyncio.sleep(0)  # whoever was given an engine by the message before is to be counted
+                    await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
                     channel.send(_counted(number, gateway))
                 case Stop():
                     gateway.draining = True
                     stop.set()
                 case Setup():
-                    raise AssertionError("a worker is set up once")
+                    raise AssertionError("second Setup message")
     log.warning("the control process is gone: stopping")
     control.lost()
     stop.set()
@@ -107,16 +107,16 @@ def _counted(number: int, gateway: Gateway) -> Counted:
 
 
 def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
-    """Tells of changes, many at a time."""
+    """Reports changes in batches."""
     loop = asyncio.get_running_loop()
     scheduled = False
-    told: dict[Key, int] = {}
+    reported: dict[Key, int] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
-        begun = {key: count for key, count in gateway.in_flight.begun.items() if told.get(key) != count}
-        told.update(begun)
+        begun = {key: count for key, count in gateway.in_flight.begun.items() if reported.get(key) != count}
+        reported.update(begun)
         channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun)))
 
     def changed() -> None:

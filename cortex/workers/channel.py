@@ -1,4 +1,4 @@
-"""Messages over a stream socket: each with its length in front, in MessagePack."""
+"""Messages over a stream socket: MessagePack with a length prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class Channel(Generic[Received]):
-    """One end. Sending never waits: messages are small, and the other end reads all the time."""
+    """One end of a connection. Sending never waits: messages are small, and the other end always reads."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, received: msgspec.msgpack.Decoder[Received]
@@ -28,18 +28,18 @@ class Channel(Generic[Received]):
 
     @classmethod
     async def over(cls, sock: socket.socket, received: msgspec.msgpack.Decoder[Received]) -> Channel[Received]:
-        """The channel over a connected socket, which it owns from now on."""
+        """The channel over a connected socket, which it takes over."""
         reader, writer = await asyncio.open_unix_connection(sock=sock)
         return cls(reader, writer, received)
 
     def send(self, message: Any) -> None:
-        """Nothing happens when the other end is gone: whoever reads learns it."""
+        """Does nothing if the other end is gone; `messages` ends then."""
         if not self._writer.is_closing():
             data = self._encoder.encode(message)
             self._writer.write(_LENGTH.pack(len(data)) + data)
 
     async def messages(self) -> AsyncIterator[Received]:
-        """What the other end sends, until it is gone."""
+        """The messages of the other end, until it is gone."""
         while True:
             try:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
@@ -48,7 +48,7 @@ class Channel(Generic[Received]):
                 return
 
     async def close(self) -> None:
-        """Sends what is waiting, then closes."""
+        """Sends what is buffered, then closes."""
         self._writer.close()
         try:
             await self._writer.wait_closed()

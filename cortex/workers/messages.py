@@ -1,4 +1,4 @@
-"""What control and workers tell each other."""
+"""The messages between the control process and its workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.errors import ServiceError
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """The first message to a worker: all that it needs to begin."""
+    """The first message to a worker: everything that it needs to start."""
 
     config: str  # CortexConfig as JSON
     models: list[str]
@@ -23,8 +23,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     control_host: str
 
 
-class Changed(msgspec.Struct, frozen=True, tag=True):
-    """The replicas of a model that can be used without asking."""
+class TableChanged(msgspec.Struct, frozen=True, tag=True):
+    """The replicas of a model that can be used without asking, from now on."""
 
     model_id: str
     replicas: tuple[Replica, ...]
@@ -37,19 +37,21 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     aliases: dict[str, str]
 
 
-class Elsewhere(msgspec.Struct, frozen=True, tag=True):
-    """What the other workers have in flight."""
+class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
+    """The requests that the other workers have in flight."""
 
     counts: list[tuple[str, str, int]]
 
 
 class Resolved(msgspec.Struct, frozen=True, tag=True):
+    """Answers Resolve: the request can be sent."""
+
     number: int
     route: Route
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A ServiceError."""
+    """Answers Resolve: the request cannot be served, for this ServiceError."""
 
     number: int
     status: int
@@ -61,22 +63,22 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Notes(msgspec.Struct, frozen=True, tag=True):
-    """What is known of the models that the worker waits for."""
+    """The progress of the models that the worker waits for."""
 
     by_model: dict[str, WaitNote]
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
-    """Asks for Counted."""
+    """Asks for a Counted with the same number."""
 
     number: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Finish what is in flight, then end."""
+    """Finish the requests in flight, then exit."""
 
 
-ToWorker = Setup | Changed | CatalogueChanged | Elsewhere | Resolved | Refused | Notes | Collect | Stop
+ToWorker = Setup | TableChanged | CatalogueChanged | OthersInFlight | Resolved | Refused | Notes | Collect | Stop
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -84,33 +86,36 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Resolve(msgspec.Struct, frozen=True, tag=True):
+    """Asks for an engine for one request. `failures` are the replicas that it has tried."""
+
     number: int
     model_id: str
     failures: list[Failure]
+    request_id: str | None
 
 
-class GiveUp(msgspec.Struct, frozen=True, tag=True):
-    """Nobody waits for this resolution any more."""
+class CancelResolve(msgspec.Struct, frozen=True, tag=True):
+    """The request of this Resolve is gone."""
 
     number: int
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
-    """What the worker has in flight, and how many requests it has begun, of the models with a change since."""
+    """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
 
     counts: list[tuple[str, str, int]]
     begun: list[tuple[str, str, int]]
 
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
-    """Everything counted since the worker began. `number` is that of the Collect, 0 for the last word of a worker."""
+    """Everything counted since the worker started. `number` is that of the Collect, 0 for a worker's final report."""
 
     number: int
-    tally: Counters
+    counters: Counters
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | GiveUp | InFlightNow | Counted
+FromWorker = Ready | Resolve | CancelResolve | InFlightNow | Counted
 
 
 def counts_to_wire(counts: Mapping[Key, int]) -> list[tuple[str, str, int]]:

@@ -1,4 +1,4 @@
-"""The control, as a worker process sees it at the other end of its channel."""
+"""A worker's view of the control process, at the other end of its channel."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 from cortex.http.stopping import stopping
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from cortex.workers.messages import (
+    CancelResolve,
     CatalogueChanged,
-    Changed,
-    GiveUp,
     Notes,
     Refused,
     Resolve,
     Resolved,
     Setup,
+    TableChanged,
     error_from_wire,
 )
+from shared.request_ids import current_request_id
 
 
 class RemoteControl:
-    """Implements `proxy.gateway.Control`."""
+    """Implements `proxy.context.Control`."""
 
     def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
         self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
@@ -43,30 +44,30 @@ class RemoteControl:
         return model_id in self._models
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
-        """As `cortex.control.resolver.Resolver.resolve`. Unavailable when the control is gone."""
+        """As `cortex.control.resolver.Resolver.resolve`. Raises Unavailable if the control is gone."""
         if self._gone:
             raise stopping()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send(Resolve(number, model_id, list(failures)))
+        self._send(Resolve(number, model_id, list(failures), current_request_id()))
         try:
             return await future
         finally:
             del self._waiting[number]
             if future.cancelled():
-                self._send(GiveUp(number))
+                self._send(CancelResolve(number))
             if not self._waiting:
-                self._notes = {}  # of a wait that is over
+                self._notes = {}  # outdated at the next wait
 
     def note(self, model_id: str) -> WaitNote | None:
-        """What the control last told of a model that somebody here waits for."""
+        """The last reported progress of a model that this worker waits for."""
         return self._notes.get(model_id)
 
-    def hear(self, message: Changed | CatalogueChanged | Resolved | Refused | Notes) -> None:
-        """Takes what the control says."""
+    def receive(self, message: TableChanged | CatalogueChanged | Resolved | Refused | Notes) -> None:
+        """Applies a message from the control."""
         match message:
-            case Changed(model_id, replicas):
+            case TableChanged(model_id, replicas):
                 if replicas:
                     self.table[model_id] = replicas
                 else:
@@ -86,7 +87,7 @@ class RemoteControl:
                     future.set_exception(error_from_wire(message))
 
     def lost(self) -> None:
-        """The control is gone: nobody can be given an engine any more."""
+        """The control is gone: fails all waiting requests, and later ones."""
         self._gone = True
         for future in self._waiting.values():
             if not future.done():

@@ -1,4 +1,4 @@
-"""The control's side of its workers: started, told, heard, replaced when they die, and stopped."""
+"""The control's side of its workers: starts them, answers them, replaces those that die, and stops them."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ import msgspec
 from cortex.control.wiring import Parts
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import Key
-from cortex.upstream.pool import Address
+from cortex.upstream.address import Address
 from cortex.upstream.replica import Failure, Replica
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    CancelResolve,
     CatalogueChanged,
-    Changed,
     Collect,
     Counted,
-    Elsewhere,
     FromWorker,
-    GiveUp,
     InFlightNow,
     Notes,
+    OthersInFlight,
     Ready,
     Resolve,
     Resolved,
     Setup,
     Stop,
+    TableChanged,
     counts_from_wire,
     counts_to_wire,
     error_to_wire,
 )
 from shared.errors import ServiceError
+from shared.request_ids import request_scope
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
 COLLECT_TIMEOUT_SECS = 1.0
 STOP_MARGIN_SECS = 5.0
-"""What a worker may take to end beyond its drain time-out."""
+"""Time for a worker to exit beyond its drain timeout."""
 NOTES_SECS = 1.0
-"""Between two words on the models that a worker waits for."""
+"""Between two reports on the models that a worker waits for."""
 EARLY_DEATH_SECS = 5.0
-"""A worker that dies sooner is replaced only after a pause."""
+"""A worker that exits sooner is replaced only after a pause."""
 MAX_PAUSE_SECS = 30.0
 
 
-class Worker:
-    """One worker process and its channel. Implements `counts.WorkerCounts` with what it last told."""
+class WorkerProcess:
+    """One worker process and its channel. Implements `metrics.worker_counts.WorkerCounts` with its last report."""
 
     def __init__(
         self,
@@ -64,25 +65,25 @@ class Worker:
         channel: Channel[FromWorker],
         ready: asyncio.Event,
     ) -> None:
-        """`ready` is set when the worker serves."""
+        """Sets `ready` once the worker serves."""
         self.process = process
         self._ready = ready
         self._parts = parts
         self._channel = channel
-        self._tally = Counters()
+        self._counters = Counters()
         self._in_flight: Mapping[Key, int] = {}
         self._begun: dict[Key, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
-        self._wanted: dict[int, str] = {}  # the models of these resolutions
+        self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
-        # The first one comes before the worker's first comment.
+        # The first report arrives before the worker's first keep-alive comment.
         self._note_secs = min(NOTES_SECS, parts.config.waiting.first_comment_secs / 2)
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._numbers = 0
 
     def collect(self) -> Counters:
-        return self._tally
+        return self._counters
 
     def in_flight_here(self) -> Mapping[Key, int]:
         return self._in_flight
@@ -91,7 +92,7 @@ class Worker:
         return self._begun
 
     async def refresh(self) -> None:
-        """Asks for the latest counts; a worker that is too busy to answer keeps its last."""
+        """Asks for the latest counts. Without an answer in time the last ones stay."""
         self._numbers += 1
         number, future = self._numbers, asyncio.get_running_loop().create_future()
         self._collecting[number] = future
@@ -103,56 +104,54 @@ class Worker:
         finally:
             del self._collecting[number]
 
-    def tell(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         self._channel.send(message)
 
     async def listen(self) -> None:
-        """Serves what the worker asks, until it is gone."""
+        """Handles the worker's messages until it is gone."""
         try:
             async for message in self._channel.messages():
                 match message:
-                    case Resolve(number, model_id, failures):
-                        self._resolve(number, model_id, failures)
-                    case GiveUp(number):
+                    case Resolve(number, model_id, failures, request_id):
+                        self._resolve(number, model_id, failures, request_id)
+                    case CancelResolve(number):
                         if number in self._resolving:
                             self._resolving[number].cancel()
                     case InFlightNow(counts, begun):
                         self._in_flight = counts_from_wire(counts)
                         self._begun.update(counts_from_wire(begun))
-                        self._tell_the_others()
-                    case Counted(number, tally, counts):
-                        self._tally = tally
+                        self._update_others()
+                    case Counted(number, counters, counts):
+                        self._counters = counters
                         self._in_flight = counts_from_wire(counts)
                         _answered(self._collecting.get(number))
                     case Ready():
                         self._ready.set()
         finally:
-            for waiting in self._collecting.values():
-                _answered(waiting)  # its last word has come
             self._in_flight = {}
-            for waiting in self._collecting.values():  # it will not answer any more
-                if not waiting.done():
-                    waiting.set_result(None)
+            for waiting in self._collecting.values():
+                _answered(waiting)  # no further report will come
             if self._noting is not None:
                 self._noting.cancel()
             await self._tasks.close()
             await self._channel.close()
 
-    def _resolve(self, number: int, model_id: str, failures: list[Failure]) -> None:
-        task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
+    def _resolve(self, number: int, model_id: str, failures: list[Failure], request_id: str | None) -> None:
+        with request_scope(request_id):
+            task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
         self._resolving[number] = task
-        self._wanted[number] = model_id
+        self._resolving_models[number] = model_id
         task.add_done_callback(lambda _: self._resolved(number))
         if self._noting is None:
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
     def _resolved(self, number: int) -> None:
-        del self._resolving[number], self._wanted[number]
+        del self._resolving[number], self._resolving_models[number]
 
     def _note(self) -> None:
-        """Tells the worker how far the models are that it waits for, as long as there are any."""
+        """Sends the progress of the models that the worker waits for; repeats while there are any."""
         self._noting = None
-        models = set(self._wanted.values())
+        models = set(self._resolving_models.values())
         if models:
             self._channel.send(Notes({model_id: self._parts.resolver.note(model_id) for model_id in models}))
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
@@ -165,11 +164,11 @@ class Worker:
         else:
             self._channel.send(Resolved(number, route))
 
-    def _tell_the_others(self) -> None:
+    def _update_others(self) -> None:
         counts = self._parts.counts
         for other in counts.workers:
-            if isinstance(other, Worker) and other is not self:
-                other.tell(Elsewhere(counts_to_wire(counts.in_flight_beside(other))))
+            if isinstance(other, WorkerProcess) and other is not self:
+                other.send(OthersInFlight(counts_to_wire(counts.in_flight_beside(other))))
 
 
 def _answered(waiting: asyncio.Future[None] | None) -> None:
@@ -178,27 +177,28 @@ def _answered(waiting: asyncio.Future[None] | None) -> None:
 
 
 class Supervisor:
-    """Keeps one worker running for each listening socket. The sockets stay open here, so that connections which arrive
-    while a worker is replaced wait instead of being refused."""
+    """Keeps one worker running for each listening socket. The sockets stay open here: connections that arrive while a
+    worker is replaced wait instead of being refused."""
 
     def __init__(self, parts: Parts, socks: Sequence[socket.socket], address: Address) -> None:
         self._parts = parts
         self._socks = socks
         self._address = address
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
 
     @contextlib.asynccontextmanager
     async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
-        """The workers serve inside the body; on exit they finish what they have in flight. `stop` ends the wait for
-        workers that do not come up."""
+        """The workers serve inside the body; on exit they finish their requests in flight. `stop` ends the wait for
+        workers that do not start."""
         subscriptions = [
             self._parts.routes.subscribe(self._table_changed),
             self._parts.live.subscribe(self._catalogue_changed),
         ]
         keepers = [
-            asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(len(self._socks))
+            asyncio.create_task(self._keep_running(number), name=f"worker {number}")
+            for number in range(len(self._socks))
         ]
         try:
             await first_of({"ready": self._all_ready(), "stop": stop.wait()})
@@ -208,11 +208,11 @@ class Supervisor:
             for sock in self._socks:
                 sock.close()
             for worker in self._workers.values():
-                worker.tell(Stop())
-            await self._parts.counts.refresh()  # they have heard it: whoever is refused now is told to go elsewhere
+                worker.send(Stop())
+            await self._parts.counts.refresh()  # they know of it before requests are refused
             self._parts.stopping.begin()
-            patience = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
-            await asyncio.wait(keepers, timeout=patience)
+            timeout_secs = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
+            await asyncio.wait(keepers, timeout=timeout_secs)
             self.kill()
             await cancel_all(keepers)
             for unsubscribe in subscriptions:
@@ -223,25 +223,25 @@ class Supervisor:
             await ready.wait()
 
     def kill(self) -> None:
-        """Ends the workers at once."""
+        """Kills the workers."""
         for worker in self._workers.values():
             with contextlib.suppress(ProcessLookupError):
                 worker.process.send_signal(signal.SIGKILL)
 
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
-            worker.tell(Changed(model_id, replicas))
+            worker.send(TableChanged(model_id, replicas))
 
     def _catalogue_changed(self) -> None:
         models, aliases = self._catalogue()
         for worker in self._workers.values():
-            worker.tell(CatalogueChanged(models, aliases))
+            worker.send(CatalogueChanged(models, aliases))
 
     def _catalogue(self) -> tuple[list[str], dict[str, str]]:
         catalogue = self._parts.live.catalogue
         return [profile.id for profile in catalogue.models], dict(catalogue.aliases)
 
-    async def _keep(self, number: int) -> None:
+    async def _keep_running(self, number: int) -> None:
         pause = 0.0
         while not self._stopping:
             started = time.monotonic()
@@ -250,11 +250,11 @@ class Supervisor:
                 return
             early = time.monotonic() - started < EARLY_DEATH_SECS
             pause = min(max(2 * pause, 1.0), MAX_PAUSE_SECS) if early else 0.0
-            log.error("worker %d ended with status %d; its place is taken in %g s", number, status, pause)
+            log.error("worker %d exited with status %d; restarting in %g s", number, status, pause)
             await asyncio.sleep(pause)
 
     async def _run(self, number: int) -> int:
-        """One process, from its start to its end; its exit status."""
+        """Runs one process until it exits. Returns its exit status."""
         ours, theirs = socket.socketpair()
         listening = self._socks[number].fileno()
         with theirs:
@@ -263,20 +263,20 @@ class Supervisor:
                 *("-m", "cortex.workers", str(theirs.fileno()), str(listening)),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), listening),
-                start_new_session=True,  # Ctrl-C is for the control, which lets its workers finish
+                start_new_session=True,  # Ctrl-C goes to the control, which lets its workers finish
             )
         channel: Channel[FromWorker] = await Channel.over(ours, msgspec.msgpack.Decoder(FromWorker))
-        worker = Worker(self._parts, process, channel, self._ready[number])
-        worker.tell(self._setup())
+        worker = WorkerProcess(self._parts, process, channel, self._ready[number])
+        worker.send(self._setup())
         self._workers[number] = worker
-        if self._stopping:  # while the process was started: nobody else tells it
-            worker.tell(Stop())
+        if self._stopping:  # began while the process was started
+            worker.send(Stop())
         self._parts.counts.attach(worker)
         log.info("worker %d is process %d", number, process.pid)
         listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
         try:
             status = await process.wait()
-            await listen  # to its last word
+            await listen  # to its final report
         finally:
             if process.returncode is None:
                 process.kill()

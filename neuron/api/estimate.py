@@ -44,25 +44,25 @@ def _query(request: web.Request) -> Mapping[str, str]:
     for name in request.query:
         if name not in _PARAMETERS:
             known = ", ".join(sorted(_PARAMETERS))
-            raise InvalidRequest(f"{name[:80]!r} is no parameter of this request (there are {known})", param=name[:80])
+            raise InvalidRequest(f"unknown parameter {name[:80]!r} (known: {known})", param=name[:80])
         if len(request.query.getall(name)) > 1:
             raise InvalidRequest(f"{name}: given more than once", param=name)
     if not request.query.get("model"):
-        raise InvalidRequest("model: which one? an id or a path is needed", param="model")
+        raise InvalidRequest("model: required (an id or a path)", param="model")
     return request.query
 
 
 def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, bool]:
-    """The spec that this neuron remembers of the model, or one made of its name; and whether it was remembered.
+    """The remembered spec of the model, or one made from its name; and whether it was remembered.
 
-    The harness's `extra_args` are at its end, as they are on the command line.
+    The harness's `extra_args` are appended, as on the command line.
     """
     name = query["model"]
     remembered = next((worker.spec for worker in services.workers.all if worker.model_id == name), None)
     quant = query.get("quant")
     try:
         command = LoadCommand(model_id=name, quant=quant, harness=None)
-        made = spec_of(command, harnesses=services.config.harness_names)  # refuses what no load would accept either
+        made = spec_of(command, harnesses=services.config.harness_names)  # refuses whatever a load would refuse
     except ValidationError as error:
         raise InvalidRequest(f"model: {name[:80]!r} has more than 512 characters", param="model") from error
     except InvalidRequest as error:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 log = logging.getLogger(__name__)
 
 MAX_READ = 512 * 1024  # bytes of one read
-MAX_SIZE = 32 * 2**20  # bytes of each of the two files, about: vLLM writes a line for each request
+MAX_SIZE = 32 * 2**20  # bytes of each of the two files, about: engines log every request
 _LINE_END = re.compile(rb"\r\n|\n|\r")  # progress bars redraw their line with a bare carriage return
 # What stands at the end of a bar. Its line is ended by its next state, which may be a minute away.
 _BAR = re.compile(rb"\d%.*\]\s*\Z", re.DOTALL)

@@ -65,7 +65,7 @@ class PortPool:
 
     def _is_free(self, port: int, *, shared: bool = False) -> bool:
         """True when the port can be bound. Not `shared` (SO_REUSEADDR), since that would share it with an engine that
-        has bound it but does not listen yet, as vLLM does while it loads."""
+        has bound it but does not listen yet, as engines may while they load."""
         with socket.socket(self._family, socket.SOCK_STREAM) as probe:
             try:
                 if shared:

@@ -27,9 +27,8 @@ async def until_ready(
     """Returns once the engine at `url` is healthy and is ours: one of its processes listens on the port, or, where
     that cannot be seen (an engine in a container), it has shown that it was given `api_key`.
 
-    Asks again after pauses that grow. `hint`, set by whoever reads the engine's output when that says it is up, ends
-    the present one and has them grow from a short one again: vLLM says so a few milliseconds before it listens. What
-    counts is the answer alone.
+    Retries after growing pauses. `hint`, set when the engine's output says that it is up, ends the present pause and
+    restarts them from a short one: an engine may say so a few milliseconds before it listens. Only its answer counts.
 
     Has no deadline of its own: the caller watches the clock and the process.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from neuron.engine import records
 from neuron.engine.records import RunRecord
 
-# A Unix socket's path has at most 107 bytes, and vLLM puts sockets named by a UUID into TMPDIR, Python's
+# A Unix socket's path has at most 107 bytes, and engines put sockets named by a UUID into TMPDIR, Python's
 # multiprocessing a directory and a name of 31.
 _MAX_TMP_PATH = 107 - 1 - 36
 

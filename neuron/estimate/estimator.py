@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from neuron.estimate.locate import model_at
 from neuron.estimate.options import EngineOptions
 from neuron.estimate.result import Estimate
-from neuron.estimate.weights import Model
+from neuron.estimate.weights import ModelFiles
 from neuron.gpu.topology import Topology
 from neuron.spec import EngineSpec
 from shared.protocol import Device
@@ -30,7 +30,7 @@ class MemoryEstimator(ABC):
         """
 
     @abstractmethod
-    def estimate(self, model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+    def estimate(self, model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
         """The memory for `options.tensor_parallel` devices, or for the smallest number of `devices` that will do (1
         when none does), and for each other number. Lost devices do not count."""
 

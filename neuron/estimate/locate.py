@@ -1,4 +1,4 @@
-"""Where a model's files are on this host. Blocks; asks the disk only, never the network."""
+"""Finds a model's files on this host. Blocks; reads the disk only, never the network."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from functools import lru_cache
 from pathlib import Path
 
 from neuron.estimate.files.architecture import architecture_of
-from neuron.estimate.files.errors import ModelFilesInvalid, files_not_found
-from neuron.estimate.files.fields import Fields
+from neuron.estimate.files.fields import Fields, ModelFilesInvalid, files_not_found
 from neuron.estimate.files.safetensors_header import read_json
 from neuron.estimate.files.stored import stored_weights
-from neuron.estimate.weights import Model
+from neuron.estimate.weights import ModelFiles
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _Stamp = tuple[tuple[str, int, int], ...]
 
 
-def model_at(source: str, environ: Mapping[str, str], *, revision: str | None, download_dir: str | None) -> Model:
-    """The model that vLLM would load for `source`: a directory, or a name in the hub's local cache.
+def model_at(source: str, environ: Mapping[str, str], *, revision: str | None, download_dir: str | None) -> ModelFiles:
+    """The model that an engine would load for `source`: a directory, or a name in the hub's local cache.
 
-    `environ` is the engine's. What was read is remembered as long as the files' times and sizes stay the same.
+    `environ` is the engine's. The result is cached while the files' times and sizes stay the same.
 
     Raises:
         NotFound: `model_files_not_found`, the files are not on this host.
@@ -40,7 +39,7 @@ def directory_of(source: str, environ: Mapping[str, str], *, revision: str | Non
     """The directory with the model's config.json.
 
     Raises:
-        NotFound: there is none.
+        NotFound: it does not exist.
     """
     path = Path(source)
     try:
@@ -48,11 +47,11 @@ def directory_of(source: str, environ: Mapping[str, str], *, revision: str | Non
             if not (path / CONFIG).is_file():
                 raise files_not_found(source, f"the directory has no {CONFIG}")
             return path
-        there = path.exists()
-    except OSError as error:  # no permission; or longer than any path, as no name of the hub is either
+        exists = path.exists()
+    except OSError as error:  # no permission, or too long for a path and for a name of the hub
         raise files_not_found(source, error.strerror or str(error)) from error
-    if path.is_absolute() or there:
-        raise files_not_found(source, "a file, and no directory" if there else "there is no such directory")
+    if path.is_absolute() or exists:
+        raise files_not_found(source, "it is a file, not a directory" if exists else "there is no such directory")
     cache = Path(download_dir).expanduser() if download_dir else hub_cache(environ)
     return _in_hub_cache(source, cache, revision)
 
@@ -72,12 +71,12 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def _in_hub_cache(name: str, cache: Path, revision: str | None) -> Path:
-    # Here and not above: the library takes a quarter of a second to import, which only who looks for a name should pay.
+    # Imported here because it takes a quarter of a second.
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
     try:
         found = try_to_load_from_cache(name, CONFIG, cache_dir=cache, revision=revision)
-    except (ValueError, OSError) as error:  # a name that no model of the hub can have; a cache that cannot be read
+    except (ValueError, OSError) as error:  # an invalid name, or an unreadable cache
         raise files_not_found(name, str(error)) from error
     if not isinstance(found, str):
         of_revision = "" if revision is None else f" of revision {revision}"
@@ -92,15 +91,15 @@ def _stamp(directory: Path) -> _Stamp:
     for path in wanted:
         try:
             status = os.stat(path)  # noqa: PTH116 - follows the cache's links into its blobs
-        except OSError:  # a link whose file was not downloaded: reading the index will tell
+        except OSError:  # a link whose file was not downloaded: reading the index reports it
             continue
         found.append((path, status.st_mtime_ns, status.st_size))
     return tuple(sorted(found))
 
 
 @lru_cache(maxsize=64)
-def _read(source: str, directory: Path, _: _Stamp) -> Model:
+def _read(source: str, directory: Path, _: _Stamp) -> ModelFiles:
     path = directory / CONFIG
     config = Fields(read_json(path, max_bytes=_MAX_CONFIG_BYTES), str(path))
     architecture = architecture_of(config)
-    return Model(source, architecture, stored_weights(directory, architecture))
+    return ModelFiles(source, architecture, stored_weights(directory, architecture))

@@ -1,15 +1,14 @@
-"""An estimate as it travels, and as a person reads it. Pure."""
+"""An estimate as a protocol message and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from neuron.estimate.result import Estimate
 from shared.protocol import EstimateLine, EstimateOption, EstimateReply
+from shared.tables import table
 
 
 def reply_of(model: str, estimate: Estimate) -> EstimateReply:
-    """The answer for somebody who asked for `model`."""
+    """The protocol message; `model` is the name in the request."""
     return EstimateReply(
         model=model,
         source=estimate.source,
@@ -41,7 +40,7 @@ def reply_of(model: str, estimate: Estimate) -> EstimateReply:
 
 
 def table_of(reply: EstimateReply) -> str:
-    """Lines of text, the last one ended."""
+    """Lines of text, each with a newline."""
     blocks = [_head(reply), _sum(reply), _options(reply), reply.notes]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
@@ -61,19 +60,13 @@ def _sum(reply: EstimateReply) -> list[str]:
     for line in [*reply.lines, _total(reply)]:
         sizes = (line.device_mb, line.total_mb) if split else (line.total_mb,)
         rows.append((line.what, *("?" if size is None else f"{size:,}" for size in sizes), line.how))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)]
-    return [_row(row, widths) for row in rows]
+    return [table(rows, right=set(range(1, len(rows[0]) - 1)))]
 
 
 def _total(reply: EstimateReply) -> EstimateLine:
     missing = sum(line.total_mb is None for line in reply.lines)
     how = "MiB" if not missing else f"MiB, and {missing} not known"
     return EstimateLine(what="together", device_mb=reply.device_mb, total_mb=reply.total_mb, how=how)
-
-
-def _row(row: Sequence[str], widths: Sequence[int]) -> str:
-    sizes = "  ".join(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True))
-    return f"{row[0].ljust(widths[0])}  {sizes}  {row[-1]}".rstrip()
 
 
 def _options(reply: EstimateReply) -> list[str]:

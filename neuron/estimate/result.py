@@ -1,4 +1,4 @@
-"""What an estimate says. Sizes in MiB, rounded up."""
+"""The result of an estimate. Sizes in MiB, rounded up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Line:
-    """One summand: on each device and on all together. None: not known, and not in the sum."""
+    """One item: on each device and on all together. None: unknown, and not in the total."""
 
     what: str
     device_mb: int | None
@@ -21,7 +21,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Option:
-    """The model over `tensor_parallel` devices. `reason`: why it cannot be split so, or does not fit; None: it fits."""
+    """The model split over `tensor_parallel` devices. `reason`: why that is impossible or too large; None: fits."""
 
     tensor_parallel: int
     device_mb: int
@@ -35,7 +35,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The lines are for `split_over` devices. `basis` says what the weights' sizes come from."""
+    """The lines are for `split_over` devices. `basis` names the source of the weights' sizes."""
 
     source: str
     architecture: str
@@ -50,17 +50,17 @@ class Estimate:
 
     @property
     def total_mb(self) -> int:
-        """All devices together, what is not known left out."""
+        """All devices together, without unknown items."""
         return sum(line.total_mb or 0 for line in self.lines)
 
     @property
     def tensor_parallel(self) -> int | None:
-        """The smallest number of this host's devices that the model fits on, None when there is none."""
+        """The smallest number of this host's devices that the model fits on; None when it does not fit."""
         return next((option.tensor_parallel for option in self.options if option.fits), None)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why each number of devices will not do, and what else is to be said."""
+        """Why each other number of devices does not work, and the notes."""
         refused = (
             f"over {option.tensor_parallel}, {option.device_mb} MiB on each: {option.reason}"
             for option in self.options
@@ -70,11 +70,11 @@ class Estimate:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What is not in the sum."""
+        """Items that are missing in the total."""
         return tuple(line.what for line in self.lines if line.total_mb is None)
 
     def per_device_mb(self, tensor_parallel: int) -> int:
-        """On each of so many devices.
+        """On each of `tensor_parallel` devices.
 
         Raises:
             ValueError: fewer than 1, or more than the estimate looked at.

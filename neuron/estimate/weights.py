@@ -15,12 +15,12 @@ from neuron.estimate.files.number_types import (
     checkpoint_method,
     model_bits,
 )
-from neuron.estimate.files.parameters import Part, Placement, counts_of, parameter_count
+from neuron.estimate.files.parameters import Part, WeightPlacement, counts_of, parameter_count
 from neuron.estimate.files.stored import Amount, Group, StoredWeights
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFiles:
     """A model as its files describe it."""
 
     source: str
@@ -30,25 +30,25 @@ class Model:
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights of one part that are placed alike, in bytes over all, each counted once."""
+    """Weights of one part with the same placement; `size` in bytes, each weight counted once."""
 
     part: Part
-    placement: Placement
+    placement: WeightPlacement
     size: float
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights as they lie in memory. `how` says what the figures come from; `unknown` what they lack."""
+    """All weights as loaded. `how` names the source of the sizes; `unknown` lists what they miss."""
 
     groups: tuple[WeightGroup, ...]
     how: str
     unknown: tuple[str, ...] = ()
 
     def parts(self) -> tuple[Part, ...]:
-        """The parts that there are, in the order of `Part`."""
-        there = {group.part for group in self.groups}
-        return tuple(part for part in Part if part in there)
+        """The parts that exist, in the order of `Part`."""
+        present = {group.part for group in self.groups}
+        return tuple(part for part in Part if part in present)
 
     def on_each_device(self, part: Part, devices: int, kv_heads: int) -> float:
         """Bytes of a part on one of `devices`."""
@@ -56,10 +56,10 @@ class Weights:
 
 
 def weights_of(model: Architecture, stored: StoredWeights | None, *, dtype: str, quantization: str | None) -> Weights:
-    """The weights of `model` once loaded; `dtype` and `quantization` are what vLLM is told.
+    """The weights of `model` once loaded; `dtype` and `quantization` are the engine's options.
 
-    Tensors' own sizes where there are safetensors files. Where there are none, parameters counted from the
-    configuration times the bits of their type.
+    From the tensors' sizes if there are safetensors files, else from the parameters that the configuration implies,
+    times the bits of their type.
     """
     bits = model_bits(dtype, model.dtype)
     method = quantization if model.quantization is None else None
@@ -74,21 +74,21 @@ def weights_of(model: Architecture, stored: StoredWeights | None, *, dtype: str,
 
 
 def _share(group: WeightGroup, devices: int, kv_heads: int) -> float:
-    if group.placement is Placement.WHOLE:
+    if group.placement is WeightPlacement.WHOLE:
         return group.size
-    if group.placement is Placement.BY_KV_HEAD:
+    if group.placement is WeightPlacement.BY_KV_HEAD:
         return group.size / min(devices, kv_heads or devices)
     return group.size / devices
 
 
 def _loaded(group: Group, amount: Amount, bits: int, method: str | None, checkpoint: Mapping[str, Any] | None) -> float:
-    if checkpoint is not None:  # its scales keep their type, and everything else is 16 bits already
+    if checkpoint is not None:  # its scales keep their type, and the rest has 16 bits already
         return amount.stored_bytes
     return amount.floats * _bits(group, bits, method) / 8 + amount.stored_bytes - amount.float_bytes
 
 
 def _bits(group: Group, bits: int, method: str | None) -> float:
-    """Bits of a plain number after loading: quantisation takes the matrices, not embeddings, norms and the head."""
+    """Bits of a plain number after loading: quantization applies to matrices, not to embeddings, norms and the head."""
     if method not in ON_LOADING or not group.matrices:
         return bits
     if method in EXPERTS_ONLY and group.part is not Part.EXPERTS:

@@ -1,16 +1,14 @@
-"""What `GET /discovery` and `neuron discover` answer, and where the GPU facts come from."""
+"""The contents of `GET /discovery` and `neuron discover`, and the source of the GPU facts."""
 
 from __future__ import annotations
 
 import asyncio
 import platform
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from neuron.config import NeuronConfig
-from neuron.gpu.discovery_table import table_of
 from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
 from neuron.gpu.topology import TopologySource
@@ -66,27 +64,3 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         version=__version__,
         cuda_unavailable_reason=topology.cuda_unavailable_reason,
     )
-
-
-def run_discover(config: NeuronConfig | None, as_json: bool) -> int:
-    """`neuron discover`: prints this host to standard output, as JSON or as tables. Without a config: NVML's GPUs.
-
-    Returns:
-        The exit status: 0, also when there is no GPU or none can be used; that is an answer.
-
-    Raises:
-        SettingsError: `[simulate]` names a device that is not known.
-    """
-    discovery = asyncio.run(_discover_once(config or NeuronConfig()))
-    text = discovery.model_dump_json(indent=2) + "\n" if as_json else table_of(discovery)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-    return 0
-
-
-async def _discover_once(config: NeuronConfig) -> Discovery:
-    source = topology_source(config, config.state_directory(config.port) / "vram")
-    try:
-        return await discovery_of(config, source, instance_id=None)
-    finally:
-        await source.close()

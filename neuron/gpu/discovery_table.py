@@ -1,10 +1,11 @@
-"""`neuron discover` for people: the host, its GPUs and a matrix of their links. Pure."""
+"""`neuron discover` for people: the host, its GPUs and a matrix of their links."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from shared.protocol import Device, Discovery, Link, LinkKind
+from shared.tables import table
 
 _HEADINGS = ("GPU", "NAME", "MEMORY", "CC", "PCI BUS ID", "NUMA", "MIG", "UUID")
 _NUMERIC = frozenset({"GPU", "MEMORY", "CC", "NUMA"})
@@ -21,14 +22,16 @@ UNKNOWN_LINK = "?"
 
 
 def table_of(discovery: Discovery) -> str:
-    """Lines of text, the last one ended."""
+    """Lines of text, each with a newline."""
     blocks = [_host(discovery)]
     if discovery.devices:
         blocks.append(
-            _grid(
-                [_HEADINGS, *map(_device_row, discovery.devices)],
-                right={place for place, heading in enumerate(_HEADINGS) if heading in _NUMERIC},
-            )
+            [
+                table(
+                    [_HEADINGS, *map(_device_row, discovery.devices)],
+                    right={place for place, heading in enumerate(_HEADINGS) if heading in _NUMERIC},
+                )
+            ]
         )
     else:
         blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no NVIDIA GPU on this host"])
@@ -66,7 +69,7 @@ def _device_row(device: Device) -> tuple[str, ...]:
 
 
 def _link_matrix(devices: Sequence[Device], links: Sequence[Link]) -> list[str]:
-    """The matrix of `nvidia-smi topo -m` with the legend of what occurs in it."""
+    """The matrix of `nvidia-smi topo -m` with a legend of the kinds that occur."""
     between = {(link.a, link.b): link for link in links}
     indices = [device.index for device in devices]
     rows = [("", *(f"GPU{index}" for index in indices))]
@@ -75,7 +78,7 @@ def _link_matrix(devices: Sequence[Device], links: Sequence[Link]) -> list[str]:
     legend = [f"  {meaning}" for kind, meaning in _MEANINGS.items() if kind in present]
     if any(UNKNOWN_LINK in row for row in rows):
         legend.append(f"  {UNKNOWN_LINK}    the driver does not say")
-    return [*_grid(rows, right=set()), "", *legend]
+    return [table(rows), "", *legend]
 
 
 def _link_cell(a: int, b: int, between: dict[tuple[int, int], Link]) -> str:
@@ -85,16 +88,3 @@ def _link_cell(a: int, b: int, between: dict[tuple[int, int], Link]) -> str:
     if link is None:
         return UNKNOWN_LINK
     return f"NV{link.nvlinks}" if link.kind is LinkKind.NVLINK else link.kind.name
-
-
-def _grid(rows: Sequence[Sequence[str]], *, right: set[int]) -> list[str]:
-    """Rows with columns of one width; the columns in `right` end flush."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines

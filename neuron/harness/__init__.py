@@ -1,2 +1,5 @@
-"""Harnesses: how engines of one kind are started, and what their output means. The rest of neuron knows an engine only
-through `base` and looks it up in `registry`."""
+"""Harnesses: how engines of one kind are started, what their output means, and how they sleep.
+
+The rest of neuron knows an engine only through `base.Harness` and looks it up in `registry`. Each engine has a package
+of its own; `checks` validates configuration and load commands against the registry.
+"""

@@ -22,7 +22,7 @@ ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 
 
 @dataclass(frozen=True)
-class HostFacts:
+class LaunchFacts:
     """What does not change while neuron runs. `environ` is what engines inherit, already without neuron's own."""
 
     has_gpu: bool
@@ -97,7 +97,7 @@ class Harness(ABC):
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 
     @abstractmethod
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+    def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         """The command line and environment of the engine. It has to listen on `plan.host` and `plan.port`."""
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
@@ -109,7 +109,7 @@ class Harness(ABC):
         that share, and without one the whole device."""
         return Need(fraction=1.0) if share_mb is None else Need(share_mb)
 
-    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+    def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         """True when the engine that `command` starts can be put to sleep with `sleep`."""
         return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import neuron
 from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
@@ -39,7 +39,7 @@ class SimHarness(VllmHarness):
             return Need(-(-int(total) // spec.tensor_parallel))
         return Need(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
 
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+    def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         total = plan.spec.vram_mb
         if total is None and plan.share_mb is not None:
@@ -58,5 +58,5 @@ class SimHarness(VllmHarness):
             fixed = control_environment(plan.control_key)
         return EngineCommand((*argv, *plan.arguments), vllm_environment(plan, facts, own, fixed))
 
-    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+    def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return sim_can_sleep(plan)

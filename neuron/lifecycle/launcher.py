@@ -27,7 +27,7 @@ from neuron.engine.session import Leader
 from neuron.engine.state_dir import EngineDir, StateDir
 from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.admission import Admission
@@ -301,9 +301,9 @@ class Launcher:
         self.engines.pop(engine.engine_id, None)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 
-    def _facts(self, topology: Topology) -> HostFacts:
+    def _facts(self, topology: Topology) -> LaunchFacts:
         hidden = frozenset({self.config.token_env} if self.config.token_env else ())
-        return HostFacts(
+        return LaunchFacts(
             has_gpu=topology.has_gpu,
             cpus=tuple(sorted(os.sched_getaffinity(0))),
             environ=inheritable(os.environ, secrets=hidden),

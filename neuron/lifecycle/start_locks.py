@@ -1,5 +1,5 @@
-"""One start at a time on each GPU: two vLLMs that profile a device at the same moment each take the other's memory for
-their own (vllm#55827)."""
+"""One start at a time on each GPU: engines that profile a device at the same time count each other's memory as their
+own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""How far a load is and how long it still takes, from what the engine prints and from earlier loads."""
+"""How far a load is and how long it will still take, from the engine's output and from earlier loads. Called by
+`neuron.lifecycle`; harnesses provide the readings."""

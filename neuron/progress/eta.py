@@ -1,4 +1,4 @@
-"""How long a load still takes, from what it has shown and what earlier loads took. All times in seconds."""
+"""How long a load will still take, from its progress and from earlier loads. All times in seconds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from neuron.progress.load_times import LoadTimes
 from neuron.progress.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, PHASES, STARTING, WARMING_UP, rank
 
-_PRIOR = 0.1  # of the expected total: how much evidence the pace of this load has to outweigh
-_LATE = 0.1  # of the time a late phase has taken since its last sign of life: what it is still given
+_PRIOR = 0.1  # of the expected total: weight of the assumption that this load is as fast as expected
+_LATE = 0.1  # of the time since a late phase's last progress: its assumed remaining time
 _LATE_SECS = 0.5
-_LOST = 2.0  # expected totals: a load this late, in a phase without a bar, is not estimated any more
-_MIN_FRACTION = 0.01  # of a download: before, its rate is noise
+_LOST = 2.0  # expected totals: a load this late gets no estimate in a phase without a progress bar
+_MIN_FRACTION = 0.01  # of a download: below this its rate is noise
 
-# Of a load nobody has seen before; a download counts only where there is one. Chosen, not measured: about what vLLM
-# takes for models of some GiB on one GPU.
+# Of a load without history; a download counts only if there is one. Chosen, not measured: about right for models of
+# some GiB on one GPU.
 _SHARES = {STARTING: 0.2, DOWNLOADING: 1.0, LOADING: 0.35, COMPILING: 0.3, CAPTURING: 0.1, WARMING_UP: 0.05}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a load is. `spent` has the phases before this one; `fraction_secs` is how far into this one its fraction
-    was reached (0 without a fraction)."""
+    """The state of a load. `spent`: duration of each earlier phase; `fraction_secs`: time into this phase at which its
+    fraction was reached (0 without a fraction)."""
 
     spent: Mapping[str, float]
     phase: str
@@ -36,13 +36,12 @@ class Moment:
 
 
 def remaining_secs(expected: LoadTimes | None, at: Moment) -> float | None:
-    """What is left, always more than 0; None when there is nothing to tell it from.
+    """Remaining time, always more than 0; None when nothing is known.
 
-    Every phase to come takes what it is expected to, times the pace of this load: what its finished phases took
-    against what they were expected to. The present phase is judged by its bar as well, and the more so the further
-    the bar is. A phase that is over its time is given half a second more, and a tenth of the time since its bar last
-    moved or it began, again and again; once the whole load has taken twice what was expected, and no bar says how far
-    it is, the answer is None.
+    Each future phase takes its expected time, times the pace of this load: the time of its finished phases divided by
+    their expected time. The current phase is also extrapolated from its progress bar, with more weight the further the
+    bar is. A phase over its time gets half a second more, plus a tenth of the time since its bar last moved or it
+    began. When the load has taken twice the expected time and there is no bar, the answer is None.
     """
     if expected is None or expected.total_secs <= 0:
         return None
@@ -60,7 +59,7 @@ def remaining_secs(expected: LoadTimes | None, at: Moment) -> float | None:
 
 
 def share_done(at: Moment) -> float:
-    """The part of a load without history that is behind it, 0 to 1, from the usual shares of phases."""
+    """Completed share of a load without history, 0 to 1, from typical shares of the phases."""
     seen = {*at.spent, at.phase}
     shares = {phase: share for phase, share in _SHARES.items() if phase != DOWNLOADING or phase in seen}
     behind = sum(share for phase, share in shares.items() if rank(phase) < rank(at.phase))
@@ -68,7 +67,7 @@ def share_done(at: Moment) -> float:
 
 
 def _pace(expected: LoadTimes, at: Moment) -> float:
-    """How slow this load is, 1 being as expected; near 1 as long as little of it is done."""
+    """How slow this load is, 1 meaning as expected; near 1 while little of it is done."""
     finished = [phase for phase in PHASES if phase in at.spent and phase in expected.phases]
     prior = _PRIOR * expected.total_secs
     taken = sum(at.spent[phase] for phase in finished)
@@ -76,7 +75,7 @@ def _pace(expected: LoadTimes, at: Moment) -> float:
 
 
 def _rest_of_phase(usual: float, at: Moment) -> float | None:
-    """Of the present phase; 0 or less when it is over its time, None for a download that has hardly begun."""
+    """Rest of the current phase; 0 or less when it is over its time, None for a download that has hardly begun."""
     fraction = at.fraction or 0.0
     if at.phase == DOWNLOADING and fraction < _MIN_FRACTION:
         return None

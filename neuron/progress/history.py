@@ -1,4 +1,4 @@
-"""This host's own history of loads, kept in a file over restarts of neuron."""
+"""This host's history of loads, kept in a file across restarts of neuron."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.files import replace_file
 log = logging.getLogger(__name__)
 
 FILE_NAME = "history.json"  # in the state directory
-_MAX_BYTES = 8 * 2**20  # more than the bounds of `History` allow
+_MAX_BYTES = 8 * 2**20  # more than `History` can hold
 
 
 class LoadHistory:
-    """Owns the file `path`; None is memory only. A file that cannot be used costs estimates, never a load."""
+    """Owns the file `path`; None: memory only. Problems with the file cost estimates, never a load."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -25,25 +25,24 @@ class LoadHistory:
         self._writing = asyncio.Lock()
 
     async def read(self) -> None:
-        """Takes up what an earlier neuron left. What is no history is ignored, with a warning, and replaced by the
-        next load."""
+        """Reads what an earlier neuron wrote. An invalid file is ignored with a warning; the next load replaces it."""
         if self._path is not None:
             self._history = await asyncio.to_thread(_read, self._path)
 
     def expected(self, key: LoadKey) -> LoadTimes | None:
-        """What the next load will take; None when there was none before. See `History.expected`."""
+        """See `History.expected`."""
         return self._history.expected(key)
 
     async def record(self, key: LoadKey, times: LoadTimes) -> None:
-        """Adds a load that succeeded. Returns when it is in the file, or a warning in the log."""
+        """Adds a successful load. Returns when it is in the file, or a warning in the log."""
         self._history = self._history.with_load(key, times)
         if self._path is not None:
-            # A task of its own: a caller that is cancelled would leave the thread writing beside the next one.
+            # In its own task: cancelling the caller must not let two threads write at once.
             await asyncio.shield(asyncio.create_task(self._write(self._path), name="write history of loads"))
 
     async def _write(self, path: Path) -> None:
         async with self._writing:
-            await asyncio.to_thread(_write, path, self._history)  # the newest by then
+            await asyncio.to_thread(_write, path, self._history)  # the newest at that moment
 
 
 def _read(path: Path) -> History:
@@ -56,13 +55,13 @@ def _read(path: Path) -> History:
     except FileNotFoundError:
         return History()
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s is no history of loads and will be replaced: %s", path, error)
+        log.warning("%s is not a valid load history and will be replaced: %s", path, error)
         return History()
 
 
 def _write(path: Path, history: History) -> None:
-    """The whole file or nothing of it, readable by this user alone."""
+    """Replaces the file atomically; only this user can read it."""
     try:
         replace_file(path, json.dumps(to_json(history), separators=(",", ":")).encode(), durable=False)
     except OSError as error:
-        log.warning("%s cannot be written, so this load is forgotten with neuron's end: %s", path, error)
+        log.warning("%s cannot be written, so a restart of neuron loses this load: %s", path, error)

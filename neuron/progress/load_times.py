@@ -1,4 +1,4 @@
-"""What loads took on this host, as values: kept by model, bounded, and turned into what the next load will take."""
+"""How long loads took on this host, by model, and what the next one is expected to take. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from neuron.progress.phases import DOWNLOADING, PHASES
 from neuron.spec import EngineSpec
 
-MAX_LOADS = 5  # kept of each model
+MAX_LOADS = 5  # per key
 MAX_MODELS = 500
-VERSION = 1  # of the file's form
+VERSION = 1  # of the file format
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LoadKey:
 
 @dataclass(frozen=True)
 class LoadTimes:
-    """Seconds of each phase of one load, or of what one is expected to take; a phase that was left out is not in it."""
+    """Seconds of each phase of one load, measured or expected; skipped phases are absent."""
 
     phases: Mapping[str, float] = field(default_factory=dict)
 
@@ -43,26 +43,26 @@ class LoadTimes:
 
 @dataclass(frozen=True)
 class History:
-    """The last successful loads of each key, oldest first; the key that loaded last comes last."""
+    """The last successful loads of each key, oldest first; the key with the latest load comes last."""
 
     loads: Mapping[LoadKey, tuple[LoadTimes, ...]] = field(default_factory=dict)
 
     def with_load(self, key: LoadKey, times: LoadTimes) -> History:
-        """With one more. The oldest load of the key, and the key that has not loaded for longest, make room."""
+        """With one more load; drops the key's oldest load and the key that has not loaded for longest, if too many."""
         kept = {other: loads for other, loads in self.loads.items() if other != key}
         kept[key] = (*self.loads.get(key, ()), times)[-MAX_LOADS:]
         return History(dict(list(kept.items())[-MAX_MODELS:]))
 
     def expected(self, key: LoadKey) -> LoadTimes | None:
-        """What the next load will take; None when there was none before.
+        """Expected times of the next load; None without an earlier one.
 
-        The lower median of each phase. A first load reads its weights from the disk and compiles; those after it find
-        both in caches and take a fraction of that. With two loads the lower median is the warm one, so the first, cold
-        one no longer counts from the second on; nor does, later, a single load that had to share the disk or came
-        after a reboot, as the last load alone would. A real change (other arguments, another disk) is believed after
-        three loads. Where it is wrong, it is too short, and the load's own pace corrects that while it runs.
+        The lower median of each phase. A first load reads its weights from disk and compiles; later ones find both in
+        caches and take a fraction of that. With two loads the lower median is the warm one, so the cold first load
+        stops counting from the second on. Later, a single slow load (shared disk, reboot) does not count either, unlike
+        with the last load alone. A real change (other arguments, another disk) takes effect after three loads. Errors
+        are towards too short, and the pace of the running load corrects them.
 
-        Downloads are left out: what was downloaded is there the next time.
+        Downloads are left out: the next load finds the files.
         """
         loads = self.loads.get(key)
         if not loads:
@@ -76,7 +76,7 @@ class History:
 
 
 def to_json(history: History) -> dict[str, Any]:
-    """As it stands in the file."""
+    """The content of the file."""
     return {
         "version": VERSION,
         "models": [
@@ -94,16 +94,16 @@ def to_json(history: History) -> dict[str, Any]:
 
 
 def from_json(data: object) -> History:
-    """What `to_json` made, bounds applied anew.
+    """The inverse of `to_json`; applies the limits again.
 
     Raises:
-        ValueError: it is something else; the message says what.
+        ValueError: says what is wrong with `data`.
     """
     match data:
         case {"version": int(version), "models": list(models)} if version == VERSION:
             return History(dict(_entry(entry) for entry in models[-MAX_MODELS:]))
         case _:
-            raise ValueError(f"not version {VERSION} of the form")
+            raise ValueError(f"not version {VERSION} of the format")
 
 
 def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...]]:
@@ -119,7 +119,7 @@ def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...]]:
             key = LoadKey(model_id, harness, tensor_parallel, quant, source)
             return key, tuple(_times(times) for times in loads[-MAX_LOADS:])
         case _:
-            raise ValueError(f"{entry!r:.100} does not say which model took what")
+            raise ValueError(f"invalid entry {entry!r:.100}")
 
 
 def _times(times: object) -> LoadTimes:
@@ -128,4 +128,4 @@ def _times(times: object) -> LoadTimes:
         for phase, secs in times.items()
     ):
         return LoadTimes({phase: float(secs) for phase, secs in times.items()})
-    raise ValueError(f"{times!r:.100} are no seconds of phases")
+    raise ValueError(f"invalid times {times!r:.100}")

@@ -1,6 +1,6 @@
-"""How far one load is: fed with the engine's lines and the clock, it tells what `/models` and `/events` show.
+"""The progress of one load, as `/models` and `/events` show it, from the engine's lines and the time.
 
-No I/O and no clock of its own; times are seconds of any one monotonic clock.
+No I/O and no clock; times are seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from neuron.progress.load_times import LoadTimes
 from neuron.progress.phases import DOWNLOADING, STARTING, LoadReading
 from shared.protocol import Progress
 
-STEP = 0.01  # of a phase: less is no news
-TELL_SECS = 1.0  # without other news, since times change too
-_NEARLY = 0.99  # the most that `overall` says before the engine is up
+STEP = 0.01  # of a phase: smaller changes are not reported
+REPORT_SECS = 1.0  # report at least this often, since times change too
+_MAX_OVERALL = 0.99  # of a load that is not finished
 
 
 class LoadProgress:
-    """Tracks one load from its engine's start at `started`; `expected` is from this host's history, None without."""
+    """Tracks one load from its engine's start at `started`; `expected` is from this host's history."""
 
     def __init__(self, reading: LoadReading, *, started: float, expected: LoadTimes | None = None) -> None:
         self._reading = reading
@@ -26,31 +26,31 @@ class LoadProgress:
         self._started = self._phase_began = self._fraction_reached = started
         self._spent: dict[str, float] = {}
         self._overall: float | None = None
-        self._told = (reading.phase, reading.fraction, started)
+        self._reported = (reading.phase, reading.fraction, started)
 
     @property
     def serving(self) -> bool:
-        """The engine says that it answers: time to ask its health."""
+        """The engine says that it answers: check its health now."""
         return self._reading.serving
 
     def feed(self, lines: Sequence[str], now: float) -> bool:
-        """Takes new lines, or none. True when the change since the last time it was True is worth an event: another
-        phase, a hundredth of one, or a second."""
+        """Takes new lines, or none. True when it is time for an event: a new phase, 1% of a phase, or one second since
+        the last True."""
         for line in lines:
             self._take(self._reading.after(line), now)
         self._overall = self._overall_at(now)
-        phase, fraction, told_at = self._told
-        news = (
+        phase, fraction, reported_at = self._reported
+        due = (
             self._reading.phase != phase
             or (self._reading.fraction or 0.0) - (fraction or 0.0) >= STEP - 1e-9
-            or now - told_at >= TELL_SECS
+            or now - reported_at >= REPORT_SECS
         )
-        if news:
-            self._told = (self._reading.phase, self._reading.fraction, now)
-        return news
+        if due:
+            self._reported = (self._reading.phase, self._reading.fraction, now)
+        return due
 
     def view(self, now: float) -> Progress:
-        """For the wire. `overall` is as of the last `feed`."""
+        """For the protocol. `overall` is as of the last `feed`."""
         at = self._moment(now)
         remaining = remaining_secs(self._expected, at)
         return Progress(
@@ -64,7 +64,7 @@ class LoadProgress:
         )
 
     def times(self, now: float) -> LoadTimes:
-        """What each phase took until `now`: for the history, once the load has succeeded."""
+        """Duration of each phase until `now`, for the history of successful loads."""
         return LoadTimes({**self._spent, self._reading.phase: now - self._phase_began})
 
     def _take(self, new: LoadReading, now: float) -> None:
@@ -75,7 +75,7 @@ class LoadProgress:
         elif new.fraction != old.fraction:
             self._fraction_reached = now
         if new.downloaded_secs is not None and old.downloaded_secs is None and DOWNLOADING not in self._spent:
-            # Told afterwards only: until then it looked like a long start.
+            # The engine reports a download only afterwards: until then it looked like a long start.
             secs = min(new.downloaded_secs, self._spent.get(STARTING, 0.0))
             if secs > 0:
                 self._spent[STARTING] -= secs
@@ -91,11 +91,11 @@ class LoadProgress:
         )
 
     def _overall_at(self, now: float) -> float | None:
-        """Never less than before; None while there is neither history nor a percentage."""
+        """Never falls; None while there is neither history nor a percentage."""
         at = self._moment(now)
         if self._expected is not None:
             remaining = remaining_secs(self._expected, at)
             done = None if remaining is None else at.elapsed_secs / (at.elapsed_secs + remaining)
         else:
             done = None if at.fraction is None and self._overall is None else share_done(at)
-        return self._overall if done is None else max(self._overall or 0.0, min(done, _NEARLY))
+        return self._overall if done is None else max(self._overall or 0.0, min(done, _MAX_OVERALL))

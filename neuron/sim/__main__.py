@@ -38,7 +38,7 @@ def _serve_with_core() -> int:
         from neuron.sim.engine.arguments import parse  # noqa: PLC0415
 
         settings = parse(sys.argv[1:])
-        if settings.faults.deaf_at_first:
+        if settings.faults.ignores_early_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         import asyncio  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
-"""The neuron protocol: what travels between a cortex and a neuron, as frozen pydantic models.
+"""The neuron protocol: messages between cortex and neuron as frozen pydantic models, and error codes. Both use it.
 
-Unknown fields are ignored on both sides, and every field that the seed protocol does not have is optional, so that
-versions and foreign implementations mix.
+Both sides ignore unknown fields, and every field that protocol v1 lacks is optional, so versions and other
+implementations mix.
 """
 
 from shared.protocol.commands import (

@@ -10,16 +10,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 class WireModel(BaseModel):
-    """Immutable; ignores fields it does not know, so that a newer or foreign peer is understood."""
+    """Immutable; ignores unknown fields, which a newer or third-party peer may send."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Foreign peers send null for what they do not have: where a field has a default, that is nothing."""
+        """Treats null as absent where a field has a default: third-party peers send null for values they lack."""
         if type(data) is dict and None not in data.values():
-            return data  # nearly always: neurons are polled all the time
+            return data  # the usual case, and polls are frequent
         if not isinstance(data, Mapping):
             return data
         fields = cls.model_fields
@@ -38,4 +38,4 @@ Mib = Annotated[int, BeforeValidator(_whole)]
 """Mebibytes. The protocol's `*_mb` fields count 2**20 bytes, as nvidia-smi does; fractions are rounded."""
 
 IndexList = Annotated[list[int], BeforeValidator(_listed)]
-"""Device indices; null is an empty list (seed neurons send null for a model that holds no device)."""
+"""Device indices; null is an empty list (protocol v1 neurons send null for a model without devices)."""

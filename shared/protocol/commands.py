@@ -1,4 +1,4 @@
-"""What a cortex asks of a neuron."""
+"""Requests of cortex to a neuron, and their replies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ ModelId = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 class LoadCommand(WireModel):
     """Body of `POST /models/load`.
 
-    `model_id` is what clients ask for; `source`, when given, what the engine is told to load. `tensor_parallel` None
-    means one device. `devices` None lets the neuron choose. `vram_mb` (MiB, all devices together) is what the engine
-    may take and what is reserved; None leaves it to the engine. A body with nothing but `model_id` asks for the spec
-    remembered from an earlier load.
+    `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
+    one device. `devices` None lets the neuron choose. `vram_mb` (MiB, sum of all devices) is the engine's limit and
+    reservation; None leaves it to the engine. A body with only `model_id` repeats the spec of an earlier load.
     """
 
     model_id: ModelId
@@ -39,7 +38,7 @@ class LoadCommand(WireModel):
 
     @property
     def bare(self) -> bool:
-        """True when the body names the model and nothing else."""
+        """True if the body has only a model id."""
         return not self.model_dump(exclude={"model_id"}, exclude_defaults=True)
 
 
@@ -50,7 +49,7 @@ class UnloadCommand(WireModel):
 
 
 class SleepCommand(WireModel):
-    """Body of `POST /models/sleep`. Level 1 moves the weights into the host's memory; there is no other here."""
+    """Body of `POST /models/sleep`. Level 1, the only one supported, moves the weights to host memory."""
 
     model_id: ModelId
     level: Literal[1] = 1
@@ -63,15 +62,15 @@ class WakeCommand(WireModel):
 
 
 class EndpointReply(WireModel):
-    """Answer of `GET /models/{id}/endpoint`: the engine's base URL, and the key it wants as a bearer token."""
+    """Reply to `GET /models/{id}/endpoint`: the engine's base URL, and its bearer token."""
 
     url: str
     api_key: str | None = None
 
 
 class LoadReply(WireModel):
-    """Answer of load, unload, sleep and wake: the status reached, or the one being worked towards (202). `url` and
-    `api_key` are the engine's endpoint when the model is loaded."""
+    """Reply to load, unload, sleep and wake: the status reached, or with 202 the target status. `url` and `api_key`:
+    the endpoint of a loaded model."""
 
     status: str
     model_id: str | None = None

@@ -1,4 +1,4 @@
-"""What a model will need, as a neuron works it out from the model's files."""
+"""The GPU memory a model will need, estimated by a neuron from the model's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shared.protocol.base import Mib, WireModel
 
 
 class EstimateLine(WireModel):
-    """One summand of an estimate. None: not known, and not in the sum."""
+    """One summand of an estimate. None: unknown, and not in the sum."""
 
     what: str
     device_mb: Mib | None = None  # on each device
@@ -17,7 +17,7 @@ class EstimateLine(WireModel):
 
 
 class EstimateOption(WireModel):
-    """The model split over so many devices. `reason` says why that is impossible or too little here."""
+    """The model split over `tensor_parallel` devices. `reason`: why that is impossible or does not fit."""
 
     tensor_parallel: int
     device_mb: Mib = 0
@@ -27,20 +27,20 @@ class EstimateOption(WireModel):
 
 
 class EstimateReply(WireModel):
-    """Answer of `GET /estimate`.
+    """Reply to `GET /estimate`.
 
     The lines and sums are for `split_over` devices; `tensor_parallel` is the smallest number of this host's devices
-    that the model fits on, None when there is none.
+    that the model fits on, None if it does not fit.
     """
 
     model: str
     source: str | None = None
     architecture: str | None = None
-    basis: str = ""  # what the weights' sizes come from
+    basis: str = ""  # source of the sizes of the weights
     max_model_len: int = 0
     sequences: int = 0
     split_over: int = 1
-    host_devices: int = 0  # that can be used
+    host_devices: int = 0  # usable ones
     tensor_parallel: int | None = None
     total_mb: Mib = 0
     device_mb: Mib = 0

@@ -1,4 +1,4 @@
-"""What a host is doing right now."""
+"""The current load of a host."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from shared.protocol.base import Mib, WireModel
 
 
 class DeviceHealth(WireModel):
-    """Live figures of one GPU. Memory in MiB including processes that are not neuron's; power in watts.
+    """Live figures of one GPU. Memory in MiB, of all processes; power in watts.
 
-    A figure that the driver does not give is None. So is what a neuron of the seed protocol does not tell: what it has
-    promised to its engines (`vram_booked_mb`), what processes hold that are not its own (`vram_foreign_mb`), and what
-    it would promise to another engine now (`vram_bookable_mb`), and what engines that sleep want when they wake
-    (`vram_asleep_mb`).
+    None: unknown to the driver, or not sent by a protocol v1 neuron. Reserved for neuron's engines: `vram_booked_mb`.
+    Used by other processes: `vram_foreign_mb`. Free for a new reservation: `vram_bookable_mb`. Needed by sleeping
+    engines when they wake: `vram_asleep_mb`.
     """
 
     index: int
@@ -29,7 +28,7 @@ class DeviceHealth(WireModel):
 
 
 class Activation(WireModel):
-    """Progress of the `default_models` that a neuron loads at its start."""
+    """Progress of the `default_models` that a neuron loads when it starts."""
 
     state: str = "idle"  # idle, activating, done
     pending: list[str] = Field(default_factory=list)
@@ -39,7 +38,7 @@ class Activation(WireModel):
 
 
 class ModelActivity(WireModel):
-    """Requests of one engine: running now, waiting inside the engine, and ended since it started; None: not told."""
+    """Requests of one engine: running, queued in the engine, and ended since its start; None: unknown."""
 
     id: str
     in_flight: int = 0
@@ -48,7 +47,7 @@ class ModelActivity(WireModel):
 
 
 class NeuronHealth(WireModel):
-    """Answer of `GET /health`."""
+    """Reply to `GET /health`."""
 
     uptime_secs: float = 0
     devices: list[DeviceHealth] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a neuron says of a model."""
+"""The state of a model on a neuron."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.protocol.commands import EndpointReply
 
 
 class ModelStatus(str, Enum):
-    """The statuses of the contract. On the wire a status is a plain string: one that is not here is not servable."""
+    """On the wire a status is a plain string. A model with an unknown status is not servable."""
 
     LOADED = "loaded"
     LOADING = "loading"
@@ -23,7 +23,7 @@ class ModelStatus(str, Enum):
 
     @classmethod
     def known(cls, text: str) -> ModelStatus | None:
-        """The status named `text`, or None when this version does not know it."""
+        """The status named `text`, or None if unknown."""
         try:
             return cls(text)
         except ValueError:
@@ -31,15 +31,15 @@ class ModelStatus(str, Enum):
 
     @property
     def coming(self) -> bool:
-        """True while the engine is on its way up: requests wait, nothing is placed elsewhere."""
+        """True while the engine starts: requests wait, and cortex does not place the model elsewhere."""
         return self in (ModelStatus.LOADING, ModelStatus.RELOADING, ModelStatus.RECOVERING)
 
 
 class Progress(WireModel):
-    """How far a load is. `fraction` is of the current phase, 0 to 1, None when the engine does not say.
+    """Progress of a load. `fraction`: of the current phase, 0 to 1, None if unknown.
 
-    `overall` is of the whole load, 0 to 1, never falling, None when there is nothing to tell it from.
-    `remaining_secs` is an estimate from earlier loads on that host, more than 0, None without one.
+    `overall`: of the whole load, 0 to 1, never falling, None if unknown. `remaining_secs`: estimated from earlier loads
+    on that host, above 0, None if there are none.
     """
 
     phase: str = ""
@@ -52,7 +52,7 @@ class Progress(WireModel):
 
 
 class Transition(WireModel):
-    """A change of a model's state: what it became, when (Unix time), and why."""
+    """A change of a model's state: the new state, its Unix time, and the reason."""
 
     state: str
     at: float
@@ -62,10 +62,10 @@ class Transition(WireModel):
 class ModelView(WireModel):
     """One entry of `GET /models`. `since` is Unix time of the last change of status.
 
-    What a neuron of the seed protocol does not tell is None. `state` is as `status`, but exact, and `reason` why it is
-    so; `cause` is whose doing a failure is (`FailureCause`); `retry_at` (Unix time) is when a model that recovers is
-    started again. `vram_booked_mb` is what is booked for it on all its devices together, `slept_mb` what a sleeping
-    model takes of the host's memory. `endpoint` is where a loaded model answers, as in `GET /models/{id}/endpoint`.
+    A protocol v1 neuron omits the fields that default to None. `state` is a finer `status`, with its `reason`. `cause`
+    classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
+    `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""What the error of a load says beside its message, for a program that has to decide what to do next."""
+"""Machine-readable details of a failed load."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from shared.protocol.base import Mib, WireModel
 
 
 class FailureCause(str, Enum):
-    """Whose doing a failed load is. On the wire a plain string; one that is not here, or none, is as `unknown`."""
+    """What caused a failed load. On the wire a plain string; an unknown or missing one means `unknown`."""
 
-    NODE = "node"  # this host's: another may well load the model
-    MODEL = "model"  # the model's, its files' or its arguments': it would fail anywhere
+    NODE = "node"  # this host: another one may load the model
+    MODEL = "model"  # the model, its files or its arguments: it would fail anywhere
     UNKNOWN = "unknown"
 
 
 class DeviceFigures(WireModel):
-    """One device in the error `insufficient_vram`, in MiB; `unusable` says why nothing can be placed there,
-    `needed_mb` what the load wants of it."""
+    """One device in the error `insufficient_vram`, in MiB; `unusable`: why the device cannot be used,
+    `needed_mb`: what the load needs on it."""
 
     index: int
     total_mb: Mib = 0

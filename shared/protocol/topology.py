@@ -1,4 +1,4 @@
-"""What a host is made of. Constant for the lifetime of a neuron process."""
+"""Hardware and software of a host. Constant during the lifetime of a neuron process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LinkKind(str, Enum):
 class Device(WireModel):
     """One GPU.
 
-    `lost` marks a GPU that fell off the bus: it is listed so that an operator sees it, and nothing is placed there.
+    `lost`: the GPU fell off the bus. It is listed for the operator, and nothing is placed on it.
     """
 
     index: int
@@ -33,8 +33,8 @@ class Device(WireModel):
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
-    mig_mode: bool | None = None  # None: the device has no MIG
-    lost: str | None = None  # why the device cannot be used, None when it can
+    mig_mode: bool | None = None  # None: the device does not support MIG
+    lost: str | None = None  # why the device is unusable, None if it is usable
 
 
 class Link(WireModel):
@@ -47,9 +47,9 @@ class Link(WireModel):
 
 
 class Discovery(WireModel):
-    """Answer of `GET /discovery`.
+    """Reply to `GET /discovery`.
 
-    Absent `instance_id` means a seed neuron: its restart cannot be told from a pause.
+    Without an `instance_id` (protocol v1) a restart cannot be told from a pause.
     """
 
     hostname: str = ""

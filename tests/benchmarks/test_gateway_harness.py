@@ -16,8 +16,8 @@ from benchmarks.cases.idle import release
 from benchmarks.cases.streams import streaming
 from benchmarks.contenders.aiohttp_proxy import AIOHTTP
 from benchmarks.contenders.process import Runner, Running, end, free_port, start
+from benchmarks.engine.answer_spec import AnswerSpec, spec_in
 from benchmarks.engine.answers import stream_events, stream_payload
-from benchmarks.engine.wish import Wish, wish_in
 from benchmarks.load.check import fault
 from benchmarks.load.connection import Answer, BadAnswer, unchunked
 from benchmarks.load.drive import hold_open, repeat
@@ -51,19 +51,19 @@ async def proxy(engine_port: int, tmp_path: Path) -> AsyncIterator[Running]:
 
 
 async def test_every_plain_answer_is_counted_and_compared(proxy: Running) -> None:
-    wish = Wish()
+    spec = AnswerSpec()
     async with Pool(proxy.port, 8) as pool:
-        tally = await repeat(pool, chat_request(proxy.port, wish), wish, count=200, timeout=20)
+        tally = await repeat(pool, chat_request(proxy.port, spec), spec, count=200, timeout=20)
     assert (tally.answers, tally.unchanged, tally.failed) == (200, 200, 0)
     assert len(tally.first_byte_ns) == 200
     assert proxy.tree.cpu_ns() > 0
 
 
 async def test_large_bodies_pass_both_ways(proxy: Running) -> None:
-    wish = Wish(size=1_000_000)
+    spec = AnswerSpec(size=1_000_000)
     async with Pool(proxy.port, 2) as pool:
-        request = chat_request(proxy.port, wish, image_bytes=2_000_000)
-        tally = await repeat(pool, request, wish, count=4, timeout=20)
+        request = chat_request(proxy.port, spec, image_bytes=2_000_000)
+        tally = await repeat(pool, request, spec, count=4, timeout=20)
     assert len(request) > 2_000_000
     assert (tally.answers, tally.unchanged, tally.failed) == (4, 4, 0)
     assert tally.body_bytes > 4_000_000
@@ -87,7 +87,7 @@ async def test_the_first_byte_is_compared_with_the_engine_alone(proxy: Running, 
 
 
 async def test_silent_streams_stay_open_until_they_are_released(proxy: Running, engine_port: int) -> None:
-    wish = Wish(chunks=3, interval=0.002, hold=True)
+    spec = AnswerSpec(chunks=3, interval=0.002, hold=True)
     opened = []
 
     async def when_open() -> None:
@@ -95,21 +95,21 @@ async def test_silent_streams_stay_open_until_they_are_released(proxy: Running, 
         await release(engine_port)
 
     tally = await hold_open(
-        proxy.port, chat_request(proxy.port, wish), wish, count=30, per_second=1000, timeout=20, when_open=when_open
+        proxy.port, chat_request(proxy.port, spec), spec, count=30, per_second=1000, timeout=20, when_open=when_open
     )
     assert opened == [True]
     assert (tally.answers, tally.failed) == (30, 0)
 
 
 async def test_a_gateway_that_is_gone_is_a_fault_and_no_hang(tmp_path: Path) -> None:
-    wish = Wish(chunks=2, hold=True)
+    spec = AnswerSpec(chunks=2, hold=True)
     port = free_port()
 
     async def nothing_to_do() -> None:
         return
 
     tally = await hold_open(
-        port, chat_request(port, wish), wish, count=3, per_second=1000, timeout=5, when_open=nothing_to_do
+        port, chat_request(port, spec), spec, count=3, per_second=1000, timeout=5, when_open=nothing_to_do
     )
     assert tally.failed == 3
 
@@ -119,16 +119,16 @@ def _answer(body: bytes) -> Answer:
 
 
 def test_lost_doubled_and_misplaced_tokens_are_caught() -> None:
-    wish = Wish(chunks=3)
+    spec = AnswerSpec(chunks=3)
     whole = stream_payload(3)
     events = whole.split(b"\n\n")
-    assert fault(_answer(whole), wish) is None
-    assert fault(_answer(whole.replace(b'"object":', b'"object": ')), wish) is None  # written anew, nothing missing
-    assert fault(_answer(b"\n\n".join(events[:2] + events[3:])), wish) == "2 tokens in order, not 3"
-    assert fault(_answer(b"\n\n".join([*events[:2], events[1], *events[2:]])), wish) is not None
-    assert fault(_answer(b"\n\n".join([events[0], events[2], events[1], *events[3:]])), wish) is not None
-    assert fault(_answer(b"\n\n".join(events[:-2])), wish) == "no [DONE] at the end"
-    assert fault(None, wish) is not None
+    assert fault(_answer(whole), spec) is None
+    assert fault(_answer(whole.replace(b'"object":', b'"object": ')), spec) is None  # reformatted, complete
+    assert fault(_answer(b"\n\n".join(events[:2] + events[3:])), spec) == "2 tokens in order, not 3"
+    assert fault(_answer(b"\n\n".join([*events[:2], events[1], *events[2:]])), spec) is not None
+    assert fault(_answer(b"\n\n".join([events[0], events[2], events[1], *events[3:]])), spec) is not None
+    assert fault(_answer(b"\n\n".join(events[:-2])), spec) == "no [DONE] at the end"
+    assert fault(None, spec) is not None
 
 
 def test_broken_framing_is_caught() -> None:
@@ -140,10 +140,10 @@ def test_broken_framing_is_caught() -> None:
 
 
 def test_a_wish_survives_a_prompt() -> None:
-    wish = Wish(chunks=7, interval=0.25, size=3, hold=True)
-    text = prompt_text(wish)
+    spec = AnswerSpec(chunks=7, interval=0.25, size=3, hold=True)
+    text = prompt_text(spec)
     assert len(text) == PROMPT_BYTES
-    assert wish_in(text.encode()) == wish
+    assert spec_in(text.encode()) == spec
 
 
 async def test_the_time_of_threads_that_have_ended_is_kept() -> None:

@@ -23,7 +23,7 @@ def test_only_more_than_the_tolerance_is_worse() -> None:
 
 
 def test_what_is_no_longer_counted_is_worse() -> None:
-    """A count that vanished is no pass."""
+    """A missing count fails."""
     assert worse(RECORDED, {"plain request": 200_000}) == ["streamed chunk"]
 
 

@@ -12,7 +12,7 @@ from benchmarks.scale.decisions import think
 
 
 async def test_a_cold_round_adds_up_and_a_crowd_starts_one_engine() -> None:
-    """The parts of what is added make the whole, none of the moments is missed, and nobody loads twice."""
+    """The parts of the overhead add up to the whole, no event is missed, and the model is loaded once."""
     rounds, crowd = await cold_load.measure(cold_load.engine_kind("sim", 0.1), rounds=1, crowd=5)
     parts = rounds[0].parts()
     pieces = ("added before the start", "added to the start", "added by detection", "added to the answer")
@@ -33,7 +33,7 @@ async def test_a_pretended_fleet_is_measured_whole() -> None:
     # So short a look at the CPU may find it idle.
     missing = [name for name, value in asdict(figures).items() if value <= 0 and "_cpu_" not in name]
     assert missing == []
-    assert figures.death_secs > 0.5  # one miss is no death
+    assert figures.death_secs > 0.5  # one missed poll does not mark a neuron as down
     assert fleet_size.table(fleet_size.COLUMNS, [figures]).count("\n") == 2
 
 

@@ -1,1 +1,1 @@
-"""The container image and the compose fleet, really built and run."""
+"""The container image and the compose fleet, built and run with Podman."""

@@ -1,4 +1,4 @@
-"""A base image made from Debian's own packages: no image registry is needed."""
+"""A base image made from Debian packages, without an image registry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PACKAGES = "python3,python3-venv,ca-certificates"
 
 
 def import_base_image(podman: Podman) -> None:
-    """Puts the base image into this Podman's storage. The first time it takes half a minute and a network.
+    """Imports the base image into this Podman's storage. The first time takes half a minute and needs a network.
 
     Raises:
-        EnvironmentUnavailable: it cannot be made.
+        EnvironmentUnavailable: the image cannot be built.
     """
     archive = prepared(f"base-image-{key_of(_SUITE, _PACKAGES)}", _build) / "root.tar"
     podman("import", archive, BASE_IMAGE)
@@ -26,7 +26,7 @@ def import_base_image(podman: Podman) -> None:
 def _build(directory: Path) -> None:
     root = directory / "root"
     run(["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", _SUITE, root], timeout=900)
-    # The package cache is a third of it, and every layer copies the whole of it in the simplest storage driver.
+    # The package cache is a third of the image, and the vfs storage driver copies the whole image for each layer.
     run(["find", root / "var/cache/apt", root / "var/lib/apt/lists", "-type", "f", "-delete"], timeout=60)
     run(["tar", "-C", root, "-cf", directory / "root.tar", "."], timeout=300)
     run(["rm", "-rf", "--one-file-system", root], timeout=120)

@@ -1,4 +1,4 @@
-"""A Podman of the tests' own: its storage, networks and state below one directory, so that it meets nobody else's."""
+"""A private Podman: its storage, networks and state are in one directory, separate from any other Podman's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from tests.environment.commands import run
 _PROGRAMS = ("podman", "buildah", "runc", "netavark", "debootstrap", "iptables")
 _EXTRA_PATH = "/usr/lib/podman:/usr/sbin:/sbin"
 
-# runc, cgroupfs, vfs and files for logs and events work on every kernel and without systemd, also inside a container;
-# the limits are within what an unprivileged start may have. Locks are files: the default is one shared-memory segment
-# for the whole machine.
+# runc, cgroupfs, vfs and log files work on every kernel, without systemd and inside a container; the limits are low
+# enough for an unprivileged start. Locks are files because the default is one shared-memory segment per machine.
 _CONTAINERS_CONF = """\
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=1000:1000"]
@@ -41,9 +40,9 @@ runroot = "{root}/run"
 
 
 def why_not() -> str | None:
-    """What is missing to run containers here, None when nothing is."""
+    """Why containers cannot run here, None if they can."""
     if os.geteuid() != 0:
-        return "containers are run as root here"
+        return "the container tests need root"
     path = f"{os.environ['PATH']}:{_EXTRA_PATH}"
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     return f"not installed: {', '.join(missing)} (.ci/run names the Debian packages)" if missing else None
@@ -62,24 +61,24 @@ class Podman:
             "PATH": f"{os.environ['PATH']}:{_EXTRA_PATH}",
             "CONTAINERS_CONF": str(conf),
             "CONTAINERS_STORAGE_CONF": str(storage),
-            "BUILDAH_ISOLATION": "chroot",  # the default isolation needs rights that a container does not have
+            "BUILDAH_ISOLATION": "chroot",  # the default isolation needs privileges that a container lacks
         }
 
     def __call__(self, *arguments: str | Path, timeout: float = 120) -> str:
-        """`podman ARGUMENTS`; what it printed.
+        """Runs `podman ARGUMENTS` and returns its output.
 
         Raises:
-            EnvironmentUnavailable: it failed; the message has its last lines.
+            EnvironmentUnavailable: it failed; the message has its last output lines.
         """
         return run(["podman", *arguments], timeout=timeout, env=self._env)
 
     def compose(self, *arguments: str | Path, env: Mapping[str, str], timeout: float = 300) -> str:
-        """`podman-compose ARGUMENTS` with `env` added to the environment, for the compose file to read."""
+        """Runs `podman-compose ARGUMENTS` with `env` added to the environment, for the compose file."""
         command = [sys.executable, "-m", "podman_compose", "--no-ansi", *arguments]
         return run(command, timeout=timeout, env={**self._env, **env})
 
     def names(self, *listing: str) -> set[str]:
-        """What a listing such as `ps --all` names."""
+        """The names in a listing such as `ps --all`."""
         field = "{{.Name}}" if listing[0] == "network" else "{{.Names}}"
         return set(self(*listing, "--format", field).split())
 
@@ -90,7 +89,7 @@ class Podman:
             try:
                 command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
-                continue  # it ended meanwhile
+                continue  # it has exited
             if str(self.root) in command:
                 found[int(entry.parent.name)] = command
         return found
@@ -98,7 +97,7 @@ class Podman:
 
 @contextmanager
 def private_podman() -> Iterator[Podman]:
-    """A Podman with empty storage. One test run at a time; what an earlier, killed run left is removed first."""
+    """A Podman with empty storage, for one test run at a time. Removes what a killed run left first."""
     with locked("containers"):
         root = cache_root() / "containers"
         root.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""deploy/Dockerfile and deploy/compose.yaml: built, brought up, used and taken down."""
+"""deploy/Dockerfile and deploy/compose.yaml: built, started, used and stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
-    """A Podman with the base image in it."""
+    """A Podman with the base image."""
     reason = why_not()
     if reason is not None:
         if os.environ.get("CI") == "true":
@@ -39,12 +39,12 @@ def podman() -> Iterator[Podman]:
 
 
 def network_interfaces() -> set[str]:
-    """Names of this host's network interfaces: bridges and the host's ends of containers' cables are among them."""
+    """Names of this host's network interfaces, including bridges and the host's ends of veth pairs."""
     return {entry.name for entry in Path("/sys/class/net").iterdir()}
 
 
 class Fleet:
-    """The compose fleet as its user has it: compose's commands, and cortex's address on this host."""
+    """The compose fleet as a user sees it: compose commands, and cortex's address on this host."""
 
     def __init__(self, podman: Podman) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -58,15 +58,15 @@ class Fleet:
         return self._podman.compose("--file", DEPLOY / "compose.yaml", *arguments, env=self._env, timeout=600)
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-        """The JSON answer and its headers, names in lower case."""
+        """The JSON body and the headers, names in lower case."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
             headers = {name.lower(): value for name, value in response.headers.items()}
             return json.load(response), headers
 
-    def wait_until_whole(self, deadline_secs: float = 60) -> None:
-        """Returns once every neuron is healthy in cortex's eyes."""
+    def wait_until_healthy(self, deadline_secs: float = 60) -> None:
+        """Returns once cortex sees every neuron as healthy."""
         deadline = time.monotonic() + deadline_secs
         seen: object = None
         while time.monotonic() < deadline:
@@ -77,12 +77,12 @@ class Fleet:
             except (OSError, urllib.error.HTTPError) as error:
                 seen = error
             time.sleep(0.2)
-        pytest.fail(f"the fleet is not whole after {deadline_secs:.0f} s: {seen}\n{self.compose('logs')}")
+        pytest.fail(f"the fleet is not healthy after {deadline_secs:.0f} s: {seen}\n{self.compose('logs')}")
 
 
 @pytest.fixture(scope="module")
 def fleet(podman: Podman) -> Iterator[Fleet]:
-    """The fleet, up; taken down afterwards if a test has not done it."""
+    """The running fleet; stopped afterwards if a test has not done so."""
     fleet = Fleet(podman)
     fleet.compose(BUILD, "build", "cortex")
     fleet.compose("up", "--detach", "--no-build")
@@ -92,29 +92,29 @@ def fleet(podman: Podman) -> Iterator[Fleet]:
         fleet.compose("down", "--timeout", "5")
 
 
-def test_image_runs_as_a_user_without_rights(podman: Podman, fleet: Fleet) -> None:
-    """A hole in the service must not be root in the container; nor can it change its own code."""
+def test_image_runs_as_an_unprivileged_user(podman: Podman, fleet: Fleet) -> None:
+    """An exploit of the service is not root in the container and cannot change the code."""
     assert podman("image", "inspect", "--format", "{{.Config.User}}", IMAGE).strip() == "10001:10001"
     writable = ["find", "/opt/cortex-neuron", "-writable", "-not", "-type", "l"]
     assert podman("run", "--rm", "--network", "none", IMAGE, *writable).strip() == ""
 
 
 def test_image_has_its_request_path_compiled(podman: Podman, fleet: Fleet) -> None:
-    """What is measured is what runs in the image."""
+    """The image runs the build that the benchmarks measure."""
     where = "import cortex.upstream.connection as engine; print(engine.__file__)"
     found = podman("run", "--rm", "--network", "none", IMAGE, "/opt/cortex-neuron/bin/python", "-c", where)
     assert found.strip().endswith(".so")
 
 
 def test_image_is_small(podman: Podman, fleet: Fleet) -> None:
-    """Only what runs is inside: no compiler, no vLLM, no test tools."""
+    """No compiler, no vLLM, no test tools."""
     sizes = [int(podman("image", "inspect", "--format", "{{.Size}}", image)) for image in (IMAGE, BASE_IMAGE)]
     assert sizes[0] - sizes[1] < 120 * 2**20
 
 
-def test_fleet_comes_up_answers_and_goes_without_a_trace(podman: Podman, fleet: Fleet) -> None:
-    """The two minutes of somebody without a GPU: up, the catalogue, a cold-loaded chat, down."""
-    fleet.wait_until_whole()
+def test_fleet_starts_answers_and_stops_without_leftovers(podman: Podman, fleet: Fleet) -> None:
+    """The first two minutes of a user without a GPU: up, the catalogue, a cold-loaded chat, down."""
+    fleet.wait_until_healthy()
     containers = {service: f"cortex-neuron_{service}_1" for service in SERVICES}
     assert podman.names("ps", "--all") == set(containers.values())
     for container in containers.values():

@@ -1,1 +1,1 @@
-"""What the project promises as a whole: documents, examples, boundaries, routes."""
+"""Rules for the whole project: documents, examples, boundaries, routes, language."""

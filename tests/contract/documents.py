@@ -12,7 +12,7 @@ DOCUMENTS = (TOP / "README.md", *sorted((TOP / "docs").glob("*.md")))
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced TOML block that names the file it is an example of."""
+    """A fenced TOML block, with the name of the file it shows."""
 
     document: str
     number: int

@@ -1,4 +1,4 @@
-"""docs/protocol.md and docs/api.md name every field that travels, and mark those of protocol v1."""
+"""docs/protocol.md and docs/api.md list every field on the wire, and mark those of protocol v1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from shared.protocol import (
 )
 from tests.contract.documents import TOP
 
-# Section -> (what travels there, which of its fields are protocol v1).
+# Section -> (its wire model, the fields that are part of protocol v1).
 SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "GET /discovery": (
         (Discovery, Device, Link),
@@ -66,7 +66,7 @@ def section(title: str) -> str:
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_field_is_documented(title: str) -> None:
-    """Each field stands in the section of its request: bold when it is part of protocol v1, in code marks otherwise."""
+    """Each field is in the section of its request: bold when it is part of protocol v1, in code marks otherwise."""
     models, v1 = SECTIONS[title]
     bold = set(re.findall(r"\*\*(\w+)\*\*", section(title)))
     code = set(re.findall(r"`(\w+)`", section(title)))
@@ -76,15 +76,15 @@ def test_every_field_is_documented(title: str) -> None:
 
 
 def test_every_status_and_link_is_documented() -> None:
-    """The words that a field can have."""
+    """The values of enumerated fields."""
     assert all(f"`{status.value}`" in section("GET /models") for status in ModelStatus)
     assert all(f"`{kind.value}`" in section("GET /discovery") for kind in LinkKind)
     assert all(f"`{cause.value}`" in section("POST /models/load") for cause in FailureCause)
-    assert set(LoadReply.model_fields) == {"status", "model_id"}
+    assert set(LoadReply.model_fields) == {"status", "model_id", "url", "api_key"}
 
 
 def test_every_field_of_the_models_list_is_documented() -> None:
-    """What a client reads in /v1/models, an alias included."""
+    """The fields of /v1/models, an alias included."""
     catalogue = Catalogue.model_validate({"models": [{"id": "m", "limit": {"context": 1}}], "aliases": {"a": "m"}})
     discovery = Discovery(devices=[Device(index=0)], harnesses=["vllm"])
     node = NodeSnapshot(

@@ -1,4 +1,4 @@
-"""The two tables of requests, and the metrics: all there, and all documented."""
+"""The routes and metrics of both services are complete and documented."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ NEURON_METRICS = {
 
 
 def routes_of(app: web.Application) -> set[tuple[str, str]]:
-    """(method, path) of every route, patterns of variables left out; aiohttp's HEAD beside each GET too."""
+    """(method, path) of every route, without patterns of variables, including aiohttp's HEAD for each GET."""
     found = set()
     for route in app.router.routes():
         resource = route.resource
@@ -98,7 +98,7 @@ def document(name: str) -> str:
 
 
 def sample_names(exposition: bytes) -> set[str]:
-    """The names of the families on a metrics page, with `_total` where the samples have it."""
+    """The names of the families on a metrics page, with `_total` for counters."""
     names = set()
     for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", exposition.decode(), re.MULTILINE):
         if not name.endswith("_created"):
@@ -107,7 +107,7 @@ def sample_names(exposition: bytes) -> set[str]:
 
 
 def test_cortex_has_every_route() -> None:
-    """The table of cortex, no more and no less."""
+    """Exactly the routes of the contract."""
     app = web.Application()
     app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
@@ -115,20 +115,20 @@ def test_cortex_has_every_route() -> None:
 
 
 def test_neuron_has_every_route() -> None:
-    """The table of the neuron protocol, no more and no less."""
+    """Exactly the routes of the protocol."""
     assert routes_of(build_app(NeuronConfig(), port=1)) == NEURON_TABLE
 
 
 @pytest.mark.parametrize(("name", "table"), [("api.md", CORTEX_TABLE), ("protocol.md", NEURON_TABLE)])
 def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) -> None:
-    """Each path stands in the document of its service, in code marks."""
+    """Each path is in its service's document, in code marks."""
     text = document(name).replace("/v1/models/{id}", "/v1/models/{model_id}")
     for method, path in table:
         assert re.search(rf"`(?:{method} )?{re.escape(path)}[`?]", text), (method, path)
 
 
-async def test_cortex_metrics_are_the_contracts_and_documented() -> None:
-    """Names and labels of the contract; every registered one is explained in docs/api.md with its labels."""
+async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
+    """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
     fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
     metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [tally])
     tally.request("m", "beast", 200, 1.0, 0.1)
@@ -159,12 +159,12 @@ def test_neuron_metrics_are_documented() -> None:
 
 
 def all_errors(error: type[ServiceError] = ServiceError) -> set[str]:
-    """The default codes of every error class there is."""
+    """The default codes of all error classes."""
     return {error.default_code}.union(*(all_errors(inner) for inner in error.__subclasses__()))
 
 
-def test_every_code_a_source_names_is_documented() -> None:
-    """Whatever `code` a client of cortex or a caller of neuron may get stands in a document."""
+def test_every_error_code_is_documented() -> None:
+    """Every `code` that a client of cortex or a caller of neuron can get is in a document."""
     text = document("api.md") + document("protocol.md")
     named = {
         code
@@ -173,6 +173,6 @@ def test_every_code_a_source_names_is_documented() -> None:
         if "sim" not in path.relative_to(TOP).parts
         for code in re.findall(r"\b(?:default_)?code ?= ?\"(\w+)\"", path.read_text(encoding="utf-8"))
     }
-    unused = {"not_found", "conflict", "unavailable"}  # bases: those who raise them give a code
+    unused = {"not_found", "conflict", "unavailable"}  # base classes, always raised with a code
     missing = {code for code in named | (all_errors() - unused) if f"`{code}`" not in text}
     assert not missing

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Backoff, Key, Rules, Use, View, Waiting
+from cortex.placement.inputs import Backoff, Key, Use, View, Waiting
 from cortex.placement.planner import Plan, best, verdicts
 
 NOW = 10_000.0

@@ -1,1 +1,1 @@
-"""The files in deploy/ that people copy."""
+"""Tests of the files in deploy/."""

@@ -23,12 +23,12 @@ NEURONS = ("beast", "benjy", "quadbrat")
 
 
 def uncommented(text: str) -> str:
-    """The file with every setting that is only shown switched on: `# key = value` and `# [table]`."""
+    """The file with its commented settings enabled: `# key = value` and `# [table]`."""
     return re.sub(r"^# (?=\w+ = |\[)", "", text, flags=re.MULTILINE)
 
 
 def models_within(annotation: object) -> Iterator[type[BaseModel]]:
-    """The pydantic models that a field's annotation speaks of, however deep in lists, unions and dicts."""
+    """The pydantic models in an annotation, also nested in lists, unions and dicts."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
@@ -46,7 +46,7 @@ def keys_of(model: type[BaseModel]) -> set[str]:
 
 
 def mentioned(path: Path) -> set[str]:
-    """The keys and table names in a file, those in comments included."""
+    """The keys and table names in a file, including comments."""
     return set(re.findall(r"\w+(?= = )|\w+(?=[\].])", path.read_text(encoding="utf-8")))
 
 
@@ -56,41 +56,41 @@ def _tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, "a token")
 
 
-@pytest.mark.parametrize("shown_too", [False, True], ids=["as it is", "with everything it shows"])
-def test_cortex_example_is_valid(tmp_path: Path, shown_too: bool) -> None:
-    """Whoever copies the example has a cortex that starts."""
+@pytest.mark.parametrize("with_comments", [False, True], ids=["as it is", "with commented settings"])
+def test_cortex_example_is_valid(tmp_path: Path, with_comments: bool) -> None:
+    """cortex starts with a copy of the example."""
     text = (DEPLOY / "cortex.example.toml").read_text(encoding="utf-8")
     path = tmp_path / "cortex.toml"
-    path.write_text(uncommented(text) if shown_too else text, encoding="utf-8")
+    path.write_text(uncommented(text) if with_comments else text, encoding="utf-8")
     config = load_settings(CortexConfig, path, env_prefix="CORTEX_", environ={})
     assert [entry.name for entry in config.neurons] == ["beast", "benjy"]
 
 
-@pytest.mark.parametrize("shown_too", [False, True], ids=["as it is", "with everything it shows"])
-def test_neuron_example_is_valid(tmp_path: Path, shown_too: bool) -> None:
-    """Whoever copies the example has a neuron that starts."""
+@pytest.mark.parametrize("with_comments", [False, True], ids=["as it is", "with commented settings"])
+def test_neuron_example_is_valid(tmp_path: Path, with_comments: bool) -> None:
+    """neuron starts with a copy of the example."""
     text = (DEPLOY / "neuron.example.toml").read_text(encoding="utf-8")
     path = tmp_path / "neuron.toml"
-    path.write_text(uncommented(text) if shown_too else text, encoding="utf-8")
+    path.write_text(uncommented(text) if with_comments else text, encoding="utf-8")
     config = load_settings(NeuronConfig, path, env_prefix="NEURON_", environ={})
     assert config.harnesses == [HarnessEntry(name="vllm")]
-    assert (config.simulate is not None) is shown_too
+    assert (config.simulate is not None) is with_comments
 
 
 def test_cortex_example_explains_every_key() -> None:
-    """A key nobody reads about does not exist: a new one must come with its explanation."""
+    """A new key must be explained in the example."""
     assert keys_of(CortexConfig) - mentioned(DEPLOY / "cortex.example.toml") == set()
 
 
 def test_neuron_example_explains_every_key() -> None:
-    """As above; of the tables that describe a simulated device only the usual keys are shown."""
+    """For simulated devices the example shows only the common keys."""
     rarely = set(SimulatedDevice.model_fields) - {"name", "vram_total_mb", "compute_capability"}
     assert keys_of(NeuronConfig) - mentioned(DEPLOY / "neuron.example.toml") - rarely == set()
     assert set(LoadCommand.model_fields) <= mentioned(DEPLOY / "neuron.example.toml")
 
 
 def test_example_defaults_are_the_defaults() -> None:
-    """What an example says leaving a key out means is what it means."""
+    """The values shown are the defaults."""
     shown = load_settings(CortexConfig, DEPLOY / "cortex.example.toml", env_prefix="CORTEX_", environ={})
     assert shown.model_copy(update={"neurons": []}) == CortexConfig()
     host = load_settings(NeuronConfig, DEPLOY / "neuron.example.toml", env_prefix="NEURON_", environ={})
@@ -101,15 +101,15 @@ def test_example_defaults_are_the_defaults() -> None:
 
 
 def test_dev_fleet_is_the_example_fleet_simulated() -> None:
-    """The compose fleet shows the same models as models.example.toml, differing only in how they are run."""
+    """The compose fleet shows the same models as models.example.toml, except for how they run."""
     example, dev = load_catalogue(TOP / "models.example.toml"), load_catalogue(DEPLOY / "dev" / "models.toml")
     assert dev.aliases == example.aliases
     expected = [profile.model_copy(update={"harness": "sim", "args": ()}) for profile in example.models]
     assert list(dev.models) == expected
 
 
-def test_dev_configurations_fit_together() -> None:
-    """cortex knows exactly the neurons that compose starts, by the names and ports they have."""
+def test_dev_configurations_are_consistent() -> None:
+    """cortex.toml lists exactly the neurons that compose starts, with their names and ports."""
     cortex = load_settings(CortexConfig, DEPLOY / "dev" / "cortex.toml", env_prefix="CORTEX_", environ={})
     assert cortex.models_path(DEPLOY / "dev" / "cortex.toml") == DEPLOY / "dev" / "models.toml"
     for entry, name in zip(cortex.neurons, NEURONS, strict=True):

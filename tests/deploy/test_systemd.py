@@ -1,4 +1,4 @@
-"""The service units keep what the services promise."""
+"""The service units match the services."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def service(name: str) -> configparser.SectionProxy:
 
 
 def test_systemd_waits_longer_than_the_services_drain() -> None:
-    """Otherwise answers are cut that the service is still waiting for."""
+    """Otherwise systemd cuts running answers."""
     assert int(service("cortex")["TimeoutStopSec"]) > CortexConfig().gateway.drain_timeout_secs
     engines = NeuronConfig().harness_settings("vllm").stop_timeout_secs
     assert int(service("neuron")["TimeoutStopSec"]) > NeuronConfig().drain_timeout_secs + engines
 
 
 def test_only_the_service_itself_gets_the_first_signal() -> None:
-    """A drain is the service's own affair. Nothing survives cortex; engines survive neuron, for the next to adopt."""
+    """The service drains itself. Nothing survives cortex; engines survive neuron, and the next one adopts them."""
     assert service("cortex")["KillMode"] == "mixed"
     assert service("neuron")["KillMode"] == "process"
 
 
 def test_cortex_can_be_reloaded_and_keeps_its_state() -> None:
-    """What the unit gives it is where cortex looks for it."""
+    """The unit's settings match what cortex expects."""
     assert service("cortex")["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert service("cortex")["StateDirectory"] == "cortex"
 
@@ -44,7 +44,7 @@ def test_cortex_can_be_reloaded_and_keeps_its_state() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("name", ["cortex", "neuron"])
 def test_systemd_understands_every_line(name: str, tmp_path: Path) -> None:
-    """A misspelt key would be ignored at the user's."""
+    """systemd ignores misspelt keys."""
     unit = tmp_path / f"{name}.service"
     text = (UNITS / unit.name).read_text(encoding="utf-8")
     unit.write_text(text.replace("/opt/cortex-neuron/bin/", "/bin/echo "), encoding="utf-8")

@@ -52,7 +52,7 @@ def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
         os.kill(neuron, signal.SIGKILL)
         assert dev.process.wait(30) == 1
         eventually(lambda: not alive(family), "the end of every process", within_secs=30)
-        assert "one has ended" in dev.text()
+        assert "one exited" in dev.text()
 
 
 def test_port_in_use_is_said() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neuron.config import HarnessSettings
-from neuron.harness.base import HostFacts, LaunchPlan
+from neuron.harness.base import LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
@@ -54,7 +54,7 @@ def running_engine(
         engine_id="tests/1",
         control_key=CONTROL_KEY,
     )
-    facts = HostFacts(
+    facts = LaunchFacts(
         has_gpu=bool(devices),
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         environ=inheritable(os.environ),

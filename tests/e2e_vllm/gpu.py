@@ -50,5 +50,5 @@ def gpu_model(gpu_vllm: Path) -> Path:
 
 
 async def used_mb(source: TopologySource, index: int) -> int:
-    """MiB of a device that the driver counts as used, by whomever."""
+    """MiB of a device that the driver counts as used, by any process."""
     return next(device.vram_used_mb for device in await source.health() if device.index == index)

@@ -37,7 +37,7 @@ def ask(fleet: Fleet, model: str) -> tuple[int, dict[str, str], str]:
 
 
 def test_first_request_loads_the_model_and_is_answered(fleet: Fleet) -> None:
-    """Nobody loaded it: the first chat starts an engine and gets its answer; the second finds it there."""
+    """The first chat starts an engine and gets its answer; the second uses the same engine."""
     status, headers, text = ask(fleet, TINY)
     assert (status, headers["x-cortex-node"]) == (200, NODE), f"{text}\n{fleet.neuron.log_tail()}"
     entry = fleet.status_of(TINY)

@@ -80,8 +80,8 @@ async def test_what_is_refused_leaves_no_traceback(engine: RunningEngine, http: 
     assert "Traceback" not in engine.text()
 
 
-async def test_nobody_else_finds_the_development_routes(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """The routes that vLLM lists are hidden, however they are asked for, in its own words for what is not there."""
+async def test_development_routes_are_hidden(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
+    """Any request for vLLM's development routes gets vLLM's own 404."""
     async with http.get(engine.url + "/v1/no-such-path") as response:
         unknown = (response.status, await response.text())
     async with http.get(engine.url + "/openapi.json") as response:

@@ -69,4 +69,4 @@ def test_an_encoder_has_no_cache_in_vllm_either(fleet: Fleet) -> None:
     """all-MiniLM-L6-v2, although the engine is told a size for its cache as all of this fleet are."""
     assert _CACHE.search(loaded_log(fleet, MINILM)) is None
     line = cached(estimated(fleet, MINILM))
-    assert (line["total_mb"], line["how"]) == (0, "none: an encoder keeps nothing")
+    assert (line["total_mb"], line["how"]) == (0, "none: encoders have no KV cache")

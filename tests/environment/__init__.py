@@ -1,1 +1,1 @@
-"""What the tests need besides Python packages, made once and kept outside the checkout."""
+"""Things the tests need besides Python packages, built once and cached outside the checkout."""

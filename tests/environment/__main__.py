@@ -1,4 +1,4 @@
-"""`python -m tests.environment`: makes what the real-vLLM tests need, before any test's clock runs."""
+"""`python -m tests.environment`: builds what the real-vLLM tests need, before test timeouts apply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> int:
         print(f"vLLM: {vllm.command[0]}")
         print(f"models: {tiny_qwen3(vllm)} {minilm()}")
     except EnvironmentUnavailable as error:
-        print(f"no real vLLM here, its tests will be skipped: {error}", file=sys.stderr)
+        print(f"no real vLLM here, skipping its tests: {error}", file=sys.stderr)
         return 1 if os.environ.get("CI") == "true" else 0
     return 0
 

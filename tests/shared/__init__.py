@@ -1,1 +1,1 @@
-"""What both services are built on."""
+"""Tests of the package shared."""

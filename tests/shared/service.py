@@ -1,6 +1,6 @@
 """A tiny service for the tests of shared.serve: `python -m tests.shared.service DRAIN_SECS [LIFELINE_FD]`.
 
-Says "port N" when it listens and "in flight" when a request has begun; a line on standard input lets requests end.
+Prints "port N" once it listens and "in flight" once a request has begun; a line on standard input ends requests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LET_GO = web.AppKey("let_go", asyncio.Event)
 
 
 async def held(request: web.Request) -> web.StreamResponse:
-    """Half of the answer at once, the rest when the test lets it go."""
+    """Half of the answer at once, the rest when the test says so."""
     response = web.StreamResponse()
     await response.prepare(request)
     await response.write(b"first ")
@@ -28,7 +28,7 @@ async def held(request: web.Request) -> web.StreamResponse:
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """A stream that would never end by itself."""
+    """An endless stream."""
     response = web.StreamResponse()
     await response.prepare(request)
     print("in flight", flush=True)

@@ -30,7 +30,9 @@ CASES: list[tuple[ServiceError, int, str, str, str]] = [
 
 
 @pytest.mark.parametrize(("error", "status", "code", "kind", "anthropic"), CASES, ids=str)
-def test_every_class_has_its_place(error: ServiceError, status: int, code: str, kind: str, anthropic: str) -> None:
+def test_status_code_and_type_of_each_class(
+    error: ServiceError, status: int, code: str, kind: str, anthropic: str
+) -> None:
     """Status, code and type of each class, in OpenAI's shape and in Anthropic's."""
     assert (error.status, error.code, error.type) == (status, code, kind)
     assert error.body() == {"error": {"message": "x", "type": kind, "code": code, "param": None}}
@@ -39,13 +41,13 @@ def test_every_class_has_its_place(error: ServiceError, status: int, code: str, 
 
 
 @pytest.mark.parametrize(("given", "told"), [(0, 1), (0.2, 1), (1, 1), (9.01, 10), (300, 300)])
-def test_retry_after_is_whole_seconds_and_never_none(given: float, told: int) -> None:
-    """Rounded up: coming back too early is refused again."""
+def test_retry_after_is_rounded_up_to_whole_seconds(given: float, told: int) -> None:
+    """A client that retries too early would be refused again."""
     assert Unavailable("x", retry_after=given).retry_after == told
 
 
-def test_further_figures_stand_beside_the_message() -> None:
-    """`extra` is inside the error, and the four fields stay."""
+def test_extra_fields_are_part_of_the_error() -> None:
+    """`extra` is added to the inner object; the four standard fields stay."""
     error = NotFound("x", param="model", extra={"free_mb": 5})
     assert error.body()["error"] == {
         "message": "x",

@@ -1,4 +1,4 @@
-"""How failures, bodies, ids and tokens look on a real socket."""
+"""Errors, bodies, request ids and tokens, over a real socket."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ ROUTES = [
 
 @pytest.fixture
 async def ask() -> AsyncIterator[Get]:
-    """Asks a server with the error middleware, and /closed/... on one that wants a token; the response and its JSON."""
+    """Sends requests to a server with the error middleware, with closed=True to one that requires a token. Returns the
+    response and its JSON."""
     open_app = web.Application(middlewares=[error_middleware], client_max_size=1000)
     open_app.add_routes(ROUTES)
     closed_app = web.Application(middlewares=[error_middleware, require_token(TOKEN, open_paths=frozenset({"/boom"}))])
@@ -85,7 +86,7 @@ async def ask() -> AsyncIterator[Get]:
 
 
 async def test_service_errors_become_the_envelope(ask: Get) -> None:
-    """Status, code, param, Retry-After rounded up, and the request's id on every one."""
+    """Status, code, param, Retry-After rounded up, and the request id on every response."""
     response, body = await ask("GET", "/missing")
     assert response.status == 404
     assert body["error"] == {
@@ -100,8 +101,8 @@ async def test_service_errors_become_the_envelope(ask: Get) -> None:
     assert (response.status, response.headers["Retry-After"]) == (503, "5")
 
 
-async def test_errors_of_messages_take_anthropics_shape(ask: Get) -> None:
-    """Its clients read nothing else."""
+async def test_errors_of_messages_have_anthropics_shape(ask: Get) -> None:
+    """Anthropic clients read no other shape."""
     _, body = await ask("POST", "/v1/messages")
     assert body == {
         "type": "error",
@@ -109,7 +110,7 @@ async def test_errors_of_messages_take_anthropics_shape(ask: Get) -> None:
     }
 
 
-async def test_a_bug_is_a_500_that_tells_nothing(ask: Get, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unhandled_exception_is_a_500_without_details(ask: Get, caplog: pytest.LogCaptureFixture) -> None:
     """The traceback goes to the log, not to the client."""
     response, body = await ask("GET", "/boom")
     assert (response.status, body["error"]["code"]) == (500, "internal_error")
@@ -121,21 +122,23 @@ async def test_a_bug_is_a_500_that_tells_nothing(ask: Get, caplog: pytest.LogCap
     ("method", "path", "status", "code"),
     [("GET", "/nowhere", 404, "not_found"), ("GET", "/echo", 405, "method_not_allowed")],
 )
-async def test_aiohttps_own_errors_take_the_envelope(ask: Get, method: str, path: str, status: int, code: str) -> None:
-    """An unknown path, and a method that a path does not have, with what it does have."""
+async def test_aiohttps_own_errors_become_the_envelope(
+    ask: Get, method: str, path: str, status: int, code: str
+) -> None:
+    """404 for an unknown path; 405 with Allow for a wrong method."""
     response, body = await ask(method, path)
     assert (response.status, body["error"]["code"]) == (status, code)
     assert ("Allow" in response.headers) is (status == 405)
 
 
 async def test_redirects_pass(ask: Get) -> None:
-    """An HTTPException below 400 is no error."""
+    """An HTTPException below 400 passes unchanged."""
     response, _ = await ask("GET", "/moved")
     assert (response.status, response.headers["Location"]) == (302, "/id")
 
 
-async def test_body_over_the_limit(ask: Get) -> None:
-    """413 in the envelope, whatever the handler does."""
+async def test_body_over_the_limit_is_413(ask: Get) -> None:
+    """In the envelope, even if the handler does not check."""
     response, body = await ask("POST", "/echo", data=b"x" * 2000)
     assert (response.status, body["error"]["code"]) == (413, "request_too_large")
 
@@ -154,29 +157,29 @@ async def test_body_over_the_limit(ask: Get) -> None:
         (b'{"name": "x", "nam": 1}', "nam", "nam: Extra inputs"),
     ],
 )
-async def test_wrong_bodies_name_the_field(ask: Get, data: bytes, param: str | None, text: str) -> None:
+async def test_invalid_bodies_name_the_field(ask: Get, data: bytes, param: str | None, text: str) -> None:
     """400 invalid_request with the field as `param` and the reason in the message."""
     response, body = await ask("POST", "/echo", data=data)
     assert (response.status, body["error"]["code"], body["error"]["param"]) == (400, "invalid_request", param)
     assert text in body["error"]["message"]
 
 
-async def test_right_body_comes_back(ask: Get) -> None:
-    """read_model and reply are each other's inverse."""
+async def test_valid_body_round_trips(ask: Get) -> None:
+    """reply inverts read_model."""
     response, body = await ask("POST", "/echo", json={"name": "x", "inner": {"size": 2}})
     assert (response.status, body) == (201, {"name": "x", "inner": {"size": 2}})
 
 
 @pytest.mark.parametrize("given", ["abc", "A.b_c:d-9", "x" * 128])
-async def test_a_harmless_request_id_is_kept(ask: Get, given: str) -> None:
-    """So that a caller finds its request in our log."""
+async def test_a_safe_request_id_is_kept(ask: Get, given: str) -> None:
+    """A client can find its request in our log."""
     response, body = await ask("GET", "/id", headers={"x-request-id": given})
     assert response.headers["x-request-id"] == body["id"] == given
 
 
 @pytest.mark.parametrize("given", ["", " ", "x" * 129, "a b", "a;b", "é", "<script>", "a\tb"])
-async def test_any_other_request_id_is_replaced(ask: Get, given: str) -> None:
-    """What a stranger sends is written to logs and headers: nothing in it may mean anything there."""
+async def test_an_unsafe_request_id_is_replaced(ask: Get, given: str) -> None:
+    """The id is written to logs and headers, so a client must not inject anything."""
     response, body = await ask("GET", "/id", headers={"x-request-id": given})
     assert re.fullmatch("[0-9a-f]{32}", body["id"])
     assert response.headers["x-request-id"] == body["id"]
@@ -198,7 +201,7 @@ async def test_any_other_request_id_is_replaced(ask: Get, given: str) -> None:
     ],
 )
 async def test_token(ask: Get, header: str | None, passes: bool) -> None:
-    """Only the bearer token opens; a refusal says how to authenticate. The scheme's case is free."""
+    """Only the bearer token is accepted, and a 401 says how to authenticate. The scheme is case-insensitive."""
     headers = {} if header is None else {"Authorization": header}
     response, body = await ask("GET", "/id", closed=True, headers=headers)
     assert response.status == (200 if passes else 401)
@@ -208,6 +211,6 @@ async def test_token(ask: Get, header: str | None, passes: bool) -> None:
 
 
 async def test_open_paths_need_no_token(ask: Get) -> None:
-    """The paths that are named open are, and no other."""
+    """Only the listed paths are open."""
     assert (await ask("GET", "/boom", closed=True))[0].status == 500
     assert (await ask("GET", "/nowhere", closed=True))[0].status == 401

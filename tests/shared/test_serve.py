@@ -21,7 +21,7 @@ from shared.serve import ListenError, Site, bind, serving
 from tests.processes import eventually
 
 TOP = Path(__file__).parents[2]
-LONG = 60.0  # a drain that no test waits for
+LONG = 60.0  # longer than any test
 
 
 @dataclass
@@ -32,15 +32,15 @@ class Service:
     port: int = 0
 
     def until(self, text: str) -> str:
-        """Reads its output up to a line with `text`; that line."""
+        """Reads the output up to a line that contains `text`; returns that line."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if text in line:
                 return line
-        raise AssertionError(f"it ended with {self.process.wait()} and never said {text!r}")
+        raise AssertionError(f"exited with {self.process.wait()} and never printed {text!r}")
 
     def request(self, path: str) -> socket.socket:
-        """A connection with a request on its way; returns when the service works on it."""
+        """Opens a connection and sends a request; returns once the service handles it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         self.until("in flight")
@@ -83,7 +83,7 @@ def running(drain_secs: float, lifeline: int | None = None) -> Iterator[Service]
 
 
 def received(connection: socket.socket) -> bytes:
-    """Everything up to the end of the connection or its loss."""
+    """Everything received until the connection closes."""
     data = b""
     with contextlib.suppress(ConnectionResetError), connection:
         while chunk := connection.recv(65536):
@@ -92,12 +92,12 @@ def received(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_requests_end(number: signal.Signals) -> None:
-    """It refuses new connections, finishes the answer under way, cleans up, and exits with 0."""
+def test_signal_lets_requests_finish(number: signal.Signals) -> None:
+    """The service refuses new connections, finishes the running answer, cleans up, and exits with 0."""
     with running(LONG) as service:
         connection = service.request("/held")
         service.process.send_signal(number)
-        eventually(service.refuses, "the end of listening", within_secs=20)
+        eventually(service.refuses, "the socket to close", within_secs=20)
         assert service.process.poll() is None
         service.let_go()
         assert received(connection).endswith(b"4\r\nlast\r\n0\r\n\r\n")
@@ -106,7 +106,7 @@ def test_signal_lets_requests_end(number: signal.Signals) -> None:
 
 
 def test_second_signal_exits_at_once() -> None:
-    """With 130 and without waiting for anything; the service's last words are still said."""
+    """With 130, without waiting for requests; `on_forced_exit` still runs."""
     with running(LONG) as service:
         connection = service.request("/held")
         service.process.send_signal(signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_second_signal_exits_at_once() -> None:
 
 @pytest.mark.parametrize("drain_secs", [0, 0.2])
 def test_requests_beyond_the_deadline_are_cut(drain_secs: float) -> None:
-    """An answer that does not end is not waited for, and never ended as if whole; 0 seconds do not mean for ever."""
+    """An endless answer is cut, and not terminated as if complete. 0 seconds is a deadline too."""
     with running(drain_secs) as service:
         connection = service.request("/held")
         service.process.send_signal(signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_requests_beyond_the_deadline_are_cut(drain_secs: float) -> None:
 
 
 def test_event_streams_end_when_the_service_stops() -> None:
-    """A stream without an end of its own sees CLOSING and does not use up the deadline."""
+    """An endless stream watches CLOSING, so stopping does not take the whole deadline."""
     with running(LONG) as service:
         connection = service.request("/events")
         service.process.send_signal(signal.SIGTERM)
@@ -138,8 +138,8 @@ def test_event_streams_end_when_the_service_stops() -> None:
         assert service.exit_code() == 0
 
 
-def test_idle_connection_does_not_hold_the_end_up() -> None:
-    """A client that keeps its connection open and asks nothing is not waited for."""
+def test_idle_connection_does_not_delay_the_exit() -> None:
+    """The service does not wait for a client that keeps an idle connection open."""
     with running(LONG) as service, socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"404" in connection.recv(4096)
@@ -148,7 +148,7 @@ def test_idle_connection_does_not_hold_the_end_up() -> None:
 
 
 def test_end_of_the_lifeline_stops() -> None:
-    """The end of the pipe, which the kernel brings about however the parent died, is as good as a signal."""
+    """The kernel closes the pipe however the parent died."""
     reader, writer = os.pipe()
     try:
         with running(LONG, reader) as service:
@@ -156,7 +156,7 @@ def test_end_of_the_lifeline_stops() -> None:
             connection = service.request("/held")
             os.close(writer)
             writer = -1
-            service.until("the parent process is gone")
+            service.until("parent process has died")
             service.let_go()
             assert received(connection).endswith(b"last\r\n0\r\n\r\n")
             assert service.exit_code() == 0
@@ -165,8 +165,8 @@ def test_end_of_the_lifeline_stops() -> None:
             os.close(writer)
 
 
-async def test_handlers_end_when_their_client_leaves() -> None:
-    """Without this nobody would tell an engine to stop."""
+async def test_handlers_are_cancelled_when_the_client_disconnects() -> None:
+    """Otherwise an engine would generate for a client that has left."""
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def handle(request: web.Request) -> web.Response:
@@ -187,8 +187,8 @@ async def test_handlers_end_when_their_client_leaves() -> None:
         await ended.wait()
 
 
-def test_taken_and_foreign_addresses_are_named() -> None:
-    """The message says which address cannot be listened on."""
+def test_unusable_addresses_are_named() -> None:
+    """An address in use, and an address of another host."""
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -198,8 +198,8 @@ def test_taken_and_foreign_addresses_are_named() -> None:
         bind("192.0.2.1", 80)
 
 
-def test_a_port_just_left_can_be_taken_again() -> None:
-    """A restart does not wait for connections of the last run to be forgotten."""
+def test_a_port_can_be_reused_at_once() -> None:
+    """A restart does not wait for old connections in TIME_WAIT."""
     first = bind("127.0.0.1", 0)
     first.listen()
     first.setblocking(True)

@@ -1,4 +1,4 @@
-"""Configuration: every mistake is found at the start, and its message says where it is."""
+"""Configuration: mistakes are found at the start, with their place."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def problems(path: Path, text: str, **environ: str) -> list[str]:
 
 
 def test_defaults_and_file(path: Path) -> None:
-    """An empty file is a valid one; what a file gives wins over defaults."""
+    """An empty file is valid; values of the file override defaults."""
     assert load(path, "") == Outer()
     assert load(path, "level = 'debug'\n[inner]\nsize = 5").inner.size == 5
 
 
-def test_without_a_file_the_environment_alone_counts() -> None:
-    """A service may be configured without any file."""
+def test_environment_without_a_file() -> None:
+    """A service can be configured without a file."""
     settings = load_settings(Outer, None, env_prefix="APP_", environ={"APP_INNER__SIZE": "3"})
     assert settings.inner.size == 3
 
@@ -72,19 +72,19 @@ def test_without_a_file_the_environment_alone_counts() -> None:
     ],
 )
 def test_a_mistake_names_file_key_and_value(path: Path, text: str, expected: str) -> None:
-    """Whoever reads the one line knows what to change."""
+    """One line says what to change and where."""
     found = problems(path, text)
     assert len(found) == 1
     assert found[0].startswith(expected.format(path=path))
 
 
-def test_all_mistakes_are_told_at_once(path: Path) -> None:
-    """Nobody has to start a service three times to find three mistakes."""
+def test_all_mistakes_are_reported_at_once(path: Path) -> None:
+    """Three mistakes do not take three starts to find."""
     assert len(problems(path, "wrong = 1\n[inner]\nsize = 0\nnames = 'x'")) == 3
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    """A missing file, a directory, and bytes that are no text are named too."""
+    """Messages name a missing file, a directory and a file that is not UTF-8."""
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(SettingsError, match=str(path)):
             read_toml(path)
@@ -95,7 +95,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_environment_wins_over_the_file(path: Path) -> None:
-    """At the top, in a table, in a table that the file lacks, and in tables by name."""
+    """At the top level, in a table, in a table missing from the file, and in named tables."""
     settings = load(
         path,
         "level = 'info'\n[inner]\nsize = 5",
@@ -115,7 +115,7 @@ def test_environment_gives_lists_and_tables_as_json(path: Path) -> None:
 
 
 def test_environment_value_that_only_looks_like_json(path: Path) -> None:
-    """`[::1]:80` is an address: what begins with a bracket and is no JSON is text."""
+    """`[::1]:80` is an address: a value that starts with a bracket but does not parse as JSON is text."""
     assert load(path, "", APP_INNER__LISTEN="[::1]:80").inner.listen == "[::1]:80"
 
 
@@ -135,11 +135,11 @@ def test_environment_value_that_only_looks_like_json(path: Path) -> None:
     ],
 )
 def test_a_mistake_in_the_environment_names_the_variable(path: Path, variable: str, value: str, expected: str) -> None:
-    """The file is not blamed for what a variable says."""
+    """The message does not blame the file."""
     found = problems(path, "[[entries]]\nname = 'a'", **{variable: value})
     assert any(line.startswith(expected) for line in found), found
 
 
 def test_other_programs_may_use_the_prefix(path: Path) -> None:
-    """APP_URL is no key, and no mistake of ours either."""
+    """APP_URL is not a key of ours, and ignored."""
     assert load(path, "", APP_URL="http://x", APP_="", APP_API_KEY="k") == Outer()

@@ -1,4 +1,4 @@
-"""Background work neither dies silently nor outlives its owner."""
+"""Background tasks neither die silently nor outlive their owner."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from shared import tasks
 from shared.tasks import TaskSet, cancel_all, first_of, running
 
 
-async def test_a_failing_loop_is_logged_and_started_again(
+async def test_a_failing_loop_is_logged_and_restarted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One bad answer of a neuron must not end the watching of it."""
+    """One bad reply of a neuron must not end its polling."""
     monkeypatch.setattr(tasks, "RESTART_DELAY_SECS", 0.001)
     third, starts = asyncio.Event(), 0
 
@@ -31,7 +31,7 @@ async def test_a_failing_loop_is_logged_and_started_again(
 
 
 async def test_loops_end_with_their_owner() -> None:
-    """Leaving the body, by an exception too, waits until the loop's own clean-up is done."""
+    """Leaving the body, also by an exception, waits for the loop's own cleanup."""
     started, events = asyncio.Event(), []
 
     async def work() -> None:
@@ -52,8 +52,8 @@ async def test_loops_end_with_their_owner() -> None:
     assert events == ["cleaned up"]
 
 
-async def test_task_set_keeps_logs_and_ends_tasks(caplog: pytest.LogCaptureFixture) -> None:
-    """A failure nobody waits for is logged with the task's name; close ends what still runs."""
+async def test_task_set_logs_failures_and_cancels_on_close(caplog: pytest.LogCaptureFixture) -> None:
+    """The failure of a detached task is logged with its name; close cancels running tasks."""
     spawned = TaskSet()
     forever = asyncio.Event()
 
@@ -70,7 +70,7 @@ async def test_task_set_keeps_logs_and_ends_tasks(caplog: pytest.LogCaptureFixtu
 
 
 async def test_cancel_all_waits_for_the_end() -> None:
-    """A task that takes its time over its end is waited for, and one that fails then does not hinder the others."""
+    """It waits for a task that ends slowly, also if another one fails while it is cancelled."""
     ended: list[str] = []
 
     async def slow() -> None:

@@ -1,8 +1,7 @@
-"""`cortex dev`: real processes on loopback, each ending with this one however it ends."""
+"""`cortex dev`: real processes on loopback that end when this one ends."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import shlex
@@ -16,7 +15,6 @@ import aiohttp
 import tomli_w
 
 from cortex.cli.dev.fleet import (
-    DEFAULT_FLEET,
     Engine,
     SimulatedHost,
     cortex_table,
@@ -26,46 +24,34 @@ from cortex.cli.dev.fleet import (
 )
 from cortex.cli.dev.orphans import adopt_orphans, kill_adopted
 from cortex.config.catalogue import Catalogue, load_catalogue
+from shared.command_line import fail
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
 
 CORTEX = "cortex"  # a neuron may have this name too: then both end at once
-DEFAULT_PORT = 31313
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0
 
 
-def add_dev_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `cortex dev` to the parser of `cortex`."""
-    parser = commands.add_parser("dev", help="run a simulated fleet here: no GPU, no file")
-    parser.add_argument("--fleet", default=DEFAULT_FLEET, help="default: %(default)s")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: any free one")
-    parser.add_argument("--engine", choices=["sim", "vllm"], default="sim", help="default: %(default)s")
-    parser.add_argument("--model-dir", type=Path, help="with --engine vllm: the model that every name stands for")
-    parser.add_argument("--vllm-command", default="vllm", help="with --engine vllm: how it is started")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def run_dev(fleet: str, *, port: int, engine: str, model_dir: Path | None, vllm_command: str) -> int:
+    """Runs until a signal or until a child exits; the exit status."""
     try:
-        if not 0 <= args.port <= MAX_PORT:
-            raise ValueError(f"--port {args.port} is no port: 0 to {MAX_PORT}")
-        hosts = parse_fleet(args.fleet)
-        engine = _engine(args)
-        return asyncio.run(_dev(hosts, engine, args.port))
+        if not 0 <= port <= MAX_PORT:
+            raise ValueError(f"--port must be from 0 to {MAX_PORT}, got {port}")
+        hosts = parse_fleet(fleet)
+        return asyncio.run(_dev(hosts, _engine(engine, model_dir, vllm_command), port))
     except (ValueError, ListenError, SettingsError) as error:
-        print(f"cortex dev: {error}", file=sys.stderr)
-        return 1
+        fail("cortex dev", error)
 
 
-def _engine(args: argparse.Namespace) -> Engine:
-    if args.engine == "sim":
+def _engine(name: str, model_dir: Path | None, vllm_command: str) -> Engine:
+    if name == "sim":
         return Engine()
-    if args.model_dir is None or not args.model_dir.is_dir():
+    if model_dir is None or not model_dir.is_dir():
         raise ValueError("--engine vllm needs --model-dir with the directory of a model")
-    return Engine("vllm", tuple(shlex.split(args.vllm_command)), str(args.model_dir.resolve()))
+    return Engine("vllm", tuple(shlex.split(vllm_command)), str(model_dir.resolve()))
 
 
 def example_catalogue() -> Catalogue:
@@ -76,7 +62,7 @@ def example_catalogue() -> Catalogue:
 
 
 def _memory_file(name: str, table: dict[str, Any]) -> int:
-    """A configuration as an anonymous file in memory: nothing is left behind, however this process ends."""
+    """A configuration as an anonymous memory file, which needs no cleanup."""
     fd = os.memfd_create(name, 0)
     os.write(fd, tomli_w.dumps(table).encode())
     return fd
@@ -117,7 +103,7 @@ class DevFleet:
                 )
 
     async def first_exit(self) -> str:
-        """Waits for a child to end; which one."""
+        """Waits for a child to exit; returns its name."""
         name = await first_of({name: process.wait() for name, process in self._processes})
         assert name is not None
         return name
@@ -153,7 +139,7 @@ async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
         ready.cancel()
         await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if exited.done() and not stop.is_set():
-            print(f"cortex dev: {exited.result()} has ended, stopping the rest", file=sys.stderr)
+            print(f"cortex dev: {exited.result()} exited, stopping the rest", file=sys.stderr)
             return 1
         exited.cancel()
         return 0
@@ -163,7 +149,7 @@ async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
 
 
 def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
-    """The first signal stops; a further one is passed on, and makes the children exit at once."""
+    """The first signal stops the fleet; a second one is forwarded and makes the children exit at once."""
 
     def on_signal() -> None:
         if stop.is_set():
@@ -178,7 +164,7 @@ def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
 async def _start(
     fleet: DevFleet, hosts: list[SimulatedHost], engine: Engine, gateway: socket.socket, metrics_listen: str
 ) -> list[tuple[str, int]]:
-    """Starts all; the neurons as (name, port)."""
+    """Starts every process; returns the neurons as (name, port)."""
     neurons: list[tuple[str, int]] = []
     for number, host in enumerate(hosts):
         sock = bind("127.0.0.1", 0)
@@ -197,7 +183,7 @@ async def _start(
 
 
 async def _until_ready(url: str, hosts: int) -> list[dict[str, Any]]:
-    """Waits until every neuron is healthy; the models that can be asked for."""
+    """Waits until every neuron is healthy; returns the models."""
     deadline = asyncio.get_running_loop().time() + READY_TIMEOUT_SECS
     async with aiohttp.ClientSession() as session:
         while True:

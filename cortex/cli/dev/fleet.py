@@ -9,7 +9,6 @@ from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
 
-DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 FIRST_ENGINE_PORT = 20000
 ENGINE_PORTS_PER_HOST = 200
 MAX_HOSTS = 200
@@ -19,7 +18,7 @@ _HOST = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?:(?P<count>\d+)x)?(?
 
 @dataclass(frozen=True)
 class SimulatedHost:
-    """One host of the fleet: so many of one GPU."""
+    """One host of the fleet, with one kind of GPU."""
 
     name: str
     devices: tuple[str, ...]
@@ -27,7 +26,7 @@ class SimulatedHost:
 
 @dataclass(frozen=True)
 class Engine:
-    """What the neurons run: "sim", or "vllm" with a command and a model directory."""
+    """The engine of the neurons: "sim", or "vllm" with a command and a model directory."""
 
     harness: str = "sim"
     command: tuple[str, ...] = ()
@@ -44,12 +43,12 @@ def parse_fleet(text: str) -> list[SimulatedHost]:
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         match = _HOST.fullmatch(part)
         if match is None:
-            raise ValueError(f"{part!r} is not NAME=COUNTxDEVICE, for example beast=2xRTX5090")
+            raise ValueError(f"{part!r} must be NAME=COUNTxDEVICE, for example beast=2xRTX5090")
         count = int(match["count"] or 1)
         if not 1 <= count <= 16:
             raise ValueError(f"{part!r}: a host has 1 to 16 devices")
         if any(host.name == match["name"] for host in hosts):
-            raise ValueError(f"{part!r}: the name is given twice")
+            raise ValueError(f"{part!r}: duplicate host name")
         hosts.append(SimulatedHost(match["name"], (match["device"].strip(),) * count))
     if not 1 <= len(hosts) <= MAX_HOSTS:
         raise ValueError(f"a fleet has 1 to {MAX_HOSTS} hosts")
@@ -57,7 +56,7 @@ def parse_fleet(text: str) -> list[SimulatedHost]:
 
 
 def neuron_table(host: SimulatedHost, number: int, engine: Engine) -> dict[str, Any]:
-    """neuron.toml of the host with this number (from 0). The port is that of the socket which the neuron inherits."""
+    """neuron.toml of the host with this number (from 0). The port comes from the inherited socket."""
     first = FIRST_ENGINE_PORT + number * ENGINE_PORTS_PER_HOST
     harness: dict[str, Any] = {"port_range": [first, first + ENGINE_PORTS_PER_HOST - 1]}
     if engine.harness == "vllm":

@@ -1,6 +1,6 @@
-"""Engines whose neuron was killed become children of this process, and end with it.
+"""Engines of a killed neuron become children of this process and end with it.
 
-A neuron stops its engines itself; only one that died of SIGKILL cannot.
+A neuron stops its own engines, unless it dies of SIGKILL.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of every descendant whose own parent dies. Where that is not possible, not."""
+    """Makes this process the parent of orphaned descendants. Does nothing where that is unsupported."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_adopted() -> None:
-    """SIGKILL to every child that is left, and to what becomes a child by that, until there is none."""
+    """Sends SIGKILL to every child, and to children adopted meanwhile, until none is left."""
     while children := _children():
         for pid in children:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""How fast the replicas of a model are beside each other, learned from their answers: no clock, no configuration."""
+"""The relative speeds of a model's replicas, learned from their answers."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-_WEIGHT: Final = 0.05  # of an answer in the average of its replica: about the last 20 count
+_WEIGHT: Final = 0.05  # of one answer in the average of its replica: about the last 20 count
 _USUAL_WEIGHT: Final = 0.02
 _MOST: Final = math.log(4)
 
 Kind = tuple[str, bytes, bool]
-"""(model id, path, whether it was a stream of events). Answers of one kind are comparable byte by byte; an event takes
-fifty times the bytes that its token takes in a plain answer."""
+"""(model id, path, whether it is an event stream). Answers of one kind are comparable by bytes; a token takes fifty
+times as many bytes in an event as in a plain answer."""
 
 
 class Speeds:
-    """One worker's measurements. Mismatched cards differ by factors, and nobody has to configure by which.
+    """One worker's measurements, so the speeds of mismatched GPUs need no configuration.
 
-    An answer is compared with the usual one of its kind, in seconds per byte; a replica's speed is the average of that,
-    within a factor of 4. Averages are of logarithms, so that one answer that took a hundred times as long counts as
-    four. What an engine is loaded with is in it: a crowded one looks slower and is sent less, which errs towards an
-    even split and cannot run away, as throughput would (whoever is sent more, has more).
+    Each answer is compared with the usual one of its kind, in seconds per byte; the average, within a factor of 4, is
+    the replica's speed. Averages are of logarithms, so one answer that took a hundred times as long counts as four. The
+    current load is included: a busy engine looks slower and gets less. That errs towards an even split and is stable;
+    throughput would not be, because a replica with more requests has more of it.
     """
 
     __slots__ = ("_slowness", "_usual")
@@ -31,7 +31,7 @@ class Speeds:
         self._slowness: dict[tuple[str, str], tuple[float, int]] = {}  # (model id, node): log of a factor, answers
 
     def learn(self, kind: Kind, node: str, secs: float, sent_bytes: int) -> None:
-        """A whole answer of `sent_bytes` came `secs` after its request."""
+        """A complete answer of `sent_bytes` took `secs`."""
         if secs <= 0 or sent_bytes <= 0:
             return
         took = math.log(secs / sent_bytes)
@@ -44,8 +44,7 @@ class Speeds:
         self._slowness[key] = slowness + (beside - slowness) * max(_WEIGHT, 1 / (answers + 1)), answers + 1
 
     def of(self, model_id: str, nodes: Sequence[str]) -> list[float]:
-        """The speed of the model on each node: 1/4 to 4, where 1 is the usual one. A replica that nobody has measured
-        counts as that."""
+        """The speed of the model on each node: 1/4 to 4; 1 is usual, also for a replica without measurements."""
         slowness = self._slowness
         if not slowness:
             return [1.0] * len(nodes)

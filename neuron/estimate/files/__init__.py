@@ -1,1 +1,2 @@
-"""What a model's files say: config.json and safetensors headers. Read by the rest of `neuron.estimate`."""
+"""What a model's files say: config.json and safetensors headers. Used by the rest of `neuron.estimate` and by
+estimators."""

@@ -1,4 +1,4 @@
-"""What a config.json says of a model, as far as memory depends on it. Pure."""
+"""What a config.json says about a model, as far as memory depends on it. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from neuron.estimate.files.layers import LayerKind, layer_kinds, window_of
 _ENCODERS = frozenset(
     {"bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "distilbert", "new", "mpnet", "electra", "gte"}
 )
-# Their feed-forward layers have two matrices; everybody else's have three (gate, up, down).
+# Their feed-forward layers have two matrices; all others have three (gate, up, down).
 _UNGATED = _ENCODERS - {"modernbert", "nomic_bert", "new", "gte"} | {
     *("gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron", "mpt", "whisper"),
 }
-_BIASED_KEYS = frozenset({"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"})  # biases of q, k and v that no field tells
+_BIASED_KEYS = frozenset(
+    {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
+)  # have biases of q, k and v that no field mentions
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl_text", "gemma3", "gemma3_text"})
 _GATED_OUTPUT = ("qwen3_next", "qwen3_5")
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # of each layer
@@ -27,7 +29,7 @@ _TIED_BY_DEFAULT = frozenset(
         *("gpt2", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "starcoder2", "whisper"),
     }
 )
-# What transformers fills in where these models' published files are silent.
+# Defaults of transformers for fields that these models' published files omit.
 _DEFAULTS = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -53,13 +55,13 @@ class LatentAttention:
 
     @property
     def cached_width(self) -> int:
-        """Numbers kept for each token and layer, whatever the number of heads."""
+        """Numbers cached for each token and layer, independent of the number of heads."""
         return self.kv_rank + self.rope_dim
 
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """The gated delta net of Qwen3-Next and its heirs."""
+    """The gated delta net of Qwen3-Next and its successors."""
 
     key_heads: int
     value_heads: int
@@ -76,7 +78,7 @@ class LinearAttention:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model. Widths are numbers, not bytes; a width of 0 is one that the configuration does not tell."""
+    """One model. Widths are in numbers, not bytes; 0: the configuration does not say."""
 
     name: str
     model_type: str
@@ -96,11 +98,11 @@ class Architecture:
     gated: bool = True
     qkv_biases: bool = False
     output_bias: bool = False
-    query_gate: bool = False  # the query projection has twice the width: the output's gate
+    query_gate: bool = False  # the query projection is twice as wide, for the output's gate
     qk_norms: bool = False
     norms: int = 2  # of each layer
     encoder_only: bool = False
-    other_parts: tuple[str, ...] = ()  # sections about encoders of images or sound
+    other_parts: tuple[str, ...] = ()  # config sections of image or audio encoders
     dtype: str | None = None  # of the weights as published
     quantization: Mapping[str, Any] | None = None
     text: Fields = field(default_factory=lambda: Fields({}, "config.json"), compare=False)
@@ -115,7 +117,7 @@ class Architecture:
 
 
 def architecture_of(config: Fields) -> Architecture:
-    """The model that `config` describes; of a multimodal one the part that generates text.
+    """The model that `config` describes; for a multimodal one, the part that generates text.
 
     Raises:
         ModelFilesInvalid: a field has a wrong value, or the number or width of the layers is missing.
@@ -168,8 +170,8 @@ def _text_of(config: Fields) -> Fields:
     if inner is not None:
         return _text_of(inner)  # Qwen-Omni nests twice
     defaults = _DEFAULTS.get(config.text("model_type") or "", {})
-    told = {name: value for name, value in config.values.items() if value is not None}
-    return Fields({**defaults, **told}, config.file)
+    given = {name: value for name, value in config.values.items() if value is not None}
+    return Fields({**defaults, **given}, config.file)
 
 
 def _kv_heads(text: Fields) -> int | None:

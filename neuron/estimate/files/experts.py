@@ -9,7 +9,7 @@ from neuron.estimate.files.fields import Fields
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts. `width` is of one expert, `shared_width` of all that every token passes, 0: none."""
+    """The mixture of experts. `width` is of one expert, `shared_width` of all shared experts together (0: none)."""
 
     count: int
     chosen: int  # for each token
@@ -19,10 +19,10 @@ class Experts:
 
 
 def experts_of(text: Fields, layers: int) -> Experts | None:
-    """The experts that a configuration describes, None when it has none.
+    """The experts that a configuration describes; None when it has none.
 
     Raises:
-        ModelFilesInvalid: it does not tell their width, or a field has a wrong value.
+        ModelFilesInvalid: their width is missing, or a field has a wrong value.
     """
     count = text.integer("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
     if not count:
@@ -45,7 +45,7 @@ def experts_of(text: Fields, layers: int) -> Experts | None:
 def _expert_layers(text: Fields, layers: int) -> frozenset[int]:
     first_dense = text.integer("first_k_dense_replace") or 0
     step = text.integer("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step") or 1
-    # DeepSeek counts its steps from the layer 0, the others so that the last layer of each step has experts.
+    # DeepSeek counts steps from layer 0; in other models the last layer of each step has experts.
     offset = 0 if text.integer("moe_layer_freq") else 1
     dense = {number for number in text.listed("mlp_only_layers") or [] if isinstance(number, int)}
     return frozenset(

@@ -1,11 +1,10 @@
-"""Which of a model's layers keep what between tokens. Pure."""
+"""What each layer of a model keeps between tokens. Pure."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-from neuron.estimate.files.errors import ModelFilesInvalid
-from neuron.estimate.files.fields import Fields
+from neuron.estimate.files.fields import Fields, ModelFilesInvalid
 
 MAX_LAYERS = 4096
 
@@ -17,7 +16,7 @@ class LayerKind(Enum):
     SLIDING = "sliding attention"  # of the tokens in its window
     CHUNKED = "chunked attention"  # of the tokens of one chunk
     LINEAR = "linear attention"  # a state of one size (gated delta net)
-    STATE = "state space"  # a state whose size is not known here (Mamba, short convolution)
+    STATE = "state space"  # a state of unknown size (Mamba, short convolution)
     NOTHING = "no attention"
 
 
@@ -29,15 +28,15 @@ _NAMES = {
     "linear_attention": LayerKind.LINEAR,
 }
 _HYBRID_LETTERS = {"*": LayerKind.FULL, "M": LayerKind.STATE}  # Nemotron-H; others are feed-forward layers
-_ALTERNATING = frozenset({"gemma2"})  # every other layer slides, the first one too
+_ALTERNATING = frozenset({"gemma2"})  # every other layer is sliding, starting with the first
 _DEFAULT_PATTERN = {"gemma3": 6, "gemma3_text": 6, "cohere2": 4}  # every n-th layer is full
 
 
 def layer_kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
-    """A kind for each layer, from `layer_types` or from the older fields that say the same.
+    """The kind of each layer, from `layer_types` or from older fields with the same meaning.
 
     Raises:
-        ModelFilesInvalid: there are more layers than any model has, or `layer_types` does not name each.
+        ModelFilesInvalid: there are too many layers, or `layer_types` does not cover them all.
     """
     if layers > MAX_LAYERS:
         raise fields.invalid("num_hidden_layers", f"is more than {MAX_LAYERS}")
@@ -72,7 +71,7 @@ def _varies(fields: Fields) -> bool:
 
 
 def _period(fields: Fields) -> int | None:
-    """Every how many layers there is one of full attention."""
+    """One of this many layers has full attention."""
     given = fields.integer("full_attention_interval", "attn_layer_period")
     if given:
         return given
@@ -86,7 +85,7 @@ def _period(fields: Fields) -> int | None:
 
 
 def _first_sliding(fields: Fields) -> int | None:
-    """Qwen2's way: layers from `max_window_layers` on slide."""
+    """In Qwen2, layers from `max_window_layers` on are sliding."""
     return fields.integer("max_window_layers") if window_of(fields) is not None else None
 
 

@@ -1,4 +1,4 @@
-"""How many bits the types of numbers have that vLLM's flags and configurations name. Pure."""
+"""Bits of the number types that engine flags and model configurations name. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPE_BITS = {"half": 16, "float16": 16, "bfloat16": 16, "float": 32, "float32": 32, "float64": 64}
-"""`--dtype`, and `dtype` of a config.json. What is published with 32 or 64 bits is served with 16, unless asked."""
+"""`--dtype`, and `dtype` of a config.json. Models published with 32 or 64 bits are served with 16 by default."""
 
 KV_BITS = {
     **{"float16": 16.0, "bfloat16": 16.0},
@@ -25,27 +25,27 @@ ON_LOADING = {
     **{"fp8_per_block": 8.0, "int8_per_channel_weight_only": 8.0, "mxfp8": 8.25},
     **{"mxfp4": 4.25, "nvfp4_per_token": 4.5, "bitsandbytes": 4.5},
 }
-"""`--quantization` methods that turn a checkpoint of plain numbers into smaller ones while it is loaded: bits of a
-number with its share of the scales. The others need a checkpoint that is quantised already."""
+"""`--quantization` methods that quantize a plain checkpoint while it is loaded: bits of a number with its share of the
+scales. All other methods need a quantized checkpoint."""
 EXPERTS_ONLY = frozenset({"experts_int8", "moe_wna16", "mxfp4", "gpt_oss_mxfp4"})
-"""Methods that leave everything but the experts as it is."""
+"""Methods that quantize the experts only."""
 
 
 def model_bits(asked: str, published: str | None) -> int:
-    """Bits of a plain number once the model is loaded; `asked` is vLLM's `--dtype`."""
+    """Bits of a plain number once the model is loaded; `asked` is the engine's `--dtype`."""
     if asked != "auto":
         return DTYPE_BITS.get(asked, 16)
     return min(DTYPE_BITS.get(published or "", 16), 16)
 
 
 def checkpoint_method(quantization: Mapping[str, Any]) -> str:
-    """The name of the method a checkpoint is quantised with."""
+    """The name of a checkpoint's quantization method."""
     method = quantization.get("quant_method") or quantization.get("quant_algo") or "an unnamed method"
     return str(method).lower()
 
 
 def checkpoint_bits(quantization: Mapping[str, Any]) -> float | None:
-    """Bits of a quantised number with its share of the scales, from `quantization_config`; None when it is not told."""
+    """Bits of a quantized number with its share of the scales, from `quantization_config`; None when unknown."""
     method = checkpoint_method(quantization)
     if "fp8" in method:
         return 8.0
@@ -62,7 +62,7 @@ def checkpoint_bits(quantization: Mapping[str, Any]) -> float | None:
 
 
 def kv_cache_name(asked: str, quantization: Mapping[str, Any] | None) -> str:
-    """`--kv-cache-dtype` with `auto` resolved: a quantised checkpoint may say that its KV cache has 8 bits."""
+    """`--kv-cache-dtype` with `auto` resolved: a quantized checkpoint may define an 8-bit KV cache."""
     if asked != "auto" or quantization is None:
         return asked
     inner = quantization.get("quantization")

@@ -1,6 +1,6 @@
 """How many parameters a model has, from its configuration alone. Pure.
 
-Used where there are no safetensors files to look into, and checked against the published sizes of models.
+Used for models without safetensors files; the tests compare it with the published sizes of models.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from neuron.estimate.files.layers import LayerKind
 _LEARNED_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})
 
 
-class Placement(Enum):
-    """What tensor parallelism does with a weight."""
+class WeightPlacement(Enum):
+    """How tensor parallelism places a weight."""
 
     SPLIT = "split"  # each device has its share
     BY_KV_HEAD = "by kv head"  # split, but never finer than one key-value head
@@ -25,28 +25,28 @@ class Placement(Enum):
 
 
 class Part(Enum):
-    """What a weight belongs to; its value is how a person reads it."""
+    """What a weight belongs to; the value is its display name."""
 
     EMBEDDING = "embeddings and output head"
     ATTENTION = "attention"
     FEED_FORWARD = "feed-forward"
     EXPERTS = "experts"
     SMALL = "norms, biases, routers"
-    ENCODERS = "encoders of images or sound"
+    ENCODERS = "image and audio encoders"
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of one part that are treated alike. `matrices`: quantisation applies to them."""
+    """Parameters of one part that are treated alike. `matrices`: quantization applies to them."""
 
     part: Part
     parameters: int
-    placement: Placement
+    placement: WeightPlacement
     matrices: bool
 
 
 def counts_of(model: Architecture) -> tuple[Count, ...]:
-    """The parameters of the text model. Encoders of images or sound are not in it."""
+    """The parameters of the text model, without image and audio encoders."""
     return tuple(count for count in _counts(model) if count.parameters)
 
 
@@ -63,7 +63,7 @@ def _counts(model: Architecture) -> Iterator[Count]:
         positions = (model.text.integer("max_position_embeddings", "n_positions") or 0) + (
             model.text.integer("type_vocab_size") or 0
         )
-    yield Count(Part.EMBEDDING, (heads * model.vocabulary + positions) * hidden, Placement.SPLIT, matrices=False)
+    yield Count(Part.EMBEDDING, (heads * model.vocabulary + positions) * hidden, WeightPlacement.SPLIT, matrices=False)
     attending = sum(kind not in (LayerKind.LINEAR, LayerKind.STATE, LayerKind.NOTHING) for kind in model.kinds)
     if model.latent is not None:
         yield from _latent_attention(model, attending)
@@ -74,18 +74,18 @@ def _counts(model: Architecture) -> Iterator[Count]:
     norms = model.layers * model.norms * hidden + hidden
     if model.encoder_only:  # a norm of the embeddings in place of the last one, each with a bias; and a pooler
         norms = 2 * norms + hidden * hidden + hidden
-    yield Count(Part.SMALL, norms, Placement.WHOLE, matrices=False)
+    yield Count(Part.SMALL, norms, WeightPlacement.WHOLE, matrices=False)
 
 
 def _attention(model: Architecture, layers: int) -> Iterator[Count]:
     hidden, queries, keys = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
     split = hidden * queries * (2 if model.query_gate else 1) + queries * hidden
-    yield Count(Part.ATTENTION, layers * split, Placement.SPLIT, matrices=True)
-    yield Count(Part.ATTENTION, layers * 2 * hidden * keys, Placement.BY_KV_HEAD, matrices=True)
+    yield Count(Part.ATTENTION, layers * split, WeightPlacement.SPLIT, matrices=True)
+    yield Count(Part.ATTENTION, layers * 2 * hidden * keys, WeightPlacement.BY_KV_HEAD, matrices=True)
     biased = model.encoder_only or model.qkv_biases
     small = (queries + 2 * keys) * biased + hidden * (model.encoder_only or model.output_bias)
     small += 2 * model.head_dim * model.qk_norms + model.heads * (model.model_type == "gpt_oss")  # its sinks
-    yield Count(Part.SMALL, layers * small, Placement.WHOLE, matrices=False)
+    yield Count(Part.SMALL, layers * small, WeightPlacement.WHOLE, matrices=False)
 
 
 def _latent_attention(model: Architecture, layers: int) -> Iterator[Count]:
@@ -100,9 +100,9 @@ def _latent_attention(model: Architecture, layers: int) -> Iterator[Count]:
         split = latent.q_rank * model.heads * query_dim
     split += latent.kv_rank * model.heads * (latent.nope_dim + latent.value_dim)
     split += model.heads * latent.value_dim * model.hidden
-    yield Count(Part.ATTENTION, layers * split, Placement.SPLIT, matrices=True)
-    yield Count(Part.ATTENTION, layers * down, Placement.WHOLE, matrices=True)
-    yield Count(Part.SMALL, layers * (latent.kv_rank + (latent.q_rank or 0)), Placement.WHOLE, matrices=False)
+    yield Count(Part.ATTENTION, layers * split, WeightPlacement.SPLIT, matrices=True)
+    yield Count(Part.ATTENTION, layers * down, WeightPlacement.WHOLE, matrices=True)
+    yield Count(Part.SMALL, layers * (latent.kv_rank + (latent.q_rank or 0)), WeightPlacement.WHOLE, matrices=False)
 
 
 def _linear_attention(model: Architecture) -> Iterator[Count]:
@@ -110,20 +110,22 @@ def _linear_attention(model: Architecture) -> Iterator[Count]:
     if linear is None:
         return
     values = linear.value_heads * linear.value_dim
-    # Queries, keys, values and the output's gate; two numbers for each head; the way back.
+    # Queries, keys, values and the output's gate; two numbers per head; the output projection.
     split = model.hidden * (linear.convolved + values + 2 * linear.value_heads) + values * model.hidden
-    yield Count(Part.ATTENTION, layers * split, Placement.SPLIT, matrices=True)
+    yield Count(Part.ATTENTION, layers * split, WeightPlacement.SPLIT, matrices=True)
     small = linear.convolved * linear.kernel + 2 * linear.value_heads + linear.value_dim
-    yield Count(Part.SMALL, layers * small, Placement.SPLIT, matrices=False)
+    yield Count(Part.SMALL, layers * small, WeightPlacement.SPLIT, matrices=False)
 
 
 def _feed_forward(model: Architecture) -> Iterator[Count]:
     matrices = 3 if model.gated else 2
     experts = model.experts
     dense = model.layers - (0 if experts is None else len(experts.layers))
-    yield Count(Part.FEED_FORWARD, dense * matrices * model.hidden * model.intermediate, Placement.SPLIT, matrices=True)
+    yield Count(
+        Part.FEED_FORWARD, dense * matrices * model.hidden * model.intermediate, WeightPlacement.SPLIT, matrices=True
+    )
     if not model.gated:
-        yield Count(Part.SMALL, dense * (model.intermediate + model.hidden), Placement.WHOLE, matrices=False)
+        yield Count(Part.SMALL, dense * (model.intermediate + model.hidden), WeightPlacement.WHOLE, matrices=False)
     if experts is not None:
         yield from _experts(model, experts)
 
@@ -131,10 +133,10 @@ def _feed_forward(model: Architecture) -> Iterator[Count]:
 def _experts(model: Architecture, experts: Experts) -> Iterator[Count]:
     layers, hidden = len(experts.layers), model.hidden
     each = experts.count * 3 * hidden * experts.width
-    yield Count(Part.EXPERTS, layers * each, Placement.SPLIT, matrices=True)
+    yield Count(Part.EXPERTS, layers * each, WeightPlacement.SPLIT, matrices=True)
     shared = 3 * hidden * experts.shared_width
-    yield Count(Part.FEED_FORWARD, layers * shared, Placement.SPLIT, matrices=True)
+    yield Count(Part.FEED_FORWARD, layers * shared, WeightPlacement.SPLIT, matrices=True)
     router = hidden * experts.count
     if model.model_type == "gpt_oss":  # biases of the router and of every expert
         router += experts.count + experts.count * (2 * experts.width + hidden)
-    yield Count(Part.SMALL, layers * router, Placement.WHOLE, matrices=False)
+    yield Count(Part.SMALL, layers * router, WeightPlacement.WHOLE, matrices=False)

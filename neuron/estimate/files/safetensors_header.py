@@ -1,7 +1,7 @@
-"""The header of a safetensors file: what tensors it has, without reading one of them.
+"""The header of a safetensors file: its tensors, without reading their data.
 
-The hub's library can parse it too, but takes the file's word for everything: it multiplies whatever stands in a shape,
-and does not see that the file is shorter than its tensors, as one is whose download was cut off.
+The hub's library can parse it too, but trusts the file: it multiplies any numbers in a shape, and does not notice that
+a file is shorter than its tensors, as after an interrupted download.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.fields import ModelFilesInvalid
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
@@ -26,13 +26,13 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-"""Bits of one number, by the format's name of its type."""
+"""Bits of one number, by the format's type name."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor as it lies in its file."""
+    """One tensor as stored in its file."""
 
     name: str
     dtype: str
@@ -48,7 +48,7 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
     """The tensors of a file. Blocks; reads the header only.
 
     Raises:
-        ModelFilesInvalid: it is no safetensors file, or its end is missing.
+        ModelFilesInvalid: it is not a safetensors file, or it is truncated.
     """
     header, room = _read_header(path)
     for name, entry in header.items():
@@ -57,10 +57,10 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
 
 
 def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """The file, which holds a JSON object. Blocks.
+    """The JSON object in a file. Blocks.
 
     Raises:
-        ModelFilesInvalid: it does not, is larger than `max_bytes`, or cannot be read.
+        ModelFilesInvalid: it is not one, is larger than `max_bytes`, or cannot be read.
     """
     try:
         size = _regular_size(path)
@@ -72,25 +72,25 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and the bytes of the file that follow it."""
+    """The header, and how many bytes of the file follow it."""
     try:
         size = _regular_size(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
-                raise ModelFilesInvalid(f"{path} is no safetensors file: its header would have {length} bytes")
+                raise ModelFilesInvalid(f"{path} is not a safetensors file: its header would have {length} bytes")
             if length > size - _LENGTH_BYTES:
-                raise ModelFilesInvalid(f"{path} is cut off: {size} bytes, its header alone has {length}")
+                raise ModelFilesInvalid(f"{path} is truncated: it has {size} bytes, its header alone {length}")
             return _object(path, file.read(length)), size - _LENGTH_BYTES - length
     except OSError as error:
         raise ModelFilesInvalid(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _regular_size(path: Path) -> int:
-    """Bytes of a regular file: opening anything else (a pipe) might wait for ever."""
+    """Size of a regular file in bytes. Opening anything else, such as a pipe, might block."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ModelFilesInvalid(f"{path} is no regular file")
+        raise ModelFilesInvalid(f"{path} is not a regular file")
     return status.st_size
 
 
@@ -100,7 +100,7 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelFilesInvalid(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelFilesInvalid(f"{path}: JSON, but no object")
+        raise ModelFilesInvalid(f"{path}: not a JSON object")
     return value
 
 
@@ -110,14 +110,16 @@ def _tensor(path: Path, name: str, entry: Any, room: int) -> Tensor:
     except (TypeError, KeyError, ValueError) as error:
         raise ModelFilesInvalid(f"{path}: {name[:120]!r} has no dtype, shape and data_offsets") from error
     sizes = [*shape, begin, end] if isinstance(shape, list) else [None]
-    # A 64-bit limit on each, so that a product of a few stays a number that can be multiplied in no time.
+    # A 64-bit limit on each, so that their product is computed in no time.
     if not isinstance(dtype, str) or len(sizes) > 18 or not all(_is_size(size) for size in sizes) or begin > end:
         raise ModelFilesInvalid(f"{path}: {name[:120]!r} has no plausible dtype, shape and data_offsets")
     if end > room:
-        raise ModelFilesInvalid(f"{path} is cut off: {name[:120]!r} ends at byte {end} of {room}")
+        raise ModelFilesInvalid(f"{path} is truncated: {name[:120]!r} ends at byte {end} of {room}")
     tensor = Tensor(name, dtype, tuple(shape), end - begin)
     if dtype in BITS and tensor.stored_bytes != -(-tensor.numbers * BITS[dtype] // 8):
-        raise ModelFilesInvalid(f"{path}: {name[:120]!r} has {tensor.stored_bytes} bytes, not as many as its shape")
+        raise ModelFilesInvalid(
+            f"{path}: {name[:120]!r} has {tensor.stored_bytes} bytes, which does not match its shape"
+        )
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""What a model's safetensors files hold, summed up by what it means for memory."""
+"""The weights in a model's safetensors files, summed up by how they are placed in memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from neuron.estimate.files.architecture import Architecture
-from neuron.estimate.files.errors import ModelFilesInvalid
-from neuron.estimate.files.parameters import Part, Placement
+from neuron.estimate.files.fields import ModelFilesInvalid
+from neuron.estimate.files.parameters import Part, WeightPlacement
 from neuron.estimate.files.safetensors_header import FLOATS, Tensor, read_json, tensors_of
 
 INDEX = "model.safetensors.index.json"
@@ -28,23 +28,24 @@ _LATENT_DOWN = re.compile(r"\.(?:q_a_proj|kv_a_proj_with_mqa|fused_qkv_a_proj_wi
 _KEYS_AND_VALUES = re.compile(r"\.[kv]_proj\.")
 _ATTENTION = re.compile(r"(?:attn|attention)\w*\.")
 _EXPERTS = re.compile(r"\.experts\.")
-# Read from the checkpoint only for speculative decoding, or computed anew.
+# Used only for speculative decoding, or recomputed.
 _NOT_LOADED = re.compile(r"(?:^|\.)mtp\.|rotary_emb\.inv_freq$|(?:^|\.)attn\.bias$|attention\.masked_bias$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Group:
-    """What weights are told apart by."""
+    """Weights that are treated alike."""
 
     part: Part
-    placement: Placement
-    matrices: bool  # quantisation on loading applies to them
+    placement: WeightPlacement
+    matrices: bool  # quantization on loading applies to them
 
 
 @dataclass(frozen=True)
 class Amount:
-    """`floats`: numbers in a plain floating-point type, which become the model's on loading. Bytes: of all."""
+    """`floats`: count of numbers in a plain floating-point type, which are converted on loading. `stored_bytes`: of all
+    numbers, `float_bytes`: of the floats."""
 
     floats: int = 0
     float_bytes: int = 0
@@ -53,7 +54,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The sums. `files` is the number of safetensors files; `unloaded_bytes` is of tensors that vLLM leaves alone."""
+    """The sums. `files` is the number of safetensors files; `unloaded_bytes` counts tensors that are not loaded."""
 
     amounts: Mapping[Group, Amount]
     files: int
@@ -61,7 +62,7 @@ class StoredWeights:
 
 
 def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None:
-    """The weights in the files of `directory`, None when there are no safetensors files. Blocks; reads headers only.
+    """The weights in the files of `directory`; None when there are no safetensors files. Blocks; reads headers only.
 
     Raises:
         ModelFilesInvalid: a file is broken, or one that the index names is missing.
@@ -86,8 +87,8 @@ def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None
 
 
 def is_loaded(tensor: Tensor, model: Architecture) -> bool:
-    """False for what vLLM leaves alone: layers beyond the model's own (they predict further tokens), and an output
-    head beside the embeddings it is tied to."""
+    """False for layers beyond the model's own (for speculative decoding), and for an output head that is tied to the
+    embeddings."""
     if _NOT_LOADED.search(tensor.name):
         return False
     if model.tied and tensor.name.endswith("lm_head.weight"):
@@ -97,19 +98,21 @@ def is_loaded(tensor: Tensor, model: Architecture) -> bool:
 
 
 def group_of(tensor: Tensor) -> Group:
-    """Where the weight belongs, by the names that the models of transformers give theirs."""
+    """The group of a weight, by the naming conventions of transformers."""
     name = tensor.name
     if _ENCODERS.search(name):
-        return Group(Part.ENCODERS, Placement.SPLIT if len(tensor.shape) > 1 else Placement.WHOLE, matrices=False)
+        return Group(
+            Part.ENCODERS, WeightPlacement.SPLIT if len(tensor.shape) > 1 else WeightPlacement.WHOLE, matrices=False
+        )
     if _EMBEDDING.search(name):
-        return Group(Part.EMBEDDING, Placement.SPLIT, matrices=False)
+        return Group(Part.EMBEDDING, WeightPlacement.SPLIT, matrices=False)
     if len(tensor.shape) < 2 or _ROUTER.search(name):
-        return Group(Part.SMALL, Placement.WHOLE, matrices=False)
-    placement = Placement.SPLIT
+        return Group(Part.SMALL, WeightPlacement.WHOLE, matrices=False)
+    placement = WeightPlacement.SPLIT
     if _LATENT_DOWN.search(name):
-        placement = Placement.WHOLE
+        placement = WeightPlacement.WHOLE
     elif _KEYS_AND_VALUES.search(name):
-        placement = Placement.BY_KV_HEAD
+        placement = WeightPlacement.BY_KV_HEAD
     part = Part.ATTENTION if _ATTENTION.search(name) else Part.FEED_FORWARD
     return Group(Part.EXPERTS if _EXPERTS.search(name) else part, placement, matrices=True)
 
@@ -119,7 +122,7 @@ def _files(directory: Path) -> list[Path]:
     if index.is_file():
         return _shards(directory, index, read_json(index, max_bytes=_MAX_INDEX_BYTES))
     found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    # Mistral publishes the same weights twice, the second time in a file of this name.
+    # Mistral publishes the same weights twice, the second time in files of this name.
     return [path for path in found if not path.name.startswith("consolidated")] or found
 
 
@@ -131,10 +134,10 @@ def _shards(directory: Path, index: Path, content: Mapping[str, Any]) -> list[Pa
     unique = {name for name in shards if isinstance(name, str)}
     for name in unique:
         if Path(name).name != name:
-            raise ModelFilesInvalid(f"{index}: {name[:120]!r} is no name of a file beside it")
+            raise ModelFilesInvalid(f"{index}: {name[:120]!r} is not the name of a file beside it")
     if len(unique) > _MAX_SHARDS or any(not isinstance(name, str) for name in names.values()):
-        raise ModelFilesInvalid(f"{index}: weight_map does not name the files of the weights")
+        raise ModelFilesInvalid(f"{index}: weight_map does not list the weights' files")
     missing = sorted(name for name in unique if not (directory / name).exists())
     if missing:
-        raise ModelFilesInvalid(f"{directory / missing[0]} is missing: {len(missing)} of {len(unique)} files are")
+        raise ModelFilesInvalid(f"{directory / missing[0]} is missing ({len(missing)} of {len(unique)} files are)")
     return [directory / name for name in sorted(unique)]

@@ -1,2 +1,2 @@
-"""Everything that is specific to vLLM: its command line and argument policy, the meaning of its output and metrics,
-sleep mode, and the guard that runs inside it."""
+"""Everything that is specific to vLLM: its command line, flags and environment, its output and metrics, sleep mode,
+memory estimate, and the guard that runs inside it. Called through `VllmHarness`; the simulated engine imitates it."""

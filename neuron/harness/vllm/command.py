@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
-from neuron.harness.base import EngineCommand, Harness, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
@@ -38,7 +38,7 @@ class VllmHarness(Harness):
     estimator = VllmEstimator()
 
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> Need:
-        """The fraction that its arguments name, else `share_mb`, else the fraction that is vLLM's default."""
+        """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
         with contextlib.suppress(ValueError):
             fraction = float(value_of(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
@@ -47,7 +47,7 @@ class VllmHarness(Harness):
             return Need(fraction=DEFAULT_ENGINE_SHARE)
         return Need(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
 
-    def command(self, plan: LaunchPlan, facts: HostFacts) -> EngineCommand:
+    def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
         fixed: dict[str, str] = {}
@@ -63,7 +63,7 @@ class VllmHarness(Harness):
         argv += plan.arguments
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
-    def can_sleep(self, plan: LaunchPlan, facts: HostFacts) -> bool:
+    def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return vllm_can_sleep(plan, facts)
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
@@ -93,7 +93,7 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
 
 
 def vllm_environment(
-    plan: LaunchPlan, facts: HostFacts, own: Mapping[str, str], fixed: Mapping[str, str]
+    plan: LaunchPlan, facts: LaunchFacts, own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
     """The part of the environment that vLLM and its simulation share. `own` yields to the operator's `env`, `fixed`
     does not."""
@@ -105,12 +105,12 @@ def vllm_environment(
 
 
 def _memory_arguments(plan: LaunchPlan) -> list[str]:
-    """`--gpu-memory-utilization` for an engine with a share, unless its arguments size its memory already.
+    """`--gpu-memory-utilization` for an engine with a share, unless its arguments already size its memory.
 
-    Rounded down: two engines whose shares add up to a device must not want more than it has. vLLM takes one fraction
-    for all its devices: the one with which the smallest gives the share. A larger one gives the same fraction of more,
-    which is what is booked there (`Need.one_fraction`); vLLM refuses to start where that is not free, though it uses no
-    more blocks of it than fit on the smallest.
+    Rounded down: two engines whose shares add up to a device must not ask for more than it has. vLLM has one fraction
+    for all devices, so it is the one that gives the share on the smallest. On a larger device the same fraction is
+    more, and that is what is booked there (`Need.one_fraction`): vLLM refuses to start unless it is free, though
+    it uses no more blocks than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
     if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):
@@ -122,8 +122,8 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
 def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
     """Cores for each rank of a tensor-parallel engine on a CPU host.
 
-    vLLM's own binding wants a NUMA node for each rank and fails where there are fewer. With fewer cores than ranks it
-    is left to vLLM all the same: ranks that share a core wait for each other in spin locks.
+    vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
+    vLLM anyway: ranks that share a core would wait for each other in spin locks.
     """
     if not 1 < ranks <= len(cpus):
         return {}
@@ -134,7 +134,7 @@ def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
 
 
 def _core_list(cores: Sequence[int]) -> str:
-    """Cores as vLLM reads them: runs as `a-b`, separated by commas."""
+    """Cores in vLLM's notation: ranges `a-b`, separated by commas."""
     runs: list[tuple[int, int]] = []
     for core in cores:
         if runs and runs[-1][1] == core - 1:

@@ -16,14 +16,14 @@ _EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w*\.)*(?P<name>[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|OutOfMemory))(?::\s+(?P<text>.*))?"
 )
 _ENGINE_PROCESSES = ("Worker", "EngineCore")
-# These only point to a cause that is told elsewhere.
+# These only point to a cause in another line.
 _EMPTY_WORDS = ("See root cause above", "Engine core initialization failed", "EngineDeadError", "cancelled")
 _MAX_CAUSE = 1000  # characters
 _LOADED = re.compile(r"Model loading took (\d+(?:\.\d+)?) GiB memory")
 
-# What an argument parser complains of: the same on every host.
+# Errors of the argument parser: the same on every host.
 _ARGUMENTS = re.compile(r"unrecognized arguments: |argument \S+: |the following arguments are required: ")
-# Looked for first: much that reads like the model's is said of what this host's devices can do.
+# Checked first: many errors that look like the model's are about what this host's devices support.
 _NODE = re.compile(
     r"out of memory|OutOfMemory|MemoryError|Cannot allocate memory"
     r"|Free memory on device|No available memory for the cache blocks|Available memory on node \d"
@@ -51,20 +51,19 @@ _MODEL = re.compile(
 
 
 def weights_mb(lines: Sequence[str], ranks: int) -> int | None:
-    """MiB of weights on all `ranks` devices together, None when no line tells.
+    """MiB of weights on all `ranks` devices together; None when no line says.
 
-    Each rank holds an equal part; whether all of them print theirs, or the first alone, differs between versions.
+    Each rank holds an equal part. Depending on the version, all ranks print theirs or only the first.
     """
     parts = [float(found[1]) for line in lines if (found := _LOADED.search(line)) is not None]
     return round(max(parts) * 1024 * ranks) if parts else None
 
 
 def root_cause(lines: Sequence[str]) -> str | None:
-    """The error behind the end of an engine, None when the lines name none.
+    """The error that made an engine exit; None when the lines name none.
 
-    An engine's processes fail one after another, each telling that the one below it did: the first error that a
-    worker or the engine core logged is the cause. Without one it is the last error of the server itself, and else
-    what the argument parser complained of.
+    An engine's processes fail one after another, each reporting that the one below it did: the cause is the first error
+    that a worker or the engine core logged. Without one it is the last error of the server or the argument parser.
     """
     parsed = [(*split_record(line), line) for line in lines]
     for index, (head, text, _) in enumerate(parsed):
@@ -96,13 +95,13 @@ def cause_of(error: str, *, path_missing: bool) -> FailureCause:
 
 
 def split_record(line: str) -> tuple[re.Match[str] | None, str]:
-    """The prefix of a record of vLLM's logger, None where there is none, and the text behind it."""
+    """The prefix of a record of vLLM's logger (None without one) and the text after it."""
     head = _RECORD.match(line)
     return head, line[head.end() :] if head is not None else line
 
 
 def _exception(text: str, following: Sequence[str]) -> str | None:
-    """`Name: message` of a traceback's last line; of a pydantic error what it says of the value."""
+    """`Name: message` of a traceback's last line; for a pydantic error, its complaint about the value."""
     found = _EXCEPTION.fullmatch(text.rstrip())
     if found is None:
         return None

@@ -1,9 +1,8 @@
-"""How far a vLLM is with its start, from what it prints.
+"""How far the start of a vLLM is, from its output.
 
-The words are those of vLLM 0.8 to 0.32 on GPUs and of 0.32 on a CPU, and of the hub's client, which vLLM downloads
-with. What vLLM says nothing of stays in the phase before: building the model, and a download without bars (vLLM turns
-most of them off), count as `starting`; profiling the memory counts as `compiling`, or as `warming up` where nothing is
-compiled.
+The patterns match vLLM 0.8 to 0.32 on GPUs and 0.32 on a CPU, and the hub's client, which vLLM downloads with. Steps
+that print nothing belong to the phase before: building the model, and a download without progress bars (vLLM turns most
+of them off), count as `starting`; profiling the memory counts as `compiling`, or as `warming up` without compilation.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from neuron.progress.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, S
 
 _MAX_MESSAGE = 200  # characters
 
-_BARE_RECORD = re.compile(r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[?[\w.]+:\d+\] ")  # of a version that names no process
+_BARE_RECORD = re.compile(
+    r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[?[\w.]+:\d+\] "
+)  # of versions that do not name the process
 _EAGER = re.compile(r"Enforce eager set|enforce_eager(?:=|': )True")
 _TWO_CAPTURES = re.compile(r"CUDAGraphMode\.FULL_AND_PIECEWISE")
 
-# `model-00001-of-00004.safetensors:  12%|█▏        | 598M/4.98G [00:03<00:25, 171MB/s]`: only weights count, since
-# configurations and tokenizers come before and are small.
+# `model-00001-of-00004.safetensors:  12%|█▏        | 598M/4.98G [00:03<00:25, 171MB/s]`: only weights count:
+# configurations and tokenizers are small.
 _FILE_BAR = re.compile(r"(?P<name>[\w.-]+\.(?:safetensors|bin|gguf|pth?))\]?:\s+(?P<percent>\d{1,3})%")
 _FILES_BAR = re.compile(r"Fetching \d+ files:\s+(\d{1,3})%")
 _FILE_COUNT = re.compile(r"-of-0*(\d+)")
@@ -30,7 +31,7 @@ _DOWNLOADED = re.compile(r"Time spent downloading weights for .*: (\d+(?:\.\d+)?
 _SHARDS_BAR = re.compile(r"[Ll]oading [^:]*(?:shards|loader|Streamer):\s+(\d{1,3})%")
 _CAPTURE_BAR = re.compile(r"Capturing CUDA graph(?P<what>[^:]*):\s+(?P<percent>\d{1,3})%")
 
-# What announces a phase without saying how far it is.
+# Lines that announce a phase without its progress.
 _MARKS = tuple(
     (re.compile(pattern), phase)
     for pattern, phase in (
@@ -43,34 +44,27 @@ _MARKS = tuple(
         (r"Graph capturing finished|init engine \(.*\) took", WARMING_UP),
     )
 )
-# The weights are in place: what follows is compiling, unless the engine was told not to.
+# The weights are loaded: compiling follows, unless it is switched off.
 _MODEL_LOADED = re.compile(r"Model loading took|Memory profiling takes|Available KV cache memory|KV cache size:")
 _SERVING = re.compile(r"Starting vLLM (?:API )?server|Application startup complete")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an engine's output has said of its start so far; `after` reads on.
-
-    Several processes write at the same time: `fraction` is that of the furthest and never falls within a phase, and a
-    line of an earlier phase changes nothing.
-    """
+    """See `LoadReading`. Several processes write at the same time: `fraction` is that of the furthest one, and a line
+    of an earlier phase changes nothing."""
 
     phase: str = STARTING
     fraction: float | None = None
-    """Of the phase, 0 to 1; None: the engine does not say."""
-    message: str | None = None
-    """The line that said so, without its prefix."""
+    message: str | None = None  # without its prefix
     serving: bool = False
-    """It says that it answers now, or in a moment."""
     downloaded_secs: float | None = None
-    """What it says that fetching its weights took."""
     eager: bool = False
-    two_captures: bool = False  # graphs are captured twice, with a bar each: PIECEWISE, then FULL
-    files: Mapping[str, float] = field(default_factory=dict)  # weight files under way -> fraction
+    two_captures: bool = False  # graphs are captured in two passes with a bar each: PIECEWISE, then FULL
+    files: Mapping[str, float] = field(default_factory=dict)  # weight files being downloaded -> fraction
 
     def after(self, line: str) -> Reading:
-        """With the next line of output."""
+        """The reading after one more line of output."""
         text = _BARE_RECORD.sub("", split_record(line)[1].strip())
         known = replace(
             self,
@@ -128,5 +122,5 @@ class Reading:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """The last match: where redrawing got lost, several states of a bar stand on one line."""
+    """The last match: several states of a bar may be on one line, if redrawing got lost."""
     return next(reversed(list(pattern.finditer(text))), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
-from neuron.harness.base import HostFacts, LaunchPlan
+from neuron.harness.base import LaunchFacts, LaunchPlan
 from neuron.harness.sleep import SleepControl
 from neuron.harness.vllm import guard, sleep_routes
 from neuron.harness.vllm.argument_policy import gives
@@ -41,7 +41,7 @@ class VllmSleep(SleepControl):
         return weights_mb(lines, ranks)
 
 
-def vllm_can_sleep(plan: LaunchPlan, facts: HostFacts) -> bool:
+def vllm_can_sleep(plan: LaunchPlan, facts: LaunchFacts) -> bool:
     """True when a vLLM of this plan is started with sleep mode.
 
     vLLM refuses `--enable-sleep-mode` without a GPU: there only `sleep_mode = "dev"` works, which accepts requests to
@@ -60,7 +60,7 @@ def _may_sleep(plan: LaunchPlan) -> bool:
     return plan.control_key is not None and not gives(plan.arguments, "--no-enable-sleep-mode")
 
 
-def sleep_arguments(plan: LaunchPlan, facts: HostFacts) -> list[str]:
+def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
     """Arguments of a vLLM that can sleep.
 
     The guard comes before an operator's own `--middleware`: vLLM wraps each one around those before it, so the guard
@@ -75,7 +75,7 @@ def control_environment(control_key: str) -> dict[str, str]:
     return {DEV_MODE_VARIABLE: "1", DIGEST_VARIABLE: digest_of(control_key)}
 
 
-def guarded_environment(plan: LaunchPlan, facts: HostFacts, control_key: str) -> dict[str, str]:
+def guarded_environment(plan: LaunchPlan, facts: LaunchFacts, control_key: str) -> dict[str, str]:
     """Variables of a vLLM that can sleep; they override all others. An existing PYTHONPATH follows the guard's."""
     path = plan.settings.env.get("PYTHONPATH") or facts.environ.get("PYTHONPATH")
     return {

@@ -11,7 +11,7 @@ from neuron.sim.api.bodies import served_model
 from neuron.sim.api.errors import malformed
 from neuron.sim.engine.engine import ENGINE
 
-_BYTES_PER_SEC = 32_000  # of 16 bit mono at 16 kHz, which a real model would get to hear
+_BYTES_PER_SEC = 32_000  # of 16 bit mono at 16 kHz, a real model's input
 
 
 @dataclass
@@ -39,7 +39,7 @@ async def speech_to_text(request: web.Request) -> web.Response:
 
 
 async def _read(request: web.Request) -> _Form:
-    """The form; the file is hashed as it comes and never held whole. Raises ApiError 400 when it is broken."""
+    """The form; the file is hashed as it arrives and never held in memory. Raises ApiError 400 when it is broken."""
     form = _Form()
     try:
         reader = await request.multipart()

@@ -1,4 +1,4 @@
-"""Reading request bodies: JSON, the model's name, typed fields, and the text in the shapes clients send it."""
+"""Parses request bodies: JSON, the model's name, typed fields, and text in the forms that clients send."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_ANSWERS = 16384  # VLLM_MAX_N_SEQUENCES
 
 
 async def read_json(request: web.Request) -> Body:
-    """The body as a JSON object. Raises ApiError 400 when it is none."""
+    """The body as a JSON object. Raises ApiError 400 when it is not one."""
     try:
         body = json.loads(await request.read())
     except (ValueError, RecursionError) as error:
@@ -31,7 +31,7 @@ async def read_json(request: web.Request) -> Body:
 
 
 def served_model(name: object, settings: EngineSettings) -> str:
-    """The model a request means; without a name, the first. Raises ApiError 404 when it is not served here."""
+    """The requested model; without a name, the first one. Raises ApiError 404 when it is not served here."""
     if name is None or name == "":
         return settings.name
     if not isinstance(name, str) or name not in settings.served_names:
@@ -40,7 +40,7 @@ def served_model(name: object, settings: EngineSettings) -> str:
 
 
 def integer(body: Body, key: str, *, least: int = 0) -> int | None:
-    """A whole number, None when it is absent or null. Raises ApiError 400 when it is anything else."""
+    """A whole number; None when it is absent or null. Raises ApiError 400 for anything else."""
     value = body.get(key)
     if value is None:
         return None
@@ -52,7 +52,7 @@ def integer(body: Body, key: str, *, least: int = 0) -> int | None:
 
 
 def answers_wanted(body: Body) -> int:
-    """`n`, 1 when it is left out. Raises ApiError 400 when it is not from 1 to vLLM's limit."""
+    """`n`, 1 by default. Raises ApiError 400 when it is not from 1 to vLLM's limit."""
     wanted = integer(body, "n", least=1) or 1
     if wanted > _MAX_ANSWERS:
         raise bad_request(f"n must be at most {_MAX_ANSWERS}, got {wanted}.", "n")
@@ -60,7 +60,7 @@ def answers_wanted(body: Body) -> int:
 
 
 def required(body: Body, key: str) -> Any:
-    """A field that must be there. Raises ApiError 400 when it is not."""
+    """A required field. Raises ApiError 400 when it is missing."""
     if body.get(key) is None:
         raise malformed(f"[{{'type': 'missing', 'loc': ('body', '{key}'), 'msg': 'Field required'}}]", key)
     return body[key]
@@ -95,7 +95,7 @@ def check_length(limit: int | None, prompts: Sequence[Prompt], settings: EngineS
 
 
 def content_text(content: object) -> str:
-    """The text of a message's content: a string, or a list of parts of which the textual ones count."""
+    """The text of a message's content: a string, or the textual parts of a list."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -111,10 +111,10 @@ def content_text(content: object) -> str:
 
 
 def conversation(messages: object, *, param: str = "messages") -> Prompt:
-    """The prompt of a list of messages; the answer quotes the last one of the user.
+    """The prompt of a list of messages; the answer quotes the user's last one.
 
     Raises:
-        ApiError: 400, it is not a list of objects, or it is empty.
+        ApiError: 400, it is not a list of objects, or is empty.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise malformed(f"[{{'type': 'list_type', 'loc': ('body', '{param}')}}]", param)
@@ -129,7 +129,7 @@ def text_list(value: object, param: str) -> list[str]:
     """One or several texts: a string, a list of strings, a list of token ids, or a list of such lists.
 
     Raises:
-        ApiError: 400, it is none of these, or it is empty.
+        ApiError: 400, it is anything else, or empty.
     """
     if isinstance(value, str):
         return [value]

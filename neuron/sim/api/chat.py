@@ -21,7 +21,7 @@ from neuron.sim.api.bodies import (
     wants_usage,
 )
 from neuron.sim.api.sse import EventStream
-from neuron.sim.engine.engine import ENGINE, Engine, Order, Usage
+from neuron.sim.engine.engine import ENGINE, Order, SimEngine, TokenUsage
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -29,7 +29,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_json(request)
     order = order_of(body, engine)
     identity = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": order.model}
-    usage = Usage(order.prompts[0].token_count)
+    usage = TokenUsage(order.prompts[0].token_count)
     if order.streamed:
         return await _stream(request, order, identity, usage if wants_usage(body) else None)
     answers = await engine.answers(order)
@@ -47,8 +47,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return web.json_response({**identity, "object": "chat.completion", "choices": choices, "usage": usage.openai()})
 
 
-def order_of(body: Body, engine: Engine) -> Order:
-    """What a chat request asks for. Raises ApiError when it cannot be had."""
+def order_of(body: Body, engine: SimEngine) -> Order:
+    """The order of a chat request. Raises ApiError when it cannot be served."""
     model = served_model(body.get("model"), engine.settings)
     prompt = conversation(required(body, "messages"))
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -59,7 +59,7 @@ def order_of(body: Body, engine: Engine) -> Order:
 
 
 async def _stream(
-    request: web.Request, order: Order, identity: dict[str, object], usage: Usage | None
+    request: web.Request, order: Order, identity: dict[str, object], usage: TokenUsage | None
 ) -> web.StreamResponse:
     stream = EventStream(request)
     await stream.open()

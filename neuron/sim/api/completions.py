@@ -21,7 +21,7 @@ from neuron.sim.api.bodies import (
     wants_usage,
 )
 from neuron.sim.api.sse import EventStream
-from neuron.sim.engine.engine import ENGINE, Engine, Order, Prompt, Usage
+from neuron.sim.engine.engine import ENGINE, Order, Prompt, SimEngine, TokenUsage
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -34,7 +34,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         "created": int(time.time()),
         "model": order.model,
     }
-    usage = Usage(sum(prompt.token_count for prompt in order.prompts))
+    usage = TokenUsage(sum(prompt.token_count for prompt in order.prompts))
     if order.streamed:
         return await _stream(request, order, identity, usage if wants_usage(body) else None)
     answers = await engine.answers(order)
@@ -43,7 +43,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return web.json_response({**identity, "choices": choices, "usage": usage.openai()})
 
 
-def _order_of(body: Body, engine: Engine) -> Order:
+def _order_of(body: Body, engine: SimEngine) -> Order:
     model = served_model(body.get("model"), engine.settings)
     prompts = tuple(Prompt(text, text) for text in text_list(required(body, "prompt"), "prompt"))
     limit = integer(body, "max_tokens", least=1)
@@ -56,7 +56,7 @@ def _choice(index: int, text: str, finish: str | None) -> dict[str, object]:
 
 
 async def _stream(
-    request: web.Request, order: Order, identity: dict[str, object], usage: Usage | None
+    request: web.Request, order: Order, identity: dict[str, object], usage: TokenUsage | None
 ) -> web.StreamResponse:
     stream = EventStream(request)
     await stream.open()

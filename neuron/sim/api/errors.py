@@ -1,4 +1,4 @@
-"""Error bodies as vLLM writes them."""
+"""Error bodies in vLLM's format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ANTHROPIC_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
 
 
 class ApiError(Exception):
-    """A request that cannot be served; `kind` is what vLLM calls `type`."""
+    """A request that cannot be served; `kind` is vLLM's `type`."""
 
     def __init__(self, status: int, message: str, kind: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -30,12 +30,12 @@ def error_body(status: int, message: str, kind: str, param: str | None = None) -
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
-    """The request is understood and refused."""
+    """A well-formed request with an unacceptable value."""
     return ApiError(400, message, "BadRequestError", param=param)
 
 
 def malformed(message: str, param: str | None = None) -> ApiError:
-    """The request does not have the form it should have."""
+    """A request of the wrong form."""
     return ApiError(400, message, "Bad Request", param=param)
 
 

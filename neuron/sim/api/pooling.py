@@ -1,4 +1,4 @@
-"""The endpoints of models that read and do not write: embeddings, pooling, classify, rerank, score."""
+"""Endpoints of models that do not generate text: embeddings, pooling, classify, rerank, score."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from neuron.sim.api.bodies import (
     text_list,
 )
 from neuron.sim.api.errors import bad_request, malformed
-from neuron.sim.engine.engine import ENGINE, Engine, Prompt
+from neuron.sim.engine.engine import ENGINE, Prompt, SimEngine
 from neuron.sim.engine.vectors import embed, normalised, similarity
 
 _LABELS = ("LABEL_0", "LABEL_1")
 
 
 async def embeddings(request: web.Request) -> web.Response:
-    """POST /v1/embeddings; `dimensions` cuts the vectors, as for matryoshka models."""
+    """POST /v1/embeddings; `dimensions` truncates the vectors, as for matryoshka models."""
     engine = request.app[ENGINE]
     body = await read_json(request)
     model = served_model(body.get("model"), engine.settings)
@@ -49,7 +49,7 @@ async def embeddings(request: web.Request) -> web.Response:
 
 
 async def pooling(request: web.Request) -> web.Response:
-    """POST /pooling: the vectors, as embeddings have them."""
+    """POST /pooling: the same vectors as embeddings."""
     engine = request.app[ENGINE]
     body = await read_json(request)
     model = served_model(body.get("model"), engine.settings)
@@ -99,7 +99,7 @@ async def rerank(request: web.Request) -> web.Response:
 
 
 async def score(request: web.Request) -> web.Response:
-    """POST /score, /v1/score: one text against each other, or pairs when both sides are as many."""
+    """POST /score, /v1/score: one text against many, or pairs when both sides have the same number."""
     engine = request.app[ENGINE]
     body = await read_json(request)
     model = served_model(body.get("model"), engine.settings)
@@ -118,8 +118,8 @@ async def score(request: web.Request) -> web.Response:
     return web.json_response(_listing("score", model, data, read))
 
 
-def _texts(body: Body, engine: Engine) -> list[str]:
-    """`input`, or the conversation in `messages`, none longer than the context."""
+def _texts(body: Body, engine: SimEngine) -> list[str]:
+    """`input`, or the conversation in `messages`, each within the context length."""
     if body.get("input") is None and body.get("messages") is not None:
         texts = [conversation(body["messages"]).text]
     else:

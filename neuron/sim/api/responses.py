@@ -36,7 +36,7 @@ def _prompt_of(body: Body) -> Prompt:
 
 
 class ResponseObject:
-    """The `response` object, before, while and after it is answered."""
+    """The `response` object, at any point of the answer."""
 
     def __init__(self, body: Body, order: Order) -> None:
         self._order = order
@@ -56,7 +56,7 @@ class ResponseObject:
         self.item_id = f"msg_{uuid.uuid4().hex}"
 
     def item(self, text: str | None, status: str) -> dict[str, object]:
-        """The one output item; without text it has no part yet."""
+        """The only output item; it has no part until there is text."""
         content = [] if text is None else [part(text)]
         return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 

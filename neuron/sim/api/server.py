@@ -1,4 +1,4 @@
-"""The HTTP application: the route table and what every request passes through."""
+"""The HTTP application: routes and middlewares."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from aiohttp.typedefs import Middleware
 from neuron.sim.api import audio, chat, completions, errors, messages, pooling, responses, tokenization
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
-from neuron.sim.engine.engine import ENGINE, CoreDied, Engine
+from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_MAX_BODY = 512 * 1024 * 1024  # vLLM has no limit of its own; this one keeps a mistake from filling the machine
+_MAX_BODY = 512 * 1024 * 1024  # vLLM has no limit; this protects the host's memory
 _VERSION = "0.32.0"
 _STARTED = web.AppKey("started", int)
 
@@ -53,7 +53,7 @@ async def exposition(request: web.Request) -> web.Response:
 
 
 async def server_load(request: web.Request) -> web.Response:
-    """Open requests; always 0 without --enable-server-load-tracking, as vLLM has it."""
+    """Open requests; always 0 without --enable-server-load-tracking, as in vLLM."""
     engine = request.app[ENGINE]
     return web.json_response({"server_load": engine.requests_open if engine.settings.track_load else 0})
 
@@ -77,7 +77,7 @@ WORK: dict[str, Handler] = {
     "/v1/audio/transcriptions": audio.speech_to_text,
     "/v1/audio/translations": audio.speech_to_text,
 }
-"""What is posted to the model."""
+"""POST routes that need the model."""
 
 VIEWS: dict[str, Handler] = {
     "/health": health,
@@ -118,7 +118,7 @@ async def _count(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _require_key(key: str) -> Middleware:
-    """Guards what is below /v1, and nothing else: vLLM leaves /health, /metrics, /tokenize and the like open."""
+    """Protects /v1 only: vLLM leaves /health, /metrics, /tokenize and others open."""
     expected = f"Bearer {key}".encode()
 
     @web.middleware
@@ -132,11 +132,11 @@ def _require_key(key: str) -> Middleware:
 
 
 def build_app(
-    engine: Engine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
+    engine: SimEngine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
 ) -> web.Application:
     """The application around an engine; `api_key` None leaves everything open.
 
-    With a `sleeper` it has vLLM's routes for it, for whoever shows the control key with this digest.
+    With a `sleeper` it has vLLM's sleep routes, for callers with the control key of this digest.
     """
     guards: list[Middleware] = [] if sleeper is None else [guard(sleeper, control_digest)]
     guards += [] if api_key is None else [_require_key(api_key)]

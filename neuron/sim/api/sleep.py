@@ -1,4 +1,4 @@
-"""Sleep mode as vLLM 0.32 has it: development routes behind neuron's guard, and memory that goes and comes back."""
+"""vLLM 0.32's sleep mode: development routes behind neuron's guard, and memory that is freed and taken back."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from neuron.harness.vllm.guard.neuron_guard import (
 )
 from neuron.sim.api.errors import ApiError, bad_request
 from neuron.sim.engine import console
-from neuron.sim.engine.engine import Engine
+from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
-_CONTEXT_MB = 400  # of each device: what a CUDA context keeps, whatever the weights do
+_CONTEXT_MB = 400  # of each device: what a CUDA context keeps during a sleep
 _MODES = ("abort", "wait", "keep")
 
 
 @dataclass
 class Sleeper:
-    """Puts the engine to sleep and wakes it, one after the other. A request that comes meanwhile is refused.
+    """Puts the engine to sleep and wakes it, one at a time; new requests are refused meanwhile.
 
-    Whatever the mode, requests that run are finished first (vLLM's `wait`, which is what neuron asks for).
+    In every mode, running requests are finished first (vLLM's `wait`, the mode that neuron uses).
     """
 
-    engine: Engine
+    engine: SimEngine
     memory: DeviceMemory
-    closed: bool = False  # from the beginning of its sleep until it is awake
+    closed: bool = False  # from the start of a sleep until the engine is awake
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def asleep_mb(self) -> int:
-        """MiB that stay on the devices."""
+        """MiB that stay on the devices during a sleep."""
         held = self.engine.settings.vram_mb
         return min(_CONTEXT_MB * self.engine.settings.tensor_parallel, held // 10)
 
     async def sleep(self, level: int) -> None:
-        """Raises asyncio.TimeoutError when it still has requests after 10 s."""
+        """Raises asyncio.TimeoutError when requests are still running after 10 s."""
         async with self._turn:
             if self.engine.sleep_level:
                 return
@@ -64,7 +64,7 @@ class Sleeper:
             console.log("EngineCore", "executor.py:268", "It took 0.1 seconds to fall asleep.")
 
     async def wake(self) -> None:
-        """Raises OutOfMemory when its memory was taken meanwhile: then it sleeps on."""
+        """Raises OutOfMemory when its memory was taken meanwhile; it stays asleep then."""
         async with self._turn:
             if not self.engine.sleep_level:
                 return
@@ -81,16 +81,16 @@ SLEEPER = web.AppKey("sleeper", Sleeper)
 
 
 def in_dev_mode(environ: Mapping[str, str]) -> bool:
-    """True when vLLM would open its development routes. Raises ValueError, as vLLM does, for what is no number."""
+    """True when vLLM would open its development routes. Raises ValueError, as vLLM does, for anything but a number."""
     return bool(int(environ.get(DEV_MODE_VARIABLE, "0")))
 
 
 async def _sleep(request: web.Request) -> web.Response:
     level, mode = request.query.get("level", "1"), request.query.get("mode", "abort")
     if level not in ("1", "2"):
-        raise bad_request(f"level: {level!r} is not simulated, 1 and 2 are", "level")
+        raise bad_request(f"level: must be 1 or 2, got {level!r}", "level")
     if mode not in _MODES:
-        raise bad_request(f"mode: {mode!r} is none of {', '.join(_MODES)}", "mode")
+        raise bad_request(f"mode: must be one of {', '.join(_MODES)}, got {mode!r}", "mode")
     try:
         await request.app[SLEEPER].sleep(int(level))
     except asyncio.TimeoutError:
@@ -113,7 +113,7 @@ async def _is_sleeping(request: web.Request) -> web.Response:
 
 
 def add_sleep_routes(app: web.Application, sleeper: Sleeper) -> None:
-    """vLLM's routes. The guard must be among the app's middlewares."""
+    """Adds vLLM's routes. The guard must be among the app's middlewares."""
     app[SLEEPER] = sleeper
     app.router.add_post("/sleep", _sleep)
     app.router.add_post("/wake_up", _wake_up)
@@ -121,7 +121,7 @@ def add_sleep_routes(app: web.Application, sleeper: Sleeper) -> None:
 
 
 def guard(sleeper: Sleeper, digest: str | None) -> Middleware:
-    """What `neuron_guard.Guard` is to vLLM, with the same rules."""
+    """Middleware with the rules of `neuron_guard.Guard`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:

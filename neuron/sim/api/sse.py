@@ -11,7 +11,7 @@ from neuron.sim.engine.engine import ENGINE
 
 
 class EventStream:
-    """A streamed answer: events go out as they are sent."""
+    """A streamed answer; each event is written at once."""
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
@@ -28,8 +28,8 @@ class EventStream:
         await self.response.write(f"{head}data: {body}\n\n".encode())
 
     async def send_aborted(self) -> None:
-        """What vLLM sends when it is shut down, or its core dies, in the middle of an answer."""
-        await self.send(error_body(500, self._request.app[ENGINE].end_words, "InternalServerError"))
+        """Sends what vLLM sends when it shuts down, or its core dies, in the middle of an answer."""
+        await self.send(error_body(500, self._request.app[ENGINE].abort_message, "InternalServerError"))
 
     async def close(self) -> web.StreamResponse:
         await self.response.write_eof()

@@ -1,4 +1,4 @@
-"""The command line: vLLM's flags, and the settings that only a simulated engine has."""
+"""The command line: vLLM's flags, and flags of the simulation alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuron.sim.engine.faults import Fault, Faults
 
 DEFAULT_MAX_MODEL_LEN = 32768
 
-# vLLM's flags that change nothing here, accepted so that a model's vLLM arguments also start its simulation.
+# Accepted and ignored, so that a model's vLLM arguments also start its simulation.
 _INERT_WITH_VALUE = (
     "--chat-template", "--convert", "--cpu-offload-gb", "--disable-access-log-for-endpoints",
     "--distributed-executor-backend", "--download-dir", "--dtype", "--generation-config", "--gpu-memory-utilization",
@@ -42,12 +42,12 @@ class EngineSettings:
     served_names: tuple[str, ...]
     tensor_parallel: int
     max_model_len: int  # tokens, prompt and answer together
-    max_num_seqs: int  # sequences generated at once; further ones wait
+    max_num_seqs: int  # sequences generated at once; others wait
     track_load: bool
-    load_secs: float  # from the start, or the end of the download, to the first /health that answers
-    download_secs: float  # of a pretended download before the load; 0: none
-    ttft_secs: float  # from a request's turn to its first token
-    tokens_per_sec: float  # of each sequence; inf: as fast as it goes
+    load_secs: float  # from the start or the end of the download until /health answers
+    download_secs: float  # simulated download before the load; 0: none
+    ttft_secs: float  # from a request's start to its first token
+    tokens_per_sec: float  # of each sequence; inf: as fast as possible
     vram_mb: int  # all devices together
     answer_tokens: int  # when the request sets no limit
     embedding_dims: int
@@ -56,15 +56,15 @@ class EngineSettings:
 
     @property
     def name(self) -> str:
-        """The name that metrics and requests without a `model` go by."""
+        """The name in metrics and for requests without a `model`."""
         return self.served_names[0]
 
 
 def human_readable_int_or_auto(value: str) -> int:
-    """A number of tokens as vLLM writes it: 4096, 32k (thousands), 32K (1024s), 1.5M, auto (here the default).
+    """A number of tokens in vLLM's notation: 4096, 32k (thousands), 32K (1024s), 1.5M, auto (here the default).
 
     Raises:
-        ValueError: it is none of these. (argparse turns that into vLLM's own message, with this function's name.)
+        ValueError: it is anything else. (argparse turns this into vLLM's message, with this function's name.)
     """
     if value == "auto":
         return DEFAULT_MAX_MODEL_LEN
@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> EngineSettings:
-    """The settings of a command line. Ends the process with status 2, as argparse does, when it is wrong."""
+    """The settings of a command line. On an error it exits with status 2, as argparse does."""
     given = build_parser().parse_args(argv)
     return EngineSettings(
         model=given.model,

@@ -11,8 +11,7 @@ Process = Literal["APIServer", "EngineCore"]
 
 
 def _write(descriptor: int, text: str) -> None:
-    # Unbuffered, so that a line is out before a fault kills this process. A reader that went away is no reason to
-    # fail: vLLM's logging does not mind either.
+    # Unbuffered, so that a line is out before a fault kills this process. A closed pipe is ignored, as in vLLM.
     with contextlib.suppress(OSError):
         os.write(descriptor, (text + "\n").encode())
 
@@ -22,16 +21,14 @@ def _prefix(process: Process, pid: int | None) -> str:
 
 
 def log(process: Process, source: str, text: str, *, level: str = "INFO", pid: int | None = None) -> None:
-    """One record of vLLM's logger on standard output, a line for each line of `text`; `source` is `file.py:line`.
-
-    `pid` is the process's, when it is not this one.
-    """
+    """Writes a record of vLLM's logger to standard output, for each line of `text`. `source` is `file.py:line`; `pid`
+    defaults to this process."""
     head = f"{_prefix(process, pid)}{level} {time.strftime('%m-%d %H:%M:%S')} [{source}] "
     for line in text.splitlines():
         _write(1, head + line)
 
 
 def raw(process: Process, text: str, *, pid: int | None = None) -> None:
-    """What vLLM prints beside its logger (progress bars, tracebacks, its web server), on standard error."""
+    """Writes what vLLM prints without its logger (progress bars, tracebacks, web server) to standard error."""
     for line in text.splitlines():
         _write(2, _prefix(process, pid) + line)

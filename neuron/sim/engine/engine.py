@@ -1,4 +1,4 @@
-"""The engine behind all dialects: admits requests, generates tokens in time, counts, and fails when told to."""
+"""The engine behind all APIs: admits requests, generates tokens at a set pace, counts, and fails on demand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FILLER = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: all that the model reads, and the part of it that the answer quotes."""
+    """One prompt: the whole text, and the part that the answer quotes."""
 
     text: str
     quoted: str
@@ -37,11 +37,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Order:
-    """What one request asks for: `choices` answers of `max_tokens` to each prompt."""
+    """One request: `choices` answers of `max_tokens` to each prompt."""
 
-    model: str  # the name the client used; the answer names it
+    model: str  # the name in the request, repeated in the answer
     prompts: tuple[Prompt, ...]
-    max_tokens: int | None  # None: the engine's usual length, which then is the answer's own end
+    max_tokens: int | None  # None: the engine's default length, with finish reason stop
     choices: int = 1
     streamed: bool = False
 
@@ -60,8 +60,8 @@ class Step:
 
 
 @dataclass
-class Answer:
-    """A whole answer: one sequence, all its steps together."""
+class SequenceAnswer:
+    """A complete answer: all steps of one sequence."""
 
     text: str = ""
     token_count: int = 0
@@ -69,8 +69,8 @@ class Answer:
 
 
 @dataclass
-class Usage:
-    """Token counts of a request, growing as it is answered."""
+class TokenUsage:
+    """Token counts of a request so far."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -85,26 +85,26 @@ class Usage:
 
 
 def answer_pieces(model: str, prompt: Prompt, choice: int) -> Iterator[str]:
-    """The endless answer to a prompt, token by token: names the model, quotes the prompt, goes on with filler."""
+    """The endless answer to a prompt, token by token: the model's name, a quote of the prompt, filler."""
     which = f" answer {choice + 1}" if choice else ""
     opening = f'{model} (simulated){which}: "{prompt.quoted[:_QUOTED_CHARACTERS]}"'
     return itertools.chain(tokens.pieces(opening), itertools.cycle(tokens.pieces(_FILLER)))
 
 
 class CoreDied(Exception):
-    """The engine core is dead, and the answer lost with it. The message is vLLM's."""
+    """The engine core is dead, so the answer is lost. The message is vLLM's."""
 
 
 @dataclass
-class Engine:
+class SimEngine:
     """State of one simulated engine."""
 
     settings: EngineSettings
     metrics: EngineMetrics = field(default_factory=EngineMetrics)
-    requests_seen: int = 0  # counted where they come in, whatever becomes of them
+    requests_seen: int = 0  # counted on arrival
     requests_open: int = 0
     core_dead: bool = False
-    sleep_level: int = 0  # 0: awake; changed by neuron.sim.api.sleep only
+    sleep_level: int = 0  # 0: awake; set by neuron.sim.api.sleep only
     _unhealthy: bool = False
     _hung: bool = False
     _cached_tokens: int = 0
@@ -121,8 +121,8 @@ class Engine:
         return not (self._unhealthy or self.core_dead or self.settings.faults.due(Fault.BAD_HEALTH, self.requests_seen))
 
     @property
-    def end_words(self) -> str:
-        """What clients are told whose requests end before they are answered."""
+    def abort_message(self) -> str:
+        """For clients whose requests end without a complete answer."""
         if self.core_dead:
             return "EngineCore encountered an issue. See stack trace (above) for the root cause."
         return "Request was aborted: the engine is shutting down"
@@ -143,17 +143,17 @@ class Engine:
         )
 
     def answer_length(self, order: Order) -> int:
-        """Tokens of each answer: what was asked for, else the usual length as far as the context has room."""
+        """Tokens of each answer: `max_tokens`, else the default length, limited by the context."""
         if order.max_tokens is not None:
             return order.max_tokens
         longest = max(prompt.token_count for prompt in order.prompts)
         return max(1, min(self.settings.answer_tokens, self.settings.max_model_len - longest))
 
     async def generate(self, order: Order) -> AsyncGenerator[Step, None]:
-        """The tokens of all sequences as they come, in lockstep as in a batch.
+        """The tokens of all sequences, in lockstep as in a batch.
 
-        Close the iterator (`contextlib.aclosing`) or cancel it to abort: the slots are free and the abort is counted
-        at once. When the engine stops, every sequence ends with a step whose finish is "abort".
+        Close the iterator (`contextlib.aclosing`) or cancel it to abort: this frees the slots and counts the abort at
+        once. When the engine stops, every sequence ends with a step whose finish is "abort".
         """
         clock = asyncio.get_running_loop()
         came = clock.time()
@@ -194,9 +194,9 @@ class Engine:
             self._cached_tokens -= cached
             self.metrics.finish(outcome, order.sequences, clock.time() - came)
 
-    async def answers(self, order: Order) -> list[Answer]:
-        """The answers of all sequences, whole."""
-        whole = [Answer() for _ in range(order.sequences)]
+    async def answers(self, order: Order) -> list[SequenceAnswer]:
+        """The complete answers of all sequences."""
+        whole = [SequenceAnswer() for _ in range(order.sequences)]
         async for step in self.generate(order):
             answer = whole[step.index]
             answer.text += step.text
@@ -207,9 +207,9 @@ class Engine:
         return whole
 
     async def read(self, texts: list[str]) -> int:
-        """Takes a pass over texts that are only read (embedded, scored): one turn, one time to first token.
+        """Processes texts without generating (embedding, scoring): takes one slot and one time to first token.
 
-        Returns their tokens.
+        Returns their number of tokens.
         """
         clock = asyncio.get_running_loop()
         came = clock.time()
@@ -228,38 +228,38 @@ class Engine:
             self.metrics.finish(outcome, 1, clock.time() - came)
 
     def stop(self) -> None:
-        """Ends every request now, and each later one as it comes."""
+        """Aborts every request, running and future."""
         self._stopping = True
         self._wake()
 
     def core_died(self) -> None:
-        """Every request fails now, and each later one as it comes."""
+        """Fails every request, running and future."""
         self.core_dead = True
         self.stop()
 
     def stall(self, stalled: bool) -> None:
-        """No token is made while `stalled`; what is asked for meanwhile runs all the same, and gets nothing."""
+        """Generates no tokens while `stalled`; new requests are still admitted."""
         self._stalled = stalled
         self._wake()
 
     def hang(self) -> None:
-        """As if stalled, for good."""
+        """Stalls for good."""
         self._hung = True
 
-    def sicken(self) -> None:
-        """`/health` says 503 from now on; all else works."""
+    def turn_unhealthy(self) -> None:
+        """`/health` returns 503 from now on; everything else works."""
         self._unhealthy = True
 
     @property
     def _prompt_secs(self) -> float:
-        """From a request's turn to its first token."""
+        """From a request's start to its first token."""
         faults = self.settings.faults
         slow = faults.threshold(Fault.SLOW_PREFILL) if Fault.SLOW_PREFILL in faults else 0.0
         return self.settings.ttft_secs + slow
 
     def _check_core(self) -> None:
         if self.core_dead:
-            raise CoreDied(self.end_words)
+            raise CoreDied(self.abort_message)
 
     def _wake(self) -> None:
         for pause in self._pauses:
@@ -267,22 +267,22 @@ class Engine:
 
     async def _fault_point(self, order: Order, produced: int) -> None:
         if order.streamed and self.settings.faults.due(Fault.DIE_MID_STREAM, produced):
-            await asyncio.sleep(0.05)  # what was written is on its way to the client
+            await asyncio.sleep(0.05)  # lets written data reach the client
             die()
         if self.settings.faults.due(Fault.HANG, produced):
             await self._pause_until(float("inf"))
 
     async def _pause_until(self, moment: float) -> bool:
-        """Waits until the loop's clock shows `moment` and nothing is stalled; False as soon as the engine stops."""
+        """Waits until `moment` (loop time) and until nothing is stalled; False as soon as the engine stops."""
         loop = asyncio.get_running_loop()
         if moment <= loop.time():
-            await asyncio.sleep(0)  # behind its time already: lets others have their turn
+            await asyncio.sleep(0)  # already late: yield to other tasks
         while not self._stopping and (self._stalled or self._hung or loop.time() < moment):
             await self._pause(float("inf") if self._stalled or self._hung else moment)
         return not self._stopping
 
     async def _pause(self, moment: float) -> None:
-        """Waits until the loop's clock shows `moment`, or something has changed for everybody."""
+        """Waits until `moment` (loop time) or until the engine's state changes."""
         loop = asyncio.get_running_loop()
         pause = loop.create_future()
         timer = None if moment == float("inf") else loop.call_at(moment, _end, pause)
@@ -295,7 +295,7 @@ class Engine:
                 timer.cancel()
 
 
-ENGINE = web.AppKey("engine", Engine)
+ENGINE = web.AppKey("engine", SimEngine)
 """Where the handlers find the engine."""
 
 

@@ -1,4 +1,4 @@
-"""The ways in which a simulated engine can be told to misbehave."""
+"""Faults that a simulated engine can have on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Fault(str, Enum):
-    """One way to misbehave; the values are those of `--fault`."""
+    """One fault; the values are those of `--fault`."""
 
     NEVER_READY = "never-ready"
     OOM_AT_LOAD = "oom-at-load"
@@ -27,7 +27,7 @@ class Fault(str, Enum):
     LEAVE_FILES = "leave-files"
 
 
-# What `--fault-after` stands at when it is not given.
+# Defaults of `--fault-after`.
 _DEFAULT_AFTER = {
     Fault.DIE_MID_STREAM: 3.0,
     Fault.HANG: 3.0,
@@ -36,13 +36,13 @@ _DEFAULT_AFTER = {
     Fault.SLOW_PREFILL: 5.0,
 }
 
-# A day-long orphan is of no use to a test that failed to sweep it: it ends by itself after this many seconds.
+# An orphan that a failed test leaves behind exits after this time.
 _CHILD_LIFETIME_SECS = 600
 
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults one engine has. `after` counts tokens, requests or seconds, as the fault in question does."""
+    """The faults of one engine. `after` counts tokens, requests or seconds, depending on the fault."""
 
     active: frozenset[Fault] = frozenset()
     after: float | None = None
@@ -51,8 +51,8 @@ class Faults:
         return fault in self.active
 
     @property
-    def deaf_at_first(self) -> bool:
-        """True when SIGTERM is lost from the start on."""
+    def ignores_early_sigterm(self) -> bool:
+        """True when SIGTERM is ignored from the start."""
         return Fault.IGNORE_SIGTERM in self.active or Fault.LOSE_EARLY_SIGTERM in self.active
 
     def due(self, fault: Fault, count: float) -> bool:
@@ -64,15 +64,15 @@ class Faults:
 
 
 def die() -> None:
-    """Ends this process as the kernel's OOM killer would: at once, without a word."""
+    """Kills this process as the kernel's OOM killer would: at once, without output."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def spawn_stubborn_child() -> subprocess.Popen[bytes]:
-    """Starts a child in this session that ignores SIGTERM, holds the output pipes and outlives this process.
+    """Starts a child in this session that ignores SIGTERM, keeps the output pipes open and survives this process.
 
     vLLM's EngineCore and workers do that: only SIGKILL to the whole group ends them. An ignored signal stays ignored
-    through exec, so the child ignores it from its first instruction on.
+    across exec, so the child ignores it from its first instruction.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

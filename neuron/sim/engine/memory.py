@@ -1,4 +1,4 @@
-"""The engine's own simulated memory: takes MiB on its devices, or finds that there is not enough; gives them back."""
+"""The simulated device memory of one engine: allocates and frees MiB, or runs out of memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neuron.gpu import simulated_vram as vram
 
 @dataclass(eq=False)
 class OutOfMemory(Exception):
-    """A device has no room. Figures in MiB."""
+    """A device is full. Sizes in MiB."""
 
     device: int  # ordinal among the engine's devices
     wanted_mb: int
@@ -34,17 +34,17 @@ class OutOfMemory(Exception):
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """`total` in `parts` whole shares that differ by at most one; the first ones are the larger."""
+    """`total` split into `parts` whole shares that differ by at most one, the larger ones first."""
     share, rest = divmod(total, parts)
     return [share + (1 if index < rest else 0) for index in range(parts)]
 
 
 @dataclass
 class DeviceMemory:
-    """What an engine holds on its devices, kept by `neuron.gpu.simulated_vram`; freed by the end of its holder.
+    """What an engine holds on its devices, recorded by `neuron.gpu.simulated_vram`; freed when the holder exits.
 
-    `holder` is the pid of the process it is counted as: the engine core's. Without a directory (started by hand,
-    outside a simulated host) nothing is kept and nothing runs out.
+    `holder` is the pid that holds it: the engine core's. Without a directory (an engine started by hand) nothing is
+    recorded and nothing runs out.
     """
 
     directory: Path | None
@@ -54,22 +54,22 @@ class DeviceMemory:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], *, holder: int | None = None) -> DeviceMemory:
-        """Raises ValueError when the devices' variable is not a JSON object of numbers."""
+        """Raises ValueError when the variable with the devices is not a JSON object of numbers."""
         directory, devices = environ.get(vram.VRAM_DIR_VARIABLE), environ.get(vram.DEVICES_VARIABLE)
         if not directory or not devices:
             return cls(None, {}, holder)
         return cls(Path(directory), {str(uuid): int(mb) for uuid, mb in dict(json.loads(devices)).items()}, holder)
 
     def change_to(self, total_mb: int) -> None:
-        """Grows or shrinks to `total_mb` over all devices together, in even shares.
+        """Grows or shrinks to `total_mb` on all devices together, in even shares.
 
         Raises:
-            OutOfMemory: a device has no room beside its other holders; what was held before stays held.
+            OutOfMemory: a device is full; what was held before stays held.
         """
         if self.directory is None or not self.totals_mb:
             return
         wanted = dict(zip(self.totals_mb, split_evenly(total_mb, len(self.totals_mb)), strict=True))
-        # Two engines that load at once must not both take the last free memory.
+        # Two engines that load at once must not both get the last free memory.
         with _locked(self.directory):
             used = vram.used_mb(self.directory)
             for index, (uuid, share) in enumerate(wanted.items()):

@@ -1,4 +1,4 @@
-"""The engine's figures in Prometheus text, under vLLM's names and labels."""
+"""The engine's metrics in Prometheus text, with vLLM's names and labels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LATENCY_BUCKETS = (
 )  # fmt: skip
 
 
-class Histogram:
-    """Observations in seconds, counted into buckets with inclusive upper bounds."""
+class LatencyHistogram:
+    """Counts of observed seconds in buckets with inclusive upper bounds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
@@ -46,22 +46,22 @@ class Histogram:
 
 @dataclass
 class EngineMetrics:
-    """What one engine has counted since it started."""
+    """Counters of one engine since its start."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_FINISH_REASONS, 0))
-    time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_TTFT_BUCKETS))
-    latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS))
+    time_to_first_token: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(_TTFT_BUCKETS))
+    latency: LatencyHistogram = field(default_factory=lambda: LatencyHistogram(_LATENCY_BUCKETS))
 
     def finish(self, reason: FinishReason, sequences: int, seconds: float) -> None:
-        """Counts the end of a request's sequences, `seconds` after it came in."""
+        """Counts the end of a request's sequences, `seconds` after its arrival."""
         self.finished[reason] += sequences
         for _ in range(sequences):
             self.latency.observe(seconds)
 
     def render(self, *, model_name: str, running: int, waiting: int, kv_cache_usage: float, sleep_level: int) -> str:
-        """The whole exposition; the gauges' present values are given by the engine."""
+        """The whole exposition; the engine passes the gauges' current values."""
         labels = {"engine": "0", "model_name": model_name}
         lines: list[str] = []
 

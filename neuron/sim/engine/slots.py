@@ -1,4 +1,4 @@
-"""Room for so many sequences at once; who comes later waits in line."""
+"""A limit on concurrent sequences, with a queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 
 class Slots:
-    """First come, first served. One request may need several slots; more than there are is served alone."""
+    """First come, first served. A request may need several slots; one that needs more than all is served alone."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -20,19 +20,19 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        """Slots asked for and not yet given."""
+        """Requested slots that are not granted yet."""
         return sum(needed for needed, turn in self._queue if not turn.done())
 
     @contextlib.asynccontextmanager
     async def take(self, needed: int) -> AsyncIterator[None]:
-        """Waits for the turn of `needed` slots and holds them inside the body."""
+        """Waits for `needed` slots and holds them inside the body."""
         turn = asyncio.get_running_loop().create_future()
         self._queue.append((needed, turn))
         self._admit()
         try:
             await turn
         except asyncio.CancelledError:
-            # The turn may have come in the very moment of the cancellation: then it is given on.
+            # The slots may have been granted in the moment of the cancellation: pass them on.
             if turn.done() and not turn.cancelled():
                 self._give_back(needed)
             else:
@@ -45,7 +45,7 @@ class Slots:
             self._give_back(needed)
 
     async def emptied(self) -> None:
-        """Returns when nobody has a turn or waits for one."""
+        """Returns when no slot is held or requested."""
         await self._empty.wait()
 
     def _give_back(self, needed: int) -> None:
@@ -58,7 +58,7 @@ class Slots:
         while self._queue:
             needed, turn = self._queue[0]
             if turn.cancelled():
-                return  # its owner is about to remove it, and admits the next one then
+                return  # its owner is about to remove it and admits the next one
             if self.running and self.running + needed > self._total:
                 return
             self._queue.popleft()

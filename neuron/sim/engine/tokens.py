@@ -11,12 +11,12 @@ _PIECE = re.compile(rb" ?(?:[\x21-\x7f]{1,4}|[\xc0-\xff][\x80-\xbf]*)|[\x00-\xff
 
 
 def pieces(text: str) -> list[str]:
-    """The text cut into tokens; joined they are the text again."""
+    """The text cut into tokens; joined, they give the text."""
     return [piece.decode() for piece in _PIECE.findall(text.encode("utf-8", "replace"))]
 
 
 def count(text: str) -> int:
-    """How many tokens the text has."""
+    """The number of tokens in the text."""
     return len(_PIECE.findall(text.encode("utf-8", "replace")))
 
 
@@ -26,7 +26,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def text_of(ids: Iterable[int]) -> str:
-    """The text of token ids; what is no id of ours becomes U+FFFD."""
+    """The text of token ids; an invalid id becomes U+FFFD."""
     parts = [number.to_bytes(max((number.bit_length() + 7) // 8, 1), "big") if number > 0 else b"" for number in ids]
     return b"".join(part[1:] if part[:1] == b"\x01" and len(part) > 1 else b"\xff" for part in parts).decode(
         "utf-8", "replace"

@@ -1,8 +1,8 @@
-"""The engine core: the process below the server that holds the memory, as vLLM's EngineCore does.
+"""The engine core: the child process that holds the memory, like vLLM's EngineCore.
 
-It outlives a server that was killed, and keeps the memory until it is killed too; a server outlives its core by about a
-second. Forked before anything else is imported, this module included in few words (no pathlib): then it takes a
-millisecond, and 3 MiB.
+It survives a killed server and keeps the memory until it is killed too; a server survives its core by about a second.
+It is forked before anything heavy is imported, and this module imports little (no pathlib): so it takes a millisecond
+and 3 MiB.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 from enum import Enum
 
 TITLE = "VLLM::EngineCore"
-"""Its command line in /proc, as vLLM sets it; its name there is the first 15 characters."""
-# A day-long orphan is of no use to a test that failed to sweep it: left alone for so long, it ends by itself.
+"""Its command line in /proc, as vLLM sets it; its process name is the first 15 characters."""
+# An orphan that a failed test leaves behind exits after this time.
 _ORPHAN_LIFETIME_SECS = 600.0
 
 
 class CoreState(Enum):
-    """What the core is at. Stopped (SIGSTOP) it computes nothing; the server does not notice."""
+    """The state of the core. When stopped (SIGSTOP), it computes nothing and the server does not notice."""
 
     RUNNING = "running"
     STOPPED = "stopped"
@@ -28,7 +28,7 @@ class CoreState(Enum):
 
 
 class EngineCore:
-    """The core as its server sees it: a child to look at and to end."""
+    """The core as its server's child."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -36,7 +36,7 @@ class EngineCore:
 
     @classmethod
     def fork(cls) -> EngineCore:
-        """Starts the core of this process. It has this process's environment, session and output."""
+        """Starts the core of this process, with its environment, session and output."""
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -47,7 +47,7 @@ class EngineCore:
         return cls(pid)
 
     def state(self) -> CoreState:
-        """Reads what has become of it since the last look; once dead, always dead."""
+        """The current state."""
         while self._state is not CoreState.DEAD:
             pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if pid == 0:
@@ -61,7 +61,7 @@ class EngineCore:
         return self._state
 
     def kill(self) -> None:
-        """SIGKILL. Its memory is free when this returns."""
+        """Sends SIGKILL and waits: its memory is free when this returns."""
         if self.state() is not CoreState.DEAD:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -69,7 +69,7 @@ class EngineCore:
 
 
 def _live(server: int) -> None:
-    """Holds on. Only a signal ends it, or a long time without its server."""
+    """Sleeps until a signal or a long time without its server ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -81,7 +81,7 @@ def _live(server: int) -> None:
 
 
 def _set_title() -> None:
-    """Writes over the arguments of this process, and not over its environment, as vLLM does with SPT_NOENV=1."""
+    """Overwrites the arguments of this process but not its environment, as vLLM does with SPT_NOENV=1."""
     title = TITLE.encode()
     with open("/proc/self/comm", "wb", buffering=0) as name:  # noqa: PTH123
         name.write(title)

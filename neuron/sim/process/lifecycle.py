@@ -17,7 +17,7 @@ from neuron.sim.api.server import build_app
 from neuron.sim.api.sleep import Sleeper, in_dev_mode
 from neuron.sim.engine import console
 from neuron.sim.engine.arguments import EngineSettings
-from neuron.sim.engine.engine import Engine
+from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.faults import Fault, spawn_stubborn_child
 from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 from neuron.sim.process.core import CoreState, EngineCore
@@ -29,14 +29,14 @@ from neuron.sim.process.loading import (
     report_unsupported_model,
 )
 
-# Aborted requests need a moment to write their last event; whoever does not read is not waited for.
+# Time for aborted requests to write their last event; clients that do not read are dropped.
 _SHUTDOWN_TIMEOUT_SECS = 0.5
-# From the death of the core to the end of the server, as measured with vLLM 0.32.
+# From the death of the core to the exit of the server, as measured with vLLM 0.32.
 _AFTER_CORE_SECS = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: until it does, clients are refused. Raises OSError."""
+    """A bound socket that does not listen yet, so clients are refused. Raises OSError."""
     family, kind, proto, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, proto)
     try:
@@ -49,23 +49,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def run(settings: EngineSettings, core: EngineCore) -> int:
-    """Serves until SIGTERM or SIGINT, or until its core has died. Returns the process's exit status.
+    """Serves until SIGTERM or SIGINT, or until its core dies. Returns the process's exit status.
 
-    SIGUSR1 stops all generation for good while everything else goes on; SIGUSR2 makes `/health` say 503. Before the
-    engine serves, both are ignored.
+    SIGUSR1 stops all generation for good, and nothing else; SIGUSR2 makes `/health` return 503. Both are ignored until
+    the engine serves.
 
     Raises:
         OSError: the address cannot be bound or listened on.
     """
-    engine = Engine(settings)
-    stop, ended = asyncio.Event(), asyncio.Event()  # asked to stop; that, or the core has died
+    engine = SimEngine(settings)
+    stop, ended = asyncio.Event(), asyncio.Event()  # asked to stop; asked to stop or core dead
     loop = asyncio.get_running_loop()
 
     def stop_now() -> None:
         stop.set()
         ended.set()
 
-    def look_at_core() -> None:
+    def check_core() -> None:
         state = core.state()
         engine.stall(state is CoreState.STOPPED)
         if state is CoreState.DEAD and not engine.core_dead:
@@ -73,10 +73,10 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
             ended.set()
 
     loop.add_signal_handler(signal.SIGINT, stop_now)
-    if not settings.faults.deaf_at_first:
+    if not settings.faults.ignores_early_sigterm:
         loop.add_signal_handler(signal.SIGTERM, stop_now)
-    loop.add_signal_handler(signal.SIGCHLD, look_at_core)
-    look_at_core()  # it may have died before
+    loop.add_signal_handler(signal.SIGCHLD, check_core)
+    check_core()  # it may be dead already
     if Fault.SPAWN_CHILD in settings.faults:
         spawn_stubborn_child()
     if Fault.UNSUPPORTED_MODEL in settings.faults:
@@ -96,13 +96,13 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
         if Fault.LOSE_EARLY_SIGTERM in settings.faults:
             loop.add_signal_handler(signal.SIGTERM, stop_now)
         loop.add_signal_handler(signal.SIGUSR1, engine.hang)
-        loop.add_signal_handler(signal.SIGUSR2, engine.sicken)
+        loop.add_signal_handler(signal.SIGUSR2, engine.turn_unhealthy)
         await _serve(engine, core, memory, sock, stop=stop, ended=ended)
     return 0
 
 
 async def _serve(
-    engine: Engine,
+    engine: SimEngine,
     core: EngineCore,
     memory: DeviceMemory,
     sock: socket.socket,
@@ -117,7 +117,7 @@ async def _serve(
         sleeper=Sleeper(engine, memory) if in_dev_mode(os.environ) else None,
         control_digest=os.environ.get(DIGEST_VARIABLE),
     )
-    # handler_cancellation: a client that leaves ends its handler, and with that the generation.
+    # handler_cancellation: a client that disconnects cancels its handler, and with it the generation.
     runner = web.AppRunner(
         app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS, access_log=None, handle_signals=False
     )
@@ -141,7 +141,7 @@ async def _serve(
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
-    """Runs `work` to its end, or until `stop` is set. True when it came to its end; its failure is raised."""
+    """Runs `work` until it finishes or `stop` is set. True when it finished; raises its exception."""
     working = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -1,4 +1,4 @@
-"""The load: vLLM's progress lines at the right times, and memory that fills up as weights come in."""
+"""The load: vLLM's progress lines at realistic times, and memory that fills up with the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Announcement = Callable[[EngineSettings, int], None]  # the engine's settings an
 
 @dataclass(frozen=True)
 class Stage:
-    """A moment of the load: `at` is the fraction of the load time, `memory` the fraction of the memory held then."""
+    """A point of the load: `at` is the fraction of the load time, `memory` the fraction of the memory held by then."""
 
     at: float
     memory: float
@@ -28,7 +28,7 @@ class Stage:
 
 
 def _log(source: str, text: str) -> Announcement:
-    """Announces `text`, with `{model}`, `{gib}` and seconds filled in."""
+    """Logs `text` with `{model}`, `{gib}` and seconds filled in."""
     from_server = source.startswith(("model.py", "api_server.py"))
     return lambda settings, core: console.log(
         "APIServer" if from_server else "EngineCore",
@@ -87,18 +87,18 @@ STAGES = (
 
 
 async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> None:
-    """Takes `load_secs` from now, and `download_secs` more for a download; `core` is the pid of the engine core, which
-    tells of most of it. With the fault never-ready it stops short of the end and does not return.
+    """Takes `load_secs`, plus `download_secs` for a download; `core` is the pid of the engine core, which prints most
+    lines. With the fault never-ready it does not return.
 
     Raises:
-        OutOfMemory: a device is full, or the fault oom-at-load says so half way.
+        OutOfMemory: a device is full, or the fault oom-at-load strikes half way.
     """
     clock = asyncio.get_running_loop()
     started = clock.time()
     for stage in STAGES:
         await asyncio.sleep(started + stage.at * settings.load_secs - clock.time())
         if Fault.OOM_AT_LOAD in settings.faults and stage.at >= 0.5:
-            raise pretended_out_of_memory(settings, memory)
+            raise simulated_out_of_memory(settings, memory)
         memory.change_to(round(settings.vram_mb * stage.memory))
         stage.announce(settings, core)
         if stage is _BEFORE_WEIGHTS and settings.download_secs > 0:
@@ -111,7 +111,7 @@ async def load(settings: EngineSettings, memory: DeviceMemory, core: int) -> Non
 
 
 async def _download(settings: EngineSettings) -> None:
-    """The bars of the hub's client, file after file, and what vLLM says afterwards."""
+    """The progress bars of the hub's client, one file after another, and vLLM's summary."""
     for number in range(1, _SHARDS + 1):
         for percent in (0, 25, 50, 75, 100):
             done = f"{_FILE_GB * percent / 100:.2f}G/{_FILE_GB:.2f}G"
@@ -123,15 +123,15 @@ async def _download(settings: EngineSettings) -> None:
     console.log("EngineCore", "weight_utils.py:581", text)
 
 
-def pretended_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> OutOfMemory:
-    """The failure of the fault: the first device has less left than the next piece of the model needs."""
+def simulated_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> OutOfMemory:
+    """The fault's error: the first device has less memory left than the next layer needs."""
     total = next(iter(memory.totals_mb.values()), 24564)
     held = next(iter(memory.held_mb.values()), settings.vram_mb // 2 // settings.tensor_parallel)
     return OutOfMemory(0, max(settings.vram_mb // settings.tensor_parallel // 4, 1), total, 0, held)
 
 
 def report_out_of_memory(error: OutOfMemory, core: int) -> None:
-    """vLLM's account of it: the root cause well above the end, under tracebacks of two processes."""
+    """Prints vLLM's report: the root cause well above the end, within tracebacks of two processes."""
     console.log(
         "EngineCore",
         "core.py:1140",
@@ -152,7 +152,7 @@ def report_out_of_memory(error: OutOfMemory, core: int) -> None:
 
 
 def report_unsupported_model() -> None:
-    """What vLLM says of a model that it has no code for, before anything is loaded."""
+    """Prints vLLM's error for a model that it does not implement, before anything is loaded."""
     console.raw(
         "APIServer",
         "Traceback (most recent call last):\n"
@@ -166,7 +166,7 @@ def report_unsupported_model() -> None:
 
 
 def report_failed_start(core_status: int) -> None:
-    """How the server ends when its core did during the load, with that status (negative: the signal)."""
+    """Prints the server's error when its core exits during the load with `core_status` (negative: a signal)."""
     console.raw(
         "APIServer",
         "Traceback (most recent call last):\n"
@@ -180,7 +180,7 @@ def report_failed_start(core_status: int) -> None:
 
 
 def report_dead_core() -> None:
-    """What the server says when its core is gone under it."""
+    """Prints the server's errors when its core has died."""
     log = functools.partial(console.log, "APIServer", level="ERROR")
     log("core_client.py:605", "Engine core proc EngineCore died unexpectedly, shutting down client.")
     log("async_llm.py:713", "AsyncLLM output_handler failed.")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """What is under way and why, and what a neuron that does not answer last said."""
+    """Loads in progress with their reason, and the last error of an unreachable neuron."""
     benjy.load_gate.clear()
     async with SeedNeuron("gone", 1000).running() as gone:
         pass
@@ -118,7 +119,7 @@ async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, be
 
 
 async def test_models(cortex: RunningCortex) -> None:
-    """Each with where it is and could be; aliases say what they stand for."""
+    """Each model with its locations and feasible neurons; an alias names its model."""
     result = await run("models", "--url", cortex.url)
     assert result.status == 0
     assert result.rows == [
@@ -149,14 +150,14 @@ async def test_explain(cortex: RunningCortex) -> None:
 
 
 async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
-    """An answer and not a failure: it says why the model would be refused."""
-    result = await run("explain", "nobody/knows", "--url", cortex.url)
-    assert result.status == 0
-    assert result.out.startswith("nobody/knows: refuse: the model 'nobody/knows' does not exist")
+    """Exit 1, and the reason why the model would be refused."""
+    result = await run("explain", "org/unknown", "--url", cortex.url)
+    assert result.status == 1
+    assert result.out.startswith("org/unknown: refuse: the model 'org/unknown' does not exist")
 
 
 async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
-    """Where the planner wants it, or on a neuron that is named; an alias stands for its model."""
+    """On the planner's choice or on the named neuron; an alias works too."""
     result = await run("load", "small", "--url", cortex.url)
     assert result.status == 0
     assert result.out.startswith("status: loaded, model: org/small, node: benjy, load_secs: ")
@@ -172,7 +173,7 @@ async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: 
 
 
 async def test_load_again_does_nothing(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """What is loaded already is told, and no neuron is asked."""
+    """A loaded model is reported at once, without a request to a neuron."""
     await run("load", "org/small", "--url", cortex.url)
     result = await run("load", "org/small", "--json", "--url", cortex.url)
     assert (result.status, result.json) == (0, {"status": "loaded", "model": "org/small", "node": "benjy"})
@@ -182,25 +183,25 @@ async def test_load_again_does_nothing(cortex: RunningCortex, benjy: SeedNeuron)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("load", "nobody/knows"), "the model 'nobody/knows' does not exist"),
+        (("load", "org/unknown"), "the model 'org/unknown' does not exist"),
         (("load", "org/large", "--on", "benjy"), "benjy cannot hold 'org/large': needs 2 devices, has 1"),
-        (("load", "org/small", "--on", "nowhere"), "there is no neuron 'nowhere' (there are: beast, benjy)"),
+        (("load", "org/small", "--on", "nowhere"), "unknown neuron 'nowhere' (known: beast, benjy)"),
         (("unload", "org/small"), "no healthy neuron has 'org/small' loaded"),
-        (("unload", "org/small", "--on", "beast"), "beast: unknown model"),
-        (("drain", "nowhere"), "there is no neuron 'nowhere'"),
-        (("drain", "nowhere", "--json"), "there is no neuron 'nowhere'"),
-        (("resume", "a/b"), "there is no neuron 'a/b'"),
+        (("unload", "org/small", "--on", "beast"), "beast does not have 'org/small' loaded"),
+        (("drain", "nowhere"), "unknown neuron 'nowhere'"),
+        (("drain", "nowhere", "--json"), "unknown neuron 'nowhere'"),
+        (("resume", "a/b"), "unknown neuron 'a/b'"),
     ],
 )
 async def test_refusals(cortex: RunningCortex, arguments: tuple[str, ...], message: str) -> None:
-    """Exit 1, cortex's own words on standard error, nothing on standard output."""
+    """Exit 1, cortex's message on standard error, nothing on standard output."""
     result = await run(*arguments, "--url", cortex.url)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith(f"cortex: {message}")
 
 
 async def test_failed_load_says_why(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """The neuron's reason, and exit 1; asked again it is tried again, whatever the back-off."""
+    """The neuron's reason and exit 1; a second command tries again despite the backoff."""
     benjy.load_error = (500, {"error": "CUDA out of memory"})
     for attempt in (1, 2):
         result = await run("load", "org/small", "--on", "benjy", "--url", cortex.url)
@@ -222,14 +223,14 @@ async def test_drain_and_resume(cortex: RunningCortex, beast: SeedNeuron, benjy:
 
 
 async def test_url_from_the_environment(cortex: RunningCortex) -> None:
-    """CORTEX_URL is the default, --url wins; a slash at the end is no matter."""
+    """CORTEX_URL is the default, --url wins; a trailing slash is allowed."""
     assert (await run("models", CORTEX_URL=f"{cortex.url}/")).status == 0
     assert (await run("models", "--url", cortex.url, CORTEX_URL="http://127.0.0.1:1")).status == 0
 
 
 @contextlib.asynccontextmanager
-async def stranger(text: str, seen: list[str]) -> AsyncIterator[str]:
-    """A server that is no cortex: it answers everything with `text`; the Authorization headers it saw go to `seen`."""
+async def other_server(text: str, seen: list[str]) -> AsyncIterator[str]:
+    """A server other than cortex: answers everything with `text`, and appends each Authorization header to `seen`."""
 
     async def answer(request: web.Request) -> web.Response:
         seen.append(request.headers.get("Authorization", ""))
@@ -245,16 +246,16 @@ async def stranger(text: str, seen: list[str]) -> AsyncIterator[str]:
 async def test_api_key_is_sent() -> None:
     """CORTEX_API_KEY as a bearer token; none without it."""
     seen: list[str] = []
-    async with stranger('{"data": []}', seen) as url:
+    async with other_server('{"data": []}', seen) as url:
         assert (await run("models", "--url", url, CORTEX_API_KEY="the key")).status == 0
         assert (await run("models", "--url", url)).status == 0
     assert seen == ["Bearer the key", ""]
 
 
 @pytest.mark.parametrize("text", ['{"data": [{"id": "x", "object": "model"}]}', "[]", '"x"', "null", "no json"])
-async def test_a_server_that_is_no_cortex(text: str) -> None:
-    """A line that says so, no traceback."""
-    async with stranger(text, []) as url:
+async def test_server_other_than_cortex(text: str) -> None:
+    """One line on standard error, no traceback."""
+    async with other_server(text, []) as url:
         result = await run("models", "--url", url)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("cortex: ")
@@ -262,8 +263,8 @@ async def test_a_server_that_is_no_cortex(text: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://127.0.0.1:port", "file:///etc/passwd", "127.0.0.1", ""])
-async def test_out_of_reach(url: str) -> None:
-    """Exit 1 with the URL in a line; only http is spoken."""
+async def test_unreachable(url: str) -> None:
+    """Exit 1 and one line with the URL; only http and https are supported."""
     result = await run("status", "--url", url)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("cortex: ")
@@ -271,8 +272,8 @@ async def test_out_of_reach(url: str) -> None:
     assert len(result.err.splitlines()) == 1
 
 
-async def test_what_answers_is_not_http() -> None:
-    """As above, for a port where something else listens."""
+async def test_server_without_http() -> None:
+    """The same for a port where another protocol answers."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
@@ -300,7 +301,7 @@ async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: SeedNeur
     await cortex.until(lambda: snapshot().nodes["benjy"].status_of("org/small") is ModelStatus.LOADED)
 
 
-async def test_reader_that_leaves(cortex: RunningCortex) -> None:
+async def test_closed_output_pipe(cortex: RunningCortex) -> None:
     """`cortex models | head -0`: no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -314,10 +315,10 @@ async def test_reader_that_leaves(cortex: RunningCortex) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("load",), ("drain",), ("status", "--bad")])
 async def test_wrong_usage(arguments: tuple[str, ...]) -> None:
-    """Exit 2 with the usage, as command lines do."""
+    """Exit 2 with the usage."""
     result = await run(*arguments)
     assert result.status == 2
-    assert "usage: cortex" in result.err
+    assert "Usage: cortex" in result.err
 
 
 async def test_version_and_help() -> None:
@@ -326,3 +327,28 @@ async def test_version_and_help() -> None:
     result = await run("--help")
     for command in ("serve", "dev", "status", "models", "explain", "load", "unload", "drain", "resume", "check"):
         assert command in result.out
+
+
+@pytest.mark.parametrize("program", ["cortex", "neuron"])
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help_import_little(program: str, option: str) -> None:
+    """Start-up stays fast: no server, configuration or hub library is imported."""
+    heavy = {"aiohttp", "asyncio", "huggingface_hub", "msgspec", "pydantic", "rich", "urllib.request", "uvloop"}
+    code = (
+        f"import sys; from {program}.__main__ import main; status = main([{option!r}])\n"
+        f"print(status, sorted({heavy!r} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [(("load", "org/s"), "org/small"), (("drain", "be"), "beast"), (("load", "x", "--on", ""), "benjy")],
+)
+async def test_completion_offers_names(cortex: RunningCortex, arguments: tuple[str, ...], names: str) -> None:
+    """Model and node names come from the running cortex; without one nothing is offered."""
+    variables = {"_CORTEX_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("cortex", *arguments))}
+    variables["COMP_CWORD"] = str(len(arguments))
+    assert names in (await run(CORTEX_URL=cortex.url, **variables)).out.split()
+    assert (await run(CORTEX_URL="http://127.0.0.1:1", **variables)).out.strip() == ""

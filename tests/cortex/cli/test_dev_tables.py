@@ -1,4 +1,4 @@
-"""The configurations that `cortex dev` makes up: each is one that the services take."""
+"""The services accept the configurations that `cortex dev` generates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from cortex.cli.commands import DEFAULT_FLEET
 from cortex.cli.dev.command import example_catalogue
-from cortex.cli.dev.fleet import DEFAULT_FLEET, Engine, cortex_table, models_table, neuron_table, parse_fleet
+from cortex.cli.dev.fleet import Engine, cortex_table, models_table, neuron_table, parse_fleet
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
@@ -32,7 +33,7 @@ def test_tables_are_valid(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("fleet", "pins"), [(DEFAULT_FLEET, ("beast",)), ("other=2xRTX5090", ())])
 def test_example_catalogue_for_a_fleet(fleet: str, pins: tuple[str, ...]) -> None:
-    """Same models, this engine, no arguments of another; a pin on a host that is not there is left out."""
+    """The same models for this engine, without the other engine's arguments or pins on missing hosts."""
     found = Catalogue.model_validate(models_table(example_catalogue(), parse_fleet(fleet), VLLM))
     assert [profile.id for profile in found.models] == [profile.id for profile in example_catalogue().models]
     assert found.aliases == example_catalogue().aliases

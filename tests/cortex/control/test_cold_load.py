@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.cortex.conftest import StartCortex
-from tests.cortex.raw_engine import Received, answering, plain
+from tests.cortex.raw_engine import RawEngine, Received, answering, plain
 from tests.cortex.raw_http import Wire, until
 from tests.cortex.raw_neuron import RawNeuron
 from tests.cortex.seed_neuron import SeedNeuron
@@ -330,3 +330,25 @@ async def test_an_idle_model_that_others_use_stays(start_cortex: StartCortex) ->
         await start_cortex([neuron], [{**SMALL, "idle_ttl_secs": 0.1, "when_idle": "sleep"}])
         await until(lambda: neuron.asked.count("/models/sleep") > 1)
         assert not [path for path in neuron.asked if path.startswith("/models/unload")]
+
+
+async def test_a_load_brings_the_endpoint_with_it(start_cortex: StartCortex) -> None:
+    """A neuron that sends the engine's endpoint with the model's status is not asked for it again."""
+    async with RawEngine().running() as engine, RawNeuron().running() as neuron:
+        engine.script = answering(plain(b"{}"))
+        cortex = await start_cortex([neuron], [SMALL])
+
+        async def load(wire: Wire, received: Received) -> None:
+            await wire.send(plain(b'{"status": "loading"}', status="202 Accepted"))
+            endpoint = {"url": engine.url, "api_key": "secret-of-the-engine"}
+            neuron.change("org/small", "loaded", endpoint=endpoint)
+            await neuron.tell("model", neuron.models["org/small"])
+
+        neuron.scripts["/models/load?wait=false"] = load
+        async with cortex.chat("org/small") as response:
+            assert response.status == 200
+            assert response.headers["x-cortex-cold-start"] == "true"
+        assert dict(engine.requests[-1].headers)["authorization"] == "Bearer secret-of-the-engine"
+        assert not [path for path in neuron.asked if path.endswith("/endpoint")]
+        async with cortex.http.get(f"{cortex.url}/fleet") as response:
+            assert "secret-of-the-engine" not in await response.text()

@@ -13,6 +13,9 @@ from aiohttp import web
 from cortex.config.settings import NeuronEntry
 from cortex.control import scheduler
 from cortex.control.loader import DRAIN_POLL_SECS
+from cortex.control.scheduler import PLANNER, Policy
+from cortex.placement.fair_queue import Turn
+from cortex.placement.inputs import View
 from tests.cortex.conftest import StartCortex
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
@@ -61,8 +64,12 @@ async def test_a_bug_in_planning_is_an_answer_and_passes(
 ) -> None:
     """Whoever asks meanwhile gets 500 and is not left waiting; afterwards cold loads go on as before."""
     cortex = await start_cortex([benjy], [LOW, HIGH])
+
+    def fails(_: View) -> Turn:
+        raise ZeroDivisionError
+
     with monkeypatch.context() as broken:
-        broken.setattr(scheduler, "next_turn", lambda _: 1 / 0)
+        broken.setattr(cortex.parts.scheduler, "_policy", Policy(fails, PLANNER.upkeep))
         assert await bounded(_status(cortex.chat("org/low"))) == 500
     assert await bounded(_status(cortex.chat("org/high"))) == 200
 

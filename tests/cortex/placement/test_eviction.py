@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from cortex.config.catalogue import ModelProfile
+from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.capacity import Resident
 from cortex.placement.eviction import Claim, Displacement, Eviction, displace, suffice
-from cortex.placement.inputs import Rules, Use
+from cortex.placement.inputs import Use
 from cortex.placement.planner import Fit
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view

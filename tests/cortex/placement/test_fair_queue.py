@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import Turn, next_turn
-from cortex.placement.inputs import Backoff, Rules, Use, View, Waiting
+from cortex.placement.inputs import Backoff, Use, View, Waiting
 from cortex.placement.planner import Fit, Plan
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view

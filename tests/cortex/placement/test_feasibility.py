@@ -7,8 +7,7 @@ from itertools import product
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.feasibility import is_feasible
-from cortex.placement.feasibility_cache import Feasibility
+from cortex.placement.feasibility import FeasibilityCache, is_feasible
 from shared.protocol import Discovery
 from tests.cortex.fleets import fleet, node
 
@@ -36,7 +35,7 @@ def test_it_says_what_the_rule_says() -> None:
         node("away", 48000, healthy=False),
         node("none"),
     ]
-    feasibility = Feasibility()
+    feasibility = FeasibilityCache()
     for snapshot in (fleet(*nodes), fleet(*nodes[:3]), fleet(*reversed(nodes)), fleet(), fleet(*nodes[2:])):
         for profile in PROFILES:
             assert feasibility.nodes(profile, snapshot) == asked_one_by_one(profile, snapshot)
@@ -45,7 +44,7 @@ def test_it_says_what_the_rule_says() -> None:
 def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> None:
     """The very object stays, so that whoever keeps something made of it need not make it again."""
     first, second = node("a", 24000), node("b", 24000)
-    feasibility, profile = Feasibility(), ModelProfile(id="m")
+    feasibility, profile = FeasibilityCache(), ModelProfile(id="m")
     found = feasibility.nodes(profile, fleet(first, second))
     assert first.discovery is not None
     again = replace(first, discovery=first.discovery.model_copy(update={"instance_id": "two"}))
@@ -58,7 +57,7 @@ def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> N
 def test_neurons_are_looked_at_only_when_a_topology_changed() -> None:
     """A snapshot that tells so is believed: thousands of questions come between two changes."""
     topology = object()
-    feasibility, profile = Feasibility(), ModelProfile(id="m")
+    feasibility, profile = FeasibilityCache(), ModelProfile(id="m")
     found = feasibility.nodes(profile, replace(fleet(node("a", 24000)), topology=topology))
     unseen = replace(fleet(node("a", 24000), node("b", 24000)), topology=topology)
     assert feasibility.nodes(profile, unseen) is found

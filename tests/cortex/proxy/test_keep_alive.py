@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from cortex.http.connection import ClientConnection
-from cortex.proxy.keep_alive import WaitingStream
+from cortex.proxy.keep_alive import KeepAliveStream
 from cortex.upstream.replica import WaitNote
 from shared.protocol import ModelView, Progress
 from tests.cortex.conftest import RunningCortex, StartCortex
@@ -343,8 +343,8 @@ async def test_client_that_leaves_gives_up_its_seat(
     assert not engine.requests
 
 
-def _waits() -> list[WaitingStream]:
-    return [found for found in gc.get_objects() if type(found) is WaitingStream]
+def _waits() -> list[KeepAliveStream]:
+    return [found for found in gc.get_objects() if type(found) is KeepAliveStream]
 
 
 async def test_client_that_does_not_read_is_sent_no_more(

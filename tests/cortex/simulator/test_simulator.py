@@ -1,8 +1,9 @@
-"""`cortex simulate`: the planner in virtual time, beside what it is compared with."""
+"""`cortex simulate`: the planner and the policies it is compared with, in virtual time."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from cortex.simulator.engine import Engine, Request
 from cortex.simulator.fleet_file import SimulatedFleet, load_fleet
 from cortex.simulator.outcome import Outcome, waiting
 from cortex.simulator.policies import POLICIES
+from cortex.simulator.simulation import Simulation, simulate
 from cortex.simulator.trace import Ask, read_trace, write_trace
+from cortex.simulator.virtual_time import VirtualTimeLoop, run_in_virtual_time
 from cortex.simulator.workload import load_workload, make_trace
-from cortex.simulator.world import World, simulate
 from shared.protocol import ModelStatus
 from shared.settings import SettingsError
 
@@ -55,11 +57,28 @@ def trace_file(tmp_path: Path, text: str, name: str = "trace.jsonl") -> Path:
 
 def waits(fleet: SimulatedFleet, asks: list[Ask], policy: str = "planner") -> list[float]:
     """Seconds that each request waited, in the order of the trace."""
-    world = World(fleet, asks, POLICIES[policy]())
-    world.start()
-    while world.clock.step():
-        pass
-    return [request.waited for request in world.requests]
+    simulation, _ = run(fleet, asks, policy)
+    return [request.waited for request in simulation.requests]
+
+
+def run(
+    fleet: SimulatedFleet, asks: list[Ask], policy: str, look: Callable[[Simulation], None] | None = None
+) -> tuple[Simulation, Outcome]:
+    """The simulation and its outcome. `look` is called after every iteration of the loop."""
+    running: list[Simulation] = []
+
+    class Loop(VirtualTimeLoop):
+        def advance(self, secs: float) -> None:
+            if look is not None and running:
+                look(running[0])
+            super().advance(secs)
+
+    async def play() -> Outcome:
+        running.append(Simulation(fleet, asks, POLICIES[policy], policy))
+        return await running[0].run()
+
+    outcome = run_in_virtual_time(play(), Loop())
+    return running[0], outcome
 
 
 @pytest.fixture(scope="module")
@@ -178,15 +197,15 @@ def test_more_requests_than_an_engine_serves_at_full_speed_share_it() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_cold_start_waits_for_the_load_and_a_warm_one_for_nothing(tmp_path: Path, policy: str) -> None:
-    """All that come during the load wait for the rest of it."""
+def test_cold_request_waits_for_the_load_and_warm_one_does_not(tmp_path: Path, policy: str) -> None:
+    """Requests that arrive during the load wait for the rest of it."""
     fleet = fleet_of(tmp_path, ONE_CARD)
     asks = [Ask(1.0, "a", 5.0), Ask(4.0, "a", 5.0), Ask(30.0, "a", 5.0)]
     assert waits(fleet, asks, policy) == [LOAD_SECS, LOAD_SECS - 3.0, 0.0]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_idle_model_makes_way_at_once(tmp_path: Path, policy: str) -> None:
+def test_idle_model_is_evicted_at_once(tmp_path: Path, policy: str) -> None:
     fleet = fleet_of(tmp_path, ONE_CARD)
     asks = [Ask(0.0, "a", 5.0), Ask(60.0, "b", 5.0)]
     assert waits(fleet, asks, policy) == [LOAD_SECS, UNLOAD_SECS + LOAD_SECS]
@@ -214,20 +233,20 @@ def test_the_planner_drains_a_busy_model_where_others_wait_until_it_is_idle(
         assert got[2] > 30.0  # it came while a was being drained, and waits for its turn
 
 
-def test_who_waits_too_long_gives_up(tmp_path: Path) -> None:
+def test_request_times_out(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, ONE_CARD + "[serving]\ntimeout_secs = 4\n")
-    outcome = simulate(fleet, [Ask(0.0, "a", 1.0)], POLICIES["planner"]())
+    outcome = simulate(fleet, [Ask(0.0, "a", 1.0)], "planner")
     assert (outcome.total.unserved, outcome.total.waiting.max) == (1, 4.0)
 
 
-def test_a_model_that_fits_nowhere_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_model_that_fits_nowhere_is_refused_at_once(tmp_path: Path) -> None:
     text = ONE_CARD.replace('id = "b"', 'id = "b"\nmin_devices = 2')
-    for policy in POLICIES.values():
-        outcome = simulate(fleet_of(tmp_path, text), [Ask(0.0, "b", 1.0)], policy())
+    for policy in POLICIES:
+        outcome = simulate(fleet_of(tmp_path, text), [Ask(0.0, "b", 1.0)], policy)
         assert (outcome.total.unserved, outcome.total.waiting.max, outcome.total.loads) == (1, 0.0, 0)
 
 
-def test_the_planner_sends_away_what_is_idle_for_too_long(tmp_path: Path) -> None:
+def test_planner_unloads_a_model_after_its_idle_ttl(tmp_path: Path) -> None:
     text = ONE_CARD.replace('id = "a"', 'id = "a"\nidle_ttl_secs = 20')
     asks = [Ask(0.0, "a", 1.0), Ask(100.0, "a", 1.0)]
     assert waits(fleet_of(tmp_path, text), asks) == [LOAD_SECS, LOAD_SECS]
@@ -235,7 +254,7 @@ def test_the_planner_sends_away_what_is_idle_for_too_long(tmp_path: Path) -> Non
 
 def test_memory_is_averaged_over_the_time(tmp_path: Path) -> None:
     """Held from the load's begin at 0 to the end at 40, in use from 10 to 40."""
-    outcome = simulate(fleet_of(tmp_path, ONE_CARD), [Ask(0.0, "a", 30.0)], POLICIES["lru"]())
+    outcome = simulate(fleet_of(tmp_path, ONE_CARD), [Ask(0.0, "a", 30.0)], "lru")
     assert outcome.secs == 40.0
     assert outcome.vram_loaded_pct == pytest.approx(100 * 20000 / 24576)
     assert outcome.vram_in_use_pct == pytest.approx(75 * 20000 / 24576)
@@ -246,50 +265,51 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
     assert (summed.mean, summed.p50, summed.p95, summed.p99, summed.max) == (50.5, 50.0, 95.0, 99.0, 100.0)
 
 
-# Whatever happens
+# Invariants
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
     example: SimulatedFleet, half_hour: list[Ask], policy: str
 ) -> None:
-    """Looked at after every step."""
-    world = World(example, half_hour, POLICIES[policy]())
-    world.start()
-    while world.clock.step():
-        for host in world.hosts.values():
-            assert all(host.bookable_mb(gpu.index) >= 0 for gpu in host.node.gpus)
-            for engine in host.engines.values():
+    """Checked after every iteration of the loop."""
+
+    def look(simulation: Simulation) -> None:
+        for neuron in simulation.neurons.values():
+            assert all(neuron.bookable_mb(gpu.index) >= 0 for gpu in neuron.node.gpus)
+            for engine in neuron.engines.values():
                 assert engine.status is ModelStatus.LOADED or not engine.in_flight
-        loads = [(each.model_id, each.node) for each in world.snapshot().reservations]
+        loads = [(each.model_id, each.node) for each in simulation.fleet.snapshot().reservations]
         assert len(loads) == len(set(loads))
-    assert world.ends == len(world.requests) == len(half_hour)
-    for request in world.requests:
+
+    simulation, outcome = run(example, half_hour, policy, look)
+    assert len(simulation.requests) == len(half_hour)
+    for request in simulation.requests:
         assert request.ended is not None
         if request.begun is not None:
             assert request.at <= request.begun
             assert request.ended >= request.begun + request.secs - 1e-6
-    total = world.outcome().total
-    by_model = world.outcome().by_model.values()
+    total = outcome.total
+    by_model = outcome.by_model.values()
     assert total.requests == sum(each.requests for each in by_model)
     assert total.unserved == 0
-    held = sum(len(host.engines) for host in world.hosts.values())
+    held = sum(len(neuron.engines) for neuron in simulation.neurons.values())
     assert total.loads - total.displacements == held
 
 
 def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, half_hour: list[Ask]) -> None:
     def once() -> list[Outcome]:
-        return [simulate(example, half_hour, policy()) for policy in POLICIES.values()]
+        return [simulate(example, half_hour, policy) for policy in POLICIES]
 
     assert once() == once()
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "planner"])
-def test_the_planner_beats_what_is_common_elsewhere(example: SimulatedFleet, policy: str) -> None:
-    """docs/simulate.md has ten seeds and three loads, and where it does not; this is one of them."""
+def test_the_planner_beats_other_policies(example: SimulatedFleet, policy: str) -> None:
+    """One seed of the ten in docs/simulate.md, which also shows those where the planner loses."""
     workload = load_workload(EXAMPLE / "workload.toml", example.catalogue)
-    trace = make_trace(workload, example.catalogue, seed=2)
-    ours, theirs = (simulate(example, trace, POLICIES[name]()).total for name in ("planner", policy))
+    trace = make_trace(workload, example.catalogue, seed=3)
+    ours, theirs = (simulate(example, trace, name).total for name in ("planner", policy))
     assert ours.unserved == theirs.unserved == 0
     assert ours.waiting.mean < theirs.waiting.mean
     assert ours.waiting.p99 < theirs.waiting.p99

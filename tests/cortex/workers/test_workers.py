@@ -1,4 +1,4 @@
-"""Several worker processes on one port: one decides for all, and none is missed when it dies."""
+"""Several worker processes on one port: the control decides for all and replaces those that die."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def _is_worker(pid: int) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Looks again and again; what is waited for happens in other processes. The test's time-out is the deadline."""
+    """Polls a condition that other processes bring about. The test's timeout is the deadline."""
     while not condition():  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(0.02)
 
 
 class Workers:
-    """A cortex with two workers on a port of its own choice, and what its log says."""
+    """A cortex with two workers on a port of its choice, and its log."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self.process = process
@@ -60,7 +60,7 @@ class Workers:
         return "" if match is None else match[1]
 
     def pids(self) -> list[int]:
-        """Of the worker processes."""
+        """The ids of the worker processes."""
         return sorted(pid for pid in descendants(self.process.pid) if _is_worker(pid))
 
     async def ask(self) -> tuple[int, str]:
@@ -101,7 +101,7 @@ async def workers(tmp_path: Path, benjy: SeedNeuron) -> AsyncIterator[Workers]:
 
 
 async def test_first_requests_of_all_workers_share_one_load(workers: Workers, benjy: SeedNeuron) -> None:
-    """Fifty at once, spread over both by the kernel: the neuron is asked once, and all are answered."""
+    """The kernel spreads fifty requests over both workers: one load at the neuron answers all."""
     benjy.load_gate.clear()
     asking = [asyncio.create_task(workers.ask()) for _ in range(50)]
     await benjy.load_started.wait()
@@ -115,13 +115,13 @@ async def test_first_requests_of_all_workers_share_one_load(workers: Workers, be
 
 
 async def _log_with(workers: Workers, lines: int) -> str:
-    """The log when it has that many access lines."""
+    """The log, once it has that many access lines."""
     await until(lambda: workers.log().count("POST /v1/chat/completions 200") >= lines)
     return workers.log()
 
 
 async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron) -> None:
-    """Its place on the port is kept meanwhile: connections that arrive wait, and none is refused."""
+    """Its socket stays open in the meantime: new connections wait and none is refused."""
     benjy.models[MODEL] = "loaded"
     first, second = workers.pids()
     os.kill(first, signal.SIGKILL)
@@ -129,11 +129,11 @@ async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron)
     assert {status for status, _ in answers} == {200}
     await until(lambda: len(workers.pids()) == 2)
     assert second in workers.pids()
-    assert "its place is taken" in workers.log()
+    assert "restarting in" in workers.log()
 
 
-async def test_metrics_and_fleet_are_those_of_all_workers(workers: Workers, benjy: SeedNeuron) -> None:
-    """CountTotals are summed, those of a worker that ended included."""
+async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: SeedNeuron) -> None:
+    """Counts are summed over all workers."""
     benjy.models[MODEL] = "loaded"
     assert {status for status, _ in await asyncio.gather(*(workers.ask() for _ in range(30)))} == {200}
     metrics = _metrics_port(workers)
@@ -146,7 +146,7 @@ async def test_metrics_and_fleet_are_those_of_all_workers(workers: Workers, benj
 
 
 def _metrics_port(workers: Workers) -> int:
-    """The port that the control listens on beside the shared one, as the kernel lists it."""
+    """The control's port for metrics, found in the kernel's list of sockets."""
     pid = workers.process.pid
     inodes = {
         match[1]
@@ -164,7 +164,7 @@ def _metrics_port(workers: Workers) -> int:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 async def test_workers_end_with_their_control(workers: Workers, how: signal.Signals) -> None:
-    """However it ends, none of them is left behind."""
+    """None survives, however the control exits."""
     pids = workers.pids()
     assert len(pids) == 2
     workers.process.send_signal(how)
@@ -172,8 +172,8 @@ async def test_workers_end_with_their_control(workers: Workers, how: signal.Sign
     await until(lambda: not alive(pids))
 
 
-async def test_port_of_another_cortex_is_not_shared_unnoticed(workers: Workers, tmp_path: Path) -> None:
-    """A second cortex with workers is told that the address is taken, although the port is a shared one."""
+async def test_port_of_another_cortex_is_not_shared(workers: Workers, tmp_path: Path) -> None:
+    """A second cortex with workers finds the address in use, although workers share the port."""
     port = workers.url.rpartition(":")[2]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -188,14 +188,14 @@ async def test_port_of_another_cortex_is_not_shared_unnoticed(workers: Workers, 
     assert f"cannot listen on 127.0.0.1:{port}" in error.decode()
 
 
-async def test_whoever_has_just_been_given_an_engine_is_counted() -> None:
-    """The control asks for the counts before it displaces a model: the answer comes after the routes sent before."""
+async def test_request_that_was_just_given_an_engine_is_counted() -> None:
+    """The control asks for counts before it evicts a model; the answer includes requests routed before."""
     replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
     setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="")
     sent: list[Any] = []
     control, in_flight = RemoteControl(setup, sent.append), InFlight()
 
-    async def journey() -> None:
+    async def request() -> None:
         route = await control.resolve(MODEL)
         in_flight.add((MODEL, route.replica.node))
 
@@ -203,7 +203,7 @@ async def test_whoever_has_just_been_given_an_engine_is_counted() -> None:
         yield Resolved(1, Route(replica=replica))
         yield Collect(7)
 
-    going = asyncio.create_task(journey())
+    going = asyncio.create_task(request())
     await asyncio.sleep(0)
     channel, gateway = Mock(send=sent.append), Mock(in_flight=in_flight, collect=Counters)
     await worker_process.listen(messages(), channel, control, gateway, asyncio.Event())

@@ -79,7 +79,7 @@ class Watch:
         ]
 
     def _engine_of(self, key: tuple[int, int]) -> tuple[str, str] | None:
-        """The host and the model of a session's leader; None when it is no engine's."""
+        """The host and the model of a session's leader; None if it is not an engine."""
         if key in self._known:
             return self._known[key]
         pid, start_ticks = key

@@ -16,7 +16,7 @@ class Kind(Enum):
     COMPLETE = "complete"
     ERROR = "error"  # one, typed: a refusal, or a last event of a stream
     LEFT = "left"  # the client did
-    REFUSED = "refused"  # nobody listened
+    REFUSED = "refused"  # connection refused
     CUT = "cut"  # the connection ended before the answer did
     VIOLATION = "violation"
 
@@ -123,7 +123,7 @@ def parse_events(body: bytes) -> list[Event]:
                 events.append(Event(_TORN, text))
     for number, event in enumerate(events):
         if event.name == _TORN and not any(map(_is_error, events[number + 1 : number + 2])):
-            raise ValueError(f"{event.data[:80]!r} is no JSON, and no error comes behind it")
+            raise ValueError(f"{event.data[:80]!r} is not JSON, and no error follows")
     return events
 
 

@@ -12,9 +12,9 @@ from tests.e2e.chaos.models import feasible_hosts
 from tests.e2e.chaos.outcomes import Kind
 
 SEEN_SECS = POLL_SECS + POLL_TIMEOUT_SECS
-"""A neuron that is back counts as live when every cortex has had the time for a poll."""
+"""A restarted neuron counts as live once every cortex has had time to poll it."""
 STOPPING = "cortex_stopping"
-"""What a cortex that is told to stop says to those who wait for a load."""
+"""The error code for requests that wait for a load when cortex stops."""
 _GRACE_SECS = 1.5
 """After a fault that hit engines: until then answers on their host may be lost to it (a server outlives its core by a
 second)."""

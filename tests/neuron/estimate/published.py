@@ -1,4 +1,4 @@
-"""Well-known models: the fields of their config.json that matter, and what is published about them."""
+"""Well-known models: the relevant fields of their config.json, and their published sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Published:
-    """`billions` of parameters as published; `token_bytes` that a token takes in the KV cache of all layers together,
-    with 16 bits a number and one device."""
+    """`billions`: published number of parameters; `token_bytes`: size of a token in the KV cache of all layers, with 16
+    bits a number on one device."""
 
     name: str
     config: Config
@@ -256,7 +256,7 @@ FALCON_7B = Published(
         "multi_query": True,
         "new_decoder_architecture": False,
     },
-    6.92,  # 7.22 with the output head that the embeddings are tied to
+    6.92,  # 7.22 with the output head, which is tied to the embeddings
     32 * 2 * 64 * 2,
 )
 OPT_125M = Published(

@@ -1,4 +1,4 @@
-"""Writes safetensors files by hand: 8 bytes of length, a JSON header, the tensors' bytes (a hole in the file)."""
+"""Writes safetensors files: 8 bytes of length, a JSON header, the tensors' bytes (a hole in the file)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def write_tensors(path: Path, tensors: Shapes) -> None:
-    """A whole file; name -> (type, shape)."""
+    """Writes a complete file; name -> (type, shape)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -24,7 +24,7 @@ def write_tensors(path: Path, tensors: Shapes) -> None:
 
 
 def write_header(path: Path, header: Any, *, room: int = 0) -> None:
-    """A file with this header, whatever it is, and `room` bytes behind it."""
+    """Writes a file with any header and `room` bytes after it."""
     data = header if isinstance(header, bytes) else json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
@@ -32,7 +32,7 @@ def write_header(path: Path, header: Any, *, room: int = 0) -> None:
 
 
 def write_model(directory: Path, config: Mapping[str, Any], *shards: Shapes) -> Path:
-    """A model's directory: config.json, and the shards with their index when there are several."""
+    """Writes a model's directory: config.json, and the shards with an index if there are several."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if len(shards) == 1:
@@ -49,7 +49,7 @@ def write_model(directory: Path, config: Mapping[str, Any], *shards: Shapes) -> 
 
 
 def llama_tensors(config: Mapping[str, Any], *, dtype: str = "BF16") -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors of a Llama-like checkpoint of this configuration."""
+    """The tensors of a Llama-like checkpoint with this configuration."""
     hidden, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim") or hidden // heads
     wide, words = config["intermediate_size"], config["vocab_size"]

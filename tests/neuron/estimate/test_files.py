@@ -1,4 +1,4 @@
-"""Models as directories and in the hub's cache: read as they are, refused with the file's name when broken."""
+"""Models in directories and in the hub's cache; broken ones are refused with the file's name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from neuron.estimate.estimator import estimate_of
-from neuron.estimate.files.errors import ModelFilesInvalid
+from neuron.estimate.files.fields import ModelFilesInvalid
 from neuron.estimate.files.parameters import Part, parameter_count
 from neuron.estimate.locate import hub_cache, model_at
-from neuron.estimate.weights import Model, weights_of
+from neuron.estimate.weights import ModelFiles, weights_of
 from neuron.gpu.topology import Topology
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.lifecycle.model_roots import is_below
@@ -34,7 +34,7 @@ SMALL = {
 }
 
 
-def read(directory: Path) -> Model:
+def read(directory: Path) -> ModelFiles:
     return model_at(str(directory), {}, revision=None, download_dir=None)
 
 
@@ -46,13 +46,13 @@ def loaded_bytes(directory: Path, *, dtype: str = "auto", quantization: str | No
 
 @pytest.mark.parametrize("model", [LLAMA_8B, QWEN2_5_05B], ids=lambda model: model.name)
 def test_files_and_configuration_agree(model: Published, tmp_path: Path) -> None:
-    """The tensors of a checkpoint come to what is counted from its configuration, up to biases."""
+    """The tensors of a checkpoint match the count from its configuration, except for biases."""
     write_model(tmp_path, model.config, llama_tensors(model.config))
     assert loaded_bytes(tmp_path) == pytest.approx(2 * parameter_count(model.architecture), rel=0.001)
 
 
-def test_shards_are_summed_and_told(tmp_path: Path) -> None:
-    """As the index names them; a file beside them that it does not name is not the model's."""
+def test_shards_are_summed(tmp_path: Path) -> None:
+    """Those in the index; other files are ignored."""
     tensors = llama_tensors(SMALL)
     halves = dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])
     whole = loaded_bytes(write_model(tmp_path / "whole", SMALL, tensors))
@@ -72,8 +72,8 @@ def test_mistrals_second_copy_is_not_counted(tmp_path: Path) -> None:
     assert loaded_bytes(directory) == before
 
 
-def test_types_become_the_models(tmp_path: Path) -> None:
-    """32 bits in the file are 16 once loaded; `--dtype float32` keeps them; fp8 halves the matrices."""
+def test_numbers_are_converted_on_loading(tmp_path: Path) -> None:
+    """32 bits in the file are 16 when loaded; `--dtype float32` keeps them; fp8 halves the matrices."""
     half = loaded_bytes(write_model(tmp_path / "half", SMALL, llama_tensors(SMALL)))
     directory = write_model(tmp_path / "whole", {**SMALL, "torch_dtype": "float32"}, llama_tensors(SMALL, dtype="F32"))
     assert loaded_bytes(directory) == half
@@ -82,8 +82,8 @@ def test_types_become_the_models(tmp_path: Path) -> None:
     assert loaded_bytes(directory, quantization="fp8") == plain + (half - plain) / 2
 
 
-def test_quantised_files_count_as_they_are(tmp_path: Path) -> None:
-    """Packed integers, 8-bit floats and 32-bit scales: the file's own bytes, whatever is asked."""
+def test_quantized_files_keep_their_size(tmp_path: Path) -> None:
+    """Packed integers, 8-bit floats and 32-bit scales: the file's own bytes, with any `--dtype`."""
     config = {**SMALL, "quantization_config": {"quant_method": "compressed-tensors"}}
     tensors = {
         "model.layers.0.mlp.up_proj.weight": ("F8_E4M3", (128, 64)),
@@ -96,7 +96,7 @@ def test_quantised_files_count_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_vllm_does_not_load_is_not_counted(tmp_path: Path) -> None:
-    """A head that is tied, layers that only predict further tokens."""
+    """A tied output head, layers for speculative decoding."""
     config = {**SMALL, "tie_word_embeddings": True}
     tensors = llama_tensors(config)
     expected = loaded_bytes(
@@ -114,7 +114,7 @@ def test_what_vllm_does_not_load_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_weights_are_split_as_vllm_splits_them(tmp_path: Path) -> None:
-    """Norms are whole on every device; keys and values no finer than a head; the rest in equal shares."""
+    """Norms are complete on every device, keys and values split by head at most, the rest in equal shares."""
     model = read(write_model(tmp_path, SMALL, llama_tensors(SMALL)))
     weights = weights_of(model.architecture, model.stored, dtype="auto", quantization=None)
     attention = [weights.on_each_device(Part.ATTENTION, devices, 2) for devices in (1, 2, 4)]
@@ -123,8 +123,8 @@ def test_weights_are_split_as_vllm_splits_them(tmp_path: Path) -> None:
     assert {weights.on_each_device(Part.SMALL, devices, 2) for devices in (1, 2, 4)} == {2 * 5 * 64}
 
 
-def test_parts_are_told_by_the_names_of_the_tensors(tmp_path: Path) -> None:
-    """Experts, routers, MLA, encoders of images: all have a place of their own."""
+def test_parts_follow_from_tensor_names(tmp_path: Path) -> None:
+    """Experts, routers, MLA and image encoders are distinguished."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         "model.layers.0.mlp.experts.7.up_proj.weight": ("BF16", (10, 10)),
         "model.layers.0.mlp.gate.weight": ("BF16", (10, 2)),
@@ -138,22 +138,22 @@ def test_parts_are_told_by_the_names_of_the_tensors(tmp_path: Path) -> None:
     assert split == {
         Part.EXPERTS: 100,
         Part.SMALL: 40,
-        Part.ATTENTION: 60,  # the way down to the latent is whole on every device
+        Part.ATTENTION: 60,  # the down-projection to the latent is complete on every device
         Part.FEED_FORWARD: 40,
         Part.ENCODERS: 50,
     }
 
 
 @pytest.mark.parametrize("config", [DEEPSEEK_V3.config, GPT_OSS_20B.config], ids=["deepseek", "gpt-oss"])
-def test_without_safetensors_it_is_counted_and_said(config: dict[str, Any], tmp_path: Path) -> None:
-    """A checkpoint in another format still has a configuration."""
+def test_without_safetensors_parameters_are_counted(config: dict[str, Any], tmp_path: Path) -> None:
+    """A checkpoint in another format has a configuration too."""
     model = read(write_model(tmp_path, config))
     assert model.stored is None
     assert "counted from config.json" in weights_of(model.architecture, None, dtype="auto", quantization=None).how
 
 
 class TestBroken:
-    """A clear error with the file's name, fast, and without memory."""
+    """A clear error with the file's name, quickly and without using much memory."""
 
     def refused(self, directory: Path) -> str:
         tracemalloc.start()
@@ -172,16 +172,16 @@ class TestBroken:
     @pytest.mark.parametrize(
         ("data", "reason"),
         [
-            (b"", "no safetensors file"),
-            (b"\x10\0\0", "no safetensors file"),
+            (b"", "not a safetensors file"),
+            (b"\x10\0\0", "not a safetensors file"),
             (b"\xff" * 8, "its header would have 18446744073709551615 bytes"),
-            ((100_000_001).to_bytes(8, "little"), "no safetensors file"),
-            ((64_000_000).to_bytes(8, "little") + b"{}", "cut off"),
+            ((100_000_001).to_bytes(8, "little"), "not a safetensors file"),
+            ((64_000_000).to_bytes(8, "little") + b"{}", "truncated"),
             ((2).to_bytes(8, "little") + b"xx", "not valid JSON"),
-            ((2).to_bytes(8, "little") + b"[]", "no object"),
+            ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
             ((2).to_bytes(8, "little") + b"\xff\xff", "not valid JSON"),
             ((200_000).to_bytes(8, "little") + b"[" * 200_000, "not valid JSON"),
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "no safetensors file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a safetensors file"),
         ],
     )
     def test_header(self, data: bytes, reason: str, tmp_path: Path) -> None:
@@ -218,21 +218,21 @@ class TestBroken:
         assert "'model.norm.weight' has" in self.refused(directory)
 
     def test_tensors_beyond_the_end_of_the_file(self, tmp_path: Path) -> None:
-        """A download that was cut off: the header is whole and the tensors are not."""
+        """An interrupted download: the header is complete, the tensors are not."""
         directory = write_model(tmp_path, SMALL, llama_tensors(SMALL))
         path = directory / "model.safetensors"
         os.truncate(path, path.stat().st_size - 1)
-        assert "is cut off" in self.refused(directory)
+        assert "is truncated" in self.refused(directory)
 
     @pytest.mark.parametrize(
         ("index", "reason"),
         [
             ({}, "no weight_map"),
             ({"weight_map": []}, "no weight_map"),
-            ({"weight_map": {"a": 7}}, "does not name the files"),
-            ({"weight_map": {"a": "../../etc/passwd"}}, "no name of a file beside it"),
-            ({"weight_map": {"a": "/etc/passwd"}}, "no name of a file beside it"),
-            ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "is missing: 2 of 2 files are"),
+            ({"weight_map": {"a": 7}}, "does not list the weights' files"),
+            ({"weight_map": {"a": "../../etc/passwd"}}, "not the name of a file beside it"),
+            ({"weight_map": {"a": "/etc/passwd"}}, "not the name of a file beside it"),
+            ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "is missing (2 of 2 files are)"),
         ],
     )
     def test_index(self, index: object, reason: str, tmp_path: Path) -> None:
@@ -273,27 +273,27 @@ class TestBroken:
     @pytest.mark.parametrize(
         "text", ["", "[]", "{", "nonsense", '{"a": ' * 50_000, "\ud800".encode("utf-8", "surrogatepass")]
     )
-    def test_configuration_that_is_none(self, text: str | bytes, tmp_path: Path) -> None:
+    def test_invalid_configuration(self, text: str | bytes, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         assert "config.json" in self.refused(tmp_path)
 
     def test_a_pipe_in_place_of_a_file(self, tmp_path: Path) -> None:
-        """Opening it would wait for ever."""
+        """Opening it would block."""
         directory = write_model(tmp_path, SMALL)
         os.mkfifo(directory / "model.safetensors")
-        assert "no regular file" in self.refused(directory)
+        assert "not a regular file" in self.refused(directory)
 
-    def test_a_configuration_of_a_senseless_size(self, tmp_path: Path) -> None:
+    def test_a_huge_configuration(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").touch()
         os.truncate(tmp_path / "config.json", 1 << 40)
         assert "bytes, more than" in self.refused(tmp_path)
 
 
 class TestPlace:
-    """Where a name leads."""
+    """Finding a model by name."""
 
     def cached(self, cache: Path, name: str, *, ref: str = "main") -> Path:
-        """A model in a hub cache, laid out as the hub's library does."""
+        """A model in a hub cache, with the layout of the hub's library."""
         repository = cache / f"models--{name.replace('/', '--')}"
         write_model(repository / "snapshots" / "abc123", SMALL, llama_tensors(SMALL))
         (repository / "refs").mkdir()
@@ -302,7 +302,7 @@ class TestPlace:
 
     @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
     def test_hub_cache_of_the_engines_environment(self, variable: str, tmp_path: Path) -> None:
-        """neuron's own environment may say something else."""
+        """neuron's own environment may differ."""
         environ = {variable: str(tmp_path)}
         self.cached(hub_cache(environ), "org/model")
         model = model_at("org/model", environ, revision=None, download_dir=None)
@@ -320,25 +320,25 @@ class TestPlace:
         "source", ["org/model", "a b", "a--b/..", "/nothing/here", "s3://bucket/model", "x" * 400, "org/a/b"]
     )
     def test_not_on_this_host(self, source: str, tmp_path: Path) -> None:
-        """404, whatever is asked; nothing is looked up in a network."""
+        """404 for any name; the network is not used."""
         with pytest.raises(NotFound) as caught:
             model_at(source, {"HF_HUB_CACHE": str(tmp_path / "none")}, revision=None, download_dir=None)
         assert caught.value.code == "model_files_not_found"
 
     @pytest.mark.parametrize("source", ["/" + "x" * 400, "x" * 400])
-    def test_a_path_longer_than_any_is_below_no_root(self, source: str, tmp_path: Path) -> None:
-        """Nor does it end in an error of the system."""
+    def test_an_overlong_path_is_not_below_a_root(self, source: str, tmp_path: Path) -> None:
+        """And does not cause an operating system error."""
         assert not is_below(source, [tmp_path])
 
     def test_a_directory_without_a_model_and_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "model.gguf").touch()
         with pytest.raises(NotFound, match=r"no config\.json"):
             read(tmp_path)
-        with pytest.raises(NotFound, match="a file, and no directory"):
+        with pytest.raises(NotFound, match="a file, not a directory"):
             read(tmp_path / "model.gguf")
 
-    def test_what_was_read_is_remembered_until_it_changes(self, tmp_path: Path) -> None:
-        """The second estimate opens no file; a new configuration is seen at once."""
+    def test_results_are_cached_until_files_change(self, tmp_path: Path) -> None:
+        """The second estimate opens no file; a new configuration takes effect at once."""
         directory = write_model(tmp_path, SMALL, llama_tensors(SMALL))
         first = read(directory)
         assert read(directory) is first
@@ -346,10 +346,10 @@ class TestPlace:
         assert read(directory).architecture.layers == 1
 
     def test_a_shard_that_was_not_downloaded(self, tmp_path: Path) -> None:
-        """The cache has links to what is still missing."""
+        """The cache has links to missing files."""
         directory = write_model(tmp_path, SMALL, llama_tensors(SMALL), {"a": ("BF16", (2,))})
         shard = directory / "model-00002-of-00002.safetensors"
         shard.unlink()
         shard.symlink_to("../../blobs/nothing")
-        with pytest.raises(ModelFilesInvalid, match="is missing: 1 of 2 files are"):
+        with pytest.raises(ModelFilesInvalid, match=r"is missing \(1 of 2 files are\)"):
             read(directory)

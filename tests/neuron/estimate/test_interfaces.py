@@ -1,4 +1,4 @@
-"""`GET /estimate` and `neuron estimate`, as they are asked by others."""
+"""`GET /estimate` and `neuron estimate`, from outside."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.neuron.neurons import REPOSITORY, Answer, Neuron, config_of, neuron_h
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A checkpoint of the size of Llama 3.1 8B: its files are holes."""
+    """A checkpoint of the size of Llama 3.1 8B, in sparse files."""
     return write_model(tmp_path / "roots" / "llama", LLAMA_8B.config, llama_tensors(LLAMA_8B.config))
 
 
 @pytest.fixture
 async def rooted(mark: str, tmp_path: Path) -> AsyncIterator[Neuron]:
-    """A neuron with two 32 GiB cards, model roots, a hub cache of its own for engines and an argument for all."""
+    """A neuron with two 32 GiB cards, model roots, a separate hub cache for engines, and extra arguments."""
     settings = {"env": {"HF_HUB_CACHE": str(tmp_path / "hub")}, "extra_args": ["--kv-cache-dtype", "fp8"]}
     (tmp_path / "roots").mkdir(exist_ok=True)
     config = config_of(
@@ -47,7 +47,7 @@ async def ask(neuron: Neuron, **parameters: object) -> Answer:
 
 
 async def test_estimate_of_a_directory(neuron: Neuron, llama: Path) -> None:
-    """Line by line: 16 GB of weights, the whole context, the overhead; one card of 32 GiB is too small for that."""
+    """Line by line: 16 GB of weights, the whole context, the overhead; a 32 GiB card is too small."""
     answer = await ask(neuron, model=llama)
     assert answer.status == 200, answer.body
     made = EstimateReply.model_validate(answer.body)
@@ -61,7 +61,7 @@ async def test_estimate_of_a_directory(neuron: Neuron, llama: Path) -> None:
 
 
 async def test_parameters_change_the_sum(neuron: Neuron, llama: Path) -> None:
-    """What is asked for is what is counted."""
+    """Each parameter takes effect."""
     short = (await ask(neuron, model=llama, max_model_len="8K")).body
     assert (short["max_model_len"], short["tensor_parallel"]) == (8192, 1)
     many = (await ask(neuron, model=llama, max_model_len="8K", max_num_seqs=8)).body
@@ -92,33 +92,33 @@ async def test_parameters_change_the_sum(neuron: Neuron, llama: Path) -> None:
     ],
 )
 async def test_wrong_parameters(neuron: Neuron, parameters: Mapping[str, str], param: str) -> None:
-    """400, naming the parameter; one that does not exist is wrong too."""
+    """400 with the parameter's name; also for unknown parameters."""
     answer = await ask(neuron, **parameters)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "invalid_request", param)
     assert len(answer.error["message"]) < 1000
 
 
-async def test_a_parameter_that_is_given_twice(neuron: Neuron) -> None:
+async def test_a_repeated_parameter(neuron: Neuron) -> None:
     answer = await neuron.call("GET", "/estimate?model=a&model=b")
     assert (answer.status, answer.error["message"]) == (400, "model: given more than once")
 
 
-async def test_a_model_that_is_not_here(neuron: Neuron) -> None:
-    """404 with a code of its own, so that a cortex can tell it from a neuron without this request."""
-    answer = await ask(neuron, model="nobody/has-this")
+async def test_a_missing_model(neuron: Neuron) -> None:
+    """404 with its own code: a neuron without this route answers 404 too."""
+    answer = await ask(neuron, model="org/missing")
     assert (answer.status, answer.error["code"]) == (404, "model_files_not_found")
 
 
-async def test_a_model_that_is_broken(neuron: Neuron, tmp_path: Path) -> None:
-    """422, naming the file."""
+async def test_a_broken_model(neuron: Neuron, tmp_path: Path) -> None:
+    """422 with the file's name."""
     (tmp_path / "config.json").write_text("{")
     answer = await ask(neuron, model=tmp_path)
     assert (answer.status, answer.error["code"]) == (422, "model_files_invalid")
     assert str(tmp_path / "config.json") in answer.error["message"]
 
 
-async def test_model_roots_bound_what_is_read(rooted: Neuron, llama: Path, tmp_path: Path) -> None:
-    """A path outside is refused, whether or not it exists, and so is a link that leads out."""
+async def test_model_roots_limit_what_is_read(rooted: Neuron, llama: Path, tmp_path: Path) -> None:
+    """A path outside is refused, whether it exists or not, and so is a link that leads out."""
     assert (await ask(rooted, model=llama)).status == 200
     outside = write_model(tmp_path / "outside", LLAMA_8B.config)
     (tmp_path / "roots" / "link").symlink_to(outside)
@@ -129,7 +129,7 @@ async def test_model_roots_bound_what_is_read(rooted: Neuron, llama: Path, tmp_p
 
 
 async def test_engines_environment_and_arguments_count(rooted: Neuron, tmp_path: Path) -> None:
-    """The hub's cache is where `[harness.vllm] env` says; `extra_args` are part of every command line."""
+    """`[harness.vllm] env` sets the hub's cache; `extra_args` are part of every command line."""
     repository = tmp_path / "hub" / "models--meta-llama--Llama"
     write_model(repository / "snapshots" / "abc", LLAMA_8B.config)
     (repository / "refs").mkdir()
@@ -141,7 +141,7 @@ async def test_engines_environment_and_arguments_count(rooted: Neuron, tmp_path:
 
 
 async def test_a_known_model_is_estimated_as_it_was_loaded(neuron: Neuron, llama: Path) -> None:
-    """By its id: source, arguments and devices of the load that is remembered."""
+    """By its id: source, arguments and devices of the remembered load."""
     loaded = await neuron.load("test/llama", "--max-model-len", "4096", source=str(llama), tensor_parallel=2)
     assert loaded.status == 200, loaded.body
     body = (await ask(neuron, model="test/llama")).body
@@ -170,8 +170,8 @@ def two_cards(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_command_prints_the_sum_for_people(llama: Path, two_cards: str) -> None:
-    """A relative path, as people type it; every line has its size and how it came about."""
+def test_command_prints_a_table(llama: Path, two_cards: str) -> None:
+    """For a relative path; every line has its size and an explanation."""
     result = run("llama", "--max-model-len", "32K", "--config", two_cards, cwd=llama.parent)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -185,7 +185,7 @@ def test_command_prints_the_sum_for_people(llama: Path, two_cards: str) -> None:
 
 
 def test_command_for_scripts(llama: Path, two_cards: str) -> None:
-    """The same answer as the HTTP API's."""
+    """The same answer as the HTTP API."""
     options = ("--tensor-parallel", "2", "--max-num-seqs", "2", "--quant", "fp8", "--kv-cache-dtype", "fp8")
     result = run(str(llama), *options, "--json", "--config", two_cards)
     assert result.returncode == 0, result.stderr
@@ -194,11 +194,11 @@ def test_command_for_scripts(llama: Path, two_cards: str) -> None:
     assert body["total_mb"] == sum(line["total_mb"] for line in body["lines"])
 
 
-def test_command_says_what_is_wrong(llama: Path, two_cards: str, tmp_path: Path) -> None:
+def test_command_reports_errors(llama: Path, two_cards: str, tmp_path: Path) -> None:
     """Exit code 1, one line, no traceback."""
     broken = write_model(tmp_path / "broken", {"hidden_size": 8})
     for arguments, said in (
-        (("nobody/has-this",), "neuron: the files of 'nobody/has-this' are not on this host"),
+        (("org/missing",), "neuron: the files of 'org/missing' are not on this host"),
         ((str(broken),), f"neuron: {broken / 'config.json'} has no num_hidden_layers"),
         (
             (str(llama), "--max-model-len", "long"),
@@ -212,8 +212,8 @@ def test_command_says_what_is_wrong(llama: Path, two_cards: str, tmp_path: Path)
         assert result.stderr.count("\n") == 1
 
 
-def test_only_a_name_of_the_hub_costs_the_hubs_library() -> None:
-    """It takes longer to import than everything else: no command that does not need it pays for it."""
+def test_the_hubs_library_is_imported_only_when_needed() -> None:
+    """It takes longer to import than everything else."""
     code = "import sys, neuron.__main__; print([name for name in sys.modules if name.startswith('huggingface')])"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""From flags to lines: what is asked, what it comes to, and what is not known."""
+"""From flags to lines: options, sizes and unknowns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from neuron.estimate.estimator import estimate_of
 from neuron.estimate.options import EngineOptions, human_number, length_of
 from neuron.estimate.result import Estimate
-from neuron.estimate.weights import Model
+from neuron.estimate.weights import ModelFiles
 from neuron.gpu.topology import Topology
 from neuron.harness.vllm.estimate.estimator import VllmEstimator, estimate
 from neuron.harness.vllm.estimate.overhead import batching_of
@@ -32,11 +32,11 @@ def options(*args: str, quant: str | None = None) -> EngineOptions:
 def of(model: Published, *args: str, devices: int = 1, card: Device = RTX_4090, quant: str | None = None) -> Estimate:
     spec = EngineSpec("m", "vllm", "m", quant=quant, args=args, tensor_parallel=devices)
     cards = [card.model_copy(update={"index": index}) for index in range(4)]
-    return estimate(Model(model.name, model.architecture, None), options_of(spec), cards)
+    return estimate(ModelFiles(model.name, model.architecture, None), options_of(spec), cards)
 
 
 def line(made: Estimate, what: str) -> int | None:
-    """MiB on each device of the line that begins so."""
+    """MiB on each device, of the line that starts with `what`."""
     return next(each.device_mb for each in made.lines if each.what.startswith(what))
 
 
@@ -44,15 +44,15 @@ def line(made: Estimate, what: str) -> int | None:
     ("text", "tokens"),
     [("32768", 32768), ("32k", 32_000), ("32K", 32_768), ("1K", 1024), ("1.5k", 1500), ("1m", 10**6), ("1M", 1 << 20)],
 )
-def test_lengths_are_written_as_vllm_takes_them(text: str, tokens: int) -> None:
-    """Small letters are thousands, large ones 1024s; fractions of thousands only."""
+def test_lengths_in_vllms_notation(text: str, tokens: int) -> None:
+    """Lower case for thousands, upper case for 1024s; fractions of thousands only."""
     assert length_of(text, "max_model_len") == tokens
     assert options("--max-model-len", text).max_model_len == options(f"--max_model_len={text}").max_model_len == tokens
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "1.5K", "banana", "1e9", "32kk", "٣٢", "9" * 40, "1G 2", "nan"])
-def test_lengths_that_are_none(text: str) -> None:
-    """The message has the flag or the parameter and the value."""
+def test_invalid_lengths(text: str) -> None:
+    """The message names the flag or parameter, and the value."""
     with pytest.raises(InvalidRequest, match="max_model_len: ") as caught:
         human_number(text, "max_model_len", "max_model_len")
     assert caught.value.param == "max_model_len"
@@ -68,7 +68,7 @@ def test_automatic_length_is_the_models_own() -> None:
 
 
 def test_every_flag_in_every_spelling() -> None:
-    """Two words or one, underscores for dashes, the short form; of two the last one counts."""
+    """Two words or one, underscores for dashes, the short form; the last of two counts."""
     asked = options(
         *("--max-num-seqs", "8", "--max_num_batched_tokens=4k", "--kv-cache-dtype", "fp8", "--dtype=half"),
         *("--kv-cache-memory-bytes", "2G", "-q", "fp8", "--cpu-offload-gb=1.5", "--enforce-eager"),
@@ -115,8 +115,8 @@ def test_every_flag_in_every_spelling() -> None:
         ("--gpu-memory-utilization=",),
     ],
 )
-def test_arguments_that_are_no_numbers(args: tuple[str, ...]) -> None:
-    """As vLLM would refuse them, only at once."""
+def test_arguments_that_must_be_numbers(args: tuple[str, ...]) -> None:
+    """Refused as by vLLM, but at once."""
     with pytest.raises(InvalidRequest) as caught:
         options(*args)
     assert caught.value.param == "args"
@@ -135,16 +135,14 @@ def test_arguments_that_are_no_numbers(args: tuple[str, ...]) -> None:
         (24_564, "RTX 4090", 32_768, ("--max-num-batched-tokens", "64"), (64, 64)),
     ],
 )
-def test_batches_are_those_of_vllm(
-    mb: int, name: str, length: int, args: tuple[str, ...], expected: tuple[int, int]
-) -> None:
+def test_batches_match_vllm(mb: int, name: str, length: int, args: tuple[str, ...], expected: tuple[int, int]) -> None:
     """Its defaults for an API server, by the device's memory."""
     batching = batching_of(options(*args), max_model_len=length, device_mb=mb, device_name=name)
     assert (batching.sequences, batching.tokens) == expected
 
 
 def test_lines_come_to_the_total() -> None:
-    """Every line is in it once, and so in what each device needs."""
+    """Each line counts once, in the total and per device."""
     made = of(LLAMA_8B, "--max-model-len", "32K", devices=2)
     assert made.split_over == 2
     assert sum(each.total_mb or 0 for each in made.lines) == made.total_mb
@@ -157,7 +155,7 @@ def test_lines_come_to_the_total() -> None:
 
 
 def test_flags_change_their_lines() -> None:
-    """And nothing else."""
+    """And no other line."""
     plain = of(LLAMA_8B, "--max-model-len", "8192")
     assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-dtype", "fp8"), "KV cache") == 512
     assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-memory-bytes", "3G"), "KV cache") == 3072
@@ -169,26 +167,28 @@ def test_flags_change_their_lines() -> None:
     assert (line(few, "activations") or 0) < (line(plain, "activations") or 0) / 3
 
 
-def test_one_whole_sequence_has_room_unless_more_are_asked_for() -> None:
-    """`--max-num-seqs` of an engine is a limit: nobody means that as many are at full length."""
+def test_one_whole_sequence_fits_by_default() -> None:
+    """`--max-num-seqs` of an engine is a limit; it does not mean that as many have the full length."""
     assert of(LLAMA_8B, "--max-num-seqs", "256").sequences == 1
     cards = [RTX_4090]
-    made = estimate(Model("m", LLAMA_8B.architecture, None), EngineOptions(max_model_len=8192, full_sequences=4), cards)
+    made = estimate(
+        ModelFiles("m", LLAMA_8B.architecture, None), EngineOptions(max_model_len=8192, full_sequences=4), cards
+    )
     assert (made.sequences, line(made, "KV cache")) == (4, 4096)
 
 
-def test_an_encoder_keeps_nothing() -> None:
-    """And has no words to choose among. vLLM makes no cache for one, whatever size it is told."""
+def test_encoders_have_no_kv_cache() -> None:
+    """And no sampler. vLLM allocates no cache for them, whatever size is configured."""
     made = of(published.MINILM, "--kv-cache-memory-bytes", "64M")
     assert line(made, "KV cache") == line(made, "CUDA graphs") == 0
-    assert next(each.how for each in made.lines if each.what == "KV cache") == "none: an encoder keeps nothing"
+    assert next(each.how for each in made.lines if each.what == "KV cache") == "none: encoders have no KV cache"
     assert (line(made, "activations") or 0) < 20
 
 
-def test_what_is_not_known_is_said() -> None:
-    """A line each, without a number, and not in the sum."""
+def test_unknowns_are_listed() -> None:
+    """One line each, without a number, and not in the total."""
     made = of(published.GEMMA3_27B, "--speculative-config", "{}", "--kv-cache-dtype", "new_type")
-    assert {"weights", "KV cache", "activations of images or sound", "--speculative-config"} <= set(made.unknown)
+    assert {"weights", "KV cache", "activations of images or audio", "--speculative-config"} <= set(made.unknown)
     assert all(each.total_mb is None for each in made.lines if each.how.startswith("not counted"))
     mamba = Published("hybrid", {**LLAMA_8B.config, "hybrid_override_pattern": "M-*" * 11}, 0, 0)
     assert "state of 11 state-space layers (Mamba or alike)" in of(mamba).unknown
@@ -196,22 +196,22 @@ def test_what_is_not_known_is_said() -> None:
     assert "more than the model's 131072" in of(LLAMA_8B, "--max-model-len", "200k").notes[0]
 
 
-def test_options_say_why_not() -> None:
-    """Each number of devices: fits, too little memory, too few devices, cannot be split."""
+def test_options_have_reasons() -> None:
+    """For each number of devices: fits, too little memory, too few devices, cannot be split."""
     made = of(LLAMA_8B, "--max-model-len", "131072")
     reasons = {option.tensor_parallel: option.reason or "fits" for option in made.options}
     assert reasons[1] == "more than the 22598 MiB of 24564 that can be used"
     assert reasons[2] == reasons[4] == "fits"
     assert reasons[3] == "32 attention heads cannot be divided by 3"
-    assert reasons[8] == "there are 4 here"
+    assert reasons[8] == "this host has 4 usable devices"
     assert (made.tensor_parallel, made.split_over) == (2, 1)
     assert made.reasons[0].startswith(f"over 1, {made.per_device_mb(1)} MiB on each: more than")
     with pytest.raises(ValueError, match="9 devices: estimated for 1 to 8"):
         made.per_device_mb(9)
 
 
-def test_a_free_number_of_devices_is_the_smallest_that_fits() -> None:
-    model = Model("m", LLAMA_8B.architecture, None)
+def test_the_default_is_the_smallest_number_of_devices_that_fits() -> None:
+    model = ModelFiles("m", LLAMA_8B.architecture, None)
     two = [RTX_4090, RTX_4090.model_copy(update={"index": 1})]
     made = estimate(model, EngineOptions(), two)
     assert (made.tensor_parallel, made.split_over) == (2, 2)
@@ -222,8 +222,8 @@ def test_a_free_number_of_devices_is_the_smallest_that_fits() -> None:
     assert estimate(model, EngineOptions(memory_fraction=0.1), two).tensor_parallel is None
 
 
-async def test_devices_that_the_spec_names_are_those_that_count(tmp_path: Path) -> None:
-    """The large card does not help an engine that is to run on the small one."""
+async def test_only_the_specs_devices_count(tmp_path: Path) -> None:
+    """The large card does not help an engine that runs on the small one."""
     write_model(tmp_path, LLAMA_8B.config)
     small = Device(index=1, vram_total_mb=12_288)
     topology = Topology(devices=(H100, small))

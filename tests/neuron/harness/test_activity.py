@@ -1,4 +1,4 @@
-"""What is a hang and what only looks like one, sample by sample."""
+"""What counts as a hang, sample by sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GENERATING = replace(PREFILLING, generated_tokens=120, first_tokens=6, prompt_to
 
 
 def watch(*samples: EngineSample | None, every_secs: float = 1) -> tuple[float, str] | None:
-    """When and why the watch speaks up that sees one sample each second, the last of them for ever."""
+    """When and why the detector fires. It sees a sample per second and the last one repeatedly."""
     watching = HangWatch(GRACE, PREFILL)
     for tick in range(200):
         now = tick * every_secs
@@ -25,15 +25,15 @@ def watch(*samples: EngineSample | None, every_secs: float = 1) -> tuple[float, 
     return None
 
 
-def test_counters_that_stand_still_under_work_are_a_hang() -> None:
-    """The clock runs from the last token."""
+def test_counters_that_do_not_move_under_load_are_a_hang() -> None:
+    """The clock starts at the last token."""
     moment, reason = watch(IDLE, GENERATING) or (0, "")
     assert moment == 1 + GRACE
     assert reason == "hung: 1 requests running and no token was counted for 10 s"
 
 
-def test_idle_is_no_hang() -> None:
-    """Also with requests in line: those are held back by whoever holds them."""
+def test_an_idle_engine_does_not_hang() -> None:
+    """Also with waiting requests: the scheduler may hold them back."""
     assert watch(IDLE) is None
     assert watch(GENERATING, replace(GENERATING, running=0, waiting=3)) is None
 
@@ -41,24 +41,24 @@ def test_idle_is_no_hang() -> None:
 @pytest.mark.parametrize(
     "field", ["generated_tokens", "prompt_tokens", "iterations", "iteration_tokens", "preemptions"]
 )
-def test_any_counter_that_moves_is_work(field: str) -> None:
+def test_any_moving_counter_is_progress(field: str) -> None:
     moving = [replace(GENERATING, **{field: 1000 + tick // 5}) for tick in range(200)]
     assert watch(IDLE, *moving) is None
 
 
-def test_a_long_prefill_is_no_hang() -> None:
-    """Nothing moves from the moment a request was taken: the long patience, and no more than that."""
+def test_a_long_prefill_is_not_a_hang() -> None:
+    """No counter moves after a request is admitted: the prefill limit applies."""
     moment, reason = watch(IDLE, PREFILLING) or (0, "")
     assert moment == 1 + PREFILL
     assert "none got its first token" in reason
 
 
-def test_a_prefill_that_fills_the_cache_is_work() -> None:
+def test_a_prefill_that_fills_the_cache_is_progress() -> None:
     assert watch(IDLE, *(replace(PREFILLING, kv_cache_usage=tick / 200) for tick in range(200))) is None
 
 
-def test_a_prefill_that_is_left_alone_is_no_hang() -> None:
-    """Another request was generating and is done: the one that remains is still in its prefill."""
+def test_a_remaining_prefill_is_not_a_hang() -> None:
+    """Another request was generating and is done: the remaining one is still in its prefill."""
     both = replace(GENERATING, running=2)
     alone = replace(both, running=1, generated_tokens=130, completed=6, ended=6)
     assert watch(IDLE, GENERATING, both, alone) == (
@@ -69,13 +69,13 @@ def test_a_prefill_that_is_left_alone_is_no_hang() -> None:
     assert (watch(IDLE, GENERATING, both, left) or (0, ""))[0] == 1 + PREFILL
 
 
-def test_a_prefill_beside_a_generation_that_stands_still_is_a_hang() -> None:
-    """Who generates must go on."""
+def test_a_prefill_beside_a_stalled_generation_is_a_hang() -> None:
+    """A generating request must progress."""
     assert (watch(IDLE, GENERATING, replace(GENERATING, running=2)) or (0, ""))[0] == 1 + GRACE
 
 
-def test_clients_that_give_up_and_try_again_do_not_hide_a_hang() -> None:
-    """Requests come and leave each few seconds; aborted ones may be counted as ended. Nothing else moves."""
+def test_retrying_clients_do_not_hide_a_hang() -> None:
+    """Requests arrive and leave every few seconds; aborted ones may count as ended. Nothing else moves."""
     samples = [IDLE, GENERATING]
     for tick in range(200):
         samples.append(replace(GENERATING, running=1 + tick % 2, ended=5 + tick))
@@ -83,13 +83,13 @@ def test_clients_that_give_up_and_try_again_do_not_hide_a_hang() -> None:
 
 
 def test_time_without_requests_does_not_count() -> None:
-    """A hung engine whose clients all leave, and come back, is found when enough of their time has been wasted."""
+    """A hang is detected across gaps in which all clients have left."""
     moment, _ = watch(*([IDLE] * 20 + [PREFILLING] * 20) * 5) or (0, "")
     assert moment == 40 * 3 + 20 + (PREFILL - 3 * 19)
 
 
 def test_no_sample_proves_nothing() -> None:
-    """Neither a hang nor work; and of a long silence only so much counts: the watcher itself may have been stopped."""
+    """Neither a hang nor progress; a long gap counts only up to a limit, since neuron itself may have been stopped."""
     assert watch(IDLE, GENERATING, None) is None
     watching = HangWatch(LONGEST_GAP_SECS + 5, 1000)
     assert watching.observe(IDLE, 0) is None
@@ -99,13 +99,13 @@ def test_no_sample_proves_nothing() -> None:
     assert watching.observe(GENERATING, 5005) is not None
 
 
-def test_a_counter_that_falls_is_another_engine() -> None:
+def test_a_falling_counter_means_another_engine() -> None:
     moment, _ = watch(IDLE, *[GENERATING] * 9, EngineSample(running=1, waiting=0)) or (0, "")
     assert moment == 10 + PREFILL
 
 
-def test_a_page_of_vllm_is_read() -> None:
-    """Label sets are added up, a brace in a model's name is no matter, what is not finite is left out."""
+def test_vllms_metrics_are_parsed() -> None:
+    """Label sets are added up, braces in a model's name are fine, values that are not finite are ignored."""
     page = (
         "# HELP vllm:num_requests_running Number of requests.\n"
         'vllm:num_requests_running{engine="0",model_name="a}b"} 2.0\n'

@@ -1,4 +1,4 @@
-"""Command lines and environments, as the pure functions make them."""
+"""Command lines and environments of the harnesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from neuron.config import HarnessSettings
-from neuron.harness.base import EngineCommand, HostFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.command import cpu_binding
@@ -42,7 +42,7 @@ def planned(
     settings: HarnessSettings | None = None,
     control_key: str | None = None,
     environ: dict[str, str] = ENVIRON,
-) -> tuple[LaunchPlan, HostFacts]:
+) -> tuple[LaunchPlan, LaunchFacts]:
     plan = LaunchPlan(
         spec=spec,
         settings=settings or HarnessSettings(),
@@ -55,11 +55,11 @@ def planned(
         share_mb=spec.share_mb,
         control_key=control_key,
     )
-    return plan, HostFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=environ, vram_dir=Path("/state/vram"))
+    return plan, LaunchFacts(has_gpu=has_gpu, cpus=(0, 1, 2, 3), environ=environ, vram_dir=Path("/state/vram"))
 
 
 def test_vllm_in_full() -> None:
-    """Every field of a spec, in the order vLLM reads it: what neuron sets, the spec's arguments, the operator's."""
+    """Every field of a spec, in order: neuron's arguments, the spec's, the operator's."""
     spec = replace(
         SPEC,
         source="/models/m",
@@ -80,7 +80,7 @@ def test_vllm_in_full() -> None:
 
 
 def test_vllm_in_short() -> None:
-    """What a spec leaves out is left to vLLM."""
+    """Missing fields are left to vLLM."""
     assert list(command(SPEC).argv) == [
         *("vllm", "serve", "org/model", "--served-model-name", "org/model", "--host", "127.0.0.1", "--port", "20001")
     ]
@@ -90,7 +90,7 @@ def test_vllm_in_short() -> None:
     "flag", ["--gpu-memory-utilization=0.5", "--gpu_memory_utilization", "--kv-cache-memory-bytes"]
 )
 def test_memory_already_sized(flag: str) -> None:
-    """Arguments that size the memory themselves, of the spec or of the operator, are not contradicted."""
+    """neuron does not contradict arguments that size the memory, of the spec or the operator."""
     spec = replace(SPEC, vram_mb=8000)
     for made in (
         command(replace(spec, args=(flag, "1"))),
@@ -101,13 +101,13 @@ def test_memory_already_sized(flag: str) -> None:
 
 @pytest.mark.parametrize(("vram_mb", "share"), [(8000, "0.2500"), (10667, "0.3333"), (1, "0.0001"), (32000, "1.0000")])
 def test_memory_share(vram_mb: int, share: str) -> None:
-    """Of the device's memory, never rounded up: shares that add up to a device fit on it."""
+    """Never rounded up: shares that add up to a device fit on it."""
     assert command(replace(SPEC, vram_mb=vram_mb)).argv[-2:] == ("--gpu-memory-utilization", share)
 
 
 @pytest.mark.parametrize("total", [12288, 24564, 32607, 81559, 143771])
 def test_engines_that_share_a_device_fit_on_it(total: int) -> None:
-    """However a device is divided between two engines, the fractions they are given are no more than their shares."""
+    """However a device is divided between two engines, their fractions do not exceed their shares."""
     device = Device(index=0, vram_total_mb=total)
     for share in range(1000, total, 997):
         taken = 0.0
@@ -120,14 +120,14 @@ def test_engines_that_share_a_device_fit_on_it(total: int) -> None:
 
 
 def serve_memory(plan: LaunchPlan) -> str:
-    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    facts = LaunchFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
     argv = HARNESSES["vllm"].command(plan, facts).argv
     return argv[argv.index("--gpu-memory-utilization") + 1]
 
 
 def test_estimated_share() -> None:
-    """What was booked without the spec saying so is what the engine is told to take, and the simulation too."""
-    facts = HostFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
+    """An estimated booking is passed to the engine, and to the simulation."""
+    facts = LaunchFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
     two = replace(SPEC, tensor_parallel=2)
     plan = LaunchPlan(two, HarnessSettings(), GPUS, "h", 1, Path("/t"), "k", "i/1", share_mb=6000)
     assert serve_memory(plan) == "0.2500"
@@ -153,13 +153,13 @@ def test_estimated_share() -> None:
     ],
 )
 def test_memory_need(harness: str, share: int | None, args: tuple[str, ...], need: Need) -> None:
-    """What an engine will take: what its arguments say, else its share, else its own default."""
+    """From the engine's arguments, else its share, else its default."""
     spec = replace(SPEC, tensor_parallel=2)
     assert HARNESSES[harness].memory_need(spec, share, args) == need
 
 
 def test_without_gpus() -> None:
-    """Ranks get cores of their own; simulated GPUs are named like real ones."""
+    """Each rank gets its own cores; simulated GPUs are named like real ones."""
     made = command(replace(SPEC, tensor_parallel=2, vram_mb=8000), has_gpu=False)
     assert made.env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1|2-3"
@@ -181,13 +181,13 @@ def test_without_gpus() -> None:
     ],
 )
 def test_cpu_binding(ranks: int, cpus: tuple[int, ...], bound: str | None) -> None:
-    """Equal shares of the allowed cores; left to vLLM for one rank, and where there are too few cores."""
+    """Equal shares of the allowed cores; left to vLLM for one rank and with too few cores."""
     assert cpu_binding(ranks, cpus).get("VLLM_CPU_OMP_THREADS_BIND") == bound
 
 
 @pytest.mark.parametrize("harness", ["vllm", "sim"])
 def test_environment(harness: str) -> None:
-    """The key is in the environment and not in argv; what neuron needs stands whatever the operator sets."""
+    """The key is in the environment and not in argv; the operator cannot override neuron's variables."""
     spec = replace(SPEC, harness=harness)
     made = command(spec, settings=HarnessSettings(env={"X": "1", "VLLM_API_KEY": "mine", "TMPDIR": "/tmp"}))
     assert made.env["VLLM_API_KEY"] == "key"
@@ -198,8 +198,8 @@ def test_environment(harness: str) -> None:
     assert (made.env["X"], made.env["HF_TOKEN"]) == ("1", "hf")
 
 
-def test_nothing_of_neuron_is_inherited() -> None:
-    """Neither its token, under whatever name, nor its supervisor's sockets, nor another engine's key."""
+def test_neurons_variables_are_not_inherited() -> None:
+    """Neither its token, under any name, nor its supervisor's sockets, nor another engine's key."""
     environ = {
         **ENVIRON,
         **dict.fromkeys(
@@ -229,11 +229,11 @@ GUARD = str(Path(neuron_guard.__file__).parent)
         (True, True, ("--enable_sleep_mode", "--middleware", "own.Middleware"), True),
     ],
 )
-def test_vllm_that_can_sleep(
+def test_vllm_with_sleep_mode(
     mode: bool | Literal["dev"] | None, has_gpu: bool, args: tuple[str, ...], sleeps: bool
 ) -> None:
-    """Where it is asked for and vLLM has it: the flag, which fails without a GPU, and development mode behind the
-    guard, which comes before an operator's own middleware."""
+    """If configured and supported: the flag, which fails without a GPU, and development mode behind the guard, which
+    comes before an operator's own middleware."""
     plan, facts = planned(
         replace(SPEC, args=args),
         has_gpu=has_gpu,
@@ -249,8 +249,8 @@ def test_vllm_that_can_sleep(
     assert list(made.argv)[9:] == [*given, *args, "--x"]
 
 
-def test_what_guards_cannot_be_overridden() -> None:
-    """The engine gets the digest of the key and never the key, and the guard is found before anything of that name."""
+def test_the_guard_cannot_be_overridden() -> None:
+    """The engine gets the digest of the key, never the key, and finds the guard before any module of that name."""
     own = {"VLLM_SERVER_DEV_MODE": "0", "PYTHONPATH": "/own", DIGEST_VARIABLE: "x", "VLLM_USE_RUST_FRONTEND": "1"}
     settings = HarnessSettings(sleep_mode=True, env=own)
     made = command(SPEC, settings=settings, control_key="control", environ={**ENVIRON, "PYTHONPATH": "/inherited"})
@@ -274,8 +274,8 @@ def test_without_a_control_key_nothing_sleeps() -> None:
 
 
 @pytest.mark.parametrize(("mode", "sleeps"), [(None, True), (True, True), ("dev", True), (False, False)])
-def test_sim_that_can_sleep(mode: bool | Literal["dev"] | None, sleeps: bool) -> None:
-    """It costs nothing, so it is on; its command line is the same."""
+def test_sim_with_sleep_mode(mode: bool | Literal["dev"] | None, sleeps: bool) -> None:
+    """On by default, since it costs nothing; the command line is the same."""
     spec = replace(SPEC, harness="sim")
     plan, facts = planned(spec, settings=HarnessSettings(sleep_mode=mode), control_key="control", has_gpu=False)
     made = HARNESSES["sim"].command(plan, facts)
@@ -291,7 +291,7 @@ def test_sim_that_can_sleep(mode: bool | Literal["dev"] | None, sleeps: bool) ->
 
 
 def test_sim() -> None:
-    """The same command line as vLLM's, and the devices whose simulated memory it takes."""
+    """vLLM's command line, and the devices with the simulated memory."""
     made = command(
         replace(SPEC, harness="sim", tensor_parallel=2, vram_mb=5000, args=("--load-secs", "1")), has_gpu=False
     )

@@ -1,4 +1,4 @@
-"""Whose doing a failed load is, as neuron tells it: the node's, the model's, or not known."""
+"""The cause of a failed load: the node, the model, or unknown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VLLM = HARNESSES["vllm"]
     ],
 )
 def test_real_failures(log: str, path_missing: bool, cause: str) -> None:
-    """Logs of vLLM 0.32. A path that this host lacks may be on another one; a flag is as bad everywhere."""
+    """Logs of vLLM 0.32. A path that this host lacks may exist on another; a wrong flag fails everywhere."""
     lines = (LOGS / f"{log}.txt").read_text().splitlines()
     assert cause_of_end(VLLM, 1, lines, path_missing=path_missing).value == cause
 
@@ -74,7 +74,7 @@ def test_real_failures(log: str, path_missing: bool, cause: str) -> None:
         ("KeyError: 'layers.0.weight'", "unknown"),
     ],
 )
-def test_errors_in_words(error: str, cause: str) -> None:
+def test_error_messages(error: str, cause: str) -> None:
     assert VLLM.cause_of(error, path_missing=False).value == cause
 
 
@@ -89,8 +89,8 @@ def test_errors_in_words(error: str, cause: str) -> None:
         (None, ["OSError: [Errno 28] No space left on device"], False, "node"),
     ],
 )
-def test_ends(code: int | None, lines: list[str], path_missing: bool, cause: str) -> None:
-    """What kills an engine outweighs what it said before."""
+def test_exits(code: int | None, lines: list[str], path_missing: bool, cause: str) -> None:
+    """A signal outweighs the output before it."""
     assert cause_of_end(VLLM, code, lines, path_missing=path_missing).value == cause
 
 
@@ -109,7 +109,7 @@ def test_ends(code: int | None, lines: list[str], path_missing: bool, cause: str
     ],
 )
 def test_refusals(error: ServiceError, cause: str) -> None:
-    """Told by their code, unless what found the error said it."""
+    """Derived from the error code, unless the error carries its cause."""
     assert cause_of(error).value == cause
 
 
@@ -124,10 +124,10 @@ def test_refusals(error: ServiceError, cause: str) -> None:
         ((), {"args": ["--port", "1"]}, "model"),
     ],
 )
-async def test_error_of_a_load_says_it(
+async def test_a_load_error_has_the_cause(
     neuron: Neuron, args: tuple[str, ...], fields: dict[str, Any], cause: str
 ) -> None:
-    """In the error object beside the message; and so does the model that stays listed as failed."""
+    """In the error object beside the message, and in the entry of the failed model."""
     answer = await neuron.load(MODEL, *args, **fields)
     assert answer.error["cause"] == cause, answer.body
     view = await neuron.model(MODEL)
@@ -136,8 +136,8 @@ async def test_error_of_a_load_says_it(
     assert (await neuron.model(MODEL))["cause"] is None
 
 
-async def test_killed_while_it_loads(neuron: Neuron, mark: str) -> None:
-    """As the host's out-of-memory killer does it."""
+async def test_killed_while_loading(neuron: Neuron, mark: str) -> None:
+    """As by the host's out-of-memory killer."""
     loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "10"))
     (engine,) = await until(lambda: marked_engines(mark))
     os.kill(engine, signal.SIGKILL)
@@ -152,8 +152,8 @@ async def test_killed_while_it_loads(neuron: Neuron, mark: str) -> None:
         ({"port_range": []}, ()),
     ],
 )
-async def test_a_host_that_cannot(mark: str, tmp_path: Path, settings: dict[str, Any], args: tuple[str, ...]) -> None:
-    """No executable, no time, no port: all of them the node's."""
+async def test_faults_of_the_host(mark: str, tmp_path: Path, settings: dict[str, Any], args: tuple[str, ...]) -> None:
+    """No executable, a timeout, no free port: all the node's fault."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -163,8 +163,8 @@ async def test_a_host_that_cannot(mark: str, tmp_path: Path, settings: dict[str,
             assert (await neuron.load(MODEL, *args)).error["cause"] == "node"
 
 
-def test_simulation_speaks_as_vllm_does() -> None:
-    """Of a model that it pretends not to support."""
+def test_the_simulation_reports_errors_like_vllm() -> None:
+    """For a model that it simulates not to support."""
     lines = ["  Value error, Model architectures ['NoSuchForCausalLM'] are not supported for now. [type=value_error]"]
     lines.insert(0, "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig")
     found = root_cause(lines)

@@ -1,4 +1,4 @@
-"""The guard that runs inside vLLM, called as its server would call it."""
+"""The guard that runs inside vLLM, called as vLLM's server calls it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TRICKS = (
 
 
 class Inner:
-    """The application behind the guard: answers `status`, after `gate` when it has one, and remembers who came."""
+    """The application behind the guard: answers `status`, after `gate` if set, and records its requests."""
 
     def __init__(self) -> None:
         self.seen: list[MutableMapping[str, Any]] = []
@@ -75,7 +75,7 @@ class Inner:
 
 
 class Caller:
-    """A server's side of one guard."""
+    """The server side of one guard."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -84,7 +84,7 @@ class Caller:
     async def __call__(
         self, path: str, *, method: str = "GET", headers: tuple[tuple[bytes, bytes], ...] = (), **scope: Any
     ) -> tuple[int | None, bytes, dict[bytes, bytes]]:
-        """(status or close code, body, headers); None when nothing was answered."""
+        """(status or close code, body, headers); None without an answer."""
         sent: list[Any] = []
         begun = False
 
@@ -122,8 +122,8 @@ def ask(inner: Inner, monkeypatch: pytest.MonkeyPatch) -> Caller:
     return Caller(Guard(inner))
 
 
-def test_it_needs_the_standard_library_alone() -> None:
-    """It runs in the Python of vLLM, which has nothing of ours; and nothing else in its folder hides a module there."""
+def test_it_needs_only_the_standard_library() -> None:
+    """It runs in vLLM's Python, without our packages; no other file in its directory may shadow a module there."""
     path = Path(neuron_guard.__file__)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -134,15 +134,15 @@ def test_it_needs_the_standard_library_alone() -> None:
 
 @pytest.mark.parametrize("path", OPEN)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-async def test_what_is_for_clients_is_open(ask: Caller, inner: Inner, path: str, method: str) -> None:
+async def test_client_routes_are_open(ask: Caller, inner: Inner, path: str, method: str) -> None:
     assert (await ask(path, method=method))[:2] == (200, b"inner")
     assert inner.paths == [path]
 
 
 @pytest.mark.parametrize("path", [*DEV_ROUTES, *ADMIN_ROUTES, *TRICKS, "/something_new"])
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS", "sleep"])
-async def test_the_rest_is_not_there(ask: Caller, inner: Inner, path: str, method: str) -> None:
-    """As without development mode; what nobody has heard of is closed, and the engine never sees it."""
+async def test_other_routes_are_closed(ask: Caller, inner: Inner, path: str, method: str) -> None:
+    """As without development mode; unknown paths are closed too, and the engine never sees them."""
     assert (await ask(path, method=method))[:2] == (404, NOT_FOUND)
     assert inner.seen == []
 
@@ -158,8 +158,8 @@ async def test_the_key_opens_everything(ask: Caller, inner: Inner, path: str) ->
     assert inner.paths == [path]
 
 
-async def test_the_key_goes_no_further(ask: Caller, inner: Inner) -> None:
-    """What the engine logs or hands on has no key in it, on open paths either."""
+async def test_the_engine_does_not_see_the_key(ask: Caller, inner: Inner) -> None:
+    """The engine cannot log or pass on the key, not even on open paths."""
     for path in ("/is_sleeping", "/v1/models"):
         await ask(path, headers=((b"X-Neuron-Control", KEY.encode()), (b"accept", b"*/*")))
     assert [scope["headers"] for scope in inner.seen] == [[(b"accept", b"*/*")]] * 2
@@ -178,15 +178,15 @@ async def test_the_key_goes_no_further(ask: Caller, inner: Inner) -> None:
         (b"another key", KEY.encode()),
     ],
 )
-async def test_another_key_does_not(ask: Caller, inner: Inner, shown: tuple[bytes, ...]) -> None:
-    """The digest, which stands in the environment, does not either; nor one of several."""
+async def test_a_wrong_key_opens_nothing(ask: Caller, inner: Inner, shown: tuple[bytes, ...]) -> None:
+    """Nor does the digest, which is in the environment, nor one key of several."""
     headers = tuple((CONTROL_HEADER.encode(), value) for value in shown)
     assert (await ask("/sleep", method="POST", headers=headers))[0] == 404
     assert inner.seen == []
 
 
 @pytest.mark.parametrize("digest", [None, ""])
-async def test_without_a_digest_nobody_passes(
+async def test_without_a_digest_no_key_is_accepted(
     inner: Inner, monkeypatch: pytest.MonkeyPatch, digest: str | None
 ) -> None:
     monkeypatch.delenv(DIGEST_VARIABLE, raising=False)
@@ -199,13 +199,13 @@ async def test_without_a_digest_nobody_passes(
 
 
 async def test_a_root_path_opens_nothing(ask: Caller, inner: Inner) -> None:
-    """The router takes it off: /v1/sleep below a root of /v1 would be /sleep."""
+    """The router removes it: /v1/sleep with a root path of /v1 would be /sleep."""
     for path, root in (("/v1/sleep", "/v1"), ("/health", "/"), ("/x/health", "/x")):
         assert (await ask(path, root_path=root))[0] == 404
     assert inner.seen == []
 
 
-async def test_websockets_are_judged_alike(ask: Caller, inner: Inner) -> None:
+async def test_websockets_follow_the_same_rules(ask: Caller, inner: Inner) -> None:
     assert (await ask("/sleep", type="websocket"))[0] == 1000
     assert inner.seen == []
     await ask("/v1/realtime", type="websocket")
@@ -213,15 +213,15 @@ async def test_websockets_are_judged_alike(ask: Caller, inner: Inner) -> None:
 
 
 async def test_other_scopes(ask: Caller, inner: Inner) -> None:
-    """The server's own start and stop pass; what is not known does not."""
+    """The server's lifespan events pass; unknown scope types do not."""
     await ask("", type="lifespan")
     assert len(inner.seen) == 1
     with pytest.raises(RuntimeError, match="'new'"):
         await ask("/health", type="new")
 
 
-async def test_asleep_it_refuses_work_and_nothing_else(ask: Caller, inner: Inner) -> None:
-    """vLLM would let the request wait, unseen by its own metrics, until somebody wakes the engine."""
+async def test_a_sleeping_engine_refuses_only_model_requests(ask: Caller, inner: Inner) -> None:
+    """vLLM would let the request wait, without counting it in its metrics, until the engine wakes."""
     assert await ask.control("/sleep") == 200
     status, body, headers = await ask("/v1/chat/completions", method="POST")
     assert (status, body, headers[b"retry-after"], headers[b"x-neuron-sleeping"]) == (503, SLEEPING, b"1", b"1")
@@ -229,25 +229,25 @@ async def test_asleep_it_refuses_work_and_nothing_else(ask: Caller, inner: Inner
     for path in ("/health", "/metrics", "/v1/models"):
         assert (await ask(path))[0] == 200
     assert await ask.control("/wake_up", query_string=b"tags=weights") == 200
-    assert (await ask("/v1/completions", method="POST"))[0] == 503  # awake in part only
+    assert (await ask("/v1/completions", method="POST"))[0] == 503  # only partly awake
     assert await ask.control("/wake_up") == 200
     assert (await ask("/v1/completions", method="POST"))[0] == 200
 
 
-async def test_a_sleep_that_fails_changes_nothing(ask: Caller, inner: Inner) -> None:
+async def test_a_failed_sleep_changes_nothing(ask: Caller, inner: Inner) -> None:
     inner.status = 500
     assert await ask.control("/sleep") == 500
     inner.status = 200
     assert (await ask("/v1/completions", method="POST"))[0] == 200
     await ask.control("/sleep")
     inner.status = 500
-    for path in ("/sleep", "/wake_up"):  # asleep it stays so
+    for path in ("/sleep", "/wake_up"):  # it stays asleep
         assert await ask.control(path) == 500
     assert (await ask("/v1/completions", method="POST"))[0] == 503
 
 
-async def test_it_sleeps_when_its_requests_are_done(ask: Caller, inner: Inner) -> None:
-    """Nothing is aborted, and nothing slips in behind."""
+async def test_it_sleeps_after_its_requests(ask: Caller, inner: Inner) -> None:
+    """No request is aborted, and no new one gets in."""
     inner.gate = asyncio.Event()
     running = asyncio.create_task(ask("/v1/completions", method="POST"))
     await inner.entered.wait()
@@ -262,10 +262,10 @@ async def test_it_sleeps_when_its_requests_are_done(ask: Caller, inner: Inner) -
 
 
 @pytest.mark.parametrize("gives_up", [True, False])
-async def test_it_does_not_sleep_while_it_works(
+async def test_it_does_not_sleep_with_running_requests(
     ask: Caller, inner: Inner, monkeypatch: pytest.MonkeyPatch, gives_up: bool
 ) -> None:
-    """When it takes too long, or the asker has left, the engine goes on and takes requests as before."""
+    """When they take too long or the caller has left, the engine accepts requests as before."""
     if not gives_up:
         monkeypatch.setattr(neuron_guard, "IDLE_SECS", 0.05)
     inner.gate = asyncio.Event()

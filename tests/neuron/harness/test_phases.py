@@ -1,5 +1,5 @@
-"""What vLLM prints while it starts, read as phases. `vllm_logs/` is real output of vLLM 0.32 on a CPU; the rest follows
-real output of other versions on GPUs, line by line."""
+"""vLLM's output during its start, read as phases. `vllm_logs/` has real output of vLLM 0.32 on a CPU; the other lines
+are real output of other versions on GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGS = Path(__file__).parent / "vllm_logs"
 
 
 def replay(lines: Iterable[str]) -> list[Reading]:
-    """What is known after each line."""
+    """The reading after each line."""
     readings = [Reading()]
     for line in lines:
         readings.append(readings[-1].after(line))
@@ -49,7 +49,7 @@ def check_never_back(readings: list[Reading]) -> None:
     ],
 )
 def test_real_failures(log: str, phases: list[str]) -> None:
-    """A start that failed got as far as it got: `Enforce eager set, disabling torch.compile` compiles nothing."""
+    """The phases before the failure: `Enforce eager set, disabling torch.compile` compiles nothing."""
     readings = replay((LOGS / f"{log}.txt").read_text().splitlines())
     assert phases_of(readings) == phases
     assert not any(reading.serving for reading in readings)
@@ -118,7 +118,7 @@ EAGER = [
     ],
 )
 def test_whole_starts(lines: list[str], phases: list[str]) -> None:
-    """All phases in their order, those left out that the engine leaves out."""
+    """All phases in order, without those that the engine skips."""
     readings = replay(lines)
     assert phases_of(readings) == phases
     check_never_back(readings)
@@ -126,7 +126,7 @@ def test_whole_starts(lines: list[str], phases: list[str]) -> None:
 
 
 def test_fractions_of_a_start() -> None:
-    """Of shards as they come; of graphs over both captures, where there are two; and what the download took."""
+    """Of shards; of graphs over both captures, if there are two; and the duration of the download."""
     readings = replay(V0_19)
     by_phase = {phase: [r.fraction for r in readings if r.phase == phase] for phase in PHASES}
     assert by_phase["loading weights"] == [None, 0, 0.5, 1, 1]
@@ -154,7 +154,7 @@ def test_every_loader_has_its_bar(bar: str) -> None:
 
 
 def test_downloads_count_weight_files_together() -> None:
-    """Each of several bars at once, of as many files as the names tell; small files are no download of weights."""
+    """Several bars at once, of the number of files that their names give; small files do not count."""
     bar = "{}: {:3d}%|█▏        | 598M/4.98G [00:03<00:25, 171MB/s]"
     first, second = "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"
     readings = replay(
@@ -183,8 +183,8 @@ def test_downloads_count_weight_files_together() -> None:
     assert replay(["Fetching 4 files:  25%|██▌       | 1/4 [00:10<00:30]"])[-1].fraction == 0.25
 
 
-def test_workers_talk_at_the_same_time() -> None:
-    """The bars of two workers mixed up, one of them behind: the further one counts, and no phase comes back."""
+def test_output_of_several_workers() -> None:
+    """Bars of two workers, interleaved: the further one counts, and no phase is repeated."""
 
     def worker(rank_: int, text: str) -> str:
         return f"(Worker_TP{rank_} pid={rank_}) {text}"
@@ -212,8 +212,8 @@ def test_workers_talk_at_the_same_time() -> None:
     assert readings[-1].fraction == 0.5
 
 
-def test_messages_are_the_engines_words() -> None:
-    """Without the prefix of a record, whichever version wrote it; lines about something else change nothing."""
+def test_messages_quote_the_engine() -> None:
+    """Without the record's prefix, for all versions; unrelated lines change nothing."""
     assert Reading().after(V0_19[0]).message == "Resolved architecture: Qwen3ForCausalLM"
     assert Reading().after(V0_19[2]).message == "Starting to load model m..."
     assert Reading().after("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] hello") == Reading()
@@ -221,8 +221,8 @@ def test_messages_are_the_engines_words() -> None:
 
 
 @pytest.mark.parametrize("name", ["vllm", "sim"])
-def test_harnesses_read_from_the_beginning(name: str) -> None:
-    """Both read the same words."""
+def test_harnesses_share_the_reading(name: str) -> None:
+    """vLLM and its simulation print the same lines."""
     harness = HARNESSES["vllm" if name == "vllm" else "sim"]
     reading = harness.first_reading()
     assert (reading.phase, reading.fraction, reading.message, reading.serving) == ("starting", None, None, False)

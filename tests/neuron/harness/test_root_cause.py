@@ -1,4 +1,4 @@
-"""Why an engine ended, found in what it printed. `vllm_logs/` is what vLLM 0.32 really printed for each mistake."""
+"""Why an engine exited, from its output. `vllm_logs/` has the real output of vLLM 0.32 for each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOGS = Path(__file__).parent / "vllm_logs"
     ],
 )
 def test_real_failures(log: str, cause: str) -> None:
-    """The cause is named, wherever in the output it is."""
+    """The cause is found anywhere in the output."""
     found = root_cause((LOGS / f"{log}.txt").read_text().splitlines())
     assert found is not None
     assert found.startswith(cause)
@@ -62,7 +62,7 @@ def test_real_failures(log: str, cause: str) -> None:
     ],
 )
 def test_cause_of(lines: list[str], cause: str | None) -> None:
-    """Engine processes before the server, real causes before those that only point to one, nothing from warnings."""
+    """Engine processes before the server, causes before references to them, no warnings."""
     assert root_cause(lines) == cause
 
 
@@ -78,5 +78,5 @@ def test_cause_of(lines: list[str], cause: str | None) -> None:
     ],
 )
 def test_reason_of_an_exit(code: int, lines: list[str], reason: str) -> None:
-    """A signal is named first: the log cannot know of it."""
+    """A signal comes first: the log cannot mention it."""
     assert exit_reason(HARNESSES["vllm"], code, lines) == reason

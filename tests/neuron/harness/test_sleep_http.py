@@ -31,7 +31,7 @@ async def used_mb(client: Client) -> int:
 
 
 async def test_sleep_frees_the_gpu_and_wake_takes_it_back(neuron: Neuron) -> None:
-    """The process stays, its endpoint does not; the same again changes nothing."""
+    """The process stays, its endpoint does not; repeating the request changes nothing."""
     assert (await neuron.load("m", "--vram-mb", VRAM)).status == 200
     pid = (await neuron.model("m"))["pid"]
     for _ in range(2):
@@ -39,7 +39,7 @@ async def test_sleep_frees_the_gpu_and_wake_takes_it_back(neuron: Neuron) -> Non
         assert (answer.status, answer.body["status"]) == (200, "sleeping")
     entry = await neuron.model("m")
     assert (entry["status"], entry["pid"], await used_mb(neuron)) == ("sleeping", pid, 400)
-    assert entry["vram_booked_mb"] == 400  # the rest can be promised to others, as /health says
+    assert entry["vram_booked_mb"] == 400  # the rest can be promised to others, as /health reports
     assert (await neuron.endpoint("m")).status == 404
     for _ in range(2):
         answer = await post(neuron, "wake", "m")
@@ -51,7 +51,7 @@ async def test_sleep_frees_the_gpu_and_wake_takes_it_back(neuron: Neuron) -> Non
 
 
 async def test_a_load_wakes(neuron: Neuron) -> None:
-    """With the same spec, or by name; many at once wake it once."""
+    """With the same spec or by name; concurrent loads wake it once."""
     await neuron.load("m", "--vram-mb", VRAM)
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")
@@ -72,7 +72,7 @@ async def test_a_load_that_joins_a_wake_waits_for_it(neuron: Neuron) -> None:
 
 
 async def test_a_wake_waits_for_memory_that_comes_back(neuron: Neuron) -> None:
-    """Of an engine that is being stopped; waking at once it would run out of memory."""
+    """Of an engine that is being stopped; waking at once would run out of memory."""
     await neuron.load("m", "--vram-mb", "20000", devices=[0])
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")
@@ -85,8 +85,8 @@ async def test_a_wake_waits_for_memory_that_comes_back(neuron: Neuron) -> None:
     assert (await unload).status == 200
 
 
-async def test_an_engine_that_wakes_keeps_its_promise(neuron: Neuron) -> None:
-    """However often it is measured before it has taken its memory."""
+async def test_a_waking_engine_keeps_its_booking(neuron: Neuron) -> None:
+    """However often it is measured before it has allocated its memory."""
     await neuron.load("m", "--vram-mb", "20000", devices=[0])
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")
@@ -102,7 +102,7 @@ async def test_an_engine_that_wakes_keeps_its_promise(neuron: Neuron) -> None:
     assert (await wake).status == 200
 
 
-async def test_a_sleeping_engine_ends_like_any_other(neuron: Neuron) -> None:
+async def test_a_sleeping_engine_stops_like_any_other(neuron: Neuron) -> None:
     await neuron.load("m", "--vram-mb", VRAM)
     await post(neuron, "sleep", "m")
     assert (await neuron.unload("m")).status == 200
@@ -122,7 +122,7 @@ async def test_what_cannot_sleep(neuron: Neuron) -> None:
 
 
 async def test_a_busy_model_stays_awake(neuron: Neuron) -> None:
-    """What it answers is not cut off, for however short a time it may have been thought idle."""
+    """Its running request is not cut off."""
     await neuron.load("m", "--tokens-per-sec", "10")
     endpoint = (await neuron.endpoint("m")).body
     headers = {"Authorization": f"Bearer {endpoint['api_key']}"}
@@ -132,12 +132,12 @@ async def test_a_busy_model_stays_awake(neuron: Neuron) -> None:
         http.post(endpoint["url"] + "/v1/chat/completions", json=body) as response,
     ):
         begun = await response.content.readany()
-        assert (await post(neuron, "sleep", "m")).status == 200  # after a second, when it is answered
+        assert (await post(neuron, "sleep", "m")).status == 200  # after a second, when the request is done
         assert (begun + await response.content.read()).endswith(b"data: [DONE]\n\n")
 
 
-async def test_no_room_in_the_hosts_memory(mark: str, tmp_path: Path) -> None:
-    """Sleepers count: the second does not fit, until the first is awake."""
+async def test_insufficient_host_memory(mark: str, tmp_path: Path) -> None:
+    """Sleeping engines count: the second does not fit until the first is awake."""
     simulate = {"devices": ["RTX 5090", "RTX 5090"], "ram_mb": 10000}
     async with neuron_here(config_of(tmp_path / "state", simulate=simulate, sleep={"ram_reserve_mb": 3000})) as neuron:
         for model in ("a", "b"):

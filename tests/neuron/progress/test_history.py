@@ -1,4 +1,4 @@
-"""A host's history of loads: what it expects, what it keeps, and what a file may do to it."""
+"""A host's history of loads: expectations, limits, and broken files."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def weights(*secs: float) -> History:
 @pytest.mark.parametrize(
     ("loads", "expected"),
     [
-        ([90], 90),  # all there is
+        ([90], 90),  # the only one
         ([90, 10], 10),  # cold, then warm: the next one is warm
         ([90, 10, 11], 11),
-        ([90, 10, 12, 11, 95], 12),  # one that was cold again changes nothing
-        ([90, 10, 12, 11, 30, 31, 32], 30),  # a real change does after three
+        ([90, 10, 12, 11, 95], 12),  # another cold one changes nothing
+        ([90, 10, 12, 11, 30, 31, 32], 30),  # a real change takes effect after three
     ],
 )
 def test_lower_median(loads: list[float], expected: float) -> None:
@@ -42,8 +42,8 @@ def test_lower_median(loads: list[float], expected: float) -> None:
     assert times == LoadTimes({"loading weights": expected, "warming up": 1.0})
 
 
-def test_downloads_and_phases_left_out_are_not_expected() -> None:
-    """What was downloaded stays; a phase that most loads do not have is not waited for."""
+def test_downloads_and_skipped_phases_are_not_expected() -> None:
+    """Downloads are not repeated; a phase that most loads skip is not expected."""
     history = History().with_load(KEY, LoadTimes({"starting": 5, "downloading": 600, "compiling": 40}))
     assert history.expected(KEY) == LoadTimes({"starting": 5, "compiling": 40})
     history = history.with_load(KEY, LoadTimes({"starting": 5}))
@@ -52,7 +52,7 @@ def test_downloads_and_phases_left_out_are_not_expected() -> None:
 
 
 def test_bounds() -> None:
-    """The last five loads of a model; the model that has not loaded for longest goes first."""
+    """The last five loads of a model; the model with the oldest last load is dropped first."""
     assert len(weights(*range(1, 20)).loads[KEY]) == MAX_LOADS
     history = weights(1)
     for number in range(MAX_MODELS - 1):
@@ -64,8 +64,8 @@ def test_bounds() -> None:
     assert LoadKey("m0", "vllm", 1, None, "s") not in history.loads
 
 
-def test_keys_tell_loads_apart() -> None:
-    """Another degree of parallelism or quantization takes another time."""
+def test_keys_distinguish_loads() -> None:
+    """Loads with other parallelism or quantization take other times."""
     spec = EngineSpec(model_id="org/m", harness="vllm", source="/srv/m", quant="fp8", tensor_parallel=2)
     assert LoadKey.of(spec) == KEY
     other = EngineSpec(model_id="org/m", harness="vllm", source="/srv/m", quant=None, tensor_parallel=2)
@@ -73,7 +73,7 @@ def test_keys_tell_loads_apart() -> None:
 
 
 async def test_it_survives_a_restart(tmp_path: Path) -> None:
-    """In one file, for this user alone, whole at any time; several loads at once are all in it."""
+    """In one file, readable by this user only, always complete; concurrent loads are all recorded."""
     path = tmp_path / "history.json"
     history = LoadHistory(path)
     await history.read()
@@ -110,7 +110,7 @@ async def test_in_memory_only() -> None:
     ],
 )
 async def test_foreign_content_is_replaced(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A warning, an empty history, and the next load writes a good file."""
+    """A warning and an empty history; the next load writes a valid file."""
     path = tmp_path / "history.json"
     path.write_text(content, encoding="latin-1")
     history = LoadHistory(path)
@@ -122,8 +122,8 @@ async def test_foreign_content_is_replaced(tmp_path: Path, content: str, caplog:
     assert from_json(json.loads(path.read_text())).expected(KEY) == LoadTimes({"starting": 2.0})
 
 
-async def test_a_disk_that_takes_nothing_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The load succeeded all the same, and its times are known while this neuron lives."""
+async def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The load is successful anyway, and its times are known while this neuron runs."""
     history = LoadHistory(tmp_path / "gone" / "history.json")
     await history.read()
     with caplog.at_level(logging.WARNING):

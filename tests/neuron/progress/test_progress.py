@@ -1,4 +1,4 @@
-"""Progress of a load over time: what is left, how much is done, and when that is news."""
+"""Progress of a load over time: remaining time, completed share, and when to report."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ def moment(phase: str, secs: float, *, fraction: float | None = None, reached: f
     [
         (moment("starting", 0), 100.0),
         (moment("starting", 4), 96.0),
-        # As expected so far: what is left is what is expected.
+        # As expected so far: the rest takes its expected time.
         (moment("loading weights", 0, starting=10), 90.0),
-        # The start took twice as long: the rest is expected to be slower too, but not twice: (20 + 10) / (10 + 10).
+        # The start took twice as long: the rest will be slower too, but not twice: (20 + 10) / (10 + 10).
         (moment("loading weights", 0, starting=20), 135.0),
-        # Half of the shards in half of the time; then the bar stands still for 5 s, and the time runs.
+        # Half of the shards in half of the time; then the bar stops for 5 s.
         (moment("loading weights", 20, fraction=0.5, reached=20, starting=10), 70.0),
         (moment("loading weights", 25, fraction=0.5, reached=20, starting=10), 65.0),
-        # Half of the shards took as long as all should: the bar (80 s in all) and history (40 s) count half each.
+        # Half of the shards took as long as all should: the bar (80 s in total) and history (40 s) count half each.
         (moment("loading weights", 40, fraction=0.5, reached=40, starting=10), 80.0),
-        # Over its time without a bar: a tenth of what it took and half a second, then the phases to come.
+        # Over its time without a bar: a tenth of its time and half a second, then the later phases.
         (moment("compiling", 40, starting=10, loading_weights=40), 24.5),
-        # A phase that no load had before.
+        # A phase that is not in the history.
         (moment("capturing graphs", 10, starting=10, loading_weights=40, compiling=30), 21.5),
-        # Twice the whole history, and no bar: not known.
+        # Twice the whole history without a bar: unknown.
         (moment("compiling", 160, starting=10, loading_weights=40), None),
-        # The same with a bar that moves: known.
+        # The same with a moving bar: known.
         (moment("loading weights", 200, fraction=0.5, reached=200, starting=10), 160.0),
-        # A download is not in the history and counts for no pace; it is judged by its bar alone.
+        # A download is not in the history and does not affect the pace; only its bar counts.
         (moment("downloading", 30, starting=10), None),
         (moment("downloading", 30, fraction=0.25, reached=30, starting=10), 180.0),
         (moment("loading weights", 0, starting=10, downloading=600), 90.0),
     ],
 )
-def test_what_is_left(at: Moment, remaining: float | None) -> None:
+def test_remaining_time(at: Moment, remaining: float | None) -> None:
     assert remaining_secs(EXPECTED, at) == (None if remaining is None else pytest.approx(remaining, abs=1e-6))
 
 
-def test_nothing_is_left_of_what_nobody_knows() -> None:
-    """No history, or an empty one: no estimate rather than a wrong one."""
+def test_no_estimate_without_history() -> None:
+    """No history, or an empty one."""
     assert remaining_secs(None, moment("loading weights", 5, fraction=0.5, reached=5)) is None
     assert remaining_secs(LoadTimes({}), moment("starting", 0)) is None
 
 
-def test_what_is_left_is_never_negative_nor_nothing() -> None:
-    """However late: above 0 as long as it is told at all, and it grows with the delay."""
+def test_remaining_time_is_positive() -> None:
+    """However late the load is; and it grows with the delay."""
     late = [remaining_secs(EXPECTED, moment("warming up", secs, starting=10)) for secs in (30.0, 60.0, 120.0, 180.0)]
     assert [value is not None and value > 0 for value in late] == [True] * 4
     assert late == sorted(late, key=lambda value: value or 0)
 
 
-def test_a_load_that_is_nearly_done_has_something_left() -> None:
-    """Rounded for the wire it is still more than 0, as the protocol says."""
+def test_a_nearly_finished_load_has_time_left() -> None:
+    """More than 0 after rounding, as the protocol requires."""
     short = LoadTimes({"starting": 1.0, "loading weights": 1.0, "warming up": 0.03})
     load = LoadProgress(Reading(), started=0.0, expected=short)
     load.feed([SHARDS.format(25)], 1.0)
@@ -73,8 +73,8 @@ def test_a_load_that_is_nearly_done_has_something_left() -> None:
     assert load.view(2.0).remaining_secs == 0.1
 
 
-def test_shares_of_an_unknown_load() -> None:
-    """In the order of the phases; a download is the greatest part where there is one."""
+def test_shares_of_a_load_without_history() -> None:
+    """In the order of the phases; a download is the largest part."""
     done = [
         share_done(moment("loading weights", 1, starting=1)),
         share_done(moment("loading weights", 1, fraction=0.5, starting=1)),
@@ -86,8 +86,8 @@ def test_shares_of_an_unknown_load() -> None:
     assert share_done(moment("downloading", 1, fraction=1.0, starting=1)) == pytest.approx(0.6)
 
 
-def test_a_load_as_it_goes() -> None:
-    """Fed with lines and the clock: phases with their times, the whole never falling, 1 only when it is up."""
+def test_progress_of_a_load() -> None:
+    """Phases with their times; `overall` never falls and is 1 only when the engine serves."""
     progress = LoadProgress(Reading(), started=100.0, expected=EXPECTED)
     assert progress.view(100.0).model_dump() == {
         "phase": "starting",
@@ -119,7 +119,7 @@ def test_a_load_as_it_goes() -> None:
 
 
 def test_overall_never_falls() -> None:
-    """A load that turns out slower than its history holds its place; without history it waits for a percentage."""
+    """A load that is slower than its history keeps its value; without history there is none until a percentage."""
     slow = LoadProgress(Reading(), started=0.0, expected=EXPECTED)
     seen = []
     for now in range(0, 400, 5):
@@ -137,8 +137,8 @@ def test_overall_never_falls() -> None:
     assert (unknown.view(6.0).overall or 0) > before
 
 
-def test_what_is_news() -> None:
-    """Another phase, a hundredth of one, or a second: not every line and not every look."""
+def test_when_progress_is_reported() -> None:
+    """For a new phase, 1% of one, or after a second: not for every line."""
     progress = LoadProgress(Reading(), started=0.0)
     assert not progress.feed([], 0.2)
     assert not progress.feed(["hello"], 0.9)
@@ -150,8 +150,8 @@ def test_what_is_news() -> None:
     assert progress.feed([COMPILING], 1.8)
 
 
-def test_a_silent_download_is_no_start() -> None:
-    """vLLM tells only afterwards that it downloaded: the history must not take that for the way it starts."""
+def test_a_silent_download_does_not_count_as_start() -> None:
+    """vLLM reports a download only afterwards: the history must not count it as part of the start."""
     progress = LoadProgress(Reading(), started=0.0)
     progress.feed(["Starting to load model m..."], 10.0)
     progress.feed(["Time spent downloading weights for org/m: 600.5 seconds"], 612.0)

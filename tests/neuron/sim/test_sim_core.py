@@ -1,4 +1,4 @@
-"""The simulated engine's core dies, lives on and holds memory as vLLM's does; and the faults that signals bring."""
+"""The simulated engine's core dies, survives and holds memory like vLLM's; and the faults that signals cause."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(path: str) -> str:
 
 
 async def figure(session: aiohttp.ClientSession, engine: SimProcess, name: str) -> float:
-    """One figure of the engine's metrics page."""
+    """One value of the engine's metrics."""
     async with session.get(engine.url + "/metrics") as response:
         found = re.search(rf"^{re.escape(name)}{{.*}} (\S+)$", await response.text(), re.MULTILINE)
     assert found is not None
@@ -63,7 +63,7 @@ async def unhealthy(session: aiohttp.ClientSession, engine: SimProcess) -> bool:
 async def busy(
     engine: SimProcess, session: aiohttp.ClientSession
 ) -> AsyncIterator[asyncio.Task[aiohttp.ClientResponse]]:
-    """A request that runs inside the body, and has made tokens."""
+    """A request that is generating tokens during the body."""
     request = asyncio.create_task(session.post(engine.url + "/v1/chat/completions", json=ENDLESS))
     await until(lambda: above(session, engine, GENERATED, 0))
     try:
@@ -83,7 +83,7 @@ async def test_the_core_is_a_child_that_can_be_recognised() -> None:
 
 
 async def test_a_killed_server_leaves_its_core_with_all_the_memory(tmp_path: Path) -> None:
-    """Memory is free only when the core is killed as well; nothing else ends it, the closed port is free."""
+    """Only killing the core frees the memory; the port is free at once."""
     env = memory_environment(tmp_path, 4096)
     async with ready_engine(*FAST, "--vram-mb", "3000", env=env) as engine:
         core = core_of(engine.pid)
@@ -96,8 +96,8 @@ async def test_a_killed_server_leaves_its_core_with_all_the_memory(tmp_path: Pat
         await until(lambda: not vram.usage_by_process(tmp_path))
 
 
-async def test_a_killed_core_takes_its_server_with_it(tmp_path: Path) -> None:
-    """/health 503 at once, what runs gets a 500 that says why, the memory is free; the server ends with status 0."""
+async def test_a_server_exits_after_its_core(tmp_path: Path) -> None:
+    """/health is 503 at once, running requests get a 500 with the reason, memory is free, the server exits with 0."""
     env = memory_environment(tmp_path, 4096)
     async with ready_engine(*SLOW, env=env) as engine, aiohttp.ClientSession() as session:
         async with busy(engine, session) as request:
@@ -136,17 +136,17 @@ async def test_sigterm_ends_the_core_too(moment: str) -> None:
 
 
 async def test_a_stopped_core_makes_no_tokens_until_it_goes_on() -> None:
-    """SIGSTOP: /health stays 200, requests stay running, counters stand still."""
+    """SIGSTOP: /health stays 200, requests stay running, counters do not move."""
     async with ready_engine(*SLOW) as engine, aiohttp.ClientSession() as session, busy(engine, session):
         os.kill(core_of(engine.pid), signal.SIGSTOP)
-        await stands_still(session, engine)
+        await generation_stalls(session, engine)
         os.kill(core_of(engine.pid), signal.SIGCONT)
         before = await figure(session, engine, GENERATED)
         await until(lambda: above(session, engine, GENERATED, before))
 
 
-async def stands_still(session: aiohttp.ClientSession, engine: SimProcess) -> None:
-    """Waits until no token comes any more, and finds the engine in good health with its request running."""
+async def generation_stalls(session: aiohttp.ClientSession, engine: SimProcess) -> None:
+    """Waits until no more tokens are generated; the engine is healthy and its request running."""
     before = -1.0
     while (now := await figure(session, engine, GENERATED)) != before:
         before = now
@@ -155,15 +155,15 @@ async def stands_still(session: aiohttp.ClientSession, engine: SimProcess) -> No
     assert await figure(session, engine, "vllm:num_requests_running") == 1
 
 
-async def test_sigusr1_hangs_it_and_sigterm_still_ends_it() -> None:
+async def test_sigusr1_hangs_it_and_sigterm_still_works() -> None:
     async with ready_engine(*SLOW) as engine, aiohttp.ClientSession() as session, busy(engine, session):
         engine.send(signal.SIGUSR1)
-        await stands_still(session, engine)
+        await generation_stalls(session, engine)
         engine.send(signal.SIGTERM)
         assert await engine.ended(timeout_secs=3) == 0
 
 
-async def test_sigusr2_turns_its_health_bad_and_nothing_else() -> None:
+async def test_sigusr2_makes_it_unhealthy_and_nothing_else() -> None:
     async with ready_engine(*FAST) as engine, aiohttp.ClientSession() as session:
         engine.send(signal.SIGUSR2)
         await until(lambda: unhealthy(session, engine))
@@ -184,7 +184,7 @@ async def test_fault_slow_prefill_counts_nothing_until_the_first_token() -> None
 
 
 async def test_fault_lose_early_sigterm() -> None:
-    """A SIGTERM during the load changes nothing: the engine becomes healthy. A later one counts."""
+    """A SIGTERM during the load is ignored; a later one works."""
     async with started_engine("--load-secs", "0.5", "--fault", "lose-early-sigterm") as engine:
         await engine.printed("Resolved architecture")
         engine.send(signal.SIGTERM)
@@ -212,7 +212,7 @@ async def test_fault_leave_files(orderly: bool, tmp_path: Path) -> None:
 
 
 async def test_a_core_costs_little() -> None:
-    """A few MiB of its own: tests start hundreds of engines."""
+    """A few private MiB: tests start hundreds of engines."""
     async with ready_engine(*FAST) as engine:
         rollup = read(f"/proc/{core_of(engine.pid)}/smaps_rollup")
         own_kib = sum(int(kib) for kib in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", rollup, re.MULTILINE))

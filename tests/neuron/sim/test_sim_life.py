@@ -1,4 +1,4 @@
-"""The simulated engine's life as a process: load, readiness, memory, SIGTERM, and the faults it can be given."""
+"""The simulated engine as a process: load, readiness, memory, SIGTERM, and its faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def stream(session: aiohttp.ClientSession, engine: SimProcess, tokens: int
 
 
 async def test_clients_are_refused_until_it_is_ready() -> None:
-    """The port is bound from early on, and nothing listens there before the end of the load."""
+    """The port is bound early, but nothing listens before the load is finished."""
     async with started_engine("--load-secs", "0.6") as engine, aiohttp.ClientSession() as session:
         await engine.printed("Starting to load model")
         with pytest.raises(aiohttp.ClientConnectorError):
@@ -59,7 +59,7 @@ async def test_the_load_prints_vllms_lines_in_order() -> None:
         assert engine.lines[0].startswith(f"(APIServer pid={engine.pid}) INFO ")
 
 
-async def test_a_wrong_command_line_ends_with_status_2_and_vllms_words() -> None:
+async def test_a_wrong_command_line_exits_with_2_and_vllms_message() -> None:
     async with started_engine("--no-such-flag", "1") as engine:
         assert await engine.ended() == 2
         await engine.printed("error: unrecognized arguments: --no-such-flag 1")
@@ -89,8 +89,8 @@ async def test_sigterm_while_loading_ends_it_with_status_0() -> None:
         assert await engine.ended(timeout_secs=2) == 0
 
 
-async def test_sigterm_aborts_what_runs() -> None:
-    """Plain: 200 with finish_reason abort. Streamed: an error event, then [DONE]. As vLLM does it."""
+async def test_sigterm_aborts_running_requests() -> None:
+    """Plain: 200 with finish_reason abort. Streamed: an error event, then [DONE]. Like vLLM."""
     slow = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "10")
     async with ready_engine(*slow) as engine, aiohttp.ClientSession() as session:
         plain = asyncio.create_task(
@@ -121,7 +121,7 @@ async def test_memory_fills_up_evenly_and_is_free_after_the_end(tmp_path: Path) 
 
 
 async def test_a_full_device_ends_the_load_with_the_root_cause_above_the_end(tmp_path: Path) -> None:
-    """Memory runs out for real: another holder has most of the second device."""
+    """Another holder has most of the second device."""
     vram.hold(tmp_path, {"GPU-1": 3000})
     env = memory_environment(tmp_path, 4096, 4096)
     async with started_engine("--load-secs", "0", "--vram-mb", "4000", "-tp", "2", env=env) as engine:
@@ -135,7 +135,7 @@ async def test_a_full_device_ends_the_load_with_the_root_cause_above_the_end(tmp
 
 
 async def test_two_engines_never_overfill_a_device_together(tmp_path: Path) -> None:
-    """Both load at the same time and the last step fits once only: exactly one comes up."""
+    """Both load at the same time and only one fits: exactly one becomes ready."""
     env = memory_environment(tmp_path, 4096)
     arguments = ("--load-secs", "0.3", "--vram-mb", "2500")
     async with started_engine(*arguments, env=env) as one, started_engine(*arguments, env=env) as other:
@@ -169,7 +169,7 @@ async def test_fault_never_ready() -> None:
 
 
 async def test_fault_die_mid_stream() -> None:
-    """Plain answers are whole; a streamed one breaks off after so many tokens, and the process is gone by SIGKILL."""
+    """Plain answers are complete; a streamed one breaks off after N tokens, and the process is killed."""
     arguments = (*FAST, "--fault", "die-mid-stream", "--fault-after", "5")
     async with ready_engine(*arguments) as engine, aiohttp.ClientSession() as session:
         async with session.post(engine.url + "/v1/chat/completions", json=HELLO) as response:
@@ -184,7 +184,7 @@ async def test_fault_die_mid_stream() -> None:
 
 
 async def test_fault_hang() -> None:
-    """The stream stops for good after so many tokens while /health stays 200; SIGTERM still works."""
+    """The stream stops after N tokens while /health stays 200; SIGTERM still works."""
     arguments = (*FAST, "--fault", "hang", "--fault-after", "2")
     async with ready_engine(*arguments) as engine, aiohttp.ClientSession() as session:
         response = await stream(session, engine, 100)
@@ -216,7 +216,7 @@ async def test_fault_crash_after_secs_ends_with_status_0_like_vllm() -> None:
 
 
 async def test_fault_spawn_child_leaves_a_child_that_ignores_sigterm() -> None:
-    """The child is in the engine's session and group, and only SIGKILL to the group ends it."""
+    """The child is in the engine's session and group; only SIGKILL to the group ends it."""
     async with ready_engine(*FAST, "--fault", "spawn-child") as engine:
         [child] = set(children_of(engine.pid)) - {core_of(engine.pid)}
         os.killpg(engine.pid, signal.SIGTERM)
@@ -228,7 +228,7 @@ async def test_fault_spawn_child_leaves_a_child_that_ignores_sigterm() -> None:
 
 
 async def test_fault_bad_health_with_others() -> None:
-    """Faults combine: healthy until so many requests came in, then 503 while requests are still served."""
+    """Faults combine: healthy for N requests, then 503 while requests are still served."""
     arguments = (*FAST, "--fault", "bad-health", "--fault", "ignore-sigterm", "--fault-after", "2")
     async with ready_engine(*arguments) as engine, aiohttp.ClientSession() as session:
         seen = []
@@ -241,7 +241,7 @@ async def test_fault_bad_health_with_others() -> None:
 
 
 async def test_it_starts_fast() -> None:
-    """Nothing heavy is imported: no pydantic, no prometheus_client, not the rest of neuron."""
+    """It imports nothing heavy: no pydantic, no prometheus_client, not the rest of neuron."""
     code = (
         "import sys, neuron.sim.process.lifecycle; "
         "print([name for name in sys.modules if name.split('.')[0] in ('pydantic', 'prometheus_client', 'shared')"

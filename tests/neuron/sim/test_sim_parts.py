@@ -1,4 +1,4 @@
-"""The simulated engine's parts that need no process: arguments, tokens, slots, shares."""
+"""The simulated engine's parts without a process: arguments, tokens, slots, shares."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from neuron.sim.engine.slots import Slots
 from neuron.sim.engine.vectors import similarity
 
 
-def test_vllms_own_arguments_are_understood_or_at_least_taken() -> None:
-    """The line neuron builds, and arguments a catalogue may add."""
+def test_vllms_arguments_are_accepted() -> None:
+    """neuron's command line, and arguments that a catalogue may add."""
     line = (
         "serve Qwen/Qwen3-8B --host 127.0.0.2 --port 9 --served-model-name a b --tensor-parallel-size 2"
         " --quantization fp8 --gpu-memory-utilization 0.9 --max-model-len 32k --max-num-seqs 4 --enforce-eager"
@@ -41,7 +41,7 @@ def test_other_token_numbers_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "one two", "  a\t\nlong-word  ", "日本語 text", "🎉🎉", "a\x00b"])
-def test_tokens_are_the_text_cut_up_and_ids_turn_back(text: str) -> None:
+def test_tokens_and_ids_round_trip(text: str) -> None:
     assert "".join(tokens.pieces(text)) == text
     assert tokens.text_of(tokens.token_ids(text)) == text
     assert tokens.count(text) == len(tokens.token_ids(text)) == len(tokens.pieces(text))
@@ -58,7 +58,7 @@ def test_shared_words_make_texts_similar() -> None:
     assert same > near > far
 
 
-async def test_slots_are_given_in_the_order_of_arrival_and_never_too_many() -> None:
+async def test_slots_are_granted_in_order_and_within_the_limit() -> None:
     slots = Slots(2)
     order: list[str] = []
     leave = {name: asyncio.Event() for name in "abcd"}
@@ -72,7 +72,7 @@ async def test_slots_are_given_in_the_order_of_arrival_and_never_too_many() -> N
     holders = [asyncio.create_task(hold(name, needed)) for name, needed in (("a", 1), ("b", 2), ("c", 1), ("d", 1))]
     await asyncio.sleep(0)
     assert (order, slots.running, slots.waiting) == (["a"], 1, 4)
-    holders[1].cancel()  # b is in front and needs both: the ones behind it need not wait any more
+    holders[1].cancel()  # b is first and needs both: the others no longer have to wait
     await asyncio.wait([holders[1]])
     await asyncio.sleep(0)
     assert (order, slots.running, slots.waiting) == (["a", "c"], 2, 1)
@@ -82,14 +82,14 @@ async def test_slots_are_given_in_the_order_of_arrival_and_never_too_many() -> N
     assert (order, slots.running, slots.waiting) == (["a", "c", "d"], 0, 0)
 
 
-async def test_more_slots_than_there_are_is_served_alone() -> None:
+async def test_a_request_larger_than_the_limit_runs_alone() -> None:
     slots = Slots(2)
     async with slots.take(5):
         assert slots.running == 5
     assert slots.running == 0
 
 
-async def test_a_slot_given_in_the_moment_of_the_cancellation_is_not_lost() -> None:
+async def test_a_slot_granted_during_a_cancellation_is_not_lost() -> None:
     slots = Slots(1)
 
     async def hold() -> None:
@@ -99,7 +99,7 @@ async def test_a_slot_given_in_the_moment_of_the_cancellation_is_not_lost() -> N
     async with slots.take(1):
         waiter = asyncio.create_task(hold())
         await asyncio.sleep(0)
-    waiter.cancel()  # its turn has come, and it has not run since
+    waiter.cancel()  # its slot is granted, but it has not run since
     with pytest.raises(asyncio.CancelledError):
         await waiter
     assert (slots.running, slots.waiting) == (0, 0)

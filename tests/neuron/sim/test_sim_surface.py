@@ -1,4 +1,4 @@
-"""The simulated engine's HTTP surface beside what the client packages reach."""
+"""The simulated engine's HTTP API beyond what the client packages use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def metrics(session: aiohttp.ClientSession, engine: SimProcess) -> dict[tuple[str, str], float]:
-    """The samples by name and finished_reason (empty where there is none)."""
+    """The samples by name and finished_reason (empty without one)."""
     async with session.get(f"{engine.url}/metrics") as response:
         text = await response.text()
     return {
@@ -52,7 +52,7 @@ async def post(session: aiohttp.ClientSession, engine: SimProcess, path: str, bo
 
 
 async def test_every_view_answers(session: aiohttp.ClientSession) -> None:
-    """/health and /ping are empty 200s; /version, /load and /v1/models are JSON as vLLM has it."""
+    """/health and /ping are empty 200s; /version, /load and /v1/models are JSON like vLLM's."""
     async with ready_engine(*FAST, "--max-model-len", "4k") as engine:
         for path in ("/health", "/ping"):
             async with session.get(engine.url + path) as response:
@@ -98,8 +98,8 @@ async def test_a_request_without_a_model_is_served(session: aiohttp.ClientSessio
         assert (status, body["model"]) == (200, "first")
 
 
-async def test_an_api_key_guards_v1_and_nothing_else(session: aiohttp.ClientSession) -> None:
-    """vLLM answers a flat 401 below /v1; /health and /metrics stay open for whoever watches the engine."""
+async def test_an_api_key_protects_v1_only(session: aiohttp.ClientSession) -> None:
+    """vLLM answers a plain 401 below /v1; /health and /metrics stay open for monitoring."""
     async with ready_engine(*FAST, env={"VLLM_API_KEY": "secret"}) as engine:
         assert await post(session, engine, "/v1/chat/completions", HELLO) == (401, {"error": "Unauthorized"})
         for path in ("/health", "/metrics", "/version"):
@@ -150,7 +150,7 @@ async def test_translations_take_a_form_and_refuse_one_without_a_file(session: a
             assert response.status == 400
 
 
-async def test_metrics_count_what_was_done(session: aiohttp.ClientSession) -> None:
+async def test_metrics_count_requests_and_tokens(session: aiohttp.ClientSession) -> None:
     async with ready_engine(*FAST) as engine:
         before = await metrics(session, engine)
         assert before["vllm:request_success_total", "stop"] == 0
@@ -161,13 +161,13 @@ async def test_metrics_count_what_was_done(session: aiohttp.ClientSession) -> No
     assert after["vllm:request_success_total", "stop"] == 1
     assert after["vllm:generation_tokens_total", ""] == 10 + 32
     assert after["vllm:prompt_tokens_total", ""] == body["usage"]["prompt_tokens"] + 2
-    assert after["vllm:time_to_first_token_seconds_count", ""] == 3  # as vLLM: one for each sequence
+    assert after["vllm:time_to_first_token_seconds_count", ""] == 3  # like vLLM: one per sequence
     assert after["vllm:e2e_request_latency_seconds_count", ""] == 3
     assert after["vllm:num_requests_running", ""] == after["vllm:kv_cache_usage_perc", ""] == 0
 
 
-async def test_a_client_that_leaves_a_stream_aborts_it(session: aiohttp.ClientSession) -> None:
-    """The generation stops at once, is counted as aborted, and frees its slot and cache."""
+async def test_a_disconnect_aborts_a_stream(session: aiohttp.ClientSession) -> None:
+    """Generation stops at once, counts as aborted, and frees its slot and cache."""
     async with ready_engine("--load-secs", "0", "--tokens-per-sec", "20") as engine:
         body = {**HELLO, "stream": True, "max_tokens": 2000}
         response = await session.post(engine.url + "/v1/chat/completions", json=body)
@@ -181,8 +181,8 @@ async def test_a_client_that_leaves_a_stream_aborts_it(session: aiohttp.ClientSe
     assert after["vllm:generation_tokens_total", ""] < 100
 
 
-async def test_a_client_that_leaves_while_it_waits_gives_its_turn_away(session: aiohttp.ClientSession) -> None:
-    """With one slot, the second and third wait; when the second leaves, the third gets the slot after the first."""
+async def test_a_disconnect_while_waiting_frees_the_place_in_the_queue(session: aiohttp.ClientSession) -> None:
+    """With one slot, the second and third wait; when the second disconnects, the third gets the slot next."""
     async with ready_engine("--load-secs", "0", "--max-num-seqs", "1", "--tokens-per-sec", "20") as engine:
         url = engine.url + "/v1/chat/completions"
         endless = {**HELLO, "stream": True, "max_tokens": 2000}
@@ -200,7 +200,7 @@ async def test_a_client_that_leaves_while_it_waits_gives_its_turn_away(session: 
         await until_metric(session, engine, "vllm:request_success_total", 2, "abort")
 
 
-async def test_times_are_kept(session: aiohttp.ClientSession) -> None:
+async def test_configured_speeds_are_kept(session: aiohttp.ClientSession) -> None:
     """200 ms to the first token and 100 tokens/s: 11 tokens take 0.3 s."""
     loop = asyncio.get_running_loop()
     async with ready_engine("--load-secs", "0", "--ttft-ms", "200", "--tokens-per-sec", "100") as engine:

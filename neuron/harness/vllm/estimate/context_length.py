@@ -1,4 +1,4 @@
-"""How long a sequence a model takes, as vLLM derives it (`_get_and_verify_max_len` of 0.32). Pure."""
+"""The longest sequence of a model, as vLLM derives it (`_get_and_verify_max_len` of 0.32). Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from neuron.estimate.files.fields import Fields
 
-UNTOLD = 2048  # vLLM's assumption where a configuration says nothing
+UNKNOWN = 2048  # what vLLM assumes without any of the keys
 _KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -18,14 +18,14 @@ _KEYS = (
     "max_seq_length",
     "seq_len",
 )
-# These kinds of scaling are in max_position_embeddings already.
+# max_position_embeddings already includes these kinds of scaling.
 _INCLUDED = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
 
 
 def longest(text: Fields) -> int:
-    """Tokens that a sequence may have at most."""
+    """The maximum number of tokens in a sequence."""
     given = [value for value in (text.integer(key) for key in _KEYS) if value]
-    base = text.integer("model_max_length") or min(given, default=UNTOLD)
+    base = text.integer("model_max_length") or min(given, default=UNKNOWN)
     if "gemma3" in (text.text("model_type") or ""):
         return base
     factor = 1.0
@@ -36,14 +36,14 @@ def longest(text: Fields) -> int:
 
 
 def default_length(text: Fields) -> int:
-    """The tokens vLLM takes when it is told none: `longest`, but for LongRoPE the length before the scaling."""
+    """vLLM's default `--max-model-len`: `longest`, except that LongRoPE counts without the scaling."""
     if any(_kind(rope) == "longrope" for rope in _ropes(text)):
         return text.integer("original_max_position_embeddings") or longest(text)
     return longest(text)
 
 
 def _ropes(text: Fields) -> Iterator[Fields]:
-    """The rotary embedding's parameters: one set, or one for each type of layer."""
+    """The rotary embedding's parameters: one set, or one per layer type."""
     found = text.inner("rope_parameters", "rope_scaling")
     if found is None:
         return

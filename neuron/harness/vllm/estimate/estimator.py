@@ -11,7 +11,7 @@ from neuron.estimate.files.number_types import kv_cache_name, model_bits
 from neuron.estimate.files.parameters import Part
 from neuron.estimate.options import EngineOptions
 from neuron.estimate.result import GIB, MIB, Estimate, Line, Option, line_of, unknown_line
-from neuron.estimate.weights import Model, Weights, weights_of
+from neuron.estimate.weights import ModelFiles, Weights, weights_of
 from neuron.harness.vllm.estimate.context_length import default_length, longest
 from neuron.harness.vllm.estimate.kv_cache import Cached, Sequences, cached_of, unknown_of
 from neuron.harness.vllm.estimate.overhead import (
@@ -36,7 +36,7 @@ _LOOKED_AT = 8  # numbers of devices to try, also on a host with fewer: to show 
 
 @dataclass(frozen=True)
 class _Case:
-    """Everything that does not depend on the number of devices."""
+    """The input that does not depend on the number of devices."""
 
     model: Architecture
     options: EngineOptions
@@ -55,11 +55,11 @@ class VllmEstimator(MemoryEstimator):
     def options_of(self, spec: EngineSpec) -> EngineOptions:
         return options_of(spec)
 
-    def estimate(self, model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+    def estimate(self, model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
         return estimate(model, options, devices)
 
 
-def estimate(model: Model, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
+def estimate(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
     """See `MemoryEstimator.estimate`."""
     case = _case_of(model, options, devices)
     usable = sorted((device.vram_total_mb for device in devices if device.lost is None), reverse=True)
@@ -81,7 +81,7 @@ def estimate(model: Model, options: EngineOptions, devices: Sequence[Device]) ->
     )
 
 
-def _case_of(model: Model, options: EngineOptions, devices: Sequence[Device]) -> _Case:
+def _case_of(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> _Case:
     architecture = model.architecture
     first = next((device for device in devices if device.lost is None), Device(index=0))
     length = options.max_model_len or default_length(architecture.text)
@@ -104,7 +104,7 @@ def _option(case: _Case, devices: int, usable: Sequence[int]) -> Option:
     if reason is not None:
         return Option(devices, needed, possible=False, reason=reason)
     if devices > len(usable):
-        reason = f"there {'is' if len(usable) == 1 else 'are'} {len(usable) or 'none'} here"
+        reason = f"this host has {len(usable) or 'no'} usable device{'' if len(usable) == 1 else 's'}"
     else:
         share = DEFAULT_ENGINE_SHARE if case.options.memory_fraction is None else case.options.memory_fraction
         room = int(usable[devices - 1] * share)
@@ -150,14 +150,14 @@ def _where(part: Part, devices: int) -> str:
 
 def _cache_lines(case: _Case, devices: int) -> Iterator[Line]:
     if case.model.encoder_only:
-        yield Line("KV cache", 0, 0, "none: an encoder keeps nothing")
+        yield Line("KV cache", 0, 0, "none: encoders have no KV cache")
         return
     cached = cached_of(case.model, case.sequences, dtype=case.kv_dtype, model_bits=case.bits, devices=devices)
     if case.options.kv_cache_bytes is not None:
         yield line_of("KV cache", case.options.kv_cache_bytes, devices, _room(case, cached))
         return
     if not cached:
-        yield Line("KV cache", 0, 0, "none of a size that is known")
+        yield Line("KV cache", 0, 0, "none of known size")
     for each in cached:
         yield line_of(f"KV cache: {each.kind.value}", each.size, devices, f"{each.how}, {_type_name(case)}")
 
@@ -179,11 +179,11 @@ def _unknown(case: _Case) -> Iterator[str]:
     yield from case.weights.unknown
     yield from unknown_of(case.model, case.kv_dtype)
     if not case.model.vocabulary and not case.model.encoder_only:
-        yield "activations: the sampler's, since config.json tells no vocab_size"
+        yield "activations of the sampler: config.json has no vocab_size"
     if case.model.other_parts:
-        yield "activations of images or sound: vLLM tries the largest ones at its start"
+        yield "activations of images or audio: vLLM tries the largest ones when it starts"
     for flag in case.options.not_counted:
-        yield f"{flag}: what it takes, or changes"
+        yield f"{flag}: its effect on memory"
 
 
 def _notes(case: _Case) -> Iterator[str]:
@@ -192,4 +192,4 @@ def _notes(case: _Case) -> Iterator[str]:
         yield f"max_model_len {tokens} is more than the model's {most}, which vLLM refuses unless told otherwise"
     method = case.options.quantization
     if method is not None and case.model.quantization is not None:
-        yield f"quantization {method}: the checkpoint is quantised already, its own sizes count"
+        yield f"quantization {method}: ignored, the checkpoint is already quantized"

@@ -1,4 +1,4 @@
-"""What a model keeps of its sequences. Pure; the rules are those of `kv_cache_interface.py` of vLLM 0.32."""
+"""Memory of the KV cache, by the rules of vLLM 0.32 (`kv_cache_interface.py`). Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from neuron.estimate.files.architecture import Architecture, LinearAttention
 from neuron.estimate.files.layers import LayerKind
 from neuron.estimate.files.number_types import KV_BITS, SCALED_PER_HEAD
 
-BLOCK_TOKENS = 16  # vLLM gives memory to a sequence in blocks of this many tokens (`--block-size`)
-_BATCHES_IN_FLIGHT = 2  # asynchronous scheduling: the next batch is planned while one runs
+BLOCK_TOKENS = 16  # vLLM allocates a sequence's memory in blocks of this many tokens (`--block-size`)
+_BATCHES_IN_FLIGHT = 2  # asynchronous scheduling: the next batch is scheduled while one runs
 _STATES_EACH = 2  # prefix caching keeps a second copy of a sequence's state
 _CACHING = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.LINEAR)
 _SPARSE_MLA_BYTES = 656  # `fp8_ds_mla`: 512 8-bit numbers, 4 scales, and 64 16-bit numbers of the rotary part
@@ -18,7 +18,7 @@ _SPARSE_MLA_BYTES = 656  # `fp8_ds_mla`: 512 8-bit numbers, 4 scales, and 64 16-
 
 @dataclass(frozen=True)
 class Sequences:
-    """What has to have room: `count` sequences of `tokens` each, beside `batched_tokens` in a step."""
+    """What has to fit: `count` sequences of `tokens` each, with `batched_tokens` per step."""
 
     count: int
     tokens: int
@@ -27,7 +27,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Cached:
-    """One kind of layers: bytes on each device, and how they come about."""
+    """The cache of one kind of layers: bytes on each device, and how they are computed."""
 
     kind: LayerKind
     size: float
@@ -37,15 +37,15 @@ class Cached:
 def cached_of(
     model: Architecture, wanted: Sequences, *, dtype: str, model_bits: int, devices: int
 ) -> tuple[Cached, ...]:
-    """The cache on each of `devices`, for each kind of layer that keeps something of a known size."""
+    """The cache on each of `devices`, for each kind of layer with a known cache size."""
     return () if model.encoder_only else tuple(_cached(model, wanted, dtype, model_bits, devices))
 
 
 def token_bytes(model: Architecture, *, dtype: str = "auto", model_bits: int = 16, devices: int = 1) -> float:
-    """Bytes that one token takes in one attention layer of one device.
+    """Bytes per token in one attention layer of one device.
 
-    Key-value heads are split over the devices, and repeated where there are more devices than heads; the latent of MLA
-    is the same for all heads, so that each device has all of it.
+    Key-value heads are split over the devices, and repeated if there are more devices than heads. The latent of MLA is
+    shared by all heads, so each device has all of it.
     """
     bits = KV_BITS.get(dtype, float(model_bits))
     if model.latent is not None:
@@ -60,7 +60,7 @@ def heads_on_device(kv_heads: int, devices: int) -> int:
 
 
 def unknown_of(model: Architecture, dtype: str) -> tuple[str, ...]:
-    """What is kept and not counted, a sentence each."""
+    """What the estimate leaves out, one sentence each."""
     unknown = []
     if dtype not in ("auto", *KV_BITS):
         unknown.append(f"KV cache: how much a number of type {dtype} takes; counted in the model's own type")
@@ -98,10 +98,11 @@ def _cached(model: Architecture, wanted: Sequences, dtype: str, bits: int, devic
 
 
 def grouped_layers(model: Architecture, kind: LayerKind) -> int:
-    """The layers of a kind that memory is taken for.
+    """Layers of a kind that memory is allocated for.
 
-    All kinds draw blocks of one size from one pool, so vLLM puts layers of one kind into groups of equal size and
-    fills the last one up: as many as the rarest kind has, or the most frequent one where that is not much more.
+    All kinds draw blocks of one size from one pool, so vLLM forms groups of equal size from the layers of each kind and
+    pads the last group. The size is the number of layers of the rarest kind, or of the most frequent one if that is not
+    much larger.
     """
     counts = [count for each in _CACHING if (count := model.count(each))]
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
@@ -109,11 +110,11 @@ def grouped_layers(model: Architecture, kind: LayerKind) -> int:
 
 
 def _kept(model: Architecture, kind: LayerKind, wanted: Sequences) -> tuple[int, int, str]:
-    """Tokens and blocks of one sequence in a layer, and what bounds them."""
+    """Tokens and blocks of one sequence in a layer, and what limits them."""
     in_flight = _BATCHES_IN_FLIGHT * wanted.batched_tokens
     if kind is LayerKind.SLIDING and model.window:
         tokens = min(model.window - 1 + in_flight, wanted.tokens)
-        # A window need not begin where a block does: one block more.
+        # A window may start inside a block: one more block.
         return tokens, -(-tokens // BLOCK_TOKENS) + 1, f" (window {model.window}, and {in_flight} being computed)"
     if kind is LayerKind.CHUNKED and model.chunk:
         tokens = min(model.chunk + in_flight, wanted.tokens)

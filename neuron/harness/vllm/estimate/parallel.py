@@ -1,4 +1,4 @@
-"""Over how many devices a model can be split. Pure; the rules are those of vLLM 0.32's layers."""
+"""How many devices a model can be split over, by the rules of vLLM 0.32's layers. Pure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _obstacles(model: Architecture, devices: int) -> Iterator[str]:
             yield f"the {what}'s width {width} cannot be divided by {devices}"
         block = _block(model)
         if block and width // devices % block:
-            yield f"the {what}'s width {width} on {devices} devices is no multiple of the quantisation's {block}"
+            yield f"the {what}'s width {width} on {devices} devices is not a multiple of the quantization's {block}"
 
 
 def _widths(model: Architecture) -> Iterator[tuple[str, int]]:
@@ -47,7 +47,7 @@ def _widths(model: Architecture) -> Iterator[tuple[str, int]]:
 
 
 def _block(model: Architecture) -> int | None:
-    """The length of the pieces that a quantised checkpoint's matrices cannot be cut within."""
+    """Block size of a quantized checkpoint: its matrices can be split only between blocks."""
     quantization = model.quantization
     if quantization is None:
         return None

@@ -1,1 +1,2 @@
-"""What runs inside an engine's own Python. This folder is put on the engine's PYTHONPATH: it holds nothing else."""
+"""Runs inside the engine's own Python. This directory is put on the engine's PYTHONPATH, so it holds nothing else and
+imports nothing of neuron."""

@@ -1,13 +1,11 @@
-"""Keeps an engine's development routes to its neuron. Loaded by `vllm serve --middleware neuron_guard.Guard`.
+"""Reserves an engine's development routes for its neuron. Loaded by `vllm serve --middleware neuron_guard.Guard`.
 
-vLLM can be put to sleep only in its development mode, and that opens more on the port that clients reach: routes that
-call any method of the workers, replace weights, stop the scheduler. vLLM's API key guards none of them. Here, what is
-not known to be for clients is not there (404, as without development mode) for whoever does not show neuron's control
-key.
+vLLM can sleep only in development mode, which opens dangerous routes on the clients' port: they call any method of the
+workers, replace weights, stop the scheduler, and vLLM's API key protects none of them. The guard answers 404, as
+without development mode, on every path that is not known to be for clients, unless the request has the control key.
 
-Runs in the engine's process, whose Python and packages may be others than neuron's: only the standard library. The
-engine is given the key's digest and never the key, so that neither its environment, nor its children's, nor its log
-can tell it.
+Runs in the engine's process, whose Python and packages may differ from neuron's: standard library only. The engine
+gets the digest of the key, never the key, so that neither its environment, nor its children's, nor its log reveals it.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any
 
 CONTROL_HEADER = "x-neuron-control"
 DIGEST_VARIABLE = "NEURON_CONTROL_DIGEST"
-"""In the engine's environment: `digest_of` its control key. Without it nobody passes."""
+"""In the engine's environment: `digest_of` its control key. Without it no key is accepted."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,8 +28,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# What vLLM 0.32 offers to clients outside of development mode, but for what changes the engine (/scale_elastic_ep,
-# /fault_tolerance, profiling). A list of what is open and not of what is closed: later versions may add more to close.
+# What vLLM 0.32 offers to clients outside development mode, except what changes the engine (/scale_elastic_ep,
+# /fault_tolerance, profiling). An allow-list: later versions may add routes that must stay closed.
 OPEN_PATHS = frozenset(
     {
         "/health",
@@ -60,14 +58,14 @@ OPEN_PATHS = frozenset(
         "/redoc",
     }
 )
-# Guarded by the engine's API key, and none of it depends on development mode.
+# Protected by the engine's API key; nothing here depends on development mode.
 OPEN_BELOW = "/v1/"
 
 NOT_FOUND = b'{"detail":"Not Found"}'
-"""vLLM's own words for a path that it does not have."""
+"""vLLM's body for an unknown path."""
 
 SLEEPING_HEADER = "x-neuron-sleeping"
-"""On the 503 that a request gets from a sleeping engine: whoever sees it may have the engine woken, and ask again."""
+"""On the 503 of a sleeping engine: the caller may have the engine woken and retry."""
 SLEEPING = json.dumps(
     {"error": {"message": "The model is sleeping", "type": "Service Unavailable", "param": None, "code": 503}}
 ).encode()
@@ -77,18 +75,18 @@ BUSY = json.dumps(
     {"error": {"message": "The model still has requests", "type": "Conflict", "param": None, "code": 409}}
 ).encode()
 IDLE_SECS = 10.0
-"""How long an engine that is told to sleep may take for the requests it has."""
+"""Time for running requests to finish after a sleep request."""
 
 
 def digest_of(key: str) -> str:
-    """What an engine is told of its control key. A plain hash is enough: the key is random and long."""
+    """What the engine knows of its control key. A plain hash is enough: the key is random and long."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def is_open(path: str) -> bool:
-    """True when everybody may ask for `path`, given as the router compares it: decoded, and case counts.
+    """True when `path` needs no key. It is compared as the router does: decoded, case-sensitive.
 
-    Below /v1 an empty, `.` or `..` segment is refused: no route has one, and something behind might resolve it.
+    Below /v1 empty, `.` and `..` segments are refused: no route has one, and a later layer might resolve it.
     """
     if path.startswith(OPEN_BELOW):
         return all(segment not in ("", ".", "..") for segment in path[1:].split("/"))
@@ -96,28 +94,28 @@ def is_open(path: str) -> bool:
 
 
 def knows_key(shown: Sequence[str], digest: str | None) -> bool:
-    """True when `shown`, the values of all control headers of a request, is the one key with this digest."""
+    """True when `shown`, the values of all control headers of a request, is exactly the key with this digest."""
     return bool(digest) and len(shown) == 1 and hmac.compare_digest(digest_of(shown[0]), digest or "")
 
 
 def needs_the_model(method: str, path: str) -> bool:
-    """True when a sleeping engine cannot answer. vLLM would take such a request and leave it waiting, seen by nobody:
-    its metrics stand still meanwhile."""
+    """True when a sleeping engine cannot answer. vLLM would accept the request and let it wait, without counting it in
+    its metrics."""
     return method == "POST" and is_open(path) and path != "/ping"
 
 
 class Guard:
     """ASGI middleware around the engine's application.
 
-    Knows from the requests it lets through whether the engine sleeps; with several API server processes only the one
-    that was told does.
+    It learns from the requests it passes on whether the engine sleeps; of several API server processes, only the one
+    that got the request knows.
     """
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._digest = os.environ.get(DIGEST_VARIABLE)
-        self._sleeps = False  # from the beginning of its sleep until it is awake
-        self._working = 0  # requests for the model that are not answered yet
+        self._sleeps = False  # from the start of a sleep until the engine is awake
+        self._working = 0  # unfinished requests for the model
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -127,7 +125,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if kind not in ("http", "websocket"):
-            raise RuntimeError(f"{kind!r} is no kind of request that the guard knows")
+            raise RuntimeError(f"unsupported ASGI scope type {kind!r}")
         method, path = scope.get("method", ""), scope["path"]
         if not self._may_pass(scope, path):
             await _refuse(scope, send, 404, NOT_FOUND)
@@ -143,11 +141,11 @@ class Guard:
     def _may_pass(self, scope: Scope, path: str) -> bool:
         header = CONTROL_HEADER.encode()
         shown = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == header]
-        if shown:  # the key goes no further than here
+        if shown:  # the application must not see the key
             scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() != header]
-        # neuron refuses --root-path: with one the router would compare another path than the one that is seen here.
-        everybody = not scope.get("root_path") and is_open(path)
-        return everybody or knows_key(shown, self._digest)
+        # neuron refuses --root-path: with one, the router would compare another path than this one.
+        public = not scope.get("root_path") and is_open(path)
+        return public or knows_key(shown, self._digest)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._sleeps:
@@ -163,8 +161,8 @@ class Guard:
                 self._idle.set()
 
     async def _sleep(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets nothing new in, waits a moment for what is there, then passes the wish on: nothing is aborted, and
-        nothing gets stuck. When the asker gives up, or there still is something, nothing has changed."""
+        """Refuses new requests, waits for the running ones, then passes the sleep request on, so that no request is
+        aborted or stuck. When the caller gives up or requests are still running, nothing has changed."""
         before, self._sleeps = self._sleeps, True
         done = False
 
@@ -173,8 +171,8 @@ class Guard:
             done = status == 200
 
         try:
-            if self._idle.is_set() or await self._idle_before(receive):
-                await self._app(scope, receive, _telling(send, answered))
+            if self._idle.is_set() or await self._until_idle(receive):
+                await self._app(scope, receive, _reporting(send, answered))
             elif self._working:
                 await _refuse(scope, send, 409, BUSY)
         finally:
@@ -183,13 +181,13 @@ class Guard:
 
     async def _wake(self, scope: Scope, receive: Receive, send: Send) -> None:
         def answered(status: int) -> None:
-            if status == 200 and not scope.get("query_string"):  # with tags it wakes in part
+            if status == 200 and not scope.get("query_string"):  # with tags it wakes partly
                 self._sleeps = False
 
-        await self._app(scope, receive, _telling(send, answered))
+        await self._app(scope, receive, _reporting(send, answered))
 
-    async def _idle_before(self, receive: Receive) -> bool:
-        """True when all that worked is done, False when the asker left before, or it takes too long."""
+    async def _until_idle(self, receive: Receive) -> bool:
+        """True when all running requests have finished; False when the caller leaves first or they take too long."""
         idle = asyncio.ensure_future(self._idle.wait())
         left = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -200,15 +198,15 @@ class Guard:
             left.cancel()
 
 
-def _telling(send: Send, answered: Callable[[int], None]) -> Send:
-    """`send`, with a word about the status before it is out."""
+def _reporting(send: Send, answered: Callable[[int], None]) -> Send:
+    """`send` that reports the status to `answered` before it goes out."""
 
-    async def telling(message: Message) -> None:
+    async def reporting(message: Message) -> None:
         if message["type"] == "http.response.start":
             answered(message["status"])
         await send(message)
 
-    return telling
+    return reporting
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,5 +1,5 @@
-"""What a request asks the fake engine for. It is written into the prompt, which every gateway passes on unchanged,
-whatever it does to headers and to unknown fields: `[[bench chunks=100;interval=0.02]]`."""
+"""The answer that a request wants from the fake engine, written into the prompt. Gateways may change headers and
+unknown fields, but pass the prompt on unchanged: `[[bench chunks=100;interval=0.02]]`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ OPENING, CLOSING = b"[[bench ", b"]]"
 
 
 @dataclass(frozen=True)
-class Wish:
-    """`chunks` > 0: a stream of so many token events, `interval` seconds apart, the first one at once.
+class AnswerSpec:
+    """`chunks` > 0: a stream of that many token events, `interval` seconds apart, the first one at once.
     Otherwise a plain answer with `size` bytes of text. `hold`: after the first event the stream waits for
     `POST /bench/release`.
     """
@@ -21,34 +21,34 @@ class Wish:
     hold: bool = False
 
     def text(self) -> str:
-        """As it stands in a prompt."""
+        """The text to put into a prompt."""
         return (
             f"{OPENING.decode()}chunks={self.chunks};interval={self.interval:g};size={self.size};"
             f"hold={int(self.hold)}{CLOSING.decode()}"
         )
 
 
-_known: dict[bytes, Wish] = {}
+_known: dict[bytes, AnswerSpec] = {}
 
 
-def wish_in(body: bytes | bytearray) -> Wish:
-    """The wish in a request's body; without one, a short plain answer.
+def spec_in(body: bytes | bytearray) -> AnswerSpec:
+    """The answer that a request's body asks for; by default a short plain one.
 
     Raises:
-        ValueError: a value is no number.
+        ValueError: a value is not a number.
     """
     start = body.find(OPENING)
     end = body.find(CLOSING, start)
     if start < 0 or end < 0:
-        return Wish()
+        return AnswerSpec()
     text = bytes(body[start + len(OPENING) : end])
-    wish = _known.get(text)
-    if wish is None:
+    spec = _known.get(text)
+    if spec is None:
         fields = dict(field.split("=", 1) for field in text.decode().split(";"))
-        wish = _known[text] = Wish(
+        spec = _known[text] = AnswerSpec(
             chunks=int(fields.get("chunks", 0)),
             interval=float(fields.get("interval", 0)),
             size=int(fields.get("size", 0)),
             hold=fields.get("hold", "0") == "1",
         )
-    return wish
+    return spec

@@ -1,4 +1,4 @@
-"""A real neuron under a real cortex: one model makes way for another."""
+"""A real neuron under a real cortex: one model is evicted for another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.neuron.sim_process import free_port
 __all__ = ["mark"]
 
 STAYS_SECS = 1.5
-"""How long the engine that makes way outlives its order to stop."""
+"""How long the evicted engine ignores SIGTERM."""
 
 
 class Address:
@@ -31,8 +31,8 @@ def model(model_id: str, vram_mb: int, *args: str) -> dict[str, Any]:
     return {**profile, "args": [*args, "--ttft-ms", "0"]}
 
 
-async def test_room_is_the_newcomers_before_it_is_free(mark: str, tmp_path: Path) -> None:
-    """While what makes way is still being stopped, somebody else finds its memory taken: the neuron has promised it."""
+async def test_memory_is_reserved_before_it_is_free(mark: str, tmp_path: Path) -> None:
+    """While the old model stops, its memory is already reserved for the new one: a third load is refused."""
     port = free_port()
     config = toml_config(tmp_path, f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"')
     config.write_text(config.read_text().replace("port_range", f"stop_timeout_secs = {STAYS_SECS}\nport_range"))

@@ -1,4 +1,4 @@
-"""A whole small fleet under requests for more models than fit: real neurons, real engines, a real cortex."""
+"""A small fleet under requests for more models than fit: real neurons, real engines, a real cortex."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ async def test_peers_take_turns(tmp_path: Path) -> None:
 
 
 async def test_a_busy_model_is_drained_and_nothing_is_cut(tmp_path: Path) -> None:
-    """Who waits is served after the last token of a stream, and what comes for the busy model meanwhile comes after."""
+    """The waiting request is served after the stream's last token, before later requests for the busy model."""
     placement = {"min_residency_secs": 0, "patience_secs": 0.3, "pause_secs": 0.1}
     async with fleet_of(tmp_path, [model("a"), model("b")], placement=placement) as fleet:
         await fleet.well("a")
@@ -165,8 +165,8 @@ async def test_a_busy_model_is_drained_and_nothing_is_cut(tmp_path: Path) -> Non
         assert (fleet.loads("a"), fleet.loads("b")) == (2, 1)
 
 
-async def test_priorities_decide_who_makes_way(tmp_path: Path) -> None:
-    """A higher one displaces a lower one, which is told why it cannot come back; a pinned one never moves."""
+async def test_priorities_decide_evictions(tmp_path: Path) -> None:
+    """A higher priority evicts a lower one, whose requests learn why it cannot return; a pinned model never moves."""
     models = [model("low"), model("high", residency_priority=300), model("pinned", pinned_on=["n1"])]
     async with fleet_of(tmp_path, models, hosts=2, placement={"pause_secs": 0.1}) as fleet:
         assert await fleet.well("pinned") == "n1"
@@ -181,8 +181,8 @@ async def test_priorities_decide_who_makes_way(tmp_path: Path) -> None:
         assert plan["decision"]["action"] == "refuse"
 
 
-async def test_who_leaves_displaces_nobody(tmp_path: Path) -> None:
-    """A client that waits for a busy card and goes away: the model that is there stays."""
+async def test_cancelled_request_evicts_nothing(tmp_path: Path) -> None:
+    """A client disconnects while it waits for a busy card: the loaded model stays."""
     placement = {"min_residency_secs": 0, "patience_secs": 0.2}
     async with fleet_of(tmp_path, [model("a"), model("b")], placement=placement) as fleet:
         await fleet.well("a")
@@ -201,8 +201,8 @@ async def test_who_leaves_displaces_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("when_idle", "status"), [("unload", "unloaded"), ("sleep", "sleeping")])
-async def test_idle_models_leave_by_themselves(tmp_path: Path, when_idle: str, status: str) -> None:
-    """After `idle_ttl_secs`; the next request has them back."""
+async def test_idle_models_are_evicted(tmp_path: Path, when_idle: str, status: str) -> None:
+    """After `idle_ttl_secs`; the next request loads them again."""
     models = [model("a", idle_ttl_secs=0.5, when_idle=when_idle)]
     async with fleet_of(tmp_path, models, sleep=when_idle == "sleep") as fleet:
         await fleet.well("a")
@@ -211,18 +211,18 @@ async def test_idle_models_leave_by_themselves(tmp_path: Path, when_idle: str, s
 
 
 async def test_a_kept_model_moves_when_its_neuron_dies(tmp_path: Path) -> None:
-    """`replicas.min` holds without anybody's asking."""
+    """`replicas.min` holds without any request."""
     async with fleet_of(tmp_path, [model("a", replicas={"min": 1})], hosts=2) as fleet:
         await fleet.until_status("a", n0="loaded")
         await fleet.neurons[0].stop(signal.SIGKILL)
         await fleet.until_status("a", n1="loaded")
         assert await fleet.well("a") == "n1"
-        async with neuron_process(tmp_path / "n0.toml"):  # sees to the engine that the dead one has left
+        async with neuron_process(tmp_path / "n0.toml"):  # stops the engine that the killed neuron left
             pass
 
 
 async def test_replicas_come_under_load_and_go(tmp_path: Path) -> None:
-    """A second one where it is free, none beyond the maximum, which is used; and one is left when it is quiet."""
+    """A second replica on free memory, never more than the maximum; one remains when load stops."""
     placement = {"replica_target": 2, "scale_up_secs": 0.1, "scale_down_secs": 1.5}
     models = [model("a", replicas={"max": 2})]
     async with fleet_of(tmp_path, models, hosts=3, placement=placement) as fleet:
@@ -245,7 +245,7 @@ async def test_replicas_come_under_load_and_go(tmp_path: Path) -> None:
 
 
 async def test_a_host_that_cannot_load_it_is_passed_over(tmp_path: Path) -> None:
-    """The cause is the node's: the client sees one answer, from another."""
+    """The node is at fault: the client gets one answer, from another node."""
     async with fleet_of(tmp_path, [model("a")], hosts=2, faults={0: "oom-at-load"}) as fleet:
         assert await fleet.well("a") == "n1"
         plan = await fleet.get("/fleet/explain?model=a")
@@ -253,7 +253,7 @@ async def test_a_host_that_cannot_load_it_is_passed_over(tmp_path: Path) -> None
 
 
 async def test_a_model_that_fails_everywhere_is_tried_once(tmp_path: Path) -> None:
-    """The cause is the model's: no other host is asked, and whoever asks again is told when to come back."""
+    """The model is at fault: no other host is tried, and later requests get a Retry-After."""
     async with fleet_of(tmp_path, [model("a", args=["--no-such-flag"])], hosts=2) as fleet:
         for _ in range(2):
             status, text, headers = await fleet.ask("a")

@@ -1,4 +1,4 @@
-"""An engine is told to stop by somebody else than its neuron: it listens no more before it ends."""
+"""An engine gets SIGTERM from outside its neuron: it closes its socket before it exits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.cortex.cortex_process import cortex_process
-from tests.e2e.test_newcomers_room import Address
+from tests.e2e.test_eviction_memory import Address
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -21,8 +21,8 @@ MODEL = "org/model"
 EVERY_SECS, SECS = 0.03, 1.5
 
 
-async def test_requests_wait_for_its_neurons_word(mark: str, tmp_path: Path) -> None:
-    """Connections are refused while the neuron still says that it is loaded: the requests wait for the next engine."""
+async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path) -> None:
+    """Connections are refused while the neuron still reports the model as loaded: requests wait for the next engine."""
     port = free_port()
     config = toml_config(tmp_path, f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"')
     async with (

@@ -1,0 +1,45 @@
+"""Why a load failed, and whether the node or the model is at fault. Pure."""
+
+from __future__ import annotations
+
+from cortex.control.backoff import Cause
+from cortex.fleet.neuron_client import NeuronRefused
+from cortex.placement.planner import Plan
+from shared.protocol import ErrorCode, ModelView
+
+_PASSING = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
+
+
+class LoadFailed(Exception):
+    """A load that failed. `no_room`: the neuron lacked memory; `needs_mb` is what it would have booked on each device,
+    if it said so."""
+
+    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
+        super().__init__(reason)
+        self.cause = cause
+        self.no_room = no_room
+        self.needs_mb = needs_mb
+
+
+def cause_of(view: ModelView | None) -> Cause:
+    """What caused a model to fail, as its neuron reports it."""
+    return _cause(None if view is None else view.cause)
+
+
+def _cause(text: str | None) -> Cause:
+    try:
+        return Cause(text or "")
+    except ValueError:
+        return Cause.UNKNOWN
+
+
+def failure_of(plan: Plan, refused: NeuronRefused) -> LoadFailed:
+    reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
+    if refused.code in _PASSING:
+        return LoadFailed(reason, Cause.PASSING)
+    if refused.code == ErrorCode.INSUFFICIENT_VRAM:
+        needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
+        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
+    if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
+        return LoadFailed(reason, Cause.MODEL)
+    return LoadFailed(reason, _cause(refused.cause))

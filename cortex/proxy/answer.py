@@ -1,0 +1,118 @@
+"""How an engine's answer is written to the client. Subclass `Answer` for another form; the relay needs no change."""
+
+from __future__ import annotations
+
+from cortex.http import headers as names
+from cortex.http.connection import ClientConnection
+from cortex.http.framing import BodyUntilClose, ChunkedBody, SizedBody
+from cortex.http.heads import ResponseHead
+from cortex.http.request import Request
+from cortex.proxy.error_event import error_event
+from cortex.upstream.connection import Body
+from cortex.upstream.tail import UsageTail
+from shared.errors import UpstreamError
+from shared.protocol import ErrorCode
+
+
+class Answer:
+    """The client's side of one relay. The relay calls `begin` once, then `write` for each further piece of the body,
+    and one of `finish` and `lose` at the end.
+
+    `events`: the answer is an event stream. `tail` must be fed with each body byte that goes to the client.
+    """
+
+    __slots__ = ("body", "client", "events", "request", "tail", "unpacked")
+
+    def __init__(self, client: ClientConnection, request: Request) -> None:
+        self.client = client
+        self.request = request
+        self.tail = UsageTail()
+        self.events = False
+        self.body: Body | None = None
+        self.unpacked: ChunkedBody | None = None  # the body, where the client does not get its chunks
+
+    def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
+        """Writes the head and the first bytes of the body. True if the engine's chunks can pass to the client as they
+        are; then `write` is called for partial chunks only."""
+        raise NotImplementedError
+
+    def write(self, data: bytes) -> None:
+        """Writes further bytes of the body, framed as the engine sent them."""
+        if self.unpacked is not None:
+            data = self.unpacked.take()
+        self.tail.feed(data)
+        self.client.transport.write(data)
+
+    def finish(self, status: int) -> int:
+        """Ends an answer that arrived completely with the engine's `status`. Returns the status to log."""
+        return status
+
+    def lose(self, reason: str) -> None:
+        """Ends an answer whose engine was lost. It must not look complete: an event stream gets an error as its last
+        event, any other answer a reset connection."""
+        # The blank line ends an event that was cut off.
+        last = b"\n\n" + self.lost_event(reason) if self.events else None
+        if last is not None and isinstance(self.body, ChunkedBody) and self.unpacked is None:
+            last = self.body.cut_off(last)
+        if last is None:
+            self.request.keep_alive = False
+            self.client.cut()
+        else:
+            self.client.transport.write(last)
+
+    def lost_event(self, reason: str) -> bytes:
+        """The last event of a stream whose engine was lost."""
+        error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)
+        return error_event(self.request.path, error)
+
+
+class DirectAnswer(Answer):
+    """The usual form: the engine's head without its hop-by-hop headers, then the engine's bytes."""
+
+    __slots__ = ("_extra",)
+
+    def __init__(self, client: ClientConnection, request: Request, *, extra: bytes) -> None:
+        """`extra` are header lines that cortex adds, without the last line end."""
+        super().__init__(client, request)
+        self._extra = extra
+
+    def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
+        client, request, named = self.client, self.request, head.named
+        self.body = body
+        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self._extra]
+        content_type = named.get(names.CONTENT_TYPE)
+        if content_type is not None:
+            lines.append(b"content-type: " + content_type)
+        encoding = named.get(names.CONTENT_ENCODING)
+        if encoding is not None:
+            lines.append(b"content-encoding: " + encoding)
+        keep_alive = request.keep_alive and not client.draining
+        straight = False
+        if isinstance(body, SizedBody):
+            if names.CONTENT_LENGTH in named:
+                lines.append(b"content-length: " + named[names.CONTENT_LENGTH])
+        else:
+            self.events = encoding is None and content_type is not None and is_event_stream(content_type)
+            if isinstance(body, BodyUntilClose):
+                keep_alive = False
+            elif request.modern:
+                lines.append(b"transfer-encoding: chunked")
+                straight = True
+            else:
+                first = body.start_unpacking(first)
+                self.unpacked = body
+                keep_alive = False
+        request.keep_alive = keep_alive
+        if not keep_alive:
+            lines.append(b"connection: close")
+        elif not request.modern:
+            lines.append(b"connection: keep-alive")
+        lines += (b"", first)
+        self.tail.feed(first)
+        client.transport.write(b"\r\n".join(lines))
+        return straight
+
+
+def is_event_stream(content_type: bytes) -> bool:
+    """True for server-sent events, with or without parameters in the header."""
+    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"

@@ -1,0 +1,15 @@
+"""Who sends a request. Every request of a client passes `authenticate` before it is handled. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+ANONYMOUS: Final = "anonymous"
+
+
+def authenticate(api_key: bytes | None) -> str:
+    """The name of the caller with this key (None: the request has no key), for the access log.
+
+    cortex has no API keys yet, so every caller is anonymous. An `Unauthorized` raised here becomes the client's answer.
+    """
+    return ANONYMOUS

@@ -1,0 +1,123 @@
+"""A simulated neuron: the commands the loader sends, carried out in virtual time, and reported to the fleet at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from cortex.fleet.neuron_client import NeuronRefused
+from cortex.fleet.state import Fleet
+from cortex.simulator.engine import Engine
+from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
+from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.protocol import (
+    DeviceHealth,
+    Discovery,
+    ErrorCode,
+    LoadCommand,
+    LoadReply,
+    ModelStatus,
+    ModelView,
+    NeuronHealth,
+)
+
+OnMemory = Callable[[int], None]
+"""Called with the MiB that engines hold more, or less, from now on."""
+
+
+class SimulatedNeuron:
+    """Owns the engines of one node. Satisfies `NeuronCommands` and `Refreshable` of `cortex.control.loader`."""
+
+    def __init__(self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, on_memory: OnMemory) -> None:
+        self.node = node
+        self.engines: dict[str, Engine] = {}
+        self.loads: list[str] = []  # model ids, in order of their start
+        self._simulated = simulated
+        self._fleet = fleet
+        self._on_memory = on_memory
+        self._views: dict[str, ModelView] = {}  # unloaded models stay listed, as in a real neuron
+        self._discovery = Discovery(
+            hostname=node.name,
+            devices=list(node.gpus),
+            harnesses=list(node.harnesses),
+            links=node.paths,
+            simulated=True,
+            instance_id=node.name,
+        )
+        self._report()
+
+    def bookable_mb(self, device: int) -> int:
+        """Memory of the device that a new engine could book, in MiB."""
+        booked = sum(engine.share_mb for engine in self.engines.values() if device in engine.devices)
+        return self.node.gpus[device].vram_total_mb - DEVICE_MARGIN_MB - booked
+
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
+        """Books the memory and starts the load.
+
+        Raises:
+            NeuronRefused: there is not enough memory.
+        """
+        model_id, devices = command.model_id, tuple(command.devices or ())
+        share_mb = -(-(command.vram_mb or 0) // max(1, len(devices)))
+        for index in devices:
+            if self.bookable_mb(index) < share_mb:
+                text = f"{model_id!r} needs {share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
+                raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
+        engine = Engine(model_id, devices, share_mb, self._simulated.parallel(model_id))
+        self.engines[model_id] = engine
+        self.loads.append(model_id)
+        self._on_memory(engine.booked_mb)
+        self._set_status(engine, ModelStatus.LOADING)
+        secs = self._simulated.load_secs(model_id, self.node)
+        asyncio.get_running_loop().call_later(secs, self._set_status, engine, ModelStatus.LOADED)
+        return LoadReply(status=ModelStatus.LOADING.value)
+
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
+        """Frees the memory after the fleet file's `unload` seconds."""
+        await asyncio.sleep(self._simulated.file.load_secs.unload)
+        engine = self.engines.pop(model_id)
+        self._on_memory(-engine.booked_mb)
+        self._set_status(engine, ModelStatus.UNLOADED)
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
+        """Always refuses, so that the loader unloads instead."""
+        raise NeuronRefused(409, "simulated engines do not sleep", ErrorCode.SLEEP_UNSUPPORTED)
+
+    async def refresh(self) -> None:
+        """Nothing to do: every change has been reported already."""
+
+    def _set_status(self, engine: Engine, status: ModelStatus) -> None:
+        engine.status = status
+        held = status is not ModelStatus.UNLOADED
+        self._views[engine.model_id] = ModelView(
+            id=engine.model_id,
+            status=status.value,
+            devices=list(engine.devices) if held else [],
+            vram_booked_mb=engine.booked_mb if held else None,
+            since=asyncio.get_running_loop().time(),
+        )
+        self._report()
+
+    def _report(self) -> None:
+        """Tells the fleet the present state, as the answer to a poll would."""
+        self._fleet.observe(
+            self.node.name,
+            started=asyncio.get_running_loop().time(),
+            health=NeuronHealth(devices=[self._health(index) for index in range(len(self.node.gpus))]),
+            models=list(self._views.values()),
+            discovery=self._discovery,
+        )
+
+    def _health(self, index: int) -> DeviceHealth:
+        total = self.node.gpus[index].vram_total_mb
+        bookable = self.bookable_mb(index)
+        booked = total - DEVICE_MARGIN_MB - bookable
+        return DeviceHealth(
+            index=index,
+            vram_used_mb=booked,
+            vram_free_mb=total - booked,
+            vram_booked_mb=booked,
+            vram_foreign_mb=0,
+            vram_bookable_mb=bookable,
+            vram_asleep_mb=0,
+        )

@@ -1,0 +1,308 @@
+"""One simulation: cortex's scheduler, loader, admission queue and fleet state, on virtual time, with simulated neurons
+and the requests of a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from cortex.config.catalogue import ModelProfile
+from cortex.config.live import LiveConfig
+from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
+from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.backoff import Backoffs
+from cortex.control.demand import Demand
+from cortex.control.loader import Loader
+from cortex.control.routing import Refuse, Serve, decide
+from cortex.control.scheduler import Policy, Scheduler
+from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
+from cortex.metrics.counters import Counters
+from cortex.metrics.exporter import Metrics
+from cortex.metrics.in_flight import InFlight
+from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.fair_queue import Turn
+from cortex.placement.inputs import Key, View
+from cortex.placement.planner import Plan
+from cortex.placement.replicas import Upkeep
+from cortex.simulator.engine import Engine, Request
+from cortex.simulator.fleet_file import SimulatedFleet
+from cortex.simulator.neuron import SimulatedNeuron
+from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
+from cortex.simulator.policies import POLICIES
+from cortex.simulator.trace import Ask
+from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
+from shared.errors import ServiceError
+from shared.tasks import TaskSet, first_of
+
+RECENT_SECS = 60.0
+"""An eviction counts as one of a hot model when the model was used within this time."""
+SETTLE_SECS = 0.5
+"""After a moment at which a rule's time is up, the policy decides at each look for this long: rounding may hide it from
+the first."""
+
+
+class SimulatedWorker:
+    """The only worker: counts the requests that were sent to engines. Satisfies `WorkerCounts`."""
+
+    def __init__(self) -> None:
+        self.requests = InFlight()
+
+    def collect(self) -> Counters:
+        return Counters()
+
+    def in_flight_here(self) -> Mapping[Key, int]:
+        return self.requests.here
+
+    def begun_here(self) -> Mapping[Key, int]:
+        return self.requests.begun
+
+    async def refresh(self) -> None:
+        """Nothing to do: the counts are live."""
+
+
+class ObservedPolicy:
+    """Counts a policy's evictions, and repeats its last turn while nothing has changed that it decides from.
+
+    The scheduler looks every quarter of a second while a model waits for memory; most of those looks see no change.
+    """
+
+    def __init__(self, policy: Policy, counts: EventCounts) -> None:
+        self._policy = policy
+        self._counts = counts
+        self._fleet: FleetSnapshot | None = None  # the same object while nothing changes
+        self._state: object = None
+        self._turn = Turn()
+        self._valid_until = -math.inf
+
+    def as_policy(self) -> Policy:
+        return Policy(self._next_turn, self._upkeep)
+
+    def _next_turn(self, view: View) -> Turn:
+        busy = frozenset(key for key, use in view.uses.items() if use.in_flight)
+        state = view.waiting, busy, view.bars
+        if view.fleet is not self._fleet or state != self._state or view.now >= self._valid_until:
+            self._turn = self._policy.next_turn(view)
+            self._fleet, self._state = view.fleet, state
+            self._valid_until = min(_moments(view, self._turn), default=math.inf)
+            self._count(view, self._turn.loads)
+        return self._turn
+
+    def _upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
+        steps = self._policy.upkeep(view, profiles)
+        self._count(view, [plan for plan, _ in steps.loads])
+        return steps
+
+    def _count(self, view: View, plans: Sequence[Plan]) -> None:
+        for plan in plans:
+            for each in plan.displacement.evictions:
+                model_id, use = each.resident.key[0], view.use(*each.resident.key)
+                self._counts.evictions[model_id] += 1
+                if use.in_flight or view.now - use.last_used < RECENT_SECS:
+                    self._counts.hot_evictions[model_id] += 1
+
+
+def _moments(view: View, turn: Turn) -> Iterator[float]:
+    """When the passing of time alone may change a decision."""
+    rules = view.rules
+    moments = [] if turn.wake_at is None else [turn.wake_at]
+    for waiting in view.waiting.values():
+        moments += [waiting.since + rules.patience_secs, waiting.since + rules.starvation_secs]
+    moments += [backoff.until for backoff in view.bars.values()]
+    for (model, _), use in view.uses.items():
+        profile = view.catalogue.profile(model)
+        own = None if profile is None else profile.min_residency_secs
+        moments.append(use.loaded_at + (rules.min_residency_secs if own is None else own))
+        moments.append(max(use.last_used, use.loaded_at) + rules.pause_secs)
+    return (moment for moment in moments if moment > view.now - SETTLE_SECS)
+
+
+class Simulation:
+    """Owns the parts of a simulated cortex. Create and run it on a `VirtualTimeLoop`."""
+
+    def __init__(self, simulated: SimulatedFleet, trace: Sequence[Ask], policy: Policy, name: str) -> None:
+        self.requests = [Request(number, ask.model, rounded_up(ask.at), ask.secs) for number, ask in enumerate(trace)]
+        self.counts = EventCounts()
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._catalogue = simulated.catalogue
+        file, clock = simulated.file, self._loop.time
+        self._timeout_secs = file.serving.timeout_secs
+        live = LiveConfig(
+            CortexConfig(
+                placement=file.placement,
+                cold_load=ColdLoadSettings(timeout_secs=self._timeout_secs),
+                waiting=WaitingSettings(per_model=len(trace) + 1, total=len(trace) + 1),
+            ),
+            simulated.catalogue,
+        )
+        self._worker = SimulatedWorker()
+        self._totals = CountTotals()
+        self._totals.attach(self._worker)
+        self.fleet = Fleet([(node.name, f"http://{node.name}") for node in file.nodes], unhealthy_after=1, clock=clock)
+        self._memory = MemoryUse(sum(gpu.vram_total_mb for node in file.nodes for gpu in node.gpus))
+        self.neurons = {
+            node.name: SimulatedNeuron(node, simulated, self.fleet, self._memory_changed) for node in file.nodes
+        }
+        self._demand = Demand(self._totals, clock=clock)
+        self.fleet.on_route_change(self._loaded_elsewhere)
+        self._queue = AdmissionQueue(live=live, clock=clock)
+        self._loader = Loader(
+            fleet=self.fleet,
+            live=live,
+            clients=self.neurons,
+            watches=self.neurons,
+            counts=self._totals,
+            metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
+            settle_routes=self._worker.refresh,
+            state=StateFile(),
+            clock=clock,
+        )
+        self._scheduler = Scheduler(
+            live=live,
+            fleet=self.fleet,
+            loader=self._loader,
+            demand=self._demand,
+            backoffs=Backoffs(clock),
+            queue=self._queue,
+            clock=clock,
+            policy=ObservedPolicy(policy, self.counts).as_policy(),
+        )
+        self._ends: dict[Key, asyncio.TimerHandle] = {}
+        self._tasks = TaskSet()
+        self._unfinished = len(self.requests)
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> Outcome:
+        """Plays the trace until its last request has ended."""
+        try:
+            await first_of(
+                {
+                    "finished": self._finished,
+                    "scheduler": self._scheduler.run(),
+                    "replicas": self._scheduler.keep_up(),
+                    "routes": self._publish(),
+                    "arrivals": self._arrivals(),
+                }
+            )
+            return self._outcome()
+        finally:
+            await self._tasks.close()
+            await self._scheduler.close()
+            await self._loader.close()
+
+    def _outcome(self) -> Outcome:
+        by_model: defaultdict[str, list[Request]] = defaultdict(list)
+        for request in self.requests:
+            by_model[request.model].append(request)
+        for neuron in self.neurons.values():
+            self.counts.loads.update(neuron.loads)
+        loaded, in_use = self._memory.shares(self._loop.time())
+        return Outcome(
+            policy=self._name,
+            total=figures(self.requests, self.counts, [profile.id for profile in self._catalogue.models]),
+            by_model={model: figures(by_model[model], self.counts, [model]) for model in sorted(by_model)},
+            secs=self._loop.time(),
+            vram_loaded_pct=loaded,
+            vram_in_use_pct=in_use,
+        )
+
+    async def _publish(self) -> None:
+        """Tells the scheduler of changed routes, as the resolver does."""
+        with self.fleet.route_changes() as changes:
+            while True:
+                self._scheduler.routes_changed(sorted(await changes.next()))
+
+    def _loaded_elsewhere(self, models: set[str]) -> None:
+        self._demand.routes_changed(models, self.fleet.snapshot())
+
+    def _memory_changed(self, more_mb: int) -> None:
+        self._memory.change(self._loop.time(), held_mb=more_mb)
+
+    async def _arrivals(self) -> None:
+        for request in self.requests:
+            await asyncio.sleep(request.at - self._loop.time())
+            if not self._serve(request):
+                _ = self._tasks.spawn(self._wait(request), name=f"request {request.number}")
+        await self._finished
+
+    async def _wait(self, request: Request) -> None:
+        """A cold request: waits for its model, as the resolver does."""
+        request.cold = True
+        self._demand.arrived(request.model)
+        until = request.at + self._timeout_secs
+        try:
+            with self._queue.ticket(request.model, self._scheduler.retry_after) as ticket:
+                self._scheduler.want(request.model)
+                while True:
+                    await ticket.news(within_secs=until - self._loop.time())
+                    if self._serve(request):
+                        return
+                    self._scheduler.want(request.model)
+        except (ServiceError, asyncio.TimeoutError):
+            self._finish(request)
+        except Exception as error:  # noqa: BLE001 - a bug ends the simulation, which would wait for this request otherwise
+            self._finished.set_exception(error)
+
+    def _serve(self, request: Request) -> bool:
+        """False when no engine can serve the model now.
+
+        Raises:
+            ServiceError: the model cannot be served.
+        """
+        match decide(request.model, self._catalogue, self.fleet.snapshot(), self._totals.in_flight):
+            case Serve(nodes):
+                key = request.model, nodes[0]
+            case Refuse(error):
+                raise error
+            case _:
+                return False
+        engine = self._engine(key)
+        request.begun = self._loop.time()
+        if not engine.in_flight:
+            self._memory.change(request.begun, working_mb=engine.booked_mb)
+        engine.begin(request, request.begun)
+        self._worker.requests.add(key)
+        self._expect_end(key)
+        return True
+
+    def _expect_end(self, key: Key) -> None:
+        """Sets the timer for the engine's next end; a request that begins before moves it."""
+        timer = self._ends.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        when = self._engine(key).next_end()
+        if when is not None:
+            self._ends[key] = self._loop.call_at(when, self._end, key)
+
+    def _end(self, key: Key) -> None:
+        engine = self._engine(key)
+        request = engine.end_next(self._loop.time())
+        self._worker.requests.remove(key)
+        self._expect_end(key)
+        if not engine.in_flight:
+            self._memory.change(self._loop.time(), working_mb=-engine.booked_mb)
+        self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        request.ended = self._loop.time()
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._finished.set_result(None)
+
+    def _engine(self, key: Key) -> Engine:
+        return self.neurons[key[1]].engines[key[0]]
+
+
+def simulate(
+    simulated: SimulatedFleet, trace: Sequence[Ask], policy: str, loop: VirtualTimeLoop | None = None
+) -> Outcome:
+    """Plays a trace under the policy of that name; `loop` is one made for this call."""
+
+    async def play() -> Outcome:
+        return await Simulation(simulated, trace, POLICIES[policy], policy).run()
+
+    return run_in_virtual_time(play(), loop)

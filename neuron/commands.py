@@ -1,0 +1,144 @@
+"""What the commands of `neuron` do: serve, discover and estimate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from neuron.api.app_keys import SERVICES
+from neuron.app import build_app
+from neuron.config import DEFAULT_HARNESS, NeuronConfig
+from neuron.engine.state_dir import StateDirError
+from neuron.estimate.estimator import estimate_of
+from neuron.estimate.options import with_options
+from neuron.estimate.reply import reply_of
+from neuron.estimate.reply import table_of as estimate_table
+from neuron.gpu.discovery import discovery_of, topology_source
+from neuron.gpu.discovery_table import table_of as discovery_table
+from neuron.gpu.simulated import resolve_devices
+from neuron.harness.checks import CheckedConfig, spec_of
+from neuron.harness.registry import HARNESSES
+from neuron.spec import EngineSpec
+from shared.command_line import fail
+from shared.errors import InvalidRequest, ServiceError
+from shared.logs import configure_logging
+from shared.protocol import Discovery, EstimateReply
+from shared.serve import ListenError, Site, bind, serve_until_stopped
+from shared.settings import SettingsError, load_settings
+
+log = logging.getLogger("neuron")
+
+
+def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None) -> int:
+    """Serves until told to stop; the exit status. `fd` is a bound socket to listen on, `lifeline` a pipe whose end
+    stops the service."""
+    try:
+        config = _load_config(config_file)
+        configure_logging(config.log_level, config.log_format)
+        asyncio.run(_serve(config, fd, lifeline))
+    except (SettingsError, ListenError, StateDirError, ServiceError) as error:
+        fail("neuron", error)
+    return 0
+
+
+def run_discover(config_file: Path | None, *, as_json: bool) -> int:
+    """Prints this host's GPUs; the exit status: 0, also without a usable GPU. Without a file it asks NVML."""
+    try:
+        discovery = asyncio.run(_discover(_config_or_default(config_file)))
+    except (SettingsError, ServiceError) as error:
+        fail("neuron", error)
+    sys.stdout.write(discovery.model_dump_json(indent=2) + "\n" if as_json else discovery_table(discovery))
+    return 0
+
+
+def run_estimate(config_file: Path | None, model: str, options: Mapping[str, str], *, as_json: bool) -> int:
+    """Prints the memory that a model needs; the exit status: 0, also when it does not fit on this host. Without a file
+    it uses this host's GPUs and the engine's defaults."""
+    try:
+        reply = asyncio.run(_estimate(_config_or_default(config_file), model, options))
+    except (SettingsError, ServiceError) as error:
+        fail("neuron", error)
+    sys.stdout.write(reply.model_dump_json(indent=2) + "\n" if as_json else estimate_table(reply))
+    return 0
+
+
+def _config_or_default(path: Path | None) -> NeuronConfig:
+    return NeuronConfig() if path is None else _load_config(path)
+
+
+def _load_config(path: Path | None) -> NeuronConfig:
+    config = load_settings(CheckedConfig, path, env_prefix="NEURON_")
+    problems: list[str] = []
+    for number, command in enumerate(config.default_commands):
+        try:
+            spec_of(command, harnesses=config.harness_names)
+        except InvalidRequest as error:
+            problems.append(f"default_models[{number}].{error.message}")
+    if config.simulate is not None:
+        try:
+            resolve_devices(config.simulate, host=config.name or "")
+        except SettingsError as error:
+            problems += error.problems
+    if problems:
+        raise SettingsError([f"{path or 'configuration'}: {problem}" for problem in problems])
+    return config
+
+
+async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> None:
+    site = _site(config, fd)
+    name = config.name or socket.gethostname()
+    host = f"[{config.host}]" if ":" in config.host else config.host
+
+    def kill_engines() -> None:
+        if SERVICES in site.app:
+            site.app[SERVICES].workers.kill_all_now()
+
+    await serve_until_stopped(
+        [site],
+        drain_timeout_secs=config.drain_timeout_secs,
+        lifeline=lifeline,
+        on_ready=lambda: log.info("neuron %s listening on http://%s:%d", name, host, site.port),
+        on_forced_exit=kill_engines,
+    )
+
+
+def _site(config: NeuronConfig, fd: int | None) -> Site:
+    if fd is None:
+        sock = bind(config.host, config.port)
+    else:
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise ListenError(f"--fd {fd} is not a socket: {error.strerror}") from error
+        sock.setblocking(False)
+    return Site(build_app(config, port=int(sock.getsockname()[1])), sock)
+
+
+async def _discover(config: NeuronConfig) -> Discovery:
+    source = topology_source(config, config.state_directory(config.port) / "vram")
+    try:
+        return await discovery_of(config, source, instance_id=None)
+    finally:
+        await source.close()
+
+
+async def _estimate(config: NeuronConfig, name: str, options: Mapping[str, str]) -> EstimateReply:
+    estimator = HARNESSES[DEFAULT_HARNESS].estimator
+    if estimator is None:
+        raise InvalidRequest(f"the harness {DEFAULT_HARNESS!r} estimates no memory")
+    settings = config.harness_settings(DEFAULT_HARNESS)
+    spec = EngineSpec(model_id=name, harness=DEFAULT_HARNESS, source=name, args=tuple(settings.extra_args))
+    served = with_options(replace(estimator.options_of(spec), tensor_parallel=None), options)
+    source = topology_source(config, config.state_directory(config.port) / "vram")
+    try:
+        topology = await source.discover()
+    finally:
+        await source.close()
+    made = await estimate_of(estimator, spec, topology, {**os.environ, **settings.env}, served)
+    return reply_of(name, made)

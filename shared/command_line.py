@@ -1,0 +1,56 @@
+"""What the `cortex` and `neuron` command lines have in common."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+
+class CommandGroup(TyperGroup):
+    """Commands return their exit status. Ctrl-C ends one with 130, a closed output pipe with 1, both without a word."""
+
+    def invoke(self, ctx: Any) -> int:
+        try:
+            status = int(super().invoke(ctx) or 0)
+            sys.stdout.flush()  # here rather than at interpreter exit, so that a closed pipe is handled below
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # as with `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        raise typer.Exit(status)
+
+
+def command_line(description: str) -> typer.Typer:
+    """An application without commands. Its help is plain text and its failures plain tracebacks."""
+    return typer.Typer(
+        cls=CommandGroup,
+        help=description,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+def run_command(app: typer.Typer, program: str, argv: Sequence[str] | None) -> int:
+    """Runs the command that `argv` names (default: the process's arguments).
+
+    Returns:
+        The exit status; 2 when the arguments are wrong.
+    """
+    try:
+        app(None if argv is None else list(argv), prog_name=program)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def fail(program: str, error: object) -> NoReturn:
+    """Ends the command with status 1 and `program: error` on standard error."""
+    print(f"{program}: {error}", file=sys.stderr)
+    raise typer.Exit(1)

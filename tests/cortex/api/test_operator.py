@@ -1,0 +1,90 @@
+"""Operator actions: the same drain as an eviction, and every node's result."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.seed_neuron import SeedNeuron
+
+MODEL = {"id": "org/small", "vram_mb": 4000}
+
+
+class Gated:
+    """An engine answer that waits until the test opens it."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, _: web.Request) -> web.StreamResponse:
+        self.entered.set()
+        await self.gate.wait()
+        return web.json_response({"whole": True})
+
+
+async def unload(cortex: RunningCortex, **body: object) -> tuple[int, dict[str, object]]:
+    async with cortex.http.post(f"{cortex.url}/fleet/unload", json={"model": "org/small", **body}) as response:
+        return response.status, await response.json()
+
+
+async def chat(cortex: RunningCortex) -> tuple[int, object]:
+    async with cortex.chat("org/small") as response:
+        return response.status, await response.json()
+
+
+async def test_unload_waits_for_requests_in_flight(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    benjy.models, benjy.engine.answer = {"org/small": "loaded"}, (answer := Gated())
+    cortex = await start_cortex([benjy], [MODEL])
+    request = asyncio.create_task(chat(cortex))
+    await answer.entered.wait()
+    unloading = asyncio.create_task(unload(cortex))
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().leaving))
+    assert benjy.unloads == []
+    answer.gate.set()
+    assert await request == (200, {"whole": True})
+    status, body = await unloading
+    assert (status, body["results"]) == (200, [{"node": "benjy", "status": "unloaded"}])
+    assert benjy.unloads == ["org/small"]
+    assert not cortex.parts.fleet.snapshot().leaving
+
+
+async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    benjy.models, benjy.engine.answer = {"org/small": "loaded"}, (answer := Gated())
+    cortex = await start_cortex([benjy], [MODEL])
+    request = asyncio.create_task(chat(cortex))
+    await answer.entered.wait()
+    assert (await unload(cortex, drain=False))[0] == 200
+    assert benjy.unloads == ["org/small"]
+    answer.gate.set()
+    await request
+
+
+class Stubborn(SeedNeuron):
+    """Refuses to unload."""
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        return web.json_response({"error": "the engine does not exit"}, status=500)
+
+
+async def test_every_nodes_result_is_reported(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """One failure does not hide that the other node has unloaded the model."""
+    async with Stubborn("stubborn", 24000).running() as stubborn:
+        benjy.models = {"org/small": "loaded"}
+        stubborn.models = {"org/small": "loaded"}
+        cortex = await start_cortex([stubborn, benjy], [MODEL])
+        status, body = await unload(cortex)
+    error = body["error"]
+    assert isinstance(error, dict)
+    assert (status, error["code"]) == (502, "unload_failed")
+    assert error["results"] == [
+        {
+            "node": "stubborn",
+            "status": "failed",
+            "code": "unload_failed",
+            "error": "stubborn: the engine does not exit",
+        },
+        {"node": "benjy", "status": "unloaded"},
+    ]
+    assert benjy.unloads == ["org/small"]
