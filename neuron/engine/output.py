@@ -80,9 +80,9 @@ class EngineOutput:
         return self._ring.tail(lines - len(begun)) + begun
 
     @contextmanager
-    def listening(self) -> Iterator[Listener]:
+    def listening(self) -> Iterator[LineReader]:
         """A reader of what comes from now on, at its own pace."""
-        listener = Listener(self)
+        listener = LineReader(self)
         with self._telling(listener.take):
             yield listener
 
@@ -146,7 +146,7 @@ class EngineOutput:
             return
 
 
-class Listener:
+class LineReader:
     """Lines for one reader. One that falls 10,000 lines behind misses the oldest of them."""
 
     def __init__(self, output: EngineOutput) -> None:

@@ -24,7 +24,7 @@ class Event:
 
 
 @dataclass(eq=False)
-class Listener:
+class EventSubscriber:
     """One listener's events. One that lets `QUEUE_LIMIT` of them pile up is dropped: it starts over with a snapshot
     when it comes back, instead of holding memory here for ever."""
 
@@ -51,7 +51,7 @@ class EventHub:
     """Numbers events and hands each to every listener, without ever waiting for one."""
 
     def __init__(self) -> None:
-        self._listeners: set[Listener] = set()
+        self._listeners: set[EventSubscriber] = set()
         self.last_number = 0
 
     def publish(self, name: str, data: str) -> None:
@@ -61,9 +61,9 @@ class EventHub:
             listener.put(event)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[Listener]:
+    def listening(self) -> Iterator[EventSubscriber]:
         """A listener that gets everything published from now on."""
-        listener = Listener()
+        listener = EventSubscriber()
         self._listeners.add(listener)
         try:
             yield listener
