@@ -28,13 +28,13 @@ class HealthAnswer(Enum):
 
     WELL = "well"
     BAD = "bad"  # another status than 200
-    REFUSED = "refused"  # nobody listens, or the connection was cut
+    REFUSED = "refused"  # no listener, or the connection was cut
     SILENT = "silent"  # no answer in time
     UNASKED = "unasked"  # the question could not be put
 
 
 class Vitals:
-    """One engine's health and figures, while somebody waits in `until_bad`.
+    """One engine's health and figures, while `until_bad` runs.
 
     `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` nothing
     is known of its requests, and no hang is detected.

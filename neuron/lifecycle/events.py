@@ -1,4 +1,4 @@
-"""Changes, passed on to whoever listens as they happen."""
+"""Changes, passed on to listeners as they happen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Event:
 @dataclass(eq=False)
 class EventSubscriber:
     """One listener's events. One that lets `QUEUE_LIMIT` of them pile up is dropped: it starts over with a snapshot
-    when it comes back, instead of holding memory here for ever."""
+    when it comes back, instead of holding memory here indefinitely."""
 
     _queue: asyncio.Queue[Event | None] = field(default_factory=lambda: asyncio.Queue(QUEUE_LIMIT + 1))
     dropped: bool = False
