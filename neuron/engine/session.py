@@ -2,8 +2,8 @@
 
 An engine is started as the leader of a session of its own, and its helpers stay in it. The leader's pid is the
 session's id, and the kernel does not reuse that number while the leader is unreaped or a member lives. A process
-other than the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is seen,
-known by its start time. What proves it without a leader is the engine's id, which all its processes inherit in their
+other than the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is
+seen, known by its start time. Without a leader the proof is the engine's id, which all its processes inherit in their
 environment.
 """
 
