@@ -1,4 +1,4 @@
-"""Which model is not to be loaded where for a while, because it failed there. The one owner of these back-offs."""
+"""Back-offs: models that must not be loaded on a node for a while because a load failed there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cortex.placement.inputs import ANY_NODE, Backoff, Key
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
 PASSING_SECS = 1.0
-"""For a cause that goes by itself: a neuron that restarts, memory that somebody else was given a moment before."""
+"""For transient causes: the neuron is restarting, or another load just took the memory."""
 MAX_PASSING = 5
-"""In a row; a cause that lasts longer counts as the node's."""
+"""Consecutive transient failures; after that the node is at fault."""
 UNKNOWN_NODES = 2
-"""A load that failed for an unknown reason is tried on so many nodes; then it is taken to be the model's."""
+"""After unexplained failures on this many nodes, the model is considered at fault."""
 
 
 class Cause(str, Enum):
@@ -32,16 +32,16 @@ class Cause(str, Enum):
 @dataclass(frozen=True)
 class _Failure:
     bar: Backoff
-    count: int = 0  # in a row, but for what passed
-    passing: int = 0  # in a row, since the last that did not pass
-    cause: Cause = Cause.PASSING  # of the last that did not
+    count: int = 0  # consecutive, transient ones excluded
+    passing: int = 0  # consecutive, since the last one that was not transient
+    cause: Cause = Cause.PASSING  # of the last failure that was not transient
 
 
 _NONE = _Failure(Backoff(-math.inf, ""))
 
 
 class Backoffs:
-    """Failures by model and node. The pause after the first is 10 s, doubling to 5 min with each in a row."""
+    """Failures by model and node. The first pause is 10 s; it doubles with each consecutive failure, up to 5 min."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -64,7 +64,7 @@ class Backoffs:
         self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
 
     def succeeded(self, model_id: str, node: str) -> None:
-        """The model serves there: what went wrong there before is forgotten, and what was taken for its own fault."""
+        """The model is up on this node: forgets its failures there, and those blamed on the model itself."""
         self._failures.pop((model_id, node), None)
         self._failures.pop((model_id, ANY_NODE), None)
 
@@ -75,13 +75,13 @@ class Backoffs:
             self._failures[key] = replace(failure, bar=Backoff(-math.inf, failure.bar.reason), cause=Cause.NODE)
 
     def current(self) -> Mapping[Key, Backoff]:
-        """Those that hold now."""
+        """The back-offs in effect now."""
         now = self._clock()
         return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
 
     def _failed_on(self, model_id: str) -> set[str]:
-        """Where it failed of late for what may be its own fault. A load may take longer to fail than the bar of the one
-        before holds."""
+        """Nodes where the model recently failed, possibly through its own fault. Includes back-offs that just expired,
+        since a load may take longer to fail than the previous back-off lasts."""
         now = self._clock()
         return {
             node

@@ -1,4 +1,4 @@
-"""What is asked of which model: the one owner of when a model was last used, and how much it is wanted of late."""
+"""Demand for each model: when it was last used and how often it has been requested recently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cortex.placement.inputs import Key, Use
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
-"""Requests count less the older they are: by a factor of e for each such time."""
+"""Request counts decay with this time constant."""
 SAMPLE_SECS = 1.0
 
 
@@ -23,19 +23,19 @@ class Demand:
         self._counts = counts
         self._clock = clock
         self._begun: Mapping[Key, int] = {}
-        self._ended: dict[Key, int] = {}  # as the engines told last
+        self._ended: dict[Key, int] = {}  # as last reported by the engines
         self._last_used: dict[Key, float] = {}
         self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._pressed: dict[str, float] = {}
 
     def arrived(self, model_id: str, count: int = 1) -> None:
-        """Somebody asked for a model, whether or not it could be served at once."""
+        """Counts requests for a model, whether or not they could be served at once."""
         now = self._clock()
         self._wanted[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
 
     def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
-        """Takes in what the workers and the neurons' engines have counted since the last sample."""
+        """Adds what the workers and the engines have counted since the last sample."""
         now = self._clock()
         in_flight = self._taken_in(now)
         ended: dict[Key, int] = {}
@@ -50,7 +50,7 @@ class Demand:
         self._press(fleet, in_flight, replica_target, now)
 
     def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:
-        """Notes since when these models are loaded where they are."""
+        """Records when these models became loaded on each node."""
         now = self._clock()
         for model_id in models:
             before = self._loaded_at.pop(model_id, {})
@@ -59,8 +59,8 @@ class Demand:
                 self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
     def uses(self) -> dict[Key, Use]:
-        """How each model is used where it is loaded. Also a request that has come and gone since the last sample
-        counts: what was used a moment ago is not idle."""
+        """How each model is used on each node. Requests that came and went since the last sample count too: a model
+        used a moment ago is not idle."""
         in_flight = self._taken_in(self._clock())
         loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
@@ -69,17 +69,17 @@ class Demand:
         }
 
     def per_minute(self) -> dict[str, float]:
-        """Requests a minute by model, of late."""
+        """Recent requests per minute by model."""
         now = self._clock()
         return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
 
     @property
     def pressed(self) -> Mapping[str, float]:
-        """Since when each of a model's replicas has had more to do than the target."""
+        """Models whose replicas are over the load target, and since when."""
         return dict(self._pressed)
 
     def _taken_in(self, now: float) -> dict[Key, int]:
-        """What is in flight now, after whatever the workers have begun is noted as used."""
+        """Marks what the workers have begun as used, and returns what is in flight now."""
         begun = self._counts.begun()
         for key, count in begun.items():
             more = count - self._begun.get(key, 0)

@@ -1,4 +1,4 @@
-"""What a neuron is told when it shall load a model. Pure."""
+"""Builds the load command for a neuron. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from shared.protocol import LoadCommand
 
 
 def load_command(plan: Plan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
-    """The command for a plan. What sleeps there has its spec and its devices, and with others its neuron would not wake
-    it; so has a model that only neurons know. A seed neuron remembers nothing, and is told what it lists."""
+    """The command for a plan. A sleeping model, or one that only neurons know, is named by id alone: its neuron
+    remembers the spec and devices, and would not wake it with different ones. A protocol v1 neuron remembers nothing,
+    so the command repeats what it lists."""
     remembers = node.discovery is None or node.discovery.instance_id is not None
     if remembers and (plan.wakes or profile is None):
         return LoadCommand(model_id=plan.model_id)

@@ -1,5 +1,5 @@
-"""Carries plans out: those that make way are drained and sent away, then the model is loaded. One load of a model on a
-node at a time; it outlives whoever asked for it."""
+"""Executes plans: drains and evicts models where needed, then loads. At most one load per model and node; a load
+continues after the client that requested it has disconnected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 MAX_DRAIN_SECS = 3600.0
-"""What a neuron takes as `drain_secs`."""
+"""The largest `drain_secs` a neuron accepts."""
 DRAIN_POLL_SECS = 0.05
 
 
@@ -45,19 +45,19 @@ class NeuronCommands(Protocol):
 
 
 class Refreshable(Protocol):
-    """A neuron's poller, as far as a load needs it."""
+    """The part of a neuron's poller that a load needs."""
 
     async def refresh(self) -> None: ...
 
 
 class NotWanted(Exception):
-    """Nobody waits any more for a load that has displaced nobody yet."""
+    """The load is no longer wanted, and has evicted nothing yet."""
 
 
 @dataclass
 class Job:
-    """A load under way; `started` is Unix time. `phase` says what it is at. `needed`: not only for those who wait, but
-    for an operator, or to have enough replicas."""
+    """A load under way; `started` is Unix time and `phase` the current step. `needed`: an operator or the replica
+    target wants it, so it continues without waiting requests."""
 
     plan: Plan
     why: str
@@ -96,7 +96,7 @@ class Loader:
         state: StateFile,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle_routes` returns when every worker has the route table of now."""
+        """`settle_routes` returns when every worker has the current route table."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
@@ -116,7 +116,7 @@ class Loader:
 
     @property
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
-        """By model and node, what the last load took."""
+        """Duration of the last load, by model and node."""
         return self._state.load_secs
 
     def jobs(self) -> list[Job]:
@@ -129,9 +129,9 @@ class Loader:
     def start(
         self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]
     ) -> Job:
-        """Begins to carry a plan out, or joins the load that is under way there. What it takes, and who leaves for it,
-        is in the fleet's snapshot when this returns: the next decision may be made before the task has begun. `wanted`
-        is asked before anybody is sent away; `done` hears of the end, however it came."""
+        """Starts executing a plan, or joins the load already under way there. Its reservation and evictions are in the
+        fleet's snapshot when this returns, because the next decision may come before the task starts. `wanted` is
+        checked before each eviction; `done` is always called at the end."""
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
@@ -144,7 +144,7 @@ class Loader:
         return job
 
     async def close(self) -> None:
-        """Lets go of the loads; the neurons carry them on."""
+        """Stops following the loads; the neurons continue them."""
         await self._tasks.close()
 
     async def unload(self, key: Key, *, drain: bool) -> None:
@@ -172,12 +172,12 @@ class Loader:
         patient: Callable[[], bool] = lambda: True,
         if_idle: bool = False,
     ) -> None:
-        """Drains a model on a node and unloads it, or puts it to sleep where it can. It must be `leaving` already, and
-        is so until the caller says otherwise. With `if_idle` one that is to sleep stays when others use it.
+        """Drains a model on a node and unloads it, or puts it to sleep if supported. The caller marks it as `leaving`
+        beforehand and clears that afterwards. With `if_idle`, a model that should sleep stays if others use it.
 
         Raises:
-            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
-            NeuronLeft: nobody knows.
+            NotWanted: it was not asked to leave, or stays. NeuronRefused, NeuronUnreachable: it is still there.
+            NodeLeft, NeuronLeft: the outcome is unknown.
         """
         model_id, node = key
         await self._settle_routes()
@@ -185,7 +185,7 @@ class Loader:
             if not wanted():
                 raise NotWanted
             there = self._node(node)
-            if not there.healthy:  # its requests may hang for ever, and nothing can be loaded there
+            if not there.healthy:  # its requests may hang indefinitely, and nothing can be loaded there
                 raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
@@ -206,7 +206,7 @@ class Loader:
             await self._look_again(node)
 
     async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
-        """False when it does not sleep there. Raises NotWanted as `send_away`."""
+        """False if the model cannot sleep there. Raises NotWanted as `send_away`."""
         model_id, node = key
         try:
             await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
@@ -224,7 +224,7 @@ class Loader:
         try:
             await self._carry_out(job, wanted)
         except NotWanted:
-            log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
+            log.info("load of %s on %s abandoned: no request waits for it any more", job.model_id, job.node)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
         except LoadFailure as error:
@@ -233,7 +233,7 @@ class Loader:
         except (NeuronRefused, NeuronUnreachable) as error:
             failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
-        except Exception as error:  # whoever waits must hear of the end, also of one that nobody has thought of
+        except Exception as error:  # waiting requests must be told about unexpected failures too
             failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
             log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
@@ -253,10 +253,10 @@ class Loader:
 
     @contextlib.asynccontextmanager
     async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
-        """Sends all of them away, which are given with whether they sleep now. Inside the body their memory can be
-        booked: they are gone, or their neuron says that it ends them. It promises memory of what it ends, and whoever
-        asks later, another cortex perhaps, finds it taken. After the body none of them is on its way out any more.
-        Where one does not go, those stay that have not been asked yet.
+        """Evicts these models; the values say whether each is asleep now. Inside the body their memory can be booked:
+        they are gone, or their neuron reports that it is stopping them. (A neuron books the memory of a model that is
+        stopping for the first load that asks, which may be another cortex's.) After the body, all evictions have
+        ended. If one fails, the models not asked yet stay.
 
         Raises, before the body: as `send_away`.
         """
@@ -287,13 +287,13 @@ class Loader:
 
     async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
         await self.send_away(key, sleep=sleep, wanted=wanted)
-        self._fleet.stay(key)  # it may come back at once, where there is room beside the newcomer
+        self._fleet.stay(key)  # it may be loaded again at once if both fit
 
     async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
         model_id, name = key
 
         def ending(node: NodeSnapshot) -> bool:
-            # A seed neuron promises nothing: there it has to be gone.
+            # A protocol v1 neuron books no memory in advance: the model must be gone.
             return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
 
         await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
@@ -304,7 +304,7 @@ class Loader:
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
         asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
-        # One that is to wake is called asleep until it begins to, and when it cannot: only the answer tells.
+        # A waking model is listed as asleep until it starts, and also if it fails: only the reply tells.
         wait = (asleep and plan.wakes) or not self._is_ours(plan.node)
         try:
             if asleep and not plan.wakes:
@@ -312,16 +312,16 @@ class Loader:
             reply = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
         except NeuronRefused as refused:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
-                await self._look_again(plan.node)  # it knows something that we do not
+                await self._look_again(plan.node)  # our view of it is out of date
                 raise failure_of(plan, refused) from refused
-            # Somebody else's load, begun a moment ago: no failure, but a thing to wait for.
+            # Another client has just started this load: wait for it instead of failing.
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
             raise LoadFailure(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
-                self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
+                self._count_as_loading(plan)  # its event has not arrived yet, so our view predates the load
             await self._look_again(plan.node)
             await self._until_loaded(plan)
         took = self._clock() - started
@@ -337,7 +337,7 @@ class Loader:
         self._fleet.tell(plan.node, view)
 
     async def _until_loaded(self, plan: Plan) -> None:
-        """Waits while the model is on its way up on the node."""
+        """Waits until the model is no longer loading on the node."""
 
         def settled(node: NodeSnapshot) -> bool:
             return not (node.healthy and node.has_coming(plan.model_id))
@@ -379,5 +379,5 @@ class Loader:
         return profile is not None and profile.when_idle == "sleep"
 
     def _is_ours(self, node: str) -> bool:
-        """Seed neurons have no instance id, and know no more than the six requests."""
+        """False for a protocol v1 neuron: it has no instance id and supports only the six basic requests."""
         return self._node(node).instance is not None

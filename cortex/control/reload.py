@@ -1,4 +1,4 @@
-"""Takes another configuration up while everything runs: read, checked, and only the difference applied."""
+"""Reloads the configuration at runtime: reads and validates it, then applies only the differences."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from shared.settings import SettingsError
 log = logging.getLogger(__name__)
 
 LOOK_SECS = 1.0
-"""How often it is looked whether the files have changed. One that has is read when it is the same for so long, since it
+"""How often the files are checked for changes. A changed file is read once it has been stable for this long, since it
 may be written in pieces."""
 
 
 class Reloader:
-    """Reads the files again when they have changed, or when it is asked to."""
+    """Reads the files again when they change or on request."""
 
     def __init__(self, files: ConfigurationFiles, parts: Parts, asked: asyncio.Event) -> None:
-        """`asked` is set by whoever wants the files read now."""
+        """Setting `asked` requests a reload now."""
         self._files = files
         self._parts = parts
         self._asked = asked
         self._warned: frozenset[str] = frozenset()
 
     async def watch_loop(self) -> None:
-        """Waits for changes and for whoever asks, for ever."""
+        """Reloads on each change or request. Never returns."""
         ended = threading.Event()
         looking = threading.Thread(
             target=self._look, args=(asyncio.get_running_loop(), ended), name="configuration files", daemon=True
@@ -49,7 +49,7 @@ class Reloader:
             ended.set()
 
     def _look(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
-        """In a thread of its own: a file on a network's file system that hangs must not hang cortex."""
+        """Runs in its own thread: a hanging network file system must not block cortex."""
         last: tuple[Stamp, ...] | None = None
         while not ended.wait(LOOK_SECS):
             stamps = self._files.stamps()
@@ -59,7 +59,7 @@ class Reloader:
             last = stamps
 
     async def reload(self) -> None:
-        """Takes up what the files say. With a mistake in them nothing changes, and `live.error` says why."""
+        """Applies the files. If they are invalid, nothing changes and `live.error` says why."""
         live = self._parts.live
         try:
             found, warnings = await asyncio.to_thread(self._compare, live.config, live.catalogue)
@@ -76,7 +76,7 @@ class Reloader:
             self._apply(found)
 
     def _compare(self, config: CortexConfig, catalogue: Catalogue) -> tuple[Difference, list[str]]:
-        """Off the event loop: a large catalogue takes a moment."""
+        """Runs off the event loop: a large catalogue takes a moment to read."""
         new_config, new_catalogue = self._files.read()
         warnings = configuration_warnings(new_config, new_catalogue, self._files.path)
         return difference(config, catalogue, new_config, new_catalogue), warnings
@@ -88,7 +88,7 @@ class Reloader:
         self._parts.fleet.look_again()
 
     def _apply(self, found: Difference) -> None:
-        """In one go, so that nobody sees half of it."""
+        """Runs without awaiting, so that no task sees a partial change."""
         parts, config = self._parts, found.config
         parts.fleet.configure(
             [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -105,7 +105,7 @@ class Reloader:
 
 
 def warn_of_absent(state: StateFile, fleet: Fleet) -> None:
-    """Names the drained neurons that the configuration does not."""
+    """Warns of drained neurons that are not in the configuration."""
     absent = sorted(set(state.drained) - fleet.snapshot().nodes.keys())
     if absent:
         log.warning("drained, and no neuron of the configuration (`cortex resume` forgets it): %s", ", ".join(absent))

@@ -1,5 +1,5 @@
-"""Decides, again and again, what is to be loaded where and what makes way: the planner's functions over the present
-state, and their steps given to the loader."""
+"""Decides continuously what to load where and what to evict: runs the planner on the current state and passes its steps
+to the loader."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from shared.tasks import TaskSet, timeout
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECS = 0.25
-"""While somebody waits for memory, figures that change by themselves (a poll's) are looked at this often at most."""
+"""Minimum interval between checks for memory freed without an event, while requests wait."""
 
 PAUSE_PER_LOOK = 4
-"""Times as long as a look took nothing is looked at again: a large fleet that changes all the time takes no more than a
-fifth of cortex's time for those who wait."""
+"""The pause after a planning round, as a multiple of its duration: in a large, busy fleet planning takes at most a
+fifth of cortex's time."""
 
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
 RETIRE_AGAIN_SECS = 60.0
-"""A model that its neuron did not let go is not asked to leave again before: each time it is away for a moment."""
+"""How long to wait before retrying a failed retirement: the model takes no requests during each attempt."""
 RETRY_AFTER_SECS = 10.0
-"""For a model of which nobody knows how long its load takes."""
+"""For models whose load time is unknown."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ PLANNER = Policy(next_turn, upkeep)
 
 
 class Scheduler:
-    """The one place where loads and displacements are begun."""
+    """The only place that starts loads and evictions."""
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class Scheduler:
         self._clock = clock
         self._policy = policy
         self._needs_mb: dict[str, int] = {}
-        self._awaited: set[Key] = set()  # on their way by somebody else's doing, while requests wait for them
+        self._awaited: set[Key] = set()  # loads that others started and our requests wait for
         self._retiring: set[Key] = set()
         self._turn = Turn()
         self._wake = asyncio.Event()
         self._tasks = TaskSet()
 
     def view(self) -> View:
-        """The present moment, for planning."""
+        """The current state, for planning."""
         return View(
             now=self._clock(),
             catalogue=self._live.catalogue,
@@ -104,7 +104,7 @@ class Scheduler:
         )
 
     def want(self, model_id: str) -> None:
-        """Somebody has begun to wait for a model, or waits on: what can be done for it is begun at once."""
+        """A request waits for a model: starts what can be started for it at once."""
         coming = self._fleet.snapshot().coming(model_id)
         if coming is not None:
             self._await_others(model_id, coming.name)
@@ -113,8 +113,8 @@ class Scheduler:
             self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
-        """Begins what can be begun for those who wait, and tells those who cannot be served. Nothing as long as there
-        are neurons of which nobody knows yet what they have."""
+        """Starts loads for waiting requests, and refuses those that cannot be served. Does nothing until every neuron
+        has been polled once."""
         if not self._queue.models:  # a view costs something, and the fleet changes all the time
             self._turn = Turn()
             return
@@ -128,7 +128,7 @@ class Scheduler:
             self._queue.refuse(model_id, error)
 
     def retry_after(self, model_id: str) -> float:
-        """Seconds until the model should be there, as far as can be told."""
+        """Estimated seconds until the model is loaded."""
         job = self._loader.job(model_id)
         fleet, now = self._fleet.snapshot(), self._clock()
         node = fleet.coming(model_id)
@@ -141,15 +141,15 @@ class Scheduler:
         return RETRY_AFTER_SECS
 
     def job(self, model_id: str) -> Job | None:
-        """Our load of this model, when one is under way."""
+        """Our load of this model, if one is under way."""
         return self._loader.job(model_id)
 
     def note(self, model_id: str) -> str | None:
-        """What a model that is not being loaded yet waits for, in words."""
+        """Why a model is not being loaded yet, as text."""
         return self._turn.notes.get(model_id)
 
     async def run(self) -> None:
-        """Looks whenever there may be something to do, for ever."""
+        """Plans whenever there may be something to do. Never returns."""
         while True:
             began = self._clock()
             self.look()
@@ -157,10 +157,10 @@ class Scheduler:
             await self._something_to_do()
 
     async def keep_up(self) -> None:
-        """Samples the demand and keeps, adds and removes replicas, for ever."""
+        """Samples the demand and adds and removes replicas. Never returns."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
-            await self._fleet.surveyed()  # a replica may be where nobody has looked yet
+            await self._fleet.surveyed()  # a replica may be on a node not polled yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
@@ -172,7 +172,7 @@ class Scheduler:
                     self._retire(retirement)
 
     def routes_changed(self, models: Iterable[str]) -> None:
-        """These models may be served elsewhere now, or not, or may have failed."""
+        """These models may have moved, become available or failed."""
         fleet = self._fleet.snapshot()
         for model_id in models:
             for node in fleet.holders(model_id):
@@ -183,11 +183,11 @@ class Scheduler:
         self._wake.set()
 
     def load(self, model_id: str, node_name: str | None) -> Job | None:
-        """An operator's load, on a neuron or wherever it goes best: begun at once, in spite of a back-off and without
-        waiting for a turn. None when it is on its way there by somebody else's doing.
+        """Starts an operator's load at once, on the named neuron or on the best one, ignoring back-offs and the queue.
+        None if another client is already loading it there.
 
         Raises:
-            ServiceError: there is no place for it.
+            ServiceError: it cannot be placed.
         """
         self._backoffs.lift(model_id)
         view = self.view()
@@ -242,8 +242,8 @@ class Scheduler:
         return job
 
     def _better_place(self, plan: Plan) -> bool:
-        """Whether the model could be loaded now without waiting for anybody's requests, while those that make way for
-        `plan` still have some."""
+        """Whether the model could now be loaded without waiting for requests to finish, while the models that `plan`
+        evicts are still busy."""
         view = self.view()
         going = [each.resident.key for each in plan.displacement.evictions]
         if not any(view.use(*key).in_flight for key in going):
@@ -270,7 +270,7 @@ class Scheduler:
         if failure.no_room:
             if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:
                 self._needs_mb[job.model_id] = failure.needs_mb
-            if self._planned_anew(job):  # somebody was faster: the present figures say so, too
+            if self._planned_anew(job):  # another load took the memory first, as our current figures confirm
                 cause = Cause.PASSING
         self._backoffs.failed(job.model_id, job.node, cause, str(failure))
 
@@ -283,13 +283,13 @@ class Scheduler:
         return not isinstance(found, Plan) or found.rank != job.plan.rank
 
     def _learn(self, node: NodeSnapshot, model_id: str) -> None:
-        """What the neuron booked for a model whose catalogue entry does not say."""
+        """Records the memory the neuron booked for a model whose catalogue entry gives none."""
         profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
         if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
             self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
     def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
-        """A load that somebody else began, for which requests of ours wait, may fail as well."""
+        """Tracks loads that others started and our requests wait for: they may fail too."""
         key, view = (model_id, node.name), node.models[model_id]
         if node.has_coming(model_id):
             if self._queue.count(model_id):
@@ -308,7 +308,7 @@ class Scheduler:
             self._awaited.add((model_id, node))
 
     def _failed_profile(self, view: View, model_id: str, node_name: str | None) -> ModelProfile | None:
-        """For an operator: a model that only neurons know is loaded again although it failed there."""
+        """For an operator: a model known only to neurons may be loaded again after a failure."""
         known = [
             node
             for node in view.fleet.holders(model_id)
@@ -326,7 +326,7 @@ class Scheduler:
         key = retirement.model_id, retirement.node
         if key not in self._retiring:
             self._retiring.add(key)
-            self._fleet.leave(key)  # here, and not in the task: the next decision may be made before it has begun
+            self._fleet.leave(key)  # not in the task: the next decision may come before it starts
             task = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
             task.add_done_callback(lambda _: self._retiring.discard(key))
 
@@ -338,7 +338,7 @@ class Scheduler:
                 key, sleep=retirement.sleep, wanted=lambda: not self._queue.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
-            log.info("%s stays on %s: somebody asks for it", *key)
+            log.info("%s stays on %s: requests are waiting for it", *key)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
@@ -349,7 +349,7 @@ class Scheduler:
         await asyncio.sleep(again_secs)
 
     async def _something_to_do(self) -> None:
-        """Returns when somebody waits, or may have become able to be served."""
+        """Returns when a request starts waiting or may have become servable."""
         if not self._turn.notes:
             await self._wake.wait()
         else:

@@ -1,4 +1,4 @@
-"""The neurons that are watched: for each a client, a watch, and the two loops that keep the watch going."""
+"""The watched neurons: a client, a watch and two background loops for each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Follows the configuration. `clients` and `watches` hold, by name, those of the present neurons, and are changed
-    in place: whoever keeps them sees every change."""
+    """Follows the configuration. `clients` and `watches` hold the current neurons by name. They are changed in place,
+    so references to them stay current."""
 
     def __init__(self, pool: EnginePool, fleet: Fleet) -> None:
         self.clients: dict[str, NeuronClient] = {}
@@ -31,9 +31,8 @@ class Membership:
         self._tasks = TaskSet()
 
     def configure(self, entries: Iterable[NeuronEntry], poll: PollSettings) -> set[str]:
-        """Watches these neurons from now on, which the fleet must know; those that stay as they are go on undisturbed.
-        The names of those that are gone, or at another endpoint, or have another token: what they have told holds no
-        more."""
+        """Watches exactly these neurons, which the fleet must know already; unchanged ones are left alone. Returns the
+        names of those removed or given another endpoint or token: what they reported is no longer valid."""
         wanted = {entry.name: entry for entry in entries}
         others = {name for name, entry in self._entries.items() if wanted.get(name) != entry}
         for name in others:
@@ -46,7 +45,7 @@ class Membership:
         return others
 
     async def close(self) -> None:
-        """Ends all watching."""
+        """Stops watching all neurons."""
         await self._tasks.close()
         for name in list(self._entries):
             self._end(name, left=False)
@@ -65,7 +64,7 @@ class Membership:
         ]
 
     def _end(self, name: str, *, left: bool) -> None:
-        """`left` False: the neuron is still one of ours, and loads that it was asked for go on."""
+        """`left` False: the neuron stays in the configuration, and its loads continue."""
         del self._entries[name]
         client, watch, loops = self.clients.pop(name), self.watches.pop(name), self._loops.pop(name)
         if left:

@@ -1,4 +1,4 @@
-"""What cortex asks of one neuron, with the failures sorted: out of reach, or refused with a reason."""
+"""Calls to one neuron. A failed call means either unreachable, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVENT_SILENCE_SECS = 30.0
 IDLE_SECS = 30.0
 """How long a connection to a neuron is kept between two polls."""
 UPTIME_SLACK_SECS = 1.0
-"""How far a neuron's uptime may be from what it was and the time since, and still tell nothing new."""
+"""How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
 _UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 _MODELS = TypeAdapter(list[ModelView])
@@ -52,14 +52,14 @@ class NeuronUnreachable(Exception):
 
 
 class NeuronLeft(Exception):
-    """The neuron has left the configuration while it was asked; it goes on with what it was asked for."""
+    """The neuron left the configuration during the call; it still carries out the command."""
 
 
 class NeuronRefused(Exception):
-    """An answer that is an error, or not the protocol's; `status` is its HTTP status.
+    """An error response, or one that breaks the protocol; `status` is its HTTP status.
 
-    `cause` is whose doing a failed load is, a word of `shared.protocol.FailureCause`, and `devices` are the figures of
-    the devices that had no room for it: None and empty where the neuron does not say, as those of the seed never do.
+    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `devices` are the devices that lacked
+    memory. They are None and empty if the neuron does not say; protocol v1 neurons never do.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class _KnownHealth(NamedTuple):
 
 
 class NeuronClient:
-    """Typed calls to one neuron. Deadlines are the caller's, but for connecting."""
+    """Typed calls to one neuron. Callers set the deadlines, except for connecting."""
 
     def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
         self.name = entry.name
@@ -111,7 +111,7 @@ class NeuronClient:
         return await self._get("/discovery", Discovery)
 
     async def health(self) -> NeuronHealth:
-        """The same object as before while nothing but the uptime has changed, as it does in every answer."""
+        """Returns the previous object if only the uptime has changed."""
         body = (await self._answer("GET", "/health", self._ask_health, b"")).body
         uptime = _UPTIME.search(body)
         rest, started = body, 0.0
@@ -127,7 +127,7 @@ class NeuronClient:
         return health
 
     async def models(self) -> Sequence[ModelView]:
-        """The same object as before while nothing has changed."""
+        """Returns the previous object if nothing has changed."""
         body = (await self._answer("GET", "/models", self._ask_models, b"")).body
         if self._models is None or self._models[0] != body:
             try:
@@ -150,7 +150,7 @@ class NeuronClient:
         try:
             answer = await self._command(path, command, timeout_secs)
         except NeuronRefused as refused:
-            # Seed neurons answer 400, ours 409, to a load of what they have already: for us that is success.
+            # Already loaded counts as success. Protocol v1 neurons report it with 400, ours with 409.
             if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
                 raise
             return LoadReply(status=ModelStatus.LOADED.value)
@@ -160,19 +160,18 @@ class NeuronClient:
             return LoadReply(status=ModelStatus.LOADED.value)
 
     def leave(self) -> None:
-        """The neuron has left the configuration: nobody waits any more for what it was told to do. It carries that
-        on."""
+        """The neuron has left the configuration: stops waiting for its commands, which it still carries out."""
         for call in self._commands:
             call.cancel()
 
     async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
-        """Returns when the model's process is gone. A neuron of ours lets it finish what others have sent it, for at
+        """Returns when the model's process is gone. Our neurons let it finish other clients' requests first, for at
         most `drain_secs`. Raises as `load`."""
         path = f"/models/unload?drain_secs={drain_secs:g}" if drain_secs else "/models/unload"
         await self._command(path, UnloadCommand(model_id=model_id), timeout_secs)
 
     async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
-        """Returns when the model sleeps. Raises as `load`; NeuronRefused also from a neuron that knows no sleep."""
+        """Returns when the model sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
         await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
 
     async def endpoint(self, model_id: str) -> EndpointReply:
@@ -209,8 +208,8 @@ class NeuronClient:
             raise NeuronRefused(200, f"{self.name}: {path} is not the protocol's: {_first(error)}") from error
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
-        """Tells the neuron to do something that may take long. Raises as `load`."""
-        # What is asked of the neuron's memory is the model's id and nothing else.
+        """Sends a command that may take long. Raises as `load`."""
+        # A bare command sends only the model id: the neuron remembers the rest.
         bare = isinstance(body, LoadCommand) and body.bare
         data = body.model_dump(mode="json", exclude_defaults=bare)
         call = asyncio.create_task(
@@ -244,10 +243,10 @@ class NeuronClient:
         return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
 
     async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> NeuronAnswer:
-        """An answer that is no error."""
+        """Returns the answer; raises if it is an error."""
         context = f"{self.name}: {method} {path}"
         try:
-            # A load is not sent twice: a kept connection that breaks does not tell whether it was heard.
+            # Never send a load twice: when a kept connection breaks, the neuron may already have received it.
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
             raise NeuronRefused(error.status, f"{context}: {error}") from error
@@ -256,7 +255,7 @@ class NeuronClient:
             OSError,
             UnicodeError,
             asyncio.TimeoutError,
-        ) as error:  # UnicodeError: a host that is no name
+        ) as error:  # UnicodeError: an invalid host name
             raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
         if 300 <= answer.status < 400:
             raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
@@ -269,14 +268,14 @@ class NeuronClient:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError):
             pass
-        try:  # Python's parser lets more pass that some neuron may send: NaN, bytes that are no text
+        try:  # Python's parser also accepts what some neurons send: NaN, invalid UTF-8
             return json.loads(body.decode("utf-8", "replace")) if body else None
         except (ValueError, RecursionError) as error:
             raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
 
 
 def _with_known(data: Any, known: _KnownHealth) -> Any:
-    """The data with those entries that are as they were replaced by what was made of them then."""
+    """The data with unchanged entries replaced by the objects already parsed from them."""
     if not isinstance(data, dict) or not isinstance(known.data, dict):
         return data
     kept = {}
@@ -290,7 +289,7 @@ def _with_known(data: Any, known: _KnownHealth) -> Any:
 
 
 def _header_value(text: str) -> bytes:
-    """Raises ValueError for what would end the header."""
+    """Raises ValueError for control characters."""
     if any(ord(character) < 32 for character in text.strip()):
         raise ValueError("a token must not have line breaks or other control characters")
     return text.strip().encode()
@@ -308,7 +307,7 @@ def reachable_url(url: str, neuron_url: str) -> str:
     """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
 
     Raises:
-        ValueError: `url` is no absolute http URL.
+        ValueError: `url` is not an absolute http URL.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -322,8 +321,8 @@ def reachable_url(url: str, neuron_url: str) -> str:
 
 
 def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
-    """True when the neuron is on this very host by a name or another family of addresses: then the engine's own
-    loopback address is as good, and the neuron's may be one that the engine does not listen on."""
+    """True if the neuron is on this host under a name or another address family. The engine's own loopback address then
+    works, while it may not listen on the neuron's."""
     if not _is_local(neuron_host) or _is_wildcard(engine_host):
         return False
     try:
@@ -350,7 +349,7 @@ def _is_local(host: str) -> bool:
 
 
 def _refusal(status: int, text: str, context: str) -> NeuronRefused:
-    """Understands our envelope, a flat `{"error": "text"}`, and anything else as text."""
+    """Parses our error envelope or a flat `{"error": "text"}`; treats anything else as text."""
     try:
         error = json.loads(text).get("error")
     except (ValueError, AttributeError):

@@ -15,20 +15,20 @@ from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool
 
 MAX_ANSWER_BYTES = 16 << 20
-"""Of a whole answer. One entry of `/models` is about half a KiB."""
+"""Limit for one answer. An entry of `/models` takes about half a KiB."""
 
 OnEvent = Callable[[str, Any], None]
 
 
 class NeuronAnswer(NamedTuple):
-    """A whole answer, its body without the framing."""
+    """A complete answer, its body without the framing."""
 
     status: int
     body: bytes
 
 
 class AnswerTooLarge(Exception):
-    """There is more of it than MAX_ANSWER_BYTES; `status` is its HTTP status."""
+    """The answer exceeds MAX_ANSWER_BYTES; `status` is its HTTP status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
@@ -36,7 +36,7 @@ class AnswerTooLarge(Exception):
 
 
 class NoEventStream(Exception):
-    """Something else answers; `status` is its HTTP status."""
+    """The response is not an event stream; `status` is its HTTP status."""
 
     def __init__(self, status: int) -> None:
         super().__init__("no event stream")
@@ -44,11 +44,11 @@ class NoEventStream(Exception):
 
 
 class _Stale(Exception):
-    """The neuron closed a kept connection at this very moment, as it may."""
+    """The neuron closed a kept connection just as it was reused."""
 
 
 class _Exchange:
-    """Implements `engine.Exchange`; subclasses say what becomes of the body. `outcome` is done at its end."""
+    """Implements `engine.Exchange`; subclasses handle the body. `outcome` is set when the exchange ends."""
 
     def __init__(self, head: bytes, body: bytes) -> None:
         self._request = head, body
@@ -65,11 +65,11 @@ class _Exchange:
             self._send(kept)
 
     def leave(self) -> None:
-        """Nobody waits any more: a connection that is still at work is closed."""
+        """The caller stopped waiting: closes a connection still in use."""
         if not self.outcome.done():
             self.outcome.cancel()
         elif not self.outcome.cancelled():
-            self.outcome.exception()  # looked at, so that it is not reported as never retrieved
+            self.outcome.exception()  # retrieved, so that asyncio does not report it
         if self._connection is not None:
             self._connection.abandon()
             self._connection = None
@@ -102,7 +102,7 @@ class _Exchange:
         connection.send(self, *self._request)
 
     def _fail(self, error: Exception) -> None:
-        """Whoever waits closes the connection: it must not be done in its own calls."""
+        """Only records the error: the waiter closes the connection, which must not happen in its own callbacks."""
         if not self.outcome.done():
             self.outcome.set_exception(error)
 
@@ -144,16 +144,16 @@ class _Events(_Exchange):
         try:
             for name, event in self._reader.feed(data):
                 self._on_event(name, event)
-        except Exception as error:  # noqa: BLE001 - told to whoever waits; a connection has nobody to tell
+        except Exception as error:  # noqa: BLE001 - passed on to the waiter
             self._fail(error)
 
 
 async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b"", *, again: bool) -> NeuronAnswer:
-    """The answer to one request. `again` True: it may be sent twice, so that a kept connection can be tried.
+    """The answer to one request. `again` True: it may be sent twice, so a kept connection can be used.
 
     Raises:
-        OSError: no answer, or not the whole of it (asyncio.TimeoutError: no connection within the pool's time).
-        AnswerTooLarge: there is too much of it.
+        OSError: no answer, or an incomplete one (asyncio.TimeoutError: no connection within the pool's time).
+        AnswerTooLarge: the answer is too large.
     """
     kept = pool.take(address) if again else None
     while True:
@@ -172,10 +172,10 @@ async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEv
     """Calls `on_event` with the name and the JSON data of each event, as it comes, until the stream ends.
 
     Raises:
-        NoEventStream: something else answers.
+        NoEventStream: the response is not an event stream.
         OSError: the connection is lost.
         asyncio.TimeoutError: nothing came for `silence_secs`; told within twice that time.
-        ValueError: what comes is no event stream.
+        ValueError: the data is not an event stream.
     """
     exchange = _Events(head, on_event)
     try:

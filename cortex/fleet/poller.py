@@ -1,6 +1,6 @@
-"""Watches every neuron: a poll loop with its own deadline and an event listener for each, none waiting for another.
+"""Watches every neuron with its own poll loop and event listener, independent of the others.
 
-While a neuron's events flow, they tell of its models, and a poll asks for its health alone.
+While events arrive they report model changes, and a poll requests only `/health`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 EVENTS_RETRY_SECS = 1.0
 NO_EVENTS_RETRY_SECS = 300.0
-"""A neuron without `/events` may be upgraded: asked again rarely, and whenever it is a new process."""
+"""How often to retry `/events` on a neuron without it, besides after each restart: it may be upgraded."""
 FULL_EVERY = 15
-"""Of so many polls one asks for the models although their events flow: whatever went wrong there heals."""
+"""One poll in this many requests the models even while events arrive, to recover from lost events."""
 MEASURED_POLLS = 2
-"""So many polls ask for the models after a change: what it takes of the devices is measured a moment later."""
+"""This many polls request the models after a change: the neuron measures device memory a moment later."""
 MOMENTS = 200
-"""Of an interval, at which polls begin: a few together cost less than as many wake-ups."""
+"""Polls start at this many points of an interval: grouping them saves wake-ups."""
 _GOLDEN = 0.6180339887498949
-_TURN = 0.97  # of an interval: what comes sooner after a miss is out of turn
+_TURN = 0.97  # of an interval: a poll sooner than this after a miss is out of turn
 
 
 def moment(position: int, interval_secs: float) -> float:
@@ -70,7 +70,7 @@ class NodeWatch:
         self._active: frozenset[str] = frozenset()  # models that the last health spoke of
 
     async def poll_loop(self) -> None:
-        """Polls for ever."""
+        """Polls at every interval. Never returns."""
         loop = asyncio.get_running_loop()
         await self.poll()
         while True:
@@ -95,7 +95,7 @@ class NodeWatch:
         await asyncio.shield(self._polling)
 
     async def _poll_here(self) -> None:
-        """As `poll`, without the cost of a task, for who polls all the time."""
+        """As `poll`, without the cost of a task, for the poll loop."""
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
             return
@@ -107,15 +107,14 @@ class NodeWatch:
                 polled.set_result(None)
 
     async def refresh(self) -> None:
-        """A poll that begins after this call, of the models too: what happened before it is seen, also when the event
-        that tells of it is still under way."""
+        """Polls, models included, starting after this call: sees earlier changes whose event has not arrived."""
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
         self._full = max(self._full, 1)
         await self.poll()
 
     def use(self, settings: PollSettings) -> None:
-        """Other settings, for the polls that begin from now on."""
+        """Sets the settings for polls that start from now on."""
         sooner = settings.interval_secs < self._settings.interval_secs
         self._settings = settings
         if sooner:  # spread out again: the pause that runs may be a long one
@@ -123,7 +122,7 @@ class NodeWatch:
             asyncio.get_running_loop().call_later(delay, self.nudge)
 
     def retire(self) -> None:
-        """Tells the fleet nothing from now on: another watch may do so, or the neuron has left the configuration."""
+        """Stops updating the fleet: another watch took over, or the neuron left the configuration."""
         self._retired = True
 
     async def finished(self) -> None:
@@ -137,7 +136,7 @@ class NodeWatch:
             await cancel_all([self._polling])
 
     def nudge(self) -> None:
-        """Lets the poll loop poll now instead of after its pause."""
+        """Makes the poll loop poll now instead of after its pause."""
         self._wake.set()
 
     async def _poll_once(self) -> None:
@@ -153,8 +152,8 @@ class NodeWatch:
         self._full = max(self._full, 1)  # it may have been due in the poll that failed
 
     def _miss(self, reason: str) -> None:
-        """Polls also come out of turn, when an event stream ends or an engine is not found: those misses say nothing
-        that the last one did not, and a neuron that restarts has the whole of `unhealthy_after` intervals."""
+        """Ignores misses of extra polls (an event stream ended, an engine was not found) right after another miss, so
+        that a restarting neuron gets the full `unhealthy_after` intervals."""
         if self._retired:
             return
         now = self._clock()
@@ -163,7 +162,7 @@ class NodeWatch:
             self._fleet.miss(self.name, reason)
 
     async def _ask(self) -> None:
-        """Health; models unless events tell of them; discovery once for each process, and when it comes back."""
+        """Requests health, models unless events report them, and discovery once per process and after recovery."""
         started = self._clock()
         if self._retired:
             return
@@ -184,7 +183,7 @@ class NodeWatch:
         self._fleet.observe(self.name, started=started, health=health, models=models, discovery=discovery)
 
     def _models_due(self, health: NeuronHealth) -> bool:
-        """Also when the engines that the health speaks of are others: an event may have been lost."""
+        """Also true if health lists different engines than before: an event may have been lost."""
         active = frozenset(entry.id for entry in health.models)
         due = not self._listening or self._full > 0 or self._lean + 1 >= FULL_EVERY or active != self._active
         self._active = active
@@ -218,7 +217,7 @@ class NodeWatch:
                 for item in data if isinstance(data, list) else data["models"]:
                     self._fleet.tell(self.name, ModelView.model_validate(item))
                 self._listening = True
-                self._full = 1  # what is not listed any more is not in it
+                self._full = 1  # the snapshot does not name removed models
             elif name == "model":
                 view = ModelView.model_validate(data)
                 known = self._fleet.node(self.name).models.get(view.id)

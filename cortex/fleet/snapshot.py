@@ -1,4 +1,4 @@
-"""An immutable picture of the fleet: what every decision is made from."""
+"""An immutable snapshot of the fleet, the input of every decision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class NodeSnapshot:
-    """What is known of one neuron. `discovery` is None until it has answered once."""
+    """What is known about one neuron. `discovery` is None until it has answered once."""
 
     name: str
     endpoint: str
@@ -47,12 +47,12 @@ class NodeSnapshot:
 
     @property
     def instance(self) -> str | None:
-        """The neuron's process, None when it does not tell them apart."""
+        """Identifies the neuron's process; None if the neuron does not report it."""
         return None if self.discovery is None else self.discovery.instance_id
 
     @cached_property
     def devices(self) -> list[Device]:
-        """The devices that can be used: neurons place nothing on one that is lost or in MIG mode."""
+        """Usable devices: not lost and not in MIG mode."""
         every = [] if self.discovery is None else self.discovery.devices
         return [device for device in every if device.lost is None and not device.mig_mode]
 
@@ -66,8 +66,8 @@ class NodeSnapshot:
         return tuple(sorted((_room_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
 
     def room_mb(self, devices: int) -> int | None:
-        """MiB that so many devices have to give, each; None when there are fewer. What loads under way will take, and
-        what sleeping models want back, is not taken off."""
+        """MiB available on each of the `devices` roomiest devices; None if there are fewer. Does not subtract what
+        loads under way and sleeping models will need."""
         return self._rooms_mb[devices - 1] if devices <= len(self._rooms_mb) else None
 
     @cached_property
@@ -79,12 +79,12 @@ class NodeSnapshot:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
     def working_on(self, model_id: str) -> int:
-        """Requests that the model's engine has by the node's last report, for whomever."""
+        """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
 
     def has_coming(self, model_id: str) -> bool:
-        """Whether the model is on its way up here."""
+        """Whether the model is being loaded here."""
         status = self.status_of(model_id)
         return status is not None and status.coming
 
@@ -101,7 +101,7 @@ def _room_mb(device: Device, live: DeviceHealth | None) -> int:
 
 
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
-    """The models for which it matters to a request that `before` became `after`. Most polls bring none."""
+    """Models whose routing is affected by the change from `before` to `after`. Usually none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
         return {*before.models, *after.models}
     changed: set[str] = set()
@@ -119,14 +119,14 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
 
 @dataclass(frozen=True)
 class FleetSnapshot:
-    """All neurons by name, in the order of the configuration, the loads under way, and what makes way for them."""
+    """All neurons by name, in the order of the configuration, the loads under way and the models leaving."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
-    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they make way, and get nothing new
-    index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
+    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they get no new requests
+    index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: computed on demand
     topology: object = None
-    """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
+    """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
@@ -147,8 +147,8 @@ class FleetSnapshot:
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
     def serving(self, model_id: str) -> list[NodeSnapshot]:
-        """The neurons whose engine may get a request for the model now. A draining one gets none while another can
-        serve; with nobody else its model still answers. One that makes way gets none."""
+        """The neurons that may get a request for the model now. A draining one is used only if no other can serve; one
+        from which the model is leaving is never used."""
         loaded = [
             node
             for node in self.holders(model_id)
@@ -159,14 +159,14 @@ class FleetSnapshot:
         return [node for node in loaded if not node.draining] or loaded
 
     def coming(self, model_id: str) -> NodeSnapshot | None:
-        """A healthy neuron on which the model is on its way up."""
+        """A healthy neuron that is loading the model."""
         for node in self.holders(model_id):
             if node.healthy and node.has_coming(model_id):
                 return node
         return None
 
     def load_of(self, model_id: str) -> Reservation | None:
-        """What is promised to a load of the model that is under way, None when there is none."""
+        """The reservation of a load of the model that is under way, if any."""
         return next((each for each in self.reservations if each.model_id == model_id), None)
 
     @property
@@ -175,5 +175,5 @@ class FleetSnapshot:
         return list(self._holders)
 
     def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
-        """The fleet as it is once this load has begun, for which others make way."""
+        """The fleet after this load has started and these models are leaving."""
         return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))

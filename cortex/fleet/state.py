@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class NodeLeft(Exception):
-    """The neuron is in the configuration no more."""
+    """The neuron is no longer in the configuration."""
 
 
 class RouteChanges:
-    """Collects the models whose routes may have changed, for one listener. Polls that bring nothing of the kind leave
-    it asleep: a thousand neurons give five hundred answers a second."""
+    """Collects the models whose routes may have changed, for one listener. Other polls do not wake it: a thousand
+    neurons send five hundred answers a second."""
 
     def __init__(self) -> None:
         self._models: set[str] = set()
@@ -45,8 +45,8 @@ class RouteChanges:
 
 
 class Fleet:
-    """Reduces observations to a state; every change has a version and wakes whoever waits for it. What is observed of a
-    neuron that has left the configuration is passed over."""
+    """Reduces observations to a state; every change increments the version and wakes waiters. Observations of neurons
+    that left the configuration are ignored."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Fleet:
         # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
         # less and must not undo it.
         self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
-        self._unseen = set(self._nodes)  # no poll of them was answered or missed yet
+        self._unseen = set(self._nodes)  # not polled yet
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
         self._changed: asyncio.Future[None] | None = None
@@ -84,7 +84,7 @@ class Fleet:
         return self._version
 
     def snapshot(self) -> FleetSnapshot:
-        """The present state; the same object until something changes."""
+        """The current state; the same object until something changes."""
         if self._snapshot is None:
             self._snapshot = FleetSnapshot(
                 MappingProxyType(dict(self._nodes)),
@@ -96,7 +96,7 @@ class Fleet:
         return self._snapshot
 
     def node(self, name: str) -> NodeSnapshot:
-        """The present state of one neuron: much cheaper than a snapshot of all."""
+        """The current state of one neuron; much cheaper than a snapshot of all."""
         return self._nodes[name]
 
     def position(self, name: str) -> int:
@@ -112,10 +112,10 @@ class Fleet:
         return self._version
 
     async def until(self, name: str, condition: Callable[[NodeSnapshot], bool]) -> NodeSnapshot:
-        """Waits until the condition holds of a neuron. Only a change of that neuron has it looked at again.
+        """Waits until the condition holds for a neuron. Checked again only when that neuron changes.
 
         Raises:
-            NodeLeft: it is in the configuration no more.
+            NodeLeft: it is no longer in the configuration.
         """
         while True:
             node = self._nodes.get(name)
@@ -129,7 +129,7 @@ class Fleet:
 
     @contextlib.contextmanager
     def route_changes(self) -> Iterator[RouteChanges]:
-        """Hears, inside the body, of the models that may now be served elsewhere, or not, or no longer."""
+        """Inside the body, collects the models whose routes may have changed."""
         changes = RouteChanges()
         self._route_changes.append(changes)
         try:
@@ -138,16 +138,16 @@ class Fleet:
             self._route_changes.remove(changes)
 
     def on_route_change(self, listener: Callable[[set[str]], None]) -> None:
-        """Calls `listener` with such models at the very moment of the change."""
+        """Calls `listener` synchronously with the models whose routes may have changed."""
         self._route_listeners.append(listener)
 
     @property
     def is_surveyed(self) -> bool:
-        """Whether each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        """Whether every neuron has answered or missed a poll. Until then, model locations are unknown."""
         return not self._unseen
 
     async def surveyed(self) -> None:
-        """Waits for that."""
+        """Waits until `is_surveyed`."""
         version = self._version
         while self._unseen:
             version = await self.changed_since(version)
@@ -155,8 +155,8 @@ class Fleet:
     def configure(
         self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
     ) -> None:
-        """The neurons are these from now on, in this order; arguments as above. One that stays keeps all that is known
-        of it, also at another endpoint: mostly that is the same neuron by another name, and the next poll tells."""
+        """Replaces the list of neurons; arguments as above. A neuron that stays keeps its state, even at a new
+        endpoint: usually it is the same neuron under another address, and the next poll will tell."""
         before = self._nodes
         self._unhealthy_after = unhealthy_after
         self._nodes = {}
@@ -180,7 +180,7 @@ class Fleet:
         self._tell_routes({model_id for name in left for model_id in before[name].models})
 
     def look_again(self) -> None:
-        """Something that is shown together with the fleet has changed: whoever follows it is to look again."""
+        """Something shown with the fleet has changed: wakes its followers."""
         self._touch()
 
     def observe(
@@ -192,8 +192,8 @@ class Fleet:
         models: Iterable[ModelView] | None,
         discovery: Discovery | None,
     ) -> None:
-        """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
-        answer that brings nothing new changes nothing: nobody is woken."""
+        """A poll that began at `started` was answered. None keeps the known models or discovery. If nothing
+        changed, no waiter is woken."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -220,7 +220,7 @@ class Fleet:
         )
 
     def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, ModelView]:
-        """What a poll lists, but for models that something newer has told of."""
+        """The models of a poll, except those with newer reports."""
         told = self._told[node.name] = {m: when for m, when in self._told[node.name].items() if when > started}
         merged = {view.id: view for view in models if view.id not in told}
         merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
@@ -241,7 +241,7 @@ class Fleet:
         self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason))
 
     def tell(self, name: str, view: ModelView) -> None:
-        """A neuron reported a model outside a poll (an event, a finished load): it counts at once."""
+        """A neuron reported a model outside a poll (an event, a finished load): takes effect at once."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -268,7 +268,7 @@ class Fleet:
         devices: Iterable[int],
         endpoint: EndpointReply | None = None,
     ) -> None:
-        """A load ended well: the entry counts as loaded at once, without waiting for the next poll."""
+        """A load succeeded: the model counts as loaded at once, without waiting for the next poll."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -301,11 +301,11 @@ class Fleet:
         self._touch()
 
     def leave(self, key: tuple[str, str]) -> None:
-        """A model (id, node) makes way for another: it gets nothing new until `stay`."""
+        """A model (id, node) is being evicted: it gets no new requests until `stay`."""
         self._set_leaving(self._leaving | {key}, key[0])
 
     def stay(self, key: tuple[str, str]) -> None:
-        """It has made way, or need not any more."""
+        """The eviction is finished or cancelled."""
         self._set_leaving(self._leaving - {key}, key[0])
 
     def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:
@@ -334,7 +334,7 @@ class Fleet:
         self._tell_routes(affected)
 
     def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
-        """Makes the holders true for one neuron."""
+        """Updates the holders for one neuron."""
         holders = dict(self._holders)
         for model_id in models:
             known = holders.get(model_id, ())

@@ -1,4 +1,4 @@
-"""What outlives a cortex: one small file that says which neurons are drained and how long loads took."""
+"""State that survives a restart: a small file with the drained neurons and load times."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 NAME = "state.json"
 WRITE_AFTER_SECS = 2.0
-"""What changes within so long is written once."""
+"""Changes within this time are written together."""
 TRY_AGAIN_SECS = 10.0
 
 Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _State(BaseModel):
-    """The file. Memory of loads is by model and neuron, in seconds."""
+    """The file's contents. Load times are by model and neuron, in seconds."""
 
     version: Literal[1]
     drained: list[str] = []
@@ -35,15 +35,15 @@ class _State(BaseModel):
 
 
 class StateFile:
-    """Owns the file and what is in it. A file that cannot be read is put aside, one that cannot be written is warned of
-    once: neither keeps anybody from being served.
+    """Owns the file and its contents. An unreadable file is moved aside; a failed write is logged once. Neither affects
+    serving.
 
-    `problem` is why what is kept in memory is not in the file, None when it is.
+    `problem` says why the file is out of date; None if it is current.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Reads what an earlier cortex left in the directory, which is made when there is something to keep. None:
-        nothing outlives this process. Blocks."""
+        """Reads the state an earlier cortex left in the directory, which is created on the first write. None: nothing
+        is kept. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
         self._load_secs: dict[str, dict[str, float]] = {}
@@ -58,7 +58,7 @@ class StateFile:
 
     @property
     def drained(self) -> Collection[str]:
-        """Names of the neurons that an operator has drained, also of those that no configuration names now."""
+        """Names of drained neurons, including those no longer in the configuration."""
         return frozenset(self._drained)
 
     def set_drained(self, name: str, drained: bool) -> None:
@@ -68,7 +68,7 @@ class StateFile:
 
     @property
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
-        """How long loading a model took on a neuron, by both, in seconds."""
+        """Load times in seconds, by model and neuron."""
         return self._load_secs
 
     def set_load_secs(self, model_id: str, node: str, secs: float) -> None:
@@ -76,7 +76,7 @@ class StateFile:
         self._touch()
 
     async def write_loop(self) -> None:
-        """Writes changes a moment after they came, for ever."""
+        """Writes changes after a short delay. Never returns."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(WRITE_AFTER_SECS)
@@ -86,11 +86,11 @@ class StateFile:
                 self._changed.set()
 
     async def flush(self) -> None:
-        """Writes what is not written yet, now. The caller's leaving does not stop it."""
+        """Writes pending changes now. Cancelling the caller does not stop the write."""
         await asyncio.shield(self._tasks.spawn(self._write_changes(), name="state file"))
 
     async def close(self) -> None:
-        """Writes what is left, and lets others have the file."""
+        """Writes pending changes and releases the lock."""
         await self.flush()
         await self._tasks.close()
         if self._lock is not None:
@@ -136,7 +136,7 @@ class StateFile:
             self.problem = problem
 
     def _write(self, directory: Path, data: bytes) -> str | None:
-        """Puts a new file in the place of the old one: whoever reads has one of the two. The reason when it cannot."""
+        """Replaces the file atomically. Returns the reason if that fails."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(directory)
@@ -146,8 +146,8 @@ class StateFile:
         return None
 
     def _take(self, directory: Path) -> None:
-        """Only one cortex writes: two would undo each other's changes. Taken with the first write and not at the start,
-        when the cortex before this one may still be finishing its answers."""
+        """Takes the lock: two writers would undo each other's changes. Taken on the first write rather than at startup,
+        when the previous cortex may still be finishing its requests."""
         if self._lock is not None:
             return
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -84,7 +84,7 @@ async def test_models_that_only_a_neuron_knows(
 
 
 async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """Somebody made it fit by hand: it can be asked for."""
+    """It was made to fit by hand, so it can be requested."""
     benjy.models["org/huge"] = "loaded"
     cortex = await start_cortex([benjy], [HUGE])
     entry = (await listed(cortex))["org/huge"]
@@ -136,7 +136,7 @@ async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron,
 async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """404 in the envelope."""
     cortex = await start_cortex([benjy], [SMALL])
-    async with cortex.http.get(f"{cortex.url}/v1/models/nobody/knows") as response:
+    async with cortex.http.get(f"{cortex.url}/v1/models/org/unknown") as response:
         assert response.status == 404
         assert (await response.json())["error"]["code"] == "model_not_found"
 
@@ -148,4 +148,4 @@ async def test_openai_client_reads_the_list(start_cortex: StartCortex, benjy: Se
         assert [model.id async for model in client.models.list()] == ["org/small"]
         assert (await client.models.retrieve("org/small")).owned_by == "cortex"
         with pytest.raises(openai.NotFoundError):
-            await client.models.retrieve("nobody/knows")
+            await client.models.retrieve("org/unknown")

@@ -78,7 +78,7 @@ def test_all_queue_together_are_bounded() -> None:
 
 
 def test_a_seat_that_is_given_up_is_the_next_ones() -> None:
-    """After an error as well: whoever leaves takes nothing with him."""
+    """A ticket is released after an error too."""
     queue = _queue(per_model=1, total=1)
     for _ in range(3):
         with pytest.raises(RuntimeError), queue.ticket("m"):
@@ -106,7 +106,7 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
 
 
 def test_a_room_has_been_waited_in_since_its_first() -> None:
-    """As long as somebody is there; an empty room forgets."""
+    """While requests wait; an empty queue forgets."""
     clock = Clock()
     queue = _queue(clock=clock)
     first = queue.ticket("m")
@@ -121,7 +121,7 @@ def test_a_room_has_been_waited_in_since_its_first() -> None:
 
 
 async def test_news_wake_all_who_wait_for_the_model() -> None:
-    """And nobody else."""
+    """And no others."""
     queue = _queue()
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.news("m")

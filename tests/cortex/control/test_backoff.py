@@ -1,4 +1,4 @@
-"""For how long a model is not tried again where it failed, by a clock of the test's own."""
+"""How long a model is not retried after a failure, on a manual clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cortex.control.backoff import MAX_PASSING, Backoffs, Cause
 
 
 class Clock:
-    """Seconds, turned by hand."""
+    """A manual clock, in seconds."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,7 +42,7 @@ def _pauses(bars: Backoffs, clock: Clock, causes: Iterable[Cause], node: str = "
 
 @pytest.mark.parametrize("cause", [Cause.NODE, Cause.MODEL, Cause.UNKNOWN])
 def test_pauses_double_to_five_minutes(bars: Backoffs, clock: Clock, cause: Cause) -> None:
-    """10 s, 20 s, ... 300 s; for ever, if need be."""
+    """10 s, 20 s, ... 300 s, and 300 s from then on."""
     assert _pauses(bars, clock, [cause] * 8) == [10, 20, 40, 80, 160, 300, 300, 300]
     assert _pauses(bars, clock, [cause] * 2000)[-1] == 300
 
@@ -60,7 +60,7 @@ def test_the_models_fault_bars_it_everywhere(bars: Backoffs) -> None:
 
 
 def test_an_unknown_fault_is_tried_on_one_node_more(bars: Backoffs) -> None:
-    """Then it is taken to be the model's."""
+    """After that the model is considered at fault."""
     bars.failed("m", "a", Cause.UNKNOWN, "exit 1")
     assert list(bars.current()) == [("m", "a")]
     bars.failed("m", "b", Cause.UNKNOWN, "exit 1")
@@ -98,7 +98,7 @@ def test_a_model_that_failed_everywhere_does_so_until_it_serves(bars: Backoffs, 
 
 
 def test_what_passes_is_tried_again_soon_and_nobody_is_told(bars: Backoffs, clock: Clock) -> None:
-    """A restart, a lost race: 1 s each. What lasts longer is no such thing, and is the node's."""
+    """A restart, a lost race: 1 s each. If it keeps failing, the node is at fault."""
     assert _pauses(bars, clock, [Cause.PASSING] * MAX_PASSING) == [1] * MAX_PASSING
     bars.failed("m", "a", Cause.PASSING, "again")
     (bar,) = bars.current().values()

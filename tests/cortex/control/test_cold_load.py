@@ -1,4 +1,4 @@
-"""Loading on request, against neurons that speak only the seed protocol."""
+"""Loading on request, against protocol v1 neurons."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_single_device_models_are_sent_null_tensor_parallel(
 
 
 async def test_fifty_first_requests_cause_one_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """However many ask at once, the neuron is asked once and everybody is served."""
+    """Concurrent requests cause a single load, and all are served."""
     benjy.load_gate.clear()
     cortex = await start_cortex([benjy], [SMALL])
     asks = [asyncio.create_task(_status(cortex.chat("org/small"))) for _ in range(50)]
@@ -95,7 +95,7 @@ async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
 async def test_model_outside_the_catalogue_is_loaded_with_the_remembered_spec(
     start_cortex: StartCortex, benjy: SeedNeuron
 ) -> None:
-    """A model that only a seed neuron knows is asked for with what the neuron lists of it."""
+    """A model known only to a protocol v1 neuron is loaded with what the neuron lists for it."""
     benjy.models["own/model"] = "unloaded"
     cortex = await start_cortex([benjy], [])
     async with cortex.chat("own/model") as response:
@@ -128,7 +128,7 @@ async def test_operator_joins_the_load_of_a_request(
 async def test_model_on_its_way_is_waited_for(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, status: str
 ) -> None:
-    """A load that somebody else started counts: nothing is placed elsewhere, nothing is loaded twice."""
+    """A load started by another client counts: nothing is placed elsewhere or loaded twice."""
     beast.models["org/small"] = status
     cortex = await start_cortex([beast, benjy], [SMALL])
     ask = asyncio.create_task(_status(cortex.chat("org/small")))
@@ -152,7 +152,7 @@ async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: 
 
 @pytest.mark.parametrize("status", [400, 409])
 async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: SeedNeuron, status: int) -> None:
-    """A seed neuron answers 400 'already loaded' to a load of what it has: served, not failed."""
+    """A protocol v1 neuron answers 400 'already loaded' for a loaded model: served, not failed."""
     benjy.load_error = status, {"error": "model org/small is already loaded"}
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     benjy.models["org/small"] = "loaded"
@@ -280,7 +280,7 @@ async def _status(request: object) -> int:
 
 
 async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) -> None:
-    """It may still be falling asleep: that its neuron calls it asleep meanwhile is no failure of the load."""
+    """The model may still be falling asleep: being listed as asleep meanwhile does not fail the load."""
     async with RawNeuron().running() as neuron:
         neuron.change("org/small", "sleeping")
 

@@ -77,7 +77,7 @@ def attached(counts: CountTotals) -> Worker:
 def test_a_request_between_two_samples_is_seen_by_whoever_looks(
     demand: Demand, counts: CountTotals, clock: Moment
 ) -> None:
-    """A model that was used half a second ago is not one that has been idle for ever."""
+    """A model that was used half a second ago is not idle."""
     worker = attached(counts)
     sample(demand)
     clock.now += 0.5

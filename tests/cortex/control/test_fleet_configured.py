@@ -26,7 +26,7 @@ def poll(fleet: Fleet, name: str, *models: str) -> None:
 
 
 def test_those_that_stay_are_the_same_objects() -> None:
-    """Nothing known of them is lost, whoever comes or goes beside them."""
+    """Their state is kept when other neurons come or go."""
     fleet = fleet_of("a", "b")
     poll(fleet, "a", "m")
     before = fleet.snapshot()

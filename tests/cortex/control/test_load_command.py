@@ -1,4 +1,4 @@
-"""What a neuron is told when it shall load a model, case by case."""
+"""The load command sent to a neuron, case by case."""
 
 from __future__ import annotations
 

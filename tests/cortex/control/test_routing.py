@@ -34,8 +34,8 @@ def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] =
         (fleet(a("loaded"), b()), Serve(("a",))),
         (fleet(a("loaded"), b("loaded")), Serve(("a", "b"))),
         (fleet(a("loaded", draining=True), b("loaded")), Serve(("b",))),
-        (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # nobody else has it
-        (fleet(a("loaded"), b("loaded"), leaving=(("m", "a"),)), Serve(("b",))),  # what makes way gets nothing new
+        (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # no other neuron has it
+        (fleet(a("loaded"), b("loaded"), leaving=(("m", "a"),)), Serve(("b",))),  # a leaving model gets no new requests
         (fleet(a("loading"), b()), Await("a")),
         (fleet(a("reloading"), b()), Await("a")),
         (fleet(a("recovering"), b("loaded")), Serve(("b",))),
@@ -108,7 +108,7 @@ def test_least_busy_replica_comes_first() -> None:
     ("ours", "reported", "first"),
     [
         ((1, 0), (0, 0), "b"),
-        ((1, 0), (0, 2), "a"),  # somebody else's two are more than our one
+        ((1, 0), (0, 2), "a"),  # another cortex's two outweigh our one
         ((2, 1), (2, 2), "a"),  # ours are not counted again
         ((0, 0), (2, 1), "b"),
     ],

@@ -1,4 +1,4 @@
-"""The scheduler between decisions and their effects, against real seed neurons."""
+"""The scheduler between decisions and their effects, against real protocol v1 neurons."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
 async def test_a_bug_in_planning_is_an_answer_and_passes(
     start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks meanwhile gets 500 and is not left waiting; afterwards cold loads go on as before."""
+    """Requests during the failure get 500 instead of hanging; afterwards cold loads work again."""
     cortex = await start_cortex([benjy], [LOW, HIGH])
 
     def fails(_: View) -> Turn:
@@ -80,7 +80,7 @@ async def hang(_: web.Request) -> web.StreamResponse:
 
 
 class Stubborn(SeedNeuron):
-    """Does not let its models go."""
+    """Refuses to unload."""
 
     async def _unload(self, request: web.Request) -> web.Response:
         self.unloads.append((await request.json())["model_id"])
@@ -88,8 +88,8 @@ class Stubborn(SeedNeuron):
 
 
 async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: StartCortex) -> None:
-    """Two have to make way. One is refused by its neuron: the other, which still has a request, stays, and whoever
-    waits is not held until that has ended."""
+    """Two evictions are needed. The neuron refuses one, so the other model, still busy, stays, and the waiting request
+    fails without waiting for it to finish."""
     benjy = Stubborn("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/busy": "loaded", "org/idle": "loaded"}, [20000], hang
     async with benjy.running():
@@ -107,7 +107,7 @@ async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: Start
 
 @pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
 async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
-    """A model is drained for another there: whoever waits for that one is told."""
+    """One model is being drained for another: requests that wait for the other get an error."""
     benjy = SeedNeuron("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
     async with benjy.running():
@@ -174,7 +174,7 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         cortex = await start_cortex([first, second], [LOW], poll={"interval_secs": 30})
         watch = cortex.parts.watches["first"]
         await bounded(first.streaming.wait())
-        while first.asked[-2:] != ["/health", "/health"]:  # as long as events flow, nobody asks for the models
+        while first.asked[-2:] != ["/health", "/health"]:  # while events arrive, the models are not requested
             await watch.poll()
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(taken.wait())
@@ -268,7 +268,7 @@ async def test_an_idle_model_that_does_not_go_is_left_alone(
 
 
 async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
-    """Whoever began it has left before the model that makes way had finished its requests."""
+    """The client disconnected before the model to evict had finished its requests."""
     benjy, finish = SeedNeuron("benjy", 24000), asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -300,7 +300,7 @@ async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_mo
 async def test_nothing_is_planned_while_nobody_waits(
     start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much the fleet changes: what a thousand busy neurons tell each second is no reason to plan."""
+    """However often the fleet changes: reports from a thousand busy neurons do not trigger planning."""
     benjy.models["org/low"] = "loaded"
     cortex = await start_cortex([benjy], [LOW])
     with monkeypatch.context() as broken:

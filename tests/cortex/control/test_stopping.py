@@ -1,4 +1,4 @@
-"""What SIGTERM means for requests that wait for a model, and for whoever asks how cortex is."""
+"""What SIGTERM means for requests that wait for a model, and for health checks."""
 
 from __future__ import annotations
 

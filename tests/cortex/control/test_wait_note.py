@@ -47,7 +47,7 @@ def test_load_of_ours(progress: Progress | None, expected: str) -> None:
 
 
 def test_other_waits() -> None:
-    """Somebody else's load, an engine's recovery, an address that is asked for, and nothing at all."""
+    """Another client's load, an engine's recovery, an address lookup, and nothing at all."""
     assert told("loading") == WaitNote(text="loading org/m on beast", node="beast")
     assert told("recovering", Progress(phase="starting")).text == "recovering org/m on beast: starting"
     assert told("loaded").node == "beast"

@@ -43,7 +43,7 @@ async def test_cause_and_figures_are_kept(benjy: SeedNeuron) -> None:
     ],
 )
 async def test_a_neuron_that_says_none_of_it(benjy: SeedNeuron, error: object) -> None:
-    """The seed's errors, and figures that nobody understands: the refusal stands all the same."""
+    """Protocol v1 errors and malformed device figures still yield the refusal."""
     benjy.load_error = (500, error)
     found = await refused(benjy)
     assert (found.message, found.code, found.cause, found.devices) == ("text", None, None, ())

@@ -69,7 +69,7 @@ async def test_only_the_health_is_asked_while_events_flow(neuron: RawNeuron, sta
 
 
 async def test_without_events_every_poll_asks_for_the_models(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """A neuron of the seed protocol."""
+    """A protocol v1 neuron."""
     neuron.scripts["/events"] = answering(plain(b'{"error": "not found"}', status="404 Not Found"))
     await start_cortex([neuron], [])
     await until(lambda: neuron.asked.count("/health") > 5)
@@ -92,7 +92,7 @@ async def test_an_event_counts_at_once_and_what_it_takes_is_asked_for(
 
 
 async def test_models_are_asked_for_when_the_events_break(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """What changed unseen is known with the next poll, and what vanished while nobody listened is not in the way."""
+    """The next poll picks up changes and removals that happened while events were not received."""
     cortex = await start_cortex([neuron], [])
     await in_step(neuron)
     neuron.scripts["/events"] = closing()
@@ -164,7 +164,7 @@ async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(
 
 
 async def test_polls_that_bring_nothing_change_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """The uptime is another in every answer: nobody is woken by it, and yet the fleet's picture has the present one."""
+    """A changed uptime wakes no waiter, yet the fleet view shows the current value."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
     version = cortex.parts.fleet.version
@@ -182,7 +182,7 @@ async def shown_uptime(cortex: RunningCortex) -> float:
 
 
 async def endless(wire: Wire, received: Received) -> None:
-    """A byte now and then, for as long as anybody reads."""
+    """A byte now and then, until the client disconnects."""
     await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
     while not wire.gone.is_set():
         await wire.send(b" ")
@@ -208,7 +208,7 @@ async def huge(wire: Wire, received: Received) -> None:
         pytest.param(answering(plain(b"", "Location: /elsewhere", status="307 X")), "not followed", id="redirect"),
         pytest.param(answering(plain(b'{"error": "tired"}', status="503 X")), "tired", id="refused"),
         pytest.param(closing(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "closed", id="cut"),
-        pytest.param(closing(b"SSH-2.0-OpenSSH\r\n\r\n"), "not HTTP", id="not-http"),
+        pytest.param(closing(b"SSH-2.0-OpenSSH\r\n\r\n"), "invalid HTTP answer", id="not-http"),
     ],
 )
 async def test_an_answer_that_is_none_is_a_miss(

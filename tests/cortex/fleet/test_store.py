@@ -42,7 +42,7 @@ async def test_a_drain_is_there_when_flush_returns(tmp_path: Path) -> None:
 
 
 async def test_nothing_is_made_without_something_to_keep(tmp_path: Path) -> None:
-    """A cortex that drained nobody leaves no trace."""
+    """A cortex that drained no neuron writes no file."""
     state = StateFile(tmp_path / "state")
     await state.flush()
     await state.close()
