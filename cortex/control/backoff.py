@@ -1,4 +1,4 @@
-"""Which model is not to be loaded where for a while, because it failed there. The one owner of these back-offs."""
+"""Backoffs: where a model is not loaded for a while because it failed there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cortex.placement.inputs import ANY_NODE, Backoff, Key
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
 PASSING_SECS = 1.0
-"""For a cause that goes by itself: a neuron that restarts, memory that somebody else was given a moment before."""
+"""For a transient cause: a neuron restarts, or memory was just given to another load."""
 MAX_PASSING = 5
 """In a row; a cause that lasts longer counts as the node's."""
 UNKNOWN_NODES = 2
@@ -80,8 +80,8 @@ class Backoffs:
         return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
 
     def _failed_on(self, model_id: str) -> set[str]:
-        """Where it failed of late for what may be its own fault. A load may take longer to fail than the bar of the one
-        before holds."""
+        """Where it failed recently for what may be its own fault. A load may take longer to fail than the
+        previous backoff lasts."""
         now = self._clock()
         return {
             node

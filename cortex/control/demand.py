@@ -1,4 +1,4 @@
-"""What is asked of which model: the one owner of when a model was last used, and how much it is wanted of late."""
+"""Demand: when each model was last used, and how often it has been requested recently. Owner of both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Demand:
         self._pressed: dict[str, float] = {}
 
     def arrived(self, model_id: str, count: int = 1) -> None:
-        """Somebody asked for a model, whether or not it could be served at once."""
+        """A request for a model arrived, whether or not it could be served at once."""
         now = self._clock()
         self._wanted[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
 
@@ -69,7 +69,7 @@ class Demand:
         }
 
     def per_minute(self) -> dict[str, float]:
-        """Requests a minute by model, of late."""
+        """Recent requests per minute, by model."""
         now = self._clock()
         return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
 

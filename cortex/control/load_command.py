@@ -1,4 +1,4 @@
-"""What a neuron is told when it shall load a model. Pure."""
+"""The load command that a neuron gets. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes another configuration up while everything runs: read, checked, and only the difference applied."""
+"""Reloads the configuration at run time: reads it, checks it and applies only the difference."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from shared.settings import SettingsError
 log = logging.getLogger(__name__)
 
 LOOK_SECS = 1.0
-"""How often it is looked whether the files have changed. One that has is read when it is the same for so long, since it
-may be written in pieces."""
+"""How often the files are checked for changes. A changed file is read once it has been stable for this long: it may be
+written in pieces."""
 
 
 class Reloader:
-    """Reads the files again when they have changed, or when it is asked to."""
+    """Reads the files again after a change, or on request."""
 
     def __init__(self, files: ConfigurationFiles, parts: Parts, asked: asyncio.Event) -> None:
-        """`asked` is set by whoever wants the files read now."""
+        """Set `asked` to have the files read now."""
         self._files = files
         self._parts = parts
         self._asked = asked
         self._warned: frozenset[str] = frozenset()
 
     async def watch_loop(self) -> None:
-        """Waits for changes and for whoever asks, for ever."""
+        """Reloads on each change and whenever `asked` is set. Never returns."""
         ended = threading.Event()
         looking = threading.Thread(
             target=self._look, args=(asyncio.get_running_loop(), ended), name="configuration files", daemon=True
@@ -59,7 +59,7 @@ class Reloader:
             last = stamps
 
     async def reload(self) -> None:
-        """Takes up what the files say. With a mistake in them nothing changes, and `live.error` says why."""
+        """Applies the files. If they contain an error nothing changes, and `live.error` says why."""
         live = self._parts.live
         try:
             found, warnings = await asyncio.to_thread(self._compare, live.config, live.catalogue)
@@ -88,7 +88,7 @@ class Reloader:
         self._parts.fleet.look_again()
 
     def _apply(self, found: Difference) -> None:
-        """In one go, so that nobody sees half of it."""
+        """In one step, so that no reader sees half of it."""
         parts, config = self._parts, found.config
         parts.fleet.configure(
             [(entry.name, entry.endpoint) for entry in config.neurons],

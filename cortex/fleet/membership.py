@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 class Membership:
     """Follows the configuration. `clients` and `watches` hold, by name, those of the present neurons, and are changed
-    in place: whoever keeps them sees every change."""
+    in place: every holder of a reference sees each change."""
 
     def __init__(self, pool: EnginePool, fleet: Fleet) -> None:
         self.clients: dict[str, NeuronClient] = {}

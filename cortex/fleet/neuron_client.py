@@ -160,8 +160,7 @@ class NeuronClient:
             return LoadReply(status=ModelStatus.LOADED.value)
 
     def leave(self) -> None:
-        """The neuron has left the configuration: nobody waits any more for what it was told to do. It carries that
-        on."""
+        """The neuron has left the configuration: ends all waiting for its commands. It continues to carry them out."""
         for call in self._commands:
             call.cancel()
 
@@ -244,7 +243,7 @@ class NeuronClient:
         return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
 
     async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> NeuronAnswer:
-        """An answer that is no error."""
+        """An answer with a status below 300."""
         context = f"{self.name}: {method} {path}"
         try:
             # A load is not sent twice: a kept connection that breaks does not tell whether it was heard.
@@ -256,7 +255,7 @@ class NeuronClient:
             OSError,
             UnicodeError,
             asyncio.TimeoutError,
-        ) as error:  # UnicodeError: a host that is no name
+        ) as error:  # UnicodeError: an invalid host name
             raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
         if 300 <= answer.status < 400:
             raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
@@ -308,7 +307,7 @@ def reachable_url(url: str, neuron_url: str) -> str:
     """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
 
     Raises:
-        ValueError: `url` is no absolute http URL.
+        ValueError: `url` is not an absolute http URL.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -65,7 +65,7 @@ class _Exchange:
             self._send(kept)
 
     def leave(self) -> None:
-        """Nobody waits any more: a connection that is still at work is closed."""
+        """The caller no longer waits: closes a connection that is still busy."""
         if not self.outcome.done():
             self.outcome.cancel()
         elif not self.outcome.cancelled():
@@ -102,7 +102,7 @@ class _Exchange:
         connection.send(self, *self._request)
 
     def _fail(self, error: Exception) -> None:
-        """Whoever waits closes the connection: it must not be done in its own calls."""
+        """The waiting caller closes the connection: it must not be closed inside its own callbacks."""
         if not self.outcome.done():
             self.outcome.set_exception(error)
 
@@ -144,7 +144,7 @@ class _Events(_Exchange):
         try:
             for name, event in self._reader.feed(data):
                 self._on_event(name, event)
-        except Exception as error:  # noqa: BLE001 - told to whoever waits; a connection has nobody to tell
+        except Exception as error:  # noqa: BLE001 - raised in the waiting caller
             self._fail(error)
 
 
@@ -175,7 +175,7 @@ async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEv
         NoEventStream: something else answers.
         OSError: the connection is lost.
         asyncio.TimeoutError: nothing came for `silence_secs`; told within twice that time.
-        ValueError: what comes is no event stream.
+        ValueError: the answer is not an event stream.
     """
     exchange = _Events(head, on_event)
     try:

@@ -79,7 +79,7 @@ class NodeSnapshot:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
     def working_on(self, model_id: str) -> int:
-        """Requests that the model's engine has by the node's last report, for whomever."""
+        """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
 
@@ -119,11 +119,11 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
 
 @dataclass(frozen=True)
 class FleetSnapshot:
-    """All neurons by name, in the order of the configuration, the loads under way, and what makes way for them."""
+    """All neurons by name, in configuration order; the loads under way; and the evictions for them."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
-    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they make way, and get nothing new
+    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): being evicted, no new requests
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
     topology: object = None
     """Another object whenever a neuron's discovery, or the list of neurons, is another; None: not kept count of."""
@@ -147,8 +147,8 @@ class FleetSnapshot:
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
     def serving(self, model_id: str) -> list[NodeSnapshot]:
-        """The neurons whose engine may get a request for the model now. A draining one gets none while another can
-        serve; with nobody else its model still answers. One that makes way gets none."""
+        """The neurons whose engine may get a request for the model now. A draining node gets none while another can
+        serve; otherwise it still answers. A model that is being evicted gets none."""
         loaded = [
             node
             for node in self.holders(model_id)
@@ -175,5 +175,5 @@ class FleetSnapshot:
         return list(self._holders)
 
     def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
-        """The fleet as it is once this load has begun, for which others make way."""
+        """The fleet as it is once this load, with its evictions, has started."""
         return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))

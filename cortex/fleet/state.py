@@ -45,7 +45,7 @@ class RouteChanges:
 
 
 class Fleet:
-    """Reduces observations to a state; every change has a version and wakes whoever waits for it. What is observed of a
+    """Reduces observations to a state; every change has a version and wakes its waiters. What is observed of a
     neuron that has left the configuration is passed over."""
 
     def __init__(
@@ -143,7 +143,7 @@ class Fleet:
 
     @property
     def is_surveyed(self) -> bool:
-        """Whether each neuron has answered a poll or missed one: before that nobody knows what is where."""
+        """Whether each neuron has answered a poll or missed one; before that the fleet is unknown."""
         return not self._unseen
 
     async def surveyed(self) -> None:
@@ -180,7 +180,7 @@ class Fleet:
         self._tell_routes({model_id for name in left for model_id in before[name].models})
 
     def look_again(self) -> None:
-        """Something that is shown together with the fleet has changed: whoever follows it is to look again."""
+        """Something shown together with the fleet has changed: followers should look again."""
         self._touch()
 
     def observe(
@@ -193,7 +193,7 @@ class Fleet:
         discovery: Discovery | None,
     ) -> None:
         """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
-        answer that brings nothing new changes nothing: nobody is woken."""
+        answer without news changes nothing and wakes no waiter."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -301,11 +301,11 @@ class Fleet:
         self._touch()
 
     def leave(self, key: tuple[str, str]) -> None:
-        """A model (id, node) makes way for another: it gets nothing new until `stay`."""
+        """A model (id, node) is being evicted: it gets no new requests until `stay`."""
         self._set_leaving(self._leaving | {key}, key[0])
 
     def stay(self, key: tuple[str, str]) -> None:
-        """It has made way, or need not any more."""
+        """The eviction is over, done or cancelled."""
         self._set_leaving(self._leaving - {key}, key[0])
 
     def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:

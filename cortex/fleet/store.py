@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 NAME = "state.json"
 WRITE_AFTER_SECS = 2.0
-"""What changes within so long is written once."""
+"""Changes within this time are written together."""
 TRY_AGAIN_SECS = 10.0
 
 Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,7 +36,7 @@ class _State(BaseModel):
 
 class StateFile:
     """Owns the file and what is in it. A file that cannot be read is put aside, one that cannot be written is warned of
-    once: neither keeps anybody from being served.
+    once: neither stops requests from being served.
 
     `problem` is why what is kept in memory is not in the file, None when it is.
     """
@@ -76,7 +76,7 @@ class StateFile:
         self._touch()
 
     async def write_loop(self) -> None:
-        """Writes changes a moment after they came, for ever."""
+        """Writes changes shortly after they happen. Never returns."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(WRITE_AFTER_SECS)
@@ -136,7 +136,7 @@ class StateFile:
             self.problem = problem
 
     def _write(self, directory: Path, data: bytes) -> str | None:
-        """Puts a new file in the place of the old one: whoever reads has one of the two. The reason when it cannot."""
+        """Replaces the file. Returns why it failed, or None."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(directory)

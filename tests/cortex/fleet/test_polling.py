@@ -208,7 +208,7 @@ async def huge(wire: Wire, received: Received) -> None:
         pytest.param(answering(plain(b"", "Location: /elsewhere", status="307 X")), "not followed", id="redirect"),
         pytest.param(answering(plain(b'{"error": "tired"}', status="503 X")), "tired", id="refused"),
         pytest.param(closing(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "closed", id="cut"),
-        pytest.param(closing(b"SSH-2.0-OpenSSH\r\n\r\n"), "not HTTP", id="not-http"),
+        pytest.param(closing(b"SSH-2.0-OpenSSH\r\n\r\n"), "invalid HTTP answer", id="not-http"),
     ],
 )
 async def test_an_answer_that_is_none_is_a_miss(
