@@ -10,7 +10,7 @@ from shared.protocol import ErrorCode, ModelView
 _PASSING = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 
-class LoadFailed(Exception):
+class LoadFailure(Exception):
     """A load that failed. `no_room`: the neuron lacked memory; `needs_mb` is what it would have booked on each device,
     if it said so."""
 
@@ -33,13 +33,13 @@ def _cause(text: str | None) -> Cause:
         return Cause.UNKNOWN
 
 
-def failure_of(plan: Plan, refused: NeuronRefused) -> LoadFailed:
+def failure_of(plan: Plan, refused: NeuronRefused) -> LoadFailure:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
     if refused.code in _PASSING:
-        return LoadFailed(reason, Cause.PASSING)
+        return LoadFailure(reason, Cause.PASSING)
     if refused.code == ErrorCode.INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
-        return LoadFailed(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
+        return LoadFailure(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
     if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
-        return LoadFailed(reason, Cause.MODEL)
-    return LoadFailed(reason, _cause(refused.cause))
+        return LoadFailure(reason, Cause.MODEL)
+    return LoadFailure(reason, _cause(refused.cause))

@@ -14,7 +14,7 @@ from typing import Protocol
 from cortex.config.live import LiveConfig
 from cortex.control.backoff import Cause
 from cortex.control.load_command import load_command
-from cortex.control.load_failure import LoadFailed, cause_of, failure_of
+from cortex.control.load_failure import LoadFailure, cause_of, failure_of
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
@@ -127,7 +127,7 @@ class Loader:
         return next((job for job in self._jobs.values() if job.model_id == model_id), None)
 
     def start(
-        self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]
+        self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]
     ) -> Job:
         """Begins to carry a plan out, or joins the load that is under way there. What it takes, and who leaves for it,
         is in the fleet's snapshot when this returns: the next decision may be made before the task has begun. `wanted`
@@ -219,22 +219,22 @@ class Loader:
             await self._look_again(node)
         return True
 
-    async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailed | None], None]) -> None:
-        failure: LoadFailed | None = None
+    async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]) -> None:
+        failure: LoadFailure | None = None
         try:
             await self._carry_out(job, wanted)
         except NotWanted:
             log.info("%s is not loaded on %s: nobody waits for it any more", job.model_id, job.node)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
-        except LoadFailed as error:
+        except LoadFailure as error:
             failure = error
             log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
         except (NeuronRefused, NeuronUnreachable) as error:
-            failure = LoadFailed(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
+            failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
         except Exception as error:  # whoever waits must hear of the end, also of one that nobody has thought of
-            failure = LoadFailed(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
+            failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
             log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
             for each in job.plan.displacement.evictions:
@@ -318,7 +318,7 @@ class Loader:
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
-            raise LoadFailed(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
+            raise LoadFailure(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
         if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event is on the way: what is known is of the time before
@@ -347,15 +347,15 @@ class Loader:
             async with timeout(self.timeout_secs):
                 node = await self._fleet.until(plan.node, settled)
         except asyncio.TimeoutError:
-            raise LoadFailed(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
+            raise LoadFailure(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
         view = node.models.get(plan.model_id)
         if not node.healthy:
-            raise LoadFailed(f"{what}: the neuron is away: {node.last_error}", Cause.PASSING)
+            raise LoadFailure(f"{what}: the neuron is away: {node.last_error}", Cause.PASSING)
         if view is None or view.known_status is not ModelStatus.LOADED:
             error = None if view is None else view.error
             if error is None:
-                raise LoadFailed(f"{what}: it was unloaded meanwhile", Cause.PASSING)
-            raise LoadFailed(f"{what}: {error}", cause_of(view))
+                raise LoadFailure(f"{what}: it was unloaded meanwhile", Cause.PASSING)
+            raise LoadFailure(f"{what}: {error}", cause_of(view))
 
     def _node(self, name: str) -> NodeSnapshot:
         node = self._fleet.snapshot().nodes.get(name)

@@ -15,7 +15,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
-from cortex.control.load_failure import LoadFailed, cause_of
+from cortex.control.load_failure import LoadFailure, cause_of
 from cortex.control.loader import Job, Loader, NotWanted
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -255,7 +255,7 @@ class Scheduler:
         other = None if profile is None else best(likely_verdicts(view, profile))
         return other is not None and not other.displacement.busy and other.ready_at <= view.now
 
-    def _done(self, job: Job, failure: LoadFailed | None) -> None:
+    def _done(self, job: Job, failure: LoadFailure | None) -> None:
         try:
             if failure is not None:
                 self._note_failure(job, failure)
@@ -265,7 +265,7 @@ class Scheduler:
             self._queue.news(job.model_id)
             self._wake.set()
 
-    def _note_failure(self, job: Job, failure: LoadFailed) -> None:
+    def _note_failure(self, job: Job, failure: LoadFailure) -> None:
         cause = failure.cause
         if failure.no_room:
             if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:

@@ -16,7 +16,7 @@ import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cortex.config.settings import NeuronEntry
-from cortex.fleet.neuron_http import Answer, AnswerTooLarge, NoEventStream, OnEvent, fetch, follow
+from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
@@ -243,7 +243,7 @@ class NeuronClient:
         line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
         return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
 
-    async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> Answer:
+    async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> NeuronAnswer:
         """An answer that is no error."""
         context = f"{self.name}: {method} {path}"
         try:

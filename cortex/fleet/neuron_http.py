@@ -20,7 +20,7 @@ MAX_ANSWER_BYTES = 16 << 20
 OnEvent = Callable[[str, Any], None]
 
 
-class Answer(NamedTuple):
+class NeuronAnswer(NamedTuple):
     """A whole answer, its body without the framing."""
 
     status: int
@@ -148,7 +148,7 @@ class _Events(_Exchange):
             self._fail(error)
 
 
-async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b"", *, again: bool) -> Answer:
+async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b"", *, again: bool) -> NeuronAnswer:
     """The answer to one request. `again` True: it may be sent twice, so that a kept connection can be tried.
 
     Raises:
@@ -161,7 +161,7 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
         try:
             await exchange.begin(pool, address, kept)
             await exchange.outcome
-            return Answer(exchange.status, b"".join(exchange.pieces))
+            return NeuronAnswer(exchange.status, b"".join(exchange.pieces))
         except _Stale:
             kept = None
         finally:

@@ -9,7 +9,7 @@ from shared.protocol import ModelStatus
 
 
 @dataclass
-class Request:
+class SimulatedRequest:
     """One request of the trace. `begun` and `ended` are None until then; an unserved request never begins. `cold`: it
     had to wait for its model."""
 
@@ -29,7 +29,7 @@ class Request:
         return until - self.at
 
 
-class Engine:
+class SimulatedEngine:
     """Serves up to `parallel` requests at full speed; more share that total speed equally.
 
     Work is counted in seconds at full speed: `_done` is what each request would have received since the start, so a
@@ -44,7 +44,7 @@ class Engine:
         self._parallel = parallel
         self._done = 0.0
         self._as_of = 0.0
-        self._ends: list[tuple[float, int, Request]] = []
+        self._ends: list[tuple[float, int, SimulatedRequest]] = []
 
     @property
     def booked_mb(self) -> int:
@@ -55,7 +55,7 @@ class Engine:
     def in_flight(self) -> int:
         return len(self._ends)
 
-    def begin(self, request: Request, now: float) -> None:
+    def begin(self, request: SimulatedRequest, now: float) -> None:
         self._work(now)
         heapq.heappush(self._ends, (self._done + request.secs, request.number, request))
 
@@ -65,7 +65,7 @@ class Engine:
             return None
         return self._as_of + max(0.0, self._ends[0][0] - self._done) / self._speed
 
-    def end_next(self, now: float) -> Request:
+    def end_next(self, now: float) -> SimulatedRequest:
         """Removes and returns the request that ends now."""
         self._work(now)
         end, _, request = heapq.heappop(self._ends)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cortex.fleet.neuron_client import NeuronRefused
 from cortex.fleet.state import Fleet
-from cortex.simulator.engine import Engine
+from cortex.simulator.engine import SimulatedEngine
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
 from shared.gpu_memory import DEVICE_MARGIN_MB
 from shared.protocol import (
@@ -30,7 +30,7 @@ class SimulatedNeuron:
 
     def __init__(self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, on_memory: OnMemory) -> None:
         self.node = node
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, SimulatedEngine] = {}
         self.loads: list[str] = []  # model ids, in order of their start
         self._simulated = simulated
         self._fleet = fleet
@@ -63,7 +63,7 @@ class SimulatedNeuron:
             if self.bookable_mb(index) < share_mb:
                 text = f"{model_id!r} needs {share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
                 raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
-        engine = Engine(model_id, devices, share_mb, self._simulated.parallel(model_id))
+        engine = SimulatedEngine(model_id, devices, share_mb, self._simulated.parallel(model_id))
         self.engines[model_id] = engine
         self.loads.append(model_id)
         self._on_memory(engine.booked_mb)
@@ -86,7 +86,7 @@ class SimulatedNeuron:
     async def refresh(self) -> None:
         """Does nothing: every change has been reported already."""
 
-    def _set_status(self, engine: Engine, status: ModelStatus) -> None:
+    def _set_status(self, engine: SimulatedEngine, status: ModelStatus) -> None:
         engine.status = status
         held = status is not ModelStatus.UNLOADED
         self._views[engine.model_id] = ModelView(

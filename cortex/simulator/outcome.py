@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cortex.simulator.engine import Request
+from cortex.simulator.engine import SimulatedRequest
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitFigures:
     """Seconds from a request's arrival until its engine starts on it, over all requests, warm ones included. For an
     unserved request, until it was refused or timed out."""
 
@@ -37,7 +37,7 @@ class Figures:
     displacements: int
     hot_displacements: int
     unserved: int
-    waiting: Waiting
+    waiting: WaitFigures
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class MemoryUse:
         self._as_of = now
 
 
-def figures(requests: Iterable[Request], counts: EventCounts, models: Iterable[str]) -> Figures:
+def figures(requests: Iterable[SimulatedRequest], counts: EventCounts, models: Iterable[str]) -> Figures:
     """The figures of these requests and models."""
     listed, names = list(requests), list(models)
     return Figures(
@@ -108,10 +108,10 @@ def figures(requests: Iterable[Request], counts: EventCounts, models: Iterable[s
     )
 
 
-def waiting(secs: Sequence[float]) -> Waiting:
+def waiting(secs: Sequence[float]) -> WaitFigures:
     """Nearest-rank percentiles."""
     if not secs:
-        return Waiting()
+        return WaitFigures()
     ordered = sorted(secs)
     p50, p95, p99 = (ordered[max(0, math.ceil(len(ordered) * share) - 1)] for share in (0.5, 0.95, 0.99))
-    return Waiting(math.fsum(ordered) / len(ordered), p50, p95, p99, ordered[-1])
+    return WaitFigures(math.fsum(ordered) / len(ordered), p50, p95, p99, ordered[-1])

@@ -28,7 +28,7 @@ from cortex.placement.fair_queue import Turn
 from cortex.placement.inputs import Key, View
 from cortex.placement.planner import Plan
 from cortex.placement.replicas import Upkeep
-from cortex.simulator.engine import Engine, Request
+from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import SimulatedNeuron
 from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
@@ -123,7 +123,9 @@ class Simulation:
     """Owns the parts of a simulated cortex. Create and run it on a `VirtualTimeLoop`."""
 
     def __init__(self, simulated: SimulatedFleet, trace: Sequence[Ask], policy: Policy, name: str) -> None:
-        self.requests = [Request(number, ask.model, rounded_up(ask.at), ask.secs) for number, ask in enumerate(trace)]
+        self.requests = [
+            SimulatedRequest(number, ask.model, rounded_up(ask.at), ask.secs) for number, ask in enumerate(trace)
+        ]
         self.counts = EventCounts()
         self._name = name
         self._loop = asyncio.get_running_loop()
@@ -194,7 +196,7 @@ class Simulation:
             await self._loader.close()
 
     def _outcome(self) -> Outcome:
-        by_model: defaultdict[str, list[Request]] = defaultdict(list)
+        by_model: defaultdict[str, list[SimulatedRequest]] = defaultdict(list)
         for request in self.requests:
             by_model[request.model].append(request)
         for neuron in self.neurons.values():
@@ -228,7 +230,7 @@ class Simulation:
                 _ = self._tasks.spawn(self._wait(request), name=f"request {request.number}")
         await self._finished
 
-    async def _wait(self, request: Request) -> None:
+    async def _wait(self, request: SimulatedRequest) -> None:
         """A cold request: waits for its model, as the resolver does."""
         request.cold = True
         self._demand.arrived(request.model)
@@ -246,7 +248,7 @@ class Simulation:
         except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting
             self._finished.set_exception(error)
 
-    def _serve(self, request: Request) -> bool:
+    def _serve(self, request: SimulatedRequest) -> bool:
         """False when no engine can serve the model now.
 
         Raises:
@@ -286,13 +288,13 @@ class Simulation:
             self._memory.change(self._loop.time(), working_mb=-engine.booked_mb)
         self._finish(request)
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: SimulatedRequest) -> None:
         request.ended = self._loop.time()
         self._unfinished -= 1
         if not self._unfinished:
             self._finished.set_result(None)
 
-    def _engine(self, key: Key) -> Engine:
+    def _engine(self, key: Key) -> SimulatedEngine:
         return self.neurons[key[1]].engines[key[0]]
 
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from neuron import errors as failures
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
-from neuron.lifecycle.events import Event, Listener
+from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of
 from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_rooms
@@ -156,7 +156,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _pass_on(listener: Listener, response: web.StreamResponse) -> None:
+async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> None:
     while True:
         try:
             async with timeout(KEEP_ALIVE_SECS):

@@ -17,8 +17,8 @@ from neuron.engine.socket_owner import listens
 from neuron.engine.state_dir import EngineDir
 from neuron.gpu.topology import TopologySource
 from neuron.harness.base import Harness
-from neuron.lifecycle.load_request import Placement
 from neuron.memory.capacity import held_by
+from neuron.memory.placement import EnginePlacement
 from neuron.spec import EngineSpec
 
 VRAM_RELEASE_SECS = 30.0
@@ -34,7 +34,7 @@ class Engine:
     """
 
     spec: EngineSpec
-    placement: Placement
+    placement: EnginePlacement
     harness: Harness
     record: RunRecord  # as it was when this neuron started or found the engine
     url: str

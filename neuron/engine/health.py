@@ -23,18 +23,18 @@ FIGURES_EVERY = 2  # of the intervals
 _LOST = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
 
 
-class Answer(Enum):
+class HealthAnswer(Enum):
     """What came of a question to an engine."""
 
     WELL = "well"
     BAD = "bad"  # another status than 200
-    REFUSED = "refused"  # nobody listens, or the connection was cut
+    REFUSED = "refused"  # no listener, or the connection was cut
     SILENT = "silent"  # no answer in time
     UNASKED = "unasked"  # the question could not be put
 
 
 class Vitals:
-    """One engine's health and figures, while somebody waits in `until_bad`.
+    """One engine's health and figures, while `until_bad` runs.
 
     `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` nothing
     is known of its requests, and no hang is detected.
@@ -93,15 +93,15 @@ class Vitals:
             answer, words = await self._ask(self._health, _is_well)
             took = time.monotonic() - started
             # As long as each question may take and no longer: neuron itself may have been stopped meanwhile.
-            silent_secs = silent_secs + min(took, self._ask_secs) if answer is Answer.SILENT else 0.0
+            silent_secs = silent_secs + min(took, self._ask_secs) if answer is HealthAnswer.SILENT else 0.0
             if silent_secs >= self._settings.unresponsive_secs:
                 return f"no answer to its health check for {silent_secs:.0f} s"
             pause = self._settings.interval_secs
-            if answer in (Answer.BAD, Answer.REFUSED):
+            if answer in (HealthAnswer.BAD, HealthAnswer.REFUSED):
                 if said:
                     return f"its health check {words}"
                 said, pause = words, min(pause, AGAIN_SECS)
-            elif answer is Answer.WELL:
+            elif answer is HealthAnswer.WELL:
                 said = ""
             await asyncio.sleep(max(0.0, pause - took))
 
@@ -113,20 +113,22 @@ class Vitals:
                 return reason
             await asyncio.sleep(self._settings.interval_secs * FIGURES_EVERY)
 
-    async def _ask(self, url: str, read: Callable[[aiohttp.ClientResponse], Awaitable[bool]]) -> tuple[Answer, str]:
+    async def _ask(
+        self, url: str, read: Callable[[aiohttp.ClientResponse], Awaitable[bool]]
+    ) -> tuple[HealthAnswer, str]:
         """A GET, and what came of it, also in words; `read` says whether the answer is as it should be."""
         timeout = aiohttp.ClientTimeout(total=self._ask_secs)
         try:
             async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
-                return Answer.WELL if await read(response) else Answer.BAD, f"said {response.status}"
+                return HealthAnswer.WELL if await read(response) else HealthAnswer.BAD, f"said {response.status}"
         except asyncio.TimeoutError:
-            return Answer.SILENT, f"did not answer for {self._ask_secs:g} s"
+            return HealthAnswer.SILENT, f"did not answer for {self._ask_secs:g} s"
         except OSError as error:
             if error.errno in _LOST or isinstance(error, ConnectionError):
-                return Answer.REFUSED, f"was refused ({error.strerror or error})"
-            return Answer.UNASKED, str(error)
+                return HealthAnswer.REFUSED, f"was refused ({error.strerror or error})"
+            return HealthAnswer.UNASKED, str(error)
         except (aiohttp.ClientError, ValueError) as error:
-            return Answer.REFUSED, f"was cut off ({error})"
+            return HealthAnswer.REFUSED, f"was cut off ({error})"
 
 
 async def _is_well(response: aiohttp.ClientResponse) -> bool:

@@ -25,7 +25,7 @@ _CATCHING_UP = 3  # copies of what was added during the copy before
 
 
 class EngineLog:
-    """The file `path`; one that is not there reads as empty."""
+    """The file `path`; a missing file reads as empty."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,7 +174,7 @@ class LogFollower:
                 if self._position is None:
                     self._position = max(0, self.size - MAX_READ)
                     self.from_start = self._position == 0 and not self._log.previous.exists()
-                if self.size < self._position:  # truncated by somebody else
+                if self.size < self._position:  # truncated by another program
                     self._position, self._partial = 0, b""
                 file.seek(self._position)
                 data = file.read(MAX_READ)

@@ -80,14 +80,14 @@ class EngineOutput:
         return self._ring.tail(lines - len(begun)) + begun
 
     @contextmanager
-    def listening(self) -> Iterator[Listener]:
+    def listening(self) -> Iterator[LineReader]:
         """A reader of what comes from now on, at its own pace."""
-        listener = Listener(self)
+        listener = LineReader(self)
         with self._telling(listener.take):
             yield listener
 
     async def close(self) -> None:
-        """The engine is gone: reads what it said last, and ends `follow` and whoever listens."""
+        """The engine is gone: reads its last output, and ends `follow` and all listeners."""
         await self.look()
         self._tell(self._follower.rest())
         self._closed.set()
@@ -107,7 +107,7 @@ class EngineOutput:
                 on_lines(lines)
 
     async def look(self) -> None:
-        """Reads to the end. One at a time, whoever asks; it does not end with an asker that leaves, since what it has
+        """Reads to the end. One reader at a time; it does not stop when its caller is cancelled, since what it has
         read would be lost."""
         if self._looking is not None and not self._looking.done():
             await asyncio.shield(self._looking)  # it may have been past what is asked for
@@ -146,7 +146,7 @@ class EngineOutput:
             return
 
 
-class Listener:
+class LineReader:
     """Lines for one reader. One that falls 10,000 lines behind misses the oldest of them."""
 
     def __init__(self, output: EngineOutput) -> None:

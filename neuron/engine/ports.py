@@ -1,4 +1,4 @@
-"""Ports for engines: chosen, verified, and nobody else's until released."""
+"""Ports for engines: chosen, checked, and reserved until released."""
 
 from __future__ import annotations
 

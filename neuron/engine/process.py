@@ -29,7 +29,7 @@ class EngineProcess:
 
     One task (`_watch`) sees the end of the main process, kills what stayed behind and reaps; everything else only sends
     signals and waits for it. A main process that is our child stays a zombie until the rest is gone, so that its
-    number, by which the session is known, cannot be somebody else's by then; of one that an earlier neuron started
+    number, which identifies the session, cannot be reused by then; of one that an earlier neuron started
     `neuron.engine.session` makes sure otherwise.
     """
 
@@ -151,7 +151,7 @@ class EngineProcess:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             if self._child is not None and self._left:
-                self._child.returncode = 0  # or it would be waited for in vain, with a warning, when it is collected
+                self._child.returncode = 0  # otherwise asyncio waits for it again, and warns, when it is collected
             elif self._child is not None:
                 self._child.wait()
         return None if self._child is None else self._child.returncode

@@ -58,7 +58,7 @@ async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
 
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:
     """True when what answers at `url` takes this key and wants one: a stranger on the port does not know it, and one
-    that answers everybody is not ours either."""
+    that answers any caller is not ours either."""
     listing = url + "/v1/models"
     with_key = await _status(session, listing, {"Authorization": f"Bearer {api_key}"})
     return with_key == 200 and await _status(session, listing) == 401

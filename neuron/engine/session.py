@@ -1,9 +1,9 @@
 """The processes of an engine, read from /proc.
 
 An engine is started as the leader of a session of its own, and its helpers stay in it. The leader's pid is the
-session's id, and the kernel gives that number to nobody else while the leader is unreaped or a member lives. Whoever is
-not the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is seen,
-known by its start time. What proves it without a leader is the engine's id, which all its processes inherit in their
+session's id, and the kernel does not reuse that number while the leader is unreaped or a member lives. A process
+other than the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is
+seen, known by its start time. Without a leader the proof is the engine's id, which all its processes inherit in their
 environment.
 """
 
@@ -94,7 +94,7 @@ def members(leader: Leader) -> list[ProcessStat]:
     return [
         each
         for each in table
-        # Older than its leader it is somebody else's, and not worth a look into its environment.
+        # Older than its leader: not a member, so its environment is not read.
         if each.start_ticks >= leader.start_ticks
         and ((present and leader.pid in (each.session, each.group)) or engine_id_of(each.pid) == leader.engine_id)
     ]

@@ -1,7 +1,7 @@
 """Shared memory that engines leave in /dev/shm when they are killed.
 
 Names there are random, and other programs use the same ones: what belongs to an engine is what its processes have
-mapped while they live, and nobody else has when they are gone.
+mapped while they live, and no other process has once they are gone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recorded(files: Iterable[tuple[str, int]]) -> frozenset[SharedFile]:
 
 
 def remove(files: Collection[SharedFile]) -> None:
-    """Unlinks those that nobody has mapped any more. Blocks for some milliseconds."""
+    """Unlinks those that no process has mapped. Blocks for some milliseconds."""
     left = {file for file in files if _inode(file.path) == file.inode}
     if not left:
         return

@@ -145,7 +145,7 @@ class StateDir:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        # Below a directory that everybody may write to, the name may have been taken by somebody else.
+        # In a world-writable directory another user may have taken the name.
         status = self.path.lstat()
         if not self.path.is_dir() or self.path.is_symlink():
             raise StateDirError(f"state_dir {self.path} is not a directory")

@@ -12,9 +12,9 @@ from neuron.config import NeuronConfig
 from neuron.estimate.estimator import estimate_of
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import HARNESSES
-from neuron.lifecycle.load_request import Placement
 from neuron.lifecycle.model_roots import check_below
 from neuron.memory.ledger import Ledger
+from neuron.memory.placement import EnginePlacement
 from neuron.memory.selection import check_devices
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError, Unavailable
@@ -37,7 +37,7 @@ class Admission:
         """Refuses what this host cannot serve, before anything is started.
 
         Raises:
-            InvalidRequest: a device that is not there, or a path that is outside of `model_roots`.
+            InvalidRequest: an unknown device, or a path outside `model_roots`.
             Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it cannot be used.
         """
         topology = await self.source.discover()
@@ -72,7 +72,7 @@ class Admission:
         share_mb: int | None,
         topology: Topology,
         health: Sequence[DeviceHealth],
-    ) -> Placement:
+    ) -> EnginePlacement:
         """Devices and memory for a run; its own until `ledger.release`. Nothing is awaited.
 
         Raises:
@@ -82,7 +82,7 @@ class Admission:
         args = [*spec.args, *self.config.harness_settings(spec.harness).extra_args]
         need = HARNESSES[spec.harness].memory_need(spec, share_mb, args)
         choice = self.ledger.book(number, spec, need, topology, health)
-        return Placement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+        return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
 
     async def until_memory_is_back(self, number: int) -> None:
         """Returns when no engine that is being stopped holds memory that was promised to run `number`."""

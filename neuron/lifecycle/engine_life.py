@@ -17,7 +17,7 @@ from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
 from neuron.lifecycle.exit_kind import ExitKind
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import LoadRequest, Wish
+from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.states import Condition, State
 from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress
@@ -95,7 +95,7 @@ class EngineLife:
                 timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
             )
             if ending is ExitKind.READY:
-                # It is asked more then, and may be gone by now, or have somebody else on its port.
+                # More is checked now: the engine may be gone, or another process may listen on its port.
                 ending = await first_of(
                     {
                         ExitKind.READY: self._came_up(served_before),
@@ -120,8 +120,8 @@ class EngineLife:
         vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
         try:
             ending = await self._until_end(vitals)
-            while ending is ExitKind.WISHED:
-                ending = await self._fulfil(self.run.wishes.popleft()) or await self._until_end(vitals)
+            while ending is ExitKind.SLEEP_REQUESTED:
+                ending = await self._fulfil(self.run.sleep_requests.popleft()) or await self._until_end(vitals)
             if ending is ExitKind.UNHEALTHY:
                 self._ill = self._ill or vitals.result()
         finally:
@@ -196,7 +196,7 @@ class EngineLife:
                     ExitKind.STOPPED: run.stop_wanted.wait(),
                     ExitKind.EXITED: engine.process.main_exited.wait(),
                     ExitKind.UNHEALTHY: _until_done(vitals),
-                    ExitKind.WISHED: run.wished.wait(),
+                    ExitKind.SLEEP_REQUESTED: run.sleep_requested.wait(),
                 },
                 timeout_secs=_HOUSEKEEPING_SECS,
             )
@@ -206,33 +206,33 @@ class EngineLife:
                 return ending
             await engine.note_shared_files()
 
-    async def _fulfil(self, wish: Wish) -> ExitKind | None:
+    async def _fulfil(self, sleep_request: SleepRequest) -> ExitKind | None:
         """Lets the engine sleep or wake. How it ended meanwhile, or has to end because it does neither; else None."""
         run, model = self.run, self._model
-        if not run.wishes:
-            run.wished.clear()
-        if (model.condition.state is State.SLEEPING) is (wish.level > 0):
-            if not wish.level:
+        if not run.sleep_requests:
+            run.sleep_requested.clear()
+        if (model.condition.state is State.SLEEPING) is (sleep_request.level > 0):
+            if not sleep_request.level:
                 run.settle(None)
-            wish.settle(None)
+            sleep_request.settle(None)
             return None
         ends = {ExitKind.STOPPED: run.stop_wanted.wait(), ExitKind.EXITED: self.engine.process.main_exited.wait()}
-        working = self._sleep(wish.level) if wish.level else self._wake()
+        working = self._sleep(sleep_request.level) if sleep_request.level else self._wake()
         try:
             ending = await first_of({**ends, ExitKind.READY: working})
         except (failures.WakeFailed, failures.SleepUnsettled) as error:
             self._ill = error.message
-            wish.settle(error)
+            sleep_request.settle(error)
             return ExitKind.UNHEALTHY
         except ServiceError as error:
-            model.become(State.LOADED if wish.level else State.SLEEPING, error.message)
-            run.settle(None if wish.level else error)
-            wish.settle(error)
+            model.become(State.LOADED if sleep_request.level else State.SLEEPING, error.message)
+            run.settle(None if sleep_request.level else error)
+            sleep_request.settle(error)
             return None
         if ending is ExitKind.READY:
-            wish.settle(None)
+            sleep_request.settle(None)
             return None
-        wish.settle(run.stop_reason or failures.LoadFailed("its engine ended"))
+        sleep_request.settle(run.stop_reason or failures.LoadFailed("its engine ended"))
         return ending
 
     async def _sleep(self, level: int) -> None:

@@ -1,4 +1,4 @@
-"""Changes, passed on to whoever listens as they happen."""
+"""Changes, passed on to listeners as they happen."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Event:
 
 
 @dataclass(eq=False)
-class Listener:
+class EventSubscriber:
     """One listener's events. One that lets `QUEUE_LIMIT` of them pile up is dropped: it starts over with a snapshot
-    when it comes back, instead of holding memory here for ever."""
+    when it comes back, instead of holding memory here indefinitely."""
 
     _queue: asyncio.Queue[Event | None] = field(default_factory=lambda: asyncio.Queue(QUEUE_LIMIT + 1))
     dropped: bool = False
@@ -51,7 +51,7 @@ class EventHub:
     """Numbers events and hands each to every listener, without ever waiting for one."""
 
     def __init__(self) -> None:
-        self._listeners: set[Listener] = set()
+        self._listeners: set[EventSubscriber] = set()
         self.last_number = 0
 
     def publish(self, name: str, data: str) -> None:
@@ -61,9 +61,9 @@ class EventHub:
             listener.put(event)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[Listener]:
+    def listening(self) -> Iterator[EventSubscriber]:
         """A listener that gets everything published from now on."""
-        listener = Listener()
+        listener = EventSubscriber()
         self._listeners.add(listener)
         try:
             yield listener

@@ -13,4 +13,4 @@ class ExitKind(Enum):
     STOPPED = "stopped"  # it was asked to stop
     TIMED_OUT = "timed out"
     UNHEALTHY = "unhealthy"  # its process runs, and it does not do its work
-    WISHED = "wished"  # something else is wanted of it
+    SLEEP_REQUESTED = "sleep requested"  # something else is wanted of it

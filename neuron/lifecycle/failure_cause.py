@@ -20,7 +20,7 @@ _BY_CODE: dict[str, FailureCause] = {
 }
 _OF_THE_HOST = ("devices", "harness", "tensor_parallel")
 """Fields of a load command that are refused for what this host has."""
-_NOT_STARTED = (126, 127)  # a shell's: what it was to start cannot be executed, or is not there
+_NOT_STARTED = (126, 127)  # a shell's exit codes: cannot execute, or command not found
 
 
 def cause_of(error: ServiceError) -> FailureCause:

@@ -32,9 +32,9 @@ from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.failure_cause import because
-from neuron.lifecycle.load_request import Placement
 from neuron.lifecycle.start_locks import StartTurns
 from neuron.memory.ledger import Ledger
+from neuron.memory.placement import EnginePlacement
 from neuron.memory.sleep_budget import Sleepers
 from neuron.progress.history import LoadHistory
 from neuron.spec import EngineSpec
@@ -67,7 +67,7 @@ class Launcher:
     def ledger(self) -> Ledger:
         return self.admission.ledger
 
-    async def book_again(self, placement: Placement, spec: EngineSpec) -> Placement:
+    async def book_again(self, placement: EnginePlacement, spec: EngineSpec) -> EnginePlacement:
         """For another engine of a run, whose last one is gone. Raises as `Admission.book`; nothing is booked then."""
         await self.measure_all()  # or what others loaded since they were last measured counts as a stranger's
         topology, health = await asyncio.gather(self.source.discover(), self.source.health())
@@ -75,7 +75,7 @@ class Launcher:
         return self.admission.book(placement.number, spec, placement.share_mb, topology, health)
 
     @contextlib.asynccontextmanager
-    async def engine(self, spec: EngineSpec, placement: Placement) -> AsyncIterator[Engine]:
+    async def engine(self, spec: EngineSpec, placement: EnginePlacement) -> AsyncIterator[Engine]:
         """An engine that was started, not yet ready. After the body nothing of it is left but its log, unless it is to
         be left running.
 
@@ -136,7 +136,7 @@ class Launcher:
 
     @contextlib.asynccontextmanager
     async def adopted(
-        self, record: RunRecord, directory: EngineDir, placement: Placement
+        self, record: RunRecord, directory: EngineDir, placement: EnginePlacement
     ) -> AsyncIterator[Engine | None]:
         """The engine of a record that an earlier neuron wrote, None when it runs no more. It ends as that of `engine`
         does."""
@@ -210,7 +210,12 @@ class Launcher:
             engine.process.kill_now()
 
     def _engine(
-        self, record: RunRecord, spec: EngineSpec, placement: Placement, directory: EngineDir, process: EngineProcess
+        self,
+        record: RunRecord,
+        spec: EngineSpec,
+        placement: EnginePlacement,
+        directory: EngineDir,
+        process: EngineProcess,
     ) -> Engine:
         settings = self.config.harness_settings(spec.harness)
         harness = HARNESSES[spec.harness]

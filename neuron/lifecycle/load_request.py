@@ -1,4 +1,4 @@
-"""One wish to have a model loaded, from the moment it is taken on until nothing of it is left."""
+"""One sleep_request to have a model loaded, from the moment it is taken on until nothing of it is left."""
 
 from __future__ import annotations
 
@@ -7,30 +7,14 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from neuron.memory.placement import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
-from shared.protocol import Device
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a run's engines are: the devices, the MiB booked on each of them under `number`, and why these. `share_mb`
-    is what an engine is told to take on each, None when it takes what it takes by default."""
-
-    number: int
-    devices: tuple[Device, ...] = ()
-    booked_mb: tuple[int, ...] = ()
-    share_mb: int | None = None
-    why: str = ""
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        return tuple(device.index for device in self.devices)
 
 
 @dataclass
-class Wish:
-    """Something that is wanted of an engine that is there: sleep, or wake up (`level` 0). `done` is its outcome."""
+class SleepRequest:
+    """A request to a running engine to sleep, or to wake up (`level` 0). `done` is its outcome."""
 
     level: int
     done: asyncio.Future[ServiceError | None]
@@ -40,31 +24,31 @@ class Wish:
             self.done.set_result(error)
 
     async def fulfilled(self) -> None:
-        """Raises ServiceError: why it was not."""
+        """Waits for the outcome. Raises ServiceError if it failed."""
         error = await asyncio.shield(self.done)
         if error is not None:
             raise error
 
 
 class LoadRequest:
-    """Shared by everybody who asks for the model meanwhile. Only its worker changes it.
+    """Shared by all callers that ask for the model meanwhile. Only its supervisor changes it.
 
-    An outcome is a value and not an exception, since there may be nobody to be told of it.
+    The outcome is a value, not an exception: there may be no caller left to raise it in.
     """
 
-    def __init__(self, spec: EngineSpec, placement: Placement) -> None:
+    def __init__(self, spec: EngineSpec, placement: EnginePlacement) -> None:
         self.spec = spec
         self.placement = placement
         self.stop_wanted = asyncio.Event()
         self.stop_reason: ServiceError | None = None
         self.drain_until = 0.0
-        """Monotonic time until which running requests may go on after a stop is wanted."""
+        """Monotonic time until which running requests may continue after a stop."""
         self.leave_engine = False
-        """The engine is to be left running when this run ends."""
+        """Leave the engine running when this load request ends."""
         self.vram_error: ServiceError | None = None
-        self.wishes: deque[Wish] = deque()
-        self.wished = asyncio.Event()
-        """Set while there are wishes that nobody has begun with."""
+        self.sleep_requests: deque[SleepRequest] = deque()
+        self.sleep_requested = asyncio.Event()
+        """Set while sleep requests are pending."""
         self._outcome = self._new_outcome()
         self._gone = asyncio.Event()
 
@@ -73,10 +57,10 @@ class LoadRequest:
         return not self.stop_wanted.is_set()
 
     async def loaded(self) -> None:
-        """Returns when the model is loaded. A caller that is cancelled here cancels nothing else.
+        """Returns when the model is loaded. Cancelling a caller cancels nothing else.
 
         Raises:
-            ServiceError: why it is not.
+            ServiceError: the load failed.
         """
         error = await asyncio.shield(self._outcome)
         if error is not None:
@@ -86,15 +70,15 @@ class LoadRequest:
         """Returns when its processes are gone and their memory is back.
 
         Raises:
-            VramNotReleased: the processes are gone, the memory is not back.
+            VramNotReleased: the processes are gone, their memory is not.
         """
         await self._gone.wait()
         if self.vram_error is not None:
             raise self.vram_error
 
     def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> None:
-        """Asks for its end; `reason` is what those who wait for the load are told, at once. What the engine works on
-        has `drain_secs`; asked again, the shorter time counts."""
+        """Requests its end. Callers that wait for the load get `reason` at once; running requests have `drain_secs`. If
+        called again, the shorter time counts."""
         until = time.monotonic() + drain_secs
         if not self.stop_wanted.is_set():
             self.stop_reason = reason
@@ -103,27 +87,27 @@ class LoadRequest:
         self.drain_until = min(self.drain_until, until)
         self.settle(reason)
 
-    def wish(self, level: int) -> Wish:
-        """Asks its engine to sleep or to wake up; the wish's `done` tells how that went."""
-        wish = Wish(level, asyncio.get_running_loop().create_future())
-        self.wishes.append(wish)
-        self.wished.set()
-        return wish
+    def sleep_request(self, level: int) -> SleepRequest:
+        """Asks its engine to sleep or to wake up; the sleep_request's `done` tells how that went."""
+        sleep_request = SleepRequest(level, asyncio.get_running_loop().create_future())
+        self.sleep_requests.append(sleep_request)
+        self.sleep_requested.set()
+        return sleep_request
 
     def reopen(self) -> None:
-        """The model is not there any more, or not yet again: who asks from now on waits for the next outcome."""
+        """The model is no longer loaded, or not loaded again yet: new callers wait for the next outcome."""
         if self._outcome.done() and not self.stop_wanted.is_set():
             self._outcome = self._new_outcome()
 
     def settle(self, error: ServiceError | None) -> None:
-        """Tells the waiting how the load ended; what was told first stands."""
+        """Tells waiting callers how the load ended. The first outcome stands."""
         if not self._outcome.done():
             self._outcome.set_result(error)
 
     def finish(self) -> None:
         reason = self.stop_reason or ServiceError("the engine is gone")
-        while self.wishes:
-            self.wishes.popleft().settle(reason)
+        while self.sleep_requests:
+            self.sleep_requests.popleft().settle(reason)
         self._gone.set()
 
     @staticmethod

@@ -12,7 +12,7 @@ from shared.protocol import FailureCause
 
 
 async def check_below(source: str, roots: Sequence[Path], *, param: str) -> None:
-    """Refuses a path outside of `roots`; without roots, and for a name that is no path of this host, all is well.
+    """Refuses a path outside of `roots`. Without roots, and for a name that is not a path on this host, does nothing.
 
     Raises:
         InvalidRequest: naming `param`, the path and the roots.
@@ -25,7 +25,7 @@ async def check_below(source: str, roots: Sequence[Path], *, param: str) -> None
 
 
 def is_below(source: str, roots: Sequence[Path]) -> bool:
-    """True for a path whose real place is in one of `roots`, and for a name that is no path of this host. Blocks."""
+    """True for a path whose real place is in one of `roots`, and for a name that is not a path on this host. Blocks."""
     path = Path(source)
     try:
         if not path.is_absolute() and not path.exists():

@@ -23,9 +23,10 @@ from neuron.lifecycle.engine_life import EngineLife
 from neuron.lifecycle.exit_kind import ExitKind
 from neuron.lifecycle.failure_cause import cause_of
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import LoadRequest, Placement, Wish
+from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.restarts import Restarts
 from neuron.lifecycle.states import Condition, State
+from neuron.memory.placement import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 from shared.protocol import FailureCause, Progress, Transition
@@ -113,10 +114,10 @@ class ModelSupervisor:
             if state in (State.SLEEPING, State.WAKING):
                 run.reopen()
             if state is State.SLEEPING:
-                run.wish(0)
+                run.sleep_request(0)
         return run
 
-    def begin(self, spec: EngineSpec, placement: Placement) -> LoadRequest:
+    def begin(self, spec: EngineSpec, placement: EnginePlacement) -> LoadRequest:
         """A new run; only when there is none to be joined. It begins as soon as what stops at present is gone."""
         assert self._joinable() is None
         self.spec = spec
@@ -128,7 +129,7 @@ class ModelSupervisor:
             self._begin(new, State.STARTING, "asked to load")
         return new
 
-    def adopt(self, found: FoundEngine, placement: Placement) -> LoadRequest:
+    def adopt(self, found: FoundEngine, placement: EnginePlacement) -> LoadRequest:
         """A run with the engine that an earlier neuron left."""
         assert found.record is not None
         self.spec = spec = found.record.engine_spec
@@ -137,7 +138,7 @@ class ModelSupervisor:
         self._begin(run, State.RECOVERING, "found at neuron's start", found)
         return run
 
-    def wish(self, level: int) -> Wish:
+    def sleep_request(self, level: int) -> SleepRequest:
         """Asks the engine to sleep (`level` 1), or to wake up (0).
 
         Raises:
@@ -146,11 +147,11 @@ class ModelSupervisor:
         state, run = self.condition.state, self._joinable()
         if run is None or run is not self._run or state not in (State.LOADED, State.SLEEPING, State.WAKING):
             raise failures.unknown_model(self.model_id, f"is not loaded: it is {state.value}")
-        return run.wish(level)
+        return run.sleep_request(level)
 
     def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> LoadRequest | None:
         """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any. `reason`
-        is for those who wait for the model, `why` for those who look at it; the same where it is left out."""
+        is for callers that wait for the model, `why` for the state that operators see (default: the same)."""
         why = why or reason.message
         if self._next is not None:
             self._next.stop(reason)
@@ -212,7 +213,7 @@ class ModelSupervisor:
         cause: FailureCause | None = None,
         retry_at: float | None = None,
     ) -> None:
-        """For this module and the present engine's life: everybody else only reads `condition`."""
+        """For this module and the present engine life; all others only read `condition`."""
         now = time.time()
         if state is not self.condition.state:
             log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
@@ -322,7 +323,7 @@ class ModelSupervisor:
         try:
             run.placement = await self._launcher.book_again(before, run.spec)
         except ServiceError:
-            run.placement = Placement(before.number, share_mb=before.share_mb)
+            run.placement = EnginePlacement(before.number, share_mb=before.share_mb)
             raise
 
     async def _found_engine(self, run: LoadRequest, found: FoundEngine) -> Ended:
@@ -336,7 +337,7 @@ class ModelSupervisor:
         return await self._account(life)
 
     async def _until_its_turn(self, run: LoadRequest, turn: contextlib.AsyncExitStack) -> bool:
-        """Waits until nobody else starts on its devices and their memory is free; False when a stop came before."""
+        """Waits until no other engine starts on its devices and their memory is free. False if stopped before that."""
         devices = run.placement.indices
         if self._launcher.turns.busy(devices):
             self.show(Progress(phase="waiting", message="another engine is starting on one of its devices"))

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from pydantic import Field
 
@@ -19,10 +20,10 @@ from neuron.engine.state_dir import FoundEngine
 from neuron.harness.checks import spec_of
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.load_request import LoadRequest, Placement
+from neuron.lifecycle.load_request import LoadRequest
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
-from neuron.metrics import NeuronMetrics
+from neuron.memory.placement import EnginePlacement
 from shared.protocol import EndpointReply, LoadCommand, ModelActivity, ModelView, Transition
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,20 @@ class NeuronModelView(ModelView):
     transitions: list[Transition] = Field(default_factory=list)
 
 
+class LifecycleMetrics(Protocol):
+    """What the registry counts."""
+
+    def loaded(self, model_id: str, seconds: float) -> None: ...
+
+    def restarted(self, model_id: str) -> None: ...
+
+    def known(self, model_id: str) -> None: ...
+
+
 class Registry:
     """The workers by model id. A model once asked for stays known, with its spec, while this process lives."""
 
-    def __init__(self, config: NeuronConfig, launcher: Launcher, hub: EventHub, metrics: NeuronMetrics) -> None:
+    def __init__(self, config: NeuronConfig, launcher: Launcher, hub: EventHub, metrics: LifecycleMetrics) -> None:
         self._config = config
         self._launcher = launcher
         self._hub = hub
@@ -61,7 +72,7 @@ class Registry:
         """The worker of a known model.
 
         Raises:
-            NotFound: nobody ever asked for it.
+            NotFound: the model is unknown.
         """
         worker = self._workers.get(model_id)
         if worker is None:
@@ -117,7 +128,7 @@ class Registry:
         Raises:
             NotFound: it is not loaded. Conflict: it cannot sleep, or has requests. SleepFailed: it did not.
         """
-        await self.get(model_id).wish(level).fulfilled()
+        await self.get(model_id).sleep_request(level).fulfilled()
 
     async def wake(self, model_id: str) -> None:
         """Returns when the model serves; at once when it is awake.
@@ -125,7 +136,7 @@ class Registry:
         Raises:
             NotFound: it is not loaded. InsufficientVram: others have its memory. WakeFailed: it is loaded anew now.
         """
-        await self.get(model_id).wish(0).fulfilled()
+        await self.get(model_id).sleep_request(0).fulfilled()
 
     async def adopt(self, found: Sequence[FoundEngine]) -> None:
         """Takes over what an earlier neuron left: engines that run get their worker back, models whose engine died
@@ -154,7 +165,7 @@ class Registry:
             spec = record.engine_spec
             devices = tuple(by_index[index] for index in record.devices if index in by_index)
             number, booked = next(self._numbers), tuple(record.booked_mb)
-            placement = Placement(number, devices, booked, record.share_mb, "chosen by an earlier neuron")
+            placement = EnginePlacement(number, devices, booked, record.share_mb, "chosen by an earlier neuron")
             self._launcher.ledger.adopt(number, spec.model_id, placement.indices, max(booked, default=None))
             self._known_or_new(spec.model_id).adopt(each, placement)
 

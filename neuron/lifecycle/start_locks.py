@@ -9,19 +9,19 @@ from collections.abc import AsyncIterator, Collection
 
 
 class StartTurns:
-    """Devices that are being started on, by index. Whoever comes first goes first, device by device."""
+    """Devices on which an engine starts, by index. First come, first served, per device."""
 
     def __init__(self) -> None:
         self._locks: dict[int, asyncio.Lock] = {}
 
     def busy(self, devices: Collection[int]) -> bool:
-        """True when somebody has, or waits for, one of them."""
+        """True if one of them is taken or waited for."""
         return any(self._lock(index).locked() for index in devices)
 
     @contextlib.asynccontextmanager
     async def turn(self, devices: Collection[int]) -> AsyncIterator[None]:
-        """Inside, nobody else starts on any of the devices. Taken in order, so that two that want the same ones never
-        wait for each other."""
+        """Inside the body no other engine starts on these devices. Taken in order, so that two callers cannot
+        deadlock."""
         async with contextlib.AsyncExitStack() as stack:
             for index in sorted(devices):
                 await stack.enter_async_context(self._lock(index))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, DeviceRoom, InsufficientVram, rooms_of
-from neuron.memory.requirement import Need
+from neuron.memory.requirement import MemoryNeed
 from neuron.memory.selection import Choice, check_devices, choose
 from neuron.spec import EngineSpec
 from shared.protocol import DeviceHealth
@@ -29,7 +29,7 @@ class Ledger:
         self,
         number: int,
         spec: EngineSpec,
-        need: Need,
+        need: MemoryNeed,
         topology: Topology,
         health: Sequence[DeviceHealth],
     ) -> Choice:

@@ -10,7 +10,7 @@ from neuron.memory.capacity import DeviceRoom
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Memory of one engine on each device: `mb` MiB, or, with `fraction`, that part of what CUDA sees of the device.
 
     `one_fraction`: the engine is given `mb` as one fraction for all of its devices, the one with which the smallest of

@@ -12,7 +12,7 @@ from neuron.gpu.topology import Topology
 from neuron.memory import interconnect as paths
 from neuron.memory.capacity import DeviceRoom, unusable_reason
 from neuron.memory.interconnect import Pair, Path
-from neuron.memory.requirement import Need
+from neuron.memory.requirement import MemoryNeed
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import Device
@@ -62,7 +62,7 @@ def check_devices(spec: EngineSpec, topology: Topology) -> None:
 
 def choose(
     count: int,
-    need: Need,
+    need: MemoryNeed,
     topology: Topology,
     rooms: Sequence[DeviceRoom],
     *,
@@ -110,7 +110,7 @@ class _Judge:
     """Compares sets for one need. Everything by device index; what does not depend on the set is worked out once,
     since there may be ten thousand of them."""
 
-    need: Need
+    need: MemoryNeed
     rooms: Mapping[int, DeviceRoom]
     cards: Mapping[int, tuple[str, int]]
     left_over: Mapping[int, int]  # MiB to be had, in whole steps below the total
@@ -153,7 +153,7 @@ class _Judge:
             ]
 
 
-def _judge(need: Need, topology: Topology, rooms: Sequence[DeviceRoom]) -> _Judge:
+def _judge(need: MemoryNeed, topology: Topology, rooms: Sequence[DeviceRoom]) -> _Judge:
     every, idle = paths.between(topology), _idle(rooms)
     weights = {pair: path.weight for pair, path in every.items() if idle.issuperset(pair)}
     pulls: Counter[int] = Counter()

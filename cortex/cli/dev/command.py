@@ -15,7 +15,7 @@ import aiohttp
 import tomli_w
 
 from cortex.cli.dev.fleet import (
-    Engine,
+    DevEngine,
     SimulatedHost,
     cortex_table,
     models_table,
@@ -46,12 +46,12 @@ def run_dev(fleet: str, *, port: int, engine: str, model_dir: Path | None, vllm_
         fail("cortex dev", error)
 
 
-def _engine(name: str, model_dir: Path | None, vllm_command: str) -> Engine:
+def _engine(name: str, model_dir: Path | None, vllm_command: str) -> DevEngine:
     if name == "sim":
-        return Engine()
+        return DevEngine()
     if model_dir is None or not model_dir.is_dir():
         raise ValueError("--engine vllm needs --model-dir with the directory of a model")
-    return Engine("vllm", tuple(shlex.split(vllm_command)), str(model_dir.resolve()))
+    return DevEngine("vllm", tuple(shlex.split(vllm_command)), str(model_dir.resolve()))
 
 
 def example_catalogue() -> Catalogue:
@@ -122,7 +122,7 @@ class DevFleet:
         os.close(self._lifeline)
 
 
-async def _dev(hosts: list[SimulatedHost], engine: Engine, port: int) -> int:
+async def _dev(hosts: list[SimulatedHost], engine: DevEngine, port: int) -> int:
     gateway = bind("127.0.0.1", port)
     url = f"http://127.0.0.1:{gateway.getsockname()[1]}"
     metrics_listen = f"127.0.0.1:{port + 1 if 0 < port < MAX_PORT else 0}"
@@ -162,7 +162,7 @@ def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
 
 
 async def _start(
-    fleet: DevFleet, hosts: list[SimulatedHost], engine: Engine, gateway: socket.socket, metrics_listen: str
+    fleet: DevFleet, hosts: list[SimulatedHost], engine: DevEngine, gateway: socket.socket, metrics_listen: str
 ) -> list[tuple[str, int]]:
     """Starts every process; returns the neurons as (name, port)."""
     neurons: list[tuple[str, int]] = []

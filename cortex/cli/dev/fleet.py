@@ -25,7 +25,7 @@ class SimulatedHost:
 
 
 @dataclass(frozen=True)
-class Engine:
+class DevEngine:
     """The engine of the neurons: "sim", or "vllm" with a command and a model directory."""
 
     harness: str = "sim"
@@ -55,7 +55,7 @@ def parse_fleet(text: str) -> list[SimulatedHost]:
     return hosts
 
 
-def neuron_table(host: SimulatedHost, number: int, engine: Engine) -> dict[str, Any]:
+def neuron_table(host: SimulatedHost, number: int, engine: DevEngine) -> dict[str, Any]:
     """neuron.toml of the host with this number (from 0). The port comes from the inherited socket."""
     first = FIRST_ENGINE_PORT + number * ENGINE_PORTS_PER_HOST
     harness: dict[str, Any] = {"port_range": [first, first + ENGINE_PORTS_PER_HOST - 1]}
@@ -85,7 +85,7 @@ def cortex_table(neurons: list[tuple[str, int]], *, models_config: str, metrics_
     }
 
 
-def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: Engine) -> dict[str, Any]:
+def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: DevEngine) -> dict[str, Any]:
     """The example catalogue for this engine. A pin on hosts that this fleet does not have is left out."""
     names = {host.name for host in hosts}
     return {
@@ -94,7 +94,7 @@ def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: Engine)
     }
 
 
-def _model(profile: ModelProfile, names: set[str], engine: Engine) -> dict[str, Any]:
+def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[str, Any]:
     table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "args", "source"})
     table["harness"] = engine.harness
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]

@@ -8,16 +8,16 @@ import pytest
 
 from cortex.cli.commands import DEFAULT_FLEET
 from cortex.cli.dev.command import example_catalogue
-from cortex.cli.dev.fleet import Engine, cortex_table, models_table, neuron_table, parse_fleet
+from cortex.cli.dev.fleet import DevEngine, cortex_table, models_table, neuron_table, parse_fleet
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
 
-VLLM = Engine("vllm", ("/opt/vllm/bin/vllm",), "/srv/tiny")
+VLLM = DevEngine("vllm", ("/opt/vllm/bin/vllm",), "/srv/tiny")
 
 
-@pytest.mark.parametrize("engine", [Engine(), VLLM])
-def test_tables_are_valid(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", [DevEngine(), VLLM])
+def test_tables_are_valid(engine: DevEngine) -> None:
     """As the services read them; engines of different hosts never share a port range."""
     hosts = parse_fleet(DEFAULT_FLEET)
     ranges = []

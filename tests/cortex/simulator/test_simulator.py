@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cortex.__main__ import main
-from cortex.simulator.engine import Engine, Request
+from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet, load_fleet
 from cortex.simulator.outcome import Outcome, waiting
 from cortex.simulator.policies import POLICIES
@@ -189,10 +189,9 @@ def test_a_trace_follows_from_its_seed_and_is_skewed(example: SimulatedFleet) ->
 
 
 def test_more_requests_than_an_engine_serves_at_full_speed_share_it() -> None:
-    """One request runs at full speed. The second arrives when the first has 5 of its 10 s done; the remaining 5 take
-    10."""
-    engine = Engine("a", (0,), 1000, parallel=1)
-    first, second = (Request(number, "a", at, 10.0) for number, at in enumerate((0.0, 5.0)))
+    """The first request runs at full speed. The second arrives after 5 of its 10 s; the remaining 5 take 10."""
+    engine = SimulatedEngine("a", (0,), 1000, parallel=1)
+    first, second = (SimulatedRequest(number, "a", at, 10.0) for number, at in enumerate((0.0, 5.0)))
     engine.begin(first, 0.0)
     assert engine.next_end() == 10.0
     engine.begin(second, 5.0)

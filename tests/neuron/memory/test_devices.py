@@ -13,7 +13,7 @@ import pytest
 
 from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, DeviceRoom, rooms_of
-from neuron.memory.requirement import Need
+from neuron.memory.requirement import MemoryNeed as Need
 from neuron.memory.selection import Choice, check_devices, choose
 from shared.errors import InvalidRequest
 from shared.protocol import Link, LinkKind

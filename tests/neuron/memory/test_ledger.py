@@ -12,7 +12,7 @@ from neuron.gpu.topology import Topology
 from neuron.harness.registry import HARNESSES
 from neuron.memory.capacity import DeviceRoom, InsufficientVram, held_by, with_rooms
 from neuron.memory.ledger import Ledger
-from neuron.memory.requirement import Need
+from neuron.memory.requirement import MemoryNeed
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.gpu_memory import DEVICE_MARGIN_MB
@@ -27,7 +27,7 @@ def room(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0
     return ledger.rooms(topology, measured(topology, {index: used}, reserve=reserve))[index]
 
 
-def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> Need:
+def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> MemoryNeed:
     """What the harness of `wanted` says that it takes."""
     return HARNESSES[wanted.harness].memory_need(wanted, share, [*wanted.args, *extra_args])
 
@@ -187,7 +187,7 @@ def test_refusal_names_the_figures() -> None:
     ledger = Ledger()
     book(ledger, 1, 18_000, topology, model_id="org/a", devices=(0,))
     with pytest.raises(InsufficientVram) as refused:
-        ledger.book(2, spec(2, "org/b"), Need(12_000), topology, measured(topology, {0: 21_464, 2: 288}))
+        ledger.book(2, spec(2, "org/b"), MemoryNeed(12_000), topology, measured(topology, {0: 21_464, 2: 288}))
     error = refused.value
     assert (error.status, error.code) == (409, "insufficient_vram")
     assert error.message == (
@@ -241,7 +241,7 @@ def test_device_that_was_lost_since_the_check() -> None:
     topology = host("5090", "5090", d0={"lost": "fell off the bus"})
     for wanted in (spec(devices=(0,)), spec(2), spec(devices=(7,))):
         with pytest.raises(InvalidRequest, match=r"fell off the bus|no device 7"):
-            Ledger().book(1, wanted, Need(1000), topology, measured(topology))
+            Ledger().book(1, wanted, MemoryNeed(1000), topology, measured(topology))
 
 
 def test_refused_load_books_nothing() -> None:
@@ -376,7 +376,7 @@ class Model:
         share, count = self.source.randint(200, 14_000), self.source.randint(1, len(self.totals))
         spare = {index: self.spare(index) for index in self.totals}
         try:
-            choice = self.ledger.book(number, spec(count), Need(share), self.topology, self.health())
+            choice = self.ledger.book(number, spec(count), MemoryNeed(share), self.topology, self.health())
         except InsufficientVram:
             assert sum(mb >= share for mb in spare.values()) < count
             return
