@@ -85,7 +85,7 @@ def _row(load: float, name: str, outcomes: Sequence[Outcome]) -> str:
 def _ratios(
     label: str, planner: Sequence[Outcome], other: Sequence[Outcome], figure: Callable[[Outcome], float]
 ) -> str:
-    """Waiting time of the other policy divided by the planner's: over all seeds, then for each."""
+    """The other policy's waiting time divided by the planner's: over all seeds, then per seed."""
     each = [figure(theirs) / figure(ours) for ours, theirs in zip(planner, other, strict=True)]
     whole = statistics.fmean(map(figure, other)) / statistics.fmean(map(figure, planner))
     return f"| {label} | {whole:.2f} |" + "".join(f" {ratio:.2f} |" for ratio in each)

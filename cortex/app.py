@@ -96,7 +96,7 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
         try:
             yield gateway
         finally:
-            gateway.draining = True  # first: whoever is refused now is to go elsewhere, and not to ask here again
+            gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.stopping.begin()
             parts.counts.detach(gateway)
 

@@ -1,1 +1,1 @@
-"""Parts of the benchmarks of cold loads and of fleet size: our services as processes, a fleet that is pretended."""
+"""Parts of the cold-load and fleet-size benchmarks: services as child processes, and a simulated fleet."""

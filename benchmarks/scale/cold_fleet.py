@@ -1,4 +1,4 @@
-"""A cortex and a neuron with one model, and the moments of a cold load as seen from outside of both."""
+"""A cortex and a neuron with one model, and the timing of a cold load as seen from outside."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from benchmarks.scale.services import Child, children_of, free_ports, service
 MODEL = "bench/cold"
 CHAT = "/v1/chat/completions"
 WATCH_SECS = 0.002
-"""Between two looks at what is watched: the resolution of every moment below."""
+"""Polling interval: the resolution of every time below."""
 START_TIMEOUT_SECS = 600.0
 _HOST = "127.0.0.1"
-# Many: a port whose engine closed a connection first is not given out again for a minute (TIME_WAIT).
+# A wide range: a port whose engine closed a connection first is not reused for a minute (TIME_WAIT).
 _ENGINE_PORTS = (32001, 32700)
 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """How the engines of a run are started; `command` None is the harness's own."""
+    """How a run starts its engines; `command` None uses the harness's own."""
 
     harness: str
     args: list[str]
@@ -37,19 +37,19 @@ class EngineKind:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one cold request, as `time.perf_counter`, in seconds."""
+    """Times of one cold request, as `time.perf_counter`, in seconds."""
 
     asked: float
-    spawned: float  # the engine's process is there
-    ready: float  # its /health says 200
-    loaded: float  # neuron says so on its event stream
-    answered: float  # the answer's last byte
+    spawned: float  # the engine's process exists
+    ready: float  # its /health returns 200
+    loaded: float  # reported on neuron's event stream
+    answered: float  # last byte of the answer
     engines: int  # processes that neuron started meanwhile
 
 
 @dataclass(frozen=True)
 class EngineStart:
-    """What neuron started: enough to start the same by hand."""
+    """The command neuron started, with enough detail to start it by hand."""
 
     argv: list[str]
     environ: dict[str, str]
@@ -58,7 +58,7 @@ class EngineStart:
 
 @dataclass(frozen=True)
 class ColdFleet:
-    """Both services, up and in each other's sight."""
+    """Both services, running and connected."""
 
     cortex: Child
     neuron: Child
@@ -74,7 +74,7 @@ class ColdFleet:
             raise RuntimeError(f"unload: {answer.status} {answer.body!r}")
 
     async def cold_requests(self, count: int) -> tuple[Moments, list[Answer]]:
-        """That many first requests at the same moment, on connections that are open already; answers as they ended."""
+        """Sends this many first requests at once on open connections; returns the answers in order of completion."""
         connections = [await Connection(_HOST, self.cortex_port).open() for _ in range(count)]
         before = set(children_of(self.neuron.pid))
         seen: set[int] = set()
@@ -82,7 +82,7 @@ class ColdFleet:
             watch = asyncio.create_task(self._watch(before, seen, loaded))
             asked = time.perf_counter()
             asking = asyncio.create_task(_all_answers(connections))
-            # An answer that comes before the load is seen is a failure, and there is nothing to wait for.
+            # An answer before the load is seen is a failure, so stop waiting.
             waits: list[asyncio.Task[Any]] = [watch, asking]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             answers = await asking
@@ -97,7 +97,7 @@ class ColdFleet:
         return Moments(asked, spawned_at, ready_at, loaded_at, answers[-1].ended_at, len(seen)), answers
 
     async def _watch(self, before: set[int], seen: set[int], loaded: asyncio.Task[float]) -> tuple[float, float, float]:
-        """When the engine's process is there, when it is healthy, and when neuron says so."""
+        """When the engine's process started, when it became healthy, and when neuron reported it."""
         pid, spawned_at = await _first_child(self.neuron.pid, before)
         seen.add(pid)
         return spawned_at, await until_healthy(await _port_of(pid)), await loaded
@@ -110,7 +110,7 @@ class ColdFleet:
         return answer.secs
 
     def engine_start(self) -> EngineStart:
-        """How the present engine was started, as the kernel has it."""
+        """How the current engine was started, according to the kernel."""
         (pid,) = children_of(self.neuron.pid)
         proc = Path(f"/proc/{pid}")
         pairs = (entry.partition("=") for entry in _entries(proc / "environ"))
@@ -121,7 +121,7 @@ class ColdFleet:
 
 @contextlib.asynccontextmanager
 async def cold_fleet(directory: Path, kind: EngineKind) -> AsyncIterator[ColdFleet]:
-    """Starts both services in `directory` and ends them."""
+    """Starts both services in `directory`, and stops them at the end."""
     cortex_port, metrics_port, neuron_port = free_ports(3)
     neuron_toml, cortex_toml = directory / "neuron.toml", directory / "cortex.toml"
     neuron_toml.write_text(_neuron_toml(kind, neuron_port, directory), encoding="utf-8")
@@ -136,8 +136,8 @@ async def cold_fleet(directory: Path, kind: EngineKind) -> AsyncIterator[ColdFle
 
 
 async def by_hand(start: EngineStart, log: Path) -> tuple[float, float]:
-    """Starts the engine as neuron did and asks it the same: seconds until ready, seconds of the first answer."""
-    # neuron has taken away what this named; everything else is as it was.
+    """Starts the engine as neuron did and sends the same request: seconds until ready, seconds of the first answer."""
+    # neuron has removed the files this named; everything else is unchanged.
     environ = {**start.environ, "TMPDIR": str(log.parent)}
     (port,) = free_ports(1)
     argv = [*start.argv]
@@ -149,18 +149,18 @@ async def by_hand(start: EngineStart, log: Path) -> tuple[float, float]:
         answer = await connection.send(chat_request(start.environ["VLLM_API_KEY"]))
         connection.close()
     if answer.status != 200:
-        raise RuntimeError(f"the engine started by hand says {answer.status} {answer.body[:500]!r}")
+        raise RuntimeError(f"engine started by hand: {answer.status} {answer.body[:500]!r}")
     return ready - spawned, answer.secs
 
 
 def chat_request(key: str | None = None) -> bytes:
-    """One short question with an answer of one token."""
+    """One short question with a one-token answer."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     return request_bytes("POST", CHAT, body, {} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 async def until_healthy(port: int, engine: Child | None = None) -> float:
-    """When `/health` on that port first says 200. Raises RuntimeError when `engine` ends before, or TimeoutError."""
+    """When `/health` on the port first returns 200. Raises RuntimeError if `engine` exits first, or TimeoutError."""
     deadline = time.perf_counter() + START_TIMEOUT_SECS
     connection = Connection(_HOST, port)
     while time.perf_counter() < deadline:
@@ -175,13 +175,13 @@ async def until_healthy(port: int, engine: Child | None = None) -> float:
 
 
 async def _all_answers(connections: list[Connection]) -> list[Answer]:
-    """The same request on each connection, written at once; the answers in the order of their ends."""
+    """The same request on each connection, written at once; the answers in order of completion."""
     answers = await asyncio.gather(*(connection.send(chat_request()) for connection in connections))
     return sorted(answers, key=lambda answer: answer.ended_at)
 
 
 async def _first_child(pid: int, before: set[int]) -> tuple[int, float]:
-    """The first child of a process that was not there before, and when it was seen."""
+    """The first new child of a process, and when it appeared."""
     deadline = time.perf_counter() + START_TIMEOUT_SECS
     while time.perf_counter() < deadline:
         new = set(children_of(pid)) - before
@@ -192,7 +192,7 @@ async def _first_child(pid: int, before: set[int]) -> tuple[int, float]:
 
 
 async def _port_of(pid: int) -> int:
-    """The `--port` of an engine's command line, which a process has once it runs the engine's executable."""
+    """The `--port` in an engine's command line, available once it runs the engine's executable."""
     while True:
         argv = _entries(Path(f"/proc/{pid}/cmdline"))
         if "--port" in argv:
@@ -202,7 +202,7 @@ async def _port_of(pid: int) -> int:
 
 @contextlib.asynccontextmanager
 async def _neuron_events(port: int) -> AsyncIterator[asyncio.Task[float]]:
-    """A task that ends when the neuron says on `/events` that the model is loaded, with the moment."""
+    """A task that ends when the neuron reports the model as loaded on `/events`, with the time."""
     reader, writer = await asyncio.open_connection(_HOST, port)
     writer.write(request_bytes("GET", "/events", None))
     await reader.readuntil(b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""How long cortex thinks about a large fleet: the functions themselves, in this process, without a socket."""
+"""How long cortex's decisions take on a large fleet: calls the functions in this process, without sockets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from cortex.placement.inputs import View, Waiting
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 LOADED_SHARE = 0.8
-"""Of the catalogue's models: so many are loaded somewhere, the rest nowhere."""
+"""Share of the catalogue's models that are loaded somewhere."""
 REPLICATED = 10
-"""Models that are loaded on every fiftieth neuron."""
+"""Models loaded on every fiftieth neuron."""
 _WARM_UP = 50
 
 
 @dataclass(frozen=True)
 class Thinking:
-    """Of one fleet and one catalogue. A decision is for a model that is loaded, a placement for one that is nowhere."""
+    """Results for one fleet and one catalogue. A decision is for a loaded model, a placement for one that is not
+    loaded."""
 
     nodes: int
     models: int
@@ -35,12 +36,12 @@ class Thinking:
     placement_p50_us: float
     placement_p99_us: float
     list_changed_ms: float  # `/v1/models`, after a model's state changed
-    list_same_ms: float  # after polls that brought nothing
+    list_same_ms: float  # after polls without changes
     list_mib: float
 
 
 def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> Thinking:
-    """Measures all of it. Each decision is timed by itself."""
+    """Measures everything. Each decision is timed on its own."""
     catalogue = Catalogue.model_validate({"models": [{"id": name(n), "vram_mb": 6000} for n in range(models)]})
     fleet = Fleet([(f"n{node:04d}", f"http://n{node}") for node in range(nodes)], unhealthy_after=3)
     loaded = max(1, int(models * LOADED_SHARE))
@@ -73,12 +74,12 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
 
 
 def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
-    """What a request that no table answers costs before anything is sent."""
+    """Cost of a request outside the routing tables, before anything is sent."""
     decide(model_id, catalogue, snapshot, lambda _model, _node: 0)
 
 
 def placement(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
-    """What it costs to find a place for a model that somebody waits for."""
+    """Cost of placing a model that a request waits for."""
     next_turn(View(now=10.0, catalogue=catalogue, fleet=snapshot, waiting={model_id: Waiting(1, 9.0)}))
 
 
@@ -87,7 +88,7 @@ def name(number: int) -> str:
 
 
 def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
-    """One answered poll; `models` None: of the health alone."""
+    """One successful poll; with `models` None, of the health only."""
     pretended = PretendedNeuron(node, 0, seed=False)
     views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
     fleet.observe(

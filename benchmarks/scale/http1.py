@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client that keeps its connection and notes when an answer began and when it was whole."""
+"""A small HTTP/1.1 keep-alive client that records when each answer started and ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer; times are of `time.perf_counter`, in seconds."""
+    """A complete answer; times are `time.perf_counter`, in seconds."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -22,7 +22,7 @@ class Answer:
 
     @property
     def secs(self) -> float:
-        """From the request's last byte handed over to the answer's last byte."""
+        """From sending the request's last byte to receiving the answer's last byte."""
         return self.ended_at - self.asked_at
 
     def json(self) -> Any:
@@ -37,7 +37,7 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def open(self) -> Connection:
-        """Connects now instead of with the first request. Raises OSError."""
+        """Connects now rather than on the first request. Raises OSError."""
         await self._connected()
         return self
 
@@ -58,7 +58,7 @@ class Connection:
         return await self.send(request_bytes("POST", path, body, headers))
 
     async def send(self, request: bytes) -> Answer:
-        """The answer to a request given as bytes. Raises OSError, or IncompleteReadError when it is cut off."""
+        """Sends a raw request and returns the answer. Raises OSError, or IncompleteReadError when it is cut off."""
         reader, writer = await self._connected()
         asked_at = time.perf_counter()
         writer.write(request)
@@ -82,7 +82,7 @@ class Connection:
 
 
 def request_bytes(method: str, path: str, body: Any, headers: dict[str, str] | None = None) -> bytes:
-    """A request with `body` as JSON, none when it is None."""
+    """A request with `body` as JSON; no body when it is None."""
     data = b"" if body is None else json.dumps(body).encode()
     fields = {"Host": "benchmark", **(headers or {})}
     if body is not None:
@@ -103,10 +103,10 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
 
 
 async def until_answers(host: str, port: int, path: str, *, within_secs: float, pause_secs: float = 0.05) -> Answer:
-    """The first 200 that `path` gives.
+    """The first 200 response from `path`.
 
     Raises:
-        TimeoutError: none comes within `within_secs`.
+        TimeoutError: none within `within_secs`.
     """
     deadline = time.perf_counter() + within_secs
     last = "no answer"

@@ -1,9 +1,10 @@
-"""`python -m benchmarks.scale.neurons`: one process that pretends to be many neurons, each at an address of its own.
+"""`python -m benchmarks.scale.neurons`: one process that simulates many neurons, each at its own address.
 
-Neuron i listens on 127.1.x.y, answers the seed protocol plus `/events`, `since` and `instance_id`, and is the engine of
-its models too. Its devices' load, temperature and power are others in every answer, as those of real devices at work.
-On 127.0.0.1 it is told what to change: `POST /die`, `/revive` {"node": i} and `/status` {"node": i, "model": id,
-"status": text}, which answers when the change was told, as `time.perf_counter` in seconds.
+Neuron i listens on 127.1.x.y, speaks the seed protocol plus `/events`, `since` and `instance_id`, and also acts as the
+engine of its models. Device load, temperature and power change with every answer, as on real devices. A control
+endpoint on 127.0.0.1 takes changes: `POST /die`, `/revive` {"node": i} and
+`/status` {"node": i, "model": id, "status": text}, which returns when the change was sent, as `time.perf_counter` in
+seconds.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from benchmarks.loops import run
 KEEPALIVE_SECS = 15.0
 MODELS_EACH = 4
 MODELS = 200
-"""Different models of the whole fleet: a larger fleet has more replicas of each."""
+"""Distinct models in the whole fleet: a larger fleet has more replicas of each."""
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 Respond = Callable[["Exchange", str, str, bytes], bytes | None]
 
 
 def address(index: int) -> str:
-    """Where neuron `index` listens: every address of 127.0.0.0/8 is this host."""
+    """The address neuron `index` listens on: all of 127.0.0.0/8 is this host."""
     return f"127.1.{index // 250}.{index % 250 + 1}"
 
 
@@ -47,7 +48,7 @@ class Exchange(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,7 +69,7 @@ class Exchange(asyncio.Protocol):
                 self.transport.write(answer)
 
     def write_event(self, name: str, data: Any) -> None:
-        """An event of a stream that has begun."""
+        """Sends an event on an open stream."""
         event = f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
         if self.transport is not None:
             self.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
@@ -88,10 +89,10 @@ def completion(model: str) -> dict[str, Any]:
 
 
 class PretendedNeuron:
-    """What one neuron says."""
+    """The state of one neuron."""
 
     def __init__(self, index: int, port: int, *, seed: bool) -> None:
-        """`seed`: speaks the seed protocol and nothing more."""
+        """`seed`: speaks only the seed protocol."""
         self.index = index
         self._seed = seed
         self._port = port
@@ -134,7 +135,7 @@ class PretendedNeuron:
         )
 
     def die(self) -> None:
-        """As when the host loses its power, but that connections are reset at once."""
+        """Like a power loss, except that connections are reset at once."""
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
@@ -143,7 +144,7 @@ class PretendedNeuron:
         self._listeners.clear()
 
     def change(self, model_id: str, status: str) -> float:
-        """A model has this status now, and every listener hears of it. When that was."""
+        """Sets a model's status and notifies every listener. Returns when."""
         self._models[model_id] = {**self._view(model_id), "status": status, "since": time.time()}
         told = time.perf_counter()
         for listener in self._listeners:
@@ -199,7 +200,7 @@ class PretendedNeuron:
 
 
 async def serve(count: int, port: int, *, seed: bool) -> None:
-    """Until SIGTERM."""
+    """Runs until SIGTERM."""
     loop = asyncio.get_running_loop()
     neurons = [PretendedNeuron(index, port, seed=seed) for index in range(count)]
     for neuron in neurons:

@@ -1,4 +1,4 @@
-"""cortex and neuron as child processes of a benchmark, and what the kernel says of a process."""
+"""cortex and neuron as child processes of a benchmark, and kernel statistics of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _PORTS = range(21000, 32000)
 
 
 class Child:
-    """A process of the benchmark with its output in a file. Ended by `stop`, or by leaving the `with` block."""
+    """A child process of the benchmark with its output in a file. Stopped by `stop` or at the end of the `with`
+    block."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class Child:
         environ: Mapping[str, str] | None = None,
         directory: str | None = None,
     ) -> None:
-        """`environ` replaces the environment; `cpus` None leaves the process where this one may run."""
+        """`environ` replaces the environment; `cpus` None inherits this process's CPU affinity."""
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -40,7 +41,7 @@ class Child:
                 env=environ,
                 cwd=directory,
                 start_new_session=True,
-                preexec_fn=_pinned_to(cpus),  # noqa: PLW1509 - sets an affinity and nothing else; we have no threads
+                preexec_fn=_pinned_to(cpus),  # noqa: PLW1509 - only sets the affinity; this process has no threads
             )
 
     def __enter__(self) -> Child:
@@ -58,7 +59,7 @@ class Child:
         return self._log
 
     def check(self) -> None:
-        """Raises RuntimeError with its last words when it has ended."""
+        """Raises RuntimeError with its last output if it has exited."""
         if self._process.poll() is not None:
             raise RuntimeError(f"{self._process.args!r} ended with {self._process.returncode}:\n{self.last_lines()}")
 
@@ -66,7 +67,7 @@ class Child:
         return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL to its session when that is not heard in time."""
+        """Sends SIGTERM, then SIGKILL to its session if it does not exit in time."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -78,17 +79,17 @@ class Child:
 
 
 def service(package: str, config: Path, *, cpus: Collection[int] | None = None) -> Child:
-    """`cortex serve` or `neuron serve` with this configuration; its output goes beside it."""
+    """`cortex serve` or `neuron serve` with this configuration; its output goes next to it."""
     return Child(
         [sys.executable, "-m", package, "serve", "--config", str(config)],
         config.with_suffix(".log"),
         cpus=cpus,
-        environ={**os.environ, "XDG_STATE_HOME": str(config.parent)},  # leaves nothing in the home directory
+        environ={**os.environ, "XDG_STATE_HOME": str(config.parent)},  # keeps the home directory clean
     )
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct free TCP ports, below the system's range for outgoing connections."""
+    """Distinct free TCP ports, below the system's ephemeral range."""
     found: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         if len(found) == count:
@@ -114,7 +115,7 @@ def rss_mib(pid: int) -> float:
 
 
 def children_of(pid: int) -> list[int]:
-    """The live children of a process, whichever of its threads started them."""
+    """The live children of a process, across all its threads."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -1,2 +1,2 @@
-"""cortex.toml and models.toml: read, validated, compared, and the configuration in force. Every other package may read
-it; it imports none of them."""
+"""Reads, validates and compares cortex.toml and models.toml, and holds the current configuration. Every other
+package may import it; it imports none of them."""

@@ -1,4 +1,4 @@
-"""models.toml: what clients may ask for."""
+"""models.toml: the models that clients may request."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, patte
 
 
 class TokenLimit(SettingsModel):
-    """What clients are told, in tokens."""
+    """Limits reported to clients, in tokens."""
 
     context: int | None = Field(default=None, gt=0)
     output: int | None = Field(default=None, gt=0)
 
 
 class Replicas(SettingsModel):
-    """How many copies of a model: `min` are kept loaded, up to `max` are added under load."""
+    """How many copies of a model to run: at least `min` stay loaded, up to `max` are added under load."""
 
     min: int = Field(default=0, ge=0, le=1000)
     max: int = Field(default=1, ge=1, le=1000)
@@ -45,7 +45,7 @@ class Replicas(SettingsModel):
 
 
 class ModelProfile(SettingsModel):
-    """One model of the catalogue. Memory in MiB; models.example.toml says what leaving a field out means."""
+    """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults."""
 
     id: ModelName
     harness: str = "vllm"
@@ -72,12 +72,12 @@ class ModelProfile(SettingsModel):
 
     @property
     def tensor_parallel(self) -> int | None:
-        """What a neuron is asked for: None stands for a single device."""
+        """The value sent to a neuron; None means a single device."""
         return self.min_devices if self.min_devices > 1 else None
 
     @property
     def device_share_mb(self) -> int:
-        """What each device must give, in MiB; 0 when the footprint is not known."""
+        """What each device must give, in MiB; 0 when the footprint is unknown."""
         return 0 if self.vram_mb is None else -(-self.vram_mb // self.min_devices)
 
 
@@ -104,7 +104,7 @@ class Catalogue(SettingsModel):
             if alias in ids:
                 raise ValueError(f"aliases: {alias!r} is also the id of a model")
             if target not in ids:
-                raise ValueError(f"aliases: {alias!r} leads to {target!r}, which is no model of this catalogue")
+                raise ValueError(f"aliases: {alias!r} points to {target!r}, which is not in this catalogue")
         return self
 
     @cached_property
@@ -112,11 +112,11 @@ class Catalogue(SettingsModel):
         return {profile.id: profile for profile in self.models}
 
     def profile(self, model_id: str) -> ModelProfile | None:
-        """The model with this id, None when the catalogue has none."""
+        """The model with this id; None when the catalogue does not have it."""
         return self._by_id.get(model_id)
 
     def resolve(self, name: str) -> str:
-        """The model id behind a name that may be an alias."""
+        """The model id for a name that may be an alias."""
         return self.aliases.get(name, name)
 
 

@@ -1,4 +1,5 @@
-"""What another configuration changes. Pure: two configurations in, what holds from now on and the words for it out."""
+"""What a new configuration changes. Pure: takes two configurations, returns the effective one and a description of
+the changes."""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 
 NEEDS_RESTART = ("gateway", "state_dir", "log_level", "log_format")
-"""Keys of cortex.toml that are read once, at the start."""
+"""Keys of cortex.toml that are only read at startup."""
 MAX_NAMED = 40
-"""Changes that are named one by one: a log line is to be read."""
+"""Limit on changes listed in one log line."""
 SECRET = frozenset({"token"})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`config` and `catalogue` are what holds from now on: the very objects of before where nothing is different, and
-    the values of before for the keys of `restart`, which need one."""
+    """`config` and `catalogue` are in effect from now on: the same objects as before when nothing changed, with the
+    old values for the keys in `restart`, which need a restart."""
 
     config: CortexConfig
     catalogue: Catalogue
@@ -29,7 +30,7 @@ class Difference:
 
     def __str__(self) -> str:
         if not self.lines:
-            return "nothing is different"
+            return "no changes"
         more = len(self.lines) - MAX_NAMED
         return ", ".join(self.lines[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -37,7 +38,7 @@ class Difference:
 def difference(
     config: CortexConfig, catalogue: Catalogue, new_config: CortexConfig, new_catalogue: Catalogue
 ) -> Difference:
-    """What becomes of the first two when the files say the last two."""
+    """The configuration in effect after replacing the first pair with the second, and what changed."""
     kept = {key: getattr(config, key) for key in NEEDS_RESTART}
     restart = [
         line
@@ -68,7 +69,7 @@ def difference(
 
 
 def _named(kind: str, before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:
-    """What came, what went, and what of the rest is different."""
+    """What was added, removed and changed."""
     yield from (f"+{kind} {name}" for name in after if name not in before)
     yield from (f"-{kind} {name}" for name in before if name not in after)
     for name in before:
@@ -87,11 +88,11 @@ def _fields(before: object, after: object) -> Iterable[str]:
 
 
 def _changes(key: str, before: object, after: object) -> list[str]:
-    """A line for each value that is different, tables gone through."""
+    """One line per changed value, recursing into tables."""
     if before == after:
         return []
     if key in SECRET:
-        return [f"{key} is another"]
+        return [f"{key} changed"]
     if isinstance(before, BaseModel) and isinstance(after, BaseModel):
         return [
             line

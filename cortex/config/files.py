@@ -1,4 +1,4 @@
-"""The files that cortex is configured by: read together, checked together, and looked at for changes."""
+"""Cortex's configuration files: read and checked together, and watched for changes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from shared.settings import SettingsError, load_settings
 ENV_PREFIX = "CORTEX_"
 
 Stamp = tuple[int, ...]
-"""What tells a file from what it was: device, inode, size and time of change; empty for one that is not there."""
+"""Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
 
 
 class _CatalogueName(BaseModel):
-    """The one key of cortex.toml that leads further, whatever else stands there."""
+    """The one key of cortex.toml that names another file; ignores everything else in it."""
 
     models_config: Path = Path("models.toml")
 
 
 class ConfigurationFiles:
-    """cortex.toml and the catalogue that it names."""
+    """cortex.toml and the catalogue it names."""
 
     def __init__(self, path: Path, *, workers: int | None = None) -> None:
-        """`workers` has precedence over what the file says."""
+        """`workers` takes precedence over the file."""
         self.path = path
         self._workers = workers
         self._catalogue = path.parent / _CatalogueName().models_config
@@ -37,16 +37,16 @@ class ConfigurationFiles:
 
     @property
     def paths(self) -> tuple[Path, Path]:
-        """cortex.toml and the catalogue, as it was named when the files were last read."""
+        """cortex.toml and the catalogue it named when last read."""
         return self.path, self._catalogue
 
     def read(self) -> tuple[CortexConfig, Catalogue]:
-        """Both files, the environment's overrides and the command line's. Blocks.
+        """Reads both files with environment and command-line overrides applied. Blocks.
 
         Raises:
-            SettingsError: with every problem of both files.
+            SettingsError: every problem in both files.
         """
-        # Before the reading: what changes during it is seen as a change afterwards.
+        # Stamp before reading, so that a change during the read is noticed afterwards.
         self._read = self.stamps()
         named = _catalogue_named_in(self.path)
         if named is not None and named != self._catalogue:
@@ -56,11 +56,11 @@ class ConfigurationFiles:
         return config if self._workers is None else with_workers(config, self._workers), catalogue
 
     def stamps(self) -> tuple[Stamp, ...]:
-        """What the files are now; behind a symbolic link it is the file that counts. Blocks."""
+        """The current stamps of the files, following symbolic links. Blocks."""
         return tuple(_stamp(path) for path in self.paths)
 
     def differ_from_what_was_read(self, stamps: tuple[Stamp, ...]) -> bool:
-        """True when the files were other ones, or had not been changed yet, when they were last read."""
+        """Whether the files differ from the versions last read."""
         return stamps != self._read
 
 
@@ -73,10 +73,10 @@ def _stamp(path: Path) -> Stamp:
 
 
 def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
-    """cortex.toml with the environment's overrides, and the catalogue it names.
+    """cortex.toml with environment overrides, and the catalogue it names.
 
     Raises:
-        SettingsError: with every problem of both files.
+        SettingsError: every problem in both files.
     """
     problems: list[str] = []
     config: CortexConfig | None = None
@@ -97,8 +97,8 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
 
 
 def _catalogue_named_in(path: Path) -> Path | None:
-    """The catalogue that a cortex.toml names, also one with mistakes, so that those of the catalogue are told too; None
-    when it cannot be told."""
+    """The catalogue that a cortex.toml names, even one with mistakes, so that the catalogue's problems are reported
+    too; None when it cannot be determined."""
     named = {name: value for name, value in os.environ.items() if name == f"{ENV_PREFIX}MODELS_CONFIG"}
     try:
         return path.parent / load_settings(_CatalogueName, path, env_prefix=ENV_PREFIX, environ=named).models_config
@@ -107,13 +107,13 @@ def _catalogue_named_in(path: Path) -> Path | None:
 
 
 def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:
-    """What is allowed and yet probably not meant."""
+    """Settings that are valid but probably unintended."""
     names = {entry.name for entry in config.neurons}
-    warnings = [] if names else [f"{path}: neurons: none is listed, nothing can be served"]
+    warnings = [] if names else [f"{path}: neurons: empty, no model can be served"]
     for number, profile in enumerate(catalogue.models):
         warnings += [
             f"{config.models_path(path)}: models[{number}].pinned_on: {profile.id!r} is pinned on {name!r}, "
-            f"which is no neuron of {path}"
+            f"which is not listed in {path}"
             for name in profile.pinned_on
             if name not in names
         ]
@@ -121,10 +121,10 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
 
 
 def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
-    """The configuration with another number of workers.
+    """The configuration with this number of workers.
 
     Raises:
-        SettingsError: it is none.
+        SettingsError: the number is invalid.
     """
     try:
         gateway = GatewaySettings.model_validate({**config.gateway.model_dump(), "workers": workers})
@@ -134,19 +134,19 @@ def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
 
 
 def state_directory(config: CortexConfig, path: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Where a cortex with this cortex.toml keeps what outlives it: `state_dir`, relative to the file; else what systemd
-    gives it; else a directory of this very file below the user's own, so that two cortexes with a file each share none.
-    None, and nothing is kept, for a file that is not a lasting one, such as `cortex dev`'s."""
+    """Where this cortex keeps its persistent state: `state_dir`, relative to the file; else systemd's directory;
+    else one below the user's state directory, derived from the file's path so that two cortexes never share it.
+    None, which keeps no state, for a file that is not on disk, such as that of `cortex dev`."""
     if config.state_dir is not None:
         return (path.parent / config.state_dir).absolute()
     lasting = path.resolve()
-    if not lasting.is_file():  # one in memory, or a pipe: it resolves to a name that nothing has
+    if not lasting.is_file():  # an in-memory file or a pipe resolves to a path that does not exist
         return None
     given = environ.get("STATE_DIRECTORY")
     if given:
         return Path(given.partition(":")[0])
     try:
         below = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         return None
     return below / "cortex" / hashlib.sha256(os.fsencode(lasting)).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The configuration that holds now. Read it where it is used, never keep it: it may be another the next moment."""
+"""The current configuration. Read it on each use and do not keep a reference: it may be replaced at any time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Subscriber = Callable[[], None]
 
 
 class LiveConfig:
-    """Owns configuration and catalogue; both change together. `loaded_at` is Unix time, `files` are where they came
-    from, and `error` is why what stands there now is not in use, None when it is."""
+    """Holds the configuration and the catalogue, which change together. `loaded_at` is Unix time, `files` are the
+    source files, and `error` is why their current content is not in effect, None when it is."""
 
     def __init__(self, config: CortexConfig, catalogue: Catalogue, files: Sequence[str] = ()) -> None:
         self.config = config
@@ -24,8 +24,8 @@ class LiveConfig:
         self._subscribers: list[Subscriber] = []
 
     def replace(self, config: CortexConfig, catalogue: Catalogue, files: Sequence[str]) -> None:
-        """Another configuration holds from now on. An object that says the same as before had better be the same one:
-        subscribers may compare by identity."""
+        """Puts a new configuration into effect. Pass the same object for an unchanged part: subscribers may compare
+        by identity."""
         changed = config is not self.config or catalogue is not self.catalogue
         self.config = config
         self.catalogue = catalogue
@@ -37,10 +37,10 @@ class LiveConfig:
                 subscriber()
 
     def refuse(self, error: str) -> None:
-        """What stands in the files cannot be used: what held before holds on."""
+        """Records that the files are invalid; the current configuration stays in effect."""
         self.error = error
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Calls `subscriber` after each change. The result ends the subscription."""
+        """Calls `subscriber` after each change. Call the result to unsubscribe."""
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber)

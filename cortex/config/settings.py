@@ -18,10 +18,10 @@ _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def parse_listen(value: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port` as a pair.
+    """Splits `host:port` or `[v6]:port`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the value is neither.
     """
     host, colon, port = value.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
@@ -30,7 +30,7 @@ def parse_listen(value: str) -> tuple[str, int]:
 
 
 class GatewaySettings(SettingsModel):
-    """`[gateway]`: the front door itself."""
+    """`[gateway]`: the HTTP server."""
 
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
@@ -54,7 +54,7 @@ class PollSettings(SettingsModel):
 
 
 class ColdLoadSettings(SettingsModel):
-    """`[cold_load]`: loading on request."""
+    """`[cold_load]`: loading a model on request."""
 
     timeout_secs: float = Field(default=1800, gt=0)
 
@@ -93,7 +93,7 @@ class PlacementSettings(SettingsModel):
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
 
     def rules(self) -> Rules:
-        """For the planner."""
+        """These settings as rules for the planner."""
         rules = Rules(**self.model_dump())
         # Memory is not reserved for a model before busy models may be drained for it.
         return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
@@ -103,19 +103,19 @@ class RoutingSettings(SettingsModel):
     """`[routing]`: which of several replicas gets a request."""
 
     session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
-    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are not looked at
+    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are ignored
     load_factor: float = Field(default=1.25, ge=1, le=100)
 
     @field_validator("session_header")
     @classmethod
     def _goes_on_to_the_engine(cls, value: str) -> str:
         if OF_REQUESTS[value.encode() + b":"][0] != PASS:
-            raise ValueError("means something else to cortex: choose another name")
+            raise ValueError("reserved by cortex: choose another name")
         return value
 
 
 class WaitingSettings(SettingsModel):
-    """`[waiting]`: requests that wait for a model, counted and told how long."""
+    """`[waiting]`: limits on requests that wait for a model, and how often they get progress comments."""
 
     per_model: int = Field(default=1024, ge=1)
     total: int = Field(default=4096, ge=1)
@@ -142,7 +142,7 @@ class NeuronEntry(SettingsModel):
     @classmethod
     def _url(cls, value: str) -> str:
         parts = urlsplit(value)
-        _ = parts.port  # raises ValueError for one that is none
+        _ = parts.port  # raises ValueError for an invalid port
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("must be a URL such as http://host:13131")
         return value.rstrip("/")
@@ -155,7 +155,7 @@ class NeuronEntry(SettingsModel):
 
     @property
     def bearer_token(self) -> str | None:
-        """What this neuron wants to see, None when nothing is configured."""
+        """The token to send to this neuron; None when it needs none."""
         return self.token or (os.environ[self.token_env] if self.token_env else None)
 
 
@@ -184,5 +184,5 @@ class CortexConfig(SettingsModel):
         return value
 
     def models_path(self, config_file: Path) -> Path:
-        """Where the catalogue is: relative to the file that names it."""
+        """The catalogue's path, relative to the file that names it."""
         return config_file.parent / self.models_config

@@ -1,4 +1,4 @@
-"""Back-offs: models that must not be loaded on a node for a while because a load failed there."""
+"""Backoffs: where a model is not loaded for a while because it failed there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cortex.placement.inputs import ANY_NODE, Backoff, Key
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
 PASSING_SECS = 1.0
-"""For transient causes: the neuron is restarting, or another load just took the memory."""
+"""For a transient cause: a neuron restarts, or memory was just given to another load."""
 MAX_PASSING = 5
 """Consecutive transient failures; after that the node is at fault."""
 UNKNOWN_NODES = 2
@@ -80,8 +80,8 @@ class Backoffs:
         return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
 
     def _failed_on(self, model_id: str) -> set[str]:
-        """Nodes where the model recently failed, possibly through its own fault. Includes back-offs that just expired,
-        since a load may take longer to fail than the previous back-off lasts."""
+        """Where it failed recently for what may be its own fault. A load may take longer to fail than the
+        previous backoff lasts."""
         now = self._clock()
         return {
             node

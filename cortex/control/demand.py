@@ -1,4 +1,4 @@
-"""Demand for each model: when it was last used and how often it has been requested recently."""
+"""Demand: when each model was last used, and how often it has been requested recently. Owner of both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Demand:
         self._pressed: dict[str, float] = {}
 
     def arrived(self, model_id: str, count: int = 1) -> None:
-        """Counts requests for a model, whether or not they could be served at once."""
+        """A request for a model arrived, whether or not it could be served at once."""
         now = self._clock()
         self._wanted[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
 
@@ -69,7 +69,7 @@ class Demand:
         }
 
     def per_minute(self) -> dict[str, float]:
-        """Recent requests per minute by model."""
+        """Recent requests per minute, by model."""
         now = self._clock()
         return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
 

@@ -1,4 +1,4 @@
-"""Builds the load command for a neuron. Pure."""
+"""The load command that a neuron gets. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Executes plans: drains and evicts models where needed, then loads. At most one load per model and node; a load
-continues after the client that requested it has disconnected."""
+"""Carries out plans: drains and evicts models, then loads the new one. At most one load of a model per node; a load
+outlives the request that caused it."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class Refreshable(Protocol):
 
 
 class NotWanted(Exception):
-    """The load is no longer wanted, and has evicted nothing yet."""
+    """No request waits any more for a load that has not evicted anything yet."""
 
 
 @dataclass
 class Job:
-    """A load under way; `started` is Unix time and `phase` the current step. `needed`: an operator or the replica
-    target wants it, so it continues without waiting requests."""
+    """A load under way; `started` is Unix time, `phase` its current step. `needed`: also without waiting requests, for
+    an operator or to have enough replicas."""
 
     plan: Plan
     why: str
@@ -116,22 +116,22 @@ class Loader:
 
     @property
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
-        """Duration of the last load, by model and node."""
+        """Seconds that the last load took, by model and node."""
         return self._state.load_secs
 
     def jobs(self) -> list[Job]:
         return list(self._jobs.values())
 
     def job(self, model_id: str) -> Job | None:
-        """A load of this model that is under way."""
+        """The load of this model that is under way, if any."""
         return next((job for job in self._jobs.values() if job.model_id == model_id), None)
 
     def start(
         self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]
     ) -> Job:
-        """Starts executing a plan, or joins the load already under way there. Its reservation and evictions are in the
-        fleet's snapshot when this returns, because the next decision may come before the task starts. `wanted` is
-        checked before each eviction; `done` is always called at the end."""
+        """Starts to carry out a plan, or joins the load under way there. Its reservation and evictions are in the
+        fleet's snapshot when this returns: the next decision may be made before the task has started. `wanted` is
+        asked before each eviction; `done` is called at the end, with the failure if there was one."""
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
@@ -144,7 +144,7 @@ class Loader:
         return job
 
     async def close(self) -> None:
-        """Stops following the loads; the neurons continue them."""
+        """Drops the loads; the neurons continue them."""
         await self._tasks.close()
 
     async def unload(self, key: Key, *, drain: bool) -> None:
@@ -176,8 +176,8 @@ class Loader:
         beforehand and clears that afterwards. With `if_idle`, a model that should sleep stays if others use it.
 
         Raises:
-            NotWanted: it was not asked to leave, or stays. NeuronRefused, NeuronUnreachable: it is still there.
-            NodeLeft, NeuronLeft: the outcome is unknown.
+            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
+            NeuronLeft: unknown whether it is gone.
         """
         model_id, node = key
         await self._settle_routes()
@@ -224,7 +224,7 @@ class Loader:
         try:
             await self._carry_out(job, wanted)
         except NotWanted:
-            log.info("load of %s on %s abandoned: no request waits for it any more", job.model_id, job.node)
+            log.info("%s is not loaded on %s: no request waits for it any more", job.model_id, job.node)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
         except LoadFailure as error:
@@ -233,7 +233,7 @@ class Loader:
         except (NeuronRefused, NeuronUnreachable) as error:
             failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
             log.warning("%s", failure)
-        except Exception as error:  # waiting requests must be told about unexpected failures too
+        except Exception as error:  # waiting requests must hear of the end, also after an unexpected error
             failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
             log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
@@ -247,26 +247,26 @@ class Loader:
         leaving = {each.resident.key: each.resident.asleep for each in job.plan.displacement.evictions}
         if leaving:
             job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-        async with self._making_way(leaving, wanted):
+        async with self._evicting(leaving, wanted):
             job.phase = "loading"
             await self._load(job)
 
     @contextlib.asynccontextmanager
-    async def _making_way(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
-        """Evicts these models; the values say whether each is asleep now. Inside the body their memory can be booked:
-        they are gone, or their neuron reports that it is stopping them. (A neuron books the memory of a model that is
-        stopping for the first load that asks, which may be another cortex's.) After the body, all evictions have
-        ended. If one fails, the models not asked yet stay.
+    async def _evicting(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
+        """Evicts these models, given with whether they sleep now. Inside the body their memory can be booked: they are
+        gone, or their neuron reports that it is ending them. The neuron has promised that memory to this load; a later
+        request, perhaps another cortex's, finds it taken. After the body every eviction is over. If one is refused, the
+        remaining ones are skipped.
 
         Raises, before the body: as `send_away`.
         """
-        in_vain = False
+        cancelled = False
         going = {
             key: asyncio.create_task(
                 self._leave(
                     key,
                     sleep=self._sleeps_when_idle(key[0]) and not asleep,
-                    wanted=lambda: not in_vain and wanted(),
+                    wanted=lambda: not cancelled and wanted(),
                 ),
                 name=f"{key[0]} leaves {key[1]}",
             )
@@ -279,7 +279,7 @@ class Loader:
             await cancel_all(list(going.values()))
             raise
         finally:
-            in_vain = True
+            cancelled = True
             outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
         for (model_id, node), outcome in zip(going, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, NotWanted):
@@ -314,7 +314,7 @@ class Loader:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
                 await self._look_again(plan.node)  # our view of it is out of date
                 raise failure_of(plan, refused) from refused
-            # Another client has just started this load: wait for it instead of failing.
+            # Another caller's load, started a moment ago: wait for it.
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:

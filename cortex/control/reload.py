@@ -1,4 +1,4 @@
-"""Reloads the configuration at runtime: reads and validates it, then applies only the differences."""
+"""Reloads the configuration at run time: reads it, checks it and applies only the difference."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from shared.settings import SettingsError
 log = logging.getLogger(__name__)
 
 LOOK_SECS = 1.0
-"""How often the files are checked for changes. A changed file is read once it has been stable for this long, since it
-may be written in pieces."""
+"""How often the files are checked for changes. A changed file is read once it has been stable for this long: it may be
+written in pieces."""
 
 
 class Reloader:
-    """Reads the files again when they change or on request."""
+    """Reads the files again after a change, or on request."""
 
     def __init__(self, files: ConfigurationFiles, parts: Parts, asked: asyncio.Event) -> None:
-        """Setting `asked` requests a reload now."""
+        """Set `asked` to have the files read now."""
         self._files = files
         self._parts = parts
         self._asked = asked
         self._warned: frozenset[str] = frozenset()
 
     async def watch_loop(self) -> None:
-        """Reloads on each change or request. Never returns."""
+        """Reloads on each change and whenever `asked` is set. Never returns."""
         ended = threading.Event()
         looking = threading.Thread(
             target=self._look, args=(asyncio.get_running_loop(), ended), name="configuration files", daemon=True
@@ -59,7 +59,7 @@ class Reloader:
             last = stamps
 
     async def reload(self) -> None:
-        """Applies the files. If they are invalid, nothing changes and `live.error` says why."""
+        """Applies the files. If they contain an error nothing changes, and `live.error` says why."""
         live = self._parts.live
         try:
             found, warnings = await asyncio.to_thread(self._compare, live.config, live.catalogue)
@@ -88,7 +88,7 @@ class Reloader:
         self._parts.fleet.look_again()
 
     def _apply(self, found: Difference) -> None:
-        """Runs without awaiting, so that no task sees a partial change."""
+        """In one step, so that no reader sees half of it."""
         parts, config = self._parts, found.config
         parts.fleet.configure(
             [(entry.name, entry.endpoint) for entry in config.neurons],

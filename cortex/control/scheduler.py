@@ -1,5 +1,5 @@
-"""Decides continuously what to load where and what to evict: runs the planner on the current state and passes its steps
-to the loader."""
+"""Decides what to load where and what to evict for it: runs the planner's functions on the present state and hands
+their steps to the loader."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from shared.tasks import TaskSet, timeout
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECS = 0.25
-"""Minimum interval between checks for memory freed without an event, while requests wait."""
+"""How often at most the scheduler plans again while requests wait and polls change the figures."""
 
 PAUSE_PER_LOOK = 4
-"""The pause after a planning round, as a multiple of its duration: in a large, busy fleet planning takes at most a
-fifth of cortex's time."""
+"""Pause after planning, as a multiple of the time it took: planning takes at most a fifth of cortex's time, also in a
+large fleet that changes all the time."""
 
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
 RETIRE_AGAIN_SECS = 60.0
 """How long to wait before retrying a failed retirement: the model takes no requests during each attempt."""
 RETRY_AFTER_SECS = 10.0
-"""For models whose load time is unknown."""
+"""For a model whose load time is unknown."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Scheduler:
         self._clock = clock
         self._policy = policy
         self._needs_mb: dict[str, int] = {}
-        self._awaited: set[Key] = set()  # loads that others started and our requests wait for
+        self._awaited: set[Key] = set()  # loads that others started and requests wait for
         self._retiring: set[Key] = set()
         self._turn = Turn()
         self._wake = asyncio.Event()
@@ -104,7 +104,7 @@ class Scheduler:
         )
 
     def want(self, model_id: str) -> None:
-        """A request waits for a model: starts what can be started for it at once."""
+        """A request waits for a model: starts at once what can be done for it."""
         coming = self._fleet.snapshot().coming(model_id)
         if coming is not None:
             self._await_others(model_id, coming.name)
@@ -113,13 +113,13 @@ class Scheduler:
             self._wake.set()  # so that `run` knows when to look again
 
     def look(self) -> None:
-        """Starts loads for waiting requests, and refuses those that cannot be served. Does nothing until every neuron
-        has been polled once."""
+        """Starts what can be started for waiting requests, and refuses those that cannot be served. Does nothing until
+        every neuron has been heard once."""
         if not self._queue.models:  # a view costs something, and the fleet changes all the time
             self._turn = Turn()
             return
         if not self._fleet.is_surveyed:
-            self._turn = Turn(notes=dict.fromkeys(self._queue.models, "neurons that are new have to answer first"))
+            self._turn = Turn(notes=dict.fromkeys(self._queue.models, "new neurons have to answer first"))
             return
         self._turn = turn = self._policy.next_turn(self.view())
         for plan in turn.loads:
@@ -157,10 +157,10 @@ class Scheduler:
             await self._something_to_do()
 
     async def keep_up(self) -> None:
-        """Samples the demand and adds and removes replicas. Never returns."""
+        """Samples the demand; keeps, adds and removes replicas. Never returns."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
-            await self._fleet.surveyed()  # a replica may be on a node not polled yet
+            await self._fleet.surveyed()  # a replica may be on a neuron that has not answered yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._kept_up()
@@ -183,8 +183,8 @@ class Scheduler:
         self._wake.set()
 
     def load(self, model_id: str, node_name: str | None) -> Job | None:
-        """Starts an operator's load at once, on the named neuron or on the best one, ignoring back-offs and the queue.
-        None if another client is already loading it there.
+        """An operator's load, on this neuron or the best one: started at once, despite a backoff and without waiting
+        for a turn. None if another caller is already loading it there.
 
         Raises:
             ServiceError: it cannot be placed.
@@ -242,8 +242,8 @@ class Scheduler:
         return job
 
     def _better_place(self, plan: Plan) -> bool:
-        """Whether the model could now be loaded without waiting for requests to finish, while the models that `plan`
-        evicts are still busy."""
+        """Whether the model could be loaded elsewhere now without waiting for requests, while the evictions of `plan`
+        still wait for some."""
         view = self.view()
         going = [each.resident.key for each in plan.displacement.evictions]
         if not any(view.use(*key).in_flight for key in going):
@@ -270,7 +270,7 @@ class Scheduler:
         if failure.no_room:
             if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:
                 self._needs_mb[job.model_id] = failure.needs_mb
-            if self._planned_anew(job):  # another load took the memory first, as our current figures confirm
+            if self._planned_anew(job):  # another load was faster, as the present figures show
                 cause = Cause.PASSING
         self._backoffs.failed(job.model_id, job.node, cause, str(failure))
 
@@ -289,7 +289,7 @@ class Scheduler:
             self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
     def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
-        """Tracks loads that others started and our requests wait for: they may fail too."""
+        """A load that others started and our requests wait for may fail as well."""
         key, view = (model_id, node.name), node.models[model_id]
         if node.has_coming(model_id):
             if self._queue.count(model_id):
@@ -332,13 +332,13 @@ class Scheduler:
 
     async def _send_away(self, retirement: Retirement) -> None:
         key, again_secs = (retirement.model_id, retirement.node), 0.0
-        log.info("%s leaves %s: %s", *key, retirement.reason)
+        log.info("evicting %s from %s: %s", *key, retirement.reason)
         try:
             await self._loader.send_away(
                 key, sleep=retirement.sleep, wanted=lambda: not self._queue.count(retirement.model_id), if_idle=True
             )
         except NotWanted:
-            log.info("%s stays on %s: requests are waiting for it", *key)
+            log.info("%s stays on %s: it is requested again", *key)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
@@ -349,7 +349,7 @@ class Scheduler:
         await asyncio.sleep(again_secs)
 
     async def _something_to_do(self) -> None:
-        """Returns when a request starts waiting or may have become servable."""
+        """Returns when a request waits, or when one that waits may have become servable."""
         if not self._turn.notes:
             await self._wake.wait()
         else:

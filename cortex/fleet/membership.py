@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Follows the configuration. `clients` and `watches` hold the current neurons by name. They are changed in place,
-    so references to them stay current."""
+    """Follows the configuration. `clients` and `watches` hold, by name, those of the present neurons, and are changed
+    in place: every holder of a reference sees each change."""
 
     def __init__(self, pool: EnginePool, fleet: Fleet) -> None:
         self.clients: dict[str, NeuronClient] = {}

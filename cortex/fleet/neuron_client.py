@@ -160,7 +160,7 @@ class NeuronClient:
             return LoadReply(status=ModelStatus.LOADED.value)
 
     def leave(self) -> None:
-        """The neuron has left the configuration: stops waiting for its commands, which it still carries out."""
+        """The neuron has left the configuration: ends all waiting for its commands. It continues to carry them out."""
         for call in self._commands:
             call.cancel()
 
@@ -243,7 +243,7 @@ class NeuronClient:
         return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
 
     async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> NeuronAnswer:
-        """Returns the answer; raises if it is an error."""
+        """An answer with a status below 300."""
         context = f"{self.name}: {method} {path}"
         try:
             # Never send a load twice: when a kept connection breaks, the neuron may already have received it.

@@ -65,7 +65,7 @@ class _Exchange:
             self._send(kept)
 
     def leave(self) -> None:
-        """The caller stopped waiting: closes a connection still in use."""
+        """The caller no longer waits: closes a connection that is still busy."""
         if not self.outcome.done():
             self.outcome.cancel()
         elif not self.outcome.cancelled():
@@ -102,7 +102,7 @@ class _Exchange:
         connection.send(self, *self._request)
 
     def _fail(self, error: Exception) -> None:
-        """Only records the error: the waiter closes the connection, which must not happen in its own callbacks."""
+        """The waiting caller closes the connection: it must not be closed inside its own callbacks."""
         if not self.outcome.done():
             self.outcome.set_exception(error)
 
@@ -144,7 +144,7 @@ class _Events(_Exchange):
         try:
             for name, event in self._reader.feed(data):
                 self._on_event(name, event)
-        except Exception as error:  # noqa: BLE001 - passed on to the waiter
+        except Exception as error:  # noqa: BLE001 - raised in the waiting caller
             self._fail(error)
 
 
@@ -175,7 +175,7 @@ async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEv
         NoEventStream: the response is not an event stream.
         OSError: the connection is lost.
         asyncio.TimeoutError: nothing came for `silence_secs`; told within twice that time.
-        ValueError: the data is not an event stream.
+        ValueError: the answer is not an event stream.
     """
     exchange = _Events(head, on_event)
     try:

@@ -70,7 +70,7 @@ class NodeWatch:
         self._active: frozenset[str] = frozenset()  # models that the last health spoke of
 
     async def poll_loop(self) -> None:
-        """Polls at every interval. Never returns."""
+        """Polls. Never returns."""
         loop = asyncio.get_running_loop()
         await self.poll()
         while True:

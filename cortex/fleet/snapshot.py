@@ -119,12 +119,12 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
 
 @dataclass(frozen=True)
 class FleetSnapshot:
-    """All neurons by name, in the order of the configuration, the loads under way and the models leaving."""
+    """All neurons by name, in configuration order; the loads under way; and the evictions for them."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
-    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): they get no new requests
-    index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: computed on demand
+    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): being evicted, no new requests
+    index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
     topology: object = None
     """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
 
@@ -147,8 +147,8 @@ class FleetSnapshot:
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
     def serving(self, model_id: str) -> list[NodeSnapshot]:
-        """The neurons that may get a request for the model now. A draining one is used only if no other can serve; one
-        from which the model is leaving is never used."""
+        """The neurons whose engine may get a request for the model now. A draining node gets none while another can
+        serve; otherwise it still answers. A model that is being evicted gets none."""
         loaded = [
             node
             for node in self.holders(model_id)
@@ -175,5 +175,5 @@ class FleetSnapshot:
         return list(self._holders)
 
     def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
-        """The fleet after this load has started and these models are leaving."""
+        """The fleet as it is once this load, with its evictions, has started."""
         return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))

@@ -45,8 +45,8 @@ class RouteChanges:
 
 
 class Fleet:
-    """Reduces observations to a state; every change increments the version and wakes waiters. Observations of neurons
-    that left the configuration are ignored."""
+    """Reduces observations to a state; every change has a version and wakes its waiters. What is observed of a
+    neuron that has left the configuration is passed over."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Fleet:
 
     @property
     def is_surveyed(self) -> bool:
-        """Whether every neuron has answered or missed a poll. Until then, model locations are unknown."""
+        """Whether each neuron has answered a poll or missed one; before that the fleet is unknown."""
         return not self._unseen
 
     async def surveyed(self) -> None:
@@ -180,7 +180,7 @@ class Fleet:
         self._tell_routes({model_id for name in left for model_id in before[name].models})
 
     def look_again(self) -> None:
-        """Something shown with the fleet has changed: wakes its followers."""
+        """Something shown together with the fleet has changed: followers should look again."""
         self._touch()
 
     def observe(
@@ -192,8 +192,8 @@ class Fleet:
         models: Iterable[ModelView] | None,
         discovery: Discovery | None,
     ) -> None:
-        """A poll that began at `started` was answered. None keeps the known models or discovery. If nothing
-        changed, no waiter is woken."""
+        """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
+        answer without news changes nothing and wakes no waiter."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -305,7 +305,7 @@ class Fleet:
         self._set_leaving(self._leaving | {key}, key[0])
 
     def stay(self, key: tuple[str, str]) -> None:
-        """The eviction is finished or cancelled."""
+        """The eviction is over, done or cancelled."""
         self._set_leaving(self._leaving - {key}, key[0])
 
     def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:

@@ -35,8 +35,8 @@ class _State(BaseModel):
 
 
 class StateFile:
-    """Owns the file and its contents. An unreadable file is moved aside; a failed write is logged once. Neither affects
-    serving.
+    """Owns the file and what is in it. A file that cannot be read is put aside, one that cannot be written is warned of
+    once: neither stops requests from being served.
 
     `problem` says why the file is out of date; None if it is current.
     """
@@ -76,7 +76,7 @@ class StateFile:
         self._touch()
 
     async def write_loop(self) -> None:
-        """Writes changes after a short delay. Never returns."""
+        """Writes changes shortly after they happen. Never returns."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(WRITE_AFTER_SECS)
@@ -136,7 +136,7 @@ class StateFile:
             self.problem = problem
 
     def _write(self, directory: Path, data: bytes) -> str | None:
-        """Replaces the file atomically. Returns the reason if that fails."""
+        """Replaces the file. Returns why it failed, or None."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(directory)

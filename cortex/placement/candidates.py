@@ -1,4 +1,4 @@
-"""The nodes that are worth a closer look, of a fleet of hundreds. Pure."""
+"""Narrows a large fleet to the nodes worth evaluating in full. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import View
 
 MANY = 64
-"""A fleet of so many nodes is looked at in full; of a larger one as many are."""
+"""Fleets up to this size are evaluated in full; in larger ones at most this many nodes are."""
 
 
 def shortlist(view: View, profile: ModelProfile) -> list[NodeSnapshot]:
-    """The nodes among which the best place is: all of a small fleet. Of a large one those that know the model, then
-    those with room for it, the tightest first, or else those that lack least."""
+    """The nodes to evaluate in full: all of a small fleet. In a large one, the nodes that know the model, then those
+    with room for it, tightest first, then those that lack the least."""
     fleet = view.fleet
     if len(fleet.nodes) <= MANY:
         return list(fleet.nodes.values())
@@ -37,6 +37,6 @@ def _by_room(view: View, profile: ModelProfile) -> Iterator[NodeSnapshot]:
         for position, node in enumerate(here)
         if node.healthy and not node.draining and (room := node.room_mb(size)) is not None
     ]
-    # Without a size the most room is best; what lacks anything comes after all that have room.
+    # Unknown size: most room first. Nodes that lack room come after all that have it.
     rooms.sort(key=lambda each: (each[0] < share, each[0] if 0 < share <= each[0] else -each[0], each[1]))
     return (node for _, _, node in rooms)

@@ -1,4 +1,4 @@
-"""What the devices of a node have to give, and what goes when a model goes. Pure; MiB everywhere."""
+"""How much memory each device of a node can give, and how much evicting a model frees. Pure. All sizes in MiB."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cortex.placement.inputs import Key, View
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 SHARED_MEMORY_MB = 1 << 30
-"""Stands for the memory of a device that has none of its own to count: it never refuses."""
+"""Used for a device without memory of its own to count: it never refuses."""
 
 LOAD_SECS_BASE = 5.0
 LOAD_SECS_PER_MB = 0.002
-"""What a load is taken to cost where none was ever measured: about the reading of the weights from a disk."""
+"""Estimated cost of a load that was never measured: roughly reading the weights from disk."""
 
 _HOLDING = (ModelStatus.LOADED, ModelStatus.SLEEPING)
 
 
 @dataclass(frozen=True)
 class Room:
-    """One device. `free_mb` can be had now; of that, `asleep_mb` is what models that sleep there want back."""
+    """One device. `free_mb` is available now; `asleep_mb` of it is what models sleeping there need to wake."""
 
     total_mb: int
     free_mb: int
@@ -31,10 +31,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Resident:
-    """A model on a node that could make way: `frees_mb` on each of its `devices`.
+    """A model that may be evicted from a node. It frees `frees_mb` on each of its `devices`.
 
-    `protected` says why it may not be displaced by anybody, None when it may by some. `cost` is what displacing it is
-    expected to cost: seconds of a reload times requests a minute.
+    `protected` says why no model may evict it; None when some may. `cost` is the expected cost of evicting it: reload
+    seconds times requests per minute.
     """
 
     key: Key
@@ -48,19 +48,19 @@ class Resident:
     cost: float
     asleep: bool = False
     kept: bool = False
-    """By `replicas.min`: it makes way only for a higher priority."""
+    """Held by `replicas.min`: only a model with a higher priority may evict it."""
     protected: str | None = None
 
 
 def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
-    """By device index. Free is what the node would promise to another engine, or what it measures where it does not
-    say; less what loads of ours will take that these figures do not have in them yet."""
+    """Room by device index. Free memory is what the node reports as bookable, or else what it measures, minus what
+    our own pending loads will take beyond those figures."""
     ours = [(each, outstanding_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
     return {device.index: _room(node, device, ours) for device in node.devices}
 
 
 def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
-    """What a load of ours will take of each of its devices that the node's figures do not count as taken yet."""
+    """What one of our loads will still take on each of its devices, beyond what the node's figures already include."""
     entry = node.models.get(reservation.model_id)
     if entry is None or not _is_up_or_coming(entry):
         return reservation.share_mb
@@ -70,8 +70,8 @@ def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
 
 
 def books(node: NodeSnapshot) -> bool:
-    """Whether the node says what it would promise to another engine. It answers a load that has no room with figures;
-    others find out when the engine runs out of memory."""
+    """Whether the node reports bookable memory. Such a node refuses a load that does not fit at once; on others the
+    engine fails later, when it runs out of memory."""
     return any(live.vram_bookable_mb is not None for live in node.device_health.values())
 
 
@@ -85,13 +85,13 @@ def _room(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, 
     if live.vram_bookable_mb is not None:
         bookable = live.vram_bookable_mb - _not_counted_mb(node, device, live)
         return Room(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
-    measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not say
+    measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not report memory
     return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
 
 
 def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
-    """What models on their way up have booked of a device since its figures were made: those are polled, a model that
-    begins to load is told of at once."""
+    """Memory on a device that loading models have booked since its figures were polled: a starting load is reported
+    at once, device figures only with the next poll."""
     there = [entry for entry in node.models.values() if device.index in (entry.devices or ())]
     coming = sum(_booked_share_mb(entry) for entry in there if entry.known_status is not ModelStatus.LOADED)
     if not coming or live.vram_booked_mb is None:
@@ -100,7 +100,7 @@ def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> i
 
 
 def _booked_share_mb(entry: ModelView) -> int:
-    """Of each of its devices, for one that is loaded or on its way up."""
+    """What a loaded or loading model has booked on each of its devices."""
     return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_up_or_coming(entry) else 0
 
 
@@ -110,7 +110,7 @@ def _is_up_or_coming(entry: ModelView) -> bool:
 
 
 def residents(view: View, node: NodeSnapshot) -> list[Resident]:
-    """Everything on the node that holds memory and is not on its way up or out."""
+    """Every model on the node that holds memory and is neither loading nor leaving."""
     return [
         _resident(view, node, entry)
         for entry in node.models.values()
@@ -119,7 +119,7 @@ def residents(view: View, node: NodeSnapshot) -> list[Resident]:
 
 
 def pending(view: View, node: NodeSnapshot) -> list[Resident]:
-    """What is on its way up or out on the node: its memory cannot be had now, and may be later."""
+    """Models loading or leaving on the node: their memory is unavailable now but may free up later."""
     moving = [
         _resident(view, node, entry)
         for entry in node.models.values()
@@ -136,7 +136,8 @@ def pending(view: View, node: NodeSnapshot) -> list[Resident]:
 
 
 def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> float:
-    """What a load there should take: as there, or elsewhere, before; else as others mostly take; else by its size."""
+    """Expected duration of a load: measured there or on another node, else the median of all loads, else estimated
+    from the size."""
     known = view.expected_load_secs(model_id, node)
     if known is None and view.load_secs:
         known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())
@@ -152,7 +153,7 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
     declared = 0 if profile is None else profile.vram_mb or 0
     holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
     share = holds // max(1, len(devices))
-    if not share and not asleep:  # nobody knows: whatever there is
+    if not share and not asleep:  # size unknown: assume the whole device
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
     secs = likely_load_secs(view, entry.id, node.name, size)
@@ -173,5 +174,5 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
 
 
 def _others_serving(view: View, node: NodeSnapshot, model_id: str) -> int:
-    """Replicas that would be left without the one on this node."""
+    """Replicas that would remain without the one on this node."""
     return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))

@@ -1,4 +1,4 @@
-"""Which devices of a node a model gets. Pure."""
+"""Chooses the devices of a node for a model. Pure."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from cortex.placement.capacity import Room
 from shared.protocol import Device, Link, LinkKind
 
 MAX_DEVICE_SETS = 20_000
-"""That are compared on one node where the model fits; a host with more than 16 GPUs is cut to its best ones first."""
+"""Limit on the sets compared on one node where the model fits; a host with more than 16 GPUs is cut to its best
+ones."""
 MAX_PATHS = 400_000
-"""Between two devices that are looked at in all these sets: they are fewer where each is large."""
+"""Limit on the device pairs examined across all these sets: large sets mean fewer of them."""
 MAX_DISPLACED_SETS = 70
-"""That are compared where somebody has to make way: all of a host with eight GPUs."""
+"""Limit on the sets compared when models must be evicted: enough for every set on a host with eight GPUs."""
 
 _DISTANCE = {kind: rank for rank, kind in enumerate(LinkKind)}
 
 
 def eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
-    """The devices that reach the profile's floor; at least as many as it needs, on a feasible node."""
+    """Devices with at least the profile's minimum memory; on a feasible node there are enough of them."""
     floor = profile.min_device_vram_mb or 0
     return [device for device in node.devices if device.vram_total_mb >= floor]
 
 
 def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:
-    """Every set of `size` of the devices, each in ascending order; of too many devices the last ones are left out until
-    there are no more than `at_most` sets, and `MAX_PATHS` inside of them."""
+    """Every set of `size` devices, each in ascending order. Trailing devices are dropped until there are at most
+    `at_most` sets with at most `MAX_PATHS` device pairs in total."""
     count = len(devices)
     at_most = min(at_most, MAX_PATHS // max(1, _binomial(size, 2)))
     while count > size and _binomial(count, size) > at_most:
@@ -37,8 +38,8 @@ def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_
 
 
 def connection(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
-    """How well the devices go together, the smaller the better: the worst path between two of them (0 for NVLink,
-    growing with every level of the PCIe tree; unknown counts as farthest), then how much their sizes differ, in MiB."""
+    """How well the devices are connected; smaller is better. First the worst path between two of them (0 for NVLink,
+    higher for each level of the PCIe tree, unknown is worst), then the spread of their sizes in MiB."""
     links = node.links
     distance = max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
     totals = [device.vram_total_mb for device in node.devices if device.index in indices]
@@ -46,8 +47,8 @@ def connection(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
 
 
 def tightness(indices: tuple[int, ...], room: Mapping[int, Room], share_mb: int) -> int:
-    """The smaller the better: what is free on them, so that big holes stay; the most free for a model of unknown
-    size."""
+    """Free memory on the devices, smaller is better, so that large gaps stay free. For a model of unknown size, more
+    free memory is better."""
     free = sum(room[index].free_mb - room[index].asleep_mb for index in indices)
     return free if share_mb else -free
 

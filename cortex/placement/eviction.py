@@ -1,8 +1,8 @@
-"""Who makes way for whom. Pure.
+"""Which models are evicted for which. Pure.
 
-Only models of equal or lower `residency_priority` than the newcomer; none that is pinned to the node; the idle before
-the busy, the busy before those that have just been loaded; among equals the cheapest, which is measured reload seconds
-times recent demand. Where sets are too many to compare, those go first that are the cheapest per MiB freed.
+Only models with the newcomer's `residency_priority` or a lower one, and never one pinned to the node. Idle models go
+before busy ones, busy ones before recently loaded ones; among equals the cheapest goes first, measured as reload
+seconds times recent demand. When there are too many sets to compare, models are taken in order of cost per MiB freed.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from cortex.placement.capacity import Resident
 from cortex.placement.inputs import Key, View
 
 _EXHAUSTIVE = 10
-"""Residents whose every subset is looked at; of more the cheapest are taken one after the other."""
+"""Up to this many residents, every subset is compared; beyond that, the cheapest are taken one at a time."""
 
 
 PATIENCE_EXCHANGES = 4.0
-"""A model in use is left alone for so many times what its exchange for another and back takes, but for `patience_secs`
-at most."""
+"""A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
 PAUSE_EXCHANGES = 0.1
 LEAST_PAUSE_SECS = 0.5
-"""It counts as in use for this part of what the exchange takes after its last request, but for `pause_secs` at most."""
+"""After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
-"""When to look again at a loaded model whose requests have not left the waiting room yet."""
+"""When to look again at a loaded model whose requests are still in the waiting room."""
 
 
 class Claim(IntEnum):
-    """What a resident can say for itself, weakest first."""
+    """How strong a resident's claim to stay is, weakest first."""
 
     IDLE = 0
-    BUSY = 1  # it had its time, and has requests: it is drained first
-    YOUNG = 2  # it has not had its time, and nobody uses it now
+    BUSY = 1  # past its minimum residency and serving requests: drained first
+    YOUNG = 2  # within its minimum residency, not in use now
     YOUNG_BUSY = 3
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """A resident that makes way. `ready_at` is when it may be asked to go, in the view's time."""
+    """A resident to evict. `ready_at` is when it may be asked to leave, on the view's clock."""
 
     resident: Resident
     claim: Claim
@@ -48,7 +47,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Displacement:
-    """Those that make way together."""
+    """A set of evictions carried out together."""
 
     evictions: tuple[Eviction, ...] = ()
 
@@ -58,12 +57,12 @@ class Displacement:
 
     @property
     def busy(self) -> int:
-        """How many have requests, and must finish them first."""
+        """How many have requests to finish first."""
         return sum(eviction.resident.in_flight > 0 for eviction in self.evictions)
 
     @property
     def cost(self) -> float:
-        """Of all together: no less for freeing more than is missing."""
+        """Total cost; freeing more than needed does not lower it."""
         return sum(each.resident.cost for each in self.evictions)
 
     @property
@@ -77,21 +76,21 @@ class Displacement:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The better the smaller; of those that cost the same, what was used least recently goes."""
+        """Sort key, smaller is better; at equal cost the least recently used models go."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
         return self.claim, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
 
     @property
     def names(self) -> tuple[Key, ...]:
-        """What decides between equals, so that the same moment always gives the same plan."""
+        """Tie-breaker, so that the same view always gives the same plan."""
         return tuple(sorted(each.resident.key for each in self.evictions))
 
 
-NOBODY = Displacement()
+NO_EVICTIONS = Displacement()
 
 
 def shield(resident: Resident, priority: int) -> str | None:
-    """Why a resident does not make way for a newcomer of this priority, None when it does."""
+    """Why a newcomer with this priority may not evict the resident; None when it may."""
     if resident.protected is not None:
         return resident.protected
     if resident.priority > priority:
@@ -102,10 +101,10 @@ def shield(resident: Resident, priority: int) -> str | None:
 
 
 def eviction(view: View, resident: Resident, *, since: float, load_secs: float) -> Eviction:
-    """What displacing this resident would take, for somebody who waits since then and whose load takes so long.
+    """What evicting this resident takes, for a model that has waited since `since` and loads in `load_secs`.
 
-    The longer the exchange takes, there and back, the longer the one that is in use is left alone: so that most of the
-    time goes into answers and not into loads.
+    The longer swapping out and back in takes, the longer a model in use is left alone, so that most of the time is
+    spent on answers rather than loads.
     """
     rules, exchange_secs = view.rules, load_secs + resident.reload_secs
     patient_until = since + min(rules.patience_secs, PATIENCE_EXCHANGES * exchange_secs)
@@ -116,17 +115,17 @@ def eviction(view: View, resident: Resident, *, since: float, load_secs: float) 
     young = view.now < had_its_time_at and not resident.asleep
     wanted = resident.key[0] in view.waiting
     if resident.in_flight or wanted:
-        if wanted:  # it has just come up for them, and they are on their way to it: else it would have come in vain
+        if wanted:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
             patient_until = max(patient_until, view.now + HANDOVER_SECS)
         if young:
             return Eviction(resident, Claim.YOUNG_BUSY, max(had_its_time_at, patient_until))
         return Eviction(resident, Claim.BUSY, patient_until)
     if young:
-        # Between two requests of somebody who asks one after the other it is not idle yet, nor right after its load.
+        # In the gap between sequential requests, or right after its load, it does not count as idle yet.
         quiet_at = max(resident.last_used, resident.loaded_at) + pause
         return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
     gap_at = resident.last_used + pause
-    if view.now < gap_at and not resident.asleep:  # whoever has waited for long enough takes it between two requests
+    if view.now < gap_at and not resident.asleep:  # after a long enough wait, it may be evicted between requests
         return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * pause))
     return Eviction(resident, Claim.IDLE, view.now)
 
@@ -134,8 +133,8 @@ def eviction(view: View, resident: Resident, *, since: float, load_secs: float) 
 def displace_each(
     missing_mb: Iterable[Mapping[int, int]], candidates: Sequence[Eviction]
 ) -> Iterator[Displacement | None]:
-    """`displace` for several sets of devices. Devices that lack the same, and are held by the same, are alike: what is
-    found for one such set is good for all, of which a host of equal GPUs has many."""
+    """`displace` for several sets of devices. Sets that lack the same memory and hold the same models share one
+    result; a host of equal GPUs has many such sets."""
     holders: dict[int, frozenset[int]] = {}
     found: dict[frozenset[tuple[int, frozenset[int]]], Displacement | None] = {}
     for missing in missing_mb:
@@ -148,7 +147,7 @@ def displace_each(
 
 
 def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
-    """Whether their leaving makes room for what is missing on each device."""
+    """Whether these evictions free what is missing on every device."""
     left = dict(missing_mb)
     for each in evictions:
         for index in each.resident.devices:
@@ -158,7 +157,7 @@ def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> boo
 
 
 def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
-    """The best of those that make room for what is missing on each device; None when all together do not."""
+    """The best set that frees what is missing on every device; None when even all of them together do not."""
     concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
     if not suffice(missing_mb, concerned):
         return None
@@ -170,7 +169,7 @@ def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> D
 
 
 def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
-    """Every set that suffices and has nobody in it without whom it would, too."""
+    """Every sufficient set from which no eviction can be dropped."""
     sufficient: list[int] = []
     for bits in sorted(range(1, 1 << len(candidates)), key=int.bit_count):
         if any(bits & smaller == smaller for smaller in sufficient):
@@ -190,7 +189,7 @@ def _cheapest_first(missing_mb: Mapping[int, int], candidates: Sequence[Eviction
         chosen.append(each)
         if suffice(missing_mb, chosen):
             break
-    for each in reversed(list(chosen)):  # the dearest first: perhaps it is not needed any more
+    for each in reversed(list(chosen)):  # most expensive first: it may no longer be needed
         rest = [other for other in chosen if other is not each]
         if suffice(missing_mb, rest):
             chosen = rest

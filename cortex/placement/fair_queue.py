@@ -1,8 +1,8 @@
-"""What is to be done now for everybody who waits. Pure: a view in, steps out, and when to look again.
+"""What to load now for every waiting model. Pure: takes a view, returns the steps and when to look again.
 
-Models that share a box take turns: who waits longest goes first among equal priorities, and whoever has waited for
-`starvation_secs` before everybody: what he waits for is given to nobody else meanwhile. All that wait for one model are
-served by one load, so that ABCABC becomes AABBCC.
+Models that share memory take turns. Among equal priorities the longest wait goes first. A model that has waited for
+`starvation_secs` goes before all others, and the memory it waits for is reserved for it. One load serves every request
+that waits for the model, so ABCABC becomes AABBCC.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from shared.errors import ServiceError
 
 @dataclass(frozen=True)
 class Turn:
-    """The outcome of one look at the fleet.
+    """The result of one look at the fleet.
 
-    `loads` are to be begun now. `refused` cannot be served, and why. `notes` say what the others wait for. `wake_at` is
-    when to look again if nothing happens before, in the view's time.
+    `loads` should start now. `refused` maps models that cannot be served to the reason. `notes` say what the other
+    models are waiting for. `wake_at` is when to look again if nothing happens first, on the view's clock.
     """
 
     loads: tuple[Plan, ...] = ()
@@ -31,13 +31,12 @@ class Turn:
 
 
 def next_turn(view: View) -> Turn:
-    """The loads to begin for those who wait in `view.waiting`. Models that are served, on their way or being loaded
-    already are left alone."""
+    """The loads to start for the models in `view.waiting`. Models already served or loading are skipped."""
     loads: list[Plan] = []
     refused: dict[str, ServiceError] = {}
     notes: dict[str, str] = {}
     wake_at: list[float] = []
-    kept: dict[str, str] = {}  # node -> who has starved and is to go there
+    kept: dict[str, str] = {}  # node -> the starved model it is reserved for
     for model_id in sorted((m for m in view.waiting if not has_a_place(view, m)), key=lambda m: _turn_order(view, m)):
         profile = view.profile(model_id)
         found = [] if profile is None else [_unless_kept(kept, each) for each in likely_verdicts(view, profile)]
@@ -62,13 +61,13 @@ def next_turn(view: View) -> Turn:
 
 
 def after(view: View, plan: Plan) -> View:
-    """The view once this plan has begun."""
+    """The view after this plan has started."""
     leaving = [each.resident.key for each in plan.displacement.evictions]
     return replace(view, fleet=view.fleet.with_load(plan.reservation, leaving))
 
 
 def has_a_place(view: View, model_id: str) -> bool:
-    """Whether a model is served, on its way, or being loaded by us."""
+    """Whether the model is served, coming up, or being loaded by us."""
     fleet = view.fleet
     return fleet.load_of(model_id) is not None or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None
 
@@ -78,10 +77,10 @@ def _starved(view: View, model_id: str) -> bool:
 
 
 def _unless_kept(kept: Mapping[str, str], verdict: Verdict) -> Verdict:
-    """A node that is kept for somebody who has starved is nobody else's."""
+    """Excludes a node that is reserved for a starved model."""
     if verdict.node not in kept or (verdict.plan is None and not verdict.passes):
         return verdict
-    return Verdict(verdict.node, None, f"is kept for {kept[verdict.node]}", passes=True)
+    return Verdict(verdict.node, None, f"is reserved for {kept[verdict.node]}", passes=True)
 
 
 def _turn_order(view: View, model_id: str) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Everything that a plan is made from, as it is at one moment."""
+"""The inputs of a plan, all taken at one moment."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Use:
-    """How a loaded model is used on one node. Times are those of `View.now`.
+    """How a loaded model is used on one node. Times are on the clock of `View.now`.
 
-    `in_flight` are our own requests there. `last_used` and `loaded_at` are 0 when nothing is known.
+    `in_flight` counts our own requests there. `last_used` and `loaded_at` are 0 when unknown.
     """
 
     in_flight: int = 0
@@ -32,7 +32,7 @@ DEFAULT_RULES = Rules()
 
 @dataclass(frozen=True)
 class Waiting:
-    """Requests that wait for a model: how many, and since when the first of them."""
+    """Requests waiting for a model: how many, and when the first one arrived."""
 
     count: int
     since: float
@@ -40,8 +40,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Backoff:
-    """A model is not to be loaded on a node until then, because it failed there. `passes`: who waits need not be told,
-    since the cause goes by itself."""
+    """After a failure, the model is not loaded on a node before `until`. `passes`: the cause is temporary, so
+    waiting requests are not refused."""
 
     until: float
     reason: str
@@ -49,16 +49,16 @@ class Backoff:
 
 
 ANY_NODE = "*"
-"""In a key of `View.bars`: the model is to be loaded nowhere. No neuron has this name."""
+"""Node name in a key of `View.bars`: the model may not be loaded on any node. No neuron has this name."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One moment. `now` is in seconds of any clock that all times here share.
+    """The state at one moment. `now` is in seconds, on the clock that all times here share.
 
-    `demand` is in requests a minute, of late; `load_secs` what loads took, by model and node; `needs_mb` what neurons
-    were seen to book on each device for models whose catalogue entry does not say; `pressed` since when a model's
-    replicas have had more to do than `Rules.replica_target` each.
+    `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `needs_mb` is what
+    neurons booked per device for models without a size in the catalogue. `pressed` is when a model's replicas began to
+    exceed `Rules.replica_target` requests each.
     """
 
     now: float
@@ -77,11 +77,11 @@ class View:
         return self.uses.get((model_id, node), UNUSED)
 
     def working(self, model_id: str, node: NodeSnapshot) -> int:
-        """Requests that the model's engine on the node has, for whomever: by our own count, or the node's."""
+        """Requests on the model's engine on the node from all clients: the larger of our count and the node's."""
         return max(self.use(model_id, node.name).in_flight, node.working_on(model_id))
 
     def bar(self, model_id: str, node: str) -> Backoff | None:
-        """What forbids a load there now."""
+        """The backoff that currently forbids loading the model there, if any."""
         for key in ((model_id, ANY_NODE), (model_id, node)):
             bar = self.bars.get(key)
             if bar is not None and bar.until > self.now:
@@ -89,17 +89,17 @@ class View:
         return None
 
     def share_mb(self, profile: ModelProfile) -> int:
-        """MiB that each device must give: what the catalogue says, else what was seen, else 0."""
+        """MiB needed on each device: from the catalogue, else as observed, else 0."""
         return profile.device_share_mb or self.needs_mb.get(profile.id, 0)
 
     def expected_load_secs(self, model_id: str, node: str) -> float | None:
-        """What a load there took, else the longest that one took elsewhere; None when nobody ever loaded it."""
+        """How long a load took there, else the longest on any other node; None when it was never loaded."""
         known = self.load_secs.get(model_id)
         return known.get(node, max(known.values())) if known else None
 
     def profile(self, model_id: str) -> ModelProfile | None:
-        """The catalogue's word on a model, else what can be told of one that only neurons know: it goes where it was.
-        None when it is nowhere in a state from which it can be loaded."""
+        """The catalogue's profile; for a model that only neurons know, one that loads it where it was. None when no
+        node has it in a state it can be loaded from."""
         profile = self.catalogue.profile(model_id)
         if profile is not None:
             return profile
@@ -112,11 +112,11 @@ class View:
         return self.remembered(model_id, known)
 
     def remembered(self, model_id: str, nodes: Sequence[NodeSnapshot]) -> ModelProfile | None:
-        """What can be told of a model by the nodes that list it, to load it again on one of them; None without any."""
+        """A profile built from the nodes that list the model, to load it on one of them again; None without nodes."""
         if not nodes:
             return None
         entry = nodes[0].models[model_id]
-        # Not validated: neurons name their models as they like, also as no catalogue may.
+        # Not validated: neurons may use model names that a catalogue may not.
         return ModelProfile.model_construct(
             id=model_id,
             harness=entry.harness or "vllm",
@@ -126,6 +126,6 @@ class View:
         )
 
     def priority(self, model_id: str) -> int:
-        """The residency priority of a model; that of a catalogue entry which says nothing, for one that is in none."""
+        """The model's residency priority; the catalogue's default for models outside it."""
         profile = self.catalogue.profile(model_id)
         return DEFAULT_PRIORITY if profile is None else profile.residency_priority

@@ -1,8 +1,8 @@
-"""Where a model goes, and what makes way for it; or why it goes nowhere. Pure.
+"""Where a model goes and which models are evicted for it, or why it cannot be placed. Pure.
 
-The order of the choices: pinned; awake again where it sleeps; into memory that is free; into memory that is free once
-others have left, the cheapest first (`displacement`); where a neuron knows the model already; then the tightest fit, so
-that big cards stay free for big models; the best connected devices; the name.
+Preferences in order: pinned nodes; waking it where it sleeps; free memory; memory freed by evictions, cheapest first
+(see `eviction`); a neuron that already knows the model; the tightest fit, so that large cards stay free for large
+models; the best connected devices; the name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cortex.placement.candidates import shortlist
 from cortex.placement.capacity import Resident, Room, books, likely_load_secs, pending, residents, rooms
 from cortex.placement.devices import MAX_DISPLACED_SETS, connection, device_sets, eligible, tightness
 from cortex.placement.eviction import (
-    NOBODY,
+    NO_EVICTIONS,
     Claim,
     Displacement,
     Eviction,
@@ -34,26 +34,26 @@ from shared.gpu_memory import DEFAULT_ENGINE_SHARE
 from shared.protocol import ModelStatus
 
 DRAINING = "draining"
-"""`ModelView.state` of an engine that takes no new requests and ends when it has answered those that it has. Its status
-is `unloaded`."""
+"""`ModelView.state` of an engine that accepts no new requests and exits after its current ones. Its status is
+`unloaded`."""
 
 
 class Fit(IntEnum):
     """How a model fits on a node, best first."""
 
-    AWAKE = 0  # it sleeps there, and its memory is still to be had
-    NOW = 1  # into memory that is free
-    OVER_SLEEPERS = 2  # into memory that models which sleep there would want back
+    AWAKE = 0  # sleeps there and its memory is still available
+    NOW = 1  # fits in free memory
+    OVER_SLEEPERS = 2  # fits, but uses memory that sleeping models there would need
     AFTER_DISPLACEMENT = 3
-    TOO_LARGE = 4  # not by the figures; `vram_mb` is an estimate, so that the neuron has the last word
+    TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A place for a model. `share_mb` is what each device must give, 0 when that is not known, and `takes_mb` what is
-    to be counted as taken of each until its neuron says; `spare_mb` is what stays free on the devices, all together
-    (negative: what is missing); `ready_at` when it can be begun, in the view's time; `expected_secs` what the load
-    should take, if known. With `wakes` the model sleeps there, and is woken."""
+    """A place for a model. `share_mb` is what each device must give, 0 when unknown. `takes_mb` is what to count as
+    taken on each until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what
+    is missing). `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if
+    known. `wakes`: the model sleeps there and is woken."""
 
     model_id: str
     node: str
@@ -62,7 +62,7 @@ class Plan:
     fit: Fit
     spare_mb: int
     takes_mb: int
-    displacement: Displacement = NOBODY
+    displacement: Displacement = NO_EVICTIONS
     ready_at: float = float("-inf")
     expected_secs: float | None = None
     wakes: bool = False
@@ -74,13 +74,13 @@ class Plan:
 
     @property
     def reservation(self) -> Reservation:
-        """What is promised to it while it is carried out."""
+        """The memory reserved while the plan is carried out."""
         return Reservation(self.model_id, self.node, self.devices, self.takes_mb)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Nothing can be done on a node now. `passes`: it may later, without anybody's doing more."""
+    """Nothing can be done on the node now. `passes`: that will change without further action."""
 
     reason: str
     passes: bool = False
@@ -88,7 +88,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One node's part in a plan: the best that it could do, or why it can do nothing."""
+    """The result for one node: its best plan, or why it has none."""
 
     node: str
     plan: Plan | None
@@ -97,21 +97,20 @@ class Verdict:
 
 
 def likely_verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
-    """What the nodes could do for the model that are worth a closer look; every node where none of those can do
-    anything."""
+    """What the most promising nodes could do for the model; every node when none of those can do anything."""
     found = [verdict_on(view, profile, node) for node in shortlist(view, profile)]
     hopeful = any(each.passes or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
     return found if hopeful or len(found) == len(view.fleet.nodes) else verdicts(view, profile)
 
 
 def verdicts(view: View, profile: ModelProfile) -> list[Verdict]:
-    """What each node of the fleet could do for the model: for its first replica, or another."""
+    """What each node of the fleet could do for a first or additional replica of the model."""
     return [verdict_on(view, profile, node) for node in view.fleet.nodes.values()]
 
 
 def best(found: Iterable[Verdict]) -> Plan | None:
-    """The best of these plans, None when there is none, or when it is better to wait for one that will come: a load
-    that the figures speak against is tried only where nothing else is to be hoped for."""
+    """The best of these plans. None when there is none, or when waiting is better: a load that does not fit by the
+    figures is only tried when no node will become available."""
     listed = list(found)
     plan = min((each.plan for each in listed if each.plan is not None), key=lambda plan: plan.rank, default=None)
     hope = any(each.passes for each in listed)
@@ -128,12 +127,12 @@ def verdict_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Verdict
 
 
 def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
-    """Why the node is out of the question, before any memory is counted."""
+    """Why the node is ruled out before memory is considered."""
     reason = infeasible_reason(profile, node)
     if reason is None and node.discovery is None:
         reason = f"not reached yet: {node.last_error or 'no answer so far'}"
     if reason is None and not node.healthy:
-        reason = f"down now: {node.last_error}"
+        reason = f"down: {node.last_error}"
     if reason is None and node.draining:
         reason = "draining"
     return _passing_obstacle(view, profile, node) if reason is None else Held(reason)
@@ -142,13 +141,13 @@ def _obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | N
 def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> Held | None:
     entry, bar = node.models.get(profile.id), view.bar(profile.id, node.name)
     if (profile.id, node.name) in view.fleet.leaving:
-        return Held("is about to lose it", passes=True)
-    if entry is not None and entry.state == DRAINING:  # for another cortex: a load would wait there until the end
-        return Held("still finishes its requests there, and goes then", passes=True)
+        return Held("is unloading it", passes=True)
+    if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
+        return Held("is still draining it", passes=True)
     if node.status_of(profile.id) is ModelStatus.LOADED:
-        return Held("has it already")
+        return Held("already has it")
     if node.has_coming(profile.id):
-        return Held("it is on its way there", passes=True)
+        return Held("is already bringing it up", passes=True)
     if bar is not None:
         return Held(f"not tried again for {bar.until - view.now:.1f} s: {bar.reason}", passes=bar.passes)
     return None
@@ -156,9 +155,9 @@ def _passing_obstacle(view: View, profile: ModelProfile, node: NodeSnapshot) -> 
 
 @dataclass(frozen=True)
 class _Site:
-    """A feasible node as a place for one model. `need` is what each of its devices must give, `to_wake` what each must
-    give on which the model sleeps here, empty when it does not; `floor` are the devices that may be chosen, `share` is
-    0 for a model of unknown size. MiB."""
+    """A feasible node as a place for one model. `need` is what each device must give. `to_wake` is what each device
+    the model sleeps on must give, empty when it does not sleep here. `floor` are the eligible devices. `share` is 0
+    for a model of unknown size. All in MiB."""
 
     view: View
     profile: ModelProfile
@@ -177,17 +176,17 @@ class _Site:
         return device_sets(devices, self.profile.min_devices, **limit)
 
     def may_fit(self, indices: tuple[int, ...]) -> bool:
-        """On empty devices of a node that says what it books."""
+        """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
         return books(self.node) and all(self.need[index] <= self.room[index].total_mb for index in indices)
 
     def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
-        """By device, where what sleeps there gives way."""
+        """Missing memory by device, assuming that sleeping models give up theirs."""
         need = self.to_wake if wakes else self.need
         return {i: need[i] - self.room[i].free_mb for i in indices if self.room[i].free_mb < need[i]}
 
 
 def plan_on(view: View, profile: ModelProfile, node: NodeSnapshot) -> Plan | Held:
-    """The best that a feasible node can do for the model, or why it can do nothing now. Health is no matter here."""
+    """The best a feasible node can do for the model, or why it can do nothing now. Ignores health."""
     site = _site(view, profile, node)
     room, need = site.room, site.need
     if site.to_wake and not site.missing_mb(site.asleep_on, wakes=True):
@@ -205,7 +204,7 @@ def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
     floor = [device.index for device in eligible(profile, node)]
     if share or books(node):
         need = dict.fromkeys(room, share)
-    else:  # the engine will want what it takes of an empty card, and nobody tells before it fails
+    else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         need = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     return _Site(view, profile, node, share, room, need, _to_wake(profile, node, share, room, need), floor)
 
@@ -213,7 +212,8 @@ def _site(view: View, profile: ModelProfile, node: NodeSnapshot) -> _Site:
 def _to_wake(
     profile: ModelProfile, node: NodeSnapshot, share: int, room: Mapping[int, Room], need: Mapping[int, int]
 ) -> dict[int, int]:
-    """By device, what the model wants beside what it holds while it sleeps here: at most what all want that sleep."""
+    """By device, what the sleeping model needs on top of what it holds, capped at what all sleeping models there
+    need."""
     entry = node.models.get(profile.id)
     if entry is None or entry.known_status is not ModelStatus.SLEEPING or not room.keys() >= set(entry.devices):
         return {}
@@ -225,7 +225,7 @@ def _to_wake(
 
 
 def _best_set(site: _Site, devices: list[int]) -> tuple[int, ...] | None:
-    """Of these devices the best connected, then equals, then the tightest, then the lowest indices."""
+    """The best connected set of these devices; ties by tightest fit, then lowest indices."""
     room, share = site.room, site.share
     devices.sort(key=lambda index: (tightness((index,), room, share), index))
     return min(
@@ -244,7 +244,7 @@ def _after_displacement(site: _Site) -> Plan | Held:
     load_secs = likely_load_secs(view, own_id, site.node.name, site.share * site.profile.min_devices)
     evicted = partial(eviction, view, since=since, load_secs=load_secs)
     movable = [evicted(each) for each in others if shield(each, site.profile.residency_priority) is None]
-    # A model that sleeps here wakes on its own devices; on others it is loaded, once its sleeping engine is gone.
+    # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
     own = [Eviction(each, Claim.IDLE, view.now) for each in there if each.key[0] == own_id and each.asleep]
     by_lack = sorted(site.floor, key=lambda index: (max(0, site.need[index] - site.room[index].free_mb), index))
     sets = list(site.sets(by_lack, at_most=MAX_DISPLACED_SETS))
@@ -262,10 +262,10 @@ def _after_displacement(site: _Site) -> Plan | Held:
     if not plans:
         moving = pending(view, site.node)
         later = [*movable, *own, *(evicted(each) for each in moving)]
-        # While something moves the figures are about to be others: nothing is tried against them that might fit then.
+        # While models are loading or leaving, the figures will change: wait rather than try a load that might fit then.
         if moving and any(site.may_fit(indices) or suffice(site.missing_mb(indices), later) for indices in sets):
             names = ", ".join(sorted({each.key[0] for each in moving}))
-            return Held(f"waits for {names}, on the way up or out there", passes=True)
+            return Held(f"waiting for {names} to finish loading or unloading", passes=True)
         last = ((indices, _last_resort(site, indices, others, movable)) for indices in sets)
         plans = [_plan(site, indices, Fit.TOO_LARGE, way) for indices, way in last if way is not None]
     return min(plans, key=lambda plan: plan.rank, default=None) or _blocked(site, others)
@@ -274,22 +274,22 @@ def _after_displacement(site: _Site) -> Plan | Held:
 def _last_resort(
     site: _Site, indices: tuple[int, ...], there: list[Resident], movable: list[Eviction]
 ) -> Displacement | None:
-    """Who leaves devices where even that is not enough by the figures: what holds the rest is nobody's that is known,
-    or the figures are wrong, and the neuron has to say. One that books says so before anything is started, so that
-    nobody has to leave for it. None where somebody stays who may not be moved."""
+    """What to evict when even that is not enough by the figures. The rest is held by an unknown process or the
+    figures are wrong, so the neuron decides. A neuron that books memory decides before anything starts, so nothing
+    is evicted for it. None when a model that may not be evicted is in the way."""
     missing = site.missing_mb(indices)
     concerned = {each.key for each in there if each.devices & missing.keys()}
     leaving = tuple(each for each in movable if each.resident.key in concerned)
     if len(leaving) < len(concerned):
         return None
-    return NOBODY if books(site.node) else Displacement(leaving)
+    return NO_EVICTIONS if books(site.node) else Displacement(leaving)
 
 
 def _plan(
     site: _Site,
     indices: tuple[int, ...],
     fit: Fit,
-    displacement: Displacement = NOBODY,
+    displacement: Displacement = NO_EVICTIONS,
     *,
     wakes: bool = False,
 ) -> Plan:
@@ -332,16 +332,16 @@ def _plan(
 
 def _fit_reason(plan: Plan) -> str:
     if plan.fit is Fit.AWAKE:
-        return "asleep there, and can wake"
+        return "asleep there, can be woken"
     if plan.fit is Fit.NOW:
         return f"fits now with {plan.spare_mb} MiB to spare"
     if plan.fit is Fit.OVER_SLEEPERS:
-        return f"fits now with {plan.spare_mb} MiB to spare, in memory that sleeping models would want back"
+        return f"fits now with {plan.spare_mb} MiB to spare, in memory that sleeping models need to wake"
     names = ", ".join(each.resident.key[0] for each in plan.displacement.evictions)
     if plan.fit is Fit.AFTER_DISPLACEMENT:
         return f"fits after displacement of {names}"
-    after = f" even without {names}" if names else ""
-    return f"wants {plan.share_mb} MiB on each device, {-plan.spare_mb} MiB more than can be had{after}: it is tried"
+    after = f" even after evicting {names}" if names else ""
+    return f"needs {plan.share_mb} MiB on each device, {-plan.spare_mb} MiB more than available{after}; trying anyway"
 
 
 def _blocked(site: _Site, there: list[Resident]) -> Held:

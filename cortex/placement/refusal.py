@@ -1,4 +1,4 @@
-"""What a client is told when his model can be placed nowhere now. Pure."""
+"""The error a client gets when its model cannot be placed now. Pure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shared.errors import NotFound, ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 
 RETRY_AFTER_NODE_SECS = 5
-"""When to come back for a neuron that is down: about what noticing its return takes."""
+"""Retry delay when a neuron is down: roughly the time to notice its return."""
 RETRY_AFTER_ROOM_SECS = 30
-"""When to come back for memory that models of a higher priority hold."""
+"""Retry delay when models with a higher priority hold the memory."""
 
 
 def refusal(view: View, model_id: str, found: Sequence[Verdict]) -> ServiceError:
-    """Why no node takes the model, given what each could do."""
+    """Why no node takes the model, given the verdict on each."""
     profile, fleet = view.catalogue.profile(model_id), view.fleet
     bars = [bar for (model, _), bar in view.bars.items() if model == model_id and bar.until > view.now]
     if profile is None and not bars:
@@ -39,25 +39,25 @@ def refusal(view: View, model_id: str, found: Sequence[Verdict]) -> ServiceError
     if not present:
         away = ", ".join(f"{node.name} ({_absence(node)})" for node in possible)
         return Unavailable(
-            f"the model {model_id!r} can only run on neurons that are away now: {away}",
+            f"the model {model_id!r} can only run on neurons that are unavailable: {away}",
             code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=RETRY_AFTER_NODE_SECS,
         )
     reasons = "; ".join(f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names)
     return Unavailable(
-        f"there is no room for the model {model_id!r} now ({reasons})",
+        f"not enough memory for the model {model_id!r} now ({reasons})",
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=RETRY_AFTER_ROOM_SECS,
     )
 
 
 def unknown(model_id: str, fleet: FleetSnapshot) -> ServiceError:
-    """For a model that is not in the catalogue and on no healthy neuron in a state that could serve."""
+    """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
     for node in fleet.holders(model_id):
         view = node.models[model_id]
         if not node.healthy:
             return Unavailable(
-                f"the model {model_id!r} is on {node.name}, which is down now",
+                f"the model {model_id!r} is on {node.name}, which is down",
                 code=ErrorCode.NEURON_UNAVAILABLE,
                 retry_after=RETRY_AFTER_NODE_SECS,
             )
@@ -73,7 +73,7 @@ def unknown(model_id: str, fleet: FleetSnapshot) -> ServiceError:
             retry_after=RETRY_AFTER_NODE_SECS,
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
-        return no_healthy_neurons()  # one that has never answered may well have the model
+        return no_healthy_neurons()  # a neuron that has never answered may have the model
     return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 

@@ -1,4 +1,4 @@
-"""What is to be done without anybody waiting: replicas kept, added and removed, idle models sent away. Pure."""
+"""Upkeep that no request asks for: keeps, adds and removes replicas, and retires idle models. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cortex.placement.inputs import View
 from cortex.placement.planner import Fit, Plan, best, likely_verdicts
 
 IN_USE_SECS = 60.0
-"""A model that was used so recently moves to another neuron when its own is drained."""
+"""A model used this recently moves to another neuron when its own is drained."""
 
 
 @dataclass(frozen=True)
 class Retirement:
-    """A model that leaves a node, because nobody needs it there. `sleep`: it stays in the host's memory."""
+    """A model to remove from a node where it is no longer needed. `sleep`: it stays in host memory."""
 
     model_id: str
     node: str
@@ -28,19 +28,19 @@ class Retirement:
 
 @dataclass(frozen=True)
 class Upkeep:
-    """Loads to begin, each with the reason for it, and models to send away."""
+    """Loads to start, each with its reason, and models to retire."""
 
     loads: tuple[tuple[Plan, str], ...] = ()
     retirements: tuple[Retirement, ...] = ()
 
 
 def is_kept_up(profile: ModelProfile) -> bool:
-    """True for models that need to be looked at without anybody's asking for them."""
+    """Whether the model needs upkeep even without requests."""
     return profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None
 
 
 def upkeep(view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
-    """The steps that are due now for these models of the catalogue."""
+    """The steps due now for these models of the catalogue."""
     loads: list[tuple[Plan, str]] = []
     retirements: list[Retirement] = []
     for profile in profiles:
@@ -53,13 +53,13 @@ def upkeep(view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
 
 
 def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
-    """Another replica, where one is missing or would help. One at a time for each model."""
+    """Another replica where one is missing or would help; one at a time per model."""
     coming = [node for node in _holders(view, profile) if node.has_coming(profile.id)]
     if coming or view.fleet.load_of(profile.id) is not None:
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
     if len(serving) < profile.replicas.min:
-        return _gently(view, profile, f"replicas.min is {profile.replicas.min}, {len(serving)} serve")
+        return _gently(view, profile, f"replicas.min is {profile.replicas.min}, {len(serving)} serving")
     if not serving:
         return _off_drained(view, profile)
     since = view.pressed.get(profile.id)
@@ -70,26 +70,26 @@ def _addition(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
 
 
 def _off_drained(view: View, profile: ModelProfile) -> tuple[Plan, str] | None:
-    """A place elsewhere for a model in use that only drained neurons serve: they are to become empty."""
+    """A new place for a model in use that only drained neurons serve, so that those can empty."""
     drained = view.fleet.serving(profile.id)
     in_use = any(
         view.working(profile.id, node) or view.now - view.use(profile.id, node.name).last_used < IN_USE_SECS
         for node in drained
     )
     names = ", ".join(sorted(node.name for node in drained))
-    return _gently(view, profile, f"it is in use on drained neurons only ({names})") if in_use else None
+    return _gently(view, profile, f"in use on drained neurons only ({names})") if in_use else None
 
 
 def _gently(
     view: View, profile: ModelProfile, why: str, *, most: Fit = Fit.AFTER_DISPLACEMENT
 ) -> tuple[Plan, str] | None:
-    """The best place, where nobody has to make way who is in use, or was just loaded."""
+    """The best place that evicts only idle models: none in use, none recently loaded."""
     plan = best(likely_verdicts(view, profile))
     return None if plan is None or plan.fit > most or plan.displacement.claim is not Claim.IDLE else (plan, why)
 
 
 def _retirements(view: View, profile: ModelProfile) -> Iterator[Retirement]:
-    """Replicas that have been idle for too long, the least recently used first, down to the minimum."""
+    """Replicas idle for too long, least recently used first, down to the minimum."""
     if profile.id in view.waiting:
         return
     serving = view.fleet.serving(profile.id)
@@ -105,7 +105,7 @@ def _retirements(view: View, profile: ModelProfile) -> Iterator[Retirement]:
             yield Retirement(profile.id, name, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
             if working > view.rules.replica_target * (left - 1):
-                continue  # another would be loaded again for what the rest have to do
+                continue  # the remaining load would bring it back
             left -= 1
             yield Retirement(profile.id, name, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 

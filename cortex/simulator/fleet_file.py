@@ -19,14 +19,14 @@ Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SimulatedGpu(SettingsModel):
-    """A GPU written out, for those that are no preset."""
+    """A GPU given in full, for hardware without a preset."""
 
     name: str = "GPU"
     vram_total_mb: int = Field(gt=0)
 
 
 class LinkEntry(SettingsModel):
-    """How two GPUs of a node reach each other."""
+    """How two GPUs of a node are connected."""
 
     a: int = Field(ge=0)
     b: int = Field(ge=0)
@@ -34,7 +34,7 @@ class LinkEntry(SettingsModel):
 
 
 class SimulatedNode(SettingsModel):
-    """`[[nodes]]`: one host. Its loads take `load_factor` times as long as the file says."""
+    """`[[nodes]]`: one host. Its loads take `load_factor` times the file's durations."""
 
     name: str = Field(min_length=1)
     devices: tuple[SimulatedGpu | str, ...] = Field(min_length=1, max_length=64)
@@ -58,13 +58,13 @@ class SimulatedNode(SettingsModel):
         for link in self.links:
             if not link.a < link.b < len(self.devices):
                 raise ValueError(
-                    f"links: {link.a} and {link.b} are not two devices of {self.name!r}, the lower one first"
+                    f"links: {link.a} and {link.b} must be two devices of {self.name!r}, lower index first"
                 )
         return self
 
     @cached_property
     def gpus(self) -> tuple[Device, ...]:
-        """The devices, presets looked up."""
+        """The devices, with presets resolved."""
         return tuple(_device(index, entry) for index, entry in enumerate(self.devices))
 
     @cached_property
@@ -82,15 +82,15 @@ class LoadSecs(SettingsModel):
 
 
 class Serving(SettingsModel):
-    """`[serving]`: so many requests an engine serves at full speed; more share that speed."""
+    """`[serving]`: how many requests an engine serves at full speed; more share that speed."""
 
     parallel: int = Field(default=16, ge=1)
     models: dict[ModelName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    timeout_secs: float = Field(default=1800, gt=0)  # of waiting for a model, as [cold_load] timeout_secs
+    timeout_secs: float = Field(default=1800, gt=0)  # waiting for a model, as [cold_load] timeout_secs
 
 
 class FleetFile(SettingsModel):
-    """The whole file. Models come from `models_config`, a path relative to it, or are written out in it."""
+    """The whole file. Models come from `models_config`, a path relative to this file, or are listed in it."""
 
     nodes: tuple[SimulatedNode, ...] = Field(min_length=1)
     models_config: Path | None = None
@@ -114,7 +114,7 @@ class FleetFile(SettingsModel):
         if (self.models_config is None) == (not self.models):
             raise ValueError("give either models_config or [[models]]")
         if self.aliases and self.models_config is not None:
-            raise ValueError("aliases: they belong to the file that models_config names")
+            raise ValueError("aliases: move them to the file that models_config names")
         return self
 
 
@@ -127,7 +127,7 @@ class SimulatedFleet:
         self.rules = file.placement.rules()
 
     def load_secs(self, model_id: str, node: SimulatedNode) -> float:
-        """What a load of a model of the catalogue takes there, from the request to the neuron until it serves."""
+        """How long a model of the catalogue takes to load there, from the command to the neuron until it serves."""
         rule = self.file.load_secs
         secs = rule.models.get(model_id)
         if secs is None:
@@ -161,7 +161,7 @@ def load_fleet(path: Path) -> SimulatedFleet:
     ]
     for table, models in (("load_secs", file.load_secs.models), ("serving", file.serving.models)):
         unknown = [model_id for model_id in models if catalogue.profile(model_id) is None]
-        problems += [f"{path}: {table}.models: {model_id!r} is no model of the catalogue" for model_id in unknown]
+        problems += [f"{path}: {table}.models: {model_id!r} is not in the catalogue" for model_id in unknown]
     if problems:
         raise SettingsError(problems)
     return SimulatedFleet(file, catalogue)

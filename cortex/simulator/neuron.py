@@ -22,7 +22,7 @@ from shared.protocol import (
 )
 
 OnMemory = Callable[[int], None]
-"""Called with the MiB that engines hold more, or less, from now on."""
+"""Called with the change in MiB that engines hold."""
 
 
 class SimulatedNeuron:
@@ -84,7 +84,7 @@ class SimulatedNeuron:
         raise NeuronRefused(409, "simulated engines do not sleep", ErrorCode.SLEEP_UNSUPPORTED)
 
     async def refresh(self) -> None:
-        """Nothing to do: every change has been reported already."""
+        """Does nothing: every change has been reported already."""
 
     def _set_status(self, engine: SimulatedEngine, status: ModelStatus) -> None:
         engine.status = status
@@ -99,7 +99,7 @@ class SimulatedNeuron:
         self._report()
 
     def _report(self) -> None:
-        """Tells the fleet the present state, as the answer to a poll would."""
+        """Reports the current state to the fleet, like a poll response."""
         self._fleet.observe(
             self.node.name,
             started=asyncio.get_running_loop().time(),

@@ -1,4 +1,4 @@
-"""The result of a simulation, in figures. Pure."""
+"""The figures of a simulation. Pure."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ class MemoryUse:
         self._as_of = 0.0
 
     def change(self, now: float, *, held_mb: int = 0, working_mb: int = 0) -> None:
-        """Adds to what models hold from now on, in MiB."""
+        """Adjusts what models hold from now on, in MiB."""
         self._accrue(now)
         self._held_mb += held_mb
         self._working_mb += working_mb
 
     def shares(self, now: float) -> tuple[float, float]:
-        """(held, working) in percent of the fleet's memory, averaged until now."""
+        """(held, working) as a percentage of the fleet's memory, averaged until now."""
         self._accrue(now)
         whole = self._total_mb * now
         return (100 * self._held / whole, 100 * self._working / whole) if whole else (0.0, 0.0)

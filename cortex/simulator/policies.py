@@ -19,7 +19,7 @@ from cortex.placement.replicas import Upkeep
 from shared.errors import ServiceError
 
 Choose = Callable[[View, Sequence["_Site"]], Plan | None]
-"""Picks one of the possible places of a model; None when it has to wait."""
+"""Picks one of a model's possible places; None when it has to wait."""
 
 
 def _first_come_first_served(choose: Choose) -> Policy:
@@ -114,7 +114,7 @@ class _Site:
             chosen.append(each)
         if not self._suffice(chosen):
             return None
-        for each in reversed(list(chosen)):  # spare those that need not go, youngest first
+        for each in reversed(list(chosen)):  # keep those that need not go, youngest first
             rest = [other for other in chosen if other is not each]
             if self._suffice(rest):
                 chosen = rest

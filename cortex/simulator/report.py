@@ -1,4 +1,4 @@
-"""Simulations as tables for people."""
+"""Formats simulations as tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
 
 
 def side_by_side(outcomes: Sequence[Outcome]) -> str:
-    """A column for each policy."""
+    """One column per policy."""
     rows: list[list[str]] = [[label, *(show(each.total) for each in outcomes)] for label, show in _ROWS]
     rows.append(["VRAM loaded", *(f"{each.vram_loaded_pct:.1f} %" for each in outcomes)])
     rows.append(["VRAM in use", *(f"{each.vram_in_use_pct:.1f} %" for each in outcomes)])
@@ -31,7 +31,7 @@ def side_by_side(outcomes: Sequence[Outcome]) -> str:
 
 
 def by_model(outcome: Outcome) -> str:
-    """A line for each model that was asked for."""
+    """One line per requested model."""
     rows = [
         [
             model,

@@ -39,10 +39,9 @@ from shared.errors import ServiceError
 from shared.tasks import TaskSet, first_of
 
 RECENT_SECS = 60.0
-"""An eviction counts as one of a hot model when the model was used within this time."""
+"""Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
-"""After a moment at which a rule's time is up, the policy decides at each look for this long: rounding may hide it from
-the first."""
+"""After a rule's time is up, the policy decides at every look for this long: rounding may hide it from the first."""
 
 
 class SimulatedWorker:
@@ -65,7 +64,7 @@ class SimulatedWorker:
 
 
 class ObservedPolicy:
-    """Counts a policy's evictions, and repeats its last turn while nothing has changed that it decides from.
+    """Counts a policy's evictions, and repeats its last turn while none of its inputs change.
 
     The scheduler looks every quarter of a second while a model waits for memory; most of those looks see no change.
     """
@@ -106,7 +105,7 @@ class ObservedPolicy:
 
 
 def _moments(view: View, turn: Turn) -> Iterator[float]:
-    """When the passing of time alone may change a decision."""
+    """Times at which the passing of time alone may change a decision."""
     rules = view.rules
     moments = [] if turn.wake_at is None else [turn.wake_at]
     for waiting in view.waiting.values():
@@ -213,7 +212,7 @@ class Simulation:
         )
 
     async def _publish(self) -> None:
-        """Tells the scheduler of changed routes, as the resolver does."""
+        """Notifies the scheduler of changed routes, as the resolver does."""
         with self.fleet.route_changes() as changes:
             while True:
                 self._scheduler.routes_changed(sorted(await changes.next()))
@@ -246,7 +245,7 @@ class Simulation:
                     self._scheduler.want(request.model)
         except (ServiceError, asyncio.TimeoutError):
             self._finish(request)
-        except Exception as error:  # noqa: BLE001 - a bug ends the simulation, which would wait for this request otherwise
+        except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting
             self._finished.set_exception(error)
 
     def _serve(self, request: SimulatedRequest) -> bool:
@@ -272,7 +271,7 @@ class Simulation:
         return True
 
     def _expect_end(self, key: Key) -> None:
-        """Sets the timer for the engine's next end; a request that begins before moves it."""
+        """Sets the timer for the engine's next completion; a request that begins sooner moves it."""
         timer = self._ends.pop(key, None)
         if timer is not None:
             timer.cancel()
@@ -302,7 +301,7 @@ class Simulation:
 def simulate(
     simulated: SimulatedFleet, trace: Sequence[Ask], policy: str, loop: VirtualTimeLoop | None = None
 ) -> Outcome:
-    """Plays a trace under the policy of that name; `loop` is one made for this call."""
+    """Plays a trace under the named policy; `loop` must be new."""
 
     async def play() -> Outcome:
         return await Simulation(simulated, trace, POLICIES[policy], policy).run()

@@ -1,4 +1,4 @@
-"""Traces: who asked for which model when, and how long the engine works on the answer. JSON lines or CSV."""
+"""Traces: which model is requested when, and how long its engine works on the answer. JSON lines or CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_PROBLEMS = 20
 
 
 class Ask(NamedTuple):
-    """One request: when it comes, in seconds of the trace; the model's id; seconds of work at full speed."""
+    """One request: its arrival in seconds of the trace, the model id, and the seconds of work at full speed."""
 
     at: float
     model: str
@@ -25,11 +25,11 @@ class Ask(NamedTuple):
 
 
 def read_trace(path: Path, catalogue: Catalogue) -> list[Ask]:
-    """The requests in the order of their times. A file that ends in .csv has a line of names first; every other is JSON
-    lines. Aliases are resolved.
+    """The requests in order of arrival. A .csv file starts with a header line; any other file is JSON lines. Aliases
+    are resolved.
 
     Raises:
-        SettingsError: naming the file, and the line of every problem.
+        SettingsError: names the file and the line of every problem.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -46,10 +46,10 @@ def read_trace(path: Path, catalogue: Catalogue) -> list[Ask]:
         except ValueError as error:
             problems.append(f"{path}: line {number}: {error}")
             if len(problems) >= MAX_PROBLEMS:
-                problems.append(f"{path}: and perhaps more")
+                problems.append(f"{path}: possibly more problems")
                 break
     if not asks and not problems:
-        problems.append(f"{path}: there is no request in it")
+        problems.append(f"{path}: no requests")
     if problems:
         raise SettingsError(problems)
     asks.sort(key=lambda ask: ask.at)
@@ -57,7 +57,7 @@ def read_trace(path: Path, catalogue: Catalogue) -> list[Ask]:
 
 
 def write_trace(path: Path, asks: Iterable[Ask]) -> None:
-    """Writes what `read_trace` reads, in the format that the file's name says."""
+    """Writes a trace in the format implied by the file name."""
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix.lower() == ".csv":
             writer = csv.writer(file, lineterminator="\n")
@@ -92,7 +92,7 @@ def _ask(row: Any, catalogue: Catalogue, known: set[str]) -> Ask:
         raise ValueError(f"{missing[0]}: required, but missing")
     model = catalogue.resolve(str(row["model"]))
     if model not in known:
-        raise ValueError(f"model = {row['model']!r}: no model of the catalogue")
+        raise ValueError(f"model = {row['model']!r}: not in the catalogue")
     return Ask(_secs(row, "at"), model, _secs(row, "secs"))
 
 

@@ -11,16 +11,16 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 RESOLUTION_SECS = 2.0**-24
-"""Time is rounded up to a multiple of it (60 ns), so that a timer never fires before its time by a rounding error."""
+"""Time is rounded up to a multiple of this (60 ns), so that rounding never fires a timer early."""
 
 
 def rounded_up(secs: float) -> float:
-    """The next time that the loop can have."""
+    """The next representable loop time."""
     return math.ceil(secs / RESOLUTION_SECS) * RESOLUTION_SECS
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Starts at 0 s. For coroutines that wait for timers and for each other only: sockets are never polled."""
+    """Starts at 0 s. Supports timers and coroutines that wait for each other; sockets are never polled."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -50,7 +50,7 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 def run_in_virtual_time(main: Coroutine[None, None, Result], loop: VirtualTimeLoop | None = None) -> Result:
-    """Runs a coroutine to its end on a loop of its own, and closes the loop."""
+    """Runs a coroutine to completion on its own loop, then closes the loop."""
     loop = loop or VirtualTimeLoop()
     try:
         return loop.run_until_complete(main)

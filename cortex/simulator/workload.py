@@ -1,4 +1,4 @@
-"""Makes traces: sessions of people and agents that ask a few models much and the others seldom. Seeded."""
+"""Generates traces from a seed: sessions of people and agents that use a few models often and the rest rarely."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shared.settings import SettingsError, SettingsModel, load_settings
 
 
 class Users(SettingsModel):
-    """`[[users]]`: one kind of session. The mean number of its requests, the median seconds an engine works on one, and
-    the mean seconds from the end of that to the next."""
+    """`[[users]]`: one kind of session: the mean number of requests, the median seconds of work per request, and the
+    mean seconds from one answer to the next request."""
 
     model: ModelName
     requests: float = Field(default=5, ge=1, le=10_000)
@@ -27,10 +27,10 @@ class Users(SettingsModel):
 
 
 class Workload(SettingsModel):
-    """The file. The n-th kind of session is begun 1 / n ** `skew` times as often as the first (Zipf's law), unless it
-    has a `weight`. In waves, of `wave_secs` on average as the lulls between, it is `wave_factor` times as often as in
-    lulls; so much of the whole is the same for all kinds. Of a session's service times the logarithm has `spread` as
-    its standard deviation."""
+    """The file. The n-th kind of session starts 1 / n ** `skew` times as often as the first (Zipf's law), unless it
+    has a `weight`. Waves and lulls both last `wave_secs` on average; in waves, sessions start `wave_factor` times as
+    often as in lulls, at the same overall rate. `spread` is the standard deviation of the logarithm of a session's
+    service times."""
 
     hours: float = Field(default=2, gt=0, le=10_000)
     sessions_per_hour: float = Field(default=100, gt=0)
@@ -45,11 +45,11 @@ def load_workload(path: Path, catalogue: Catalogue) -> Workload:
     """Reads the file; models may be aliases.
 
     Raises:
-        SettingsError: with a line for every problem.
+        SettingsError: one line for every problem.
     """
     workload = load_settings(Workload, path, env_prefix="", environ={})
     problems = [
-        f"{path}: users[{index}].model = {users.model!r}: no model of the catalogue"
+        f"{path}: users[{index}].model = {users.model!r}: not in the catalogue"
         for index, users in enumerate(workload.users)
         if catalogue.profile(catalogue.resolve(users.model)) is None
     ]
@@ -59,8 +59,8 @@ def load_workload(path: Path, catalogue: Catalogue) -> Workload:
 
 
 def make_trace(workload: Workload, catalogue: Catalogue, *, seed: int, load: float = 1.0) -> list[Ask]:
-    """A trace with `load` times as many sessions as the workload says. The same seed gives the same trace."""
-    chance = random.Random(seed)  # noqa: S311 - no secret
+    """A trace with `load` times the workload's sessions. The same seed gives the same trace."""
+    chance = random.Random(seed)  # noqa: S311 - not used for secrets
     weights = [users.weight or 1 / rank**workload.skew for rank, users in enumerate(workload.users, start=1)]
     cumulative = list(accumulate(weights))
     asks: list[Ask] = []
@@ -79,7 +79,7 @@ def _session_times(workload: Workload, load: float, chance: random.Random) -> It
     turns_at = chance.expovariate(1 / workload.wave_secs)
     while now < end:
         pause = chance.expovariate(lull * (workload.wave_factor if wave else 1))
-        if now + pause >= turns_at:  # the process has no memory: it begins anew with the other rate
+        if now + pause >= turns_at:  # memoryless: redraw at the new rate
             now, wave = turns_at, not wave
             turns_at = now + chance.expovariate(1 / workload.wave_secs)
             continue

@@ -75,7 +75,7 @@ def test_port_in_use_is_said() -> None:
     [
         ("nonsense", "'nonsense'"),
         ("a=0xRTX3060", "'a=0xRTX3060'"),
-        ("a=1xRTX3060,a=1xRTX3060", "twice"),
+        ("a=1xRTX3060,a=1xRTX3060", "duplicate host name"),
         ("a=1xNoSuchCard", "NoSuchCard"),
         ("", "1 to 200 hosts"),
     ],

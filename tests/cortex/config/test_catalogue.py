@@ -1,4 +1,4 @@
-"""models.toml: what is a catalogue and what is not."""
+"""models.toml: valid and invalid catalogues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def problem(tmp_path: Path, text: str) -> str:
-    """The only problem of a catalogue, without the file's name that it begins with."""
+    """The only problem of a catalogue, without the leading file name."""
     path = write(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         load_catalogue(path)
@@ -27,7 +27,7 @@ def problem(tmp_path: Path, text: str) -> str:
 
 
 def test_only_the_id_is_needed(tmp_path: Path) -> None:
-    """Everything else has a meaning when it is left out."""
+    """Every other field has a default."""
     catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'"))
     profile = catalogue.models[0]
     assert profile == ModelProfile(id="org/model")
@@ -36,7 +36,7 @@ def test_only_the_id_is_needed(tmp_path: Path) -> None:
 
 
 def test_empty_catalogue_is_valid(tmp_path: Path) -> None:
-    """A front door for models that are loaded by hand."""
+    """An empty catalogue serves models that are loaded by hand."""
     assert load_catalogue(write(tmp_path, "")) == Catalogue()
 
 
@@ -51,7 +51,7 @@ def test_empty_catalogue_is_valid(tmp_path: Path) -> None:
     ],
 )
 def test_priority_of_pinned_models(fields: dict[str, object], expected: int) -> None:
-    """1000 when pinned_on is set, unless it is said otherwise."""
+    """1000 with pinned_on, unless set explicitly."""
     assert ModelProfile.model_validate({"id": "m", **fields}).residency_priority == expected
 
 
@@ -60,13 +60,13 @@ def test_priority_of_pinned_models(fields: dict[str, object], expected: int) -> 
     [(1, 4000, 4000, None), (2, 54000, 27000, 2), (3, 10000, 3334, 3), (2, None, 0, 2)],
 )
 def test_share_of_each_device(devices: int, vram_mb: int | None, share: int, parallel: int | None) -> None:
-    """The footprint is of all devices together; a share is rounded up, and tensor_parallel is only sent above 1."""
+    """The footprint covers all devices; each share is rounded up, and tensor_parallel is only sent above 1."""
     profile = ModelProfile(id="m", min_devices=devices, vram_mb=vram_mb)
     assert (profile.device_share_mb, profile.tensor_parallel) == (share, parallel)
 
 
 def test_aliases(tmp_path: Path) -> None:
-    """An alias leads to its model, any other name to itself."""
+    """An alias resolves to its model, any other name to itself."""
     catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'\n[aliases]\nlarge = 'org/model'"))
     assert catalogue.resolve("large") == "org/model"
     assert catalogue.resolve("other") == "other"
@@ -90,19 +90,19 @@ def test_aliases(tmp_path: Path) -> None:
         ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),
         ("[[models]]\nid = 'a'\n[models.limit]\ncontext = 0", "models[0].limit.context = 0: "),
         ("[[models]]\nid = 'a'\n[models.limit]\nmax = 1", "models[0].limit.max: unknown key"),
-        ("[aliases]\nx = 'nothing'", "'x' leads to 'nothing', which is no model of this catalogue"),
+        ("[aliases]\nx = 'nothing'", "'x' points to 'nothing', which is not in this catalogue"),
         ("[[models]]\nid = 'a'\n[aliases]\na = 'a'", "'a' is also the id of a model"),
-        ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' leads to 'b', which is no model"),
+        ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' points to 'b', which is not in this catalogue"),
         ("[model]\nid = 'a'", "model: unknown key"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
-    """Each with the key, and the value where there is one."""
+    """Each problem names the key and, where there is one, the value."""
     assert expected in problem(tmp_path, text)
 
 
 def test_environment_does_not_reach_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`MODELS` or `ALIASES` in a user's environment mean something else."""
+    """`MODELS` and `ALIASES` in the environment are ignored."""
     monkeypatch.setenv("MODELS", "[]")
     monkeypatch.setenv("ALIASES__X", "y")
     assert len(load_catalogue(write(tmp_path, "[[models]]\nid = 'a'")).models) == 1

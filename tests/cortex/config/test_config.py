@@ -1,4 +1,4 @@
-"""cortex.toml, and `cortex check` and `cortex serve` on files good and bad."""
+"""cortex.toml, and `cortex check` and `cortex serve` on valid and invalid files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(tmp_path: Path, text: str, **environ: str) -> CortexConfig:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    """Those of the contract."""
+    """The documented defaults."""
     config = load(tmp_path, "")
     assert (config.gateway.listen, config.gateway.metrics_listen) == ("127.0.0.1:31313", "127.0.0.1:31314")
     assert (config.gateway.max_body_mib, config.gateway.drain_timeout_secs) == (32, 30)
@@ -33,12 +33,12 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_models_config_may_be_absolute(tmp_path: Path) -> None:
-    """Else it is relative to the file that names it."""
+    """Otherwise relative to the file that names it."""
     assert load(tmp_path, "models_config = '/etc/m.toml'").models_path(tmp_path / "c.toml") == Path("/etc/m.toml")
 
 
 def test_environment(tmp_path: Path) -> None:
-    """The overrides of the contract, an IPv6 address, and neurons as a whole list."""
+    """The documented overrides, an IPv6 address, and neurons given as a whole list."""
     config = load(
         tmp_path,
         NEURON,
@@ -68,7 +68,7 @@ def test_environment(tmp_path: Path) -> None:
         ("[poll]\ninterval = 1", "poll.interval: unknown key (value 1)"),
         ("[cold_load]\ntimeout_secs = 0", "cold_load.timeout_secs = 0: "),
         ("[routing]\nsession_header = 'a b'", "routing.session_header = 'a b': "),
-        ("[routing]\nsession_header = 'Cookie'", "routing.session_header = 'Cookie': means something else to cortex"),
+        ("[routing]\nsession_header = 'Cookie'", "routing.session_header = 'Cookie': reserved by cortex"),
         ("[routing]\nprefix_chars = -1", "routing.prefix_chars = -1: "),
         ("[routing]\nload_factor = 0.9", "routing.load_factor = 0.9: "),
         ("log_level = 'loud'", "log_level = 'loud': "),
@@ -85,7 +85,7 @@ def test_environment(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
-    """Each with file, key and value."""
+    """Each problem names the file, the key and the value."""
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, text)
     assert len(caught.value.problems) == 1, caught.value.problems
@@ -94,7 +94,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the file, from the environment, or none; the file wins. An endpoint's last slash is dropped."""
+    """From the file, the environment, or neither; the file wins. An endpoint's trailing slash is dropped."""
     monkeypatch.setenv("BEAST_TOKEN", "from environment")
     text = NEURON.replace("13131'", "13131/'")
     plain, named, both = (
@@ -106,7 +106,7 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cortex(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The real command."""
+    """Runs the real command."""
     return subprocess.run(
         [sys.executable, "-m", "cortex", *arguments],
         capture_output=True,
@@ -119,7 +119,7 @@ def cortex(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_of_good_files(tmp_path: Path) -> None:
-    """Exit 0, with what was found; a pin on a neuron that is not listed is warned of."""
+    """Exits 0 with a summary, and warns of a pin to an unlisted neuron."""
     (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
     (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\npinned_on = ['benjy']", encoding="utf-8")
     done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
@@ -131,7 +131,7 @@ def test_check_of_good_files(tmp_path: Path) -> None:
 
 
 def test_check_names_every_problem_of_both_files(tmp_path: Path) -> None:
-    """Exit 1; also those of a catalogue that a wrong cortex.toml names, and only of that one."""
+    """Exits 1; also checks the catalogue that an invalid cortex.toml names, and no other."""
     (tmp_path / "cortex.toml").write_text(
         "models_config = 'cat.toml'\nwrong = 1\n[poll]\ninterval_secs = 0", encoding="utf-8"
     )
@@ -150,7 +150,7 @@ def test_check_names_every_problem_of_both_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [None, "= 1", "models_config = 5"])
 def test_check_guesses_no_catalogue(tmp_path: Path, text: str | None) -> None:
-    """Where cortex.toml cannot be read there is one problem, and not a missing models.toml as well."""
+    """An unreadable cortex.toml is one problem; a missing models.toml is not reported as well."""
     if text is not None:
         (tmp_path / "cortex.toml").write_text(text, encoding="utf-8")
     done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
@@ -160,7 +160,7 @@ def test_check_guesses_no_catalogue(tmp_path: Path, text: str | None) -> None:
 
 
 def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
-    """A service with a mistake in its files does not start."""
+    """The service does not start with invalid files."""
     (tmp_path / "cortex.toml").write_text("wrong = 1", encoding="utf-8")
     done = cortex("serve", "--config", str(tmp_path / "cortex.toml"))
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Another configuration while cortex runs: a real process, its files edited, its signals sent."""
+"""Configuration reloads of a running cortex: a real process, edited files, real signals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHER = {"id": "org/other", "vram_mb": 4000}
 
 
 class Cortex:
-    """A running cortex and its files."""
+    """A running cortex with its configuration files."""
 
     def __init__(self, process: CortexProcess, directory: Path) -> None:
         self.process = process
@@ -50,7 +50,7 @@ class Cortex:
         (self.directory / name).write_text(tomli_w.dumps(data), encoding="utf-8")
 
     def edit_config(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Changes cortex.toml in place."""
+        """Edits cortex.toml in place."""
         data = tomllib.loads((self.directory / "cortex.toml").read_text(encoding="utf-8"))
         change(data)
         self.write("cortex.toml", data)
@@ -63,24 +63,24 @@ class Cortex:
         self.write("models.toml", {"models": list(models), "aliases": aliases})
 
     async def reload(self) -> str:
-        """Asks for it by the signal; what the log then says was changed."""
+        """Sends SIGHUP; returns the changes that the log reports."""
         self.process.process.send_signal(signal.SIGHUP)
         return await self.reloaded()
 
     async def reloaded(self) -> str:
-        """What the log says was changed, at the next reload."""
+        """The changes that the log reports at the next reload."""
         self._reloads += 1
         await until(lambda: self.log.count("configuration reloaded: ") >= self._reloads)
         return str(re.findall(r"configuration reloaded: (.*)", self.log)[self._reloads - 1])
 
     async def refused(self) -> None:
-        """Asks for a reload, and waits until the files are refused."""
+        """Sends SIGHUP and waits until the files are rejected."""
         before = self.log.count("configuration not reloaded")
         self.process.process.send_signal(signal.SIGHUP)
         await until(lambda: self.log.count("configuration not reloaded") > before)
 
     async def ask(self, model: str) -> Answer:
-        """A completion on a connection of its own."""
+        """A completion on its own connection."""
         async with connected(self.process.url) as client:
             return await client.ask(request(json.dumps({"model": model}).encode()))
 
@@ -103,7 +103,7 @@ class Cortex:
 
     async def until_node(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> None:
         async def seen() -> None:
-            while (node := await self.node(name)) is None or not condition(node):  # noqa: ASYNC110 - it is elsewhere
+            while (node := await self.node(name)) is None or not condition(node):  # noqa: ASYNC110 - other process
                 await asyncio.sleep(0.02)
 
         await bounded(seen())
@@ -122,7 +122,7 @@ async def running(
 async def cortex(
     request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron
 ) -> AsyncIterator[Cortex]:
-    """With two neurons and one model."""
+    """A cortex with two neurons and one model."""
     async with running(tmp_path, [benjy, beast], [SMALL], workers=request.param) as cortex:
         yield cortex
 
@@ -136,7 +136,7 @@ async def single(tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron) -> AsyncI
 
 @contextlib.asynccontextmanager
 async def held_stream(cortex: Cortex, neuron: SeedNeuron, model: str) -> AsyncIterator[asyncio.Event]:
-    """A stream from an engine of this neuron, begun; it ends after the event is set, and is then whole."""
+    """A started stream from an engine of this neuron; it ends after the event is set and must be complete."""
     go_on = asyncio.Event()
 
     async def answer(wire: Wire, received: Received) -> None:
@@ -160,7 +160,7 @@ async def held_stream(cortex: Cortex, neuron: SeedNeuron, model: str) -> AsyncIt
 
 
 async def test_a_new_model_and_an_alias_can_be_asked_for(cortex: Cortex) -> None:
-    """The log says in one line what was changed, value by value; with several workers each of them knows."""
+    """The log lists the changes in one line, value by value; with several workers, each applies them."""
     assert (await cortex.ask("fresh")).status == 404
     cortex.set_models({**SMALL, "vram_mb": 5000, "args": ["-x"]}, OTHER, fresh="org/other")
     assert await cortex.reload() == (
@@ -177,7 +177,7 @@ async def test_a_new_model_and_an_alias_can_be_asked_for(cortex: Cortex) -> None
 
 
 def write_in_pieces(path: Path, text: str) -> None:
-    """As a slow editor or a copy over a network would."""
+    """Like a slow editor or a copy over a network."""
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, len(text), 40):
             file.write(text[start : start + 40])
@@ -186,14 +186,14 @@ def write_in_pieces(path: Path, text: str) -> None:
 
 
 def write_and_rename(path: Path, text: str) -> None:
-    """As editors do."""
+    """As editors do it."""
     fresh = path.with_name("other")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 
 def swap_link(path: Path, text: str) -> None:
-    """As Kubernetes mounts a ConfigMap: the file is a link into `..data`, itself a link to a directory."""
+    """As Kubernetes mounts a ConfigMap: the file links into `..data`, itself a link to a directory."""
     directory = path.parent / f"..{time.monotonic_ns()}"
     directory.mkdir()
     (directory / path.name).write_text(text, encoding="utf-8")
@@ -207,7 +207,8 @@ def swap_link(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("write", [write_in_pieces, write_and_rename, swap_link])
 async def test_changed_files_are_noticed(single: Cortex, write: Callable[[Path, str], None]) -> None:
-    """However they are changed, and once they are whole; twice, since the second time is another file."""
+    """Works for every way of writing a file, once it is complete; and again, since the second time is a different
+    file."""
     for number in (1, 2):
         text = tomli_w.dumps({"models": [SMALL, *({**OTHER, "id": f"org/{n}"} for n in range(number))]})
         await asyncio.to_thread(write, single.directory / "models.toml", text)
@@ -216,7 +217,7 @@ async def test_changed_files_are_noticed(single: Cortex, write: Callable[[Path, 
 
 
 async def test_another_catalogue_file_is_read_and_looked_at(single: Cortex) -> None:
-    """From the moment on that cortex.toml names it."""
+    """From the moment cortex.toml names it."""
     single.write("other.toml", {"models": [OTHER]})
     single.edit_config(lambda data: data.update(models_config="other.toml"))
     assert await single.reload() == ("+model org/other, -model org/small, models_config models.toml -> other.toml")
@@ -226,15 +227,15 @@ async def test_another_catalogue_file_is_read_and_looked_at(single: Cortex) -> N
 
 
 async def test_touched_files_change_nothing(single: Cortex, benjy: SeedNeuron) -> None:
-    """A file with the same content."""
+    """Rewriting a file with the same content changes nothing."""
     os.utime(single.directory / "cortex.toml")
-    assert await single.reloaded() == "nothing is different"
+    assert await single.reloaded() == "no changes"
     assert benjy.calls.count("/discovery") == 1
 
 
 async def test_a_bad_file_changes_nothing_and_says_why(single: Cortex) -> None:
-    """Every mistake of both files in the log and in the fleet's picture, until they are mended; what was valid in them
-    is not taken up either, and requests go on."""
+    """Every mistake in both files is in the log and in the fleet view until it is fixed. Nothing from the files is
+    applied, even the valid parts, and requests continue."""
     before = (await single.get("/fleet"))["configuration"]
     assert before["error"] is None
     assert before["files"] == [str(single.directory / name) for name in ("cortex.toml", "models.toml")]
@@ -266,7 +267,7 @@ async def test_a_bad_file_changes_nothing_and_says_why(single: Cortex) -> None:
 
 
 async def status_of(cortex: Cortex) -> str:
-    """What `cortex status` prints."""
+    """The output of `cortex status`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "cortex", "status", "--url", cortex.process.url), stdout=asyncio.subprocess.PIPE
     )
@@ -275,7 +276,7 @@ async def status_of(cortex: Cortex) -> str:
 
 
 async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """A stream under way and a load under way go on; no neuron is asked for anything that it would not be otherwise."""
+    """Running streams and loads continue; no neuron receives extra commands."""
     async with held_stream(cortex, beast, "org/streaming") as go_on:
         benjy.load_gate.clear()
         asking = asyncio.create_task(cortex.ask("org/small"))
@@ -293,7 +294,7 @@ async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: SeedNeur
 
 
 async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """Its stream goes on to the end, its models stay loaded, nobody polls it, and new requests go elsewhere."""
+    """Its running stream completes, its models stay loaded, polling stops, and new requests go elsewhere."""
     async with held_stream(cortex, benjy, "org/small") as go_on:
         cortex.set_neurons(beast)
         assert await cortex.reload() == "-neuron benjy"
@@ -312,7 +313,7 @@ async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: See
 async def test_a_load_on_a_removed_neuron_is_made_elsewhere(
     cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron
 ) -> None:
-    """Whoever waits for it is told nothing of it; and what was reserved there is free when the neuron comes back."""
+    """A waiting request does not notice, and the reserved memory is free again when the neuron returns."""
     benjy.load_gate.clear()
     asking = asyncio.create_task(cortex.ask("org/small"))
     await bounded(benjy.load_started.wait())
@@ -329,7 +330,7 @@ async def test_a_load_on_a_removed_neuron_is_made_elsewhere(
 
 
 async def test_an_operator_who_waits_for_a_removed_neuron_is_told(single: Cortex, benjy: SeedNeuron) -> None:
-    """The load that was asked for there is not known to have ended well."""
+    """A load on the removed neuron is not recorded as successful."""
     benjy.load_gate.clear()
     body = json.dumps({"model": "org/small", "node": "benjy"}).encode()
     async with connected(single.process.url) as client:
@@ -339,11 +340,11 @@ async def test_an_operator_who_waits_for_a_removed_neuron_is_told(single: Cortex
         await single.reload()
         answer = await client.answer()
     assert answer.status == 503
-    assert "benjy has left the configuration" in json.loads(answer.body)["error"]["message"]
+    assert "benjy left the configuration" in json.loads(answer.body)["error"]["message"]
 
 
 async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """It is watched at once, and the others are not asked anew."""
+    """The new neuron is polled at once; the others are not polled again."""
     async with SeedNeuron("quad", 16000).running() as quad:
         cortex.set_neurons(benjy, quad, beast)
         assert await cortex.reload() == "+neuron quad"
@@ -355,7 +356,7 @@ async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: SeedNeuron, 
 
 
 async def test_a_neuron_at_another_endpoint(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """Only its watch is a new one; no request is refused meanwhile, and none goes to the old engine afterwards."""
+    """Only its polling restarts; no request fails meanwhile, and none reaches the old engine afterwards."""
     benjy.models["org/small"] = "loaded"
     await cortex.until_loaded(benjy.name, "org/small")
     assert (await cortex.ask("org/small")).status == 200
@@ -378,7 +379,7 @@ async def test_a_neuron_at_another_endpoint(cortex: Cortex, benjy: SeedNeuron, b
 
 
 async def keep_asking(cortex: Cortex, model: str, enough: asyncio.Event) -> list[Answer]:
-    """One request after the other, until it is enough; all answers."""
+    """Sends requests one after another until stopped; returns all answers."""
     answers = [await cortex.ask(model)]
     while not enough.is_set():
         answers.append(await cortex.ask(model))
@@ -386,12 +387,13 @@ async def keep_asking(cortex: Cortex, model: str, enough: asyncio.Event) -> list
 
 
 async def test_another_token_is_shown_from_now_on(single: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """To that neuron only; it is not in the log. What is known of the neuron stays, and so does a load under way."""
+    """The token goes to that neuron only and never into the log. Its known state is kept, and a running load
+    continues."""
     benjy.load_gate.clear()
     asking = asyncio.create_task(single.ask("org/small"))
     await bounded(benjy.load_started.wait())
     single.edit_config(lambda data: data["neurons"][0].update(token="s3cret-word"))
-    assert await single.reload() == "neuron benjy: token is another"
+    assert await single.reload() == "neuron benjy: token changed"
     assert (await single.get("/health"))["status"] == "ok"
     await until(lambda: "Bearer s3cret-word" in benjy.shown)
     benjy.load_gate.set()
@@ -402,7 +404,7 @@ async def test_another_token_is_shown_from_now_on(single: Cortex, benjy: SeedNeu
 
 
 async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, benjy: SeedNeuron) -> None:
-    """As one that only a neuron knows: a new catalogue unloads nothing."""
+    """It becomes a model that only a neuron knows: a new catalogue unloads nothing."""
     assert (await cortex.ask("org/small")).status == 200
     cortex.set_models(OTHER)
     assert await cortex.reload() == "+model org/other, -model org/small"
@@ -416,7 +418,7 @@ async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, be
 
 
 async def test_a_worker_that_starts_later_has_what_holds_then(tmp_path: Path, benjy: SeedNeuron) -> None:
-    """Not what was read at the start."""
+    """The current settings, not those read at startup."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         cortex.set_models(SMALL, fresh="org/small")
         await cortex.reload()
@@ -428,7 +430,7 @@ async def test_a_worker_that_starts_later_has_what_holds_then(tmp_path: Path, be
 
 
 async def test_workers_hear_no_hangup(tmp_path: Path, benjy: SeedNeuron) -> None:
-    """A signal to all processes of the service is the control's."""
+    """A signal to the whole process group is handled by the control process."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         for pid in descendants(cortex.process.process.pid):
             os.kill(pid, signal.SIGHUP)
@@ -439,7 +441,7 @@ async def test_workers_hear_no_hangup(tmp_path: Path, benjy: SeedNeuron) -> None
 
 
 async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> None:
-    """The rest of the same edit is taken up; it is named again with each reload until it is undone."""
+    """The rest of the same edit applies; each reload repeats the warning until the key is restored."""
     gateway = {"listen": "127.0.0.1:1", "metrics_listen": "127.0.0.1:0", "workers": 3}
     single.edit_config(lambda data: data.update(gateway=gateway, state_dir="elsewhere", cold_load={"timeout_secs": 7}))
     assert await single.reload() == "cold_load.timeout_secs 1800 -> 7"
@@ -454,7 +456,7 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
 
 
 async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: SeedNeuron) -> None:
-    """Also when the pause that runs is a long one."""
+    """Even during a long pause between polls."""
     async with cortex_process(tmp_path, [benjy], [SMALL], poll_secs=3600) as process:
         await until(lambda: "cortex listening" in process.log())
         cortex = Cortex(process, tmp_path)
@@ -469,7 +471,7 @@ async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: SeedN
 
 
 async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """Once it is answered it is kept: over `kill -9`, over the neuron's absence, until it is resumed."""
+    """An acknowledged drain survives `kill -9` and the neuron's absence until it is resumed."""
     async with running(tmp_path, [benjy, beast], [SMALL]) as cortex:
         assert await cortex.post("/fleet/nodes/benjy/drain") == {"node": "benjy", "draining": True}
     async with running(tmp_path, [benjy, beast], [SMALL]) as cortex:
@@ -491,7 +493,7 @@ async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: SeedNeuron, beast:
 
 
 async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: SeedNeuron) -> None:
-    """It holds as long as this cortex lives."""
+    """It lasts as long as this cortex process."""
     (tmp_path / "in-the-way").write_text("", encoding="utf-8")
     async with running(tmp_path, [benjy], [SMALL], state_dir="in-the-way/state") as cortex:
         answer = await cortex.post("/fleet/nodes/benjy/drain")
@@ -500,7 +502,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: SeedNe
 
 
 def test_a_large_catalogue_is_read_and_compared_in_no_time(tmp_path: Path) -> None:
-    """5,000 models, all of them changed: well under a second of work, and that off the event loop."""
+    """All of 5,000 models change: well under a second of work, off the event loop."""
     (tmp_path / "cortex.toml").write_text("", encoding="utf-8")
     files = ConfigurationFiles(tmp_path / "cortex.toml")
     models = [{**SMALL, "id": f"org/{number}", "min_devices": 2, "args": ["-a", "b"]} for number in range(5000)]

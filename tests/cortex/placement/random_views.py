@@ -1,4 +1,4 @@
-"""Fleets, models and what they are at, made up from a seed."""
+"""Random fleets, models and usage, generated from a seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = (8000, 12000, 24000, 32000, 80000)
 
 @cache
 def random_view(seed: int) -> View:
-    """At most five nodes of one to four GPUs, twelve models, of which three to six are waited for."""
+    """Up to five nodes with one to four GPUs each, and twelve models, three to six of which have waiting requests."""
     random = Random(seed)
     models = tuple(_model(random, f"m{i:02}") for i in range(12))
     nodes = [_node(random, f"n{i}", models) for i in range(random.randint(1, 5))]
@@ -46,7 +46,7 @@ def random_view(seed: int) -> View:
 
 
 def shuffled(moment: View, seed: int) -> FleetSnapshot:
-    """The same fleet with its nodes in another order."""
+    """The same fleet with its nodes in a different order."""
     nodes = list(moment.fleet.nodes.values())
     Random(seed).shuffle(nodes)
     return FleetSnapshot({each.name: each for each in nodes}, moment.fleet.reservations, moment.fleet.leaving)

@@ -1,4 +1,4 @@
-"""Large fleets: the nodes that are looked at, and that the best is among them."""
+"""Large fleets: which nodes are evaluated, and that the best one is among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cortex.views import profile, view
 
 
 def test_a_small_fleet_is_looked_at_in_full() -> None:
-    """Every node of it, whatever it has."""
+    """Every node of a small fleet, whatever it holds."""
     nodes = [host(f"n{i}", 24000) for i in range(MANY)]
     assert len(shortlist(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MANY
 
@@ -21,7 +21,7 @@ def test_a_small_fleet_is_looked_at_in_full() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
 def test_the_best_is_on_the_list(seed: int, size: int) -> None:
-    """Of 300 nodes of many kinds, of which one in three has no room."""
+    """300 nodes of many kinds, one third of them full."""
     random = Random(seed)
     wanted = profile(vram_mb=9000 * size, min_devices=size, min_device_vram_mb=random.choice((None, 20000)))
     nodes = []
@@ -36,7 +36,7 @@ def test_the_best_is_on_the_list(seed: int, size: int) -> None:
 
 
 def test_who_knows_the_model_is_on_the_list() -> None:
-    """Its node comes first where it fits, however much room it has."""
+    """A node that holds the model comes first if it fits, however much room others have."""
     wanted = profile(vram_mb=4000)
     knows = host("knows", 32000, models={"m": On(0, status="unloaded")})
     moment = view(fleet(*[host(f"n{i}", 12000) for i in range(100)], knows), wanted)
@@ -46,7 +46,7 @@ def test_who_knows_the_model_is_on_the_list() -> None:
 
 
 def test_nothing_is_given_up_for_being_far_down() -> None:
-    """Only one of 200 nodes can hold it, and that one is full of something idle."""
+    """Only one of 200 nodes can hold it, and an idle model fills that one."""
     wanted = profile(vram_mb=30000)
     full = host("full", 32000, models={"old": On(31000)})
     moment = view(fleet(*[host(f"n{i}", 24000) for i in range(199)], full), wanted, profile(id="old", vram_mb=31000))

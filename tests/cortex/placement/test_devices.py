@@ -22,25 +22,25 @@ QUAD = {(0, 1): LinkKind.SYS, (0, 3): LinkKind.NVLINK, (1, 2): LinkKind.PHB}
     [
         ({"min_devices": 2, "vram_mb": 20000}, BEAST, (0, 1)),
         ({"vram_mb": 20000}, node("n", 24000, 24000, free_mb=(3000, 24000)), (1,)),
-        ({"vram_mb": 8000}, node("n", 24000, 12000), (1,)),  # the tight card, not the big one
-        ({}, node("n", 12000, 24000), (1,)),  # of unknown size: where most is free
+        ({"vram_mb": 8000}, node("n", 24000, 12000), (1,)),  # the small card, not the large one
+        ({}, node("n", 12000, 24000), (1,)),  # unknown size: most free memory
         ({"min_device_vram_mb": 20000, "vram_mb": 8000}, node("n", 24000, 12000), (0,)),
         ({"min_devices": 2, "vram_mb": 20000}, node("n", *[24000] * 4, links=QUAD), (0, 3)),
         (
             {"min_devices": 2, "vram_mb": 20000},
             node("n", *[24000] * 4, free_mb=(24000, 24000, 24000, 9000), links=QUAD),
-            (1, 2),  # without room on one of the NVLink pair, the next best
+            (1, 2),  # one of the NVLink pair is full: next best
         ),
-        ({"min_devices": 2, "vram_mb": 20000}, node("n", 24000, 48000, 24000), (0, 2)),  # equals together
+        ({"min_devices": 2, "vram_mb": 20000}, node("n", 24000, 48000, 24000), (0, 2)),  # equal cards together
         ({"vram_mb": 8000}, node("n", 24000, 24000, lost=(0,)), (1,)),
         ({"vram_mb": 8000}, node("n", 24000, 24000, mig=(0,)), (1,)),
-        ({"vram_mb": 8000}, node("n", 24000, 24000), (0,)),  # equals: the first
-        # a TP model leaves the emptier pair to bigger ones
+        ({"vram_mb": 8000}, node("n", 24000, 24000), (0,)),  # ties: the first
+        # a split model leaves the emptier pair to larger ones
         ({"min_devices": 2, "vram_mb": 8000}, node("n", *[24000] * 4, free_mb=(24000, 9000, 24000, 9000)), (1, 3)),
     ],
 )
 def test_choice_of_devices(fields: dict[str, Any], where: NodeSnapshot, devices: tuple[int, ...]) -> None:
-    """Room, then NVLink, then equal cards, then the tightest, then the lowest index."""
+    """Room, then NVLink, then equal cards, then the tightest fit, then the lowest index."""
     plan = plan_for(view(fleet(where), profile(**fields)))
     assert (plan.devices, plan.fit) == (devices, Fit.NOW)
 
@@ -50,7 +50,7 @@ def test_choice_of_devices(fields: dict[str, Any], where: NodeSnapshot, devices:
     [((10000, 10000), True), ((19999, 1), False), ((10001, 9999), False), ((24000, 9999), False)],
 )
 def test_need_is_per_device(free_mb: tuple[int, int], fits: bool) -> None:
-    """A split model needs its share on every device; what is free elsewhere does not help."""
+    """A split model needs its share on every device; free memory elsewhere does not help."""
     where = node("n", 24000, 24000, free_mb=free_mb)
     plan = plan_for(view(fleet(where), profile(vram_mb=20000, min_devices=2)))
     assert plan.share_mb == 10000
@@ -58,19 +58,19 @@ def test_need_is_per_device(free_mb: tuple[int, int], fits: bool) -> None:
 
 
 def test_shares_are_rounded_up() -> None:
-    """Two halves of an odd number are not less than the whole."""
+    """The two halves of an odd number add up to at least the whole."""
     assert plan_for(view(fleet(node("n", 24000, 24000)), profile(vram_mb=20001, min_devices=2))).share_mb == 10001
 
 
 def test_only_those_are_displaced_that_are_in_the_way() -> None:
-    """On a node with several devices the others stay."""
+    """Only models on the chosen device are evicted."""
     where = host("n", *[24000] * 3, models={"a": On(20000), "b": On(20000, (1,)), "c": On(20000, (2,))})
     plan = plan_for(view(fleet(where), profile(vram_mb=20000), demand={"a": 9.0, "c": 9.0}))
     assert (plan.devices, evicted(plan)) == ((1,), {"b"})
 
 
 def test_topology_decides_between_displacements_that_cost_the_same() -> None:
-    """One model over all four: the pair that goes together is taken."""
+    """One model spans all four cards: the best connected pair is taken."""
     links = {(0, 1): LinkKind.SYS, (2, 3): LinkKind.NVLINK}
     where = host("n", *[24000] * 4, models={"a": On(20000, (0, 1, 2, 3))}, links=links)
     plan = plan_for(view(fleet(where), profile(vram_mb=40000, min_devices=2)))
@@ -86,7 +86,7 @@ def test_large_hosts_are_compared_within_bounds() -> None:
 
 
 def test_large_hosts_are_compared_within_bounds_when_full() -> None:
-    """The same where everybody has to make way."""
+    """The same when models must be evicted."""
     where = host("n", *[80000] * 64, models={f"x{i}": On(70000, (i,)) for i in range(64)})
     plan = plan_for(view(fleet(where), profile(min_devices=32, vram_mb=32 * 40000)))
     assert len(evicted(plan)) == 32
@@ -94,7 +94,7 @@ def test_large_hosts_are_compared_within_bounds_when_full() -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(4, 2), (8, 4), (16, 8), (64, 32), (1, 1), (2, 3)])
 def test_device_sets(count: int, size: int) -> None:
-    """Each ascending, none twice, never more than the bound; what is cut are the last of the devices."""
+    """Every set is ascending and unique, within the bound; the last devices are cut."""
     sets = list(device_sets(list(range(count)), size))
     assert len(set(sets)) == len(sets) <= MAX_DEVICE_SETS
     assert all(list(each) == sorted(set(each)) and len(each) == size for each in sets)
@@ -102,13 +102,13 @@ def test_device_sets(count: int, size: int) -> None:
 
 
 def test_memory_shared_with_the_host_never_refuses() -> None:
-    """A device that has none of its own to count."""
+    """A device without memory of its own to count."""
     plan = plan_for(view(fleet(host("n", 0, models={"a": On(0)})), profile(vram_mb=90000)))
     assert (plan.fit, plan.devices) == (Fit.NOW, (0,))
 
 
 def test_devices_that_do_not_say_what_they_hold() -> None:
-    """The driver gives no figures, the neuron none of its own: it has the last word."""
+    """Neither the driver nor the neuron reports memory: the neuron decides."""
     where = node("n", 24000)
     assert where.health is not None
     silent = where.health.devices[0].model_copy(update={"vram_used_mb": 0, "vram_free_mb": 0})

@@ -1,4 +1,4 @@
-"""Who makes way for whom, and when, case by case."""
+"""Which models are evicted for which, and when, case by case."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BOX = fleet(host("box", 24000, models={"a": On(20000)}))
 @pytest.mark.parametrize(
     ("fields", "displaced"),
     [
-        ({}, True),  # equals make way
+        ({}, True),  # equals can be evicted
         ({"residency_priority": 50}, True),
         ({"residency_priority": 101}, False),
         ({"pinned_on": ["box"]}, False),
-        ({"pinned_on": ["box"], "residency_priority": 1}, False),  # shielded there, however low
+        ({"pinned_on": ["box"], "residency_priority": 1}, False),  # pinned there, whatever its priority
         ({"pinned_on": ["other"], "residency_priority": 1}, True),
         ({"replicas": {"min": 1}}, False),
-        ({"replicas": {"min": 1}, "residency_priority": 50}, True),  # kept against equals, not against its betters
+        ({"replicas": {"min": 1}, "residency_priority": 50}, True),  # held against equals only
     ],
 )
 def test_who_may_be_displaced(fields: dict[str, Any], displaced: bool) -> None:
-    """Only models of equal or lower priority, none that is pinned there, none that is kept loaded."""
+    """Only models of equal or lower priority, never pinned ones, never those held by `replicas.min`."""
     plan = planned(view(BOX, M, profile(id="a", vram_mb=20000, **fields)))
     assert (plan is not None) is displaced
 
@@ -43,14 +43,14 @@ def test_who_may_be_displaced(fields: dict[str, Any], displaced: bool) -> None:
 @pytest.mark.parametrize(
     ("elsewhere", "displaced"),
     [
-        (host("spare", 8000, models={"a": On(1000)}), True),  # another is left
+        (host("spare", 8000, models={"a": On(1000)}), True),  # another replica remains
         (host("spare", 8000, models={"a": On(1000)}, healthy=False), False),
         (host("spare", 8000, models={"a": On(1000)}, draining=True), False),
         (host("spare", 8000, models={"a": On(1000, status="loading")}), False),
     ],
 )
 def test_a_minimum_counts_those_that_serve_and_will(elsewhere: Any, displaced: bool) -> None:
-    """What a dead or draining node lists keeps nobody in service."""
+    """Replicas on a dead or draining node do not count as serving."""
     box = host("box", 24000, models={"a": On(20000)})
     moment = view(fleet(box, elsewhere), M, profile(id="a", vram_mb=20000, replicas={"min": 1, "max": 2}))
     plan = planned(moment)
@@ -61,29 +61,29 @@ def test_a_minimum_counts_those_that_serve_and_will(elsewhere: Any, displaced: b
     ("use", "waits_for", "claim", "ready_in"),
     [
         (used(), 0, Claim.IDLE, 0),
-        (Use(), 0, Claim.IDLE, 0),  # nothing known of its use
+        (Use(), 0, Claim.IDLE, 0),  # usage unknown
         (used(1, idle=0), 0, Claim.BUSY, 15),  # busy: after patience_secs
         (used(1, idle=0), 14, Claim.BUSY, 1),
         (used(1, idle=0), 20, Claim.BUSY, -5),
-        (used(idle=0.2, age=10), 0, Claim.YOUNG, 0.8),  # between two requests of somebody
+        (used(idle=0.2, age=10), 0, Claim.YOUNG, 0.8),  # between two sequential requests
         (used(idle=5, age=10), 0, Claim.YOUNG, -4),
-        (used(idle=5, age=0.5), 0, Claim.YOUNG, 0.5),  # just loaded, for somebody who comes in a moment
-        (used(1, idle=0, age=10), 0, Claim.YOUNG_BUSY, 20),  # its 30 s, which are longer than the patience
+        (used(idle=5, age=0.5), 0, Claim.YOUNG, 0.5),  # just loaded, requests are about to arrive
+        (used(1, idle=0, age=10), 0, Claim.YOUNG_BUSY, 20),  # its 30 s outlast the patience
         (used(1, idle=0, age=10), 100, Claim.YOUNG_BUSY, 20),
         (used(1, idle=0, age=29), 0, Claim.YOUNG_BUSY, 15),
         (used(1, idle=0, age=30), 20, Claim.BUSY, -5),
     ],
 )
 def test_when_a_model_makes_way(use: Use, waits_for: float, claim: Claim, ready_in: float) -> None:
-    """The idle at once; the busy when somebody has waited for long enough; the young when they had their time, or are
-    not used at all."""
+    """Idle models at once; busy ones after the patience; young ones after their minimum residency, or sooner when
+    unused."""
     plan = plan_for(view(BOX, M, waiting={"m": waits_for}, uses={("a", "box"): use}))
     assert plan.displacement.claim is claim
     assert plan.ready_at - NOW == pytest.approx(ready_in)
 
 
 def test_requests_of_others_count_as_well() -> None:
-    """Another cortex, or somebody at the engine itself: the engine's own figures say so."""
+    """Requests from another cortex or sent to the engine directly show in the engine's own figures."""
     where = fleet(host("box", 24000, models={"a": On(20000, working=2)}))
     displacement = plan_for(view(where, M, waiting={"m": 0})).displacement
     assert (displacement.claim, displacement.busy) == (Claim.BUSY, 1)
@@ -94,7 +94,7 @@ def test_requests_of_others_count_as_well() -> None:
     [(None, RULES, 20), (60, RULES, 50), (0, RULES, 15), (None, replace(RULES, min_residency_secs=100), 90)],
 )
 def test_residency_is_the_models_own_else_everybodys(own: float | None, rules: Rules, ready_in: float) -> None:
-    """`min_residency_secs`, of the model and of all."""
+    """`min_residency_secs` of the model, else the global one."""
     moment = view(
         BOX,
         M,
@@ -107,14 +107,14 @@ def test_residency_is_the_models_own_else_everybodys(own: float | None, rules: R
 
 
 def test_a_sleeping_model_is_never_young() -> None:
-    """It has no requests, and loses no more than what it still holds."""
+    """A sleeping model has no requests, and evicting it costs only what it still holds."""
     where = fleet(host("box", 24000, models={"a": On(8000, status="sleeping", wants_mb=1000)}))
     displacement = plan_for(view(where, M, uses={("a", "box"): used(idle=1, age=1)})).displacement
     assert displacement.claim is Claim.IDLE
 
 
 def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
-    """One that holds nothing is in nobody's way: displacing it would bring nothing."""
+    """Evicting a model that holds nothing frees nothing."""
     where = fleet(host("box", 24000, foreign_mb=(8000,), models={"a": On(0, status="sleeping", wants_mb=9000)}))
     plan = plan_for(view(where, M, profile(id="a", vram_mb=9000)))
     assert plan.fit is Fit.TOO_LARGE
@@ -123,17 +123,17 @@ def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
 @pytest.mark.parametrize(
     ("demand", "secs", "uses", "goes"),
     [
-        ({"a": 6.0, "b": 1.0}, {"a": 60, "b": 60}, {}, "b"),  # the less wanted
-        ({"a": 1.0, "b": 1.0}, {"a": 20, "b": 60}, {}, "a"),  # the faster to reload
+        ({"a": 6.0, "b": 1.0}, {"a": 60, "b": 60}, {}, "b"),  # less demand
+        ({"a": 1.0, "b": 1.0}, {"a": 20, "b": 60}, {}, "a"),  # faster to reload
         ({"a": 9.0, "b": 1.0}, {"a": 1, "b": 60}, {}, "a"),  # seconds times demand
-        ({}, {}, {("a", "box"): used(idle=10), ("b", "box"): used(idle=900)}, "b"),  # else the least recently used
-        ({}, {}, {}, "a"),  # else the name
+        ({}, {}, {("a", "box"): used(idle=10), ("b", "box"): used(idle=900)}, "b"),  # then the least recently used
+        ({}, {}, {}, "a"),  # then the name
         ({"a": 9.0}, {"a": 600}, {("b", "box"): used(1)}, "a"),  # idle before cheap
         ({"a": 9.0}, {"a": 600}, {("a", "box"): used(1), ("b", "box"): used(idle=5, age=5)}, "a"),  # busy before young
     ],
 )
 def test_the_cheapest_goes(demand: dict[str, float], secs: dict[str, float], uses: Any, goes: str) -> None:
-    """Of two that would do alike."""
+    """Either of the two would be enough."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "b": On(20000, (1,))}))
     times = {model_id: {"box": each} for model_id, each in secs.items()}
     assert evicted(plan_for(view(where, M, demand=demand, load_secs=times, uses=uses))) == {goes}
@@ -143,14 +143,14 @@ def test_the_cheapest_goes(demand: dict[str, float], secs: dict[str, float], use
     ("sizes", "demand", "need", "goes"),
     [
         ({"a": 8000, "b": 8000, "c": 8000}, {"a": 1, "b": 2, "c": 3}, 8000, {"a"}),
-        ({"a": 4000, "b": 16000}, {"a": 1, "b": 1}, 8000, {"b"}),  # the same seconds for more memory
+        ({"a": 4000, "b": 16000}, {"a": 1, "b": 1}, 8000, {"b"}),  # same reload time, more memory
         ({"a": 4000, "b": 8000, "c": 12000}, {"a": 1, "b": 1, "c": 100}, 12000, {"a", "b"}),
-        ({"a": 4000, "b": 4000, "c": 16000}, {}, 16000, {"c"}),  # one rather than many
+        ({"a": 4000, "b": 4000, "c": 16000}, {}, 16000, {"c"}),  # one rather than two
         ({"a": 12000, "b": 12000}, {}, 24000, {"a", "b"}),
     ],
 )
 def test_no_more_than_needed_per_mb(sizes: dict[str, int], demand: dict[str, float], need: int, goes: set[str]) -> None:
-    """Seconds times demand by MiB freed; nobody goes without whom there is room, too."""
+    """Seconds times demand per MiB freed; no eviction that is not needed."""
     where = fleet(host("box", 24000, models={model_id: On(mb) for model_id, mb in sizes.items()}))
     times = {model_id: {"box": 10.0} for model_id in sizes}
     plan = plan_for(view(where, profile(vram_mb=need), demand=demand, load_secs=times))
@@ -158,7 +158,7 @@ def test_no_more_than_needed_per_mb(sizes: dict[str, int], demand: dict[str, flo
 
 
 def test_many_small_ones_are_found_without_trying_all() -> None:
-    """Forty on one card: the cheapest, one after the other, and none in vain."""
+    """Forty models on one card: the cheapest are evicted one after another, none needlessly."""
     sizes = {f"s{i:02}": On(1000) for i in range(40)}
     demand = {model_id: float(i) for i, model_id in enumerate(sizes)}
     moment = view(fleet(host("box", 40000, models=sizes)), profile(vram_mb=12000), demand=demand)
@@ -166,21 +166,21 @@ def test_many_small_ones_are_found_without_trying_all() -> None:
 
 
 def test_a_loaded_model_of_unknown_size_is_taken_to_hold_its_card() -> None:
-    """A neuron that tells neither what is booked nor what is used."""
+    """A neuron that reports neither booked nor used memory."""
     where = fleet(host("box", 24000, 12000, models={"a": On(20000, known=False)}, seed=True))
     assert evicted(plan_for(view(where, profile(vram_mb=22000)))) == {"a"}
 
 
 @pytest.mark.parametrize("seed", [False, True])
 def test_split_models_free_each_of_their_devices(seed: bool) -> None:
-    """And are of use only where each device gets enough."""
+    """They only help when every device gets enough."""
     where = fleet(host("box", 24000, 24000, models={"pair": On(18000, (0, 1)), "one": On(5000)}, seed=seed))
     moment = view(where, profile(vram_mb=38000, min_devices=2), profile(id="small", vram_mb=6000))
     assert evicted(plan_for(moment)) == {"pair"}
     assert plan_for(moment, "small").fit is Fit.NOW
 
 
-# Three tiers on three boxes: `frontier` is split over the flagship's two cards, where `daily` lives otherwise.
+# Three tiers on three boxes: `frontier` is split over the flagship's two cards, where `daily` normally runs.
 FRONTIER = profile(id="frontier", vram_mb=60000, min_devices=2, min_device_vram_mb=30000, residency_priority=300)
 DAILY = profile(id="daily", vram_mb=54000, min_devices=2, min_device_vram_mb=24000, residency_priority=200)
 MID = profile(id="mid", vram_mb=20000, min_device_vram_mb=16000)
@@ -203,15 +203,15 @@ def _tiers(flagship: str, mid: str) -> FleetSnapshot:
     [
         (IMAGE, "daily", "mid", ("benjy", {"mid"})),  # the mid tier's node, never the flagship's
         (IMAGE, "frontier", "mid", ("benjy", {"mid"})),
-        (FRONTIER, "daily", "mid", ("beast", {"daily"})),  # the frontier tier may take the flagship's
-        (DAILY, "frontier", "mid", None),  # and is not taken from
+        (FRONTIER, "daily", "mid", ("beast", {"daily"})),  # the frontier tier may use the flagship
+        (DAILY, "frontier", "mid", None),  # and keeps it
         (MID, "daily", "image", ("benjy", {"image"})),  # peers alternate
         (IMAGE, "daily", "peer", ("benjy", {"peer"})),
         (PEER, "daily", "image", ("benjy", {"image"})),
     ],
 )
 def test_tiers(newcomer: ModelProfile, flagship: str, mid: str, expected: tuple[str, set[str]] | None) -> None:
-    """Who takes whose node on a mixed fleet; the pinned one stays in every case."""
+    """Which model may evict which on a mixed fleet; the pinned one always stays."""
     plan = planned(view(_tiers(flagship, mid), *TIERS), newcomer.id)
     assert (plan and (plan.node, evicted(plan))) == expected
 
@@ -232,7 +232,7 @@ def _names(found: Displacement | None) -> set[str] | None:
 
 
 def test_nobody_is_displaced_where_all_together_do_not_suffice() -> None:
-    """And nobody who holds nothing of what is missing."""
+    """Nor a model that holds none of the missing memory."""
     assert displace({0: 9000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)]) is None
     assert _names(displace({0: 4000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)])) == {"a"}
     assert suffice({}, [])
@@ -240,7 +240,7 @@ def test_nobody_is_displaced_where_all_together_do_not_suffice() -> None:
 
 
 def test_a_busy_one_goes_only_where_the_idle_do_not_suffice() -> None:
-    """Two idle ones rather than one that works; one busy rather than two."""
+    """Two idle models rather than one in use; one in use rather than two."""
     idle = [_eviction("a", 4000, 0, cost=9.0), _eviction("b", 4000, 0, cost=9.0)]
     busy = _eviction("c", 9000, 0, claim=Claim.BUSY)
     assert _names(displace({0: 8000}, [*idle, busy])) == {"a", "b"}
@@ -248,8 +248,8 @@ def test_a_busy_one_goes_only_where_the_idle_do_not_suffice() -> None:
 
 
 def test_a_model_that_has_just_come_up_serves_those_it_came_for() -> None:
-    """However long somebody has waited for its place: as long as its own are in the waiting room, they are on their way
-    to it, and it would have come in vain."""
+    """However long the other model has waited: requests still in the waiting room are about to reach this one, and
+    evicting it would waste its load."""
     where = fleet(host("box", 24000, models={"a": On(20000)}))
     moment = view(
         where, M, waiting={"m": 1000, "a": 1}, uses={("a", "box"): used(age=1)}, rules=Rules(min_residency_secs=0)

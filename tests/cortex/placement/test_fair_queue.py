@@ -1,4 +1,4 @@
-"""Whose turn it is, step by step."""
+"""Which model loads next, step by step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ A, B, C = (profile(id=name, vram_mb=20000) for name in "abc")
 
 @dataclass
 class Box:
-    """One card that its models share, and the clock of whoever drives it. Loads take `load_secs`; who makes way leaves
-    when it has nothing more to do."""
+    """One card shared by its models, with a clock the test advances. A load takes `load_secs`; an evicted model
+    leaves once it has no requests."""
 
     models: tuple[ModelProfile, ...]
     rules: Rules = RULES
@@ -55,11 +55,11 @@ class Box:
         )
 
     def state(self) -> tuple[str | None, str | None, str | None]:
-        """What is loaded, what is being loaded, what makes way."""
+        """The loaded model, the loading one and the leaving one."""
         return self.loaded, self.loading, self.leaving
 
     def ask(self, *models: str) -> None:
-        """A request for each, one after the other."""
+        """One request for each, in this order."""
         for name in models:
             if self.loaded == name and self.leaving != name:
                 self.served.append(name)
@@ -76,7 +76,7 @@ class Box:
         return turn
 
     def pass_time(self, secs: float, *, step: float = 0.25) -> None:
-        """The clock runs, and it is looked at every `step`."""
+        """Advances the clock, running the scheduler every `step`."""
         until = self.now + secs
         while self.now < until - 1e-9:
             self.now += step
@@ -109,7 +109,7 @@ def _order(served: Iterable[str]) -> str:
 
 
 def test_abcabc_becomes_aabbcc() -> None:
-    """All that wait for one model are served by one load: three loads for six requests, in the order they came."""
+    """One load serves every request waiting for a model: three loads for six requests, in order of arrival."""
     box = Box((A, B, C))
     box.ask(*"abcabc")
     box.look()
@@ -119,7 +119,8 @@ def test_abcabc_becomes_aabbcc() -> None:
 
 
 def test_peers_take_turns() -> None:
-    """A serves without pause; B gets the box when it has waited for patience and A has had its time; then A again."""
+    """A serves without pause. B gets the card once it has waited out the patience and A has had its minimum
+    residency; then A again."""
     box = Box((A, B), RULES)
     box.ask("a")
     box.look()
@@ -131,13 +132,13 @@ def test_peers_take_turns() -> None:
     assert (turn.loads, turn.wake_at) == ((), 40)
     assert turn.notes == {"b": "waiting for a turn: box: fits after displacement of a"}
     box.pass_time(29.75)
-    assert box.state() == ("a", None, None)  # it has not had its 30 s
+    assert box.state() == ("a", None, None)  # still within its 30 s
     box.pass_time(0.25)
-    assert box.state() == ("a", "b", "a")  # marked, and drained first
+    assert box.state() == ("a", "b", "a")  # marked to leave, drained first
     box.ask("a")
-    assert _order(box.served) == "a"  # nothing new for one that leaves
+    assert _order(box.served) == "a"  # no new requests for a leaving model
     box.pass_time(60)
-    assert box.state() == ("a", "b", "a")  # however long it takes
+    assert box.state() == ("a", "b", "a")  # however long draining takes
     box.working = 0
     box.pass_time(10.5)
     assert box.state() == ("b", None, None)
@@ -152,7 +153,7 @@ def test_peers_take_turns() -> None:
 
 
 def test_an_idle_peer_makes_way_at_once() -> None:
-    """When it had its time; before, only after a pause that shows that nobody goes on with it."""
+    """After its minimum residency; before that, only after a pause that shows it is no longer in use."""
     box = Box((A, B))
     box.ask("a")
     box.look()
@@ -168,12 +169,11 @@ def test_an_idle_peer_makes_way_at_once() -> None:
 
 
 def test_nobody_starves_among_busy_peers() -> None:
-    """Three models that are asked for all the time: each gets its turn, and waits no longer than the others' turns
-    take."""
+    """Three models in constant demand: each gets its turn, and waits no longer than the others' turns take."""
     box = Box((A, B, C), load_secs=5)
     for _ in range(1200):
         box.ask(*"abc")
-        box.working = 1 if box.loaded and not box.leaving else 0  # drained within the quarter of a second
+        box.working = 1 if box.loaded and not box.leaving else 0  # drained within a quarter of a second
         box.pass_time(0.25)
     names = [name for _, name in box.loads]
     assert names[:9] == list("abcabcabc")
@@ -188,16 +188,16 @@ WAIT_FOR_A_LOAD = fleet(host("box", 24000))
 @pytest.mark.parametrize(
     ("waiting", "first"),
     [
-        ({"a": 5, "b": 9}, "b"),  # among equals who waits longest
+        ({"a": 5, "b": 9}, "b"),  # equal priorities: longest wait
         ({"a": 5, "b": 5}, "a"),  # then the name
-        ({"a": 50, "high": 1}, "high"),  # the priority before that
-        ({"a": 60, "high": 1}, "a"),  # but who starves goes first
-        ({"a": 61, "high": 60}, "a"),  # and of those that starve who waits longest
+        ({"a": 50, "high": 1}, "high"),  # priority before wait
+        ({"a": 60, "high": 1}, "a"),  # starvation before priority
+        ({"a": 61, "high": 60}, "a"),  # among starved models, the longest wait
         ({"a": 60, "high": 61}, "high"),
     ],
 )
 def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
-    """Starved, priority, patience, name."""
+    """Starvation, priority, wait, name."""
     high = profile(id="high", vram_mb=20000, residency_priority=200)
     turn = next_turn(view(WAIT_FOR_A_LOAD, A, B, high, waiting=waiting))
     assert [plan.model_id for plan in turn.loads] == [first]
@@ -206,7 +206,7 @@ def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
 
 
 def test_what_can_go_side_by_side_does() -> None:
-    """One look begins every load for which there is room, each on its own device."""
+    """One pass starts every load that fits, each on its own device."""
     where = fleet(host("box", 24000, 24000), host("other", 24000))
     turn = next_turn(view(where, A, B, C, waiting={"a": 3, "b": 2, "c": 1}))
     assert [(plan.model_id, plan.node, plan.devices) for plan in turn.loads] == [
@@ -217,7 +217,7 @@ def test_what_can_go_side_by_side_does() -> None:
 
 
 def test_what_one_displaces_is_not_displaced_by_another() -> None:
-    """Two that wait: one makes room for the first, the other waits for its own turn."""
+    """Two waiting models: room is made for the first, the second waits for its turn."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "d": On(20000, (1,))}))
     models = A, B, C, profile(id="d", vram_mb=20000)
     turn = next_turn(view(where, *models, waiting={"b": 2, "c": 1}))
@@ -227,18 +227,18 @@ def test_what_one_displaces_is_not_displaced_by_another() -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        fleet(host("box", 24000, models={"a": On(20000)})),  # served
-        fleet(host("box", 24000, models={"a": On(20000, status="recovering")})),  # on its way
+        fleet(host("box", 24000, models={"a": On(20000)})),  # serving
+        fleet(host("box", 24000, models={"a": On(20000, status="recovering")})),  # coming up
         fleet(host("box", 24000), host("other", 24000), reservations=(Reservation("a", "other", (0,), 20000),)),
     ],
 )
 def test_what_needs_no_place_is_left_alone(where: object) -> None:
-    """Served, on its way up, or being loaded already."""
+    """Serving, coming up, or already being loaded."""
     assert next_turn(view(where, A, waiting={"a": 1})) == Turn()  # type: ignore[arg-type]
 
 
 def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
-    """A refusal for one model is none for another."""
+    """Refusing one model does not affect the others."""
     top = profile(id="top", vram_mb=20000, residency_priority=500)
     where = fleet(host("box", 24000, models={"top": On(20000)}), host("small", 9000))
     there = profile(id="there", vram_mb=20000, pinned_on=["box"], residency_priority=100)
@@ -252,7 +252,7 @@ def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
 
 
 def test_the_next_look_is_at_the_first_that_may_be_ready() -> None:
-    """The end of a bar, or of somebody's patience."""
+    """The end of a backoff or of a wait."""
     where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
     bars = {("b", "other"): Backoff(NOW + 9, "restarts", passes=True), ("b", "box"): Backoff(NOW + 400, "no")}
     moment = view(where, A, B, waiting={"b": 1}, uses={("a", "box"): used(1)}, bars=bars)
@@ -269,8 +269,8 @@ def _two_cards(first: str, second: str, **devices: On) -> NodeSnapshot:
 
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
 def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken: bool) -> None:
-    """A split model needs two cards, of which one is young and busy: smaller ones would take the other one again and
-    again, each young in its turn."""
+    """A split model needs two cards, one with a young busy model. Otherwise small models would keep taking the free
+    card, each young in its turn."""
     where = fleet(_two_cards("a", "s"))
     uses = {("a", "box"): used(1, idle=0, age=5), ("s", "box"): used(idle=900)}
     turn = next_turn(view(where, A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
@@ -280,7 +280,7 @@ def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken
 
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
 def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: float, taken: bool) -> None:
-    """Else there would always be one under way on either of the cards."""
+    """Otherwise one of the cards would always have a load under way."""
     loading = host("box", 24000, 24000, models={"a": On(20000, status="loading"), "s": On(20000, (1,))})
     uses = {("s", "box"): used(idle=900)}
     turn = next_turn(view(fleet(loading), A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
@@ -289,8 +289,8 @@ def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: f
 
 
 def test_a_split_model_gets_its_turn_among_small_ones() -> None:
-    """Six small ones that come and go on two cards, never both at a time, and one that needs both: it waits for
-    starvation, and for those that are there by then."""
+    """Six small models come and go on two cards, never on both at once. The one that needs both waits until it
+    starves, then for the models loaded by then."""
     rules = RULES
     small = tuple(profile(id=f"s{i}", vram_mb=20000) for i in range(6))
     holds: list[str | None] = [None, None]
@@ -319,7 +319,7 @@ def test_a_split_model_gets_its_turn_among_small_ones() -> None:
 
 
 def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
-    """A turn's own steps are seen by those after: one that fits beside is begun, one that does not waits."""
+    """Each step sees the earlier ones of the same turn: a model that still fits is loaded, one that does not waits."""
     half = profile(id="half", vram_mb=12000)
     turn = next_turn(
         view(
@@ -335,4 +335,4 @@ def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
         )
     )
     assert [(plan.model_id, plan.fit) for plan in turn.loads] == [("half", Fit.NOW), ("rest", Fit.NOW)]
-    assert "waits for half" in turn.notes["a"]
+    assert "waiting for half" in turn.notes["a"]

@@ -1,4 +1,4 @@
-"""What is kept of feasibility says what asking node by node would."""
+"""The feasibility cache gives the same answers as checking each node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cortex.fleets import fleet, node
 PROFILES = [
     ModelProfile(id="m", harness=harness, min_devices=devices, min_device_vram_mb=floor, pinned_on=pinned)
     for harness, devices, floor, pinned in product(
-        ("vllm", "sim"), (1, 2, 3), (None, 12000, 24000, 48000), ((), ("a",), ("c", "a", "nobody"))
+        ("vllm", "sim"), (1, 2, 3), (None, 12000, 24000, 48000), ((), ("a",), ("c", "a", "unlisted"))
     )
 ]
 
@@ -24,7 +24,7 @@ def asked_one_by_one(profile: ModelProfile, snapshot: FleetSnapshot) -> tuple[st
 
 
 def test_it_says_what_the_rule_says() -> None:
-    """For every need and every kind of neuron, one after the other, by one object; of neurons that come and go."""
+    """One cache for every requirement and every kind of neuron, while neurons come and go."""
     nodes = [
         node("c", 24000, 24000),
         node("a", 12000, 24000, harnesses=("vllm", "sim")),
@@ -42,7 +42,7 @@ def test_it_says_what_the_rule_says() -> None:
 
 
 def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> None:
-    """The very object stays, so that whoever keeps something made of it need not make it again."""
+    """The same object is returned, so that callers can cache what they derive from it."""
     first, second = node("a", 24000), node("b", 24000)
     feasibility, profile = FeasibilityCache(), ModelProfile(id="m")
     found = feasibility.nodes(profile, fleet(first, second))
@@ -55,7 +55,7 @@ def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> N
 
 
 def test_neurons_are_looked_at_only_when_a_topology_changed() -> None:
-    """A snapshot that tells so is believed: thousands of questions come between two changes."""
+    """An unchanged topology object is trusted: thousands of lookups happen between two changes."""
     topology = object()
     feasibility, profile = FeasibilityCache(), ModelProfile(id="m")
     found = feasibility.nodes(profile, replace(fleet(node("a", 24000)), topology=topology))

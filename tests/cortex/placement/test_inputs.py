@@ -1,4 +1,4 @@
-"""What a moment says of one model."""
+"""What a view says about one model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = host("a", 24000, 24000, models={"own": On(0, (0, 1), status="unloaded")})
 
 
 def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
-    """On as many devices; elsewhere nobody has its spec."""
+    """With the same number of devices, and only where its spec is known."""
     plan = plan_for(view(fleet(host("b", 90000), HERE)), "own")
     assert (plan.node, plan.devices) == ("a", (0, 1))
     assert view(fleet(HERE)).priority("own") == DEFAULT_PRIORITY
@@ -23,7 +23,7 @@ def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
 
 @pytest.mark.parametrize(("name", "devices"), [("my model", 1), ("", 1), ("x" * 600, 1), ("wide", 72)])
 def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: int) -> None:
-    """Neurons name their models as they like, and have what hardware they have: one such must not end all planning."""
+    """Neurons choose their own model names and hardware: an unusual one must not break all planning."""
     there = host("a", *[24000] * devices, models={name: On(0, tuple(range(devices)), status="unloaded")})
     assert len(plan_for(view(fleet(there)), name).devices) == devices
 
@@ -33,19 +33,19 @@ def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: in
     [
         (fleet(HERE), True),
         (fleet(host("a", 24000, models={"own": On(500, status="sleeping")})), True),
-        (fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),)), True),  # it can come back then
+        (fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),)), True),  # reloadable later
         (fleet(host("a", 24000, models={"own": On(9000, status="failed")})), False),
         (fleet(host("a", 24000, models={"own": On(9000, status="what?")})), False),
         (fleet(host("a", 24000)), False),
     ],
 )
 def test_models_of_no_catalogue_that_can_be_loaded(where: FleetSnapshot, known: bool) -> None:
-    """Those that a neuron has and can bring up again."""
+    """Those a neuron lists and can bring up again."""
     assert (view(where).profile("own") is not None) is known
 
 
 def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
-    """Also when only its neuron knows it."""
+    """Even when only its neuron knows it."""
     where = fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),))
     moment = view(where)
     own = moment.profile("own")
@@ -54,7 +54,7 @@ def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
 
 
 def test_the_catalogue_outweighs_what_was_seen() -> None:
-    """Its size, its priority."""
+    """Its size and its priority."""
     moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), needs_mb={"m": 9000, "n": 9000})
     assert moment.share_mb(profile(vram_mb=3000)) == 3000
     assert moment.share_mb(profile(id="n")) == 9000
@@ -63,7 +63,7 @@ def test_the_catalogue_outweighs_what_was_seen() -> None:
 
 
 def test_bars_end() -> None:
-    """One for all nodes outweighs that of a node; one that has ended is none."""
+    """A backoff for all nodes outranks one for a node; an expired one does not count."""
     bars = {("m", "*"): Backoff(NOW + 1, "every"), ("m", "a"): Backoff(NOW + 9, "a"), ("n", "a"): Backoff(NOW, "over")}
     moment = view(fleet(HERE), bars=bars)
     found = moment.bar("m", "a"), moment.bar("m", "b"), moment.bar("n", "a")

@@ -38,20 +38,20 @@ from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, v
     ],
 )
 def test_feasibility(fields: dict[str, Any], where: NodeSnapshot, feasible: bool) -> None:
-    """The contract's rules, each alone; an infeasible node always says why."""
+    """Each documented rule alone; an infeasible node always gives a reason."""
     assert is_feasible(profile(**fields), where) is feasible
     assert (infeasible_reason(profile(**fields), where) is None) is feasible
 
 
 def test_a_node_never_reached_is_neither_feasible_nor_ruled_out() -> None:
-    """It may turn out to hold the model: unknown is not unservable."""
+    """It may turn out to hold the model: unknown does not mean infeasible."""
     unknown = node("n", discovered=False)
     assert infeasible_reason(profile(), unknown) is None
     assert not is_feasible(profile(), unknown)
 
 
 def test_where_a_model_is_being_drained_it_is_not_loaded_before_it_has_gone() -> None:
-    """Another cortex has sent it away: a load would wait there for the end of its requests, however long they take."""
+    """Another cortex is draining it: a load would wait for its last request, however long that takes."""
     known, other, wanted = (
         host("a", 24000, models={"m": On(status="unloaded")}),
         host("b", 24000),
@@ -71,30 +71,30 @@ FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
     ("fields", "where", "expected"),
     [
         ({"vram_mb": 54000, "min_devices": 2, "min_device_vram_mb": 24000}, SEED_FLEET, "beast"),
-        ({"vram_mb": 14000, "min_device_vram_mb": 16000}, SEED_FLEET, "benjy"),  # tightest, not biggest
+        ({"vram_mb": 14000, "min_device_vram_mb": 16000}, SEED_FLEET, "benjy"),  # tightest, not largest
         ({"vram_mb": 4000}, SEED_FLEET, "quadbrat"),
-        ({}, SEED_FLEET, "beast"),  # of unknown size: where most is free
+        ({}, SEED_FLEET, "beast"),  # unknown size: most free memory
         ({"vram_mb": 14000}, fleet(BEAST, FULL_BENJY), "beast"),  # fits now beats fits after displacement
-        ({"vram_mb": 14000}, fleet(FULL_BENJY, QUADBRAT), "benjy"),  # after displacement beats never
-        ({"vram_mb": 14000, "pinned_on": ["benjy"]}, fleet(BEAST, FULL_BENJY), "benjy"),  # pinned beats all
+        ({"vram_mb": 14000}, fleet(FULL_BENJY, QUADBRAT), "benjy"),  # fits after displacement beats infeasible
+        ({"vram_mb": 14000, "pinned_on": ["benjy"]}, fleet(BEAST, FULL_BENJY), "benjy"),  # pinned beats everything
         ({"vram_mb": 14000}, fleet(node("b", 16000), node("a", 16000)), "a"),  # ties by name
         ({"vram_mb": 4000}, fleet(node("a", 16000, draining=True), BEAST), "beast"),
         ({"vram_mb": 4000}, fleet(node("a", 16000, healthy=False), BEAST), "beast"),
         ({"vram_mb": 4000}, fleet(node("a", 16000, discovered=False), BEAST), "beast"),
         ({"min_devices": 8}, SEED_FLEET, None),
-        # of what is equally tight the better connected
+        # equally tight: the better connected
         ({"vram_mb": 20000, "min_devices": 2}, fleet(host("a", 12000, 24000), host("b", 18000, 18000)), "b"),
-        # where it was before it is loaded faster, though not as tightly
+        # the node that knows it loads it faster, even if less tight
         ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="unloaded")})), "b"),
         ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="failed")})), "a"),
         ({"vram_mb": 4000}, fleet(host("a", 12000), host("b", 24000, models={"m": On(status="what?")})), "a"),
-        # but to a neuron that is full it does not go back, as long as another has room
+        # but not back to a full neuron while another has room
         (
             {"vram_mb": 14000},
             fleet(host("a", 24000, models={"x": On(23000), "m": On(status="unloaded")}), host("b", 40000)),
             "b",
         ),
-        # of two that are full to where it was, else where the least is left over
+        # both full: the node that knows it, else the least left over
         (
             {"vram_mb": 14000},
             fleet(
@@ -119,9 +119,9 @@ def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: 
 @pytest.mark.parametrize(
     ("where", "uses", "expected"),
     [
-        # asleep beats free, however tight the other
+        # waking beats free memory, however tight the fit
         (fleet(host("a", 24000, models={"m": On(500, status="sleeping", wants_mb=8000)}), host("b", 9000)), {}, "a"),
-        # free beats what sleepers want back, and that beats to displace
+        # free memory beats sleepers' memory, which beats evicting
         (fleet(host("a", 9000, models={"s": On(500, status="sleeping", wants_mb=8000)}), host("b", 24000)), {}, "b"),
         (
             fleet(
@@ -131,7 +131,7 @@ def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: 
             {},
             "a",
         ),
-        # an idle one goes before a busy one, and a busy one before a young one
+        # idle before busy, busy before young
         (
             fleet(host("a", 9000, models={"x": On(8000)}), host("b", 9000, models={"y": On(8000)})),
             {("x", "a"): used(1), ("y", "b"): used()},
@@ -142,7 +142,7 @@ def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: 
             {("x", "a"): used(1), ("y", "b"): used(idle=10, age=10)},
             "a",
         ),
-        # and all that before one that does not fit by the figures
+        # and all of these before one that does not fit by the figures
         (
             fleet(host("a", 9000, foreign_mb=(8000,)), host("b", 9000, models={"y": On(8000)})),
             {("y", "b"): used(1, idle=0, age=1)},
@@ -151,32 +151,32 @@ def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: 
     ],
 )
 def test_order_of_fits(where: FleetSnapshot, uses: Any, expected: str) -> None:
-    """Awake again, free, of sleepers, displaced (idle, busy, young), tried in spite of the figures."""
+    """Waking, free memory, memory of sleepers, evictions (idle, busy, young), trying despite the figures."""
     assert plan_for(view(where, profile(vram_mb=8000), uses=uses)).node == expected
 
 
 def test_loads_under_way_count() -> None:
-    """Two models that each fit alone are not both put where only one fits."""
+    """Two models that each fit alone are not both placed where only one fits."""
     reserved = (Reservation("other", "benjy", (0,), 14000),)
     assert plan_for(view(fleet(BENJY, BEAST, reservations=reserved), profile(vram_mb=14000))).node == "beast"
 
 
 @pytest.mark.parametrize("seed", [False, True])
 def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(seed: bool) -> None:
-    """While a load is under way the rest of its device stays free for others."""
+    """While a load is under way, the rest of its device stays available."""
     loading = host("n", 24000, models={"other": On(16000, status="loading")}, seed=seed)
-    if not seed:  # booked at once, taken bit by bit
+    if not seed:  # booked at once, used gradually
         entry = loading.models["other"].model_copy(update={"vram_used_mb": 3000})
         loading = replace(loading, models={"other": entry})
     where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
     plan = plan_for(view(where, profile(vram_mb=7000)))
     assert (plan.fit, plan.spare_mb) == (Fit.NOW, 1000)
-    assert planned(view(where, profile(vram_mb=9000))) is None  # it waits for the load's end
+    assert planned(view(where, profile(vram_mb=9000))) is None  # waits for the load to end
 
 
 @pytest.mark.parametrize("counted_mb", [16000, 0])
 def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
-    """A neuron tells of a load at once, and of its memory when it is polled: the figures may be those of before."""
+    """A neuron reports a load at once but its memory only when polled: the figures may predate the load."""
     loading = host("n", 40000, models={"other": On(16000, status="loading")})
     assert loading.health is not None
     [device] = loading.health.devices
@@ -188,16 +188,16 @@ def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
 
 
 def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
-    """All of it is to come."""
+    """None of it is booked yet."""
     where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))
     assert plan_for(view(where, profile(vram_mb=7000))).spare_mb == 1000
     found = verdict_on(view(where, profile(vram_mb=9000)), profile(vram_mb=9000), where.nodes["n"])
     assert (found.plan, found.passes) == (None, True)
-    assert "waits for other" in found.reason
+    assert "waiting for other" in found.reason
 
 
 def test_what_a_neuron_has_promised_is_not_free() -> None:
-    """Its engines may not have taken it yet: what it would promise to another counts, not what it measures."""
+    """Engines may not have taken their memory yet: what the node reports as bookable counts, not what it measures."""
     where = node("n", 24000, 24000, free_mb=(23000, 24000))
     assert where.health is not None
     first, second = where.health.devices
@@ -212,7 +212,7 @@ SLEEPER = On(500, status="sleeping", wants_mb=13500)
 
 
 def test_sleeping_models_keep_what_they_want_to_wake() -> None:
-    """As long as there is room elsewhere; it never rules a device out."""
+    """Preferred while there is room elsewhere; never a reason to exclude the device."""
     where = fleet(host("n", 24000, 24000, models={"s": On(1000, status="sleeping", wants_mb=20000)}))
     for vram_mb, devices, fit in ((2000, (0,), Fit.NOW), (8000, (1,), Fit.NOW)):
         plan = plan_for(view(where, profile(vram_mb=vram_mb)))
@@ -222,14 +222,14 @@ def test_sleeping_models_keep_what_they_want_to_wake() -> None:
 
 
 def test_a_sleeping_model_wakes_where_it_sleeps() -> None:
-    """On its devices, though others are better; nothing is reloaded."""
+    """On its own devices, even when others are better; nothing is reloaded."""
     plan = plan_for(view(fleet(host("n", 24000, 14000, models={"m": SLEEPER})), profile(vram_mb=14000)))
     assert (plan.fit, plan.wakes, plan.devices) == (Fit.AWAKE, True, (0,))
 
 
 @pytest.mark.parametrize("seed", [False, True])
 def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
-    """One that fills its card has never all of that free while it sleeps there."""
+    """A model that fills its card never has all of it free while it sleeps there."""
     full = host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=22500)}, seed=seed)
     plan = plan_for(view(fleet(full), profile(vram_mb=23500)))
     assert (plan.fit, plan.wakes, plan.spare_mb) == (Fit.AWAKE, True, 500)
@@ -238,7 +238,7 @@ def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        # the other GPU of the node
+        # the node's other GPU
         (
             fleet(host("n", 24000, 24000, models={"m": SLEEPER, "taker": On(20000)})),
             ("n", (1,), Fit.NOW, False),
@@ -248,7 +248,7 @@ def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
             fleet(host("n", 24000, models={"m": SLEEPER, "taker": On(20000)}), host("o", 24000)),
             ("o", (0,), Fit.NOW, False),
         ),
-        # nowhere else: the taker makes way, and it is woken
+        # no room elsewhere: evict the model that took its memory, then wake it
         (
             fleet(host("n", 24000, models={"m": SLEEPER, "taker": On(20000)})),
             ("n", (0,), Fit.AFTER_DISPLACEMENT, True),
@@ -256,14 +256,14 @@ def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
     ],
 )
 def test_a_sleeper_whose_memory_was_taken(where: FleetSnapshot, expected: tuple[object, ...]) -> None:
-    """It is loaded where there is room, else who took it makes way."""
+    """It is loaded where there is room, else the model that took its memory is evicted."""
     plan = plan_for(view(where, profile(vram_mb=14000), waiting={"m": 1}))
     assert (plan.node, plan.devices, plan.fit, plan.wakes) == expected
     assert plan.ready_at <= NOW
 
 
 def test_a_sleeper_of_unknown_size_wakes() -> None:
-    """With what its neuron says it wants, or with what an engine takes where that says nothing."""
+    """With what its neuron says it needs, or an engine's default share where the neuron does not say."""
     for seed in (False, True):
         where = fleet(host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=20000)}, seed=seed))
         assert plan_for(view(where, profile())).wakes
@@ -271,7 +271,7 @@ def test_a_sleeper_of_unknown_size_wakes() -> None:
 
 @pytest.mark.parametrize("reserves", ["the sleeper", "the load"])
 def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
-    """Nobody is put into it between the order and the neuron's booking."""
+    """The memory stays reserved between the command and the neuron's booking."""
     where = fleet(host("n", 24000, models={"m": SLEEPER}))
     models = profile(vram_mb=14000), profile(id="x", vram_mb=12000)
     moment = view(where, *models)
@@ -282,13 +282,13 @@ def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
 
 @pytest.mark.parametrize(("vram_mb", "booked"), [(None, {"m": 7000}), (7000, {})])
 def test_size_is_the_catalogues_else_what_was_seen(vram_mb: int | None, booked: dict[str, int]) -> None:
-    """Tightest fit by either."""
+    """Tightest fit by either figure."""
     moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), needs_mb=booked)
     assert (plan_for(moment).node, plan_for(moment).share_mb) == ("b", 7000)
 
 
 def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
-    """Whoever comes first may take all of it: until its neuron says, it is taken."""
+    """A load of unknown size may take the whole device, so all of it counts as taken until the neuron reports."""
     for seed in (False, True):
         moment = view(
             fleet(host("n", 24000, 24000, seed=seed)), profile(), profile(id="x"), profile(id="y", vram_mb=8000)
@@ -301,13 +301,14 @@ def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
 
 
 def test_a_model_of_unknown_size_asks_a_neuron_that_books() -> None:
-    """It answers with figures at once, so that nobody is displaced on a guess."""
+    """It refuses at once, so nothing is evicted on a guess."""
     where = fleet(host("n", 24000, models={"x": On(20000)}))
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (Fit.NOW, set())
 
 
 def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
-    """There an engine that finds too little fails late, and nobody says what it wanted: the idle one makes way."""
+    """An engine that finds too little memory there fails late and does not report its need: the idle model is
+    evicted."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, seed=True))
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (
         Fit.AFTER_DISPLACEMENT,
@@ -319,14 +320,14 @@ def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
     ("where", "tried"),
     [
         (fleet(host("n", 24000)), True),  # larger than any device: an estimate may be wrong
-        (fleet(host("n", 48000, foreign_mb=(40000,))), True),  # held by nobody known: it may be gone
+        (fleet(host("n", 48000, foreign_mb=(40000,))), True),  # held by an unknown process that may be gone
         (fleet(host("n", 24000, models={"x": On(20000)})), True),
-        (fleet(host("n", 24000, models={"top": On(20000)})), False),  # who stays is known
+        (fleet(host("n", 24000, models={"top": On(20000)})), False),  # held by a model that may not be evicted
         (fleet(host("n", 24000, models={"x": On(20000, status="loading")})), True),
     ],
 )
 def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
-    """`vram_mb` is an estimate: where nothing but figures speaks against a load, the neuron has the last word."""
+    """`vram_mb` is an estimate: when only the figures rule out a load, the neuron decides."""
     plan = planned(view(where, profile(vram_mb=30000), profile(id="top", residency_priority=500)))
     assert (plan is not None) is tried
     if plan is not None:
@@ -336,7 +337,7 @@ def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
 
 @pytest.mark.parametrize(("seed", "displaced"), [(False, set()), (True, {"x"})])
 def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, displaced: set[str]) -> None:
-    """It refuses by its figures at once. Others find out with the whole device for it, or not at all."""
+    """It refuses by its figures at once. Others only find out by trying with the whole device."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
     plan = plan_for(view(where, profile(vram_mb=30000)))
     assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, displaced)
@@ -344,21 +345,21 @@ def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
 def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
-    """It makes way only when it is there."""
+    """It can only be evicted once it is up."""
     where = fleet(host("n", 24000, models={"x": On(20000, status=status)}))
     found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.passes) == (None, True)
 
 
 def test_what_is_leaving_is_waited_for() -> None:
-    """Its memory is somebody's already, or nobody's in a moment."""
+    """Its memory is already promised, or about to be freed."""
     where = fleet(host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
     found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.passes) == (None, True)
 
 
 def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
-    """A node where something is on its way out is better than one where it would be a gamble."""
+    """Waiting for a model to leave is better than trying a load that may not fit."""
     where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
     assert planned(view(where, profile(vram_mb=14000))) is None
 
@@ -374,13 +375,13 @@ def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
     ],
 )
 def test_bars(bars: dict[tuple[str, str], Backoff], expected: str | None) -> None:
-    """Where a model failed it is not tried for a while."""
+    """A failed load is not tried again on that node for a while."""
     found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), bars=bars))
     assert (found and found.node) == expected
 
 
 def test_expected_time_is_that_of_the_node_else_the_longest_elsewhere() -> None:
-    """None when nobody ever loaded it."""
+    """None when it was never loaded."""
     where = fleet(host("a", 24000))
     times = {"m": {"b": 40.0, "c": 90.0}}
     assert plan_for(view(where, profile(vram_mb=8000), load_secs=times)).expected_secs == 90.0
@@ -407,21 +408,21 @@ _MODELS: tuple[ModelProfile, ...] = (
 
 @pytest.mark.parametrize("model_id", [each.id for each in _MODELS])
 def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
-    """Nor on anything else that is not in the view: the same moment gives the same plan."""
+    """Nor on anything outside the view: the same view gives the same plan."""
     plans = [plan_for(_crowded(order), model_id) for order in permutations(range(4))]
     assert all(plan == plans[0] for plan in plans)
 
 
 def test_every_node_says_why() -> None:
-    """A verdict for each, in words."""
+    """A readable verdict for each node."""
     moment = _crowded((0, 1, 2, 3))
     have_it = host("b", 24000, models={"m": On(14000)})
     moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))
     found = verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
         "a": "fits after displacement of x",
-        "b": "has it already",
+        "b": "already has it",
         "c": "fits after displacement of z",
-        "d": "wants 14000 MiB on each device, 2000 MiB more than can be had: it is tried",
+        "d": "needs 14000 MiB on each device, 2000 MiB more than available; trying anyway",
     }
     assert best(found) == found[0].plan

@@ -1,4 +1,4 @@
-"""What holds of every plan, over fleets made up at random from fixed seeds."""
+"""Properties of every plan, over random fleets from fixed seeds."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ BATCHES = [range(start, start + SEEDS // 5) for start in range(0, SEEDS, SEEDS /
 
 
 def _plans(moment: View) -> list[Plan]:
-    """Every node's for every model of the catalogue."""
+    """The plans of every node for every model of the catalogue."""
     found = (verdicts(moment, profile) for profile in moment.catalogue.models)
     return [each.plan for listed in found for each in listed if each.plan is not None]
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
 def test_every_plan_keeps_the_rules(seeds: Iterable[int]) -> None:
-    """Nobody who is shielded is displaced, nobody twice; by the figures there is room, unless it says otherwise; who
-    waits is never asked to wait longer than the rules say."""
+    """Never evicts a protected model, nor one twice. The plan fits by the figures unless it says otherwise, and
+    never makes a model wait longer than the rules allow."""
     fits: Counter[Fit] = Counter()
     for seed in seeds:
         moment = random_view(seed)
         for plan in _plans(moment):
             _keeps_the_rules(moment, plan, seed)
             fits[plan.fit] += 1
-    assert all(fits[fit] for fit in Fit), fits  # the fleets are such that everything happens
+    assert all(fits[fit] for fit in Fit), fits  # the random fleets must cover every case
 
 
 def _keeps_the_rules(moment: View, plan: Plan, seed: int) -> None:
@@ -66,7 +66,7 @@ def _keeps_the_rules(moment: View, plan: Plan, seed: int) -> None:
         for index in plan.devices:
             freed = _frees(plan.displacement.evictions, index)
             assert room[index].free_mb + freed >= plan.share_mb, seed
-        # nobody goes without whom there would be room as well
+        # every eviction is needed
         for gone in plan.displacement.evictions:
             rest = [each for each in plan.displacement.evictions if each is not gone]
             have = {
@@ -78,7 +78,7 @@ def _keeps_the_rules(moment: View, plan: Plan, seed: int) -> None:
 
 
 def _by_the_figures(moment: View, plan: Plan) -> bool:
-    """Not where a neuron that books is asked what a model of unknown size would need."""
+    """Except when a neuron that books memory is asked for a model of unknown size."""
     return plan.fit is not Fit.TOO_LARGE and (plan.share_mb > 0 or not books(moment.fleet.nodes[plan.node]))
 
 
@@ -88,7 +88,7 @@ def _frees(evictions: Iterable[Eviction], index: int) -> int:
 
 @pytest.mark.parametrize("seeds", BATCHES)
 def test_the_same_moment_gives_the_same_steps(seeds: Iterable[int]) -> None:
-    """Whatever the order of the nodes."""
+    """The order of the nodes does not matter."""
     for seed in seeds:
         moment = random_view(seed)
         other = replace(moment, fleet=shuffled(moment, seed))
@@ -103,7 +103,7 @@ def test_the_same_moment_gives_the_same_steps(seeds: Iterable[int]) -> None:
 
 @pytest.mark.parametrize("seeds", BATCHES)
 def test_ranks_are_a_total_order(seeds: Iterable[int]) -> None:
-    """Any two plans for one model can be compared, and none is as good as another."""
+    """Any two plans for one model are comparable, and never tie."""
     for seed in seeds:
         moment = random_view(seed)
         for profile in moment.catalogue.models:
@@ -114,7 +114,8 @@ def test_ranks_are_a_total_order(seeds: Iterable[int]) -> None:
 
 @pytest.mark.parametrize("seeds", BATCHES)
 def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) -> None:
-    """All together, with what is under way; nobody is displaced for two, and everybody who waits hears something."""
+    """All together, with loads under way: no model is evicted for two others, and every waiting model gets an
+    answer."""
     for seed in seeds:
         moment = random_view(seed)
         turn = next_turn(moment)
@@ -136,7 +137,8 @@ def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) ->
 
 @pytest.mark.parametrize("seeds", BATCHES)
 def test_upkeep_hurts_nobody(seeds: Iterable[int]) -> None:
-    """No replica beyond the minimum displaces anybody; nothing busy or young goes for one; nothing over-booked."""
+    """A replica beyond the minimum evicts nothing; busy or young models are never evicted for upkeep; nothing is
+    over-booked."""
     for seed in seeds:
         moment = random_view(seed)
         moment = replace(moment, waiting={}, pressed={each.id: moment.now - 60 for each in moment.catalogue.models})

@@ -1,4 +1,4 @@
-"""What clients are told when no node takes a model, case by case."""
+"""The errors that clients get when no node takes a model, case by case."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff]) -
     ],
 )
 def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff], code: str) -> None:
-    """Each by its own code; what is temporary says when to come back."""
+    """Each has its own code; temporary ones say when to retry."""
     error = _refused(model_id, where, bars)
     assert error.code == code
     assert (error.retry_after is not None) is (error.status == 503)
 
 
 def test_a_failed_load_says_when_it_is_tried_again() -> None:
-    """The first of several nodes, with its own reason."""
+    """The first backoff to end, with its own reason."""
     bars = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), bars)
     assert (error.retry_after, error.message) == (7, "on b")
 
 
 def test_who_is_in_the_way_is_named() -> None:
-    """With the figures, and why it stays."""
+    """With the figures, and why models stay."""
     error = _refused("m", fleet(FULL, node("b", 24000, draining=True)), {})
     assert "a: needs 14000 MiB, 4000 MiB free on device 0; top stays (priority 500 is above 100)" in error.message
     assert "b: draining" in error.message
@@ -77,20 +77,20 @@ def test_who_is_in_the_way_is_named() -> None:
     ],
 )
 def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
-    """Where they are, and why that is of no use now."""
+    """Where they are, and why they cannot serve now."""
     assert unknown("own", where).code == code
 
 
 @pytest.mark.parametrize(
     ("bar", "where", "outcome"),
     [
-        (("m", "a"), fleet(host("a", 24000), host("b", 40000)), "b"),  # the node's fault: elsewhere
+        (("m", "a"), fleet(host("a", 24000), host("b", 40000)), "b"),  # the node failed: try elsewhere
         (("m", "a"), fleet(host("a", 24000)), "refused"),
-        (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model's: nowhere
+        (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
 def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str) -> None:
-    """Decides where it is tried again, if anywhere."""
+    """Determines where the load is tried again, if anywhere."""
     turn = next_turn(view(where, M, waiting={"m": 1}, bars={bar: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in turn.loads] == ([outcome] if outcome != "refused" else [])
     if outcome == "refused":
@@ -98,7 +98,7 @@ def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str)
 
 
 def test_a_cause_that_goes_by_itself_is_waited_for() -> None:
-    """Nobody is refused; it is looked at again when the bar ends."""
+    """Requests are not refused; the model is looked at again when the backoff ends."""
     bars = {("m", "a"): Backoff(NOW + 1, "restarts", passes=True)}
     turn = next_turn(view(fleet(host("a", 24000)), M, waiting={"m": 1}, bars=bars))
     assert (turn.loads, turn.refused, turn.wake_at) == ((), {}, NOW + 1)

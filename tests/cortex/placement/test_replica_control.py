@@ -1,4 +1,4 @@
-"""Replicas kept, added and removed, and idle models sent away, case by case."""
+"""Keeping, adding and removing replicas, and retiring idle models, case by case."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loads(moment: View) -> list[tuple[str, str]]:
     ],
 )
 def test_who_is_looked_after(fields: dict[str, Any], expected: bool) -> None:
-    """Models that only come when asked for need no upkeep."""
+    """Models loaded only on request need no upkeep."""
     assert is_kept_up(profile(**fields)) is expected
 
 
@@ -57,7 +57,7 @@ def test_who_is_looked_after(fields: dict[str, Any], expected: bool) -> None:
         (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}), host("b", 24000)), None),
         (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}, healthy=False), host("b", 24000)), "b"),
         (2, fleet(host("a", 16000), reservations=(Reservation("m", "b", (0,), 14000),)), None),  # one at a time
-        (1, fleet(host("a", 12000)), None),  # too large by the figures: nobody waits for it to be tried
+        (1, fleet(host("a", 12000)), None),  # too large by the figures: not tried without waiting requests
         (1, fleet(host("a", 16000, models={"m": On(status="failed")}), host("b", 24000)), "a"),
     ],
 )
@@ -69,14 +69,14 @@ def test_the_minimum_is_kept(minimum: int, where: FleetSnapshot, expected: str |
 @pytest.mark.parametrize(
     ("use", "priority", "expected"),
     [
-        (used(), 100, {"x"}),  # an idle equal makes way
-        (used(1), 100, None),  # nobody's request is hurt for it
-        (used(idle=5, age=5), 100, None),  # nor a model sent away that has just come
-        (used(), 200, None),  # nor one of a higher priority
+        (used(), 100, {"x"}),  # evicts an idle equal
+        (used(1), 100, None),  # never interrupts requests
+        (used(idle=5, age=5), 100, None),  # nor evicts a model that was just loaded
+        (used(), 200, None),  # nor one with a higher priority
     ],
 )
 def test_what_makes_way_for_the_minimum(use: Any, priority: int, expected: set[str] | None) -> None:
-    """Only idle models of no higher priority."""
+    """Only idle models of equal or lower priority."""
     where = fleet(host("a", 16000, models={"x": On(14000)}))
     x = profile(id="x", vram_mb=14000, residency_priority=priority)
     found = upkeep(view(where, kept(), x, uses={("x", "a"): use}), [kept()])
@@ -84,20 +84,20 @@ def test_what_makes_way_for_the_minimum(use: Any, priority: int, expected: set[s
 
 
 def test_two_that_are_both_kept_do_not_send_each_other_away() -> None:
-    """Whoever is there stays, among equals."""
+    """Among equals, the loaded model stays."""
     other = kept(id="x")
     assert steps(view(fleet(host("a", 16000, models={"x": On(14000)})), kept(), other)) == Upkeep()
 
 
 def test_after_a_failure_it_is_not_tried_again_at_once() -> None:
-    """The minimum respects what bars a load."""
+    """Upkeep respects backoffs."""
     bars = {("m", "a"): Backoff(NOW + 9, "no")}
     assert loads(view(fleet(host("a", 16000)), kept(), bars=bars)) == []
     assert loads(view(fleet(host("a", 16000), host("b", 24000)), kept(), bars=bars)) == [("m", "b")]
 
 
 def test_one_look_does_not_put_two_into_one_place() -> None:
-    """What is begun for one counts for the next."""
+    """A load started for one model counts for the next."""
     moment = view(fleet(host("a", 16000), host("b", 24000)), kept(), kept(id="x"), kept(id="y"))
     assert loads(moment) == [("m", "a"), ("x", "b")]
 
@@ -110,21 +110,21 @@ SCALED = kept(0, 3)
     [
         (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), "b"),
         (4, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), None),  # not for long enough
-        (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000, models={"x": On(14000)})), None),  # displaces
+        (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000, models={"x": On(14000)})), None),  # would evict
         (
             6,
             fleet(
                 host("a", 16000, models={"m": M}),
                 host("b", 16000, models={"s": On(500, status="sleeping", wants_mb=13000)}),
             ),
-            None,  # nor what a sleeping model wants back
+            None,  # nor memory that a sleeping model needs
         ),
-        (6, fleet(host("a", 16000), host("b", 24000)), None),  # nobody serves: that is for those who wait
-        (6, fleet(*(host(name, 16000, models={"m": M}) for name in "abc"), host("d", 24000)), None),  # the maximum
+        (6, fleet(host("a", 16000), host("b", 24000)), None),  # none serving: left to the waiting requests
+        (6, fleet(*(host(name, 16000, models={"m": M}) for name in "abc"), host("d", 24000)), None),  # at the maximum
     ],
 )
 def test_replicas_are_added_under_pressure(pressed: float, where: FleetSnapshot, expected: str | None) -> None:
-    """When there has been too much to do for long enough, and room without displacing anybody."""
+    """After sustained excess load, and only with room that needs no eviction."""
     found = loads(view(where, SCALED, pressed={"m": pressed}))
     assert found == ([] if expected is None else [("m", expected)])
 
@@ -143,7 +143,7 @@ TWO = fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M})
     [
         (SCALED, {"a": 400, "b": 10}, ["a"]),
         (SCALED, {"a": 299, "b": 10}, []),
-        (SCALED, {"a": 400, "b": 500}, ["b"]),  # the longest idle; the last one stays
+        (SCALED, {"a": 400, "b": 500}, ["b"]),  # longest idle first; the last one stays
         (kept(2), {"a": 400, "b": 500}, []),  # down to the minimum
         (kept(1, 2), {"a": 400, "b": 500}, ["b"]),
         (kept(0, 2, idle_ttl_secs=60), {"a": 100, "b": 30}, ["a"]),
@@ -162,20 +162,20 @@ def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], 
     [
         (used(idle=61), {}, True),
         (used(idle=59), {}, False),
-        (used(idle=900, age=30), {}, False),  # loaded, and not used since: its time begins then
+        (used(idle=900, age=30), {}, False),  # never used since its load: idle time starts there
         (used(1, idle=900), {}, False),
         (used(idle=900), {"m": 1}, False),
     ],
 )
 def test_idle_ttl(use: Any, waiting: dict[str, float], expected: bool) -> None:
-    """A model that nobody has used for `idle_ttl_secs` leaves by itself; by default it is unloaded."""
+    """A model unused for `idle_ttl_secs` is retired; by default it is unloaded."""
     where = fleet(host("a", 16000, models={"m": M}))
     moment = view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): use}, waiting=waiting)
     assert retired(moment) == ([("a", False)] if expected else [])
 
 
 def test_idle_model_is_put_to_sleep() -> None:
-    """With `when_idle = "sleep"`. One that sleeps is not sent away again."""
+    """With `when_idle = "sleep"`. A sleeping model is not retired again."""
     model = kept(0, idle_ttl_secs=60, when_idle="sleep")
     uses = {("m", "a"): used(idle=90)}
     assert retired(view(fleet(host("a", 16000, models={"m": M})), model, uses=uses)) == [("a", True)]
@@ -184,14 +184,14 @@ def test_idle_model_is_put_to_sleep() -> None:
 
 
 def test_requests_of_others_keep_a_model() -> None:
-    """What the engine itself reports counts as use."""
+    """Requests reported by the engine count as use."""
     where = fleet(host("a", 16000, models={"m": On(14000, working=1)}))
     assert retired(view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): used(idle=900)})) == []
 
 
 @pytest.mark.parametrize(("working", "expected"), [(9, []), (8, ["b"])])
 def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list[str]) -> None:
-    """While the others would have more than `replica_target` requests each without it, however idle it is itself."""
+    """While removing it would leave the others more than `replica_target` requests each, however idle it is."""
     uses = {("m", "a"): used(working), ("m", "b"): used(idle=400)}
     assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == expected
 
@@ -206,14 +206,14 @@ def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
     ("where", "idle", "expected"),
     [
         (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 5, [("m", "b")]),
-        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 500, []),  # nobody uses it
-        (fleet(host("a", 16000, models={"m": M}, draining=True)), 5, []),  # it stays where it is
+        (fleet(host("a", 16000, models={"m": M}, draining=True), host("b", 24000)), 500, []),  # not in use
+        (fleet(host("a", 16000, models={"m": M}, draining=True)), 5, []),  # stays where it is
         (fleet(host("a", 16000, models={"m": M}), host("b", 24000)), 5, []),
     ],
 )
 def test_a_model_in_use_moves_off_a_drained_neuron(
     where: FleetSnapshot, idle: float, expected: list[tuple[str, str]]
 ) -> None:
-    """So that the neuron becomes empty under traffic: once the model is elsewhere, no request goes there."""
+    """Draining empties the neuron even under traffic: once the model is up elsewhere, requests go there."""
     moment = view(where, profile(vram_mb=14000), uses={("m", "a"): used(idle=idle)})
     assert loads(moment) == expected

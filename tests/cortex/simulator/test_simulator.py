@@ -103,11 +103,17 @@ def half_hour(example: SimulatedFleet) -> list[Ask]:
         (ONE_CARD.replace("{ vram_total_mb = 24576 }", "{ vram = 1 }"), "vram: unknown key"),
         (ONE_CARD.replace("vram_mb = 20000", "", 1), "models[0].vram_mb: required here"),
         (ONE_CARD.replace("per_gb = 0", "per_gb = -1"), "load_secs.per_gb = -1"),
-        (ONE_CARD.replace("unload = 2", 'unload = 2, models = { "c" = 3 }'), "load_secs.models: 'c' is no model"),
+        (
+            ONE_CARD.replace("unload = 2", 'unload = 2, models = { "c" = 3 }'),
+            "load_secs.models: 'c' is not in the catalogue",
+        ),
         ('nodes = [{ name = "solo", devices = ["L4"] }]', "give either models_config or [[models]]"),
         ('models_config = "nowhere.toml"\nnodes = [{ name = "solo", devices = ["L4"] }]', "nowhere.toml: No such file"),
         (ONE_CARD.replace("nodes = [", 'nodes = [{ name = "solo", devices = ["L4"] }, '), "'solo' is given twice"),
-        (ONE_CARD.replace("24576 }]", '24576 }], links = [{ a = 0, b = 1, kind = "phb" }]'), "links: 0 and 1 are not"),
+        (
+            ONE_CARD.replace("24576 }]", '24576 }], links = [{ a = 0, b = 1, kind = "phb" }]'),
+            "links: 0 and 1 must be two devices",
+        ),
         (
             ONE_CARD.replace("[[models]]", "[placement]\npatience_secs = -1\n[[models]]", 1),
             "placement.patience_secs = -1",
@@ -138,7 +144,7 @@ def test_presets_load_times_and_rules_are_read(example: SimulatedFleet) -> None:
         ('{"at": -1, "model": "a", "secs": 1}', "at = -1: must be a number of seconds"),
         ('{"at": 1, "model": "a", "secs": "long"}', "secs = 'long'"),
         ('{"at": 1, "model": "a", "secs": NaN}', "secs = nan"),
-        ('{"at": 1, "model": "c", "secs": 1}', "model = 'c': no model of the catalogue"),
+        ('{"at": 1, "model": "c", "secs": 1}', "model = 'c': not in the catalogue"),
     ],
 )
 def test_a_bad_line_of_a_trace_is_named_with_its_number(tmp_path: Path, line: str, said: str) -> None:
@@ -183,7 +189,7 @@ def test_a_trace_follows_from_its_seed_and_is_skewed(example: SimulatedFleet) ->
 
 
 def test_more_requests_than_an_engine_serves_at_full_speed_share_it() -> None:
-    """One at full speed. The first has 5 s of its 10 done when the second comes; the other 5 take 10."""
+    """The first request runs at full speed. The second arrives after 5 of its 10 s; the remaining 5 take 10."""
     engine = SimulatedEngine("a", (0,), 1000, parallel=1)
     first, second = (SimulatedRequest(number, "a", at, 10.0) for number, at in enumerate((0.0, 5.0)))
     engine.begin(first, 0.0)
@@ -214,7 +220,7 @@ def test_idle_model_is_evicted_at_once(tmp_path: Path, policy: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "waited"),
     [
-        # b's patience ends at 75: a gets nothing new from then on, ends its 100 s at 110, and is unloaded.
+        # b's patience ends at 75: a gets no new requests, finishes its 100 s at 110, and is unloaded.
         ("planner", [LOAD_SECS, 50.0 + UNLOAD_SECS + LOAD_SECS, None]),
         ("lru", [LOAD_SECS, 120.0 + UNLOAD_SECS + LOAD_SECS, 0.0]),
         ("first-fit", [LOAD_SECS, 120.0 + UNLOAD_SECS + LOAD_SECS, 0.0]),
@@ -230,7 +236,7 @@ def test_the_planner_drains_a_busy_model_where_others_wait_until_it_is_idle(
     for seen, expected in zip(got, waited, strict=True):
         assert expected is None or seen == pytest.approx(expected, abs=0.3)
     if policy == "planner":
-        assert got[2] > 30.0  # it came while a was being drained, and waits for its turn
+        assert got[2] > 30.0  # arrived while a was draining, and waits for its turn
 
 
 def test_request_times_out(tmp_path: Path) -> None:
