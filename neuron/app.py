@@ -47,7 +47,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
 
     async def begin_stop(app: web.Application) -> None:
         # Before the drain of HTTP: who waits for a load would be waited for otherwise, and it is given up anyway. And
-        # whoever listens has to hear that the models take no new work, as the last thing on the event stream.
+        # listeners must hear, as the last event, that the models take no new work.
         if SERVICES in app:
             app[SERVICES].workers.begin_stop()
             app[SERVICES].hub.close()

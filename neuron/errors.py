@@ -46,7 +46,7 @@ class WakeFailed(ServiceError):
 
 
 class GuardFailed(ServiceError):
-    """The engine's development routes are open to everybody who reaches it, or closed to neuron too."""
+    """The engine's development routes are open to any caller that reaches it, or closed to neuron too."""
 
     default_code = ErrorCode.SLEEP_UNGUARDED
 

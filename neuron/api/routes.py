@@ -130,7 +130,7 @@ async def logs(request: web.Request) -> web.StreamResponse:
     worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
-        raise InvalidRequest(f"tail: {text!r} is no number of lines from 0 to {MAX_TAIL}", param="tail")
+        raise InvalidRequest(f"tail: must be an integer from 0 to {MAX_TAIL}, got {text!r}", param="tail")
     if not _flag(request, "follow", default=False):
         return await last_lines(worker.model_id, worker.output, int(text))
     return await stream_lines(request, worker.output, int(text), request.app[CLOSING])
@@ -194,7 +194,7 @@ def _seconds(request: web.Request, name: str, *, default: float) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= MAX_DRAIN_SECS:  # false for nan as well
-        raise InvalidRequest(f"{name}: {text!r} is no number of seconds from 0 to {MAX_DRAIN_SECS}", param=name)
+        raise InvalidRequest(f"{name}: must be seconds from 0 to {MAX_DRAIN_SECS}, got {text!r}", param=name)
     return seconds
 
 

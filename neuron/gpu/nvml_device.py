@@ -133,7 +133,7 @@ def _numa_node(handle: Handle, pci: Any) -> int | None:
 
 
 def kernel_numa_node(pci_bus_id: str, *, root: Path = _PCI_DEVICES) -> int | None:
-    """The kernel's NUMA node of a PCI device such as `00000000:C1:00.0`; None if it has none (-1) or is not there."""
+    """The kernel's NUMA node of a PCI device such as `00000000:C1:00.0`; None if it has none (-1) or does not exist."""
     domain, _, rest = pci_bus_id.lower().partition(":")
     with contextlib.suppress(OSError, ValueError):
         node = int((root / f"{int(domain, 16):04x}:{rest}" / "numa_node").read_text(encoding="ascii"))
@@ -142,7 +142,7 @@ def kernel_numa_node(pci_bus_id: str, *, root: Path = _PCI_DEVICES) -> int | Non
 
 
 def read_process_memory(handle: Handle) -> dict[int, int]:
-    """MiB by process id of every process that computes on the GPU, whoever started it.
+    """MiB by process id of every process that computes on the GPU, of any owner.
 
     A process whose figure the driver does not give is left out. In a container of its own process namespace the ids
     are the host's, or missing.

@@ -1,4 +1,4 @@
-"""GPUs that are not there: facts from `[simulate]`, memory from what simulated engines hold."""
+"""Simulated GPUs: facts from `[simulate]`, memory from what simulated engines hold."""
 
 from __future__ import annotations
 

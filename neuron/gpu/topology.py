@@ -46,7 +46,7 @@ class TopologySource(Protocol):
         ...
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        """What each process holds now, whoever started it: device index -> pid -> MiB.
+        """What each process holds now, of any owner: device index -> pid -> MiB.
 
         A process whose figure the driver does not give is left out, and so is a device that does not answer.
         """

@@ -39,7 +39,7 @@ class Booking:
 class DeviceRoom:
     """One device, in MiB.
 
-    `used_mb` is NVML's, everybody's use together; `booked_mb` what engines that stay were promised; `held_mb` what all
+    `used_mb` is NVML's, the use of all processes; `booked_mb` what engines that stay were promised; `held_mb` what all
     our engines hold of `used_mb`, and `foreign_mb` the rest of it; `reserve_mb` is the driver's own, neither used nor
     free nor seen by CUDA. `bookable_mb` is what a new engine may be promised; `coming_back_mb` of that is still held by
     engines that are being stopped, and `asleep_mb` is what those that sleep want when they wake.

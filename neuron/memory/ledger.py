@@ -63,7 +63,7 @@ class Ledger:
         each booking, it keeps what strangers took meanwhile from being mistaken for the engine's.
 
         As in all of these, a device that `by_device` lacks is one whose driver does not say, and an engine that is
-        gone meanwhile is no error: a measurement may come late.
+        gone meanwhile is ignored: a measurement may come late.
         """
         self._measure(number, by_device, settled=False)
 

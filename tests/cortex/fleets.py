@@ -79,7 +79,7 @@ def host(
     healthy: bool = True,
     draining: bool = False,
 ) -> NodeSnapshot:
-    """A neuron whose figures follow from what is on it. `foreign_mb` is held by processes of nobody known; a `seed`
+    """A neuron whose figures follow from what is on it. `foreign_mb` is held by unknown processes; a `seed`
     neuron tells what its devices measure and what its models use, and nothing of bookings."""
     there = dict(models or {})
     held = [sum(each.mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]

@@ -38,7 +38,7 @@ class RawNeuron:
         return [request.target for request in self.wire.requests]
 
     def change(self, model_id: str, status: str, **fields: Any) -> None:
-        """A model has another state now; nobody is told."""
+        """Changes a model's state without an event."""
         self.models[model_id] = {
             "id": model_id, "harness": "vllm", "status": status, "devices": [0], "since": time.time(), **fields,
         }  # fmt: skip

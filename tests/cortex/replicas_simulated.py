@@ -170,7 +170,7 @@ def least_in_flight(simulation: Simulation, key: int) -> int:
 
 
 def ideal(simulation: Simulation, key: int) -> int:
-    """Whoever knows how fast each of them is."""
+    """A chooser that knows how fast each replica is."""
     return least_work(NODES, simulation.ours, SPEEDS)
 
 

@@ -36,7 +36,7 @@ def view(
     now: float = NOW,
     **fields: Any,
 ) -> View:
-    """`waiting` and `pressed` are seconds by model: for how long somebody waits, or there has been too much to do."""
+    """`waiting` and `pressed` are seconds by model: for how long requests wait, or the load has been too high."""
     return View(
         now=now,
         catalogue=Catalogue(models=models),

@@ -219,7 +219,7 @@ def toml_config(directory: Path, *lines: str) -> Path:
 
 @contextlib.contextmanager
 def listening_socket() -> Iterator[int]:
-    """A port of the loopback that somebody else listens on."""
+    """A port of the loopback that another process listens on."""
     sock = bind("127.0.0.1", 0)
     sock.listen()
     try:

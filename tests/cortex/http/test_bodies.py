@@ -79,7 +79,7 @@ def in_chunks(framed: bytes) -> bytes:
 async def test_chunked_body_arrives_whole(
     client: RawClient, engine: RawEngine, size: int, line: str, trailers: bytes
 ) -> None:
-    """With its length, without its framing, and without its trailers, which nobody has asked for."""
+    """With its length, without its framing, and without its trailers, which were not requested."""
     framed = chunked(BODY, size, line=line, trailers=trailers)
     answer = await client.ask(in_chunks(framed))
     assert answer.status == 200
@@ -159,7 +159,7 @@ async def test_too_large_body_is_told_while_it_still_comes(cortex: RunningCortex
 
 
 async def test_body_without_end_is_cut_off(cortex: RunningCortex) -> None:
-    """A client that goes on sending after its 413 does not do so for ever."""
+    """A client that keeps sending after its 413 is cut off."""
     async with connected(cortex.url) as client:
         await client.send(in_chunks(b""))
         piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"

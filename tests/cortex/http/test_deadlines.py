@@ -75,7 +75,7 @@ async def refuses(url: str) -> bool:
 
 
 async def test_stop_lets_a_stream_finish(process: CortexProcess, engine: RawEngine) -> None:
-    """SIGTERM: the stream in flight comes to its own end, meanwhile nobody new is let in, then the process is gone
+    """SIGTERM: the stream in flight comes to its own end, no new client is accepted meanwhile, then the process is gone
     with status 0; idle connections do not hold it up."""
     held = Held()
     engine.scripts.append(held)

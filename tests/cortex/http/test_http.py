@@ -155,7 +155,7 @@ async def test_connection_is_kept_for_all_kinds_of_requests(client: RawClient, e
         models = await client.ask(MODELS)
         assert [entry["id"] for entry in json.loads(models.body)["data"]] == [MODEL]
         assert (await client.ask(request(b"no json"))).status == 400
-        assert (await client.ask(request(b'{"model":"nobody/knows"}'))).status == 404
+        assert (await client.ask(request(b'{"model":"org/unknown"}'))).status == 404
         assert (await client.ask(request(method="GET", target="/v1/nothing"), "GET")).status == 404
         engine.scripts.append(answering(stream_head() + chunked(EVENTS, 5)))
         assert (await client.ask(hot(number))).body == EVENTS
@@ -317,7 +317,7 @@ async def test_request_id(cortex: RunningCortex, client: RawClient, engine: RawE
     """A harmless one is echoed and sent on, any other replaced: on answers of engines, of cortex, and on errors."""
     lines = () if given is None else (f"x-request-id: {given}",)
     harmless = given is not None and re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) is not None
-    unknown = request(b'{"model":"nobody/knows"}', *lines)
+    unknown = request(b'{"model":"org/unknown"}', *lines)
     asked = [(hot(1, *lines), "POST"), (request(b"no", *lines), "POST"), (unknown, "POST")]
     asked.append((request(b"", *lines, method="GET", target="/health"), "GET"))
     made = set()

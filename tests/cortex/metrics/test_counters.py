@@ -51,7 +51,7 @@ def test_a_tally_travels_between_processes() -> None:
 
 
 def test_tallies_add_up_and_stay_as_they_are() -> None:
-    """Three workers count as much as one that did it all; the sum is no view of any of them."""
+    """Three workers count as much as one that did it all; the sum shares no state with them."""
     one, two = counted(), counted(2)
     total = merged([one, two, Counters()])
     assert total == counted(3)

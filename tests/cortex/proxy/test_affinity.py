@@ -102,7 +102,7 @@ def test_different_beginnings_have_keys_of_their_own(path: bytes, one: Any, othe
 
 
 def test_how_a_client_writes_a_character_is_no_matter() -> None:
-    """Escaped or not: the prompt is the same, hence what the engine has cached."""
+    """Escaped or not: the prompt is the same, and so is the engine's cache entry."""
     for text in ("grüße " * 60, "\U0001f600" * 256, "a/b\n" * 100, "\ud800 alone"):
         escaped = json.dumps(user(text)).encode()
         plain = json.dumps(user(text), ensure_ascii=False).encode("utf-8", "surrogatepass").replace(b"/", b"\\/")

@@ -171,7 +171,7 @@ def test_speeds_are_bounded() -> None:
 
 
 def test_kinds_of_answers_are_not_compared() -> None:
-    """Streams have fifty times the bytes of plain answers: who has got more of one kind is not faster for it."""
+    """Streams have fifty times the bytes of plain answers: a replica with more of one kind is not faster."""
     speeds = Speeds()
     plain = (*KIND[:2], False)
     for _ in range(50):

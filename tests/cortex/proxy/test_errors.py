@@ -58,9 +58,9 @@ async def test_body_without_a_model_is_invalid(start_cortex: StartCortex, benjy:
 async def test_unknown_model(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """404 model_not_found, in Anthropic's shape on /v1/messages."""
     cortex = await start_cortex([benjy], [SMALL])
-    async with cortex.chat("nobody/knows") as response:
+    async with cortex.chat("org/unknown") as response:
         await check(response, 404, "model_not_found", retry=False)
-    async with cortex.http.post(f"{cortex.url}/v1/messages", json={"model": "nobody/knows"}) as response:
+    async with cortex.http.post(f"{cortex.url}/v1/messages", json={"model": "org/unknown"}) as response:
         body = await response.json()
         assert body["type"] == "error"
         assert body["error"]["type"] == "not_found_error"

@@ -36,7 +36,7 @@ async def test_request_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNe
     assert path == "/v1/completions?a=b%2Fc"
     assert seen["X-Custom"] == "1"
     assert seen["Content-Type"] == headers["Content-Type"]
-    assert "Authorization" not in seen, "the client's key for cortex is no business of an engine"
+    assert "Authorization" not in seen, "the client's key for cortex must not reach an engine"
 
 
 async def test_alias_is_rewritten_and_nothing_else(cortex: RunningCortex, benjy: SeedNeuron) -> None:
@@ -184,7 +184,7 @@ async def test_least_busy_replica_is_taken_and_a_dead_one_is_passed_over(
 
 
 async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """An engine lost before its first byte is loaded again and asked again, but not for ever."""
+    """An engine lost before its first byte is loaded and asked again, a limited number of times."""
 
     async def die(request: web.Request) -> web.StreamResponse:
         benjy.models.clear()

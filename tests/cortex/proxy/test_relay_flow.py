@@ -127,7 +127,7 @@ async def test_client_that_reads_on_gets_everything(process: CortexProcess, engi
 
 
 async def test_many_stalled_clients_hold_little(process: CortexProcess, engine: RawEngine) -> None:
-    """What one stream may hold is bounded: forty of them do not add up to much, and nobody else is held up."""
+    """What one stream may hold is bounded: forty of them do not add up to much, and no other client is held up."""
     floods = [Flood(1 << 30, "chunked") for _ in range(40)]
     engine.scripts.extend(floods)
     before = process.rss_bytes()

@@ -186,7 +186,7 @@ async def test_interim_answers_are_skipped(client: RawClient, engine: RawEngine)
 
 
 async def test_switching_protocols_is_no_answer(client: RawClient, engine: RawEngine) -> None:
-    """A 101 that nobody asked for is an engine that does not speak HTTP/1.1."""
+    """An unrequested 101 means an engine that does not speak HTTP/1.1."""
     engine.scripts.append(answering(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nxx"))
     await expect_unreachable(client, engine)
 
@@ -213,7 +213,7 @@ async def test_bytes_after_an_answer_reach_nobody(
 
 
 async def test_answer_to_no_request_is_thrown_away(client: RawClient, engine: RawEngine) -> None:
-    """Servers say 408 on idle connections before they close them: it answers nobody's request."""
+    """Servers say 408 on idle connections before they close them: it answers no request."""
     await still_usable(client)
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     await engine.connections[0].send_apart([late])
@@ -291,7 +291,7 @@ async def test_engine_that_does_not_speak_http(client: RawClient, engine: RawEng
 async def test_engine_lost_in_its_head(
     client: RawClient, engine: RawEngine, lost: Callable[..., Script], kept: int
 ) -> None:
-    """A head that is never completed is no answer: 502; and having been begun, it is not asked for again."""
+    """A head that is never completed: 502. The engine had started to answer, so it is not asked again."""
     engine.script = lost(plain(b"{}")[:kept])
     await expect_unreachable(client, engine)
 

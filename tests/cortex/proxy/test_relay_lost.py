@@ -121,7 +121,7 @@ async def test_error_is_the_last_event_after_a_huge_unfinished_chunk(cortex: Run
     [b"0x5", b"5_0", b"-1", b"+5", b"", b"g", b"5 5", b"fffffffffffffffff", b"1" + b"0" * 16],
 )
 async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine, bad: bytes) -> None:
-    """Whatever is no size is not guessed at and not passed on, alone or behind good chunks."""
+    """An invalid size is neither guessed nor passed on, alone or behind good chunks."""
     good = b'10\r\ndata: {"a": 1}\n\n\r\n'
     rest = bad + b"\r\nhello\r\n0\r\n\r\n"
     also, alone = good.replace(b'"a": 1', b'"b": 2'), bad + b"\r\n\r\n"
@@ -134,7 +134,7 @@ async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine
 
 @pytest.mark.parametrize("rest", [b"5\r\nhelloX\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\nhello\r\n0\r\n\r\n"])
 async def test_chunk_without_its_line_end_is_a_loss(cortex: RunningCortex, engine: RawEngine, rest: bytes) -> None:
-    """A chunk is followed by CRLF, its size too; else nobody knows where the next one begins."""
+    """A chunk is followed by CRLF, its size too; otherwise the start of the next one is unknown."""
     engine.script = answering(HEAD, b"2\r\n: \r\n", rest)
     answer = await ask(cortex)
     last = answer.body.strip(b"\n").split(b"\n\n")[-1]

@@ -186,7 +186,7 @@ async def test_next_replica_when_a_fresh_connection_is_lost(
 async def test_next_replica_when_the_connection_is_refused(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """Nobody listens at the first engine; a stale connection to it changes nothing."""
+    """Nothing listens at the first engine; a stale connection to it changes nothing."""
     async with RawEngine().running() as dying, two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
         answer = await ask(cortex, 5)
         assert answer.get("x-cortex-node") == "beast"

@@ -55,7 +55,7 @@ PLAIN_END = (
     ],
 )
 def test_usage_is_read_from_the_end(answer: bytes, usage: Usage | None) -> None:
-    """OpenAI's and Anthropic's names; whatever is not usage is no error."""
+    """OpenAI's and Anthropic's names; anything else is ignored."""
     assert find_usage(answer) == usage
 
 

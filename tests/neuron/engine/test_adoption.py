@@ -170,7 +170,7 @@ def _sleeper(command: list[str], **variables: str) -> subprocess.Popen[bytes]:
 
 
 async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: Path) -> None:
-    """A record whose pid is somebody else's by now: that process lives on, and so does one of another boot."""
+    """A record whose pid was reused: that process lives on, and so does one of another boot."""
     sleep = shutil.which("sleep") or "sleep"
     strangers = [_sleeper([sleep, "600"]) for _ in range(2)]
     try:
@@ -183,7 +183,7 @@ async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: P
             record = records.RunRecord(
                 boot_id=boot,
                 number=number,
-                engine_id="nobody/1",
+                engine_id="unknown/1",
                 spec=records.spec_fields(EngineSpec(f"m{number}", "sim", f"m{number}", args=("--load-secs", "0.1"))),
                 devices=[0],
                 booked_mb=[4000],
@@ -298,7 +298,7 @@ async def test_state_directory_by_another_path(config: Path, mark: str, tmp_path
 
 
 async def test_files_of_an_engine_that_died_with_its_neuron(config: Path, mark: str) -> None:
-    """Nobody saw its end: the next neuron knows from the record what it had in /dev/shm."""
+    """Its end went unnoticed: the next neuron knows from the record what it had in /dev/shm."""
     before = set(SHARED_MEMORY.iterdir())
     async with neuron_process(config) as first:
         await first.load(MODEL, "--fault", "leave-files")

@@ -99,7 +99,7 @@ def test_a_bar_is_told_when_it_is_drawn(tmp_path: Path) -> None:
 
 
 def test_an_engine_from_before_is_taken_up_at_its_end(tmp_path: Path) -> None:
-    """Of a large file only the end is read: nobody wants yesterday's requests."""
+    """Of a large file only the end is read: yesterday's requests do not matter."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 200_000)))
     follower = LogFollower(EngineLog(path))
@@ -182,7 +182,7 @@ def test_rotation_on_a_full_disk_keeps_the_end(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_file_that_cannot_be_rotated_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Said in the log; whoever asks is told that it did not work."""
+    """Logged; callers are told that it failed."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 100)))
     (tmp_path / "engine.log.1").mkdir()
@@ -325,7 +325,7 @@ async def read_events(response: aiohttp.ClientResponse, count: int) -> list[str]
 
 @pytest.mark.parametrize("ends", ["engine", "neuron"])
 async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
-    """The last lines, then each new one, also when nobody else follows; the end of either ends the answer."""
+    """The last lines, then each new one, also without another follower; the end of either ends the answer."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 10)))
     output, closing = EngineOutput(path), asyncio.Event()

@@ -157,7 +157,7 @@ async def test_metrics_that_fail_make_nobody_bad() -> None:
 
 
 async def test_our_own_trouble_is_not_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A neuron that has no file descriptor left kills nobody for it."""
+    """A neuron without free file descriptors kills no engine for it."""
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

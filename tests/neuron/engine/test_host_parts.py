@@ -59,7 +59,7 @@ def test_log_is_trimmed_while_it_is_written_to(tmp_path: Path) -> None:
 
 
 def test_ports_in_use_are_skipped() -> None:
-    """Reserved ones and those somebody is bound to, whether listening or not; one given back is free again."""
+    """Reserved and bound ports are skipped, listening or not; a released one is free again."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
@@ -133,7 +133,7 @@ def test_state_directory(tmp_path: Path) -> None:
 
 
 def test_state_directory_that_is_not_ours(tmp_path: Path) -> None:
-    """A link, a file, another user's directory: refused, since everybody may write to the place it is in."""
+    """A link, a file, another user's directory: refused, since its directory is world-writable."""
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):

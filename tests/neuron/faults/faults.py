@@ -56,7 +56,7 @@ class Faults:
         self._calls: set[asyncio.Task[str]] = set()
 
     async def close(self) -> None:
-        """Waits for the calls made in passing, which end when nobody is left to answer; gives the ports back."""
+        """Waits for the calls made in passing, which end when no process is left to answer; gives the ports back."""
         await self.calls_answered(0)
         self._free_ports()
 
@@ -66,7 +66,7 @@ class Faults:
         return await self._load(_chosen(MODELS, pick))
 
     async def load_in_passing(self, pick: float) -> str:
-        """Nobody waits for its end."""
+        """Does not wait for its end."""
         self._in_passing(self.load(pick))
         return f"load of {_chosen(MODELS, pick).id} begun"
 
@@ -96,7 +96,7 @@ class Faults:
         return await self._signal_engine(pick, signal.SIGSTOP)
 
     async def stop_core(self, pick: float) -> str:
-        """Without a request nobody notices; whoever ends the engine has to end this as well."""
+        """Goes unnoticed without a request; ending the engine has to end this as well."""
         return await self._signal_engine(pick, signal.SIGSTOP, core=True)
 
     async def sicken_engine(self, pick: float) -> str:
@@ -115,7 +115,7 @@ class Faults:
         return f"{model_id} hung, with a request, and found out"
 
     async def steal_port(self, pick: float) -> str:
-        """Kills an engine with all its processes, and listens on its port before anybody else does."""
+        """Kills an engine with all its processes, and takes its port at once."""
         processes = await asyncio.to_thread(engine_processes, self.host.mark)
         name, pid = _engine(pick, processes)
         if pid is None:
@@ -127,7 +127,7 @@ class Faults:
         self._free_ports(but=_HELD_PORTS - 1)
         deadline = time.monotonic() + _STEAL_SECS
         while port is not None and time.monotonic() < deadline:
-            with contextlib.suppress(ListenError):  # its processes are not dead yet, or somebody was faster
+            with contextlib.suppress(ListenError):  # its processes are not dead yet, or another process was faster
                 self._ports.append(bind("127.0.0.1", port))
                 return f"kill -9 of all of {name}, and its port {port} taken"
             await asyncio.sleep(0.002)
@@ -173,7 +173,7 @@ class Faults:
         return f"kill -9 of neuron, of a new one after {pick * _BEGIN_SECS:.3f} s, and a third"
 
     async def kill_neuron_and_engine(self, pick: float) -> str:
-        """Nobody sees the engine's end; its core is left."""
+        """The engine's end goes unnoticed; its core is left."""
         await self.host.kill()
         name = await self._signal_engine(pick, signal.SIGKILL)
         await self.host.start()

@@ -208,7 +208,7 @@ class Host:
 
 
 def send(pid: int | None, number: signal.Signals) -> None:
-    """A signal to a process that may be gone; None: to nobody."""
+    """A signal to a process that may be gone; None: to no process."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -91,7 +91,7 @@ def test_a_driver_without_a_gpu(library: dict[str, str], tmp_path: Path) -> None
 
 
 def test_no_nvidia_library(tmp_path: Path) -> None:
-    """A host without an NVIDIA stack has zero devices; that is no error."""
+    """A host without an NVIDIA stack has zero devices, without an error."""
     # Found before a real library, and no library.
     (tmp_path / "libnvidia-ml.so.1").touch()
     answer = discovered({"LD_LIBRARY_PATH": str(tmp_path)})

@@ -57,7 +57,7 @@ def test_a_table_overrides_its_preset() -> None:
 
 
 def test_a_card_of_ones_own() -> None:
-    """A name that is no preset needs only its memory."""
+    """A name without a preset needs only its memory."""
     device = resolve_device(SimulatedDevice(name="RTX 6090", vram_total_mb=48000), index=0, host="x")
     assert (device.name, device.vram_total_mb, device.compute_capability) == ("RTX 6090", 48000, "8.0")
 

@@ -96,7 +96,7 @@ async def test_not_waiting_is_told_at_once(neuron: Neuron) -> None:
 
 
 async def test_caller_that_leaves_cancels_nothing(neuron: Neuron) -> None:
-    """The load goes on when nobody waits for it any more."""
+    """The load continues when no caller waits for it."""
     caller = asyncio.create_task(neuron.load(MODEL, "--load-secs", "0.6"))
     await neuron.until_status(MODEL, "loading")
     caller.cancel()
@@ -144,7 +144,7 @@ async def test_memory_of_others_counts(neuron: Neuron) -> None:
     """What a process holds that is not neuron's cannot be had, and /health and /metrics tell it apart."""
     await neuron.load("first", devices=[0], vram_mb=8000)
     uuid = (await neuron.call("GET", "/discovery")).body["devices"][0]["uuid"]
-    await asyncio.to_thread(vram.hold, neuron.state_dir / "vram", {uuid: 20_000})  # this process, which is no engine
+    await asyncio.to_thread(vram.hold, neuron.state_dir / "vram", {uuid: 20_000})  # this process, not an engine
     figures = (await neuron.call("GET", "/health")).body["devices"]
     told = [[device[f"vram_{name}_mb"] for name in ("booked", "foreign", "bookable")] for device in figures]
     assert told == [[8000, 20_000, 4607], [0, 0, 32_607]]
@@ -222,7 +222,7 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 if STRANGER and os.environ.get("NEURON_ENGINE_ID"):
     if os.fork() > 0:
         time.sleep(60)  # the engine, which never listens
-    os.setsid()  # somebody else, who does, and knows nothing of the engine
+    os.setsid()  # an unrelated process that does, and knows nothing of the engine
     del os.environ["NEURON_ENGINE_ID"]
     os.execv(sys.executable, [sys.executable, *sys.argv])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
@@ -230,7 +230,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 
 
 async def load_server(tmp_path: Path, mark: str, *, stranger: bool) -> Answer:
-    """A load whose engine is a server that answers 200 to everybody: itself, or a stranger on its port."""
+    """A load whose engine is a server that answers 200 to any caller: itself, or a stranger on its port."""
     script = tmp_path / "server.py"
     script.write_text(f"STRANGER = {stranger}{SERVER}")
     settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5 if stranger else 20}
@@ -244,7 +244,7 @@ async def load_server(tmp_path: Path, mark: str, *, stranger: bool) -> Answer:
 
 
 async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
-    """What listens outside of the engine's session and does not know our key is no engine of ours."""
+    """A listener outside the engine's session that does not know our key is not our engine."""
     assert (await load_server(tmp_path, mark, stranger=True)).error["code"] == "load_timeout"
 
 

@@ -32,13 +32,13 @@ async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
 
 
 async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
-    """An engine comes back at once beside one that has taken memory since somebody last looked: what it took is counted
+    """An engine comes back at once beside one that has taken memory since the last look: what it took is counted
     as its own."""
     await neuron.load(MODEL, "--vram-mb", "16000", vram_mb=16000, devices=[0])
     before = await neuron.model(MODEL)
     slow = asyncio.create_task(neuron.load("slow", "--load-secs", "3", vram_mb=16000, devices=[0]))
     await until(lambda: _begun(neuron, "slow"))
-    await asyncio.sleep(1.2)  # it takes some thousand MiB, and nobody measures: who asks for /models would
+    await asyncio.sleep(1.2)  # it takes some thousand MiB, and nothing measures it: a call of /models would
     os.kill(before["pid"], signal.SIGKILL)
     await asyncio.sleep(0.7)
     assert (await loaded_again(neuron, before["pid"]))["failures"] == 1
@@ -73,7 +73,7 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
 
 
 async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
-    """vLLM ends with 0 when its engine core died: nobody asked for it, so it comes back."""
+    """vLLM ends with 0 when its engine core died: it was not asked to, so it comes back."""
     await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.9")
     before = (await neuron.model(MODEL))["pid"]
     assert (await loaded_again(neuron, before))["failures"] >= 1
@@ -90,7 +90,7 @@ async def test_who_asks_meanwhile_waits_for_it(neuron: Neuron) -> None:
 
 
 async def test_given_up_after_failures_in_a_row(mark: str, tmp_path: Path) -> None:
-    """An engine that dies again and again is failed with the cause, until somebody loads it again."""
+    """An engine that dies again and again is failed with the cause, until it is loaded again."""
     recovery = {"max_failures": 3, "backoff_secs": 0.1}
     async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
         crashing = ("--fault", "crash-after-secs", "--fault-after", "0.6")
@@ -187,7 +187,7 @@ def shared_files() -> Iterator[tuple[Path, Path]]:
 
 
 async def test_shared_memory_goes_with_the_engine(mark: str, tmp_path: Path, shared_files: tuple[Path, Path]) -> None:
-    """What an engine had mapped of /dev/shm is not left behind when it is killed; what somebody else has is."""
+    """What an engine had mapped of /dev/shm is removed when it is killed; other processes' files stay."""
     ours, _ = shared_files
     script = tmp_path / "engine.py"
     script.write_text(f"OURS = {str(ours)!r}\n{MAPS_SHARED_MEMORY}")

@@ -115,7 +115,7 @@ async def test_requests_are_finished_first(http: aiohttp.ClientSession) -> None:
 
 
 async def test_taken_memory_keeps_it_asleep(http: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Somebody else has the GPU by now: the engine says so, and wakes when there is room again."""
+    """Another process has the GPU by now: the engine says so, and wakes when there is room again."""
     env = {**SLEEPER, **memory_environment(tmp_path, 8192)}
     async with ready_engine(*FAST, "--vram-mb", "6000", "--wake-secs", "0", env=env) as engine:
         await sleeping.sleep(http, engine.url, KEY)
@@ -178,14 +178,14 @@ async def test_a_failed_sleep_is_undone(http: aiohttp.ClientSession) -> None:
 
 
 async def test_an_engine_that_does_not_answer(http: aiohttp.ClientSession) -> None:
-    """Nothing waits for ever, and an engine that may fall asleep later is told apart from one that does not sleep."""
+    """Every wait ends, and an engine that may fall asleep later is told apart from one that does not sleep."""
     async with strange_engine({"/sleep": None, "/wake_up": None}) as url:
         with pytest.raises(SleepUnsettled, match=r"no answer within 0\.1 s"):
             await sleeping.sleep(http, url, KEY, timeout_secs=0.1)
         with pytest.raises(WakeFailed, match=r"no answer within 0\.1 s"):
             await sleeping.wake(http, url, KEY, timeout_secs=0.1)
     with pytest.raises(SleepUnsettled):
-        await sleeping.sleep(http, url, KEY)  # nobody is there any more
+        await sleeping.sleep(http, url, KEY)  # nothing listens any more
     with pytest.raises(WakeFailed):
         await sleeping.wake(http, url, KEY)
     assert await sleeping.is_sleeping(http, url, KEY) is None

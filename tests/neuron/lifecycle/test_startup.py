@@ -34,7 +34,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.mark.parametrize("way", ["killed", "unloaded"])
 async def test_an_end_is_seen_while_the_engine_is_asked_for_its_figures(way: str, mark: str, tmp_path: Path) -> None:
-    """It is not told as loaded any more, and nobody waits for answers that cannot come."""
+    """It no longer counts as loaded, and no request waits for an answer that cannot come."""
     script, asked = tmp_path / "engine.py", tmp_path / "asked"
     script.write_text(f"ASKED = {str(asked)!r}{HALF_SILENT}")
     settings: dict[str, Any] = {"command": [sys.executable, str(script)], "stop_timeout_secs": 1}

@@ -87,7 +87,7 @@ def test_choice(
 
 
 def test_a_few_mib_do_not_break_a_pair() -> None:
-    """Idle cards differ by what the driver keeps on them: that is no closer fit."""
+    """Idle cards differ by what the driver keeps on them: that does not make a closer fit."""
     assert indices(chosen(PAIRS, 1, Need(60_000), used={0: 12, 1: 480, 4: 3})) == [2]
 
 
@@ -195,7 +195,7 @@ def test_choice_says_why(topology: Topology, count: int, need: Need, why: str) -
 
 
 def test_devices_that_are_refused() -> None:
-    """Naming one that is not there, lost or in MIG mode, or needing it, is refused with the reason."""
+    """Naming one that is unknown, lost or in MIG mode, or needing it, is refused with the reason."""
     topology = host("A", "A", "A", d0={"lost": "fell off the bus"}, d2={"mig_mode": True})
     with pytest.raises(InvalidRequest, match="fell off the bus"):
         check_devices(spec(devices=(0,)), topology)

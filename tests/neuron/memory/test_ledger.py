@@ -145,7 +145,7 @@ def test_leaving_engine_whose_processes_are_not_named() -> None:
 
 
 def test_real_devices_keep_a_margin_and_the_drivers_reserve() -> None:
-    """What NVML counts as neither used nor free is nobody's; a CUDA context needs some MiB beside the share."""
+    """What NVML counts as neither used nor free is unattributed; a CUDA context needs some MiB beside the share."""
     real = host("4090", simulated=False)
     assert room(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - DEVICE_MARGIN_MB
     assert room(Ledger(), real, used=FULL).bookable_mb == 0
@@ -182,7 +182,7 @@ def test_default_fraction_is_of_what_cuda_sees() -> None:
 
 
 def test_refusal_names_the_figures() -> None:
-    """Who needs what, and for each device what can be had and who has the rest; the same for programs."""
+    """What is needed, and for each device what is available and what holds the rest; the same for programs."""
     topology = host("4090", "4090", "3060", d1={"lost": "fell off the bus"})
     ledger = Ledger()
     book(ledger, 1, 18_000, topology, model_id="org/a", devices=(0,))
@@ -299,7 +299,7 @@ def test_sleeping_engine_gives_back_what_it_does_not_hold() -> None:
 
 
 def test_sleeping_engine_whose_memory_the_driver_does_not_tell_keeps_its_promise() -> None:
-    """Nobody can tell that it let go of anything."""
+    """Nothing shows that it released anything."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
     ledger.shrink(1, {})
