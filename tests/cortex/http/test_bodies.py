@@ -315,13 +315,14 @@ async def test_prompt_with_ten_megabytes_of_images(process: CortexProcess, engin
         engine.requests.clear()
         process.reset_peak()
         before = process.rss_bytes()
-        for _ in range(4):
+        for _ in range(8):
             assert (await client.ask(request(body))).status == 200
         grown, kept = process.peak_rss_bytes() - before, process.rss_bytes() - before
     print(f"{len(body) / MIB:.1f} MiB: at most {grown / MIB:.1f} MiB more, {kept / MIB:.1f} MiB after")
     assert all(received.body == body for received in engine.requests)
     assert grown < 2.5 * len(body)
-    assert kept < 1.5 * len(body), "four requests leave no more behind than one"
+    # The C library may keep the freed heap of one request, its body read and joined; a leak would keep eight.
+    assert kept < 2.5 * len(body), "eight requests leave no more behind than one"
 
 
 async def test_requests_far_ahead_stay_outside(process: CortexProcess) -> None:
