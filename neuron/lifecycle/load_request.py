@@ -1,4 +1,4 @@
-"""One sleep_request to have a model loaded, from the moment it is taken on until nothing of it is left."""
+"""One load request, from acceptance until its memory is released."""
 
 from __future__ import annotations
 
