@@ -164,7 +164,6 @@ class Launcher:
             update={
                 "pid": leader.pid,
                 "start_ticks": leader.start_ticks,
-                "process_group": leader.pid,
                 "can_sleep": engine.can_sleep,
                 "ready_at": engine.ready_at,
                 "load_secs": engine.load_secs,
