@@ -16,16 +16,16 @@ Services raise these. `shared.http` renders them for aiohttp, `cortex.http.respo
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from shared.protocol.errors import ErrorCode
+from shared.retry_after import whole_seconds
 
 
 class ServiceError(Exception):
     """A failure with the status, code and message that the client gets.
 
-    `retry_after` is in seconds; it becomes the Retry-After header, rounded up. `param` names the offending field.
+    `retry_after` is in seconds; it becomes the Retry-After header (`shared.retry_after`). `param` names the field.
     `status` replaces that of the class.
     """
 
@@ -48,7 +48,7 @@ class ServiceError(Exception):
         self.message = message
         self.code = str(code or self.default_code)
         self.param = param
-        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+        self.retry_after = None if retry_after is None else whole_seconds(retry_after)
         self.extra = extra or {}
 
     @property
