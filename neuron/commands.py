@@ -97,7 +97,7 @@ async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> 
 
     def kill_engines() -> None:
         if SERVICES in site.app:
-            site.app[SERVICES].workers.kill_all_now()
+            site.app[SERVICES].registry.kill_all_now()
 
     await serve_until_stopped(
         [site],

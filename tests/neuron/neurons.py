@@ -117,16 +117,16 @@ class Client:
 class Neuron(Client):
     """A neuron served in this process."""
 
-    workers: Registry
+    registry: Registry
     state_dir: Path
 
     def activity(self) -> dict[str, int]:
         """Requests running in the loaded models' engines, as last told."""
-        return {each.id: each.in_flight for each in self.workers.activity()}
+        return {each.id: each.in_flight for each in self.registry.activity()}
 
     @property
     def reserved_ports(self) -> frozenset[int]:
-        return self.workers._launcher.ports.reserved
+        return self.registry._launcher.reserved_ports
 
 
 def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
@@ -158,7 +158,7 @@ async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
         serving([site], drain_timeout_secs=config.drain_timeout_secs),
     ):
         assert config.state_dir is not None
-        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].workers, config.state_dir)
+        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].registry, config.state_dir)
 
 
 @dataclass
