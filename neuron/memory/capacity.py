@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
 from shared.errors import Conflict
-from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
 
 MIG_REASON = "it is in MIG mode: its memory belongs to MIG instances, and neuron serves whole GPUs only"

@@ -40,12 +40,6 @@ def test_status_code_and_type_of_each_class(
     assert str(error) == "x"
 
 
-@pytest.mark.parametrize(("given", "told"), [(0, 1), (0.2, 1), (1, 1), (9.01, 10), (300, 300)])
-def test_retry_after_is_rounded_up_to_whole_seconds(given: float, told: int) -> None:
-    """A client that retries too early would be refused again."""
-    assert Unavailable("x", retry_after=given).retry_after == told
-
-
 def test_extra_fields_are_part_of_the_error() -> None:
     """`extra` is added to the inner object; the four standard fields stay."""
     error = NotFound("x", param="model", extra={"free_mb": 5})
