@@ -36,8 +36,8 @@ log = logging.getLogger("neuron")
 
 
 def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None) -> int:
-    """Serves until stopped; returns the exit status. `fd` is a bound socket to listen on; the service stops when the pipe
-    `lifeline` closes."""
+    """Serves until stopped; returns the exit status. `fd` is a bound socket to listen on; the service also stops when
+    the pipe `lifeline` closes."""
     try:
         config = _load_config(config_file)
         configure_logging(config.log_level, config.log_format)
@@ -58,8 +58,8 @@ def run_discover(config_file: Path | None, *, as_json: bool) -> int:
 
 
 def run_estimate(config_file: Path | None, model: str, options: Mapping[str, str], *, as_json: bool) -> int:
-    """Prints the memory that a model needs. Returns the exit status: 0, also when it does not fit on this host. Without a
-    file it uses this host's GPUs and the engine's defaults."""
+    """Prints the memory that a model needs. Returns the exit status: 0, also when it does not fit on this host. Without
+    a file it uses this host's GPUs and the engine's defaults."""
     try:
         reply = asyncio.run(_estimate(_config_or_default(config_file), model, options))
     except (SettingsError, ServiceError) as error:

@@ -39,8 +39,8 @@ def because(cause: FailureCause) -> dict[str, str]:
 
 
 def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> FailureCause:
-    """The cause for an engine that ended by itself. `code` is its exit code (negative: a signal; None: unknown), `lines`
-    its last output. `path_missing`: see `Harness.cause_of`."""
+    """The cause for an engine that ended by itself. `code` is its exit code (negative: a signal; None: unknown),
+    `lines` its last output. `path_missing`: see `Harness.cause_of`."""
     if code == -signal.SIGKILL or code in _NOT_STARTED:
         return FailureCause.NODE
     error = harness.root_cause(lines)
@@ -50,8 +50,8 @@ def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, pa
 
 
 def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
-    """Why an engine ended by itself. `code` is its exit code (negative: a signal; 0 is possible; None: unknown, since an
-    earlier neuron started it)."""
+    """Why an engine ended by itself. `code` is its exit code (negative: a signal; 0 is possible; None: unknown, since
+    an earlier neuron started it)."""
     cause = harness.root_cause(lines)
     if code is None:
         return cause or "exited unexpectedly (exit code unknown: an earlier neuron started it)"
