@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import SERVICE_STOPPING_SECS
 
 LAST_LINES = 20
 
@@ -82,7 +83,7 @@ def load_cancelled(model_id: str) -> Conflict:
 
 
 def stopping() -> Unavailable:
-    return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=5)
+    return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=SERVICE_STOPPING_SECS)
 
 
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:

@@ -20,11 +20,11 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import NodeLeft
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import Key
-from cortex.placement.refusal import RETRY_AFTER_NODE_SECS
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
+from shared.retry_after import NEURON_DOWN_SECS, until_retry
 from shared.tasks import timeout
 
 Result = TypeVar("Result")
@@ -124,7 +124,7 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
         view = node.models.get(model_id)
         said = "it is no longer listed" if view is None else view.error or f"it is {view.status}"
         message = f"loading {model_id!r} on {name} failed: {said}" if backoff is None else backoff.reason
-        wait = RETRY_AFTER_NODE_SECS if backoff is None else backoff.until - time.monotonic()
+        wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait)
 
 
@@ -175,7 +175,7 @@ async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None
     except NeuronRefused as error:
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
-        return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+        return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
     except (NeuronLeft, NodeLeft):
         return _left(node, f"unloaded {model_id!r}")
     return None
@@ -183,7 +183,7 @@ async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None
 
 def _left(node: str, meanwhile: str) -> Unavailable:
     message = f"{node} left the configuration while it {meanwhile}"
-    return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+    return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
 
 
 async def drain_node(request: web.Request) -> web.Response:
@@ -224,7 +224,7 @@ def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
     node = _node_named(parts, name)
     if not node.healthy:
         raise Unavailable(
-            f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS
+            f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS
         )
     return node
 

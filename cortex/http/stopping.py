@@ -8,12 +8,10 @@ from typing import Any, TypeVar
 
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import SERVICE_STOPPING_SECS
 from shared.tasks import first_of
 
 Result = TypeVar("Result")
-
-RETRY_AFTER_SECS = 5
-"""About the time of a restart. Another cortex behind the same load balancer can answer sooner."""
 
 
 class Stopping:
@@ -58,5 +56,5 @@ def stopping() -> Unavailable:
     return Unavailable(
         "cortex is stopping; a load that has begun continues",
         code=ErrorCode.CORTEX_STOPPING,
-        retry_after=RETRY_AFTER_SECS,
+        retry_after=SERVICE_STOPPING_SECS,
     )

@@ -30,7 +30,7 @@ from cortex.placement.eviction import (
 )
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import View
-from shared.gpu_memory import DEFAULT_ENGINE_SHARE
+from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import ModelStatus
 
 DRAINING = "draining"

@@ -12,6 +12,7 @@ import psutil
 
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import NO_FREE_PORT_SECS
 
 _TIME_WAIT = "06"  # in /proc/net/tcp
 
@@ -55,7 +56,9 @@ class PortPool:
                 self._next[ports] = (start + step + 1) % size
                 return port
         raise Unavailable(
-            f"no free port in {first}-{last} on {self._host}", code=ErrorCode.NO_FREE_PORT, retry_after=10
+            f"no free port in {first}-{last} on {self._host}",
+            code=ErrorCode.NO_FREE_PORT,
+            retry_after=NO_FREE_PORT_SECS,
         )
 
     def claim(self, port: int) -> None:

@@ -19,6 +19,7 @@ from neuron.memory.selection import check_devices
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import DeviceHealth, ErrorCode
+from shared.retry_after import GPU_UNUSABLE_SECS
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Admission:
         topology = await self.source.discover()
         if HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
-            raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=60)
+            raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=GPU_UNUSABLE_SECS)
         check_devices(spec, topology)
         await check_below(spec.source, self.config.model_roots, param="source")
 
