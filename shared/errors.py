@@ -140,7 +140,11 @@ class NotFound(ServiceError):
 
 class Conflict(ServiceError):
     status = 409
-    default_code = ErrorCode.CONFLICT
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, extra: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param, extra=extra)
 
 
 class RequestTooLarge(ServiceError):

@@ -332,7 +332,7 @@ class RequestHandler:
             elif status != CLIENT_DISCONNECTED:
                 usage = tail.usage()
                 if usage is not None:
-                    context.counters.tokens(model, node, usage.prompt, usage.completion)
+                    context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller != ANONYMOUS:

@@ -11,10 +11,10 @@ from neuron.engine import records, session
 from neuron.engine import shared_memory as litter
 from neuron.engine.health import Vitals
 from neuron.engine.output import EngineOutput
+from neuron.engine.ports import listens
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
-from neuron.engine.socket_owner import listens
 from neuron.engine.state_dir import EngineDir
 from neuron.gpu.topology import TopologySource
 from neuron.harness.base import Harness

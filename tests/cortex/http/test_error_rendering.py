@@ -30,7 +30,7 @@ ERRORS = (
     InvalidRequest("wrong: “é”", param="model"),
     Unauthorized("no key"),
     NotFound("no such model", code="model_not_found", param="model", extra={"free_mb": 5}),
-    Conflict("loaded already"),
+    Conflict("loaded already", code="already_loaded"),
     RequestTooLarge("too large"),
     TooManyRequests("the queue is full", code="waiting_room_full", retry_after=17.2),
     UpstreamError("no engine"),

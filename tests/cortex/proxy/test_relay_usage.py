@@ -74,6 +74,17 @@ async def test_usage_is_counted_however_it_is_cut(
     assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 1.0' in await metrics(cortex)
 
 
+async def test_cached_prompt_tokens_are_counted(cortex: RunningCortex, engine: RawEngine) -> None:
+    """How much an engine's prefix cache saves is visible per model and node."""
+    usage = b'{"prompt_tokens": 30, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 16}}'
+    engine.scripts.append(answering(plain(b'{"choices": [], "usage": ' + usage + b"}")))
+    async with connected(cortex.url) as client:
+        await client.ask(request(b'{"model":"org/small"}'))
+    deadline = time.monotonic() + DEADLINE_SECS
+    while (found := tokens(await metrics(cortex))) != {"prompt": 30.0, "completion": 5.0, "cached": 16.0}:
+        assert time.monotonic() < deadline, found
+
+
 async def metrics(cortex: RunningCortex) -> str:
     async with cortex.http.get(f"{cortex.metrics_url}/metrics") as response:
         return await response.text()
