@@ -16,12 +16,14 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import psutil
 
 from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.lifecycle.registry import Registry
 from shared.serve import Site, bind, serving
+from tests.processes import EXITED
 
 MARK_VARIABLE = "ENGINE_TEST_MARK"
 """Inherited by everything a test starts, so that what it leaves behind can be told from other tests' processes."""
@@ -31,14 +33,12 @@ TIMEOUT_SECS = 20.0
 
 def marked_processes(mark: str) -> list[int]:
     """Live processes, other than this one, that inherited the mark."""
-    wanted = f"{MARK_VARIABLE}={mark}".encode()
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if wanted in (entry / "environ").read_bytes().split(b"\0") and state not in ("Z", "X"):
-                    found.append(int(entry.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.environ().get(MARK_VARIABLE) == mark and process.status() not in EXITED and pid != os.getpid():
+                found.append(pid)
     return found
 
 
@@ -117,16 +117,16 @@ class Client:
 class Neuron(Client):
     """A neuron served in this process."""
 
-    workers: Registry
+    registry: Registry
     state_dir: Path
 
     def activity(self) -> dict[str, int]:
         """Requests running in the loaded models' engines, as last told."""
-        return {each.id: each.in_flight for each in self.workers.activity()}
+        return {each.id: each.in_flight for each in self.registry.activity()}
 
     @property
     def reserved_ports(self) -> frozenset[int]:
-        return self.workers._launcher.ports.reserved
+        return self.registry._launcher.reserved_ports
 
 
 def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
@@ -158,7 +158,7 @@ async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
         serving([site], drain_timeout_secs=config.drain_timeout_secs),
     ):
         assert config.state_dir is not None
-        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].workers, config.state_dir)
+        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].registry, config.state_dir)
 
 
 @dataclass
