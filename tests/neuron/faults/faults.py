@@ -173,7 +173,7 @@ class Faults:
         return f"kill -9 of neuron, of a new one after {pick * _BEGIN_SECS:.3f} s, and a third"
 
     async def kill_neuron_and_engine(self, pick: float) -> str:
-        """Nobody notices that the engine ended; its core is left."""
+        """The engine ends unnoticed and leaves its core."""
         await self.host.kill()
         name = await self._signal_engine(pick, signal.SIGKILL)
         await self.host.start()

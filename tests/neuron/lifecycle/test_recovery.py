@@ -73,7 +73,7 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
 
 
 async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
-    """vLLM exits with 0 when its engine core died; nobody stopped it, so it is restarted."""
+    """vLLM exits with 0 when its engine core died; no one asked it to stop, so it is restarted."""
     await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.9")
     before = (await neuron.model(MODEL))["pid"]
     assert (await loaded_again(neuron, before))["failures"] >= 1
