@@ -1,4 +1,4 @@
-"""What the `cortex` and `neuron` command lines have in common."""
+"""The common part of the `cortex` and `neuron` command lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared import __version__, request_ids
 
 
 class CommandGroup(TyperGroup):
-    """Commands return their exit status. Ctrl-C ends one with 130, a closed output pipe with 1, both without a word."""
+    """Commands return their exit status. Ctrl-C exits with 130, a closed output pipe with 1, both without a message."""
 
     def invoke(self, ctx: Any) -> int:
         try:

@@ -1,4 +1,4 @@
-"""Answers that cortex gives itself, as bytes. Pure."""
+"""cortex's own answers as bytes. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 def error_answer(
     error: ServiceError, request_id: str, *, anthropic: bool, keep_alive: bool, node: str | None = None
 ) -> bytes:
-    """The whole answer for a failure. `node` is the neuron whose engine caused it."""
+    """The complete answer for an error. `node` is the neuron whose engine caused it."""
     status, headers, body = render(error, request_id, anthropic=anthropic)
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
