@@ -28,6 +28,7 @@ from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
+from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,6 @@ BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
 RETIRE_AGAIN_SECS = 60.0
 """How long to wait before retrying a failed removal: the model takes no requests during each attempt."""
-RETRY_AFTER_SECS = 10.0
-"""For a model whose load time is unknown."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,11 @@ class Scheduler:
         fleet, now = self._fleet.snapshot(), self._clock()
         node = fleet.coming(model_id)
         progress = None if node is None else node.models[model_id].progress
-        if progress is not None and progress.remaining_secs is not None:
-            return progress.remaining_secs
-        if job is not None and job.plan.expected_secs is not None:
-            begun = now if job.loading_since is None else job.loading_since
-            return job.plan.expected_secs - (now - begun)
-        return RETRY_AFTER_SECS
+        return until_loaded(
+            remaining_secs=None if progress is None else progress.remaining_secs,
+            expected_secs=None if job is None else job.plan.expected_secs,
+            elapsed_secs=0.0 if job is None or job.loading_since is None else now - job.loading_since,
+        )
 
     def job(self, model_id: str) -> LoadJob | None:
         """Our load of this model, if one is under way."""

@@ -36,7 +36,7 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
-from shared.gpu_memory import DEFAULT_ENGINE_SHARE
+from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import ModelStatus
 
 

@@ -9,7 +9,7 @@ from cortex.fleet.neuron_client import NeuronRefused
 from cortex.fleet.state import Fleet
 from cortex.simulator.engine import SimulatedEngine
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
-from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import (
     DeviceHealth,
     Discovery,
