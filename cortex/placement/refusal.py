@@ -77,7 +77,7 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
     return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
-def no_healthy_neurons() -> ServiceError:
+def no_healthy_neurons_error() -> ServiceError:
     return Unavailable("no neuron is healthy", code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=NEURON_DOWN_SECS)
 
 
