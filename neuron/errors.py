@@ -1,4 +1,4 @@
-"""Why an engine cannot be used: the errors that clients see."""
+"""Errors of loading, sleeping and waking that clients see."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadTimedOut(ServiceError):
 
 
 class VramNotReleased(ServiceError):
-    """The engine's processes are gone, and yet the driver still counts memory as theirs."""
+    """The engine's processes are gone, but the driver still counts their memory."""
 
     default_code = ErrorCode.VRAM_NOT_RELEASED
 
@@ -37,11 +37,11 @@ class SleepFailed(ServiceError):
 
 
 class SleepUnsettled(SleepFailed):
-    """The engine did not say whether it sleeps, and may fall asleep later: it can only be ended."""
+    """The engine did not say whether it sleeps, and may fall asleep later: it must be stopped."""
 
 
 class WakeFailed(ServiceError):
-    """The engine was asked to wake and did not: it can be used only after it was loaded anew."""
+    """The engine was asked to wake and did not: it must be loaded again."""
 
     default_code = ErrorCode.WAKE_FAILED
 

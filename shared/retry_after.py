@@ -20,7 +20,7 @@ UNKNOWN_LOAD_SECS: Final = 10
 MEMORY_TAKEN_SECS: Final = 30
 """Models with a higher priority hold the memory: they leave when they have been idle for a while."""
 LOAD_TIMED_OUT_SECS: Final = 30
-"""A request has waited as long as a load may take: the load probably continues, but not for the rest of a time-out."""
+"""A request has waited for the whole load time-out: the load may still succeed soon, or needs an operator."""
 GPU_UNUSABLE_SECS: Final = 60
 """A host's driver refuses its GPUs: an operator has to act."""
 
@@ -33,8 +33,8 @@ def whole_seconds(secs: float) -> int:
 def until_loaded(*, remaining_secs: float | None, expected_secs: float | None, elapsed_secs: float) -> float:
     """Estimated seconds until a model is loaded.
 
-    `remaining_secs` is the neuron's own estimate. `expected_secs` is how long the load takes by earlier ones, and
-    `elapsed_secs` how long it has run already.
+    `remaining_secs` is the neuron's own estimate. `expected_secs` is the usual time of this load, `elapsed_secs` the
+    time it has run already.
     """
     if remaining_secs is not None:
         return remaining_secs

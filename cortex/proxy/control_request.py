@@ -1,4 +1,4 @@
-"""A request for the control app (model list, fleet, operator actions), relayed to it as to an engine."""
+"""Relays a request to the control app (model list, fleet, operator actions), as to an engine."""
 
 from __future__ import annotations
 

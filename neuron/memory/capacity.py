@@ -86,8 +86,6 @@ class InsufficientVram(Conflict):
     The message has the figures of each device, and so has the `devices` field of the error.
     """
 
-    default_code = ErrorCode.INSUFFICIENT_VRAM
-
     def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
         """`needed_mb`: what the load needs on each of `rooms`, in MiB, if known."""
         figures = [
@@ -102,7 +100,8 @@ class InsufficientVram(Conflict):
             ).model_dump()
             for room, needed in zip_longest(rooms, needed_mb)
         ]
-        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
+        message = "; ".join([wanted, *map(str, rooms)])
+        super().__init__(message, code=ErrorCode.INSUFFICIENT_VRAM, extra={"devices": figures})
 
 
 def unusable_reason(device: Device) -> str | None:

@@ -17,14 +17,13 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 40 columns, for standard output."""
     for name, value in (("TERM", "xterm"), ("COLUMNS", "40")):
         monkeypatch.setenv(name, value)
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    return monkeypatch
 
 
 def test_text_is_plain_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,17 +31,20 @@ def test_text_is_plain_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert table(ROWS) == "NODE   STATE\nbeast  down"
 
 
-def test_a_terminal_gets_colours(terminal: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_terminal(monkeypatch)
     shown = table(ROWS)
     assert "\x1b[31mdown" in shown
     assert "\x1b[1mNODE" in shown
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_a_terminal_gets_no_colours(terminal: pytest.MonkeyPatch, name: str, value: str) -> None:
-    terminal.setenv(name, value)
+def test_a_terminal_gets_no_colours(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    use_terminal(monkeypatch)
+    monkeypatch.setenv(name, value)
     assert "\x1b[31m" not in table(ROWS)
 
 
-def test_cells_wrap_at_the_width_of_the_terminal(terminal: pytest.MonkeyPatch) -> None:
+def test_cells_wrap_at_the_width_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_terminal(monkeypatch)
     assert len(table([["A"], ["x" * 100]]).splitlines()) == 4
