@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shared.command_line import command_line, run_command
-from shared.version import version_text
+from shared.command_line import command_line, run_command, version_text
 
 app = command_line("The agent on a GPU host: runs engines for a cortex.")
 

@@ -1,10 +1,10 @@
-"""All of a neuron, wired together: nothing else constructs services."""
+"""Builds and wires all parts of a neuron."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -16,13 +16,16 @@ from neuron.api import estimate as estimate_api
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
-from neuron.engine.ports import PortPool
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.discovery import topology_source
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
-from neuron.lifecycle.events import EventHub
+from neuron.lifecycle.engine_life import EngineTools
+from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.lifecycle.engine_sleep import EngineSleep
+from neuron.lifecycle.events import EventHub, ModelEvents
 from neuron.lifecycle.launcher import Launcher
+from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.registry import Registry
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
@@ -46,10 +49,10 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
             yield
 
     async def begin_stop(app: web.Application) -> None:
-        # Before the drain of HTTP: who waits for a load would be waited for otherwise, and it is given up anyway. And
-        # listeners must hear, as the last event, that the models take no new work.
+        # Before HTTP drains, or the drain would wait for callers whose loads are cancelled anyway. Listeners get as
+        # their last events that the models take no new requests.
         if SERVICES in app:
-            app[SERVICES].workers.begin_stop()
+            app[SERVICES].registry.begin_stop()
             app[SERVICES].hub.close()
 
     app.cleanup_ctx.append(services)
@@ -70,16 +73,29 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         instance_id = str(uuid.uuid4())
         hub, metrics = EventHub(), NeuronMetrics()
         found = await asyncio.to_thread(state.found)
-        numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
+        first_number = 1 + max((int(each.directory.path.name) for each in found), default=0)
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
-        admission = Admission(config, source)
-        launcher = Launcher(config, source, state, http, PortPool(config.host), history, admission, numbers=numbers)
-        workers = Registry(config, launcher, hub, metrics)
-        stack.push_async_callback(workers.stop_all)
-        await workers.adopt(found)
-        state.keep = False  # not before: a start that failed would make strangers of engines that run
-        default_models = DefaultModels(workers, config.default_commands)
+        memory = EngineMemory(config, source)
+        launcher = Launcher(config, source, state, http, memory, first_number=first_number)
+        new_supervisor = functools.partial(
+            ModelSupervisor,
+            config=config,
+            launcher=launcher,
+            tools=EngineTools(memory, EngineSleep(config, memory, http), history, http),
+            events=ModelEvents(hub, metrics),
+        )
+        registry = Registry(
+            config,
+            admission=Admission(config, source),
+            memory=memory,
+            launcher=launcher,
+            new_supervisor=new_supervisor,
+        )
+        stack.push_async_callback(registry.stop_all)
+        await registry.adopt(found)
+        state.keep = False  # only now: a start that fails must not lose running engines
+        default_models = DefaultModels(registry, config.default_commands)
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)
         _ = tasks.spawn(default_models.load_all(), name="default models")
@@ -88,8 +104,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             instance_id=instance_id,
             started=time.monotonic(),
             source=source,
-            ledger=launcher.ledger,
-            workers=workers,
+            ledger=memory.ledger,
+            registry=registry,
             hub=hub,
             default_models=default_models,
             metrics=metrics,

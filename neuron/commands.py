@@ -36,8 +36,8 @@ log = logging.getLogger("neuron")
 
 
 def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None) -> int:
-    """Serves until told to stop; the exit status. `fd` is a bound socket to listen on, `lifeline` a pipe whose end
-    stops the service."""
+    """Serves until stopped; returns the exit status. `fd` is a bound socket to listen on; the service also stops when
+    the pipe `lifeline` closes."""
     try:
         config = _load_config(config_file)
         configure_logging(config.log_level, config.log_format)
@@ -48,7 +48,7 @@ def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None)
 
 
 def run_discover(config_file: Path | None, *, as_json: bool) -> int:
-    """Prints this host's GPUs; the exit status: 0, also without a usable GPU. Without a file it asks NVML."""
+    """Prints this host's GPUs. Returns the exit status: 0, also without a usable GPU. Without a file it asks NVML."""
     try:
         discovery = asyncio.run(_discover(_config_or_default(config_file)))
     except (SettingsError, ServiceError) as error:
@@ -58,8 +58,8 @@ def run_discover(config_file: Path | None, *, as_json: bool) -> int:
 
 
 def run_estimate(config_file: Path | None, model: str, options: Mapping[str, str], *, as_json: bool) -> int:
-    """Prints the memory that a model needs; the exit status: 0, also when it does not fit on this host. Without a file
-    it uses this host's GPUs and the engine's defaults."""
+    """Prints the memory that a model needs. Returns the exit status: 0, also when it does not fit on this host. Without
+    a file it uses this host's GPUs and the engine's defaults."""
     try:
         reply = asyncio.run(_estimate(_config_or_default(config_file), model, options))
     except (SettingsError, ServiceError) as error:
@@ -97,7 +97,7 @@ async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> 
 
     def kill_engines() -> None:
         if SERVICES in site.app:
-            site.app[SERVICES].workers.kill_all_now()
+            site.app[SERVICES].registry.kill_all_now()
 
     await serve_until_stopped(
         [site],

@@ -27,7 +27,7 @@ class HarnessSettings(SettingsModel):
     """`[harness.NAME]`: how engines of this kind are started."""
 
     command: list[str] | None = Field(default=None, min_length=1)  # None: the harness's own default
-    port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # inclusive
+    port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # first and last port
     extra_args: list[str] = Field(default_factory=list)  # appended to every command line
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
@@ -88,9 +88,7 @@ class RecoverySettings(SettingsModel):
     """`[recovery]`: what happens when an engine dies without being stopped."""
 
     max_failures: int = Field(default=5, ge=1)  # in a row; then the model is `failed` until it is loaded again
-    backoff_secs: float = Field(
-        default=10, ge=0
-    )  # before the second restart, doubling from there; the first is immediate
+    backoff_secs: float = Field(default=10, ge=0)  # before the second restart, then doubled; the first is immediate
     max_backoff_secs: float = Field(default=300, ge=0)
     stable_secs: float = Field(default=300, ge=0)  # after serving this long, an engine's failures are forgotten
 
@@ -102,7 +100,7 @@ class DefaultModel(LoadCommand):
 
 
 class NeuronConfig(SettingsModel):
-    """The whole of neuron.toml. Load it as `neuron.harness.checks.CheckedConfig`, which knows the harnesses."""
+    """neuron.toml. Load it as `neuron.harness.checks.CheckedConfig`, which knows the harnesses."""
 
     name: str | None = None  # None: the host's name
     host: str = "127.0.0.1"

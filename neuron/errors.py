@@ -1,4 +1,4 @@
-"""Why an engine cannot be used: the errors that clients see."""
+"""Errors of loading, sleeping and waking that clients see."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import SERVICE_STOPPING_SECS
 
 LAST_LINES = 20
 
@@ -24,7 +25,7 @@ class LoadTimedOut(ServiceError):
 
 
 class VramNotReleased(ServiceError):
-    """The engine's processes are gone, and yet the driver still counts memory as theirs."""
+    """The engine's processes are gone, but the driver still counts their memory."""
 
     default_code = ErrorCode.VRAM_NOT_RELEASED
 
@@ -36,11 +37,11 @@ class SleepFailed(ServiceError):
 
 
 class SleepUnsettled(SleepFailed):
-    """The engine did not say whether it sleeps, and may fall asleep later: it can only be ended."""
+    """The engine did not say whether it sleeps, and may fall asleep later: it must be stopped."""
 
 
 class WakeFailed(ServiceError):
-    """The engine was asked to wake and did not: it can be used only after it was loaded anew."""
+    """The engine was asked to wake and did not: it must be loaded again."""
 
     default_code = ErrorCode.WAKE_FAILED
 
@@ -82,7 +83,7 @@ def load_cancelled(model_id: str) -> Conflict:
 
 
 def stopping() -> Unavailable:
-    return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=5)
+    return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=SERVICE_STOPPING_SECS)
 
 
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:

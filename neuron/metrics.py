@@ -9,8 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.lifecycle.model_supervisor import ModelSupervisor
-from neuron.lifecycle.states import State
+from neuron.lifecycle.model_state import ModelState, State
 from shared.protocol import Device, DeviceHealth
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,7 +18,7 @@ _MIB = 2**20
 
 
 class NeuronMetrics:
-    """Counters of this neuron, in a registry of its own, so that several can live in one process."""
+    """Counters of this neuron, in a registry of their own, so that one process can hold several neurons."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -46,15 +45,13 @@ class NeuronMetrics:
         self._restarts.labels(model_id).inc()
 
     def known(self, model_id: str) -> None:
-        """Lets the counters of a model begin at zero, not at their first event."""
+        """Creates the model's counters, so that they start at zero instead of at their first event."""
         self._restarts.labels(model_id)
 
-    def render(
-        self, workers: Iterable[ModelSupervisor], devices: Sequence[Device], health: Sequence[DeviceHealth]
-    ) -> bytes:
-        """The page: the counters, and the state of models and devices as given."""
+    def render(self, models: Iterable[ModelState], devices: Sequence[Device], health: Sequence[DeviceHealth]) -> bytes:
+        """The metrics page: the counters, and the given state of models and devices."""
         now = CollectorRegistry()
-        now.register(_Snapshot([*_engine_states(workers), *_device_gauges(devices, health)]))
+        now.register(_Snapshot([*_engine_states(models), *_device_gauges(devices, health)]))
         return generate_latest(self._registry) + generate_latest(now)
 
 
@@ -66,11 +63,11 @@ class _Snapshot(Collector):
         return self._families
 
 
-def _engine_states(workers: Iterable[ModelSupervisor]) -> Iterator[Metric]:
+def _engine_states(models: Iterable[ModelState]) -> Iterator[Metric]:
     states = GaugeMetricFamily("neuron_engine_state", "1 for the state a model is in.", labels=["model", "state"])
-    for worker in workers:
+    for model in models:
         for state in State:
-            states.add_metric([worker.model_id, state.value], float(worker.condition.state is state))
+            states.add_metric([model.model_id, state.value], float(model.state is state))
     yield states
 
 

@@ -1,4 +1,4 @@
-"""One model as one engine serves it. Pure."""
+"""What an engine is to serve, and how. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EngineSpec:
         return None if self.vram_mb is None else -(-self.vram_mb // self.tensor_parallel)
 
     def difference(self, wanted: EngineSpec) -> str | None:
-        """How an engine of this spec differs from what `wanted` asks for; None when it will do.
+        """The first difference between this spec and `wanted`, in words; None when an engine of this spec will do.
 
         Devices count only if `wanted` names them, and extensions only if its command set them.
         """

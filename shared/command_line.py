@@ -1,4 +1,4 @@
-"""What the `cortex` and `neuron` command lines have in common."""
+"""The common part of the `cortex` and `neuron` command lines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from shared import __version__, request_ids
+
 
 class CommandGroup(TyperGroup):
-    """Commands return their exit status. Ctrl-C ends one with 130, a closed output pipe with 1, both without a word."""
+    """Commands return their exit status. Ctrl-C exits with 130, a closed output pipe with 1, both without a message."""
 
     def invoke(self, ctx: Any) -> int:
         try:
@@ -24,6 +26,13 @@ class CommandGroup(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         raise typer.Exit(status)
+
+
+def version_text(program: str) -> str:
+    """What `--version` prints: program, version and build, such as `cortex 0.1.0 (compiled)`. Either all of the request
+    path is compiled or none is (deploy/compile.py)."""
+    build = "pure Python" if request_ids.__file__.endswith(".py") else "compiled"
+    return f"{program} {__version__} ({build})"
 
 
 def command_line(description: str) -> typer.Typer:

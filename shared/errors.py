@@ -10,23 +10,25 @@
     ├── UpstreamError         502 (code given)
     └── Unavailable           503 (code given), always with Retry-After
 
-Services raise these. `shared.http` renders them for aiohttp, `cortex.http.responses` as bytes for the proxy; both use
-`ServiceError.body`.
+Services raise these. `render` decides what the client gets; `shared.http` writes that through aiohttp and
+`cortex.http.responses` as bytes.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from shared.protocol.errors import ErrorCode
+from shared.retry_after import whole_seconds
 
 
 class ServiceError(Exception):
     """A failure with the status, code and message that the client gets.
 
-    `retry_after` is in seconds; it becomes the Retry-After header, rounded up. `param` names the offending field.
-    `status` replaces that of the class.
+    `retry_after` is in seconds; it becomes the Retry-After header (`shared.retry_after`). `param` names the field.
+    `status` replaces that of the class. `headers` are further headers of the answer, names in lower case.
     """
 
     status = 500
@@ -41,6 +43,7 @@ class ServiceError(Exception):
         retry_after: float | None = None,
         extra: dict[str, Any] | None = None,
         status: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         if status is not None:
@@ -48,23 +51,44 @@ class ServiceError(Exception):
         self.message = message
         self.code = str(code or self.default_code)
         self.param = param
-        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+        self.retry_after = None if retry_after is None else whole_seconds(retry_after)
         self.extra = extra or {}
+        self.headers = headers or {}
 
     @property
     def type(self) -> str:
         return error_type(self.status)
 
     def body(self) -> dict[str, Any]:
-        """The OpenAI error envelope."""
-        return envelope(self.message, status=self.status, code=self.code, param=self.param, extra=self.extra)
+        """OpenAI's error envelope: `{"error": {message, type, code, param}}`, the fields of `extra` beside them."""
+        error = {"message": self.message, "type": self.type, "code": self.code, "param": self.param, **self.extra}
+        return {"error": error}
 
     def anthropic_body(self) -> dict[str, Any]:
-        """The Anthropic error envelope, for `/v1/messages`."""
+        """Anthropic's error envelope."""
         return {
             "type": "error",
             "error": {"type": anthropic_error_type(self.status), "message": self.message, "code": self.code},
         }
+
+
+class RenderedError(NamedTuple):
+    """An error as the client gets it. The transport adds what frames the body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def render(error: ServiceError, request_id: str, *, anthropic: bool) -> RenderedError:
+    """Status, headers (names in lower case) and body of an error, in OpenAI's shape or in Anthropic's."""
+    headers = {"content-type": "application/json; charset=utf-8", "x-request-id": request_id, **error.headers}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = error.anthropic_body() if anthropic else error.body()
+    return RenderedError(error.status, headers, json.dumps(body).encode())
 
 
 def is_anthropic_path(path: str | bytes) -> bool:
@@ -99,19 +123,6 @@ def anthropic_error_type(status: int) -> str:
     return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
-def envelope(
-    message: str,
-    *,
-    status: int,
-    code: str | None,
-    param: str | None = None,
-    extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """`{"error": {message, type, code, param}}`, plus the fields of `extra` in the inner object."""
-    error: dict[str, Any] = {"message": message, "type": error_type(status), "code": code, "param": param}
-    return {"error": {**error, **(extra or {})}}
-
-
 class InvalidRequest(ServiceError):
     status = 400
     default_code = ErrorCode.INVALID_REQUEST
@@ -129,7 +140,11 @@ class NotFound(ServiceError):
 
 class Conflict(ServiceError):
     status = 409
-    default_code = ErrorCode.CONFLICT
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, extra: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param, extra=extra)
 
 
 class RequestTooLarge(ServiceError):

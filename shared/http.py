@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, envelope, is_anthropic_path
+from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, is_anthropic_path, render
 from shared.protocol.errors import ErrorCode
 from shared.request_ids import request_id, request_scope
 
@@ -28,17 +28,10 @@ def reply(model: BaseModel, *, status: int = 200) -> web.Response:
     return web.Response(text=model.model_dump_json(), status=status, content_type="application/json")
 
 
-def error_response(
-    error: ServiceError, *, anthropic: bool = False, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    """The response for `error`, with its Retry-After if it has one."""
-    body = error.anthropic_body() if anthropic else error.body()
-    response = web.json_response(body, status=error.status, headers=headers)
-    if error.retry_after is not None:
-        response.headers["Retry-After"] = str(error.retry_after)
-    if error.status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
+def error_response(request: web.Request, error: ServiceError) -> web.Response:
+    """The answer to `request` for `error`."""
+    rendered = render(error, request_id_of(request), anthropic=is_anthropic_path(request.path))
+    return web.Response(body=rendered.body, status=rendered.status, headers=rendered.headers)
 
 
 async def read_model(request: web.Request, model: type[Model]) -> Model:
@@ -84,36 +77,31 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ServiceError as error:
-        return error_response(error, anthropic=is_anthropic_path(request.path))
-    except web.HTTPRequestEntityTooLarge as error:
-        too_large = RequestTooLarge(error.text or "the request body is too large")
-        return error_response(too_large, anthropic=is_anthropic_path(request.path))
+        return error_response(request, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _http_exception_response(request, error)
+        return error_response(request, _as_service_error(request, error))
     except web.RequestPayloadError as error:
         if request.transport is None or request.transport.is_closing():
             raise  # the client has disconnected
-        unreadable = InvalidRequest(f"cannot read the body: {error}")
-        return error_response(unreadable, anthropic=is_anthropic_path(request.path))
+        return error_response(request, InvalidRequest(f"cannot read the body: {error}"))
     except ConnectionError:
         raise  # the client has disconnected
     except Exception:
         log.exception("unhandled error in %s %s", request.method, request.path)
-        internal = ServiceError("internal error, see the service's log")
-        return error_response(internal, anthropic=is_anthropic_path(request.path))
+        return error_response(request, ServiceError("internal error, see the service's log"))
 
 
-def _http_exception_response(request: web.Request, error: web.HTTPException) -> web.Response:
-    """aiohttp's own 404, 405 and similar in our envelope."""
+def _as_service_error(request: web.Request, error: web.HTTPException) -> ServiceError:
+    """aiohttp's own 404, 405, 413 and similar."""
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return RequestTooLarge(error.text or "the request body is too large")
     codes = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
     code = codes.get(error.status, ErrorCode.INVALID_REQUEST)
+    headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else None
     message = f"{request.method} {request.path}: {error.reason}"
-    response = web.json_response(envelope(message, status=error.status, code=code), status=error.status)
-    if "Allow" in error.headers:
-        response.headers["Allow"] = error.headers["Allow"]
-    return response
+    return ServiceError(message, status=error.status, code=code, headers=headers)
 
 
 def bearer_token(headers: Mapping[str, str]) -> str | None:

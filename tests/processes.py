@@ -1,14 +1,19 @@
-"""Processes on this machine, from /proc."""
+"""The processes of this host."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 Found = TypeVar("Found")
+
+EXITED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,13 @@ class Process:
 def all_processes() -> list[Process]:
     """Every live process."""
     found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (directory / "stat").read_text(encoding="utf-8", errors="replace")
-            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # it has exited
-        state, parent, _, session = stat.rpartition(")")[2].split()[:4]
-        if state not in ("Z", "X"):
-            found.append(Process(int(directory.name), int(parent), int(session), command))
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):  # it has exited
+            process = psutil.Process(pid)
+            with process.oneshot():
+                if process.status() not in EXITED:
+                    command = " ".join(process.cmdline())
+                    found.append(Process(pid, process.ppid(), os.getsid(pid), command))
     return found
 
 
@@ -49,19 +52,21 @@ def of_session(session: int) -> list[Process]:
 
 
 def descendants(pid: int) -> set[int]:
-    """All descendants of `pid`."""
-    parents = {process.pid: process.parent for process in all_processes()}
-    found: set[int] = set()
-    frontier = {pid}
-    while frontier:
-        frontier = {child for child, parent in parents.items() if parent in frontier} - found
-        found |= frontier
-    return found
+    """All live descendants of `pid`."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return alive(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return set()
 
 
 def alive(pids: Iterable[int]) -> set[int]:
     """The processes that still run."""
-    return set(pids) & {process.pid for process in all_processes()}
+    return {pid for pid in pids if _is_alive(pid)}
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in EXITED
+    return False
 
 
 def eventually(look: Callable[[], Found], what: str, *, within_secs: float) -> Found:

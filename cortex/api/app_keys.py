@@ -1,4 +1,4 @@
-"""How handlers reach the parts of cortex."""
+"""Keys under which handlers find cortex's parts in their aiohttp app."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ async def show_fleet(request: web.Request) -> web.Response:
 
 
 async def fleet_events(request: web.Request) -> web.StreamResponse:
-    """The view now and after every change, as server-sent events, at most one per MIN_INTERVAL_SECS."""
+    """Server-sent events: the fleet now and after every change, at most one per MIN_INTERVAL_SECS."""
     parts, view, closing = request.app[PARTS], request.app[FLEET_VIEW], request.app[CLOSING]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
@@ -44,7 +44,7 @@ async def _closing_within(secs: float, closing: asyncio.Event) -> None:
 
 
 async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:
-    """False if neither happened within KEEPALIVE_SECS."""
+    """Waits for a change or the shutdown. False if neither happens within KEEPALIVE_SECS."""
     waits = {"change": parts.fleet.changed_since(version), "closing": closing.wait()}
     return await first_of(waits, timeout_secs=KEEPALIVE_SECS) is not None
 

@@ -1,4 +1,4 @@
-"""The fleet as operators see it, as JSON: each neuron rendered again only when something about it has changed."""
+"""The fleet as JSON for operators. A neuron is rendered again only after it has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cortex.control.wiring import Parts
 from cortex.fleet.snapshot import NodeSnapshot
 
 MIN_INTERVAL_SECS = 0.25
-"""Between two pictures for one listener: a large fleet changes hundreds of times a second."""
+"""Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
 
 
 class FleetView:
@@ -23,10 +23,10 @@ class FleetView:
         self._parts = parts
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
-        self._event: tuple[int, float, bytes] | None = None  # of which version, when
+        self._event: tuple[int, float, bytes] | None = None  # fleet version, time, event
 
     def body(self) -> bytes:
-        """The whole picture, as it is now."""
+        """The current view."""
         parts = self._parts
         fleet = parts.fleet.snapshot()
         rest = {
@@ -38,7 +38,7 @@ class FleetView:
                     "reason": job.reason,
                     "because": job.why,
                     "phase": job.phase,
-                    "evict": [each.resident.key[0] for each in job.plan.displacement.evictions],
+                    "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
                 }
                 for job in parts.loader.jobs()
             ],
@@ -62,8 +62,7 @@ class FleetView:
         return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(parts.catalogue)})
 
     def event(self) -> tuple[int, bytes]:
-        """The picture as a server-sent event, with the fleet's version that it is of. Listeners share one for as long
-        as it is good enough for each of them."""
+        """The fleet's version and its view as a server-sent event. Listeners share one event until it is outdated."""
         now, version = time.monotonic(), self._parts.fleet.version
         known = self._event
         if known is None or known[0] != version or now - known[1] >= MIN_INTERVAL_SECS:
@@ -91,7 +90,7 @@ def _encoded(fields: dict[str, Any]) -> dict[str, msgspec.Raw]:
 
 
 def _uptime(node: NodeSnapshot) -> float | None:
-    """Grows by itself while the neuron answers: a poll that brings nothing new does not update `health`."""
+    """Extrapolated from the last `health`, which a poll without changes does not update."""
     if node.health is None:
         return None
     since = time.monotonic() - node.health_at if node.healthy else 0.0
@@ -99,7 +98,7 @@ def _uptime(node: NodeSnapshot) -> float | None:
 
 
 def _node(node: NodeSnapshot) -> dict[str, Any]:
-    """Everything about a node but its uptime, and without the keys of its engines."""
+    """Everything about a node except its uptime and the keys of its engines."""
     discovery = node.discovery
     live = node.device_health
     return {

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what clients may ask for."""
+"""`GET /v1/models`: the models that clients can use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shared.protocol import ErrorCode, ModelStatus
 OWNER = "cortex"
 
 BLOCK = 64
-"""Entries that are put together to one piece of the answer."""
+"""Entries per piece of the answer."""
 
 Piece = tuple[bytes, tuple[str, ...], bytes]
-"""An entry as JSON: what comes before the list of neurons, that list, what comes behind it. Thousands of models share
-one list of a thousand names."""
+"""An entry as JSON: the part before the list of neurons, that list, and the part after it. Thousands of models can
+share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
@@ -33,7 +33,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     response.content_length = sum(map(len, blocks))
     await response.prepare(request)
-    for block in blocks:  # of thousands of models on a thousand neurons there are megabytes
+    for block in blocks:  # megabytes, for thousands of models on a thousand neurons
         await response.write(block)
     return response
 
@@ -50,7 +50,7 @@ async def show_model(request: web.Request) -> web.Response:
 def model_entry(
     model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, feasibility: FeasibilityCache, *, created: int
 ) -> dict[str, Any] | None:
-    """One entry of the list, None when clients may not ask for the model. `created` is Unix time."""
+    """One entry of the list, None if the model cannot be used. `created` is Unix time."""
     profile = catalogue.profile(model_id)
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
     present = [node for node in fleet.holders(model_id) if node.healthy]
@@ -85,11 +85,11 @@ def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 class ModelList:
-    """The union of (catalogue x topologies that can hold it) and what is loaded anywhere, then the aliases, as JSON.
-    Entries are made anew only where something that they say has changed.
+    """Catalogue models that some known hardware can hold, models loaded anywhere, and their aliases, as JSON. An entry
+    is rendered again only after its contents have changed.
 
-    `feasible_on` speaks of topology, which does not change when a neuron is away for a moment: a model does not
-    vanish from the list because its host restarts.
+    `feasible_on` depends on topology, which stays known while a neuron is away: a model does not vanish from the list
+    because its host restarts.
     """
 
     def __init__(self) -> None:
@@ -98,8 +98,8 @@ class ModelList:
         self._fleet = FleetSnapshot()
         self._created = 0
         self._aliases: dict[str, list[str]] = {}
-        self._pieces: dict[str, list[Piece]] = {}  # by id: its own entry and those of its aliases, if it is listed
-        self._blocks: list[tuple[list[Piece], bytes]] = []  # what each was made of
+        self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its aliases, if listed
+        self._blocks: list[tuple[list[Piece], bytes]] = []  # each with its pieces
         self._answer: tuple[bytes, ...] | None = None
 
     def entry(
@@ -109,7 +109,7 @@ class ModelList:
         return model_entry(model_id, catalogue, fleet, self._feasibility, created=created)
 
     def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:
-        """The whole answer, in pieces; the same object until something in it changes."""
+        """The whole answer in pieces; the same object until something changes."""
         before = self._fleet
         if catalogue is not self._catalogue or created != self._created:
             before, self._answer = FleetSnapshot(), None
@@ -129,8 +129,7 @@ class ModelList:
         return self._answer
 
     def _feasible_elsewhere(self) -> set[str]:
-        """The models of the catalogue whose list of neurons is another now. Mostly none: a neuron has started again,
-        with the same devices."""
+        """Catalogue models whose list of neurons has changed. Usually none: a neuron restarted with its old devices."""
         found: set[str] = set()
         for profile in self._catalogue.models:
             names, pieces = self._feasibility.nodes(profile, self._fleet), self._pieces.get(profile.id)
@@ -150,7 +149,7 @@ class ModelList:
             self._pieces.pop(model_id, None)
 
     def _joined(self) -> tuple[bytes, ...]:
-        """Catalogue models, then those that only neurons know, then aliases. Blocks of what is as it was are kept."""
+        """Catalogue models, then those that only neurons know, then aliases. Unchanged blocks are kept."""
         catalogue = self._catalogue
         order = [profile.id for profile in catalogue.models]
         order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
@@ -158,7 +157,7 @@ class ModelList:
         entries = [pieces[0] for pieces in listed]
         entries += [alias for pieces in listed for alias in pieces[1:]]
         before, self._blocks = self._blocks, []
-        made: dict[int, bytes] = {}  # by identity: the hash of a thousand names takes as long as writing them
+        made: dict[int, bytes] = {}  # by identity: hashing a thousand names takes as long as encoding them
         for start in range(0, len(entries), BLOCK):
             block = entries[start : start + BLOCK]
             known = before[len(self._blocks)] if len(self._blocks) < len(before) else None
@@ -179,7 +178,7 @@ def _block(entries: Iterable[Piece], made: dict[int, bytes], *, first: bool) -> 
 
 
 def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
-    """The models that are, or were, on a neuron in another way."""
+    """Models whose state on some neuron differs between the two."""
     changed: set[str] = set()
     if after.topology is not None and after.topology is before.topology:  # the neurons are the same
         pairs: Iterable[tuple[NodeSnapshot | None, NodeSnapshot | None]] = zip(
@@ -204,6 +203,6 @@ _FEASIBLE_ON = '"feasible_on": '
 
 
 def _piece(entry: dict[str, Any]) -> Piece:
-    """The mark that this cuts at cannot be in a string of the entry: there its quotes have backslashes."""
+    """Splits at a mark that no string in the entry can contain: inside a string its quotes would be escaped."""
     opening, mark, rest = json.dumps({**entry, "feasible_on": None}).partition(f"{_FEASIBLE_ON}null")
     return (opening + mark.removesuffix("null")).encode(), entry["feasible_on"], rest.encode()

@@ -1,5 +1,4 @@
-"""What operators do: load, unload, drain, resume. Every action goes through the scheduler and the loader, as requests
-do."""
+"""Operator actions: load, unload, drain, resume. All go through the same scheduler and loader as requests."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import NodeLeft
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import Key
-from cortex.placement.refusal import RETRY_AFTER_NODE_SECS
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
+from shared.retry_after import NEURON_DOWN_SECS, until_retry
 from shared.tasks import timeout
 
 Result = TypeVar("Result")
@@ -39,13 +38,13 @@ class LoadAction(BaseModel):
 
 
 class UnloadAction(LoadAction):
-    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: requests in flight finish first."""
+    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: let requests in flight finish first."""
 
     drain: bool = True
 
 
 async def load_model(request: web.Request) -> web.Response:
-    """Loads a model, by default where the planner wants it. Waits; `?wait=false` answers 202 at once."""
+    """Loads a model, by default where the planner decides. Waits for the load; `?wait=false` answers 202 at once."""
     parts = request.app[PARTS]
     action = await read_model(request, LoadAction)
     model_id = parts.catalogue.resolve(action.model)
@@ -71,10 +70,10 @@ async def _until_loaded(parts: Parts, model_id: str, node: str | None, task: asy
 
 
 def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
-    """A neuron that has the model loaded, the named one if one is named; None when it is to be loaded.
+    """A neuron that has the model loaded (only the named one, if given); None if the model must be loaded.
 
     Raises:
-        ServiceError: it cannot be.
+        ServiceError: the model cannot be loaded.
     """
     fleet = parts.fleet.snapshot()
     profile = parts.catalogue.profile(model_id)
@@ -104,10 +103,10 @@ def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
 
 
 async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
-    """Returns when the model is loaded there.
+    """Waits until the model is loaded on that node.
 
     Raises:
-        Unavailable: it is not.
+        Unavailable: the load failed or timed out.
     """
 
     def settled(node: NodeSnapshot) -> bool:
@@ -120,17 +119,17 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
     if node is None:
         raise _left(name, f"loaded {model_id!r}")
     if node.status_of(model_id) is not ModelStatus.LOADED:
-        backoff = parts.scheduler.view().bar(model_id, name)
+        backoff = parts.scheduler.view().backoff(model_id, name)
         view = node.models.get(model_id)
         said = "it is no longer listed" if view is None else view.error or f"it is {view.status}"
         message = f"loading {model_id!r} on {name} failed: {said}" if backoff is None else backoff.reason
-        wait = RETRY_AFTER_NODE_SECS if backoff is None else backoff.until - time.monotonic()
+        wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait)
 
 
 async def unload_model(request: web.Request) -> web.Response:
     """Unloads a model from one neuron, or from all that have it. Requests in flight finish first, unless the body says
-    `"drain": false`. The answer lists every node's result, also when some failed."""
+    `"drain": false`. The answer lists every node's result, even if some failed."""
     parts = request.app[PARTS]
     action = await read_model(request, UnloadAction)
     model_id = parts.catalogue.resolve(action.model)
@@ -168,14 +167,14 @@ def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
 
 
 async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None:
-    """None when the model is gone from the node, else why not."""
+    """None once the model is gone from the node, else the error."""
     model_id, node = key
     try:
         await parts.loader.unload(key, drain=drain)
     except NeuronRefused as error:
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
-        return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+        return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
     except (NeuronLeft, NodeLeft):
         return _left(node, f"unloaded {model_id!r}")
     return None
@@ -183,7 +182,7 @@ async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None
 
 def _left(node: str, meanwhile: str) -> Unavailable:
     message = f"{node} left the configuration while it {meanwhile}"
-    return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS)
+    return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
 
 
 async def drain_node(request: web.Request) -> web.Response:
@@ -201,14 +200,14 @@ async def resume_node(request: web.Request) -> web.Response:
 
 
 async def _set_draining(parts: Parts, name: str, *, draining: bool) -> web.Response:
-    """Answers once the state file is written: what the operator was told survives a restart."""
+    """Answers once the state file is written, so the confirmed state survives a restart."""
     if name in parts.fleet.snapshot().nodes:
         parts.fleet.set_draining(name, draining)
     parts.state.set_drained(name, draining)
     await parts.state.flush()
     answer: dict[str, Any] = {"node": name, "draining": draining}
     if parts.state.problem is not None:
-        answer["warning"] = f"not kept over a restart: {parts.state.problem}"
+        answer["warning"] = f"will not survive a restart: {parts.state.problem}"
     return web.json_response(answer)
 
 
@@ -224,7 +223,7 @@ def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
     node = _node_named(parts, name)
     if not node.healthy:
         raise Unavailable(
-            f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=RETRY_AFTER_NODE_SECS
+            f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS
         )
     return node
 

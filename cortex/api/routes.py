@@ -10,7 +10,7 @@ from cortex.proxy.gateway import INFERENCE_PATHS
 
 
 async def of_workers(request: web.Request) -> web.StreamResponse:
-    """Workers send these requests to engines themselves; the routes exist here so that other methods get a 405."""
+    """Workers relay these requests to engines; the routes exist here only to answer other methods with 405."""
     raise web.HTTPNotFound
 
 

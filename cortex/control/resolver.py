@@ -23,15 +23,13 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
+from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 8
 """Decisions for one resolution. It normally takes two (load, serve); this bounds it when the fleet flaps."""
-
-RETRY_AFTER_TIMEOUT_SECS = 30
-"""For a request that has waited as long as a load may take."""
 
 ENGINE_END_SECS = 2.0
 """How long a neuron may take to notice the end of an engine that no longer listens."""
@@ -157,7 +155,7 @@ class Resolver:
         why = f" ({reason})" if reason else ""
         secs = self._live.config.cold_load.timeout_secs
         message = f"loading {model_id!r} timed out after {secs:g} s{why}"
-        return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=RETRY_AFTER_TIMEOUT_SECS)
+        return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=LOAD_TIMED_OUT_SECS)
 
     async def _check_failed(self, failure: Failure) -> None:
         """After a replica failed: asks its neuron for the model's state, and for the endpoint if nothing listens there.

@@ -1,4 +1,4 @@
-"""A request's body on its way in."""
+"""Collects a request's body as it arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class IncomingBody:
     __slots__ = ("_framing", "_max_bytes", "_pieces", "_size")
 
     def __init__(self, length: int | None, max_bytes: int) -> None:
-        """Raises RequestTooLarge when it is known to become larger than `max_bytes`."""
+        """Raises RequestTooLarge if `length` exceeds `max_bytes`."""
         self._framing = ChunkedBody(unpack=True) if length is None else SizedBody(length)
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
@@ -20,17 +20,17 @@ class IncomingBody:
         self._check_size()
 
     def feed(self, data: bytes) -> bytes | None:
-        """What comes behind the body, None while it is not whole.
+        """Takes the next bytes. Returns those after the end of the body, None while the body is incomplete.
 
         Raises:
-            InvalidRequest: it breaks the rules of its framing.
-            RequestTooLarge: it has become larger than `max_bytes`.
+            InvalidRequest: the framing is invalid.
+            RequestTooLarge: the body exceeds `max_bytes`.
         """
         framing = self._framing
         try:
             data = framing.feed(data)
         except BadFraming as error:
-            raise InvalidRequest(f"the body cannot be read: {error}") from error
+            raise InvalidRequest(f"cannot read the body: {error}") from error
         if isinstance(framing, ChunkedBody):
             data = framing.take()
             self._size += len(data)
@@ -40,9 +40,9 @@ class IncomingBody:
         return framing.excess if framing.ended else None
 
     def whole(self) -> bytes:
-        """The body, which is not to be fed any more."""
+        """The complete body. Call once, at its end."""
         return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
     def _check_size(self) -> None:
         if self._size > self._max_bytes:
-            raise RequestTooLarge(f"the request body is larger than {self._max_bytes} bytes")
+            raise RequestTooLarge(f"the request body exceeds {self._max_bytes} bytes")

@@ -18,19 +18,20 @@ from cortex.http.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
 
 HEAD_TIMEOUT_SECS = 60.0
-"""From the first byte of a head to its end."""
+"""Limit from the first byte of a head to its end."""
 BODY_TIMEOUT_SECS = 60.0
-"""Between two pieces of a body."""
+"""Limit between two pieces of a body."""
 KEEP_ALIVE_SECS = 75.0
-"""For an idle connection."""
+"""How long an idle connection stays open."""
 LINGER_SECS = 5.0
-"""For a client that is still sending when it is refused: an immediate close would discard the answer in flight."""
+"""How long to read on from a client that is still sending when it is refused: an immediate close would discard the
+answer in flight."""
 CLOSING_SECS = 60.0
-"""For a client to read the rest of its answer."""
+"""How long a client may take to read the rest of its answer."""
 MAX_AHEAD_BYTES: Final = 65536
-"""Of pipelined requests that are read before the current answer is complete; beyond it, reading pauses."""
+"""Bytes of pipelined requests to read ahead while an answer is incomplete; then reading pauses."""
 LOOK_SECS: Final = 0.05
-"""How often the kernel is asked whether a client that is not read from is still connected."""
+"""How often to ask the kernel whether a client is still connected while reading is paused."""
 
 _ESTABLISHED: Final = 1  # the first byte of struct tcp_info of tcp(7)
 _LINE_ENDS: Final = b"\r\n"
@@ -46,10 +47,10 @@ class Handler(Protocol):
         """The client disconnected: write nothing more."""
 
     def stop(self) -> None:
-        """The drain timeout is over: tell the client as far as that is still possible, and finish."""
+        """The drain timeout is over: send an error if that is still possible, and finish."""
 
     def pause(self) -> None:
-        """The client reads too slowly: stop producing."""
+        """The client reads too slowly: stop reading from the engine."""
 
     def resume(self) -> None:
         """The client has caught up."""
@@ -79,7 +80,7 @@ _CLOSING: Final = 5
 
 
 class ClientConnection:
-    """Works on one request at a time; pipelined requests wait. `deadline` is in monotonic seconds, 0 for none.
+    """Handles one request at a time; pipelined requests wait. `deadline` is in monotonic seconds, 0 for none.
 
     An asyncio.Protocol in all but name: mypyc compiles no class with a base that is not compiled.
     """
@@ -160,14 +161,14 @@ class ClientConnection:
             self._handler.resume()
 
     def finished(self) -> None:
-        """The answer is written: go on with the next request, or close."""
+        """The answer is written: start the next request, or close."""
         request = self._request
         assert request is not None
         self._request = self._handler = None
         if not request.keep_alive or self._dispatcher.draining:
             self.close()
             return
-        if self._ahead:  # deferred, so that many pipelined requests do not recurse
+        if self._ahead:  # deferred: many pipelined requests must not recurse
             asyncio.get_running_loop().call_soon(self._go_on)
             return
         self._state = _IDLE
@@ -241,7 +242,7 @@ class ClientConnection:
             self._reject(InvalidRequest(str(error), status=error.status))
             return
         length = request.content_length
-        if length == len(rest):  # usual: the body came with its head, or there is none
+        if length == len(rest):  # the usual case: the body came with its head, or the request has none
             request.body = rest
             self._complete()
         elif length == 0:

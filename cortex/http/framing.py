@@ -1,7 +1,7 @@
 """Body framing: finds the end of a body by counting bytes as they pass. Pure.
 
-`feed` takes bytes as they arrive and returns those that can be passed on, unchanged: nothing is decoded and encoded
-again. `ended` is set at the end of the body; `excess` is what followed it.
+`feed` takes bytes as they arrive and returns those that can be passed on, unchanged. `ended` is set at the end of the
+body; `excess` is what followed it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import re
 from typing import Final
 
 MAX_SIZE_LINE: Final = 256
-"""Bytes of a chunk's size with its extensions."""
+"""Maximum length of a size line, with extensions."""
 MAX_TRAILERS: Final = 16384
-"""Bytes of the last chunk with its trailer fields."""
+"""Maximum length of the last chunk with its trailer fields."""
 MAX_PADDING: Final = 65536
-"""Missing bytes of a cut chunk that are filled up at most."""
+"""Most missing bytes that `cut_off` fills in."""
 
-# Strict: Python's int() would take signs, blanks, underscores and 0x as well.
+# Strict: Python's int() would also accept signs, blanks, underscores and 0x.
 _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?")
 _TRAILER: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*")
 SMALL: Final = {b"%x" % size: size for size in range(1, 4096)}
-"""Nearly every chunk of a stream is a small one: its size is looked up instead of parsed."""
+"""Chunks up to this size, nearly all in a stream, have their size line looked up instead of parsed."""
 
 _LONGEST_FRAMED: Final = 4096
 
@@ -141,7 +141,7 @@ class ChunkedBody:
         return taken
 
     def cut_off(self, last: bytes) -> bytes | None:
-        """Closes a body whose sender was lost: fills up the current chunk with line feeds, then adds `last` as a chunk
+        """Closes a body whose sender was lost: fills the current chunk with line feeds, then adds `last` as a chunk
         and the end. None if too much of the chunk is missing."""
         missing = max(self._left - 2, 0)
         if missing > MAX_PADDING:

@@ -1,11 +1,11 @@
-"""What the names of headers mean to a proxy. Pure."""
+"""Which headers the proxy reads, drops or passes on. Pure."""
 
 from __future__ import annotations
 
 from typing import Final
 
 PASS: Final = 0
-"""Nothing: the header goes on as it came."""
+"""The header goes to the other side unchanged."""
 DROP: Final = 1
 HOST: Final = 2
 CONTENT_LENGTH: Final = 3
@@ -33,18 +33,17 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-"""RFC 9110, section 7.6.1: they belong to one connection, as does whatever `Connection` names."""
+"""RFC 9110, section 7.6.1: these belong to one connection, as do those that `Connection` names."""
 
 _MAX_KNOWN: Final = 4096
 _MAX_LINE_BYTES: Final = 256
 
 Meaning = tuple[int, bytes]
-"""What a header line means here, and its value."""
+"""One of the constants above, and the header's value."""
 
 
 class Names(dict[bytes, Meaning]):
-    """Header lines seen, with their meaning: a client sends most of its lines again and again, and each is taken apart
-    once. Bounded, as others choose the lines."""
+    """A bounded cache from header lines to their meaning: clients repeat most lines, so each is parsed once."""
 
     def __init__(self, known: dict[bytes, int]) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ OF_RESPONSES: Final = Names(
         b"content-encoding": CONTENT_ENCODING,
         b"transfer-encoding": TRANSFER_ENCODING,
         b"connection": CONNECTION,
-        b"x-request-id": DROP,  # these are set by cortex
+        b"x-request-id": DROP,  # cortex sets these itself
         b"x-cortex-node": DROP,
         b"x-cortex-cold-start": DROP,
     }
@@ -93,6 +92,6 @@ OF_RESPONSES: Final = Names(
 
 
 def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
-    """The header lines without those that `Connection` names."""
+    """Removes the header lines that `Connection` names."""
     named = {token.strip().lower() for token in connection.split(b",")}
     return [line for line in lines if line.partition(b":")[0].lower() not in named]

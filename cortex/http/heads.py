@@ -1,4 +1,4 @@
-"""Request and response heads: read by llhttp in its strict mode, each header looked at once."""
+"""Request and response heads: llhttp checks them in strict mode, then one pass sorts the headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _USUAL_CONNECTION: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"
 
 
 class BadHead(Exception):
-    """A head that is refused; `status` is what a client is told."""
+    """An invalid or unsupported head; `status` is the HTTP status for the client."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -25,10 +25,10 @@ class BadHead(Exception):
 
 
 class Head:
-    """A head, and what llhttp calls back while it reads one; both kinds have this in common.
+    """The common part of request and response heads. Also receives llhttp's callbacks.
 
-    `passed` are the header lines that go on, as they came, without their ends; `named` are the values of those that
-    mean something here, several of one name joined by commas.
+    `passed`: the header lines to pass on unchanged, without CRLF. `named`: the values of the headers that cortex reads
+    itself, by the constants of `headers`; several of one name are joined with commas.
     """
 
     __slots__ = ("complete", "keep_alive", "named", "parser", "passed", "version")
@@ -37,17 +37,17 @@ class Head:
 
     def __init__(self) -> None:
         self.complete = False
-        self.parser: Any = None  # while the head is read
+        self.parser: Any = None  # only while the head is being read
 
     def on_headers_complete(self) -> None:
         self.complete = True
-        self.keep_alive: bool = self.parser.should_keep_alive()  # here: where no body follows, llhttp then forgets it
+        self.keep_alive: bool = self.parser.should_keep_alive()  # must be asked here: without a body, llhttp resets it
 
     def take(self, lines: list[bytes]) -> None:
-        """Sorts the lines of a head that llhttp has found good: none is folded, each has a name and a colon.
+        """Sorts the lines of a head that llhttp has accepted: none is folded, each has a name and a colon.
 
         Raises:
-            BadHead: there are too many, or the first is not what it should be.
+            BadHead: too many headers, or a malformed request line.
         """
         self.parser = None
         if len(lines) > MAX_HEADERS:
@@ -75,7 +75,7 @@ class Head:
 
 
 class RequestHead(Head):
-    """`target` is the request line's, as it came."""
+    """`target` is the request line's, unchanged."""
 
     __slots__ = ("method", "target")
 
@@ -84,7 +84,7 @@ class RequestHead(Head):
     def take_first(self, line: bytes) -> None:
         parts = line.split(b" ")
         if len(parts) != 3:
-            raise BadHead("the request line has three words")
+            raise BadHead("malformed request line")
         self.method, self.target, self.version = parts
 
 
@@ -102,15 +102,15 @@ class ResponseHead(Head):
 
 
 class HeadReader:
-    """Reads one head from pieces of any size. llhttp and the search for the empty line must agree on where it ends."""
+    """Reads one head from pieces of any size. llhttp and the search for the empty line must agree on its end."""
 
     __slots__ = ("_head", "_pieces", "_size")
 
     def __init__(self, head: Head, parser: Any) -> None:
-        """`parser` is llhttp's for this kind of head, and calls `head` back."""
+        """`parser` is llhttp's for this kind of head, with `head` as its callbacks."""
         head.parser = parser
         self._head = head
-        self._pieces: list[bytes] = []  # until it is whole
+        self._pieces: list[bytes] = []  # until the head is complete
         self._size = 0
 
     @property
@@ -118,27 +118,29 @@ class HeadReader:
         return self._size > 0
 
     def feed(self, data: bytes) -> bytes | None:
-        """What comes behind the head, None while it is not whole.
+        """Takes the next bytes. Returns those after the head, None while the head is incomplete.
 
         Raises:
-            BadHead: it breaks the grammar, or is too long.
+            BadHead: it is malformed or too long.
         """
-        before = b"" if not self._size else b"".join(self._pieces[-3:])[-3:]  # the empty line may be cut
+        before = (
+            b"" if not self._size else b"".join(self._pieces[-3:])[-3:]
+        )  # the empty line may be split over two pieces
         end = (before + data).find(_SEPARATOR) + 4 - len(before) if before else data.find(_SEPARATOR) + 4
         whole = end > 3 - len(before)
         piece = data[:end] if whole else data
         self._size += len(piece)
         if self._size > MAX_HEAD_BYTES:
-            raise BadHead(f"the head is longer than {MAX_HEAD_BYTES} bytes", 431)
+            raise BadHead(f"the request head exceeds {MAX_HEAD_BYTES} bytes", 431)
         head = self._head
         try:
             head.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
-            pass  # nothing is upgraded here: the request is answered as if it had not asked
+            pass  # we do not upgrade: handle it as an ordinary request
         except httptools.HttpParserError as error:
             raise BadHead(str(error)) from error
         if head.complete != whole:
-            raise BadHead("the end of the head is not clear")
+            raise BadHead("ambiguous end of the request head")
         if not whole:
             self._pieces.append(piece)
             return None
@@ -149,12 +151,12 @@ class HeadReader:
 
 
 def request_reader() -> tuple[RequestHead, HeadReader]:
-    """A request's head, and its reader."""
+    """An empty request head and its reader."""
     head = RequestHead()
     return head, HeadReader(head, httptools.HttpRequestParser(head))
 
 
 def response_reader() -> tuple[ResponseHead, HeadReader]:
-    """A response's head, and its reader."""
+    """An empty response head and its reader."""
     head = ResponseHead()
     return head, HeadReader(head, httptools.HttpResponseParser(head))

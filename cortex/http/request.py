@@ -1,4 +1,4 @@
-"""A client's request, and its head for an engine."""
+"""A client's request, and the head that an engine gets for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cortex.http import headers as names
 from cortex.http.heads import BadHead, RequestHead
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
-# As numbers: searching bytes for a number is seven times as fast as searching for bytes.
+# Numbers: searching bytes for a number is seven times faster than for a bytes object.
 _COMMA: Final = 0x2C
 _PERCENT: Final = 0x25
 _AUTHORITY: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
@@ -21,7 +21,7 @@ class Request:
     """The head and, once it has arrived, the body.
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
-    `content_length` is None for a chunked body; `modern` means HTTP/1.1.
+    `content_length` is None for a chunked body; `modern`: HTTP/1.1.
     """
 
     __slots__ = (
@@ -43,7 +43,7 @@ class Request:
         """`received` is monotonic seconds.
 
         Raises:
-            BadHead: the head is well-formed, but cannot be served.
+            BadHead: the head is well-formed but unsupported.
         """
         version, named = head.version, head.named
         if version not in _VERSIONS:
@@ -68,7 +68,7 @@ class Request:
             target = _path_of(head)
         self.target = target
         path = target.partition(b"?")[0]
-        # An encoded slash belongs to a name and does not separate names.
+        # An encoded slash is part of a segment, not a separator.
         self.path = unquote_to_bytes(path) if _PERCENT in path and b"%2f" not in path.lower() else path
 
     @property
@@ -106,7 +106,7 @@ class Request:
 
     @property
     def credentials(self) -> list[bytes]:
-        """The header lines that identify the client. They go to the control app, never to an engine."""
+        """The header lines that identify the client, for the control app. Engines never get them."""
         shown = (
             (b"authorization: ", names.AUTHORIZATION),
             (b"x-api-key: ", names.API_KEY),
@@ -115,7 +115,7 @@ class Request:
         return [name + self._named[kind] for name, kind in shown if kind in self._named]
 
     def head_for(self, host: bytes, prefix: bytes, request_id: bytes, credentials: Iterable[bytes]) -> bytes:
-        """The head for an engine at `host`, below the path `prefix`. `credentials` are header lines."""
+        """The request head for an engine at `host`, below the path `prefix`. `credentials` are header lines."""
         forwarded = self.peer.encode("ascii", "replace")
         given = self._named.get(names.FORWARDED_FOR)
         if given is not None:
@@ -135,12 +135,12 @@ class Request:
         return b"\r\n".join(lines)
 
     def refuse_encodings(self) -> None:
-        """Asks engines for an answer without a content encoding."""
+        """Asks the engine for an uncompressed answer."""
         self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
         self._passed.append(b"accept-encoding: identity")
 
     def forget(self) -> None:
-        """Frees what only sending needs. The request cannot be sent again afterwards."""
+        """Frees body and headers. The request cannot be sent again afterwards."""
         self.body = b""
         self._passed = []
         self._named = {}
@@ -163,7 +163,7 @@ def _content_length(named: dict[int, bytes], *, modern: bool) -> int | None:
 
 
 def _path_of(head: RequestHead) -> bytes:
-    """The path and query of a target that does not begin with its path."""
+    """Path and query of a target in absolute form; `*` of OPTIONS."""
     target = head.target
     match = _AUTHORITY.match(target)
     if match is not None:  # the absolute form

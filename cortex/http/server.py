@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECS = 1.0
 LAST_WORD_SECS = 1.0
-"""For clients to receive their last error after the drain timeout."""
+"""How long clients have to receive their last error after the drain timeout."""
 
 
 @contextlib.asynccontextmanager

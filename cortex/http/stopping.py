@@ -1,4 +1,4 @@
-"""The shutdown of cortex: ends waits that would outlast it."""
+"""The shutdown of cortex: ends waits that would outlast the drain timeout."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any, TypeVar
 
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import SERVICE_STOPPING_SECS
 from shared.tasks import first_of
 
 Result = TypeVar("Result")
 
-RETRY_AFTER_SECS = 5
-"""About the time of a restart. Another cortex behind the same load balancer can answer sooner."""
-
 
 class Stopping:
-    """Begins once. Requests that are at an engine finish; those that still wait for a model are refused, because a load
-    takes longer than the drain timeout."""
+    """Begins once. Requests at an engine finish; those that still wait for a model are refused, because a load takes
+    longer than the drain timeout."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
@@ -54,9 +52,9 @@ class Stopping:
 
 
 def stopping() -> Unavailable:
-    """The error for requests that are refused during shutdown."""
+    """The error for requests refused during shutdown."""
     return Unavailable(
-        "cortex is stopping; a load that has begun continues",
+        "cortex is stopping; a load that has started continues",
         code=ErrorCode.CORTEX_STOPPING,
-        retry_after=RETRY_AFTER_SECS,
+        retry_after=SERVICE_STOPPING_SECS,
     )

@@ -51,7 +51,7 @@ class Series(msgspec.Struct):
 
     statuses: dict[int, int] = {}
     errors: dict[str, int] = {}
-    tokens: dict[str, int] = {}  # by kind: prompt, completion
+    tokens: dict[str, int] = {}  # by kind: prompt, completion, cached
     duration: Histogram = msgspec.field(default_factory=lambda: Histogram.of(REQUEST_BUCKETS))
     first_byte: Histogram = msgspec.field(default_factory=lambda: Histogram.of(FIRST_BYTE_BUCKETS))
 
@@ -89,11 +89,13 @@ class Counters(msgspec.Struct):
         errors = self._of(model, node).errors
         errors[code] = errors.get(code, 0) + 1
 
-    def tokens(self, model: str, node: str, prompt: int, completion: int) -> None:
-        """Counts the tokens that an engine reported for one request."""
+    def tokens(self, model: str, node: str, prompt: int, completion: int, cached: int) -> None:
+        """Counts the tokens that an engine reported for one request; `cached` of the prompt came from its cache."""
         tokens = self._of(model, node).tokens
         tokens["prompt"] = tokens.get("prompt", 0) + prompt
         tokens["completion"] = tokens.get("completion", 0) + completion
+        if cached:
+            tokens["cached"] = tokens.get("cached", 0) + cached
 
     def items(self) -> Iterator[tuple[Key, Series]]:
         """Each series with its model and neuron."""

@@ -1,4 +1,4 @@
-"""The access line of each request, written in batches: a write for each would cost more than the relaying."""
+"""The access log: one line per request, written in batches. A write per line would cost more than the relaying."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_LINES: Final = 256
 
 
 class AccessLog:
-    """Lines in the format of the log (`shared.logs`), at most FLUSH_SECS late.
+    """Writes lines in the format of `shared.logs`, at most FLUSH_SECS late.
 
-    `write` gets whole lines; None turns the log off. `as_json`: one JSON object a line instead of text.
+    `write` receives complete lines; None turns the log off. `as_json`: one JSON object a line instead of text.
     """
 
     def __init__(self, write: Callable[[str], object] | None, *, as_json: bool = False) -> None:
@@ -31,7 +31,7 @@ class AccessLog:
         return self._write is not None
 
     def line(self, text: str, request_id: str) -> None:
-        """Adds a line. `text` contains the request's id already."""
+        """Adds a line. `text` must contain the request's id."""
         now = time.time()
         second = int(now)
         if second != self._second:
@@ -40,7 +40,7 @@ class AccessLog:
                 self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             else:
                 self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        # Joined, not formatted: compiled, a format in an f-string costs as much as the rest of this function.
+        # Not a format specifier: compiled, that costs as much as the rest of this function.
         millis = str(1000 + int((now - second) * 1000))[1:]
         if self._as_json:
             fields = {

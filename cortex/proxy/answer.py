@@ -1,4 +1,4 @@
-"""How an engine's answer is written to the client. Subclass `Answer` for another form; the relay needs no change."""
+"""Writes an engine's answer to the client. Subclass `Answer` for another form; the relay needs no change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Answer:
         self.tail = UsageTail()
         self.events = False
         self.body: Body | None = None
-        self.unpacked: ChunkedBody | None = None  # the body, where the client does not get its chunks
+        self.unpacked: ChunkedBody | None = None  # the body, if the client does not get its chunks
 
     def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
         """Writes the head and the first bytes of the body. True if the engine's chunks can pass to the client as they
@@ -67,12 +67,12 @@ class Answer:
 
 
 class DirectAnswer(Answer):
-    """The usual form: the engine's head without its hop-by-hop headers, then the engine's bytes."""
+    """The usual form: the engine's head without hop-by-hop headers, then the engine's bytes."""
 
     __slots__ = ("_extra",)
 
     def __init__(self, client: ClientConnection, request: Request, *, extra: bytes) -> None:
-        """`extra` are header lines that cortex adds, without the last line end."""
+        """`extra`: header lines that cortex adds, without the final CRLF."""
         super().__init__(client, request)
         self._extra = extra
 

@@ -1,4 +1,4 @@
-"""Who sends a request. Every request of a client passes `authenticate` before it is handled. Pure."""
+"""Authentication of clients. Every request passes `authenticate` before it is handled. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all requests of one worker share."""
+"""What all requests of a worker share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Control(Protocol):
     """The control of a cortex, as its workers see it: in the same process or at the other end of a channel."""
 
     table: dict[str, tuple[Replica, ...]]
-    """The replicas of each model that can be used without asking."""
+    """Model id to the replicas that can be used without asking the control."""
 
     @property
     def aliases(self) -> Mapping[str, str]: ...

@@ -1,4 +1,4 @@
-"""A request for the control app (model list, fleet, operator actions), relayed to it as to an engine."""
+"""Relays a request to the control app (model list, fleet, operator actions), as to an engine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
+from shared.retry_after import CONTROL_PROCESS_SECS
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER_SECS = 1
 
 
 class ControlRequest:
@@ -63,7 +62,7 @@ class ControlRequest:
         with request_scope(self._request_id):
             log.error("control process unavailable: %s", reason)
         error = Unavailable(
-            "control process unavailable, retry shortly", code=ErrorCode.UNAVAILABLE, retry_after=RETRY_AFTER_SECS
+            "control process unavailable, retry shortly", code=ErrorCode.UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS
         )
         self._client.refuse(error, self._request_id)
 

@@ -15,18 +15,18 @@ from cortex.proxy.keep_alive import KeepAliveStream
 from cortex.upstream.connection import Body
 
 MAX_ERROR_BYTES: Final = 65536
-"""Of an engine's error. A longer one is cut, and no longer valid JSON."""
+"""Longest error of an engine that is kept whole. A longer one is truncated, and then not valid JSON."""
 
 
 class DeferredAnswer(Answer):
-    """Passes an event stream on behind the comments. Anything else becomes the last event."""
+    """Passes an event stream on after the comments. Any other answer becomes the last event."""
 
     __slots__ = ("_error", "_keep_alive", "_reframed")
 
     def __init__(self, client: ClientConnection, request: Request, *, keep_alive: KeepAliveStream) -> None:
         super().__init__(client, request)
         self._keep_alive = keep_alive
-        self._reframed = False  # the engine's bytes are put into chunks of ours
+        self._reframed = False  # the engine's bytes go into our own chunks
         self._error: bytearray | None = None  # collects an answer that is not an event stream
 
     def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
@@ -54,7 +54,7 @@ class DeferredAnswer(Answer):
             self._take(data)
 
     def finish(self, status: int) -> int:
-        """502 for a success that is not an event stream."""
+        """Returns 502 for a success that is not an event stream."""
         if self._error is not None:
             self._keep_alive.finish(engine_error_event(self.request.path, status, bytes(self._error)))
             return 502 if status < 400 else status

@@ -9,11 +9,11 @@ from shared.errors import ServiceError, UpstreamError, anthropic_error_type, is_
 from shared.protocol import ErrorCode
 
 MAX_QUOTED: Final = 2000
-"""Characters of an engine's error that is not JSON."""
+"""Characters to quote of an engine's error that is not JSON."""
 
 
 def error_event(path: bytes, error: ServiceError) -> bytes:
-    """An error of cortex. `retry_after` (seconds) replaces the Retry-After header."""
+    """The event for an error of cortex. Its `retry_after` (seconds) replaces the Retry-After header."""
     anthropic = is_anthropic_path(path)
     body = error.anthropic_body() if anthropic else error.body()
     if error.retry_after is not None:
@@ -22,8 +22,8 @@ def error_event(path: bytes, error: ServiceError) -> bytes:
 
 
 def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
-    """An engine's answer with HTTP status `status` instead of a stream: its own error if it has the shape of one, else
-    an `upstream_error` that quotes it."""
+    """The event for an engine's answer that is not a stream: the engine's own error if it has an error's shape, else an
+    `upstream_error` that quotes it."""
     anthropic = is_anthropic_path(path)
     given = _json_object(body)
     error = given.get("error")
@@ -42,7 +42,7 @@ def _event(body: dict[str, Any], *, anthropic: bool) -> bytes:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    """{} if `body` is anything else."""
+    """`body` as a JSON object, {} if it is not one."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Where each request goes: those that name a model to an engine, all others to the control app."""
+"""Dispatches requests: those that name a model to an engine, all others to the control app."""
 
 from __future__ import annotations
 
@@ -82,4 +82,4 @@ class Gateway:
         return self._context.in_flight.begun
 
     async def refresh(self) -> None:
-        """Does nothing: these counts are live."""
+        """Does nothing: the counts are always current."""

@@ -1,4 +1,4 @@
-"""Where a member of a JSON object stands in its bytes. Nothing is decoded, built or copied. Pure."""
+"""Finds a member of a JSON object in its bytes, without decoding or copying. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import re
 
 MAX_STEPS = 100_000
-"""Brackets, strings and (32 at a time) escapes that are looked at: well under 0.2 s. The body of a chat takes some
-thousand, however long its texts are, since a string without escapes is one step."""
+"""Limit for brackets, strings and (32 at a time) escapes visited: well under 0.2 s. A chat needs a few thousand,
+however long its texts, because a string without escapes is one step."""
 
 _SMALL_BODY_BYTES = 1 << 16
 _QUOTE = ord('"')
@@ -15,27 +15,27 @@ _BACKSLASH = ord("\\")
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 _BEFORE_VALUE = re.compile(rb"[\s:]*")
 _SCALAR = re.compile(rb"[^,}\]\s]*")
-# Part of a string, up to 32 escapes of it: bounded, because the regex engine keeps a record of each repetition.
+# Part of a string with up to 32 escapes: bounded, because the regex engine records each repetition.
 _ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,32}', re.DOTALL)
 
 
 class TooIntricateError(Exception):
-    """More steps than MAX_STEPS: going on would hold up the event loop."""
+    """More than MAX_STEPS steps: continuing would block the event loop."""
 
 
 def place_of_member(body: bytes, name: str) -> tuple[int, int]:
     """(start, end) of the value of the top-level member `name`, the last of several.
 
-    `body` has to be known as a valid JSON object in UTF-8 that has such a member (a byte order mark, NaN and Infinity
-    may be in it); `name` is ASCII.
+    `body` must be a valid JSON object in UTF-8 that has the member; a byte order mark, NaN and Infinity are allowed.
+    `name` is ASCII.
 
     Raises:
-        TooIntricateError: it would take too long.
-        LookupError: there is no such member (not always noticed).
+        TooIntricateError: the search would take too long.
+        LookupError: the member is missing (not always detected).
     """
     scan, written = _Scan(body), f'"{name}"'.encode()
-    # A name is written plainly or with \u00XX: where the one stands once and the other not at all, it can be nowhere
-    # else. That is a quarter of the walk's 13 us for a chat, but ten times its cost for a large image.
+    # A name is written plainly or with \u00XX escapes: if the plain form occurs once and no escape does, that is it.
+    # For a chat this takes a quarter of the walk's 13 us, for a large image ten times as long as the walk.
     if len(body) <= _SMALL_BODY_BYTES and body.count(written) == 1 and b"\\u00" not in body:
         return scan.value_at(body.find(written) + len(written))
     return scan.member(name)
@@ -49,7 +49,7 @@ class _Scan:
         self._steps = MAX_STEPS
 
     def member(self, name: str) -> tuple[int, int]:
-        """The place of the value, found by a walk along the top level."""
+        """(start, end) of the value, found by walking along the top level."""
         body, found = self._body, None
         longest, plain = len(name) * len(r"\u0000") + 2, f'"{name}"'.encode()
         position = body.find(b"{") + 1
@@ -62,11 +62,11 @@ class _Scan:
                 if written == plain or (b"\\" in written and json.loads(written) == name):
                     found = place
         if found is None:
-            raise LookupError(f"no {name!r} at the top of the object")
+            raise LookupError(f"no member {name!r} at the top level")
         return found
 
     def value_at(self, position: int) -> tuple[int, int]:
-        """The place of the value whose name ends at `position`."""
+        """(start, end) of the value whose name ends at `position`."""
         start = self._skip(_BEFORE_VALUE, position)
         return start, self._end_of_value(start)
 
@@ -94,8 +94,8 @@ class _Scan:
         return len(body)
 
     def _end_of_string(self, start: int) -> int:
-        """After the closing quote of the string that opens at `start`. One without escapes, such as an image, is one
-        search for a byte."""
+        """The position after the closing quote of the string that opens at `start`. A string without escapes, such as
+        an image, takes one search for a byte."""
         body = self._body
         self._step()
         end = body.find(b'"', start + 1)

@@ -1,7 +1,7 @@
-"""Keep-alive comments for a streaming client that waits for its engine: the answer begins early, with comments in it.
+"""Keep-alive comments for a streaming client that waits for its engine: the answer begins early and contains comments.
 
-Every parser of event streams skips a line `: text`, but clients and load balancers see traffic and do not give up. Once
-the answer has begun, its status is 200 whatever happens; an error then becomes the last event of the stream.
+Every parser of event streams skips lines such as `: text`, but they keep clients and load balancers from timing out.
+Once the answer has begun, its status is 200 whatever happens; an error becomes the last event of the stream.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from cortex.proxy.model_field import asks_for_stream
 from cortex.upstream.replica import WaitNote
 
 STREAMED: Final = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
-"""Paths whose answers can be event streams."""
+"""Paths whose answers may be event streams."""
 
 MAX_TEXT: Final = 500
-"""Characters of a comment."""
+"""Maximum characters of a comment."""
 
 
 class KeepAliveTimes(NamedTuple):
-    """Seconds until the first comment, and between two comments."""
+    """Seconds to the first comment, and between comments."""
 
     first_secs: float
     interval_secs: float
 
 
 class KeepAliveStream:
-    """One client's wait. `begun`: the client has our head, and everything else must follow it. `sent_to` is the node
-    that works on the request, None while the model is not ready."""
+    """The early answer to one waiting client. `begun`: the head has been sent, and everything else must follow it.
+    `sent_to` is the node that works on the request, None while the model is not ready."""
 
     __slots__ = ("_client", "_model_id", "_note", "_request", "_request_id", "_timer", "_times", "begun", "sent_to")
 
@@ -57,7 +57,7 @@ class KeepAliveStream:
         self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(times.first_secs, self._begin)
 
     def stop(self) -> None:
-        """Sends no further comment."""
+        """Sends no more comments."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -69,7 +69,7 @@ class KeepAliveStream:
         self._client.transport.write(self.framed(event) + last)
 
     def framed(self, data: bytes) -> bytes:
-        """`data`, which must not be empty, in the framing of our head."""
+        """`data`, which must not be empty, framed as our head says."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self._request.modern else data
 
     def _begin(self) -> None:
@@ -103,7 +103,7 @@ class KeepAliveStream:
 
     def _tick(self) -> None:
         transport = self._client.transport
-        if not transport.get_write_buffer_size():  # nothing piles up for a client that does not read
+        if not transport.get_write_buffer_size():  # a client that does not read gets no comments
             transport.write(self.framed(_comment(self._current_note())))
         self._schedule()
 
@@ -114,6 +114,6 @@ class KeepAliveStream:
 
 
 def _comment(note: WaitNote) -> bytes:
-    """One line, whatever characters the names of models and phases contain."""
+    """A comment of one line, whatever characters the names of models and phases contain."""
     text = " ".join(note.text.split())[:MAX_TEXT]
     return f": {text}\n\n".encode("utf-8", "replace")

@@ -1,8 +1,7 @@
-"""The `model` of a request body: found, and replaced without touching any other byte. Pure.
+"""Finds the `model` of a request body, and replaces it without changing any other byte. Pure.
 
-A body may be 32 MiB of base64 images that only concern the engine, so it is neither built nor copied: msgspec checks a
-JSON body in C and creates only `model`. The position of `model` is only searched for when an alias is replaced
-(`json_scan`).
+A body may be 32 MiB of base64 images, so it is neither decoded nor copied: msgspec checks a JSON body in C and creates
+only `model`. Its position is searched only when an alias is replaced (`json_scan`).
 
 Accepts what `json.loads`, and so vLLM, accepts, with these differences:
 
@@ -10,7 +9,7 @@ Accepts what `json.loads`, and so vLLM, accepts, with these differences:
 - UTF-16 and UTF-32 are refused: JSON between systems is UTF-8 (RFC 8259, section 8.1);
 - an integer of more than 4300 digits passes here, and Python's parser at the engine refuses it.
 
-NaN, Infinity, lone surrogates in other strings and a byte order mark pass too, although msgspec refuses them.
+NaN, Infinity, lone surrogates in other strings and a byte order mark are accepted, although msgspec refuses them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _LENIENCIES = (
 )
 
 MAX_PARTS = 1000
-"""Of a form, as in Starlette, which vLLM uses. 32 MiB of empty parts would take half a minute."""
+"""Limit for the parts of a form, as in Starlette, which vLLM uses. 32 MiB of empty parts would take half a minute."""
 
 _MAX_PART_HEAD_BYTES = 4096
 
@@ -109,7 +108,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
 
 def _model_of_json(body: bytes) -> JsonModel:
     if not body.isascii():
-        _check_utf8(body)  # msgspec does not check the strings that it skips
+        _check_utf8(body)  # msgspec does not check strings that it skips
     try:
         field = _decode_model(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -120,8 +119,8 @@ def _model_of_json(body: bytes) -> JsonModel:
 
 
 def _model_of_lenient_json(body: bytes) -> JsonModel:
-    """For a body that msgspec refuses: with NaN and the like, with a non-string `model` before the one that counts, or
-    really invalid."""
+    """For a body that msgspec refuses: it has NaN or the like, has a non-string `model` before the last one, or is
+    invalid."""
     strict = _made_strict(body)
     try:
         if not memoryview(_check_syntax(strict).model):
@@ -152,14 +151,14 @@ def asks_for_stream(body: bytes) -> bool:
 
 
 def _made_strict(body: bytes) -> bytes:
-    """The body with everything replaced that json.loads accepts and msgspec refuses, at the same length."""
+    """The body with all that json.loads accepts and msgspec refuses replaced, at the same length."""
     for lenient, same in _LENIENCIES:
         body = body.replace(lenient, same)
     return b"   " + body[3:] if body.startswith(codecs.BOM_UTF8) else body
 
 
 def _check_utf8(body: bytes) -> None:
-    """Checks in slices, because 32 MiB decoded at once could take 128 MiB. Surrogates pass, as in json.loads."""
+    """Checks in slices: decoding 32 MiB at once could take 128 MiB. Accepts surrogates, as json.loads does."""
     try:
         if len(body) <= _UTF8_SLICE:  # a quarter of the cost
             body.decode("utf-8", "surrogatepass")
@@ -177,7 +176,7 @@ def _model_of_form(body: bytes, content_type: str) -> FormModel:
     header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
     boundary = header.get_boundary()
     if not boundary:
-        raise InvalidRequest("the multipart body has no boundary")
+        raise InvalidRequest("the multipart Content-Type has no boundary")
     delimiter = b"--" + boundary.encode("utf-8", "surrogateescape")
     found: FormModel | None = None
     position = body.find(delimiter)

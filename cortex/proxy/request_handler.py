@@ -31,7 +31,7 @@ from shared.request_ids import request_scope
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
-"""Engines that one request is sent to at most: a request that kills its engine must not kill the fleet."""
+"""Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
 
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
@@ -90,14 +90,14 @@ class RequestHandler:
         self._caller = caller
         self._state: _Resolving | _Sent | None = None
         self._model_id = ""
-        # Labels of metrics: only models and nodes that exist, so that clients cannot create time series.
+        # Metric labels: only names that exist, so clients cannot create time series.
         self._label = UNKNOWN
         self._node = UNKNOWN
         self._cold = False
         self._attempts = 0
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
-        self._waited = 0.0  # seconds, for the control's answers
+        self._waited = 0.0  # seconds spent waiting for the control
 
     def begin(self) -> None:
         request, control = self._request, self._context.control
@@ -163,7 +163,7 @@ class RequestHandler:
         others = () if asleep else self._untried()
         again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)
         if again and not others and not asleep:
-            return False  # the control was asked and still names this engine: the client gets its answer
+            return False  # asked again, the control still names this engine: the client gets its answer
         self._fail(f"it answered {status}{', asleep' if asleep else ''}", "status")
         self._retry(others)
         return True
@@ -196,14 +196,14 @@ class RequestHandler:
         return replicas[choose(nodes, outstanding, context.speeds.of(model_id, nodes), key, context.load_factor)]
 
     def _measure(self, relay: Relay) -> None:
-        """Learns the engine's speed. Only a complete answer at the first attempt is comparable."""
+        """Records the engine's speed. Only complete answers at the first attempt are comparable."""
         if relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold:
             request, answer = self._request, relay.answer
             kind = self._model_id, request.path, answer.events
             self._context.speeds.learn(kind, self._node, monotonic() - request.received, answer.tail.fed_bytes)
 
     def _untried(self) -> tuple[Replica, ...]:
-        """Replicas that can be used without asking and that this request was not sent to."""
+        """Usable replicas that this request has not been sent to."""
         tried = {failure.replica.node for failure in self._failures}
         state = self._state
         if isinstance(state, _Sent):
@@ -211,12 +211,12 @@ class RequestHandler:
         return tuple(r for r in self._context.control.table.get(self._model_id, ()) if r.node not in tried)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
-        """The current replica has no answer for the client."""
+        """Gives up the current replica."""
         state = self._leave_state()
         assert isinstance(state, _Sent)
         replica = state.replica
         with request_scope(self._request_id):
-            log.warning("%s on %s does not serve (%s): %s", replica.model_id, replica.node, kind, reason)
+            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
     def _retry(self, others: tuple[Replica, ...]) -> None:
@@ -291,7 +291,7 @@ class RequestHandler:
         relay.start()
 
     def _leave_state(self) -> _Resolving | _Sent | None:
-        """Ends the current state and returns it."""
+        """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, _Sent):
             self._context.in_flight.remove((state.replica.model_id, state.replica.node))
@@ -332,7 +332,7 @@ class RequestHandler:
             elif status != CLIENT_DISCONNECTED:
                 usage = tail.usage()
                 if usage is not None:
-                    context.counters.tokens(model, node, usage.prompt, usage.completion)
+                    context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller != ANONYMOUS:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cortex.config.catalogue import Catalogue, ModelName, ModelProfile, load_catalogue
 from cortex.config.settings import PlacementSettings
-from shared.gpu_presets import PRESETS, find_preset
+from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, Link, LinkKind
 from shared.settings import SettingsError, SettingsModel, read_toml, validate_settings
 

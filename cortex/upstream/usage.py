@@ -23,8 +23,8 @@ _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached` are those of the prompt that the engine had not to compute: within `prompt` by
-    OpenAI's rules, beside it by Anthropic's."""
+    """Tokens of one request. `cached` counts prompt tokens that the engine took from its prefix cache: part of `prompt`
+    in OpenAI's APIs, not in Anthropic's."""
 
     prompt: int
     completion: int

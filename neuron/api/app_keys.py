@@ -26,7 +26,7 @@ class Services:
     started: float  # monotonic
     source: TopologySource
     ledger: Ledger
-    workers: Registry
+    registry: Registry
     hub: EventHub
     default_models: DefaultModels
     metrics: NeuronMetrics

@@ -15,7 +15,7 @@ from neuron.estimate.options import OPTIONS, with_options
 from neuron.estimate.reply import reply_of
 from neuron.harness.checks import spec_of
 from neuron.harness.registry import HARNESSES
-from neuron.lifecycle.model_roots import check_below
+from neuron.lifecycle.admission import check_model_roots
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.http import reply
@@ -33,7 +33,7 @@ async def estimate(request: web.Request) -> web.Response:
         raise InvalidRequest(f"model: the harness {spec.harness!r} estimates no memory", param="model")
     options = estimator.options_of(spec)
     options = with_options(options if known else replace(options, tensor_parallel=None), query)
-    await check_below(spec.source, services.config.model_roots, param="model")
+    await check_model_roots(spec.source, services.config.model_roots, param="model")
     topology = await services.source.discover()
     environ = {**os.environ, **services.config.harness_settings(spec.harness).env}
     made = await estimate_of(estimator, spec, topology, environ, options)
@@ -58,7 +58,7 @@ def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, 
     The harness's `extra_args` are appended, as on the command line.
     """
     name = query["model"]
-    remembered = next((worker.spec for worker in services.workers.all if worker.model_id == name), None)
+    remembered = next((model.spec for model in services.registry.models if model.model_id == name), None)
     quant = query.get("quant")
     try:
         command = LoadCommand(model_id=name, quant=quant, harness=None)

@@ -15,7 +15,7 @@ from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of
-from neuron.lifecycle.states import State
+from neuron.lifecycle.model_state import State
 from neuron.memory.capacity import with_rooms
 from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError
@@ -54,13 +54,13 @@ async def health(request: web.Request) -> web.Response:
             devices=devices,
             instance_id=services.instance_id,
             activation=services.default_models.progress,
-            models=services.workers.activity(),
+            models=services.registry.activity(),
         )
     )
 
 
 async def models(request: web.Request) -> web.Response:
-    views = await request.app[SERVICES].workers.views()
+    views = await request.app[SERVICES].registry.views()
     return web.json_response([view.model_dump(mode="json") for view in views])
 
 
@@ -68,10 +68,10 @@ async def load(request: web.Request) -> web.Response:
     try:
         wait = _flag(request, "wait", default=True)
         command = await read_model(request, LoadCommand)
-        run = await request.app[SERVICES].workers.load(command)
+        load_request = await request.app[SERVICES].registry.load(command)
         if not wait:
             return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
-        await run.loaded()
+        await load_request.loaded()
     except ServiceError as error:
         error.extra = {**error.extra, **because(cause_of(error))}
         raise
@@ -81,19 +81,19 @@ async def load(request: web.Request) -> web.Response:
 async def unload(request: web.Request) -> web.Response:
     drain_secs = _seconds(request, "drain_secs", default=0.0)
     command = await read_model(request, UnloadCommand)
-    await request.app[SERVICES].workers.unload(command.model_id, drain_secs=drain_secs)
+    await request.app[SERVICES].registry.unload(command.model_id, drain_secs=drain_secs)
     return reply(LoadReply(status="unloaded", model_id=command.model_id))
 
 
 async def sleep(request: web.Request) -> web.Response:
     command = await read_model(request, SleepCommand)
-    await request.app[SERVICES].workers.sleep(command.model_id, command.level)
+    await request.app[SERVICES].registry.sleep(command.model_id, command.level)
     return reply(LoadReply(status="sleeping", model_id=command.model_id))
 
 
 async def wake(request: web.Request) -> web.Response:
     command = await read_model(request, WakeCommand)
-    await request.app[SERVICES].workers.wake(command.model_id)
+    await request.app[SERVICES].registry.wake(command.model_id)
     return reply(_loaded(request, command.model_id))
 
 
@@ -104,7 +104,7 @@ async def endpoint(request: web.Request) -> web.Response:
 def _loaded(request: web.Request, model_id: str) -> LoadReply:
     try:
         engine = _endpoint_of(request, model_id)
-    except NotFound:  # it was loaded, and has ended since
+    except NotFound:  # it has ended since it was loaded
         return LoadReply(status="loaded", model_id=model_id)
     return LoadReply(status="loaded", model_id=model_id, url=engine.url, api_key=engine.api_key)
 
@@ -115,42 +115,42 @@ def _endpoint_of(request: web.Request, model_id: str) -> EndpointReply:
     Raises:
         NotFound: it is unknown, or not loaded.
     """
-    worker = request.app[SERVICES].workers.get(model_id)
-    engine = worker.engine
-    if engine is None or worker.condition.state is not State.LOADED:
-        raise failures.unknown_model(worker.model_id, f"is not loaded: it is {worker.condition.state.value}")
+    model = request.app[SERVICES].registry.get(model_id)
+    engine = model.engine
+    if engine is None or model.state is not State.LOADED:
+        raise failures.unknown_model(model.model_id, f"is not loaded: it is {model.state.value}")
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
-        with contextlib.suppress(ValueError):  # whatever stands in the Host header
+        with contextlib.suppress(ValueError):  # an invalid Host header
             url = str(request.url.origin().with_scheme("http").with_port(engine.port))
     return EndpointReply(url=url, api_key=engine.api_key)
 
 
 async def logs(request: web.Request) -> web.StreamResponse:
-    worker = request.app[SERVICES].workers.get(request.match_info["model_id"])
+    model = request.app[SERVICES].registry.get(request.match_info["model_id"])
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: must be an integer from 0 to {MAX_TAIL}, got {text!r}", param="tail")
     if not _flag(request, "follow", default=False):
-        return await last_lines(worker.model_id, worker.output, int(text))
-    return await stream_lines(request, worker.output, int(text), request.app[CLOSING])
+        return await last_lines(model.model_id, model.output, int(text))
+    return await stream_lines(request, model.output, int(text), request.app[CLOSING])
 
 
 async def metrics(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     devices, live = await _figures(services)
-    page = services.metrics.render(services.workers.all, devices, live)
+    page = services.metrics.render(services.registry.models, devices, live)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """First every model as it is, then each change; ends when neuron stops or this listener falls behind."""
+    """A snapshot of every model, then each change; ends when neuron stops or this listener falls too far behind."""
     services = request.app[SERVICES]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(request)
     with services.hub.listening() as listener:
-        # Taken after listening began: nothing can be missed, and the numbers tell what the snapshot has already.
-        views = [view.model_dump(mode="json") for view in services.workers.views_now()]
+        # Taken after listening began, so no change is missed; event numbers show which ones the snapshot contains.
+        views = [view.model_dump(mode="json") for view in services.registry.views_now()]
         await response.write(Event(services.hub.last_number, "snapshot", json.dumps(views)).encoded())
         await _pass_on(listener, response)
     return response
@@ -170,9 +170,9 @@ async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> N
 
 
 async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth]]:
-    """The devices, and what the driver and our bookings say of each of them now."""
+    """The devices, with what the driver measures and this neuron has booked on each now."""
     live = await services.source.health()
-    topology = await services.source.discover()  # after: `lost` is as that reading found it
+    topology = await services.source.discover()  # after health(), which finds lost devices
     return topology.devices, with_rooms(live, services.ledger.rooms(topology, live))
 
 
@@ -199,7 +199,7 @@ def _seconds(request: web.Request, name: str, *, default: float) -> float:
 
 
 def add_routes(app: web.Application) -> None:
-    """The table of the neuron protocol. Model ids may hold slashes, percent-encoded or as they are."""
+    """The routes of the neuron protocol. Slashes in model ids may be percent-encoded or not."""
     app.router.add_get("/discovery", discovery)
     app.router.add_get("/health", health)
     app.router.add_get("/models", models)

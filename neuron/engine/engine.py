@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from neuron.engine import session
+from neuron.engine import records, session
 from neuron.engine import shared_memory as litter
 from neuron.engine.health import Vitals
 from neuron.engine.output import EngineOutput
+from neuron.engine.ports import listens
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
-from neuron.engine.socket_owner import listens
 from neuron.engine.state_dir import EngineDir
 from neuron.gpu.topology import TopologySource
 from neuron.harness.base import Harness
 from neuron.memory.capacity import held_by
 from neuron.memory.placement import EnginePlacement
 from neuron.spec import EngineSpec
+
+log = logging.getLogger(__name__)
 
 VRAM_RELEASE_SECS = 30.0
 _VRAM_POLL_SECS = 0.1
@@ -88,6 +91,35 @@ class Engine:
     async def note_shared_files(self) -> None:
         """Remembers what it has in /dev/shm now, to be removed after its end."""
         self.shared_files |= await asyncio.to_thread(self._shared_files)
+
+    def current_record(self) -> RunRecord:
+        """What the next neuron needs to know to adopt it."""
+        leader = self.process.leader
+        return self.record.model_copy(
+            update={
+                "pid": leader.pid,
+                "start_ticks": leader.start_ticks,
+                "can_sleep": self.can_sleep,
+                "ready_at": self.ready_at,
+                "load_secs": self.load_secs,
+                "stopping": self.stopping,
+                "slept_mb": self.slept_mb,
+                "shared_files": sorted((file.path, file.inode) for file in self.shared_files),
+            }
+        )
+
+    async def save_record(self) -> None:
+        """Writes its record. On a full disk the earlier record stays, which is enough to find the engine again."""
+        try:
+            await asyncio.to_thread(records.write, self.directory.record, self.current_record())
+        except OSError as error:
+            log.warning("%s: its run record cannot be written: %s", self.spec.model_id, error)
+
+    async def record_stop(self) -> None:
+        """Records that it is to stop, so that the next neuron does not adopt or restart it."""
+        if not self.kill and not self.stopping:
+            self.stopping = True
+            await self.save_record()
 
     def _owns_port(self) -> bool:
         return listens((process.pid for process in session.members(self.process.leader)), self.port)

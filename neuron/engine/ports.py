@@ -1,17 +1,20 @@
-"""Ports for engines: chosen, checked, and reserved until released."""
+"""Ports for engines: chosen, checked, and reserved until released; and which processes listen on one."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+import psutil
 
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import NO_FREE_PORT_SECS
 
-_TIME_WAIT = "06"  # of /proc/net/tcp
+_TIME_WAIT = "06"  # in /proc/net/tcp
 
 
 class PortPool:
@@ -53,7 +56,9 @@ class PortPool:
                 self._next[ports] = (start + step + 1) % size
                 return port
         raise Unavailable(
-            f"no free port in {first}-{last} on {self._host}", code=ErrorCode.NO_FREE_PORT, retry_after=10
+            f"no free port in {first}-{last} on {self._host}",
+            code=ErrorCode.NO_FREE_PORT,
+            retry_after=NO_FREE_PORT_SECS,
         )
 
     def claim(self, port: int) -> None:
@@ -78,9 +83,26 @@ class PortPool:
         return True
 
 
+def listens(pids: Iterable[int], port: int) -> bool:
+    """True when one of the processes listens on the port, on any address. Blocks for some milliseconds."""
+    return any(_listens(pid, port) for pid in pids)
+
+
+def _listens(pid: int, port: int) -> bool:
+    with contextlib.suppress(psutil.Error):  # it has exited, or may not be read
+        for connection in psutil.Process(pid).net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                return True
+    return False
+
+
 def lingering_ports() -> frozenset[int]:
-    """Ports of this host that the kernel remembers connections of for a minute (TIME_WAIT), though their owner, an
-    engine that ended, is gone: an engine can be bound to one, as it sets SO_REUSEADDR. Blocks for a moment."""
+    """Ports of this host with closed connections that the kernel keeps for a minute (TIME_WAIT), although the engine
+    that had them is gone. An engine can bind one, because it sets SO_REUSEADDR. Blocks for some milliseconds.
+
+    Not through psutil: to list connections that no process has, it reads the open files of all processes, which takes
+    16 times as long when there are 18,000 of them.
+    """
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from neuron.engine import session
 from neuron.engine.session import Leader
 from neuron.harness.base import ENGINE_ID_VARIABLE
+from shared.process_stat import stat_of
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def _start(argv: Sequence[str], env: Mapping[str, str], output: Path) -> tuple[L
         child = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
-    found = session.stat_of(child.pid)
+    found = stat_of(child.pid)
     leader = Leader(child.pid, 0 if found is None else found.start_ticks, env.get(ENGINE_ID_VARIABLE, ""))
     try:
         return leader, os.pidfd_open(child.pid), child

@@ -44,7 +44,6 @@ class RunRecord(BaseModel):
     tmp_dir: Path
     pid: int | None = None
     start_ticks: int | None = None
-    process_group: int | None = None
     started_at: float
     ready_at: float | None = None
     load_secs: float | None = None

@@ -1,4 +1,4 @@
-"""The processes of an engine, read from /proc.
+"""The processes of an engine.
 
 An engine is started as the leader of a session of its own, and its helpers stay in it. The leader's pid is the
 session's id, and the kernel does not reuse that number while the leader is unreaped or a member lives. A process
@@ -14,28 +14,11 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
-
-_MARK = f"{ENGINE_ID_VARIABLE}=".encode()
-
-
-@dataclass(frozen=True)
-class ProcessStat:
-    """One line of /proc/PID/stat; `session` and `group` are pids of leaders, `start_ticks` clock ticks since boot."""
-
-    pid: int
-    state: str
-    parent: int
-    group: int
-    session: int
-    start_ticks: int
-
-    @property
-    def alive(self) -> bool:
-        """False for a zombie: it holds nothing any more but its number."""
-        return self.state not in ("Z", "X")
+from shared.process_stat import ProcessStat, stat_of
 
 
 @dataclass(frozen=True)
@@ -53,36 +36,18 @@ class Leader:
         return found is not None and found.alive and found.start_ticks == self.start_ticks
 
 
-def parse_stat(text: str) -> ProcessStat:
-    """A /proc/PID/stat line. The name in parentheses may hold anything, further parentheses included."""
-    head, _, tail = text.rpartition(")")
-    fields = tail.split()
-    pid = int(head.split(" ", 1)[0])
-    return ProcessStat(pid, fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
-
-
-def stat_of(pid: int) -> ProcessStat | None:
-    """None when there is no such process."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return parse_stat(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace"))
-    return None
-
-
 def processes() -> Iterator[ProcessStat]:
-    """Every process there is, zombies too. One that ends meanwhile is passed over. Blocks for some milliseconds."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            found = stat_of(int(entry.name))
-            if found is not None:
-                yield found
+    """Every process of this host, zombies included. Skips one that ends meanwhile. Blocks for some milliseconds."""
+    for pid in psutil.pids():
+        found = stat_of(pid)
+        if found is not None:
+            yield found
 
 
 def engine_id_of(pid: int) -> str | None:
-    """The engine that a process was started for, None when for none, or when that is not for us to read."""
-    with contextlib.suppress(OSError):
-        for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if item.startswith(_MARK):
-                return item[len(_MARK) :].decode("utf-8", "replace")
+    """The id of the engine that a process belongs to; None when it belongs to none, or may not be read."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).environ().get(ENGINE_ID_VARIABLE)
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from neuron.config import SimulatedDevice, SimulateSettings
 from neuron.gpu import simulated_vram as vram
 from neuron.gpu.topology import Topology
-from shared.gpu_presets import PRESETS, find_preset
+from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.settings import SettingsError
 

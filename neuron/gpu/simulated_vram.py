@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from shared.files import replace_file
+from shared.process_stat import stat_of
+
 VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
 """Environment variable: the directory of the holders' files, for a simulated engine."""
 DEVICES_VARIABLE = "NEURON_SIM_DEVICES"
@@ -21,22 +24,16 @@ DEFAULT_DEVICE_VRAM_MB = 1024
 
 
 def process_start_ticks(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot (field 22 of /proc/PID/stat); None when it is dead."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    """Start time of a live process in clock ticks since boot; None when it has exited."""
+    stat = stat_of(pid)
+    return stat.start_ticks if stat is not None and stat.alive else None
 
 
 def hold(directory: Path, usage_mb: Mapping[str, int], *, pid: int | None = None) -> None:
     """Records what a process (by default this one) holds, in MiB by device uuid. Atomically replaces its old record."""
     pid = os.getpid() if pid is None else pid
     record = {"pid": pid, "start_ticks": process_start_ticks(pid), "usage_mb": dict(usage_mb)}
-    temporary = directory / f".{pid}.tmp"
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    temporary.replace(directory / f"{pid}.json")
+    replace_file(directory / f"{pid}.json", json.dumps(record).encode(), durable=False)
 
 
 def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Whether this host takes a model, and what is booked for it, before anything of its engine exists."""
+"""Checks of a load before memory is booked: can this host serve it, is its path allowed, how much memory it needs."""
 
 from __future__ import annotations
 
@@ -6,51 +6,48 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import estimate_of
-from neuron.gpu.topology import Topology, TopologySource
+from neuron.gpu.topology import TopologySource
 from neuron.harness.registry import HARNESSES
-from neuron.lifecycle.model_roots import check_below
-from neuron.memory.ledger import Ledger
-from neuron.memory.placement import EnginePlacement
+from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
 from neuron.spec import EngineSpec
-from shared.errors import ServiceError, Unavailable
-from shared.protocol import DeviceHealth, ErrorCode
+from shared.errors import InvalidRequest, ServiceError, Unavailable
+from shared.protocol import ErrorCode, FailureCause
+from shared.retry_after import GPU_UNUSABLE_SECS
 
 log = logging.getLogger(__name__)
-
-_MEMORY_POLL_SECS = 0.1
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Checks specs, and books devices and memory for them."""
+    """Checks specs against this host and its configuration."""
 
     config: NeuronConfig
     source: TopologySource
-    ledger: Ledger = field(default_factory=Ledger)
 
     async def check(self, spec: EngineSpec) -> None:
-        """Refuses what this host cannot serve, before anything is started.
+        """Refuses what this host cannot serve.
 
         Raises:
             InvalidRequest: an unknown device, or a path outside `model_roots`.
-            Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it cannot be used.
+            Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it does not work.
         """
         topology = await self.source.discover()
         if HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
-            raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=60)
+            raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=GPU_UNUSABLE_SECS)
         check_devices(spec, topology)
-        await check_below(spec.source, self.config.model_roots, param="source")
+        await check_model_roots(spec.source, self.config.model_roots, param="source")
 
-    async def share_of(self, spec: EngineSpec, topology: Topology) -> int | None:
-        """MiB that the engine is to take on each device: what the spec says, else what its model's own files say. None,
-        and with that the engine's own default: they are not on this host, or do not tell everything, or tell of more
-        than the default."""
+    async def share_of(self, spec: EngineSpec) -> int | None:
+        """MiB that the engine takes on each device: from the spec, or estimated from the model's files. None leaves it
+        to the engine's default: the files are not on this host, lack a figure, or need more than the default."""
+        topology = await self.source.discover()
         estimator = HARNESSES[spec.harness].estimator
         if spec.vram_mb is not None or not topology.devices or estimator is None:
             return spec.share_mb
@@ -59,35 +56,33 @@ class Admission:
         try:
             found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
         except ServiceError as error:
-            log.info("%s: its memory is not known beforehand: %s", spec.model_id, error.message)
+            log.info("%s: its memory cannot be estimated: %s", spec.model_id, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
         largest = max(device.vram_total_mb for device in topology.devices)
         return None if found.unknown or share > estimator.usable_share * largest else share
 
-    def book(
-        self,
-        number: int,
-        spec: EngineSpec,
-        share_mb: int | None,
-        topology: Topology,
-        health: Sequence[DeviceHealth],
-    ) -> EnginePlacement:
-        """Devices and memory for a run; its own until `ledger.release`. Nothing is awaited.
 
-        Raises:
-            InsufficientVram: its memory is not to be had. InvalidRequest: as `neuron.memory.selection.check_devices`.
-        """
-        # Arguments that size the engine's memory outweigh `share_mb`, since the engine goes by them.
-        args = [*spec.args, *self.config.harness_settings(spec.harness).extra_args]
-        need = HARNESSES[spec.harness].memory_need(spec, share_mb, args)
-        choice = self.ledger.book(number, spec, need, topology, health)
-        return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+async def check_model_roots(source: str, roots: Sequence[Path], *, param: str) -> None:
+    """Refuses a path outside of `roots`. Accepts everything without roots, and names that are not paths on this host.
 
-    async def until_memory_is_back(self, number: int) -> None:
-        """Returns when no engine that is being stopped holds memory that was promised to run `number`."""
-        while True:
-            topology, health = await asyncio.gather(self.source.discover(), self.source.health())
-            if not self.ledger.awaited(number, topology, health):
-                return
-            await asyncio.sleep(_MEMORY_POLL_SECS)
+    Raises:
+        InvalidRequest: names `param`, the path and the roots.
+    """
+    if roots and not await asyncio.to_thread(is_below, source, roots):
+        listed = ", ".join(map(str, roots))
+        # Another host may have other roots, so the cause is the node.
+        reason, extra = f"{param}: {source!r} is outside of model_roots ({listed})", because(FailureCause.NODE)
+        raise InvalidRequest(reason, param=param, extra=extra)
+
+
+def is_below(source: str, roots: Sequence[Path]) -> bool:
+    """True for a path that resolves to a place below one of `roots`, and for a name that is not a path here. Blocks."""
+    path = Path(source)
+    try:
+        if not path.is_absolute() and not path.exists():
+            return True
+        real = path.resolve()
+    except (OSError, RuntimeError):  # a name too long for a path; a loop of links
+        return False
+    return any(real.is_relative_to(root.resolve()) for root in roots)

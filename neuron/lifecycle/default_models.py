@@ -1,4 +1,4 @@
-"""The models that are loaded at start."""
+"""Loads the configured default models when neuron starts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class DefaultModels:
-    """Loads them one after the other, since loads that compete for a disk are slower than in turn. One that fails
-    does not keep the others from coming."""
+    """Loads them one after the other: parallel loads would compete for the disk. A failure does not stop the others."""
 
-    def __init__(self, workers: Registry, commands: Sequence[LoadCommand]) -> None:
-        self._workers = workers
+    def __init__(self, registry: Registry, commands: Sequence[LoadCommand]) -> None:
+        self._registry = registry
         self._commands = list(commands)
         self.progress = Activation(
             state="activating" if commands else "idle", pending=[command.model_id for command in commands]
@@ -27,7 +26,7 @@ class DefaultModels:
         for command in self._commands:
             self._update(in_progress=command.model_id, pending=self.progress.pending[1:])
             try:
-                await (await self._workers.load(command)).loaded()
+                await (await self._registry.load(command)).loaded()
             except ServiceError as error:
                 log.error("default model %s was not loaded: %s", command.model_id, error.message)  # noqa: TRY400
                 reason = error.message.partition("\n")[0]

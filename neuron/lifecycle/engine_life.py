@@ -1,4 +1,4 @@
-"""One engine from the start of its process to its end: coming up, serving, falling ill, and why it ended."""
+"""One engine from the start of its process to its end: coming up, serving, sleeping, draining, and why it ended."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import contextlib
 import logging
 import os
 import time
-from typing import Protocol
+from dataclasses import dataclass
+from enum import Enum
+
+import aiohttp
 
 from neuron import errors as failures
 from neuron.engine.engine import Engine
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
-from neuron.lifecycle.engine_sleep import fall_asleep, found_asleep, wake_up
-from neuron.lifecycle.exit_kind import ExitKind
+from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
-from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.states import Condition, State
+from neuron.lifecycle.model_state import ModelState, State
+from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress
 from shared.errors import ServiceError
@@ -28,127 +31,140 @@ from shared.tasks import cancel_all, first_of, timeout
 log = logging.getLogger(__name__)
 
 ADOPT_SECS = 5.0
-"""How long an engine that had served has to answer a neuron that finds it."""
+"""How long an adopted engine that served before may take to answer."""
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
 _DRAIN_POLL_SECS = 0.1
-_IDLE_LOOKS = 2
+_IDLE_POLLS = 2
 
 
-class Model(Protocol):
-    """The worker whose engine this is."""
+class EngineEvent(Enum):
+    """What a phase of an engine's life waits for."""
 
-    @property
-    def condition(self) -> Condition: ...
+    READY = "ready"
+    EXITED = "exited"  # its main process ended by itself
+    STOP_REQUESTED = "stop requested"
+    SLEEP_REQUESTED = "sleep requested"  # or a wake
+    TIMED_OUT = "timed out"
+    UNHEALTHY = "unhealthy"  # its process runs but does not serve
 
-    def become(self, state: State, reason: str, *, progress: Progress | None = None) -> None: ...
 
-    def show(self, progress: Progress) -> None: ...
+@dataclass(frozen=True)
+class EngineTools:
+    """What the life of an engine works with; the same for every engine of this host."""
 
-    def loaded(self, engine: Engine, why: str, seconds: float | None) -> None: ...
+    memory: EngineMemory
+    sleep: EngineSleep
+    history: LoadHistory
+    http: aiohttp.ClientSession
 
 
 class EngineLife:
-    """`ending` is how it ended, `served_secs` how long it had served then (None: it never came up). What concerns the
-    model is told to `model`; the process itself is ended by the launcher, when this is over."""
+    """Reports to `model` and to the callers of `request`. Decides that the engine must stop; `Launcher` stops it.
 
-    def __init__(self, launcher: Launcher, engine: Engine, run: LoadRequest, model: Model) -> None:
+    `ended_by` is why it ended, `served_secs` how long it served (None: it never came up).
+    """
+
+    def __init__(self, engine: Engine, request: LoadRequest, model: ModelState, tools: EngineTools) -> None:
         self.engine = engine
-        self.run = run
-        self.ending = ExitKind.STOPPED
+        self.request = request
+        self.ended_by = EngineEvent.STOP_REQUESTED
         self.served_secs: float | None = None
-        self._launcher = launcher
         self._model = model
-        self._ill = ""  # what is wrong with an engine that still runs
-        self._says_it_serves = asyncio.Event()
+        self._memory = tools.memory
+        self._sleep = tools.sleep
+        self._history = tools.history
+        self._http = tools.http
+        self._fault = ""  # of an engine whose process still runs
+        self._log_says_ready = asyncio.Event()
         self._progress = LoadProgress(
             engine.harness.first_reading(),
             started=time.monotonic() - (time.time() - engine.started_at),
-            expected=launcher.history.expected(LoadKey.of(engine.spec)),
+            expected=tools.history.expected(LoadKey.of(engine.spec)),
         )
-        # Ends by itself when the engine is gone and all it said is known.
-        self._following = asyncio.create_task(self._follow(), name=f"output of {engine.engine_id}")
+        # Ends by itself when the engine has ended and its output is read.
+        self._following = asyncio.create_task(self._follow_output(), name=f"output of {engine.engine_id}")
 
     async def bring_up(self) -> bool:
-        """True when it serves; False when it ended, or has to be ended, before."""
-        engine, run = self.engine, self.run
-        if run.stop_wanted.is_set():
-            self._end(ExitKind.STOPPED)
+        """True when the engine serves; False when it ended, or must be stopped, before that."""
+        engine, request = self.engine, self.request
+        if request.stop_requested.is_set():
+            self._end(EngineEvent.STOP_REQUESTED)
             return False
         served_before = engine.ready_at is not None
         ready = until_ready(
-            self._launcher.http,
+            self._http,
             engine.url,
             health_path=engine.harness.health_path,
             api_key=engine.api_key,
             owns_port=engine.owns_port,
-            hint=self._says_it_serves,
+            hint=self._log_says_ready,
         )
         try:
-            ending = await first_of(
+            event = await first_of(
                 {
-                    ExitKind.STOPPED: run.stop_wanted.wait(),
-                    ExitKind.EXITED: engine.process.main_exited.wait(),
-                    ExitKind.READY: ready,
+                    EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
+                    EngineEvent.EXITED: engine.process.main_exited.wait(),
+                    EngineEvent.READY: ready,
                 },
                 timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
             )
-            if ending is ExitKind.READY:
-                # More is checked now: the engine may be gone, or another process may listen on its port.
-                ending = await first_of(
+            if event is EngineEvent.READY:
+                # The engine may end during these steps, and another process may take over its port.
+                event = await first_of(
                     {
-                        ExitKind.READY: self._came_up(served_before),
-                        ExitKind.STOPPED: run.stop_wanted.wait(),
-                        ExitKind.EXITED: engine.process.main_exited.wait(),
+                        EngineEvent.READY: self._came_up(served_before),
+                        EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
+                        EngineEvent.EXITED: engine.process.main_exited.wait(),
                     }
                 )
         except failures.GuardFailed as error:
-            self._ill = error.message
-            self._end(ExitKind.UNHEALTHY)
+            self._fault = error.message
+            self._end(EngineEvent.UNHEALTHY)
             return False
-        if ending is not ExitKind.READY:
-            if served_before and ending is not ExitKind.STOPPED:
+        if event is not EngineEvent.READY:
+            if served_before and event is not EngineEvent.STOP_REQUESTED:
                 self.served_secs = 0.0
-            self._end(ending or ExitKind.TIMED_OUT)
+            self._end(event or EngineEvent.TIMED_OUT)
             return False
         return True
 
     async def serve(self) -> None:
-        """Returns when it has to end, or has ended."""
+        """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
         vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
         try:
-            ending = await self._until_end(vitals)
-            while ending is ExitKind.SLEEP_REQUESTED:
-                ending = await self._fulfil(self.run.sleep_requests.popleft()) or await self._until_end(vitals)
-            if ending is ExitKind.UNHEALTHY:
-                self._ill = self._ill or vitals.result()
+            event = await self._next_event(vitals)
+            while event is EngineEvent.SLEEP_REQUESTED:
+                event = await self._fulfil(self.request.sleep_requests.popleft()) or await self._next_event(vitals)
+            if event is EngineEvent.UNHEALTHY:
+                self._fault = self._fault or vitals.result()
         finally:
             await cancel_all([vitals])
         self.served_secs = time.monotonic() - since
-        if ending is ExitKind.STOPPED:
+        if event is EngineEvent.STOP_REQUESTED:
             await self._drain()
         else:
-            # Told at once: what is left of the engine is swept, and the cause looked for, afterwards.
-            self._model.become(State.RECOVERING, self._ill or "its engine ended unexpectedly")
-            self.run.reopen()
-        self._end(ending)
+            # Reported before the processes are cleaned up and the cause is searched for: cortex must reroute now.
+            self._model.become(State.RECOVERING, self._fault or "its engine ended unexpectedly")
+            self.request.reopen()
+        self._end(event)
 
     async def explain(self) -> tuple[ServiceError, bool]:
-        """The error for an engine that is gone; True when it ended because its port was taken."""
+        """Why an engine that is gone failed; True when its port was taken by another process."""
         engine = self.engine
         await asyncio.wait([self._following])
         lines = await asyncio.to_thread(engine.output.file.tail, 2000, max_bytes=_CAUSE_BYTES)
-        if self.ending is ExitKind.TIMED_OUT:
+        if self.ended_by is EngineEvent.TIMED_OUT:
             if self.served_secs is not None:
                 reason = f"its engine did not answer neuron within {ADOPT_SECS:g} s"
                 return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
-        if self.ending is ExitKind.UNHEALTHY:
+        if self.ended_by is EngineEvent.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
-            reason = self._ill if cause is None else f"{self._ill}: {cause}"
+            reason = self._fault if cause is None else f"{self._fault}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
         code = await engine.process.wait()
         reason = exit_reason(engine.harness, code, lines)
@@ -156,137 +172,140 @@ class EngineLife:
         extra = because(cause_of_end(engine.harness, code, lines, path_missing=path_missing))
         return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
 
-    def _end(self, ending: ExitKind) -> None:
-        self.ending = ending
-        self.engine.leave = self.run.leave_engine and ending is ExitKind.STOPPED
-        self.engine.kill = ending in (ExitKind.UNHEALTHY, ExitKind.TIMED_OUT)
+    def _end(self, event: EngineEvent) -> None:
+        self.ended_by = event
+        self.engine.leave = self.request.leave_engine and event is EngineEvent.STOP_REQUESTED
+        self.engine.kill = event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT)
 
     def _startup_secs_left(self) -> float:
-        """Of an engine that an earlier neuron began to load, what is left of its time."""
+        """An adopted engine that was still loading has used part of its time."""
         return max(self.engine.startup_timeout_secs - (time.time() - self.engine.started_at), ADOPT_SECS)
 
     async def _came_up(self, served_before: bool) -> None:
         engine = self.engine
-        with contextlib.suppress(asyncio.TimeoutError):  # figures are not worth waiting for a stuck driver
+        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
             async with timeout(_MEASURE_SECS):
-                await asyncio.gather(self._launcher.measure([engine]), engine.vitals.take_sample())
+                await asyncio.gather(self._memory.measure([engine]), engine.vitals.take_sample())
         await engine.note_shared_files()
-        control = engine.harness.sleep
-        if control is not None and engine.can_sleep and not served_before:
-            engine.can_sleep = await control.is_guarded(self._launcher.http, engine.url, engine.control_key)
-        seconds = None
+        load_secs = None
         if not served_before:
+            await self._sleep.check_guard(engine)
             engine.ready_at = time.time()
-            engine.load_secs = seconds = engine.ready_at - engine.started_at
-            await self._launcher.history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
-        await self._launcher.note(engine)
-        if self.run.stop_wanted.is_set():
+            engine.load_secs = load_secs = engine.ready_at - engine.started_at
+            await self._history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
+        await engine.save_record()
+        if self.request.stop_requested.is_set():
             return
-        if served_before and await found_asleep(self._launcher, engine):
+        if served_before and await self._sleep.found_asleep(engine):
             self._model.become(State.SLEEPING, "adopted, asleep")
         else:
-            self._model.loaded(engine, "adopted, it answers" if served_before else "it answers", seconds)
-        self.run.settle(None)
+            reason = "adopted, it answers" if served_before else "it answers"
+            self._model.loaded(engine, reason, load_secs=load_secs)
+        self.request.settle(None)
 
-    async def _until_end(self, vitals: asyncio.Task[str]) -> ExitKind:
-        engine, run = self.engine, self.run
+    async def _next_event(self, vitals: asyncio.Task[str]) -> EngineEvent:
+        engine, request = self.engine, self.request
         while True:
-            ending = await first_of(
+            event = await first_of(
                 {
-                    ExitKind.STOPPED: run.stop_wanted.wait(),
-                    ExitKind.EXITED: engine.process.main_exited.wait(),
-                    ExitKind.UNHEALTHY: _until_done(vitals),
-                    ExitKind.SLEEP_REQUESTED: run.sleep_requested.wait(),
+                    EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
+                    EngineEvent.EXITED: engine.process.main_exited.wait(),
+                    EngineEvent.UNHEALTHY: _until_done(vitals),
+                    EngineEvent.SLEEP_REQUESTED: request.sleep_requested.wait(),
                 },
                 timeout_secs=_HOUSEKEEPING_SECS,
             )
-            if run.stop_wanted.is_set():
-                return ExitKind.STOPPED
-            if ending is not None:
-                return ending
+            if request.stop_requested.is_set():
+                return EngineEvent.STOP_REQUESTED
+            if event is not None:
+                return event
             await engine.note_shared_files()
 
-    async def _fulfil(self, sleep_request: SleepRequest) -> ExitKind | None:
-        """Lets the engine sleep or wake. How it ended meanwhile, or has to end because it does neither; else None."""
-        run, model = self.run, self._model
-        if not run.sleep_requests:
-            run.sleep_requested.clear()
-        if (model.condition.state is State.SLEEPING) is (sleep_request.level > 0):
+    async def _fulfil(self, sleep_request: SleepRequest) -> EngineEvent | None:
+        """Puts the engine to sleep or wakes it. Returns the event that ends its life meanwhile, None if it lives on."""
+        request, model = self.request, self._model
+        if not request.sleep_requests:
+            request.sleep_requested.clear()
+        if (model.state is State.SLEEPING) is (sleep_request.level > 0):
             if not sleep_request.level:
-                run.settle(None)
+                request.settle(None)
             sleep_request.settle(None)
             return None
-        ends = {ExitKind.STOPPED: run.stop_wanted.wait(), ExitKind.EXITED: self.engine.process.main_exited.wait()}
-        working = self._sleep(sleep_request.level) if sleep_request.level else self._wake()
+        change = self._fall_asleep(sleep_request.level) if sleep_request.level else self._wake()
         try:
-            ending = await first_of({**ends, ExitKind.READY: working})
+            event = await first_of(
+                {
+                    EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
+                    EngineEvent.EXITED: self.engine.process.main_exited.wait(),
+                    EngineEvent.READY: change,
+                }
+            )
         except (failures.WakeFailed, failures.SleepUnsettled) as error:
-            self._ill = error.message
+            self._fault = error.message
             sleep_request.settle(error)
-            return ExitKind.UNHEALTHY
+            return EngineEvent.UNHEALTHY
         except ServiceError as error:
             model.become(State.LOADED if sleep_request.level else State.SLEEPING, error.message)
-            run.settle(None if sleep_request.level else error)
+            request.settle(None if sleep_request.level else error)
             sleep_request.settle(error)
             return None
-        if ending is ExitKind.READY:
+        if event is EngineEvent.READY:
             sleep_request.settle(None)
             return None
-        sleep_request.settle(run.stop_reason or failures.LoadFailed("its engine ended"))
-        return ending
+        sleep_request.settle(request.stop_reason or failures.LoadFailed("its engine ended"))
+        return event
 
-    async def _sleep(self, level: int) -> None:
+    async def _fall_asleep(self, level: int) -> None:
         self._model.become(State.SLEEPING, "falling asleep")
-        await fall_asleep(self._launcher, self.engine, level)
-        reason = f"asleep, with {self.engine.slept_mb} MiB in the host's memory"
-        self._model.become(State.SLEEPING, reason)
+        await self._sleep.fall_asleep(self.engine, level)
+        self._model.become(State.SLEEPING, f"asleep, with {self.engine.slept_mb} MiB in the host's memory")
 
     async def _wake(self) -> None:
         self._model.become(State.WAKING, "asked to wake", progress=Progress(phase="waking"))
-        await wake_up(self._launcher, self.engine)
-        self._model.loaded(self.engine, "awake", None)
-        self.run.settle(None)
+        await self._sleep.wake_up(self.engine)
+        self._model.loaded(self.engine, "awake")
+        self.request.settle(None)
 
     async def _drain(self) -> None:
-        """Lets what the engine works on come to its end, as long as there is time."""
-        run, exited = self.run, self.engine.process.main_exited
-        if not run.leave_engine:
-            await self._launcher.note_stopping(self.engine)
-        idle_looks = 0  # two in a row: a request may have been on its way when the first was taken
-        while not run.leave_engine and not exited.is_set() and time.monotonic() < run.drain_until:
+        """Waits until the engine has finished its requests, or the drain time is over."""
+        request, exited = self.request, self.engine.process.main_exited
+        if not request.leave_engine:
+            await self.engine.record_stop()
+        idle_polls = 0  # two in a row: a request may have been on its way during the first
+        while not request.leave_engine and not exited.is_set() and time.monotonic() < request.drain_until:
             sample = await self.engine.vitals.take_sample()
-            idle_looks = idle_looks + 1 if sample is not None and not sample.running and not sample.waiting else 0
-            if idle_looks == _IDLE_LOOKS:
+            idle_polls = idle_polls + 1 if sample is not None and not sample.running and not sample.waiting else 0
+            if idle_polls == _IDLE_POLLS:
                 break
             await asyncio.sleep(_DRAIN_POLL_SECS)
-        if self._model.condition.state is State.DRAINING:
-            self._model.become(State.STOPPING, "drained" if time.monotonic() < run.drain_until else "out of time")
+        if self._model.state is State.DRAINING:
+            self._model.become(State.STOPPING, "drained" if time.monotonic() < request.drain_until else "out of time")
 
-    async def _follow(self) -> None:
+    async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""
-        await self.engine.output.follow(self._on_lines, self._pause)
+        await self.engine.output.follow(self._on_lines, self._poll_secs)
 
-    def _pause(self) -> float:
+    def _poll_secs(self) -> float:
         return LOADING_PAUSE_SECS if self.engine.ready_at is None else LOADED_PAUSE_SECS
 
     def _on_lines(self, lines: list[str]) -> None:
-        if self.engine.ready_at is not None or self.run.stop_wanted.is_set():
+        if self.engine.ready_at is not None or self.request.stop_requested.is_set():
             return
         now = time.monotonic()
-        news = self._progress.feed(lines, now)
+        changed = self._progress.feed(lines, now)
         if self._progress.serving:
-            self._says_it_serves.set()
-        if news:
+            self._log_says_ready.set()
+        if changed:
             self._model.show(self._progress.view(now))
 
 
 async def _until_done(task: asyncio.Task[str]) -> None:
-    """Leaves the task alone when this is cancelled."""
+    """Cancelling this does not cancel the task."""
     await asyncio.wait([task])
 
 
 def _is_missing_path(source: str) -> bool:
-    """True for a path that is not on this host; a name is none. Blocks."""
+    """True for an absolute path that does not exist on this host. Blocks."""
     return source.startswith("/") and not os.path.lexists(source)
 
 

@@ -1,81 +1,95 @@
-"""An engine falls asleep and wakes up: the engine told, its memory on the devices and in the host accounted for."""
+"""Puts engines to sleep and wakes them, and accounts for their memory on the devices and in the host."""
 
 from __future__ import annotations
 
-import asyncio
+import aiohttp
 
 from neuron import errors as failures
+from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine
 from neuron.harness.sleep import SleepControl
-from neuron.lifecycle.launcher import Launcher
-from neuron.memory import host_memory as host_ram
+from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.memory import host_memory
 
-_LOG_LINES = 2000  # of a load, in which the size of the weights is looked for
-
-
-async def fall_asleep(launcher: Launcher, engine: Engine, level: int) -> None:
-    """Returns when the engine sleeps, and others may have its memory.
-
-    Raises:
-        Conflict: it cannot sleep, has requests, or this host has no memory for its weights; it goes on as before.
-        SleepFailed: as `SleepControl.sleep`. WakeFailed: it neither sleeps nor serves.
-    """
-    control = _control_of(engine)
-    async with launcher.sleepers.turn:
-        await launcher.measure([engine])
-        before_mb = engine.vram_used_mb
-        lines = await engine.output.tail(_LOG_LINES)
-        weights_mb = control.weights_mb(lines, engine.spec.tensor_parallel)
-        await host_ram.check_sleep(
-            launcher.config,
-            engine.spec.model_id,
-            sleeps_in_ram=control.weights_in_ram,
-            weights_mb=weights_mb,
-            vram_used_mb=before_mb,
-            slept_mb=launcher.sleepers.taken_mb,
-        )
-        await control.sleep(launcher.http, engine.url, engine.control_key, level=level)
-        held = await launcher.held_by(engine)
-        engine.slept_mb = host_ram.slept_mb(weights_mb, before_mb, engine.vram_used_mb)
-        launcher.sleepers.asleep(engine.placement.number, engine.slept_mb)
-        launcher.ledger.shrink(engine.placement.number, held)
-    await launcher.note(engine)
+_LOG_LINES = 2000  # searched for the size of the weights
 
 
-async def found_asleep(launcher: Launcher, engine: Engine) -> bool:
-    """True for an engine, started by an earlier neuron, that sleeps; then it is accounted for."""
-    control = engine.harness.sleep
-    if control is None or not engine.can_sleep:
-        return False
-    if not await control.is_sleeping(launcher.http, engine.url, engine.control_key):
-        return False
-    placement = engine.placement
-    launcher.sleepers.asleep(placement.number, engine.slept_mb)
-    awake_mb = dict(zip(placement.indices, placement.booked_mb, strict=False))
-    launcher.ledger.shrink(placement.number, await launcher.held_by(engine), awake_mb=awake_mb)
-    return True
+class EngineSleep:
+    """Sleep and wake of the engines of this host."""
 
+    def __init__(self, config: NeuronConfig, memory: EngineMemory, http: aiohttp.ClientSession) -> None:
+        self._config = config
+        self._memory = memory
+        self._http = http
 
-async def wake_up(launcher: Launcher, engine: Engine) -> None:
-    """Returns when the engine serves again.
+    async def fall_asleep(self, engine: Engine, level: int) -> None:
+        """Returns when the engine sleeps and its device memory can be booked by others.
 
-    Raises:
-        InsufficientVram: its memory was given away meanwhile; it sleeps on.
-        WakeFailed: it has to be ended.
-    """
-    control, number = _control_of(engine), engine.placement.number
-    async with launcher.turns.turn(engine.devices):
-        await launcher.measure_all()
-        topology, health = await asyncio.gather(launcher.source.discover(), launcher.source.health())
-        launcher.ledger.regrow(number, topology, health)
-        engine.waking = True
-        await launcher.admission.until_memory_is_back(number)
-        await control.wake(launcher.http, engine.url, engine.control_key)
-        engine.waking = False
-        engine.slept_mb = 0
-        launcher.sleepers.gone(number)
-        await launcher.measure([engine])
-    await launcher.note(engine)
+        Raises:
+            Conflict: it cannot sleep, has requests, or the host has not enough memory for its weights; it keeps
+            serving. SleepFailed: as `SleepControl.sleep`. WakeFailed: it neither sleeps nor serves.
+        """
+        control, memory, number = _control_of(engine), self._memory, engine.placement.number
+        async with memory.sleep_budget.lock:
+            await memory.measure([engine])
+            before_mb = engine.vram_used_mb
+            lines = await engine.output.tail(_LOG_LINES)
+            weights_mb = control.weights_mb(lines, engine.spec.tensor_parallel)
+            await host_memory.check_sleep(
+                self._config,
+                engine.spec.model_id,
+                sleeps_in_ram=control.weights_in_ram,
+                weights_mb=weights_mb,
+                vram_used_mb=before_mb,
+                slept_mb=memory.sleep_budget.taken_mb,
+            )
+            await control.sleep(self._http, engine.url, engine.control_key, level=level)
+            held = await memory.held_by(engine)
+            engine.slept_mb = host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb)
+            memory.sleep_budget.take(number, engine.slept_mb)
+            memory.ledger.shrink(number, held)
+        await engine.save_record()
+
+    async def found_asleep(self, engine: Engine) -> bool:
+        """True for an adopted engine that sleeps; its memory is accounted for then."""
+        control, memory, placement = engine.harness.sleep, self._memory, engine.placement
+        if control is None or not engine.can_sleep:
+            return False
+        if not await control.is_sleeping(self._http, engine.url, engine.control_key):
+            return False
+        memory.sleep_budget.take(placement.number, engine.slept_mb)
+        awake_mb = dict(zip(placement.indices, placement.booked_mb, strict=False))
+        memory.ledger.shrink(placement.number, await memory.held_by(engine), awake_mb=awake_mb)
+        return True
+
+    async def wake_up(self, engine: Engine) -> None:
+        """Returns when the engine serves again.
+
+        Raises:
+            InsufficientVram: its device memory is booked by others now; it keeps sleeping.
+            WakeFailed: it must be stopped.
+        """
+        control, memory, number = _control_of(engine), self._memory, engine.placement.number
+        async with memory.start_locks.held(engine.devices):
+            reading = await memory.read()
+            memory.ledger.regrow(number, reading.topology, reading.health)
+            engine.waking = True
+            await memory.until_available(number)
+            await control.wake(self._http, engine.url, engine.control_key)
+            engine.waking = False
+            engine.slept_mb = 0
+            memory.sleep_budget.release(number)
+            await memory.measure([engine])
+        await engine.save_record()
+
+    async def check_guard(self, engine: Engine) -> None:
+        """Sets `can_sleep` to whether the engine's sleep routes work and are closed to others.
+
+        Raises:
+            GuardFailed: its development routes are open without a key.
+        """
+        if engine.harness.sleep is not None and engine.can_sleep:
+            engine.can_sleep = await engine.harness.sleep.is_guarded(self._http, engine.url, engine.control_key)
 
 
 def _control_of(engine: Engine) -> SleepControl:

@@ -1,4 +1,4 @@
-"""Changes, passed on to listeners as they happen."""
+"""Events: what happens to the models, published to the listeners of `/events` and counted in the metrics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from shared.protocol import ModelView
 
 QUEUE_LIMIT = 1000
 
 
 @dataclass(frozen=True)
 class Event:
-    """One change. `number` counts up while neuron lives; `data` is JSON."""
+    """One change. `number` increases while neuron runs; `data` is JSON."""
 
     number: int
     name: str
@@ -25,8 +28,8 @@ class Event:
 
 @dataclass(eq=False)
 class EventSubscriber:
-    """One listener's events. One that lets `QUEUE_LIMIT` of them pile up is dropped: it starts over with a snapshot
-    when it comes back, instead of holding memory here indefinitely."""
+    """The queue of one listener. A listener with `QUEUE_LIMIT` unread events is dropped, so that it cannot hold memory
+    without bound; it gets a snapshot when it reconnects."""
 
     _queue: asyncio.Queue[Event | None] = field(default_factory=lambda: asyncio.Queue(QUEUE_LIMIT + 1))
     dropped: bool = False
@@ -48,7 +51,7 @@ class EventSubscriber:
 
 
 class EventHub:
-    """Numbers events and hands each to every listener, without ever waiting for one."""
+    """Numbers events and queues each for every listener; never waits for one."""
 
     def __init__(self) -> None:
         self._listeners: set[EventSubscriber] = set()
@@ -62,7 +65,7 @@ class EventHub:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[EventSubscriber]:
-        """A listener that gets everything published from now on."""
+        """A listener that receives every event published from now on."""
         listener = EventSubscriber()
         self._listeners.add(listener)
         try:
@@ -74,3 +77,31 @@ class EventHub:
         """Ends every listener's stream."""
         for listener in self._listeners:
             listener.close()
+
+
+class LifecycleMetrics(Protocol):
+    """The counters of the lifecycle."""
+
+    def loaded(self, model_id: str, seconds: float) -> None: ...
+
+    def restarted(self, model_id: str) -> None: ...
+
+    def known(self, model_id: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelEvents:
+    """Reports what happens to models: state changes to the hub, loads and restarts to the metrics."""
+
+    hub: EventHub
+    metrics: LifecycleMetrics
+
+    def changed(self, view: ModelView) -> None:
+        self.metrics.known(view.id)
+        self.hub.publish("model", view.model_dump_json())
+
+    def loaded(self, model_id: str, seconds: float) -> None:
+        self.metrics.loaded(model_id, seconds)
+
+    def restarted(self, model_id: str) -> None:
+        self.metrics.restarted(model_id)

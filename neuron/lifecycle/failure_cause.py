@@ -1,4 +1,4 @@
-"""Why a load failed, in words, and whether the host or the model is at fault. Pure."""
+"""Why a load failed, and whether the host or the model is at fault. Pure."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _BY_CODE: dict[str, FailureCause] = {
     ErrorCode.VRAM_NOT_RELEASED: FailureCause.NODE,
     ErrorCode.INVALID_REQUEST: FailureCause.MODEL,
 }
-_OF_THE_HOST = ("devices", "harness", "tensor_parallel")
-"""Fields of a load command that are refused for what this host has."""
+_HOST_FIELDS = ("devices", "harness", "tensor_parallel")
+"""Fields of a load command whose valid values depend on the host."""
 _NOT_STARTED = (126, 127)  # a shell's exit codes: cannot execute, or command not found
 
 
 def cause_of(error: ServiceError) -> FailureCause:
-    """Of the error of a load. What found the error may have said it (`because`); else its code tells."""
-    said = error.extra.get("cause")
-    if said is not None:
-        return FailureCause(said)
-    if error.param in _OF_THE_HOST:
+    """The cause of a load error: as set with `because`, else from its parameter or code."""
+    given = error.extra.get("cause")
+    if given is not None:
+        return FailureCause(given)
+    if error.param in _HOST_FIELDS:
         return FailureCause.NODE
     return _BY_CODE.get(error.code, FailureCause.UNKNOWN)
 
 
 def because(cause: FailureCause) -> dict[str, str]:
-    """For `extra` of an error."""
+    """The value for `extra` of an error."""
     return {"cause": cause.value}
 
 
 def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> FailureCause:
-    """Of an engine that ended by itself with exit code `code` (negative: a signal; None: not known) and whose last
-    output is `lines`. `path_missing`: see `Harness.cause_of`."""
+    """The cause for an engine that ended by itself. `code` is its exit code (negative: a signal; None: unknown),
+    `lines` its last output. `path_missing`: see `Harness.cause_of`."""
     if code == -signal.SIGKILL or code in _NOT_STARTED:
         return FailureCause.NODE
     error = harness.root_cause(lines)
@@ -50,8 +50,8 @@ def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, pa
 
 
 def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:
-    """Why an engine that was not stopped exited with `code` (negative: a signal; 0 is possible too). None: an earlier
-    neuron started it, so its exit code is unknown."""
+    """Why an engine ended by itself. `code` is its exit code (negative: a signal; 0 is possible; None: unknown, since
+    an earlier neuron started it)."""
     cause = harness.root_cause(lines)
     if code is None:
         return cause or "exited unexpectedly (exit code unknown: an earlier neuron started it)"

@@ -1,4 +1,4 @@
-"""Everything an engine needs from its host, taken in order and given back in reverse, whatever happens between."""
+"""Starts engines and adopts those of an earlier neuron; releases everything they took from the host."""
 
 from __future__ import annotations
 
@@ -9,87 +9,83 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 
 from neuron.config import NeuronConfig
-from neuron.engine import records
-from neuron.engine import shared_memory as litter
-from neuron.engine.engine import Engine, measure, until_released
+from neuron.engine import records, session, shared_memory
+from neuron.engine.engine import Engine, until_released
 from neuron.engine.health import Vitals
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import PortPool, lingering_ports
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
-from neuron.engine.state_dir import EngineDir, StateDir
+from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
 from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
-from neuron.lifecycle.admission import Admission
+from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
-from neuron.lifecycle.start_locks import StartTurns
-from neuron.memory.ledger import Ledger
 from neuron.memory.placement import EnginePlacement
-from neuron.memory.sleep_budget import Sleepers
-from neuron.progress.history import LoadHistory
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
 from shared.protocol import FailureCause
 
 log = logging.getLogger(__name__)
 
-_OF_THE_HOST = because(FailureCause.NODE)
+_NODE = because(FailureCause.NODE)
+_KILL_SECS = 10.0
+_KILL_POLL_SECS = 0.05
 
 
-@dataclass(frozen=True)
 class Launcher:
-    """Starts engines on this host, and takes over those that an earlier neuron started."""
+    """Single owner of the engines' ports, directories and processes. Registers running engines in `memory`.
 
-    config: NeuronConfig
-    source: TopologySource
-    state: StateDir
-    http: aiohttp.ClientSession
-    ports: PortPool
-    history: LoadHistory
-    admission: Admission
-    turns: StartTurns = field(default_factory=StartTurns)
-    sleepers: Sleepers = field(default_factory=Sleepers)
-    engines: dict[str, Engine] = field(default_factory=dict)
-    """Those that are there, by id, until they are gone or left."""
-    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    `first_number` is above the number of every engine directory that is still there.
+    """
+
+    def __init__(
+        self,
+        config: NeuronConfig,
+        source: TopologySource,
+        state: StateDir,
+        http: aiohttp.ClientSession,
+        memory: EngineMemory,
+        *,
+        first_number: int = 1,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._state = state
+        self._http = http
+        self._memory = memory
+        self._ports = PortPool(config.host)
+        self._numbers = itertools.count(first_number)
 
     @property
-    def ledger(self) -> Ledger:
-        return self.admission.ledger
-
-    async def book_again(self, placement: EnginePlacement, spec: EngineSpec) -> EnginePlacement:
-        """For another engine of a run, whose last one is gone. Raises as `Admission.book`; nothing is booked then."""
-        await self.measure_all()  # or what others loaded since they were last measured counts as a stranger's
-        topology, health = await asyncio.gather(self.source.discover(), self.source.health())
-        self.ledger.release(placement.number)
-        return self.admission.book(placement.number, spec, placement.share_mb, topology, health)
+    def reserved_ports(self) -> frozenset[int]:
+        return self._ports.reserved
 
     @contextlib.asynccontextmanager
     async def engine(self, spec: EngineSpec, placement: EnginePlacement) -> AsyncIterator[Engine]:
-        """An engine that was started, not yet ready. After the body nothing of it is left but its log, unless it is to
-        be left running.
+        """Starts an engine; it is not ready yet. After the body it is stopped and only its log remains, unless
+        `engine.leave` is set.
 
         Raises:
-            LoadFailed: its executable cannot be started, or what is to be known of it cannot be written down.
+            LoadFailed: its executable cannot be started, or its record cannot be written.
             Unavailable: no port is free.
         """
-        settings = self.config.harness_settings(spec.harness)
+        settings = self._config.harness_settings(spec.harness)
         harness = HARNESSES[spec.harness]
-        number = next(self.numbers)
+        number = next(self._numbers)
         async with contextlib.AsyncExitStack() as cleanup:
-            topology = await self.source.discover()
+            topology = await self._source.discover()
             port = await self._port(settings.port_range)
-            cleanup.callback(self.ports.release, port)
+            cleanup.callback(self._ports.release, port)
             directory = await self._directory(number)
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             plan = LaunchPlan(
@@ -97,11 +93,11 @@ class Launcher:
                 settings=settings,
                 devices=placement.devices,
                 share_mb=placement.share_mb,
-                host=self.config.host,
+                host=self._config.host,
                 port=port,
                 tmp_dir=directory.tmp,
                 api_key=secrets.token_urlsafe(32),
-                engine_id=f"{self.state.engine_id_prefix}{number}",
+                engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=secrets.token_urlsafe(32),
             )
             facts = self._facts(topology)
@@ -121,13 +117,13 @@ class Launcher:
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
-            # Before the start as well: an engine of which nothing is known would be killed by the next neuron.
+            # Before the start too: the next neuron kills engines without a record.
             await self._write(directory, record)
             process = await self._start(harness.command(plan, facts), directory)
             engine = self._engine(record, spec, placement, directory, process)
-            self.engines[engine.engine_id] = engine
-            cleanup.push_async_callback(self._end, engine)
-            await self._write(directory, self.record_of(engine))
+            self._memory.add(engine)
+            cleanup.push_async_callback(self._stop, engine)
+            await self._write(directory, engine.current_record())
             log.info("%s: engine process %d, port %d, on %s", spec.model_id, process.pid, port, placement.why)
             yield engine
             if engine.leave:
@@ -138,8 +134,8 @@ class Launcher:
     async def adopted(
         self, record: RunRecord, directory: EngineDir, placement: EnginePlacement
     ) -> AsyncIterator[Engine | None]:
-        """The engine of a record that an earlier neuron wrote, None when it runs no more. It ends as that of `engine`
-        does."""
+        """The engine of an earlier neuron's record; None when it no longer runs. After the body it is stopped as in
+        `engine`."""
         leader = Leader(record.pid or 0, record.start_ticks or 0, record.engine_id)
         async with contextlib.AsyncExitStack() as cleanup:
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
@@ -147,66 +143,46 @@ class Launcher:
             if process is None:
                 yield None
                 return
-            self.ports.claim(record.port)
-            cleanup.callback(self.ports.release, record.port)
+            self._ports.claim(record.port)
+            cleanup.callback(self._ports.release, record.port)
             engine = self._engine(record, record.engine_spec, placement, directory, process)
-            self.engines[engine.engine_id] = engine
-            cleanup.push_async_callback(self._end, engine)
+            self._memory.add(engine)
+            cleanup.push_async_callback(self._stop, engine)
             yield engine
             if engine.leave:
                 await self._leave(engine)
                 cleanup.pop_all()
 
-    def record_of(self, engine: Engine) -> RunRecord:
-        """What a neuron that comes after this one has to know of the engine."""
-        leader = engine.process.leader
-        return engine.record.model_copy(
-            update={
-                "pid": leader.pid,
-                "start_ticks": leader.start_ticks,
-                "process_group": leader.pid,
-                "can_sleep": engine.can_sleep,
-                "ready_at": engine.ready_at,
-                "load_secs": engine.load_secs,
-                "stopping": engine.stopping,
-                "slept_mb": engine.slept_mb,
-                "shared_files": sorted((file.path, file.inode) for file in engine.shared_files),
-            }
-        )
+    async def remove_leftovers(
+        self, found: Sequence[FoundEngine], *, keep: Sequence[EngineDir], alive: Sequence[str]
+    ) -> None:
+        """Cleans up after an earlier neuron: kills its engines' processes except those of the engines `alive` (by
+        engine id), and removes shared memory files and directories, except those in `keep`."""
+        await self._kill_strays(alive)
+        # Files that a running engine has mapped are not removed.
+        files = [shared_memory.recorded(each.record.shared_files) for each in found if each.record is not None]
+        await asyncio.to_thread(shared_memory.remove, frozenset().union(*files))
+        await asyncio.to_thread(self._state.clear_but, keep)
 
-    async def note(self, engine: Engine) -> None:
-        """Writes down what has become known of the engine. Without room on the disk the earlier record stands, which is
-        enough to find it again."""
-        try:
-            await asyncio.to_thread(records.write, engine.directory.record, self.record_of(engine))
-        except OSError as error:
-            log.warning("%s: its run record cannot be written: %s", engine.spec.model_id, error)
+    async def _kill_strays(self, spared: Sequence[str]) -> None:
+        """Kills every process that carries the id of an engine of this state directory, except those in `spared`."""
+        deadline = time.monotonic() + _KILL_SECS
+        while strays := await asyncio.to_thread(self._strays, spared):
+            if time.monotonic() >= deadline:
+                log.error("processes %s of ended engines survive SIGKILL", sorted(strays))
+                return
+            log.warning("killing processes %s: their engines have ended", sorted(strays))
+            for pid in strays:
+                session.kill(pid)
+            await asyncio.sleep(_KILL_POLL_SECS)
 
-    async def note_stopping(self, engine: Engine) -> None:
-        """Writes down that it is to end: a neuron that comes after this one must not bring it back."""
-        if not engine.kill and not engine.stopping:
-            engine.stopping = True
-            await self.note(engine)
-
-    async def measure(self, engines: Collection[Engine]) -> None:
-        """Measures the GPU memory of `engines`, all with one question to the driver, and lets the ledger know."""
-        held = await measure(engines, self.source)
-        for engine in engines:
-            filling = engine.ready_at is None or engine.waking
-            tell = self.ledger.holding if filling else self.ledger.measured
-            tell(engine.placement.number, held[engine.placement.number])
-
-    async def measure_all(self) -> None:
-        """Measures every engine there is. Before a booking: strangers' use is what is left over."""
-        await self.measure(list(self.engines.values()))
-
-    async def held_by(self, engine: Engine) -> dict[int, int]:
-        """Measures one engine: MiB by device index. The ledger is not told."""
-        return (await measure([engine], self.source))[engine.placement.number]
+    def _strays(self, spared: Sequence[str]) -> list[int]:
+        carriers = session.marked(self._state.engine_id_prefix)
+        return [pid for pid, engine_id in carriers.items() if engine_id not in spared]
 
     def kill_all_now(self) -> None:
-        """SIGKILL to every engine, before the next line of the caller runs."""
-        for engine in self.engines.values():
+        """Sends SIGKILL to every engine before it returns."""
+        for engine in self._memory.engines:
             engine.process.kill_now()
 
     def _engine(
@@ -217,7 +193,7 @@ class Launcher:
         directory: EngineDir,
         process: EngineProcess,
     ) -> Engine:
-        settings = self.config.harness_settings(spec.harness)
+        settings = self._config.harness_settings(spec.harness)
         harness = HARNESSES[spec.harness]
         url = f"http://{_authority(local_address(record.host), record.port)}"
         return Engine(
@@ -225,11 +201,11 @@ class Launcher:
             placement=placement,
             harness=harness,
             vitals=Vitals(
-                self.http,
+                self._http,
                 url,
                 health_path=harness.health_path,
                 probe=harness.activity,
-                settings=self.config.health,
+                settings=self._config.health,
             ),
             record=record,
             url=url,
@@ -242,23 +218,23 @@ class Launcher:
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
             load_secs=record.load_secs,
-            shared_files=litter.recorded(record.shared_files),
+            shared_files=shared_memory.recorded(record.shared_files),
         )
 
     async def _port(self, port_range: tuple[int, int]) -> int:
-        """Raises Unavailable: none is free."""
+        """Raises Unavailable: no port is free."""
         try:
-            return self.ports.reserve(port_range)
+            return self._ports.reserve(port_range)
         except Unavailable:
-            # The engine that is replaced may have had the last one.
-            return self.ports.reserve(port_range, lingering=await asyncio.to_thread(lingering_ports))
+            # The engine that is being replaced may have used the last port.
+            return self._ports.reserve(port_range, lingering=await asyncio.to_thread(lingering_ports))
 
     async def _directory(self, number: int) -> EngineDir:
         try:
-            return await asyncio.to_thread(self.state.new_engine, number)
+            return await asyncio.to_thread(self._state.new_engine, number)
         except OSError as error:
             raise LoadFailed(
-                f"no directory for the engine can be made below {self.state.path}: {error}", extra=_OF_THE_HOST
+                f"cannot create the engine's directory below {self._state.path}: {error}", extra=_NODE
             ) from error
 
     async def _write(self, directory: EngineDir, record: RunRecord) -> None:
@@ -267,9 +243,9 @@ class Launcher:
         except OSError as error:
             await asyncio.to_thread(directory.remove)
             raise LoadFailed(
-                f"the run record {directory.record} cannot be written: {error.strerror or error} (without it a neuron "
-                "that comes after this one would not know the engine)",
-                extra=_OF_THE_HOST,
+                f"cannot write the run record {directory.record}: {error.strerror or error} (without it a restarted "
+                "neuron could not find the engine)",
+                extra=_NODE,
             ) from error
 
     async def _start(self, command: EngineCommand, directory: EngineDir) -> EngineProcess:
@@ -277,48 +253,47 @@ class Launcher:
             return await EngineProcess.start(command.argv, command.env, directory.log)
         except (OSError, ValueError) as error:
             await asyncio.to_thread(directory.remove)
-            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=_OF_THE_HOST) from error
+            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=_NODE) from error
 
-    async def _end(self, engine: Engine) -> None:
+    async def _stop(self, engine: Engine) -> None:
         process = engine.process
         try:
             if not process.main_exited.is_set():
                 await engine.note_shared_files()
-                await self.note_stopping(engine)
+                await engine.record_stop()
             if engine.kill:
                 await process.kill()
             else:
                 await process.stop(engine.stop_timeout_secs)
         finally:
-            self.engines.pop(engine.engine_id, None)
-            self.sleepers.gone(engine.placement.number)
+            self._memory.remove(engine)
         await engine.output.close()
-        await asyncio.to_thread(litter.remove, engine.shared_files)
-        engine.vram_released = await until_released(self.source, process.pids_seen)
+        await asyncio.to_thread(shared_memory.remove, engine.shared_files)
+        engine.vram_released = await until_released(self._source, process.pids_seen)
         if not engine.vram_released:
-            log.error("%s: the driver still counts memory of its processes", engine.spec.model_id)
+            log.error("%s: its processes ended, but the driver still counts their memory", engine.spec.model_id)
 
     async def _leave(self, engine: Engine) -> None:
-        self.state.keep = True
-        await self.note(engine)
+        self._state.keep = True
+        await engine.save_record()
         await engine.process.leave()
         await engine.output.close()
-        self.engines.pop(engine.engine_id, None)
+        self._memory.remove(engine)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
-        hidden = frozenset({self.config.token_env} if self.config.token_env else ())
+        hidden = frozenset({self._config.token_env} if self._config.token_env else ())
         return LaunchFacts(
             has_gpu=topology.has_gpu,
             cpus=tuple(sorted(os.sched_getaffinity(0))),
             environ=inheritable(os.environ, secrets=hidden),
-            vram_dir=self.state.vram,
+            vram_dir=self._state.vram,
         )
 
 
 def local_address(host: str) -> str:
-    """Where this host itself reaches what is bound to `host`."""
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound
+    """The address at which this host reaches a server bound to `host`."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
 
 
 def _authority(host: str, port: int) -> str:

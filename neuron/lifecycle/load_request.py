@@ -14,7 +14,7 @@ from shared.errors import ServiceError
 
 @dataclass
 class SleepRequest:
-    """A request to a running engine to sleep, or to wake up (`level` 0). `done` is its outcome."""
+    """Asks a running engine to sleep, or to wake up (`level` 0). `done` gets the outcome."""
 
     level: int
     done: asyncio.Future[ServiceError | None]
@@ -31,15 +31,15 @@ class SleepRequest:
 
 
 class LoadRequest:
-    """Shared by all callers that ask for the model meanwhile. Only its supervisor changes it.
+    """Shared by all callers that wait for the model. Changed only by the model's supervisor and its engine life.
 
-    The outcome is a value, not an exception: there may be no caller left to raise it in.
+    The outcome is a value, not an exception: an exception that no caller is left to receive would be reported as lost.
     """
 
     def __init__(self, spec: EngineSpec, placement: EnginePlacement) -> None:
         self.spec = spec
         self.placement = placement
-        self.stop_wanted = asyncio.Event()
+        self.stop_requested = asyncio.Event()
         self.stop_reason: ServiceError | None = None
         self.drain_until = 0.0
         """Monotonic time until which running requests may continue after a stop."""
@@ -54,10 +54,10 @@ class LoadRequest:
 
     @property
     def joinable(self) -> bool:
-        return not self.stop_wanted.is_set()
+        return not self.stop_requested.is_set()
 
     async def loaded(self) -> None:
-        """Returns when the model is loaded. Cancelling a caller cancels nothing else.
+        """Returns when the model is loaded. Cancelling this does not cancel the load.
 
         Raises:
             ServiceError: the load failed.
@@ -67,40 +67,40 @@ class LoadRequest:
             raise error
 
     async def gone(self) -> None:
-        """Returns when its processes are gone and their memory is back.
+        """Returns when its processes are gone and their memory is released.
 
         Raises:
-            VramNotReleased: the processes are gone, their memory is not.
+            VramNotReleased: the processes are gone, but the driver still counts their memory.
         """
         await self._gone.wait()
         if self.vram_error is not None:
             raise self.vram_error
 
     def stop(self, reason: ServiceError, *, drain_secs: float = 0) -> None:
-        """Requests its end. Callers that wait for the load get `reason` at once; running requests have `drain_secs`. If
-        called again, the shorter time counts."""
+        """Requests its end. Callers that wait for the load get `reason` at once; running requests get `drain_secs` to
+        finish. If called again, the earlier deadline counts."""
         until = time.monotonic() + drain_secs
-        if not self.stop_wanted.is_set():
+        if not self.stop_requested.is_set():
             self.stop_reason = reason
             self.drain_until = until
-            self.stop_wanted.set()
+            self.stop_requested.set()
         self.drain_until = min(self.drain_until, until)
         self.settle(reason)
 
     def sleep_request(self, level: int) -> SleepRequest:
-        """Asks its engine to sleep or to wake up; the sleep_request's `done` tells how that went."""
+        """Asks its engine to sleep or to wake up; await `SleepRequest.fulfilled`."""
         sleep_request = SleepRequest(level, asyncio.get_running_loop().create_future())
         self.sleep_requests.append(sleep_request)
         self.sleep_requested.set()
         return sleep_request
 
     def reopen(self) -> None:
-        """The model is no longer loaded, or not loaded again yet: new callers wait for the next outcome."""
-        if self._outcome.done() and not self.stop_wanted.is_set():
+        """Makes callers wait for the next outcome: the model is not loaded now."""
+        if self._outcome.done() and not self.stop_requested.is_set():
             self._outcome = self._new_outcome()
 
     def settle(self, error: ServiceError | None) -> None:
-        """Tells waiting callers how the load ended. The first outcome stands."""
+        """Sets the outcome for waiting callers. Only the first call counts."""
         if not self._outcome.done():
             self._outcome.set_result(error)
 

@@ -1,8 +1,8 @@
-"""One model of this host: decides what its engine does next, and sees to it.
+"""Supervises one model of this host: starts, restarts, adopts and stops its engine.
 
-Every decision is made between two `await`s, so that none can be based on a state that has passed; everything that
-takes time happens in one task, `_drive`, which alone changes the state (but for the steps that only tell what was
-asked: a stop, a new load).
+Decisions are made without an `await` between reading the state and acting on it, so a decision never rests on a stale
+state. Everything that takes time happens in one task, `_supervise`; other callers only record what was asked for: a
+stop, a new load, a sleep.
 """
 
 from __future__ import annotations
@@ -11,360 +11,315 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from neuron import errors as failures
-from neuron.engine.engine import Engine
-from neuron.engine.output import EngineOutput
+from neuron.config import NeuronConfig
 from neuron.engine.state_dir import EngineDir, FoundEngine
-from neuron.lifecycle.engine_life import EngineLife
-from neuron.lifecycle.exit_kind import ExitKind
+from neuron.lifecycle.engine_life import EngineEvent, EngineLife, EngineTools
+from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.failure_cause import cause_of
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.restarts import Restarts
-from neuron.lifecycle.states import Condition, State
+from neuron.lifecycle.model_state import ModelState, Restarts, State
 from neuron.memory.placement import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
-from shared.protocol import FailureCause, Progress, Transition
+from shared.protocol import Progress
 from shared.tasks import first_of, timeout
 
 log = logging.getLogger(__name__)
 
-LAUNCHES = 3  # of one load: each with another port, when something else took the port before the engine did
-TRANSITIONS_KEPT = 20
+PORT_ATTEMPTS = 3
+"""Starts of one load when another process takes the engine's port first; each start uses another port."""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How an engine's life ended. `error` None: as asked. `served_secs` None: it never came up."""
+class EngineResult:
+    """How an engine ended. `error` None: it was asked to stop. `served_secs` None: it never came up. `port_taken`:
+    nothing is wrong with it, so it is started again at once."""
 
     error: ServiceError | None = None
     served_secs: float | None = None
-    again: bool = False  # at once: nothing was wrong with the engine
+    port_taken: bool = False
 
 
 class ModelSupervisor:
-    """Single owner of one model's engine. `on_change` is called after every change of `condition`, `on_loaded` with
-    the seconds each successful load took, `on_restart` whenever an engine is started again after it died."""
+    """Single owner of one model's engine. `model` is its visible state."""
 
     def __init__(
-        self,
-        model_id: str,
-        launcher: Launcher,
-        *,
-        on_change: Callable[[ModelSupervisor], None],
-        on_loaded: Callable[[ModelSupervisor, float], None],
-        on_restart: Callable[[ModelSupervisor], None],
+        self, model_id: str, *, config: NeuronConfig, launcher: Launcher, tools: EngineTools, events: ModelEvents
     ) -> None:
-        self.model_id = model_id
-        self.condition = Condition(State.UNLOADED, time.time(), "not loaded yet")
-        self.transitions: deque[Transition] = deque(maxlen=TRANSITIONS_KEPT)
-        self.engine: Engine | None = None
-        """The engine while there is one, also while it stops."""
-        self.output: EngineOutput | None = None
-        """What the present engine says, or what the last one said before it failed or was stopped."""
-        self.spec: EngineSpec | None = None
-        """What it was last asked to be."""
-        self.restarts = Restarts(launcher.config.recovery)
-        self._proven_spec: EngineSpec | None = None  # the last that was loaded: what a bare command asks for again
+        self.model = ModelState(model_id, config.recovery, tools.memory.ledger, events)
+        self._config = config
         self._launcher = launcher
-        self._on_change = on_change
-        self._on_loaded = on_loaded
-        self._on_restart = on_restart
-        self._run: LoadRequest | None = None
-        self._next: LoadRequest | None = None  # begins when `_run`, which is stopping, is gone
-        self._task: asyncio.Task[None] | None = None  # kept, since the loop alone would not keep it alive
+        self._tools = tools
+        self._memory = tools.memory
+        self._next: LoadRequest | None = None  # starts when the present request, which is stopping, is gone
+        self._task: asyncio.Task[None] | None = None  # a strong reference: the event loop keeps only weak ones
         self._last_dir: EngineDir | None = None
 
-    @property
-    def run(self) -> LoadRequest | None:
-        return self._run
-
-    @property
-    def booked_mb(self) -> int:
-        """MiB that are booked for it now, on all its devices together."""
-        return 0 if self._run is None else self._launcher.ledger.promised_mb(self._run.placement.number)
-
     def remembered_spec(self) -> EngineSpec:
-        """What a bare command asks for.
+        """The spec for a command that has only a model id.
 
         Raises:
-            NotFound: there is nothing to remember.
+            NotFound: the model was never loaded here.
         """
-        run = self._joinable()
-        spec = run.spec if run is not None else self._proven_spec or self.spec
+        request = self._joinable()
+        spec = request.spec if request is not None else self.model.proven_spec or self.model.spec
         if spec is None:
-            raise failures.unknown_model(self.model_id, "was never loaded here: say with which harness")
+            raise failures.unknown_model(self.model.model_id, "was never loaded here: say with which harness")
         return spec
 
-    def joined(self, spec: EngineSpec | None) -> LoadRequest | None:
-        """The run that a load for `spec` (None: whatever it is) joins; None when a new one has to `begin`.
+    def join(self, spec: EngineSpec | None) -> LoadRequest | None:
+        """The request that a load for `spec` (None: any) joins; None when a new one must `begin`. Joining a sleeping
+        model wakes it.
 
         Raises:
             Conflict: the model is loaded, or being loaded, with another spec.
         """
-        run = self._joinable()
-        if run is not None:
-            self._check_same(run, spec)
-            state = self.condition.state
-            if state in (State.SLEEPING, State.WAKING):
-                run.reopen()
-            if state is State.SLEEPING:
-                run.sleep_request(0)
-        return run
+        request = self._joinable()
+        if request is not None:
+            self._check_same(request, spec)
+            if self.model.state in (State.SLEEPING, State.WAKING):
+                request.reopen()
+            if self.model.state is State.SLEEPING:
+                request.sleep_request(0)
+        return request
 
     def begin(self, spec: EngineSpec, placement: EnginePlacement) -> LoadRequest:
-        """A new run; only when there is none to be joined. It begins as soon as what stops at present is gone."""
+        """Starts a new request; only when there is none to `join`. It waits until a stopping engine is gone."""
         assert self._joinable() is None
-        self.spec = spec
-        self.restarts = Restarts(self._launcher.config.recovery)
-        new = LoadRequest(spec, placement)
-        if self._run is not None:
-            self._next = new
+        self.model.spec = spec
+        self.model.restarts = Restarts(self._config.recovery)
+        request = LoadRequest(spec, placement)
+        if self.model.request is not None:
+            self._next = request
         else:
-            self._begin(new, State.STARTING, "asked to load")
-        return new
+            self._start(request, State.STARTING, "asked to load")
+        return request
 
     def adopt(self, found: FoundEngine, placement: EnginePlacement) -> LoadRequest:
-        """A run with the engine that an earlier neuron left."""
+        """A request that is served by an engine of an earlier neuron."""
         assert found.record is not None
-        self.spec = spec = found.record.engine_spec
-        run = LoadRequest(spec, placement)
+        self.model.spec = spec = found.record.engine_spec
+        request = LoadRequest(spec, placement)
         self._last_dir = found.directory
-        self._begin(run, State.RECOVERING, "found at neuron's start", found)
-        return run
+        self._start(request, State.RECOVERING, "found at neuron's start", found)
+        return request
 
     def sleep_request(self, level: int) -> SleepRequest:
-        """Asks the engine to sleep (`level` 1), or to wake up (0).
+        """Asks the engine to sleep (`level` 1) or to wake up (0).
 
         Raises:
             NotFound: the model is not loaded.
         """
-        state, run = self.condition.state, self._joinable()
-        if run is None or run is not self._run or state not in (State.LOADED, State.SLEEPING, State.WAKING):
-            raise failures.unknown_model(self.model_id, f"is not loaded: it is {state.value}")
-        return run.sleep_request(level)
+        model, request = self.model, self._joinable()
+        asleep_or_awake = (State.LOADED, State.SLEEPING, State.WAKING)
+        if request is None or request is not model.request or model.state not in asleep_or_awake:
+            raise failures.unknown_model(model.model_id, f"is not loaded: it is {model.state.value}")
+        return request.sleep_request(level)
 
     def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> LoadRequest | None:
-        """Ends whatever runs or is about to, and clears a failure. The run that has to be gone then, if any. `reason`
-        is for callers that wait for the model, `why` for the state that operators see (default: the same)."""
+        """Stops the engine and cancels waiting loads; clears a failure. Returns the request to wait for, if there is
+        an engine. `reason` is the error for callers that wait for the model, `why` the reason that operators see
+        (default: the same)."""
+        model = self.model
         why = why or reason.message
         if self._next is not None:
             self._next.stop(reason)
             self._release(self._next)
             self._next.finish()
             self._next = None
-        run = self._run
-        if run is None:
-            if self.condition.state is State.FAILED:
-                self.become(State.UNLOADED, "unloaded after it failed")
+        request = model.request
+        if request is None:
+            if model.state is State.FAILED:
+                model.become(State.UNLOADED, "unloaded after it failed")
             return None
-        run.stop(reason, drain_secs=drain_secs)
-        self._launcher.ledger.leaving(run.placement.number)
-        state = self.condition.state
-        if state is State.LOADED and drain_secs > 0:
-            self.become(State.DRAINING, why)
-        elif state is not State.STOPPING and not (state is State.DRAINING and drain_secs > 0):
-            self.become(State.STOPPING, why)
-        return run
+        request.stop(reason, drain_secs=drain_secs)
+        self._memory.ledger.leaving(request.placement.number)
+        if model.state is State.LOADED and drain_secs > 0:
+            model.become(State.DRAINING, why)
+        elif model.state is not State.STOPPING and not (model.state is State.DRAINING and drain_secs > 0):
+            model.become(State.STOPPING, why)
+        return request
 
     def leave(self, reason: ServiceError) -> None:
-        """Ends the run and leaves its engine running, for the next neuron: nothing is told of it, since requests go on.
-        An engine that stops already goes on stopping, and finishes what it works on as it would without this."""
-        run = self._run
-        if run is None or run.stop_wanted.is_set():
-            self.stop(reason, drain_secs=self._launcher.config.drain_timeout_secs)
+        """Ends supervision and leaves the engine running for the next neuron. The state does not change, since the
+        engine keeps serving. An engine that is already stopping drains and stops as usual."""
+        request = self.model.request
+        if request is None or request.stop_requested.is_set():
+            self.stop(reason, drain_secs=self._config.drain_timeout_secs)
         else:
-            run.leave_engine = True
-            run.stop(reason)
+            request.leave_engine = True
+            request.stop(reason)
 
     def _joinable(self) -> LoadRequest | None:
-        run = self._next or self._run
-        return run if run is not None and run.joinable else None
+        request = self._next or self.model.request
+        return request if request is not None and request.joinable else None
 
-    def _check_same(self, run: LoadRequest, wanted: EngineSpec | None) -> None:
+    def _check_same(self, request: LoadRequest, wanted: EngineSpec | None) -> None:
         if wanted is None:
             return
-        running = run.spec
-        if running.devices is None and run is self._run and run.placement.devices:
-            running = replace(running, devices=run.placement.indices)
-        difference = running.difference(wanted)
+        current = request is self.model.request
+        spec = request.spec
+        if spec.devices is None and current and request.placement.devices:
+            spec = replace(spec, devices=request.placement.indices)
+        difference = spec.difference(wanted)
         if difference is not None:
-            loaded = run is self._run and self.condition.state is State.LOADED
+            loaded = current and self.model.state is State.LOADED
             conflict = failures.already_loaded if loaded else failures.load_in_progress
-            raise conflict(self.model_id, difference)
+            raise conflict(self.model.model_id, difference)
 
-    def _begin(self, run: LoadRequest, state: State, reason: str, found: FoundEngine | None = None) -> None:
-        self._run = run
-        self.become(state, reason, progress=Progress(phase="starting"))
-        self._task = asyncio.create_task(self._drive(run, found), name=f"engine of {self.model_id}")
+    def _start(self, request: LoadRequest, state: State, reason: str, found: FoundEngine | None = None) -> None:
+        self.model.request = request
+        self.model.become(state, reason, progress=Progress(phase="starting"))
+        self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.model_id}")
 
-    def become(
-        self,
-        state: State,
-        reason: str,
-        *,
-        progress: Progress | None = None,
-        error: str | None = None,
-        cause: FailureCause | None = None,
-        retry_at: float | None = None,
-    ) -> None:
-        """For this module and the present engine life; all others only read `condition`."""
-        now = time.time()
-        if state is not self.condition.state:
-            log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
-            self.transitions.append(Transition(state=state.value, at=now, reason=reason))
-        self.condition = Condition(state, now, reason, progress, error, cause, retry_at)
-        self._on_change(self)
+    def _release(self, request: LoadRequest) -> None:
+        self._memory.ledger.release(request.placement.number)
 
-    def show(self, progress: Progress) -> None:
-        """A step of a load: no change of state, and `since` stays."""
-        self.condition = replace(self.condition, progress=progress)
-        self._on_change(self)
-
-    def loaded(self, engine: Engine, why: str, seconds: float | None) -> None:
-        """The engine serves. `seconds`: what its load took; None when it was not loaded just now."""
-        self._proven_spec = engine.spec
-        if seconds is not None:
-            self._on_loaded(self, seconds)
-        self.become(State.LOADED, why)
-
-    def _release(self, run: LoadRequest) -> None:
-        self._launcher.ledger.release(run.placement.number)
-
-    async def _drive(self, run: LoadRequest, found: FoundEngine | None) -> None:
+    async def _supervise(self, request: LoadRequest, found: FoundEngine | None) -> None:
+        model = self.model
         error: ServiceError | None
         try:
-            error = await self._live(run, found)
+            error = await self._run_engines(request, found)
         except ServiceError as failure:
             error = failure
         except Exception:
-            log.exception("%s: its engine could not be supervised", self.model_id)
+            log.exception("%s: its engine could not be supervised", model.model_id)
             error = ServiceError("internal error; neuron's log has the details")
-        self.engine = None
-        self._release(run)
-        self._run, following, self._next = None, self._next, None
+        model.engine = None
+        self._release(request)
+        model.request, following, self._next = None, self._next, None
         if following is not None:
-            self._begin(following, State.STARTING, "asked to load while it stopped")
-        elif run.stop_wanted.is_set() or error is None:
-            self.become(State.UNLOADED, "left running for the next neuron" if run.leave_engine else "stopped")
+            self._start(following, State.STARTING, "asked to load while it stopped")
+        elif request.stop_requested.is_set() or error is None:
+            model.become(State.UNLOADED, "left running for the next neuron" if request.leave_engine else "stopped")
         else:
             reason = error.message.partition("\n")[0]
-            row = self.restarts.failures
-            why = f"given up after {row} failures in a row" if self.restarts.given_up else "its engine did not come up"
-            self.become(State.FAILED, why, error=reason, cause=cause_of(error))
-        run.settle(error or run.stop_reason)
-        run.finish()
+            why = "its engine did not come up"
+            if model.restarts.given_up:
+                why = f"given up after {model.restarts.failures} failures in a row"
+            model.become(State.FAILED, why, error=reason, cause=cause_of(error))
+        request.settle(error or request.stop_reason)
+        request.finish()
 
-    async def _live(self, run: LoadRequest, found: FoundEngine | None) -> ServiceError | None:
-        """The whole life of a run, through all its engines; why it failed, None when it ended as asked."""
-        launches = 0
-        came_up = again = found is not None
+    async def _run_engines(self, request: LoadRequest, found: FoundEngine | None) -> ServiceError | None:
+        """Runs the request's engine, and its successors after crashes. Returns why the request failed, None when it
+        ended as asked."""
+        starts = 0
+        came_up = restart = found is not None
         while True:
-            launches += 1
+            starts += 1
             if found is not None:
-                ended, found = await self._found_engine(run, found), None
+                result, found = await self._adopted_engine(request, found), None
             else:
-                ended, again = await self._new_engine(run, again=again), True
-            if run.stop_wanted.is_set():
+                result, restart = await self._new_engine(request, restart=restart), True
+            if request.stop_requested.is_set():
                 return None
-            came_up = came_up or ended.served_secs is not None
-            if ended.again and launches < LAUNCHES:
+            came_up = came_up or result.served_secs is not None
+            if result.port_taken and starts < PORT_ATTEMPTS:
                 continue
-            assert ended.error is not None
+            assert result.error is not None
             if not came_up:
-                return ended.error
-            launches = 0
-            self.restarts = self.restarts.after_failure(ended.served_secs)
-            if self.restarts.given_up:
-                return ended.error
-            await self._pause(run, ended.error)
-            if run.stop_wanted.is_set():
+                return result.error
+            starts = 0
+            self.model.restarts = self.model.restarts.after_failure(result.served_secs)
+            if self.model.restarts.given_up:
+                return result.error
+            await self._pause(request, result.error)
+            if request.stop_requested.is_set():
                 return None
-            self._on_restart(self)
+            self.model.restarted()
 
-    async def _pause(self, run: LoadRequest, error: ServiceError) -> None:
-        """Between the end of an engine and the start of the next."""
-        pause = self.restarts.pause_secs
-        run.reopen()
+    async def _pause(self, request: LoadRequest, error: ServiceError) -> None:
+        """Waits between the end of an engine and the start of the next; a stop ends the wait."""
+        pause = self.model.restarts.pause_secs
+        request.reopen()
         cause = error.message.partition("\n")[0]
-        reason = f"its engine died, failure {self.restarts.failures} in a row: {cause}"
-        self.become(State.RECOVERING, reason, retry_at=time.time() + pause, progress=Progress(phase="starting"))
+        reason = f"its engine died, failure {self.model.restarts.failures} in a row: {cause}"
+        retry_at = time.time() + pause
+        self.model.become(State.RECOVERING, reason, retry_at=retry_at, progress=Progress(phase="starting"))
         if pause:
             with contextlib.suppress(asyncio.TimeoutError):
                 async with timeout(pause):
-                    await run.stop_wanted.wait()
+                    await request.stop_requested.wait()
 
-    async def _new_engine(self, run: LoadRequest, *, again: bool) -> Ended:
-        """One engine from its start to its end. `again`: not the run's first."""
+    async def _new_engine(self, request: LoadRequest, *, restart: bool) -> EngineResult:
+        """One engine from its start to its end. `restart`: not the first of this request."""
         if self._last_dir is not None:
-            directory, self._last_dir, self.output = self._last_dir, None, None
+            directory, self._last_dir, self.model.output = self._last_dir, None, None
             await asyncio.to_thread(directory.remove)
-        async with contextlib.AsyncExitStack() as turn:
+        async with contextlib.AsyncExitStack() as start_lock:
             try:
-                if again:
-                    await self._place_again(run)
-                if not await self._until_its_turn(run, turn):
-                    return Ended()
-                async with self._launcher.engine(run.spec, run.placement) as engine:
-                    life = EngineLife(self._launcher, engine, run, self)
-                    await self._through(life, turn)
+                if restart:
+                    await self._rebook(request)
+                if not await self._may_start(request, start_lock):
+                    return EngineResult()
+                async with self._launcher.engine(request.spec, request.placement) as engine:
+                    life = EngineLife(engine, request, self.model, self._tools)
+                    await self._live(life, start_lock)
             except ServiceError as error:
-                return Ended(error)
-            return await self._account(life)
+                return EngineResult(error)
+            return await self._result_of(life)
 
-    async def _place_again(self, run: LoadRequest) -> None:
-        """For the next engine of a run. What cannot be booked any more is not told as booked either."""
-        before = run.placement
-        try:
-            run.placement = await self._launcher.book_again(before, run.spec)
-        except ServiceError:
-            run.placement = EnginePlacement(before.number, share_mb=before.share_mb)
-            raise
-
-    async def _found_engine(self, run: LoadRequest, found: FoundEngine) -> Ended:
+    async def _adopted_engine(self, request: LoadRequest, found: FoundEngine) -> EngineResult:
         """The rest of the life of an engine that an earlier neuron started."""
         assert found.record is not None
-        async with self._launcher.adopted(found.record, found.directory, run.placement) as engine:
+        async with self._launcher.adopted(found.record, found.directory, request.placement) as engine:
             if engine is None:
-                return Ended(failures.LoadFailed("its engine had ended when neuron came back"), served_secs=0.0)
-            life = EngineLife(self._launcher, engine, run, self)
-            await self._through(life, contextlib.AsyncExitStack())
-        return await self._account(life)
+                error = failures.LoadFailed("its engine had ended when neuron came back")
+                return EngineResult(error, served_secs=0.0)
+            life = EngineLife(engine, request, self.model, self._tools)
+            await self._live(life, contextlib.AsyncExitStack())
+        return await self._result_of(life)
 
-    async def _until_its_turn(self, run: LoadRequest, turn: contextlib.AsyncExitStack) -> bool:
-        """Waits until no other engine starts on its devices and their memory is free. False if stopped before that."""
-        devices = run.placement.indices
-        if self._launcher.turns.busy(devices):
-            self.show(Progress(phase="waiting", message="another engine is starting on one of its devices"))
-        begun = await first_of({ExitKind.STOPPED: run.stop_wanted.wait(), ExitKind.READY: self._turn(run, turn)})
-        return begun is ExitKind.READY
+    async def _rebook(self, request: LoadRequest) -> None:
+        """Books memory for the next engine. When that fails, the placement shows no devices either."""
+        before = request.placement
+        try:
+            request.placement = await self._memory.rebook(before, request.spec)
+        except ServiceError:
+            request.placement = EnginePlacement(before.number, share_mb=before.share_mb)
+            raise
 
-    async def _turn(self, run: LoadRequest, turn: contextlib.AsyncExitStack) -> None:
-        await turn.enter_async_context(self._launcher.turns.turn(run.placement.indices))
-        await self._launcher.admission.until_memory_is_back(run.placement.number)
+    async def _may_start(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> bool:
+        """Waits until no other engine starts on the devices and their memory is free. False if stopped before that."""
+        if self._memory.start_locks.busy(request.placement.indices):
+            message = "another engine is starting on one of its devices"
+            self.model.show(Progress(phase="waiting", message=message))
+        event = await first_of(
+            {
+                EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
+                EngineEvent.READY: self._lock_devices(request, start_lock),
+            }
+        )
+        return event is EngineEvent.READY
 
-    async def _through(self, life: EngineLife, turn: contextlib.AsyncExitStack) -> None:
-        self.engine, self.output, self._last_dir = life.engine, life.engine.output, life.engine.directory
-        if self.condition.state is State.STARTING:
-            self.become(State.LOADING, "its engine is started", progress=Progress(phase="starting"))
+    async def _lock_devices(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> None:
+        await start_lock.enter_async_context(self._memory.start_locks.held(request.placement.indices))
+        await self._memory.until_available(request.placement.number)
+
+    async def _live(self, life: EngineLife, start_lock: contextlib.AsyncExitStack) -> None:
+        model, engine = self.model, life.engine
+        model.engine, model.output, self._last_dir = engine, engine.output, engine.directory
+        if model.state is State.STARTING:
+            model.become(State.LOADING, "its engine is started", progress=Progress(phase="starting"))
         else:
-            self._on_change(self)  # the devices and the process are known now
+            model.publish()  # with the engine's devices and pid
         if await life.bring_up():
-            await turn.aclose()  # others may start on its devices now
+            await start_lock.aclose()  # other engines may start on its devices now
             await life.serve()
 
-    async def _account(self, life: EngineLife) -> Ended:
-        """Why the engine, which is gone now, came to its end."""
-        engine, run = life.engine, life.run
-        self.engine = None  # its pid may be another's before the next one starts
+    async def _result_of(self, life: EngineLife) -> EngineResult:
+        """Why an engine that is gone ended."""
+        engine, request = life.engine, life.request
+        self.model.engine = None  # its pid may be reused before the next engine starts
         if not engine.vram_released:
-            run.vram_error = failures.VramNotReleased(f"{self.model_id}: its memory is still in use after its end")
-        if life.ending is ExitKind.STOPPED:
-            return Ended()
-        error, port_was_taken = await life.explain()
-        return Ended(error, life.served_secs, again=port_was_taken and life.served_secs is None)
+            message = f"{self.model.model_id}: its memory is still in use after its end"
+            request.vram_error = failures.VramNotReleased(message)
+        if life.ended_by is EngineEvent.STOP_REQUESTED:
+            return EngineResult()
+        error, port_taken = await life.explain()
+        return EngineResult(error, life.served_secs, port_taken=port_taken and life.served_secs is None)

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
 from shared.errors import Conflict
-from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
 
 MIG_REASON = "it is in MIG mode: its memory belongs to MIG instances, and neuron serves whole GPUs only"
@@ -86,8 +86,6 @@ class InsufficientVram(Conflict):
     The message has the figures of each device, and so has the `devices` field of the error.
     """
 
-    default_code = ErrorCode.INSUFFICIENT_VRAM
-
     def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
         """`needed_mb`: what the load needs on each of `rooms`, in MiB, if known."""
         figures = [
@@ -102,7 +100,8 @@ class InsufficientVram(Conflict):
             ).model_dump()
             for room, needed in zip_longest(rooms, needed_mb)
         ]
-        super().__init__("; ".join([wanted, *map(str, rooms)]), extra={"devices": figures})
+        message = "; ".join([wanted, *map(str, rooms)])
+        super().__init__(message, code=ErrorCode.INSUFFICIENT_VRAM, extra={"devices": figures})
 
 
 def unusable_reason(device: Device) -> str | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from neuron import errors as failures
 from neuron.config import NeuronConfig
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,8 @@ async def host_ram(config: NeuronConfig, *, slept_mb: int, promised_mb: int = 0)
     when it has no limit there (nothing really moves)."""
     reserve_mb = config.sleep.ram_reserve_mb
     if config.simulate is None:
-        text = await asyncio.to_thread(_MEMINFO.read_text, encoding="ascii")
-        return HostRam(available_mb_of(text), reserve_mb, promised_mb)
+        memory = await asyncio.to_thread(psutil.virtual_memory)
+        return HostRam(memory.available // 2**20, reserve_mb, promised_mb)
     if config.simulate.ram_mb is None:
         return None
     return HostRam(config.simulate.ram_mb - slept_mb, reserve_mb, promised_mb)
-
-
-def available_mb_of(meminfo: str) -> int:
-    """MemAvailable of /proc/meminfo in MiB; 0 when the kernel does not tell it (before 3.14)."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    return int(found[1]) // 1024 if found is not None else 0

@@ -10,7 +10,6 @@ class ErrorCode(str, Enum):
 
     ALREADY_LOADED = "already_loaded"
     COLD_LOAD_FAILED = "cold_load_failed"
-    CONFLICT = "conflict"
     CORTEX_STOPPING = "cortex_stopping"
     CUDA_UNAVAILABLE = "cuda_unavailable"
     ENDPOINT_UNRESOLVED = "endpoint_unresolved"

@@ -57,7 +57,9 @@ PURE = (
     *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
     "neuron/engine/line_ring.py",
     "neuron/spec.py",
-    "shared/gpu_presets.py",
+    "shared/errors.py",
+    "shared/gpus.py",
+    "shared/retry_after.py",
 )
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60

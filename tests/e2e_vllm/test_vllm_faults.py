@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from neuron.engine import session
+from shared.process_stat import stat_of
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.neurons import Client, NeuronProcess, marked_processes, neuron_process, until
 
@@ -100,7 +101,7 @@ async def comes_back_after_a_kill(neuron: NeuronProcess) -> None:
     pid = (await neuron.model(FIRST))["pid"]
     killed_at = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: not any((each := session.stat_of(pid)) and each.alive for pid in family))
+    await until(lambda: not any((each := stat_of(pid)) and each.alive for pid in family))
     assert time.monotonic() - killed_at < 5
 
     async def back() -> bool:

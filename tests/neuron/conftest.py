@@ -1,4 +1,4 @@
-"""Fixtures of the neuron tests. `mark` is what makes a test fail that leaves a process behind."""
+"""Fixtures of the neuron tests. `mark` fails a test that leaves a process behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.neuron.neurons import MARK_VARIABLE, Neuron, config_of, marked_proces
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Marks what the test starts, and fails it if any of that is alive after it."""
+    """Marks every process that the test starts, and fails the test if one is alive after it."""
     value = uuid.uuid4().hex
     monkeypatch.setenv(MARK_VARIABLE, value)
     yield value
@@ -35,8 +35,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 async def neuron(mark: str, tmp_path: Path) -> AsyncIterator[Neuron]:
-    """A neuron with two simulated GPUs, served in this process. After the test none of its ports is still taken."""
-    # Whatever blocks the event loop in our code raises: a blocked neuron answers no /health.
+    """A neuron with two simulated GPUs, served in this process. After the test none of its ports is in use."""
+    # Code of ours that blocks the event loop raises: a blocked neuron answers no /health.
     with blockbuster_ctx(["neuron", "shared"]):
         async with neuron_here(config_of(tmp_path / "state")) as served:
             yield served

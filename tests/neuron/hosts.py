@@ -1,4 +1,4 @@
-"""Hosts for the tests of placement: devices, links, what is measured on them."""
+"""Hosts for the placement tests: devices, links and measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOTALS = {"5090": 32607, "4090": 24564, "3060": 12288, "H100": 81559}
 
 
 def gpu(index: int, name: str = "H100", **fields: Any) -> Device:
-    """A card by a short name; `fields` override what it is."""
+    """A card by a short name; `fields` override its values."""
     known = {"name": name, "vram_total_mb": TOTALS.get(name, 32000), "uuid": f"GPU-{index}"}
     return Device(index=index, **{**known, **fields})
 
@@ -25,13 +25,13 @@ def linked(groups: Iterable[Sequence[int]], kind: LinkKind, nvlinks: int = 0) ->
 
 
 def host(*names: str, links: Iterable[Link] = (), simulated: bool = True, **changed: Mapping[str, Any]) -> Topology:
-    """Cards in the order named; `changed` has fields of single ones, as `d2={"lost": "…"}`."""
+    """Cards in the given order; `changed` overrides fields of single cards, as `d2={"lost": "…"}`."""
     devices = tuple(gpu(index, name, **changed.get(f"d{index}", {})) for index, name in enumerate(names))
     return Topology(devices=devices, links=tuple(links), simulated=simulated)
 
 
 def measured(topology: Topology, used: Mapping[int, int] | None = None, *, reserve: int = 0) -> list[DeviceHealth]:
-    """What the driver says when these MiB are in use; nothing of a lost device. `reserve` it keeps for itself."""
+    """What the driver reports when these MiB are in use; nothing for a lost device. `reserve` is the driver's own."""
     taken = used or {}
     return [
         DeviceHealth(
@@ -63,7 +63,7 @@ PAIRS = host(
     *["H100"] * 6,
     links=[*_PAIRED, *(link for link in linked([range(6)], LinkKind.PHB) if (link.a, link.b) not in ((0, 1), (4, 5)))],
 )
-"""Two NVLink pairs, 0+1 and 4+5, and two loose cards, 2 and 3."""
+"""Two NVLink pairs, 0+1 and 4+5, and two cards without NVLink, 2 and 3."""
 SWITCHES = host(
     *["4090"] * 4,
     links=[

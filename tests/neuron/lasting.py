@@ -1,4 +1,4 @@
-"""A neuron whose state directory outlives it, and a stream from one of its engines."""
+"""A neuron whose state directory survives it, and a stream from one of its engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL = "org/model"
 
 @pytest.fixture
 def config(mark: str, tmp_path: Path) -> Path:
-    """A neuron.toml with a state directory that outlives the neuron."""
+    """A neuron.toml with a state directory that survives the neuron."""
     return toml_config(tmp_path, "port = 0", f'state_dir = "{tmp_path / "state"}"', "drain_timeout_secs = 5")
 
 
@@ -27,14 +27,14 @@ def leaving(config: Path) -> Path:
 
 
 def rewritten(config: Path, old: str, new: str) -> Path:
-    """With the first `old` replaced; "" is its beginning."""
+    """Replaces the first `old` in the file; "" is its beginning."""
     config.write_text(config.read_text().replace(old, new, 1))
     return config
 
 
 @contextlib.asynccontextmanager
 async def streaming(neuron: Client, tokens: int) -> AsyncIterator[asyncio.Task[list[Any]]]:
-    """A stream from the model's engine that has begun; the task gives its events."""
+    """A stream from the model's engine that has begun; the task returns its events."""
     found = (await neuron.endpoint(MODEL)).body
     body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     began = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Neurons for the tests: served in this process or as real ones, with the simulated engine as real child processes."""
+"""Neurons for the tests: in this process or as real processes, with the simulated engine as real child processes."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import psutil
 
 from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.lifecycle.registry import Registry
 from shared.serve import Site, bind, serving
+from tests.processes import EXITED
 
 MARK_VARIABLE = "ENGINE_TEST_MARK"
-"""Inherited by everything a test starts, so that what it leaves behind can be told from other tests' processes."""
+"""Inherited by every process that a test starts, so that leftovers can be attributed to the test."""
 REPOSITORY = Path(__file__).parent.parent.parent
 TIMEOUT_SECS = 20.0
 
 
 def marked_processes(mark: str) -> list[int]:
     """Live processes, other than this one, that inherited the mark."""
-    wanted = f"{MARK_VARIABLE}={mark}".encode()
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if wanted in (entry / "environ").read_bytes().split(b"\0") and state not in ("Z", "X"):
-                    found.append(int(entry.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.environ().get(MARK_VARIABLE) == mark and process.status() not in EXITED and pid != os.getpid():
+                found.append(pid)
     return found
 
 
 def marked_engines(mark: str) -> list[int]:
-    """Those of the marked processes that lead a session: one for each engine, whatever it has below it."""
+    """The marked processes that lead a session: one per engine."""
     return [pid for pid in marked_processes(mark) if os.getsid(pid) == pid]
 
 
 async def until(condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_secs: float = TIMEOUT_SECS) -> Any:
-    """What `condition` gives, as soon as that is true. Fails the test when it does not become so."""
+    """The value of `condition` as soon as it is true. Fails the test when that takes too long."""
     deadline = time.monotonic() + timeout_secs
     while True:
         value = condition()
@@ -76,7 +76,7 @@ class Answer:
 
 @dataclass
 class Client:
-    """A caller of a neuron's HTTP API."""
+    """A client of a neuron's HTTP API."""
 
     session: aiohttp.ClientSession
     base: str
@@ -97,7 +97,7 @@ class Client:
         return await self.call("POST", "/models/unload", json={"model_id": model_id})
 
     async def model(self, model_id: str) -> dict[str, Any]:
-        """The model's entry of `/models`, empty when it is not listed."""
+        """The model's entry of `/models`; empty when it is not listed."""
         listed = (await self.call("GET", "/models")).body
         return next((entry for entry in listed if entry["id"] == model_id), {})
 
@@ -117,20 +117,20 @@ class Client:
 class Neuron(Client):
     """A neuron served in this process."""
 
-    workers: Registry
+    registry: Registry
     state_dir: Path
 
     def activity(self) -> dict[str, int]:
-        """Requests running in the loaded models' engines, as last told."""
-        return {each.id: each.in_flight for each in self.workers.activity()}
+        """Requests running in the loaded models' engines, as last reported."""
+        return {each.id: each.in_flight for each in self.registry.activity()}
 
     @property
     def reserved_ports(self) -> frozenset[int]:
-        return self.workers._launcher.ports.reserved
+        return self.registry._launcher.reserved_ports
 
 
 def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
-    """Two simulated GPUs, a fast engine, and short patience."""
+    """Two simulated GPUs, a fast engine, and short timeouts."""
     sim: dict[str, Any] = {"stop_timeout_secs": 2, "port_range": [28100, 28899]}
     sim.update(changes.pop("sim", {}))
     settings = {
@@ -148,7 +148,7 @@ def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
 
 @contextlib.asynccontextmanager
 async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
-    """Serves a neuron in this process, through the code that serves it in production."""
+    """Serves a neuron in this process, through the same code as in production."""
     sock = bind("127.0.0.1", 0)
     app = build_app(config, port=sock.getsockname()[1])
     site = Site(app, sock)
@@ -158,7 +158,7 @@ async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
         serving([site], drain_timeout_secs=config.drain_timeout_secs),
     ):
         assert config.state_dir is not None
-        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].workers, config.state_dir)
+        yield Neuron(session, f"http://127.0.0.1:{site.port}", app[SERVICES].registry, config.state_dir)
 
 
 @dataclass
@@ -169,7 +169,7 @@ class NeuronProcess(Client):
     log: Path
 
     async def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends the signal and waits for the end."""
+        """Sends the signal and waits for the exit."""
         self.process.send_signal(number)
         return await asyncio.wait_for(self.process.wait(), TIMEOUT_SECS)
 
@@ -178,7 +178,7 @@ class NeuronProcess(Client):
 async def neuron_process(
     config_file: Path, *options: str, env: Mapping[str, str] | None = None, pass_fds: tuple[int, ...] = ()
 ) -> AsyncIterator[NeuronProcess]:
-    """Starts the real command and waits until it says where it listens; stopped at the end if it still runs."""
+    """Starts the real command and waits until it logs where it listens; stops it at the end if it still runs."""
     log = config_file.with_suffix(".log")
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
@@ -219,7 +219,7 @@ def toml_config(directory: Path, *lines: str) -> Path:
 
 @contextlib.contextmanager
 def listening_socket() -> Iterator[int]:
-    """A port of the loopback that another process listens on."""
+    """A loopback port on which another process listens."""
     sock = bind("127.0.0.1", 0)
     sock.listen()
     try:

@@ -57,7 +57,7 @@ def core_of(pid: int) -> int:
 
 
 def memory_environment(directory: Path, *totals_mb: int) -> dict[str, str]:
-    """The variables that tell an engine its devices, here GPU-0, GPU-1, …"""
+    """The variables that give an engine its devices, here GPU-0, GPU-1, …"""
     devices = {f"GPU-{index}": total for index, total in enumerate(totals_mb)}
     return {vram.VRAM_DIR_VARIABLE: str(directory), vram.DEVICES_VARIABLE: json.dumps(devices)}
 

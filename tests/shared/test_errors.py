@@ -21,7 +21,7 @@ CASES: list[tuple[ServiceError, int, str, str, str]] = [
     (InvalidRequest("x"), 400, "invalid_request", "invalid_request_error", "invalid_request_error"),
     (Unauthorized("x"), 401, "invalid_api_key", "authentication_error", "authentication_error"),
     (NotFound("x", code="model_not_found"), 404, "model_not_found", "invalid_request_error", "not_found_error"),
-    (Conflict("x"), 409, "conflict", "invalid_request_error", "invalid_request_error"),
+    (Conflict("x", code="already_loaded"), 409, "already_loaded", "invalid_request_error", "invalid_request_error"),
     (RequestTooLarge("x"), 413, "request_too_large", "invalid_request_error", "request_too_large"),
     (TooManyRequests("x"), 429, "rate_limit_exceeded", "rate_limit_error", "rate_limit_error"),
     (UpstreamError("x"), 502, "upstream_unreachable", "api_error", "api_error"),
@@ -38,12 +38,6 @@ def test_status_code_and_type_of_each_class(
     assert error.body() == {"error": {"message": "x", "type": kind, "code": code, "param": None}}
     assert error.anthropic_body() == {"type": "error", "error": {"type": anthropic, "message": "x", "code": code}}
     assert str(error) == "x"
-
-
-@pytest.mark.parametrize(("given", "told"), [(0, 1), (0.2, 1), (1, 1), (9.01, 10), (300, 300)])
-def test_retry_after_is_rounded_up_to_whole_seconds(given: float, told: int) -> None:
-    """A client that retries too early would be refused again."""
-    assert Unavailable("x", retry_after=given).retry_after == told
 
 
 def test_extra_fields_are_part_of_the_error() -> None:

@@ -1,8 +1,8 @@
-"""What ties a request to those before it, whose prompt its engine still has in its prefix cache: a session's name, or
-the beginning of the prompt. Pure.
+"""Affinity keys: requests with the same session header or the same beginning of a prompt go to the same engine, which
+still has that prefix in its cache. Pure.
 
-Of a body only that beginning is built: msgspec skips the rest in C, and of an array no more than the first elements
-are made. So a body costs about as much as `find_model` takes for it, whatever is in it.
+Only the beginning of a prompt is decoded: msgspec skips the rest in C and creates only the first elements of arrays. A
+body costs about as much as in `find_model`, whatever it contains.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TypeAlias
 
 import msgspec
 
-_LONGEST_CHARACTER = len(r"\ud83d\ude00")  # bytes that one character may take in JSON
+_LONGEST_CHARACTER = len(r"\ud83d\ude00")  # bytes of one character in JSON, at most
 _USER = b'"user"'
 _QUOTE = ord('"')
 _LIST = ord("[")
 _NO_VALUE = (b"", b"null")
-# As far as escapes are whole: the beginning of a string may end within one.
+# Complete escapes only: the beginning of a string may end within one.
 _WHOLE_ESCAPES = re.compile(r'[^"\\]*(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*)*')
-_unescaped = json.JSONDecoder(strict=False).raw_decode  # it takes halves of surrogate pairs, which msgspec does not
+_unescaped = json.JSONDecoder(strict=False).raw_decode  # accepts lone surrogates, unlike msgspec
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -34,8 +34,8 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Messages(msgspec.Struct, array_like=True, gc=False):
-    """The first messages of an array, however many there are. A conversation has its first user message among them:
-    before it come instructions, seldom more than two."""
+    """The first messages of an array of any length. They include a conversation's first user message: rarely more than
+    two with instructions come before it."""
 
     first: _Message | None = None
     second: _Message | None = None
@@ -55,7 +55,7 @@ class _Items(msgspec.Struct, array_like=True, gc=False):
 
 
 class _Chat(msgspec.Struct, gc=False):
-    """`/v1/chat/completions`, and Anthropic's `/v1/messages`."""
+    """A body for `/v1/chat/completions`, or for Anthropic's `/v1/messages`."""
 
     system: msgspec.Raw = msgspec.Raw(b"")
     messages: _Messages | None = None
@@ -92,19 +92,19 @@ _DECODERS: dict[bytes, Callable[[bytes], _Prompt]] = {
 
 
 class Affinity:
-    """Finds the key of a request; those with the same key belong on the same engine."""
+    """Computes the key of a request. Requests with the same key belong on the same engine."""
 
     __slots__ = ("_chars", "_header")
 
     def __init__(self, session_header: str, prefix_chars: int) -> None:
-        """`session_header` names the header that wins over the prompt, empty for none; of a prompt the first
-        `prefix_chars` characters count."""
+        """`session_header`: the header that takes precedence over the prompt, empty for none. The first `prefix_chars`
+        characters of a prompt count."""
         self._header = session_header.lower().encode() + b":" if session_header else b""
         self._chars = prefix_chars
 
     def key(self, path: bytes, header_lines: Iterable[bytes], body: bytes) -> int | None:
-        """64 bits, the same in every process. None for a path without prompts, for a body without one, and for one that
-        is not what the path takes: that is for its engine to say."""
+        """64 bits, the same in every process. None for a path or body without a prompt, and for a body of the wrong
+        shape, which the engine will refuse."""
         decode = _DECODERS.get(path)
         if decode is None:
             return None
@@ -128,8 +128,8 @@ def _digest(data: bytes) -> int:
 
 
 def _beginning(prompt: _Prompt, room: int) -> str:
-    """The prompt's first `room` characters, or all of it. Of a conversation nothing behind its first user message
-    counts: what follows is another in the next turn."""
+    """The prompt's first `room` characters. Of a conversation only the messages up to the first user message count,
+    because the next turn appends to the rest."""
     if isinstance(prompt, _Completion):
         return _text(memoryview(prompt.prompt), room)
     if isinstance(prompt, _Response):
@@ -163,8 +163,8 @@ def _conversation(messages: _Messages, room: int) -> str:
 
 
 def _text(value: memoryview, room: int) -> str:
-    """The first `room` characters of a string, or of an array of strings or parts; of anything else (token ids) those
-    of its JSON. `value` is valid JSON, or empty."""
+    """The first `room` characters of a string, of an array of strings or parts, or of the JSON of anything else (token
+    ids). `value` is valid JSON, or empty."""
     if room <= 0 or value in _NO_VALUE:
         return ""
     first = value[0]
@@ -182,8 +182,9 @@ def _text(value: memoryview, room: int) -> str:
 
 
 def _part(part: memoryview, room: int) -> str:
-    """A string, a part with a text, or one with an image or the like. The images of one camera begin alike: of a long
-    one a place inside is taken, and one that stays when a client adds a few bytes to the part in the next turn."""
+    """The first `room` characters of a string or of a part's text; for an image or the like, characters from its
+    inside, because images of one camera begin alike. The place stays the same if a client adds a few bytes to the part
+    in the next turn."""
     if room <= 0:
         return ""
     if part[0] == _QUOTE:
@@ -198,7 +199,7 @@ def _part(part: memoryview, room: int) -> str:
 
 
 def _string(string: memoryview, room: int) -> str:
-    """The first characters of a JSON string, without making the whole of it."""
+    """The first characters of a JSON string, without decoding all of it."""
     inside = string[1:-1]
     text = ""
     for longest in (2, _LONGEST_CHARACTER):  # most texts escape line ends and quotes only
@@ -216,5 +217,5 @@ def _raw(value: memoryview, room: int) -> str:
 
 
 def _holds(value: memoryview, first: bytes) -> bool:
-    """True for an array whose first element begins so."""
+    """True for an array whose first element begins with `first`."""
     return bytes(value[:64]).lstrip(b"[ \t\r\n").startswith(first) and value[0] == _LIST

@@ -1,10 +1,10 @@
-"""Which of several replicas gets a request. Pure: numbers in, a place in the list out.
+"""Chooses among replicas. Pure: takes numbers, returns an index.
 
-The work of a replica is what it has outstanding (`outstanding`), divided by its speed beside the others. Without a key
-the least work wins, with the request itself counted: so a fast one that is idle comes before a slow one. With a key the
-request goes where those of the same key went, so that an engine finds the prompt in its cache, unless that replica has
-too much to do: consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016) over rendezvous hashing.
-Nothing of it is remembered, so all processes agree, and a replica that comes or goes takes only its own keys along.
+A replica's work is its outstanding requests (`outstanding`) divided by its relative speed. Without a key the least work
+wins, counting the new request, so an idle fast replica comes before an idle slow one. With a key the request goes where
+earlier requests with that key went, because the engine has their prompt in its cache, unless that replica has too much
+work: consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016) over rendezvous hashing. It keeps no
+state, so all processes agree, and a replica that joins or leaves moves only its own keys.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from hashlib import blake2b
 from typing import Final
 
 WAITING_WEIGHT: Final = 2
-"""Of a request that waits inside the engine, beside one that runs: on average a running one has half of its work
-behind it, a waiting one none."""
+"""Weight of a request that is queued in the engine; a running one counts 1, because on average half of its work is
+done."""
 
 LOAD_FACTOR: Final = 1.25
-"""How far above the average a replica may be for the sake of its cache, unless it is configured otherwise."""
+"""Default for how far above the average a replica's work may be for the sake of its cache."""
 
 _MASK: Final = (1 << 64) - 1
 _MAX_NAMES: Final = 4096
-_SLACK: Final = 1e-9  # what sums of floats may be off
+_SLACK: Final = 1e-9  # rounding error of float sums
 _names: Final[dict[str, int]] = {}  # node name -> 64 bits
 
 
 def beyond_ours(running: int, waiting: int, ours: int) -> int:
-    """The work of an engine that is not ours: what its neuron has just told of, less what we had there then. With two
-    cortexes before one fleet it is the other's. Requests of ours that wait there add to it: they are counted as one
-    where they weigh more. Never negative: what a neuron tells may be older than our count."""
+    """An engine's work that does not come from this cortex: what its neuron reports minus our requests there (`ours`).
+    With two cortexes on one fleet it is the other's. Our own queued requests add to it, because `ours` counts them as
+    1. Never negative: the neuron's report may be older than our count."""
     return max(0, running + WAITING_WEIGHT * waiting - ours)
 
 
 def work(outstanding: int, speed: float) -> float:
-    """When a replica is done with one request more than it has, in units that only compare."""
+    """Time for a replica to finish one more request than it has; the unit is arbitrary."""
     return (outstanding + 1) / speed
 
 
 def least_work(names: Sequence[str], outstanding: Sequence[int], speeds: Sequence[float]) -> int:
-    """The replica that is done with the request first, by what is known; of equals the first by name.
+    """The index of the replica that is expected to finish the request first; ties go to the first name.
 
     Args:
-        names: of the nodes, at least one; the others have the same length and order.
+        names: of the nodes, at least one. The other sequences have the same length and order.
         outstanding: requests there, weighted (`beyond_ours`).
         speeds: above 0; only their ratios matter.
     """
@@ -62,11 +62,12 @@ def choose(
     key: int | None,
     load_factor: float = LOAD_FACTOR,
 ) -> int:
-    """The replica for a request with this key; without one, that with the least work. Arguments as for `least_work`.
+    """The index of the replica for a request with this key; without a key, the one with the least work. Arguments as
+    for `least_work`.
 
-    A replica is passed over when with this request it would have more than `load_factor` (at least 1) times its share
-    of all that is outstanding, rounded up; shares are by speed. The order of a key's replicas is not by speed: it
-    would change with every measurement, and conversations with it.
+    A replica is skipped if this request would give it more than `load_factor` (at least 1) times its share of all
+    outstanding requests, rounded up; shares are proportional to speed. A key's order of replicas ignores speed:
+    otherwise every measurement would move conversations to other engines.
     """
     if key is None:
         return least_work(names, outstanding, speeds)
@@ -77,12 +78,12 @@ def choose(
             rank = _mixed(key, name)
             if rank > best_rank:
                 best, best_rank = place, rank
-    # Whole numbers always leave one (the bounds add up to more than there is); a factor below 1 might not.
+    # With a factor of at least 1 some replica always has room: the bounds add up to more than all requests.
     return best if best >= 0 else least_work(names, outstanding, speeds)
 
 
 def _mixed(key: int, name: str) -> int:
-    """The rank of a node for a key: 64 bits in which every bit of both counts (the finaliser of SplitMix64)."""
+    """The rank of a node for a key: 64 bits that mix every bit of both (the finaliser of SplitMix64)."""
     known = _names.get(name)
     if known is None:
         if len(_names) >= _MAX_NAMES:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-_WEIGHT: Final = 0.05  # of one answer in the average of its replica: about the last 20 count
+_WEIGHT: Final = 0.05  # of an answer in its replica's average: about the last 20 count
 _USUAL_WEIGHT: Final = 0.02
 _MOST: Final = math.log(4)
 
@@ -16,12 +16,12 @@ times as many bytes in an event as in a plain answer."""
 
 
 class Speeds:
-    """One worker's measurements, so the speeds of mismatched GPUs need no configuration.
+    """One worker's measurements. They make configuring the speeds of mismatched GPUs unnecessary.
 
-    Each answer is compared with the usual one of its kind, in seconds per byte; the average, within a factor of 4, is
-    the replica's speed. Averages are of logarithms, so one answer that took a hundred times as long counts as four. The
-    current load is included: a busy engine looks slower and gets less. That errs towards an even split and is stable;
-    throughput would not be, because a replica with more requests has more of it.
+    Each answer's seconds per byte are compared with the average of its kind; the mean ratio, within a factor of 4, is
+    the replica's speed. Means are of logarithms and clipped, so an answer that took a hundred times as long counts as
+    four. The current load is part of the measurement: a busy engine looks slower and gets less. That errs towards an
+    even split and is stable; throughput would not be, because it grows with the number of requests.
     """
 
     __slots__ = ("_slowness", "_usual")
@@ -31,7 +31,7 @@ class Speeds:
         self._slowness: dict[tuple[str, str], tuple[float, int]] = {}  # (model id, node): log of a factor, answers
 
     def learn(self, kind: Kind, node: str, secs: float, sent_bytes: int) -> None:
-        """A complete answer of `sent_bytes` took `secs`."""
+        """Records that a complete answer of `sent_bytes` took `secs`."""
         if secs <= 0 or sent_bytes <= 0:
             return
         took = math.log(secs / sent_bytes)
@@ -44,7 +44,7 @@ class Speeds:
         self._slowness[key] = slowness + (beside - slowness) * max(_WEIGHT, 1 / (answers + 1)), answers + 1
 
     def of(self, model_id: str, nodes: Sequence[str]) -> list[float]:
-        """The speed of the model on each node: 1/4 to 4; 1 is usual, also for a replica without measurements."""
+        """The speed of the model on each node: 1/4 to 4; 1 is average, and also means no measurements."""
         slowness = self._slowness
         if not slowness:
             return [1.0] * len(nodes)

@@ -18,7 +18,7 @@ from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep
 from neuron.memory.requirement import MemoryNeed
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
-from shared.gpu_memory import DEFAULT_ENGINE_SHARE
+from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause
 
 DEFAULT_COMMAND = ("vllm",)

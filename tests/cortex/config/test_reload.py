@@ -497,7 +497,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: SeedNe
     (tmp_path / "in-the-way").write_text("", encoding="utf-8")
     async with running(tmp_path, [benjy], [SMALL], state_dir="in-the-way/state") as cortex:
         answer = await cortex.post("/fleet/nodes/benjy/drain")
-        assert (answer["draining"], answer["warning"]) == (True, "not kept over a restart: Not a directory")
+        assert (answer["draining"], answer["warning"]) == (True, "will not survive a restart: Not a directory")
         assert (await cortex.get("/fleet"))["nodes"][0]["draining"]
 
 

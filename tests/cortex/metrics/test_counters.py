@@ -15,7 +15,7 @@ def counted(times: int = 1) -> Counters:
         tally.request("m", "beast", 200, 0.25, 0.004)
         tally.request("m", "beast", 502, 0.5, None)
         tally.error("m", "beast", "upstream_unreachable")
-        tally.tokens("m", "beast", 3, 5)
+        tally.tokens("m", "beast", 3, 5, 2)
         tally.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
     return tally
 
@@ -26,7 +26,7 @@ def test_everything_is_counted_once() -> None:
     assert set(series) == {("m", "beast"), ('odd "name"\n', "benjy")}
     here = series["m", "beast"]
     assert (here.statuses, here.errors) == ({200: 1, 502: 1}, {"upstream_unreachable": 1})
-    assert here.tokens == {"prompt": 3, "completion": 5}
+    assert here.tokens == {"prompt": 3, "completion": 5, "cached": 2}
     assert (sum(here.duration.counts), here.duration.secs) == (2, 0.75)
     assert (sum(here.first_byte.counts), here.first_byte.secs) == (1, 0.004)
 

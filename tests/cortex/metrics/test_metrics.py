@@ -33,7 +33,7 @@ def test_the_page_is_the_sum_of_the_workers() -> None:
     one.request("m", "beast", 200, 0.3, 0.02)
     two.request("m", "beast", 200, 40.0, None)
     two.error("m", "beast", "upstream_lost")
-    two.tokens("m", "beast", 3, 5)
+    two.tokens("m", "beast", 3, 5, 0)
     page = samples(metrics)
     assert page[key("cortex_requests_total", status="200")] == 2
     assert page[key("cortex_request_errors_total", code="upstream_lost")] == 1

@@ -1,4 +1,4 @@
-"""The engine's token counts are read in passing, however its answer is cut to pieces."""
+"""cortex reads the engine's token counts as they pass, however the answer is split."""
 
 from __future__ import annotations
 
@@ -61,17 +61,28 @@ ANSWERS = {
 async def test_usage_is_counted_however_it_is_cut(
     cortex: RunningCortex, engine: RawEngine, kind: str, bytewise: bool
 ) -> None:
-    """Chunk and segment borders in the middle of the usage object change nothing."""
+    """Chunk and segment borders inside the usage object make no difference."""
     target, sent = ANSWERS[kind]
     engine.scripts.append(answering(*single_bytes(sent)) if bytewise else answering(sent))
     async with connected(cortex.url) as client:
         answer = await client.ask(request(b'{"model":"org/small"}', target=target))
     assert answer.status == 200
-    # It is counted when its end is seen, which may be a moment after the client has it.
+    # cortex counts when it sees the end, which may be a moment after the client has it.
     deadline = time.monotonic() + DEADLINE_SECS
     while (found := tokens(await metrics(cortex))) != {"prompt": 3.0, "completion": 5.0}:
         assert time.monotonic() < deadline, found
     assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 1.0' in await metrics(cortex)
+
+
+async def test_cached_prompt_tokens_are_counted(cortex: RunningCortex, engine: RawEngine) -> None:
+    """How much an engine's prefix cache saves is visible per model and node."""
+    usage = b'{"prompt_tokens": 30, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 16}}'
+    engine.scripts.append(answering(plain(b'{"choices": [], "usage": ' + usage + b"}")))
+    async with connected(cortex.url) as client:
+        await client.ask(request(b'{"model":"org/small"}'))
+    deadline = time.monotonic() + DEADLINE_SECS
+    while (found := tokens(await metrics(cortex))) != {"prompt": 30.0, "completion": 5.0, "cached": 16.0}:
+        assert time.monotonic() < deadline, found
 
 
 async def metrics(cortex: RunningCortex) -> str:

@@ -21,6 +21,7 @@ import tomli_w
 
 from neuron.engine import session
 from neuron.engine.state_dir import StateDir
+from shared.process_stat import stat_of
 from tests.e2e.chaos.models import HOSTS, ChaosModel, HostShape
 from tests.neuron.neurons import MARK_VARIABLE, REPOSITORY
 
@@ -201,7 +202,7 @@ def served_model(pid: int) -> str | None:
 
 
 def leads_session(pid: int) -> bool:
-    stat = session.stat_of(pid)
+    stat = stat_of(pid)
     return stat is not None and stat.alive and stat.session == pid
 
 

@@ -1,4 +1,4 @@
-"""Events: complete, in order, and no burden to neuron."""
+"""Events: complete, in order, and bounded in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def sse(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, int,
 
 
 async def test_a_whole_life_in_events(neuron: Neuron) -> None:
-    """First the snapshot, then every status in order with progress between, numbered without a gap."""
+    """The snapshot first, then every status in order with progress in between, numbered without gaps."""
     await neuron.load("other")
     async with neuron.session.get(f"{neuron.base}/events") as response:
         assert response.content_type == "text/event-stream"
@@ -85,7 +85,7 @@ async def test_stream_ends_with_neuron(mark: str, tmp_path: Path) -> None:
 
 
 async def test_listener_that_does_not_listen_is_dropped() -> None:
-    """Its queue is bounded; others go on."""
+    """The queue of a slow listener is bounded; other listeners are not affected."""
     hub = EventHub()
     with hub.listening() as slow, hub.listening() as quick:
         for number in range(QUEUE_LIMIT + 5):

@@ -1,4 +1,4 @@
-"""The HTTP API: ids, tokens, logs, figures, error bodies."""
+"""The HTTP API: ids, tokens, logs, figures and error bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.neuron.neurons import Neuron, config_of, neuron_here, until
 
 @pytest.mark.parametrize("model_id", ["org/model", "a/b/c", "100%25@v1", "name:tag", "modèle"])
 async def test_ids_in_paths(neuron: Neuron, model_id: str) -> None:
-    """An id is found percent-encoded, and where no character of it needs that also as it is."""
+    """An id is found percent-encoded, and unencoded where it has no character that needs encoding."""
     await neuron.load(model_id, source="org/source")
     assert (await neuron.endpoint(model_id)).status == 200
     if "%" not in model_id:
@@ -23,7 +23,7 @@ async def test_ids_in_paths(neuron: Neuron, model_id: str) -> None:
 
 
 async def test_discovery_and_health(neuron: Neuron) -> None:
-    """Both are the protocol's, tell the same process, and health is live."""
+    """/discovery and /health have the protocol's fields, name the same process, and health is live."""
     discovery = Discovery.model_validate((await neuron.call("GET", "/discovery")).body)
     assert (discovery.hostname, discovery.simulated, discovery.harnesses) == ("test", True, ["sim", "vllm"])
     assert [device.name for device in discovery.devices] == ["RTX 5090", "RTX 5090"]
@@ -39,7 +39,7 @@ async def test_discovery_and_health(neuron: Neuron) -> None:
 
 
 async def test_health_tells_how_busy_engines_are(neuron: Neuron) -> None:
-    """Requests running and waiting inside the engine show, and are gone when they are."""
+    """Requests running and waiting in the engine are shown while they last."""
     await neuron.load("org/model", "--max-num-seqs", "1", "--tokens-per-sec", "20")
     found = (await neuron.endpoint("org/model")).body
 
@@ -70,7 +70,7 @@ async def test_health_tells_how_busy_engines_are(neuron: Neuron) -> None:
 
 
 async def test_logs(neuron: Neuron) -> None:
-    """The last lines, as many as asked for; nonsense is refused; an unknown model is 404."""
+    """The last lines, as many as asked for; an invalid number is refused; an unknown model is 404."""
     await neuron.load("org/model")
     path = "/models/org%2Fmodel/logs"
     lines = (await neuron.call("GET", path)).body["lines"]
@@ -84,7 +84,7 @@ async def test_logs(neuron: Neuron) -> None:
 
 
 async def test_logs_are_followed_until_the_engine_is_gone(neuron: Neuron) -> None:
-    """Server-sent events, a line each; of an engine that is gone the last lines, and the end."""
+    """Server-sent events, one line each; for an engine that is gone the last lines, then the end."""
     await neuron.load("org/model")
     path = f"{neuron.base}/models/org%2Fmodel/logs?tail=1&follow=true"
     async with neuron.session.get(path) as response:
@@ -98,7 +98,7 @@ async def test_logs_are_followed_until_the_engine_is_gone(neuron: Neuron) -> Non
 
 
 async def test_key_is_not_in_the_log_nor_in_the_arguments(neuron: Neuron) -> None:
-    """The engine's key is told to callers of /endpoint only."""
+    """Only callers of /endpoint get the engine's key."""
     await neuron.load("org/model")
     key = (await neuron.endpoint("org/model")).body["api_key"]
     lines = (await neuron.call("GET", "/models/org%2Fmodel/logs")).body["lines"]
@@ -108,7 +108,7 @@ async def test_key_is_not_in_the_log_nor_in_the_arguments(neuron: Neuron) -> Non
 
 
 async def test_errors_have_the_envelope(neuron: Neuron) -> None:
-    """Whatever is wrong, the body is an error object with message, type, code and param."""
+    """Every error body is an error object with message, type, code and param."""
     bad: list[tuple[str, str, dict[str, Any], int]] = [
         ("POST", "/models/load", {"data": b"{"}, 400),
         ("POST", "/models/load", {"json": {"harness": "sim"}}, 400),
@@ -125,13 +125,13 @@ async def test_errors_have_the_envelope(neuron: Neuron) -> None:
 
 
 async def test_unknown_fields_are_ignored(neuron: Neuron) -> None:
-    """A newer cortex may say more than this neuron understands; null is as good as absent."""
+    """Fields that this neuron does not know are ignored; null equals absent."""
     body = {"model_id": "m", "harness": "sim", "quant": None, "tensor_parallel": None, "devices": None, "novelty": 1}
     assert (await neuron.call("POST", "/models/load", json=body)).status == 200
 
 
 async def test_token(mark: str, tmp_path: Path) -> None:
-    """With a token configured every path wants it."""
+    """With a token configured, every path requires it."""
     async with neuron_here(config_of(tmp_path / "state", token="secret")) as neuron:
         for path in ("/health", "/discovery", "/models", "/events", "/metrics", "/nope"):
             answer = await neuron.call("GET", path, headers={"Authorization": "Bearer wrong"})
@@ -140,7 +140,7 @@ async def test_token(mark: str, tmp_path: Path) -> None:
 
 
 async def test_metrics(neuron: Neuron) -> None:
-    """The contract's names, with values that are true now."""
+    """The contract's metric names, with correct values."""
     await neuron.load("org/model", vram_mb=1024)
     families = text_string_to_metric_families((await neuron.call("GET", "/metrics")).body)
     samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
@@ -159,7 +159,7 @@ async def test_metrics(neuron: Neuron) -> None:
 
 
 async def test_default_models(mark: str, tmp_path: Path) -> None:
-    """Loaded in turn at start, HTTP being there from the first moment; one that fails does not stop the rest."""
+    """Default models load one after the other at start while HTTP already answers; a failure does not stop the rest."""
     models = [
         {"model_id": "first", "args": ["--load-secs", "0.5"]},
         {"model_id": "broken", "args": ["--load-secs", "0.2", "--fault", "oom-at-load"]},
@@ -184,7 +184,7 @@ async def test_default_models(mark: str, tmp_path: Path) -> None:
 
 
 async def test_endpoint_of_a_neuron_on_all_addresses(mark: str, tmp_path: Path) -> None:
-    """Bound to the wildcard it names the host that the caller reached it by; that address works."""
+    """Bound to the wildcard address, neuron names the host by which the caller reached it, and that address works."""
     async with neuron_here(config_of(tmp_path / "state", host="0.0.0.0")) as neuron:
         await neuron.load("org/model")
         found = (await neuron.call("GET", "/models/org%2Fmodel/endpoint", headers={"Host": "localhost:7"})).body
@@ -194,7 +194,7 @@ async def test_endpoint_of_a_neuron_on_all_addresses(mark: str, tmp_path: Path) 
 
 
 async def test_model_roots(mark: str, tmp_path: Path) -> None:
-    """Local models come from below model_roots only, links followed; names that are no paths pass."""
+    """With model_roots, local models must be below one of them, links resolved; names that are not paths pass."""
     root = tmp_path / "models"
     (root / "inside").mkdir(parents=True)
     (tmp_path / "outside").mkdir()

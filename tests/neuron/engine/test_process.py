@@ -127,10 +127,3 @@ def test_end_of_the_loop_ends_the_processes(mark: str, tmp_path: Path) -> None:
 
     asyncio.run(careless())
     asyncio.run(until(lambda: not marked_processes(mark)))
-
-
-@pytest.mark.parametrize("name", ["sh", "a) b (c", "((", "x y", ") S 1"])
-def test_stat_line_with_odd_name(name: str) -> None:
-    """The name of a process may hold spaces and parentheses."""
-    stat = session.parse_stat(f"17 ({name}) S 4 5 6 " + "0 " * 15 + "4711 0")
-    assert stat == session.ProcessStat(17, "S", 4, 5, 6, 4711)

@@ -17,7 +17,7 @@ from neuron.estimate.locate import hub_cache, model_at
 from neuron.estimate.weights import ModelFiles, weights_of
 from neuron.gpu.topology import Topology
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
-from neuron.lifecycle.model_roots import is_below
+from neuron.lifecycle.admission import is_below
 from neuron.spec import EngineSpec
 from shared.errors import NotFound, ServiceError
 from tests.neuron.estimate.published import DEEPSEEK_V3, GPT_OSS_20B, LLAMA_8B, QWEN2_5_05B, Published

@@ -1,4 +1,4 @@
-"""What can happen to a host, a method each."""
+"""The faults of the random fault test, one method each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.serve import ListenError, bind
 from tests.neuron.faults.host import DEVICE_MB, DEVICES, EngineProcess, Host, engine_processes, send
 
 SEEN_SECS = 5.0
-"""How long neuron has for what is waited for inside a step."""
+"""How long neuron may take for a change that a step waits for."""
 _HELD_PORTS = 3
 _STEAL_SECS = 0.5
 _LOAD_SECS = 0.6  # about as long as a load takes
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class FaultModel:
-    """A model of the host. Not all of them fit at once."""
+    """A model of the host. They do not all fit at once."""
 
     id: str
     vram_mb: int  # all devices together
@@ -48,7 +48,7 @@ MODELS = (
 
 
 class Faults:
-    """Each takes `pick`, 0 to 1, which chooses among what there is, and returns what it did, in words."""
+    """Each method uses `pick`, 0 to 1, to choose among the candidates, and returns in words what it did."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -56,7 +56,7 @@ class Faults:
         self._calls: set[asyncio.Task[str]] = set()
 
     async def close(self) -> None:
-        """Waits for the calls made in passing, which end when no process is left to answer; gives the ports back."""
+        """Waits for the background calls, which end when no process is left to answer, and releases the ports."""
         await self.calls_answered(0)
         self._free_ports()
 
@@ -66,7 +66,7 @@ class Faults:
         return await self._load(_chosen(MODELS, pick))
 
     async def load_in_passing(self, pick: float) -> str:
-        """Does not wait for its end."""
+        """Does not wait for the load to finish."""
         self._in_passing(self.load(pick))
         return f"load of {_chosen(MODELS, pick).id} begun"
 
@@ -81,7 +81,7 @@ class Faults:
         return f"unload {model_id}: {await self.host.post('/models/unload', {'model_id': model_id})}"
 
     async def calls_answered(self, _pick: float) -> str:
-        """Waits for the answers to all calls made in passing."""
+        """Waits for the answers to all background calls."""
         return f"answers: {await asyncio.gather(*self._calls)}"
 
     # Engines.
@@ -96,15 +96,15 @@ class Faults:
         return await self._signal_engine(pick, signal.SIGSTOP)
 
     async def stop_core(self, pick: float) -> str:
-        """Goes unnoticed without a request; ending the engine has to end this as well."""
+        """Not noticed without a request; stopping the engine must end this process too."""
         return await self._signal_engine(pick, signal.SIGSTOP, core=True)
 
     async def sicken_engine(self, pick: float) -> str:
-        """Its health check turns bad, and it lives. (A signal that comes while it loads is ignored.)"""
+        """Makes the health check fail while the process lives. (A signal that arrives during the load is ignored.)"""
         return await self._signal_engine(pick, signal.SIGUSR2)
 
     async def hang_engine(self, pick: float) -> str:
-        """It gets a request that it never answers: neuron has to find that out from its counters."""
+        """Sends a request that the engine never answers: neuron must notice from its counters."""
         loaded = await self._loaded()
         if not loaded:
             return "no engine to be hung"
@@ -145,7 +145,7 @@ class Faults:
     # Neuron.
 
     async def kill_neuron(self, _pick: float) -> str:
-        """Its engines live on; the next neuron finds those that are well, and has them loaded without a new start."""
+        """Its engines keep running; the next neuron adopts the healthy ones without a new start."""
         kept = {}
         if not self.host.disk_was_full and not self._calls:
             kept = {name: pid for name, pid in (await self._loaded()).items() if await self.host.answers(name)}
@@ -155,7 +155,7 @@ class Faults:
         return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
 
     async def kill_neuron_as_it_loads(self, pick: float) -> str:
-        """At some moment between the command and the engine's readiness."""
+        """At a random moment between the command and the engine's readiness."""
         model = _chosen(MODELS, (pick * 7) % 1)
         self._in_passing(self._load(model))
         await asyncio.sleep(pick * _LOAD_SECS)
@@ -164,7 +164,7 @@ class Faults:
         return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model.id}, and a new one"
 
     async def kill_neuron_as_it_begins(self, pick: float) -> str:
-        """Twice: the second one at some moment of its start, when it looks for engines."""
+        """Twice; the second time at a random moment of its start, while it looks for engines."""
         await self.host.kill()
         await self.host.launch()
         await asyncio.sleep(pick * _BEGIN_SECS)
@@ -173,47 +173,47 @@ class Faults:
         return f"kill -9 of neuron, of a new one after {pick * _BEGIN_SECS:.3f} s, and a third"
 
     async def kill_neuron_and_engine(self, pick: float) -> str:
-        """The engine's end goes unnoticed; its core is left."""
+        """The engine ends unnoticed and leaves its core."""
         await self.host.kill()
         name = await self._signal_engine(pick, signal.SIGKILL)
         await self.host.start()
         return f"kill -9 of neuron, {name}, and a new neuron"
 
     async def restart_neuron(self, _pick: float) -> str:
-        """In order: it ends its engines."""
+        """A regular stop, which stops the engines."""
         status = await self.host.stop()
         left = await asyncio.to_thread(engine_processes, self.host.mark)
         assert (status, left) == (0, []), f"status {status}, left {left}\n{self.host.log_tail()}"
         await self.host.start()
         return "SIGTERM to neuron, and a new one"
 
-    # The host's means.
+    # Memory and disk.
 
     async def fill_device(self, pick: float) -> str:
-        """A stranger takes all that is free of a device."""
+        """A foreign process takes all free memory of a device."""
         index = _chosen(range(DEVICES), pick)
         used = (await asyncio.to_thread(vram.used_mb, self.host.vram_dir))[self.host.uuids[index]]
         self.host.hold_foreign(index, self.host.foreign_mb[index] + max(DEVICE_MB - used, 0))
-        return f"device {index} full: a stranger has {self.host.foreign_mb[index]} MiB of it"
+        return f"device {index} full: a foreign process has {self.host.foreign_mb[index]} MiB of it"
 
     async def empty_devices(self, _pick: float) -> str:
         for index in range(DEVICES):
             self.host.hold_foreign(index, 0)
-        return "all strangers gone"
+        return "all foreign processes gone"
 
     async def fill_disk(self, _pick: float) -> str:
-        """No record can be written of what neuron starts, until this is called again or neuron is another process."""
+        """Run records cannot be written until this is called again or neuron is restarted."""
         self.host.limit_disk(full=not self.host.disk_full)
         return "disk full" if self.host.disk_full else "room on the disk again"
 
     async def heal(self, _pick: float) -> str:
-        """No fault is left but those that happened."""
+        """Ends every fault that lasts."""
         if self.host.disk_full:
             self.host.limit_disk(full=False)
         self._free_ports()
         return await self.empty_devices(0)
 
-    # How it is done.
+    # Helpers.
 
     async def _load(self, model: FaultModel) -> str:
         body: dict[str, object] = {"model_id": model.id, "harness": "sim", "vram_mb": model.vram_mb}
@@ -222,7 +222,7 @@ class Faults:
         return f"load {model.id}: {await self.host.post('/models/load', body)}"
 
     async def _ask(self, model_id: str) -> str:
-        """A request to an engine. It may fail; it may not stay without an end."""
+        """A request to an engine. It may fail; it must not hang."""
         try:
             endpoint = await self.host.endpoint(model_id)
             headers = {"Authorization": f"Bearer {endpoint['api_key']}"}
@@ -248,7 +248,7 @@ class Faults:
         return {model["id"]: model["pid"] for model in await self.host.models() if model["status"] == "loaded"}
 
     async def _until_loaded(self, wanted: Callable[[Mapping[str, int]], bool], what: str) -> None:
-        """Waits until what is loaded is as `wanted`; `what` says that in words."""
+        """Waits until the loaded models are `wanted`; `what` is that in words."""
         deadline = time.monotonic() + SEEN_SECS
         while not wanted(now := await self._loaded()):
             assert time.monotonic() < deadline, f"{what}: not within {SEEN_SECS:g} s; loaded are {now}"
@@ -260,7 +260,7 @@ class Faults:
 
 
 def _engine(pick: float, processes: Sequence[EngineProcess], *, core: bool = False) -> tuple[str, int | None]:
-    """One of the engines' leaders, or cores: its name and pid."""
+    """Name and pid of one of the engines' leaders, or cores."""
     found = sorted(each.pid for each in processes if (each.is_core if core else each.pid == each.session))
     if not found:
         return "no engine", None

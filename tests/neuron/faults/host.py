@@ -64,7 +64,7 @@ class EngineProcess:
 
 
 def engine_processes(mark: str) -> list[EngineProcess]:
-    """Every live process that an engine of this test's neuron consists of, whichever neuron process started it."""
+    """Every live engine process of this test's neuron, whichever neuron process started it."""
     found = []
     for pid in marked_processes(mark):
         with contextlib.suppress(OSError):
@@ -75,10 +75,8 @@ def engine_processes(mark: str) -> list[EngineProcess]:
 
 
 class Host:
-    """Starts neuron again and again on one port with one state directory. `mark` is in everything's environment.
-
-    `foreign_mb`: what strangers hold, by device.
-    """
+    """Restarts neuron on one port with one state directory. `mark` is in the environment of every process,
+    `foreign_mb` the MiB of foreign processes by device."""
 
     def __init__(self, directory: Path, mark: str) -> None:
         self.mark = mark
@@ -123,7 +121,7 @@ class Host:
             await asyncio.sleep(0.02)
 
     async def launch(self) -> None:
-        """Starts neuron and waits for nothing."""
+        """Starts neuron without waiting for it."""
         self.disk_full = self.disk_was_full = False
         with self._log.open("ab") as sink:
             self._neuron = await asyncio.create_subprocess_exec(
@@ -135,19 +133,19 @@ class Host:
             )
 
     async def stop(self) -> int:
-        """SIGTERM to neuron; its exit status."""
+        """Sends SIGTERM to neuron; returns its exit status."""
         with contextlib.suppress(ProcessLookupError):
             self.neuron.terminate()
         return await asyncio.wait_for(self.neuron.wait(), START_SECS)
 
     async def kill(self) -> None:
-        """SIGKILL to neuron alone: its engines live on."""
+        """Sends SIGKILL to neuron alone: its engines keep running."""
         with contextlib.suppress(ProcessLookupError):
             self.neuron.kill()
         await self.neuron.wait()
 
     async def close(self) -> None:
-        """Ends whatever is left, without a word."""
+        """Kills what is left."""
         if self._neuron is not None:
             await self.kill()
         while left := engine_processes(self.mark):
@@ -158,14 +156,14 @@ class Host:
             await self._http.close()
 
     async def get(self, path: str) -> Any:
-        """The JSON of a GET at neuron."""
+        """The JSON of a GET to neuron."""
         async with self.http.get(self._url + path) as response:
             body = await response.text()
             assert response.status == 200, f"GET {path}: {response.status} {body}"
             return json.loads(body)
 
     async def post(self, path: str, body: dict[str, object]) -> str:
-        """A POST to neuron, and its outcome in short. Neuron may be killed meanwhile; it may not be silent."""
+        """A POST to neuron, and its outcome in short. Neuron may be killed meanwhile; it must not stay silent."""
         try:
             async with self.http.post(self._url + path, json=body) as response:
                 answer = await response.json()
@@ -183,7 +181,7 @@ class Host:
         return found
 
     async def answers(self, model_id: str) -> bool:
-        """True when a loaded model's engine is in good health, as a client would find it."""
+        """True when a client finds a loaded model's engine healthy."""
         try:
             url = (await self.endpoint(model_id))["url"]
             async with self.http.get(f"{url}/health", timeout=_ANSWER) as response:
@@ -192,7 +190,7 @@ class Host:
             return False
 
     def hold_foreign(self, index: int, mb: int) -> None:
-        """This test is the stranger."""
+        """This test process acts as the foreign process."""
         self.foreign_mb[index] = mb
         held = {self.uuids[each]: held for each, held in self.foreign_mb.items() if held}
         vram.hold(self.vram_dir, held)
@@ -208,7 +206,7 @@ class Host:
 
 
 def send(pid: int | None, number: signal.Signals) -> None:
-    """A signal to a process that may be gone; None: to no process."""
+    """Sends a signal to a process that may be gone; None: to no process."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""Whether neuron's account of a host is true: its models and ledger beside the process table and the memory."""
+"""Compares neuron's view of a host, its models and ledger, with the process table and the memory in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POLL_SECS = 0.05
 
 @dataclass(frozen=True)
 class Sight:
-    """All accounts at one moment. `held`: pid -> device index -> MiB."""
+    """Every view at one moment. `held`: pid -> device index -> MiB."""
 
     models: Sequence[Mapping[str, Any]]
     devices: Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ class Sight:
 
 
 async def agreement(host: Host) -> list[str]:
-    """Empty as soon as all accounts agree; else in what they differ after `AGREE_SECS`."""
+    """Empty as soon as all views agree; otherwise the differences after `AGREE_SECS`."""
     deadline = time.monotonic() + AGREE_SECS
     while True:
         found = await look(host)
@@ -40,7 +40,7 @@ async def agreement(host: Host) -> list[str]:
 
 
 async def look(host: Host) -> list[str]:
-    """In what the accounts differ now."""
+    """The differences now."""
     before = await host.models()
     health = await host.get("/health")
     processes = await asyncio.to_thread(engine_processes, host.mark)
@@ -55,7 +55,7 @@ async def look(host: Host) -> list[str]:
 
 
 def differences(sight: Sight) -> list[str]:
-    """What cannot be true at the same time."""
+    """States that contradict each other."""
     return [*_processes(sight), *_memory(sight), *_ledger(sight)]
 
 
@@ -115,7 +115,7 @@ def _ledger(sight: Sight) -> list[str]:
             found.append(f"device {index}: {booked} MiB are booked, engines hold {held}")
         if booked != told:
             found.append(f"device {index}: {booked} MiB are booked, its models have {told}")
-        # As long as an engine holds nothing yet, a stranger's memory may be taken for the first of its own.
+        # Until an engine holds memory, foreign memory may be counted as its first.
         filling = any(index in model["devices"] and model["state"] in FILLING for model in sight.models)
         if not filling and device["vram_foreign_mb"] != sight.foreign_mb[index]:
             found.append(f"device {index}: foreign {device['vram_foreign_mb']} MiB, not {sight.foreign_mb[index]}")

@@ -51,8 +51,8 @@ WEIGHTS: dict[Fault, int] = {
     Faults.fill_device: 6,
     Faults.fill_disk: 5,
 }
-"""What can happen, and how often beside the others."""
-_RELIEF = 0.15  # with a full disk or full devices little else can happen: the chance at each step that it ends
+"""The faults, with their relative frequency."""
+_RELIEF = 0.15  # a full disk or full devices block most other faults: the chance per step that it ends
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def host(mark: str, tmp_path: Path) -> AsyncIterator[Host]:
 
 
 def chosen(chance: random.Random, host: Host) -> Fault:
-    """What happens next."""
+    """The next fault."""
     kinds = [fault for fault in WEIGHTS if not KINDS or fault.__name__ in KINDS.split(",")]
     fault = chance.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
     relieved = chance.random() < _RELIEF
@@ -96,7 +96,7 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: Host, mark: 
         assert not found, report(found)
 
     def report(found: list[str]) -> str:
-        """All that is needed to understand the failure and to have it again."""
+        """Everything needed to understand and repeat the failure."""
         head = f"FAULT_SEED={SEED}, after step {len(history)}:"
         return "\n".join((head, *found, "", "steps:", *history, "", host.log_tail()))
 
@@ -115,7 +115,7 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: Host, mark: 
 
 
 async def test_the_oracle_sees_an_orphan(host: Host) -> None:
-    """A process with an engine's mark that no model has."""
+    """A process with an engine's mark that belongs to no model."""
     await Faults(host).load(0)
     assert await look(host) == []
     env = {**os.environ, ENGINE_ID_VARIABLE: "gone/1"}
@@ -132,7 +132,8 @@ async def test_the_oracle_sees_an_orphan(host: Host) -> None:
 
 
 async def test_a_model_that_finds_no_room_again_holds_none(host: Host) -> None:
-    """Its engine dies, a stranger takes the memory: while it waits for its next try it is told to have no device."""
+    """Its engine dies and a foreign process takes the memory: while it waits for the next attempt it is shown without a
+    device."""
     await Faults(host).load(0.99)
     [model] = await host.models()
     host.neuron.send_signal(signal.SIGSTOP)

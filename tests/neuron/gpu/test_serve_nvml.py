@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.nvml.library import (
     GPU_IS_LOST,

@@ -12,7 +12,7 @@ import pytest
 from neuron.config import NeuronConfig, SimulatedDevice, SimulateSettings
 from neuron.gpu import simulated_vram as vram
 from neuron.gpu.simulated import SimulatedTopologySource, resolve_device
-from shared.gpu_presets import PRESETS, find_preset
+from shared.gpus import PRESETS, find_preset
 from shared.protocol import LinkKind
 from shared.settings import SettingsError, validate_settings
 

@@ -1,4 +1,4 @@
-"""Engines that are to stop, and what they still work on. With real processes."""
+"""Draining: what happens to running requests when an engine is to stop. With real processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["config"]
 
 
 async def test_drain_finishes_what_runs(config: Path, mark: str) -> None:
-    """unload?drain_secs=: no endpoint any more, the running stream comes to its end, then the engine stops."""
+    """unload?drain_secs=: the endpoint is withdrawn, the running stream finishes, then the engine stops."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--tokens-per-sec", "20")
         async with streaming(neuron, tokens=30) as stream:
@@ -33,7 +33,7 @@ async def test_drain_finishes_what_runs(config: Path, mark: str) -> None:
 
 
 async def test_drain_is_cut_short(config: Path, mark: str) -> None:
-    """A deadline that passes, and an unload without one, end a drain."""
+    """A drain ends at its deadline, and at an unload without one."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--tokens-per-sec", "5")
         async with streaming(neuron, tokens=1000):
@@ -45,8 +45,8 @@ async def test_drain_is_cut_short(config: Path, mark: str) -> None:
 
 
 async def test_sigterm_drains_and_tells(config: Path, mark: str) -> None:
-    """At neuron's stop, listeners hear that the model takes no new work before their stream ends, and what runs comes
-    to its end."""
+    """When neuron stops, listeners get an event that the model takes no new requests before their stream ends, and
+    running requests finish."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--tokens-per-sec", "20")
         async with streaming(neuron, tokens=40) as stream, neuron.session.get(f"{neuron.base}/events") as events:
@@ -62,7 +62,7 @@ async def test_sigterm_drains_and_tells(config: Path, mark: str) -> None:
 
 
 async def test_drain_goes_on_when_engines_are_left(config: Path, mark: str) -> None:
-    """SIGTERM with leave_engines does not cut short what a model that is being unloaded works on."""
+    """SIGTERM with leave_engines does not cut the requests of a model that is being unloaded."""
     leaving(config)
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--tokens-per-sec", "20")

@@ -1,4 +1,4 @@
-"""Loading: joined, refused, explained, and never started twice."""
+"""Loads: joined, refused, explained, and never started twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "org/model"
 
 
 async def test_load_answers_when_the_engine_is_healthy(neuron: Neuron) -> None:
-    """200 comes once the engine serves, and its endpoint takes the key that comes with it and no other."""
+    """The load answers 200 once the engine serves; its endpoint accepts only the key that comes with it."""
     answer = await neuron.load(MODEL, vram_mb=10_000)
     assert (answer.status, answer.body["status"]) == (200, "loaded")
     found = (await neuron.endpoint(MODEL)).body
@@ -32,7 +32,7 @@ async def test_load_answers_when_the_engine_is_healthy(neuron: Neuron) -> None:
 
 
 async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
-    """The memory is what the engine really holds, and the device's own figure says the same."""
+    """`vram_used_mb` is what the engine really holds, and the device's own figure agrees."""
     await neuron.load(MODEL, tensor_parallel=2, vram_mb=20_000)
     view = await neuron.model(MODEL)
     assert view["status"] == "loaded"
@@ -45,7 +45,7 @@ async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
 
 
 async def test_fifty_loads_at_once_start_one_engine(neuron: Neuron, mark: str) -> None:
-    """However many ask for the same model at the same time, one process is started and all are told."""
+    """Concurrent loads of one model start one process, and every caller gets the answer."""
     answers = await asyncio.gather(*(neuron.load(MODEL) for _ in range(50)))
     assert {answer.status for answer in answers} == {200}
     assert len(marked_engines(mark)) == 1
@@ -53,7 +53,7 @@ async def test_fifty_loads_at_once_start_one_engine(neuron: Neuron, mark: str) -
 
 
 async def test_same_spec_again_is_done_already(neuron: Neuron) -> None:
-    """A second load is 200 without a new process, also when it names the devices that neuron had chosen."""
+    """A second load returns 200 without a new process, also when it names the devices that neuron chose."""
     await neuron.load(MODEL)
     pid = (await neuron.model(MODEL))["pid"]
     chosen = (await neuron.model(MODEL))["devices"]
@@ -63,7 +63,7 @@ async def test_same_spec_again_is_done_already(neuron: Neuron) -> None:
 
 
 async def test_other_spec_conflicts(neuron: Neuron) -> None:
-    """While it is loaded, another spec is 409 with the words a cortex looks for; while it loads, without them."""
+    """Another spec is 409: with the words a cortex looks for when the model is loaded, without them while it loads."""
     loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "1.5"))
     await neuron.until_status(MODEL, "loading")
     early = await neuron.load(MODEL, quant="fp8")
@@ -77,7 +77,7 @@ async def test_other_spec_conflicts(neuron: Neuron) -> None:
 
 
 async def test_bare_load_takes_the_remembered_spec(neuron: Neuron) -> None:
-    """A body with only model_id: 404 when unknown, joined when there, and the spec of before when unloaded."""
+    """A body with only model_id: 404 when unknown, joined when loading or loaded, the earlier spec when unloaded."""
     assert (await neuron.call("POST", "/models/load", json={"model_id": MODEL})).status == 404
     await neuron.load(MODEL, tensor_parallel=2, vram_mb=4000)
     assert (await neuron.call("POST", "/models/load", json={"model_id": MODEL})).status == 200
@@ -88,7 +88,7 @@ async def test_bare_load_takes_the_remembered_spec(neuron: Neuron) -> None:
 
 
 async def test_not_waiting_is_told_at_once(neuron: Neuron) -> None:
-    """?wait=false: 202 before the engine is ready; what is wrong with the request is still a 4xx."""
+    """?wait=false answers 202 before the engine is ready; an invalid request is still a 4xx."""
     answer = await neuron.load(MODEL, wait=False)
     assert (answer.status, answer.body["status"]) == (202, "loading")
     assert (await neuron.load("other", wait=False, devices=[7])).status == 400
@@ -106,7 +106,7 @@ async def test_caller_that_leaves_cancels_nothing(neuron: Neuron) -> None:
 
 
 async def test_failed_load_says_why(neuron: Neuron) -> None:
-    """The message has the root cause, which is not the last line, and the last lines; the entry keeps both."""
+    """The message has the root cause, which is not the last line, and the last lines; the model's entry keeps both."""
     answer = await neuron.load(MODEL, "--fault", "oom-at-load", vram_mb=8000)
     assert (answer.status, answer.error["code"]) == (500, "load_failed")
     first, *rest = answer.error["message"].splitlines()
@@ -122,8 +122,8 @@ async def test_failed_load_says_why(neuron: Neuron) -> None:
 
 
 async def test_memory_that_is_not_there(neuron: Neuron, mark: str) -> None:
-    """A load that does not fit beside another is refused without starting anything, with the figures; the other is none
-    the worse, and when it is gone the same load succeeds."""
+    """A load that does not fit beside another is refused with the figures and starts nothing; the other is unaffected,
+    and once it is gone the same load succeeds."""
     await neuron.load("first", devices=[0], vram_mb=30_000)
     answer = await neuron.load("second", devices=[0], vram_mb=8000)
     assert (answer.status, answer.error["code"]) == (409, "insufficient_vram")
@@ -141,7 +141,7 @@ async def test_memory_that_is_not_there(neuron: Neuron, mark: str) -> None:
 
 
 async def test_memory_of_others_counts(neuron: Neuron) -> None:
-    """What a process holds that is not neuron's cannot be had, and /health and /metrics tell it apart."""
+    """Memory held by a foreign process cannot be booked; /health and /metrics report it separately."""
     await neuron.load("first", devices=[0], vram_mb=8000)
     uuid = (await neuron.call("GET", "/discovery")).body["devices"][0]["uuid"]
     await asyncio.to_thread(vram.hold, neuron.state_dir / "vram", {uuid: 20_000})  # this process, not an engine
@@ -157,19 +157,19 @@ async def test_memory_of_others_counts(neuron: Neuron) -> None:
 
 
 async def test_two_loads_at_once_do_not_book_the_same_memory(neuron: Neuron) -> None:
-    """Of five that want two thirds of a device each, two are loaded and three refused."""
+    """Of five loads that each want two thirds of a device, two succeed and three are refused."""
     answers = await asyncio.gather(*(neuron.load(f"m{number}", vram_mb=20_000) for number in range(5)))
     assert sorted(answer.status for answer in answers) == [200, 200, 409, 409, 409]
 
 
 async def test_two_loads_at_once_take_different_devices(neuron: Neuron) -> None:
-    """The device is taken when it is chosen, not when the engine has filled it."""
+    """A device is booked when it is chosen, not when the engine has filled it."""
     await asyncio.gather(neuron.load("first", vram_mb=20_000), neuron.load("second", vram_mb=20_000))
     assert {tuple((await neuron.model(model))["devices"]) for model in ("first", "second")} == {(0,), (1,)}
 
 
 async def test_load_that_takes_too_long(mark: str, tmp_path: Path) -> None:
-    """504 after startup_timeout_secs, with nothing left running."""
+    """504 after startup_timeout_secs, and no process left."""
     config = config_of(tmp_path / "state", sim={"startup_timeout_secs": 1.0})
     async with neuron_here(config) as neuron:
         answer = await neuron.load(MODEL, "--fault", "never-ready")
@@ -187,7 +187,7 @@ async def test_executable_that_is_not_there(mark: str, tmp_path: Path) -> None:
         assert not neuron.reserved_ports
 
 
-# Takes the port itself the first time, between neuron's check and the engine's bind, and lets the engine find out.
+# Takes the port itself the first time, between neuron's check and the engine's bind, so the engine's bind fails.
 THIEF = """
 import pathlib, socket, subprocess, sys
 once = pathlib.Path(sys.argv[1])
@@ -202,7 +202,7 @@ sys.exit(subprocess.call(command))
 
 
 async def test_stolen_port_is_replaced(mark: str, tmp_path: Path) -> None:
-    """A port that something else took just before the engine bound it does not fail the load."""
+    """A load survives another process taking the port just before the engine binds it."""
     script = tmp_path / "thief.py"
     script.write_text(textwrap.dedent(THIEF))
     command = [sys.executable, str(script), str(tmp_path / "once")]
@@ -211,7 +211,7 @@ async def test_stolen_port_is_replaced(mark: str, tmp_path: Path) -> None:
         assert len(neuron.reserved_ports) == 1
 
 
-# A stranger that answers everything with 200, in front of an engine that hangs before it listens.
+# A foreign server that answers everything with 200, while the engine hangs before it listens.
 SERVER = """
 import http.server, os, sys, time
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -219,38 +219,38 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
     def log_message(self, *a): pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
-if STRANGER and os.environ.get("NEURON_ENGINE_ID"):
+if FOREIGN and os.environ.get("NEURON_ENGINE_ID"):
     if os.fork() > 0:
         time.sleep(60)  # the engine, which never listens
-    os.setsid()  # an unrelated process that does, and knows nothing of the engine
+    os.setsid()  # an unrelated process that listens and is not part of the engine
     del os.environ["NEURON_ENGINE_ID"]
     os.execv(sys.executable, [sys.executable, *sys.argv])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
 
 
-async def load_server(tmp_path: Path, mark: str, *, stranger: bool) -> Answer:
-    """A load whose engine is a server that answers 200 to any caller: itself, or a stranger on its port."""
+async def load_server(tmp_path: Path, mark: str, *, foreign: bool) -> Answer:
+    """A load whose command answers 200 to any caller: itself, or through a foreign process on its port."""
     script = tmp_path / "server.py"
-    script.write_text(f"STRANGER = {stranger}{SERVER}")
-    settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5 if stranger else 20}
+    script.write_text(f"FOREIGN = {foreign}{SERVER}")
+    settings = {"command": [sys.executable, str(script)], "startup_timeout_secs": 1.5 if foreign else 20}
     async with neuron_here(config_of(tmp_path / "state", sim=settings)) as neuron:
         answer = await neuron.load(MODEL)
-    if stranger:
+    if foreign:
         for pid in marked_processes(mark):
             os.kill(pid, signal.SIGKILL)
         await until(lambda: not marked_processes(mark))
     return answer
 
 
-async def test_stranger_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
-    """A listener outside the engine's session that does not know our key is not our engine."""
-    assert (await load_server(tmp_path, mark, stranger=True)).error["code"] == "load_timeout"
+async def test_foreign_listener_on_the_port_is_not_taken_for_the_engine(mark: str, tmp_path: Path) -> None:
+    """A listener outside the engine's session that does not know the key is not accepted as the engine."""
+    assert (await load_server(tmp_path, mark, foreign=True)).error["code"] == "load_timeout"
 
 
 async def test_health_alone_makes_an_engine_ready(mark: str, tmp_path: Path) -> None:
-    """Our process that answers 200 on /health is loaded, whatever else it serves and whether it asks for a key."""
-    assert (await load_server(tmp_path, mark, stranger=False)).status == 200
+    """Our own process that answers 200 on /health counts as loaded, whether or not it wants a key."""
+    assert (await load_server(tmp_path, mark, foreign=False)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ async def test_health_alone_makes_an_engine_ready(mark: str, tmp_path: Path) -> 
     ],
 )
 async def test_refused_before_anything_starts(neuron: Neuron, fields: dict[str, Any], param: str) -> None:
-    """400 names the field, and the model does not become known by it."""
+    """400 names the field, and the model does not become known."""
     answer = await neuron.load(MODEL, **fields)
     assert (answer.status, answer.error["param"]) == (400, param)
     assert await neuron.model(MODEL) == {}

@@ -1,4 +1,4 @@
-"""The real command as a real process: its start, its end, and what it leaves."""
+"""The `neuron` command as a real process: start, stop, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = "org/model"
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python -m neuron ...` that is expected to end by itself."""
+    """Runs `python -m neuron ...` until it exits by itself."""
     return subprocess.run(
         [sys.executable, "-m", "neuron", *arguments],
         cwd=REPOSITORY,
@@ -55,7 +55,7 @@ async def test_signal_stops_engines(mark: str, tmp_path: Path, number: int) -> N
 
 
 async def test_request_in_an_engine_is_finished_first(mark: str, tmp_path: Path) -> None:
-    """SIGTERM while an engine answers: the answer comes whole, then everything ends."""
+    """SIGTERM while an engine answers: the answer is complete, then everything stops."""
     config = toml_config(tmp_path, "port = 0", f'state_dir = "{tmp_path}/state"')
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--tokens-per-sec", "20")
@@ -74,7 +74,7 @@ async def test_request_in_an_engine_is_finished_first(mark: str, tmp_path: Path)
 
 
 async def test_second_signal_exits_at_once(mark: str, tmp_path: Path) -> None:
-    """It waits for nothing, and kills the engines before it goes."""
+    """The second signal: neuron does not wait, and kills the engines before it exits."""
     config = toml_config(tmp_path, "port = 0", f'state_dir = "{tmp_path}/state"')
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--fault", "ignore-sigterm", "--fault", "spawn-child")
@@ -85,7 +85,7 @@ async def test_second_signal_exits_at_once(mark: str, tmp_path: Path) -> None:
 
 
 async def test_inherited_socket_and_lifeline(mark: str, tmp_path: Path) -> None:
-    """A parent hands over a bound socket, and neuron ends with its engines when the parent's pipe does."""
+    """A parent passes a bound socket; neuron and its engines stop when the parent's pipe closes."""
     config = toml_config(tmp_path, f'state_dir = "{tmp_path}/state"')
     sock = bind("127.0.0.1", 0)
     reading, writing = os.pipe()
@@ -106,7 +106,7 @@ async def test_inherited_socket_and_lifeline(mark: str, tmp_path: Path) -> None:
 
 
 def test_wrong_configuration(tmp_path: Path) -> None:
-    """Exit 1, and each problem with file, key and value on standard error."""
+    """Exit status 1; each problem on standard error with file, key and value."""
     path = tmp_path / "neuron.toml"
     path.write_text(
         'prot = 1\n[harness.vllm]\nextra_args = ["--port", "1"]\n[[default_models]]\nmodel_id = "x"\nquantt = 1\n'
@@ -118,7 +118,7 @@ def test_wrong_configuration(tmp_path: Path) -> None:
 
 
 def test_default_models_and_simulated_devices_are_checked_before_the_start(tmp_path: Path) -> None:
-    """What only a load would have found out is found now, with the file."""
+    """A problem that would only show at a load is found at start, and named with the file."""
     path = tmp_path / "neuron.toml"
     path.write_text(
         '[[default_models]]\nmodel_id = "-bad"\n[[default_models]]\nmodel_id = "m"\nargs = ["--port", "1"]\n'
@@ -132,7 +132,7 @@ def test_default_models_and_simulated_devices_are_checked_before_the_start(tmp_p
 
 
 def test_port_that_is_taken(tmp_path: Path) -> None:
-    """Exit 1 with the address."""
+    """Exit status 1, with the address."""
     with listening_socket() as port:
         done = run("serve", NEURON_PORT=str(port))
     assert done.returncode == 1
@@ -140,7 +140,7 @@ def test_port_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_state_directory_of_another_neuron(tmp_path: Path) -> None:
-    """Two neurons in one directory would clear each other's engines."""
+    """Two neurons in one directory would remove each other's engines."""
     with StateDir(tmp_path / "state").held(remove_after=False):
         done = run("serve", NEURON_PORT="0", NEURON_STATE_DIR=str(tmp_path / "state"))
     assert done.returncode == 1
@@ -148,6 +148,6 @@ def test_state_directory_of_another_neuron(tmp_path: Path) -> None:
 
 
 def test_usage_and_version() -> None:
-    """2 for what is not understood; the version is the package's."""
+    """Exit status 2 for an unknown command; the version is the package's."""
     assert run("dance").returncode == 2
     assert run("--version").stdout.startswith("neuron ")

@@ -1,4 +1,4 @@
-"""Engines that die: noticed, swept, started again, and given up in the end."""
+"""Engines that die: detected, cleaned up, restarted, and given up after repeated failures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from neuron.config import RecoverySettings
-from neuron.lifecycle.restarts import Restarts
+from neuron.lifecycle.model_state import Restarts
 from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
 
 MODEL = "org/model"
 
 
 async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
-    """The model's entry once another engine than `dead` serves it."""
+    """The model's entry once an engine other than `dead` serves it."""
 
     async def reached() -> dict[str, Any] | None:
         entry = await neuron.model(MODEL)
@@ -31,9 +31,8 @@ async def loaded_again(neuron: Neuron, dead: int) -> dict[str, Any]:
     return found
 
 
-async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
-    """An engine comes back at once beside one that has taken memory since the last look: what it took is counted
-    as its own."""
+async def test_memory_of_another_load_is_not_foreign(neuron: Neuron) -> None:
+    """A restart beside an engine that took memory since the last measurement counts that memory as the engine's own."""
     await neuron.load(MODEL, "--vram-mb", "16000", vram_mb=16000, devices=[0])
     before = await neuron.model(MODEL)
     slow = asyncio.create_task(neuron.load("slow", "--load-secs", "3", vram_mb=16000, devices=[0]))
@@ -46,14 +45,15 @@ async def test_memory_of_another_load_is_no_strangers(neuron: Neuron) -> None:
 
 
 async def _begun(neuron: Neuron, model_id: str) -> bool:
-    """True once it has been measured while it loads."""
+    """True once it was measured while it loads."""
     entry = await neuron.model(model_id)
     return entry.get("pid") is not None and entry["vram_used_mb"] is not None
 
 
 @pytest.mark.parametrize("options", [(), ("--fault", "spawn-child")])
 async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tuple[str, ...]) -> None:
-    """kill -9: told within two seconds, not served meanwhile, everything of it swept, and another one is there."""
+    """kill -9: reported within two seconds, not served meanwhile, all its processes cleaned up, and a new engine comes
+    up."""
     await neuron.load(MODEL, *options, "--load-secs", "0.5", vram_mb=9000)
     before = await neuron.model(MODEL)
     family = marked_processes(mark)
@@ -73,7 +73,7 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
 
 
 async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
-    """vLLM ends with 0 when its engine core died: it was not asked to, so it comes back."""
+    """vLLM exits with 0 when its engine core died; no one asked it to stop, so it is restarted."""
     await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.9")
     before = (await neuron.model(MODEL))["pid"]
     assert (await loaded_again(neuron, before))["failures"] >= 1
@@ -90,7 +90,7 @@ async def test_who_asks_meanwhile_waits_for_it(neuron: Neuron) -> None:
 
 
 async def test_given_up_after_failures_in_a_row(mark: str, tmp_path: Path) -> None:
-    """An engine that dies again and again is failed with the cause, until it is loaded again."""
+    """An engine that keeps dying is failed, with the cause, until it is loaded again."""
     recovery = {"max_failures": 3, "backoff_secs": 0.1}
     async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
         crashing = ("--fault", "crash-after-secs", "--fault-after", "0.6")
@@ -106,7 +106,7 @@ async def test_given_up_after_failures_in_a_row(mark: str, tmp_path: Path) -> No
 
 
 async def test_stop_ends_a_pause(mark: str, tmp_path: Path) -> None:
-    """An unload does not wait for the next start, and nothing starts after it."""
+    """An unload does not wait for the next restart, and nothing starts after it."""
     recovery = {"backoff_secs": 600, "max_backoff_secs": 600}
     async with neuron_here(config_of(tmp_path / "state", recovery=recovery)) as neuron:
         await neuron.load(MODEL, "--fault", "crash-after-secs", "--fault-after", "0.6")
@@ -122,14 +122,14 @@ async def test_stop_ends_a_pause(mark: str, tmp_path: Path) -> None:
 
 
 async def test_failed_first_load_is_not_repeated(neuron: Neuron) -> None:
-    """What never came up is wrong, and not unlucky: failed at once."""
+    """An engine that never came up is failed at once, without restarts."""
     assert (await neuron.load(MODEL, "--fault", "oom-at-load")).status == 500
     view = await neuron.model(MODEL)
     assert (view["status"], view["failures"]) == ("failed", 0)
 
 
 async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None:
-    """One whose process runs and whose health check fails is as good as dead."""
+    """An engine whose process runs but whose health check fails is restarted."""
     await neuron.load(MODEL, "--fault", "bad-health", "--fault-after", "1")
     before = (await neuron.model(MODEL))["pid"]
     found = (await neuron.endpoint(MODEL)).body
@@ -141,8 +141,8 @@ async def test_unhealthy_engine_is_killed_and_comes_back(neuron: Neuron) -> None
 
 
 async def test_hung_engine_is_killed_and_comes_back(mark: str, tmp_path: Path) -> None:
-    """Requests run, no token comes, /health says 200: after the grace time it is hung. One that only has a long prompt
-    is left alone."""
+    """Requests run, no token comes, and /health says 200: the engine counts as hung after the grace time. An engine
+    with a long prompt does not."""
     health = {"interval_secs": 0.1, "hang_grace_secs": 1, "prefill_grace_secs": 600}
     async with neuron_here(config_of(tmp_path / "state", health=health)) as neuron:
         await neuron.load("patient", "--fault", "slow-prefill", "--fault-after", "600")
@@ -177,7 +177,7 @@ sys.exit(main())
 
 @pytest.fixture
 def shared_files() -> Iterator[tuple[Path, Path]]:
-    """Two names in /dev/shm; there is a file of the second name."""
+    """Two names in /dev/shm; only the second has a file."""
     ours, theirs = Path(f"/dev/shm/psm_{os.getpid()}a"), Path(f"/dev/shm/psm_{os.getpid()}b")
     theirs.write_bytes(b"x" * 4096)
     yield ours, theirs
@@ -187,7 +187,7 @@ def shared_files() -> Iterator[tuple[Path, Path]]:
 
 
 async def test_shared_memory_goes_with_the_engine(mark: str, tmp_path: Path, shared_files: tuple[Path, Path]) -> None:
-    """What an engine had mapped of /dev/shm is removed when it is killed; other processes' files stay."""
+    """Files in /dev/shm that a killed engine had mapped are removed; files of other processes stay."""
     ours, _ = shared_files
     script = tmp_path / "engine.py"
     script.write_text(f"OURS = {str(ours)!r}\n{MAPS_SHARED_MEMORY}")
@@ -201,7 +201,7 @@ async def test_shared_memory_goes_with_the_engine(mark: str, tmp_path: Path, sha
 
 
 def test_pauses_between_starts() -> None:
-    """0, 10, 20, ... 300 s, five failures in a row, and a new row after a stable time."""
+    """Pauses of 0, 10, 20, ... 300 s; five failures in a row; the count starts over after a stable time."""
     restarts = Restarts(RecoverySettings(max_failures=9))
     pauses = []
     while not restarts.given_up:

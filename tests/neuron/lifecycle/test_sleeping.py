@@ -1,4 +1,4 @@
-"""Sleep and wake: neuron's side of it, against the simulated engine and against engines that misbehave."""
+"""Sleep and wake, with the simulated engine and with engines that misbehave."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @contextlib.asynccontextmanager
 async def strange_engine(answers: Mapping[str, web.Response | None]) -> AsyncIterator[str]:
-    """The URL of something that answers these paths, whatever is shown; None: it never answers. Others are 404."""
+    """The URL of a server that answers these paths whatever the key; None: it never answers. Other paths are 404."""
 
     async def handler(request: web.Request) -> web.Response:
         if request.path not in answers:
@@ -66,7 +66,7 @@ async def status_of(http: aiohttp.ClientSession, engine: SimProcess, path: str =
 
 
 async def test_memory_goes_and_comes_back(http: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Asleep a tenth at most stays, on each device; awake it is all there. Both may be asked for twice."""
+    """Asleep, an engine keeps at most a tenth of its memory on each device; awake it has all. Asking twice is fine."""
     env = {**SLEEPER, **memory_environment(tmp_path, 8192, 8192)}
     async with ready_engine(*FAST, "--vram-mb", "6000", "-tp", "2", "--wake-secs", "0", env=env) as engine:
         assert await sleeping.is_guarded(http, engine.url, KEY)
@@ -115,7 +115,7 @@ async def test_requests_are_finished_first(http: aiohttp.ClientSession) -> None:
 
 
 async def test_taken_memory_keeps_it_asleep(http: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Another process has the GPU by now: the engine says so, and wakes when there is room again."""
+    """Another process uses the GPU: waking fails with an error, and succeeds when the memory is free again."""
     env = {**SLEEPER, **memory_environment(tmp_path, 8192)}
     async with ready_engine(*FAST, "--vram-mb", "6000", "--wake-secs", "0", env=env) as engine:
         await sleeping.sleep(http, engine.url, KEY)
@@ -130,7 +130,7 @@ async def test_taken_memory_keeps_it_asleep(http: aiohttp.ClientSession, tmp_pat
 
 
 async def test_only_the_key_opens_the_routes(http: aiohttp.ClientSession) -> None:
-    """The simulation is guarded as vLLM is; what it answers to clients is untouched."""
+    """The simulation has a guard like vLLM's; its answers to clients do not change."""
     async with ready_engine(*FAST, env=SLEEPER) as engine:
         for headers in ({}, {CONTROL_HEADER: "another"}, {CONTROL_HEADER: digest_of(KEY)}):
             for method, path in (("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping"), ("GET", "/sleep/")):
@@ -152,7 +152,7 @@ async def test_an_engine_without_sleep_mode(http: aiohttp.ClientSession) -> None
 
 
 async def test_an_open_engine_is_found_out(http: aiohttp.ClientSession) -> None:
-    """Whatever kept the guard from being loaded: an engine that answers strangers must not serve."""
+    """An engine whose guard was not loaded, for any reason, must not serve."""
     async with strange_engine({"/is_sleeping": says_asleep(False)}) as url:
         with pytest.raises(GuardFailed, match="/is_sleeping said False"):
             await sleeping.is_guarded(http, url, KEY)
@@ -166,7 +166,8 @@ async def test_a_busy_engine_goes_on(http: aiohttp.ClientSession) -> None:
 
 
 async def test_a_failed_sleep_is_undone(http: aiohttp.ClientSession) -> None:
-    """vLLM stops its scheduler before it sleeps: it has to be told to go on. One that cannot be told is lost."""
+    """vLLM stops its scheduler before it sleeps, so it must be told to resume. An engine that cannot be told is
+    unusable."""
     broken = web.Response(status=500, text="Memory usage increased after sleeping.")
     answers = {"/sleep": broken, "/is_sleeping": says_asleep(False), "/wake_up": web.Response(status=200)}
     async with strange_engine(answers) as url:
@@ -178,7 +179,7 @@ async def test_a_failed_sleep_is_undone(http: aiohttp.ClientSession) -> None:
 
 
 async def test_an_engine_that_does_not_answer(http: aiohttp.ClientSession) -> None:
-    """Every wait ends, and an engine that may fall asleep later is told apart from one that does not sleep."""
+    """Every wait ends, and an engine that may still fall asleep is told apart from one that will not."""
     async with strange_engine({"/sleep": None, "/wake_up": None}) as url:
         with pytest.raises(SleepUnsettled, match=r"no answer within 0\.1 s"):
             await sleeping.sleep(http, url, KEY, timeout_secs=0.1)

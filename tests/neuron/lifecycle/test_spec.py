@@ -1,4 +1,4 @@
-"""What of a load command is refused, and how the rest becomes a spec."""
+"""Which load commands are refused, and how the others become a spec."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAD_NAMES = [
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("field", ["model_id", "source", "served_names"])
 def test_refused_names(field: str, name: str) -> None:
-    """A flag, a shell word, a climbing path: refused with field and value."""
+    """A flag, a shell word, or a path with `..` is refused with field and value."""
     with pytest.raises(InvalidRequest) as refused:
         spec(**{field: [name] if field == "served_names" else name})
     assert refused.value.param == field
@@ -38,12 +38,12 @@ def test_refused_names(field: str, name: str) -> None:
     "name", ["Qwen/Qwen3-8B", "m", "/srv/models/q.w-3_b", "org/m@rev", "m:7b", "s3://bucket/a/b", "modèle"]
 )
 def test_accepted_names(name: str) -> None:
-    """What models are really called."""
+    """Real model names pass."""
     assert spec(model_id=name).source == name
 
 
 def test_relative_path_is_no_source() -> None:
-    """As an id it is only a name; what vLLM is told to load is absolute, or a name of a hub."""
+    """A path is fine as an id; as a source it must be absolute, or a name on a hub."""
     assert spec(model_id="team/a/b", source="/m").model_id == "team/a/b"
     with pytest.raises(InvalidRequest, match="neither an absolute path"):
         spec(source="models/a/b")
@@ -51,7 +51,7 @@ def test_relative_path_is_no_source() -> None:
 
 @pytest.mark.parametrize("quant", ["-q", "a b", "", "fp8;x", "fp8\n"])
 def test_refused_quantization(quant: str) -> None:
-    """It becomes a word of a command line as well."""
+    """These also become words of a command line."""
     with pytest.raises(InvalidRequest) as refused:
         spec(quant=quant)
     assert refused.value.param == "quant"
@@ -67,7 +67,7 @@ def test_refused_quantization(quant: str) -> None:
     ],
 )  # fmt: skip
 def test_refused_arguments(arg: str) -> None:
-    """What neuron decides cannot be overridden: in no spelling that vLLM's parser understands."""
+    """Arguments that neuron sets cannot be overridden, in any spelling that vLLM's parser accepts."""
     with pytest.raises(InvalidRequest) as refused:
         spec(args=["--max-model-len", "4096", arg])
     assert refused.value.param == "args"
@@ -88,27 +88,27 @@ def test_refused_arguments(arg: str) -> None:
     ],
 )
 def test_accepted_arguments(args: list[str]) -> None:
-    """Flags that only look like the owned ones, and values of any form, pass as they are."""
+    """Flags that only resemble the owned ones, and values of any form, pass unchanged."""
     assert spec(args=args).args == tuple(args)
 
 
 def test_defaults() -> None:
-    """One device, the first harness, the id as source; empty lists are as good as none."""
+    """Defaults: one device, the first harness, the id as source; an empty list equals none."""
     assert spec(devices=[], args=None, served_names=None) == EngineSpec("org/model", "vllm", "org/model")
 
 
 def test_devices_imply_tensor_parallel() -> None:
-    """Two devices named are two ranks."""
+    """Two named devices mean two ranks."""
     assert spec(devices=[1, 0]).tensor_parallel == 2
 
 
 def test_served_names_are_told_once() -> None:
-    """Doubles, and the id itself, add nothing."""
+    """Duplicates and the id itself add nothing."""
     assert spec(served_names=["a", "org/model", "a", "b"]).served_names == ("a", "b")
 
 
 def test_difference() -> None:
-    """Names the first field that differs; devices that are not asked for may be any."""
+    """Names the first field that differs; devices match anything when none are asked for."""
     running = spec(devices=[1], quant="fp8")
     assert running.difference(spec(quant="fp8")) is None
     assert running.difference(spec(quant="fp8", devices=[0])) == "devices is (1,), asked for (0,)"
@@ -120,7 +120,7 @@ def test_difference() -> None:
     ["$(reboot)", "; rm -rf /", "`id`", "a && b", "x | sh", "> /etc/passwd", "${HOME}", "../../etc/passwd", "--f=../x"],
 )
 def test_refused_arguments_from_outside(arg: str) -> None:
-    """Shell words and climbing paths, as a value and behind a flag."""
+    """Shell words and `..` paths, as a value and after a flag."""
     for args in ([arg], ["--chat-template", arg]):
         with pytest.raises(InvalidRequest) as refused:
             spec(args=args)
@@ -131,12 +131,13 @@ def test_refused_arguments_from_outside(arg: str) -> None:
     "args", [["--max-model-len", "8k"], ["--override", '{"a": "x|y; $z"}'], ["--override=[1, 2]"], ["--rope", "a..b"]]
 )
 def test_json_arguments(args: list[str]) -> None:
-    """JSON values hold whatever they need."""
+    """JSON values may contain anything."""
     assert list(spec(args=args).args) == args
 
 
 def test_seed_command_takes_what_it_cannot_speak_of_as_it_is() -> None:
-    """A cortex of the seed protocol joins a model that was loaded with more; saying otherwise still differs."""
+    """A cortex that speaks only protocol v1 joins a model that was loaded with more fields; a contradicting field still
+    differs."""
     running = spec(harness="sim", args=["--load-secs", "1"], vram_mb=1000)
     assert running.difference(spec(harness="sim", quant=None, tensor_parallel=None, devices=None)) is None
     assert running.difference(spec(harness="sim", vram_mb=None, source=None)) is None

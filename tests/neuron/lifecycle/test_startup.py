@@ -1,4 +1,4 @@
-"""What happens to an engine in the moment between its first healthy answer and its being told as loaded."""
+"""An engine that dies between its first healthy answer and the moment it counts as loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.neuron.neurons import config_of, neuron_here, until
 
 MODEL = "org/model"
-# Healthy, and silent to everything else; tells by a file that it was asked for its figures.
+# Healthy, but silent to everything else; writes a file when it is asked for its figures.
 HALF_SILENT = """
 import http.server, pathlib, sys, threading
 
@@ -34,7 +34,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.mark.parametrize("way", ["killed", "unloaded"])
 async def test_an_end_is_seen_while_the_engine_is_asked_for_its_figures(way: str, mark: str, tmp_path: Path) -> None:
-    """It no longer counts as loaded, and no request waits for an answer that cannot come."""
+    """The model does not count as loaded, and no request waits for an answer that cannot come."""
     script, asked = tmp_path / "engine.py", tmp_path / "asked"
     script.write_text(f"ASKED = {str(asked)!r}{HALF_SILENT}")
     settings: dict[str, Any] = {"command": [sys.executable, str(script)], "stop_timeout_secs": 1}

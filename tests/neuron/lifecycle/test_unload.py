@@ -1,4 +1,4 @@
-"""Unloading: only when everything is gone, and in any order with loads."""
+"""Unloads: answered only when everything is gone, in any order with loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL = "org/model"
 
 
 async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> None:
-    """At the moment of the answer: no process, no memory in use, no port reserved, no temporary files."""
+    """When the unload answers: no process, no memory in use, no port reserved, no temporary files."""
     await neuron.load(MODEL, vram_mb=9000)
     answer = await neuron.unload(MODEL)
     assert (answer.status, answer.body["status"]) == (200, "unloaded")
@@ -28,14 +28,14 @@ async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> Non
 
 
 async def test_unload_of_what_is_not_there(neuron: Neuron) -> None:
-    """404 for a model never heard of, 200 for one that is unloaded already."""
+    """404 for an unknown model, 200 for one that is already unloaded."""
     assert (await neuron.unload(MODEL)).error["code"] == "model_not_found"
     await neuron.load(MODEL)
     assert [(await neuron.unload(MODEL)).status for _ in range(2)] == [200, 200]
 
 
 async def test_unload_clears_a_failure(neuron: Neuron) -> None:
-    """A failed model is unloaded afterwards, its error gone, its log still there."""
+    """Unloading a failed model clears its error; its log stays."""
     await neuron.load(MODEL, "--fault", "oom-at-load")
     assert (await neuron.unload(MODEL)).status == 200
     view = await neuron.model(MODEL)
@@ -44,7 +44,7 @@ async def test_unload_clears_a_failure(neuron: Neuron) -> None:
 
 
 async def test_unload_ends_a_load(neuron: Neuron, mark: str) -> None:
-    """Who waits for the load is told at once, and the half-loaded engine is killed."""
+    """Callers that wait for the load get the error at once, and the half-loaded engine is killed."""
     loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "30"))
     await neuron.until_status(MODEL, "loading")
     assert (await neuron.unload(MODEL)).status == 200
@@ -55,7 +55,7 @@ async def test_unload_ends_a_load(neuron: Neuron, mark: str) -> None:
 
 
 async def test_load_during_a_stop_comes_after_it(neuron: Neuron, mark: str) -> None:
-    """A load that arrives while the engine stops waits for its end, then loads with its own spec: never two at once."""
+    """A load that arrives while the engine stops waits for the end, then loads with its own spec: never two engines."""
     await neuron.load(MODEL, "--fault", "ignore-sigterm")
     before = (await neuron.model(MODEL))["pid"]
     unloading = asyncio.create_task(neuron.unload(MODEL))
@@ -69,7 +69,7 @@ async def test_load_during_a_stop_comes_after_it(neuron: Neuron, mark: str) -> N
 
 
 async def test_unload_of_a_load_that_waits_for_a_stop(neuron: Neuron, mark: str) -> None:
-    """Stopping, then loaded again, then unloaded again: the load that had not begun never does."""
+    """Stopping, then loaded, then unloaded again: the load that had not started never starts."""
     await neuron.load(MODEL, "--fault", "ignore-sigterm")
     first = asyncio.create_task(neuron.unload(MODEL))
     await neuron.until_status(MODEL, "unloaded")
@@ -91,7 +91,7 @@ async def test_engine_that_ignores_sigterm_is_killed(neuron: Neuron, mark: str) 
 
 
 async def test_helpers_that_stay_behind_are_swept(neuron: Neuron, mark: str) -> None:
-    """A child that outlives the engine's clean exit and ignores SIGTERM goes with it."""
+    """A child that outlives the engine's clean exit and ignores SIGTERM is killed."""
     await neuron.load(MODEL, "--fault", "spawn-child")
     assert len(marked_processes(mark)) == 3  # its core, and the child
     await neuron.unload(MODEL)
@@ -99,7 +99,8 @@ async def test_helpers_that_stay_behind_are_swept(neuron: Neuron, mark: str) -> 
 
 
 async def test_loads_and_unloads_in_any_order(neuron: Neuron, mark: str) -> None:
-    """A storm of both at once ends with every caller answered, at most one engine, and a state that is true."""
+    """Many loads and unloads at once: every caller gets an answer, at most one engine runs, and the state is
+    correct."""
     orders = [neuron.unload(MODEL) if number % 3 == 2 else neuron.load(MODEL) for number in range(30)]
     answers = await asyncio.gather(*orders)
     assert {answer.status for answer in answers} <= {200, 404, 409}
@@ -110,7 +111,7 @@ async def test_loads_and_unloads_in_any_order(neuron: Neuron, mark: str) -> None
 
 
 async def test_stop_of_neuron_ends_all_at_once(mark: str, tmp_path: Path) -> None:
-    """Engines that take long to stop are stopped side by side; loads are given up with 503 before the drain."""
+    """Engines that stop slowly are stopped in parallel; loads get 503 before the drain."""
     async with neuron_here(config_of(tmp_path / "state", drain_timeout_secs=10)) as neuron:
         await asyncio.gather(*(neuron.load(model, "--fault", "ignore-sigterm") for model in "abcefg"))
         unloading = asyncio.create_task(neuron.unload("c"))

@@ -8,7 +8,7 @@ import pytest
 
 from neuron.config import NeuronConfig
 from neuron.harness.registry import HARNESSES
-from neuron.memory.host_memory import HostRam, available_mb_of, check_sleep, host_ram, needed_mb, slept_mb
+from neuron.memory.host_memory import HostRam, check_sleep, host_ram, needed_mb, slept_mb
 from shared.errors import Conflict
 
 
@@ -45,11 +45,6 @@ def test_what_a_sleep_needs(weights: int | None, vram: int | None, needed: int) 
 )
 def test_what_a_sleeper_takes(weights: int | None, before: int | None, after: int | None, slept: int) -> None:
     assert slept_mb(weights, before, after) == slept
-
-
-def test_the_kernels_figure() -> None:
-    assert available_mb_of("MemTotal:  24000000 kB\nMemAvailable:   20480000 kB\nBuffers: 1 kB\n") == 20_000
-    assert available_mb_of("MemTotal:  24000000 kB\n") == 0
 
 
 async def test_a_real_host_is_asked() -> None:

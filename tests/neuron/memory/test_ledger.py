@@ -15,7 +15,7 @@ from neuron.memory.ledger import Ledger
 from neuron.memory.requirement import MemoryNeed
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
-from shared.gpu_memory import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import DeviceHealth
 from tests.neuron.hosts import TOTALS, host, measured, spec
 

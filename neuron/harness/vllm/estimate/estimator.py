@@ -25,7 +25,7 @@ from neuron.harness.vllm.estimate.overhead import (
 from neuron.harness.vllm.estimate.parallel import obstacle
 from neuron.harness.vllm.memory_flags import options_of
 from neuron.spec import EngineSpec
-from shared.gpu_memory import DEFAULT_ENGINE_SHARE
+from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import Device
 
 FULL_SEQUENCES = 1

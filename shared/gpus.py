@@ -1,12 +1,17 @@
-"""Real GPUs that `[simulate] devices` can name.
-
-Memory is `memory.total` in MiB as NVML reports it for the card with ECC in its factory setting, which is a little less
-than the advertised size; the compute capability is NVIDIA's.
-"""
+"""GPU figures that cortex and neuron both use: what an engine takes by default, and the models that a simulation can
+name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+DEFAULT_ENGINE_SHARE: Final = 0.92
+"""Fraction of each device that vLLM takes by default (`--gpu-memory-utilization` of 0.32), and must find free to start.
+The rest is for the driver and for errors of an estimate."""
+DEVICE_MARGIN_MB: Final = 512
+"""MiB that neuron leaves unbooked on every real device: an engine's CUDA context, which vLLM does not count into its
+fraction, and the few MiB by which NVML and CUDA disagree. Simulated devices have neither."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ PRESETS = (
     GpuPreset("H200", 143771, "9.0"),
     GpuPreset("B200", 183359, "10.0"),
 )
+"""What `[simulate] devices` can name. Memory is `memory.total` in MiB as NVML reports it for the card with ECC in its
+factory setting, slightly less than the advertised size; the compute capability is NVIDIA's."""
 
 
 def find_preset(name: str) -> GpuPreset | None:

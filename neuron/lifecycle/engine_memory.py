@@ -1,0 +1,133 @@
+"""The memory of this host's engines: booked before a start, measured while they run, released at their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+
+from neuron.config import NeuronConfig
+from neuron.engine.engine import Engine, measure
+from neuron.gpu.topology import Topology, TopologySource
+from neuron.harness.registry import HARNESSES
+from neuron.memory.ledger import Ledger
+from neuron.memory.placement import EnginePlacement
+from neuron.memory.sleep_budget import SleepBudget
+from neuron.spec import EngineSpec
+from shared.protocol import Device, DeviceHealth
+
+_MEMORY_POLL_SECS = 0.1
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    """What the driver reports, read right after this neuron's engines were measured."""
+
+    topology: Topology
+    health: Sequence[DeviceHealth]
+
+
+class StartLocks:
+    """One start at a time on each GPU: engines that profile a device at the same moment count each other's memory as
+    their own. First come, first served, per device."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, asyncio.Lock] = {}
+
+    def busy(self, devices: Collection[int]) -> bool:
+        """True if another start holds or waits for one of the devices."""
+        return any(self._lock(index).locked() for index in devices)
+
+    @contextlib.asynccontextmanager
+    async def held(self, devices: Collection[int]) -> AsyncIterator[None]:
+        """Inside the body no other engine starts on these devices. Locked in order of index, so that two callers cannot
+        deadlock."""
+        async with contextlib.AsyncExitStack() as stack:
+            for index in sorted(devices):
+                await stack.enter_async_context(self._lock(index))
+            yield
+
+    def _lock(self, index: int) -> asyncio.Lock:
+        return self._locks.setdefault(index, asyncio.Lock())
+
+
+class EngineMemory:
+    """Single owner of the bookings of GPU memory (`ledger`), of the host memory that sleeping engines take
+    (`sleep_budget`), and of the list of running engines."""
+
+    def __init__(self, config: NeuronConfig, source: TopologySource) -> None:
+        self.ledger = Ledger()
+        self.sleep_budget = SleepBudget()
+        self.start_locks = StartLocks()
+        self._engines: dict[str, Engine] = {}
+        self._config = config
+        self._source = source
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those whose processes run, stopping ones included."""
+        return list(self._engines.values())
+
+    def add(self, engine: Engine) -> None:
+        self._engines[engine.engine_id] = engine
+
+    def remove(self, engine: Engine) -> None:
+        """The engine is gone, or left to the next neuron. Its booking stays until `Ledger.release`."""
+        self._engines.pop(engine.engine_id, None)
+        self.sleep_budget.release(engine.placement.number)
+
+    async def devices(self) -> dict[int, Device]:
+        """This host's devices by index."""
+        return {device.index: device for device in (await self._source.discover()).devices}
+
+    async def read(self) -> MemoryReading:
+        """Measures every engine, then asks the driver: a booking counts the rest of the used memory as foreign, so
+        memory that an engine took since its last measurement must be known first."""
+        await self.measure_all()
+        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+        return MemoryReading(topology, health)
+
+    def book(self, number: int, spec: EngineSpec, share_mb: int | None, reading: MemoryReading) -> EnginePlacement:
+        """Books devices and memory under `number` until `Ledger.release`. Nothing is awaited, so two loads cannot book
+        the same memory.
+
+        Raises:
+            InsufficientVram: the devices have not enough memory. InvalidRequest: as
+            `neuron.memory.selection.check_devices`.
+        """
+        # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
+        args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
+        requirement = HARNESSES[spec.harness].memory_need(spec, share_mb, args)
+        choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health)
+        return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+
+    async def rebook(self, placement: EnginePlacement, spec: EngineSpec) -> EnginePlacement:
+        """Replaces the booking of an engine that is gone by one for its successor. Raises as `book`; then nothing is
+        booked."""
+        reading = await self.read()
+        self.ledger.release(placement.number)
+        return self.book(placement.number, spec, placement.share_mb, reading)
+
+    async def until_available(self, number: int) -> None:
+        """Waits until no stopping engine holds memory that booking `number` was promised."""
+        while True:
+            topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+            if not self.ledger.awaited(number, topology, health):
+                return
+            await asyncio.sleep(_MEMORY_POLL_SECS)
+
+    async def measure(self, engines: Collection[Engine]) -> None:
+        """Measures `engines` with one call to the driver, and updates their bookings."""
+        held = await measure(engines, self._source)
+        for engine in engines:
+            filling = engine.ready_at is None or engine.waking
+            update = self.ledger.holding if filling else self.ledger.measured
+            update(engine.placement.number, held[engine.placement.number])
+
+    async def measure_all(self) -> None:
+        await self.measure(self.engines)
+
+    async def held_by(self, engine: Engine) -> dict[int, int]:
+        """Measures one engine, without updating its booking: MiB by device index."""
+        return (await measure([engine], self._source))[engine.placement.number]
