@@ -100,7 +100,7 @@ _CHAT = _cases(
         "no messages": {"messages": None},
         "empty messages": {"messages": []},
         "messages of a wrong type": {"messages": "hello"},
-        "unknown role": {"messages": [{"role": "nobody", "content": "x"}]},
+        "unknown role": {"messages": [{"role": "visitor", "content": "x"}]},
         "temperature too high": {"temperature": 99},
         "temperature as text": {"temperature": "warm"},
         "top_p below 0": {"top_p": -1},

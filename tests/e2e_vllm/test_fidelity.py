@@ -48,7 +48,7 @@ class RawAnswer:
 
 
 def test_answers_through_cortex_are_those_of_the_engine(fleet: Fleet) -> None:
-    """176 requests, good and faulty, whole and streamed. Each is sent to vLLM twice, since the first one fills
+    """142 requests, good and faulty, whole and streamed. Each is sent to vLLM twice, since the first one fills
     its prefix cache, and then through cortex."""
     differences = []
     for model, cases in ((TINY, TEXT_CASES), (MINILM, EMBEDDING_CASES)):
