@@ -64,7 +64,7 @@ class Registry:
             InsufficientVram: not enough free memory.
         """
         self._refuse_when_stopping()
-        wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
+        wanted = None if command.bare else spec_of(command, self._config)
         supervisor = self._known_or_new(command.model_id)
         request = supervisor.join(wanted)
         if request is not None:
