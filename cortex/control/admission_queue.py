@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cortex.config.live import LiveConfig
-from cortex.placement.inputs import Waiting
+from cortex.placement.inputs import WaitingRequests
 from shared.errors import ServiceError, TooManyRequests
 from shared.protocol import ErrorCode
 from shared.tasks import timeout
@@ -103,8 +103,8 @@ class AdmissionQueue:
         for model_id in self._lines:
             self.news(model_id)
 
-    def waiting(self) -> Mapping[str, Waiting]:
-        return {model_id: Waiting(len(line.tickets), line.since) for model_id, line in self._lines.items()}
+    def waiting(self) -> Mapping[str, WaitingRequests]:
+        return {model_id: WaitingRequests(len(line.tickets), line.since) for model_id, line in self._lines.items()}
 
     def _tell(self, model_id: str, error: ServiceError | None) -> None:
         line = self._lines.get(model_id)

@@ -259,7 +259,7 @@ def test_planner_unloads_a_model_after_its_idle_ttl(tmp_path: Path) -> None:
 
 
 def test_memory_is_averaged_over_the_time(tmp_path: Path) -> None:
-    """Held from the load's begin at 0 to the end at 40, in use from 10 to 40."""
+    """Rejection from the load's begin at 0 to the end at 40, in use from 10 to 40."""
     outcome = simulate(fleet_of(tmp_path, ONE_CARD), [Ask(0.0, "a", 30.0)], "lru")
     assert outcome.secs == 40.0
     assert outcome.vram_loaded_pct == pytest.approx(100 * 20000 / 24576)

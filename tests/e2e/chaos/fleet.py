@@ -237,7 +237,7 @@ def _neuron_table(neuron: NeuronHost, directory: Path, first_port: int) -> dict[
         "harnesses": [{"name": "sim"}],
         "harness": {
             "sim": {
-                "extra_args": ["--ttft-ms", "5", "--tokens-per-sec", "200"],
+                "extra_args": ["--ttft-ms", "5", "--tokens-per-sec", "200", "--answer-tokens", "1000"],
                 "port_range": [first_port, first_port + _ENGINE_PORTS - 1],
                 "stop_timeout_secs": 2,
                 "startup_timeout_secs": 15,

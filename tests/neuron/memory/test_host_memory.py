@@ -43,7 +43,9 @@ def test_memory_needed_to_sleep(weights: int | None, vram: int | None, needed: i
     ("weights", "before", "after", "slept"),
     [(8_000, 20_000, 500, 8_000), (None, 20_000, 500, 19_500), (8_000, 20_000, 15_000, 5_000), (None, None, None, 0)],
 )
-def test_memory_taken_by_a_sleeping_engine(weights: int | None, before: int | None, after: int | None, slept: int) -> None:
+def test_memory_taken_by_a_sleeping_engine(
+    weights: int | None, before: int | None, after: int | None, slept: int
+) -> None:
     assert slept_mb(weights, before, after) == slept
 
 
