@@ -37,7 +37,7 @@ class Booking:
 
 
 @dataclass(frozen=True)
-class DeviceCapacity:
+class GpuCapacity:
     """One device, in MiB.
 
     `used_mb` is what all processes use, according to NVML: `held_mb` by this neuron's engines, `foreign_mb` by others.
@@ -87,7 +87,7 @@ class InsufficientVram(Conflict):
     The message and the error's `devices` field contain the figures of each device.
     """
 
-    def __init__(self, wanted: str, capacities: Sequence[DeviceCapacity], needed_mb: Sequence[int] = ()) -> None:
+    def __init__(self, wanted: str, capacities: Sequence[GpuCapacity], needed_mb: Sequence[int] = ()) -> None:
         """`needed_mb`: what the load needs on each of `capacities`, in MiB, if known."""
         figures = [
             DeviceFigures(
@@ -112,9 +112,9 @@ def unusable_reason(device: Device) -> str | None:
     return MIG_REASON if device.mig_mode else None
 
 
-def device_capacities(
+def gpu_capacities(
     topology: Topology, health: Sequence[DeviceHealth], bookings: Collection[Booking]
-) -> tuple[DeviceCapacity, ...]:
+) -> tuple[GpuCapacity, ...]:
     """The capacity of every device of the host, in the topology's order."""
     live = {figures.index: figures for figures in health}
     margin = 0 if topology.simulated else DEVICE_MARGIN_MB
@@ -126,14 +126,14 @@ def device_capacities(
     )
 
 
-def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking], margin_mb: int) -> DeviceCapacity:
+def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking], margin_mb: int) -> GpuCapacity:
     index, total = device.index, device.vram_total_mb
     used, free = (0, 0) if live is None else (live.vram_used_mb, live.vram_free_mb)
     held, foreign = _attributed(index, used, bookings)
     lasting = [booking for booking in bookings if not booking.stopping]
     reserve = max(0, total - used - free) if used or free else 0
     claimed = sum(booking.claim_mb(index) for booking in lasting)
-    return DeviceCapacity(
+    return GpuCapacity(
         index=index,
         name=device.name,
         total_mb=total,
@@ -171,7 +171,7 @@ def _attributed(index: int, used_mb: int, bookings: Sequence[Booking]) -> tuple[
     return held, foreign + rest
 
 
-def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[DeviceCapacity]) -> list[DeviceHealth]:
+def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapacity]) -> list[DeviceHealth]:
     """Adds to live figures what is booked, foreign and bookable on each device."""
     by_index = {device.index: device for device in capacities}
     return [

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, DeviceCapacity, InsufficientVram, device_capacities
+from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from neuron.spec import EngineSpec
@@ -37,9 +37,9 @@ class Ledger:
     def __init__(self) -> None:
         self._bookings: dict[int, Booking] = {}
 
-    def capacities(self, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[DeviceCapacity, ...]:
+    def capacities(self, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[GpuCapacity, ...]:
         """The capacity of every device, given what the driver just measured."""
-        return device_capacities(topology, health, self._bookings.values())
+        return gpu_capacities(topology, health, self._bookings.values())
 
     def book(
         self,
@@ -134,7 +134,7 @@ class Ledger:
         counted = [booking for each, booking in self._bookings.items() if booking.stopping or each in earlier]
         return {
             device.index: missing
-            for device in device_capacities(topology, health, counted)
+            for device in gpu_capacities(topology, health, counted)
             if device.index in own.promised_mb and (missing := device.stopping_mb - device.bookable_mb) > 0
         }
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuron.memory.capacity import DeviceCapacity
+from neuron.memory.capacity import GpuCapacity
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MemoryRequirement:
         """False when the engine takes a fraction of the device, which says nothing about the size of its model."""
         return self.fraction is None
 
-    def on_device(self, device: DeviceCapacity, smallest_mb: int) -> int:
+    def on_device(self, device: GpuCapacity, smallest_mb: int) -> int:
         """MiB on one device of a set whose smallest has `smallest_mb` in total."""
         if self.fraction is not None:
             return math.ceil(self.fraction * (device.total_mb - device.reserve_mb))
@@ -34,7 +34,7 @@ class MemoryRequirement:
             return -(-self.mb * device.total_mb // smallest_mb)
         return self.mb
 
-    def per_device(self, devices: Sequence[DeviceCapacity]) -> tuple[int, ...]:
+    def per_device(self, devices: Sequence[GpuCapacity]) -> tuple[int, ...]:
         """MiB on each device of a set."""
         smallest = min((device.total_mb for device in devices), default=0)
         return tuple(self.on_device(device, smallest) for device in devices)

@@ -9,7 +9,7 @@ from itertools import combinations
 from math import comb
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import DeviceCapacity, unusable_reason
+from neuron.memory.capacity import GpuCapacity, unusable_reason
 from neuron.memory.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands, paths_between
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
@@ -64,7 +64,7 @@ def select_devices(
     count: int,
     requirement: MemoryRequirement,
     topology: Topology,
-    capacities: Sequence[DeviceCapacity],
+    capacities: Sequence[GpuCapacity],
     *,
     named: Sequence[int] | None = None,
 ) -> DeviceSelection | None:
@@ -112,7 +112,7 @@ class _Scorer:
     calculated once, since there may be thousands of sets."""
 
     requirement: MemoryRequirement
-    capacities: Mapping[int, DeviceCapacity]
+    capacities: Mapping[int, GpuCapacity]
     cards: Mapping[int, tuple[str, int]]  # name and total MiB
     left_over: Mapping[int, int]  # bookable MiB, rounded to whole steps below the total
     paths: Mapping[Pair, DevicePath]
@@ -156,7 +156,7 @@ class _Scorer:
             ]
 
 
-def _scorer(requirement: MemoryRequirement, topology: Topology, capacities: Sequence[DeviceCapacity]) -> _Scorer:
+def _scorer(requirement: MemoryRequirement, topology: Topology, capacities: Sequence[GpuCapacity]) -> _Scorer:
     paths, idle = paths_between(topology), _idle(capacities)
     weights = {pair: path.weight for pair, path in paths.items() if idle.issuperset(pair)}
     idle_weights: Counter[int] = Counter()
@@ -176,7 +176,7 @@ def _scorer(requirement: MemoryRequirement, topology: Topology, capacities: Sequ
     )
 
 
-def _idle(capacities: Iterable[DeviceCapacity]) -> frozenset[int]:
+def _idle(capacities: Iterable[GpuCapacity]) -> frozenset[int]:
     """Devices without an engine and with most of their memory bookable."""
     return frozenset(
         device.index
@@ -204,7 +204,7 @@ def _greedy_sets(pool: Sequence[int], count: int, scorer: _Scorer) -> Iterator[G
         yield group
 
 
-def _why(group: Group, scorer: _Scorer, topology: Topology, capacities: Sequence[DeviceCapacity]) -> str:
+def _why(group: Group, scorer: _Scorer, topology: Topology, capacities: Sequence[GpuCapacity]) -> str:
     possible = len({index for pool in scorer.pools() for index in pool})
     reasons = [f"{len(group)} of {possible} devices with enough memory: {_listed(group)}"]
     if len(group) > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, DeviceCapacity, device_capacities
+from neuron.memory.capacity import Booking, GpuCapacity, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement as Need
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from shared.errors import InvalidRequest
@@ -31,7 +31,7 @@ def chosen(
 ) -> DeviceSelection | None:
     everything = {index: mb for booking in bookings for index, mb in booking.promised_mb.items()}
     health = measured(topology, {**everything, **(used or {})})
-    return select_devices(count, need, topology, device_capacities(topology, health, bookings), **named)
+    return select_devices(count, need, topology, gpu_capacities(topology, health, bookings), **named)
 
 
 def indices(selection: DeviceSelection | None) -> list[int] | None:
@@ -112,7 +112,7 @@ def test_sleeping_engines_can_wake(needed_mb: int, expected: list[int]) -> None:
     topology = host("4090", "4090")
     assert indices(chosen(topology, 1, Need(needed_mb), asleep)) == expected
     assert indices(chosen(topology, 2, Need(needed_mb), asleep)) == [0, 1]
-    (first, second) = device_capacities(topology, measured(topology, {0: 1500}), [asleep])
+    (first, second) = gpu_capacities(topology, measured(topology, {0: 1500}), [asleep])
     assert (first.asleep_mb, second.asleep_mb) == (18_500, 0)
 
 
@@ -144,7 +144,7 @@ def test_lost_and_mig_devices_are_skipped() -> None:
     assert indices(chosen(topology, 3, Need(8000))) == [1, 3, 4]
     assert chosen(topology, 4, Need(8000)) is None
     silent = [figures for figures in measured(topology) if figures.index != 1]
-    assert indices(select_devices(2, Need(8000), topology, device_capacities(topology, silent, []))) == [3, 4]
+    assert indices(select_devices(2, Need(8000), topology, gpu_capacities(topology, silent, []))) == [3, 4]
 
 
 def test_named_devices() -> None:
@@ -171,7 +171,7 @@ def test_one_fraction_for_unequal_cards() -> None:
     """vLLM takes the same fraction of each card, calculated from the smallest."""
     need = Need(18_000, one_fraction=True)
     topology = host("4090", "5090")
-    assert need.per_device(device_capacities(topology, measured(topology), [])) == (18_000, 23_894)
+    assert need.per_device(gpu_capacities(topology, measured(topology), [])) == (18_000, 23_894)
     assert indices(chosen(topology, 2, need, booked(1, mb=8700))) == [0, 1]
     assert chosen(topology, 2, need, booked(1, mb=8800)) is None
 
@@ -253,7 +253,7 @@ def grade_of(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
 
 
 def order(
-    topology: Topology, capacities: Mapping[int, DeviceCapacity], need: Need, group: tuple[int, ...]
+    topology: Topology, capacities: Mapping[int, GpuCapacity], need: Need, group: tuple[int, ...]
 ) -> tuple[object, ...]:
     """The documented order, calculated independently."""
     cards = {device.index: (device.name, device.vram_total_mb) for device in topology.devices}
@@ -316,7 +316,7 @@ def test_no_set_is_better(seed: int) -> None:
     for booking in bookings:
         for index, mb in booking.promised_mb.items():
             used[index] += mb
-    capacities = {device.index: device for device in device_capacities(topology, measured(topology, used), bookings)}
+    capacities = {device.index: device for device in gpu_capacities(topology, measured(topology, used), bookings)}
     size = source.choice([1000, 8000, 14_000, 23_000])
     for need in (Need(size), Need(size, one_fraction=True), Need(fraction=0.6)):
         for count in range(1, len(everywhere) + 1):

@@ -10,7 +10,7 @@ import pytest
 
 from neuron.gpu.topology import Topology
 from neuron.harness.registry import HARNESSES
-from neuron.memory.capacity import DeviceCapacity, InsufficientVram, held_by, with_capacities
+from neuron.memory.capacity import GpuCapacity, InsufficientVram, held_by, with_capacities
 from neuron.memory.ledger import Ledger
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
@@ -23,9 +23,7 @@ ONE, TWO = host("4090"), host("5090", "5090")
 FULL = TOTALS["4090"]
 
 
-def capacity(
-    ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0, reserve: int = 0
-) -> DeviceCapacity:
+def capacity(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0, reserve: int = 0) -> GpuCapacity:
     return ledger.capacities(topology, measured(topology, {index: used}, reserve=reserve))[index]
 
 
