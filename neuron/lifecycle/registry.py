@@ -18,7 +18,7 @@ from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest
 from neuron.lifecycle.model_state import ModelState, NeuronModelView, State
 from neuron.lifecycle.model_supervisor import ModelSupervisor
-from neuron.memory.placement import EnginePlacement
+from neuron.memory.ledger import EnginePlacement
 from shared.protocol import LoadCommand, ModelActivity
 
 
