@@ -219,8 +219,8 @@ def _act(url: str, path: str, body: dict[str, Any], as_json: bool) -> int:
 
 def _summary(done: dict[str, Any]) -> str:
     """Fields of the answer on one line; `results` repeats per node what the others say."""
-    shown = {key: " ".join(value) if isinstance(value, list) else value for key, value in done.items()}
-    return ", ".join(f"{key}: {value}" for key, value in shown.items() if key != "results")
+    shown = {key: value for key, value in done.items() if key != "results"}
+    return ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in shown.items())
 
 
 def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
