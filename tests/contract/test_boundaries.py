@@ -55,7 +55,6 @@ PURE = (
     "neuron/lifecycle/states.py",
     *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
     *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
-    "neuron/engine/line_ring.py",
     "neuron/spec.py",
     "shared/errors.py",
     "shared/gpus.py",
