@@ -80,7 +80,7 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
     stopping.on_begin(queue.news_for_all)
-    endpoints = Endpoints(fleet=fleet, clients=clients, watches=watches, backoffs=backoffs)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, watches=watches, backoffs=backoffs)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,
