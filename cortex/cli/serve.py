@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sized
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -26,17 +27,21 @@ from cortex.fleet.store import StateFile
 from cortex.workers.supervisor import Supervisor
 from shared.command_line import fail
 from shared.logs import configure_logging
-from shared.loop import run, settle
-from shared.serve import ListenError, Site, bind, serving, told_to_stop
+from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
 from shared.tasks import running
 
 log = logging.getLogger(__name__)
 
+_OPEN_TO_NETWORK = (
+    "the network can reach cortex, which asks for no API key: anyone there can use every model, and load, unload and "
+    "drain. [gateway] allow_anonymous = true accepts that"
+)
+
 
 def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None) -> int:
     """Serves until told to stop; the exit status. `workers` overrides the file, `fd` is a bound socket to listen on,
-    and `lifeline` a pipe whose end stops the service."""
+    and closing the other end of the pipe `lifeline` stops the service."""
     try:
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
@@ -52,7 +57,7 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
 
 
 def run_check(config_file: Path) -> int:
-    """Prints the problems of the files, or their size; the exit status."""
+    """Prints the problems of the files, or how many neurons and models they have; the exit status."""
     try:
         config, catalogue = read_configuration(config_file)
     except SettingsError as error:
@@ -60,8 +65,8 @@ def run_check(config_file: Path) -> int:
         return 1
     for warning in configuration_warnings(config, catalogue, config_file):
         print(f"warning: {warning}", file=sys.stderr)
-    models, neurons = len(catalogue.models), len(config.neurons)
-    print(f"ok: {config_file}: {neurons} neurons; {config.models_path(config_file)}: {models} models")
+    neurons, models = _count(config.neurons, "neuron"), _count(catalogue.models, "model")
+    print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
 
 
@@ -116,9 +121,15 @@ async def serve(
                 front = workers.running(stop)
             async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
                 settle()
-                log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+                log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
+                if reaches_network(socks[0]) and not settings.allow_anonymous:
+                    log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:

@@ -104,6 +104,10 @@ class Harness(ABC):
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
         return None
 
+    def code_argument(self, args: Sequence[str]) -> str | None:
+        """The first of `args` that makes the engine run code other than its own; None when none does."""
+        return None
+
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """What an engine with these arguments takes on each device when it is meant to take `share_mb` MiB. By default
         that share, and without one the whole device."""

@@ -10,6 +10,7 @@ from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
+from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.errors import cause_of, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
@@ -68,6 +69,9 @@ class VllmHarness(Harness):
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
         return refused_argument(args)
+
+    def code_argument(self, args: Sequence[str]) -> str | None:
+        return code_argument(args)
 
     def first_reading(self) -> LoadReading:
         return Reading()
