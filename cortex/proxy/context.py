@@ -57,6 +57,7 @@ class ProxyContext:
         self.load_factor = load_factor
         self.keep_alive_times = keep_alive_times
         self.pool = EnginePool()
+        self.hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.speeds = Speeds()
         self.counters = Counters()

@@ -8,6 +8,7 @@ from functools import lru_cache
 from time import monotonic
 from typing import Final
 
+from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
@@ -333,6 +334,8 @@ class RequestHandler:
                 usage = tail.usage()
                 if usage is not None:
                     context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+                if status == 400:
+                    self._hint_at_tools(relay)
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller != ANONYMOUS:
@@ -347,6 +350,13 @@ class RequestHandler:
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )
+
+    def _hint_at_tools(self, relay: Relay) -> None:
+        """Tells the operator, once a model, why clients cannot offer it tools."""
+        hinted = self._context.hinted
+        if self._model_id not in hinted and AUTO_TOOL_CHOICE in relay.answer.refusal():
+            hinted.add(self._model_id)
+            log.warning("%s on %s refused a request with tools: %s", self._model_id, self._node, TOOLS_HINT)
 
 
 @lru_cache(maxsize=4096)

@@ -104,6 +104,15 @@ class Harness(ABC):
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
         return None
 
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        """Arguments that make an engine with `args` accept tools, for a model with these `names` (what it loads, then
+        its id). By default none is needed.
+
+        Raises:
+            InvalidRequest: it is not known how such a model calls tools; the message says what to do.
+        """
+        return ()
+
     def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryNeed:
         """What an engine with these arguments takes on each device when it is meant to take `share_mb` MiB. By default
         that share, and without one the whole device."""

@@ -145,6 +145,7 @@ async def test_explain(cortex: RunningCortex) -> None:
     assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]
     assert rows[1].split()[:5] == ["beast", "yes", "-", "0", "1"]
     assert "needs 2 devices, has 1" in rows[2]
+    assert rows[-1].startswith("Clients cannot offer it tools: set tools = true")
     plan = (await run("explain", "small", "--json", "--url", cortex.url)).json
     assert (plan["model"], plan["decision"]["action"], plan["decision"]["evict"]) == ("org/small", "load", [])
 
