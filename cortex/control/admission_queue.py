@@ -12,14 +12,16 @@ from cortex.config.live import LiveConfig
 from cortex.placement.inputs import WaitingRequests
 from shared.errors import ServiceError, TooManyRequests
 from shared.protocol import ErrorCode
+from shared.request_ids import current_request_id
 from shared.tasks import timeout
 
 
 class Ticket:
-    """One waiting request. News that arrives while it does not listen is kept."""
+    """One waiting request. A notification that arrives while it does not wait is kept."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
+        self.request_id = current_request_id()
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
 
@@ -84,6 +86,11 @@ class AdmissionQueue:
     def count(self, model_id: str) -> int:
         line = self._lines.get(model_id)
         return 0 if line is None else len(line.tickets)
+
+    def first_request_id(self, model_id: str) -> str | None:
+        """The id of the request that has waited longest for the model; None when no request waits."""
+        line = self._lines.get(model_id)
+        return None if line is None else next(iter(line.tickets)).request_id
 
     @property
     def models(self) -> Iterable[str]:

@@ -28,6 +28,7 @@ from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
+from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
 
@@ -125,7 +126,8 @@ class Scheduler:
             return
         self._schedule = schedule = self._policy.schedule_loads(self.view())
         for plan in schedule.loads:
-            self._begin(plan, "requests wait for it")
+            with request_scope(self._queue.first_request_id(plan.model_id)):
+                self._begin(plan, "requests wait for it")
         for model_id, error in schedule.rejected.items():
             self._queue.refuse(model_id, error)
 

@@ -37,7 +37,7 @@ from cortex.workers.messages import (
 )
 from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
-from shared.loop import run, settle
+from shared.serve import run, settle
 from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm.tools import family_of
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
@@ -33,12 +33,12 @@ class SimHarness(VllmHarness):
     runs_on_gpu = False
     sleep = SimSleep()
 
-    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryNeed:
+    def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
         total = value_of(args, "--vram-mb")
         if total is not None and total.isdecimal():
-            return MemoryNeed(-(-int(total) // spec.tensor_parallel))
-        return MemoryNeed(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
+            return MemoryRequirement(-(-int(total) // spec.tensor_parallel))
+        return MemoryRequirement(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
         """vLLM's for a family that neuron knows; the simulation calls tools without them."""
