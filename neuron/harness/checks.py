@@ -75,9 +75,10 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         reason = _runs_code(harness, command.args)
     if reason is not None:
         raise InvalidRequest(f"args: {reason}", param="args")
-    tool_arguments = (
-        HARNESSES[harness].tool_arguments((source, command.model_id), command.args) if command.tools else ()
-    )
+    tool_arguments: tuple[str, ...] = ()
+    if command.tools:
+        given = [*command.args, *config.harness_settings(harness).extra_args]
+        tool_arguments = HARNESSES[harness].tool_arguments((source, command.model_id), given)
     said = {name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None}
     return EngineSpec(
         model_id=command.model_id,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from neuron.config import NeuronConfig
 from neuron.harness.checks import spec_of
 from neuron.harness.vllm.tools import family_of, tool_arguments
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
 AUTO = "--enable-auto-tool-choice"
+VLLM = NeuronConfig.model_validate({"harnesses": [{"name": "vllm"}]})
+SIM = NeuronConfig.model_validate({"harnesses": [{"name": "sim"}]})
 
 
 @pytest.mark.parametrize(
@@ -81,16 +84,19 @@ def test_what_the_arguments_choose_is_kept(args: list[str], added: tuple[str, ..
 def test_a_load_command_with_tools_becomes_arguments() -> None:
     """They come first, so that a repeated flag among the model's own arguments wins, and they distinguish engines."""
     command = LoadCommand(model_id="Qwen/Qwen3-8B", args=["--dtype", "half"], tools=True)
-    spec = spec_of(command, harnesses=["vllm"])
+    spec = spec_of(command, VLLM)
     assert spec.args == (AUTO, "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--dtype", "half")
-    without = spec_of(LoadCommand(model_id="Qwen/Qwen3-8B"), harnesses=["vllm"])
+    without = spec_of(LoadCommand(model_id="Qwen/Qwen3-8B"), VLLM)
     assert "args is ()" in (without.difference(spec) or "")
-    assert spec_of(LoadCommand(model_id="org/model", tools=False), harnesses=["vllm"]).args == ()
+    assert spec_of(LoadCommand(model_id="org/model", tools=False), VLLM).args == ()
     with pytest.raises(InvalidRequest, match="tools: no tool-call parser known for 'org/model'"):
-        spec_of(LoadCommand(model_id="org/model", tools=True), harnesses=["vllm"])
+        spec_of(LoadCommand(model_id="org/model", tools=True), VLLM)
+    own = {"harnesses": [{"name": "vllm"}], "harness": {"vllm": {"extra_args": ["--tool-call-parser", "xlam"]}}}
+    operators = spec_of(LoadCommand(model_id="org/model", tools=True), NeuronConfig.model_validate(own))
+    assert operators.args == (AUTO,)
 
 
 def test_a_simulated_engine_needs_no_parser() -> None:
-    assert spec_of(LoadCommand(model_id="org/model", tools=True), harnesses=["sim"]).args == ()
-    spec = spec_of(LoadCommand(model_id="Qwen/Qwen3-8B", tools=True), harnesses=["sim"])
+    assert spec_of(LoadCommand(model_id="org/model", tools=True), SIM).args == ()
+    spec = spec_of(LoadCommand(model_id="Qwen/Qwen3-8B", tools=True), SIM)
     assert "--tool-call-parser" in spec.args
