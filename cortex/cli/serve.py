@@ -26,8 +26,7 @@ from cortex.fleet.store import StateFile
 from cortex.workers.supervisor import Supervisor
 from shared.command_line import fail
 from shared.logs import configure_logging
-from shared.loop import run, settle
-from shared.serve import ListenError, Site, bind, serving, told_to_stop
+from shared.serve import ListenError, Site, bind, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
 from shared.tasks import running
 

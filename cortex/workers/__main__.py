@@ -22,6 +22,7 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     Counted,
+    DownChanged,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -37,7 +38,7 @@ from cortex.workers.messages import (
 )
 from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
-from shared.loop import run, settle
+from shared.serve import run, settle
 from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | Resolved() | Refused() | Notes():
+                case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
                     control.receive(message)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)

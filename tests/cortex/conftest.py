@@ -63,6 +63,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             *,
             aliases: dict[str, str] | None = None,
             wait_healthy: bool = True,
+            host: str = "127.0.0.1",
             **settings: Any,
         ) -> RunningCortex:
             entries = [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons]
@@ -77,11 +78,11 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             await stack.enter_async_context(
                 serving([Site(build_control_app(parts), control), metrics], drain_timeout_secs=0)
             )
-            gateway = bind("127.0.0.1", 0)
+            gateway = bind(host, 0)
             port = gateway.getsockname()[1]
             await stack.enter_async_context(serving_here(parts, [gateway], control_address(control)))
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            cortex = RunningCortex(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
+            cortex = RunningCortex(f"http://{host}:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
             if wait_healthy:
                 await cortex.until(lambda: len(parts.fleet.snapshot().healthy) == len(entries))
             return cortex
