@@ -16,7 +16,7 @@ from cortex.api.app_keys import PARTS
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.config.settings import CortexConfig
+from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
 from cortex.http.server import accepting
 from cortex.proxy.access_log import AccessLog
@@ -25,15 +25,16 @@ from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
 from cortex.proxy.keep_alive import KeepAliveTimes
 from cortex.upstream.address import Address
+from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
-from shared.http import Handler, error_middleware
+from shared.http import Handler, error_middleware, refuse_cross_site, require_json
 from shared.serve import BACKLOG
 
 
 def build_control_app(parts: Parts) -> web.Application:
     """Every route that no engine answers. Workers hand its requests on."""
     app = web.Application(
-        middlewares=[error_middleware, _own_user_only],
+        middlewares=[error_middleware, _own_user_only, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app[PARTS] = parts
@@ -45,10 +46,23 @@ def build_control_app(parts: Parts) -> web.Application:
 
 def build_metrics_app(parts: Parts) -> web.Application:
     """What is served on `metrics_listen`."""
-    app = web.Application(middlewares=[error_middleware])
+    policy = cross_site_policy(parts.config.gateway)
+    app = web.Application(middlewares=[error_middleware, refuse_cross_site(policy)])
     app[PARTS] = parts
     app.add_routes(METRICS_ROUTES)
     return app
+
+
+def cross_site_policy(settings: GatewaySettings) -> CrossSitePolicy:
+    """Which web pages and names cortex accepts requests from and under."""
+    listens = (settings.listen, settings.metrics_listen)
+    own = (socket.gethostname(), *(parse_listen(listen)[0] for listen in listens))
+    return CrossSitePolicy(
+        origins_key="[gateway] allowed_origins",
+        hosts_key="[gateway] allowed_hosts",
+        origins=frozenset(settings.allowed_origins),
+        hosts=frozenset(name.lower() for name in (*settings.allowed_hosts, *own)),
+    )
 
 
 def control_socket() -> socket.socket:
@@ -80,7 +94,12 @@ async def working(
         keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
-    gateway = Gateway(context, control_address=address, max_body_bytes=max_body_bytes)
+    gateway = Gateway(
+        context,
+        control_address=address,
+        max_body_bytes=max_body_bytes,
+        cross_site_policy=cross_site_policy(config.gateway),
+    )
     try:
         async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
             yield gateway

@@ -9,6 +9,7 @@ would hide every edit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -56,7 +57,7 @@ class CompileHook(BuildHookInterface[Any]):
             if _mode() == "yes":
                 self._remove_copy()
                 raise
-            self.app.display_warning(f"cortex-neuron: request path not compiled, installing plain Python: {error}")
+            self._warn(f"cortex-neuron: request path not compiled, installing plain Python: {error}")
             return
         for library in self._copy.rglob("*.so"):
             build_data["force_include"][str(library)] = str(library.relative_to(self._copy))
@@ -85,7 +86,14 @@ class CompileHook(BuildHookInterface[Any]):
         if result.returncode != 0:
             sys.stderr.write(result.stdout)
             last_line = (result.stdout.strip().splitlines() or ["no output"])[-1]
-            raise CompileError(f"mypyc exited with status {result.returncode}: {last_line}")
+            raise CompileError(f"mypyc exited with status {result.returncode}: {last_line[:160]}")
+
+    def _warn(self, line: str) -> None:
+        """Shows the line also on the terminal: pip prints what a build says only with -v."""
+        self.app.display_warning(line)
+        if not sys.stderr.isatty():
+            with contextlib.suppress(OSError), Path("/dev/tty").open("w") as terminal:
+                terminal.write(f"\n{line}\n")
 
     def _remove_copy(self) -> None:
         if self._copy is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -29,7 +30,8 @@ from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.registry import Registry
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
-from shared.http import error_middleware, require_token
+from shared.cross_site import CrossSitePolicy
+from shared.http import error_middleware, refuse_cross_site, require_json, require_token
 from shared.tasks import TaskSet
 
 
@@ -39,7 +41,9 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     Starting it raises StateDirError or SettingsError when its directory or its `[simulate]` cannot be used.
     """
     token = config.bearer_token
-    app = web.Application(middlewares=[error_middleware, *([require_token(token)] if token is not None else [])])
+    authentication = [] if token is None else [require_token(token)]
+    guards = [refuse_cross_site(cross_site_policy(config)), *authentication, require_json]
+    app = web.Application(middlewares=[error_middleware, *guards])
     add_routes(app)
     estimate_api.add_routes(app)
 
@@ -58,6 +62,17 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     app.cleanup_ctx.append(services)
     app.on_shutdown.append(begin_stop)
     return app
+
+
+def cross_site_policy(config: NeuronConfig) -> CrossSitePolicy:
+    """No web page talks to a neuron. With a token any Host is accepted, as a page cannot know the token: a cortex may
+    reach this host under any name."""
+    own = (socket.gethostname(), config.host, *config.allowed_hosts)
+    return CrossSitePolicy(
+        origins_key="cortex's [gateway] allowed_origins and send its requests there",
+        hosts_key="allowed_hosts in neuron.toml",
+        hosts=None if config.bearer_token is not None else frozenset(map(str.lower, own)),
+    )
 
 
 @contextlib.asynccontextmanager

@@ -29,7 +29,7 @@ from shared.command_line import fail
 from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging
 from shared.protocol import Discovery, EstimateReply
-from shared.serve import ListenError, Site, bind, serve_until_stopped
+from shared.serve import ListenError, Site, bind, reaches_network, serve_until_stopped
 from shared.settings import SettingsError, load_settings
 
 log = logging.getLogger("neuron")
@@ -77,7 +77,7 @@ def _load_config(path: Path | None) -> NeuronConfig:
     problems: list[str] = []
     for number, command in enumerate(config.default_commands):
         try:
-            spec_of(command, harnesses=config.harness_names)
+            spec_of(command, config)
         except InvalidRequest as error:
             problems.append(f"default_models[{number}].{error.message}")
     if config.simulate is not None:
@@ -117,6 +117,13 @@ def _site(config: NeuronConfig, fd: int | None) -> Site:
         except OSError as error:
             raise ListenError(f"--fd {fd} is not a socket: {error.strerror}") from error
         sock.setblocking(False)
+    if reaches_network(sock) and config.bearer_token is None and not config.allow_anonymous:
+        host = sock.getsockname()[0]
+        sock.close()
+        raise ListenError(
+            f"refusing to listen on {host} without a token: anyone who can reach the port could run code on this host. "
+            "Set token_env (or token) in neuron.toml, or allow_anonymous = true if that is what you want"
+        )
     return Site(build_app(config, port=int(sock.getsockname()[1])), sock)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from shared.cross_site import checked_hosts
 from shared.protocol import LoadCommand
 from shared.settings import SettingsModel
 
@@ -32,6 +33,7 @@ class HarnessSettings(SettingsModel):
     startup_timeout_secs: float = Field(default=1800, gt=0)
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
+    allow_code: bool = False  # True: load commands may have arguments that make the engine run other code
     sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default
 
     @field_validator("port_range")
@@ -107,6 +109,8 @@ class NeuronConfig(SettingsModel):
     port: int = Field(default=13131, ge=0, le=65535)
     token: str | None = Field(default=None, min_length=1)
     token_env: str | None = None
+    allow_anonymous: bool = False  # True: it may listen on the network without a token
+    allowed_hosts: list[str] = Field(default_factory=list)  # public names that callers without a token may use
     state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -120,6 +124,8 @@ class NeuronConfig(SettingsModel):
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
     default_models: list[DefaultModel] = Field(default_factory=list)
+
+    _hosts = field_validator("allowed_hosts")(checked_hosts)
 
     @model_validator(mode="after")
     def _consistent(self) -> NeuronConfig:

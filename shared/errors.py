@@ -3,6 +3,7 @@
     ServiceError
     ├── InvalidRequest        400 invalid_request
     ├── Unauthorized          401 invalid_api_key
+    ├── Forbidden             403 forbidden
     ├── NotFound              404 (code given)
     ├── Conflict              409 (code given)
     ├── RequestTooLarge       413 request_too_large
@@ -131,6 +132,11 @@ class InvalidRequest(ServiceError):
 class Unauthorized(ServiceError):
     status = 401
     default_code = ErrorCode.INVALID_API_KEY
+
+
+class Forbidden(ServiceError):
+    status = 403
+    default_code = ErrorCode.FORBIDDEN
 
 
 class NotFound(ServiceError):

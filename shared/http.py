@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from shared.cross_site import CrossSitePolicy, Sender, refused_media_type, refused_sender
 from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, is_anthropic_path, render
 from shared.protocol.errors import ErrorCode
 from shared.request_ids import request_id, request_scope
@@ -108,6 +109,31 @@ def bearer_token(headers: Mapping[str, str]) -> str | None:
     """The token of an `Authorization: Bearer` header, None without one."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def refuse_cross_site(policy: CrossSitePolicy) -> Any:
+    """A middleware that refuses what a web page of another site made a browser send."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        headers = request.headers
+        sender = Sender(headers.get("Host"), headers.get("Origin"), headers.get("Sec-Fetch-Site"))
+        error = refused_sender(sender, policy)
+        if error is not None:
+            raise error
+        return await handler(request)
+
+    return check
+
+
+@web.middleware
+async def require_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses bodies that are not JSON where a route would change state for them."""
+    if request.match_info.http_exception is None:  # else it is a 404 or 405
+        error = refused_media_type(request.method, request.headers.get("Content-Type"))
+        if error is not None:
+            raise error
+    return await handler(request)
 
 
 def require_token(token: str, *, open_paths: frozenset[str] = frozenset()) -> Any:

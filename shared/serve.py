@@ -1,10 +1,11 @@
-"""Running a service: its event loop, listening sockets, aiohttp apps, signals, draining."""
+"""Serving an aiohttp app, in commands and in tests: event loop (uvloop if installed), sockets, signals, draining."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -25,31 +26,15 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
-GC_THRESHOLD = 10_000
-"""Allocations minus deallocations of container objects that start a collection of the youngest generation."""
+Result = TypeVar("Result")
 
 BACKLOG = 1024
 HANGUP_CHECK_SECS = 1.0
+GC_THRESHOLD = 10_000
+"""Allocations minus deallocations of container objects that start a collection of the youngest generation."""
 
 CLOSING = web.AppKey("closing", asyncio.Event)
 """Set when the service begins to stop. Event streams end then."""
-
-Result = TypeVar("Result")
-
-
-def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """Like asyncio.run, with uvloop if it is installed, and a rarer garbage collection: reference counting frees what
-    requests leave behind."""
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
-    if uvloop is None:
-        return asyncio.run(main)
-    return uvloop.run(main)
-
-
-def settle() -> None:
-    """Call once the service is up: excludes the objects of the start-up from garbage collection."""
-    gc.collect()
-    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -66,6 +51,20 @@ class Site:
 
 class ListenError(Exception):
     """Cannot listen on an address; the message names it."""
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Like asyncio.run, with a rarer garbage collection: reference counting frees what requests leave behind."""
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
+    if uvloop is None:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def settle() -> None:
+    """Call once the service is up: excludes the objects of the start-up from garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
@@ -94,6 +93,14 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
         raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     sock.setblocking(False)
     return sock
+
+
+def reaches_network(sock: socket.socket) -> bool:
+    """True unless only this host can connect: the socket is bound to more than loopback."""
+    host = str(sock.getsockname()[0])
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return not (mapped or address).is_loopback
 
 
 @contextlib.asynccontextmanager

@@ -13,8 +13,8 @@ from cortex.config.catalogue import Catalogue
 from cortex.control.routing import decide
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
-from cortex.placement.fair_queue import next_turn
-from cortex.placement.inputs import View, Waiting
+from cortex.placement.fair_queue import schedule_loads
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 LOADED_SHARE = 0.8
@@ -80,7 +80,9 @@ def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> No
 
 def placement(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
     """Cost of placing a model that a request waits for."""
-    next_turn(View(now=10.0, catalogue=catalogue, fleet=snapshot, waiting={model_id: Waiting(1, 9.0)}))
+    schedule_loads(
+        PlanningView(now=10.0, catalogue=catalogue, fleet=snapshot, waiting={model_id: WaitingRequests(1, 9.0)})
+    )
 
 
 def name(number: int) -> str:

@@ -38,7 +38,7 @@ class FleetView:
                     "reason": job.reason,
                     "because": job.why,
                     "phase": job.phase,
-                    "evict": [each.resident.key[0] for each in job.plan.displacement.evictions],
+                    "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
                 }
                 for job in parts.loader.jobs()
             ],

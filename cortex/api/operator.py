@@ -119,7 +119,7 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
     if node is None:
         raise _left(name, f"loaded {model_id!r}")
     if node.status_of(model_id) is not ModelStatus.LOADED:
-        backoff = parts.scheduler.view().bar(model_id, name)
+        backoff = parts.scheduler.view().backoff(model_id, name)
         view = node.models.get(model_id)
         said = "it is no longer listed" if view is None else view.error or f"it is {view.status}"
         message = f"loading {model_id!r} on {name} failed: {said}" if backoff is None else backoff.reason

@@ -26,11 +26,16 @@ from cortex.fleet.store import StateFile
 from cortex.workers.supervisor import Supervisor
 from shared.command_line import fail
 from shared.logs import configure_logging
-from shared.serve import ListenError, Site, bind, run, serving, settle, told_to_stop
+from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
 from shared.tasks import running
 
 log = logging.getLogger(__name__)
+
+_OPEN_TO_NETWORK = (
+    "the network can reach cortex, which asks for no API key: anyone there can use every model, and load, unload and "
+    "drain. [gateway] allow_anonymous = true accepts that"
+)
 
 
 def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None) -> int:
@@ -116,6 +121,8 @@ async def serve(
             async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+                if reaches_network(socks[0]) and not settings.allow_anonymous:
+                    log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.tables import table
+from shared.tables import Coloured, table
 
 
 def status_table(fleet: dict[str, Any]) -> str:
@@ -13,15 +13,16 @@ def status_table(fleet: dict[str, Any]) -> str:
     for node in fleet["nodes"]:
         state = "healthy" if node["healthy"] else f"down ({node['last_error'] or 'not reached yet'})"
         state += ", draining" if node["draining"] else ""
+        colour = ("yellow" if node["draining"] else "green") if node["healthy"] else "red"
         models = ", ".join(_model(model) for model in node["models"]) or "-"
         devices = [_device(device) for device in node["devices"]] or ["-"]
-        rows.append([node["name"], state, devices[0], models])
+        rows.append([node["name"], Coloured(state, colour), devices[0], models])
         rows += [["", "", device, ""] for device in devices[1:]]
     text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
     loads = [[job["model"], job["node"], job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
-    text += "\n\n" + table([["LOADING", "ON", "PHASE", "BECAUSE"], *loads]) if loads else ""
+    text += "\n\n" + table([["LOADING", "ON", "PHASE", "REASON"], *loads]) if loads else ""
     waiting = [[room["model"], str(room["count"]), room["for"] or "-"] for room in fleet.get("waiting", ())]
-    text += "\n\n" + table([["WAITED FOR", "BY", "BEFORE A LOAD"], *waiting]) if waiting else ""
+    text += "\n\n" + table([["WAITING FOR", "REQUESTS", "STATUS"], *waiting]) if waiting else ""
     error = fleet.get("configuration", {}).get("error")
     return text + (
         f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""
@@ -32,7 +33,7 @@ def models_table(models: dict[str, Any]) -> str:
     rows = [
         [
             entry["id"],
-            "yes" if entry["loaded"] else "no",
+            _yes_or_no(entry["loaded"]),
             ", ".join(entry["feasible_on"]) or "-",
             ", ".join(f"{place['node']} ({place['status']})" for place in entry["locations"]) or "-",
             f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
@@ -49,7 +50,7 @@ def explain_table(plan: dict[str, Any]) -> str:
     rows = [
         [
             node["node"],
-            "yes" if node["feasible"] else "no",
+            _yes_or_no(node["feasible"]),
             node["status"] or "-",
             " ".join(map(str, node["devices"])) or "-",
             node["reason"],
@@ -61,16 +62,20 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  devices: {decision['devices_because']}"
     for gone in decision.get("evictions", ()):
         idle = "" if gone["idle_secs"] is None else f", last used {gone['idle_secs']:.0f} s ago"
-        head += f"\n  displaces {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
+        head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
     return head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
 
 
+def _yes_or_no(yes: bool) -> str:
+    return Coloured("yes", "green") if yes else "no"
+
+
 def _device(device: dict[str, Any]) -> str:
     name = f"{device['index']}: {device['name']}"
     if device.get("lost"):
-        return f"{name} LOST: {device['lost']}"
+        return Coloured(f"{name} LOST: {device['lost']}", "red")
     used = device.get("vram_used_mb")
     return f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from cortex.http.headers import OF_REQUESTS, PASS
+from shared.cross_site import checked_hosts, checked_origins
 from shared.settings import SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -37,6 +38,12 @@ class GatewaySettings(SettingsModel):
     workers: int = Field(default=1, ge=1, le=256)
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     drain_timeout_secs: float = Field(default=30, ge=0)
+    allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
+    allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
+    allow_anonymous: bool = False  # True: no warning when the network can reach cortex
+
+    _origins = field_validator("allowed_origins")(checked_origins)
+    _hosts = field_validator("allowed_hosts")(checked_hosts)
 
     @field_validator("listen", "metrics_listen")
     @classmethod

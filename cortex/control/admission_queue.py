@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cortex.config.live import LiveConfig
-from cortex.placement.inputs import Waiting
+from cortex.placement.inputs import WaitingRequests
 from shared.errors import ServiceError, TooManyRequests
 from shared.protocol import ErrorCode
+from shared.request_ids import current_request_id
 from shared.tasks import timeout
 
 
 class Ticket:
-    """One waiting request. News that arrives while it does not listen is kept."""
+    """One waiting request. A notification that arrives while it does not wait is kept."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
+        self.request_id = current_request_id()
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
 
@@ -85,6 +87,11 @@ class AdmissionQueue:
         line = self._lines.get(model_id)
         return 0 if line is None else len(line.tickets)
 
+    def first_request_id(self, model_id: str) -> str | None:
+        """The id of the request that has waited longest for the model; None when no request waits."""
+        line = self._lines.get(model_id)
+        return None if line is None else next(iter(line.tickets)).request_id
+
     @property
     def models(self) -> Iterable[str]:
         """Models that requests wait for."""
@@ -103,8 +110,8 @@ class AdmissionQueue:
         for model_id in self._lines:
             self.news(model_id)
 
-    def waiting(self) -> Mapping[str, Waiting]:
-        return {model_id: Waiting(len(line.tickets), line.since) for model_id, line in self._lines.items()}
+    def waiting(self) -> Mapping[str, WaitingRequests]:
+        return {model_id: WaitingRequests(len(line.tickets), line.since) for model_id, line in self._lines.items()}
 
     def _tell(self, model_id: str, error: ServiceError | None) -> None:
         line = self._lines.get(model_id)

@@ -12,10 +12,10 @@ from cortex.placement.inputs import ANY_NODE, Backoff, Key
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
-PASSING_SECS = 1.0
-"""For a transient cause: a neuron restarts, or memory was just given to another load."""
-MAX_PASSING = 5
-"""Consecutive transient failures; after that the node is at fault."""
+TEMPORARY_SECS = 1.0
+"""For a temporary cause: a neuron restarts, or memory was just given to another load."""
+MAX_TEMPORARY = 5
+"""Consecutive temporary failures; after that the node is at fault."""
 UNKNOWN_NODES = 2
 """After unexplained failures on this many nodes, the model is considered at fault."""
 
@@ -25,16 +25,16 @@ class Cause(str, Enum):
 
     NODE = "node"  # another node may do better
     MODEL = "model"  # it would fail everywhere: a bad path, a bad flag
-    PASSING = "passing"
+    TEMPORARY = "temporary"
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class _Failure:
-    bar: Backoff
-    count: int = 0  # consecutive, transient ones excluded
-    passing: int = 0  # consecutive, since the last one that was not transient
-    cause: Cause = Cause.PASSING  # of the last failure that was not transient
+    backoff: Backoff
+    count: int = 0  # consecutive, temporary ones excluded
+    temporary: int = 0  # consecutive, since the last one that was not temporary
+    cause: Cause = Cause.TEMPORARY  # of the last failure that was not temporary
 
 
 _NONE = _Failure(Backoff(-math.inf, ""))
@@ -55,12 +55,12 @@ class Backoffs:
         if cause is Cause.MODEL:
             key = model_id, ANY_NODE
         now, before = self._clock(), self._failures.get(key, _NONE)
-        if cause is Cause.PASSING and before.passing < MAX_PASSING:
-            bar = Backoff(now + PASSING_SECS, reason, passes=True)
-            self._failures[key] = replace(before, bar=bar, passing=before.passing + 1)
+        if cause is Cause.TEMPORARY and before.temporary < MAX_TEMPORARY:
+            backoff = Backoff(now + TEMPORARY_SECS, reason, temporary=True)
+            self._failures[key] = replace(before, backoff=backoff, temporary=before.temporary + 1)
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
-        cause = Cause.NODE if cause is Cause.PASSING else cause
+        cause = Cause.NODE if cause is Cause.TEMPORARY else cause
         self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
 
     def succeeded(self, model_id: str, node: str) -> None:
@@ -72,12 +72,12 @@ class Backoffs:
         """An operator wants the model tried again now."""
         for key in [key for key in self._failures if key[0] == model_id]:
             failure = self._failures[key]
-            self._failures[key] = replace(failure, bar=Backoff(-math.inf, failure.bar.reason), cause=Cause.NODE)
+            self._failures[key] = replace(failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=Cause.NODE)
 
     def current(self) -> Mapping[Key, Backoff]:
         """The back-offs in effect now."""
         now = self._clock()
-        return {key: failure.bar for key, failure in self._failures.items() if failure.bar.until > now}
+        return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}
 
     def _failed_on(self, model_id: str) -> set[str]:
         """Where it failed recently for what may be its own fault. A load may take longer to fail than the
@@ -87,6 +87,6 @@ class Backoffs:
             node
             for (model, node), failure in self._failures.items()
             if model == model_id
-            and failure.bar.until + MAX_SECS > now
+            and failure.backoff.until + MAX_SECS > now
             and failure.cause in (Cause.UNKNOWN, Cause.MODEL)
         }

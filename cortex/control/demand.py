@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import Key, Use
+from cortex.placement.inputs import Key, ReplicaUsage
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
@@ -27,7 +27,7 @@ class Demand:
         self._last_used: dict[Key, float] = {}
         self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
-        self._pressed: dict[str, float] = {}
+        self._overloaded_since: dict[str, float] = {}
 
     def arrived(self, model_id: str, count: int = 1) -> None:
         """A request for a model arrived, whether or not it could be served at once."""
@@ -58,13 +58,13 @@ class Demand:
             if loaded:
                 self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
-    def uses(self) -> dict[Key, Use]:
+    def usages(self) -> dict[Key, ReplicaUsage]:
         """How each model is used on each node. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
         in_flight = self._taken_in(self._clock())
         loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
-            key: Use(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
+            key: ReplicaUsage(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
             for key in loaded_at.keys() | in_flight.keys()
         }
 
@@ -74,9 +74,9 @@ class Demand:
         return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
 
     @property
-    def pressed(self) -> Mapping[str, float]:
+    def overloaded_since(self) -> Mapping[str, float]:
         """Models whose replicas are over the load target, and since when."""
-        return dict(self._pressed)
+        return dict(self._overloaded_since)
 
     def _taken_in(self, now: float) -> dict[Key, int]:
         """Marks what the workers have begun as used, and returns what is in flight now."""
@@ -96,10 +96,10 @@ class Demand:
         return rate * math.exp(-(now - at) / MEMORY_SECS)
 
     def _press(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
-        for model_id in {key[0] for key in in_flight} | self._pressed.keys():
+        for model_id in {key[0] for key in in_flight} | self._overloaded_since.keys():
             nodes = fleet.serving(model_id)
-            working = sum(max(in_flight.get((model_id, node.name), 0), node.working_on(model_id)) for node in nodes)
+            working = sum(max(in_flight.get((model_id, node.name), 0), node.requests_on(model_id)) for node in nodes)
             if nodes and working > target * len(nodes):
-                self._pressed.setdefault(model_id, now)
+                self._overloaded_since.setdefault(model_id, now)
             else:
-                self._pressed.pop(model_id, None)
+                self._overloaded_since.pop(model_id, None)

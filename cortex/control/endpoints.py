@@ -145,7 +145,7 @@ class Endpoints:
 
     def _note_lost(self, model_id: str, node: str, reason: str) -> None:
         """A neuron that reports a model as loaded and denies it when asked would otherwise be asked without end."""
-        self._backoffs.failed(model_id, node, Cause.PASSING, f"{node} has lost {model_id!r}: {reason}")
+        self._backoffs.failed(model_id, node, Cause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
 
 def version(fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:

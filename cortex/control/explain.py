@@ -8,20 +8,21 @@ from typing import Any
 from cortex.config.catalogue import ModelProfile
 from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.placement.capacity import rooms
+from cortex.placement.capacity import device_memory
 from cortex.placement.feasibility import infeasible_reason
-from cortex.placement.inputs import View
-from cortex.placement.planner import Plan, Verdict, best, verdicts
-from cortex.placement.refusal import refusal
+from cortex.placement.inputs import PlanningView
+from cortex.placement.node_plan import LoadPlan
+from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
+from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
 
 
-def explain(model_id: str, view: View, in_flight: InFlight) -> dict[str, Any]:
+def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
     """What a request for the model would do now, and each node with the reason it fits or not. Memory in MiB, times in
     seconds."""
     profile = view.profile(model_id)
-    found = [] if profile is None else verdicts(view, profile)
+    found = [] if profile is None else all_verdicts(view, profile)
     by_node = {verdict.node: verdict for verdict in found}
     return {
         "model": model_id,
@@ -31,7 +32,7 @@ def explain(model_id: str, view: View, in_flight: InFlight) -> dict[str, Any]:
     }
 
 
-def _decision(model_id: str, view: View, found: list[Verdict], in_flight: InFlight) -> dict[str, Any]:
+def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flight: InFlight) -> dict[str, Any]:
     match decide(model_id, view.catalogue, view.fleet, in_flight):
         case Serve(nodes):
             return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
@@ -43,11 +44,11 @@ def _decision(model_id: str, view: View, found: list[Verdict], in_flight: InFlig
             return _placed(model_id, view, found)
 
 
-def _placed(model_id: str, view: View, found: list[Verdict]) -> dict[str, Any]:
+def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict[str, Any]:
     under_way = view.fleet.load_of(model_id)
     if under_way is not None:
         return {"action": "wait", "node": under_way.node, "reason": "a load of it is under way there"}
-    plan = best(found)
+    plan = best_plan(found)
     if plan is not None:
         return {
             "action": "load",
@@ -55,15 +56,15 @@ def _placed(model_id: str, view: View, found: list[Verdict]) -> dict[str, Any]:
             "reason": plan.reason,
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
-            "vram_mb_per_device": plan.share_mb,
+            "vram_mb_per_device": plan.device_share_mb,
             "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
             **_effort(view, plan),
         }
-    reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.passes]
+    reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.temporary]
     if reasons:
         return {"action": "wait", "reason": "; ".join(reasons)}
-    return _refused(refusal(view, model_id, found))
+    return _refused(placement_error(view, model_id, found))
 
 
 def _refused(error: ServiceError) -> dict[str, Any]:
@@ -76,11 +77,11 @@ def _refused(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def _effort(view: View, plan: Plan) -> dict[str, Any]:
+def _effort(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
     """What has to be done for the plan."""
     return {
         "expected_load_secs": None if plan.expected_secs is None else round(plan.expected_secs, 1),
-        "evict": [each.resident.key[0] for each in plan.displacement.evictions],
+        "evict": [each.resident.key[0] for each in plan.eviction_plan.evictions],
         "evictions": [
             {
                 "model": each.resident.key[0],
@@ -88,20 +89,22 @@ def _effort(view: View, plan: Plan) -> dict[str, Any]:
                 "devices": sorted(each.resident.devices),
                 "priority": each.resident.priority,
                 "in_flight": each.resident.in_flight,
-                "state": each.claim.name.lower(),
+                "state": each.eviction_class.name.lower(),
                 "idle_secs": round(view.now - each.resident.last_used, 1) if each.resident.last_used else None,
                 "reload_cost": round(each.resident.cost, 3),
             }
-            for each in plan.displacement.evictions
+            for each in plan.eviction_plan.evictions
         ],
     }
 
 
-def _why_devices(view: View, plan: Plan) -> str:
+def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     """What each of them has free, and how they are connected."""
     node = view.fleet.nodes[plan.node]
-    room = rooms(view, node)
-    free = ", ".join(f"device {index} has {room[index].free_mb} MiB free" for index in plan.devices if index in room)
+    memory = device_memory(view, node)
+    free = ", ".join(
+        f"device {index} has {memory[index].free_mb} MiB free" for index in plan.devices if index in memory
+    )
     if len(plan.devices) == 1:
         return free
     kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
@@ -110,7 +113,7 @@ def _why_devices(view: View, plan: Plan) -> str:
 
 
 def _node(
-    model_id: str, profile: ModelProfile | None, view: View, node: NodeSnapshot, verdict: Verdict | None
+    model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot, verdict: NodeVerdict | None
 ) -> dict[str, Any]:
     entry = node.models.get(model_id)
     plan = None if verdict is None else verdict.plan
@@ -121,12 +124,12 @@ def _node(
         "draining": node.draining,
         "status": None if entry is None else entry.status,
         "feasible": feasible,
-        "fits": None if plan is None else plan.fit.name.lower(),
+        "fits": None if plan is None else plan.fit.label,
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
         "spare_mb": None if plan is None else plan.spare_mb,
-        "free_mb": {str(index): room.free_mb for index, room in rooms(view, node).items()},
-        "evict": [] if plan is None else [each.resident.key[0] for each in plan.displacement.evictions],
+        "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
+        "evict": [] if plan is None else [each.resident.key[0] for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
         "reason": "not in the catalogue" if verdict is None else verdict.reason,
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.placement.planner import Plan
+from cortex.placement.node_plan import LoadPlan
 from shared.protocol import LoadCommand
 
 
-def load_command(plan: Plan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
+def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
     """The command for a plan. A sleeping model, or one that only neurons know, is named by id alone: its neuron
     remembers the spec and devices, and would not wake it with different ones. A protocol v1 neuron remembers nothing,
     so the command repeats what it lists."""

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from cortex.control.backoff import Cause
 from cortex.fleet.neuron_client import NeuronRefused
-from cortex.placement.planner import Plan
+from cortex.placement.node_plan import LoadPlan
 from shared.protocol import ErrorCode, ModelView
 
-_PASSING = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
+_TEMPORARY = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 
 class LoadFailure(Exception):
-    """A load that failed. `no_room`: the neuron lacked memory; `needs_mb` is what it would have booked on each device,
-    if it said so."""
+    """A load that failed. `no_memory`: the neuron lacked memory; `needed_mb` is what it would have booked on each
+    device, if it said so."""
 
-    def __init__(self, reason: str, cause: Cause, *, no_room: bool = False, needs_mb: int | None = None) -> None:
+    def __init__(self, reason: str, cause: Cause, *, no_memory: bool = False, needed_mb: int | None = None) -> None:
         super().__init__(reason)
         self.cause = cause
-        self.no_room = no_room
-        self.needs_mb = needs_mb
+        self.no_memory = no_memory
+        self.needed_mb = needed_mb
 
 
 def cause_of(view: ModelView | None) -> Cause:
@@ -33,13 +33,13 @@ def _cause(text: str | None) -> Cause:
         return Cause.UNKNOWN
 
 
-def failure_of(plan: Plan, refused: NeuronRefused) -> LoadFailure:
+def failure_of(plan: LoadPlan, refused: NeuronRefused) -> LoadFailure:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
-    if refused.code in _PASSING:
-        return LoadFailure(reason, Cause.PASSING)
+    if refused.code in _TEMPORARY:
+        return LoadFailure(reason, Cause.TEMPORARY)
     if refused.code == ErrorCode.INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
-        return LoadFailure(reason, Cause.NODE, no_room=True, needs_mb=max(needed, default=None))
+        return LoadFailure(reason, Cause.NODE, no_memory=True, needed_mb=max(needed, default=None))
     if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
         return LoadFailure(reason, Cause.MODEL)
     return LoadFailure(reason, _cause(refused.cause))

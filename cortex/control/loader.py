@@ -22,7 +22,7 @@ from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import Key
-from cortex.placement.planner import Plan
+from cortex.placement.node_plan import LoadPlan
 from shared.protocol import ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
@@ -50,16 +50,16 @@ class Refreshable(Protocol):
     async def refresh(self) -> None: ...
 
 
-class NotWanted(Exception):
+class NoLongerNeeded(Exception):
     """No request waits any more for a load that has not evicted anything yet."""
 
 
 @dataclass
-class Job:
+class LoadJob:
     """A load under way; `started` is Unix time, `phase` its current step. `needed`: also without waiting requests, for
     an operator or to have enough replicas."""
 
-    plan: Plan
+    plan: LoadPlan
     why: str
     started: float
     phase: str = "beginning"
@@ -107,7 +107,7 @@ class Loader:
         self._state = state
         self._clock = clock
         self._tasks = TaskSet()
-        self._jobs: dict[Key, Job] = {}
+        self._jobs: dict[Key, LoadJob] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -119,16 +119,21 @@ class Loader:
         """Seconds that the last load took, by model and node."""
         return self._state.load_secs
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[LoadJob]:
         return list(self._jobs.values())
 
-    def job(self, model_id: str) -> Job | None:
+    def job(self, model_id: str) -> LoadJob | None:
         """The load of this model that is under way, if any."""
         return next((job for job in self._jobs.values() if job.model_id == model_id), None)
 
     def start(
-        self, plan: Plan, why: str, *, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]
-    ) -> Job:
+        self,
+        plan: LoadPlan,
+        why: str,
+        *,
+        wanted: Callable[[], bool],
+        done: Callable[[LoadJob, LoadFailure | None], None],
+    ) -> LoadJob:
         """Starts to carry out a plan, or joins the load under way there. Its reservation and evictions are in the
         fleet's snapshot when this returns: the next decision may be made before the task has started. `wanted` is
         asked before each eviction; `done` is called at the end, with the failure if there was one."""
@@ -136,9 +141,9 @@ class Loader:
         if key in self._jobs:
             return self._jobs[key]
         log.info("loading %s, devices %s, because %s: %s", plan.model_id, list(plan.devices), why, plan.reason)
-        job = self._jobs[key] = Job(plan, why, time.time())
+        job = self._jobs[key] = LoadJob(plan, why, time.time())
         self._fleet.reserve(plan.reservation)
-        for each in plan.displacement.evictions:
+        for each in plan.eviction_plan.evictions:
             self._fleet.leave(each.resident.key)
         job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
         return job
@@ -149,7 +154,7 @@ class Loader:
 
     async def unload(self, key: Key, *, drain: bool) -> None:
         """Unloads a model from a node for an operator. `drain`: requests in flight finish first, for at most
-        `cold_load.timeout_secs`. Raises as `send_away`.
+        `cold_load.timeout_secs`. Raises as `evict`.
         """
         leaving = self._fleet.snapshot().leaving
         if not drain:
@@ -158,12 +163,12 @@ class Loader:
         deadline = self._clock() + self.timeout_secs
         self._fleet.leave(key)
         try:
-            await self.send_away(key, sleep=False, patient=lambda: self._clock() < deadline)
+            await self.evict(key, sleep=False, patient=lambda: self._clock() < deadline)
         finally:
             if key not in leaving:
                 self._fleet.stay(key)
 
-    async def send_away(
+    async def evict(
         self,
         key: Key,
         *,
@@ -176,20 +181,20 @@ class Loader:
         beforehand and clears that afterwards. With `if_idle`, a model that should sleep stays if others use it.
 
         Raises:
-            NotWanted: it was not asked to go, or stays. NeuronRefused, NeuronUnreachable: it is not gone. NodeLeft,
+            NoLongerNeeded: the model stays. NeuronRefused, NeuronUnreachable: the neuron did not evict it. NodeLeft,
             NeuronLeft: unknown whether it is gone.
         """
         model_id, node = key
         await self._settle_routes()
         while self._counts.in_flight(model_id, node) and patient():
             if not wanted():
-                raise NotWanted
+                raise NoLongerNeeded
             there = self._node(node)
             if not there.healthy:  # its requests may hang indefinitely, and nothing can be loaded there
                 raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not wanted():
-            raise NotWanted
+            raise NoLongerNeeded
         if sleep and await self._put_to_sleep(key, if_idle=if_idle):
             return
         drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) and patient() else 0
@@ -206,24 +211,26 @@ class Loader:
             await self._look_again(node)
 
     async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
-        """False if the model cannot sleep there. Raises NotWanted as `send_away`."""
+        """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
         model_id, node = key
         try:
             await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
         except NeuronRefused as refused:
             if if_idle and refused.code == ErrorCode.MODEL_BUSY:
-                raise NotWanted from refused
+                raise NoLongerNeeded from refused
             log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
             return False
         finally:
             await self._look_again(node)
         return True
 
-    async def _run(self, job: Job, wanted: Callable[[], bool], done: Callable[[Job, LoadFailure | None], None]) -> None:
+    async def _run(
+        self, job: LoadJob, wanted: Callable[[], bool], done: Callable[[LoadJob, LoadFailure | None], None]
+    ) -> None:
         failure: LoadFailure | None = None
         try:
             await self._carry_out(job, wanted)
-        except NotWanted:
+        except NoLongerNeeded:
             log.info("%s is not loaded on %s: no request waits for it any more", job.model_id, job.node)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
@@ -231,20 +238,20 @@ class Loader:
             failure = error
             log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
         except (NeuronRefused, NeuronUnreachable) as error:
-            failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.PASSING)
+            failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.TEMPORARY)
             log.warning("%s", failure)
         except Exception as error:  # waiting requests must hear of the end, also after an unexpected error
             failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
             log.exception("a bug in loading %s on %s", job.model_id, job.node)
         finally:
-            for each in job.plan.displacement.evictions:
+            for each in job.plan.eviction_plan.evictions:
                 self._fleet.stay(each.resident.key)
             self._fleet.release(job.plan.reservation)
             del self._jobs[job.model_id, job.node]
         done(job, failure)
 
-    async def _carry_out(self, job: Job, wanted: Callable[[], bool]) -> None:
-        leaving = {each.resident.key: each.resident.asleep for each in job.plan.displacement.evictions}
+    async def _carry_out(self, job: LoadJob, wanted: Callable[[], bool]) -> None:
+        leaving = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if leaving:
             job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
         async with self._evicting(leaving, wanted):
@@ -258,7 +265,7 @@ class Loader:
         request, perhaps another cortex's, finds it taken. After the body every eviction is over. If one is refused, the
         remaining ones are skipped.
 
-        Raises, before the body: as `send_away`.
+        Raises, before the body: as `evict`.
         """
         cancelled = False
         going = {
@@ -282,11 +289,11 @@ class Loader:
             cancelled = True
             outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
         for (model_id, node), outcome in zip(going, outcomes, strict=True):
-            if isinstance(outcome, Exception) and not isinstance(outcome, NotWanted):
+            if isinstance(outcome, Exception) and not isinstance(outcome, NoLongerNeeded):
                 log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
 
     async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
-        await self.send_away(key, sleep=sleep, wanted=wanted)
+        await self.evict(key, sleep=sleep, wanted=wanted)
         self._fleet.stay(key)  # it may be loaded again at once if both fit
 
     async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
@@ -298,7 +305,7 @@ class Loader:
 
         await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
 
-    async def _load(self, job: Job) -> None:
+    async def _load(self, job: LoadJob) -> None:
         plan, started = job.plan, self._clock()
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
@@ -318,7 +325,7 @@ class Loader:
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
-            raise LoadFailure(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.PASSING) from error
+            raise LoadFailure(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.TEMPORARY) from error
         if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event has not arrived yet, so our view predates the load
@@ -332,11 +339,11 @@ class Loader:
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
 
-    def _count_as_loading(self, plan: Plan) -> None:
+    def _count_as_loading(self, plan: LoadPlan) -> None:
         view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
         self._fleet.tell(plan.node, view)
 
-    async def _until_loaded(self, plan: Plan) -> None:
+    async def _until_loaded(self, plan: LoadPlan) -> None:
         """Waits until the model is no longer loading on the node."""
 
         def settled(node: NodeSnapshot) -> bool:
@@ -350,11 +357,11 @@ class Loader:
             raise LoadFailure(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
         view = node.models.get(plan.model_id)
         if not node.healthy:
-            raise LoadFailure(f"{what}: the neuron is away: {node.last_error}", Cause.PASSING)
+            raise LoadFailure(f"{what}: the neuron is away: {node.last_error}", Cause.TEMPORARY)
         if view is None or view.known_status is not ModelStatus.LOADED:
             error = None if view is None else view.error
             if error is None:
-                raise LoadFailure(f"{what}: it was unloaded meanwhile", Cause.PASSING)
+                raise LoadFailure(f"{what}: it was unloaded meanwhile", Cause.TEMPORARY)
             raise LoadFailure(f"{what}: {error}", cause_of(view))
 
     def _node(self, name: str) -> NodeSnapshot:

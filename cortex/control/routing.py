@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.refusal import unknown
+from cortex.placement.refusal import unknown_model_error
 from cortex.proxy.balancing.choice import beyond_ours, work
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
@@ -59,7 +59,7 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
         return Await(coming.name)
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
-    return Refuse(unknown(model_id, fleet))
+    return Refuse(unknown_model_error(model_id, fleet))
 
 
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:

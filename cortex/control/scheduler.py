@@ -16,17 +16,19 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.load_failure import LoadFailure, cause_of
-from cortex.control.loader import Job, Loader, NotWanted
+from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeLeft
-from cortex.placement.fair_queue import Turn, next_turn
-from cortex.placement.inputs import Key, View, Waiting
-from cortex.placement.planner import Held, Plan, best, likely_verdicts, plan_on, verdicts
-from cortex.placement.refusal import refusal
-from cortex.placement.replicas import Retirement, Upkeep, is_kept_up, upkeep
+from cortex.placement.fair_queue import LoadSchedule, schedule_loads
+from cortex.placement.inputs import Key, PlanningView, WaitingRequests
+from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
+from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
+from cortex.placement.refusal import placement_error
+from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
+from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
 
@@ -42,18 +44,18 @@ large fleet that changes all the time."""
 BETTER_PLACE_SECS = 1.0
 """How often a load that waits for others to finish their requests looks for a better place."""
 RETIRE_AGAIN_SECS = 60.0
-"""How long to wait before retrying a failed retirement: the model takes no requests during each attempt."""
+"""How long to wait before retrying a failed removal: the model takes no requests during each attempt."""
 
 
 @dataclass(frozen=True)
 class Policy:
     """The two decisions of the scheduler: what to load for waiting requests, and which replicas to add or retire."""
 
-    next_turn: Callable[[View], Turn]
-    upkeep: Callable[[View, Iterable[ModelProfile]], Upkeep]
+    schedule_loads: Callable[[PlanningView], LoadSchedule]
+    reconcile_replicas: Callable[[PlanningView, Iterable[ModelProfile]], ReplicaChanges]
 
 
-PLANNER = Policy(next_turn, upkeep)
+PLANNER = Policy(schedule_loads, reconcile_replicas)
 
 
 class Scheduler:
@@ -82,24 +84,24 @@ class Scheduler:
         self._needs_mb: dict[str, int] = {}
         self._awaited: set[Key] = set()  # loads that others started and requests wait for
         self._retiring: set[Key] = set()
-        self._turn = Turn()
+        self._schedule = LoadSchedule()
         self._wake = asyncio.Event()
         self._tasks = TaskSet()
 
-    def view(self) -> View:
+    def view(self) -> PlanningView:
         """The current state, for planning."""
-        return View(
+        return PlanningView(
             now=self._clock(),
             catalogue=self._live.catalogue,
             fleet=self._fleet.snapshot(),
             rules=self._live.config.placement.rules(),
-            uses=self._demand.uses(),
+            usages=self._demand.usages(),
             waiting=self._queue.waiting(),
             demand=self._demand.per_minute(),
             load_secs=self._loader.load_secs,
-            needs_mb=self._needs_mb,
-            bars=self._backoffs.current(),
-            pressed=self._demand.pressed,
+            observed_share_mb=self._needs_mb,
+            backoffs=self._backoffs.current(),
+            overloaded_since=self._demand.overloaded_since,
         )
 
     def want(self, model_id: str) -> None:
@@ -107,7 +109,7 @@ class Scheduler:
         coming = self._fleet.snapshot().coming(model_id)
         if coming is not None:
             self._await_others(model_id, coming.name)
-        elif self._loader.job(model_id) is None and model_id not in self._turn.notes:
+        elif self._loader.job(model_id) is None and model_id not in self._schedule.wait_reasons:
             self.look()
             self._wake.set()  # so that `run` knows when to look again
 
@@ -115,15 +117,18 @@ class Scheduler:
         """Starts what can be started for waiting requests, and refuses those that cannot be served. Does nothing until
         every neuron has been heard once."""
         if not self._queue.models:  # a view costs something, and the fleet changes all the time
-            self._turn = Turn()
+            self._schedule = LoadSchedule()
             return
         if not self._fleet.is_surveyed:
-            self._turn = Turn(notes=dict.fromkeys(self._queue.models, "new neurons have to answer first"))
+            self._schedule = LoadSchedule(
+                wait_reasons=dict.fromkeys(self._queue.models, "new neurons have to answer first")
+            )
             return
-        self._turn = turn = self._policy.next_turn(self.view())
-        for plan in turn.loads:
-            self._begin(plan, "requests wait for it")
-        for model_id, error in turn.refused.items():
+        self._schedule = schedule = self._policy.schedule_loads(self.view())
+        for plan in schedule.loads:
+            with request_scope(self._queue.first_request_id(plan.model_id)):
+                self._begin(plan, "requests wait for it")
+        for model_id, error in schedule.rejected.items():
             self._queue.refuse(model_id, error)
 
     def retry_after(self, model_id: str) -> float:
@@ -138,13 +143,13 @@ class Scheduler:
             elapsed_secs=0.0 if job is None or job.loading_since is None else now - job.loading_since,
         )
 
-    def job(self, model_id: str) -> Job | None:
+    def job(self, model_id: str) -> LoadJob | None:
         """Our load of this model, if one is under way."""
         return self._loader.job(model_id)
 
     def note(self, model_id: str) -> str | None:
         """Why a model is not being loaded yet, as text."""
-        return self._turn.notes.get(model_id)
+        return self._schedule.wait_reasons.get(model_id)
 
     async def run(self) -> None:
         """Plans whenever there may be something to do. Never returns."""
@@ -154,20 +159,20 @@ class Scheduler:
             await asyncio.sleep(PAUSE_PER_LOOK * (self._clock() - began))
             await self._something_to_do()
 
-    async def keep_up(self) -> None:
+    async def reconcile_loop(self) -> None:
         """Samples the demand; keeps, adds and removes replicas. Never returns."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
             await self._fleet.surveyed()  # a replica may be on a neuron that has not answered yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
-            profiles = self._kept_up()
+            profiles = self._reconciled_profiles()
             if profiles:
-                steps = self._policy.upkeep(self.view(), profiles)
+                steps = self._policy.reconcile_replicas(self.view(), profiles)
                 for plan, why in steps.loads:
                     self._begin(plan, why, for_waiters=False)
-                for retirement in steps.retirements:
-                    self._retire(retirement)
+                for removal in steps.removals:
+                    self._retire(removal)
 
     def routes_changed(self, models: Iterable[str]) -> None:
         """These models may have moved, become available or failed."""
@@ -180,19 +185,19 @@ class Scheduler:
             self._queue.news(model_id)
         self._wake.set()
 
-    def load(self, model_id: str, node_name: str | None) -> Job | None:
+    def load(self, model_id: str, node_name: str | None) -> LoadJob | None:
         """An operator's load, on this neuron or the best one: started at once, despite a backoff and without waiting
-        for a turn. None if another caller is already loading it there.
+        for a schedule. None if another caller is already loading it there.
 
         Raises:
             ServiceError: it cannot be placed.
         """
         self._backoffs.lift(model_id)
         view = self.view()
-        view = replace(view, waiting={**view.waiting, model_id: Waiting(1, float("-inf"))})
+        view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
         if profile is None:
-            raise refusal(view, model_id, ())
+            raise placement_error(view, model_id, ())
         if node_name is None:
             job = self._loader.job(model_id)
             if job is not None:
@@ -200,16 +205,16 @@ class Scheduler:
                 return job
             if view.fleet.coming(model_id) is not None:
                 return None
-            found = verdicts(view, profile)
-            plan = best(found)
+            found = all_verdicts(view, profile)
+            plan = best_plan(found)
             if plan is None:
-                raise refusal(view, model_id, found)
+                raise placement_error(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
             if node.has_coming(model_id):
                 return None
-            placed = plan_on(view, profile, node)
-            if isinstance(placed, Held):
+            placed = plan_on_node(view, profile, node)
+            if isinstance(placed, Rejection):
                 raise Conflict(
                     f"{node_name} has no room for {model_id!r}: {placed.reason}",
                     code=ErrorCode.INSUFFICIENT_VRAM,
@@ -221,7 +226,7 @@ class Scheduler:
     async def close(self) -> None:
         await self._tasks.close()
 
-    def _begin(self, plan: Plan, why: str, *, for_waiters: bool = True) -> Job:
+    def _begin(self, plan: LoadPlan, why: str, *, for_waiters: bool = True) -> LoadJob:
         looked_at = self._clock()
 
         def wanted() -> bool:
@@ -239,21 +244,21 @@ class Scheduler:
         job.needed |= not for_waiters
         return job
 
-    def _better_place(self, plan: Plan) -> bool:
+    def _better_place(self, plan: LoadPlan) -> bool:
         """Whether the model could be loaded elsewhere now without waiting for requests, while the evictions of `plan`
         still wait for some."""
         view = self.view()
-        going = [each.resident.key for each in plan.displacement.evictions]
-        if not any(view.use(*key).in_flight for key in going):
+        going = [each.resident.key for each in plan.eviction_plan.evictions]
+        if not any(view.usage(*key).in_flight for key in going):
             return False
         reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
         fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
         view = replace(view, fleet=fleet)
         profile = view.profile(plan.model_id)
-        other = None if profile is None else best(likely_verdicts(view, profile))
-        return other is not None and not other.displacement.busy and other.ready_at <= view.now
+        other = None if profile is None else best_plan(candidate_verdicts(view, profile))
+        return other is not None and not other.eviction_plan.busy and other.ready_at <= view.now
 
-    def _done(self, job: Job, failure: LoadFailure | None) -> None:
+    def _done(self, job: LoadJob, failure: LoadFailure | None) -> None:
         try:
             if failure is not None:
                 self._note_failure(job, failure)
@@ -263,22 +268,22 @@ class Scheduler:
             self._queue.news(job.model_id)
             self._wake.set()
 
-    def _note_failure(self, job: Job, failure: LoadFailure) -> None:
+    def _note_failure(self, job: LoadJob, failure: LoadFailure) -> None:
         cause = failure.cause
-        if failure.no_room:
-            if failure.needs_mb is not None and failure.needs_mb != job.plan.share_mb:
-                self._needs_mb[job.model_id] = failure.needs_mb
+        if failure.no_memory:
+            if failure.needed_mb is not None and failure.needed_mb != job.plan.device_share_mb:
+                self._needs_mb[job.model_id] = failure.needed_mb
             if self._planned_anew(job):  # another load was faster, as the present figures show
-                cause = Cause.PASSING
+                cause = Cause.TEMPORARY
         self._backoffs.failed(job.model_id, job.node, cause, str(failure))
 
-    def _planned_anew(self, job: Job) -> bool:
+    def _planned_anew(self, job: LoadJob) -> bool:
         """Whether the planner would now do something else on that node than what the neuron refused."""
         view = self.view()
         profile = view.profile(job.model_id)
         node = view.fleet.nodes.get(job.node)
-        found = None if profile is None or node is None else plan_on(view, profile, node)
-        return not isinstance(found, Plan) or found.rank != job.plan.rank
+        found = None if profile is None or node is None else plan_on_node(view, profile, node)
+        return not isinstance(found, LoadPlan) or found.rank != job.plan.rank
 
     def _learn(self, node: NodeSnapshot, model_id: str) -> None:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
@@ -305,37 +310,37 @@ class Scheduler:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):
             self._awaited.add((model_id, node))
 
-    def _failed_profile(self, view: View, model_id: str, node_name: str | None) -> ModelProfile | None:
+    def _failed_profile(self, view: PlanningView, model_id: str, node_name: str | None) -> ModelProfile | None:
         """For an operator: a model known only to neurons may be loaded again after a failure."""
         known = [
             node
             for node in view.fleet.holders(model_id)
             if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
         ]
-        return view.remembered(model_id, known)
+        return view.profile_from_nodes(model_id, known)
 
-    def _kept_up(self) -> list[ModelProfile]:
+    def _reconciled_profiles(self) -> list[ModelProfile]:
         drained = {
             model_id for node in self._fleet.snapshot().nodes.values() if node.draining for model_id in node.models
         }
-        return [each for each in self._live.catalogue.models if is_kept_up(each) or each.id in drained]
+        return [each for each in self._live.catalogue.models if needs_reconciliation(each) or each.id in drained]
 
-    def _retire(self, retirement: Retirement) -> None:
-        key = retirement.model_id, retirement.node
+    def _retire(self, removal: ReplicaRemoval) -> None:
+        key = removal.model_id, removal.node
         if key not in self._retiring:
             self._retiring.add(key)
             self._fleet.leave(key)  # not in the task: the next decision may come before it starts
-            task = self._tasks.spawn(self._send_away(retirement), name=f"retire {key[0]} on {key[1]}")
+            task = self._tasks.spawn(self._remove(removal), name=f"retire {key[0]} on {key[1]}")
             task.add_done_callback(lambda _: self._retiring.discard(key))
 
-    async def _send_away(self, retirement: Retirement) -> None:
-        key, again_secs = (retirement.model_id, retirement.node), 0.0
-        log.info("evicting %s from %s: %s", *key, retirement.reason)
+    async def _remove(self, removal: ReplicaRemoval) -> None:
+        key, again_secs = (removal.model_id, removal.node), 0.0
+        log.info("evicting %s from %s: %s", *key, removal.reason)
         try:
-            await self._loader.send_away(
-                key, sleep=retirement.sleep, wanted=lambda: not self._queue.count(retirement.model_id), if_idle=True
+            await self._loader.evict(
+                key, sleep=removal.sleep, wanted=lambda: not self._queue.count(removal.model_id), if_idle=True
             )
-        except NotWanted:
+        except NoLongerNeeded:
             log.info("%s stays on %s: it is requested again", *key)
         except (NodeLeft, NeuronLeft):
             log.info("%s has left the configuration", key[1])
@@ -348,12 +353,12 @@ class Scheduler:
 
     async def _something_to_do(self) -> None:
         """Returns when a request waits, or when one that waits may have become servable."""
-        if not self._turn.notes:
+        if not self._schedule.wait_reasons:
             await self._wake.wait()
         else:
             pause = LOOK_AGAIN_SECS
-            if self._turn.wake_at is not None:
-                pause = min(pause, max(0.0, self._turn.wake_at - self._clock()))
+            if self._schedule.recheck_at is not None:
+                pause = min(pause, max(0.0, self._schedule.recheck_at - self._clock()))
             with contextlib.suppress(asyncio.TimeoutError):
                 async with timeout(pause):
                     await self._wake.wait()

@@ -10,10 +10,10 @@ from cortex.upstream.replica import WaitNote
 from shared.protocol import ModelStatus, Progress
 
 if TYPE_CHECKING:
-    from cortex.control.loader import Job
+    from cortex.control.loader import LoadJob
 
 
-def waiting_note(model_id: str, fleet: FleetSnapshot, job: Job | None, turn: str | None, now: float) -> WaitNote:
+def waiting_note(model_id: str, fleet: FleetSnapshot, job: LoadJob | None, turn: str | None, now: float) -> WaitNote:
     """Where the model is on its way, how far, and how long it will still take. `job` is our load of it, `turn` what it
     waits for before one can begin, in the planner's words; `now` is Unix time."""
     if job is not None and job.node in fleet.nodes:

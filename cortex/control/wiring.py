@@ -141,7 +141,7 @@ async def running_control(
             loops: dict[str, Callable[[], Awaitable[None]]] = {
                 "route changes": partial(follow_routes, parts),
                 "scheduler": parts.scheduler.run,
-                "replica control": parts.scheduler.keep_up,
+                "replica control": parts.scheduler.reconcile_loop,
                 "state file": state.write_loop,
             }
             async with running(loops):

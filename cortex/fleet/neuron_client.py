@@ -31,6 +31,7 @@ from shared.protocol import (
     SleepCommand,
     UnloadCommand,
 )
+from shared.request_ids import current_request_id
 from shared.tasks import timeout
 
 ENDPOINT_TIMEOUT_SECS = 5.0
@@ -240,7 +241,13 @@ class NeuronClient:
 
     def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
         line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
-        return b"\r\n".join((line, self._headers, more, b"", b"") if more else (line, self._headers, b"", b""))
+        headers = [line, self._headers]
+        request_id = current_request_id()
+        if request_id is not None:  # so that the neuron's log names the request that caused the call
+            headers.append(b"x-request-id: " + request_id.encode())
+        if more:
+            headers.append(more)
+        return b"\r\n".join((*headers, b"", b""))
 
     async def _answer(self, method: str, path: str, head: bytes, body: bytes) -> NeuronAnswer:
         """An answer with a status below 300."""

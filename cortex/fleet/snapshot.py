@@ -21,12 +21,12 @@ from shared.protocol import (
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM promised to a load under way: `share_mb` MiB on each of the devices."""
+    """VRAM promised to a load under way: `device_share_mb` MiB on each of the devices."""
 
     model_id: str
     node: str
     devices: tuple[int, ...]
-    share_mb: int
+    device_share_mb: int
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
-    def _rooms_mb(self) -> tuple[int, ...]:
+    def _free_mb_descending(self) -> tuple[int, ...]:
         live = self.device_health
-        return tuple(sorted((_room_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
+        return tuple(sorted((_free_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
 
-    def room_mb(self, devices: int) -> int | None:
+    def free_mb_on_each_of(self, devices: int) -> int | None:
         """MiB available on each of the `devices` roomiest devices; None if there are fewer. Does not subtract what
         loads under way and sleeping models will need."""
-        return self._rooms_mb[devices - 1] if devices <= len(self._rooms_mb) else None
+        return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
 
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
@@ -78,7 +78,7 @@ class NodeSnapshot:
     def activity(self) -> dict[str, ModelActivity]:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
-    def working_on(self, model_id: str) -> int:
+    def requests_on(self, model_id: str) -> int:
         """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
@@ -94,7 +94,7 @@ class NodeSnapshot:
         return None if view is None else view.known_status
 
 
-def _room_mb(device: Device, live: DeviceHealth | None) -> int:
+def _free_mb(device: Device, live: DeviceHealth | None) -> int:
     if live is None:
         return device.vram_total_mb
     return live.vram_free_mb if live.vram_bookable_mb is None else live.vram_bookable_mb

@@ -19,6 +19,8 @@ COOKIE: Final = 10
 EXPECT: Final = 11
 REQUEST_ID: Final = 12
 FORWARDED_FOR: Final = 13
+ORIGIN: Final = 14
+FETCH_SITE: Final = 15
 
 HOP_BY_HOP = frozenset(
     {
@@ -74,6 +76,8 @@ OF_REQUESTS: Final = Names(
         b"expect": EXPECT,
         b"x-request-id": REQUEST_ID,
         b"x-forwarded-for": FORWARDED_FOR,
+        b"origin": ORIGIN,  # cortex decides about origins; an engine would answer as if every page were allowed
+        b"sec-fetch-site": FETCH_SITE,
     }
 )
 OF_RESPONSES: Final = Names(

@@ -77,6 +77,20 @@ class Request:
         return self._named.get(names.REQUEST_ID)
 
     @property
+    def host(self) -> bytes | None:
+        return self._named.get(names.HOST)
+
+    @property
+    def origin(self) -> bytes | None:
+        """The web origin of the page that sent the request, as its browser says."""
+        return self._named.get(names.ORIGIN)
+
+    @property
+    def fetch_site(self) -> bytes | None:
+        """The browser's Sec-Fetch-Site."""
+        return self._named.get(names.FETCH_SITE)
+
+    @property
     def passed(self) -> list[bytes]:
         """The header lines that go to the engine unchanged."""
         return self._passed

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
-from cortex.placement.inputs import Key, View
+from cortex.placement.inputs import Key, PlanningView
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
-SHARED_MEMORY_MB = 1 << 30
-"""Used for a device without memory of its own to count: it never refuses."""
+UNCOUNTED_MEMORY_MB = 1 << 30
+"""Assumed for a device that shares the host's memory and reports none of its own: never a reason to reject."""
 
 LOAD_SECS_BASE = 5.0
 LOAD_SECS_PER_MB = 0.002
@@ -21,16 +21,17 @@ _HOLDING = (ModelStatus.LOADED, ModelStatus.SLEEPING)
 
 
 @dataclass(frozen=True)
-class Room:
-    """One device. `free_mb` is available now; `asleep_mb` of it is what models sleeping there need to wake."""
+class DeviceCapacity:
+    """One device's memory. `free_mb` is available now; models sleeping there need `sleeping_mb` of it to
+    wake."""
 
     total_mb: int
     free_mb: int
-    asleep_mb: int = 0
+    sleeping_mb: int = 0
 
 
 @dataclass(frozen=True)
-class Resident:
+class ResidentModel:
     """A model that may be evicted from a node. It frees `frees_mb` on each of its `devices`.
 
     `protected` says why no model may evict it; None when some may. `cost` is the expected cost of evicting it: reload
@@ -47,49 +48,49 @@ class Resident:
     reload_secs: float
     cost: float
     asleep: bool = False
-    kept: bool = False
+    held_by_min_replicas: bool = False
     """Held by `replicas.min`: only a model with a higher priority may evict it."""
     protected: str | None = None
 
 
-def rooms(view: View, node: NodeSnapshot) -> dict[int, Room]:
-    """Room by device index. Free memory is what the node reports as bookable, or else what it measures, minus what
-    our own pending loads will take beyond those figures."""
-    ours = [(each, outstanding_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
-    return {device.index: _room(node, device, ours) for device in node.devices}
+def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
+    """By device index. Free memory is what the node reports as bookable, or else what it measures, minus what
+    our loads under way will take beyond those figures."""
+    ours = [(each, unreported_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
+    return {device.index: _memory_of(node, device, ours) for device in node.devices}
 
 
-def outstanding_mb(node: NodeSnapshot, reservation: Reservation) -> int:
+def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     """What one of our loads will still take on each of its devices, beyond what the node's figures already include."""
     entry = node.models.get(reservation.model_id)
-    if entry is None or not _is_up_or_coming(entry):
-        return reservation.share_mb
+    if entry is None or not _is_loaded_or_loading(entry):
+        return reservation.device_share_mb
     if entry.vram_booked_mb:
         return 0
-    return max(0, reservation.share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
+    return max(0, reservation.device_share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
 
 
-def books(node: NodeSnapshot) -> bool:
+def reports_bookable_memory(node: NodeSnapshot) -> bool:
     """Whether the node reports bookable memory. Such a node refuses a load that does not fit at once; on others the
     engine fails later, when it runs out of memory."""
     return any(live.vram_bookable_mb is not None for live in node.device_health.values())
 
 
-def _room(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> Room:
+def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> DeviceCapacity:
     if not device.vram_total_mb:
-        return Room(SHARED_MEMORY_MB, SHARED_MEMORY_MB)
+        return DeviceCapacity(UNCOUNTED_MEMORY_MB, UNCOUNTED_MEMORY_MB)
     reserved = sum(mb for reservation, mb in ours if device.index in reservation.devices)
     live = node.device_health.get(device.index)
     if live is None:
-        return Room(device.vram_total_mb, device.vram_total_mb - reserved)
+        return DeviceCapacity(device.vram_total_mb, device.vram_total_mb - reserved)
     if live.vram_bookable_mb is not None:
-        bookable = live.vram_bookable_mb - _not_counted_mb(node, device, live)
-        return Room(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
+        bookable = live.vram_bookable_mb - _booked_since_poll_mb(node, device, live)
+        return DeviceCapacity(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
     measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not report memory
-    return Room(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
+    return DeviceCapacity(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
 
 
-def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
+def _booked_since_poll_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
     """Memory on a device that loading models have booked since its figures were polled: a starting load is reported
     at once, device figures only with the next poll."""
     there = [entry for entry in node.models.values() if device.index in (entry.devices or ())]
@@ -101,16 +102,16 @@ def _not_counted_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> i
 
 def _booked_share_mb(entry: ModelView) -> int:
     """What a loaded or loading model has booked on each of its devices."""
-    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_up_or_coming(entry) else 0
+    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_loaded_or_loading(entry) else 0
 
 
-def _is_up_or_coming(entry: ModelView) -> bool:
+def _is_loaded_or_loading(entry: ModelView) -> bool:
     status = entry.known_status
     return status is not None and (status.coming or status is ModelStatus.LOADED)
 
 
-def residents(view: View, node: NodeSnapshot) -> list[Resident]:
-    """Every model on the node that holds memory and is neither loading nor leaving."""
+def resident_models(view: PlanningView, node: NodeSnapshot) -> list[ResidentModel]:
+    """Every model on the node that holds memory and is neither being loaded nor being evicted."""
     return [
         _resident(view, node, entry)
         for entry in node.models.values()
@@ -118,24 +119,24 @@ def residents(view: View, node: NodeSnapshot) -> list[Resident]:
     ]
 
 
-def pending(view: View, node: NodeSnapshot) -> list[Resident]:
-    """Models loading or leaving on the node: their memory is unavailable now but may free up later."""
-    moving = [
+def models_in_transition(view: PlanningView, node: NodeSnapshot) -> list[ResidentModel]:
+    """Models being loaded or evicted on the node: their memory is unavailable now but may free up later."""
+    changing = [
         _resident(view, node, entry)
         for entry in node.models.values()
         if node.has_coming(entry.id) or (entry.id, node.name) in view.fleet.leaving
     ]
-    asked_for = [
-        Resident(
-            (each.model_id, node.name), frozenset(each.devices), outstanding_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0
+    requested = [
+        ResidentModel(
+            (each.model_id, node.name), frozenset(each.devices), unreported_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0
         )
         for each in view.fleet.reservations
         if each.node == node.name
     ]
-    return [*moving, *asked_for]
+    return [*changing, *requested]
 
 
-def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> float:
+def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: int) -> float:
     """Expected duration of a load: measured there or on another node, else the median of all loads, else estimated
     from the size."""
     known = view.expected_load_secs(model_id, node)
@@ -144,9 +145,9 @@ def likely_load_secs(view: View, model_id: str, node: str, size_mb: int) -> floa
     return LOAD_SECS_BASE + LOAD_SECS_PER_MB * size_mb if known is None else known
 
 
-def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
+def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> ResidentModel:
     profile = view.catalogue.profile(entry.id)
-    use = view.use(entry.id, node.name)
+    use = view.usage(entry.id, node.name)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
@@ -156,23 +157,23 @@ def _resident(view: View, node: NodeSnapshot, entry: ModelView) -> Resident:
     if not share and not asleep:  # size unknown: assume the whole device
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
-    secs = likely_load_secs(view, entry.id, node.name, size)
-    return Resident(
+    secs = estimated_load_secs(view, entry.id, node.name, size)
+    return ResidentModel(
         key=(entry.id, node.name),
         devices=devices,
         frees_mb=share,
         priority=view.priority(entry.id),
-        in_flight=view.working(entry.id, node),
+        in_flight=view.requests_on(entry.id, node),
         last_used=use.last_used,
         loaded_at=use.loaded_at,
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
-        kept=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
+        held_by_min_replicas=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
         protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
     )
 
 
-def _others_serving(view: View, node: NodeSnapshot, model_id: str) -> int:
+def _others_serving(view: PlanningView, node: NodeSnapshot, model_id: str) -> int:
     """Replicas that would remain without the one on this node."""
     return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))

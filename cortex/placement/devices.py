@@ -7,21 +7,21 @@ from itertools import combinations
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.placement.capacity import Room
+from cortex.placement.capacity import DeviceCapacity
 from shared.protocol import Device, Link, LinkKind
 
 MAX_DEVICE_SETS = 20_000
 """Limit on the sets compared on one node where the model fits; a host with more than 16 GPUs is cut to its best
 ones."""
-MAX_PATHS = 400_000
+MAX_DEVICE_PAIRS = 400_000
 """Limit on the device pairs examined across all these sets: large sets mean fewer of them."""
-MAX_DISPLACED_SETS = 70
+MAX_EVICTION_SETS = 70
 """Limit on the sets compared when models must be evicted: enough for every set on a host with eight GPUs."""
 
 _DISTANCE = {kind: rank for rank, kind in enumerate(LinkKind)}
 
 
-def eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
+def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
     """Devices with at least the profile's minimum memory; on a feasible node there are enough of them."""
     floor = profile.min_device_vram_mb or 0
     return [device for device in node.devices if device.vram_total_mb >= floor]
@@ -29,15 +29,15 @@ def eligible(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
 
 def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:
     """Every set of `size` devices, each in ascending order. Trailing devices are dropped until there are at most
-    `at_most` sets with at most `MAX_PATHS` device pairs in total."""
+    `at_most` sets with at most `MAX_DEVICE_PAIRS` device pairs in total."""
     count = len(devices)
-    at_most = min(at_most, MAX_PATHS // max(1, _binomial(size, 2)))
+    at_most = min(at_most, MAX_DEVICE_PAIRS // max(1, _binomial(size, 2)))
     while count > size and _binomial(count, size) > at_most:
         count -= 1
     return combinations(sorted(devices[:count]), size)
 
 
-def connection(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
+def interconnect_rank(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
     """How well the devices are connected; smaller is better. First the worst path between two of them (0 for NVLink,
     higher for each level of the PCIe tree, unknown is worst), then the spread of their sizes in MiB."""
     links = node.links
@@ -46,11 +46,11 @@ def connection(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
     return distance, max(totals) - min(totals)
 
 
-def tightness(indices: tuple[int, ...], room: Mapping[int, Room], share_mb: int) -> int:
+def best_fit_rank(indices: tuple[int, ...], memory: Mapping[int, DeviceCapacity], device_share_mb: int) -> int:
     """Free memory on the devices, smaller is better, so that large gaps stay free. For a model of unknown size, more
     free memory is better."""
-    free = sum(room[index].free_mb - room[index].asleep_mb for index in indices)
-    return free if share_mb else -free
+    free = sum(memory[index].free_mb - memory[index].sleeping_mb for index in indices)
+    return free if device_share_mb else -free
 
 
 def _distance(links: Mapping[tuple[int, int], Link], a: int, b: int) -> int:

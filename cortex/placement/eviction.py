@@ -1,8 +1,9 @@
 """Which models are evicted for which. Pure.
 
-Only models with the newcomer's `residency_priority` or a lower one, and never one pinned to the node. Idle models go
-before busy ones, busy ones before recently loaded ones; among equals the cheapest goes first, measured as reload
-seconds times recent demand. When there are too many sets to compare, models are taken in order of cost per MiB freed.
+Only models with the newcomer's `residency_priority` or a lower one, and never one that is pinned to the node. Idle
+models go before busy ones, busy ones before recently loaded ones; among equals the cheapest goes first, measured as
+reload seconds times recent demand. When there are too many sets to compare, models are taken in order of cost per MiB
+freed.
 """
 
 from __future__ import annotations
@@ -11,26 +12,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cortex.placement.capacity import Resident
-from cortex.placement.inputs import Key, View
+from cortex.placement.capacity import ResidentModel
+from cortex.placement.inputs import Key, PlanningView
 
-_EXHAUSTIVE = 10
-"""Up to this many residents, every subset is compared; beyond that, the cheapest are taken one at a time."""
-
-
-PATIENCE_EXCHANGES = 4.0
+MAX_EXHAUSTIVE = 10
+"""Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
+PATIENCE_SWAPS = 4.0
 """A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
-PAUSE_EXCHANGES = 0.1
-LEAST_PAUSE_SECS = 0.5
+PAUSE_SWAPS = 0.1
+MIN_PAUSE_SECS = 0.5
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
-"""When to look again at a loaded model whose requests are still in the waiting room."""
+"""When to look again at a loaded model whose requests are still in the admission queue."""
 
 
-class Claim(IntEnum):
-    """How strong a resident's claim to stay is, weakest first."""
+class EvictionClass(IntEnum):
+    """What evicting a resident disturbs, least first."""
 
-    IDLE = 0
+    IDLE = 0  # serves nothing, past its minimum residency
     BUSY = 1  # past its minimum residency and serving requests: drained first
     YOUNG = 2  # within its minimum residency, not in use now
     YOUNG_BUSY = 3
@@ -38,22 +37,22 @@ class Claim(IntEnum):
 
 @dataclass(frozen=True)
 class Eviction:
-    """A resident to evict. `ready_at` is when it may be asked to leave, on the view's clock."""
+    """A resident to evict. `ready_at` is the earliest time for it, on the view's clock."""
 
-    resident: Resident
-    claim: Claim
+    resident: ResidentModel
+    eviction_class: EvictionClass
     ready_at: float
 
 
 @dataclass(frozen=True)
-class Displacement:
+class EvictionPlan:
     """A set of evictions carried out together."""
 
     evictions: tuple[Eviction, ...] = ()
 
     @property
-    def claim(self) -> Claim:
-        return max((eviction.claim for eviction in self.evictions), default=Claim.IDLE)
+    def eviction_class(self) -> EvictionClass:
+        return max((eviction.eviction_class for eviction in self.evictions), default=EvictionClass.IDLE)
 
     @property
     def busy(self) -> int:
@@ -78,7 +77,7 @@ class Displacement:
     def order(self) -> tuple[object, ...]:
         """Sort key, smaller is better; at equal cost the least recently used models go."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        return self.claim, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
+        return self.eviction_class, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
 
     @property
     def names(self) -> tuple[Key, ...]:
@@ -86,67 +85,67 @@ class Displacement:
         return tuple(sorted(each.resident.key for each in self.evictions))
 
 
-NO_EVICTIONS = Displacement()
+NO_EVICTIONS = EvictionPlan()
 
 
-def shield(resident: Resident, priority: int) -> str | None:
+def protection_reason(resident: ResidentModel, priority: int) -> str | None:
     """Why a newcomer with this priority may not evict the resident; None when it may."""
     if resident.protected is not None:
         return resident.protected
     if resident.priority > priority:
         return f"priority {resident.priority} is above {priority}"
-    if resident.kept and resident.priority == priority:
+    if resident.held_by_min_replicas and resident.priority == priority:
         return "kept loaded by its replicas.min"
     return None
 
 
-def eviction(view: View, resident: Resident, *, since: float, load_secs: float) -> Eviction:
+def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float, load_secs: float) -> Eviction:
     """What evicting this resident takes, for a model that has waited since `since` and loads in `load_secs`.
 
     The longer swapping out and back in takes, the longer a model in use is left alone, so that most of the time is
     spent on answers rather than loads.
     """
-    rules, exchange_secs = view.rules, load_secs + resident.reload_secs
-    patient_until = since + min(rules.patience_secs, PATIENCE_EXCHANGES * exchange_secs)
-    pause = min(rules.pause_secs, max(LEAST_PAUSE_SECS, PAUSE_EXCHANGES * exchange_secs))
+    rules, swap_secs = view.rules, load_secs + resident.reload_secs
+    patient_until = since + min(rules.patience_secs, PATIENCE_SWAPS * swap_secs)
+    pause = min(rules.pause_secs, max(MIN_PAUSE_SECS, PAUSE_SWAPS * swap_secs))
     profile = view.catalogue.profile(resident.key[0])
     own = None if profile is None else profile.min_residency_secs
-    had_its_time_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
-    young = view.now < had_its_time_at and not resident.asleep
-    wanted = resident.key[0] in view.waiting
-    if resident.in_flight or wanted:
-        if wanted:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
+    residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
+    young = view.now < residency_ends_at and not resident.asleep
+    requested = resident.key[0] in view.waiting
+    if resident.in_flight or requested:
+        if requested:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
             patient_until = max(patient_until, view.now + HANDOVER_SECS)
         if young:
-            return Eviction(resident, Claim.YOUNG_BUSY, max(had_its_time_at, patient_until))
-        return Eviction(resident, Claim.BUSY, patient_until)
+            return Eviction(resident, EvictionClass.YOUNG_BUSY, max(residency_ends_at, patient_until))
+        return Eviction(resident, EvictionClass.BUSY, patient_until)
     if young:
         # In the gap between sequential requests, or right after its load, it does not count as idle yet.
         quiet_at = max(resident.last_used, resident.loaded_at) + pause
-        return Eviction(resident, Claim.YOUNG, min(quiet_at, had_its_time_at))
+        return Eviction(resident, EvictionClass.YOUNG, min(quiet_at, residency_ends_at))
     gap_at = resident.last_used + pause
     if view.now < gap_at and not resident.asleep:  # after a long enough wait, it may be evicted between requests
-        return Eviction(resident, Claim.BUSY, min(gap_at, since + 2 * pause))
-    return Eviction(resident, Claim.IDLE, view.now)
+        return Eviction(resident, EvictionClass.BUSY, min(gap_at, since + 2 * pause))
+    return Eviction(resident, EvictionClass.IDLE, view.now)
 
 
-def displace_each(
-    missing_mb: Iterable[Mapping[int, int]], candidates: Sequence[Eviction]
-) -> Iterator[Displacement | None]:
-    """`displace` for several sets of devices. Sets that lack the same memory and hold the same models share one
+def plan_evictions_each(
+    missing_mb: Iterable[Mapping[int, int]], evictable: Sequence[Eviction]
+) -> Iterator[EvictionPlan | None]:
+    """`plan_evictions` for several sets of devices. Sets that lack the same memory and hold the same models share one
     result; a host of equal GPUs has many such sets."""
     holders: dict[int, frozenset[int]] = {}
-    found: dict[frozenset[tuple[int, frozenset[int]]], Displacement | None] = {}
+    found: dict[frozenset[tuple[int, frozenset[int]]], EvictionPlan | None] = {}
     for missing in missing_mb:
         for index in missing.keys() - holders.keys():
-            holders[index] = frozenset(i for i, each in enumerate(candidates) if index in each.resident.devices)
+            holders[index] = frozenset(i for i, each in enumerate(evictable) if index in each.resident.devices)
         kind = frozenset((mb, holders[index]) for index, mb in missing.items())
         if kind not in found:
-            found[kind] = displace(missing, candidates)
+            found[kind] = plan_evictions(missing, evictable)
         yield found[kind]
 
 
-def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
+def free_enough(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> bool:
     """Whether these evictions free what is missing on every device."""
     left = dict(missing_mb)
     for each in evictions:
@@ -156,41 +155,40 @@ def suffice(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) -> boo
     return all(mb <= 0 for mb in left.values())
 
 
-def displace(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Displacement | None:
+def plan_evictions(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> EvictionPlan | None:
     """The best set that frees what is missing on every device; None when even all of them together do not."""
-    concerned = [each for each in candidates if each.resident.devices & missing_mb.keys()]
-    if not suffice(missing_mb, concerned):
+    holders = [each for each in evictable if each.resident.devices & missing_mb.keys()]
+    if not free_enough(missing_mb, holders):
         return None
-    if len(concerned) <= _EXHAUSTIVE:
-        return min(
-            (Displacement(chosen) for chosen in _minimal(missing_mb, concerned)), key=lambda d: (d.order, d.names)
-        )
-    return Displacement(_cheapest_first(missing_mb, concerned))
+    if len(holders) <= MAX_EXHAUSTIVE:
+        plans = (EvictionPlan(chosen) for chosen in _minimal(missing_mb, holders))
+        return min(plans, key=lambda plan: (plan.order, plan.names))
+    return EvictionPlan(_cheapest_first(missing_mb, holders))
 
 
-def _minimal(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
+def _minimal(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
     """Every sufficient set from which no eviction can be dropped."""
     sufficient: list[int] = []
-    for bits in sorted(range(1, 1 << len(candidates)), key=int.bit_count):
+    for bits in sorted(range(1, 1 << len(evictable)), key=int.bit_count):
         if any(bits & smaller == smaller for smaller in sufficient):
             continue
-        chosen = tuple(each for position, each in enumerate(candidates) if bits >> position & 1)
-        if suffice(missing_mb, chosen):
+        chosen = tuple(each for position, each in enumerate(evictable) if bits >> position & 1)
+        if free_enough(missing_mb, chosen):
             sufficient.append(bits)
             yield chosen
 
 
-def _cheapest_first(missing_mb: Mapping[int, int], candidates: Sequence[Eviction]) -> tuple[Eviction, ...]:
-    alone = [(each, Displacement((each,))) for each in candidates]
-    alone.sort(key=lambda pair: (pair[1].claim, pair[1].cost_per_mb, pair[1].order, pair[1].names))
+def _cheapest_first(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> tuple[Eviction, ...]:
+    alone = [(each, EvictionPlan((each,))) for each in evictable]
+    alone.sort(key=lambda pair: (pair[1].eviction_class, pair[1].cost_per_mb, pair[1].order, pair[1].names))
     ordered = [each for each, _ in alone]
     chosen: list[Eviction] = []
     for each in ordered:
         chosen.append(each)
-        if suffice(missing_mb, chosen):
+        if free_enough(missing_mb, chosen):
             break
     for each in reversed(list(chosen)):  # most expensive first: it may no longer be needed
         rest = [other for other in chosen if other is not each]
-        if suffice(missing_mb, rest):
+        if free_enough(missing_mb, rest):
             chosen = rest
     return tuple(chosen)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.devices import eligible
+from cortex.placement.devices import eligible_devices
 from shared.protocol import Discovery
 
 
@@ -24,7 +24,7 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
         return f"harness {profile.harness!r} is not offered (offered: {offered})"
     if len(node.devices) < profile.min_devices:
         return f"needs {profile.min_devices} devices, has {len(node.devices)}"
-    enough = len(eligible(profile, node))
+    enough = len(eligible_devices(profile, node))
     if enough < profile.min_devices:
         return (
             f"needs {profile.min_devices} devices with {profile.min_device_vram_mb} MiB in total, "

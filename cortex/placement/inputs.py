@@ -15,8 +15,8 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a loaded model is used on one node. Times are on the clock of `View.now`.
+class ReplicaUsage:
+    """How one replica is used. Times are on the clock of `PlanningView.now`.
 
     `in_flight` counts our own requests there. `last_used` and `loaded_at` are 0 when unknown.
     """
@@ -26,12 +26,12 @@ class Use:
     loaded_at: float = 0.0
 
 
-UNUSED = Use()
+UNUSED = ReplicaUsage()
 DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingRequests:
     """Requests waiting for a model: how many, and when the first one arrived."""
 
     count: int
@@ -40,57 +40,57 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Backoff:
-    """After a failure, the model is not loaded on a node before `until`. `passes`: the cause is temporary, so
-    waiting requests are not refused."""
+    """After a failure, the model is not loaded on a node before `until`. `temporary`: the cause passes by
+    itself, so requests wait instead of failing."""
 
     until: float
     reason: str
-    passes: bool = False
+    temporary: bool = False
 
 
 ANY_NODE = "*"
-"""Node name in a key of `View.bars`: the model may not be loaded on any node. No neuron has this name."""
+"""Node name in a key of `PlanningView.backoffs`: the model may not be loaded on any node. No neuron has this name."""
 
 
 @dataclass(frozen=True)
-class View:
-    """The state at one moment. `now` is in seconds, on the clock that all times here share.
+class PlanningView:
+    """The state at one moment, as the planner's input. `now` is in seconds, on the clock that all times here share.
 
-    `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `needs_mb` is what
-    neurons booked per device for models without a size in the catalogue. `pressed` is when a model's replicas began to
-    exceed `Rules.replica_target` requests each.
+    `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `observed_share_mb`
+    is what neurons booked per device for models without a size in the catalogue. `overloaded_since` is when a model's
+    replicas began to exceed `Rules.replica_target` requests each.
     """
 
     now: float
     catalogue: Catalogue
     fleet: FleetSnapshot
     rules: Rules = DEFAULT_RULES
-    uses: Mapping[Key, Use] = field(default_factory=dict)
-    waiting: Mapping[str, Waiting] = field(default_factory=dict)
+    usages: Mapping[Key, ReplicaUsage] = field(default_factory=dict)
+    waiting: Mapping[str, WaitingRequests] = field(default_factory=dict)
     demand: Mapping[str, float] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    needs_mb: Mapping[str, int] = field(default_factory=dict)
-    bars: Mapping[Key, Backoff] = field(default_factory=dict)
-    pressed: Mapping[str, float] = field(default_factory=dict)
+    observed_share_mb: Mapping[str, int] = field(default_factory=dict)
+    backoffs: Mapping[Key, Backoff] = field(default_factory=dict)
+    overloaded_since: Mapping[str, float] = field(default_factory=dict)
 
-    def use(self, model_id: str, node: str) -> Use:
-        return self.uses.get((model_id, node), UNUSED)
+    def usage(self, model_id: str, node: str) -> ReplicaUsage:
+        return self.usages.get((model_id, node), UNUSED)
 
-    def working(self, model_id: str, node: NodeSnapshot) -> int:
+    def requests_on(self, model_id: str, node: NodeSnapshot) -> int:
         """Requests on the model's engine on the node from all clients: the larger of our count and the node's."""
-        return max(self.use(model_id, node.name).in_flight, node.working_on(model_id))
+        return max(self.usage(model_id, node.name).in_flight, node.requests_on(model_id))
 
-    def bar(self, model_id: str, node: str) -> Backoff | None:
+    def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""
         for key in ((model_id, ANY_NODE), (model_id, node)):
-            bar = self.bars.get(key)
-            if bar is not None and bar.until > self.now:
-                return bar
+            backoff = self.backoffs.get(key)
+            if backoff is not None and backoff.until > self.now:
+                return backoff
         return None
 
-    def share_mb(self, profile: ModelProfile) -> int:
+    def device_share_mb(self, profile: ModelProfile) -> int:
         """MiB needed on each device: from the catalogue, else as observed, else 0."""
-        return profile.device_share_mb or self.needs_mb.get(profile.id, 0)
+        return profile.device_share_mb or self.observed_share_mb.get(profile.id, 0)
 
     def expected_load_secs(self, model_id: str, node: str) -> float | None:
         """How long a load took there, else the longest on any other node; None when it was never loaded."""
@@ -109,9 +109,9 @@ class View:
             if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
             or (model_id, node.name) in self.fleet.leaving
         ]
-        return self.remembered(model_id, known)
+        return self.profile_from_nodes(model_id, known)
 
-    def remembered(self, model_id: str, nodes: Sequence[NodeSnapshot]) -> ModelProfile | None:
+    def profile_from_nodes(self, model_id: str, nodes: Sequence[NodeSnapshot]) -> ModelProfile | None:
         """A profile built from the nodes that list the model, to load it on one of them again; None without nodes."""
         if not nodes:
             return None

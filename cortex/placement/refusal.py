@@ -7,28 +7,30 @@ from collections.abc import Sequence
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import infeasible_reason
-from cortex.placement.inputs import View
-from cortex.placement.planner import Verdict
+from cortex.placement.inputs import PlanningView
+from cortex.placement.planner import NodeVerdict
 from shared.errors import NotFound, ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
 
 
-def refusal(view: View, model_id: str, found: Sequence[Verdict]) -> ServiceError:
+def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdict]) -> ServiceError:
     """Why no node takes the model, given the verdict on each."""
     profile, fleet = view.catalogue.profile(model_id), view.fleet
-    bars = [bar for (model, _), bar in view.bars.items() if model == model_id and bar.until > view.now]
-    if profile is None and not bars:
-        return unknown(model_id, fleet)
+    backoffs = [
+        backoff for (model, _), backoff in view.backoffs.items() if model == model_id and backoff.until > view.now
+    ]
+    if profile is None and not backoffs:
+        return unknown_model_error(model_id, fleet)
     if not fleet.healthy:
-        return no_healthy_neurons()
+        return no_healthy_neurons_error()
     possible = list(fleet.nodes.values())
     if profile is not None:
         possible = [node for node in possible if infeasible_reason(profile, node) is None]
         if not possible:
             return _infeasible(profile, fleet)
-    if bars:
-        first = min(bars, key=lambda bar: bar.until)
+    if backoffs:
+        first = min(backoffs, key=lambda backoff: backoff.until)
         return Unavailable(
             first.reason, code=ErrorCode.COLD_LOAD_FAILED, retry_after=until_retry(first.until, view.now)
         )
@@ -49,7 +51,7 @@ def refusal(view: View, model_id: str, found: Sequence[Verdict]) -> ServiceError
     )
 
 
-def unknown(model_id: str, fleet: FleetSnapshot) -> ServiceError:
+def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
     for node in fleet.holders(model_id):
         view = node.models[model_id]
@@ -71,11 +73,11 @@ def unknown(model_id: str, fleet: FleetSnapshot) -> ServiceError:
             retry_after=NEURON_DOWN_SECS,
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
-        return no_healthy_neurons()  # a neuron that has never answered may have the model
+        return no_healthy_neurons_error()  # a neuron that has never answered may have the model
     return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
-def no_healthy_neurons() -> ServiceError:
+def no_healthy_neurons_error() -> ServiceError:
     return Unavailable("no neuron is healthy", code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=NEURON_DOWN_SECS)
 
 

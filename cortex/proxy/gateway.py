@@ -13,8 +13,10 @@ from cortex.metrics.in_flight import InFlight, Key
 from cortex.proxy.authentication import authenticate
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
+from cortex.proxy.cross_site import CrossSiteCheck, RefusedRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
+from shared.cross_site import CrossSitePolicy
 from shared.errors import ServiceError
 from shared.request_ids import request_id as make_request_id
 
@@ -44,18 +46,29 @@ class Gateway:
     """A worker's entry point for requests. Implements `http.connection.Dispatcher` and
     `metrics.worker_counts.WorkerCounts`."""
 
-    def __init__(self, context: ProxyContext, *, control_address: Address, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        context: ProxyContext,
+        *,
+        control_address: Address,
+        max_body_bytes: int,
+        cross_site_policy: CrossSitePolicy,
+    ) -> None:
         """`control_address` is where the control app listens."""
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self._context = context
         self._control_address = control_address
+        self._cross_site = CrossSiteCheck(cross_site_policy)
 
     @property
     def in_flight(self) -> InFlight:
         return self._context.in_flight
 
     def handle(self, client: ClientConnection, request: Request) -> Handler:
+        refused = self._cross_site.refusal(request)
+        if refused is not None:
+            return RefusedRequest(client, refused, self.rejected(request, refused))
         caller = authenticate(request.api_key)
         if request.method == b"POST" and request.path in _INFERENCE:
             return RequestHandler(self._context, client, request, caller)

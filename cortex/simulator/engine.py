@@ -36,10 +36,10 @@ class SimulatedEngine:
     request ends when `_done` has grown by its `secs`.
     """
 
-    def __init__(self, model_id: str, devices: tuple[int, ...], share_mb: int, parallel: int) -> None:
+    def __init__(self, model_id: str, devices: tuple[int, ...], device_share_mb: int, parallel: int) -> None:
         self.model_id = model_id
         self.devices = devices
-        self.share_mb = share_mb
+        self.device_share_mb = device_share_mb
         self.status = ModelStatus.LOADING
         self._parallel = parallel
         self._done = 0.0
@@ -49,7 +49,7 @@ class SimulatedEngine:
     @property
     def booked_mb(self) -> int:
         """MiB on all its devices together."""
-        return self.share_mb * len(self.devices)
+        return self.device_share_mb * len(self.devices)
 
     @property
     def in_flight(self) -> int:

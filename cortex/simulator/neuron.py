@@ -48,7 +48,7 @@ class SimulatedNeuron:
 
     def bookable_mb(self, device: int) -> int:
         """Memory of the device that a new engine could book, in MiB."""
-        booked = sum(engine.share_mb for engine in self.engines.values() if device in engine.devices)
+        booked = sum(engine.device_share_mb for engine in self.engines.values() if device in engine.devices)
         return self.node.gpus[device].vram_total_mb - DEVICE_MARGIN_MB - booked
 
     async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
@@ -58,12 +58,12 @@ class SimulatedNeuron:
             NeuronRefused: there is not enough memory.
         """
         model_id, devices = command.model_id, tuple(command.devices or ())
-        share_mb = -(-(command.vram_mb or 0) // max(1, len(devices)))
+        device_share_mb = -(-(command.vram_mb or 0) // max(1, len(devices)))
         for index in devices:
-            if self.bookable_mb(index) < share_mb:
-                text = f"{model_id!r} needs {share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
+            if self.bookable_mb(index) < device_share_mb:
+                text = f"{model_id!r} needs {device_share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
                 raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
-        engine = SimulatedEngine(model_id, devices, share_mb, self._simulated.parallel(model_id))
+        engine = SimulatedEngine(model_id, devices, device_share_mb, self._simulated.parallel(model_id))
         self.engines[model_id] = engine
         self.loads.append(model_id)
         self._on_memory(engine.booked_mb)

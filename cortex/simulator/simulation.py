@@ -24,10 +24,10 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.fair_queue import Turn
-from cortex.placement.inputs import Key, View
-from cortex.placement.planner import Plan
-from cortex.placement.replicas import Upkeep
+from cortex.placement.fair_queue import LoadSchedule
+from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.node_plan import LoadPlan
+from cortex.placement.replicas import ReplicaChanges
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import SimulatedNeuron
@@ -74,44 +74,44 @@ class ObservedPolicy:
         self._counts = counts
         self._fleet: FleetSnapshot | None = None  # the same object while nothing changes
         self._state: object = None
-        self._turn = Turn()
+        self._schedule = LoadSchedule()
         self._valid_until = -math.inf
 
     def as_policy(self) -> Policy:
-        return Policy(self._next_turn, self._upkeep)
+        return Policy(self._schedule_loads, self._reconcile_replicas)
 
-    def _next_turn(self, view: View) -> Turn:
-        busy = frozenset(key for key, use in view.uses.items() if use.in_flight)
-        state = view.waiting, busy, view.bars
+    def _schedule_loads(self, view: PlanningView) -> LoadSchedule:
+        busy = frozenset(key for key, use in view.usages.items() if use.in_flight)
+        state = view.waiting, busy, view.backoffs
         if view.fleet is not self._fleet or state != self._state or view.now >= self._valid_until:
-            self._turn = self._policy.next_turn(view)
+            self._schedule = self._policy.schedule_loads(view)
             self._fleet, self._state = view.fleet, state
-            self._valid_until = min(_moments(view, self._turn), default=math.inf)
-            self._count(view, self._turn.loads)
-        return self._turn
+            self._valid_until = min(_moments(view, self._schedule), default=math.inf)
+            self._count(view, self._schedule.loads)
+        return self._schedule
 
-    def _upkeep(self, view: View, profiles: Iterable[ModelProfile]) -> Upkeep:
-        steps = self._policy.upkeep(view, profiles)
+    def _reconcile_replicas(self, view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
+        steps = self._policy.reconcile_replicas(view, profiles)
         self._count(view, [plan for plan, _ in steps.loads])
         return steps
 
-    def _count(self, view: View, plans: Sequence[Plan]) -> None:
+    def _count(self, view: PlanningView, plans: Sequence[LoadPlan]) -> None:
         for plan in plans:
-            for each in plan.displacement.evictions:
-                model_id, use = each.resident.key[0], view.use(*each.resident.key)
+            for each in plan.eviction_plan.evictions:
+                model_id, use = each.resident.key[0], view.usage(*each.resident.key)
                 self._counts.evictions[model_id] += 1
                 if use.in_flight or view.now - use.last_used < RECENT_SECS:
                     self._counts.hot_evictions[model_id] += 1
 
 
-def _moments(view: View, turn: Turn) -> Iterator[float]:
+def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
     """Times at which the passing of time alone may change a decision."""
     rules = view.rules
-    moments = [] if turn.wake_at is None else [turn.wake_at]
+    moments = [] if schedule.recheck_at is None else [schedule.recheck_at]
     for waiting in view.waiting.values():
         moments += [waiting.since + rules.patience_secs, waiting.since + rules.starvation_secs]
-    moments += [backoff.until for backoff in view.bars.values()]
-    for (model, _), use in view.uses.items():
+    moments += [backoff.until for backoff in view.backoffs.values()]
+    for (model, _), use in view.usages.items():
         profile = view.catalogue.profile(model)
         own = None if profile is None else profile.min_residency_secs
         moments.append(use.loaded_at + (rules.min_residency_secs if own is None else own))
@@ -184,7 +184,7 @@ class Simulation:
                 {
                     "finished": self._finished,
                     "scheduler": self._scheduler.run(),
-                    "replicas": self._scheduler.keep_up(),
+                    "replicas": self._scheduler.reconcile_loop(),
                     "routes": self._publish(),
                     "arrivals": self._arrivals(),
                 }

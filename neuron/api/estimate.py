@@ -62,7 +62,7 @@ def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, 
     quant = query.get("quant")
     try:
         command = LoadCommand(model_id=name, quant=quant, harness=None)
-        made = spec_of(command, harnesses=services.config.harness_names)  # refuses whatever a load would refuse
+        made = spec_of(command, services.config)  # refuses whatever a load would refuse
     except ValidationError as error:
         raise InvalidRequest(f"model: {name[:80]!r} has more than 512 characters", param="model") from error
     except InvalidRequest as error:

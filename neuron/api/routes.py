@@ -15,8 +15,8 @@ from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of
-from neuron.lifecycle.model_state import State
-from neuron.memory.capacity import with_rooms
+from neuron.lifecycle.states import State
+from neuron.memory.capacity import with_capacities
 from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError
 from shared.http import read_model, reply
@@ -173,7 +173,7 @@ async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHea
     """The devices, with what the driver measures and this neuron has booked on each now."""
     live = await services.source.health()
     topology = await services.source.discover()  # after health(), which finds lost devices
-    return topology.devices, with_rooms(live, services.ledger.rooms(topology, live))
+    return topology.devices, with_capacities(live, services.ledger.capacities(topology, live))
 
 
 def _flag(request: web.Request, name: str, *, default: bool) -> bool:

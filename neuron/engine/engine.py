@@ -19,7 +19,7 @@ from neuron.engine.state_dir import EngineDir
 from neuron.gpu.topology import TopologySource
 from neuron.harness.base import Harness
 from neuron.memory.capacity import held_by
-from neuron.memory.placement import EnginePlacement
+from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from neuron.config import HarnessSettings
 from neuron.estimate.estimator import MemoryEstimator
 from neuron.harness.activity import ActivityProbe
 from neuron.harness.sleep import SleepControl
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import STARTING, LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import Device, FailureCause
@@ -104,10 +104,14 @@ class Harness(ABC):
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
         return None
 
-    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryNeed:
+    def code_argument(self, args: Sequence[str]) -> str | None:
+        """The first of `args` that makes the engine run code other than its own; None when none does."""
+        return None
+
+    def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """What an engine with these arguments takes on each device when it is meant to take `share_mb` MiB. By default
         that share, and without one the whole device."""
-        return MemoryNeed(fraction=1.0) if share_mb is None else MemoryNeed(share_mb)
+        return MemoryRequirement(fraction=1.0) if share_mb is None else MemoryRequirement(share_mb)
 
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         """True when the engine that `command` starts can be put to sleep with `sleep`."""

@@ -49,8 +49,8 @@ def _check_known(name: str) -> None:
         raise ValueError(f"unknown harness {name!r} (known: {', '.join(HARNESSES)})")
 
 
-def spec_of(command: LoadCommand, *, harnesses: list[str]) -> EngineSpec:
-    """`command` as a spec; without a harness it gets the first of `harnesses`, those that this host offers.
+def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
+    """`command` as a spec; without a harness it gets the first that this host offers.
 
     Raises:
         InvalidRequest: names the field and its value.
@@ -65,12 +65,14 @@ def spec_of(command: LoadCommand, *, harnesses: list[str]) -> EngineSpec:
         raise InvalidRequest(f"served_names: more than {_MAX_SERVED_NAMES}", param="served_names")
     if command.quant is not None and not _QUANTIZATION.fullmatch(command.quant):
         raise InvalidRequest(f"quant: invalid quantization name {command.quant!r}", param="quant")
-    harness = _harness(command.harness, harnesses)
+    harness = _harness(command.harness, config.harness_names)
     if len(command.args) > _MAX_ARGS:
         raise InvalidRequest(f"args: more than {_MAX_ARGS}", param="args")
     reason = (
         control_character(command.args) or HARNESSES[harness].refused_argument(command.args) or shell_word(command.args)
     )
+    if reason is None and not config.harness_settings(harness).allow_code:
+        reason = _runs_code(harness, command.args)
     if reason is not None:
         raise InvalidRequest(f"args: {reason}", param="args")
     return EngineSpec(
@@ -124,6 +126,16 @@ def shell_word(args: Sequence[str]) -> str | None:
         if _SHELL.search(value):
             return f"{arg!r} could be read as a shell word"
     return None
+
+
+def _runs_code(harness: str, args: Sequence[str]) -> str | None:
+    arg = HARNESSES[harness].code_argument(args)
+    if arg is None:
+        return None
+    return (
+        f"{arg!r} can make the engine run code of a model, a file or another host: "
+        f"to allow it, set allow_code = true in [harness.{harness}] of this host's neuron.toml"
+    )
 
 
 def _check_source(source: str, field: str) -> None:

@@ -13,7 +13,7 @@ from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
@@ -32,12 +32,12 @@ class SimHarness(VllmHarness):
     runs_on_gpu = False
     sleep = SimSleep()
 
-    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryNeed:
+    def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
         total = value_of(args, "--vram-mb")
         if total is not None and total.isdecimal():
-            return MemoryNeed(-(-int(total) // spec.tensor_parallel))
-        return MemoryNeed(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
+            return MemoryRequirement(-(-int(total) // spec.tensor_parallel))
+        return MemoryRequirement(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)

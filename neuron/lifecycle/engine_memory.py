@@ -11,9 +11,8 @@ from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine, measure
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import HARNESSES
-from neuron.memory.ledger import Ledger
-from neuron.memory.placement import EnginePlacement
-from neuron.memory.sleep_budget import SleepBudget
+from neuron.memory.host_memory import SleepBudget
+from neuron.memory.ledger import EnginePlacement, Ledger
 from neuron.spec import EngineSpec
 from shared.protocol import Device, DeviceHealth
 
@@ -98,7 +97,7 @@ class EngineMemory:
         """
         # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
         args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
-        requirement = HARNESSES[spec.harness].memory_need(spec, share_mb, args)
+        requirement = HARNESSES[spec.harness].memory_requirement(spec, share_mb, args)
         choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health)
         return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
 
@@ -113,7 +112,7 @@ class EngineMemory:
         """Waits until no stopping engine holds memory that booking `number` was promised."""
         while True:
             topology, health = await asyncio.gather(self._source.discover(), self._source.health())
-            if not self.ledger.awaited(number, topology, health):
+            if not self.ledger.still_held(number, topology, health):
                 return
             await asyncio.sleep(_MEMORY_POLL_SECS)
 
@@ -122,7 +121,7 @@ class EngineMemory:
         held = await measure(engines, self._source)
         for engine in engines:
             filling = engine.ready_at is None or engine.waking
-            update = self.ledger.holding if filling else self.ledger.measured
+            update = self.ledger.update_held if filling else self.ledger.settle
             update(engine.placement.number, held[engine.placement.number])
 
     async def measure_all(self) -> None:

@@ -47,7 +47,7 @@ class EngineSleep:
             held = await memory.held_by(engine)
             engine.slept_mb = host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb)
             memory.sleep_budget.take(number, engine.slept_mb)
-            memory.ledger.shrink(number, held)
+            memory.ledger.shrink_to_sleep(number, held)
         await engine.save_record()
 
     async def found_asleep(self, engine: Engine) -> bool:
@@ -59,7 +59,7 @@ class EngineSleep:
             return False
         memory.sleep_budget.take(placement.number, engine.slept_mb)
         awake_mb = dict(zip(placement.indices, placement.booked_mb, strict=False))
-        memory.ledger.shrink(placement.number, await memory.held_by(engine), awake_mb=awake_mb)
+        memory.ledger.shrink_to_sleep(placement.number, await memory.held_by(engine), awake_mb=awake_mb)
         return True
 
     async def wake_up(self, engine: Engine) -> None:
@@ -72,7 +72,7 @@ class EngineSleep:
         control, memory, number = _control_of(engine), self._memory, engine.placement.number
         async with memory.start_locks.held(engine.devices):
             reading = await memory.read()
-            memory.ledger.regrow(number, reading.topology, reading.health)
+            memory.ledger.book_wake(number, reading.topology, reading.health)
             engine.waking = True
             await memory.until_available(number)
             await control.wake(self._http, engine.url, engine.control_key)

@@ -30,7 +30,7 @@ from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
-from neuron.memory.placement import EnginePlacement
+from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
 from shared.protocol import FailureCause

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from neuron.memory.placement import EnginePlacement
+from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 

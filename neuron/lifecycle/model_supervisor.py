@@ -21,8 +21,9 @@ from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.failure_cause import cause_of
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState, Restarts, State
-from neuron.memory.placement import EnginePlacement
+from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.states import Restarts, State
+from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 from shared.protocol import Progress
@@ -137,7 +138,7 @@ class ModelSupervisor:
                 model.become(State.UNLOADED, "unloaded after it failed")
             return None
         request.stop(reason, drain_secs=drain_secs)
-        self._memory.ledger.leaving(request.placement.number)
+        self._memory.ledger.mark_stopping(request.placement.number)
         if model.state is State.LOADED and drain_secs > 0:
             model.become(State.DRAINING, why)
         elif model.state is not State.STOPPING and not (model.state is State.DRAINING and drain_secs > 0):

@@ -16,9 +16,10 @@ from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest
-from neuron.lifecycle.model_state import ModelState, NeuronModelView, State
+from neuron.lifecycle.model_state import ModelState, NeuronModelView
 from neuron.lifecycle.model_supervisor import ModelSupervisor
-from neuron.memory.placement import EnginePlacement
+from neuron.lifecycle.states import State
+from neuron.memory.ledger import EnginePlacement
 from shared.protocol import LoadCommand, ModelActivity
 
 
@@ -64,7 +65,7 @@ class Registry:
             InsufficientVram: not enough free memory.
         """
         self._refuse_when_stopping()
-        wanted = None if command.bare else spec_of(command, harnesses=self._config.harness_names)
+        wanted = None if command.bare else spec_of(command, self._config)
         supervisor = self._known_or_new(command.model_id)
         request = supervisor.join(wanted)
         if request is not None:

@@ -1,2 +1,2 @@
-"""GPU and host memory as bookings: what each device still has, what a model is promised, and which devices it gets.
+"""GPU and host memory: what can be booked on each device, what is promised to each engine, and which devices it gets.
 `neuron.lifecycle` calls it."""

@@ -1,4 +1,4 @@
-"""What each device still has to give, from what the driver measures and what engines were promised. Pure."""
+"""How much memory of each device can be booked, given what the driver measures and what is booked. Pure."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
 
-MIG_REASON = "it is in MIG mode: its memory belongs to MIG instances, and neuron serves whole GPUs only"
+MIG_REASON = "it is in MIG mode, and neuron supports whole GPUs only"
 SILENT_REASON = "it does not answer"
 
 
 @dataclass(frozen=True)
 class Booking:
-    """What one engine was promised, and what it was last seen to hold, in MiB by device index.
+    """What is promised to one engine, and what it held when it was last measured, in MiB by device index.
 
-    A device that `held_mb` lacks is one whose driver does not say what the engine's processes hold: `foreign_mb`, which
-    others held when the engine was booked, helps to guess. `awake_mb` is what a sleeping engine needs when it wakes.
+    A device that `held_mb` lacks is one whose driver does not report what the engine's processes hold. `foreign_mb`,
+    what other processes held when the engine was booked, helps to estimate it. `awake_mb` is what a sleeping engine
+    needs when it wakes.
     """
 
     model_id: str
     promised_mb: Mapping[int, int]
     held_mb: Mapping[int, int] = field(default_factory=dict)
     foreign_mb: Mapping[int, int] = field(default_factory=dict)
-    leaving: bool = False
+    stopping: bool = False
     awake_mb: Mapping[int, int] | None = None
 
     def claim_mb(self, index: int) -> int:
-        """What this engine has or may still take on a device."""
+        """What this engine holds or may still allocate on a device."""
         return max(self.promised_mb.get(index, 0), self.held_mb.get(index, 0))
 
 
 @dataclass(frozen=True)
-class DeviceRoom:
+class GpuCapacity:
     """One device, in MiB.
 
-    `used_mb` is NVML's, the use of all processes; `booked_mb` what engines that stay were promised; `held_mb` what all
-    our engines hold of `used_mb`, and `foreign_mb` the rest of it; `reserve_mb` is the driver's own, neither used nor
-    free nor seen by CUDA. `bookable_mb` is what a new engine may be promised; `coming_back_mb` of that is still held by
-    engines that are being stopped, and `asleep_mb` is what those that sleep want when they wake.
-    `unusable` says why nothing may be placed here, None when it may.
+    `used_mb` is what all processes use, according to NVML: `held_mb` by this neuron's engines, `foreign_mb` by others.
+    `booked_mb` is promised to engines that are not being stopped. `reserve_mb` is the driver's own: neither used nor
+    free, and not visible to CUDA. `bookable_mb` can be booked for a new engine; `stopping_mb` is still held by engines
+    that are being stopped, and `asleep_mb` is what sleeping engines need when they wake.
+    `unusable` says why no engine can be placed here; None when one can.
     """
 
     index: int
@@ -55,131 +56,133 @@ class DeviceRoom:
     foreign_mb: int = 0
     reserve_mb: int = 0
     bookable_mb: int = 0
-    coming_back_mb: int = 0
+    stopping_mb: int = 0
     asleep_mb: int = 0
-    booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; engines that stay
+    booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; without stopping engines
     unusable: str | None = None
 
-    def missing_to_wake(self, need_mb: int) -> int:
-        """MiB that engines that sleep here would lack, if `need_mb` were promised to another."""
-        return max(0, self.asleep_mb - max(0, self.bookable_mb - need_mb))
+    def shortfall_on_wake(self, needed_mb: int) -> int:
+        """MiB that the sleeping engines here would lack if `needed_mb` were booked for another."""
+        return max(0, self.asleep_mb - max(0, self.bookable_mb - needed_mb))
 
-    def has(self, need_mb: int) -> bool:
-        """True when an engine may be promised `need_mb` here. A device that shares the host's memory, and so has none
-        of its own to count (`total_mb` 0), never refuses."""
-        return self.unusable is None and (self.total_mb == 0 or need_mb <= self.bookable_mb)
+    def can_hold(self, needed_mb: int) -> bool:
+        """True when `needed_mb` can be booked here. Always true for a device that shares the host's memory (`total_mb`
+        0)."""
+        return self.unusable is None and (self.total_mb == 0 or needed_mb <= self.bookable_mb)
 
     def __str__(self) -> str:
         label = f"device {self.index} ({self.name})" if self.name else f"device {self.index}"
         if self.unusable is not None:
             return f"{label} cannot be used: {self.unusable}"
-        takers = [f"{mb} booked by {model_id!r}" for model_id, mb in self.booked_by]
+        uses = [f"{mb} booked for {model_id!r}" for model_id, mb in self.booked_by]
         if self.foreign_mb:
-            takers.append(f"{self.foreign_mb} held by processes that are not neuron's")
-        taken = f" ({', '.join(takers)})" if takers else ""
-        return f"{label}: {self.bookable_mb} of {self.total_mb} MiB can be had{taken}"
+            uses.append(f"{self.foreign_mb} used by other processes")
+        details = f" ({', '.join(uses)})" if uses else ""
+        return f"{label}: {self.bookable_mb} of {self.total_mb} MiB available{details}"
 
 
 class InsufficientVram(Conflict):
     """Not enough GPU memory for a load; `wanted` says which model needs how much.
 
-    The message has the figures of each device, and so has the `devices` field of the error.
+    The message and the error's `devices` field contain the figures of each device.
     """
 
-    def __init__(self, wanted: str, rooms: Sequence[DeviceRoom], needed_mb: Sequence[int] = ()) -> None:
-        """`needed_mb`: what the load needs on each of `rooms`, in MiB, if known."""
+    def __init__(self, wanted: str, capacities: Sequence[GpuCapacity], needed_mb: Sequence[int] = ()) -> None:
+        """`needed_mb`: what the load needs on each of `capacities`, in MiB, if known."""
         figures = [
             DeviceFigures(
-                index=room.index,
-                total_mb=room.total_mb,
-                booked_mb=room.booked_mb,
-                foreign_mb=room.foreign_mb,
-                bookable_mb=room.bookable_mb,
-                unusable=room.unusable,
+                index=device.index,
+                total_mb=device.total_mb,
+                booked_mb=device.booked_mb,
+                foreign_mb=device.foreign_mb,
+                bookable_mb=device.bookable_mb,
+                unusable=device.unusable,
                 needed_mb=needed,
             ).model_dump()
-            for room, needed in zip_longest(rooms, needed_mb)
+            for device, needed in zip_longest(capacities, needed_mb)
         ]
-        message = "; ".join([wanted, *map(str, rooms)])
+        message = "; ".join([wanted, *map(str, capacities)])
         super().__init__(message, code=ErrorCode.INSUFFICIENT_VRAM, extra={"devices": figures})
 
 
 def unusable_reason(device: Device) -> str | None:
-    """Why no engine can be placed on a device at all, None when one can."""
+    """Why no engine can ever be placed on a device; None when one can."""
     if device.lost is not None:
         return device.lost
     return MIG_REASON if device.mig_mode else None
 
 
-def rooms_of(
+def gpu_capacities(
     topology: Topology, health: Sequence[DeviceHealth], bookings: Collection[Booking]
-) -> tuple[DeviceRoom, ...]:
-    """The room on every device of the host, in the topology's order."""
+) -> tuple[GpuCapacity, ...]:
+    """The capacity of every device of the host, in the topology's order."""
     live = {figures.index: figures for figures in health}
     margin = 0 if topology.simulated else DEVICE_MARGIN_MB
     return tuple(
-        _room(device, live.get(device.index), [each for each in bookings if device.index in each.promised_mb], margin)
+        _capacity(
+            device, live.get(device.index), [each for each in bookings if device.index in each.promised_mb], margin
+        )
         for device in topology.devices
     )
 
 
-def _room(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking], margin_mb: int) -> DeviceRoom:
+def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Booking], margin_mb: int) -> GpuCapacity:
     index, total = device.index, device.vram_total_mb
     used, free = (0, 0) if live is None else (live.vram_used_mb, live.vram_free_mb)
     held, foreign = _attributed(index, used, bookings)
-    staying = [booking for booking in bookings if not booking.leaving]
+    lasting = [booking for booking in bookings if not booking.stopping]
     reserve = max(0, total - used - free) if used or free else 0
-    claimed = sum(booking.claim_mb(index) for booking in staying)
-    return DeviceRoom(
+    claimed = sum(booking.claim_mb(index) for booking in lasting)
+    return GpuCapacity(
         index=index,
         name=device.name,
         total_mb=total,
         used_mb=used,
-        booked_mb=sum(booking.promised_mb[index] for booking in staying),
+        booked_mb=sum(booking.promised_mb[index] for booking in lasting),
         held_mb=sum(mb for _, mb in held),
         foreign_mb=foreign,
         reserve_mb=reserve,
         bookable_mb=max(0, total - reserve - foreign - claimed - margin_mb),
-        coming_back_mb=sum(mb for booking, mb in held if booking.leaving),
+        stopping_mb=sum(mb for booking, mb in held if booking.stopping),
         asleep_mb=sum(
-            max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in staying if booking.awake_mb
+            max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
-        booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in staying),
+        booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in lasting),
         unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
     )
 
 
 def _attributed(index: int, used_mb: int, bookings: Sequence[Booking]) -> tuple[list[tuple[Booking, int]], int]:
-    """Who holds what of `used_mb` on a device: each of the engines, and all processes that are none of theirs.
+    """Attributes `used_mb` of a device: what each of the engines holds, and what all other processes hold.
 
-    An engine whose processes the driver does not name (they are not that far yet, or neuron is in a container of its
-    own) is taken to hold what came into use since it was booked, up to its promise: counted as a stranger's, the same
-    memory would be taken off twice.
+    If the driver does not list an engine's processes (they have not allocated yet, or neuron runs in its own
+    container), the engine is assumed to hold what came into use since it was booked, up to its promise. Otherwise the
+    same memory would be subtracted twice, as promised and as foreign.
     """
     held = [(booking, booking.held_mb[index]) for booking in bookings if index in booking.held_mb]
     rest = max(0, used_mb - sum(mb for _, mb in held))
     unknown = [booking for booking in bookings if index not in booking.held_mb]
-    strangers = min(rest, unknown[-1].foreign_mb.get(index, 0)) if unknown else 0  # as of the last booking
-    rest -= strangers
-    for booking in sorted(unknown, key=lambda each: not each.leaving):
+    foreign = min(rest, unknown[-1].foreign_mb.get(index, 0)) if unknown else 0  # as of the last booking
+    rest -= foreign
+    for booking in sorted(unknown, key=lambda each: not each.stopping):
         share = min(rest, booking.promised_mb[index])
         held.append((booking, share))
         rest -= share
-    return held, strangers + rest
+    return held, foreign + rest
 
 
-def with_rooms(health: Sequence[DeviceHealth], rooms: Sequence[DeviceRoom]) -> list[DeviceHealth]:
-    """Live figures, with what is booked, foreign and bookable on each device filled in."""
-    by_index = {room.index: room for room in rooms}
+def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapacity]) -> list[DeviceHealth]:
+    """Adds to live figures what is booked, foreign and bookable on each device."""
+    by_index = {device.index: device for device in capacities}
     return [
         figures
-        if (room := by_index.get(figures.index)) is None
+        if (device := by_index.get(figures.index)) is None
         else figures.model_copy(
             update={
-                "vram_booked_mb": room.booked_mb,
-                "vram_foreign_mb": room.foreign_mb,
-                "vram_asleep_mb": room.asleep_mb,
-                "vram_bookable_mb": room.bookable_mb if room.unusable is None else 0,
+                "vram_booked_mb": device.booked_mb,
+                "vram_foreign_mb": device.foreign_mb,
+                "vram_asleep_mb": device.asleep_mb,
+                "vram_bookable_mb": device.bookable_mb if device.unusable is None else 0,
             }
         )
         for figures in health
@@ -187,8 +190,8 @@ def with_rooms(health: Sequence[DeviceHealth], rooms: Sequence[DeviceRoom]) -> l
 
 
 def held_by(pids: Collection[int], usage: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """MiB that the processes hold by device index, from `TopologySource.process_memory_mb`; without the devices that
-    know none of them."""
+    """MiB that the processes hold by device index, from `TopologySource.process_memory_mb`. Lacks devices that list
+    none of them."""
     found: dict[int, int] = {}
     for index, by_pid in usage.items():
         held = [mb for pid, mb in by_pid.items() if pid in pids]

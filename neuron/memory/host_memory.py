@@ -1,9 +1,9 @@
-"""The memory of this host that sleeping engines take: how much there is, and whether one more has room in it."""
+"""The host memory that sleeping engines take: how much is available, and whether one more engine fits."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -12,34 +12,32 @@ from neuron.config import NeuronConfig
 
 
 @dataclass(frozen=True)
-class HostRam:
-    """MiB. `available_mb` is what programs can have without swapping, what sleeps already not counted in it;
-    `promised_mb` is what engines that are falling asleep right now are about to take of it."""
+class HostMemory:
+    """MiB. `available_mb` is what programs can allocate without swapping, now that some engines sleep; `reserve_mb` of
+    it stays free."""
 
     available_mb: int
     reserve_mb: int
-    promised_mb: int = 0
 
-    def check_room(self, model_id: str, needed_mb: int) -> None:
-        """Nothing, when the weights of one more engine have room beside what is kept free.
+    def check_fits(self, model_id: str, needed_mb: int) -> None:
+        """Checks that the weights of one more engine fit.
 
         Raises:
             Conflict: `insufficient_ram`, with the figures.
         """
-        left_mb = self.available_mb - self.promised_mb
-        if needed_mb > left_mb - self.reserve_mb:
-            raise failures.insufficient_ram(model_id, needed_mb, max(left_mb, 0), self.reserve_mb)
+        if needed_mb > self.available_mb - self.reserve_mb:
+            raise failures.insufficient_ram(model_id, needed_mb, max(self.available_mb, 0), self.reserve_mb)
 
 
 def needed_mb(weights_mb: int | None, vram_used_mb: int | None) -> int:
-    """MiB of host memory that an engine needs for its sleep at level 1: its weights, as its log told them, else all
-    that it holds, which is more (the KV cache is discarded)."""
+    """MiB of host memory that an engine needs to sleep at level 1: its weights, if its log says how large they are,
+    else all that it holds, which is more (the KV cache is discarded)."""
     known = [mb for mb in (weights_mb, vram_used_mb) if mb is not None]
     return min(known, default=0)
 
 
 def slept_mb(weights_mb: int | None, before_mb: int | None, after_mb: int | None) -> int:
-    """MiB of host memory that a sleeping engine takes: its weights, and no more than what it gave up on its devices."""
+    """MiB of host memory that a sleeping engine takes: its weights, at most what it released on its devices."""
     return needed_mb(weights_mb, max((before_mb or 0) - (after_mb or 0), 0))
 
 
@@ -51,30 +49,48 @@ async def check_sleep(
     weights_mb: int | None,
     vram_used_mb: int | None,
     slept_mb: int = 0,
-    promised_mb: int = 0,
 ) -> int:
-    """MiB of this host's memory that an engine is going to take when it sleeps. `slept_mb` is what all take that sleep
-    already, `promised_mb` what those need that are falling asleep.
+    """MiB of this host's memory that an engine will take when it sleeps. `slept_mb` is what all sleeping engines take
+    already.
 
     Raises:
-        Conflict: `insufficient_ram`, there is no room for it.
+        Conflict: `insufficient_ram`.
     """
     if not sleeps_in_ram and config.simulate is None:
         return 0  # a simulated engine, and no simulated memory
     wanted_mb = needed_mb(weights_mb, vram_used_mb)
-    ram = await host_ram(config, slept_mb=slept_mb, promised_mb=promised_mb)
-    if ram is not None:
-        ram.check_room(model_id, wanted_mb)
+    memory = await host_memory(config, slept_mb=slept_mb)
+    if memory is not None:
+        memory.check_fits(model_id, wanted_mb)
     return wanted_mb
 
 
-async def host_ram(config: NeuronConfig, *, slept_mb: int, promised_mb: int = 0) -> HostRam | None:
-    """This host's memory now; on a simulated host its `ram_mb` without the `slept_mb` of all that sleep, or None
-    when it has no limit there (nothing really moves)."""
+async def host_memory(config: NeuronConfig, *, slept_mb: int) -> HostMemory | None:
+    """This host's memory now. On a simulated host, where sleep moves no memory, it is `ram_mb` less `slept_mb`, or None
+    when `ram_mb` is not set."""
     reserve_mb = config.sleep.ram_reserve_mb
     if config.simulate is None:
-        memory = await asyncio.to_thread(psutil.virtual_memory)
-        return HostRam(memory.available // 2**20, reserve_mb, promised_mb)
+        available = (await asyncio.to_thread(psutil.virtual_memory)).available
+        return HostMemory(available // 2**20, reserve_mb)
     if config.simulate.ram_mb is None:
         return None
-    return HostRam(config.simulate.ram_mb - slept_mb, reserve_mb, promised_mb)
+    return HostMemory(config.simulate.ram_mb - slept_mb, reserve_mb)
+
+
+@dataclass
+class SleepBudget:
+    """MiB by booking number. Hold `lock` while an engine falls asleep, so that two cannot count on the same memory."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _taken: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def taken_mb(self) -> int:
+        return sum(self._taken.values())
+
+    def take(self, number: int, mb: int) -> None:
+        self._taken[number] = mb
+
+    def release(self, number: int) -> None:
+        """The engine is awake, or ended."""
+        self._taken.pop(number, None)

@@ -1,128 +1,150 @@
-"""The bookings of GPU memory: which engine was promised how much of which device."""
+"""The bookings of GPU memory: how much of which device is promised to which engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, DeviceRoom, InsufficientVram, rooms_of
-from neuron.memory.requirement import MemoryNeed
-from neuron.memory.selection import Choice, check_devices, choose
+from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
+from neuron.memory.requirement import MemoryRequirement
+from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from neuron.spec import EngineSpec
-from shared.protocol import DeviceHealth
+from shared.protocol import Device, DeviceHealth
+
+
+@dataclass(frozen=True)
+class EnginePlacement:
+    """The devices of an engine, the MiB booked on each of them under `number`, and why these devices. `share_mb` is
+    what the engine is told to use on each device; None: its default."""
+
+    number: int
+    devices: tuple[Device, ...] = ()
+    booked_mb: tuple[int, ...] = ()
+    share_mb: int | None = None
+    why: str = ""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return tuple(device.index for device in self.devices)
 
 
 class Ledger:
-    """Single owner of the bookings, by engine number. Every method decides and books before it returns, with nothing
-    awaited in between: two loads can never be promised the same memory. MiB everywhere.
+    """Single owner of the bookings, by booking number. No method awaits anything between its decision and the booking,
+    so two loads cannot get the same memory. MiB everywhere.
     """
 
     def __init__(self) -> None:
         self._bookings: dict[int, Booking] = {}
 
-    def rooms(self, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[DeviceRoom, ...]:
-        """Every device and what it has to give, given what the driver just measured."""
-        return rooms_of(topology, health, self._bookings.values())
+    def capacities(self, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[GpuCapacity, ...]:
+        """The capacity of every device, given what the driver just measured."""
+        return gpu_capacities(topology, health, self._bookings.values())
 
     def book(
         self,
         number: int,
         spec: EngineSpec,
-        need: MemoryNeed,
+        requirement: MemoryRequirement,
         topology: Topology,
         health: Sequence[DeviceHealth],
-    ) -> Choice:
-        """Books devices for engine `number`, and `need` on each of them, until `release`. On a host without devices
-        the choice is empty.
+    ) -> DeviceSelection:
+        """Books `requirement` on the devices it selects, under `number`, until `release`. On a host without devices the
+        selection is empty.
 
         Raises:
-            InsufficientVram: no devices, or not the ones the spec names, have that much to give.
-            InvalidRequest: as `check_devices`; a device may have been lost since a spec was checked.
+            InsufficientVram: no devices, or not those that the spec names, have enough memory.
+            InvalidRequest: as `check_devices`; a device may have been lost since the spec was checked.
         """
         check_devices(spec, topology)
-        rooms = self.rooms(topology, health)
-        choice = choose(spec.tensor_parallel, need, topology, rooms, named=spec.devices)
-        if choice is None:
-            wanted = f"{spec.model_id!r} needs {need} on {_places(spec)}"
+        capacities = self.capacities(topology, health)
+        selection = select_devices(spec.tensor_parallel, requirement, topology, capacities, named=spec.devices)
+        if selection is None:
             if spec.devices is not None:
-                rooms = tuple(room for room in rooms if room.index in spec.devices)
-            raise InsufficientVram(wanted, rooms, [need.on(room, room.total_mb) for room in rooms])
-        promised = dict(zip((device.index for device in choice.devices), choice.booked_mb, strict=True))
-        foreign = {room.index: room.foreign_mb for room in rooms}
+                capacities = tuple(device for device in capacities if device.index in spec.devices)
+            raise InsufficientVram(
+                f"{spec.model_id!r} needs {requirement} on {_devices_of(spec)}",
+                capacities,
+                [requirement.on_device(device, device.total_mb) for device in capacities],
+            )
+        promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
+        foreign = {device.index: device.foreign_mb for device in capacities}
         self._bookings[number] = Booking(spec.model_id, promised, foreign_mb=foreign)
-        return choice
+        return selection
 
     def adopt(self, number: int, model_id: str, devices: Sequence[int], share_mb: int | None) -> None:
-        """Books for an engine that was found running, without a check: it has its memory. `share_mb` None books
-        nothing until it is measured; what it holds counts as a stranger's until then."""
+        """Books for a running engine of an earlier neuron, without a check: it has its memory. With `share_mb` None it
+        books nothing until the engine is measured; until then its memory counts as foreign."""
         self._bookings[number] = Booking(model_id, dict.fromkeys(devices, share_mb or 0))
 
-    def holding(self, number: int, by_device: Mapping[int, int]) -> None:
-        """What an engine that still fills its memory (it loads, it wakes) holds by now; its promise stands. Told before
-        each booking, it keeps what strangers took meanwhile from being mistaken for the engine's.
+    def update_held(self, number: int, by_device: Mapping[int, int]) -> None:
+        """Records what an engine that still allocates (it loads or wakes) holds now; its promise does not change. Call
+        it before each booking, so that memory which other processes took meanwhile is not attributed to the engine.
 
-        As in all of these, a device that `by_device` lacks is one whose driver does not say, and an engine that is
-        gone meanwhile is ignored: a measurement may come late.
+        Here and in the other methods, a device that `by_device` lacks is one whose driver does not report the engine's
+        memory. A measurement may arrive after the engine is gone, and is ignored then.
         """
         self._measure(number, by_device, settled=False)
 
-    def measured(self, number: int, by_device: Mapping[int, int]) -> None:
-        """The footprint of an engine that is loaded, or sleeps: from now on this is what it is promised."""
+    def settle(self, number: int, by_device: Mapping[int, int]) -> None:
+        """Replaces the promise of a loaded or sleeping engine by what it holds."""
         self._measure(number, by_device, settled=True)
 
-    def shrink(self, number: int, by_device: Mapping[int, int], *, awake_mb: Mapping[int, int] | None = None) -> None:
-        """The engine sleeps: it keeps only what it still holds, and others may have the rest. `awake_mb` is what it
-        needs when it wakes, where that is not what it was promised until now: of an engine that was found asleep, and
-        may have been measured since."""
+    def shrink_to_sleep(
+        self, number: int, by_device: Mapping[int, int], *, awake_mb: Mapping[int, int] | None = None
+    ) -> None:
+        """The engine sleeps: keeps booked only what it still holds. `awake_mb` is what it needs when it wakes, if that
+        is not its present promise: an adopted engine that sleeps may have been measured already."""
         booking = self._bookings.get(number)
         if booking is not None:
             awake_mb = awake_mb or booking.awake_mb or booking.promised_mb
             self._bookings[number] = replace(booking, awake_mb=awake_mb)
-            self.measured(number, by_device)
+            self.settle(number, by_device)
 
-    def regrow(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> None:
-        """The engine is to wake: it is promised again what it had when it fell asleep. Until it is awake and
-        `measured`, tell what it holds with `holding`.
+    def book_wake(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> None:
+        """Books again what the engine had when it fell asleep. Call `update_held` until it is awake, then `settle`.
 
         Raises:
-            InsufficientVram: others have been given that memory, or taken it; the engine keeps what it has asleep.
+            InsufficientVram: the memory is booked or used by others; the engine keeps what it has asleep.
         """
         booking = self._bookings.get(number)
         if booking is None or booking.awake_mb is None:
             return
-        mine = [room for room in self.rooms(topology, health) if room.index in booking.promised_mb]
+        own = [device for device in self.capacities(topology, health) if device.index in booking.promised_mb]
         more = {index: max(0, mb - booking.claim_mb(index)) for index, mb in booking.awake_mb.items()}
-        if not all(room.has(more[room.index]) for room in mine):
+        if not all(device.can_hold(more[device.index]) for device in own):
             needs = ", ".join(f"{mb} MiB more on device {index}" for index, mb in sorted(more.items()))
-            raise InsufficientVram(f"{booking.model_id!r} needs {needs} to wake", mine)
+            raise InsufficientVram(f"{booking.model_id!r} needs {needs} to wake", own)
         self._bookings[number] = replace(booking, promised_mb=booking.awake_mb, awake_mb=None)
 
-    def leaving(self, number: int) -> None:
-        """The engine is being stopped: what it has can be promised to another, who waits while it is `awaited`."""
+    def mark_stopping(self, number: int) -> None:
+        """The engine is being stopped: others can book its memory, and wait while `still_held` is not empty."""
         booking = self._bookings.get(number)
         if booking is not None:
-            self._bookings[number] = replace(booking, leaving=True)
+            self._bookings[number] = replace(booking, stopping=True)
 
-    def awaited(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
-        """MiB by device that engines being stopped still hold of what engine `number` was promised; empty when it may
-        start. Who was promised memory earlier has it earlier."""
-        mine = self._bookings.get(number)
-        if mine is None:
+    def still_held(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
+        """MiB by device that stopping engines still hold of what was promised to booking `number`; empty when its
+        engine may start. Earlier bookings get freed memory first."""
+        own = self._bookings.get(number)
+        if own is None:
             return {}
         order = list(self._bookings)
         earlier = order[: order.index(number) + 1]
-        counted = [booking for each, booking in self._bookings.items() if booking.leaving or each in earlier]
-        rooms = [room for room in rooms_of(topology, health, counted) if room.index in mine.promised_mb]
-        return {room.index: short for room in rooms if (short := room.coming_back_mb - room.bookable_mb) > 0}
+        counted = [booking for each, booking in self._bookings.items() if booking.stopping or each in earlier]
+        return {
+            device.index: missing
+            for device in gpu_capacities(topology, health, counted)
+            if device.index in own.promised_mb and (missing := device.stopping_mb - device.bookable_mb) > 0
+        }
 
     def promised_mb(self, number: int) -> int:
-        """What engine `number` is promised at present, on all its devices together."""
+        """What is promised to booking `number` now, on all its devices together."""
         booking = self._bookings.get(number)
         return 0 if booking is None else sum(booking.promised_mb.values())
 
     def release(self, number: int) -> None:
-        """The engine is gone. Memory that the driver still counts as in use is a stranger's from now on."""
+        """The engine is gone. Memory of it that the driver still reports as used counts as foreign from now on."""
         self._bookings.pop(number, None)
 
     def _measure(self, number: int, by_device: Mapping[int, int], *, settled: bool) -> None:
@@ -134,8 +156,8 @@ class Ledger:
         self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held)
 
 
-def _places(spec: EngineSpec) -> str:
-    """Where a spec wants its memory, in words."""
+def _devices_of(spec: EngineSpec) -> str:
+    """The devices that a spec asks for, in words."""
     if spec.devices is not None:
         listed = ", ".join(map(str, spec.devices))
         return f"device {listed}" if len(spec.devices) == 1 else f"each of the devices {listed}"

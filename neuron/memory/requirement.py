@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuron.memory.capacity import DeviceRoom
+from neuron.memory.capacity import GpuCapacity
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
-    """Memory of one engine on each device: `mb` MiB, or, with `fraction`, that part of what CUDA sees of the device.
+class MemoryRequirement:
+    """Memory of one engine on each device: `mb` MiB, or, with `fraction`, that part of the memory that CUDA sees there.
 
-    `one_fraction`: the engine is given `mb` as one fraction for all of its devices, the one with which the smallest of
-    them gives `mb`. Of a larger one it wants the same fraction, which is more.
+    `one_fraction`: the engine gets `mb` as one fraction for all of its devices, calculated from the smallest. The same
+    fraction of a larger device is more than `mb`.
     """
 
     mb: int = 0
@@ -23,21 +23,21 @@ class MemoryNeed:
 
     @property
     def size_known(self) -> bool:
-        """False when the engine takes what the device has: then nothing tells how large its model is."""
+        """False when the engine takes a fraction of the device, which says nothing about the size of its model."""
         return self.fraction is None
 
-    def on(self, room: DeviceRoom, smallest_mb: int) -> int:
-        """MiB on a device, in a set whose smallest has `smallest_mb` in total."""
+    def on_device(self, device: GpuCapacity, smallest_mb: int) -> int:
+        """MiB on one device of a set whose smallest has `smallest_mb` in total."""
         if self.fraction is not None:
-            return math.ceil(self.fraction * (room.total_mb - room.reserve_mb))
+            return math.ceil(self.fraction * (device.total_mb - device.reserve_mb))
         if self.one_fraction and smallest_mb > 0:
-            return -(-self.mb * room.total_mb // smallest_mb)
+            return -(-self.mb * device.total_mb // smallest_mb)
         return self.mb
 
-    def shares(self, rooms: Sequence[DeviceRoom]) -> tuple[int, ...]:
+    def per_device(self, devices: Sequence[GpuCapacity]) -> tuple[int, ...]:
         """MiB on each device of a set."""
-        smallest = min((room.total_mb for room in rooms), default=0)
-        return tuple(self.on(room, smallest) for room in rooms)
+        smallest = min((device.total_mb for device in devices), default=0)
+        return tuple(self.on_device(device, smallest) for device in devices)
 
     def __str__(self) -> str:
         return f"{self.mb} MiB" if self.fraction is None else f"{100 * self.fraction:g}% of the memory"

@@ -52,10 +52,9 @@ PURE = (
         f"neuron/harness/vllm/estimate/{name}.py"
         for name in ("context_length", "estimator", "kv_cache", "overhead", "parallel")
     ),
-    *(f"neuron/lifecycle/{name}.py" for name in ("restarts", "states")),
+    "neuron/lifecycle/states.py",
     *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
     *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
-    "neuron/engine/line_ring.py",
     "neuron/spec.py",
     "shared/errors.py",
     "shared/gpus.py",

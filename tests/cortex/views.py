@@ -8,8 +8,9 @@ from typing import Any
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Backoff, Key, Use, View, Waiting
-from cortex.placement.planner import Plan, best, verdicts
+from cortex.placement.inputs import Backoff, Key, PlanningView, ReplicaUsage, WaitingRequests
+from cortex.placement.node_plan import LoadPlan
+from cortex.placement.planner import all_verdicts, best_plan
 
 NOW = 10_000.0
 RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)
@@ -20,48 +21,49 @@ def profile(**fields: Any) -> ModelProfile:
     return ModelProfile.model_validate({"id": "m", **fields})
 
 
-def used(working: int = 0, *, idle: float = 500.0, age: float = 1000.0) -> Use:
+def used(working: int = 0, *, idle: float = 500.0, age: float = 1000.0) -> ReplicaUsage:
     """`idle` seconds since the last request, `age` since the load."""
-    return Use(working, NOW - idle, NOW - age)
+    return ReplicaUsage(working, NOW - idle, NOW - age)
 
 
 def view(
     where: FleetSnapshot,
     *models: ModelProfile,
     waiting: Mapping[str, float] | None = None,
-    uses: Mapping[Key, Use] | None = None,
-    bars: Mapping[Key, Backoff] | None = None,
-    pressed: Mapping[str, float] | None = None,
+    usages: Mapping[Key, ReplicaUsage] | None = None,
+    backoffs: Mapping[Key, Backoff] | None = None,
+    overloaded_secs: Mapping[str, float] | None = None,
     rules: Rules | None = None,
     now: float = NOW,
     **fields: Any,
-) -> View:
-    """`waiting` and `pressed` are seconds by model: for how long requests wait, or the load has been too high."""
-    return View(
+) -> PlanningView:
+    """`waiting` and `overloaded_secs` are seconds by model: for how long requests wait, or the load has
+    been too high."""
+    return PlanningView(
         now=now,
         catalogue=Catalogue(models=models),
         fleet=where,
         rules=rules or RULES,
-        waiting={model_id: Waiting(1, now - secs) for model_id, secs in (waiting or {}).items()},
-        uses=uses or {},
-        bars=bars or {},
-        pressed={model_id: now - secs for model_id, secs in (pressed or {}).items()},
+        waiting={model_id: WaitingRequests(1, now - secs) for model_id, secs in (waiting or {}).items()},
+        usages=usages or {},
+        backoffs=backoffs or {},
+        overloaded_since={model_id: now - secs for model_id, secs in (overloaded_secs or {}).items()},
         **fields,
     )
 
 
-def planned(moment: View, model_id: str = "m") -> Plan | None:
+def planned(moment: PlanningView, model_id: str = "m") -> LoadPlan | None:
     """The plan for a model, None when it can only wait or be refused."""
     wanted = moment.profile(model_id)
     assert wanted is not None
-    return best(verdicts(moment, wanted))
+    return best_plan(all_verdicts(moment, wanted))
 
 
-def plan_for(moment: View, model_id: str = "m") -> Plan:
+def plan_for(moment: PlanningView, model_id: str = "m") -> LoadPlan:
     plan = planned(moment, model_id)
     assert plan is not None
     return plan
 
 
-def evicted(plan: Plan) -> set[str]:
-    return {each.resident.key[0] for each in plan.displacement.evictions}
+def evicted(plan: LoadPlan) -> set[str]:
+    return {each.resident.key[0] for each in plan.eviction_plan.evictions}

@@ -32,7 +32,7 @@ async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path) -> N
     ):
 
         async def ask(tokens: int = 1, *, stream: bool = False) -> tuple[int, str]:
-            body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "stream": stream}
+            body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
             async with http.post(f"{cortex.url}/v1/completions", json=body) as response:
                 return response.status, await response.text() if response.status != 200 else ""
 

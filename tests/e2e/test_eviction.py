@@ -43,7 +43,7 @@ class SmallFleet:
 
     async def ask(self, name: str, *, tokens: int = 3, stream: bool = False) -> tuple[int, str, Mapping[str, str]]:
         """Status, text and headers of one request."""
-        body = {"model": name, "prompt": "x", "max_tokens": tokens, "stream": stream}
+        body = {"model": name, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
         async with self.http.post(f"{self.url}/v1/completions", json=body) as response:
             text = await response.text()
         self.done.append(name)

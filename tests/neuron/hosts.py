@@ -57,7 +57,7 @@ ISLANDS = host(
         *(Link(a=a, b=b, kind=LinkKind.SYS) for a in range(4) for b in range(4, 8)),
     ],
 )
-"""Two islands of four."""
+"""Two NVLink islands of four."""
 _PAIRED = [*linked([(0, 1), (4, 5)], LinkKind.NVLINK, 4)]
 PAIRS = host(
     *["H100"] * 6,

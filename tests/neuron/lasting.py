@@ -36,7 +36,7 @@ def rewritten(config: Path, old: str, new: str) -> Path:
 async def streaming(neuron: Client, tokens: int) -> AsyncIterator[asyncio.Task[list[Any]]]:
     """A stream from the model's engine that has begun; the task returns its events."""
     found = (await neuron.endpoint(MODEL)).body
-    body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "stream": True}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     began = asyncio.Event()
 
     async def read() -> list[Any]:

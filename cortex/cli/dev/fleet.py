@@ -95,9 +95,9 @@ def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: DevEngi
 
 
 def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[str, Any]:
-    table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "args", "source"})
+    table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "source"})
     table["harness"] = engine.harness
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]
-    if engine.model_dir is not None:
-        table["source"] = engine.model_dir
+    if engine.model_dir is not None:  # another model than the arguments are for
+        table |= {"source": engine.model_dir, "args": []}
     return table

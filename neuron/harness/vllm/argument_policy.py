@@ -37,7 +37,7 @@ def refused_argument(args: Sequence[str]) -> str | None:
 
 def owned_flag(arg: str) -> str | None:
     """The owned flag that `arg` could be read as; None when it is another flag or a value."""
-    name = arg.partition("=")[0].partition(".")[0].replace("_", "-")
+    name = flag_name(arg)
     if name in ("-t", "-tp"):  # -t is an abbreviation of -tp
         return "--tensor-parallel-size"
     if not name.startswith("--"):
@@ -45,6 +45,11 @@ def owned_flag(arg: str) -> str | None:
     if name.startswith(_OWNED_FAMILY):
         return f"{_OWNED_FAMILY}*"
     return next((flag for flag in OWNED_FLAGS if flag.startswith(name)), None)
+
+
+def flag_name(arg: str) -> str:
+    """The flag in `--flag`, `--flag=value` or `--flag.key`, written with dashes."""
+    return arg.partition("=")[0].partition(".")[0].replace("_", "-")
 
 
 def value_of(args: Sequence[str], *flags: str) -> str | None:

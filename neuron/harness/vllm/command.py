@@ -10,12 +10,13 @@ from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
+from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.errors import cause_of, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import Reading
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
@@ -37,15 +38,15 @@ class VllmHarness(Harness):
     sleep = VllmSleep()
     estimator = VllmEstimator()
 
-    def memory_need(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryNeed:
+    def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
         with contextlib.suppress(ValueError):
             fraction = float(value_of(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
-                return MemoryNeed(fraction=fraction)
+                return MemoryRequirement(fraction=fraction)
         if share_mb is None:
-            return MemoryNeed(fraction=DEFAULT_ENGINE_SHARE)
-        return MemoryNeed(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
+            return MemoryRequirement(fraction=DEFAULT_ENGINE_SHARE)
+        return MemoryRequirement(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
@@ -68,6 +69,9 @@ class VllmHarness(Harness):
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
         return refused_argument(args)
+
+    def code_argument(self, args: Sequence[str]) -> str | None:
+        return code_argument(args)
 
     def first_reading(self) -> LoadReading:
         return Reading()
@@ -109,8 +113,8 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
 
     Rounded down: two engines whose shares add up to a device must not ask for more than it has. vLLM has one fraction
     for all devices, so it is the one that gives the share on the smallest. On a larger device the same fraction is
-    more, and that is what is booked there (`MemoryNeed.one_fraction`): vLLM refuses to start unless it is free, though
-    it uses no more blocks than fit on the smallest.
+    more, and that is what is booked there (`MemoryRequirement.one_fraction`): vLLM refuses to start unless it is free,
+    though it uses no more blocks than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
     if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):

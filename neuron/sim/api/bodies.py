@@ -12,7 +12,7 @@ from aiohttp import web
 from neuron.sim.api.errors import bad_request, malformed, unknown_model
 from neuron.sim.engine import tokens
 from neuron.sim.engine.arguments import EngineSettings
-from neuron.sim.engine.engine import Prompt
+from neuron.sim.engine.replies import Prompt
 
 Body = Mapping[str, Any]
 
@@ -77,41 +77,47 @@ def wants_usage(body: Body) -> bool:
 
 
 def check_length(limit: int | None, prompts: Sequence[Prompt], settings: EngineSettings, param: str) -> None:
-    """Raises ApiError 400 when a prompt, or a prompt and its answer, do not fit the context."""
-    room = settings.max_model_len
+    """Raises ApiError 400 when a prompt fills the context, or `limit` is above it. A prompt and `limit` that exceed it
+    together are fine: the answer ends with the context."""
+    context = settings.max_model_len
+    if limit is not None and limit > context:
+        raise bad_request(
+            f"{param}={limit} cannot be greater than max_model_len={context}. Please request fewer output tokens. "
+            f"(parameter={param}, value={limit})",
+            param,
+        )
     for count in (prompt.token_count for prompt in prompts):
-        if count >= room:
+        if count >= context:
             raise bad_request(
-                f"This model's maximum context length is {room} tokens. However, your request has {count} input "
-                "tokens. Please reduce the length of the input messages.",
+                f"This model's maximum context length is {context} tokens. However, your prompt contains {count} input "
+                "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the "
+                f"input prompt. (parameter=input_tokens, value={count})",
                 "input_tokens",
-            )
-        if limit is not None and limit + count > room:
-            raise bad_request(
-                f"'{param}' is too large: {limit}. This model's maximum context length is {room} tokens and your "
-                f"request has {count} input tokens ({limit} > {room} - {count}).",
-                param,
             )
 
 
 def content_text(content: object) -> str:
     """The text of a message's content: a string, or the textual parts of a list."""
+    return "\n".join(_texts(content))
+
+
+def _texts(content: object) -> list[str]:
     if isinstance(content, str):
-        return content
+        return [content] if content else []
     if not isinstance(content, list):
-        return ""
+        return []
     texts: list[str] = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
         elif isinstance(part, dict):
             text = part.get("text")
-            texts.append(text if isinstance(text, str) else content_text(part.get("content")))
-    return "\n".join(text for text in texts if text)
+            texts += [text] if isinstance(text, str) else _texts(part.get("content"))
+    return [text for text in texts if text]
 
 
 def conversation(messages: object, *, param: str = "messages") -> Prompt:
-    """The prompt of a list of messages; the answer quotes the user's last one.
+    """The prompt of a list of messages in any dialect; the answer quotes the user's last one, or the result of a tool.
 
     Raises:
         ApiError: 400, it is not a list of objects, or is empty.
@@ -120,9 +126,45 @@ def conversation(messages: object, *, param: str = "messages") -> Prompt:
         raise malformed(f"[{{'type': 'list_type', 'loc': ('body', '{param}')}}]", param)
     if not messages:
         raise bad_request(f"{param} must not be empty.", param)
-    texts = [(str(message.get("role", "user")), content_text(message.get("content"))) for message in messages]
-    spoken = [text for role, text in texts if role == "user"]
-    return Prompt(text="".join(f"{role}: {text}\n" for role, text in texts), quoted=spoken[-1] if spoken else "")
+    turns = [(_role(message), _turn_texts(message)) for message in messages]
+    text = "".join(f"{role}: {' '.join(texts)}\n" for role, texts in turns)
+    last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
+    results = [texts for role, texts in turns[last + 1 :] if role == "tool"]
+    said = [texts for role, texts in turns if role == "user"]
+    quoted = "\n".join(results[-1]) if results else _own_words(said[-1]) if said else ""
+    return Prompt(text, quoted, after_tool=bool(results))
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    """`tool` for the result of a call, `assistant` for a call, in OpenAI's two dialects and in Anthropic's."""
+    kind = str(message.get("type", ""))
+    if kind.endswith("_call_output"):
+        return "tool"
+    if kind.endswith("_call") or kind == "reasoning":
+        return "assistant"
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if any(isinstance(part, dict) and part.get("type") == "tool_result" for part in parts):
+        return "tool"
+    return str(message.get("role", "user"))
+
+
+def _turn_texts(message: Mapping[str, Any]) -> list[str]:
+    """All that a message adds to the prompt; for a tool's result only that, without what the client adds to it."""
+    content = message.get("content")
+    if _role(message) == "tool" and isinstance(content, list):
+        content = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"] or content
+    texts = _texts(content) + _texts(message.get("output"))
+    for key in ("tool_calls", "arguments", "input"):
+        value = message.get(key)
+        if value:
+            texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return texts
+
+
+def _own_words(texts: Sequence[str]) -> str:
+    """The user's words without the blocks in tags that coding agents put beside them."""
+    return "\n".join([text for text in texts if not text.startswith("<")] or texts)
 
 
 def text_list(value: object, param: str) -> list[str]:

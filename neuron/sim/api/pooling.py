@@ -21,7 +21,8 @@ from neuron.sim.api.bodies import (
     text_list,
 )
 from neuron.sim.api.errors import bad_request, malformed
-from neuron.sim.engine.engine import ENGINE, Prompt, SimEngine
+from neuron.sim.engine.engine import ENGINE, SimEngine
+from neuron.sim.engine.replies import Prompt
 from neuron.sim.engine.vectors import embed, normalised, similarity
 
 _LABELS = ("LABEL_0", "LABEL_1")

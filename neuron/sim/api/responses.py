@@ -6,6 +6,8 @@ import itertools
 import time
 import uuid
 from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from aiohttp import web
 
@@ -20,8 +22,10 @@ from neuron.sim.api.bodies import (
     wants_stream,
 )
 from neuron.sim.api.sse import EventStream
-from neuron.sim.engine.engine import ENGINE, Order, Prompt
+from neuron.sim.api.tools import call_id, reply_to, with_tools
+from neuron.sim.engine.engine import ENGINE, Generation
 from neuron.sim.engine.metrics import FinishReason
+from neuron.sim.engine.replies import Prompt
 
 _STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
@@ -29,41 +33,58 @@ _STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 def _prompt_of(body: Body) -> Prompt:
     given = required(body, "input")
     prompt = Prompt(f"user: {given}\n", given) if isinstance(given, str) else conversation(given, param="input")
+    prompt = with_tools(prompt, body)
     instructions = body.get("instructions")
     if isinstance(instructions, str) and instructions:
-        return Prompt(f"system: {instructions}\n{prompt.text}", prompt.quoted)
+        return replace(prompt, text=f"system: {instructions}\n{prompt.text}")
     return prompt
 
 
-class ResponseObject:
-    """The `response` object, at any point of the answer."""
+class Send(Protocol):
+    """Sends the next event."""
 
-    def __init__(self, body: Body, order: Order) -> None:
-        self._order = order
+    async def __call__(self, kind: str, **fields: object) -> None: ...
+
+
+class ResponseObject:
+    """The `response` object, at any point of the answer, with one output item: a message or a function call."""
+
+    def __init__(self, body: Body, generation: Generation) -> None:
+        self._generation = generation
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._asked = {
+        self._echoed = {
             "instructions": body.get("instructions"),
             "metadata": body.get("metadata") or {},
             "temperature": body.get("temperature", 1.0),
             "top_p": body.get("top_p", 1.0),
-            "max_output_tokens": order.max_tokens,
+            "max_output_tokens": generation.max_tokens,
             "parallel_tool_calls": body.get("parallel_tool_calls", True),
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": body.get("tools") or [],
             "truncation": body.get("truncation") or "disabled",
         }
-        self.item_id = f"msg_{uuid.uuid4().hex}"
+        self.item_id = f"{'msg' if generation.tool is None else 'fc'}_{uuid.uuid4().hex}"
+        self._call_id = call_id()
 
     def item(self, text: str | None, status: str) -> dict[str, object]:
-        """The only output item; it has no part until there is text."""
+        """The output item; a message has no part until there is text."""
+        if self._generation.tool is not None:
+            return {
+                "type": "function_call",
+                "id": self.item_id,
+                "call_id": self._call_id,
+                "name": self._generation.tool,
+                "arguments": text or "",
+                "status": status,
+            }
         content = [] if text is None else [part(text)]
         return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def view(self, text: str | None = None, produced: int = 0, finish: FinishReason | None = None) -> dict[str, object]:
         status = "in_progress" if finish is None else _STATUS[finish]
         item_status = "completed" if finish == "stop" else "incomplete"
-        read = self._order.prompts[0].token_count
+        read = self._generation.prompts[0].token_count
         usage = {
             "input_tokens": read,
             "input_tokens_details": {"cached_tokens": 0},
@@ -75,13 +96,13 @@ class ResponseObject:
             "id": self._id,
             "object": "response",
             "created_at": self._created,
-            "model": self._order.model,
+            "model": self._generation.model,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if finish == "length" else None,
             "output": [] if text is None else [self.item(text, item_status)],
             "usage": None if finish is None else usage,
-            **self._asked,
+            **self._echoed,
         }
 
 
@@ -96,40 +117,83 @@ async def responses(request: web.Request) -> web.StreamResponse:
     prompt = _prompt_of(body)
     limit = integer(body, "max_output_tokens", least=1)
     check_length(limit, [prompt], engine.settings, "max_output_tokens")
-    order = Order(model, (prompt,), limit, streamed=wants_stream(body))
-    response = ResponseObject(body, order)
-    if order.streamed:
-        return await _stream(request, order, response)
-    [answer] = await engine.answers(order)
+    reply = reply_to(body, prompt, engine.settings)
+    generation = Generation(model, (prompt,), limit, streamed=wants_stream(body), reply=reply)
+    response = ResponseObject(body, generation)
+    if generation.streamed:
+        return await _stream(request, generation, response)
+    [answer] = await engine.answers(generation)
     return web.json_response(response.view(answer.text, answer.token_count, answer.finish))
 
 
-async def _stream(request: web.Request, order: Order, response: ResponseObject) -> web.StreamResponse:
+async def _stream(request: web.Request, generation: Generation, response: ResponseObject) -> web.StreamResponse:
     stream = EventStream(request)
     await stream.open()
     numbers = itertools.count()
-    place = {"output_index": 0, "content_index": 0, "item_id": response.item_id}
 
     async def send(kind: str, **fields: object) -> None:
         await stream.send({"type": kind, "sequence_number": next(numbers), **fields}, event=kind)
 
+    item = _CallEvents(response, send, generation.tool) if generation.tool else _TextEvents(response, send)
     await send("response.created", response=response.view())
     await send("response.in_progress", response=response.view())
     text, produced = "", 0
-    async with aclosing(request.app[ENGINE].generate(order)) as steps:
+    async with aclosing(request.app[ENGINE].generate(generation)) as steps:
         async for step in steps:
             if step.finish == "abort":
                 await send("error", code="500", message="the engine is shutting down", param=None)
                 break
             if not produced:
-                await send("response.output_item.added", output_index=0, item=response.item(None, "in_progress"))
-                await send("response.content_part.added", part=part(""), **place)
+                await item.open()
             text, produced = text + step.text, produced + 1
-            await send("response.output_text.delta", delta=step.text, logprobs=[], **place)
+            await item.add(step.text)
             if step.finish is not None:
-                await send("response.output_text.done", text=text, logprobs=[], **place)
-                await send("response.content_part.done", part=part(text), **place)
+                await item.close(text)
                 done = response.item(text, "completed")
                 await send("response.output_item.done", output_index=0, item=done)
                 await send("response.completed", response=response.view(text, produced, step.finish))
     return await stream.close()
+
+
+@dataclass(frozen=True)
+class _TextEvents:
+    """The events of an answer in words."""
+
+    response: ResponseObject
+    send: Send
+
+    async def open(self) -> None:
+        item = self.response.item(None, "in_progress")
+        await self.send("response.output_item.added", output_index=0, item=item)
+        await self._send("response.content_part.added", part=part(""))
+
+    async def add(self, text: str) -> None:
+        await self._send("response.output_text.delta", delta=text, logprobs=[])
+
+    async def close(self, text: str) -> None:
+        await self._send("response.output_text.done", text=text, logprobs=[])
+        await self._send("response.content_part.done", part=part(text))
+
+    async def _send(self, kind: str, **fields: object) -> None:
+        await self.send(kind, output_index=0, content_index=0, item_id=self.response.item_id, **fields)
+
+
+@dataclass(frozen=True)
+class _CallEvents:
+    """The events of a function call."""
+
+    response: ResponseObject
+    send: Send
+    tool: str
+
+    async def open(self) -> None:
+        item = self.response.item(None, "in_progress")
+        await self.send("response.output_item.added", output_index=0, item=item)
+
+    async def add(self, text: str) -> None:
+        kind = "response.function_call_arguments.delta"
+        await self.send(kind, output_index=0, item_id=self.response.item_id, delta=text)
+
+    async def close(self, text: str) -> None:
+        kind = "response.function_call_arguments.done"
+        await self.send(kind, output_index=0, item_id=self.response.item_id, name=self.tool, arguments=text)

@@ -22,7 +22,7 @@ _INERT_WITH_VALUE = (
     "--tool-call-parser", "--uvicorn-log-level",
 )  # fmt: skip
 _INERT_SWITCHES = (
-    "--async-scheduling", "--disable-log-stats", "--disable-uvicorn-access-log", "--enable-auto-tool-choice",
+    "--async-scheduling", "--disable-log-stats", "--disable-uvicorn-access-log",
     "--enable-chunked-prefill", "--enable-log-requests", "--enable-prefix-caching", "--enable-sleep-mode",
     "--enforce-eager", "--language-model-only", "--no-enable-prefix-caching", "--no-enable-sleep-mode",
     "--trust-remote-code",
@@ -44,12 +44,13 @@ class EngineSettings:
     max_model_len: int  # tokens, prompt and answer together
     max_num_seqs: int  # sequences generated at once; others wait
     track_load: bool
+    auto_tools: bool  # tools are called without tool_choice
     load_secs: float  # from the start or the end of the download until /health answers
     download_secs: float  # simulated download before the load; 0: none
     ttft_secs: float  # from a request's start to its first token
     tokens_per_sec: float  # of each sequence; inf: as fast as possible
     vram_mb: int  # all devices together
-    answer_tokens: int  # when the request sets no limit
+    answer_tokens: int | None  # tokens of an answer that ends by itself; None: what the text has
     embedding_dims: int
     wake_secs: float  # from /wake_up to awake
     faults: Faults
@@ -104,6 +105,8 @@ def _add_vllm_flags(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-model-len", type=human_readable_int_or_auto, default=DEFAULT_MAX_MODEL_LEN)
     serve.add_argument("--max-num-seqs", type=positive_int, default=256)
     serve.add_argument("--enable-server-load-tracking", action="store_true")
+    # On by default, unlike vLLM's: nothing has to be parsed, so it works for every model.
+    serve.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True)
     for flag in _INERT_WITH_VALUE:
         serve.add_argument(flag, *_SHORT.get(flag, []), help=argparse.SUPPRESS)
     for flag in _INERT_SWITCHES:
@@ -119,7 +122,12 @@ def _add_simulation_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vram-mb", type=positive_int, default=None, help=f"all devices together ({DEFAULT_DEVICE_VRAM_MB} a device)"
     )
-    group.add_argument("--answer-tokens", type=positive_int, default=32, help="when a request sets no limit")
+    group.add_argument(
+        "--answer-tokens",
+        type=positive_int,
+        default=None,
+        help="after which an answer ends by itself (default: about 60)",
+    )
     group.add_argument("--embedding-dims", type=positive_int, default=64)
     group.add_argument("--wake-secs", type=not_negative, default=0.1, help="from sleep to awake (default 0.1)")
     group.add_argument(
@@ -160,6 +168,7 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         max_model_len=given.max_model_len,
         max_num_seqs=given.max_num_seqs,
         track_load=given.enable_server_load_tracking,
+        auto_tools=given.enable_auto_tool_choice,
         load_secs=given.load_secs,
         download_secs=given.download_secs,
         ttft_secs=given.ttft_ms / 1000,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -13,41 +13,37 @@ from neuron.sim.engine import tokens
 from neuron.sim.engine.arguments import EngineSettings
 from neuron.sim.engine.faults import Fault, die
 from neuron.sim.engine.metrics import EngineMetrics, FinishReason
+from neuron.sim.engine.replies import Prompt, Reply, made_up
 from neuron.sim.engine.slots import Slots
 
 _KV_CACHE_REQUESTS = 8  # the KV cache holds this many requests of the full context length
-_QUOTED_CHARACTERS = 200
-_FILLER = (
-    " Every word of this answer is made up, and the same question gets the same words again."
-    " No weights were read to write it."
-)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt: the whole text, and the part that the answer quotes."""
+class Generation:
+    """One request: `choices` answers to each prompt.
 
-    text: str
-    quoted: str
-
-    @property
-    def token_count(self) -> int:
-        return tokens.count(self.text)
-
-
-@dataclass(frozen=True)
-class Order:
-    """One request: `choices` answers of `max_tokens` to each prompt."""
+    An answer ends by itself with finish reason "stop", or with "length" after `max_tokens` or with the context.
+    `ignore_eos`: it only ends in the second way.
+    """
 
     model: str  # the name in the request, repeated in the answer
     prompts: tuple[Prompt, ...]
-    max_tokens: int | None  # None: the engine's default length, with finish reason stop
+    max_tokens: int | None
     choices: int = 1
     streamed: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    reply: Reply | None = None  # None: the made-up text
 
     @property
     def sequences(self) -> int:
         return len(self.prompts) * self.choices
+
+    @property
+    def tool(self) -> str | None:
+        """The tool that every answer calls: its tokens are the arguments."""
+        return None if self.reply is None else self.reply.tool
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,24 @@ class TokenUsage:
         }
 
 
-def answer_pieces(model: str, prompt: Prompt, choice: int) -> Iterator[str]:
-    """The endless answer to a prompt, token by token: the model's name, a quote of the prompt, filler."""
-    which = f" answer {choice + 1}" if choice else ""
-    opening = f'{model} (simulated){which}: "{prompt.quoted[:_QUOTED_CHARACTERS]}"'
-    return itertools.chain(tokens.pieces(opening), itertools.cycle(tokens.pieces(_FILLER)))
+class _Sequence:
+    """The tokens of one answer and where it ends."""
+
+    def __init__(self, generation: Generation, prompt: Prompt, choice: int, settings: EngineSettings) -> None:
+        if generation.reply is None:
+            own, self._continuation = made_up(generation.model, prompt, choice)
+        else:
+            own, self._continuation = tokens.pieces(generation.reply.text), itertools.repeat(" ")
+        self._own = own
+        length = len(own) if generation.reply is not None or not settings.answer_tokens else settings.answer_tokens
+        length = max(length, generation.min_tokens, 1)
+        room = max(settings.max_model_len - prompt.token_count, 1)
+        limit = room if generation.max_tokens is None else min(generation.max_tokens, room)
+        self.length = limit if generation.ignore_eos else min(length, limit)
+        self.finish: FinishReason = "length" if generation.ignore_eos or length > limit else "stop"
+
+    def piece(self, number: int) -> str:
+        return self._own[number] if number < len(self._own) else next(self._continuation)
 
 
 class CoreDied(Exception):
@@ -142,62 +151,58 @@ class SimEngine:
             sleep_level=self.sleep_level,
         )
 
-    def answer_length(self, order: Order) -> int:
-        """Tokens of each answer: `max_tokens`, else the default length, limited by the context."""
-        if order.max_tokens is not None:
-            return order.max_tokens
-        longest = max(prompt.token_count for prompt in order.prompts)
-        return max(1, min(self.settings.answer_tokens, self.settings.max_model_len - longest))
-
-    async def generate(self, order: Order) -> AsyncGenerator[Step, None]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
         """The tokens of all sequences, in lockstep as in a batch.
 
         Close the iterator (`contextlib.aclosing`) or cancel it to abort: this frees the slots and counts the abort at
-        once. When the engine stops, every sequence ends with a step whose finish is "abort".
+        once. When the engine stops, every unfinished sequence ends with a step whose finish is "abort".
         """
         clock = asyncio.get_running_loop()
-        came = clock.time()
-        prompt_tokens = sum(prompt.token_count for prompt in order.prompts)
+        arrived = clock.time()
+        prompt_tokens = sum(prompt.token_count for prompt in generation.prompts)
         cached = 0
-        outcome: FinishReason = "abort"
+        running = dict(enumerate(self._sequences(generation)))
         try:
-            async with self.slots.take(order.sequences):
+            async with self.slots.take(generation.sequences):
                 first = clock.time() + self._prompt_secs
-                length = self.answer_length(order)
-                sequences = [
-                    answer_pieces(order.model, prompt, choice)
-                    for prompt in order.prompts
-                    for choice in range(order.choices)
-                ]
-                for produced in range(length):
-                    await self._fault_point(order, produced)
+                for produced in itertools.count():
+                    if not running:
+                        return
+                    await self._fault_point(generation, produced)
                     if not await self._pause_until(first + produced / self.settings.tokens_per_sec):
                         break
                     if produced == 0:
                         self.metrics.prompt_tokens += prompt_tokens
-                        for _ in sequences:
-                            self.metrics.time_to_first_token.observe(clock.time() - came)
-                    last = produced == length - 1
-                    finish: FinishReason | None = None
-                    if last:
-                        outcome = finish = "stop" if order.max_tokens is None else "length"
-                    self.metrics.generation_tokens += len(sequences)
-                    grown = len(sequences) + (prompt_tokens if produced == 0 else 0)
+                        for _ in running:
+                            self.metrics.time_to_first_token.observe(clock.time() - arrived)
+                    self.metrics.generation_tokens += len(running)
+                    grown = len(running) + (prompt_tokens if produced == 0 else 0)
                     cached += grown
                     self._cached_tokens += grown
-                    for index, sequence in enumerate(sequences):
-                        yield Step(index, next(sequence), finish)
-            if outcome == "abort":
-                for index in range(order.sequences):
-                    yield Step(index, "", "abort")
+                    for index, sequence in list(running.items()):
+                        last = produced + 1 == sequence.length
+                        if last:
+                            del running[index]
+                            self.metrics.finish(sequence.finish, 1, clock.time() - arrived)
+                        yield Step(index, sequence.piece(produced), sequence.finish if last else None)
+            for index in running:
+                yield Step(index, "", "abort")
         finally:
             self._cached_tokens -= cached
-            self.metrics.finish(outcome, order.sequences, clock.time() - came)
+            if running:
+                self.metrics.finish("abort", len(running), clock.time() - arrived)
 
-    async def answers(self, order: Order) -> list[SequenceAnswer]:
+    def _sequences(self, generation: Generation) -> list[_Sequence]:
+        return [
+            _Sequence(generation, prompt, choice, self.settings)
+            for prompt in generation.prompts
+            for choice in range(generation.choices)
+        ]
+
+    async def answers(self, generation: Generation) -> list[SequenceAnswer]:
         """The complete answers of all sequences."""
-        whole = [SequenceAnswer() for _ in range(order.sequences)]
-        async for step in self.generate(order):
+        whole = [SequenceAnswer() for _ in range(generation.sequences)]
+        async for step in self.generate(generation):
             answer = whole[step.index]
             answer.text += step.text
             answer.token_count += 1 if step.text else 0
@@ -212,7 +217,7 @@ class SimEngine:
         Returns their number of tokens.
         """
         clock = asyncio.get_running_loop()
-        came = clock.time()
+        arrived = clock.time()
         outcome: FinishReason = "abort"
         try:
             async with self.slots.take(1):
@@ -225,7 +230,7 @@ class SimEngine:
                 outcome = "stop"
                 return read
         finally:
-            self.metrics.finish(outcome, 1, clock.time() - came)
+            self.metrics.finish(outcome, 1, clock.time() - arrived)
 
     def stop(self) -> None:
         """Aborts every request, running and future."""
@@ -265,8 +270,8 @@ class SimEngine:
         for pause in self._pauses:
             _end(pause)
 
-    async def _fault_point(self, order: Order, produced: int) -> None:
-        if order.streamed and self.settings.faults.due(Fault.DIE_MID_STREAM, produced):
+    async def _fault_point(self, generation: Generation, produced: int) -> None:
+        if generation.streamed and self.settings.faults.due(Fault.DIE_MID_STREAM, produced):
             await asyncio.sleep(0.05)  # lets written data reach the client
             die()
         if self.settings.faults.due(Fault.HANG, produced):

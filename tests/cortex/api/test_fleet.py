@@ -1,4 +1,4 @@
-"""`/v1/models`, `/fleet` and its events: what is kept between two looks is what would be made anew."""
+"""`/v1/models`, `/fleet` and its events: a cached view equals a newly rendered one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def observed(fleet: Fleet, name: str, devices: int, models: dict[str, str], inst
 
 
 @pytest.mark.parametrize("block", [1, 2, 64])
-def test_the_kept_list_is_the_list_made_anew(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_cached_list_equals_a_new_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """After each of many random changes: polls, events, deaths, restarts, other devices."""
     monkeypatch.setattr(models, "BLOCK", block)
     chance = random.Random(5)
@@ -81,8 +81,8 @@ def test_the_kept_list_is_the_list_made_anew(monkeypatch: pytest.MonkeyPatch, bl
     assert kept.blocks(fewer, fleet.snapshot(), created=7) == ModelList().blocks(fewer, fleet.snapshot(), created=7)
 
 
-def test_the_list_is_kept_over_polls_that_bring_nothing_to_it() -> None:
-    """Figures of the devices, a drain, a restart with the same devices."""
+def test_irrelevant_polls_keep_the_cached_list() -> None:
+    """Device figures, a drain, and a restart with the same devices do not change the list."""
     fleet, kept = Fleet([("a", "http://a")], unhealthy_after=3), ModelList()
     observed(fleet, "a", 2, {"small": "loaded"})
     blocks = kept.blocks(CATALOGUE, fleet.snapshot(), created=7)
@@ -94,8 +94,8 @@ def test_the_list_is_kept_over_polls_that_bring_nothing_to_it() -> None:
     assert kept.blocks(CATALOGUE, fleet.snapshot(), created=7) == blocks
 
 
-async def pictures(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
-    """What a listener of `/fleet/events` gets."""
+async def views(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
+    """The events that a listener of `/fleet/events` gets."""
     async with cortex.http.get(f"{cortex.url}/fleet/events", timeout=aiohttp.ClientTimeout(sock_read=30)) as events:
         name = b""
         async for line in events.content:
@@ -106,13 +106,11 @@ async def pictures(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def test_a_first_change_is_told_at_once_and_many_are_told_together(
-    start_cortex: StartCortex, benjy: SeedNeuron
-) -> None:
-    """The picture now, then one after the first change, and under constant change a few in a second; the last of them
-    is of the last change."""
+async def test_first_change_is_sent_at_once_and_many_together(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """The current view, an event after the first change, and a few per second under constant change; the last event has
+    the last change."""
     cortex = await start_cortex([benjy], [], poll={"interval_secs": 30})
-    fleet, heard = cortex.parts.fleet, pictures(cortex)
+    fleet, heard = cortex.parts.fleet, views(cortex)
     assert (await anext(heard))["nodes"][0]["name"] == "benjy"
     await asyncio.sleep(2 * MIN_INTERVAL_SECS)
     began = time.monotonic()
@@ -132,12 +130,12 @@ async def test_a_first_change_is_told_at_once_and_many_are_told_together(
     await heard.aclose()  # type: ignore[attr-defined]
 
 
-async def test_listeners_share_one_picture(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """And what they are shown is what `GET /fleet` shows."""
+async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """It equals the answer of `GET /fleet`."""
     cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
-    picture = FleetView(cortex.parts)
-    version, event = picture.event()
-    assert picture.event()[1] is event
+    view = FleetView(cortex.parts)
+    version, event = view.event()
+    assert view.event()[1] is event
     assert version == cortex.parts.fleet.version
     shown = json.loads(event.removeprefix(b"event: fleet\ndata: "))
     async with cortex.http.get(f"{cortex.url}/fleet") as response:
@@ -147,12 +145,12 @@ async def test_listeners_share_one_picture(start_cortex: StartCortex, benjy: See
     assert page["aliases"] == {"x": "m"}
     assert {**page["nodes"][0], "uptime_secs": 0} == {**shown["nodes"][0], "uptime_secs": 0}
     cortex.parts.fleet.set_draining("benjy", True)
-    await until(lambda: picture.event()[1] is not event)
-    assert json.loads(picture.event()[1].partition(b"data: ")[2])["nodes"][0]["draining"] is True
+    await until(lambda: view.event()[1] is not event)
+    assert json.loads(view.event()[1].partition(b"data: ")[2])["nodes"][0]["draining"] is True
 
 
-async def test_a_long_list_comes_in_pieces_of_one_answer(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """With its length told before, and whole; its head alone to who asks for that."""
+async def test_long_list_is_one_answer(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """It has a length and is complete; HEAD gets only the head."""
     cortex = await start_cortex([benjy], [{"id": f"m{number}"} for number in range(3 * models.BLOCK)])
     async with cortex.http.get(f"{cortex.url}/v1/models") as response:
         assert response.content_type == "application/json"

@@ -39,7 +39,7 @@ async def listed(cortex: RunningCortex) -> dict[str, dict[str, Any]]:
 async def test_catalogue_models_that_some_topology_can_hold(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
 ) -> None:
-    """Each with the neurons that can hold it; one that none can ever hold is not offered."""
+    """Each with the neurons that can hold it. A model that none can ever hold is not listed."""
     cortex = await start_cortex([beast, benjy], [SMALL, LARGE, HUGE])
     entries = await listed(cortex)
     assert set(entries) == {"org/small", "org/large"}
@@ -54,7 +54,7 @@ async def test_catalogue_models_that_some_topology_can_hold(
 
 
 async def test_loaded_and_where(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
-    """Every healthy neuron that lists a model is a location with its status; loaded means that one has it loaded."""
+    """Every healthy neuron that lists a model is a location with its status; `loaded` means that one has it loaded."""
     beast.models["org/small"] = "loaded"
     benjy.models["org/small"] = "failed"
     cortex = await start_cortex([beast, benjy], [SMALL])
@@ -73,7 +73,7 @@ async def test_loaded_and_where(start_cortex: StartCortex, beast: SeedNeuron, be
 async def test_models_that_only_a_neuron_knows(
     start_cortex: StartCortex, benjy: SeedNeuron, status: str, is_listed: bool
 ) -> None:
-    """What is loaded anywhere is offered although no catalogue has it."""
+    """Models loaded anywhere are listed even if they are not in the catalogue."""
     benjy.models["someone/elses"] = status
     cortex = await start_cortex([benjy], [])
     entries = await listed(cortex)
@@ -84,7 +84,7 @@ async def test_models_that_only_a_neuron_knows(
 
 
 async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """It was made to fit by hand, so it can be requested."""
+    """An operator loaded it by hand, so clients can use it."""
     benjy.models["org/huge"] = "loaded"
     cortex = await start_cortex([benjy], [HUGE])
     entry = (await listed(cortex))["org/huge"]
@@ -92,7 +92,7 @@ async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: Start
 
 
 async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """With a note of what they stand for; an alias of a model that is not offered is not."""
+    """`alias_of` has their target; an alias of a model that is not listed is not listed either."""
     aliases = {"small": "org/small", "huge": "org/huge"}
     cortex = await start_cortex([benjy], [SMALL, HUGE], aliases=aliases)
     entries = await listed(cortex)
@@ -101,8 +101,8 @@ async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, be
     assert "alias_of" not in entries["org/small"]
 
 
-async def test_a_neuron_that_is_away(start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
-    """Its models stay feasible there, for it will be back; what was loaded on it is not loaded now."""
+async def test_neuron_that_is_down(start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+    """Its models stay feasible there, because it will return; what was loaded on it does not count as loaded."""
     async with SeedNeuron("quadbrat", 12000).running() as quadbrat:
         quadbrat.models["org/small"] = "loaded"
         quadbrat.models["own/model"] = "loaded"
@@ -115,8 +115,8 @@ async def test_a_neuron_that_is_away(start_cortex: StartCortex, benjy: SeedNeuro
     assert (entry["loaded"], entry["feasible_on"], entry["locations"]) == (False, ["benjy", "quadbrat"], [])
 
 
-async def test_before_any_neuron_answered_nothing_is_offered(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """The list is of what is known, and still a list."""
+async def test_list_is_empty_before_any_neuron_has_answered(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    """The list is valid and empty."""
     benjy.silent = True
     cortex = await start_cortex([benjy], [SMALL], wait_healthy=False)
     assert await listed(cortex) == {}
@@ -124,7 +124,7 @@ async def test_before_any_neuron_answered_nothing_is_offered(start_cortex: Start
 
 @pytest.mark.parametrize("name", ["org/small", "small", "a/b/c:d é", "100%"])
 async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron, name: str) -> None:
-    """With slashes as they are or percent-encoded, and with what must be encoded."""
+    """With plain or percent-encoded slashes, and with characters that must be encoded."""
     benjy.models["a/b/c:d é"] = benjy.models["100%"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL], aliases={"small": "org/small"})
     for path in (quote(name), quote(name, safe="")):
@@ -142,7 +142,7 @@ async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeu
 
 
 async def test_openai_client_reads_the_list(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """The real client, list and single model."""
+    """The real client reads the list and a single model."""
     cortex = await start_cortex([benjy], [SMALL])
     async with openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="none") as client:
         assert [model.id async for model in client.models.list()] == ["org/small"]

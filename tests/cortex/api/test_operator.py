@@ -1,4 +1,4 @@
-"""Operator actions: the same drain as an eviction, and every node's result."""
+"""Operator actions drain like evictions and report every node's result."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, b
 
 
 class Stubborn(SeedNeuron):
-    """Refuses to unload."""
+    """A neuron that refuses to unload."""
 
     async def _unload(self, request: web.Request) -> web.Response:
         return web.json_response({"error": "the engine does not exit"}, status=500)
 
 
 async def test_every_nodes_result_is_reported(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """One failure does not hide that the other node has unloaded the model."""
+    """A failure on one node does not hide the success on the other."""
     async with Stubborn("stubborn", 24000).running() as stubborn:
         benjy.models = {"org/small": "loaded"}
         stubborn.models = {"org/small": "loaded"}

@@ -111,7 +111,7 @@ async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, be
     result = await run("status", "--url", cortex.url)
     assert "gone" in result.out
     assert "down (gone: GET /" in result.out
-    assert ["LOADING", "ON", "PHASE", "BECAUSE"] in result.rows
+    assert ["LOADING", "ON", "PHASE", "REASON"] in result.rows
     assert any(row[:2] == ["org/small", "benjy"] for row in result.rows)
     benjy.load_gate.set()
     await loading.communicate()

@@ -43,6 +43,15 @@ def test_example_catalogue_for_a_fleet(fleet: str, pins: tuple[str, ...]) -> Non
     assert found.models[0].residency_priority == 300
 
 
+def test_simulated_engines_get_the_arguments_of_the_catalogue() -> None:
+    """Their context is the one that the catalogue promises."""
+    found = Catalogue.model_validate(models_table(example_catalogue(), parse_fleet(DEFAULT_FLEET), DevEngine()))
+    for profile, example in zip(found.models, example_catalogue().models, strict=True):
+        assert profile.args == example.args
+        assert example.limit is not None
+        assert str(example.limit.context) == profile.args[profile.args.index("--max-model-len") + 1]
+
+
 def test_fleets_are_parsed() -> None:
     """A count of one may be left out; names of GPUs may have spaces."""
     hosts = parse_fleet("a=2xRTX5090, b=RTX 4090,")

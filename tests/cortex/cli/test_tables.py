@@ -1,4 +1,4 @@
-"""What `cortex status` says of a model that is on its way."""
+"""What `cortex status` prints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cortex.cli.tables import status_table
     ],
 )
 def test_progress_in_the_table(status: str, progress: dict[str, Any] | None, said: str) -> None:
-    """As much as the neuron tells; a seed neuron tells nothing."""
+    """As much as the neuron tells; a protocol v1 neuron tells nothing."""
     model = {"id": "m", "status": status, "progress": progress}
     node = {"name": "n", "healthy": True, "draining": False, "models": [model], "devices": []}
     assert said in status_table({"nodes": [node], "loads": []})

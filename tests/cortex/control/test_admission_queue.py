@@ -12,7 +12,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig, WaitingSettings
 from cortex.control.admission_queue import AdmissionQueue, Ticket
-from cortex.placement.inputs import Waiting
+from cortex.placement.inputs import WaitingRequests
 from shared.errors import TooManyRequests, Unavailable
 
 
@@ -113,11 +113,11 @@ def test_a_room_has_been_waited_in_since_its_first() -> None:
     first.__enter__()
     clock.now += 5
     with queue.ticket("m"):
-        assert queue.waiting() == {"m": Waiting(2, 1000.0)}
+        assert queue.waiting() == {"m": WaitingRequests(2, 1000.0)}
         first.__exit__(None, None, None)
-        assert queue.waiting() == {"m": Waiting(1, 1000.0)}
+        assert queue.waiting() == {"m": WaitingRequests(1, 1000.0)}
     with queue.ticket("m"):
-        assert queue.waiting() == {"m": Waiting(1, 1005.0)}
+        assert queue.waiting() == {"m": WaitingRequests(1, 1005.0)}
 
 
 async def test_news_wake_all_who_wait_for_the_model() -> None:

@@ -204,7 +204,7 @@ async def test_refused_spec_is_tried_elsewhere_when_that_may_help(
 async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
     """409 insufficient_vram is neither "already loaded" nor a load to wait for: 503 with the neuron's figures, and the
     neuron is not asked again at once."""
-    figures = "'org/small' needs 4000 MiB on one device; device 0 (RTX 4090): 3100 of 24564 MiB can be had"
+    figures = "'org/small' needs 4000 MiB on one device; device 0 (RTX 4090): 3100 of 24564 MiB available"
     benjy.load_error = 409, {"error": {"message": figures, "code": "insufficient_vram", "devices": [{"index": 0}]}}
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     for _ in range(2):

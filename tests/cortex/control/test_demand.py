@@ -82,8 +82,8 @@ def test_a_request_between_two_samples_is_seen_by_whoever_looks(
     sample(demand)
     clock.now += 0.5
     worker.serve()
-    assert demand.uses()[KEY].last_used == clock.now
-    assert demand.uses()[KEY].in_flight == 0
+    assert demand.usages()[KEY].last_used == clock.now
+    assert demand.usages()[KEY].in_flight == 0
 
 
 def test_each_request_is_counted_once_however_often_one_looks(
@@ -92,7 +92,7 @@ def test_each_request_is_counted_once_however_often_one_looks(
     worker = attached(counts)
     for _ in range(3):
         worker.serve(times=2)
-        demand.uses()
+        demand.usages()
         sample(demand)
     assert demand.per_minute()["m"] == pytest.approx(6 * 60 / MEMORY_SECS)
 
@@ -116,11 +116,11 @@ def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
     clock.now += 5
     here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})
     demand.routes_changed(["m"], fleet(here, there))
-    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began, ("m", "b"): began + 5}
+    assert {key: use.loaded_at for key, use in demand.usages().items()} == {KEY: began, ("m", "b"): began + 5}
     demand.routes_changed(["m"], fleet(there))
     clock.now += 5
     demand.routes_changed(["m"], fleet(here, there))
-    assert {key: use.loaded_at for key, use in demand.uses().items()} == {KEY: began + 10, ("m", "b"): began + 5}
+    assert {key: use.loaded_at for key, use in demand.usages().items()} == {KEY: began + 10, ("m", "b"): began + 5}
 
 
 def reported(**activity: int | None) -> FleetSnapshot:
@@ -148,4 +148,4 @@ def test_what_engines_report_is_use(before: dict[str, int | None], after: dict[s
     demand.sample(reported(**before), replica_target=8)
     now = 200.0
     demand.sample(reported(**after), replica_target=8)
-    assert (demand.uses()["m", "n"].last_used == 200.0) is used
+    assert (demand.usages()["m", "n"].last_used == 200.0) is used

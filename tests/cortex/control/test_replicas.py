@@ -81,7 +81,7 @@ async def _embed(cortex: RunningCortex) -> str:
     return await _ask(cortex, {"input": "text"}, "/v1/embeddings")
 
 
-class Held:
+class Rejection:
     """An engine that keeps requests until it may answer."""
 
     def __init__(self, neuron: SeedNeuron) -> None:
@@ -117,7 +117,7 @@ async def test_session_header_wins_over_the_prompt(cortex: RunningCortex, neuron
 async def test_share_of_a_stuck_engine_goes_elsewhere(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
     """It gets no more than its bound; all others of the same prompt are answered, by one other engine."""
     home = await _ask(cortex, _chat("question"))
-    held = Held(next(neuron for neuron in neurons if neuron.name == home))
+    held = Rejection(next(neuron for neuron in neurons if neuron.name == home))
     stuck = asyncio.create_task(_ask(cortex, _chat("question")))
     await held.came.wait()
     elsewhere = {await _ask(cortex, _chat("question")) for _ in range(6)}
@@ -132,7 +132,7 @@ async def test_requests_without_a_prompt_go_where_least_is_to_be_done(
     cortex: RunningCortex, neurons: list[TellingNeuron]
 ) -> None:
     """By our own requests first of all; of equals the first by name."""
-    held = [Held(neuron) for neuron in neurons]
+    held = [Rejection(neuron) for neuron in neurons]
     asking = []
     for engine in held:
         asking.append(asyncio.create_task(_embed(cortex)))
@@ -144,7 +144,7 @@ async def test_requests_without_a_prompt_go_where_least_is_to_be_done(
 
 async def test_work_of_others_counts_and_ours_only_once(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
     """What a neuron reports beyond our own requests there; what waits in its engine weighs twice."""
-    held = Held(neurons[0])
+    held = Rejection(neurons[0])
     ours = asyncio.create_task(_embed(cortex))
     await held.came.wait()
     neurons[0].activity = (1, 0)  # ours

@@ -14,8 +14,8 @@ from cortex.config.settings import NeuronEntry
 from cortex.control import scheduler
 from cortex.control.loader import DRAIN_POLL_SECS
 from cortex.control.scheduler import PLANNER, Policy
-from cortex.placement.fair_queue import Turn
-from cortex.placement.inputs import View
+from cortex.placement.fair_queue import LoadSchedule
+from cortex.placement.inputs import PlanningView
 from tests.cortex.conftest import StartCortex
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
@@ -65,11 +65,11 @@ async def test_a_bug_in_planning_is_an_answer_and_passes(
     """Requests during the failure get 500 instead of hanging; afterwards cold loads work again."""
     cortex = await start_cortex([benjy], [LOW, HIGH])
 
-    def fails(_: View) -> Turn:
+    def fails(_: PlanningView) -> LoadSchedule:
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(cortex.parts.scheduler, "_policy", Policy(fails, PLANNER.upkeep))
+        broken.setattr(cortex.parts.scheduler, "_policy", Policy(fails, PLANNER.reconcile_replicas))
         assert await bounded(_status(cortex.chat("org/low"))) == 500
     assert await bounded(_status(cortex.chat("org/high"))) == 200
 
@@ -98,7 +98,7 @@ async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: Start
         busy = asyncio.create_task(_status(cortex.chat("org/busy")))
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
-        await bounded(_until(lambda: cortex.parts.scheduler.view().bar("org/high", "benjy") is not None))
+        await bounded(_until(lambda: cortex.parts.scheduler.view().backoff("org/high", "benjy") is not None))
         assert not cortex.parts.fleet.snapshot().leaving
         assert "org/busy" not in benjy.unloads
         busy.cancel()
@@ -205,7 +205,7 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         await bounded(neuron.streaming.wait())
         view = cortex.parts.scheduler.view
         assert await bounded(_status(cortex.chat("org/low"))) == 503
-        assert view().bar("org/low", "raw") is not None
+        assert view().backoff("org/low", "raw") is not None
         neuron.change("org/low", "loading")
         await neuron.tell("model", neuron.models["org/low"])
         await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
@@ -214,11 +214,11 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         neuron.change("org/low", "loaded")
         await neuron.tell("model", neuron.models["org/low"])
         assert await bounded(asking) == 502, "it has no engine"
-        left = view().bar("org/low", "raw")
-        assert left is None or left.passes, "but for the moment that the lost engine costs"
+        left = view().backoff("org/low", "raw")
+        assert left is None or left.temporary, "but for the moment that the lost engine costs"
 
 
-async def test_upkeep_waits_for_the_first_word_of_each_neuron(
+async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
@@ -304,7 +304,7 @@ async def test_nothing_is_planned_while_nobody_waits(
     benjy.models["org/low"] = "loaded"
     cortex = await start_cortex([benjy], [LOW])
     with monkeypatch.context() as broken:
-        broken.setattr(scheduler, "View", None)
+        broken.setattr(scheduler, "PlanningView", None)
         for _ in range(3):
             cortex.parts.scheduler.routes_changed(["org/low"])
             await asyncio.sleep(0)

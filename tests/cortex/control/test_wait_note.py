@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 import pytest
 
-from cortex.control.loader import Job
+from cortex.control.loader import LoadJob
 from cortex.control.wait_note import waiting_note
-from cortex.placement.planner import Fit, Plan
+from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.upstream.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
 from shared.protocol import ModelView, Progress
 from tests.cortex.fleets import BEAST, BENJY, fleet
@@ -22,7 +22,7 @@ def told(status: str, progress: Progress | None = None, *, loading: bool = False
     """The note when beast lists the model so."""
     view = ModelView(id=MODEL, status=status, progress=progress)
     beast = replace(BEAST, models=MappingProxyType({MODEL: view}), healthy=healthy)
-    job = Job(Plan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
+    job = LoadJob(LoadPlan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
     return waiting_note(MODEL, fleet(beast, BENJY), job if loading else None, None, 100.0)
 
 

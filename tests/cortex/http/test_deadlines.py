@@ -1,4 +1,4 @@
-"""How long cortex waits for clients, and how it stops: deadlines, idle connections, draining."""
+"""Deadlines for clients, idle connections, and draining on shutdown."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
 async def process(
     request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
 ) -> AsyncIterator[CortexProcess]:
-    """A cortex of its own process, with the usual time to drain."""
+    """A cortex in its own process, with the default drain timeout."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
         yield process
 
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch, start_cortex: StartCortex) -> StartCortex:
-    """Starts cortexes with one of the front's deadlines shortened."""
+    """Starts cortexes with one of the server's deadlines shortened."""
 
     async def start(neurons: list[SeedNeuron], models: list[dict[str, Any]], *, setting: str) -> RunningCortex:
         monkeypatch.setattr(f"cortex.http.connection.{setting}", 0.3)
@@ -53,7 +53,7 @@ def brief(monkeypatch: pytest.MonkeyPatch, start_cortex: StartCortex) -> StartCo
 
 
 class Held:
-    """An event stream that begins, and goes on when the test says so."""
+    """An event stream that begins, and continues when the test says so."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
@@ -65,7 +65,7 @@ class Held:
 
 
 async def refuses(url: str) -> bool:
-    """A new client cannot connect, or is closed at once without an answer."""
+    """True if a new client cannot connect, or is disconnected without an answer."""
     try:
         async with connected(url) as client:
             await client.send(ASK)
@@ -75,8 +75,8 @@ async def refuses(url: str) -> bool:
 
 
 async def test_stop_lets_a_stream_finish(process: CortexProcess, engine: RawEngine) -> None:
-    """SIGTERM: the stream in flight comes to its own end, no new client is accepted meanwhile, then the process is gone
-    with status 0; idle connections do not hold it up."""
+    """SIGTERM: cortex accepts no new client, the stream in flight ends normally, then the process exits with 0 without
+    waiting for idle connections."""
     held = Held()
     engine.scripts.append(held)
     async with connected(process.url) as client, connected(process.url) as idle, connected(process.url) as fresh:
@@ -86,7 +86,7 @@ async def test_stop_lets_a_stream_finish(process: CortexProcess, engine: RawEngi
         process.process.send_signal(signal.SIGTERM)
         assert await idle.rest() == b""
         assert await fresh.rest() == b""
-        while not await refuses(process.url):  # each worker hears of the stop by itself
+        while not await refuses(process.url):  # each worker gets the signal on its own
             pass
         assert process.process.returncode is None
         held.go_on.set()
@@ -97,7 +97,7 @@ async def test_stop_lets_a_stream_finish(process: CortexProcess, engine: RawEngi
 
 
 async def test_stop_lets_a_plain_request_finish(process: CortexProcess, engine: RawEngine) -> None:
-    """One that had not begun to be answered is answered, and told that the connection ends."""
+    """A request without a byte of its answer yet gets the answer, and `Connection: close`."""
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def later(wire: Wire, received: Received) -> None:
@@ -119,7 +119,7 @@ async def test_stop_lets_a_plain_request_finish(process: CortexProcess, engine: 
 
 
 async def test_stop_is_prompt_without_work(process: CortexProcess) -> None:
-    """Idle connections, used before or not, are ended at once and not after the time to drain."""
+    """cortex closes idle connections, used before or not, at once and not after the drain timeout."""
     async with connected(process.url) as idle, connected(process.url) as fresh:
         assert (await idle.ask(ASK)).status == 200
         began = time.monotonic()
@@ -134,8 +134,8 @@ async def test_stop_is_prompt_without_work(process: CortexProcess) -> None:
 async def test_stop_cuts_what_does_not_finish(
     tmp_path: Path, benjy: SeedNeuron, engine: RawEngine, workers: int
 ) -> None:
-    """After `drain_timeout_secs` a stream is ended with an error and no `[DONE]`, a plain answer is cut, what waits for
-    the first byte is refused, and the process ends."""
+    """After `drain_timeout_secs` a stream ends with an error and no `[DONE]`, a plain answer is cut, a request without
+    a first byte is refused, and the process exits."""
 
     async def begun(wire: Wire, received: Received) -> None:
         await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
@@ -175,10 +175,11 @@ async def test_stop_cuts_what_does_not_finish(
     [("HEAD_TIMEOUT_SECS", ASK[:30]), ("BODY_TIMEOUT_SECS", ASK[:-3]), ("KEEP_ALIVE_SECS", b"")],
     ids=["half-a-head", "half-a-body", "nothing"],
 )
-async def test_client_that_does_not_go_on_is_let_go(
+async def test_client_that_stops_sending_times_out(
     brief: StartCortex, benjy: SeedNeuron, engine: RawEngine, setting: str, sent: bytes
 ) -> None:
-    """Half a head, half a body, or nothing for too long: told 408 at most, and closed. A stream is not hurried."""
+    """A client that sends half a head, half a body or nothing for too long gets at most a 408, then a close. Streams
+    have no deadline."""
     cortex = await brief([benjy], [{"id": MODEL}], setting=setting)
     held = Held()
     engine.scripts.append(held)
@@ -192,8 +193,8 @@ async def test_client_that_does_not_go_on_is_let_go(
     assert len(engine.requests) == 1
 
 
-async def test_head_that_drips_is_let_go(brief: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> None:
-    """A byte now and then buys no time: the deadline is the whole head's."""
+async def test_head_that_drips_times_out(brief: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> None:
+    """Sending a byte now and then does not help: the deadline is for the whole head."""
     cortex = await brief([benjy], [{"id": MODEL}], setting="HEAD_TIMEOUT_SECS")
     async with connected(cortex.url) as client:
         await client.send(b"POST /v1/completions HTTP/1.1\r\nX-Slow: ")

@@ -1,4 +1,4 @@
-"""An error looks the same to a client whether aiohttp or cortex's own server writes it."""
+"""An error looks the same whether aiohttp or cortex's own server writes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Requests that two parsers could read in two ways, or that are none, are refused, and nothing of them takes effect."""
+"""cortex refuses requests that two parsers could read differently and malformed ones, and nothing of them takes
+effect."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def coded(*values: bytes, rest: bytes = b"15\r\n" + BODY + b"\r\n0\r\n\r\n") -> 
 
 
 def with_header(line: bytes) -> bytes:
-    """A request that is fine but for one header line."""
+    """A request that is valid except for one header line."""
     return post(line + b"\r\nContent-Length: 21")
 
 
@@ -133,7 +134,7 @@ def chunks(rest: bytes) -> bytes:
 
 
 def sized(size: bytes, end: bytes = b"\r\n") -> bytes:
-    """A body in one chunk whose size line is this."""
+    """A body in one chunk with this size line."""
     return chunks(size + end + BODY + b"\r\n0\r\n\r\n")
 
 
@@ -179,15 +180,16 @@ async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
 
 
 async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes, ...]) -> int:
-    """The status of the only answer to the bytes; after it the connection ends, and the engine has seen nothing."""
+    """The status of the only answer to the bytes. Checks that the connection then ends and the engine has seen
+    nothing."""
     async with connected(cortex.url) as client:
-        with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
+        with contextlib.suppress(ConnectionError):  # cortex may close before everything is sent
             await client.send_apart(pieces)
         answer = await client.answer()
         assert answer.status in REFUSALS, answer
-        assert await client.rest() == b"", "one answer, and the connection ends"
+        assert await client.rest() == b"", "expected one answer and then a close"
     assert engine.requests == []
-    # What else lay in cortex would have been sent before this one.
+    # Anything else that cortex held would have reached the engine before this.
     async with connected(cortex.url) as client:
         assert json.loads((await client.ask(SENTINEL)).body)["n"] == 1
     assert len(engine.requests) == 1
@@ -197,8 +199,8 @@ async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes,
 
 @pytest.mark.parametrize("case", [*FRAMING, *HEADS, *(f"chunk-{name}" for name in CHUNKS)])
 async def test_request_is_refused(cortex: RunningCortex, engine: RawEngine, benjy: SeedNeuron, case: str) -> None:
-    """On a path that goes to engines and on one that does not, with a second request behind it that a careless parser
-    would take for one."""
+    """On a path for engines and on one for cortex, followed by bytes that a careless parser would take for a second
+    request."""
     data = CHUNKS[case.removeprefix("chunk-")] if case.startswith("chunk-") else {**FRAMING, **HEADS}[case]
     for path in (b"/v1/completions", b"/fleet/unload"):
         await refused(cortex, engine, (data.replace(b"/PATH", path) + SMUGGLED,))
@@ -207,7 +209,7 @@ async def test_request_is_refused(cortex: RunningCortex, engine: RawEngine, benj
 
 @pytest.mark.parametrize("case", [*FRAMING, *(f"chunk-{name}" for name in CHUNKS)])
 async def test_request_in_pieces_is_refused(cortex: RunningCortex, engine: RawEngine, case: str) -> None:
-    """The same when its head and its body come apart, the latter behind a valid request on the same connection."""
+    """The same with head and body in separate segments, after a valid request on the same connection."""
     data = CHUNKS[case.removeprefix("chunk-")] if case.startswith("chunk-") else FRAMING[case]
     head, separator, rest = data.replace(b"/PATH", b"/v1/completions").partition(b"\r\n\r\n")
     await refused(cortex, engine, (head + separator, rest + SMUGGLED))
@@ -215,12 +217,12 @@ async def test_request_in_pieces_is_refused(cortex: RunningCortex, engine: RawEn
 
 @pytest.mark.parametrize("case", ["two-lengths", "length-and-chunked", "coding-twice", "length-plus"])
 async def test_refusal_does_not_depend_on_segments(cortex: RunningCortex, engine: RawEngine, case: str) -> None:
-    """However the network cuts the request."""
+    """However the network splits the request."""
     for pieces in every_split(FRAMING[case].replace(b"/PATH", b"/v1/completions")):
         await refused(cortex, engine, pieces)
 
 
-async def test_head_over_the_limit_is_told(cortex: RunningCortex, engine: RawEngine) -> None:
+async def test_head_over_the_limit_is_refused(cortex: RunningCortex, engine: RawEngine) -> None:
     """431 for a head, 414 or 431 for a target."""
     for case in ("value-over-64k", "name-over-64k", "2000-headers"):
         assert await refused(cortex, engine, (HEADS[case].replace(b"/PATH", b"/v1/completions"),)) == 431
@@ -229,8 +231,8 @@ async def test_head_over_the_limit_is_told(cortex: RunningCortex, engine: RawEng
 
 
 @pytest.mark.parametrize("line", [b"X-A: " + b"x" * 1000 + b"\r\n", b"x" * 1000], ids=["lines", "one-line"])
-async def test_head_without_end_is_cut_off(cortex: RunningCortex, engine: RawEngine, line: bytes) -> None:
-    """It is refused long before a megabyte of it has come."""
+async def test_endless_head_is_cut_off(cortex: RunningCortex, engine: RawEngine, line: bytes) -> None:
+    """cortex refuses it long before a megabyte of it has arrived."""
     sent = 0
     async with connected(cortex.url) as client:
         await client.send(b"POST /v1/completions HTTP/1.1\r\nHost: cortex\r\n")
@@ -240,13 +242,13 @@ async def test_head_without_end_is_cut_off(cortex: RunningCortex, engine: RawEng
                 sent += len(line)
         assert client.gone.is_set()
         assert sent < 300_000
-        with contextlib.suppress(Truncated):  # its bytes may have crossed the answer, which a reset then takes away
+        with contextlib.suppress(Truncated):  # our bytes may cross the answer, and a reset then discards it
             assert (await client.answer()).status in REFUSALS
     assert engine.requests == []
 
 
 async def test_bad_request_behind_a_good_one(cortex: RunningCortex, engine: RawEngine) -> None:
-    """The good one is answered, then the bad one refused, and what is behind it never looked at."""
+    """cortex answers the good one, refuses the bad one, and never looks at what follows."""
     bad = FRAMING["two-lengths"].replace(b"/PATH", b"/v1/completions")
     async with connected(cortex.url) as client:
         await client.send(SENTINEL + bad + SMUGGLED)
@@ -258,7 +260,7 @@ async def test_bad_request_behind_a_good_one(cortex: RunningCortex, engine: RawE
 
 
 async def test_request_that_ends_early_does_nothing(cortex: RunningCortex, engine: RawEngine) -> None:
-    """A client that leaves in its body, or in its head, has asked for nothing."""
+    """A client that disconnects within its head or body has requested nothing."""
     for data in (request(BODY), chunks(b"15\r\n" + BODY + b"\r\n0\r\n\r\n").replace(b"/PATH", b"/v1/completions")):
         for kept in (10, 40, len(data) - 20, len(data) - 1):
             async with connected(cortex.url) as client:
@@ -282,7 +284,7 @@ async def test_request_that_ends_early_does_nothing(cortex: RunningCortex, engin
     ],
 )
 async def test_unusual_and_valid_header_passes(cortex: RunningCortex, engine: RawEngine, line: str) -> None:
-    """Strict is not narrow: the engine gets the header as it was sent."""
+    """Being strict must not refuse valid requests: the engine gets the header unchanged."""
     async with connected(cortex.url) as client:
         assert (await client.ask(request(BODY, line))).status == 200
     name, _, value = line.partition(":")
@@ -302,7 +304,7 @@ async def test_unusual_and_valid_header_passes(cortex: RunningCortex, engine: Ra
     ids=["no-space", "tabs", "zeros", "chunked-case", "60-headers", "empty-line-before"],
 )
 async def test_unusual_and_valid_request_is_answered(cortex: RunningCortex, engine: RawEngine, data: bytes) -> None:
-    """And the next one on the connection too: its end was found."""
+    """So is the next one on the connection, because cortex found the end of the first."""
     async with connected(cortex.url) as client:
         await client.send(data.replace(b"/PATH", b"/v1/completions") + SENTINEL)
         for number in (None, 1):

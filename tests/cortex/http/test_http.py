@@ -1,4 +1,4 @@
-"""HTTP as clients really speak it: connections kept and shared, requests sent ahead, old versions, odd targets."""
+"""HTTP as real clients use it: kept and shared connections, pipelining, old versions, odd targets."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def hot(number: int, *lines: str, target: str = "/v1/completions", version: str 
 
 
 def number_of(answer: Answer) -> int:
-    """What the engine was asked."""
+    """The number in the body that the engine received."""
     assert answer.status == 200, answer
     return int(json.loads(answer.body)["n"])
 
@@ -69,7 +69,7 @@ def is_health(answer: Answer) -> bool:
 
 
 async def test_head_that_comes_byte_by_byte(client: RawClient, engine: RawEngine) -> None:
-    """Head and body, each byte in a segment of its own."""
+    """Head and body, each byte in its own segment."""
     data = hot(5, "X-Custom: yes")
     await client.send_apart(single_bytes(data))
     assert number_of(await client.answer()) == 5
@@ -79,7 +79,7 @@ async def test_head_that_comes_byte_by_byte(client: RawClient, engine: RawEngine
 @pytest.mark.parametrize("kinds", ["hh", "ch", "hc", "cc", "hchchhccch", "h" * 20, "hc" * 10])
 @pytest.mark.parametrize("bytewise", [False, True], ids=["one-segment", "byte-by-byte"])
 async def test_requests_sent_ahead_are_answered_in_order(client: RawClient, kinds: str, bytewise: bool) -> None:
-    """Those for engines (h) and those for cortex itself (c), in one segment or however they come."""
+    """Requests for engines (h) and for cortex itself (c), in one segment or split anywhere."""
     data = b"".join(hot(number) if kind == "h" else HEALTH for number, kind in enumerate(kinds))
     await client.send_apart(single_bytes(data) if bytewise else [data])
     for number, kind in enumerate(kinds):
@@ -88,7 +88,7 @@ async def test_requests_sent_ahead_are_answered_in_order(client: RawClient, kind
 
 
 async def test_request_behind_a_slow_one_waits(client: RawClient, engine: RawEngine) -> None:
-    """An answer that would be ready at once does not overtake, be it an engine's or cortex's own."""
+    """An answer that is ready at once does not overtake, whether the engine's or cortex's own."""
     release = asyncio.Event()
 
     async def slowly(wire: Wire, received: Received) -> None:
@@ -107,7 +107,7 @@ async def test_request_behind_a_slow_one_waits(client: RawClient, engine: RawEng
 
 
 async def test_hundreds_of_requests_sent_ahead(client: RawClient) -> None:
-    """Every answer comes, in its order; refusals, which are ready at once, too."""
+    """Every answer comes, in order; so do refusals, which are ready at once."""
     count = 500
     data = b"".join(request(b"no") if number % 3 else hot(number) for number in range(count))
     assert len(data) < 65536
@@ -118,9 +118,9 @@ async def test_hundreds_of_requests_sent_ahead(client: RawClient) -> None:
 
 
 @pytest.mark.parametrize("endless", [False, True], ids=["thousands", "endless"])
-async def test_more_sent_ahead_than_is_kept(client: RawClient, engine: RawEngine, endless: bool) -> None:
-    """Whether it is all read on in its turn or given up: the answer that is under way comes whole, those that come are
-    in order, and the connection does not hang. A client that goes on sending does not lose what it has been sent."""
+async def test_pipelining_beyond_the_limit(client: RawClient, engine: RawEngine, endless: bool) -> None:
+    """Whether cortex reads it all in turn or gives up: the current answer is complete, all answers are in order, and
+    the connection does not hang. A client that keeps sending does not lose its answers."""
     release = asyncio.Event()
 
     async def slowly(wire: Wire, received: Received) -> None:
@@ -163,7 +163,7 @@ async def test_connection_is_kept_for_all_kinds_of_requests(client: RawClient, e
 
 @pytest.mark.parametrize("line", ["Connection: close", "Connection: Keep-Alive, CLOSE"])
 async def test_close_is_honoured(cortex: RunningCortex, engine: RawEngine, line: str) -> None:
-    """The answer says so too, and what was sent behind it is not answered."""
+    """The answer says so too, and cortex ignores requests after it."""
     for data in (hot(1, line), request(b"", line, method="GET", target="/health")):
         async with connected(cortex.url) as client:
             answer = await client.ask(data + hot(2))
@@ -175,7 +175,7 @@ async def test_close_is_honoured(cortex: RunningCortex, engine: RawEngine, line:
 
 @pytest.mark.parametrize("target", ["/v1/completions", "/health"])
 async def test_old_client_without_keep_alive(cortex: RunningCortex, engine: RawEngine, target: str) -> None:
-    """HTTP/1.0 closes after an answer, needs no Host, and knows neither chunks nor 100."""
+    """HTTP/1.0 closes after an answer, needs no Host, and gets neither chunks nor 100."""
     method = "GET" if target == "/health" else "POST"
     body = b"" if method == "GET" else BODY
     for sent in (plain(b'{"n": 1}'), stream_head() + chunked(EVENTS, 4)):
@@ -190,7 +190,8 @@ async def test_old_client_without_keep_alive(cortex: RunningCortex, engine: RawE
 
 
 async def test_old_client_with_keep_alive(cortex: RunningCortex, engine: RawEngine) -> None:
-    """It is kept, and told so, where the answer's length is known; else the connection's end is the answer's."""
+    """The connection stays open, and the answer says so, if the length is known; otherwise the close is the answer's
+    end."""
     keep = "Connection: keep-alive"
     async with connected(cortex.url) as client:
         for number in range(3):
@@ -204,7 +205,7 @@ async def test_old_client_with_keep_alive(cortex: RunningCortex, engine: RawEngi
 
 
 async def test_head_request_of_cortex_itself(client: RawClient) -> None:
-    """The headers of a GET, no body, and the connection goes on."""
+    """The headers of a GET, no body, and the connection stays usable."""
     for _ in range(2):
         answer = await client.ask(request(method="HEAD", target="/health"), "HEAD")
         assert answer.status == 200
@@ -214,7 +215,7 @@ async def test_head_request_of_cortex_itself(client: RawClient) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
 async def test_other_method_on_an_inference_path(client: RawClient, engine: RawEngine, method: str) -> None:
-    """405 with Allow, also with a body, which is read away; no engine is asked."""
+    """405 with Allow, also with a body, which cortex discards; no engine gets the request."""
     for body in (b"", BODY):
         answer = await client.ask(request(body, method=method), method)
         assert (answer.status, answer.get("allow")) == (405, "POST")
@@ -237,7 +238,7 @@ async def test_other_method_on_an_inference_path(client: RawClient, engine: RawE
 async def test_target_arrives_as_it_was_sent(
     client: RawClient, engine: RawEngine, target: str, arrives: set[str]
 ) -> None:
-    """Query and spelling are the client's; a whole URL is as good as its path (RFC 9112, 3.2.2)."""
+    """Query and spelling stay the client's; an absolute URL works like its path (RFC 9112, 3.2.2)."""
     assert number_of(await client.ask(hot(4, target=target))) == 4
     assert engine.requests[0].target in arrives
 
@@ -248,14 +249,14 @@ async def test_target_arrives_as_it_was_sent(
 async def test_other_paths_are_not_taken_for_an_inference_path(
     client: RawClient, engine: RawEngine, target: str
 ) -> None:
-    """404, as for any path that does not exist."""
+    """404, as for any unknown path."""
     answer = await client.ask(hot(1, target=target))
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (404, "not_found")
     assert engine.requests == []
 
 
 async def test_encoded_path_of_cortex_itself(client: RawClient) -> None:
-    """A model's id with its slash encoded and plain."""
+    """A model id with its slash encoded or plain."""
     for target in ("/v1/models/org%2Fsmall", "/v1/models/org/small"):
         answer = await client.ask(request(method="GET", target=target), "GET")
         assert json.loads(answer.body)["id"] == MODEL
@@ -277,8 +278,8 @@ async def test_encoded_path_of_cortex_itself(client: RawClient) -> None:
 async def test_headers_of_one_connection_go_no_further(
     client: RawClient, engine: RawEngine, lines: tuple[str, ...], dropped: str
 ) -> None:
-    """An offered upgrade is not taken up (the request is answered as any other), and what belongs to the client's
-    connection does not reach the engine."""
+    """cortex ignores an offered upgrade and answers the request as usual; hop-by-hop headers do not reach the
+    engine."""
     for number in range(2):
         answer = await client.ask(hot(number, *lines))
         assert number_of(answer) == number
@@ -287,7 +288,7 @@ async def test_headers_of_one_connection_go_no_further(
 
 
 async def test_header_belongs_to_a_connection_only_where_it_is_said(client: RawClient, engine: RawEngine) -> None:
-    """The same line passes in a request that does not name it in `Connection`, before and after one that does."""
+    """The same line passes in requests that do not name it in `Connection`, before and after one that does."""
     for named in (False, True, False):
         lines = ("X-Own: 1", "Connection: X-Own") if named else ("X-Own: 1",)
         assert number_of(await client.ask(hot(1, *lines))) == 1
@@ -295,7 +296,7 @@ async def test_header_belongs_to_a_connection_only_where_it_is_said(client: RawC
 
 
 async def test_headers_of_an_engines_connection_go_no_further(client: RawClient, engine: RawEngine) -> None:
-    """Nor do the engine's reach the client; a header given twice stays twice."""
+    """Hop-by-hop headers of the engine do not reach the client; a repeated header stays repeated."""
     engine.scripts.append(
         answering(
             plain(
@@ -314,7 +315,7 @@ async def test_headers_of_an_engines_connection_go_no_further(client: RawClient,
 
 @pytest.mark.parametrize("given", ["abc-1.2:3_X", None, "", "with space", "x" * 129, "ä", "a\tb"])
 async def test_request_id(cortex: RunningCortex, client: RawClient, engine: RawEngine, given: str | None) -> None:
-    """A harmless one is echoed and sent on, any other replaced: on answers of engines, of cortex, and on errors."""
+    """cortex echoes and forwards a safe id and replaces any other: on answers of engines, its own, and errors."""
     lines = () if given is None else (f"x-request-id: {given}",)
     harmless = given is not None and re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) is not None
     unknown = request(b'{"model":"org/unknown"}', *lines)
@@ -328,11 +329,11 @@ async def test_request_id(cortex: RunningCortex, client: RawClient, engine: RawE
         assert re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", got)
         assert (got == given) is harmless
         made.add(got)
-    assert len(made) == (1 if harmless else len(asked)), "a made one is made for one request"
+    assert len(made) == (1 if harmless else len(asked)), "generated ids differ"
     assert engine.requests[0].get("x-request-id") in made
 
 
-async def test_engine_that_closes_costs_the_client_nothing(client: RawClient, engine: RawEngine) -> None:
+async def test_engine_that_closes_does_not_affect_the_client(client: RawClient, engine: RawEngine) -> None:
     """The client's connection outlives the engine's."""
     for number in range(3):
         engine.scripts.append(closing(plain(b'{"n": %d}' % number)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
-from cortex.placement.inputs import Backoff, View
+from cortex.placement.inputs import Backoff, PlanningView
 from shared.protocol import LinkKind
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, profile, used, view
@@ -17,7 +17,7 @@ SIZES = (8000, 12000, 24000, 32000, 80000)
 
 
 @cache
-def random_view(seed: int) -> View:
+def random_view(seed: int) -> PlanningView:
     """Up to five nodes with one to four GPUs each, and twelve models, three to six of which have waiting requests."""
     random = Random(seed)
     models = tuple(_model(random, f"m{i:02}") for i in range(12))
@@ -29,23 +29,23 @@ def random_view(seed: int) -> View:
         fleet(*nodes, reservations=reserved, leaving=leaving),
         *models,
         waiting={each.id: random.choice((0.5, 10, 20, 70)) for each in random.sample(models, random.randint(3, 6))},
-        uses={
+        usages={
             key: used(random.choice((0, 0, 1, 5)), idle=random.choice((0, 5, 400)), age=random.choice((2, 20, 1000)))
             for key in there
         },
-        bars={
+        backoffs={
             (random.choice(models).id, random.choice((*(n.name for n in nodes), "*"))): Backoff(
-                NOW + random.choice((-5, 5)), "no", passes=random.random() < 0.5
+                NOW + random.choice((-5, 5)), "no", temporary=random.random() < 0.5
             )
             for _ in range(random.choice((0, 1, 3)))
         },
         demand={each.id: random.random() * 10 for each in models if random.random() < 0.7},
         load_secs={each.id: {"n0": random.uniform(1, 90)} for each in models if random.random() < 0.5},
-        needs_mb={each.id: 7000 for each in models if each.vram_mb is None and random.random() < 0.5},
+        observed_share_mb={each.id: 7000 for each in models if each.vram_mb is None and random.random() < 0.5},
     )
 
 
-def shuffled(moment: View, seed: int) -> FleetSnapshot:
+def shuffled(moment: PlanningView, seed: int) -> FleetSnapshot:
     """The same fleet with its nodes in a different order."""
     nodes = list(moment.fleet.nodes.values())
     Random(seed).shuffle(nodes)

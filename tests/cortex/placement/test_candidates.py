@@ -6,16 +6,16 @@ from random import Random
 
 import pytest
 
-from cortex.placement.candidates import MANY, shortlist
-from cortex.placement.planner import best, likely_verdicts, verdicts
+from cortex.placement.candidates import MAX_CANDIDATES, candidate_nodes
+from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import profile, view
 
 
 def test_a_small_fleet_is_looked_at_in_full() -> None:
     """Every node of a small fleet, whatever it holds."""
-    nodes = [host(f"n{i}", 24000) for i in range(MANY)]
-    assert len(shortlist(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MANY
+    nodes = [host(f"n{i}", 24000) for i in range(MAX_CANDIDATES)]
+    assert len(candidate_nodes(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MAX_CANDIDATES
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -31,8 +31,8 @@ def test_the_best_is_on_the_list(seed: int, size: int) -> None:
         models = {f"other{number}": On(held)} if held else {}
         nodes.append(host(f"n{number}", *[total] * random.choice((1, 2)), models=models))
     moment = view(fleet(*nodes), wanted)
-    assert len(shortlist(moment, wanted)) == MANY
-    assert best(likely_verdicts(moment, wanted)) == best(verdicts(moment, wanted))
+    assert len(candidate_nodes(moment, wanted)) == MAX_CANDIDATES
+    assert best_plan(candidate_verdicts(moment, wanted)) == best_plan(all_verdicts(moment, wanted))
 
 
 def test_who_knows_the_model_is_on_the_list() -> None:
@@ -40,7 +40,7 @@ def test_who_knows_the_model_is_on_the_list() -> None:
     wanted = profile(vram_mb=4000)
     knows = host("knows", 32000, models={"m": On(0, status="unloaded")})
     moment = view(fleet(*[host(f"n{i}", 12000) for i in range(100)], knows), wanted)
-    plan = best(likely_verdicts(moment, wanted))
+    plan = best_plan(candidate_verdicts(moment, wanted))
     assert plan is not None
     assert plan.node == "knows"
 
@@ -50,6 +50,6 @@ def test_nothing_is_given_up_for_being_far_down() -> None:
     wanted = profile(vram_mb=30000)
     full = host("full", 32000, models={"old": On(31000)})
     moment = view(fleet(*[host(f"n{i}", 24000) for i in range(199)], full), wanted, profile(id="old", vram_mb=31000))
-    plan = best(likely_verdicts(moment, wanted))
+    plan = best_plan(candidate_verdicts(moment, wanted))
     assert plan is not None
     assert plan.node == "full"

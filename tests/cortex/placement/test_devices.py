@@ -9,7 +9,7 @@ import pytest
 
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.devices import MAX_DEVICE_SETS, device_sets
-from cortex.placement.planner import Fit
+from cortex.placement.node_plan import Fit
 from shared.protocol import LinkKind
 from tests.cortex.fleets import BEAST, On, fleet, host, node
 from tests.cortex.views import evicted, plan_for, profile, view
@@ -40,7 +40,7 @@ QUAD = {(0, 1): LinkKind.SYS, (0, 3): LinkKind.NVLINK, (1, 2): LinkKind.PHB}
     ],
 )
 def test_choice_of_devices(fields: dict[str, Any], where: NodeSnapshot, devices: tuple[int, ...]) -> None:
-    """Room, then NVLink, then equal cards, then the tightest fit, then the lowest index."""
+    """DeviceCapacity, then NVLink, then equal cards, then the tightest fit, then the lowest index."""
     plan = plan_for(view(fleet(where), profile(**fields)))
     assert (plan.devices, plan.fit) == (devices, Fit.NOW)
 
@@ -53,23 +53,25 @@ def test_need_is_per_device(free_mb: tuple[int, int], fits: bool) -> None:
     """A split model needs its share on every device; free memory elsewhere does not help."""
     where = node("n", 24000, 24000, free_mb=free_mb)
     plan = plan_for(view(fleet(where), profile(vram_mb=20000, min_devices=2)))
-    assert plan.share_mb == 10000
+    assert plan.device_share_mb == 10000
     assert (plan.fit is Fit.NOW) is fits
 
 
 def test_shares_are_rounded_up() -> None:
     """The two halves of an odd number add up to at least the whole."""
-    assert plan_for(view(fleet(node("n", 24000, 24000)), profile(vram_mb=20001, min_devices=2))).share_mb == 10001
+    assert (
+        plan_for(view(fleet(node("n", 24000, 24000)), profile(vram_mb=20001, min_devices=2))).device_share_mb == 10001
+    )
 
 
-def test_only_those_are_displaced_that_are_in_the_way() -> None:
+def test_only_models_on_the_needed_devices_are_evicted() -> None:
     """Only models on the chosen device are evicted."""
     where = host("n", *[24000] * 3, models={"a": On(20000), "b": On(20000, (1,)), "c": On(20000, (2,))})
     plan = plan_for(view(fleet(where), profile(vram_mb=20000), demand={"a": 9.0, "c": 9.0}))
     assert (plan.devices, evicted(plan)) == ((1,), {"b"})
 
 
-def test_topology_decides_between_displacements_that_cost_the_same() -> None:
+def test_topology_decides_between_evictions_that_cost_the_same() -> None:
     """One model spans all four cards: the best connected pair is taken."""
     links = {(0, 1): LinkKind.SYS, (2, 3): LinkKind.NVLINK}
     where = host("n", *[24000] * 4, models={"a": On(20000, (0, 1, 2, 3))}, links=links)

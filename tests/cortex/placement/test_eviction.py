@@ -10,10 +10,10 @@ import pytest
 from cortex.config.catalogue import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.capacity import Resident
-from cortex.placement.eviction import Claim, Displacement, Eviction, displace, suffice
-from cortex.placement.inputs import Use
-from cortex.placement.planner import Fit
+from cortex.placement.capacity import ResidentModel
+from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, free_enough, plan_evictions
+from cortex.placement.inputs import ReplicaUsage
+from cortex.placement.node_plan import Fit
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view
 
@@ -22,7 +22,7 @@ BOX = fleet(host("box", 24000, models={"a": On(20000)}))
 
 
 @pytest.mark.parametrize(
-    ("fields", "displaced"),
+    ("fields", "evicts"),
     [
         ({}, True),  # equals can be evicted
         ({"residency_priority": 50}, True),
@@ -34,14 +34,14 @@ BOX = fleet(host("box", 24000, models={"a": On(20000)}))
         ({"replicas": {"min": 1}, "residency_priority": 50}, True),  # held against equals only
     ],
 )
-def test_who_may_be_displaced(fields: dict[str, Any], displaced: bool) -> None:
+def test_who_may_be_evicted(fields: dict[str, Any], evicts: bool) -> None:
     """Only models of equal or lower priority, never pinned ones, never those held by `replicas.min`."""
     plan = planned(view(BOX, M, profile(id="a", vram_mb=20000, **fields)))
-    assert (plan is not None) is displaced
+    assert (plan is not None) is evicts
 
 
 @pytest.mark.parametrize(
-    ("elsewhere", "displaced"),
+    ("elsewhere", "evicts"),
     [
         (host("spare", 8000, models={"a": On(1000)}), True),  # another replica remains
         (host("spare", 8000, models={"a": On(1000)}, healthy=False), False),
@@ -49,58 +49,60 @@ def test_who_may_be_displaced(fields: dict[str, Any], displaced: bool) -> None:
         (host("spare", 8000, models={"a": On(1000, status="loading")}), False),
     ],
 )
-def test_a_minimum_counts_those_that_serve_and_will(elsewhere: Any, displaced: bool) -> None:
+def test_a_minimum_counts_those_that_serve_and_will(elsewhere: Any, evicts: bool) -> None:
     """Replicas on a dead or draining node do not count as serving."""
     box = host("box", 24000, models={"a": On(20000)})
     moment = view(fleet(box, elsewhere), M, profile(id="a", vram_mb=20000, replicas={"min": 1, "max": 2}))
     plan = planned(moment)
-    assert (plan is not None and evicted(plan) == {"a"}) is displaced
+    assert (plan is not None and evicted(plan) == {"a"}) is evicts
 
 
 @pytest.mark.parametrize(
-    ("use", "waits_for", "claim", "ready_in"),
+    ("use", "waits_for", "eviction_class", "ready_in"),
     [
-        (used(), 0, Claim.IDLE, 0),
-        (Use(), 0, Claim.IDLE, 0),  # usage unknown
-        (used(1, idle=0), 0, Claim.BUSY, 15),  # busy: after patience_secs
-        (used(1, idle=0), 14, Claim.BUSY, 1),
-        (used(1, idle=0), 20, Claim.BUSY, -5),
-        (used(idle=0.2, age=10), 0, Claim.YOUNG, 0.8),  # between two sequential requests
-        (used(idle=5, age=10), 0, Claim.YOUNG, -4),
-        (used(idle=5, age=0.5), 0, Claim.YOUNG, 0.5),  # just loaded, requests are about to arrive
-        (used(1, idle=0, age=10), 0, Claim.YOUNG_BUSY, 20),  # its 30 s outlast the patience
-        (used(1, idle=0, age=10), 100, Claim.YOUNG_BUSY, 20),
-        (used(1, idle=0, age=29), 0, Claim.YOUNG_BUSY, 15),
-        (used(1, idle=0, age=30), 20, Claim.BUSY, -5),
+        (used(), 0, EvictionClass.IDLE, 0),
+        (ReplicaUsage(), 0, EvictionClass.IDLE, 0),  # usage unknown
+        (used(1, idle=0), 0, EvictionClass.BUSY, 15),  # busy: after patience_secs
+        (used(1, idle=0), 14, EvictionClass.BUSY, 1),
+        (used(1, idle=0), 20, EvictionClass.BUSY, -5),
+        (used(idle=0.2, age=10), 0, EvictionClass.YOUNG, 0.8),  # between two sequential requests
+        (used(idle=5, age=10), 0, EvictionClass.YOUNG, -4),
+        (used(idle=5, age=0.5), 0, EvictionClass.YOUNG, 0.5),  # just loaded, requests are about to arrive
+        (used(1, idle=0, age=10), 0, EvictionClass.YOUNG_BUSY, 20),  # its 30 s outlast the patience
+        (used(1, idle=0, age=10), 100, EvictionClass.YOUNG_BUSY, 20),
+        (used(1, idle=0, age=29), 0, EvictionClass.YOUNG_BUSY, 15),
+        (used(1, idle=0, age=30), 20, EvictionClass.BUSY, -5),
     ],
 )
-def test_when_a_model_makes_way(use: Use, waits_for: float, claim: Claim, ready_in: float) -> None:
+def test_when_a_model_is_evicted(
+    use: ReplicaUsage, waits_for: float, eviction_class: EvictionClass, ready_in: float
+) -> None:
     """Idle models at once; busy ones after the patience; young ones after their minimum residency, or sooner when
     unused."""
-    plan = plan_for(view(BOX, M, waiting={"m": waits_for}, uses={("a", "box"): use}))
-    assert plan.displacement.claim is claim
+    plan = plan_for(view(BOX, M, waiting={"m": waits_for}, usages={("a", "box"): use}))
+    assert plan.eviction_plan.eviction_class is eviction_class
     assert plan.ready_at - NOW == pytest.approx(ready_in)
 
 
 def test_requests_of_others_count_as_well() -> None:
     """Requests from another cortex or sent to the engine directly show in the engine's own figures."""
     where = fleet(host("box", 24000, models={"a": On(20000, working=2)}))
-    displacement = plan_for(view(where, M, waiting={"m": 0})).displacement
-    assert (displacement.claim, displacement.busy) == (Claim.BUSY, 1)
+    eviction_plan = plan_for(view(where, M, waiting={"m": 0})).eviction_plan
+    assert (eviction_plan.eviction_class, eviction_plan.busy) == (EvictionClass.BUSY, 1)
 
 
 @pytest.mark.parametrize(
     ("own", "rules", "ready_in"),
     [(None, RULES, 20), (60, RULES, 50), (0, RULES, 15), (None, replace(RULES, min_residency_secs=100), 90)],
 )
-def test_residency_is_the_models_own_else_everybodys(own: float | None, rules: Rules, ready_in: float) -> None:
+def test_residency_is_the_models_own_else_the_global_one(own: float | None, rules: Rules, ready_in: float) -> None:
     """`min_residency_secs` of the model, else the global one."""
     moment = view(
         BOX,
         M,
         profile(id="a", vram_mb=20000, min_residency_secs=own),
         waiting={"m": 0},
-        uses={("a", "box"): used(1, idle=0, age=10)},
+        usages={("a", "box"): used(1, idle=0, age=10)},
         rules=rules,
     )
     assert plan_for(moment).ready_at - NOW == pytest.approx(ready_in)
@@ -109,8 +111,8 @@ def test_residency_is_the_models_own_else_everybodys(own: float | None, rules: R
 def test_a_sleeping_model_is_never_young() -> None:
     """A sleeping model has no requests, and evicting it costs only what it still holds."""
     where = fleet(host("box", 24000, models={"a": On(8000, status="sleeping", wants_mb=1000)}))
-    displacement = plan_for(view(where, M, uses={("a", "box"): used(idle=1, age=1)})).displacement
-    assert displacement.claim is Claim.IDLE
+    eviction_plan = plan_for(view(where, M, usages={("a", "box"): used(idle=1, age=1)})).eviction_plan
+    assert eviction_plan.eviction_class is EvictionClass.IDLE
 
 
 def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
@@ -121,7 +123,7 @@ def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("demand", "secs", "uses", "goes"),
+    ("demand", "secs", "usages", "goes"),
     [
         ({"a": 6.0, "b": 1.0}, {"a": 60, "b": 60}, {}, "b"),  # less demand
         ({"a": 1.0, "b": 1.0}, {"a": 20, "b": 60}, {}, "a"),  # faster to reload
@@ -132,11 +134,11 @@ def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
         ({"a": 9.0}, {"a": 600}, {("a", "box"): used(1), ("b", "box"): used(idle=5, age=5)}, "a"),  # busy before young
     ],
 )
-def test_the_cheapest_goes(demand: dict[str, float], secs: dict[str, float], uses: Any, goes: str) -> None:
+def test_the_cheapest_goes(demand: dict[str, float], secs: dict[str, float], usages: Any, goes: str) -> None:
     """Either of the two would be enough."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "b": On(20000, (1,))}))
     times = {model_id: {"box": each} for model_id, each in secs.items()}
-    assert evicted(plan_for(view(where, M, demand=demand, load_secs=times, uses=uses))) == {goes}
+    assert evicted(plan_for(view(where, M, demand=demand, load_secs=times, usages=usages))) == {goes}
 
 
 @pytest.mark.parametrize(
@@ -217,41 +219,45 @@ def test_tiers(newcomer: ModelProfile, flagship: str, mid: str, expected: tuple[
 
 
 @pytest.mark.parametrize("use", [used(1, idle=0), used(1, idle=0, age=3), used(idle=0, age=3)])
-def test_the_image_model_waits_for_the_mid_tier_rather_than_take_the_flagship(use: Use) -> None:
+def test_the_image_model_waits_for_the_mid_tier_rather_than_take_the_flagship(use: ReplicaUsage) -> None:
     """Not even when it is idle there and busy here."""
-    plan = plan_for(view(_tiers("daily", "mid"), *TIERS, uses={("mid", "benjy"): use}), "image")
+    plan = plan_for(view(_tiers("daily", "mid"), *TIERS, usages={("mid", "benjy"): use}), "image")
     assert (plan.node, plan.ready_at > NOW) == ("benjy", True)
 
 
-def _eviction(name: str, mb: int, *devices: int, claim: Claim = Claim.IDLE, cost: float = 0.0) -> Eviction:
-    return Eviction(Resident((name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, 0.0, cost), claim, NOW)
+def _eviction(
+    name: str, mb: int, *devices: int, eviction_class: EvictionClass = EvictionClass.IDLE, cost: float = 0.0
+) -> Eviction:
+    return Eviction(
+        ResidentModel((name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, 0.0, cost), eviction_class, NOW
+    )
 
 
-def _names(found: Displacement | None) -> set[str] | None:
+def _names(found: EvictionPlan | None) -> set[str] | None:
     return None if found is None else {each.resident.key[0] for each in found.evictions}
 
 
-def test_nobody_is_displaced_where_all_together_do_not_suffice() -> None:
+def test_no_eviction_when_all_together_free_too_little() -> None:
     """Nor a model that holds none of the missing memory."""
-    assert displace({0: 9000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)]) is None
-    assert _names(displace({0: 4000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)])) == {"a"}
-    assert suffice({}, [])
-    assert not suffice({0: 1}, [])
+    assert plan_evictions({0: 9000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)]) is None
+    assert _names(plan_evictions({0: 4000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)])) == {"a"}
+    assert free_enough({}, [])
+    assert not free_enough({0: 1}, [])
 
 
-def test_a_busy_one_goes_only_where_the_idle_do_not_suffice() -> None:
+def test_a_busy_one_goes_only_where_idle_ones_do_not_free_enough() -> None:
     """Two idle models rather than one in use; one in use rather than two."""
     idle = [_eviction("a", 4000, 0, cost=9.0), _eviction("b", 4000, 0, cost=9.0)]
-    busy = _eviction("c", 9000, 0, claim=Claim.BUSY)
-    assert _names(displace({0: 8000}, [*idle, busy])) == {"a", "b"}
-    assert _names(displace({0: 9000}, [*idle, busy])) == {"c"}
+    busy = _eviction("c", 9000, 0, eviction_class=EvictionClass.BUSY)
+    assert _names(plan_evictions({0: 8000}, [*idle, busy])) == {"a", "b"}
+    assert _names(plan_evictions({0: 9000}, [*idle, busy])) == {"c"}
 
 
 def test_a_model_that_has_just_come_up_serves_those_it_came_for() -> None:
-    """However long the other model has waited: requests still in the waiting room are about to reach this one, and
+    """However long the other model has waited: requests still in the admission queue are about to reach this one, and
     evicting it would waste its load."""
     where = fleet(host("box", 24000, models={"a": On(20000)}))
     moment = view(
-        where, M, waiting={"m": 1000, "a": 1}, uses={("a", "box"): used(age=1)}, rules=Rules(min_residency_secs=0)
+        where, M, waiting={"m": 1000, "a": 1}, usages={("a", "box"): used(age=1)}, rules=Rules(min_residency_secs=0)
     )
     assert plan_for(moment).ready_at > moment.now

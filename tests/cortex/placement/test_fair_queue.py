@@ -10,9 +10,9 @@ import pytest
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
-from cortex.placement.fair_queue import Turn, next_turn
-from cortex.placement.inputs import Backoff, Use, View, Waiting
-from cortex.placement.planner import Fit, Plan
+from cortex.placement.fair_queue import LoadSchedule, schedule_loads
+from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
+from cortex.placement.node_plan import Fit, LoadPlan
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 
@@ -31,7 +31,7 @@ class Box:
     loaded: str | None = None
     loading: str | None = None
     leaving: str | None = None
-    waiting: dict[str, Waiting] = field(default_factory=dict)
+    waiting: dict[str, WaitingRequests] = field(default_factory=dict)
     working: int = 0
     loaded_at: float = 0.0
     last_used: float = 0.0
@@ -40,17 +40,17 @@ class Box:
     loads: list[tuple[float, str]] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
 
-    def view(self) -> View:
+    def view(self) -> PlanningView:
         there = {name: On(20000) for name in (self.loaded,) if name}
         reserved = (Reservation(self.loading, "box", (0,), 20000),) if self.loading else ()
         gone = ((self.leaving, "box"),) if self.leaving else ()
-        uses = {(self.loaded, "box"): Use(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
-        return View(
+        uses = {(self.loaded, "box"): ReplicaUsage(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
+        return PlanningView(
             now=self.now,
             catalogue=Catalogue(models=self.models),
             fleet=fleet(host("box", 24000, models=there), reservations=reserved, leaving=gone),
             rules=self.rules,
-            uses=uses,
+            usages=uses,
             waiting=dict(self.waiting),
         )
 
@@ -65,15 +65,15 @@ class Box:
                 self.served.append(name)
                 self.last_used = self.now
             else:
-                known = self.waiting.get(name, Waiting(0, self.now))
-                self.waiting[name] = Waiting(known.count + 1, known.since)
+                known = self.waiting.get(name, WaitingRequests(0, self.now))
+                self.waiting[name] = WaitingRequests(known.count + 1, known.since)
 
-    def look(self) -> Turn:
-        turn = next_turn(self.view())
-        for plan in turn.loads:
+    def look(self) -> LoadSchedule:
+        schedule = schedule_loads(self.view())
+        for plan in schedule.loads:
             self._begin(plan)
         self._settle()
-        return turn
+        return schedule
 
     def pass_time(self, secs: float, *, step: float = 0.25) -> None:
         """Advances the clock, running the scheduler every `step`."""
@@ -85,7 +85,7 @@ class Box:
             self._settle()
             self.look()
 
-    def _begin(self, plan: Plan) -> None:
+    def _begin(self, plan: LoadPlan) -> None:
         assert self.loading is None, "two loads at once into one place"
         self.loading = plan.model_id
         self.leaving = next(iter(evicted(plan)), None)
@@ -98,7 +98,7 @@ class Box:
         if self.loading and not self.leaving and self.now >= self.ready_at:
             self.loaded, self.loading, self.loaded_at = self.loading, None, self.now
             self.loads.append((self.now, self.loaded))
-            done = self.waiting.pop(self.loaded, Waiting(0, self.now))
+            done = self.waiting.pop(self.loaded, WaitingRequests(0, self.now))
             self.served += [self.loaded] * done.count
             self.waited.append(self.now - done.since)
             self.last_used = self.now
@@ -128,9 +128,9 @@ def test_peers_take_turns() -> None:
     assert (box.state(), box.now) == (("a", None, None), 10)
     box.working = 2
     box.ask("b")
-    turn = box.look()
-    assert (turn.loads, turn.wake_at) == ((), 40)
-    assert turn.notes == {"b": "waiting for a turn: box: fits after displacement of a"}
+    schedule = box.look()
+    assert (schedule.loads, schedule.recheck_at) == ((), 40)
+    assert schedule.wait_reasons == {"b": "waiting for its turn: box: fits after evicting a"}
     box.pass_time(29.75)
     assert box.state() == ("a", None, None)  # still within its 30 s
     box.pass_time(0.25)
@@ -199,29 +199,29 @@ WAIT_FOR_A_LOAD = fleet(host("box", 24000))
 def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
     """Starvation, priority, wait, name."""
     high = profile(id="high", vram_mb=20000, residency_priority=200)
-    turn = next_turn(view(WAIT_FOR_A_LOAD, A, B, high, waiting=waiting))
-    assert [plan.model_id for plan in turn.loads] == [first]
-    assert set(turn.notes) == set(waiting) - {first}
-    assert not turn.refused
+    schedule = schedule_loads(view(WAIT_FOR_A_LOAD, A, B, high, waiting=waiting))
+    assert [plan.model_id for plan in schedule.loads] == [first]
+    assert set(schedule.wait_reasons) == set(waiting) - {first}
+    assert not schedule.rejected
 
 
 def test_what_can_go_side_by_side_does() -> None:
     """One pass starts every load that fits, each on its own device."""
     where = fleet(host("box", 24000, 24000), host("other", 24000))
-    turn = next_turn(view(where, A, B, C, waiting={"a": 3, "b": 2, "c": 1}))
-    assert [(plan.model_id, plan.node, plan.devices) for plan in turn.loads] == [
+    schedule = schedule_loads(view(where, A, B, C, waiting={"a": 3, "b": 2, "c": 1}))
+    assert [(plan.model_id, plan.node, plan.devices) for plan in schedule.loads] == [
         ("a", "box", (0,)),
         ("b", "box", (1,)),
         ("c", "other", (0,)),
     ]
 
 
-def test_what_one_displaces_is_not_displaced_by_another() -> None:
-    """Two waiting models: room is made for the first, the second waits for its turn."""
+def test_two_loads_do_not_evict_the_same_model() -> None:
+    """Two waiting models: room is made for the first, the second waits for its schedule."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "d": On(20000, (1,))}))
     models = A, B, C, profile(id="d", vram_mb=20000)
-    turn = next_turn(view(where, *models, waiting={"b": 2, "c": 1}))
-    assert [(plan.model_id, evicted(plan)) for plan in turn.loads] == [("b", {"a"}), ("c", {"d"})]
+    schedule = schedule_loads(view(where, *models, waiting={"b": 2, "c": 1}))
+    assert [(plan.model_id, evicted(plan)) for plan in schedule.loads] == [("b", {"a"}), ("c", {"d"})]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_what_one_displaces_is_not_displaced_by_another() -> None:
 )
 def test_what_needs_no_place_is_left_alone(where: object) -> None:
     """Serving, coming up, or already being loaded."""
-    assert next_turn(view(where, A, waiting={"a": 1})) == Turn()  # type: ignore[arg-type]
+    assert schedule_loads(view(where, A, waiting={"a": 1})) == LoadSchedule()  # type: ignore[arg-type]
 
 
 def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
@@ -243,9 +243,9 @@ def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
     where = fleet(host("box", 24000, models={"top": On(20000)}), host("small", 9000))
     there = profile(id="there", vram_mb=20000, pinned_on=["box"], residency_priority=100)
     moment = view(where, there, top, profile(id="s", vram_mb=4000), waiting={"there": 5, "s": 1, "gone": 1})
-    turn = next_turn(moment)
-    assert [plan.model_id for plan in turn.loads] == ["s"]
-    assert {m: error.code for m, error in turn.refused.items()} == {
+    schedule = schedule_loads(moment)
+    assert [plan.model_id for plan in schedule.loads] == ["s"]
+    assert {m: error.code for m, error in schedule.rejected.items()} == {
         "there": "insufficient_vram",
         "gone": "model_not_found",
     }
@@ -254,9 +254,9 @@ def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
 def test_the_next_look_is_at_the_first_that_may_be_ready() -> None:
     """The end of a backoff or of a wait."""
     where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
-    bars = {("b", "other"): Backoff(NOW + 9, "restarts", passes=True), ("b", "box"): Backoff(NOW + 400, "no")}
-    moment = view(where, A, B, waiting={"b": 1}, uses={("a", "box"): used(1)}, bars=bars)
-    assert next_turn(moment).wake_at == NOW + 9
+    backoffs = {("b", "other"): Backoff(NOW + 9, "restarts", temporary=True), ("b", "box"): Backoff(NOW + 400, "no")}
+    moment = view(where, A, B, waiting={"b": 1}, usages={("a", "box"): used(1)}, backoffs=backoffs)
+    assert schedule_loads(moment).recheck_at == NOW + 9
 
 
 PAIR = profile(id="pair", vram_mb=40000, min_devices=2)
@@ -270,12 +270,12 @@ def _two_cards(first: str, second: str, **devices: On) -> NodeSnapshot:
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
 def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken: bool) -> None:
     """A split model needs two cards, one with a young busy model. Otherwise small models would keep taking the free
-    card, each young in its turn."""
+    card, each young in its schedule."""
     where = fleet(_two_cards("a", "s"))
     uses = {("a", "box"): used(1, idle=0, age=5), ("s", "box"): used(idle=900)}
-    turn = next_turn(view(where, A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
-    assert [plan.model_id for plan in turn.loads] == (["t"] if taken else [])
-    assert "pair" in turn.notes
+    schedule = schedule_loads(view(where, A, S, T, PAIR, waiting={"pair": waits, "t": 1}, usages=uses))
+    assert [plan.model_id for plan in schedule.loads] == (["t"] if taken else [])
+    assert "pair" in schedule.wait_reasons
 
 
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
@@ -283,9 +283,9 @@ def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: f
     """Otherwise one of the cards would always have a load under way."""
     loading = host("box", 24000, 24000, models={"a": On(20000, status="loading"), "s": On(20000, (1,))})
     uses = {("s", "box"): used(idle=900)}
-    turn = next_turn(view(fleet(loading), A, S, T, PAIR, waiting={"pair": waits, "t": 1}, uses=uses))
-    assert [plan.model_id for plan in turn.loads] == (["t"] if taken else [])
-    assert not turn.refused
+    schedule = schedule_loads(view(fleet(loading), A, S, T, PAIR, waiting={"pair": waits, "t": 1}, usages=uses))
+    assert [plan.model_id for plan in schedule.loads] == (["t"] if taken else [])
+    assert not schedule.rejected
 
 
 def test_a_split_model_gets_its_turn_among_small_ones() -> None:
@@ -295,24 +295,24 @@ def test_a_split_model_gets_its_turn_among_small_ones() -> None:
     small = tuple(profile(id=f"s{i}", vram_mb=20000) for i in range(6))
     holds: list[str | None] = [None, None]
     since, now, pair_loaded = [0.0, 0.0], 0.0, None
-    waiting = {each.id: Waiting(1, 0.0) for each in small} | {"pair": Waiting(1, 1.0)}
+    waiting = {each.id: WaitingRequests(1, 0.0) for each in small} | {"pair": WaitingRequests(1, 1.0)}
     while now < 300 and pair_loaded is None:
         there = {name: On(20000, (i,)) for i, name in enumerate(holds) if name}
-        moment = View(
+        moment = PlanningView(
             now=now,
             catalogue=Catalogue(models=(*small, PAIR)),
             fleet=fleet(host("box", 24000, 24000, models=there)),
             rules=rules,
-            uses={(name, "box"): Use(1, now, since[i]) for i, name in enumerate(holds) if name},
+            usages={(name, "box"): ReplicaUsage(1, now, since[i]) for i, name in enumerate(holds) if name},
             waiting={m: each for m, each in waiting.items() if m not in there and each.since <= now},
         )
-        for plan in next_turn(moment).loads:
+        for plan in schedule_loads(moment).loads:
             if plan.model_id == "pair":
                 pair_loaded = now
                 break
             (index,) = plan.devices
             holds[index], since[index] = plan.model_id, now + (15 if now == 0 else 0) * index
-            waiting = {**waiting, **{name: Waiting(1, now) for name in evicted(plan)}}
+            waiting = {**waiting, **{name: WaitingRequests(1, now) for name in evicted(plan)}}
         now += 1.0
     assert pair_loaded is not None
     assert pair_loaded <= rules.starvation_secs + rules.min_residency_secs + rules.patience_secs
@@ -321,7 +321,7 @@ def test_a_split_model_gets_its_turn_among_small_ones() -> None:
 def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
     """Each step sees the earlier ones of the same turn: a model that still fits is loaded, one that does not waits."""
     half = profile(id="half", vram_mb=12000)
-    turn = next_turn(
+    schedule = schedule_loads(
         view(
             fleet(host("box", 24000)),
             half,
@@ -334,5 +334,5 @@ def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
             },
         )
     )
-    assert [(plan.model_id, plan.fit) for plan in turn.loads] == [("half", Fit.NOW), ("rest", Fit.NOW)]
-    assert "waiting for half" in turn.notes["a"]
+    assert [(plan.model_id, plan.fit) for plan in schedule.loads] == [("half", Fit.NOW), ("rest", Fit.NOW)]
+    assert "waiting for half" in schedule.wait_reasons["a"]

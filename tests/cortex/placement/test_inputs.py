@@ -7,7 +7,7 @@ import pytest
 from cortex.config.catalogue import DEFAULT_PRIORITY
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Backoff
-from cortex.placement.planner import verdict_on
+from cortex.placement.planner import evaluate_node
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, plan_for, profile, view
 
@@ -50,21 +50,25 @@ def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
     moment = view(where)
     own = moment.profile("own")
     assert own is not None
-    assert verdict_on(moment, own, where.nodes["a"]).passes
+    assert evaluate_node(moment, own, where.nodes["a"]).temporary
 
 
 def test_the_catalogue_outweighs_what_was_seen() -> None:
     """Its size and its priority."""
-    moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), needs_mb={"m": 9000, "n": 9000})
-    assert moment.share_mb(profile(vram_mb=3000)) == 3000
-    assert moment.share_mb(profile(id="n")) == 9000
-    assert moment.share_mb(profile(id="o")) == 0
+    moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), observed_share_mb={"m": 9000, "n": 9000})
+    assert moment.device_share_mb(profile(vram_mb=3000)) == 3000
+    assert moment.device_share_mb(profile(id="n")) == 9000
+    assert moment.device_share_mb(profile(id="o")) == 0
     assert moment.priority("m") == 7
 
 
 def test_bars_end() -> None:
     """A backoff for all nodes outranks one for a node; an expired one does not count."""
-    bars = {("m", "*"): Backoff(NOW + 1, "every"), ("m", "a"): Backoff(NOW + 9, "a"), ("n", "a"): Backoff(NOW, "over")}
-    moment = view(fleet(HERE), bars=bars)
-    found = moment.bar("m", "a"), moment.bar("m", "b"), moment.bar("n", "a")
-    assert [bar and bar.reason for bar in found] == ["every", "every", None]
+    backoffs = {
+        ("m", "*"): Backoff(NOW + 1, "every"),
+        ("m", "a"): Backoff(NOW + 9, "a"),
+        ("n", "a"): Backoff(NOW, "over"),
+    }
+    moment = view(fleet(HERE), backoffs=backoffs)
+    found = moment.backoff("m", "a"), moment.backoff("m", "b"), moment.backoff("n", "a")
+    assert [backoff and backoff.reason for backoff in found] == ["every", "every", None]

@@ -10,10 +10,11 @@ import pytest
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
-from cortex.placement.fair_queue import after
+from cortex.placement.fair_queue import after_start
 from cortex.placement.feasibility import infeasible_reason, is_feasible
-from cortex.placement.inputs import Backoff, View
-from cortex.placement.planner import Fit, best, verdict_on, verdicts
+from cortex.placement.inputs import Backoff, PlanningView
+from cortex.placement.node_plan import Fit
+from cortex.placement.planner import all_verdicts, best_plan, evaluate_node
 from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node
 from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view
 
@@ -60,8 +61,8 @@ def test_where_a_model_is_being_drained_it_is_not_loaded_before_it_has_gone() ->
     assert plan_for(view(fleet(known, other), wanted)).node == "a"
     drained = replace(known, models={"m": known.models["m"].model_copy(update={"state": "draining"})})
     assert plan_for(view(fleet(drained, other), wanted)).node == "b"
-    verdict = verdict_on(view(fleet(drained)), wanted, drained)
-    assert (verdict.plan, verdict.passes) == (None, True)
+    verdict = evaluate_node(view(fleet(drained)), wanted, drained)
+    assert (verdict.plan, verdict.temporary) == (None, True)
 
 
 FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
@@ -74,8 +75,8 @@ FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
         ({"vram_mb": 14000, "min_device_vram_mb": 16000}, SEED_FLEET, "benjy"),  # tightest, not largest
         ({"vram_mb": 4000}, SEED_FLEET, "quadbrat"),
         ({}, SEED_FLEET, "beast"),  # unknown size: most free memory
-        ({"vram_mb": 14000}, fleet(BEAST, FULL_BENJY), "beast"),  # fits now beats fits after displacement
-        ({"vram_mb": 14000}, fleet(FULL_BENJY, QUADBRAT), "benjy"),  # fits after displacement beats infeasible
+        ({"vram_mb": 14000}, fleet(BEAST, FULL_BENJY), "beast"),  # fits now beats fits after eviction_plan
+        ({"vram_mb": 14000}, fleet(FULL_BENJY, QUADBRAT), "benjy"),  # fits after eviction_plan beats infeasible
         ({"vram_mb": 14000, "pinned_on": ["benjy"]}, fleet(BEAST, FULL_BENJY), "benjy"),  # pinned beats everything
         ({"vram_mb": 14000}, fleet(node("b", 16000), node("a", 16000)), "a"),  # ties by name
         ({"vram_mb": 4000}, fleet(node("a", 16000, draining=True), BEAST), "beast"),
@@ -111,13 +112,13 @@ FULL_BENJY = host("benjy", 24564, models={"a": On(23000)})
     ],
 )
 def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: str | None) -> None:
-    """Pinned, fits now, fits after displacement, known there, tightest fit, topology, name."""
+    """Pinned, fits now, fits after eviction_plan, known there, tightest fit, topology, name."""
     found = planned(view(where, profile(**fields)))
     assert (found and found.node) == expected
 
 
 @pytest.mark.parametrize(
-    ("where", "uses", "expected"),
+    ("where", "usages", "expected"),
     [
         # waking beats free memory, however tight the fit
         (fleet(host("a", 24000, models={"m": On(500, status="sleeping", wants_mb=8000)}), host("b", 9000)), {}, "a"),
@@ -150,9 +151,9 @@ def test_choice_of_node(fields: dict[str, Any], where: FleetSnapshot, expected: 
         ),
     ],
 )
-def test_order_of_fits(where: FleetSnapshot, uses: Any, expected: str) -> None:
+def test_order_of_fits(where: FleetSnapshot, usages: Any, expected: str) -> None:
     """Waking, free memory, memory of sleepers, evictions (idle, busy, young), trying despite the figures."""
-    assert plan_for(view(where, profile(vram_mb=8000), uses=uses)).node == expected
+    assert plan_for(view(where, profile(vram_mb=8000), usages=usages)).node == expected
 
 
 def test_loads_under_way_count() -> None:
@@ -191,8 +192,8 @@ def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
     """None of it is booked yet."""
     where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))
     assert plan_for(view(where, profile(vram_mb=7000))).spare_mb == 1000
-    found = verdict_on(view(where, profile(vram_mb=9000)), profile(vram_mb=9000), where.nodes["n"])
-    assert (found.plan, found.passes) == (None, True)
+    found = evaluate_node(view(where, profile(vram_mb=9000)), profile(vram_mb=9000), where.nodes["n"])
+    assert (found.plan, found.temporary) == (None, True)
     assert "waiting for other" in found.reason
 
 
@@ -251,7 +252,7 @@ def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
         # no room elsewhere: evict the model that took its memory, then wake it
         (
             fleet(host("n", 24000, models={"m": SLEEPER, "taker": On(20000)})),
-            ("n", (0,), Fit.AFTER_DISPLACEMENT, True),
+            ("n", (0,), Fit.AFTER_EVICTION, True),
         ),
     ],
 )
@@ -276,15 +277,15 @@ def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
     models = profile(vram_mb=14000), profile(id="x", vram_mb=12000)
     moment = view(where, *models)
     first, second = ("m", "x") if reserves == "the sleeper" else ("x", "m")
-    moment = after(moment, plan_for(moment, first))
+    moment = after_start(moment, plan_for(moment, first))
     assert planned(moment, second) is None
 
 
 @pytest.mark.parametrize(("vram_mb", "booked"), [(None, {"m": 7000}), (7000, {})])
 def test_size_is_the_catalogues_else_what_was_seen(vram_mb: int | None, booked: dict[str, int]) -> None:
     """Tightest fit by either figure."""
-    moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), needs_mb=booked)
-    assert (plan_for(moment).node, plan_for(moment).share_mb) == ("b", 7000)
+    moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), observed_share_mb=booked)
+    assert (plan_for(moment).node, plan_for(moment).device_share_mb) == ("b", 7000)
 
 
 def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
@@ -294,7 +295,7 @@ def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
             fleet(host("n", 24000, 24000, seed=seed)), profile(), profile(id="x"), profile(id="y", vram_mb=8000)
         )
         first = plan_for(moment)
-        moment = after(moment, first)
+        moment = after_start(moment, first)
         assert first.devices == (0,)
         assert plan_for(moment, "x").devices == (1,)
         assert plan_for(moment, "y").devices == (1,)
@@ -311,7 +312,7 @@ def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
     evicted."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, seed=True))
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (
-        Fit.AFTER_DISPLACEMENT,
+        Fit.AFTER_EVICTION,
         {"x"},
     )
 
@@ -335,27 +336,27 @@ def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
         assert plan.spare_mb < 0
 
 
-@pytest.mark.parametrize(("seed", "displaced"), [(False, set()), (True, {"x"})])
-def test_a_neuron_that_books_is_asked_before_anybody_leaves_in_vain(seed: bool, displaced: set[str]) -> None:
+@pytest.mark.parametrize(("seed", "evicts"), [(False, set()), (True, {"x"})])
+def test_a_neuron_that_books_memory_decides_before_anything_is_evicted(seed: bool, evicts: set[str]) -> None:
     """It refuses by its figures at once. Others only find out by trying with the whole device."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
     plan = plan_for(view(where, profile(vram_mb=30000)))
-    assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, displaced)
+    assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, evicts)
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
 def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
     """It can only be evicted once it is up."""
     where = fleet(host("n", 24000, models={"x": On(20000, status=status)}))
-    found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
-    assert (found.plan, found.passes) == (None, True)
+    found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
+    assert (found.plan, found.temporary) == (None, True)
 
 
 def test_what_is_leaving_is_waited_for() -> None:
     """Its memory is already promised, or about to be freed."""
     where = fleet(host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
-    found = verdict_on(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
-    assert (found.plan, found.passes) == (None, True)
+    found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
+    assert (found.plan, found.temporary) == (None, True)
 
 
 def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
@@ -365,18 +366,18 @@ def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bars", "expected"),
+    ("backoffs", "expected"),
     [
         ({("m", "a"): Backoff(NOW + 5, "out of memory")}, "b"),
         ({("m", "*"): Backoff(NOW + 5, "bad flag")}, None),
         ({("m", "a"): Backoff(NOW - 1, "long ago")}, "a"),
         ({("x", "a"): Backoff(NOW + 5, "another's")}, "a"),
-        ({("m", "a"): Backoff(NOW + 5, "a race", passes=True)}, "b"),
+        ({("m", "a"): Backoff(NOW + 5, "a race", temporary=True)}, "b"),
     ],
 )
-def test_bars(bars: dict[tuple[str, str], Backoff], expected: str | None) -> None:
+def test_bars(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
     """A failed load is not tried again on that node for a while."""
-    found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), bars=bars))
+    found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), backoffs=backoffs))
     assert (found and found.node) == expected
 
 
@@ -389,14 +390,14 @@ def test_expected_time_is_that_of_the_node_else_the_longest_elsewhere() -> None:
     assert plan_for(view(where, profile(vram_mb=8000))).expected_secs is None
 
 
-def _crowded(order: tuple[int, ...]) -> View:
+def _crowded(order: tuple[int, ...]) -> PlanningView:
     nodes = [
         host("a", 24000, 24000, models={"x": On(20000), "y": On(20000, devices=(1,))}),
         host("b", 24000, models={"x": On(20000)}),
         host("c", 48000, models={"z": On(40000), "s": On(500, status="sleeping", wants_mb=7000)}),
         host("d", 12000, models={"m": On(status="unloaded")}),
     ]
-    return view(fleet(*(nodes[i] for i in order)), *_MODELS, uses={("z", "c"): used(2)})
+    return view(fleet(*(nodes[i] for i in order)), *_MODELS, usages={("z", "c"): used(2)})
 
 
 _MODELS: tuple[ModelProfile, ...] = (
@@ -418,11 +419,11 @@ def test_every_node_says_why() -> None:
     moment = _crowded((0, 1, 2, 3))
     have_it = host("b", 24000, models={"m": On(14000)})
     moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))
-    found = verdicts(moment, _MODELS[0])
+    found = all_verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
-        "a": "fits after displacement of x",
+        "a": "fits after evicting x",
         "b": "already has it",
-        "c": "fits after displacement of z",
+        "c": "fits after evicting z",
         "d": "needs 14000 MiB on each device, 2000 MiB more than available; trying anyway",
     }
-    assert best(found) == found[0].plan
+    assert best_plan(found) == found[0].plan

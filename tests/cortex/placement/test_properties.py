@@ -9,12 +9,13 @@ from itertools import combinations
 
 import pytest
 
-from cortex.placement.capacity import books, rooms
+from cortex.placement.capacity import device_memory, reports_bookable_memory
 from cortex.placement.eviction import Eviction
-from cortex.placement.fair_queue import next_turn
-from cortex.placement.inputs import View
-from cortex.placement.planner import Fit, Plan, verdicts
-from cortex.placement.replicas import upkeep
+from cortex.placement.fair_queue import schedule_loads
+from cortex.placement.inputs import PlanningView
+from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.planner import all_verdicts
+from cortex.placement.replicas import reconcile_replicas
 from shared.protocol import ModelStatus
 from tests.cortex.placement.random_views import random_view, shuffled
 
@@ -22,9 +23,9 @@ SEEDS = 1000
 BATCHES = [range(start, start + SEEDS // 5) for start in range(0, SEEDS, SEEDS // 5)]
 
 
-def _plans(moment: View) -> list[Plan]:
+def _plans(moment: PlanningView) -> list[LoadPlan]:
     """The plans of every node for every model of the catalogue."""
-    found = (verdicts(moment, profile) for profile in moment.catalogue.models)
+    found = (all_verdicts(moment, profile) for profile in moment.catalogue.models)
     return [each.plan for listed in found for each in listed if each.plan is not None]
 
 
@@ -41,14 +42,14 @@ def test_every_plan_keeps_the_rules(seeds: Iterable[int]) -> None:
     assert all(fits[fit] for fit in Fit), fits  # the random fleets must cover every case
 
 
-def _keeps_the_rules(moment: View, plan: Plan, seed: int) -> None:
+def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
     node, profile = moment.fleet.nodes[plan.node], moment.catalogue.profile(plan.model_id)
     assert profile is not None
     assert node.healthy, seed
     assert not node.draining, seed
     assert not profile.pinned_on or node.name in profile.pinned_on, seed
     assert len(set(plan.devices)) == profile.min_devices, seed
-    for each in plan.displacement.evictions:
+    for each in plan.eviction_plan.evictions:
         model_id, where = each.resident.key
         shielded = moment.catalogue.profile(model_id)
         assert where == node.name, seed
@@ -57,29 +58,31 @@ def _keeps_the_rules(moment: View, plan: Plan, seed: int) -> None:
         if model_id != profile.id and shielded is not None:
             assert node.name not in shielded.pinned_on, seed
             assert shielded.residency_priority <= profile.residency_priority, seed
-        use = moment.use(model_id, where)
+        use = moment.usage(model_id, where)
         assert each.ready_at > moment.now or not use.in_flight or moment.waiting.get(plan.model_id) is not None, seed
-    keys = [each.resident.key for each in plan.displacement.evictions]
+    keys = [each.resident.key for each in plan.eviction_plan.evictions]
     assert len(set(keys)) == len(keys), seed
-    room = rooms(moment, node)
+    room = device_memory(moment, node)
     if _by_the_figures(moment, plan) and not plan.wakes:
         for index in plan.devices:
-            freed = _frees(plan.displacement.evictions, index)
-            assert room[index].free_mb + freed >= plan.share_mb, seed
+            freed = _frees(plan.eviction_plan.evictions, index)
+            assert room[index].free_mb + freed >= plan.device_share_mb, seed
         # every eviction is needed
-        for gone in plan.displacement.evictions:
-            rest = [each for each in plan.displacement.evictions if each is not gone]
+        for gone in plan.eviction_plan.evictions:
+            rest = [each for each in plan.eviction_plan.evictions if each is not gone]
             have = {
                 i: room[i].free_mb + sum(e.resident.frees_mb for e in rest if i in e.resident.devices) for i in room
             }
-            assert any(have[i] < max(plan.share_mb, plan.takes_mb) for i in plan.devices), seed
+            assert any(have[i] < max(plan.device_share_mb, plan.reserve_mb) for i in plan.devices), seed
     rules = moment.rules
     assert plan.ready_at <= moment.now + max(rules.min_residency_secs, rules.patience_secs), seed
 
 
-def _by_the_figures(moment: View, plan: Plan) -> bool:
+def _by_the_figures(moment: PlanningView, plan: LoadPlan) -> bool:
     """Except when a neuron that books memory is asked for a model of unknown size."""
-    return plan.fit is not Fit.TOO_LARGE and (plan.share_mb > 0 or not books(moment.fleet.nodes[plan.node]))
+    return plan.fit is not Fit.TOO_LARGE and (
+        plan.device_share_mb > 0 or not reports_bookable_memory(moment.fleet.nodes[plan.node])
+    )
 
 
 def _frees(evictions: Iterable[Eviction], index: int) -> int:
@@ -92,13 +95,13 @@ def test_the_same_moment_gives_the_same_steps(seeds: Iterable[int]) -> None:
     for seed in seeds:
         moment = random_view(seed)
         other = replace(moment, fleet=shuffled(moment, seed))
-        first, again, mixed = next_turn(moment), next_turn(moment), next_turn(other)
+        first, again, mixed = schedule_loads(moment), schedule_loads(moment), schedule_loads(other)
         assert first.loads == again.loads == mixed.loads, seed
-        assert first.notes.keys() == mixed.notes.keys(), seed
-        assert first.refused.keys() == mixed.refused.keys(), seed
-        assert first.wake_at == mixed.wake_at, seed
+        assert first.wait_reasons.keys() == mixed.wait_reasons.keys(), seed
+        assert first.rejected.keys() == mixed.rejected.keys(), seed
+        assert first.recheck_at == mixed.recheck_at, seed
         kept = moment.catalogue.models
-        assert upkeep(moment, kept).loads == upkeep(other, kept).loads, seed
+        assert reconcile_replicas(moment, kept).loads == reconcile_replicas(other, kept).loads, seed
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
@@ -107,7 +110,7 @@ def test_ranks_are_a_total_order(seeds: Iterable[int]) -> None:
     for seed in seeds:
         moment = random_view(seed)
         for profile in moment.catalogue.models:
-            plans = [each.plan for each in verdicts(moment, profile) if each.plan is not None]
+            plans = [each.plan for each in all_verdicts(moment, profile) if each.plan is not None]
             for one, two in combinations(plans, 2):
                 assert (one.rank < two.rank) is not (two.rank < one.rank), seed
 
@@ -118,32 +121,36 @@ def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) ->
     answer."""
     for seed in seeds:
         moment = random_view(seed)
-        turn = next_turn(moment)
-        displaced = [each.resident.key for plan in turn.loads for each in plan.displacement.evictions]
-        assert len(set(displaced)) == len(displaced), seed
+        schedule = schedule_loads(moment)
+        evicted_models = [each.resident.key for plan in schedule.loads for each in plan.eviction_plan.evictions]
+        assert len(set(evicted_models)) == len(evicted_models), seed
         for node in moment.fleet.nodes.values():
-            room = rooms(moment, node)
-            there = [plan for plan in turn.loads if plan.node == node.name and _by_the_figures(moment, plan)]
+            room = device_memory(moment, node)
+            there = [plan for plan in schedule.loads if plan.node == node.name and _by_the_figures(moment, plan)]
             for index in room:
-                taken = sum(plan.reservation.share_mb for plan in there if index in plan.devices)
-                freed = _frees((each for plan in there for each in plan.displacement.evictions), index)
+                taken = sum(plan.reservation.device_share_mb for plan in there if index in plan.devices)
+                freed = _frees((each for plan in there for each in plan.eviction_plan.evictions), index)
                 assert taken <= max(0, room[index].free_mb) + freed, (seed, node.name, index)
         for model_id in moment.waiting:
             served = moment.fleet.serving(model_id) or moment.fleet.coming(model_id)
             under_way = any(each.model_id == model_id for each in moment.fleet.reservations)
-            begun = any(plan.model_id == model_id for plan in turn.loads)
-            assert served or under_way or begun or model_id in turn.notes or model_id in turn.refused, seed
+            begun = any(plan.model_id == model_id for plan in schedule.loads)
+            assert served or under_way or begun or model_id in schedule.wait_reasons or model_id in schedule.rejected, (
+                seed
+            )
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
-def test_upkeep_hurts_nobody(seeds: Iterable[int]) -> None:
-    """A replica beyond the minimum evicts nothing; busy or young models are never evicted for upkeep; nothing is
+def test_reconciliation_disturbs_no_model_in_use(seeds: Iterable[int]) -> None:
+    """A replica beyond the minimum evicts nothing; busy or young models are never evicted for replicas; nothing is
     over-booked."""
     for seed in seeds:
         moment = random_view(seed)
-        moment = replace(moment, waiting={}, pressed={each.id: moment.now - 60 for each in moment.catalogue.models})
-        for plan, _ in upkeep(moment, moment.catalogue.models).loads:
+        moment = replace(
+            moment, waiting={}, overloaded_since={each.id: moment.now - 60 for each in moment.catalogue.models}
+        )
+        for plan, _ in reconcile_replicas(moment, moment.catalogue.models).loads:
             assert plan.fit is not Fit.TOO_LARGE, seed
-            for each in plan.displacement.evictions:
+            for each in plan.eviction_plan.evictions:
                 assert not each.resident.in_flight, seed
                 assert each.ready_at <= moment.now, seed

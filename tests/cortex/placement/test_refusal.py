@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.fair_queue import next_turn
+from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import Backoff, Key
-from cortex.placement.planner import verdicts
-from cortex.placement.refusal import refusal, unknown
+from cortex.placement.planner import all_verdicts
+from cortex.placement.refusal import placement_error, unknown_model_error
 from shared.errors import ServiceError
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
@@ -21,14 +21,14 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff]) -> ServiceError:
-    moment = view(where, M, PINNED, TOP, bars=bars)
+def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff]) -> ServiceError:
+    moment = view(where, M, PINNED, TOP, backoffs=backoffs)
     wanted = moment.profile(model_id)
-    return refusal(moment, model_id, [] if wanted is None else verdicts(moment, wanted))
+    return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
 
 
 @pytest.mark.parametrize(
-    ("model_id", "where", "bars", "code"),
+    ("model_id", "where", "backoffs", "code"),
     [
         ("m", fleet(), {}, "no_healthy_neurons"),
         ("m", fleet(host("a", 24000, healthy=False)), {}, "no_healthy_neurons"),
@@ -44,17 +44,17 @@ def _refused(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff]) -
         ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, bars: Mapping[Key, Backoff], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff], code: str) -> None:
     """Each has its own code; temporary ones say when to retry."""
-    error = _refused(model_id, where, bars)
+    error = _refused(model_id, where, backoffs)
     assert error.code == code
     assert (error.retry_after is not None) is (error.status == 503)
 
 
 def test_a_failed_load_says_when_it_is_tried_again() -> None:
     """The first backoff to end, with its own reason."""
-    bars = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
-    error = _refused("m", fleet(host("a", 24000), host("b", 24000)), bars)
+    backoffs = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
+    error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert (error.retry_after, error.message) == (7, "on b")
 
 
@@ -78,28 +78,28 @@ def test_who_is_in_the_way_is_named() -> None:
 )
 def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
     """Where they are, and why they cannot serve now."""
-    assert unknown("own", where).code == code
+    assert unknown_model_error("own", where).code == code
 
 
 @pytest.mark.parametrize(
-    ("bar", "where", "outcome"),
+    ("backoff", "where", "outcome"),
     [
         (("m", "a"), fleet(host("a", 24000), host("b", 40000)), "b"),  # the node failed: try elsewhere
         (("m", "a"), fleet(host("a", 24000)), "refused"),
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_whose_fault_a_failure_was(bar: Key, where: FleetSnapshot, outcome: str) -> None:
+def test_whose_fault_a_failure_was(backoff: Key, where: FleetSnapshot, outcome: str) -> None:
     """Determines where the load is tried again, if anywhere."""
-    turn = next_turn(view(where, M, waiting={"m": 1}, bars={bar: Backoff(NOW + 7, "no")}))
-    assert [plan.node for plan in turn.loads] == ([outcome] if outcome != "refused" else [])
+    schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
+    assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])
     if outcome == "refused":
-        assert (turn.refused["m"].code, turn.refused["m"].retry_after) == ("cold_load_failed", 7)
+        assert (schedule.rejected["m"].code, schedule.rejected["m"].retry_after) == ("cold_load_failed", 7)
 
 
 def test_a_cause_that_goes_by_itself_is_waited_for() -> None:
     """Requests are not refused; the model is looked at again when the backoff ends."""
-    bars = {("m", "a"): Backoff(NOW + 1, "restarts", passes=True)}
-    turn = next_turn(view(fleet(host("a", 24000)), M, waiting={"m": 1}, bars=bars))
-    assert (turn.loads, turn.refused, turn.wake_at) == ((), {}, NOW + 1)
-    assert "restarts" in turn.notes["m"]
+    backoffs = {("m", "a"): Backoff(NOW + 1, "restarts", temporary=True)}
+    schedule = schedule_loads(view(fleet(host("a", 24000)), M, waiting={"m": 1}, backoffs=backoffs))
+    assert (schedule.loads, schedule.rejected, schedule.recheck_at) == ((), {}, NOW + 1)
+    assert "restarts" in schedule.wait_reasons["m"]

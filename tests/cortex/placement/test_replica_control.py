@@ -1,4 +1,4 @@
-"""Keeping, adding and removing replicas, and retiring idle models, case by case."""
+"""Keeping, adding and removing replicas, and removing idle models, case by case."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, Reservation
-from cortex.placement.inputs import Backoff, View
-from cortex.placement.replicas import Retirement, Upkeep, is_kept_up, upkeep
+from cortex.placement.inputs import Backoff, PlanningView
+from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, evicted, profile, used, view
 
@@ -21,11 +21,11 @@ def kept(minimum: int = 1, maximum: int | None = None, **fields: Any) -> ModelPr
     return profile(vram_mb=14000, replicas=replicas, **fields)
 
 
-def steps(moment: View) -> Upkeep:
-    return upkeep(moment, moment.catalogue.models)
+def steps(moment: PlanningView) -> ReplicaChanges:
+    return reconcile_replicas(moment, moment.catalogue.models)
 
 
-def loads(moment: View) -> list[tuple[str, str]]:
+def loads(moment: PlanningView) -> list[tuple[str, str]]:
     return [(plan.model_id, plan.node) for plan, _ in steps(moment).loads]
 
 
@@ -38,9 +38,9 @@ def loads(moment: View) -> list[tuple[str, str]]:
         ({"idle_ttl_secs": 60}, True),
     ],
 )
-def test_who_is_looked_after(fields: dict[str, Any], expected: bool) -> None:
-    """Models loaded only on request need no upkeep."""
-    assert is_kept_up(profile(**fields)) is expected
+def test_which_models_need_reconciliation(fields: dict[str, Any], expected: bool) -> None:
+    """Models loaded only on request need no reconciliation."""
+    assert needs_reconciliation(profile(**fields)) is expected
 
 
 @pytest.mark.parametrize(
@@ -75,28 +75,28 @@ def test_the_minimum_is_kept(minimum: int, where: FleetSnapshot, expected: str |
         (used(), 200, None),  # nor one with a higher priority
     ],
 )
-def test_what_makes_way_for_the_minimum(use: Any, priority: int, expected: set[str] | None) -> None:
+def test_what_the_minimum_may_evict(use: Any, priority: int, expected: set[str] | None) -> None:
     """Only idle models of equal or lower priority."""
     where = fleet(host("a", 16000, models={"x": On(14000)}))
     x = profile(id="x", vram_mb=14000, residency_priority=priority)
-    found = upkeep(view(where, kept(), x, uses={("x", "a"): use}), [kept()])
+    found = reconcile_replicas(view(where, kept(), x, usages={("x", "a"): use}), [kept()])
     assert [evicted(plan) for plan, _ in found.loads] == ([] if expected is None else [expected])
 
 
-def test_two_that_are_both_kept_do_not_send_each_other_away() -> None:
+def test_two_models_with_a_minimum_do_not_evict_each_other() -> None:
     """Among equals, the loaded model stays."""
     other = kept(id="x")
-    assert steps(view(fleet(host("a", 16000, models={"x": On(14000)})), kept(), other)) == Upkeep()
+    assert steps(view(fleet(host("a", 16000, models={"x": On(14000)})), kept(), other)) == ReplicaChanges()
 
 
 def test_after_a_failure_it_is_not_tried_again_at_once() -> None:
-    """Upkeep respects backoffs."""
-    bars = {("m", "a"): Backoff(NOW + 9, "no")}
-    assert loads(view(fleet(host("a", 16000)), kept(), bars=bars)) == []
-    assert loads(view(fleet(host("a", 16000), host("b", 24000)), kept(), bars=bars)) == [("m", "b")]
+    """Reconciliation respects backoffs."""
+    backoffs = {("m", "a"): Backoff(NOW + 9, "no")}
+    assert loads(view(fleet(host("a", 16000)), kept(), backoffs=backoffs)) == []
+    assert loads(view(fleet(host("a", 16000), host("b", 24000)), kept(), backoffs=backoffs)) == [("m", "b")]
 
 
-def test_one_look_does_not_put_two_into_one_place() -> None:
+def test_one_pass_does_not_plan_the_same_memory_twice() -> None:
     """A load started for one model counts for the next."""
     moment = view(fleet(host("a", 16000), host("b", 24000)), kept(), kept(id="x"), kept(id="y"))
     assert loads(moment) == [("m", "a"), ("x", "b")]
@@ -106,7 +106,7 @@ SCALED = kept(0, 3)
 
 
 @pytest.mark.parametrize(
-    ("pressed", "where", "expected"),
+    ("overloaded_secs", "where", "expected"),
     [
         (6, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), "b"),
         (4, fleet(host("a", 16000, models={"m": M}), host("b", 24000)), None),  # not for long enough
@@ -123,15 +123,15 @@ SCALED = kept(0, 3)
         (6, fleet(*(host(name, 16000, models={"m": M}) for name in "abc"), host("d", 24000)), None),  # at the maximum
     ],
 )
-def test_replicas_are_added_under_pressure(pressed: float, where: FleetSnapshot, expected: str | None) -> None:
-    """After sustained excess load, and only with room that needs no eviction."""
-    found = loads(view(where, SCALED, pressed={"m": pressed}))
+def test_replicas_are_added_under_pressure(overloaded_secs: float, where: FleetSnapshot, expected: str | None) -> None:
+    """After sustained excess load, and only where no eviction is needed."""
+    found = loads(view(where, SCALED, overloaded_secs={"m": overloaded_secs}))
     assert found == ([] if expected is None else [("m", expected)])
 
 
-def retired(moment: View) -> list[tuple[str, bool]]:
-    found = steps(moment).retirements
-    assert all(isinstance(each, Retirement) for each in found)
+def removed(moment: PlanningView) -> list[tuple[str, bool]]:
+    found = steps(moment).removals
+    assert all(isinstance(each, ReplicaRemoval) for each in found)
     return [(each.node, each.sleep) for each in found]
 
 
@@ -154,7 +154,7 @@ TWO = fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M})
 def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], expected: list[str]) -> None:
     """Beyond the minimum, the least recently used first."""
     uses = {("m", name): used(idle=secs) for name, secs in idle.items()}
-    assert [name for name, _ in retired(view(TWO, model, uses=uses))] == expected
+    assert [name for name, _ in removed(view(TWO, model, usages=uses))] == expected
 
 
 @pytest.mark.parametrize(
@@ -168,38 +168,38 @@ def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], 
     ],
 )
 def test_idle_ttl(use: Any, waiting: dict[str, float], expected: bool) -> None:
-    """A model unused for `idle_ttl_secs` is retired; by default it is unloaded."""
+    """A model unused for `idle_ttl_secs` is removed; by default it is unloaded."""
     where = fleet(host("a", 16000, models={"m": M}))
-    moment = view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): use}, waiting=waiting)
-    assert retired(moment) == ([("a", False)] if expected else [])
+    moment = view(where, kept(0, idle_ttl_secs=60), usages={("m", "a"): use}, waiting=waiting)
+    assert removed(moment) == ([("a", False)] if expected else [])
 
 
 def test_idle_model_is_put_to_sleep() -> None:
-    """With `when_idle = "sleep"`. A sleeping model is not retired again."""
+    """With `when_idle = "sleep"`. A sleeping model is not removed again."""
     model = kept(0, idle_ttl_secs=60, when_idle="sleep")
     uses = {("m", "a"): used(idle=90)}
-    assert retired(view(fleet(host("a", 16000, models={"m": M})), model, uses=uses)) == [("a", True)]
+    assert removed(view(fleet(host("a", 16000, models={"m": M})), model, usages=uses)) == [("a", True)]
     asleep = fleet(host("a", 16000, models={"m": On(500, status="sleeping", wants_mb=13500)}))
-    assert retired(view(asleep, model, uses=uses)) == []
+    assert removed(view(asleep, model, usages=uses)) == []
 
 
 def test_requests_of_others_keep_a_model() -> None:
     """Requests reported by the engine count as use."""
     where = fleet(host("a", 16000, models={"m": On(14000, working=1)}))
-    assert retired(view(where, kept(0, idle_ttl_secs=60), uses={("m", "a"): used(idle=900)})) == []
+    assert removed(view(where, kept(0, idle_ttl_secs=60), usages={("m", "a"): used(idle=900)})) == []
 
 
 @pytest.mark.parametrize(("working", "expected"), [(9, []), (8, ["b"])])
 def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list[str]) -> None:
     """While removing it would leave the others more than `replica_target` requests each, however idle it is."""
     uses = {("m", "a"): used(working), ("m", "b"): used(idle=400)}
-    assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == expected
+    assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == expected
 
 
 def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
     """The next one goes instead."""
     uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
-    assert [name for name, _ in retired(view(TWO, SCALED, uses=uses))] == ["b"]
+    assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -215,5 +215,5 @@ def test_a_model_in_use_moves_off_a_drained_neuron(
     where: FleetSnapshot, idle: float, expected: list[tuple[str, str]]
 ) -> None:
     """Draining empties the neuron even under traffic: once the model is up elsewhere, requests go there."""
-    moment = view(where, profile(vram_mb=14000), uses={("m", "a"): used(idle=idle)})
+    moment = view(where, profile(vram_mb=14000), usages={("m", "a"): used(idle=idle)})
     assert loads(moment) == expected

@@ -1,4 +1,4 @@
-"""The access log has the format of the log."""
+"""The access log has the same format as the rest of the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ties requests together: the session's header, or the prompt's beginning."""
+"""Affinity keys: from the session header, or from the beginning of the prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "i
 
 
 def key(path: bytes, body: Any, *lines: bytes, chars: int = 256) -> int | None:
-    """`body` is bytes, or is written as JSON."""
+    """The key of a request. `body`: bytes, or an object to encode as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Affinity("X-Session-Id", chars).key(path, lines, data)
 
@@ -70,7 +70,7 @@ def user(content: Any) -> dict[str, Any]:
     ],
 )
 def test_same_beginning_same_key(path: bytes, first: Any, later: Any) -> None:
-    """Later turns of a conversation, and prompts with the same first 256 characters."""
+    """Later turns of a conversation, and prompts with the same first 256 characters, have the same key."""
     assert key(path, first) is not None
     assert key(path, first) == key(path, later)
 
@@ -94,19 +94,19 @@ def test_same_beginning_same_key(path: bytes, first: Any, later: Any) -> None:
         (COMPLETIONS, {"prompt": [[1, 2]]}, {"prompt": [[1, 3]]}),
     ],
 )
-def test_different_beginnings_have_keys_of_their_own(path: bytes, one: Any, other: Any) -> None:
-    """Within the first 256 characters one is enough."""
+def test_different_beginnings_have_different_keys(path: bytes, one: Any, other: Any) -> None:
+    """One different character within the first 256 changes the key."""
     keys = key(path, one), key(path, other)
     assert None not in keys
     assert keys[0] != keys[1]
 
 
-def test_how_a_client_writes_a_character_is_no_matter() -> None:
-    """Escaped or not: the prompt is the same, and so is the engine's cache entry."""
+def test_escapes_do_not_change_the_key() -> None:
+    """Escaped or not, the prompt is the same, and so is its entry in the engine's cache."""
     for text in ("grüße " * 60, "\U0001f600" * 256, "a/b\n" * 100, "\ud800 alone"):
         escaped = json.dumps(user(text)).encode()
         plain = json.dumps(user(text), ensure_ascii=False).encode("utf-8", "surrogatepass").replace(b"/", b"\\/")
-        if "\ud800" in text:  # msgspec refuses it escaped
+        if "\ud800" in text:  # msgspec refuses the escaped form
             assert key(CHAT, plain) is not None
         else:
             assert key(CHAT, escaped) == key(CHAT, plain)
@@ -136,13 +136,13 @@ def test_how_a_client_writes_a_character_is_no_matter() -> None:
         (RESPONSES, {"input": [1]} | {"input": None}),
     ],
 )
-def test_nothing_to_go_by(path: bytes, body: Any) -> None:
-    """No prompt, or nothing that the path takes: no key, and no error."""
+def test_no_prompt_has_no_key(path: bytes, body: Any) -> None:
+    """Without a prompt, or with a body of the wrong shape, there is no key and no error."""
     assert key(path, body) is None
 
 
 def test_session_header_wins() -> None:
-    """Over the prompt, in any case of letters; an empty one is none. Other paths have no sessions."""
+    """Its case does not matter, and an empty one counts as absent. Paths without prompts have no sessions."""
     one, two = (
         key(CHAT, user("one"), b"accept: */*", b"X-SESSION-ID: abc"),
         key(CHAT, user("two"), b"x-session-id:abc "),
@@ -155,7 +155,7 @@ def test_session_header_wins() -> None:
 
 
 def test_both_can_be_turned_off() -> None:
-    """No header, no characters."""
+    """No header and no characters: no key."""
     affinity = Affinity("", 0)
     assert affinity.key(CHAT, [b": x", b"x-session-id: abc"], json.dumps(user("hello")).encode()) is None
     assert Affinity("x-session-id", 0).key(CHAT, [b"x-session-id: abc"], b"{}") is not None
@@ -176,7 +176,7 @@ def _anything(generator: random.Random, depth: int = 0) -> Any:
 
 
 def test_any_json_has_a_key_or_none() -> None:
-    """Whatever its shape, and cut anywhere; what follows, unknown members and white space change nothing."""
+    """Any shape, cut anywhere. Unknown members, white space and what follows the beginning change nothing."""
     generator = random.Random(11)
     found = 0
     for _ in range(1500):
@@ -206,7 +206,7 @@ def test_any_json_has_a_key_or_none() -> None:
     ids=["text", "escapes", "image", "parts", "messages", "beside", "object"],
 )
 def test_a_large_body_is_not_built(body: Any) -> None:
-    """Some MB take about the time of a parse that makes nothing, and next to no memory."""
+    """Several MB take about as long as a parse that creates nothing, and hardly any memory."""
     data = json.dumps(body).encode()
     tracemalloc.start()
     try:

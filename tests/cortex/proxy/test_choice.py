@@ -1,4 +1,4 @@
-"""Which replica gets a request, case by case, and what that does to waiting."""
+"""The choice among replicas, case by case, and its effect on waiting times."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ KIND = ("m", b"/v1/chat/completions", True)
         ([0, 0, 0], EQUAL, "a"),  # a tie
         ([1, 0, 0], EQUAL, "b"),
         ([2, 1, 0], EQUAL, "c"),
-        ([0, 0, 0], [1.0, 1.0, 2.0], "c"),  # idle all of them: the fastest
-        ([0, 0, 1], [1.0, 1.0, 2.0], "a"),  # as good as waiting there: by name
+        ([0, 0, 0], [1.0, 1.0, 2.0], "c"),  # all idle: the fastest
+        ([0, 0, 1], [1.0, 1.0, 2.0], "a"),  # equal times: by name
         ([0, 0, 1], [1.0, 1.0, 2.5], "c"),
         ([4, 4, 15], [1.0, 1.0, 4.0], "c"),
         ([2, 3, 15], [1.0, 1.0, 4.0], "a"),
     ],
 )
 def test_least_work_by_speed(outstanding: list[int], speeds: list[float], expected: str) -> None:
-    """With the request itself counted."""
+    """The new request counts too."""
     assert NODES[least_work(NODES, outstanding, speeds)] == expected
     assert NODES[choose(NODES, outstanding, speeds, None)] == expected
 
 
-def test_order_of_the_replicas_is_no_matter() -> None:
-    """A tie goes by name, wherever it stands."""
+def test_the_order_of_replicas_does_not_matter() -> None:
+    """A tie goes to the first name, wherever it stands in the list."""
     assert least_work(["b", "c", "a"], [0, 0, 0], EQUAL) == 2
     key = 12345
     first = NODES[choose(NODES, [0, 0, 0], EQUAL, key)]
@@ -51,20 +51,20 @@ def test_order_of_the_replicas_is_no_matter() -> None:
     ("running", "waiting", "ours", "expected"),
     [
         (0, 0, 0, 0),
-        (5, 0, 5, 0),  # all of it ours: counted once
+        (5, 0, 5, 0),  # all ours: counted once
         (5, 0, 2, 3),  # another cortex has three there
-        (2, 0, 5, 0),  # told before the last three were sent
-        (8, 4, 12, 4),  # four of ours wait: each counts once more
+        (2, 0, 5, 0),  # reported before we sent the last three
+        (8, 4, 12, 4),  # four of ours are queued: each counts once more
         (0, 3, 0, 6),
     ],
 )
 def test_what_an_engine_has_beyond_ours(running: int, waiting: int, ours: int, expected: int) -> None:
-    """What waits inside the engine weighs twice."""
+    """Requests queued inside the engine weigh twice."""
     assert beyond_ours(running, waiting, ours) == expected
 
 
 def _order(key: int, load_factor: float = 1.25) -> list[str]:
-    """The replicas of a key, best first: each is passed over in turn, being full."""
+    """The replicas of a key in its order of preference, found by filling each in turn."""
     names, order = list(NODES), []
     while names:
         best = names[choose(names, [0] * len(names), [1.0] * len(names), key, load_factor)]
@@ -77,15 +77,15 @@ def _order(key: int, load_factor: float = 1.25) -> list[str]:
     ("loads", "speeds", "rank"),
     [
         ((0, 0, 0), (1, 1, 1), 0),
-        ((1, 0, 0), (1, 1, 1), 1),  # with this one 2 of 2; it may have 0.83 of them, rounded up: 1
-        ((1, 1, 0), (1, 1, 1), 0),  # 2 of 3, and it may have 1.25, rounded up
+        ((1, 0, 0), (1, 1, 1), 1),  # this one included, it has 2 of 2; its limit is 0.83, rounded up: 1
+        ((1, 1, 0), (1, 1, 1), 0),  # 2 of 3; its limit is 1.25, rounded up
         ((2, 1, 1), (1, 1, 1), 0),
         ((3, 1, 1), (1, 1, 1), 1),
-        ((5, 5, 1), (1, 1, 1), 2),  # the next in its order is full too
+        ((5, 5, 1), (1, 1, 1), 2),  # the second in the order is full too
         ((9, 9, 9), (1, 1, 1), 0),
-        ((12, 8, 8), (1, 1, 1), 0),  # 13 of 29, and it may have 12.08, rounded up
+        ((12, 8, 8), (1, 1, 1), 0),  # 13 of 29; its limit is 12.08, rounded up
         ((13, 8, 8), (1, 1, 1), 1),
-        ((13, 8, 8), (2, 1, 1), 0),  # twice as fast, twice the share
+        ((13, 8, 8), (2, 1, 1), 0),  # twice the speed, twice the share
         ((4, 12, 12), (0.25, 1, 1), 0),
         ((5, 12, 12), (0.25, 1, 1), 1),
     ],
@@ -93,7 +93,7 @@ def _order(key: int, load_factor: float = 1.25) -> list[str]:
 def test_a_key_stays_unless_its_replica_has_too_much(
     loads: tuple[int, ...], speeds: tuple[float, ...], rank: int
 ) -> None:
-    """`loads` and `speeds` are in the key's own order of replicas; the request goes to the `rank`th of them."""
+    """`loads` and `speeds` are in the key's order of replicas; the request goes to index `rank`."""
     for key in range(0, 2**64, 2**60):
         order = _order(key)
         by_name = dict(zip(order, zip(loads, speeds, strict=True), strict=True))
@@ -102,7 +102,7 @@ def test_a_key_stays_unless_its_replica_has_too_much(
 
 
 def test_some_replica_is_always_chosen() -> None:
-    """However loads and speeds are: with a key never one above its bound, while one is below."""
+    """For any loads and speeds. With a key, never a replica above its bound while another is below."""
     generator = random.Random(7)
     for _ in range(2000):
         size = generator.randint(1, 6)
@@ -116,7 +116,7 @@ def test_some_replica_is_always_chosen() -> None:
 
 
 def test_keys_spread_evenly() -> None:
-    """Also keys that differ little, and between nodes whose names do."""
+    """Also similar keys, and nodes with similar names."""
     generator = random.Random(3)
     names = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"]
     for keys in (range(8000), [generator.getrandbits(64) for _ in range(8000)]):
@@ -125,7 +125,7 @@ def test_keys_spread_evenly() -> None:
 
 
 def test_a_replica_that_leaves_moves_only_its_own_keys() -> None:
-    """And one that comes takes only what becomes its own."""
+    """A replica that joins takes over only the keys that become its own."""
     generator = random.Random(5)
     for key in (generator.getrandbits(64) for _ in range(500)):
         before = NODES[choose(NODES, [0, 0, 0], EQUAL, key)]
@@ -134,7 +134,7 @@ def test_a_replica_that_leaves_moves_only_its_own_keys() -> None:
 
 
 def test_all_processes_agree() -> None:
-    """Nothing of a choice hangs on a process's own seed of hashes."""
+    """A choice does not depend on the hash seed of the process."""
     program = (
         "from cortex.proxy.balancing.affinity import Affinity; from cortex.proxy.balancing.choice import choose\n"
         'body = b\'{"messages": [{"role": "user", "content": "hello %d"}]}\'\n'
@@ -146,8 +146,8 @@ def test_all_processes_agree() -> None:
     assert len(told) == 1
 
 
-def test_nobody_has_measured_a_replica() -> None:
-    """It counts as the usual one; so do all of them in the beginning."""
+def test_an_unmeasured_replica_is_average() -> None:
+    """A replica without measurements counts as average."""
     speeds = Speeds()
     assert speeds.of("m", NODES) == EQUAL
     for _ in range(50):
@@ -161,7 +161,7 @@ def test_nobody_has_measured_a_replica() -> None:
 
 
 def test_speeds_are_bounded() -> None:
-    """A replica that takes a thousand times as long is given a little still, so that its recovery is seen."""
+    """A replica that is a thousand times slower still gets a few requests, so its recovery is noticed."""
     speeds = Speeds()
     for _ in range(200):
         speeds.learn(KIND, "a", 1000.0, 1000)
@@ -183,7 +183,7 @@ def test_kinds_of_answers_are_not_compared() -> None:
 
 
 def test_a_replica_that_has_become_slow_is_noticed() -> None:
-    """Within some tens of answers, and one slow answer is not enough."""
+    """It takes some tens of answers; one slow answer is not enough."""
     speeds = Speeds()
     for _ in range(500):
         for node in ("a", "b"):
@@ -198,7 +198,7 @@ def test_a_replica_that_has_become_slow_is_noticed() -> None:
 
 
 def test_an_empty_answer_teaches_nothing() -> None:
-    """Nor does one that took no time."""
+    """Neither does one that took no time."""
     speeds = Speeds()
     speeds.learn(KIND, "a", 1.0, 0)
     speeds.learn(KIND, "a", 0.0, 10)
@@ -207,8 +207,8 @@ def test_an_empty_answer_teaches_nothing() -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_waiting_with_mismatched_replicas(seed: int) -> None:
-    """Speeds 1, 2 and 4 at four fifths of what they can do: about as good as with the speeds known, and clearly better
-    than by requests in flight alone."""
+    """Speeds 1, 2 and 4 at 80 % load: about as good as with known speeds, and clearly better than by requests in flight
+    alone."""
     before, known, now = (Simulation(p, 0.8, seed=seed).run(5000) for p in (least_in_flight, ideal, learned))
     assert fmean(now.times) < 1.1 * fmean(known.times)
     assert fmean(now.times) < 0.8 * fmean(before.times)
@@ -216,7 +216,7 @@ def test_waiting_with_mismatched_replicas(seed: int) -> None:
 
 
 def test_affinity_keeps_conversations_at_little_cost() -> None:
-    """More turns come to the engine of the turn before; the bound keeps waiting near."""
+    """More turns reach the engine of the previous turn, and the bound keeps waiting times close."""
     without, kept = (Simulation(policy, 0.8).run(5000) for policy in (learned, with_affinity))
     assert fmean(kept.kept) > fmean(without.kept) + 0.1
     assert fmean(kept.times) < 1.15 * fmean(without.times)

@@ -18,7 +18,7 @@ HUGE = {"id": "org/huge", "min_devices": 8}
 async def check(
     response: aiohttp.ClientResponse, status: int, code: str, *, retry: bool, kind: str | None = None
 ) -> dict[str, Any]:
-    """Status, envelope and Retry-After of an error."""
+    """Checks status, envelope and Retry-After of an error. Returns the error."""
     error: dict[str, Any] = (await response.json())["error"]
     assert (response.status, error["code"]) == (status, code)
     assert ("Retry-After" in response.headers) is retry
@@ -49,7 +49,7 @@ async def check(
     ],
 )
 async def test_body_without_a_model_is_invalid(start_cortex: StartCortex, benjy: SeedNeuron, body: bytes) -> None:
-    """400 invalid_request for whatever is not a JSON object with a string `model`."""
+    """400 invalid_request for any body that is not a JSON object with a string `model`."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.post(f"{cortex.url}/v1/chat/completions", data=body) as response:
         await check(response, 400, "invalid_request", retry=False)
@@ -86,14 +86,14 @@ async def test_infeasible_model(start_cortex: StartCortex, benjy: SeedNeuron, mo
 
 
 async def test_vram_mb_never_makes_a_model_infeasible(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """It is an estimate: the model is tried."""
+    """It is an estimate, so cortex tries to load the model."""
     cortex = await start_cortex([benjy], [{"id": "org/small", "vram_mb": 999_999}])
     async with cortex.chat("org/small") as response:
         assert response.status == 200
 
 
 async def test_feasible_neuron_is_down(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """503 neuron_unavailable while the only neuron that could hold the model is away."""
+    """503 neuron_unavailable while the only neuron that could hold the model is down."""
     async with SeedNeuron("beast", 32000, 32000).running() as beast:
         cortex = await start_cortex([benjy, beast], [{"id": "org/large", "min_devices": 2}])
     await cortex.until(lambda: not cortex.parts.fleet.snapshot().nodes["beast"].healthy)
@@ -116,7 +116,7 @@ async def test_no_healthy_neuron(start_cortex: StartCortex) -> None:
 
 
 async def test_no_endpoint(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """502 endpoint_unresolved when the neuron says loaded and gives no usable endpoint."""
+    """502 endpoint_unresolved when the neuron reports the model as loaded but gives no usable endpoint."""
     benjy.models["org/small"] = "loaded"
     benjy.engine_url = "nonsense"
     cortex = await start_cortex([benjy], [SMALL])
@@ -125,7 +125,8 @@ async def test_no_endpoint(start_cortex: StartCortex, benjy: SeedNeuron) -> None
 
 
 async def test_neuron_that_restarts_is_waited_for(start_cortex: StartCortex) -> None:
-    """Away, and not given up yet: a request whose engine only that neuron can name waits for it, and is answered."""
+    """While a neuron restarts and does not count as down yet, a request whose engine only it can name waits and is
+    answered."""
     neuron = SeedNeuron("n", 24_000)
     neuron.models["org/small"] = "loaded"
     async with neuron.running():
@@ -163,7 +164,7 @@ async def test_body_over_the_limit(start_cortex: StartCortex, benjy: SeedNeuron)
 
 
 async def test_unknown_path_and_method(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """aiohttp's own errors wear the envelope too."""
+    """aiohttp's own errors have the envelope too."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.get(f"{cortex.url}/v1/nothing") as response:
         await check(response, 404, "not_found", retry=False)

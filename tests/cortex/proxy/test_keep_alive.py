@@ -1,4 +1,4 @@
-"""A stream that waits for its model hears comments; what comes then, an answer or an error, goes behind them."""
+"""A stream that waits for its model gets comments; the answer or the error follows them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STREAM = answering(stream_head() + chunked(EVENTS, 7))
 
 @pytest.fixture
 async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
-    """What stands behind the model, as soon as it is loaded; the load waits for `benjy.load_gate`."""
+    """The engine of the model once it is loaded; the load waits for `benjy.load_gate`."""
     async with RawEngine().running() as engine:
         engine.script = STREAM
         benjy.engine_url = engine.url
@@ -60,7 +60,7 @@ async def chunk(client: RawClient) -> bytes:
 
 @contextlib.asynccontextmanager
 async def waiting(url: str, target: str = STREAMED[0], *lines: str) -> AsyncIterator[RawClient]:
-    """A client of a stream that has its head and two comments."""
+    """A client that has received the head and two comments of its stream."""
     async with connected(url) as client:
         await client.send(asking(target, *lines))
         assert (await client.head()).start == "HTTP/1.1 200 OK"
@@ -70,19 +70,19 @@ async def waiting(url: str, target: str = STREAMED[0], *lines: str) -> AsyncIter
 
 
 async def rest(client: RawClient) -> bytes:
-    """What comes behind the comments, up to the end of the chunked body."""
+    """The rest of the chunked body, after the comments."""
     body = await read_body(client.incoming, "chunked", 0)
     events = body.split(b"\n\n")
     return b"\n\n".join(event for event in events if not event.startswith(b": "))
 
 
 async def serves_on(client: RawClient) -> None:
-    """The connection takes the next request."""
+    """Checks that the connection serves the next request."""
     assert (await client.ask(request(method="GET", target="/health"), "GET")).status == 200
 
 
 async def counted(cortex: RunningCortex, status: int) -> bool:
-    """True when the one request was counted with this status."""
+    """True if the only request was counted with this status."""
     async with cortex.http.get(f"{cortex.metrics_url}/metrics") as response:
         lines = (await response.text()).splitlines()
     (line,) = [line for line in lines if line.startswith("cortex_requests_total{") and f'"{MODEL}"' in line]
@@ -93,8 +93,8 @@ async def counted(cortex: RunningCortex, status: int) -> bool:
 async def test_comments_and_then_the_answer(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, target: str
 ) -> None:
-    """The head is there before the model is; the engine's bytes come behind the comments, to the last one, and the
-    connection goes on."""
+    """The client has the head before the model is ready; the engine's bytes follow the comments unchanged, and the
+    connection stays usable."""
     async with connected(cortex.url) as client:
         await client.send(asking(target, "x-request-id: mine"))
         head = await client.head()
@@ -129,12 +129,13 @@ async def test_comments_and_then_the_answer(
 async def test_plain_request_is_held_silently(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, target: str, fields: dict[str, Any]
 ) -> None:
-    """Not a byte before the engine's own answer, however long it waits: its status is still open."""
+    """The client gets no byte before the engine's own answer, however long it waits, because the status is still
+    open."""
     engine.script = answering(plain(b"{}", status="418 I'm a teapot"))
     body = json.dumps({"model": MODEL, **fields}).encode()
     async with connected(cortex.url) as client, waiting(cortex.url):
         await client.send(request(body, target=target))
-        async with waiting(cortex.url):  # as long as another one takes to hear two comments
+        async with waiting(cortex.url):  # as long as another client takes to get two comments
             assert not client.incoming._buffer  # type: ignore[attr-defined]
         benjy.load_gate.set()
         assert (await client.answer()).status == 418
@@ -144,7 +145,7 @@ async def test_plain_request_is_held_silently(
     "body", [b'{"model":"org/small","n":NaN,"stream":true}', b'{"stream":false,"stream":true,"model":"org/small"}']
 )
 async def test_stream_is_told_as_leniently_as_the_model(cortex: RunningCortex, engine: RawEngine, body: bytes) -> None:
-    """What json.loads takes, and of several the last."""
+    """cortex reads `stream` as json.loads does; the last of several counts."""
     async with connected(cortex.url) as client:
         await client.send(request(body))
         assert (await client.head()).start == "HTTP/1.1 200 OK"
@@ -162,7 +163,7 @@ async def test_stream_is_told_as_leniently_as_the_model(cortex: RunningCortex, e
 async def test_every_framing_of_the_engine_becomes_chunks(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script
 ) -> None:
-    """The head that the client has says chunked."""
+    """The head that the client already has announces chunks."""
     engine.script = script
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
@@ -182,7 +183,7 @@ async def test_every_framing_of_the_engine_becomes_chunks(
 async def test_http_1_0_until_close(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script, expected: bytes
 ) -> None:
-    """Without chunks, and closed at the end although it would like to stay."""
+    """No chunks; cortex closes at the end even if the client asked for keep-alive."""
     engine.script = script
     async with connected(cortex.url) as client:
         await client.send(asking("/v1/completions", "Connection: keep-alive", version="HTTP/1.0"))
@@ -195,7 +196,7 @@ async def test_http_1_0_until_close(
 
 
 def error_of(event: bytes, target: str) -> dict[str, Any]:
-    """The error in the only event, which has the dialect's shape."""
+    """The error in the only event, after checking that it has the dialect's shape."""
     if target == "/v1/messages":
         name, _, event = event.partition(b"\n")
         assert name == b"event: error"
@@ -211,7 +212,7 @@ def error_of(event: bytes, target: str) -> dict[str, Any]:
 async def test_failed_load_is_the_last_event(
     cortex: RunningCortex, benjy: SeedNeuron, target: str, engine: RawEngine
 ) -> None:
-    """With the reason, and when to come back; counted as the 503 that it is, and the connection goes on."""
+    """It has the reason and the retry delay. The request counts as a 503, and the connection stays usable."""
     benjy.load_error = 500, {"error": {"message": "CUDA out of memory"}}
     async with waiting(cortex.url, target) as client:
         benjy.load_gate.set()
@@ -227,7 +228,7 @@ async def test_failed_load_is_the_last_event(
 async def test_error_of_the_engine_is_the_last_event(
     cortex: RunningCortex, benjy: SeedNeuron, target: str, engine: RawEngine
 ) -> None:
-    """As the engine said it, in one line; without a [DONE]."""
+    """It has the engine's own fields on one line. There is no [DONE]."""
     error = {"message": "too\nlong", "type": "BadRequestError", "param": None, "code": 400}
     engine.script = answering(
         *_halves(plain(json.dumps({"error": error}, indent=1).encode(), status="400 Bad Request"))
@@ -258,10 +259,10 @@ def _halves(data: bytes) -> tuple[bytes, bytes]:
         (answering(stream_head(content_type="text/plain") + chunked(b"x" * 100_000, 1000)), (502, "without an event")),
     ],
 )
-async def test_answer_that_is_no_stream_becomes_an_error(
+async def test_answer_other_than_a_stream_becomes_an_error(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script, expected: tuple[int, str]
 ) -> None:
-    """upstream_error, with what the engine said."""
+    """upstream_error, which quotes the engine."""
     engine.script, (status, message) = script, expected
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
@@ -296,7 +297,7 @@ async def test_engine_lost_behind_the_comments(
 async def test_comments_go_on_until_the_engine_answers(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """A prompt may take long as well."""
+    """A long prompt can take a while too."""
     answered = asyncio.Event()
 
     async def late(wire: Any, received: Any) -> None:
@@ -315,7 +316,7 @@ async def test_comments_go_on_until_the_engine_answers(
 async def test_engine_that_answers_503_behind_the_comments(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """It is asked once more, and then its answer is the client's last event."""
+    """cortex asks it once more; then its answer becomes the last event."""
     engine.script = answering(plain(b'{"error": {"message": "full"}}', status="503 Full"))
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
@@ -324,10 +325,10 @@ async def test_engine_that_answers_503_behind_the_comments(
     assert await counted(cortex, 503)
 
 
-async def test_client_that_leaves_gives_up_its_seat(
+async def test_client_that_disconnects_leaves_the_queue(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """At once: no task, no timer, no object is left of it; the load goes on."""
+    """At once, with its task, timer and objects. The load continues."""
     async with waiting(cortex.url):
         with_one = len(_waits())
         tasks = len(asyncio.all_tasks())
@@ -350,7 +351,7 @@ def _waits() -> list[KeepAliveStream]:
 async def test_client_that_does_not_read_is_sent_no_more(
     start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """When its socket is full no comment is added; when it reads again the answer is whole."""
+    """While its socket is full cortex adds no comments; once it reads again, the answer is complete."""
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting={**WAITING, "comment_interval_secs": 0.0002})
     async with connected(cortex.url, receive_buffer=2048) as client:
         await client.send(asking())
@@ -372,7 +373,7 @@ async def test_client_that_does_not_read_is_sent_no_more(
 async def test_comment_is_one_line_whatever_a_neuron_says(
     start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """Line ends in a phase make no event of it."""
+    """Line ends in a phase do not end the comment."""
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting=WAITING, poll={"interval_secs": 3600})
     progress = Progress(phase="a\r\ndata: x\n\n", fraction=0.404, remaining_secs=34.2)
     async with waiting(cortex.url) as client:
@@ -383,8 +384,8 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
 
 
 async def test_worker_processes_hear_from_their_control(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> None:
-    """They tell their clients what the control knows: the node, from the first comment on; and what was waited is in
-    the log."""
+    """Their comments have what the control knows, the node included from the first one on. The log has the waiting
+    time."""
     async with cortex_process(
         tmp_path, [benjy], [{"id": MODEL}], workers=2, waiting={"first_comment_secs": 0.4}
     ) as cortex:
@@ -417,7 +418,7 @@ RESPONSE_DELTA = {"type": "response.output_text.delta", "delta": "hi", "item_id"
 async def test_openai_client(
     cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, dialect: str, fails: bool
 ) -> None:
-    """Reads over the comments, in both of OpenAI's dialects; an error raises."""
+    """It skips the comments in both OpenAI dialects; an error raises."""
     commented = _commented(cortex)
     event = f"data: {json.dumps(CHAT_CHUNK if dialect == 'chat' else RESPONSE_DELTA)}\n\ndata: [DONE]\n\n"
     engine.script = answering(stream_head() + chunked(event.encode(), 50))
@@ -447,7 +448,7 @@ async def _openai_response(client: openai.AsyncOpenAI) -> str:
 
 @pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
 async def test_anthropic_client(cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, fails: bool) -> None:
-    """Reads over the comments; an error raises."""
+    """It skips the comments; an error raises."""
     commented = _commented(cortex)
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
     event = f"event: content_block_delta\ndata: {json.dumps(delta)}\n\n"
@@ -478,7 +479,7 @@ async def test_anthropic_client(cortex: RunningCortex, benjy: SeedNeuron, engine
 
 
 def _commented(cortex: RunningCortex) -> asyncio.Event:
-    """Set when a client is told what it waits for."""
+    """An event that is set when a client gets a comment."""
     told, router = asyncio.Event(), cortex.parts.resolver
     note = router.note
 

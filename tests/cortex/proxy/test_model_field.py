@@ -29,7 +29,7 @@ LARGE_IMAGE = IMAGE % (b"iVBORw0KGgoAAAANSUhEUg" * 460_000, b',"model":"a"')
         ('{"model": "a"}', "a"),
         (' \n{"x": [1, {"model": "no"}], "model":"a" }\r\n', "a"),
         ('{"messages": "\\"model\\": \\"no\\"", "model": "a"}', "a"),
-        ('{"model": "first", "model": "a"}', "a"),  # as every parser of an engine takes it
+        ('{"model": "first", "model": "a"}', "a"),  # as every engine's parser does
         ('{"mod\\u0065l": "\\u0061"}', "a"),
         ('{"ä": "€😀", "model": "ö/😀"}', "ö/😀"),
         ('{"big": 123456789012345678901234567890, "f": 1e400, "model": "a"}', "a"),
@@ -45,7 +45,7 @@ LARGE_IMAGE = IMAGE % (b"iVBORw0KGgoAAAANSUhEUg" * 460_000, b',"model":"a"')
     ],
 )
 def test_model_is_found_and_replaced_in_place(body: str, model: str) -> None:
-    """And nothing else changes: parsed, the two bodies differ in `model` alone."""
+    """Nothing else changes: parsed, the two bodies differ only in `model`."""
     raw = body.encode()
     found = find_model(raw, JSON)
     assert found.model == model
@@ -93,13 +93,13 @@ def test_model_is_found_and_replaced_in_place(body: str, model: str) -> None:
     ids=lambda body: repr(body[:40]),
 )
 def test_a_body_without_a_model_is_an_invalid_request(body: bytes) -> None:
-    """Whatever is wrong with it, and however deep: the client gets a 400 and cortex no other error."""
+    """Whatever is wrong, at any depth, the client gets a 400 and cortex raises nothing else."""
     with pytest.raises(InvalidRequest):
         find_model(body, JSON)
 
 
 def _document(chance: random.Random, depth: int = 0) -> Any:
-    """Any JSON value, with the strings and names that could lead a search for `model` astray."""
+    """A random JSON value with strings and names that could mislead a search for `model`."""
     text = chance.choice(
         ["", "model", '"model"', "a", "ä€😀", "\\", '\\"', "{", "]", "NaN", "\ud800", "\ud06dodel", "x" * 50]
     )
@@ -114,7 +114,7 @@ def _document(chance: random.Random, depth: int = 0) -> Any:
 
 
 def _written(chance: random.Random) -> bytes:
-    """A document as a client may write it, some with the model's name escaped, and often damaged."""
+    """A document as a client may write it: sometimes with the model's name escaped, often damaged."""
     text = json.dumps(
         _document(chance), ensure_ascii=chance.random() < 0.5, indent=chance.choice([None, None, 1]),
         separators=chance.choice([(",", ":"), (" , ", " : ")]),
@@ -132,7 +132,7 @@ def _written(chance: random.Random) -> bytes:
 
 
 def _as_an_engine_reads(raw: bytes) -> str | None:
-    """The model by json.loads, None where that or this project's documented differences refuse it."""
+    """The model as json.loads finds it; None if that, or a documented difference of this project, refuses the body."""
     try:
         document = json.loads(raw)
         model = document.get("model") if isinstance(document, dict) else None
@@ -161,11 +161,11 @@ def test_every_document_is_read_as_an_engine_reads_it(seed: int) -> None:
         assert repr(json.loads(replaced)) == repr({**json.loads(raw), "model": "new"}), raw
         assert len(replaced) <= len(raw) + len('"new"'), raw
         models += 1
-    assert models > 250  # both branches are worth something
+    assert models > 250  # both branches are covered
 
 
 def _peak(action: Callable[[], object]) -> int:
-    """Bytes allocated at most while it runs."""
+    """Peak of the bytes allocated while it runs."""
     tracemalloc.start()
     try:
         action()
@@ -187,7 +187,7 @@ def _peak(action: Callable[[], object]) -> int:
     ids=["image", "chinese", "tokens", "brackets", "audio"],
 )  # fmt: skip
 def test_ten_megabytes_are_neither_built_nor_copied(body: bytes, content_type: str) -> None:
-    """Finding takes no memory to speak of; replacing makes the new body and nothing beside it."""
+    """Finding takes hardly any memory; replacing allocates only the new body."""
     assert len(body) > 9_900_000
     found = find_model(body, content_type)
     assert found.model == "a"
@@ -197,7 +197,7 @@ def test_ten_megabytes_are_neither_built_nor_copied(body: bytes, content_type: s
 
 
 def test_a_body_too_intricate_to_search_gets_a_second_model() -> None:
-    """The last one counts, so the engine sees the right one, and the event loop is not held up."""
+    """The last one counts, so the engine sees the right one, and the event loop is not blocked."""
     body = b'{"model": "a", "x": [1' + b",[]" * MAX_STEPS + b"]} "
     assert find_model(body, JSON).replaced(body, "b") == body[:-2] + b',"model":"b"} '
 
@@ -208,7 +208,7 @@ def _form(*fields: tuple[str, str]) -> bytes:
 
 
 def test_the_model_of_a_form_is_found_and_replaced() -> None:
-    """The last of several, as in vLLM's framework; a part that only holds the word is none."""
+    """The last of several counts, as in vLLM's framework; a part that merely contains the word does not."""
     body = _form(("file", 'name="model"'), ("model", "first"), ("model", " a "), ("x", "y"))
     found = find_model(body, FORM)
     assert found.model == "a"
@@ -250,5 +250,5 @@ def test_a_form_without_a_model_is_an_invalid_request(body: bytes, content_type:
     ],
 )
 def test_loopback_of_a_neuron_is_the_neurons_host(engine: str, neuron: str, expected: str) -> None:
-    """An engine's address is meant from the neuron's side."""
+    """A neuron gives addresses from its own point of view."""
     assert reachable_url(engine, neuron) == expected

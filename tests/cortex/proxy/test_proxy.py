@@ -1,4 +1,4 @@
-"""What passes the proxy, and what happens when a side is lost."""
+"""What the proxy passes on, and what happens when either side is lost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_alias_in_a_form_is_rewritten(cortex: RunningCortex, benjy: SeedNe
 
 
 async def test_answer_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """Status, headers and body (compressed ones too) are the engine's; hop-by-hop headers are not passed on."""
+    """Status, headers and body, compressed or not, are the engine's; hop-by-hop headers are dropped."""
     body = gzip.compress(b'{"odd":   1.50}')
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -86,7 +86,7 @@ async def test_answer_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNeu
 
 
 async def test_chunks_are_passed_on_as_they_come(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """The engine sends its next event only after the client has read the one before."""
+    """The engine sends its next event only after the client has read the previous one."""
     received = asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -108,7 +108,7 @@ async def test_chunks_are_passed_on_as_they_come(cortex: RunningCortex, benjy: S
 
 
 async def test_client_that_leaves_ends_the_engines_work(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """A disconnect reaches the engine, before its answer and in the middle of it."""
+    """A disconnect reaches the engine, both before its answer and in the middle of it."""
     for begun in (False, True):
         benjy.engine.aborted.clear()
         asked = asyncio.Event()
@@ -143,7 +143,7 @@ async def _cut(request: web.Request, content_type: str, begin: bytes) -> web.Str
 
 
 async def test_engine_lost_in_a_stream_is_an_explicit_error(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """The client's last event is an error, readable although the engine's last event was cut; there is no [DONE]."""
+    """The last event is an error, readable even if the engine's last event was cut; there is no [DONE]."""
     benjy.engine.answer = lambda request: _cut(request, "text/event-stream", b'data: {"a": 1}\n\ndata: {"b"')
     async with cortex.chat("org/small", stream=True) as response:
         text = (await response.read()).decode()
@@ -162,7 +162,7 @@ async def test_engine_lost_in_a_message_stream_is_anthropics_error(cortex: Runni
 
 
 async def test_engine_lost_in_a_plain_answer_cuts_the_connection(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """Half an answer never looks whole."""
+    """A partial answer never looks complete."""
     benjy.engine.answer = lambda request: _cut(request, "application/json", b'{"half": ')
     with pytest.raises(aiohttp.ClientPayloadError):
         async with cortex.chat("org/small") as response:
@@ -184,7 +184,7 @@ async def test_least_busy_replica_is_taken_and_a_dead_one_is_passed_over(
 
 
 async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
-    """An engine lost before its first byte is loaded and asked again, a limited number of times."""
+    """cortex reloads an engine that is lost before its first byte and retries, a limited number of times."""
 
     async def die(request: web.Request) -> web.StreamResponse:
         benjy.models.clear()
@@ -200,18 +200,19 @@ async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex,
     assert 1 < len(benjy.loads) <= 4
 
 
-async def test_engine_of_a_seed_neuron_that_moved_is_found(
+async def test_engine_of_a_protocol_v1_neuron_that_moved_is_found(
     cortex: RunningCortex, benjy: SeedNeuron, beast: SeedNeuron
 ) -> None:
-    """A seed neuron tells of no reload: its endpoint is asked for each time, and no old engine gets a request."""
+    """A protocol v1 neuron does not report reloads: cortex asks for its endpoint each time, so no old engine gets a
+    request."""
     assert await _node_of(cortex) == "benjy"
     benjy.engine_url = beast.engine.url
     assert await _node_of(cortex) == "benjy"
     assert (len(benjy.engine.requests), len(beast.engine.requests)) == (1, 1)
 
 
-async def test_compressed_request_arrives_as_what_it_is(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """The body is unpacked to find the model, and not called compressed any more; one that cannot be is a 400."""
+async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+    """cortex decompresses the body to find the model, and drops Content-Encoding. A damaged body gets a 400."""
     body = b'{"model": "org/small"}'
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     url = f"{cortex.url}/v1/completions"
@@ -225,7 +226,7 @@ async def test_compressed_request_arrives_as_what_it_is(cortex: RunningCortex, b
 
 
 async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningCortex, benjy: SeedNeuron) -> None:
-    """An error event would only fill the promised length: the connection is cut, and at once."""
+    """An error event would only fill up the announced length, so cortex cuts the connection at once."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Content-Length": "1000"})

@@ -1,4 +1,5 @@
-"""Back-pressure, bounded memory, and clients that leave: with a cortex of its own process, and with one in the loop."""
+"""Back-pressure, bounded memory and clients that disconnect, with a cortex in a process of its own and one in this
+loop."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
 
 @pytest.fixture
 async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
-    """A cortex that has answered once, so that what it needs for that is in its memory."""
+    """A cortex that has answered one request, so its memory includes what that takes."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
         await answers(process.url)
         yield process
@@ -45,8 +46,7 @@ async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> Async
 async def url(
     request: pytest.FixtureRequest, start_cortex: StartCortex, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
 ) -> AsyncIterator[str]:
-    """The address of a cortex on asyncio's own loop, of one on the loop that the command takes, and of one with two
-    workers."""
+    """The address of a cortex on asyncio's loop, of one on uvloop, and of one with two workers."""
     if request.param == "in-loop":
         yield (await start_cortex([benjy], [{"id": MODEL}])).url
     else:
@@ -56,14 +56,14 @@ async def url(
 
 
 async def answers(url: str) -> None:
-    """A cortex at work answers a simple request."""
+    """Checks that cortex answers a simple request."""
     async with connected(url) as client:
         answer = await client.ask(ASK)
     assert (answer.status, json.loads(answer.body)["n"]) == (200, 1)
 
 
 class Flood:
-    """An engine's answer of `size` bytes as fast as it is taken; `sent` counts the bytes of its body."""
+    """Answers with `size` bytes as fast as the peer reads; `sent` counts the bytes of its body."""
 
     def __init__(self, size: int, framing: str) -> None:
         self.size, self.framing, self.sent = size, framing, 0
@@ -86,7 +86,7 @@ class Flood:
 
 @contextlib.asynccontextmanager
 async def stalled_client(url: str, data: bytes = ASK) -> AsyncIterator[RawClient]:
-    """A client that asks and then reads nothing."""
+    """A client that sends a request and reads nothing."""
     async with connected(url, receive_buffer=65536) as client:
         client.stop_reading()
         await client.send(data)
@@ -98,7 +98,7 @@ async def stalled_client(url: str, data: bytes = ASK) -> AsyncIterator[RawClient
 async def test_gigabyte_for_a_client_that_reads_nothing(
     process: CortexProcess, engine: RawEngine, framing: str, version: str
 ) -> None:
-    """The engine's writing comes to a stop, and cortex's memory does not grow."""
+    """The engine's writing stalls, and cortex's memory does not grow."""
     flood = Flood(1 << 30, framing)
     engine.scripts.append(flood)
     before = process.rss_bytes()
@@ -113,7 +113,7 @@ async def test_gigabyte_for_a_client_that_reads_nothing(
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 async def test_client_that_reads_on_gets_everything(process: CortexProcess, engine: RawEngine, framing: str) -> None:
-    """The stream goes on where it stopped, complete, and the connections serve on."""
+    """The stream continues where it stopped and is complete; the connections stay usable."""
     flood = Flood(64 * MIB, framing)
     engine.scripts.append(flood)
     async with stalled_client(process.url) as client:
@@ -127,7 +127,7 @@ async def test_client_that_reads_on_gets_everything(process: CortexProcess, engi
 
 
 async def test_many_stalled_clients_hold_little(process: CortexProcess, engine: RawEngine) -> None:
-    """What one stream may hold is bounded: forty of them do not add up to much, and no other client is held up."""
+    """Each stream holds a bounded amount: forty of them stay small, and other clients are served."""
     floods = [Flood(1 << 30, "chunked") for _ in range(40)]
     engine.scripts.extend(floods)
     before = process.rss_bytes()
@@ -145,8 +145,8 @@ async def test_many_stalled_clients_hold_little(process: CortexProcess, engine: 
     await until(lambda: len(engine.open_connections) <= 1)
 
 
-async def test_stalled_client_holds_nobody_up(process: CortexProcess, engine: RawEngine) -> None:
-    """Another client gets a whole large answer meanwhile."""
+async def test_stalled_client_does_not_delay_others(process: CortexProcess, engine: RawEngine) -> None:
+    """Meanwhile another client gets a whole large answer."""
     engine.scripts.extend([Flood(1 << 30, "chunked"), Flood(32 * MIB, "chunked")])
     async with stalled_client(process.url):
         await bounded(engine.next_request())
@@ -178,7 +178,7 @@ def leave(client: RawClient, how: str) -> None:
 
 
 async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
-    """The engine's side has ended, soon after the client's."""
+    """Checks that the engine's connection ends soon after the client's."""
     wire = engine.connections[engine.requests[-1].connection]
     await bounded(wire.gone.wait())
     took = wire.gone_at - left_at
@@ -188,8 +188,7 @@ async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
 
 @pytest.mark.parametrize("script", [silence, one_event, a_part_of_a_plain_answer])
 async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine, script: Script) -> None:
-    """Before the answer and in the middle of it, also with further requests already sent behind; these are then not
-    sent to the engine."""
+    """Before and during the answer, also with pipelined requests, which then never reach the engine."""
     for how, behind in itertools.product(("fin", "rst", "half-close"), (b"", ASK, ASK * 3)):
         engine.script = script
         seen = len(engine.requests)
@@ -209,13 +208,13 @@ async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine,
 
 @pytest.mark.parametrize(("how", "kept"), [("fin", 100_000), ("rst", 100_000), ("rst", 4 * MIB)])
 async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine, how: str, kept: int) -> None:
-    """Its next request, begun and too large to be kept waiting for whole, does not hide that it has gone."""
+    """A pipelined request too large to be read ahead does not hide the disconnect."""
     ahead = request(json.dumps({"model": MODEL, "pad": "x" * (4 * MIB)}).encode())
     engine.script = one_event
     async with connected(url) as client:
         await client.send(ASK)
         await engine.next_request()
-        client.writer.write(ahead[:kept])  # not drained: it may never be taken
+        client.writer.write(ahead[:kept])  # not drained: cortex may never read it
         await settled(client.unread)
         left_at = time.monotonic()
         leave(client, how)
@@ -227,7 +226,7 @@ async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine
 async def test_stalled_client_leaves_and_the_engine_sees_it(
     url: str, engine: RawEngine, framing: str, how: str
 ) -> None:
-    """Also while cortex has data for it that it does not take."""
+    """Also while cortex holds data that the client has not read."""
     flood = Flood(1 << 30, framing)
     engine.scripts.append(flood)
     async with stalled_client(url) as client:
@@ -239,7 +238,7 @@ async def test_stalled_client_leaves_and_the_engine_sees_it(
 
 
 async def test_client_leaves_while_the_engine_is_streaming(url: str, engine: RawEngine) -> None:
-    """In the middle of a fast stream that it was reading."""
+    """In the middle of a fast stream that the client was reading."""
     for how in ("fin", "rst"):
         engine.scripts.append(Flood(1 << 30, "chunked"))
         async with connected(url) as client:
@@ -252,14 +251,14 @@ async def test_client_leaves_while_the_engine_is_streaming(url: str, engine: Raw
 
 
 async def test_upload_to_an_engine_that_does_not_read(process: CortexProcess, engine: RawEngine) -> None:
-    """A body is held once or twice and not more, and given back when the client leaves."""
+    """cortex holds a body at most twice and frees it when the client disconnects."""
     body = json.dumps({"model": MODEL, "pad": "x" * (24 * MIB)}).encode()
     fds = process.fds()
     engine.reads = False
     process.reset_peak()
     before = process.rss_bytes()
     async with connected(process.url) as client:
-        # What the first request left in the pool reads: the upload must find a connection that does not.
+        # The connection that the first request left in the pool is read from; the upload must get one that is not.
         await asyncio.gather(*(_close(wire) for wire in engine.open_connections))
         await client.send(request(body))
         await until(lambda: len(engine.open_connections) > 0)
@@ -278,7 +277,7 @@ async def _close(wire: Wire) -> None:
 
 
 async def test_engine_that_answers_before_it_reads(url: str, engine: RawEngine) -> None:
-    """Its answer reaches the client although the body never went out; that connection serves no further request."""
+    """The client gets the answer although the engine never read the body; that connection is not used again."""
     refusal = plain(b'{"error": "too much"}', status="413 Content Too Large")
 
     async def refuse(wire: Wire) -> None:

@@ -1,4 +1,4 @@
-"""The end of an engine's answer is found wherever the network cuts it, and nothing beyond it is passed on."""
+"""cortex finds the end of an engine's answer wherever the network splits it, and passes on nothing beyond it."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
 
 
 async def still_usable(client: RawClient) -> None:
-    """The client's connection gives the next answer, to the next request."""
+    """Checks that the client's connection serves the next request."""
     answer = await client.ask(request(b'{"model":"org/small","n":77}'))
     assert (answer.status, json.loads(answer.body)["n"]) == (200, 77)
 
 
 async def test_chunked_answer_split_at_every_byte(client: RawClient, engine: RawEngine) -> None:
-    """Sizes, extensions, line ends, trailers: wherever a segment ends, the client gets the payload and its end."""
+    """In sizes, extensions, line ends and trailers: wherever a segment ends, the client gets the payload and its
+    end."""
     for first, second in every_split(ODDLY_FRAMED):
         engine.script = answering(first, second)
         answer = await client.ask(ASK)
@@ -82,7 +83,7 @@ async def test_chunked_answer_byte_by_byte(client: RawClient, engine: RawEngine)
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 async def test_many_chunks_in_a_segment(client: RawClient, engine: RawEngine, size: int) -> None:
-    """One read may hold hundreds of chunks, or a part of one."""
+    """One read may hold hundreds of chunks, or part of one."""
     payload = EVENTS * 200
     engine.scripts.append(answering(stream_head() + chunked(payload, size)))
     answer = await client.ask(ASK)
@@ -92,8 +93,8 @@ async def test_many_chunks_in_a_segment(client: RawClient, engine: RawEngine, si
 
 @pytest.mark.parametrize("end", [b"0\r\n\r\n", b"000\r\n\r\n", b"0;x\r\n\r\n", b"0\r\nX-T: 1\r\n\r\n"])
 async def test_chunk_by_chunk(client: RawClient, engine: RawEngine, end: bytes) -> None:
-    """As engines stream: head, chunks and the last chunk each in a segment of their own; the end is seen as such, for
-    the next request finds both connections free."""
+    """As engines stream: head, chunks and the last chunk each in their own segment. cortex sees the end, because the
+    next request finds both connections free."""
     pieces = [chunked(b"data: %d\n\n" % number, 64).removesuffix(b"0\r\n\r\n") for number in range(20)]
     for _ in range(3):
         engine.scripts.append(answering(stream_head(), *pieces, end))
@@ -104,10 +105,8 @@ async def test_chunk_by_chunk(client: RawClient, engine: RawEngine, end: bytes) 
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
-async def test_chunked_answer_for_a_client_that_knows_no_chunks(
-    cortex: RunningCortex, engine: RawEngine, version: str
-) -> None:
-    """An HTTP/1.0 client gets the bare payload and the connection's end, however the engine's answer is split."""
+async def test_chunked_answer_for_an_http_1_0_client(cortex: RunningCortex, engine: RawEngine, version: str) -> None:
+    """An HTTP/1.0 client gets the payload and a closed connection, however the engine's answer is split."""
     ask = request(b'{"model":"org/small"}', "Connection: close", version=version)
     for first, second in every_split(ODDLY_FRAMED):
         engine.script = answering(first, second)
@@ -119,7 +118,7 @@ async def test_chunked_answer_for_a_client_that_knows_no_chunks(
 
 
 async def test_answer_of_known_length_split_at_every_byte(client: RawClient, engine: RawEngine) -> None:
-    """The end is where the length says, also when the payload looks like an end or an answer."""
+    """The length determines the end, even if the payload looks like an end or an answer."""
     body = b'{"x": "0\r\n\r\n", "y": "HTTP/1.1 200 OK\r\n\r\n"}'
     for first, second in every_split(plain(body)):
         engine.script = answering(first, second)
@@ -137,7 +136,7 @@ async def test_answer_of_known_length_split_at_every_byte(client: RawClient, eng
 async def test_answer_that_ends_with_its_connection(
     cortex: RunningCortex, engine: RawEngine, version: str, pieces: int
 ) -> None:
-    """Neither length nor chunks: the engine's clean close is the end."""
+    """Without length and chunks, the engine's clean close is the end."""
     body = b'{"x": "0\r\n\r\n", "long": "' + b"x" * 40 + b'"}'
     head = f"{version} 200 OK\r\nContent-Type: application/json\r\n\r\n".encode()
     step = -(-len(body) // pieces)
@@ -163,7 +162,7 @@ async def test_answer_that_ends_with_its_connection(
     ],
 )
 async def test_answer_without_a_body(client: RawClient, engine: RawEngine, head: bytes, status: int) -> None:
-    """It ends with its head (or at once), and both connections live on."""
+    """It ends with its head, and both connections stay usable."""
     for first, second in every_split(head):
         engine.script = answering(first, second)
         answer = await client.ask(ASK)
@@ -174,7 +173,7 @@ async def test_answer_without_a_body(client: RawClient, engine: RawEngine, head:
 
 
 async def test_interim_answers_are_skipped(client: RawClient, engine: RawEngine) -> None:
-    """100 and 103 are no answers; the next head is, wherever the network cuts."""
+    """100 and 103 are not the answer; the next head is, wherever the network splits it."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 9\r\n\r\n"
     for first, second in every_split(interim + plain(b"{}")):
         engine.script = answering(first, second)
@@ -185,8 +184,8 @@ async def test_interim_answers_are_skipped(client: RawClient, engine: RawEngine)
     await still_usable(client)
 
 
-async def test_switching_protocols_is_no_answer(client: RawClient, engine: RawEngine) -> None:
-    """An unrequested 101 means an engine that does not speak HTTP/1.1."""
+async def test_switching_protocols_is_an_error(client: RawClient, engine: RawEngine) -> None:
+    """An unrequested 101 means that the engine does not speak HTTP/1.1."""
     engine.scripts.append(answering(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nxx"))
     await expect_unreachable(client, engine)
 
@@ -200,10 +199,10 @@ POISON = b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"n": "evil"}'
     [plain(b'{"n": 1}'), stream_head() + chunked(b"data: 1\n\n", 4), b"HTTP/1.1 204 No Content\r\n\r\n"],
     ids=["length", "chunked", "no-body"],
 )
-async def test_bytes_after_an_answer_reach_nobody(
+async def test_bytes_after_an_answer_are_discarded(
     client: RawClient, engine: RawEngine, whole: bytes, together: bool
 ) -> None:
-    """They are not passed on, not taken for the next answer, and their connection is not used again."""
+    """cortex neither passes them on nor reads them as the next answer, and does not reuse their connection."""
     engine.scripts.append(answering(whole + POISON) if together else answering(whole, POISON))
     answer = await client.ask(ASK)
     assert b"evil" not in answer.body
@@ -212,8 +211,8 @@ async def test_bytes_after_an_answer_reach_nobody(
     assert [received.connection for received in engine.requests] == [0, 1]
 
 
-async def test_answer_to_no_request_is_thrown_away(client: RawClient, engine: RawEngine) -> None:
-    """Servers say 408 on idle connections before they close them: it answers no request."""
+async def test_unrequested_answer_is_discarded(client: RawClient, engine: RawEngine) -> None:
+    """Servers send 408 on idle connections before they close them; it does not answer any request."""
     await still_usable(client)
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     await engine.connections[0].send_apart([late])
@@ -223,7 +222,8 @@ async def test_answer_to_no_request_is_thrown_away(client: RawClient, engine: Ra
 
 
 async def test_engine_that_closes_after_its_answer(client: RawClient, engine: RawEngine) -> None:
-    """`Connection: close` and HTTP/1.0 say that the connection is used up; the client's is not."""
+    """After `Connection: close` or HTTP/1.0 cortex does not reuse the engine's connection; the client's stays
+    usable."""
     for head in (b"HTTP/1.1 200 OK\r\nConnection: close", b"HTTP/1.0 200 OK"):
         engine.scripts.append(answering(head + b"\r\nContent-Length: 2\r\n\r\n{}"))
         answer = await client.ask(ASK)
@@ -281,7 +281,7 @@ LONG = b"X-Pad: " + b"x" * 70_000
     ],
 )
 async def test_engine_that_does_not_speak_http(client: RawClient, engine: RawEngine, head: bytes) -> None:
-    """502 upstream_unreachable, once; its connection is closed and nothing of its bytes reaches the client."""
+    """502 upstream_unreachable after one attempt; cortex closes the connection and passes on none of its bytes."""
     engine.script = answering(head)
     await expect_unreachable(client, engine)
 
@@ -291,7 +291,7 @@ async def test_engine_that_does_not_speak_http(client: RawClient, engine: RawEng
 async def test_engine_lost_in_its_head(
     client: RawClient, engine: RawEngine, lost: Callable[..., Script], kept: int
 ) -> None:
-    """A head that is never completed: 502. The engine had started to answer, so it is not asked again."""
+    """An incomplete head is a 502. The engine had started to answer, so cortex does not retry."""
     engine.script = lost(plain(b"{}")[:kept])
     await expect_unreachable(client, engine)
 
@@ -305,8 +305,8 @@ async def expect_unreachable(client: RawClient, engine: RawEngine) -> None:
     await still_usable(client)
 
 
-async def test_body_of_a_head_request_is_none(client: RawClient) -> None:
-    """HEAD has the headers of GET and no body; the connection lives on."""
+async def test_head_request_gets_no_body(client: RawClient) -> None:
+    """HEAD gets the headers of GET and no body; the connection stays usable."""
     for _ in range(2):
         answer = await client.ask(request(method="HEAD", target="/health"), method="HEAD")
         assert (answer.status, answer.body) == (200, b"")

@@ -1,4 +1,4 @@
-"""An engine that is lost in the middle of its answer: never a clean end, and for an event stream an explicit one."""
+"""An engine lost in the middle of its answer: never a clean end; for an event stream an explicit error."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
 
 
 async def ask(cortex: RunningCortex, data: bytes = ASK) -> Answer:
-    """The answer on a connection of its own."""
+    """The answer to a request on a connection of its own."""
     async with connected(cortex.url) as client:
         return await client.ask(data)
 
 
 def ends_in_error(answer: Answer, before: str) -> None:
-    """The last event is the loss; those before it are the engine's, of which only the last may be cut."""
+    """Checks that the last event is the error and that those before it are the engine's, of which only the last may be
+    cut."""
     events = [event for event in answer.body.split(b"\n\n") if event.strip(b"\n")]
     assert b"[DONE]" not in answer.body
     error = json.loads(events[-1].strip(b"\n").removeprefix(b"data: "))["error"]
@@ -67,8 +68,8 @@ def ends_in_error(answer: Answer, before: str) -> None:
 async def test_event_stream_lost_at_every_byte(
     cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script]
 ) -> None:
-    """In a size line, in a payload, between it and its line end, before the last chunk, after `0\\r\\n`: the client can
-    decode the stream to its end, and its last event says upstream_lost."""
+    """In a size line, in a payload, before its CRLF, before the last chunk, after `0\r\n`: the client can decode the
+    stream to its end, and its last event says upstream_lost."""
     for kept in range(1, len(FRAMED)):
         engine.script = lost(HEAD, FRAMED[:kept])
         answer = await ask(cortex)
@@ -77,7 +78,7 @@ async def test_event_stream_lost_at_every_byte(
 
 
 async def test_event_stream_lost_before_its_first_byte(cortex: RunningCortex, engine: RawEngine) -> None:
-    """With the head and no more an answer has begun: a stream of one event, or a 502, and never silence."""
+    """The head alone begins an answer: the client gets a stream of one event, or a 502, and never silence."""
     for script in (closing(HEAD), resetting(HEAD)):
         engine.script = script
         answer = await ask(cortex)
@@ -88,7 +89,7 @@ async def test_event_stream_lost_before_its_first_byte(cortex: RunningCortex, en
 
 
 async def test_head_and_cut_body_in_one_segment(cortex: RunningCortex, engine: RawEngine) -> None:
-    """The same when all that ever comes, comes at once, together with the end of the connection."""
+    """The same when everything, including the end of the connection, comes at once."""
 
     async def write_and_close(data: bytes) -> None:
         async def script(wire: Wire, received: Received) -> None:
@@ -107,7 +108,7 @@ async def test_head_and_cut_body_in_one_segment(cortex: RunningCortex, engine: R
 
 
 async def test_error_is_the_last_event_after_a_huge_unfinished_chunk(cortex: RunningCortex, engine: RawEngine) -> None:
-    """A chunk that promised a gigabyte is either filled up or cut short visibly; no client is told that all is well."""
+    """cortex fills up a chunk that announced a gigabyte, or cuts it visibly; the answer never looks complete."""
     engine.script = closing(HEAD + b"40000000\r\n" + b'data: {"a": 1}\n\ndata: {"b"')
     try:
         answer = await ask(cortex)
@@ -121,7 +122,7 @@ async def test_error_is_the_last_event_after_a_huge_unfinished_chunk(cortex: Run
     [b"0x5", b"5_0", b"-1", b"+5", b"", b"g", b"5 5", b"fffffffffffffffff", b"1" + b"0" * 16],
 )
 async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine, bad: bytes) -> None:
-    """An invalid size is neither guessed nor passed on, alone or behind good chunks."""
+    """cortex neither guesses an invalid size nor passes it on, alone or after valid chunks."""
     good = b'10\r\ndata: {"a": 1}\n\n\r\n'
     rest = bad + b"\r\nhello\r\n0\r\n\r\n"
     also, alone = good.replace(b'"a": 1', b'"b": 2'), bad + b"\r\n\r\n"
@@ -134,7 +135,7 @@ async def test_bad_chunk_size_is_a_loss(cortex: RunningCortex, engine: RawEngine
 
 @pytest.mark.parametrize("rest", [b"5\r\nhelloX\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\nhello\r\n0\r\n\r\n"])
 async def test_chunk_without_its_line_end_is_a_loss(cortex: RunningCortex, engine: RawEngine, rest: bytes) -> None:
-    """A chunk is followed by CRLF, its size too; otherwise the start of the next one is unknown."""
+    """CRLF must follow each size and each chunk; otherwise the start of the next chunk is unknown."""
     engine.script = answering(HEAD, b"2\r\n: \r\n", rest)
     answer = await ask(cortex)
     last = answer.body.strip(b"\n").split(b"\n\n")[-1]
@@ -143,7 +144,7 @@ async def test_chunk_without_its_line_end_is_a_loss(cortex: RunningCortex, engin
 
 
 async def never_clean(cortex: RunningCortex, data: bytes, *, may_refuse: bool) -> None:
-    """The client sees that the answer is not whole (or, with nothing of it passed on, an explicit refusal)."""
+    """Checks that the client sees an incomplete answer, or an explicit refusal if cortex passed on nothing."""
     try:
         answer = await ask(cortex, data)
     except (Truncated, ConnectionError):
@@ -167,8 +168,8 @@ async def never_clean(cortex: RunningCortex, data: bytes, *, may_refuse: bool) -
 async def test_other_answers_are_cut_when_the_engine_is_lost(
     cortex: RunningCortex, engine: RawEngine, version: str, head: bytes, body: bytes
 ) -> None:
-    """At every byte: no last chunk, no full length, and for a client of HTTP/1.0 a reset, for its only end is the
-    connection's."""
+    """At every byte: no last chunk, no full length, and for an HTTP/1.0 client a reset, because a close would look like
+    the end."""
     data = request(b'{"model":"org/small"}', version=version)
     for lost in (closing, resetting):
         for kept in range(len(body)):
@@ -176,8 +177,8 @@ async def test_other_answers_are_cut_when_the_engine_is_lost(
             await never_clean(cortex, data, may_refuse=not kept)
 
 
-async def test_event_stream_lost_for_a_client_that_knows_no_chunks(cortex: RunningCortex, engine: RawEngine) -> None:
-    """It gets the same last event, in a body that its connection's end ends."""
+async def test_event_stream_lost_for_an_http_1_0_client(cortex: RunningCortex, engine: RawEngine) -> None:
+    """It gets the same last event, then the connection closes."""
     for kept in range(1, len(FRAMED)):
         engine.script = closing(HEAD, FRAMED[:kept])
         answer = await ask(cortex, request(b'{"model":"org/small"}', version="HTTP/1.0"))
@@ -195,9 +196,8 @@ async def test_message_stream_lost_in_a_chunk_is_anthropics_error(cortex: Runnin
         assert json.loads(data.removeprefix(b"data: "))["type"] == "error"
 
 
-async def test_connection_of_a_client_that_was_told_serves_on_or_ends(cortex: RunningCortex, engine: RawEngine) -> None:
-    """After the error event the next request on the same connection is answered, or the connection is closed: it is
-    never left hanging."""
+async def test_connection_after_an_error_event_is_usable_or_closed(cortex: RunningCortex, engine: RawEngine) -> None:
+    """After the error event cortex answers the next request on the connection or closes it; it never hangs."""
     engine.scripts.append(closing(HEAD, FRAMED[:22]))
     engine.script = echo_number
     async with connected(cortex.url) as client:

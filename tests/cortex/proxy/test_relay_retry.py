@@ -1,4 +1,5 @@
-"""When a request may be sent again, and to whom; and that connections to engines are kept, bounded, and given back."""
+"""When cortex may send a request again, and where; it keeps connections to engines, bounds their number and gives them
+back."""
 
 from __future__ import annotations
 
@@ -50,19 +51,19 @@ async def unreachable(cortex: RunningCortex) -> None:
 
 
 def used(engine: RawEngine) -> list[int]:
-    """The connection of each request."""
+    """The connection that each request arrived on."""
     return [received.connection for received in engine.requests]
 
 
 async def test_connection_is_used_again(cortex: RunningCortex, engine: RawEngine) -> None:
-    """Requests of different clients, one after the other, take one connection to the engine."""
+    """Consecutive requests of different clients share one connection to the engine."""
     for number in range(10):
         await answered(cortex, number)
     assert used(engine) == [0] * 10
 
 
 async def test_simultaneous_requests_have_a_connection_each(cortex: RunningCortex, engine: RawEngine) -> None:
-    """No request waits behind another's answer; afterwards the connections are shared by who comes next."""
+    """No request waits for another's answer; later requests reuse the connections."""
     arrived, all_there = [], asyncio.Event()
 
     async def meet(wire: Wire, received: Received) -> None:
@@ -81,7 +82,7 @@ async def test_simultaneous_requests_have_a_connection_each(cortex: RunningCorte
 
 
 async def test_idle_connection_that_the_engine_closed_is_not_used(cortex: RunningCortex, engine: RawEngine) -> None:
-    """Its end was seen in time: the request takes a fresh one and is sent once."""
+    """cortex noticed the close: the request takes a new connection and is sent once."""
     for end in (Wire.close, Wire.reset):
         await answered(cortex, 1)
         end(engine.connections[-1])
@@ -94,8 +95,8 @@ async def test_idle_connection_that_the_engine_closed_is_not_used(cortex: Runnin
 async def test_stale_connection_is_retried_once_on_a_fresh_one(
     cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script]
 ) -> None:
-    """The engine closes an old connection just as a request arrives on it: not a byte was answered, so the request is
-    sent again, on a new connection, and the client sees one answer."""
+    """The engine closes an old connection just as a request arrives on it: no byte was answered, so cortex sends the
+    request again on a new connection, and the client sees one answer."""
     await answered(cortex, 1)
     engine.scripts.append(lost())
     await answered(cortex, 2)
@@ -103,7 +104,7 @@ async def test_stale_connection_is_retried_once_on_a_fresh_one(
 
 
 async def test_stale_connections_are_not_tried_one_after_the_other(cortex: RunningCortex, engine: RawEngine) -> None:
-    """With several stale connections in the pool the second attempt is on a fresh one: at most two arrivals."""
+    """With several stale connections in the pool the second attempt uses a new one: at most two arrivals."""
     gate = asyncio.Event()
 
     async def together(wire: Wire, received: Received) -> None:
@@ -130,7 +131,7 @@ async def test_stale_connections_are_not_tried_one_after_the_other(cortex: Runni
 async def test_request_that_every_connection_loses_arrives_at_most_twice(
     cortex: RunningCortex, engine: RawEngine
 ) -> None:
-    """A stale connection and then a fresh one, both lost without a byte: 502, no third time."""
+    """A stale connection and then a new one, both lost without a byte: 502, no third attempt."""
     await answered(cortex, 1)
     engine.script = resetting()
     await unreachable(cortex)
@@ -143,10 +144,10 @@ async def test_request_that_every_connection_loses_arrives_at_most_twice(
     [(b"H", 502), (b"HTTP/1.1 200 OK\r\nConte", 502), (plain(b"{}")[:-1], None)],
     ids=["byte", "half-head", "half-body"],
 )
-async def test_answer_that_was_begun_is_never_asked_for_again(
+async def test_request_is_not_repeated_after_its_answer_has_begun(
     cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script], kept: bytes, clean_status: int | None
 ) -> None:
-    """Also on a connection that was used before: the engine has worked on the request."""
+    """Also on a reused connection: the engine has worked on the request."""
     await answered(cortex, 1)
     engine.script = lost(kept)
     try:
@@ -162,7 +163,7 @@ async def test_answer_that_was_begun_is_never_asked_for_again(
 async def two_replicas(
     start_cortex: StartCortex, first: SeedNeuron, second: SeedNeuron, engine: RawEngine
 ) -> AsyncIterator[tuple[RunningCortex, RawEngine]]:
-    """A cortex with a model on two neurons; `first` is the one it asks first, by name."""
+    """A cortex with a model on two neurons; it tries `first`, the first by name, first."""
     async with RawEngine().running() as other:
         for neuron, its in ((first, engine), (second, other)):
             neuron.models[MODEL] = "loaded"
@@ -173,7 +174,7 @@ async def two_replicas(
 async def test_next_replica_when_a_fresh_connection_is_lost(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """Lost before a byte, the request goes to the other engine, and to that one only."""
+    """Lost before a byte, the request goes to the other engine only."""
     for lost in (closing(), resetting()):
         async with two_replicas(start_cortex, beast, benjy, engine) as (cortex, other):
             engine.script = lost
@@ -186,7 +187,7 @@ async def test_next_replica_when_a_fresh_connection_is_lost(
 async def test_next_replica_when_the_connection_is_refused(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """Nothing listens at the first engine; a stale connection to it changes nothing."""
+    """Nothing listens at the first engine; a stale connection to it makes no difference."""
     async with RawEngine().running() as dying, two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
         answer = await ask(cortex, 5)
         assert answer.get("x-cortex-node") == "beast"
@@ -196,10 +197,10 @@ async def test_next_replica_when_the_connection_is_refused(
         assert len(other.requests) == 1
 
 
-async def test_begun_answer_is_not_asked_of_another_replica(
+async def test_begun_answer_is_not_repeated_on_another_replica(
     start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
 ) -> None:
-    """The client has a part of it."""
+    """The client has a part of the answer already."""
     async with two_replicas(start_cortex, beast, benjy, engine) as (cortex, other):
         engine.script = closing(plain(b'{"n": 5}')[:-3])
         with pytest.raises((Truncated, ConnectionError)):
@@ -213,9 +214,9 @@ async def test_refused_without_another_replica(cortex: RunningCortex, benjy: See
     await unreachable(cortex)
 
 
-async def test_connection_that_lay_idle_is_not_used_again(cortex: RunningCortex, engine: RawEngine) -> None:
-    """vLLM's server closes after 5 s: cortex stops using a connection before that, whether it closes it by itself or
-    does not take it any more."""
+async def test_connection_that_was_idle_for_long_is_not_used_again(cortex: RunningCortex, engine: RawEngine) -> None:
+    """vLLM's server closes idle connections after 5 s: cortex stops using them earlier, by closing or by ignoring
+    them."""
     await answered(cortex, 1)
     with contextlib.suppress(asyncio.TimeoutError):
         await bounded(engine.connections[0].gone.wait(), secs=IDLE_SECS + 0.5)
@@ -224,11 +225,11 @@ async def test_connection_that_lay_idle_is_not_used_again(cortex: RunningCortex,
 
 
 async def test_nothing_leaks(cortex: RunningCortex, engine: RawEngine) -> None:
-    """After answers, losses, refusals, retries and clients that left there are as many descriptors and tasks as
-    before, and no more than the one idle connection to the engine."""
+    """After answers, losses, refusals, retries and disconnects there are as many descriptors and tasks as before, plus
+    at most one idle connection to the engine."""
 
     def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only counted
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only the count matters
 
     async def leave(body: bytes, script: Script, *, reset: bool) -> None:
         engine.scripts.append(script)

@@ -1,4 +1,4 @@
-"""The engine's token counts are read in passing, however its answer is cut to pieces."""
+"""cortex reads the engine's token counts as they pass, however the answer is split."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ ANSWERS = {
 async def test_usage_is_counted_however_it_is_cut(
     cortex: RunningCortex, engine: RawEngine, kind: str, bytewise: bool
 ) -> None:
-    """Chunk and segment borders in the middle of the usage object change nothing."""
+    """Chunk and segment borders inside the usage object make no difference."""
     target, sent = ANSWERS[kind]
     engine.scripts.append(answering(*single_bytes(sent)) if bytewise else answering(sent))
     async with connected(cortex.url) as client:
         answer = await client.ask(request(b'{"model":"org/small"}', target=target))
     assert answer.status == 200
-    # It is counted when its end is seen, which may be a moment after the client has it.
+    # cortex counts when it sees the end, which may be a moment after the client has it.
     deadline = time.monotonic() + DEADLINE_SECS
     while (found := tokens(await metrics(cortex))) != {"prompt": 3.0, "completion": 5.0}:
         assert time.monotonic() < deadline, found

@@ -1,4 +1,4 @@
-"""Reading `usage` from an answer that passes."""
+"""Reading `usage` from the bytes of an answer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_usage_is_read_from_the_end(answer: bytes, usage: Usage | None) -> None:
 
 
 def test_usage_is_found_behind_a_long_answer_in_small_chunks() -> None:
-    """The tail that is kept is bounded and still holds it."""
+    """The kept tail is bounded and still contains it."""
     tail = UsageTail()
     for _ in range(100_000):
         tail.feed(b"data: x\n\n")
@@ -72,7 +72,7 @@ def test_usage_is_found_behind_a_long_answer_in_small_chunks() -> None:
 @pytest.mark.parametrize("end", [CHAT_END, MESSAGE_END, RESPONSE_END, PLAIN_END])
 @pytest.mark.parametrize("size", [1, 7, 190, 5000, 1 << 20])
 def test_usage_of_an_answer_as_vllm_writes_it(end: bytes, size: int) -> None:
-    """For each API, in whatever pieces it comes, with the counts of the engine and none of the text's."""
+    """For each API and any split: the engine's counts, never numbers from the text."""
     answer, tail = CHUNK * 60 + end, UsageTail()
     for start in range(0, len(answer), size):
         tail.feed(answer[start : start + size])
@@ -80,7 +80,7 @@ def test_usage_of_an_answer_as_vllm_writes_it(end: bytes, size: int) -> None:
 
 
 def test_usage_is_read_across_the_framing_of_a_chunked_answer() -> None:
-    """Bytes pass with their chunk sizes, and an engine may cut anywhere, in the middle of `usage` too."""
+    """Chunk sizes stand between the bytes, and an engine may split anywhere, also inside `usage`."""
     for cut in range(1, len(CHAT_END)):
         tail, one, two = UsageTail(), CHAT_END[:cut], CHAT_END[cut:]
         tail.feed(b"%x\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n" % (len(one), one, len(two), two))
@@ -114,14 +114,14 @@ def test_usage_before_long_results_is_found(size: int) -> None:
     ],
 )
 def test_hostile_answers_have_no_usage(hostile: bytes) -> None:
-    """Nothing raises, and text, absurd numbers or something else of that name make no counts."""
+    """Nothing raises, and no text, absurd number or other object of that name is counted."""
     tail = UsageTail()
     tail.feed(hostile)
     assert tail.usage() in {None, Usage(0, 0)}
 
 
 def test_a_large_chunk_is_not_copied() -> None:
-    """Of 256 KiB a few are kept."""
+    """Of 256 KiB only a few KiB are kept."""
     tail, chunk = UsageTail(), bytes(1 << 18)
     tracemalloc.start()
     try:

@@ -1,5 +1,5 @@
-"""Engines, hosts and clients that disappear without FIN or RST: no request hangs, no engine works for a client that is gone, and a
-client that is alive is not cut."""
+"""Engines, hosts and clients that disappear without FIN or RST: no request hangs, no engine works for a client that
+is gone, and a client that is alive is not cut."""
 
 from __future__ import annotations
 

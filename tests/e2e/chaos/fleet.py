@@ -21,7 +21,7 @@ import tomli_w
 
 from neuron.engine import session
 from neuron.engine.state_dir import StateDir
-from shared.process_stat import stat_of
+from neuron.process_stat import stat_of
 from tests.e2e.chaos.models import HOSTS, ChaosModel, HostShape
 from tests.neuron.neurons import MARK_VARIABLE, REPOSITORY
 
@@ -237,7 +237,7 @@ def _neuron_table(neuron: NeuronHost, directory: Path, first_port: int) -> dict[
         "harnesses": [{"name": "sim"}],
         "harness": {
             "sim": {
-                "extra_args": ["--ttft-ms", "5", "--tokens-per-sec", "200"],
+                "extra_args": ["--ttft-ms", "5", "--tokens-per-sec", "200", "--answer-tokens", "1000"],
                 "port_range": [first_port, first_port + _ENGINE_PORTS - 1],
                 "stop_timeout_secs": 2,
                 "startup_timeout_secs": 15,

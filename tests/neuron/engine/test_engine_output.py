@@ -19,9 +19,8 @@ from aiohttp.test_utils import TestServer
 
 from neuron.api.logs import last_lines, stream_lines
 from neuron.engine import output as engine_output
-from neuron.engine.line_ring import LineRing
 from neuron.engine.log import MAX_READ, EngineLog, LogFollower
-from neuron.engine.output import EngineOutput
+from neuron.engine.output import EngineOutput, LineRing
 from neuron.harness.vllm.phases import Reading
 from neuron.progress.progress import LoadProgress
 from tests.neuron.sim_process import until

@@ -19,7 +19,7 @@ from neuron.engine.health import Vitals
 from neuron.harness.vllm.activity import EngineSample, VllmActivity
 from tests.neuron.sim_process import FAST, SimProcess, core_of, free_port, ready_engine, until
 
-CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000}
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000, "ignore_eos": True}
 QUICK = {"interval_secs": 0.1, "unresponsive_secs": 1, "hang_grace_secs": 0.6, "prefill_grace_secs": 2.5}
 
 

@@ -17,7 +17,7 @@ from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.command import cpu_binding
 from neuron.harness.vllm.guard import neuron_guard
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE, digest_of
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.protocol import Device
 
@@ -138,24 +138,29 @@ def test_estimated_share() -> None:
 @pytest.mark.parametrize(
     ("harness", "share", "args", "need"),
     [
-        ("vllm", 8000, (), MemoryNeed(8000, one_fraction=True)),
-        ("vllm", None, (), MemoryNeed(fraction=0.92)),
-        ("vllm", 8000, ("--gpu-memory-utilization", "0.5"), MemoryNeed(fraction=0.5)),
-        ("vllm", None, ("--gpu_memory_utilization=0.5", "--device-memory-utilization=0.4"), MemoryNeed(fraction=0.4)),
-        ("vllm", None, ("--gpu-memory-utilization", "much"), MemoryNeed(fraction=0.92)),
-        ("vllm", None, ("--gpu-memory-utilization", "7"), MemoryNeed(fraction=0.92)),
-        ("vllm", 8000, ("--kv-cache-memory-bytes", "1G"), MemoryNeed(8000)),
-        ("vllm", None, ("--kv-cache-memory-bytes", "1G"), MemoryNeed(fraction=0.92)),
-        ("sim", 8000, (), MemoryNeed(8000)),
-        ("sim", None, (), MemoryNeed(1024)),
-        ("sim", 8000, ("--vram-mb", "3001"), MemoryNeed(1501)),
-        ("sim", 8000, ("--vram-mb=3000", "--vram-mb"), MemoryNeed(8000)),
+        ("vllm", 8000, (), MemoryRequirement(8000, one_fraction=True)),
+        ("vllm", None, (), MemoryRequirement(fraction=0.92)),
+        ("vllm", 8000, ("--gpu-memory-utilization", "0.5"), MemoryRequirement(fraction=0.5)),
+        (
+            "vllm",
+            None,
+            ("--gpu_memory_utilization=0.5", "--device-memory-utilization=0.4"),
+            MemoryRequirement(fraction=0.4),
+        ),
+        ("vllm", None, ("--gpu-memory-utilization", "much"), MemoryRequirement(fraction=0.92)),
+        ("vllm", None, ("--gpu-memory-utilization", "7"), MemoryRequirement(fraction=0.92)),
+        ("vllm", 8000, ("--kv-cache-memory-bytes", "1G"), MemoryRequirement(8000)),
+        ("vllm", None, ("--kv-cache-memory-bytes", "1G"), MemoryRequirement(fraction=0.92)),
+        ("sim", 8000, (), MemoryRequirement(8000)),
+        ("sim", None, (), MemoryRequirement(1024)),
+        ("sim", 8000, ("--vram-mb", "3001"), MemoryRequirement(1501)),
+        ("sim", 8000, ("--vram-mb=3000", "--vram-mb"), MemoryRequirement(8000)),
     ],
 )
-def test_memory_need(harness: str, share: int | None, args: tuple[str, ...], need: MemoryNeed) -> None:
+def test_memory_need(harness: str, share: int | None, args: tuple[str, ...], need: MemoryRequirement) -> None:
     """From the engine's arguments, else its share, else its default."""
     spec = replace(SPEC, tensor_parallel=2)
-    assert HARNESSES[harness].memory_need(spec, share, args) == need
+    assert HARNESSES[harness].memory_requirement(spec, share, args) == need
 
 
 def test_without_gpus() -> None:

@@ -129,7 +129,7 @@ async def test_memory_that_is_not_there(neuron: Neuron, mark: str) -> None:
     assert (answer.status, answer.error["code"]) == (409, "insufficient_vram")
     assert answer.error["message"] == (
         "'second' needs 8000 MiB on device 0; "
-        "device 0 (RTX 5090): 2607 of 32607 MiB can be had (30000 booked by 'first')"
+        "device 0 (RTX 5090): 2607 of 32607 MiB available (30000 booked for 'first')"
     )
     assert answer.error["devices"][0]["bookable_mb"] == 2607
     assert len(marked_processes(mark)) == 2  # its server and its core
@@ -153,7 +153,7 @@ async def test_memory_of_others_counts(neuron: Neuron) -> None:
         (value,) = re.findall(rf'neuron_device_memory_{name}_bytes{{index="0",uuid="{uuid}"}} (\S+)', page)
         assert float(value) == mb * 2**20
     refused = await neuron.load("second", devices=[0], vram_mb=8000)
-    assert "20000 held by processes that are not neuron's" in refused.error["message"]
+    assert "20000 used by other processes" in refused.error["message"]
 
 
 async def test_two_loads_at_once_do_not_book_the_same_memory(neuron: Neuron) -> None:

@@ -151,3 +151,42 @@ def test_usage_and_version() -> None:
     """Exit status 2 for an unknown command; the version is the package's."""
     assert run("dance").returncode == 2
     assert run("--version").stdout.startswith("neuron ")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+def test_the_network_is_not_served_without_a_token(tmp_path: Path, host: str) -> None:
+    """Anyone who reached the port could run code. The message names both ways out, and nothing is left behind."""
+    config = toml_config(tmp_path, "port = 0", f'host = "{host}"')
+    done = run("serve", "--config", str(config), TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "token_env" in done.stderr
+    assert "allow_anonymous = true" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("neuron-*")) == []
+
+
+def test_an_inherited_socket_of_the_network_needs_a_token_too(tmp_path: Path) -> None:
+    """The socket counts, not the configured host."""
+    config = toml_config(tmp_path, "port = 0")
+    with bind("0.0.0.0", 0) as sock:
+        sock.set_inheritable(True)
+        done = subprocess.run(
+            [sys.executable, "-m", "neuron", "serve", "--config", str(config), "--fd", str(sock.fileno())],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            pass_fds=(sock.fileno(),),
+        )
+    assert done.returncode == 1
+    assert "allow_anonymous" in done.stderr
+
+
+@pytest.mark.parametrize("lines", [['token = "secret"'], ["allow_anonymous = true"]], ids=str)
+async def test_the_network_is_served_with_a_token_or_by_choice(mark: str, tmp_path: Path, lines: list[str]) -> None:
+    config = toml_config(tmp_path, "port = 0", 'host = "0.0.0.0"', f'state_dir = "{tmp_path}/state"', *lines)
+    async with neuron_process(config) as neuron:
+        base = neuron.base.replace("0.0.0.0", "127.0.0.1")
+        async with neuron.session.get(f"{base}/health", headers={"Authorization": "Bearer secret"}) as response:
+            assert response.status == 200

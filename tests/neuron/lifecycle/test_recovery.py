@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from neuron.config import RecoverySettings
-from neuron.lifecycle.model_state import Restarts
+from neuron.lifecycle.states import Restarts
 from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
 
 MODEL = "org/model"
@@ -162,7 +162,7 @@ async def test_hung_engine_is_killed_and_comes_back(mark: str, tmp_path: Path) -
 async def ask_for_tokens(neuron: Neuron, model: str) -> None:
     found = (await neuron.endpoint(model)).body
     headers = {"Authorization": f"Bearer {found['api_key']}"}
-    body = {"model": model, "prompt": "x", "max_tokens": 1000, "stream": True}
+    body = {"model": model, "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     async with neuron.session.post(f"{found['url']}/v1/completions", json=body, headers=headers) as response:
         await response.read()
 

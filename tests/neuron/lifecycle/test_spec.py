@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
+from neuron.config import HarnessSettings, NeuronConfig
 from neuron.harness.checks import spec_of
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
-HARNESSES: list[str] = ["vllm", "sim"]
+CONFIG = NeuronConfig.model_validate({"harnesses": [{"name": "vllm"}, {"name": "sim"}]})
+TRUSTING = CONFIG.model_copy(update={"harness": {"vllm": HarnessSettings(allow_code=True)}})
 
 
-def spec(**fields: Any) -> EngineSpec:
-    return spec_of(LoadCommand.model_validate({"model_id": "org/model", **fields}), harnesses=HARNESSES)
+def spec(config: NeuronConfig = CONFIG, **fields: Any) -> EngineSpec:
+    return spec_of(LoadCommand.model_validate({"model_id": "org/model", **fields}), config)
 
 
 BAD_NAMES = [
@@ -29,7 +31,7 @@ BAD_NAMES = [
 def test_refused_names(field: str, name: str) -> None:
     """A flag, a shell word, or a path with `..` is refused with field and value."""
     with pytest.raises(InvalidRequest) as refused:
-        spec(**{field: [name] if field == "served_names" else name})
+        spec(CONFIG, **{field: [name] if field == "served_names" else name})
     assert refused.value.param == field
     assert repr(name) in refused.value.message
 
@@ -80,7 +82,18 @@ def test_refused_arguments(arg: str) -> None:
         ["--config-format", "hf"],
         ["--model-impl", "auto"],
         ["--hf-overrides", '{"a": "b c"}'],
-        ["--trust-remote-code"],
+        ["--no-trust-remote-code"],
+        ["--trust-request-chat-template"],
+        ["--reasoning-parser", "qwen3"],
+        ["--tool-call-parser", "hermes"],
+        ["--worker-use-ray"],
+        ["--distributed-executor-backend", "mp"],
+        ["--hf-overrides", '{"architectures": ["Qwen3ForCausalLM"], "text_config.rope": "a.b"}'],
+        ["--quantization-config", '{"ignore": ["lm_head.weight"]}'],
+        ["--speculative-config", '{"method": "ngram", "model": "Qwen/Qwen3-0.6B", "num_speculative_tokens": 3}'],
+        ["--compilation-config", '{"cudagraph_capture_sizes": [1, 2]}', "--compilation-config.mode", "3"],
+        ["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'],
+        ["--limit-mm-per-prompt.image", "2"],
         ["-pp", "1"],
         ["--chat-template", "/srv/t.jinja"],
         ["--api-server-count", "2"],
@@ -90,6 +103,68 @@ def test_refused_arguments(arg: str) -> None:
 def test_accepted_arguments(args: list[str]) -> None:
     """Flags that only resemble the owned ones, and values of any form, pass unchanged."""
     assert spec(args=args).args == tuple(args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trust-remote-code"],
+        ["--trust_remote_code"],
+        ["--trust-remote"],
+        ["--tru"],
+        ["--trust-remote-code=true"],
+        ["--middleware", "evil.Middleware"],
+        ["--middleware=evil.Middleware"],
+        ["--middle", "evil.Middleware"],
+        ["--logits-processors", "evil:Processor"],
+        ["--logits_processors=evil:Processor"],
+        ["--model-class-overrides", '{"A": "evil:B"}'],
+        ["--model-class-overrides.A", "evil:B"],
+        ["--tool-parser-plugin", "/tmp/evil.py"],
+        ["--reasoning-parser-plugin", "/tmp/evil.py"],
+        ["--reasoning-parser-p", "/tmp/evil.py"],
+        ["--worker-cls", "evil.Worker"],
+        ["--worker_extension_cls=evil.Worker"],
+        ["--scheduler-cls", "evil.Scheduler"],
+        ["--distributed-executor-backend", "evil.Executor"],
+        ["--distributed-executor=evil.Executor"],
+        ["--log-config-file", "/tmp/evil.json"],
+        ["--logging-config", '{"pylogging_config_file": "/tmp/evil.json"}'],
+        ["--logging-config.pylogging_config_file", "/tmp/evil.json"],
+        ["--kv-transfer-config", '{"kv_connector": "C", "kv_connector_module_path": "evil"}'],
+        ["--kv-transfer-config.kv_connector_module_path", "evil"],
+        ["--kv_transfer_config.kv_connector_module_path=evil"],
+        ["--kv-transfer-config.kv_connector_extra_config", '{"spec_module_path": "evil"}'],
+        ["--kv-transfer-config", '{"kv_connector_extra_config": {"tiers": [{"module_path": "evil"}]}}'],
+        ["--ec-transfer-config", '{"ec_connector_module_path": "evil"}'],
+        ["--ec-manager-config", '{"encoder_cache_manager_cls": "evil.Manager"}'],
+        ["--compilation-config", '{"mode": 1, "backend": "evil.backend"}'],
+        ["-cc", '{"mode": 1, "backend": "evil\\u002ebackend"}'],
+        ["-cc.backend", "evil.backend"],
+        ["-cc.backend=evil.backend"],
+        ["-cc.pass.names+", "a,evil.backend"],
+        ["--compilation-config.inductor_passes", '{"a": "os.system"}'],
+        ["--speculative-config", '{"method": "custom_class", "model": "evil.Proposer"}'],
+        ["-sc.method", "custom_class"],
+        ["--spec-method", "custom_class"],
+        ["--spec-method=custom_class"],
+        ["--master-addr", "203.0.113.1"],
+        ["--data-parallel-address=203.0.113.1"],
+        ["-dpa", "203.0.113.1"],
+        ["--a-flag-of-tomorrow", '{"plugin": "evil.Plugin"}'],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_run_code(args: list[str]) -> None:
+    """A load command must not run code of its author on this host: in no spelling that vLLM's parser understands."""
+    for harness in ("vllm", "sim"):
+        with pytest.raises(InvalidRequest) as refused:
+            spec(harness=harness, args=["--max-model-len", "4096", *args])
+        assert refused.value.param == "args"
+        assert f"allow_code = true in [harness.{harness}]" in refused.value.message
+    assert spec(TRUSTING, args=args).args == tuple(args)
+    with pytest.raises(InvalidRequest):  # the key is for one harness
+        spec(TRUSTING, harness="sim", args=args)
 
 
 def test_defaults() -> None:

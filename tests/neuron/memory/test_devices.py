@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, DeviceRoom, rooms_of
-from neuron.memory.requirement import MemoryNeed as Need
-from neuron.memory.selection import Choice, check_devices, choose
+from neuron.memory.capacity import Booking, GpuCapacity, gpu_capacities
+from neuron.memory.requirement import MemoryRequirement as Need
+from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from shared.errors import InvalidRequest
 from shared.protocol import Link, LinkKind
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
@@ -28,42 +28,48 @@ def booked(*devices: int, mb: int = 8000) -> Booking:
 
 def chosen(
     topology: Topology, count: int, need: Need, *bookings: Booking, used: Mapping[int, int] | None = None, **named: Any
-) -> Choice | None:
+) -> DeviceSelection | None:
     everything = {index: mb for booking in bookings for index, mb in booking.promised_mb.items()}
     health = measured(topology, {**everything, **(used or {})})
-    return choose(count, need, topology, rooms_of(topology, health, bookings), **named)
+    return select_devices(count, need, topology, gpu_capacities(topology, health, bookings), **named)
 
 
-def indices(choice: Choice | None) -> list[int] | None:
-    return None if choice is None else [device.index for device in choice.devices]
+def indices(selection: DeviceSelection | None) -> list[int] | None:
+    return None if selection is None else [device.index for device in selection.devices]
 
 
 @pytest.mark.parametrize(
     ("topology", "count", "need", "bookings", "expected"),
     [
-        # One of a mesh: any is as good. Two of it: they are as well connected anywhere.
+        # In a mesh all devices and all pairs are equal.
         (MESH, 1, Need(8000), [], [0]),
         (MESH, 4, Need(8000), [booked(1, mb=75_000)], [0, 2, 3, 4]),
         (MESH, 8, Need(8000), [], list(range(8))),
-        # Islands: a broken one goes before a whole one, and no set is spread over both unless it must be.
+        # Islands: an incomplete one is used before a complete one; a set spans both only if it has to.
         (ISLANDS, 1, Need(60_000), [booked(5, mb=60_000)], [4]),
         (ISLANDS, 2, Need(60_000), [booked(0, mb=60_000), booked(1, mb=60_000)], [2, 3]),
         (ISLANDS, 4, Need(60_000), [booked(1, mb=60_000)], [4, 5, 6, 7]),
         (ISLANDS, 3, Need(60_000), [booked(0, 1, 4, mb=60_000)], [5, 6, 7]),
         (ISLANDS, 4, Need(60_000), [booked(0, 4, mb=60_000)], [1, 2, 3, 5]),
-        # Pairs: one card is taken where no pair is broken, two come from one pair, and a broken pair goes first.
+        # Pairs: one device is taken outside the pairs or from a broken pair; two devices come from one pair.
         (PAIRS, 1, Need(60_000), [], [2]),
         (PAIRS, 1, Need(60_000), [booked(2, mb=60_000)], [3]),
         (PAIRS, 1, Need(60_000), [booked(2, 3, mb=60_000)], [0]),
         (PAIRS, 1, Need(60_000), [booked(2, 3, 5, mb=60_000)], [4]),
         (PAIRS, 2, Need(60_000), [], [0, 1]),
         (PAIRS, 2, Need(60_000), [booked(0, mb=60_000)], [4, 5]),
-        (PAIRS, 2, Need(60_000), [booked(0, 5, mb=60_000)], [1, 2]),  # broken pairs and loose cards alike: the lowest
-        # Switches before NUMA nodes, and among switches the nearer.
+        (
+            PAIRS,
+            2,
+            Need(60_000),
+            [booked(0, 5, mb=60_000)],
+            [1, 2],
+        ),  # broken pairs and single cards are equal: lowest indices
+        # Switches before NUMA nodes, one switch before several.
         (SWITCHES, 2, Need(8000), [], [2, 3]),
         (SWITCHES, 2, Need(20_000), [booked(2, mb=8000)], [0, 1]),
         (SWITCHES, 2, Need(20_000), [booked(1, 2, mb=8000)], [0, 3]),
-        # Mixed cards: alike before larger; the smallest that has room; of unknown size, where most is.
+        # Mixed cards: equal ones first; the smallest that fits; for unknown size the most free memory.
         (MIXED, 2, Need(8000), [], [1, 3]),
         (MIXED, 1, Need(8000), [], [0]),
         (MIXED, 1, Need(14_000), [], [2]),
@@ -71,53 +77,53 @@ def indices(choice: Choice | None) -> list[int] | None:
         (MIXED, 1, HALF, [], [1]),
         (MIXED, 3, Need(14_000), [], [1, 2, 3]),
         (MIXED, 3, Need(14_000, one_fraction=True), [], [1, 2, 3]),
-        # What shares a card with an engine leaves the other card free.
+        # Sharing a card with an engine keeps the other card free.
         (host("5090", "5090"), 1, Need(8000), [booked(1)], [1]),
-        # Nothing fits: nothing is chosen.
+        # Nothing fits.
         (MIXED, 1, Need(32_608), [], None),
         (MIXED, 2, Need(30_000), [booked(3)], None),
         (MIXED, 5, Need(1), [], None),
     ],
 )
-def test_choice(
+def test_selection(
     topology: Topology, count: int, need: Need, bookings: list[Booking], expected: list[int] | None
 ) -> None:
-    """Cases that a person can check."""
+    """Cases that can be checked by hand."""
     assert indices(chosen(topology, count, need, *bookings)) == expected
 
 
 def test_a_few_mib_do_not_break_a_pair() -> None:
-    """Idle cards differ by what the driver keeps on them: that does not make a closer fit."""
+    """Idle cards differ by the driver's own memory, which does not count as a closer fit."""
     assert indices(chosen(PAIRS, 1, Need(60_000), used={0: 12, 1: 480, 4: 3})) == [2]
 
 
-def test_what_is_free_comes_before_what_comes_back() -> None:
-    """Of two cards alike, the one that need not be waited for."""
+def test_free_memory_comes_before_memory_of_stopping_engines() -> None:
+    """Of two equal cards, the one without a wait is selected."""
     topology = host("5090", "5090")
-    leaving = replace(booked(0), leaving=True)
-    assert indices(chosen(topology, 1, Need(8000), leaving)) == [1]
-    assert indices(chosen(topology, 2, Need(30_000), leaving)) == [0, 1]
+    stopping = replace(booked(0), stopping=True)
+    assert indices(chosen(topology, 1, Need(8000), stopping)) == [1]
+    assert indices(chosen(topology, 2, Need(30_000), stopping)) == [0, 1]
 
 
-@pytest.mark.parametrize(("need_mb", "expected"), [(20_000, [1]), (4000, [0])])
-def test_sleeping_engines_can_wake(need_mb: int, expected: list[int]) -> None:
-    """What they want then is left alone while another card will do; what they do not want is not."""
+@pytest.mark.parametrize(("needed_mb", "expected"), [(20_000, [1]), (4000, [0])])
+def test_sleeping_engines_can_wake(needed_mb: int, expected: list[int]) -> None:
+    """The memory that they need to wake is used only if no other card fits; the rest is used normally."""
     asleep = replace(booked(0, mb=1500), held_mb={0: 1500}, awake_mb={0: 20_000})
     topology = host("4090", "4090")
-    assert indices(chosen(topology, 1, Need(need_mb), asleep)) == expected
-    assert indices(chosen(topology, 2, Need(need_mb), asleep)) == [0, 1]
-    (room, other) = rooms_of(topology, measured(topology, {0: 1500}), [asleep])
-    assert (room.asleep_mb, other.asleep_mb) == (18_500, 0)
+    assert indices(chosen(topology, 1, Need(needed_mb), asleep)) == expected
+    assert indices(chosen(topology, 2, Need(needed_mb), asleep)) == [0, 1]
+    (first, second) = gpu_capacities(topology, measured(topology, {0: 1500}), [asleep])
+    assert (first.asleep_mb, second.asleep_mb) == (18_500, 0)
 
 
 def test_numa_nodes_count_where_no_link_is_known() -> None:
-    """A virtual machine tells the nodes and no paths."""
+    """A virtual machine reports NUMA nodes but no paths."""
     topology = host("4090", "4090", "4090", d0={"numa_node": 0}, d1={"numa_node": 1}, d2={"numa_node": 1})
     assert indices(chosen(topology, 2, Need(8000))) == [1, 2]
 
 
 def test_more_nvlinks_are_better() -> None:
-    """As in a hybrid cube mesh, where some peers have one link and some two."""
+    """As in a hybrid cube mesh, where some pairs have one link and some two."""
     topology = host(
         *["H100"] * 3,
         links=[*linked([(0, 1)], LinkKind.NVLINK, 1), *linked([(1, 2)], LinkKind.NVLINK, 2)],
@@ -125,8 +131,8 @@ def test_more_nvlinks_are_better() -> None:
     assert indices(chosen(topology, 2, Need(8000))) == [1, 2]
 
 
-def test_lost_and_divided_devices_are_passed_over() -> None:
-    """A GPU that fell off the bus, one in MIG mode, and one that gives no figures, however well they are connected."""
+def test_lost_and_mig_devices_are_skipped() -> None:
+    """A GPU that fell off the bus, one in MIG mode and one without figures are skipped, even if well connected."""
     topology = host(
         *["H100"] * 5,
         links=linked([range(4)], LinkKind.NVLINK, 18),
@@ -138,34 +144,34 @@ def test_lost_and_divided_devices_are_passed_over() -> None:
     assert indices(chosen(topology, 3, Need(8000))) == [1, 3, 4]
     assert chosen(topology, 4, Need(8000)) is None
     silent = [figures for figures in measured(topology) if figures.index != 1]
-    assert indices(choose(2, Need(8000), topology, rooms_of(topology, silent, []))) == [3, 4]
+    assert indices(select_devices(2, Need(8000), topology, gpu_capacities(topology, silent, []))) == [3, 4]
 
 
 def test_named_devices() -> None:
-    """In the order named, whatever their links, and only with room on each."""
+    """They are used in the order named, regardless of links, if each has enough memory."""
     assert indices(chosen(MIXED, 2, Need(8000), named=(2, 0))) == [2, 0]
     assert chosen(MIXED, 2, Need(14_000), named=(2, 0)) is None
 
 
 def test_host_without_devices() -> None:
-    """A CPU host gives none, and refuses none."""
-    choice = chosen(Topology(), 2, Need(8000))
-    assert choice is not None
-    assert (choice.devices, choice.booked_mb) == ((), ())
+    """A CPU host accepts every load and selects no device."""
+    selection = chosen(Topology(), 2, Need(8000))
+    assert selection is not None
+    assert (selection.devices, selection.booked_mb) == ((), ())
     check_devices(spec(8), Topology())
 
 
 def test_memory_that_cannot_be_counted_never_refuses() -> None:
-    """A GPU that shares the host's memory has no figure of its own."""
+    """A GPU that shares the host's memory reports no total."""
     topology = host("GB10", d0={"vram_total_mb": 0})
     assert indices(chosen(topology, 1, Need(90_000))) == [0]
 
 
 def test_one_fraction_for_unequal_cards() -> None:
-    """vLLM takes the same fraction of each card: what the smallest needs decides what the larger must have."""
+    """vLLM takes the same fraction of each card, calculated from the smallest."""
     need = Need(18_000, one_fraction=True)
     topology = host("4090", "5090")
-    assert need.shares(rooms_of(topology, measured(topology), [])) == (18_000, 23_894)
+    assert need.per_device(gpu_capacities(topology, measured(topology), [])) == (18_000, 23_894)
     assert indices(chosen(topology, 2, need, booked(1, mb=8700))) == [0, 1]
     assert chosen(topology, 2, need, booked(1, mb=8800)) is None
 
@@ -173,29 +179,31 @@ def test_one_fraction_for_unequal_cards() -> None:
 @pytest.mark.parametrize(
     ("topology", "count", "need", "why"),
     [
-        (PAIRS, 2, Need(60_000), "2 of 6 devices with room: 0 and 1, joined by NVLink (4 links); closest fit, 43118 MiB"
-         " left over; leaves NVLinked 4+5 whole"),
-        (PAIRS, 1, Need(60_000), "1 of 6 devices with room: 2; closest fit, 21559 MiB left over; leaves NVLinked 0+1,"
-         " 4+5 whole"),
-        (MESH, 8, Need(1), "8 of 8 devices with room: 0, 1, 2, 3, 4, 5, 6 and 7, joined by NVLink (at least 18 links)"),
-        (SWITCHES, 2, Need(24_564), "2 of 4 devices with room: 2 and 3, joined by PCIe switches, without a host bridge"
-         " between; closest fit, 0 MiB left over"),
-        (MIXED, 1, HALF, "1 of 4 devices with room: 1; roomiest, as the model's size is not known, 16303 MiB"
-         " left over"),
-        (MIXED, 4, Need(1), "4 of 4 devices with room: 0, 1, 2 and 3, of one NUMA node;"
+        (PAIRS, 2, Need(60_000), "2 of 6 devices with enough memory: 0 and 1, connected by NVLink (4 links); closest"
+         " fit, 43118 MiB left over; keeps NVLinked 4+5 free"),
+        (PAIRS, 1, Need(60_000), "1 of 6 devices with enough memory: 2; closest fit, 21559 MiB left over; keeps"
+         " NVLinked 0+1, 4+5 free"),
+        (MESH, 8, Need(1), "8 of 8 devices with enough memory: 0, 1, 2, 3, 4, 5, 6 and 7, connected by NVLink"
+         " (at least 18 links)"),
+        (SWITCHES, 2, Need(24_564), "2 of 4 devices with enough memory: 2 and 3, connected by PCIe switches without"
+         " a host bridge; closest fit, 0 MiB left over"),
+        (MIXED, 1, HALF, "1 of 4 devices with enough memory: 1; most free memory, as the model's size is unknown,"
+         " 16303 MiB left over"),
+        (MIXED, 4, Need(1), "4 of 4 devices with enough memory: 0, 1, 2 and 3, on one NUMA node;"
          " cards differ (3060, 5090, 4090)"),
-        (host("4090", "4090"), 2, Need(1), "2 of 2 devices with room: 0 and 1, with no fast path between them known"),
+        (host("4090", "4090"), 2, Need(1), "2 of 2 devices with enough memory: 0 and 1, no fast path between them"
+         " known"),
     ],
 )  # fmt: skip
-def test_choice_says_why(topology: Topology, count: int, need: Need, why: str) -> None:
-    """In a sentence for an operator."""
-    choice = chosen(topology, count, need)
-    assert choice is not None
-    assert choice.why == why
+def test_selection_says_why(topology: Topology, count: int, need: Need, why: str) -> None:
+    """The reason is a sentence for an operator."""
+    selection = chosen(topology, count, need)
+    assert selection is not None
+    assert selection.why == why
 
 
-def test_devices_that_are_refused() -> None:
-    """Naming one that is unknown, lost or in MIG mode, or needing it, is refused with the reason."""
+def test_impossible_devices_are_refused() -> None:
+    """A spec that names an unknown, lost or MIG device, or that needs one, is refused with the reason."""
     topology = host("A", "A", "A", d0={"lost": "fell off the bus"}, d2={"mig_mode": True})
     with pytest.raises(InvalidRequest, match="fell off the bus"):
         check_devices(spec(devices=(0,)), topology)
@@ -232,8 +240,9 @@ def random_host(source: random.Random) -> Topology:
     return host(*names, links=links, **changed)
 
 
-def joint(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
-    """The documented grade of a pair, worked out anew: kind of path, fewer NVLinks, place in nvidia-smi's list."""
+def grade_of(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
+    """The documented grade of a pair, calculated independently: class of the path, negated number of NVLinks, position
+    in nvidia-smi's list."""
     link = next((link for link in topology.links if (link.a, link.b) == (min(a, b), max(a, b))), None)
     kinds = {"nvlink": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
     grade = 3 if link is None else kinds[link.kind.value]
@@ -244,38 +253,38 @@ def joint(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
 
 
 def order(
-    topology: Topology, rooms: Mapping[int, DeviceRoom], need: Need, group: tuple[int, ...]
+    topology: Topology, capacities: Mapping[int, GpuCapacity], need: Need, group: tuple[int, ...]
 ) -> tuple[object, ...]:
-    """The documented order, worked out anew from its words."""
+    """The documented order, calculated independently."""
     cards = {device.index: (device.name, device.vram_total_mb) for device in topology.devices}
-    pairs = [joint(topology, a, b) for a, b in combinations(group, 2)]
+    pairs = [grade_of(topology, a, b) for a, b in combinations(group, 2)]
     worst = max(pairs, default=(0, 0, 0))
     left = sum(
-        rooms[i].total_mb - 1024 * round((rooms[i].total_mb - rooms[i].bookable_mb) / 1024) - mb
+        capacities[i].total_mb - 1024 * round((capacities[i].total_mb - capacities[i].bookable_mb) / 1024) - mb
         for i, mb in zip(group, wanted(topology, need, group), strict=True)
     )
     idle = {
-        room.index
-        for room in rooms.values()
-        if room.unusable is None and not room.booked_by and room.bookable_mb >= room.total_mb / 2
+        device.index
+        for device in capacities.values()
+        if device.unusable is None and not device.booked_by and device.bookable_mb >= device.total_mb / 2
     }
     cut = [0, 0, 0]
     for a in idle & set(group):
         for b in idle - set(group):
-            grade, fewer, _ = joint(topology, a, b)
+            grade, negated_nvlinks, _ = grade_of(topology, a, b)
             if grade < 3:
-                cut[grade] += max(1, -fewer)
+                cut[grade] += max(1, -negated_nvlinks)
     return (
         worst[:2],
         len({cards[index] for index in group}),
         worst[2],
         sum(
-            max(0, rooms[i].asleep_mb - (rooms[i].bookable_mb - mb))
+            max(0, capacities[i].asleep_mb - (capacities[i].bookable_mb - mb))
             for i, mb in zip(group, wanted(topology, need, group), strict=True)
         ),
         left if need.fraction is None else -left,
-        sum(len(rooms[index].booked_by) for index in group),
-        sum(rooms[index].coming_back_mb for index in group),
+        sum(len(capacities[index].booked_by) for index in group),
+        sum(capacities[index].stopping_mb for index in group),
         cut,
         group,
     )
@@ -290,15 +299,15 @@ def wanted(topology: Topology, need: Need, group: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_no_set_is_better(seed: int) -> None:
-    """Whatever the host and what is on it: the choice has room, and no other set with room is better by the order; when
-    none is chosen none has room. The same again gives the same."""
+    """On any host with any bookings: the selected set has enough memory and no other such set comes before it in the
+    documented order; none is selected only if no set has enough memory. The result is repeatable."""
     source = random.Random(seed)
     topology = random_host(source)
     everywhere = [device.index for device in topology.devices]
     bookings = [
         replace(
             booked(*source.sample(everywhere, source.randint(1, len(everywhere))), mb=source.randint(500, 14_000)),
-            leaving=source.random() < 0.3,
+            stopping=source.random() < 0.3,
             awake_mb=dict.fromkeys(everywhere, 20_000) if source.random() < 0.3 else None,
         )
         for _ in range(source.randint(0, 3))
@@ -307,31 +316,31 @@ def test_no_set_is_better(seed: int) -> None:
     for booking in bookings:
         for index, mb in booking.promised_mb.items():
             used[index] += mb
-    rooms = {room.index: room for room in rooms_of(topology, measured(topology, used), bookings)}
+    capacities = {device.index: device for device in gpu_capacities(topology, measured(topology, used), bookings)}
     size = source.choice([1000, 8000, 14_000, 23_000])
     for need in (Need(size), Need(size, one_fraction=True), Need(fraction=0.6)):
         for count in range(1, len(everywhere) + 1):
-            choice = choose(count, need, topology, tuple(rooms.values()))
-            assert choice == choose(count, need, topology, tuple(rooms.values()))
-            with_room = [
+            selection = select_devices(count, need, topology, tuple(capacities.values()))
+            assert selection == select_devices(count, need, topology, tuple(capacities.values()))
+            possible = [
                 group
                 for group in combinations(everywhere, count)
-                if all(rooms[i].has(mb) for i, mb in zip(group, wanted(topology, need, group), strict=True))
+                if all(capacities[i].can_hold(mb) for i, mb in zip(group, wanted(topology, need, group), strict=True))
             ]
-            if choice is None:
-                assert not with_room
+            if selection is None:
+                assert not possible
                 continue
-            group = tuple(device.index for device in choice.devices)
-            assert group in with_room
-            assert not any(device.lost or device.mig_mode for device in choice.devices)
-            assert list(choice.booked_mb) == wanted(topology, need, group)
-            best = order(topology, rooms, need, group)
-            assert all(best <= order(topology, rooms, need, other) for other in with_room)
+            group = tuple(device.index for device in selection.devices)
+            assert group in possible
+            assert not any(device.lost or device.mig_mode for device in selection.devices)
+            assert list(selection.booked_mb) == wanted(topology, need, group)
+            best = order(topology, capacities, need, group)
+            assert all(best <= order(topology, capacities, need, other) for other in possible)
 
 
 def test_large_hosts() -> None:
-    """Sixteen devices are looked at set by set. With more the search is bounded, and still finds the only set with
-    room, and an island."""
+    """With sixteen devices all sets are compared. With more the search is bounded, and still finds an island, and the
+    only set with enough memory."""
     sixteen = host(*["H100"] * 16, links=linked([range(8), range(8, 16)], LinkKind.NVLINK, 18))
     assert indices(chosen(sixteen, 8, Need(60_000))) == list(range(8))
     assert indices(chosen(sixteen, 4, Need(60_000), booked(9, mb=60_000))) == [8, 10, 11, 12]

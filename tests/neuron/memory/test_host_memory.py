@@ -1,4 +1,4 @@
-"""Room in the host's memory for engines that sleep."""
+"""Host memory for sleeping engines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import pytest
 
 from neuron.config import NeuronConfig
 from neuron.harness.registry import HARNESSES
-from neuron.memory.host_memory import HostRam, check_sleep, host_ram, needed_mb, slept_mb
+from neuron.memory.host_memory import HostMemory, check_sleep, host_memory, needed_mb, slept_mb
 from shared.errors import Conflict
 
 
-def test_weights_need_room_beside_the_reserve() -> None:
-    """The last MiB may be taken; what others are about to take counts as taken."""
-    HostRam(available_mb=20_000, reserve_mb=4_000).check_room("m", 16_000)
-    for ram in (HostRam(20_000, 4_001), HostRam(19_999, 4_000), HostRam(20_000, 0, promised_mb=4_001), HostRam(0, 0)):
+def test_weights_must_fit_beside_the_reserve() -> None:
+    """The last MiB above the reserve may be used, and not one more."""
+    HostMemory(available_mb=20_000, reserve_mb=4_000).check_fits("m", 16_000)
+    for memory in (HostMemory(20_000, 4_001), HostMemory(19_999, 4_000), HostMemory(0, 0)):
         with pytest.raises(Conflict):
-            ram.check_room("m", 16_000)
+            memory.check_fits("m", 16_000)
 
 
-def test_a_refusal_says_the_figures() -> None:
+def test_refusal_contains_the_figures() -> None:
     with pytest.raises(Conflict) as caught:
-        HostRam(20_000, 4_000, promised_mb=1_000).check_room("org/model", 16_000)
+        HostMemory(19_000, 4_000).check_fits("org/model", 16_000)
     error = caught.value.body()["error"]
     assert (caught.value.status, error["code"]) == (409, "insufficient_ram")
     assert (error["needed_mb"], error["available_mb"], error["reserve_mb"]) == (16_000, 19_000, 4_000)
@@ -34,8 +34,8 @@ def test_a_refusal_says_the_figures() -> None:
     ("weights", "vram", "needed"),
     [(8_000, 20_000, 8_000), (None, 20_000, 20_000), (8_000, None, 8_000), (None, None, 0)],
 )
-def test_what_a_sleep_needs(weights: int | None, vram: int | None, needed: int) -> None:
-    """The weights, if the log told them; never more than what the engine holds."""
+def test_memory_needed_to_sleep(weights: int | None, vram: int | None, needed: int) -> None:
+    """The weights, if the log says their size; at most what the engine holds."""
     assert needed_mb(weights, vram) == needed
 
 
@@ -43,26 +43,28 @@ def test_what_a_sleep_needs(weights: int | None, vram: int | None, needed: int) 
     ("weights", "before", "after", "slept"),
     [(8_000, 20_000, 500, 8_000), (None, 20_000, 500, 19_500), (8_000, 20_000, 15_000, 5_000), (None, None, None, 0)],
 )
-def test_what_a_sleeper_takes(weights: int | None, before: int | None, after: int | None, slept: int) -> None:
+def test_memory_taken_by_a_sleeping_engine(
+    weights: int | None, before: int | None, after: int | None, slept: int
+) -> None:
     assert slept_mb(weights, before, after) == slept
 
 
-async def test_a_real_host_is_asked() -> None:
-    real = await host_ram(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), slept_mb=0, promised_mb=3)
+async def test_memory_of_a_real_host() -> None:
+    real = await host_memory(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), slept_mb=0)
     assert real is not None
     assert 0 < real.available_mb <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-    assert (real.reserve_mb, real.promised_mb) == (7, 3)
+    assert real.reserve_mb == 7
 
 
-async def test_on_a_simulated_host_counts_what_is_configured() -> None:
+async def test_memory_of_a_simulated_host_is_configured() -> None:
     simulated = {"simulate": {"devices": ["RTX 4090"]}}
-    assert await host_ram(NeuronConfig.model_validate(simulated), slept_mb=5) is None
+    assert await host_memory(NeuronConfig.model_validate(simulated), slept_mb=5) is None
     limited = NeuronConfig.model_validate({"simulate": {"devices": ["RTX 4090"], "ram_mb": 10_000}})
-    assert await host_ram(limited, slept_mb=2_000) == HostRam(8_000, 4_096)
+    assert await host_memory(limited, slept_mb=2_000) == HostMemory(8_000, 4_096)
 
 
-async def test_what_is_asked_before_a_sleep() -> None:
-    """A simulated engine needs room where the host's memory is simulated too, and nothing else counts it."""
+async def test_check_before_a_sleep() -> None:
+    """A simulated engine needs host memory only if that is simulated too; a real one always does."""
     real = NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 1 << 40}})
     assert await check_sleep(real, "m", sleeps_in_ram=False, weights_mb=5, vram_used_mb=9) == 0
     with pytest.raises(Conflict, match="m cannot sleep"):
@@ -70,13 +72,12 @@ async def test_what_is_asked_before_a_sleep() -> None:
     simulate = {"devices": ["RTX 4090"], "ram_mb": 6_000}
     limited = NeuronConfig.model_validate({"simulate": simulate, "sleep": {"ram_reserve_mb": 1_000}})
     assert await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000) == 5_000
-    for taken in ({"slept_mb": 1}, {"promised_mb": 1}):
-        with pytest.raises(Conflict):
-            await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, **taken)
+    with pytest.raises(Conflict):
+        await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, slept_mb=1)
 
 
-def test_weights_as_the_log_tells_them() -> None:
-    """All ranks hold as much as the one that says most, however many say it."""
+def test_size_of_the_weights_in_the_log() -> None:
+    """Every rank counts with the largest size that any rank reports."""
     lines = [
         "(Worker_TP0 pid=7) INFO 11-23 11:11:55 [model_runner.py:51] Model loading took 15.25 GiB memory and 3 s",
         "(Worker_TP1 pid=8) INFO 11-23 11:11:55 [model_runner.py:51] Model loading took 15.0 GiB memory and 3 s",

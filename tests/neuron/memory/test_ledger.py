@@ -1,4 +1,4 @@
-"""The bookings of GPU memory: what counts, what is refused, and that nothing is promised twice."""
+"""The bookings of GPU memory: what counts, what is refused, and that no memory is promised twice."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from neuron.gpu.topology import Topology
 from neuron.harness.registry import HARNESSES
-from neuron.memory.capacity import DeviceRoom, InsufficientVram, held_by, with_rooms
+from neuron.memory.capacity import GpuCapacity, InsufficientVram, held_by, with_capacities
 from neuron.memory.ledger import Ledger
-from neuron.memory.requirement import MemoryNeed
+from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.gpus import DEVICE_MARGIN_MB
@@ -23,13 +23,13 @@ ONE, TWO = host("4090"), host("5090", "5090")
 FULL = TOTALS["4090"]
 
 
-def room(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0, reserve: int = 0) -> DeviceRoom:
-    return ledger.rooms(topology, measured(topology, {index: used}, reserve=reserve))[index]
+def capacity(ledger: Ledger, topology: Topology = ONE, used: int = 0, index: int = 0, reserve: int = 0) -> GpuCapacity:
+    return ledger.capacities(topology, measured(topology, {index: used}, reserve=reserve))[index]
 
 
-def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> MemoryNeed:
-    """What the harness of `wanted` says that it takes."""
-    return HARNESSES[wanted.harness].memory_need(wanted, share, [*wanted.args, *extra_args])
+def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> MemoryRequirement:
+    """The memory requirement according to the harness of `wanted`."""
+    return HARNESSES[wanted.harness].memory_requirement(wanted, share, [*wanted.args, *extra_args])
 
 
 def book(
@@ -40,132 +40,136 @@ def book(
     return [device.index for device in choice.devices]
 
 
-# --- what a device has to give
+# --- capacity of a device
 
 
 def test_memory_of_a_loading_engine_is_not_counted_twice() -> None:
-    """Booked 20000, of which it holds 7000 so far: 20000 are gone, whether the driver names its processes or not."""
+    """An engine with 20000 MiB booked that holds 7000 so far takes 20000, whether the driver lists its processes or
+    not."""
     for known in (True, False):
         ledger = Ledger()
         book(ledger, 1, 20_000)
         if known:
-            ledger.holding(1, {0: 7000})
-        found = room(ledger, used=7000)
+            ledger.update_held(1, {0: 7000})
+        found = capacity(ledger, used=7000)
         assert (found.booked_mb, found.held_mb, found.foreign_mb) == (20_000, 7000, 0)
         assert found.bookable_mb == FULL - 20_000
 
 
 def test_foreign_memory() -> None:
-    """What is in use and not ours is gone as well; without the driver's word, only what is beyond our promises."""
+    """Memory of other processes is not bookable; if the driver lists no processes, only use beyond our promises
+    counts."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
-    ledger.holding(1, {0: 7000})
-    found = room(ledger, used=9500)
+    ledger.update_held(1, {0: 7000})
+    found = capacity(ledger, used=9500)
     assert (found.foreign_mb, found.bookable_mb) == (2500, FULL - 22_500)
-    ledger.holding(1, {})
-    found = room(ledger, used=20_600)
+    ledger.update_held(1, {})
+    found = capacity(ledger, used=20_600)
     assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (20_000, 600, FULL - 20_600)
-    assert room(Ledger(), used=900).foreign_mb == 900
+    assert capacity(Ledger(), used=900).foreign_mb == 900
 
 
 def test_memory_that_was_foreign_at_the_booking_stays_so() -> None:
-    """An engine that has just been booked holds nothing yet, whatever is in use; what comes into use then is its."""
+    """An engine that has just been booked holds nothing yet; memory that comes into use afterwards is attributed to
+    it."""
     ledger = Ledger()
     book(ledger, 1, 10_000, used=3000)
     for used, held in ((3000, 0), (10_000, 7000), (13_000, 10_000)):
-        found = room(ledger, used=used)
+        found = capacity(ledger, used=used)
         assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (held, 3000, FULL - 13_000)
     book(ledger, 2, 5000, used=13_500)
-    assert room(ledger, used=16_000).bookable_mb == FULL - 18_500
+    assert capacity(ledger, used=16_000).bookable_mb == FULL - 18_500
 
 
 def test_measured_footprint_replaces_the_estimate() -> None:
-    """Smaller or larger than what was promised; later measurements count too."""
+    """It may be smaller or larger than the promise; later measurements replace it again."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
     for footprint in (14_000, 21_000, 21_500):
-        ledger.measured(1, {0: footprint})
-        found = room(ledger, used=footprint)
+        ledger.settle(1, {0: footprint})
+        found = capacity(ledger, used=footprint)
         assert (found.booked_mb, found.held_mb, found.bookable_mb) == (footprint, footprint, FULL - footprint)
 
 
 def test_growth_seen_before_the_load_is_done_counts() -> None:
-    """An engine that holds more than it was promised has it, and a driver that does not say leaves the promise."""
+    """More than was promised counts as held; if the driver reports nothing, the promise counts."""
     ledger = Ledger()
     book(ledger, 1, 10_000)
-    ledger.holding(1, {0: 12_000})
-    assert room(ledger, used=12_000).bookable_mb == FULL - 12_000
-    ledger.measured(1, {})
-    found = room(ledger, used=12_000)
+    ledger.update_held(1, {0: 12_000})
+    assert capacity(ledger, used=12_000).bookable_mb == FULL - 12_000
+    ledger.settle(1, {})
+    found = capacity(ledger, used=12_000)
     assert (found.booked_mb, found.foreign_mb) == (10_000, 2000)
 
 
-def test_memory_of_a_leaving_engine_can_be_promised_again() -> None:
-    """And is told apart from what is free already. Once the engine is gone, what is still in use is a stranger's."""
+def test_memory_of_a_stopping_engine_can_be_booked() -> None:
+    """It is counted apart from free memory. Once the engine is gone, what the driver still reports counts as
+    foreign."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
-    ledger.measured(1, {0: 20_000})
+    ledger.settle(1, {0: 20_000})
     with pytest.raises(InsufficientVram):
         book(ledger, 2, 18_000, used=20_000)
-    ledger.leaving(1)
-    found = room(ledger, used=20_000)
-    assert (found.booked_mb, found.bookable_mb, found.coming_back_mb) == (0, FULL, 20_000)
+    ledger.mark_stopping(1)
+    found = capacity(ledger, used=20_000)
+    assert (found.booked_mb, found.bookable_mb, found.stopping_mb) == (0, FULL, 20_000)
     assert book(ledger, 2, 18_000, used=20_000) == [0]
     ledger.release(1)
-    found = room(ledger, used=300)
+    found = capacity(ledger, used=300)
     assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (300, 0, FULL - 18_000)
 
 
-def test_memory_that_comes_back_is_awaited() -> None:
-    """By whom it was promised to, the earlier first, and no longer than it takes."""
+def test_a_start_waits_for_memory_of_stopping_engines() -> None:
+    """Earlier bookings get freed memory first, and nothing waits longer than necessary."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
-    ledger.measured(1, {0: 20_000})
-    assert ledger.awaited(1, ONE, measured(ONE, {0: 20_000})) == {}
-    ledger.leaving(1)
+    ledger.settle(1, {0: 20_000})
+    assert ledger.still_held(1, ONE, measured(ONE, {0: 20_000})) == {}
+    ledger.mark_stopping(1)
     book(ledger, 2, 4000, used=20_000)
     book(ledger, 3, 18_000, used=20_000)
     used = measured(ONE, {0: 20_000})
-    assert [ledger.awaited(number, ONE, used) for number in (2, 3, 9)] == [{}, {0: 17_436}, {}]
-    ledger.holding(2, {0: 4000})
-    assert ledger.awaited(3, ONE, measured(ONE, {0: 24_000})) == {0: 17_436}
+    assert [ledger.still_held(number, ONE, used) for number in (2, 3, 9)] == [{}, {0: 17_436}, {}]
+    ledger.update_held(2, {0: 4000})
+    assert ledger.still_held(3, ONE, measured(ONE, {0: 24_000})) == {0: 17_436}
     ledger.release(1)
-    assert ledger.awaited(3, ONE, measured(ONE, {0: 4000})) == {}
+    assert ledger.still_held(3, ONE, measured(ONE, {0: 4000})) == {}
 
 
-def test_leaving_engine_whose_processes_are_not_named() -> None:
-    """In a container it is taken to hold what is in use, up to its promise."""
+def test_stopping_engine_whose_processes_are_not_listed() -> None:
+    """As in a container: it is assumed to hold what is in use, up to its promise."""
     ledger = Ledger()
     book(ledger, 1, 15_000)
     book(ledger, 2, 5000)
-    ledger.leaving(1)
-    found = room(ledger, used=16_000)
-    assert (found.coming_back_mb, found.held_mb, found.foreign_mb) == (15_000, 16_000, 0)
+    ledger.mark_stopping(1)
+    found = capacity(ledger, used=16_000)
+    assert (found.stopping_mb, found.held_mb, found.foreign_mb) == (15_000, 16_000, 0)
     assert found.bookable_mb == FULL - 5000
 
 
 def test_real_devices_keep_a_margin_and_the_drivers_reserve() -> None:
     """What NVML counts as neither used nor free is unattributed; a CUDA context needs some MiB beside the share."""
     real = host("4090", simulated=False)
-    assert room(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - DEVICE_MARGIN_MB
-    assert room(Ledger(), real, used=FULL).bookable_mb == 0
-    assert Ledger().rooms(ONE, [DeviceHealth(index=0)])[0].bookable_mb == FULL  # a driver that tells nothing
+    assert capacity(Ledger(), real, reserve=400).bookable_mb == FULL - 400 - DEVICE_MARGIN_MB
+    assert capacity(Ledger(), real, used=FULL).bookable_mb == 0
+    assert Ledger().capacities(ONE, [DeviceHealth(index=0)])[0].bookable_mb == FULL  # a driver that reports nothing
 
 
 def test_health_figures() -> None:
-    """As `/health` has them; a device that cannot be used has nothing to book."""
+    """The figures of `/health`; an unusable device has nothing bookable."""
     topology = host("5090", "5090", d1={"mig_mode": True})
     ledger = Ledger()
     book(ledger, 1, 8000, topology)
     live = measured(topology, {0: 9000})
-    figures = with_rooms(live, ledger.rooms(topology, live))
-    told = [(item.vram_booked_mb, item.vram_foreign_mb, item.vram_bookable_mb) for item in figures]
-    assert told == [(8000, 1000, TOTALS["5090"] - 9000), (0, 0, 0)]
-    assert with_rooms(live, ()) == live
+    figures = with_capacities(live, ledger.capacities(topology, live))
+    reported = [(item.vram_booked_mb, item.vram_foreign_mb, item.vram_bookable_mb) for item in figures]
+    assert reported == [(8000, 1000, TOTALS["5090"] - 9000), (0, 0, 0)]
+    assert with_capacities(live, ()) == live
 
 
 def test_memory_held_by_processes() -> None:
-    """By device; one that knows none of the processes is left out, which is not the same as nothing."""
+    """Summed by device, without devices that list none of the processes, which does not mean 0."""
     usage = {0: {7: 100, 8: 5, 9: 1}, 1: {7: 50}, 2: {5: 70}}
     assert held_by({7, 8}, usage) == {0: 105, 1: 50}
 
@@ -182,20 +186,20 @@ def test_default_fraction_is_of_what_cuda_sees() -> None:
 
 
 def test_refusal_names_the_figures() -> None:
-    """What is needed, and for each device what is available and what holds the rest; the same for programs."""
+    """The message says what is needed, and for each device what is available and what uses the rest; so do the
+    fields."""
     topology = host("4090", "4090", "3060", d1={"lost": "fell off the bus"})
     ledger = Ledger()
     book(ledger, 1, 18_000, topology, model_id="org/a", devices=(0,))
     with pytest.raises(InsufficientVram) as refused:
-        ledger.book(2, spec(2, "org/b"), MemoryNeed(12_000), topology, measured(topology, {0: 21_464, 2: 288}))
+        ledger.book(2, spec(2, "org/b"), MemoryRequirement(12_000), topology, measured(topology, {0: 21_464, 2: 288}))
     error = refused.value
     assert (error.status, error.code) == (409, "insufficient_vram")
     assert error.message == (
         "'org/b' needs 12000 MiB on each of 2 devices; "
-        "device 0 (4090): 3100 of 24564 MiB can be had (18000 booked by 'org/a', 3464 held by processes that are not "
-        "neuron's); "
+        "device 0 (4090): 3100 of 24564 MiB available (18000 booked for 'org/a', 3464 used by other processes); "
         "device 1 (4090) cannot be used: fell off the bus; "
-        "device 2 (3060): 12000 of 12288 MiB can be had (288 held by processes that are not neuron's)"
+        "device 2 (3060): 12000 of 12288 MiB available (288 used by other processes)"
     )
     assert error.body()["error"]["devices"][0] == {
         "index": 0,
@@ -209,7 +213,7 @@ def test_refusal_names_the_figures() -> None:
 
 
 def test_named_devices_that_are_full_are_refused() -> None:
-    """However much room the others have; only the named ones are spoken of."""
+    """Even if others have enough memory; the message mentions only the named ones."""
     ledger = Ledger()
     book(ledger, 1, 30_000, TWO, devices=(0,))
     with pytest.raises(InsufficientVram) as refused:
@@ -220,36 +224,36 @@ def test_named_devices_that_are_full_are_refused() -> None:
 
 
 def test_what_is_booked_when_nothing_is_known() -> None:
-    """vLLM's default fraction of the device, the simulation's default; what arguments say outweighs both."""
+    """vLLM books its default fraction, the simulation its default; arguments override both."""
     ledger = Ledger()
     book(ledger, 1, None, harness="vllm")
-    assert room(ledger).booked_mb == 22_599  # 92%
+    assert capacity(ledger).booked_mb == 22_599  # 92%
     with pytest.raises(InsufficientVram, match="'org/m' needs 92% of the memory on one device"):
         book(ledger, 2, None, harness="vllm")
     assert book(ledger, 3, None) == [0]
-    assert room(ledger).booked_mb == 22_599 + 1024
+    assert capacity(ledger).booked_mb == 22_599 + 1024
     ledger = Ledger()
     for number in (1, 2):
         wanted = spec(harness="vllm", args=("--gpu-memory-utilization", "0.9"))
         choice = ledger.book(number, wanted, need(wanted, None, "--gpu-memory-utilization=0.5"), ONE, measured(ONE))
         assert choice.booked_mb == (12_282,)
-    assert room(ledger).bookable_mb == 0
+    assert capacity(ledger).bookable_mb == 0
 
 
 def test_device_that_was_lost_since_the_check() -> None:
-    """A spec that is remembered from before is refused with the reason."""
+    """A spec checked earlier is refused with the reason."""
     topology = host("5090", "5090", d0={"lost": "fell off the bus"})
     for wanted in (spec(devices=(0,)), spec(2), spec(devices=(7,))):
         with pytest.raises(InvalidRequest, match=r"fell off the bus|no device 7"):
-            Ledger().book(1, wanted, MemoryNeed(1000), topology, measured(topology))
+            Ledger().book(1, wanted, MemoryRequirement(1000), topology, measured(topology))
 
 
 def test_refused_load_books_nothing() -> None:
-    """It leaves the memory to others, and can be tried again."""
+    """The memory stays available for others and for another attempt."""
     ledger = Ledger()
     with pytest.raises(InsufficientVram):
         book(ledger, 1, FULL + 1)
-    assert room(ledger).bookable_mb == FULL
+    assert capacity(ledger).bookable_mb == FULL
     assert book(ledger, 1, FULL) == [0]
 
 
@@ -257,100 +261,100 @@ def test_host_without_devices_books_nothing() -> None:
     """Any number of engines of any size share a CPU host."""
     ledger = Ledger()
     assert book(ledger, 1, 10**6, Topology()) == book(ledger, 2, None, Topology(), harness="vllm") == []
-    assert ledger.rooms(Topology(), []) == ()
+    assert ledger.capacities(Topology(), []) == ()
 
 
 def test_unequal_cards_are_booked_as_vllm_fills_them() -> None:
-    """One fraction for all: of the larger card more is booked, until the measured footprint says otherwise."""
+    """The same fraction is more on the larger card, until the measured footprint replaces it."""
     topology = host("4090", "5090")
     ledger = Ledger()
     wanted = spec(2, harness="vllm")
     choice = ledger.book(1, wanted, need(wanted, 12_282), topology, measured(topology))
     assert choice.booked_mb == (12_282, 16_304)
-    ledger.measured(1, {0: 12_000, 1: 12_500})
+    ledger.settle(1, {0: 12_000, 1: 12_500})
     live = measured(topology, {0: 12_000, 1: 12_500})
-    assert [found.bookable_mb for found in ledger.rooms(topology, live)] == [12_564, 20_107]
+    assert [found.bookable_mb for found in ledger.capacities(topology, live)] == [12_564, 20_107]
 
 
 # --- sleeping, adopting
 
 
-def test_sleeping_engine_gives_back_what_it_does_not_hold() -> None:
-    """And gets it again when it wakes, unless it has been given away."""
+def test_sleeping_engine_keeps_only_what_it_holds() -> None:
+    """It gets the rest back when it wakes, unless others have booked or taken it."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
-    ledger.measured(1, {0: 20_500})
-    ledger.shrink(1, {0: 900})
-    assert room(ledger, used=900).bookable_mb == FULL - 900
-    ledger.measured(1, {0: 950})
+    ledger.settle(1, {0: 20_500})
+    ledger.shrink_to_sleep(1, {0: 900})
+    assert capacity(ledger, used=900).bookable_mb == FULL - 900
+    ledger.settle(1, {0: 950})
     book(ledger, 2, 10_000, used=950)
-    with pytest.raises(InsufficientVram, match=r"needs 19550 MiB more on device 0 to wake.*10000 booked by 'org/m'"):
-        ledger.regrow(1, ONE, measured(ONE, {0: 950}))
-    assert room(ledger, used=950).booked_mb == 10_950
+    with pytest.raises(InsufficientVram, match=r"needs 19550 MiB more on device 0 to wake.*10000 booked for 'org/m'"):
+        ledger.book_wake(1, ONE, measured(ONE, {0: 950}))
+    assert capacity(ledger, used=950).booked_mb == 10_950
     ledger.release(2)
-    with pytest.raises(InsufficientVram, match="held by processes that are not neuron's"):
-        ledger.regrow(1, ONE, measured(ONE, {0: 9000}))
-    ledger.regrow(1, ONE, measured(ONE, {0: 950}))
-    ledger.holding(1, {0: 5000})
-    assert room(ledger, used=5000).bookable_mb == FULL - 20_500
-    ledger.regrow(1, ONE, measured(ONE, {0: 5000}))  # awake: nothing to do
-    ledger.measured(1, {0: 20_400})
-    assert room(ledger, used=20_400).booked_mb == 20_400
+    with pytest.raises(InsufficientVram, match="used by other processes"):
+        ledger.book_wake(1, ONE, measured(ONE, {0: 9000}))
+    ledger.book_wake(1, ONE, measured(ONE, {0: 950}))
+    ledger.update_held(1, {0: 5000})
+    assert capacity(ledger, used=5000).bookable_mb == FULL - 20_500
+    ledger.book_wake(1, ONE, measured(ONE, {0: 5000}))  # awake: nothing to do
+    ledger.settle(1, {0: 20_400})
+    assert capacity(ledger, used=20_400).booked_mb == 20_400
 
 
-def test_sleeping_engine_whose_memory_the_driver_does_not_tell_keeps_its_promise() -> None:
-    """Nothing shows that it released anything."""
+def test_sleeping_engine_without_figures_keeps_its_promise() -> None:
+    """If the driver does not report its memory, it may have released nothing."""
     ledger = Ledger()
     book(ledger, 1, 20_000)
-    ledger.shrink(1, {})
-    assert room(ledger, used=900).bookable_mb == FULL - 20_000
-    ledger.regrow(1, ONE, measured(ONE, {0: 900}))
+    ledger.shrink_to_sleep(1, {})
+    assert capacity(ledger, used=900).bookable_mb == FULL - 20_000
+    ledger.book_wake(1, ONE, measured(ONE, {0: 900}))
 
 
 def test_adopted_engine() -> None:
-    """It is there: booked without a check, also beyond what the device has."""
+    """It is booked without a check, even beyond what the device has."""
     ledger = Ledger()
     ledger.adopt(1, "org/a", (0,), 30_000)
-    assert room(ledger, used=20_000).bookable_mb == 0
-    ledger.measured(1, {0: 20_000})
-    assert room(ledger, used=20_000).bookable_mb == FULL - 20_000
+    assert capacity(ledger, used=20_000).bookable_mb == 0
+    ledger.settle(1, {0: 20_000})
+    assert capacity(ledger, used=20_000).bookable_mb == FULL - 20_000
     ledger.adopt(2, "org/b", (0,), None)
-    found = room(ledger, used=22_000)
+    found = capacity(ledger, used=22_000)
     assert (found.foreign_mb, found.bookable_mb) == (2000, FULL - 22_000)
-    ledger.measured(2, {0: 2000})
-    found = room(ledger, used=22_000)
+    ledger.settle(2, {0: 2000})
+    found = capacity(ledger, used=22_000)
     assert (found.foreign_mb, found.booked_by) == (0, (("org/a", 20_000), ("org/b", 2000)))
 
 
-def test_late_words_about_engines_that_are_gone() -> None:
-    """A measurement that comes after the end changes nothing."""
+def test_late_calls_for_engines_that_are_gone() -> None:
+    """A measurement that arrives after the release changes nothing."""
     ledger = Ledger()
-    for late in (ledger.holding, ledger.measured, ledger.shrink):
+    for late in (ledger.update_held, ledger.settle, ledger.shrink_to_sleep):
         late(9, {0: 5000})
-    ledger.leaving(9)
+    ledger.mark_stopping(9)
     ledger.release(9)
-    ledger.regrow(9, ONE, measured(ONE))
-    assert room(ledger).bookable_mb == FULL
+    ledger.book_wake(9, ONE, measured(ONE))
+    assert capacity(ledger).bookable_mb == FULL
 
 
-# --- any sequence of events, against a model of its own
+# --- random sequences of events, compared with a model
 
 
 @dataclass
 class Held:
-    """What an engine was promised and really holds, in MiB by device."""
+    """What is promised to an engine and what it really holds, in MiB by device."""
 
     promised: dict[int, int]
     held: dict[int, int]
-    leaving: bool = False
+    stopping: bool = False
     settled: bool = False
 
     def unfilled(self, index: int) -> int:
-        return 0 if self.leaving else max(0, self.promised.get(index, 0) - self.held.get(index, 0))
+        return 0 if self.stopping else max(0, self.promised.get(index, 0) - self.held.get(index, 0))
 
 
 class Model:
-    """A host as it really is, with a ledger that is told of it."""
+    """The true state of a host, and a ledger that is informed of it."""
 
     def __init__(self, source: random.Random) -> None:
         self.source = source
@@ -364,10 +368,11 @@ class Model:
         return self.foreign[index] + sum(each.held.get(index, 0) for each in self.engines.values())
 
     def spare(self, index: int) -> int:
-        """What is neither in use by what stays, nor promised: below 0 when strangers took what was promised."""
-        going = sum(each.held.get(index, 0) for each in self.engines.values() if each.leaving)
+        """Memory that no lasting engine or other process uses and that is not promised; below 0 when other processes
+        took what was promised."""
+        freed = sum(each.held.get(index, 0) for each in self.engines.values() if each.stopping)
         unfilled = sum(each.unfilled(index) for each in self.engines.values())
-        return self.totals[index] - self.used(index) - unfilled + going
+        return self.totals[index] - self.used(index) - unfilled + freed
 
     def health(self) -> list[DeviceHealth]:
         return measured(self.topology, {index: self.used(index) for index in self.totals})
@@ -376,7 +381,7 @@ class Model:
         share, count = self.source.randint(200, 14_000), self.source.randint(1, len(self.totals))
         spare = {index: self.spare(index) for index in self.totals}
         try:
-            choice = self.ledger.book(number, spec(count), MemoryNeed(share), self.topology, self.health())
+            choice = self.ledger.book(number, spec(count), MemoryRequirement(share), self.topology, self.health())
         except InsufficientVram:
             assert sum(mb >= share for mb in spare.values()) < count
             return
@@ -387,60 +392,60 @@ class Model:
     def fill(self, number: int, engine: Held) -> None:
         if not engine.settled:
             engine.held = {index: self.source.randint(0, mb) for index, mb in engine.promised.items()}
-            self.ledger.holding(number, engine.held)
+            self.ledger.update_held(number, engine.held)
 
     def measure(self, number: int, engine: Held) -> None:
-        if not engine.leaving:
+        if not engine.stopping:
             engine.held = {index: self.source.randint(mb // 2, mb) for index, mb in engine.promised.items()}
             engine.promised, engine.settled = dict(engine.held), True
-            self.ledger.measured(number, engine.held)
+            self.ledger.settle(number, engine.held)
 
-    def leave(self, number: int, engine: Held) -> None:
-        engine.leaving = True
-        self.ledger.leaving(number)
+    def stop(self, number: int, engine: Held) -> None:
+        engine.stopping = True
+        self.ledger.mark_stopping(number)
 
     def release(self, number: int, engine: Held) -> None:
-        if engine.leaving:
+        if engine.stopping:
             del self.engines[number]
             self.ledger.release(number)
 
-    def take(self) -> None:
-        """A stranger takes or gives back memory; then all that load are measured, as before a booking."""
+    def foreign_change(self) -> None:
+        """Another process allocates or frees memory; then loading engines are measured, as before a booking."""
         index = self.source.choice(list(self.totals))
-        room = self.totals[index] - self.used(index) + self.foreign[index]
-        self.foreign[index] = self.source.randint(0, max(0, min(4000, room)))
+        free = self.totals[index] - self.used(index) + self.foreign[index]
+        self.foreign[index] = self.source.randint(0, max(0, min(4000, free)))
         for number, engine in self.engines.items():
             if not engine.settled:
-                self.ledger.holding(number, engine.held)
+                self.ledger.update_held(number, engine.held)
 
     def step(self, number: int) -> None:
-        kind = self.source.choice(["book", "book", "fill", "measure", "leave", "release", "take"])
+        kind = self.source.choice(["book", "book", "fill", "measure", "stop", "release", "foreign"])
         if kind == "book":
             self.book(number)
-        elif kind == "take":
-            self.take()
+        elif kind == "foreign":
+            self.foreign_change()
         elif self.engines:
             some = self.source.choice(list(self.engines))
-            {"fill": self.fill, "measure": self.measure, "leave": self.leave, "release": self.release}[kind](
+            {"fill": self.fill, "measure": self.measure, "stop": self.stop, "release": self.release}[kind](
                 some, self.engines[some]
             )
 
     def check(self) -> None:
-        for found in self.ledger.rooms(self.topology, self.health()):
+        for found in self.ledger.capacities(self.topology, self.health()):
             assert found.bookable_mb == max(0, self.spare(found.index))
             assert found.foreign_mb == self.foreign[found.index]
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_memory_is_never_promised_twice(seed: int) -> None:
-    """Loads, fillings, measurements, stops and strangers in any order: whatever is booked fits beside all that is in
-    use or promised, whatever is refused does not, and in the end everything is free again."""
+    """Bookings, allocations, measurements, stops and other processes in any order: what is booked fits beside
+    everything in use or promised, what is refused does not fit, and in the end all memory is free."""
     model = Model(random.Random(seed))
     for number in range(200):
         model.step(number)
         model.check()
     for number, engine in list(model.engines.items()):
-        model.leave(number, engine)
+        model.stop(number, engine)
         model.release(number, engine)
     model.check()
-    assert not any(found.booked_mb for found in model.ledger.rooms(model.topology, model.health()))
+    assert not any(found.booked_mb for found in model.ledger.capacities(model.topology, model.health()))

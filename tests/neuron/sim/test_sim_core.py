@@ -25,7 +25,7 @@ from tests.neuron.sim_process import (
     until,
 )
 
-ENDLESS = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000}
+ENDLESS = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000, "ignore_eos": True}
 GENERATED = "vllm:generation_tokens_total"
 SLOW = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "50")
 

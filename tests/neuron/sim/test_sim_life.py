@@ -30,7 +30,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 async def stream(session: aiohttp.ClientSession, engine: SimProcess, tokens: int) -> aiohttp.ClientResponse:
-    body = {**HELLO, "stream": True, "max_tokens": tokens}
+    body = {**HELLO, "stream": True, "max_tokens": tokens, "ignore_eos": True}
     return await session.post(engine.url + "/v1/chat/completions", json=body)
 
 
@@ -94,7 +94,7 @@ async def test_sigterm_aborts_running_requests() -> None:
     slow = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "10")
     async with ready_engine(*slow) as engine, aiohttp.ClientSession() as session:
         plain = asyncio.create_task(
-            session.post(engine.url + "/v1/chat/completions", json={**HELLO, "max_tokens": 1000})
+            session.post(engine.url + "/v1/chat/completions", json={**HELLO, "max_tokens": 1000, "ignore_eos": True})
         )
         streamed = await stream(session, engine, 1000)
         await streamed.content.readany()

@@ -155,11 +155,11 @@ async def test_metrics_count_requests_and_tokens(session: aiohttp.ClientSession)
         before = await metrics(session, engine)
         assert before["vllm:request_success_total", "stop"] == 0
         _, body = await post(session, engine, "/v1/chat/completions", {**HELLO, "n": 2, "max_tokens": 5})
-        await post(session, engine, "/v1/completions", {"prompt": "Hello"})
+        _, whole = await post(session, engine, "/v1/completions", {"prompt": "Hello"})
         after = await metrics(session, engine)
     assert after["vllm:request_success_total", "length"] == 2
     assert after["vllm:request_success_total", "stop"] == 1
-    assert after["vllm:generation_tokens_total", ""] == 10 + 32
+    assert after["vllm:generation_tokens_total", ""] == 10 + whole["usage"]["completion_tokens"]
     assert after["vllm:prompt_tokens_total", ""] == body["usage"]["prompt_tokens"] + 2
     assert after["vllm:time_to_first_token_seconds_count", ""] == 3  # like vLLM: one per sequence
     assert after["vllm:e2e_request_latency_seconds_count", ""] == 3
@@ -169,7 +169,7 @@ async def test_metrics_count_requests_and_tokens(session: aiohttp.ClientSession)
 async def test_a_disconnect_aborts_a_stream(session: aiohttp.ClientSession) -> None:
     """Generation stops at once, counts as aborted, and frees its slot and cache."""
     async with ready_engine("--load-secs", "0", "--tokens-per-sec", "20") as engine:
-        body = {**HELLO, "stream": True, "max_tokens": 2000}
+        body = {**HELLO, "stream": True, "max_tokens": 2000, "ignore_eos": True}
         response = await session.post(engine.url + "/v1/chat/completions", json=body)
         await response.content.readany()
         assert (await metrics(session, engine))["vllm:num_requests_running", ""] == 1
@@ -185,7 +185,7 @@ async def test_a_disconnect_while_waiting_frees_the_place_in_the_queue(session: 
     """With one slot, the second and third wait; when the second disconnects, the third gets the slot next."""
     async with ready_engine("--load-secs", "0", "--max-num-seqs", "1", "--tokens-per-sec", "20") as engine:
         url = engine.url + "/v1/chat/completions"
-        endless = {**HELLO, "stream": True, "max_tokens": 2000}
+        endless = {**HELLO, "stream": True, "max_tokens": 2000, "ignore_eos": True}
         first = await session.post(url, json=endless)
         await first.content.readany()
         second = asyncio.create_task(session.post(url, json=HELLO))
@@ -211,7 +211,7 @@ async def test_configured_speeds_are_kept(session: aiohttp.ClientSession) -> Non
 
 async def test_load_counts_open_requests_when_tracked(session: aiohttp.ClientSession) -> None:
     async with ready_engine("--load-secs", "0", "--enable-server-load-tracking") as engine:
-        body = {**HELLO, "stream": True, "max_tokens": 2000}
+        body = {**HELLO, "stream": True, "max_tokens": 2000, "ignore_eos": True}
         async with session.post(engine.url + "/v1/chat/completions", json=body) as response:
             await response.content.readany()
             async with session.get(engine.url + "/load") as load:

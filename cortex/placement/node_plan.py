@@ -1,0 +1,348 @@
+"""What one node can do for a model: on which devices it fits, what to evict for it, or why it does not fit. Pure.
+
+Preferences in order: waking it where it sleeps; free memory; memory freed by evictions, cheapest first (see
+`eviction`); a neuron that already knows the model; the tightest fit, so that large cards stay free for large models;
+the best connected devices; the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.placement.capacity import (
+    DeviceCapacity,
+    ResidentModel,
+    device_memory,
+    estimated_load_secs,
+    models_in_transition,
+    reports_bookable_memory,
+    resident_models,
+)
+from cortex.placement.devices import MAX_EVICTION_SETS, best_fit_rank, device_sets, eligible_devices, interconnect_rank
+from cortex.placement.eviction import (
+    NO_EVICTIONS,
+    Eviction,
+    EvictionClass,
+    EvictionPlan,
+    assess_eviction,
+    free_enough,
+    plan_evictions,
+    plan_evictions_each,
+    protection_reason,
+)
+from cortex.placement.inputs import PlanningView
+from shared.gpus import DEFAULT_ENGINE_SHARE
+from shared.protocol import ModelStatus
+
+
+class Fit(IntEnum):
+    """How a model fits on a node, best first."""
+
+    AWAKE = 0  # sleeps there and its memory is still available
+    NOW = 1  # fits in free memory
+    OVER_SLEEPERS = 2  # fits, but uses memory that sleeping models there would need
+    AFTER_EVICTION = 3
+    TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
+
+    @property
+    def label(self) -> str:
+        """The name in API replies, which is part of their contract."""
+        return "after_displacement" if self is Fit.AFTER_EVICTION else self.name.lower()
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Where to load a model, and what to evict for it.
+
+    `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
+    until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
+    `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
+    the model sleeps there and is woken.
+    """
+
+    model_id: str
+    node: str
+    devices: tuple[int, ...]
+    device_share_mb: int
+    fit: Fit
+    spare_mb: int
+    reserve_mb: int
+    eviction_plan: EvictionPlan = NO_EVICTIONS
+    ready_at: float = float("-inf")
+    expected_secs: float | None = None
+    wakes: bool = False
+    rank: tuple[object, ...] = field(default=(), compare=False)
+
+    @property
+    def reason(self) -> str:
+        return f"{self.node}: {self.fit_reason}"
+
+    @property
+    def fit_reason(self) -> str:
+        """How it fits on its node, for people."""
+        if self.fit is Fit.AWAKE:
+            return "asleep there, can be woken"
+        if self.fit is Fit.NOW:
+            return f"fits now with {self.spare_mb} MiB to spare"
+        if self.fit is Fit.OVER_SLEEPERS:
+            return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
+        names = ", ".join(each.resident.key[0] for each in self.eviction_plan.evictions)
+        if self.fit is Fit.AFTER_EVICTION:
+            return f"fits after evicting {names}"
+        after = f" even after evicting {names}" if names else ""
+        missing = f"{-self.spare_mb} MiB more than available{after}"
+        return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
+
+    @property
+    def reservation(self) -> Reservation:
+        """The memory reserved while the plan is carried out."""
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why the node cannot take the model now. `temporary`: that changes without further action."""
+
+    reason: str
+    temporary: bool = False
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A feasible node, evaluated for one model.
+
+    `needed_mb` is what each device must give. `wake_mb` is what each device the model sleeps on must give, empty when
+    it does not sleep here. `eligible` are the indices of the devices that are large enough. `share` is 0 for a model of
+    unknown size. All in MiB.
+    """
+
+    view: PlanningView
+    profile: ModelProfile
+    node: NodeSnapshot
+    share: int
+    memory: Mapping[int, DeviceCapacity]
+    needed_mb: Mapping[int, int]
+    wake_mb: Mapping[int, int]
+    eligible: list[int]
+
+    @property
+    def asleep_on(self) -> tuple[int, ...]:
+        return tuple(sorted(self.wake_mb))
+
+    @property
+    def by_shortage(self) -> list[int]:
+        """The eligible devices, those that lack the least memory first."""
+        return sorted(self.eligible, key=lambda i: (max(0, self.needed_mb[i] - self.memory[i].free_mb), i))
+
+    def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
+        return device_sets(devices, self.profile.min_devices, **limit)
+
+    def fits_when_empty(self, indices: tuple[int, ...]) -> bool:
+        """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
+        return reports_bookable_memory(self.node) and all(
+            self.needed_mb[index] <= self.memory[index].total_mb for index in indices
+        )
+
+    def missing_mb(self, indices: tuple[int, ...], *, wakes: bool = False) -> dict[int, int]:
+        """Missing memory by device, assuming that sleeping models give up theirs."""
+        needed_mb = self.wake_mb if wakes else self.needed_mb
+        return {i: needed_mb[i] - self.memory[i].free_mb for i in indices if self.memory[i].free_mb < needed_mb[i]}
+
+
+def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
+    """The best a feasible node can do for the model, or why it can do nothing now. Ignores health."""
+    candidate = _candidate(view, profile, node)
+    memory, needed_mb = candidate.memory, candidate.needed_mb
+    if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
+        return _plan(candidate, candidate.asleep_on, Fit.AWAKE, wakes=True)
+    for fit, spare_sleepers in ((Fit.NOW, True), (Fit.OVER_SLEEPERS, False)):
+        with_memory = [
+            i
+            for i in candidate.eligible
+            if memory[i].free_mb - (memory[i].sleeping_mb if spare_sleepers else 0) >= needed_mb[i]
+        ]
+        chosen = _best_set(candidate, with_memory)
+        if chosen is not None:
+            return _plan(candidate, chosen, fit)
+    return _after_eviction(candidate)
+
+
+def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
+    share, memory = view.device_share_mb(profile), device_memory(view, node)
+    eligible = [device.index for device in eligible_devices(profile, node)]
+    if share or reports_bookable_memory(node):
+        needed_mb = dict.fromkeys(memory, share)
+    else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
+        needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
+    return _Candidate(
+        view, profile, node, share, memory, needed_mb, _wake_mb(profile, node, share, memory, needed_mb), eligible
+    )
+
+
+def _wake_mb(
+    profile: ModelProfile,
+    node: NodeSnapshot,
+    share: int,
+    memory: Mapping[int, DeviceCapacity],
+    needed_mb: Mapping[int, int],
+) -> dict[int, int]:
+    """By device, what the sleeping model needs on top of what it holds, capped at what all sleeping models there
+    need."""
+    entry = node.models.get(profile.id)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
+        return {}
+    if reports_bookable_memory(node) and not share:
+        return {index: memory[index].sleeping_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
+    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
+
+
+def _best_set(candidate: _Candidate, devices: list[int]) -> tuple[int, ...] | None:
+    """The best connected set of these devices; ties by tightest fit, then lowest indices."""
+    memory, share = candidate.memory, candidate.share
+    devices.sort(key=lambda index: (best_fit_rank((index,), memory, share), index))
+    return min(
+        candidate.sets(devices),
+        key=lambda indices: (
+            interconnect_rank(candidate.node, indices),
+            best_fit_rank(indices, memory, share),
+            indices,
+        ),
+        default=None,
+    )
+
+
+def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
+    view, model_id = candidate.view, candidate.profile.id
+    waiting = view.waiting.get(model_id)
+    since = view.now if waiting is None else waiting.since
+    residents = resident_models(view, candidate.node)
+    others = [each for each in residents if each.key[0] != model_id]
+    load_secs = estimated_load_secs(
+        view, model_id, candidate.node.name, candidate.share * candidate.profile.min_devices
+    )
+    assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
+    priority = candidate.profile.residency_priority
+    evictable = [assess(each) for each in others if protection_reason(each, priority) is None]
+    # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
+    own = [
+        Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.key[0] == model_id and each.asleep
+    ]
+    sets = candidate.sets(candidate.by_shortage, at_most=MAX_EVICTION_SETS)
+    shortages = [(indices, candidate.missing_mb(indices)) for indices in sets]
+    plans = _cheapest_plans(candidate, shortages, evictable, own)
+    if not plans:
+        in_transition = models_in_transition(view, candidate.node)
+        later = [*evictable, *own, *(assess(each) for each in in_transition)]
+        # While models are loading or leaving, the figures will change: wait rather than try a load that might fit then.
+        if in_transition and any(
+            candidate.fits_when_empty(indices) or free_enough(missing, later) for indices, missing in shortages
+        ):
+            names = ", ".join(sorted({each.key[0] for each in in_transition}))
+            return Rejection(f"waiting for {names} to finish loading or unloading", temporary=True)
+        last_resorts = ((indices, _last_resort(candidate, indices, others, evictable)) for indices, _ in shortages)
+        plans = [
+            _plan(candidate, indices, Fit.TOO_LARGE, eviction_plan)
+            for indices, eviction_plan in last_resorts
+            if eviction_plan is not None
+        ]
+    return min(plans, key=lambda plan: plan.rank, default=None) or _no_memory(candidate, others)
+
+
+def _cheapest_plans(
+    candidate: _Candidate,
+    shortages: list[tuple[tuple[int, ...], dict[int, int]]],
+    evictable: list[Eviction],
+    own: list[Eviction],
+) -> list[LoadPlan]:
+    """The plans whose evictions cost least, over these sets of devices with the memory that each lacks."""
+    found = plan_evictions_each((missing for _, missing in shortages), [*evictable, *own])
+    options = [(indices, eviction_plan, False) for (indices, _), eviction_plan in zip(shortages, found, strict=True)]
+    if candidate.wake_mb:
+        asleep_on = candidate.asleep_on
+        options.append((asleep_on, plan_evictions(candidate.missing_mb(asleep_on, wakes=True), evictable), True))
+    possible = [
+        (eviction_plan.order, indices, eviction_plan, wakes)
+        for indices, eviction_plan, wakes in options
+        if eviction_plan is not None
+    ]
+    cheapest = min((order for order, *_ in possible), default=None)
+    return [
+        _plan(candidate, indices, Fit.AFTER_EVICTION, eviction_plan, wakes=wakes)
+        for order, indices, eviction_plan, wakes in possible
+        if order == cheapest
+    ]
+
+
+def _last_resort(
+    candidate: _Candidate, indices: tuple[int, ...], residents: list[ResidentModel], evictable: list[Eviction]
+) -> EvictionPlan | None:
+    """What to evict when even that is not enough by the figures. The rest is held by an unknown process or the
+    figures are wrong, so the neuron decides. A neuron that books memory decides before anything starts, so nothing
+    is evicted for it. None when a model that may not be evicted is in the way."""
+    missing = candidate.missing_mb(indices)
+    concerned = {each.key for each in residents if each.devices & missing.keys()}
+    leaving = tuple(each for each in evictable if each.resident.key in concerned)
+    if len(leaving) < len(concerned):
+        return None
+    return NO_EVICTIONS if reports_bookable_memory(candidate.node) else EvictionPlan(leaving)
+
+
+def _plan(
+    candidate: _Candidate,
+    indices: tuple[int, ...],
+    fit: Fit,
+    eviction_plan: EvictionPlan = NO_EVICTIONS,
+    *,
+    wakes: bool = False,
+) -> LoadPlan:
+    profile, node, memory, share = candidate.profile, candidate.node, candidate.memory, candidate.share
+    needed_mb = candidate.wake_mb if wakes else candidate.needed_mb
+    freed = sum(
+        each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in eviction_plan.evictions
+    )
+    spare = sum(memory[index].free_mb - needed_mb[index] for index in indices) + freed
+    reserve = max(needed_mb[index] for index in indices)
+    if not reserve and not wakes:
+        reserve = max(0, *(memory[index].free_mb for index in indices))
+    known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+    connected = interconnect_rank(node, indices)
+    return LoadPlan(
+        model_id=profile.id,
+        node=node.name,
+        devices=indices,
+        device_share_mb=share,
+        fit=fit,
+        spare_mb=spare,
+        reserve_mb=reserve,
+        eviction_plan=eviction_plan,
+        ready_at=eviction_plan.ready_at,
+        expected_secs=candidate.view.expected_load_secs(profile.id, node.name),
+        wakes=wakes,
+        rank=(
+            fit,
+            eviction_plan.order,
+            not wakes,
+            not known,
+            spare if share else -spare,
+            *connected,
+            node.name,
+            indices,
+            eviction_plan.names,
+        ),
+    )
+
+
+def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejection:
+    free = ", ".join(f"{each.free_mb} MiB free on device {index}" for index, each in candidate.memory.items())
+    size = candidate.profile.min_devices
+    what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
+    reasons = ((each.key[0], protection_reason(each, candidate.profile.residency_priority)) for each in residents)
+    stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)
+    return Rejection(f"{what}, {free}" + (f"; {stays}" if stays else ""))
