@@ -16,7 +16,7 @@ from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
 from cortex.http.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
-from shared.tcp import is_unanswered
+from shared.serve import is_unanswered
 
 HEAD_TIMEOUT_SECS = 60.0
 """Limit from the first byte of a head to its end."""

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 from cortex.http.connection import ClientConnection, Dispatcher, OpenConnections
-from shared.serve import BACKLOG
+from shared.serve import BACKLOG, UNANSWERED_CHECK_SECS
 from shared.tasks import cancel_all, timeout
-from shared.tcp import UNANSWERED_CHECK_SECS
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Final, cast
 from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from cortex.upstream.replica import FailureKind
+from shared.serve import detect_vanished_server
 from shared.tasks import timeout
-from shared.tcp import detect_vanished_server
 
 IDLE_SECS: Final = 3.0
 """How long an idle connection to an engine is kept. vLLM's server closes it after 5 s."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
-from neuron.process_stat import ProcessStat, stat_of
+from shared.process_stat import ProcessStat, stat_of
 
 
 @dataclass(frozen=True)

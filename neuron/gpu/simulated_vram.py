@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from neuron.process_stat import stat_of
 from shared.files import replace_file
+from shared.process_stat import stat_of
 
 VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
 """Environment variable: the directory of the holders' files, for a simulated engine."""

@@ -190,7 +190,7 @@ async def test_handlers_are_cancelled_when_the_client_disconnects() -> None:
 
 async def test_handlers_are_cancelled_when_the_client_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without FIN or RST, in the middle of an event stream: nothing acknowledges what is written."""
-    monkeypatch.setattr("shared.tcp.UNANSWERED_SECS", 1)
+    monkeypatch.setattr("shared.serve.UNANSWERED_SECS", 1)
     monkeypatch.setattr("shared.serve.UNANSWERED_CHECK_SECS", 0.3)
     ended = asyncio.Event()
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from shared import tcp
-from shared.tcp import CLIENT_TIMES, SERVER_TIMES, UNANSWERED_CHECK_SECS, UNANSWERED_SECS, ProbeTimes
+from shared import serve
+from shared.serve import CLIENT_TIMES, SERVER_TIMES, UNANSWERED_CHECK_SECS, UNANSWERED_SECS, ProbeTimes
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
 from tests.cortex.raw_http import Wire, bounded, connected, request, until
@@ -43,9 +43,9 @@ def neurons(benjy: SeedNeuron, beast: SeedNeuron) -> tuple[SeedNeuron, SeedNeuro
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers count as vanished after about two seconds."""
-    monkeypatch.setattr(tcp, "SERVER_TIMES", SCALED)
-    monkeypatch.setattr(tcp, "CLIENT_TIMES", SCALED)
-    monkeypatch.setattr(tcp, "UNANSWERED_SECS", 1.5)
+    monkeypatch.setattr(serve, "SERVER_TIMES", SCALED)
+    monkeypatch.setattr(serve, "CLIENT_TIMES", SCALED)
+    monkeypatch.setattr(serve, "UNANSWERED_SECS", 1.5)
     monkeypatch.setattr("cortex.http.server.UNANSWERED_CHECK_SECS", 0.3)
     monkeypatch.setattr("cortex.http.server.SWEEP_SECS", 0.1)
     monkeypatch.setattr("cortex.upstream.pool.CONNECT_TIMEOUT_SECS", 1.0)

@@ -21,9 +21,9 @@ from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.engine import records
 from neuron.engine.session import Leader, live_members
-from neuron.process_stat import stat_of
 from neuron.sim.process.leftovers import SHARED_MEMORY
 from neuron.spec import EngineSpec
+from shared.process_stat import stat_of
 from shared.settings import load_settings
 from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
 from tests.neuron.neurons import (
