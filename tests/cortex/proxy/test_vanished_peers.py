@@ -17,9 +17,9 @@ import pytest
 from shared import serve
 from shared.serve import CLIENT_TIMES, SERVER_TIMES, UNANSWERED_CHECK_SECS, UNANSWERED_SECS, ProbeTimes
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
 from tests.cortex.raw_http import Wire, bounded, connected, request, until
-from tests.cortex.seed_neuron import SeedNeuron
 from tests.far_host import FarHost, far_host
 
 MODEL = "org/small"
@@ -36,7 +36,7 @@ def far() -> Iterator[FarHost]:
 
 
 @pytest.fixture
-def neurons(benjy: SeedNeuron, beast: SeedNeuron) -> tuple[SeedNeuron, SeedNeuron]:
+def neurons(benjy: V1Neuron, beast: V1Neuron) -> tuple[V1Neuron, V1Neuron]:
     return benjy, beast
 
 
@@ -73,7 +73,7 @@ async def endless(wire: Wire, received: Received) -> None:
 
 
 @contextlib.asynccontextmanager
-async def engine_of(neuron: SeedNeuron, sock: socket.socket | None = None) -> AsyncIterator[RawEngine]:
+async def engine_of(neuron: V1Neuron, sock: socket.socket | None = None) -> AsyncIterator[RawEngine]:
     """An engine that serves the model, at first as a model that answers."""
     async with RawEngine().running(sock) as engine:
         neuron.models[MODEL] = "loaded"
@@ -107,7 +107,7 @@ def times_of(sock: socket.socket) -> ProbeTimes:
     return ProbeTimes(*(sock.getsockopt(socket.IPPROTO_TCP, name) for name in names))
 
 
-async def test_sockets_have_probes(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_sockets_have_probes(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Within 60 s towards engines and neurons, within 120 s towards clients, which may stop reading for longer."""
     assert SERVER_TIMES.total_secs < 60
     assert max(CLIENT_TIMES.total_secs, UNANSWERED_SECS + 2 * UNANSWERED_CHECK_SECS + SERVER_TIMES.idle_secs) < 120
@@ -130,7 +130,7 @@ async def test_sockets_have_probes(start_cortex: StartCortex, benjy: SeedNeuron)
 class TestEngine:
     """The engine's host is gone; its neuron, elsewhere, still answers."""
 
-    async def test_vanishes_in_a_stream(self, start_cortex: StartCortex, benjy: SeedNeuron, far: FarHost) -> None:
+    async def test_vanishes_in_a_stream(self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost) -> None:
         async with engine_of(benjy, far.listening()) as engine:
             engine.script = begun_then_silent
             cortex = await start_cortex([benjy], [{"id": MODEL}])
@@ -146,7 +146,7 @@ class TestEngine:
     @pytest.mark.parametrize("kept", [False, True], ids=["new-connection", "kept-connection"])
     @pytest.mark.parametrize("sent", [False, True], ids=["before-the-request", "after-the-request"])
     async def test_vanishes_before_its_first_byte(
-        self, start_cortex: StartCortex, neurons: tuple[SeedNeuron, SeedNeuron], far: FarHost, kept: bool, sent: bool
+        self, start_cortex: StartCortex, neurons: tuple[V1Neuron, V1Neuron], far: FarHost, kept: bool, sent: bool
     ) -> None:
         """The request goes to the other replica, as after a reset, whether it was acknowledged or not."""
         benjy, beast = neurons
@@ -177,7 +177,7 @@ class TestClient:
     async def test_vanishes(
         self,
         start_cortex: StartCortex,
-        benjy: SeedNeuron,
+        benjy: V1Neuron,
         far: FarHost,
         script: Callable[[Wire, Received], Coroutine[Any, Any, None]],
     ) -> None:
@@ -196,7 +196,7 @@ class TestClient:
             await idle(cortex)
 
     async def test_vanishes_while_it_does_not_read(
-        self, start_cortex: StartCortex, benjy: SeedNeuron, far: FarHost
+        self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost
     ) -> None:
         async with engine_of(benjy) as engine:
             engine.script = flood
@@ -211,7 +211,7 @@ class TestClient:
             await idle(cortex)
 
     async def test_that_does_not_read_is_not_cut(
-        self, start_cortex: StartCortex, benjy: SeedNeuron, far: FarHost
+        self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost
     ) -> None:
         """Several times longer than it takes to notice a vanished client; then it reads everything."""
         async with engine_of(benjy) as engine:
@@ -242,7 +242,7 @@ async def flood(wire: Wire, received: Received) -> None:
 class TestNeuron:
     """A neuron counts as down; its engine's kernel still acknowledges, as on a frozen host."""
 
-    async def test_down_ends_silent_streams(self, start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    async def test_down_ends_silent_streams(self, start_cortex: StartCortex, benjy: V1Neuron) -> None:
         async with engine_of(benjy) as engine:
             engine.script = begun_then_silent
             cortex = await start_cortex([benjy], [{"id": MODEL}], poll={"timeout_secs": 0.1})
@@ -256,7 +256,7 @@ class TestNeuron:
             assert b"neuron benjy is down" in rest
             await idle(cortex)
 
-    async def test_down_keeps_streams_that_go_on(self, start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+    async def test_down_keeps_streams_that_go_on(self, start_cortex: StartCortex, benjy: V1Neuron) -> None:
         """A neuron may restart while its engines work."""
         async with engine_of(benjy) as engine:
             engine.script = endless
@@ -270,7 +270,7 @@ class TestNeuron:
                     await bounded(client.incoming.readuntil(EVENT))
 
     async def test_down_before_the_first_byte(
-        self, start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron
+        self, start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
     ) -> None:
         """The request goes to the other replica."""
         async with engine_of(benjy) as engine:
