@@ -135,7 +135,8 @@ def simulate(
         Path | None, typer.Option(metavar="FILE", help="Write the requests to this file and stop.")
     ] = None,
     policy: Annotated[
-        Literal["planner", "lru", "first-fit", "all"], typer.Option(help="Who places models; all compares them.")
+        Literal["planner", "lru", "first-fit", "all"],
+        typer.Option(help="How models are placed; all compares the three."),
     ] = "all",
     by_model: Annotated[bool, typer.Option("--by-model", help="Print a line for each model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
@@ -235,7 +236,8 @@ def _act(url: str, path: str, body: dict[str, Any], as_json: bool) -> int:
 
 def _summary(done: dict[str, Any]) -> str:
     """Fields of the answer on one line; `results` repeats per node what the others say."""
-    return ", ".join(f"{key}: {value}" for key, value in done.items() if key != "results")
+    shown = {key: value for key, value in done.items() if key != "results"}
+    return ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in shown.items())
 
 
 def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

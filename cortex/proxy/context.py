@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cortex.metrics.counters import Counters
@@ -24,6 +24,10 @@ class Control(Protocol):
 
     @property
     def aliases(self) -> Mapping[str, str]: ...
+
+    @property
+    def down(self) -> Collection[str]:
+        """The neurons that count as down."""
 
     def knows(self, model_id: str) -> bool: ...
 

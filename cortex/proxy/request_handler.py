@@ -38,6 +38,10 @@ CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
 
 
+DOWN_SILENCE_SECS = 30.0
+"""How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
+
+
 class _Resolving:
     """The state of a request that waits for the control to name an engine."""
 
@@ -49,14 +53,16 @@ class _Resolving:
 
 
 class _Sent:
-    """The state of a request at an engine. `compared`: the replica was chosen among several."""
+    """The state of a request at an engine. `compared`: the replica was chosen among several. `down_since` is when its
+    neuron went down, 0 while it is up."""
 
-    __slots__ = ("compared", "relay", "replica")
+    __slots__ = ("compared", "down_since", "relay", "replica")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
         self.relay = relay
         self.compared = compared
+        self.down_since = 0.0
 
 
 class RequestHandler:
@@ -147,6 +153,19 @@ class RequestHandler:
         state = self._state
         if isinstance(state, _Sent):
             state.relay.resume()
+
+    def tick(self, now: float) -> None:
+        state = self._state
+        if not isinstance(state, _Sent):
+            return
+        relay = state.relay
+        relay.tick(now)
+        if state.replica.node not in self._context.control.down:
+            state.down_since = 0.0
+        elif not state.down_since:
+            state.down_since = now
+        elif now - max(state.down_since, relay.silent_since) >= DOWN_SILENCE_SECS:
+            relay.cut_off(f"neuron {state.replica.node} is down and the engine has been silent since")
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
