@@ -66,6 +66,3 @@ class RefusedRequest:
 
     def resume(self) -> None:
         """Nothing is under way: `begin` has answered."""
-
-    def tick(self, now: float) -> None:
-        """Nothing is under way: `begin` has answered."""
