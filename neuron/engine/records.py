@@ -1,4 +1,4 @@
-"""The run record of each engine, from which a later neuron adopts it."""
+"""What is written down of each engine, so that a neuron that comes after this one knows it again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SPEC_FIELDS = frozenset(field.name for field in fields(EngineSpec))
 
 
 class RunRecord(BaseModel):
-    """One engine. `pid` and `start_ticks` (clock ticks since boot) are None before its start; `ready_at` is the Unix
-    time of its first successful health check, None before that. `stopping`: it was asked to stop.
+    """One engine. `pid` and `start_ticks` (clock ticks since boot) are None before it has been started; `ready_at` is
+    the Unix time of its first healthy answer, None before that. `stopping`: its end had been asked for.
 
-    The file is readable by its owner only, because it contains the engine's keys.
+    Readable by its owner alone: it has the engine's keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,13 +50,13 @@ class RunRecord(BaseModel):
     stopping: bool = False
     slept_mb: int = 0
     shared_files: list[tuple[str, int]] = []
-    """Its files in /dev/shm: path and inode."""
+    """What it has in /dev/shm, by path and inode."""
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """Raises ValueError when another version wrote it, with other fields or values."""
+        """Raises ValueError when it was written by a version that had other fields, or other values for them."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
-            raise ValueError(f"unknown fields of a spec: {sorted(unknown)}")
+            raise ValueError(f"fields of a spec that are not known: {sorted(unknown)}")
         spec = _SPEC.validate_python(self.spec)
         if spec.harness not in HARNESSES:
             raise ValueError(f"unknown harness {spec.harness!r}")
@@ -64,27 +64,27 @@ class RunRecord(BaseModel):
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
-    """A spec as JSON values."""
+    """A spec as JSON has it."""
     return {**asdict(spec), "said": sorted(spec.said)}
 
 
 @cache
 def boot_id() -> str:
-    """Identifies the present boot: pids recorded in another boot are meaningless. The first call blocks."""
+    """Names the time since the last boot: pids of another boot mean nothing. Blocks the first time."""
     return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Replaces the record atomically and durably. Blocks.
+    """Replaces the record, all of it or nothing, also when the power fails. Blocks.
 
     Raises:
-        OSError: the disk is full or not writable; the earlier record is unchanged.
+        OSError: the disk is full, or not writable; what was there before is still there.
     """
     replace_file(path, record.model_dump_json().encode())
 
 
 def read(path: Path) -> RunRecord | None:
-    """The record at `path`; None when it is missing or this version cannot read it. Blocks."""
+    """The record at `path`; None when there is none that this version understands. Blocks."""
     try:
         record = RunRecord.model_validate_json(path.read_bytes())
         _ = record.engine_spec

@@ -23,7 +23,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from cortex.control.wiring import Parts, running_control
 from shared.serve import Site, bind, serving
-from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.seed_neuron import SeedNeuron
 
 
 @dataclass
@@ -58,7 +58,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
-            neurons: Iterable[V1Neuron],
+            neurons: Iterable[SeedNeuron],
             models: list[dict[str, Any]],
             *,
             aliases: dict[str, str] | None = None,
@@ -90,14 +90,14 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
 
 
 @pytest.fixture
-async def benjy() -> AsyncIterator[V1Neuron]:
-    """A protocol v1 neuron with one 24 GB card."""
-    async with V1Neuron("benjy", 24000).running() as neuron:
+async def benjy() -> AsyncIterator[SeedNeuron]:
+    """A seed neuron with one 24 GB card."""
+    async with SeedNeuron("benjy", 24000).running() as neuron:
         yield neuron
 
 
 @pytest.fixture
-async def beast() -> AsyncIterator[V1Neuron]:
-    """A protocol v1 neuron with two 32 GB cards."""
-    async with V1Neuron("beast", 32000, 32000).running() as neuron:
+async def beast() -> AsyncIterator[SeedNeuron]:
+    """A seed neuron with two 32 GB cards."""
+    async with SeedNeuron("beast", 32000, 32000).running() as neuron:
         yield neuron

@@ -46,7 +46,7 @@ ASLEEP = On(500, status="sleeping", wants_mb=13500)
 
 
 @pytest.mark.parametrize(
-    ("models", "protocol_v1", "expected"),
+    ("models", "seed", "expected"),
     [
         ({"m": ASLEEP}, False, {"model_id": "m"}),  # with another spec, or on other devices, it would not be woken
         ({"m": ASLEEP}, True, {"model_id": "m", "devices": [0], "vram_mb": 14000, "quant": "fp8"}),
@@ -54,15 +54,15 @@ ASLEEP = On(500, status="sleeping", wants_mb=13500)
         ({"m": ASLEEP, "x": On(20000)}, False, {"model_id": "m", "devices": [1], "vram_mb": 14000, "quant": "fp8"}),
     ],
 )
-def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: dict[str, Any]) -> None:
-    """Woken where it sleeps with nothing but its name; a protocol v1 neuron is told the whole spec."""
-    command = _command(SPEC, host("n", 24000, 24000, models=models, protocol_v1=protocol_v1))
+def test_a_sleeping_model(models: dict[str, On], seed: bool, expected: dict[str, Any]) -> None:
+    """Woken where it sleeps with nothing but its name; a seed neuron is told the whole spec."""
+    command = _command(SPEC, host("n", 24000, 24000, models=models, seed=seed))
     assert command.bare is (expected == {"model_id": "m"})
     assert expected.items() <= command.model_dump(exclude_defaults=True).items()
 
 
 @pytest.mark.parametrize(
-    ("protocol_v1", "devices", "expected"),
+    ("seed", "devices", "expected"),
     [
         (False, (0, 1), {"model_id": "own"}),
         (True, (0, 1), {"model_id": "own", "harness": "vllm", "devices": [0, 1], "tensor_parallel": 2}),
@@ -70,9 +70,9 @@ def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: di
         (True, (), {"model_id": "own", "harness": "vllm"}),
     ],
 )
-def test_a_model_of_no_catalogue(protocol_v1: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
-    """Its neuron knows its spec; one of protocol v1 is told what it lists."""
-    where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, protocol_v1=protocol_v1)
+def test_a_model_of_no_catalogue(seed: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
+    """Its neuron knows its spec; one of the seed protocol is told what it lists."""
+    where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, seed=seed)
     entry = where.models["own"].model_copy(update={"harness": "vllm"})
     where = replace(where, models={"own": entry})
     assert _command(None, where, "own").model_dump(exclude_defaults=True) == expected

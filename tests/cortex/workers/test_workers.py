@@ -23,8 +23,8 @@ from cortex.upstream.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
 from cortex.workers.messages import Collect, Counted, Resolved, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl
-from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import bounded
+from tests.cortex.seed_neuron import SeedNeuron
 from tests.processes import alive, descendants
 
 MODEL = "org/small"
@@ -72,7 +72,7 @@ class Workers:
 
 
 @pytest.fixture
-async def workers(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[Workers]:
+async def workers(tmp_path: Path, benjy: SeedNeuron) -> AsyncIterator[Workers]:
     config = {
         "gateway": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "drain_timeout_secs": 5},
         "poll": {"interval_secs": 0.05},
@@ -100,7 +100,7 @@ async def workers(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[Workers]:
             await bounded(process.wait(), secs=20)
 
 
-async def test_first_requests_of_all_workers_share_one_load(workers: Workers, benjy: V1Neuron) -> None:
+async def test_first_requests_of_all_workers_share_one_load(workers: Workers, benjy: SeedNeuron) -> None:
     """The kernel spreads fifty requests over both workers: one load at the neuron answers all."""
     benjy.load_gate.clear()
     asking = [asyncio.create_task(workers.ask()) for _ in range(50)]
@@ -120,7 +120,7 @@ async def _log_with(workers: Workers, lines: int) -> str:
     return workers.log()
 
 
-async def test_worker_that_dies_is_replaced(workers: Workers, benjy: V1Neuron) -> None:
+async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron) -> None:
     """Its socket stays open in the meantime: new connections wait and none is refused."""
     benjy.models[MODEL] = "loaded"
     first, second = workers.pids()
@@ -132,7 +132,7 @@ async def test_worker_that_dies_is_replaced(workers: Workers, benjy: V1Neuron) -
     assert "restarting in" in workers.log()
 
 
-async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: V1Neuron) -> None:
+async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: SeedNeuron) -> None:
     """Counts are summed over all workers."""
     benjy.models[MODEL] = "loaded"
     assert {status for status, _ in await asyncio.gather(*(workers.ask() for _ in range(30)))} == {200}
