@@ -84,6 +84,8 @@ class RenderedError(NamedTuple):
 def render(error: ServiceError, request_id: str, *, anthropic: bool) -> RenderedError:
     """Status, headers (names in lower case) and body of an error, in OpenAI's shape or in Anthropic's."""
     headers = {"content-type": "application/json; charset=utf-8", "x-request-id": request_id, **error.headers}
+    if anthropic:
+        headers["request-id"] = request_id
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:

@@ -23,6 +23,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 
+ANTHROPIC_VERSION = "anthropic-version"
+"""The header that every request of Anthropic's clients has."""
+
 
 def reply(model: BaseModel, *, status: int = 200) -> web.Response:
     """A wire model as a JSON response."""
@@ -31,7 +34,8 @@ def reply(model: BaseModel, *, status: int = 200) -> web.Response:
 
 def error_response(request: web.Request, error: ServiceError) -> web.Response:
     """The answer to `request` for `error`."""
-    rendered = render(error, request_id_of(request), anthropic=is_anthropic_path(request.path))
+    anthropic = is_anthropic_path(request.path) or ANTHROPIC_VERSION in request.headers
+    rendered = render(error, request_id_of(request), anthropic=anthropic)
     return web.Response(body=rendered.body, status=rendered.status, headers=rendered.headers)
 
 

@@ -15,7 +15,7 @@ from cortex.http.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
 from cortex.http.stopping import stopping
-from shared.errors import InvalidRequest, ServiceError, is_anthropic_path
+from shared.errors import InvalidRequest, ServiceError
 
 HEAD_TIMEOUT_SECS = 60.0
 """Limit from the first byte of a head to its end."""
@@ -179,8 +179,7 @@ class ClientConnection:
         request = self._request
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._dispatcher.draining
-        anthropic = is_anthropic_path(request.path)
-        answer = error_answer(error, request_id, anthropic=anthropic, keep_alive=keep_alive, node=node)
+        answer = error_answer(error, request_id, anthropic=request.anthropic, keep_alive=keep_alive, node=node)
         self.transport.write(answer)
         self.finished()
 
@@ -332,7 +331,7 @@ class ClientConnection:
         request is unknown."""
         request = self._request
         request_id = self._dispatcher.rejected(request, error)
-        anthropic = request is not None and is_anthropic_path(request.path)
+        anthropic = request is not None and request.anthropic
         self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None

@@ -66,6 +66,12 @@ class Answer:
         return error_event(self.request.path, error)
 
 
+def id_lines(request: Request, request_id: bytes) -> bytes:
+    """The header lines with the request's id, without the final CRLF. Anthropic's clients read `request-id`."""
+    line = b"x-request-id: " + request_id
+    return b"%b\r\nrequest-id: %b" % (line, request_id) if request.anthropic else line
+
+
 class DirectAnswer(Answer):
     """The usual form: the engine's head without hop-by-hop headers, then the engine's bytes."""
 

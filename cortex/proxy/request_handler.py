@@ -12,7 +12,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
-from cortex.proxy.answer import Answer, DirectAnswer
+from cortex.proxy.answer import Answer, DirectAnswer, id_lines
 from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.balancing.choice import choose
 from cortex.proxy.context import ProxyContext
@@ -279,8 +279,8 @@ class RequestHandler:
             answer = DirectAnswer(
                 self._client,
                 request,
-                extra=b"x-request-id: %b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (request_id, replica.node.encode(), b"true" if self._cold else b"false"),
+                extra=b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
+                % (id_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
             )
         else:
             self._keep_alive.sent_to = replica.node

@@ -20,8 +20,7 @@ from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState
-from neuron.lifecycle.states import State
+from neuron.lifecycle.model_state import ModelState, State
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress

@@ -16,9 +16,8 @@ from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest
-from neuron.lifecycle.model_state import ModelState, NeuronModelView
+from neuron.lifecycle.model_state import ModelState, NeuronModelView, State
 from neuron.lifecycle.model_supervisor import ModelSupervisor
-from neuron.lifecycle.states import State
 from neuron.memory.ledger import EnginePlacement
 from shared.protocol import LoadCommand, ModelActivity
 

@@ -18,6 +18,7 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
+    "cortex/api/model_shapes.py",
     "cortex/config/catalogue.py",
     *(f"cortex/control/{name}.py" for name in ("explain", "routing")),
     *(f"cortex/fleet/{name}.py" for name in ("snapshot", "sse_reader")),
@@ -52,7 +53,6 @@ PURE = (
         f"neuron/harness/vllm/estimate/{name}.py"
         for name in ("context_length", "estimator", "kv_cache", "overhead", "parallel")
     ),
-    "neuron/lifecycle/states.py",
     *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
     *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
     "neuron/spec.py",

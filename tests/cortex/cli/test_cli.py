@@ -166,7 +166,7 @@ async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: 
     assert (result.status, result.json["node"]) == (0, "beast")
     assert beast.loads[0]["model_id"] == "org/small"
     result = await run("unload", "org/small", "--on", "benjy", "--url", cortex.url)
-    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: benjy\n")
+    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: ['benjy']\n")
     assert (benjy.models, list(beast.models)) == ({}, ["org/small"])
     assert (await run("unload", "org/small", "--url", cortex.url)).status == 0
     assert beast.models == {}
