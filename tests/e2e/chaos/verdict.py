@@ -22,8 +22,8 @@ by a second."""
 
 @dataclass(frozen=True)
 class Verdict:
-    """`counted`: requests that stayed to their end and always had a cortex and a live, feasible neuron. `succeeded`: how
-    many of them did. `lost`: failures among them whose engine was killed after the answer had begun."""
+    """`counted`: requests that stayed to their end and always had a cortex and a live, feasible neuron. `succeeded`:
+    how many of them did. `lost`: failures among them whose engine was killed after the answer had begun."""
 
     violations: list[Answered]
     counted: list[Answered]
