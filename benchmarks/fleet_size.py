@@ -73,7 +73,7 @@ class Bench:
         self._front = Connection(_HOST, port)
 
     async def measure(
-        self, started: float, *, settle_secs: float, idle_secs: float, requests: int, seed: bool
+        self, started: float, *, settle_secs: float, idle_secs: float, requests: int, protocol_v1: bool
     ) -> Figures:
         """All measurements, in an order in which none affects a later one."""
         await self._until_healthy(self._count, within_secs=180)
@@ -87,7 +87,7 @@ class Bench:
         metrics_page = Connection(_HOST, self._metrics_port)
         metrics = await self._page("/metrics", metrics_page)
         metrics_page.close()
-        states = [0.0] * 2 if seed else await self._state_changes(STATE_CHANGES)
+        states = [0.0] * 2 if protocol_v1 else await self._state_changes(STATE_CHANGES)
         return Figures(
             neurons=self._count,
             all_healthy_secs=all_healthy,
@@ -261,7 +261,7 @@ async def one_size(
     *,
     idle_secs: float,
     requests: int,
-    seed: bool = False,
+    protocol_v1: bool = False,
     settle_secs: float = SETTLE_SECS,
     catalogue: int = CATALOGUE,
 ) -> Figures:
@@ -271,7 +271,7 @@ async def one_size(
         directory = Path(name)
         config = write_configuration(directory, count, port, metrics_port, neurons_port, catalogue=catalogue)
         command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
-        command += ["--seed"] if seed else []
+        command += ["--protocol-v1"] if protocol_v1 else []
         with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
             await until_answers(_HOST, neurons_port, "/", within_secs=30)
             started = time.perf_counter()
@@ -279,7 +279,11 @@ async def one_size(
                 bench = Bench(cortex, port, metrics_port, neurons_port, count)
                 try:
                     return await bench.measure(
-                        started, settle_secs=settle_secs, idle_secs=idle_secs, requests=requests, seed=seed
+                        started,
+                        settle_secs=settle_secs,
+                        idle_secs=idle_secs,
+                        requests=requests,
+                        protocol_v1=protocol_v1,
                     )
                 finally:
                     bench.close()
@@ -336,7 +340,7 @@ def main() -> None:
     parser.add_argument("--idle-secs", type=float, default=10.0, help="how long idling is measured (default 10)")
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--catalogue", type=int, default=CATALOGUE, metavar="N", help="models of the catalogue")
-    parser.add_argument("--seed", action="store_true", help="neurons that speak the seed protocol and nothing more")
+    parser.add_argument("--protocol-v1", action="store_true", help="neurons that speak protocol v1 and nothing more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     given = parser.parse_args()
     raise_open_files()  # inherited: a large fleet takes many connections
@@ -344,7 +348,7 @@ def main() -> None:
     os.sched_setaffinity(0, {cpus[-1]})
     rows: list[Figures] = []
     decisions: list[DecisionTimes] = []
-    options = {"seed": given.seed, "idle_secs": given.idle_secs, "requests": given.requests}
+    options = {"protocol_v1": given.protocol_v1, "idle_secs": given.idle_secs, "requests": given.requests}
     for size in given.sizes:
         rows.append(run(one_size(size, cpus, catalogue=given.catalogue, **options)))
         decisions.append(time_decisions(size, max(given.catalogue, CATALOGUE)))
@@ -355,7 +359,7 @@ def main() -> None:
     if given.json is not None:
         data = {
             "python": platform.python_version(),
-            "seed": given.seed,
+            "protocol_v1": given.protocol_v1,
             "sizes": [asdict(row) for row in rows],
             "decisions": [asdict(row) for row in decisions],
         }

@@ -40,7 +40,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
         command = [sys.executable, "-m", "cortex", "serve", "--config", str(config)]
         if workers > 1:
             command += ["--workers", str(workers)]
-        neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
+        neuron = [sys.executable, "-m", "benchmarks.contenders.protocol_v1_neuron", str(neuron_port), place.engine_url]
         # -m prefers modules in the working directory to installed ones.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
         environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}

@@ -91,7 +91,7 @@ def name(number: int) -> str:
 
 def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
     """One successful poll; with `models` None, of the health only."""
-    pretended = PretendedNeuron(node, 0, seed=False)
+    pretended = PretendedNeuron(node, 0, protocol_v1=False)
     views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
     fleet.observe(
         f"n{node:04d}",

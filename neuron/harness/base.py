@@ -104,6 +104,15 @@ class Harness(ABC):
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
         return None
 
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        """Arguments that make an engine with `args` accept tools, for a model with these `names` (what it loads, then
+        its id). By default none is needed.
+
+        Raises:
+            InvalidRequest: it is not known how such a model calls tools; the message says what to do.
+        """
+        return ()
+
     def code_argument(self, args: Sequence[str]) -> str | None:
         """The first of `args` that makes the engine run code other than its own; None when none does."""
         return None

@@ -13,6 +13,7 @@ from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import gives, value_of
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
+from neuron.harness.vllm.tools import family_of
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 
@@ -38,6 +39,11 @@ class SimHarness(VllmHarness):
         if total is not None and total.isdecimal():
             return MemoryRequirement(-(-int(total) // spec.tensor_parallel))
         return MemoryRequirement(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
+
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        """vLLM's for a family that neuron knows; the simulation calls tools without them."""
+        family = family_of(names)
+        return () if family is None or family.tool is None else super().tool_arguments(names, args)
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)

@@ -16,6 +16,7 @@ from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import Reading
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
+from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
@@ -63,6 +64,9 @@ class VllmHarness(Harness):
             fixed = guarded_environment(plan, facts, plan.control_key)
         argv += plan.arguments
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
+
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        return tool_arguments(names, args)
 
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return vllm_can_sleep(plan, facts)

@@ -178,7 +178,7 @@ class Fleet:
         """The engines' main processes, in an order that does not depend on their pids. Blocks."""
         found = []
         for neuron in self.neurons:
-            for pid in session.marked(neuron.id_prefix):
+            for pid in session.engine_processes(neuron.id_prefix):
                 model_id = served_model(pid)
                 if model_id is not None and leads_session(pid):
                     found.append(EngineServer(neuron.name, model_id, pid))
