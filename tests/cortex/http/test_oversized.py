@@ -71,7 +71,7 @@ async def test_long_path_gets_the_envelope(
 
 
 async def test_long_query_and_header_are_served(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """A cookie of 60 KiB is no reason to refuse."""
+    """cortex forwards a cookie of 60 KiB to its control app."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with connected(cortex.url) as client:
         for ask in (
