@@ -19,8 +19,8 @@ from cortex.config.catalogue import Catalogue
 from cortex.fleet.state import Fleet
 from shared.protocol import Device, Discovery, ModelView, NeuronHealth
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import until
-from tests.cortex.seed_neuron import SeedNeuron
 
 CATALOGUE = Catalogue.model_validate(
     {
@@ -106,7 +106,7 @@ async def views(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def test_first_change_is_sent_at_once_and_many_together(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_first_change_is_sent_at_once_and_many_together(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The current view, an event after the first change, and a few per second under constant change; the last event has
     the last change."""
     cortex = await start_cortex([benjy], [], poll={"interval_secs": 30})
@@ -130,7 +130,7 @@ async def test_first_change_is_sent_at_once_and_many_together(start_cortex: Star
     await heard.aclose()  # type: ignore[attr-defined]
 
 
-async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """It equals the answer of `GET /fleet`."""
     cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
     view = FleetView(cortex.parts)
@@ -149,7 +149,7 @@ async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: SeedN
     assert json.loads(view.event()[1].partition(b"data: ")[2])["nodes"][0]["draining"] is True
 
 
-async def test_long_list_is_one_answer(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_long_list_is_one_answer(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """It has a length and is complete; HEAD gets only the head."""
     cortex = await start_cortex([benjy], [{"id": f"m{number}"} for number in range(3 * models.BLOCK)])
     async with cortex.http.get(f"{cortex.url}/v1/models") as response:

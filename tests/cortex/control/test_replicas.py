@@ -15,7 +15,7 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = "org/m"
 NAMES = ("a", "b", "c")
@@ -23,7 +23,7 @@ WORKER_ID = 20
 """So much of a request's id is its worker's."""
 
 
-class TellingNeuron(SeedNeuron):
+class TellingNeuron(V1Neuron):
     """Tells since when its model is as it is, so that cortex need not ask it for each request, and what its engine is
     working on: running, waiting."""
 
@@ -84,7 +84,7 @@ async def _embed(cortex: RunningCortex) -> str:
 class Rejection:
     """An engine that keeps requests until it may answer."""
 
-    def __init__(self, neuron: SeedNeuron) -> None:
+    def __init__(self, neuron: V1Neuron) -> None:
         self.came = asyncio.Event()
         self.go = asyncio.Event()
         self._echo = neuron.engine.echo

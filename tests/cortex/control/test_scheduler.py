@@ -17,17 +17,17 @@ from cortex.control.scheduler import PLANNER, Policy
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from tests.cortex.conftest import StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
 from tests.cortex.raw_neuron import RawNeuron
-from tests.cortex.seed_neuron import SeedNeuron
 
 LOW = {"id": "org/low", "vram_mb": 20000}
 HIGH = {"id": "org/high", "vram_mb": 20000, "residency_priority": 200}
 
 
 async def test_two_who_come_at_the_same_moment_cause_one_load_each(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """What has just been begun counts at once, also for the decision that follows in the same turn of the loop."""
     benjy.load_gate.clear()
@@ -44,7 +44,7 @@ async def test_two_who_come_at_the_same_moment_cause_one_load_each(
 
 
 async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
-    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+    start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the reservation is gone with it."""
 
@@ -60,7 +60,7 @@ async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
 
 
 async def test_a_bug_in_planning_is_an_answer_and_passes(
-    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+    start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests during the failure get 500 instead of hanging; afterwards cold loads work again."""
     cortex = await start_cortex([benjy], [LOW, HIGH])
@@ -79,7 +79,7 @@ async def hang(_: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
-class Stubborn(SeedNeuron):
+class Stubborn(V1Neuron):
     """Refuses to unload."""
 
     async def _unload(self, request: web.Request) -> web.Response:
@@ -108,7 +108,7 @@ async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: Start
 @pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
 async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
     """One model is being drained for another: requests that wait for the other get an error."""
-    benjy = SeedNeuron("benjy", 24000)
+    benjy = V1Neuron("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
     async with benjy.running():
         impatient = {"patience_secs": 0, "min_residency_secs": 0}
@@ -131,7 +131,7 @@ async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start
     """A request asks for the address of an idle engine; before it comes the engine has been asked to go."""
     asked, go_on = asyncio.Event(), asyncio.Event()
 
-    class Slow(SeedNeuron):
+    class Slow(V1Neuron):
         async def _endpoint(self, request: web.Request) -> web.Response:
             response = await super()._endpoint(request)
             asked.set()
@@ -219,7 +219,7 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
 
 
 async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
     monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
@@ -235,10 +235,10 @@ async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
 
 
 async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
-    start_cortex: StartCortex, beast: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron
 ) -> None:
     """The only neuron is replaced by another: what waits for a place on the first is loaded on the second."""
-    benjy = SeedNeuron("benjy", 24000)
+    benjy = V1Neuron("benjy", 24000)
     benjy.load_gate.clear()
     async with benjy.running():
         cortex = await start_cortex([benjy], [LOW])
@@ -269,7 +269,7 @@ async def test_an_idle_model_that_does_not_go_is_left_alone(
 
 async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
     """The client disconnected before the model to evict had finished its requests."""
-    benjy, finish = SeedNeuron("benjy", 24000), asyncio.Event()
+    benjy, finish = V1Neuron("benjy", 24000), asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
         await finish.wait()
@@ -298,7 +298,7 @@ async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_mo
 
 
 async def test_nothing_is_planned_while_nobody_waits(
-    start_cortex: StartCortex, benjy: SeedNeuron, monkeypatch: pytest.MonkeyPatch
+    start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often the fleet changes: reports from a thousand busy neurons do not trigger planning."""
     benjy.models["org/low"] = "loaded"

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, answering, closing, echo_number, plain, stream_head
 from tests.cortex.raw_http import (
     Answer,
@@ -24,7 +25,6 @@ from tests.cortex.raw_http import (
     settled,
     single_bytes,
 )
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 BODY = b'{"model":"org/small"}'
@@ -40,7 +40,7 @@ async def engine() -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url

@@ -90,7 +90,7 @@ def _node(random: Random, name: str, models: tuple[ModelProfile, ...]) -> NodeSn
         *totals,
         models={k: v for k, v in there.items() if v.status != "sleeping" or all(free[i] >= 0 for i in v.devices)},
         foreign_mb=tuple(foreign),
-        seed=random.random() < 0.3,
+        protocol_v1=random.random() < 0.3,
         links={(0, 1): random.choice(list(LinkKind))} if len(totals) > 1 and random.random() < 0.5 else None,
         healthy=random.random() < 0.9,
         draining=random.random() < 0.1,

@@ -169,14 +169,16 @@ def test_many_small_ones_are_found_without_trying_all() -> None:
 
 def test_a_loaded_model_of_unknown_size_is_taken_to_hold_its_card() -> None:
     """A neuron that reports neither booked nor used memory."""
-    where = fleet(host("box", 24000, 12000, models={"a": On(20000, known=False)}, seed=True))
+    where = fleet(host("box", 24000, 12000, models={"a": On(20000, known=False)}, protocol_v1=True))
     assert evicted(plan_for(view(where, profile(vram_mb=22000)))) == {"a"}
 
 
-@pytest.mark.parametrize("seed", [False, True])
-def test_split_models_free_each_of_their_devices(seed: bool) -> None:
+@pytest.mark.parametrize("protocol_v1", [False, True])
+def test_split_models_free_each_of_their_devices(protocol_v1: bool) -> None:
     """They only help when every device gets enough."""
-    where = fleet(host("box", 24000, 24000, models={"pair": On(18000, (0, 1)), "one": On(5000)}, seed=seed))
+    where = fleet(
+        host("box", 24000, 24000, models={"pair": On(18000, (0, 1)), "one": On(5000)}, protocol_v1=protocol_v1)
+    )
     moment = view(where, profile(vram_mb=38000, min_devices=2), profile(id="small", vram_mb=6000))
     assert evicted(plan_for(moment)) == {"pair"}
     assert plan_for(moment, "small").fit is Fit.NOW

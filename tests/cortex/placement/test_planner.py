@@ -162,11 +162,11 @@ def test_loads_under_way_count() -> None:
     assert plan_for(view(fleet(BENJY, BEAST, reservations=reserved), profile(vram_mb=14000))).node == "beast"
 
 
-@pytest.mark.parametrize("seed", [False, True])
-def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(seed: bool) -> None:
+@pytest.mark.parametrize("protocol_v1", [False, True])
+def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(protocol_v1: bool) -> None:
     """While a load is under way, the rest of its device stays available."""
-    loading = host("n", 24000, models={"other": On(16000, status="loading")}, seed=seed)
-    if not seed:  # booked at once, used gradually
+    loading = host("n", 24000, models={"other": On(16000, status="loading")}, protocol_v1=protocol_v1)
+    if not protocol_v1:  # booked at once, used gradually
         entry = loading.models["other"].model_copy(update={"vram_used_mb": 3000})
         loading = replace(loading, models={"other": entry})
     where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
@@ -228,10 +228,10 @@ def test_a_sleeping_model_wakes_where_it_sleeps() -> None:
     assert (plan.fit, plan.wakes, plan.devices) == (Fit.AWAKE, True, (0,))
 
 
-@pytest.mark.parametrize("seed", [False, True])
-def test_what_a_sleeper_still_holds_counts_for_its_waking(seed: bool) -> None:
+@pytest.mark.parametrize("protocol_v1", [False, True])
+def test_what_a_sleeper_still_holds_counts_for_its_waking(protocol_v1: bool) -> None:
     """A model that fills its card never has all of it free while it sleeps there."""
-    full = host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=22500)}, seed=seed)
+    full = host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=22500)}, protocol_v1=protocol_v1)
     plan = plan_for(view(fleet(full), profile(vram_mb=23500)))
     assert (plan.fit, plan.wakes, plan.spare_mb) == (Fit.AWAKE, True, 500)
 
@@ -265,8 +265,10 @@ def test_a_sleeper_whose_memory_was_taken(where: FleetSnapshot, expected: tuple[
 
 def test_a_sleeper_of_unknown_size_wakes() -> None:
     """With what its neuron says it needs, or an engine's default share where the neuron does not say."""
-    for seed in (False, True):
-        where = fleet(host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=20000)}, seed=seed))
+    for protocol_v1 in (False, True):
+        where = fleet(
+            host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=20000)}, protocol_v1=protocol_v1)
+        )
         assert plan_for(view(where, profile())).wakes
 
 
@@ -290,9 +292,12 @@ def test_size_is_the_catalogues_else_what_was_seen(vram_mb: int | None, booked: 
 
 def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
     """A load of unknown size may take the whole device, so all of it counts as taken until the neuron reports."""
-    for seed in (False, True):
+    for protocol_v1 in (False, True):
         moment = view(
-            fleet(host("n", 24000, 24000, seed=seed)), profile(), profile(id="x"), profile(id="y", vram_mb=8000)
+            fleet(host("n", 24000, 24000, protocol_v1=protocol_v1)),
+            profile(),
+            profile(id="x"),
+            profile(id="y", vram_mb=8000),
         )
         first = plan_for(moment)
         moment = after_start(moment, first)
@@ -310,7 +315,7 @@ def test_a_model_of_unknown_size_asks_a_neuron_that_books() -> None:
 def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
     """An engine that finds too little memory there fails late and does not report its need: the idle model is
     evicted."""
-    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=True))
+    where = fleet(host("n", 24000, models={"x": On(20000)}, protocol_v1=True))
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (
         Fit.AFTER_EVICTION,
         {"x"},
@@ -336,10 +341,10 @@ def test_figures_alone_never_refuse(where: FleetSnapshot, tried: bool) -> None:
         assert plan.spare_mb < 0
 
 
-@pytest.mark.parametrize(("seed", "evicts"), [(False, set()), (True, {"x"})])
-def test_a_neuron_that_books_memory_decides_before_anything_is_evicted(seed: bool, evicts: set[str]) -> None:
+@pytest.mark.parametrize(("protocol_v1", "evicts"), [(False, set()), (True, {"x"})])
+def test_a_neuron_that_books_memory_decides_before_anything_is_evicted(protocol_v1: bool, evicts: set[str]) -> None:
     """It refuses by its figures at once. Others only find out by trying with the whole device."""
-    where = fleet(host("n", 24000, models={"x": On(20000)}, seed=seed))
+    where = fleet(host("n", 24000, models={"x": On(20000)}, protocol_v1=protocol_v1))
     plan = plan_for(view(where, profile(vram_mb=30000)))
     assert (plan.fit, evicted(plan)) == (Fit.TOO_LARGE, evicts)
 

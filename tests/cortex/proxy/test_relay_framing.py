@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Script, answering, closing, echo_number, plain, resetting, stream_head
 from tests.cortex.raw_http import (
     RawClient,
@@ -18,7 +19,6 @@ from tests.cortex.raw_http import (
     request,
     single_bytes,
 )
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
@@ -42,7 +42,7 @@ async def engine() -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url

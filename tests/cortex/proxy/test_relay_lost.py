@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import (
     RawEngine,
     Received,
@@ -20,7 +21,6 @@ from tests.cortex.raw_engine import (
     stream_head,
 )
 from tests.cortex.raw_http import Answer, Truncated, Wire, bounded, connected, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
@@ -38,7 +38,7 @@ async def engine() -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url

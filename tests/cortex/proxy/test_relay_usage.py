@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, answering, plain, stream_head
 from tests.cortex.raw_http import DEADLINE_SECS, chunked, connected, request, single_bytes
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 
@@ -23,7 +23,7 @@ async def engine() -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url
