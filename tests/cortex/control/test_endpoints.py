@@ -13,7 +13,7 @@ from aiohttp import web
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.raw_http import connected, request
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = "org/m"
 BODY = b'{"model":"org/m","prompt":"hi"}'
@@ -21,10 +21,10 @@ BURST = 20
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[list[SeedNeuron]]:
+async def pair() -> AsyncIterator[list[V1Neuron]]:
     """Two neurons with the model loaded."""
     async with contextlib.AsyncExitStack() as stack:
-        neurons = [SeedNeuron(name, 24000) for name in ("a", "b")]
+        neurons = [V1Neuron(name, 24000) for name in ("a", "b")]
         for neuron in neurons:
             neuron.models[MODEL] = "loaded"
             await stack.enter_async_context(neuron.running())
@@ -34,13 +34,13 @@ async def pair() -> AsyncIterator[list[SeedNeuron]]:
 class Holding:
     """Engines that answer once all of a burst has arrived."""
 
-    def __init__(self, neurons: list[SeedNeuron]) -> None:
+    def __init__(self, neurons: list[V1Neuron]) -> None:
         self._complete = asyncio.Event()
         self.arrived = {neuron.name: 0 for neuron in neurons}
         for neuron in neurons:
             neuron.engine.answer = self._answering(neuron)
 
-    def _answering(self, neuron: SeedNeuron):  # type: ignore[no-untyped-def]
+    def _answering(self, neuron: V1Neuron):  # type: ignore[no-untyped-def]
         async def answer(_: web.Request) -> web.StreamResponse:
             self.arrived[neuron.name] += 1
             if sum(self.arrived.values()) == BURST:
@@ -56,12 +56,12 @@ async def complete(url: str) -> int:
         return (await client.ask(request(BODY, "Content-Type: application/json"))).status
 
 
-def asked(neuron: SeedNeuron) -> int:
+def asked(neuron: V1Neuron) -> int:
     """How often its endpoint was asked for."""
     return sum("/endpoint" in call for call in neuron.calls)
 
 
-async def test_a_first_burst_is_spread(start_cortex: StartCortex, pair: list[SeedNeuron]) -> None:
+async def test_a_first_burst_is_spread(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
     """Each request counts from the choice of its replica, not from the neuron's answer where the engine is."""
     cortex = await start_cortex(pair, [{"id": MODEL}], poll={"interval_secs": 60})
     held = Holding(pair)
@@ -70,7 +70,7 @@ async def test_a_first_burst_is_spread(start_cortex: StartCortex, pair: list[See
     assert [asked(neuron) for neuron in pair] == [1, 1]
 
 
-async def test_a_first_burst_is_spread_over_two_workers(pair: list[SeedNeuron], tmp_path: Path) -> None:
+async def test_a_first_burst_is_spread_over_two_workers(pair: list[V1Neuron], tmp_path: Path) -> None:
     """A worker's count reaches the control a moment later than the next request."""
     async with cortex_process(tmp_path, pair, [{"id": MODEL}], poll_secs=60, workers=2) as cortex:
         held = Holding(pair)
@@ -78,14 +78,14 @@ async def test_a_first_burst_is_spread_over_two_workers(pair: list[SeedNeuron], 
     assert min(held.arrived.values()) >= 7, held.arrived
 
 
-async def test_an_endpoint_is_kept_for_a_poll_interval(start_cortex: StartCortex, pair: list[SeedNeuron]) -> None:
+async def test_an_endpoint_is_kept_for_a_poll_interval(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
     cortex = await start_cortex(pair, [{"id": MODEL}], poll={"interval_secs": 60})
     for _ in range(30):
         assert await complete(cortex.url) == 200
     assert [asked(neuron) for neuron in pair] == [1, 1]
 
 
-async def test_an_endpoint_is_not_kept_longer(start_cortex: StartCortex, pair: list[SeedNeuron]) -> None:
+async def test_an_endpoint_is_not_kept_longer(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
     """The old engine still answers, but the neuron has started another."""
     one, other = pair
     cortex = await start_cortex([one], [{"id": MODEL}])  # polls 20 times a second
@@ -103,7 +103,7 @@ async def test_an_endpoint_is_not_kept_longer(start_cortex: StartCortex, pair: l
 
 @pytest.mark.parametrize("failure", ["refused", "503"])
 async def test_an_endpoint_is_dropped_at_the_first_failure(
-    start_cortex: StartCortex, pair: list[SeedNeuron], failure: str
+    start_cortex: StartCortex, pair: list[V1Neuron], failure: str
 ) -> None:
     """The engine moved within the poll interval: the neuron is asked again, and no client notices."""
     one, other = pair
@@ -120,7 +120,7 @@ async def test_an_endpoint_is_dropped_at_the_first_failure(
 
 
 async def test_an_endpoint_is_dropped_when_its_model_is_unloaded(
-    start_cortex: StartCortex, pair: list[SeedNeuron]
+    start_cortex: StartCortex, pair: list[V1Neuron]
 ) -> None:
     """It comes back on another port within the poll interval."""
     one, other = pair
@@ -134,12 +134,12 @@ async def test_an_endpoint_is_dropped_when_its_model_is_unloaded(
 
 
 @contextlib.asynccontextmanager
-async def moved(neuron: SeedNeuron, failure: str) -> AsyncIterator[None]:
+async def moved(neuron: V1Neuron, failure: str) -> AsyncIterator[None]:
     """Inside the body, a neuron whose engine is gone afterwards if it then refuses."""
     if failure != "refused":
         yield
         return
-    gone = SeedNeuron("gone", 1)
+    gone = V1Neuron("gone", 1)
     async with gone.running():
         neuron.engine_url = gone.engine.url
         yield
