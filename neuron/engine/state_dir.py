@@ -15,7 +15,7 @@ from pathlib import Path
 from neuron.engine import records
 from neuron.engine.records import RunRecord
 
-# A Unix socket's path has at most 107 bytes. vLLM puts sockets named by a UUID into TMPDIR; Python's multiprocessing
+# A Unix socket's path has at most 107 bytes. Engines put sockets named by a UUID into TMPDIR; Python's multiprocessing
 # needs 31 bytes for a directory and a name.
 _MAX_TMP_PATH = 107 - 1 - 36
 

@@ -1,4 +1,4 @@
-"""Checks what comes from outside, neuron.toml and load commands, against the harnesses that there are. Pure."""
+"""Validates neuron.toml and load commands against the known harnesses. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
-# Model ids, paths and names as they exist; excludes flags, shell words and unprintable characters.
+# Model ids, paths and names; excludes flags, shell words and unprintable characters.
 _PLAIN_NAME = re.compile(r"/?\w[\w./:@+=,%-]*")
 _QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REMOTE = re.compile(r"(?:s3|gs)://.+")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from neuron.harness.vllm.argument_policy import gives
+from neuron.harness.vllm.argument_policy import has_flag
 from shared.errors import InvalidRequest
 
 AUTO: Final = "--enable-auto-tool-choice"
@@ -90,8 +90,8 @@ def tool_arguments(names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]
     Raises:
         InvalidRequest: no family matches, so the arguments have to choose a parser.
     """
-    switch = () if gives(args, AUTO) else (AUTO,)
-    if gives(args, TOOL_PARSER):
+    switch = () if has_flag(args, AUTO) else (AUTO,)
+    if has_flag(args, TOOL_PARSER):
         return switch
     family = family_of(names)
     if family is None or family.tool is None:
@@ -100,7 +100,7 @@ def tool_arguments(names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]
             "args, otherwise set tools = false",
             param="tools",
         )
-    thinking = family.reasoning is not None and not gives(args, REASONING_PARSER)
+    thinking = family.reasoning is not None and not has_flag(args, REASONING_PARSER)
     reasoning = (REASONING_PARSER, family.reasoning) if thinking and family.reasoning is not None else ()
     return (*switch, TOOL_PARSER, family.tool, *reasoning)
 

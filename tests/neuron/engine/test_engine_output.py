@@ -21,7 +21,7 @@ from neuron.api.logs import last_lines, stream_lines
 from neuron.engine import output as engine_output
 from neuron.engine.log import MAX_READ, EngineLog, LogFollower
 from neuron.engine.output import EngineOutput, LineRing
-from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.progress.progress import LoadProgress
 from tests.neuron.sim_process import until
 
@@ -269,7 +269,7 @@ async def test_a_simulated_engine_passes_all_phases(tmp_path: Path) -> None:
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     loop = asyncio.get_running_loop()
-    progress = LoadProgress(Reading(), started=loop.time())
+    progress = LoadProgress(VllmLoadReading(), started=loop.time())
     phases: list[str] = []
     up = asyncio.Event()
 
