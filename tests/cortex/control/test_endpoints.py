@@ -12,8 +12,8 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
-from tests.cortex.raw_http import connected, request
 from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.raw_http import connected, request
 
 MODEL = "org/m"
 BODY = b'{"model":"org/m","prompt":"hi"}'
