@@ -95,7 +95,7 @@ async def test_an_endpoint_is_not_kept_longer(start_cortex: StartCortex, pair: l
         assert await complete(cortex.url) == 200
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
-    assert MODEL not in cortex.parts.routes.table, "an idle model is asked for by nobody"
+    assert MODEL not in cortex.parts.routes.table, "no request asks for an idle model"
     before = asked(one)
     await asyncio.sleep(0.2)
     assert asked(one) == before
