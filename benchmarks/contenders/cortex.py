@@ -50,7 +50,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
 
 
 _ON = (
-    "routing by the body's `model`, failover, the key looked up by its hash, `usage` noticed and queued, metrics, "
+    "routing by the body's `model`, failover, the key looked up by its hash, `usage` read and queued, metrics, "
     "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 
@@ -63,7 +63,7 @@ def cortex(
     workers: int = 1,
     interpreted: bool = False,
 ) -> Contender:
-    """The cortex of a checkout, compiled as in the container image unless it is to be `interpreted`."""
+    """The cortex of a checkout, compiled as in the container image unless `interpreted`."""
     on = _ON
     if interpreted:
         on = "the same, not compiled: as it runs from a checkout"

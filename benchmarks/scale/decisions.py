@@ -25,7 +25,7 @@ _WARM_UP = 50
 
 
 @dataclass(frozen=True)
-class Thinking:
+class DecisionTimes:
     """Results for one fleet and one catalogue. A decision is for a loaded model, a placement for one that is not
     loaded."""
 
@@ -40,7 +40,7 @@ class Thinking:
     list_mib: float
 
 
-def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> Thinking:
+def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> DecisionTimes:
     """Measures everything. Each decision is timed on its own."""
     catalogue = Catalogue.model_validate({"models": [{"id": name(n), "vram_mb": 6000} for n in range(models)]})
     fleet = Fleet([(f"n{node:04d}", f"http://n{node}") for node in range(nodes)], unhealthy_after=3)
@@ -62,7 +62,7 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
         poll(fleet, 0, None)
         same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         size = sum(map(len, listing.blocks(catalogue, fleet.snapshot(), created=0)))
-    return Thinking(
+    return DecisionTimes(
         nodes=nodes,
         models=models,
         decision_p50_us=statistics.median(served) * 1e6,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS
+from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
-from shared.errors import NotFound
+from shared.errors import NotFound, shortened
+from shared.http import ANTHROPIC_VERSION
 from shared.protocol import ErrorCode, ModelStatus
 
 OWNER = "cortex"
@@ -26,8 +29,10 @@ share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    parts = request.app[PARTS]
-    blocks = request.app[MODEL_LIST].blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    parts, models = request.app[PARTS], request.app[MODEL_LIST]
+    blocks = models.blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    if ANTHROPIC_VERSION in request.headers:
+        return web.json_response(anthropic_page(models.names, request.query, models.entry))
     if len(blocks) == 1 or request.method == "HEAD":
         return web.Response(body=b"".join(blocks), content_type="application/json", charset="utf-8")
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
@@ -39,12 +44,10 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 
 async def show_model(request: web.Request) -> web.Response:
-    parts, name = request.app[PARTS], request.match_info["model_id"]
-    model_id, fleet = parts.catalogue.resolve(name), parts.fleet.snapshot()
-    entry = request.app[MODEL_LIST].entry(model_id, parts.catalogue, fleet, created=parts.created)
-    if entry is None:
-        raise NotFound(f"the model {name!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
-    return web.json_response(entry if name == model_id else _alias(name, model_id, entry))
+    parts, models, name = request.app[PARTS], request.app[MODEL_LIST], request.match_info["model_id"]
+    models.blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    entry = models.entry(name)
+    return web.json_response(anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry)
 
 
 def model_entry(
@@ -85,8 +88,8 @@ def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 class ModelList:
-    """Catalogue models that some known hardware can hold, models loaded anywhere, and their aliases, as JSON. An entry
-    is rendered again only after its contents have changed.
+    """Catalogue models that some known hardware can hold, models loaded anywhere, and their aliases, as JSON: `data` in
+    OpenAI's shape and `models` in Codex's. An entry is rendered again only after its contents have changed.
 
     `feasible_on` depends on topology, which stays known while a neuron is away: a model does not vanish from the list
     because its host restarts.
@@ -99,14 +102,29 @@ class ModelList:
         self._created = 0
         self._aliases: dict[str, list[str]] = {}
         self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its aliases, if listed
+        self._codex: dict[str, list[bytes]] = {}  # likewise, in Codex's shape
+        self._names: list[str] = []
         self._blocks: list[tuple[list[Piece], bytes]] = []  # each with its pieces
         self._answer: tuple[bytes, ...] | None = None
 
-    def entry(
-        self, model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int
-    ) -> dict[str, Any] | None:
-        """As `model_entry`."""
-        return model_entry(model_id, catalogue, fleet, self._feasibility, created=created)
+    @property
+    def names(self) -> Sequence[str]:
+        """Ids and aliases in the order of the list, as of the last `blocks`."""
+        return self._names
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The entry of an id or alias, as of the last `blocks`.
+
+        Raises:
+            NotFound: it is not listed.
+        """
+        model_id = self._catalogue.resolve(name)
+        entry = self._entry(model_id)
+        if entry is None:
+            raise NotFound(
+                f"the model {shortened(name)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model"
+            )
+        return entry if name == model_id else _alias(name, model_id, entry)
 
     def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:
         """The whole answer in pieces; the same object until something changes."""
@@ -114,7 +132,7 @@ class ModelList:
         if catalogue is not self._catalogue or created != self._created:
             before, self._answer = FleetSnapshot(), None
             self._catalogue, self._created = catalogue, created
-            self._pieces, self._aliases = {}, {}
+            self._pieces, self._codex, self._aliases = {}, {}, {}
             for alias, target in catalogue.aliases.items():
                 self._aliases.setdefault(target, []).append(alias)
         if self._answer is None or fleet is not before:
@@ -140,22 +158,30 @@ class ModelList:
                 self._answer = None
         return found
 
+    def _entry(self, model_id: str) -> dict[str, Any] | None:
+        return model_entry(model_id, self._catalogue, self._fleet, self._feasibility, created=self._created)
+
     def _make(self, model_id: str) -> None:
-        entry = self.entry(model_id, self._catalogue, self._fleet, created=self._created)
+        entry = self._entry(model_id)
         if entry is not None:
-            aliases = (_alias(alias, model_id, entry) for alias in self._aliases.get(model_id, ()))
-            self._pieces[model_id] = [_piece(entry), *map(_piece, aliases)]
+            entries = [entry, *(_alias(alias, model_id, entry) for alias in self._aliases.get(model_id, ()))]
+            self._pieces[model_id] = [_piece(each) for each in entries]
+            self._codex[model_id] = [json.dumps(codex_model(each)).encode() for each in entries]
         else:
             self._pieces.pop(model_id, None)
+            self._codex.pop(model_id, None)
 
     def _joined(self) -> tuple[bytes, ...]:
         """Catalogue models, then those that only neurons know, then aliases. Unchanged blocks are kept."""
         catalogue = self._catalogue
         order = [profile.id for profile in catalogue.models]
         order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
-        listed = [pieces for pieces in map(self._pieces.get, order) if pieces is not None]
-        entries = [pieces[0] for pieces in listed]
-        entries += [alias for pieces in listed for alias in pieces[1:]]
+        listed = [model_id for model_id in order if model_id in self._pieces]
+        aliases = [(model_id, place) for model_id in listed for place in range(1, len(self._pieces[model_id]))]
+        self._names = [*listed, *(self._aliases[model_id][place - 1] for model_id, place in aliases)]
+        places = [*((model_id, 0) for model_id in listed), *aliases]
+        entries = [self._pieces[model_id][place] for model_id, place in places]
+        codex = [self._codex[model_id][place] for model_id, place in places]
         before, self._blocks = self._blocks, []
         made: dict[int, bytes] = {}  # by identity: hashing a thousand names takes as long as encoding them
         for start in range(0, len(entries), BLOCK):
@@ -164,8 +190,16 @@ class ModelList:
             if known is None or known[0] != block:
                 known = block, _block(block, made, first=start == 0)
             self._blocks.append(known)
-        parts = [b'{"object": "list", "data": [', *(text for _, text in self._blocks), b"]}"]
-        return (b"".join(parts),) if len(parts) <= 3 else tuple(parts)
+        codex_blocks = [b", ".join(codex[start : start + BLOCK]) for start in range(0, len(codex), BLOCK)]
+        separated = (text for block in codex_blocks for text in (b", ", block))
+        parts = [
+            b'{"object": "list", "data": [',
+            *(text for _, text in self._blocks),
+            b'], "models": [',
+            *islice(separated, 1, None),
+            b"]}",
+        ]
+        return (b"".join(parts),) if len(parts) <= 5 else tuple(parts)
 
 
 def _block(entries: Iterable[Piece], made: dict[int, bytes], *, first: bool) -> bytes:

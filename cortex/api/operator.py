@@ -19,7 +19,7 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import Key
-from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
@@ -144,7 +144,7 @@ async def unload_model(request: web.Request) -> web.Response:
     nodes = [node for node in nodes if model_id in node.models]
     if not nodes:
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
-        raise NotFound(f"{where} {model_id!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+        raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
     unloads = (_unload(parts, (model_id, node.name), drain=action.drain) for node in nodes)
     errors = await parts.stopping.unless_begun(_all(unloads))
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
@@ -229,4 +229,4 @@ def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
 
 
 def _no_model(model_id: str) -> ServiceError:
-    return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
@@ -28,6 +28,9 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         "model": model_id,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
+        "hints": []
+        if profile is None or not profile.refuses_tools
+        else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
         "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
     }
 

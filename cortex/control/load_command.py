@@ -32,4 +32,5 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         source=profile.source,
         args=list(profile.args),
         vram_mb=profile.vram_mb,
+        tools=profile.tools or None,
     )

@@ -68,6 +68,10 @@ class Resolver:
     def aliases(self) -> Mapping[str, str]:
         return self._live.catalogue.aliases
 
+    @property
+    def down(self) -> Collection[str]:
+        return self._fleet.down
+
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
         return self._live.catalogue.profile(model_id) is not None

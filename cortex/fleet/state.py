@@ -72,6 +72,8 @@ class Fleet:
         self._node_changed: dict[str, asyncio.Future[None]] = {}
         self._route_changes: list[RouteChanges] = []
         self._route_listeners: list[Callable[[set[str]], None]] = []
+        self._down_listeners: list[Callable[[], None]] = []
+        self._down: frozenset[str] = frozenset()
         # Model id -> neurons that list it, in the order of the configuration. Replaced, not changed, because snapshots
         # share it; kept across polls, because models rarely change.
         self._holders: Mapping[str, tuple[str, ...]] = {}
@@ -142,6 +144,15 @@ class Fleet:
         self._route_listeners.append(listener)
 
     @property
+    def down(self) -> frozenset[str]:
+        """The neurons that were healthy and now count as down."""
+        return self._down
+
+    def on_down_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` synchronously when `down` changes."""
+        self._down_listeners.append(listener)
+
+    @property
     def all_polled(self) -> bool:
         """Whether each neuron has answered a poll or missed one; before that the fleet is unknown."""
         return not self._unseen
@@ -173,6 +184,7 @@ class Fleet:
                 holders.setdefault(model_id, []).append(node.name)
         self._holders = {model_id: tuple(names) for model_id, names in holders.items()}
         left = before.keys() - self._nodes.keys()
+        self._set_down(self._down - left)
         self._unseen = (self._unseen - left) | (self._nodes.keys() - before.keys())
         for name in left & self._node_changed.keys():
             self._node_changed.pop(name).set_result(None)
@@ -328,12 +340,20 @@ class Fleet:
             self._topology = object()
         if before.models is not node.models and before.models.keys() != node.models.keys():
             self._index(node.name, gone=before.models.keys() - node.models.keys(), models=node.models)
+        if before.healthy != node.healthy:
+            self._set_down(self._down - {node.name} if node.healthy else self._down | {node.name})
         affected = with_different_routes(before, node)
         waiting = self._node_changed.pop(node.name, None)
         if waiting is not None:
             waiting.set_result(None)
         self._mark_changed()
         self._notify_routes(affected)
+
+    def _set_down(self, down: frozenset[str]) -> None:
+        if down != self._down:
+            self._down = down
+            for listener in self._down_listeners:
+                listener()
 
     def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
         """Updates the holders for one neuron."""

@@ -89,6 +89,7 @@ OF_RESPONSES: Final = Names(
         b"transfer-encoding": TRANSFER_ENCODING,
         b"connection": CONNECTION,
         b"x-request-id": DROP,  # cortex sets these itself
+        b"request-id": DROP,
         b"x-cortex-node": DROP,
         b"x-cortex-cold-start": DROP,
     }

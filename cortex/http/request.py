@@ -21,12 +21,14 @@ class Request:
     """The head and, once it has arrived, the body.
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
-    `content_length` is None for a chunked body; `modern`: HTTP/1.1.
+    `content_length` is None for a chunked body; `modern`: HTTP/1.1. `anthropic`: cortex's own answers have
+    Anthropic's shape.
     """
 
     __slots__ = (
         "_named",
         "_passed",
+        "anthropic",
         "body",
         "content_length",
         "content_type",
@@ -70,11 +72,16 @@ class Request:
         path = target.partition(b"?")[0]
         # An encoded slash is part of a segment, not a separator.
         self.path = unquote_to_bytes(path) if _PERCENT in path and b"%2f" not in path.lower() else path
+        self.anthropic = self.path.startswith(b"/v1/messages")
 
     @property
     def request_id(self) -> bytes | None:
         """The client's `x-request-id`, unchecked."""
         return self._named.get(names.REQUEST_ID)
+
+    def notice_anthropic_client(self) -> None:
+        """Sets `anthropic` for other paths that Anthropic's clients use: their requests have a version header."""
+        self.anthropic = self.anthropic or any(line[:18].lower() == b"anthropic-version:" for line in self._passed)
 
     @property
     def host(self) -> bytes | None:

@@ -60,10 +60,20 @@ class Answer:
         else:
             self.client.transport.write(last)
 
+    def refusal(self) -> bytes:
+        """The end of an engine's error."""
+        return b"".join(self.tail.chunks)
+
     def lost_event(self, reason: str) -> bytes:
         """The last event of a stream whose engine was lost."""
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)
         return error_event(self.request.path, error)
+
+
+def id_lines(request: Request, request_id: bytes) -> bytes:
+    """The header lines with the request's id, without the final CRLF. Anthropic's clients read `request-id`."""
+    line = b"x-request-id: " + request_id
+    return b"%b\r\nrequest-id: %b" % (line, request_id) if request.anthropic else line
 
 
 class DirectAnswer(Answer):

@@ -7,7 +7,7 @@ import logging
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
-from cortex.proxy.answer import DirectAnswer
+from cortex.proxy.answer import DirectAnswer, id_lines
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address
@@ -27,6 +27,7 @@ class ControlRequest:
     __slots__ = ("_client", "_relay", "_request_id")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
+        request.notice_anthropic_client()
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
@@ -36,7 +37,7 @@ class ControlRequest:
             self,
             address=address,
             head=request.head_for(b"cortex", b"", request_id, request.credentials),
-            answer=DirectAnswer(client, request, extra=b"x-request-id: " + request_id),
+            answer=DirectAnswer(client, request, extra=id_lines(request, request_id)),
         )
 
     def begin(self) -> None:
@@ -57,6 +58,9 @@ class ControlRequest:
 
     def resume(self) -> None:
         self._relay.resume()
+
+    def tick(self, now: float) -> None:
+        """Does nothing: the control app's event streams have keep-alive comments of their own."""
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         with request_scope(self._request_id):

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
+from cortex.proxy.answer import id_lines
 from cortex.proxy.model_field import asks_for_stream
 from cortex.upstream.replica import WaitNote
 
@@ -85,7 +86,7 @@ class KeepAliveStream:
             "HTTP/1.1 200 OK",
             "content-type: text/event-stream; charset=utf-8",
             "cache-control: no-cache",
-            f"x-request-id: {self._request_id}",
+            id_lines(request, self._request_id.encode()).decode(),
             "x-cortex-cold-start: true",
         ]
         if note.node is not None:

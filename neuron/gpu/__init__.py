@@ -1,2 +1,2 @@
 """GPU topology and memory, from NVML or simulated, behind one interface (`topology`). Everything that needs GPU facts
-calls it; it imports only the configuration."""
+calls it."""

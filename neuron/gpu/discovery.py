@@ -26,7 +26,7 @@ class HostFacts:
 
 
 def host_facts() -> HostFacts:
-    """Reads /etc/os-release and asks the kernel; blocks, shortly."""
+    """Reads /etc/os-release and asks the kernel. Blocks briefly."""
     try:
         os_name = platform.freedesktop_os_release().get("PRETTY_NAME") or platform.system()
     except OSError:  # no os-release file: a minimal container, or not Linux
@@ -35,10 +35,10 @@ def host_facts() -> HostFacts:
 
 
 def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
-    """NVML, or with `[simulate]` what that says. `vram_dir` is where simulated engines record their memory.
+    """NVML, or the simulated devices of `[simulate]`. `vram_dir` is where simulated engines record their memory.
 
     Raises:
-        SettingsError: `[simulate]` names a device that is not known.
+        SettingsError: `[simulate]` names an unknown device.
     """
     if config.simulate is None:
         return NvmlTopologySource()
@@ -46,7 +46,7 @@ def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
 
 
 async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance_id: str | None) -> Discovery:
-    """This host as the protocol describes it. A simulated host goes by the neuron's name, a real one by its own."""
+    """This host as a protocol message. A simulated host has the neuron's name, a real one its own."""
     facts = await asyncio.to_thread(host_facts)
     topology = await source.discover()
     simulated_name = config.name if topology.simulated else None

@@ -1,4 +1,4 @@
-"""From what NVML says about NVLinks and PCIe to one link per pair of devices. Pure."""
+"""Derives one link per pair of devices from NVML's facts about NVLink and PCIe. Pure."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class NvLinks:
 
 @dataclass(frozen=True)
 class LinkFacts:
-    """What the driver says, by device index.
+    """The driver's facts, by device index.
 
-    `ancestors` holds NVML's topology level of a pair (a < b) and lacks pairs the driver says nothing about (a lost
-    device, most virtual machines). `switch_refused` holds the pairs that the driver says cannot reach each other by
-    NVLink although both hang on a switch (another partition, or the fabric manager is not running).
+    `ancestors` has NVML's topology level of each pair (a < b) that the driver reports; a lost device and most virtual
+    machines have none. `switch_refused` has the pairs that cannot reach each other by NVLink although both are
+    connected to a switch (another partition, or the fabric manager is not running).
     """
 
     pci_bus_ids: Mapping[int, str]
@@ -45,7 +45,7 @@ class LinkFacts:
 
 
 def links_between(indices: Sequence[int], facts: LinkFacts) -> tuple[Link, ...]:
-    """One link for each pair of which anything is known, ordered by (a, b). A pair that is left out is unknown."""
+    """One link for each known pair, ordered by (a, b). The path of a missing pair is unknown."""
     links = (_link(a, b, facts) for a, b in combinations(sorted(indices), 2))
     return tuple(link for link in links if link is not None)
 
@@ -59,9 +59,9 @@ def _link(a: int, b: int, facts: LinkFacts) -> Link | None:
 
 
 def nvlink_count(a: int, b: int, facts: LinkFacts) -> int:
-    """Active NVLinks between two devices: direct ones, else the fewer of the two devices' links to switches.
+    """Active NVLinks between two devices: direct ones, or the smaller number of links to switches.
 
-    Each end reports the link; the larger report counts, since one end of a pair may be unreadable.
+    Both ends report a direct link. The larger number counts, because one end may be unreadable.
     """
     first, second = facts.nvlinks.get(a, NvLinks()), facts.nvlinks.get(b, NvLinks())
     direct = max(_towards(first, facts.pci_bus_ids.get(b)), _towards(second, facts.pci_bus_ids.get(a)))

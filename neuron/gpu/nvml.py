@@ -1,6 +1,6 @@
 """GPU facts of this host through nvidia-ml-py.
 
-NVML blocks (a call to a sick GPU may take seconds), so that every call is made in one thread of its own.
+NVML blocks (a call to a broken GPU may take seconds), so all calls run in one dedicated thread.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs does not keep the service from ending in order
+CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs must not prevent an orderly exit
 
 
 class NvmlTopologySource:
     """`neuron.gpu.topology.TopologySource` of the real GPUs.
 
-    No NVIDIA library: no devices. A driver that cannot be used: no devices and the reason. A GPU that cannot be used:
-    a device with `lost` set, the others unaffected; one that is lost later keeps its facts, gets `lost`, and leaves
-    `health` until it answers again.
+    Without an NVIDIA library there are no devices; with an unusable driver there are none, and a reason. An unusable
+    GPU is a device with `lost` set, and does not affect the others. A GPU lost later keeps its facts, gets `lost`, and
+    is missing in `health` until it answers again.
 
-    A driver that is mended while neuron runs is found by a restart of neuron, as the reasons say: the topology is
-    constant while the process lives.
+    The topology does not change while the process lives: after a driver is repaired, neuron must be restarted, as the
+    reasons say.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvml")
-        # Everything below belongs to that thread.
+        # Only that thread uses the attributes below.
         self._topology: Topology | None = None
         self._handles: dict[int, Handle] = {}
         self._lost: dict[int, str] = {}
@@ -59,8 +59,8 @@ class NvmlTopologySource:
         return await self._call(self._read_process_memory)
 
     async def close(self) -> None:
-        """Shuts NVML down; gives up on a driver that hangs. Harmless when repeated."""
-        with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # RuntimeError: closed before
+        """Shuts NVML down, unless the driver hangs. May be called again."""
+        with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # RuntimeError: already closed
             await asyncio.wait_for(self._call(self._shut_down), CLOSE_TIMEOUT_SECS)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -69,27 +69,29 @@ class NvmlTopologySource:
 
     def _discover(self) -> Topology:
         if self._topology is None:
-            self._topology = self._first_look()
+            self._topology = self._read_topology()
         devices = tuple(
             device.model_copy(update={"lost": self._lost.get(device.index)}) for device in self._topology.devices
         )
         return replace(self._topology, devices=devices)
 
-    def _first_look(self) -> Topology:
+    def _read_topology(self) -> Topology:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError_LibraryNotFound:
             log.info("no NVIDIA library on this host: no GPUs")
             return Topology()
         except pynvml.NVMLError as error:
-            return Topology(cuda_unavailable_reason=_warned(unavailable_reason(error)))
+            return Topology(cuda_unavailable_reason=_log_unusable(unavailable_reason(error)))
         self._initialised = True
         driver_version = _optional(pynvml.nvmlSystemGetDriverVersion)
         cuda = _optional(pynvml.nvmlSystemGetCudaDriverVersion_v2)
         try:
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            return Topology(driver_version=driver_version, cuda_unavailable_reason=_warned(unavailable_reason(error)))
+            return Topology(
+                driver_version=driver_version, cuda_unavailable_reason=_log_unusable(unavailable_reason(error))
+            )
         devices = tuple(self._read_device(index) for index in range(count))
         return Topology(
             devices=devices,
@@ -104,17 +106,17 @@ class NvmlTopologySource:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             device = nvml_device.read_device(index, handle)
         except pynvml.NVMLError as error:
-            self._note_lost(index, error)
+            self._mark_lost(index, error)
             reason = self._lost[index]
-            if handle is None:  # nothing more can be asked about it
+            if handle is None:  # the driver knows nothing else about it
                 return Device(index=index, lost=reason)
             return nvml_device.read_lost_device(index, handle, reason)
         self._handles[index] = handle
         return device
 
     def _link_facts(self, devices: Sequence[Device]) -> LinkFacts:
-        """What the driver says about the paths between devices; a device lost meanwhile has none."""
-        nvlinks = self._of_each_device(lambda _, handle: nvml_device.read_nvlinks(handle))
+        """The driver's facts about the paths between devices; a device lost meanwhile has none."""
+        nvlinks = self._read_devices(lambda _, handle: nvml_device.read_nvlinks(handle))
         ancestors: dict[Pair, int] = {}
         refused: set[Pair] = set()
         for a, b in combinations(sorted(nvlinks), 2):
@@ -129,7 +131,7 @@ class NvmlTopologySource:
 
     def _read_health(self) -> list[DeviceHealth]:
         self._discover()
-        figures = self._of_each_device(nvml_device.read_health)
+        figures = self._read_devices(nvml_device.read_health)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
@@ -137,19 +139,19 @@ class NvmlTopologySource:
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
         self._discover()
-        return self._of_each_device(lambda _, handle: nvml_device.read_process_memory(handle))
+        return self._read_devices(lambda _, handle: nvml_device.read_process_memory(handle))
 
-    def _of_each_device(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
-        """`read` of each device that answers, by index; one that does not is noted as lost."""
+    def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
+        """`read` of each device that answers, by index. Marks the others as lost."""
         results = {}
         for index, handle in self._handles.items():
             try:
                 results[index] = read(index, handle)
             except pynvml.NVMLError as error:
-                self._note_lost(index, error)
+                self._mark_lost(index, error)
         return results
 
-    def _note_lost(self, index: int, error: pynvml.NVMLError) -> None:
+    def _mark_lost(self, index: int, error: pynvml.NVMLError) -> None:
         reason = lost_reason(error)
         if self._lost.get(index) != reason:
             log.error("GPU %d cannot be used: %s", index, reason)
@@ -163,13 +165,13 @@ class NvmlTopologySource:
 
 
 def _optional(read: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call gives, None where the driver refuses it for any reason."""
+    """The result of a call; None when the driver returns any error."""
     try:
         return read(*arguments)
     except pynvml.NVMLError:
         return None
 
 
-def _warned(reason: str) -> str:
+def _log_unusable(reason: str) -> str:
     log.warning("no GPU can be used: %s", reason)
     return reason

@@ -1,7 +1,7 @@
 """Reads one GPU through nvidia-ml-py. Every function blocks: `neuron.gpu.nvml` calls them in its own thread.
 
-A figure that a device or driver lacks is None; `pynvml.NVMLError` leaves a function only when the GPU itself is gone
-or does not give its memory, which every working GPU does.
+A figure that a device or driver lacks is None. Functions raise `pynvml.NVMLError` only if the GPU is gone or does not
+report its memory, which every working GPU does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def figure_or_none(read: Callable[..., Figure], *arguments: Any) -> Figure | None:
-    """A figure that not every device has.
+    """A figure that some devices lack; None then.
 
     Raises:
         pynvml.NVMLError: the device is gone.
@@ -40,10 +40,10 @@ def figure_or_none(read: Callable[..., Figure], *arguments: Any) -> Figure | Non
 
 
 def read_device(index: int, handle: Handle) -> Device:
-    """The facts of one GPU. A GPU in MIG mode is listed as the one it is, with `mig_mode` True.
+    """The facts of one GPU. A GPU in MIG mode is one device with `mig_mode` True.
 
     Raises:
-        pynvml.NVMLError: the device is gone, or does not give its memory.
+        pynvml.NVMLError: the device is gone, or does not report its memory.
     """
     total, _, _ = read_memory(handle)
     pci = figure_or_none(pynvml.nvmlDeviceGetPciInfo, handle)
@@ -62,7 +62,7 @@ def read_device(index: int, handle: Handle) -> Device:
 
 
 def read_lost_device(index: int, handle: Handle, reason: str) -> Device:
-    """A GPU that cannot be used, with what the driver still knows of it."""
+    """An unusable GPU, with the facts that the driver still reports."""
     known: dict[str, Any] = {}
     for field, read in (("name", pynvml.nvmlDeviceGetName), ("uuid", pynvml.nvmlDeviceGetUUID)):
         with contextlib.suppress(pynvml.NVMLError):
@@ -73,12 +73,12 @@ def read_lost_device(index: int, handle: Handle, reason: str) -> Device:
 
 
 def read_memory(handle: Handle) -> tuple[int, int, int]:
-    """(total, used, free) in bytes; zeros for a GPU that has no memory of its own (it shares the host's).
+    """(total, used, free) in bytes; zeros for a GPU that shares the host's memory.
 
-    Version 2 of the call does not count the driver's own reserve as used; old drivers have only version 1, which does.
+    Version 2 of the call does not count the driver's reserve as used; old drivers only have version 1, which does.
 
     Raises:
-        pynvml.NVMLError: the memory cannot be read for any reason other than that there is none.
+        pynvml.NVMLError: the memory cannot be read, for another reason than that there is none.
     """
     for version in (pynvml.nvmlMemory_v2, None):
         try:
@@ -95,7 +95,7 @@ def read_health(index: int, handle: Handle) -> DeviceHealth:
     """The live figures of one GPU.
 
     Raises:
-        pynvml.NVMLError: the device is gone, or does not give its memory.
+        pynvml.NVMLError: the device is gone, or does not report its memory.
     """
     _, used, free = read_memory(handle)
     utilization = figure_or_none(pynvml.nvmlDeviceGetUtilizationRates, handle)
@@ -111,7 +111,7 @@ def read_health(index: int, handle: Handle) -> DeviceHealth:
 
 
 def _temperature(handle: Handle) -> float | None:
-    """Degrees Celsius of the GPU's core sensor; the older call is the only one before driver 560."""
+    """Degrees Celsius of the GPU's core sensor; drivers before 560 only have the older call."""
     for read in (pynvml.nvmlDeviceGetTemperatureV, pynvml.nvmlDeviceGetTemperature):
         value = figure_or_none(read, handle, pynvml.NVML_TEMPERATURE_GPU)
         if value is not None:
@@ -120,14 +120,14 @@ def _temperature(handle: Handle) -> float | None:
 
 
 def _numa_node(handle: Handle, pci: Any) -> int | None:
-    """The NUMA node whose CPUs and memory are nearest to the GPU; None where the host has no such notion.
+    """The NUMA node whose CPUs and memory are nearest to the GPU; None on a host without NUMA.
 
-    Asked as memory affinity, the figure of `nvidia-smi topo -m`. (nvmlDeviceGetNumaNodeId is another thing: the node
-    that a coherent GPU's own memory forms.) The kernel's view is the fallback.
+    Read from the memory affinity, as `nvidia-smi topo -m` does. (nvmlDeviceGetNumaNodeId is the node that a coherent
+    GPU's own memory forms.) Falls back to the kernel's value.
     """
     affinity = figure_or_none(pynvml.nvmlDeviceGetMemoryAffinity, handle, 1, pynvml.NVML_AFFINITY_SCOPE_NODE)
     mask = 0 if affinity is None else int(affinity[0])
-    if mask and mask & (mask - 1) == 0:  # several nodes at once name none
+    if mask and mask & (mask - 1) == 0:  # several nodes: ambiguous
         return mask.bit_length() - 1
     return None if pci is None else kernel_numa_node(pci.busId)
 
@@ -144,8 +144,8 @@ def kernel_numa_node(pci_bus_id: str, *, root: Path = _PCI_DEVICES) -> int | Non
 def read_process_memory(handle: Handle) -> dict[int, int]:
     """MiB by process id of every process that computes on the GPU, of any owner.
 
-    A process whose figure the driver does not give is left out. In a container of its own process namespace the ids
-    are the host's, or missing.
+    Lacks processes whose memory the driver does not report. In a container with its own process namespace the ids are
+    the host's, or missing.
 
     Raises:
         pynvml.NVMLError: the device is gone.
@@ -183,12 +183,12 @@ def read_nvlinks(handle: Handle) -> NvLinks:
 
 
 def read_ancestor(first: Handle, second: Handle) -> int | None:
-    """NVML's topology level of two GPUs, None where the driver gives none."""
+    """NVML's topology level of two GPUs, None when the driver reports none."""
     level: int | None = figure_or_none(pynvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
     return level
 
 
 def refuses_nvlink(first: Handle, second: Handle) -> bool:
-    """True when the driver says that two GPUs cannot reach each other over NVLink; an unanswered question is no."""
+    """True when the driver says that two GPUs cannot reach each other over NVLink; False when it does not answer."""
     status = figure_or_none(pynvml.nvmlDeviceGetP2PStatus, first, second, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
     return bool(status is not None and status != pynvml.NVML_P2P_STATUS_OK)

@@ -1,6 +1,6 @@
-"""What an NVML error means for a person, and which errors mean that a GPU is gone. Pure.
+"""The meaning of NVML errors: advice for the operator, and whether a GPU is gone. Pure.
 
-Codes are nvmlReturn_t of nvml.h; their texts are written for the person who runs the host.
+The codes are nvmlReturn_t of nvml.h.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _UNAVAILABLE = {
         "then restart neuron"
     ),
     pynvml.NVML_ERROR_NO_PERMISSION: (
-        "neuron's user may not talk to the NVIDIA driver: give it access to /dev/nvidia* (often by the group `video` "
+        "neuron's user has no access to the NVIDIA driver: give it access to /dev/nvidia* (often by the group `video` "
         "or `render`), then restart neuron"
     ),
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: (
@@ -35,17 +35,17 @@ _LOST = {
     pynvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset: `nvidia-smi --gpu-reset`, or reboot the host",
     pynvml.NVML_ERROR_INSUFFICIENT_POWER: "the GPU's external power cables are not attached properly",
     pynvml.NVML_ERROR_IRQ_ISSUE: "the kernel has an interrupt issue with the GPU: look at `dmesg`",
-    pynvml.NVML_ERROR_NO_PERMISSION: "neuron's user may not talk to this GPU: give it access to its /dev/nvidia*",
+    pynvml.NVML_ERROR_NO_PERMISSION: "neuron's user has no access to this GPU: give it access to its /dev/nvidia*",
     pynvml.NVML_ERROR_UNKNOWN: (
         "the driver answers for this GPU with an unknown error: look for `Xid` in `dmesg`; reboot the host if it stays"
     ),
 }
 
-# From any call at all, these say that the GPU itself is gone. An unknown error says so only where the figure asked
-# for is one that every GPU has: WSL and virtual GPUs answer it for optional figures.
+# From any call, these mean that the GPU is gone. An unknown error means that only for a figure that every GPU has: WSL
+# and virtual GPUs return it for optional figures.
 _GONE = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED, pynvml.NVML_ERROR_GPU_NOT_FOUND})
 
-# The driver or the device does not have the figure; nothing is wrong.
+# The driver or device lacks the figure; nothing is wrong.
 _UNSUPPORTED = frozenset(
     {
         pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -69,10 +69,10 @@ def lost_reason(error: pynvml.NVMLError) -> str:
 
 
 def means_gone(error: pynvml.NVMLError) -> bool:
-    """True for errors that say, from any call, that the GPU is no longer there."""
+    """True for errors that mean, from any call, that the GPU is gone."""
     return error.value in _GONE
 
 
 def means_unsupported(error: pynvml.NVMLError) -> bool:
-    """True for errors that say only that a figure does not exist here."""
+    """True for errors that only mean that a figure does not exist."""
     return error.value in _UNSUPPORTED

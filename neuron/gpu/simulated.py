@@ -1,4 +1,4 @@
-"""Simulated GPUs: facts from `[simulate]`, memory from what simulated engines hold."""
+"""Simulated GPUs: facts from `[simulate]`, used memory from what simulated engines record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.settings import SettingsError
 DRIVER_VERSION = "580.95.05"
 CUDA_VERSION = "13.0"
 NVLINKS = 4  # between each pair, with `nvlink = true`
-DEFAULT_COMPUTE_CAPABILITY = "8.0"  # of a device written out without one and without a preset
+DEFAULT_COMPUTE_CAPABILITY = "8.0"  # of a device without one and without a preset
 
 IDLE_TEMP_C = 34.0
 IDLE_POWER_W = 18.0
@@ -33,7 +33,7 @@ class SimulatedTopologySource:
     `name` (the neuron's) makes device uuids that are stable over restarts and differ between hosts.
 
     Raises:
-        SettingsError: a device names no preset and does not say how much memory it has, or two have one uuid.
+        SettingsError: a device has neither a preset nor a memory size, or two devices have the same uuid.
     """
 
     def __init__(self, settings: SimulateSettings, vram_dir: Path, *, name: str = "") -> None:
@@ -62,11 +62,11 @@ class SimulatedTopologySource:
         }
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing."""
 
 
 def health_of(device: Device, used_mb: int) -> DeviceHealth:
-    """An idle GPU with `used_mb` MiB taken, at most all it has."""
+    """An idle GPU with `used_mb` MiB used, at most its total."""
     used = min(used_mb, device.vram_total_mb)
     return DeviceHealth(
         index=device.index,
@@ -79,7 +79,7 @@ def health_of(device: Device, used_mb: int) -> DeviceHealth:
 
 
 def links_of(devices: Sequence[Device], *, nvlink: bool) -> tuple[Link, ...]:
-    """All pairs alike: NVLink peers, or cards below one PCIe host bridge."""
+    """Equal links for all pairs: NVLink, or one PCIe host bridge."""
     kind, count = (LinkKind.NVLINK, NVLINKS) if nvlink else (LinkKind.PHB, 0)
     pairs = combinations(range(len(devices)), 2)
     return tuple(Link(a=a, b=b, kind=kind, nvlinks=count) for a, b in pairs)
@@ -100,7 +100,7 @@ def resolve_devices(settings: SimulateSettings, *, host: str) -> tuple[Device, .
             problems += error.problems
     uuids = [device.uuid for device in devices]
     problems += [
-        f"simulate.devices[{device.index}].uuid = {device.uuid!r}: another device has it"
+        f"simulate.devices[{device.index}].uuid = {device.uuid!r}: another device has the same uuid"
         for place, device in enumerate(devices)
         if device.uuid in uuids[:place]
     ]
@@ -110,10 +110,10 @@ def resolve_devices(settings: SimulateSettings, *, host: str) -> tuple[Device, .
 
 
 def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> Device:
-    """One entry of `[simulate] devices`: what it says, and what it leaves out from the preset of its name.
+    """One entry of `[simulate] devices`; missing values come from the preset of its name.
 
     Raises:
-        SettingsError: naming the value and the presets there are.
+        SettingsError: names the value and the available presets.
     """
     table = SimulatedDevice(name=entry) if isinstance(entry, str) else entry
     if table.index not in (None, index):

@@ -1,7 +1,7 @@
 """Simulated GPU memory: one file per holder in a directory, as NVML lists one entry per process.
 
-A holder is a process, identified by pid and start time: memory of a dead process is free at once, however it died, and
-a recycled pid holds nothing. Foreign holders are simulated in the same way.
+A holder is a process, identified by pid and start time: the memory of a dead process is free immediately, and a reused
+pid holds nothing. Processes that are not engines are simulated in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def process_start_ticks(pid: int) -> int | None:
 
 
 def hold(directory: Path, usage_mb: Mapping[str, int], *, pid: int | None = None) -> None:
-    """Records what a process (by default this one) holds, in MiB by device uuid. Atomically replaces its old record."""
+    """Records what a process (by default this one) holds, in MiB by device uuid. Replaces its record atomically."""
     pid = os.getpid() if pid is None else pid
     record = {"pid": pid, "start_ticks": process_start_ticks(pid), "usage_mb": dict(usage_mb)}
     replace_file(directory / f"{pid}.json", json.dumps(record).encode(), durable=False)
@@ -46,7 +46,7 @@ def usage_by_process(directory: Path) -> dict[int, dict[str, int]]:
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):
-            continue  # a file being written by hand: read again next time
+            continue  # a file that is being edited by hand: read it next time
         if start_ticks is None or process_start_ticks(pid) != start_ticks:
             path.unlink(missing_ok=True)
             continue

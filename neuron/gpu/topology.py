@@ -11,12 +11,12 @@ from shared.protocol import Device, DeviceHealth, Link
 
 @dataclass(frozen=True)
 class Topology:
-    """The GPUs of this host; constant while the process lives, but for `Device.lost`.
+    """The GPUs of this host; only `Device.lost` changes while the process lives.
 
-    A pair of devices that `links` lacks is one that the driver says nothing about.
+    The driver reports nothing about a pair of devices that `links` lacks.
 
-    `cuda_unavailable_reason` says why no GPU can be used although an NVIDIA stack is there (driver/library mismatch,
-    no permission); None when all is well and when the host simply has no NVIDIA stack.
+    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA stack (driver/library
+    mismatch, no permission); None when all is well, and on a host without one.
     """
 
     devices: tuple[Device, ...] = ()
@@ -33,25 +33,25 @@ class Topology:
 
 
 class TopologySource(Protocol):
-    """Reads GPU facts. No method blocks the event loop, and none raises for what hardware or driver do."""
+    """Reads GPU facts. No method blocks the event loop, or raises for a failure of hardware or driver."""
 
     async def discover(self) -> Topology:
-        """The topology. The first call asks the driver; later ones give the same answer, with each device's `lost` as
-        the last live reading found it.
+        """The topology. The first call asks the driver; later calls return the same, with `lost` of each device as of
+        the last reading.
         """
         ...
 
     async def health(self) -> Sequence[DeviceHealth]:
-        """Live figures of every device that answers, by index. Asks anew on each call."""
+        """Live figures of every device that answers, by index. Each call asks the driver."""
         ...
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        """What each process holds now, of any owner: device index -> pid -> MiB.
+        """What each process holds now, neuron's or not: device index -> pid -> MiB.
 
-        A process whose figure the driver does not give is left out, and so is a device that does not answer.
+        Lacks processes whose memory the driver does not report, and devices that do not answer.
         """
         ...
 
     async def close(self) -> None:
-        """Lets go of the driver."""
+        """Releases the driver."""
         ...

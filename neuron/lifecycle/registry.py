@@ -154,7 +154,7 @@ class Registry:
         figure is not the same as idle."""
         found = []
         for model in self.models:
-            sample = None if model.engine is None else model.engine.vitals.sample
+            sample = None if model.engine is None else model.engine.health.sample
             if sample is not None and model.state is State.LOADED:
                 found.append(
                     ModelActivity(

@@ -18,6 +18,7 @@ PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "ne
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
 PURE = (
+    "cortex/api/model_shapes.py",
     "cortex/config/catalogue.py",
     *(f"cortex/control/{name}.py" for name in ("explain", "routing")),
     *(f"cortex/fleet/{name}.py" for name in ("snapshot", "sse_reader")),

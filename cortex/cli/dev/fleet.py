@@ -98,6 +98,6 @@ def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[st
     table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "source"})
     table["harness"] = engine.harness
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]
-    if engine.model_dir is not None:  # the arguments are for a different model
-        table |= {"source": engine.model_dir, "args": []}
+    if engine.model_dir is not None:  # the settings are for a different model
+        table |= {"source": engine.model_dir, "args": [], "tools": False}
     return table

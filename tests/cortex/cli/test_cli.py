@@ -138,13 +138,13 @@ async def test_explain(cortex: RunningCortex) -> None:
     assert result.status == 0
     head, because, _, *rows = result.out.splitlines()
     assert (
-        because
-        == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by an unknown path"
+        because == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by an unknown path"
     )
     assert head.startswith("org/large: load on beast, devices [0, 1]: beast: fits now")
     assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]
     assert rows[1].split()[:5] == ["beast", "yes", "-", "0", "1"]
     assert "needs 2 devices, has 1" in rows[2]
+    assert rows[-1].startswith("Clients cannot offer it tools: set tools = true")
     plan = (await run("explain", "small", "--json", "--url", cortex.url)).json
     assert (plan["model"], plan["decision"]["action"], plan["decision"]["evict"]) == ("org/small", "load", [])
 

@@ -33,6 +33,7 @@ def test_the_catalogues_spec_and_the_plans_devices() -> None:
         "args": ["--x"],
         "vram_mb": 14000,
     }
+    assert _command(profile(vram_mb=14000, tools=True), host("n", 24000)).tools is True
 
 
 @pytest.mark.parametrize(("min_devices", "tensor_parallel"), [(1, None), (2, 2)])

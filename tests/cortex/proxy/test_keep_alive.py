@@ -102,6 +102,7 @@ async def test_comments_and_then_the_answer(
         assert sorted(head.headers) == [
             ("cache-control", "no-cache"),
             ("content-type", "text/event-stream; charset=utf-8"),
+            *([("request-id", "mine")] if target == "/v1/messages" else []),
             ("transfer-encoding", "chunked"),
             ("x-cortex-cold-start", "true"),
             ("x-cortex-node", "benjy"),

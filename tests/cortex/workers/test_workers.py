@@ -21,7 +21,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.upstream.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
-from cortex.workers.messages import Collect, Counted, Resolved, Setup, ToWorker
+from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import bounded
@@ -191,7 +191,7 @@ async def test_port_of_another_cortex_is_not_shared(workers: Workers, tmp_path: 
 async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     """The control asks for counts before it evicts a model; the answer includes requests routed before."""
     replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
-    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="")
+    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
     sent: list[Any] = []
     control, in_flight = RemoteControl(setup, sent.append), InFlight()
 
@@ -210,3 +210,16 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     await going
     (counted,) = (message for message in sent if isinstance(message, Counted))
     assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])
+
+
+async def test_worker_hears_which_neurons_are_down() -> None:
+    """When it starts and with each change: it ends the silent streams of their engines."""
+    setup = Setup(config="{}", models=[], aliases={}, table={}, control_host="", down=["beast"])
+    control = RemoteControl(setup, [].append)
+    assert set(control.down) == {"beast"}
+
+    async def messages() -> AsyncIterator[ToWorker]:
+        yield DownChanged(["benjy"])
+
+    await worker_process.listen(messages(), Mock(), control, Mock(), asyncio.Event())
+    assert set(control.down) == {"benjy"}

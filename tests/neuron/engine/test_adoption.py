@@ -1,4 +1,4 @@
-"""A neuron that dies or is replaced, and what the next one makes of its engines. With real processes."""
+"""A neuron dies or is replaced, and the next one adopts its engines. With real processes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ async def killed(neuron: NeuronProcess) -> None:
 
 
 async def test_engine_of_a_killed_neuron_is_adopted(config: Path, mark: str) -> None:
-    """kill -9 in the middle of a stream: the stream comes to its end, the new neuron has the same process, serves its
-    endpoint and stops it with all the rest."""
+    """After kill -9 during a stream, the stream continues to its end; the new neuron adopts the process, serves its
+    endpoint and stops it with all its helpers."""
     async with neuron_process(config) as first:
         await first.load(MODEL, "--tokens-per-sec", "20", vram_mb=7000)
         before = await first.model(MODEL)
@@ -69,7 +69,7 @@ async def test_engine_of_a_killed_neuron_is_adopted(config: Path, mark: str) -> 
 
 
 async def test_stop_can_leave_engines(config: Path, mark: str) -> None:
-    """on_stop = "leave_engines": SIGTERM ends neuron at once, streams go on, and the next neuron takes over."""
+    """on_stop = "leave_engines": SIGTERM stops neuron immediately, streams continue, and the next neuron takes over."""
     leaving(config)
     async with neuron_process(config) as first:
         await first.load(MODEL, "--tokens-per-sec", "20")
@@ -84,8 +84,8 @@ async def test_stop_can_leave_engines(config: Path, mark: str) -> None:
                 assert not [each for each in marked_processes(mark) if each != second.process.pid]
 
 
-async def test_load_under_way_is_adopted(config: Path, mark: str) -> None:
-    """An engine that was still loading goes on, and is loaded when it is ready."""
+async def test_loading_engine_is_adopted(config: Path, mark: str) -> None:
+    """An engine that is still loading continues, and its model is loaded when it is ready."""
     async with neuron_process(config) as first:
         assert (await first.load(MODEL, "--load-secs", "3", wait=False)).status == 202
         pid = (await until(lambda: _with_pid(first)))["pid"]
@@ -100,8 +100,9 @@ async def _with_pid(neuron: Client) -> dict[str, Any] | None:
     return entry if entry.get("pid") else None
 
 
-async def test_a_sleeping_engine_that_is_adopted_is_owed_its_memory(config: Path, mark: str) -> None:
-    """It wakes into memory that is booked for it again, or is told that others have it, and sleeps on."""
+async def test_an_adopted_sleeping_engine_can_wake(config: Path, mark: str) -> None:
+    """Its memory is booked again when it wakes; if others have it, the wake is refused and the engine keeps
+    sleeping."""
     async with neuron_process(config) as neuron:
         assert (await neuron.load(MODEL, "--vram-mb", "15000")).status == 200
         assert (await neuron.call("POST", "/models/sleep", json={"model_id": MODEL})).status == 200
@@ -119,8 +120,8 @@ async def test_a_sleeping_engine_that_is_adopted_is_owed_its_memory(config: Path
         assert (await neuron.model(MODEL))["pid"] == pid
 
 
-async def test_engine_that_died_meanwhile_comes_back(config: Path, mark: str) -> None:
-    """Main process dead and a helper of it still there: the helper is swept, the model is loaded anew."""
+async def test_engine_that_died_meanwhile_is_restarted(config: Path, mark: str) -> None:
+    """The main process is dead and a helper still runs: the helper is killed and the model is loaded again."""
     async with neuron_process(config) as first:
         await first.load(MODEL, "--fault", "spawn-child")
         pid = (await first.model(MODEL))["pid"]
@@ -134,7 +135,7 @@ async def test_engine_that_died_meanwhile_comes_back(config: Path, mark: str) ->
 
 
 async def test_engine_that_does_not_answer_is_replaced(config: Path, mark: str) -> None:
-    """A stopped process is alive and of no use."""
+    """A process stopped by SIGSTOP is alive but does not serve."""
     async with neuron_process(config) as first:
         await first.load(MODEL)
         pid = (await first.model(MODEL))["pid"]
@@ -145,8 +146,8 @@ async def test_engine_that_does_not_answer_is_replaced(config: Path, mark: str) 
         assert pid not in marked_processes(mark)
 
 
-async def test_engine_that_was_to_stop_is_not_brought_back(config: Path, mark: str) -> None:
-    """An unload that neuron did not live to finish is finished by the next."""
+async def test_stopping_engine_is_not_restarted(config: Path, mark: str) -> None:
+    """The next neuron completes an unload that a killed neuron had started."""
     async with neuron_process(config) as first:
         await first.load(MODEL, "--fault", "ignore-sigterm")
         state = Path(config.parent / "state")
@@ -171,7 +172,7 @@ def _sleeper(command: list[str], **variables: str) -> subprocess.Popen[bytes]:
 
 
 async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: Path) -> None:
-    """A record whose pid was reused: that process lives on, and so does one of another boot."""
+    """A process that reuses the pid of a record survives, and so does one with the pid of a record of another boot."""
     sleep = shutil.which("sleep") or "sleep"
     strangers = [_sleeper([sleep, "600"]) for _ in range(2)]
     try:
@@ -208,8 +209,8 @@ async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: P
             stranger.wait()
 
 
-async def test_what_no_record_tells_of_is_swept(config: Path, mark: str) -> None:
-    """An engine whose record is lost or broken cannot be taken over: it is ended, not left to hold memory."""
+async def test_engine_without_a_record_is_killed(config: Path, mark: str) -> None:
+    """An engine whose record is lost or broken cannot be adopted, so it is killed and does not keep its memory."""
     async with neuron_process(config) as first:
         await first.load("a", "--fault", "spawn-child")
         await first.load("b")
@@ -225,7 +226,7 @@ async def test_what_no_record_tells_of_is_swept(config: Path, mark: str) -> None
 
 
 async def test_changed_host_does_not_lose_an_engine(config: Path, mark: str) -> None:
-    """An engine stays bound where it was started, and every later neuron finds it there."""
+    """An engine keeps the address that it was started with, and every later neuron finds it there."""
     async with neuron_process(config) as first:
         await first.load(MODEL)
         before, endpoint = await first.model(MODEL), (await first.endpoint(MODEL)).body
@@ -243,10 +244,10 @@ async def test_changed_host_does_not_lose_an_engine(config: Path, mark: str) -> 
 @pytest.mark.parametrize(
     ("field", "value"), [("harness", "other"), ("model_id", 5), ("tensor_parallel", "x"), ("new", 1)]
 )
-async def test_spec_that_is_not_understood_costs_one_engine(
+async def test_unreadable_spec_affects_one_engine(
     config: Path, mark: str, tmp_path: Path, field: str, value: Any
 ) -> None:
-    """Another version's, or broken: its engine is swept, the others are adopted, and neuron starts."""
+    """A spec of another version, or a broken one: its engine is killed, the others are adopted, and neuron starts."""
     async with neuron_process(config) as first:
         for model in (MODEL, "other"):
             await first.load(model)
@@ -262,8 +263,8 @@ async def test_spec_that_is_not_understood_costs_one_engine(
         assert before[MODEL] not in marked_processes(mark)
 
 
-async def test_start_that_fails_leaves_the_records(config: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs is not made a stranger by a neuron that does not come up: the one after it adopts it."""
+async def test_failed_start_keeps_the_records(config: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neuron that fails to start does not lose running engines: the next one adopts them."""
     async with neuron_process(config) as first:
         await first.load(MODEL)
         pid = (await first.model(MODEL))["pid"]
@@ -282,7 +283,7 @@ async def test_start_that_fails_leaves_the_records(config: Path, mark: str, monk
 
 
 async def test_state_directory_by_another_path(config: Path, mark: str, tmp_path: Path) -> None:
-    """A core whose server is dead is swept also when the way to the state directory is written otherwise."""
+    """A core whose server is dead is killed even if the state directory is given by another path."""
     (tmp_path / "link").symlink_to(tmp_path)
     rewritten(config, str(tmp_path / "state"), str(tmp_path / "link" / "state"))
     async with neuron_process(config) as first:
@@ -299,7 +300,7 @@ async def test_state_directory_by_another_path(config: Path, mark: str, tmp_path
 
 
 async def test_files_of_an_engine_that_died_with_its_neuron(config: Path, mark: str) -> None:
-    """Its end went unnoticed: the next neuron knows from the record what it had in /dev/shm."""
+    """The next neuron removes what the record lists in /dev/shm."""
     before = set(SHARED_MEMORY.iterdir())
     async with neuron_process(config) as first:
         await first.load(MODEL, "--fault", "leave-files")
@@ -313,8 +314,8 @@ async def test_files_of_an_engine_that_died_with_its_neuron(config: Path, mark: 
         assert not made & set(SHARED_MEMORY.iterdir())
 
 
-async def test_session_of_a_dead_leader_is_known_by_its_id_alone(mark: str, tmp_path: Path) -> None:
-    """Once its leader is gone, a session's number proves nothing: only what carries the engine's id belongs to it."""
+async def test_members_of_a_dead_leader_are_recognised_by_the_engine_id(mark: str, tmp_path: Path) -> None:
+    """Without the leader the session's id is not reliable: only processes with the engine's id are members."""
     sleep = shutil.which("sleep") or "sleep"
     script = f"{sleep} 600 & env -u NEURON_ENGINE_ID {sleep} 600 & wait"
     shell = _sleeper([shutil.which("sh") or "sh", "-c", script], NEURON_ENGINE_ID="e/1")
@@ -332,7 +333,7 @@ async def test_session_of_a_dead_leader_is_known_by_its_id_alone(mark: str, tmp_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A directory with room for 64 KiB."""
+    """A directory with 64 KiB of space."""
     path = tmp_path / "small"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(path)]
@@ -343,7 +344,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_full_disk_refuses_a_load(mark: str, tmp_path: Path, small_disk: Path) -> None:
-    """Without a record an engine would be lost if neuron died: the load fails, names the disk, and leaves nothing."""
+    """Without a record an engine would be lost if neuron died, so the load fails with an error that names the disk."""
     config = toml_config(tmp_path, "port = 0", f'state_dir = "{small_disk}"')
     async with neuron_process(config) as neuron:
         assert (await neuron.load("kept")).status == 200

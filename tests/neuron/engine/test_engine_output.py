@@ -1,4 +1,4 @@
-"""An engine's output over its whole life: follower, ring, rotation, and what the logs endpoint streams."""
+"""An engine's output: follower, line ring, rotation, and what the logs endpoint streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from neuron.api.logs import last_lines, stream_lines
 from neuron.engine import output as engine_output
 from neuron.engine.log import MAX_READ, EngineLog, LogFollower
 from neuron.engine.output import EngineOutput, LineRing
-from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.progress.progress import LoadProgress
 from tests.neuron.sim_process import until
 
@@ -51,7 +51,7 @@ def bytes_in(directory: Path) -> int:
 
 @contextlib.asynccontextmanager
 async def following(output: EngineOutput, *, pause_secs: float = 0.01) -> AsyncIterator[list[str]]:
-    """What is told while the body runs."""
+    """The lines published while the body runs."""
     told: list[str] = []
     task = asyncio.create_task(output.follow(told.extend, lambda: pause_secs))
     try:
@@ -66,7 +66,7 @@ async def following(output: EngineOutput, *, pause_secs: float = 0.01) -> AsyncI
 
 
 def test_ring_is_bounded() -> None:
-    """By lines and by characters; one long line stays, alone."""
+    """Limited by lines and by characters; one longer line is kept alone."""
     ring = LineRing(max_lines=3, max_chars=10)
     ring.extend(["a", "b", "c"])
     assert (ring.tail(2), ring.dropped) == (["b", "c"], False)
@@ -82,8 +82,8 @@ def test_ring_is_bounded() -> None:
 # --- the follower
 
 
-def test_a_bar_is_told_when_it_is_drawn(tmp_path: Path) -> None:
-    """Not when the next state ends its line, a minute later; and once."""
+def test_a_progress_bar_is_published_when_it_is_drawn(tmp_path: Path) -> None:
+    """Once, and not only when its next state ends the line a minute later."""
     path = tmp_path / "engine.log"
     follower = LogFollower(EngineLog(path))
     append(path, b"\r" + BAR.format(25, 1).encode())
@@ -97,8 +97,8 @@ def test_a_bar_is_told_when_it_is_drawn(tmp_path: Path) -> None:
     assert follower.rest() == []
 
 
-def test_an_engine_from_before_is_taken_up_at_its_end(tmp_path: Path) -> None:
-    """Of a large file only the end is read: yesterday's requests do not matter."""
+def test_output_of_an_adopted_engine_is_read_from_its_end(tmp_path: Path) -> None:
+    """Only the end of a large file is read."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 200_000)))
     follower = LogFollower(EngineLog(path))
@@ -113,7 +113,7 @@ def test_an_engine_from_before_is_taken_up_at_its_end(tmp_path: Path) -> None:
 
 
 def test_rotation_keeps_every_line(tmp_path: Path) -> None:
-    """Both for the follower and for the tail of the files; also the line that was half written then."""
+    """The follower and the tail of the files lose none, not even a line that was half written at the rotation."""
     path = tmp_path / "engine.log"
     log = EngineLog(path)
     follower = LogFollower(log)
@@ -142,8 +142,8 @@ for number in range(int(sys.argv[2])):
 
 
 async def test_rotation_under_a_writing_process(tmp_path: Path) -> None:
-    """A process appends in bursts while its file is rotated again and again: each line comes once and in
-    order, but for a few at the moments of truncation, and the files stay bounded."""
+    """A process appends in bursts while its file is rotated repeatedly: each line is read once and in order, except a
+    few at the moments of truncation, and the files stay below the limit."""
     path = tmp_path / "engine.log"
     path.touch()
     output = EngineOutput(path, max_file_bytes=200_000)
@@ -163,7 +163,8 @@ async def test_rotation_under_a_writing_process(tmp_path: Path) -> None:
 
 
 def test_rotation_on_a_full_disk_keeps_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copying fails: the last lines are kept where the truncation made room, and nothing is missed."""
+    """The copy fails: the last lines are kept in the space that the truncation frees, and the follower misses
+    nothing."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -180,8 +181,8 @@ def test_rotation_on_a_full_disk_keeps_the_end(tmp_path: Path, monkeypatch: pyte
     assert names_in(tmp_path) == ["engine.log", "engine.log.1"]
 
 
-def test_a_file_that_cannot_be_rotated_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Logged; callers are told that it failed."""
+def test_a_file_that_cannot_be_rotated_is_unchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The failure is logged and returned."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 100)))
     (tmp_path / "engine.log.1").mkdir()
@@ -195,7 +196,7 @@ def test_a_file_that_cannot_be_rotated_is_left(tmp_path: Path, caplog: pytest.Lo
 
 
 async def test_tail_comes_from_memory(tmp_path: Path) -> None:
-    """As soon as that has enough lines, or all: the disk is not read again. What was just written is in it."""
+    """If memory has enough lines, or all, the file is not read again; the newest lines are included."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     assert await output.tail(5) == []
@@ -208,7 +209,7 @@ async def test_tail_comes_from_memory(tmp_path: Path) -> None:
 
 
 async def test_tail_of_an_adopted_engine_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More lines than memory holds, some of them from before the rotation."""
+    """It returns more lines than memory holds, some from before the rotation."""
     monkeypatch.setattr(engine_output, "RING_LINES", 10)
     (tmp_path / "engine.log.1").write_bytes(encoded(numbered(0, 100)))
     path = tmp_path / "engine.log"
@@ -220,8 +221,8 @@ async def test_tail_of_an_adopted_engine_reads_the_files(tmp_path: Path, monkeyp
     assert await output.tail(50) == numbered(150, 200)
 
 
-async def test_an_unreadable_file_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The last lines are still there, and so is the follower."""
+async def test_an_unreadable_file_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The lines in memory stay available and the follower continues."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 5)))
     output = EngineOutput(path)
@@ -233,8 +234,8 @@ async def test_an_unreadable_file_is_said_once(tmp_path: Path, caplog: pytest.Lo
     assert caplog.text.count("cannot be read") == 1
 
 
-async def test_an_asker_that_leaves_takes_no_lines_with_it(tmp_path: Path) -> None:
-    """The read goes on without it."""
+async def test_a_cancelled_caller_loses_no_lines(tmp_path: Path) -> None:
+    """The read continues."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 1000)))
     output = EngineOutput(path)
@@ -250,8 +251,8 @@ async def test_an_asker_that_leaves_takes_no_lines_with_it(tmp_path: Path) -> No
     assert await output.tail(1001) == [*numbered(0, 1000), "last"]
 
 
-async def test_the_last_words_are_kept(tmp_path: Path) -> None:
-    """Also those without an end of line; `follow` ends by itself."""
+async def test_the_last_output_is_kept(tmp_path: Path) -> None:
+    """Even a last line without a line end; `follow` ends by itself."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     told: list[str] = []
@@ -264,11 +265,11 @@ async def test_the_last_words_are_kept(tmp_path: Path) -> None:
 
 
 async def test_a_simulated_engine_passes_all_phases(tmp_path: Path) -> None:
-    """From the process's file to progress: a download when asked for, and every phase in its order."""
+    """From the log file to the progress: every phase in order, with a download if configured."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     loop = asyncio.get_running_loop()
-    progress = LoadProgress(Reading(), started=loop.time())
+    progress = LoadProgress(VllmLoadReading(), started=loop.time())
     phases: list[str] = []
     up = asyncio.Event()
 
@@ -324,7 +325,8 @@ async def read_events(response: aiohttp.ClientResponse, count: int) -> list[str]
 
 @pytest.mark.parametrize("ends", ["engine", "neuron"])
 async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
-    """The last lines, then each new one, also without another follower; the end of either ends the answer."""
+    """The last lines, then each new one, even without another follower. The response ends with the engine or the
+    client."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 10)))
     output, closing = EngineOutput(path), asyncio.Event()
@@ -347,7 +349,7 @@ async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
 
 
 async def test_logs_without_an_engine(tmp_path: Path) -> None:
-    """No lines, and a stream that ends at once."""
+    """No lines, and a stream that ends immediately."""
     async with serving_logs(None, asyncio.Event()) as session:
         async with session.get("/logs?tail=2") as answer:
             assert await answer.json() == {"id": "m", "lines": []}

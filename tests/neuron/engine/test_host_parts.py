@@ -1,4 +1,4 @@
-"""The smaller parts: log files, ports, devices, the state directory, engines' own figures."""
+"""Log files, ports, the memory of processes, and the state directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.errors import Unavailable
 
 
 def test_tail_is_bounded(tmp_path: Path) -> None:
-    """By lines and by bytes; the piece of a line that the bytes begin with is left out."""
+    """Limited by lines and bytes; an incomplete first line is dropped."""
     path = tmp_path / "engine.log"
     path.write_text("".join(f"line {number:04}\n" for number in range(1000)))
     log = EngineLog(path)
@@ -29,7 +29,7 @@ def test_tail_is_bounded(tmp_path: Path) -> None:
 
 
 def test_follower_gives_each_line_once(tmp_path: Path) -> None:
-    """Half a line waits for its other half; progress bars count as lines; bytes that are no text do no harm."""
+    """Incomplete lines wait for their rest, progress bars count as lines, invalid UTF-8 is replaced."""
     path = tmp_path / "engine.log"
     follower = LogFollower(EngineLog(path))
     assert follower.new_lines() == []
@@ -43,7 +43,7 @@ def test_follower_gives_each_line_once(tmp_path: Path) -> None:
 
 
 def test_log_is_trimmed_while_it_is_written_to(tmp_path: Path) -> None:
-    """Only its end is kept, and the writer goes on after it."""
+    """Only its end is kept, and the writer continues after it."""
     path = tmp_path / "engine.log"
     with path.open("ab", buffering=0) as writer:
         writer.write(b"".join(b"line %06d\n" % number for number in range(100_000)))
@@ -75,16 +75,17 @@ def test_ports_in_use_are_skipped() -> None:
     assert pool.reserve((taken, taken)) == taken
 
 
-def test_port_given_back_is_the_last_to_be_taken_again() -> None:
-    """A caller that still has its address is not sent to another model's engine."""
+def test_released_port_is_reused_last() -> None:
+    """A caller that still has its address does not reach another model's engine."""
     pool = PortPool("127.0.0.1")
     first = pool.reserve((28000, 28009))
     pool.release(first)
     assert pool.reserve((28000, 28009)) != first
 
 
-def test_port_that_only_lingers_is_better_than_none() -> None:
-    """An engine that ended first leaves its port in TIME_WAIT for a minute: the next one can listen there."""
+def test_lingering_port_is_used_if_no_other_is_free() -> None:
+    """An engine that closed its connections leaves its port in TIME_WAIT for a minute; the next one can listen
+    there."""
     with socket.create_server(("127.0.0.1", 0)) as engine:
         port = engine.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -102,7 +103,7 @@ def test_port_that_only_lingers_is_better_than_none() -> None:
 
 
 def test_memory_of_processes() -> None:
-    """Summed over devices; None when no device knows any of them, which is not the same as nothing."""
+    """The sum over devices; None, which does not mean 0, when no device lists any of them."""
     usage = {0: {7: 100, 8: 5}, 1: {7: 50}}
     assert memory_of({7}, usage) == 150
     assert memory_of({9}, usage) is None
@@ -112,8 +113,7 @@ def test_memory_of_processes() -> None:
 
 
 def test_state_directory(tmp_path: Path) -> None:
-    """This user's alone, held by one at a time, cleared of what a dead neuron left but for what is kept, removed when
-    wanted."""
+    """It is private, locked by one neuron, cleared except what is kept, and removed if configured."""
     path = tmp_path / "state"
     for number in ("1", "2", "10"):
         (path / "engines" / number).mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_state_directory(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o700
         left = state.found()
         assert [(each.directory.path.name, each.record) for each in left] == [("1", None), ("2", None), ("10", None)]
-        state.clear_but([left[1].directory])
+        state.clear_except([left[1].directory])
         assert [entry.name for entry in (path / "engines").iterdir()] == ["2"]
         directory = state.new_engine(1)
         directory.log.write_text("x")
@@ -132,8 +132,8 @@ def test_state_directory(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_state_directory_that_is_not_ours(tmp_path: Path) -> None:
-    """A link, a file, another user's directory: refused, since its directory is world-writable."""
+def test_unsafe_state_directory_is_refused(tmp_path: Path) -> None:
+    """A link, a file, another user's directory: its parent may be world-writable."""
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):
@@ -147,7 +147,7 @@ def test_state_directory_that_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_temporary_directory_is_short_enough(tmp_path: Path) -> None:
-    """A socket that vLLM names by a UUID fits below TMPDIR however long the state directory's path is."""
+    """A socket named by a UUID fits into TMPDIR, however long the state directory's path is."""
     with StateDir(tmp_path / ("x" * 90)).held(remove_after=True) as state:
         directory = state.new_engine(1)
         with socket.socket(socket.AF_UNIX) as sock:

@@ -1,4 +1,4 @@
-"""When an engine counts as ready, and how soon that is noticed."""
+"""When an engine counts as ready, and how quickly that is detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neuron.engine.readiness import until_ready
 
 
 class Health:
-    """An engine's health, and when it was asked for."""
+    """An engine's health, and the times of the health checks."""
 
     def __init__(self) -> None:
         self.up = False
@@ -33,7 +33,7 @@ async def owned() -> bool:
 
 
 async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pauses of a minute: the hint alone makes it ask, and again soon when that was a moment too early."""
+    """With pauses of a minute, the hint triggers a check, and soon another if the first came too early."""
     monkeypatch.setattr(readiness, "FIRST_PAUSE_SECS", 60.0)
     health, hint = Health(), asyncio.Event()
     app = web.Application()
@@ -55,8 +55,8 @@ async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     assert health.questions >= 3
 
 
-async def test_a_hint_proves_nothing() -> None:
-    """An engine that says it is up and does not answer is not ready; it is not asked without pause either."""
+async def test_a_hint_alone_is_not_enough() -> None:
+    """An engine that logs that it is up but does not answer is not ready, and is still checked with pauses."""
     health, hint = Health(), asyncio.Event()
     hint.set()
     app = web.Application()

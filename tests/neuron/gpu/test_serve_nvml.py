@@ -92,7 +92,7 @@ async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path)
         third = await neuron.call("POST", "/models/load", json={"model_id": "third", "harness": "vllm"})
         (device,) = (await neuron.call("GET", "/health")).body["devices"]
     assert (third.status, third.error["code"]) == (409, "insufficient_vram")
-    assert "11000 booked by 'first', 11000 booked by 'second', 512 held by" in third.error["message"]
+    assert "11000 booked for 'first', 11000 booked for 'second', 512 used by" in third.error["message"]
     assert (device["vram_booked_mb"], device["vram_foreign_mb"]) == (22_000, 512)
     assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - DEVICE_MARGIN_MB
 
