@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 BACKLOG = 1024
+MAX_LINE_BYTES = 131072
+"""Of a request line, or of a header. Clients of cortex may send 64 KiB of head, which cortex adds to."""
+MAX_HEADERS = 512
 HANGUP_CHECK_SECS = 1.0
 GC_THRESHOLD = 10_000
 """Allocations minus deallocations of container objects that start a collection of the youngest generation."""
@@ -184,7 +187,14 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
         for site in sites:
             site.app[CLOSING] = closing
             runner = web.AppRunner(
-                site.app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None
+                site.app,
+                handler_cancellation=True,
+                shutdown_timeout=shutdown_timeout,
+                access_log=None,
+                # aiohttp answers longer ones itself, without the error envelope.
+                max_line_size=MAX_LINE_BYTES,
+                max_field_size=MAX_LINE_BYTES,
+                max_headers=MAX_HEADERS,
             )
             runners.append(runner)
             await runner.setup()

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.raw_engine import RawEngine, Received, answering, closing, echo_number, plain, stream_head
 from tests.cortex.raw_http import (
     Answer,
@@ -31,26 +29,6 @@ BODY = b'{"model":"org/small"}'
 EVENTS = b"data: 1\n\ndata: [DONE]\n\n"
 MODELS = request(method="GET", target="/v1/models")
 HEALTH = request(method="GET", target="/health")
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 def hot(number: int, *lines: str, target: str = "/v1/completions", version: str = "HTTP/1.1") -> bytes:
