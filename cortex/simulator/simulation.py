@@ -155,7 +155,7 @@ class Simulation:
             fleet=self.fleet,
             live=live,
             clients=self.neurons,
-            watches=self.neurons,
+            pollers=self.neurons,
             counts=self._totals,
             metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
             settle_routes=self._worker.refresh,
@@ -233,16 +233,16 @@ class Simulation:
     async def _wait(self, request: SimulatedRequest) -> None:
         """A cold request: waits for its model, as the resolver does."""
         request.cold = True
-        self._demand.arrived(request.model)
+        self._demand.record_request(request.model)
         until = request.at + self._timeout_secs
         try:
             with self._queue.ticket(request.model, self._scheduler.retry_after) as ticket:
-                self._scheduler.want(request.model)
+                self._scheduler.ensure_scheduled(request.model)
                 while True:
-                    await ticket.news(within_secs=until - self._loop.time())
+                    await ticket.wait(within_secs=until - self._loop.time())
                     if self._serve(request):
                         return
-                    self._scheduler.want(request.model)
+                    self._scheduler.ensure_scheduled(request.model)
         except (ServiceError, asyncio.TimeoutError):
             self._finish(request)
         except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting

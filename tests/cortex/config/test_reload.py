@@ -444,7 +444,7 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
     single.edit_config(lambda data: data.update(gateway=gateway, state_dir="elsewhere", cold_load={"timeout_secs": 7}))
     assert await single.reload() == "cold_load.timeout_secs 1800 -> 7"
     await single.reload()
-    warnings = re.findall(r"WARNING .*configuration: (.*) needs a restart", single.log)
+    warnings = re.findall(r"WARNING .*configuration: (.*) takes effect after a restart", single.log)
     assert warnings == 2 * [
         "gateway.listen 127.0.0.1:31313 -> 127.0.0.1:1",
         "gateway.workers 1 -> 3",
@@ -465,7 +465,7 @@ async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: V1Neu
         benjy.silent = True
         cortex.edit_config(lambda data: data["poll"].update(timeout_secs=0.1))
         await cortex.reload()
-        await until(lambda: "neuron benjy is unhealthy after 1 misses" in cortex.log)
+        await until(lambda: "neuron benjy is unhealthy after 1 failed polls" in cortex.log)
 
 
 async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron) -> None:
@@ -477,12 +477,12 @@ async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: V1Neuron, beast: V
         assert (await cortex.ask("org/small")).get("x-cortex-node") == "beast"
         cortex.set_neurons(beast)
         await cortex.reload()
-        await until(lambda: "drained, and no neuron of the configuration" in cortex.log)
+        await until(lambda: "drained neurons that are not in the configuration" in cortex.log)
         cortex.set_neurons(beast, benjy)
         await cortex.reload()
         assert [node["draining"] for node in (await cortex.get("/fleet"))["nodes"]] == [False, True]
     async with running(tmp_path, [beast], [SMALL]) as cortex:
-        assert "(`cortex resume` forgets it): benjy" in cortex.log
+        assert "(`cortex resume NODE` drops one): benjy" in cortex.log
         assert await cortex.post("/fleet/nodes/benjy/resume") == {"node": "benjy", "draining": False}
         assert "error" in await cortex.post("/fleet/nodes/benjy/resume")
         assert "error" in await cortex.post("/fleet/nodes/benjy/drain")

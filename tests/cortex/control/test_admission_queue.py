@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
 
     async def wait() -> None:
         with queue.ticket("m") as seat:
-            await seat.news(within_secs=60)
+            await seat.wait(within_secs=60)
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
@@ -124,21 +124,21 @@ async def test_news_wake_all_who_wait_for_the_model() -> None:
     """And no others."""
     queue = _queue()
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
-        queue.news("m")
-        await one.news(within_secs=1)
-        await two.news(within_secs=1)
+        queue.notify("m")
+        await one.wait(within_secs=1)
+        await two.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await other.news(within_secs=0.01)
+            await other.wait(within_secs=0.01)
 
 
 async def test_what_was_told_while_nobody_listened_is_kept() -> None:
     """Once: it is news no more when it has been heard."""
     queue = _queue()
     with queue.ticket("m") as seat:
-        queue.news("m")
-        await seat.news(within_secs=1)
+        queue.notify("m")
+        await seat.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await seat.news(within_secs=0.01)
+            await seat.wait(within_secs=0.01)
 
 
 async def test_a_refusal_reaches_all_who_wait() -> None:
@@ -147,20 +147,20 @@ async def test_a_refusal_reaches_all_who_wait() -> None:
 
     async def hears(seat: Ticket) -> str | None:
         try:
-            await seat.news(within_secs=1)
+            await seat.wait(within_secs=1)
         except Unavailable as error:
             return error.code
         return None
 
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
-        queue.news("x")
+        queue.notify("x")
         assert await asyncio.gather(*(map(hears, (one, two, other)))) == ["cold_load_failed", "cold_load_failed", None]
 
 
 def test_news_for_a_model_that_nobody_waits_for() -> None:
     """Nothing happens."""
     queue = _queue()
-    queue.news("m")
+    queue.notify("m")
     queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
     assert queue.waiting() == {}

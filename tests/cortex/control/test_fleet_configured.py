@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.state import Fleet, NodeRemoved
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 
@@ -22,7 +22,7 @@ def configure(fleet: Fleet, *names: str, drained: tuple[str, ...] = (), **endpoi
 
 def poll(fleet: Fleet, name: str, *models: str) -> None:
     views = [ModelView(id=model, status="loaded") for model in models]
-    fleet.observe(name, started=float("inf"), health=NeuronHealth(), models=views, discovery=Discovery())
+    fleet.record_poll(name, started=float("inf"), health=NeuronHealth(), models=views, discovery=Discovery())
 
 
 def test_those_that_stay_are_the_same_objects() -> None:
@@ -58,9 +58,9 @@ def test_what_is_heard_of_one_that_left_is_passed_over() -> None:
     configure(fleet)
     version = fleet.version
     poll(fleet, "a", "m")
-    fleet.miss("a", "gone")
-    fleet.tell("a", ModelView(id="m", status="loaded"))
-    fleet.forget("a", "m")
+    fleet.record_miss("a", "gone")
+    fleet.update_model("a", ModelView(id="m", status="loaded"))
+    fleet.remove_model("a", "m")
     fleet.loaded("a", "m", harness=None, devices=[])
     assert fleet.version == version
     assert not fleet.snapshot().nodes
@@ -74,7 +74,7 @@ async def test_who_waits_for_one_that_left_is_woken() -> None:
     change = asyncio.create_task(fleet.changed_since(fleet.version))
     await asyncio.sleep(0)
     configure(fleet, "b")
-    with pytest.raises(NodeLeft):
+    with pytest.raises(NodeRemoved):
         await left
     await change
     assert not stays.done()
@@ -96,7 +96,7 @@ def test_one_that_moves_is_the_same_until_it_says_otherwise() -> None:
     """At another endpoint it serves on; its misses were the old one's."""
     fleet = fleet_of("a")
     poll(fleet, "a", "m")
-    fleet.miss("a", "old address")
+    fleet.record_miss("a", "old address")
     configure(fleet, "a", a="http://elsewhere")
     node = fleet.snapshot().nodes["a"]
     assert (node.endpoint, node.healthy, node.misses, node.last_error) == ("http://elsewhere", True, 0, None)

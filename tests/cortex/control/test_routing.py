@@ -35,7 +35,10 @@ def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] =
         (fleet(a("loaded"), b("loaded")), Serve(("a", "b"))),
         (fleet(a("loaded", draining=True), b("loaded")), Serve(("b",))),
         (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # no other neuron has it
-        (fleet(a("loaded"), b("loaded"), leaving=(("m", "a"),)), Serve(("b",))),  # a leaving model gets no new requests
+        (
+            fleet(a("loaded"), b("loaded"), evicting=(("m", "a"),)),
+            Serve(("b",)),
+        ),  # no requests during eviction
         (fleet(a("loading"), b()), Await("a")),
         (fleet(a("reloading"), b()), Await("a")),
         (fleet(a("recovering"), b("loaded")), Serve(("b",))),
@@ -55,7 +58,7 @@ def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None
         fleet(a("loaded", healthy=False), b()),
         fleet(a("loading", healthy=False), b()),
         fleet(a("what is this"), b()),
-        fleet(a("loaded"), b(), leaving=(("m", "a"),)),
+        fleet(a("loaded"), b(), evicting=(("m", "a"),)),
         fleet(a(), b()),
         fleet(),
     ],
@@ -70,7 +73,7 @@ def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnaps
     [
         (fleet(a("unloaded", model="own"), b()), True),
         (fleet(a("sleeping", model="own"), b()), True),
-        (fleet(a("loaded", model="own"), b(), leaving=(("own", "a"),)), True),
+        (fleet(a("loaded", model="own"), b(), evicting=(("own", "a"),)), True),
         (fleet(a("unloaded", model="own", healthy=False), b()), False),
         (fleet(a("failed", model="own"), b()), False),
     ],

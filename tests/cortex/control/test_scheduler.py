@@ -34,11 +34,11 @@ async def test_two_who_come_at_the_same_moment_cause_one_load_each(
     beast.load_gate.clear()
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])
     parts = cortex.parts
-    want, retry_after = parts.scheduler.want, parts.scheduler.retry_after
+    ensure_scheduled, retry_after = parts.scheduler.ensure_scheduled, parts.scheduler.retry_after
     with parts.queue.ticket("org/low", retry_after):
-        want("org/low")
+        ensure_scheduled("org/low")
         with parts.queue.ticket("org/high", retry_after):
-            want("org/high")
+            ensure_scheduled("org/high")
             jobs = [(job.model_id, job.node) for job in parts.loader.jobs()]
     assert jobs == [("org/low", "benjy"), ("org/high", "beast")]
 
@@ -99,7 +99,7 @@ async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: Start
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
         await bounded(_until(lambda: cortex.parts.scheduler.view().backoff("org/high", "benjy") is not None))
-        assert not cortex.parts.fleet.snapshot().leaving
+        assert not cortex.parts.fleet.snapshot().evicting
         assert "org/busy" not in benjy.unloads
         busy.cancel()
         waiting.cancel()
@@ -116,7 +116,7 @@ async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_c
         busy = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
-        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().leaving))
+        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().evicting))
         if end == "it goes down":
             benjy.silent = True
         else:
@@ -172,13 +172,13 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         first.scripts["/models/load?wait=false"] = second.scripts["/models/load?wait=false"] = take
         first.change("org/low", "failed", error="long ago")
         cortex = await start_cortex([first, second], [LOW], poll={"interval_secs": 30})
-        watch = cortex.parts.watches["first"]
+        watch = cortex.parts.pollers["first"]
         await bounded(first.streaming.wait())
         while first.asked[-2:] != ["/health", "/health"]:  # while events arrive, the models are not requested
             await watch.poll()
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(taken.wait())
-        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().coming("org/low") is not None), secs=2)
+        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().loading_on("org/low") is not None), secs=2)
         for _ in range(2):
             await watch.refresh()
         assert [job.node for job in cortex.parts.loader.jobs()] == ["first"]
@@ -208,7 +208,7 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         assert view().backoff("org/low", "raw") is not None
         neuron.change("org/low", "loading")
         await neuron.tell("model", neuron.models["org/low"])
-        await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
+        await bounded(cortex.until(lambda: view().fleet.loading_on("org/low") is not None))
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(_until(lambda: cortex.parts.queue.count("org/low") == 1))
         neuron.change("org/low", "loaded")
@@ -264,7 +264,7 @@ async def test_an_idle_model_that_does_not_go_is_left_alone(
         polls = benjy.calls.count("/health")
         await bounded(_until(lambda: benjy.calls.count("/health") > polls + 5))
         assert benjy.unloads == ["org/low"]
-        assert not cortex.parts.fleet.snapshot().leaving
+        assert not cortex.parts.fleet.snapshot().evicting
 
 
 async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
@@ -308,7 +308,7 @@ async def test_nothing_is_planned_while_nobody_waits(
         for _ in range(3):
             cortex.parts.scheduler.routes_changed(["org/low"])
             await asyncio.sleep(0)
-        cortex.parts.scheduler.look()
+        cortex.parts.scheduler.schedule()
     assert await bounded(_status(cortex.chat("org/low"))) == 200
 
 

@@ -161,12 +161,12 @@ async def test_what_is_waited_for_decides_when_it_comes_first() -> None:
     assert await stopping.unless_begun(asyncio.sleep(0, "result")) == "result"
     with pytest.raises(ValueError, match="its own"):
         await stopping.unless_begun(fails())
-    leaving = asyncio.create_task(stopping.unless_begun(forever("left")))
+    evicting = asyncio.create_task(stopping.unless_begun(forever("left")))
     staying = asyncio.create_task(stopping.unless_begun(forever("stayed")))
     await asyncio.sleep(0.01)
-    leaving.cancel()
-    await asyncio.wait([leaving])
-    assert leaving.cancelled()
+    evicting.cancel()
+    await asyncio.wait([evicting])
+    assert evicting.cancelled()
     stopping.begin()
     with pytest.raises(Unavailable, match="cortex is stopping"):
         await staying

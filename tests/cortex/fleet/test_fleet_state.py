@@ -55,7 +55,7 @@ async def test_model_that_is_no_longer_listed_is_gone(start_cortex: StartCortex,
 
 def observed(fleet: Fleet, *, started: float, **models: str) -> None:
     views = [ModelView(id=model_id, status=status) for model_id, status in models.items()]
-    fleet.observe("n", started=started, health=NeuronHealth(), models=views, discovery=Discovery())
+    fleet.record_poll("n", started=started, health=NeuronHealth(), models=views, discovery=Discovery())
 
 
 def test_an_old_poll_does_not_undo_newer_word() -> None:
@@ -76,7 +76,7 @@ def test_an_old_poll_does_not_bring_back_what_was_removed() -> None:
     """The other direction of the same race."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: 10.0)
     observed(fleet, started=1, m="loaded")
-    fleet.forget("n", "m")
+    fleet.remove_model("n", "m")
     observed(fleet, started=9, m="loaded")
     assert not fleet.snapshot().nodes["n"].models
 
@@ -86,6 +86,6 @@ def test_snapshots_do_not_change() -> None:
     fleet = Fleet([("n", "http://n")], unhealthy_after=1)
     observed(fleet, started=1, m="loaded")
     before = fleet.snapshot()
-    fleet.miss("n", "gone")
+    fleet.record_miss("n", "gone")
     assert before.nodes["n"].healthy
     assert not fleet.snapshot().nodes["n"].healthy

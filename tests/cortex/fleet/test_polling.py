@@ -110,7 +110,7 @@ async def test_who_wants_to_know_now_is_told_of_the_models_too(neuron: RawNeuron
     cortex = await start_cortex([neuron], [], poll={"interval_secs": 30})
     await in_step(neuron, polls=0)
     neuron.change(MODEL, "recovering")
-    await asyncio.gather(*(cortex.parts.watches["raw"].refresh() for _ in range(3)))
+    await asyncio.gather(*(cortex.parts.pollers["raw"].refresh() for _ in range(3)))
     assert status(cortex) == "recovering"
 
 
@@ -203,8 +203,8 @@ async def huge(wire: Wire, received: Received) -> None:
         pytest.param(huge, "larger than 1 MiB", id="huge"),
         pytest.param(answering(plain(b"<html>")), "not JSON", id="not-json"),
         pytest.param(answering(plain(b"[" * 200_000)), "not JSON", id="deep"),
-        pytest.param(answering(plain(b"[]")), "/health is not the protocol's", id="not-the-protocol"),
-        pytest.param(answering(plain(b"")), "/health is not the protocol's", id="empty"),
+        pytest.param(answering(plain(b"[]")), "invalid answer of /health", id="not-the-protocol"),
+        pytest.param(answering(plain(b"")), "invalid answer of /health", id="empty"),
         pytest.param(answering(plain(b"", "Location: /elsewhere", status="307 X")), "not followed", id="redirect"),
         pytest.param(answering(plain(b'{"error": "tired"}', status="503 X")), "tired", id="refused"),
         pytest.param(closing(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "closed", id="cut"),
@@ -291,8 +291,8 @@ async def test_a_hundred_broken_connections_leave_nothing(neuron: RawNeuron, sta
 @pytest.mark.parametrize("count", [1, 10, 100, 1000])
 def test_polls_are_spread_evenly(count: int) -> None:
     """The longest time without a poll is a small multiple of the mean, whatever the number of neurons."""
-    moments = sorted(poller.moment(position, 2.0) for position in range(count))
+    moments = sorted(poller.poll_offset(position, 2.0) for position in range(count))
     gaps = [later - earlier for earlier, later in zip(moments, [*moments[1:], moments[0] + 2.0], strict=True)]
-    assert max(gaps) <= 3 * 2.0 / count + 2.0 / poller.MOMENTS
+    assert max(gaps) <= 3 * 2.0 / count + 2.0 / poller.POLL_SLOTS
     most = max(moments.count(each) for each in moments)
-    assert most <= 2 * count / poller.MOMENTS + 1
+    assert most <= 2 * count / poller.POLL_SLOTS + 1

@@ -92,7 +92,7 @@ async def test_a_bad_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "state.json").write_bytes(data)
     state = StateFile(tmp_path)
     assert (set(state.drained), dict(state.load_secs)) == (set(), {})
-    assert f"{tmp_path}/state.json cannot be used and is now state.json.bad" in caplog.text
+    assert f"{tmp_path}/state.json is invalid and was renamed to state.json.bad" in caplog.text
     state.set_drained("beast", True)
     await state.close()
     assert (tmp_path / "state.json.bad").read_bytes() == data
@@ -116,7 +116,7 @@ async def test_an_unwritable_place_is_warned_of_once(tmp_path: Path, caplog: pyt
         await state.flush()
     assert state.problem is not None
     assert "Not a directory" in state.problem
-    assert caplog.text.count("is lost with this process") == 1
+    assert caplog.text.count("are lost when this process ends") == 1
     place.unlink()
     await state.flush()
     assert state.problem is None

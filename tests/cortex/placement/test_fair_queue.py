@@ -30,7 +30,7 @@ class Box:
     now: float = 0.0
     loaded: str | None = None
     loading: str | None = None
-    leaving: str | None = None
+    evicting: str | None = None
     waiting: dict[str, WaitingRequests] = field(default_factory=dict)
     working: int = 0
     loaded_at: float = 0.0
@@ -43,12 +43,12 @@ class Box:
     def view(self) -> PlanningView:
         there = {name: On(20000) for name in (self.loaded,) if name}
         reserved = (Reservation(self.loading, "box", (0,), 20000),) if self.loading else ()
-        gone = ((self.leaving, "box"),) if self.leaving else ()
+        gone = ((self.evicting, "box"),) if self.evicting else ()
         uses = {(self.loaded, "box"): ReplicaUsage(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
         return PlanningView(
             now=self.now,
             catalogue=Catalogue(models=self.models),
-            fleet=fleet(host("box", 24000, models=there), reservations=reserved, leaving=gone),
+            fleet=fleet(host("box", 24000, models=there), reservations=reserved, evicting=gone),
             rules=self.rules,
             usages=uses,
             waiting=dict(self.waiting),
@@ -56,12 +56,12 @@ class Box:
 
     def state(self) -> tuple[str | None, str | None, str | None]:
         """The loaded model, the loading one and the leaving one."""
-        return self.loaded, self.loading, self.leaving
+        return self.loaded, self.loading, self.evicting
 
     def ask(self, *models: str) -> None:
         """One request for each, in this order."""
         for name in models:
-            if self.loaded == name and self.leaving != name:
+            if self.loaded == name and self.evicting != name:
                 self.served.append(name)
                 self.last_used = self.now
             else:
@@ -88,14 +88,14 @@ class Box:
     def _begin(self, plan: LoadPlan) -> None:
         assert self.loading is None, "two loads at once into one place"
         self.loading = plan.model_id
-        self.leaving = next(iter(evicted(plan)), None)
+        self.evicting = next(iter(evicted(plan)), None)
         self.ready_at = self.now + self.load_secs
 
     def _settle(self) -> None:
-        if self.leaving and not self.working:
-            self.loaded = self.leaving = None
+        if self.evicting and not self.working:
+            self.loaded = self.evicting = None
             self.ready_at = self.now + self.load_secs
-        if self.loading and not self.leaving and self.now >= self.ready_at:
+        if self.loading and not self.evicting and self.now >= self.ready_at:
             self.loaded, self.loading, self.loaded_at = self.loading, None, self.now
             self.loads.append((self.now, self.loaded))
             done = self.waiting.pop(self.loaded, WaitingRequests(0, self.now))
@@ -173,7 +173,7 @@ def test_nobody_starves_among_busy_peers() -> None:
     box = Box((A, B, C), load_secs=5)
     for _ in range(1200):
         box.ask(*"abc")
-        box.working = 1 if box.loaded and not box.leaving else 0  # drained within a quarter of a second
+        box.working = 1 if box.loaded and not box.evicting else 0  # drained within a quarter of a second
         box.pass_time(0.25)
     names = [name for _, name in box.loads]
     assert names[:9] == list("abcabcabc")

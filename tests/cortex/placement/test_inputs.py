@@ -33,7 +33,7 @@ def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: in
     [
         (fleet(HERE), True),
         (fleet(host("a", 24000, models={"own": On(500, status="sleeping")})), True),
-        (fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),)), True),  # reloadable later
+        (fleet(host("a", 24000, models={"own": On(9000)}), evicting=(("own", "a"),)), True),  # reloadable later
         (fleet(host("a", 24000, models={"own": On(9000, status="failed")})), False),
         (fleet(host("a", 24000, models={"own": On(9000, status="what?")})), False),
         (fleet(host("a", 24000)), False),
@@ -46,7 +46,7 @@ def test_models_of_no_catalogue_that_can_be_loaded(where: FleetSnapshot, known: 
 
 def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
     """Even when only its neuron knows it."""
-    where = fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),))
+    where = fleet(host("a", 24000, models={"own": On(9000)}), evicting=(("own", "a"),))
     moment = view(where)
     own = moment.profile("own")
     assert own is not None

@@ -312,7 +312,7 @@ def test_a_model_of_unknown_size_asks_a_neuron_that_books() -> None:
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (Fit.NOW, set())
 
 
-def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
+def test_a_model_of_unknown_size_takes_a_whole_card_of_a_protocol_v1_neuron() -> None:
     """An engine that finds too little memory there fails late and does not report its need: the idle model is
     evicted."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, protocol_v1=True))
@@ -359,14 +359,14 @@ def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
 
 def test_what_is_leaving_is_waited_for() -> None:
     """Its memory is already promised, or about to be freed."""
-    where = fleet(host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    where = fleet(host("n", 24000, models={"x": On(20000)}), evicting=(("x", "n"),))
     found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.temporary) == (None, True)
 
 
 def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
     """Waiting for a model to leave is better than trying a load that may not fit."""
-    where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), evicting=(("x", "n"),))
     assert planned(view(where, profile(vram_mb=14000))) is None
 
 
@@ -427,7 +427,7 @@ def test_every_node_says_why() -> None:
     found = all_verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
         "a": "fits after evicting x",
-        "b": "already has it",
+        "b": "already serves it",
         "c": "fits after evicting z",
         "d": "needs 14000 MiB on each device, 2000 MiB more than available; trying anyway",
     }

@@ -378,7 +378,7 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting=WAITING, poll={"interval_secs": 3600})
     progress = Progress(phase="a\r\ndata: x\n\n", fraction=0.404, remaining_secs=34.2)
     async with waiting(cortex.url) as client:
-        cortex.parts.fleet.tell("benjy", ModelView(id=MODEL, status="loading", progress=progress))
+        cortex.parts.fleet.update_model("benjy", ModelView(id=MODEL, status="loading", progress=progress))
         while (told := await chunk(client)) == b": loading org/small on benjy for 0 s\n\n":
             pass
         assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n\n"
