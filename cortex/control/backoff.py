@@ -47,8 +47,8 @@ class Backoffs:
         self._clock = clock
         self._failures: dict[Key, _Failure] = {}
 
-    def failed(self, model_id: str, node: str, cause: Cause, reason: str) -> None:
-        """Notes a failed load."""
+    def failed(self, model_id: str, node: str, cause: Cause, reason: str, *, permanent: bool = False) -> None:
+        """Notes a failed load. `permanent`: another one there would fail too."""
         key = model_id, node
         if cause is Cause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = Cause.MODEL
@@ -61,7 +61,7 @@ class Backoffs:
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = Cause.NODE if cause is Cause.TEMPORARY else cause
-        self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
+        self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
     def succeeded(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""

@@ -15,7 +15,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.backoff import Backoffs, Cause
 from cortex.control.demand import SAMPLE_SECS, Demand
-from cortex.control.load_failure import LoadFailure, cause_of
+from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -275,7 +275,7 @@ class Scheduler:
                 self._needs_mb[job.model_id] = failure.needed_mb
             if self._planned_anew(job):  # another load was faster, as the present figures show
                 cause = Cause.TEMPORARY
-        self._backoffs.failed(job.model_id, job.node, cause, str(failure))
+        self._backoffs.failed(job.model_id, job.node, cause, str(failure), permanent=failure.permanent)
 
     def _planned_anew(self, job: LoadJob) -> bool:
         """Whether the planner would now do something else on that node than what the neuron refused."""
@@ -304,7 +304,7 @@ class Scheduler:
                 self._backoffs.succeeded(model_id, node.name)
             elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
-                self._backoffs.failed(model_id, node.name, cause_of(view), reason)
+                self._backoffs.failed(model_id, node.name, cause_of(view), reason, permanent=is_permanent(view))
 
     def _await_others(self, model_id: str, node: str) -> None:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):

@@ -62,7 +62,7 @@ _STATUS = {
 @dataclass(frozen=True)
 class Condition:
     """A state and its details. `since` is Unix time; `error` is why the engine failed, `cause` whose fault that is,
-    `retry_at` (Unix time) when it is restarted."""
+    `permanent` whether it would fail again, `retry_at` (Unix time) when it is restarted."""
 
     state: State
     since: float
@@ -71,6 +71,7 @@ class Condition:
     error: str | None = None
     cause: FailureCause | None = None
     retry_at: float | None = None
+    permanent: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ class ModelState:
         error: str | None = None,
         cause: FailureCause | None = None,
         retry_at: float | None = None,
+        permanent: bool = False,
     ) -> None:
         now = time.time()
         if state is not self.state:
             log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
             self.transitions.append(Transition(state=state.value, at=now, reason=reason))
-        self.condition = Condition(state, now, reason, progress, error, cause, retry_at)
+        self.condition = Condition(state, now, reason, progress, error, cause, retry_at, permanent)
         self.publish()
 
     def show(self, progress: Progress) -> None:
@@ -190,6 +192,7 @@ class ModelState:
             pid=None if engine is None else engine.process.pid,
             failures=self.restarts.failures,
             retry_at=condition.retry_at,
+            permanent=condition.permanent or None,
             vram_booked_mb=0 if placement is None else self._ledger.promised_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
