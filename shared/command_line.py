@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -35,15 +35,30 @@ def version_text(program: str) -> str:
     return f"{program} {__version__} ({build})"
 
 
-def command_line(description: str) -> typer.Typer:
-    """An application without commands. Its help is plain text and its failures plain tracebacks."""
-    return typer.Typer(
+def command_line(program: str, description: str) -> typer.Typer:
+    """An application with `--version` and no commands. Its help is plain text and its failures plain tracebacks."""
+    app = typer.Typer(
         cls=CommandGroup,
         help=description,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+
+    def print_version(asked: bool) -> None:
+        if asked:
+            print(version_text(program))
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
+    return app
 
 
 def run_command(app: typer.Typer, program: str, argv: Sequence[str] | None) -> int:
