@@ -3,7 +3,7 @@
 #   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
 #   make bench  compares cortex with nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
 #   make bench-cold          time that cortex and neuron add to an engine's start (ARGS="--engine vllm": real vLLM)
-#   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--seed": protocol v1 neurons)
+#   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--protocol-v1": protocol v1 neurons)
 #   make bench-instructions  instructions per request and per chunk, compared with the record (ARGS="--record")
 #   make test-compiled       the tests of the request path, compiled
 #   make wheel               a compiled wheel in dist/

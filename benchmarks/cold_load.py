@@ -1,9 +1,9 @@
-"""`python -m benchmarks.cold_load`: what cortex and neuron add to a cold load, over the engine's own start.
+"""`python -m benchmarks.cold_load`: the time that cortex and neuron add to an engine's own start.
 
 Each round starts the engine twice: by hand, with the command line, environment and directory that neuron used (read
-from /proc), and by a first request to cortex. Both are watched in the same way, from outside: the process appears, its
-`/health` says 200, the first answer is whole. The difference is what we add. Then many first requests at once: one
-load, and what the last of them waits longer.
+from /proc), and with a first request to cortex. Both are measured in the same way, from outside: the process appears,
+its `/health` answers 200, the first answer is complete. The difference is what we add. Then it sends many first
+requests at once: one load serves them all, and the last one waits a little longer than the first.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PARTS = {
     "first request, all": "first answer through cortex and neuron",
     "by hand, all": "the same engine by hand: start, first answer",
     "added, all": "what we add",
-    "added before the start": "request to process: cortex's decision, neuron's preparations",
-    "added to the start": "process to its /health: slower (+) or faster (-) than by hand",
-    "added by detection": "/health to neuron's word 'loaded'",
-    "added to the answer": "'loaded' to the answer's end, less the answer by hand",
+    "added before the start": "from request to process: cortex's decision, neuron's preparations",
+    "added to the start": "from process to its /health, compared with by hand: slower (+) or faster (-)",
+    "added by detection": "from /health to neuron's report that the model is loaded",
+    "added to the answer": "from that report to the end of the answer, minus the answer by hand",
     "warm request": "a request through cortex once the model is loaded",
 }
 
@@ -50,11 +50,11 @@ class Round:
     def parts(self) -> dict[str, float]:
         """The lines of the table, in seconds, by the names in `PARTS`."""
         m = self.moments
-        whole, hand = m.answered - m.asked, self.hand_start + self.hand_answer
+        total, hand = m.answered - m.asked, self.hand_start + self.hand_answer
         return {
-            "first request, all": whole,
+            "first request, all": total,
             "by hand, all": hand,
-            "added, all": whole - hand,
+            "added, all": total - hand,
             "added before the start": m.spawned - m.asked,
             "added to the start": (m.ready - m.spawned) - self.hand_start,
             "added by detection": m.loaded - m.ready,
@@ -65,7 +65,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Crowd:
-    """Many first requests at once; in seconds from the request's sending."""
+    """Many first requests at once; seconds since they were sent."""
 
     count: int
     engines: int
@@ -75,7 +75,7 @@ class Crowd:
 
 
 async def measure(kind: EngineKind, *, rounds: int, crowd: int) -> tuple[list[Round], Crowd]:
-    """All rounds on one fleet, after one that only warms the page cache and shows how the engine is started."""
+    """All rounds on one fleet. A round before them warms the page cache and shows how neuron starts the engine."""
     with tempfile.TemporaryDirectory(prefix="cold-load-") as name:
         directory = Path(name)
         done: list[Round] = []
@@ -97,13 +97,13 @@ async def measure(kind: EngineKind, *, rounds: int, crowd: int) -> tuple[list[Ro
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest in milliseconds."""
+    """Median, minimum and maximum in milliseconds."""
     ms = [value * 1000 for value in values]
     return {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)}
 
 
 def result(kind: EngineKind, rounds: Sequence[Round], crowd: Crowd) -> dict[str, Any]:
-    """Everything measured, as JSON data."""
+    """All measurements, as JSON data."""
     columns = [entry.parts() for entry in rounds]
     return {
         "engine": kind.harness,
@@ -143,12 +143,12 @@ def engine_kind(name: str, load_secs: float) -> EngineKind:
     """The simulated engine, or the real vLLM that the tests use.
 
     Raises:
-        EnvironmentUnavailable: that vLLM is not here and cannot be made.
+        EnvironmentUnavailable: that vLLM is not installed and cannot be installed.
     """
     if name == "sim":
         args = ["--load-secs", f"{load_secs:g}", "--ttft-ms", "0", "--tokens-per-sec", "inf"]
         return EngineKind("sim", args)
-    from tests.environment.models import tiny_qwen3  # noqa: PLC0415 - only then is it needed
+    from tests.environment.models import tiny_qwen3  # noqa: PLC0415 - only needed here
     from tests.environment.vllm import vllm_environment  # noqa: PLC0415
 
     vllm = vllm_environment()
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--crowd", type=int, default=50, metavar="N", help="first requests at once (default 50)")
     parser.add_argument("--load-secs", type=float, default=1.0, help="of the simulated engine (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     given = parser.parse_args()
     kind = engine_kind(given.engine, given.load_secs)
     data = result(kind, *asyncio.run(measure(kind, rounds=given.rounds, crowd=given.crowd)))

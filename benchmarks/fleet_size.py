@@ -1,8 +1,8 @@
-"""`python -m benchmarks.fleet_size`: what a large fleet costs cortex: 1, 10, 100, 1000 neurons.
+"""`python -m benchmarks.fleet_size`: what 1, 10, 100 and 1000 neurons cost cortex.
 
-One other process pretends to be the neurons, each at an address of its own; cortex is the real command, on a core of
-its own where the machine has two. CPU time comes from the scheduler's nanosecond counters. How long cortex thinks is
-measured in this process, for as many neurons and models of the catalogue.
+One other process simulates all neurons, each at its own address. cortex is the real command, on a core of its own if
+the machine has two. CPU time comes from the scheduler's nanosecond counters. The time of a decision is measured in this
+process, with as many neurons and catalogue models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.limits import raise_open_files
 from benchmarks.loops import run
-from benchmarks.scale.decisions import Thinking, p99, think
+from benchmarks.scale.decisions import DecisionTimes, p99, time_decisions
 from benchmarks.scale.http1 import Answer, Connection, request_bytes, until_answers
 from benchmarks.scale.neurons import MODELS, address, model_name
 from benchmarks.scale.services import Child, cpu_secs, free_ports, rss_mib, service
@@ -40,16 +40,16 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one fleet size."""
+    """Measurements of one fleet size."""
 
     neurons: int
     all_healthy_secs: float  # from the start of the process
     idle_cpu_ms_per_sec: float
     rss_mib: float
-    request_cpu_us: float  # minus the idle fleet's cost
-    request_p50_ms: float  # one client, one after another
+    request_cpu_us: float  # minus what the idle fleet costs
+    request_p50_ms: float  # one client, one request after another
     request_p99_ms: float
-    watched_cpu_ms_per_sec: float  # idle but for one listener of /fleet/events
+    watched_cpu_ms_per_sec: float  # idle, with one listener on /fleet/events
     watched_p99_ms: float  # as request_p99_ms, with that listener
     models_ms: float
     models_kib: float
@@ -73,9 +73,9 @@ class Bench:
         self._front = Connection(_HOST, port)
 
     async def measure(
-        self, started: float, *, settle_secs: float, idle_secs: float, requests: int, seed: bool
+        self, started: float, *, settle_secs: float, idle_secs: float, requests: int, protocol_v1: bool
     ) -> Figures:
-        """All measurements, in an order in which none disturbs a later one."""
+        """All measurements, in an order in which none affects a later one."""
         await self._until_healthy(self._count, within_secs=180)
         all_healthy = time.perf_counter() - started
         await asyncio.sleep(settle_secs)
@@ -87,7 +87,7 @@ class Bench:
         metrics_page = Connection(_HOST, self._metrics_port)
         metrics = await self._page("/metrics", metrics_page)
         metrics_page.close()
-        states = [0.0] * 2 if seed else await self._state_changes(STATE_CHANGES)
+        states = [0.0] * 2 if protocol_v1 else await self._state_changes(STATE_CHANGES)
         return Figures(
             neurons=self._count,
             all_healthy_secs=all_healthy,
@@ -126,7 +126,7 @@ class Bench:
             share = count // CONCURRENCY
             await asyncio.gather(*(work(c, n * share, share) for n, c in enumerate(connections)))
 
-        await all_of(WARM_UP + CONCURRENCY * self._known_models)  # every endpoint is known afterwards
+        await all_of(WARM_UP + CONCURRENCY * self._known_models)  # now cortex knows every endpoint
         before, began = cpu_secs(self._cortex.pid), time.perf_counter()
         await all_of(requests)
         used = cpu_secs(self._cortex.pid) - before - idle_rate * (time.perf_counter() - began)
@@ -169,15 +169,15 @@ class Bench:
         return statistics.median(answer.secs for answer in answers) * 1000, len(answers[0].body) / 1024
 
     async def _tell(self, what: str, **data: object) -> float:
-        """Tells the pretended neurons, the last of them unless `node` is given; when they told it, or had heard."""
+        """Sends an instruction to the simulated neurons, without `node` to the last. Returns when they acted on it."""
         connection = Connection(_HOST, self._neurons_port)
         answer = await connection.post(f"/{what}", {"node": self._count - 1, **data})
         connection.close()
         return float(answer.json().get("told", time.perf_counter()))
 
     async def _state_changes(self, count: int) -> list[float]:
-        """A model goes to sleep on one neuron or another, and wakes: how long until cortex shows it, in seconds, with
-        the time of the request that sees it. Both processes read the same clock."""
+        """Models fall asleep and wake on different neurons: seconds until cortex shows each change, including the
+        request that sees it. Both processes read the same clock."""
         took: list[float] = []
         for number in range(count):
             node = number // 2 * 37 % self._count
@@ -230,11 +230,11 @@ class Bench:
                 if right(answer):
                     return answer
             await asyncio.sleep(pause_secs)
-        raise TimeoutError(f"not within {within_secs:g} s, {self._count} neurons")
+        raise TimeoutError(f"timed out after {within_secs:g} s with {self._count} neurons")
 
 
 def healthy_in(health: Answer) -> int | None:
-    """How many neurons `/health` counts as healthy; None when it is an error that answers."""
+    """How many neurons `/health` counts as healthy; None if the answer is an error."""
     nodes = health.json().get("nodes")
     return None if nodes is None else int(nodes["healthy"])
 
@@ -250,7 +250,7 @@ def _shows(entry: Answer, *, node: str, status: str) -> bool:
 
 
 def chat(model: str) -> bytes:
-    """A request with a prompt of some hundred bytes."""
+    """A request with a prompt of a few hundred bytes."""
     messages = [{"role": "system", "content": "You answer briefly. " * 10}, {"role": "user", "content": "Is it? " * 40}]
     return request_bytes("POST", "/v1/chat/completions", {"model": model, "messages": messages})
 
@@ -261,17 +261,17 @@ async def one_size(
     *,
     idle_secs: float,
     requests: int,
-    seed: bool = False,
+    protocol_v1: bool = False,
     settle_secs: float = SETTLE_SECS,
     catalogue: int = CATALOGUE,
 ) -> Figures:
-    """A fleet of this size and a cortex for it: starts, measures, ends both. cortex has the first core for itself."""
+    """Starts a fleet of this size and a cortex, measures, and stops both. cortex has the first core to itself."""
     port, metrics_port, neurons_port = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="fleet-size-") as name:
         directory = Path(name)
         config = write_configuration(directory, count, port, metrics_port, neurons_port, catalogue=catalogue)
         command = [sys.executable, "-m", "benchmarks.scale.neurons", "--count", str(count), "--port", str(neurons_port)]
-        command += ["--seed"] if seed else []
+        command += ["--protocol-v1"] if protocol_v1 else []
         with Child(command, directory / "neurons.log", cpus={cpus[-1]}):
             await until_answers(_HOST, neurons_port, "/", within_secs=30)
             started = time.perf_counter()
@@ -279,7 +279,11 @@ async def one_size(
                 bench = Bench(cortex, port, metrics_port, neurons_port, count)
                 try:
                     return await bench.measure(
-                        started, settle_secs=settle_secs, idle_secs=idle_secs, requests=requests, seed=seed
+                        started,
+                        settle_secs=settle_secs,
+                        idle_secs=idle_secs,
+                        requests=requests,
+                        protocol_v1=protocol_v1,
                     )
                 finally:
                     bench.close()
@@ -308,19 +312,19 @@ COLUMNS = {
     "watched_cpu_ms_per_sec": "watched CPU ms/s", "watched_p99_ms": "watched p99 ms",
     "models_ms": "/v1/models ms", "models_kib": "KiB", "fleet_ms": "/fleet ms", "fleet_kib": "KiB",
     "metrics_ms": "/metrics ms", "state_p50_ms": "state p50 ms", "state_p99_ms": "state p99 ms",
-    "new_model_ms": "new model ms", "death_secs": "death seen s",
-    "return_secs": "return seen s",
+    "new_model_ms": "new model ms", "death_secs": "death noticed s",
+    "return_secs": "return noticed s",
 }  # fmt: skip
 
 
-THINKING = {
+DECISION_COLUMNS = {
     "nodes": "neurons", "models": "models", "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
     "placement_p50_us": "cold placement p50 µs", "placement_p99_us": "p99 µs",
     "list_changed_ms": "`/v1/models` made ms", "list_same_ms": "kept ms", "list_mib": "MiB",
 }  # fmt: skip
 
 
-def table(columns: Mapping[str, str], rows: Sequence[Figures] | Sequence[Thinking]) -> str:
+def table(columns: Mapping[str, str], rows: Sequence[Figures] | Sequence[DecisionTimes]) -> str:
     """The result as Markdown."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -336,28 +340,28 @@ def main() -> None:
     parser.add_argument("--idle-secs", type=float, default=10.0, help="how long idling is measured (default 10)")
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--catalogue", type=int, default=CATALOGUE, metavar="N", help="models of the catalogue")
-    parser.add_argument("--seed", action="store_true", help="neurons that speak the seed protocol and nothing more")
+    parser.add_argument("--protocol-v1", action="store_true", help="neurons that speak protocol v1 and nothing more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     given = parser.parse_args()
     raise_open_files()  # inherited: a large fleet takes many connections
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[-1]})
     rows: list[Figures] = []
-    thinking: list[Thinking] = []
-    options = {"seed": given.seed, "idle_secs": given.idle_secs, "requests": given.requests}
+    decisions: list[DecisionTimes] = []
+    options = {"protocol_v1": given.protocol_v1, "idle_secs": given.idle_secs, "requests": given.requests}
     for size in given.sizes:
         rows.append(run(one_size(size, cpus, catalogue=given.catalogue, **options)))
-        thinking.append(think(size, max(given.catalogue, CATALOGUE)))
-        sys.stderr.write(f"{rows[-1]}\n{thinking[-1]}\n")
+        decisions.append(time_decisions(size, max(given.catalogue, CATALOGUE)))
+        sys.stderr.write(f"{rows[-1]}\n{decisions[-1]}\n")
     sys.stdout.write(
-        f"load average {os.getloadavg()[0]:.1f}\n\n{table(COLUMNS, rows)}\n\n{table(THINKING, thinking)}\n"
+        f"load average {os.getloadavg()[0]:.1f}\n\n{table(COLUMNS, rows)}\n\n{table(DECISION_COLUMNS, decisions)}\n"
     )
     if given.json is not None:
         data = {
             "python": platform.python_version(),
-            "seed": given.seed,
+            "protocol_v1": given.protocol_v1,
             "sizes": [asdict(row) for row in rows],
-            "thinking": [asdict(row) for row in thinking],
+            "decisions": [asdict(row) for row in decisions],
         }
         given.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 

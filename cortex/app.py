@@ -1,4 +1,4 @@
-"""All wiring: nothing else constructs a part of cortex."""
+"""Constructs the aiohttp apps and a worker's gateway. `cortex.control.wiring` constructs the rest."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def cross_site_policy(settings: GatewaySettings) -> CrossSitePolicy:
 
 
 def control_socket() -> socket.socket:
-    """Where workers reach the control app: in Linux's abstract namespace, so that nothing is left behind however the
-    process ends. Who may use it is checked for each request."""
+    """Where workers reach the control app: in Linux's abstract namespace, so that no file is left when the
+    process is killed. Each request is checked for its user."""
     sock = socket.socket(socket.AF_UNIX)
     sock.bind("")
     sock.listen(BACKLOG)
@@ -125,7 +125,7 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other 
 
 @web.middleware
 async def _own_user_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """An abstract socket has no permissions: the kernel is asked who is at the other end."""
+    """An abstract socket has no permissions, so ask the kernel which user is at the other end."""
     sock = None if request.transport is None else request.transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shared.errors import Conflict, NotFound, ServiceError, Unavailable
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode
 from shared.retry_after import SERVICE_STOPPING_SECS
 
@@ -87,7 +87,7 @@ def stopping() -> Unavailable:
 
 
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
-    return NotFound(f"the model {model_id!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
+    return NotFound(f"the model {shortened(model_id)!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.lifecycle.model_state import ModelState, State
+from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.states import State
 from shared.protocol import Device, DeviceHealth
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

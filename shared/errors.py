@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 from shared.protocol.errors import ErrorCode
 from shared.retry_after import whole_seconds
 
+MAX_SHOWN_CHARS = 256
+"""Of a name in a message; model ids and paths of model files are shorter."""
+
 
 class ServiceError(Exception):
     """A failure with the status, code and message that the client gets.
@@ -96,6 +99,11 @@ def render(error: ServiceError, request_id: str, *, anthropic: bool) -> Rendered
         headers["www-authenticate"] = "Bearer"
     body = error.anthropic_body() if anthropic else error.body()
     return RenderedError(error.status, headers, json.dumps(body).encode())
+
+
+def shortened(text: str) -> str:
+    """`text` for a message or a log line: only the start of a long name, because a client may send a megabyte."""
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "…"
 
 
 def is_anthropic_path(path: str | bytes) -> bool:

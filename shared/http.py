@@ -12,7 +12,15 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from shared.cross_site import CrossSitePolicy, Sender, refused_media_type, refused_sender
-from shared.errors import InvalidRequest, RequestTooLarge, ServiceError, Unauthorized, is_anthropic_path, render
+from shared.errors import (
+    InvalidRequest,
+    RequestTooLarge,
+    ServiceError,
+    Unauthorized,
+    is_anthropic_path,
+    render,
+    shortened,
+)
 from shared.protocol.errors import ErrorCode
 from shared.request_ids import request_id, request_scope
 
@@ -94,7 +102,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:
         raise  # the client has disconnected
     except Exception:
-        log.exception("unhandled error in %s %s", request.method, request.path)
+        log.exception("unhandled error in %s %s", request.method, shortened(request.path))
         return error_response(request, ServiceError("internal error, see the service's log"))
 
 
@@ -105,7 +113,7 @@ def _as_service_error(request: web.Request, error: web.HTTPException) -> Service
     codes = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}
     code = codes.get(error.status, ErrorCode.INVALID_REQUEST)
     headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else None
-    message = f"{request.method} {request.path}: {error.reason}"
+    message = f"{request.method} {shortened(request.path)}: {error.reason}"
     return ServiceError(message, status=error.status, code=code, headers=headers)
 
 

@@ -1,4 +1,8 @@
-"""Serving an aiohttp app, in commands and in tests: event loop (uvloop if installed), sockets, signals, draining."""
+"""Serving an aiohttp app, in commands and in tests: event loop (uvloop if installed), sockets, signals, draining.
+
+Also detects peers that vanish without FIN or RST: a host without power, a pulled cable, a NAT entry that was dropped.
+Left alone, a connection to such a peer stays open for hours, or for a quarter of an hour while data is outstanding.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,14 @@ import logging
 import os
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from aiohttp import web
+
+from shared.tasks import cancel_all
 
 try:
     import uvloop
@@ -26,9 +33,39 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 BACKLOG = 1024
+MAX_LINE_BYTES = 131072
+"""Of a request line, or of a header. Clients of cortex may send 64 KiB of head, which cortex adds to."""
+MAX_HEADERS = 512
 HANGUP_CHECK_SECS = 1.0
 GC_THRESHOLD = 10_000
 """Allocations minus deallocations of container objects that start a collection of the youngest generation."""
+
+
+class ProbeTimes(NamedTuple):
+    """After `idle_secs` without a byte the kernel probes the peer, and gives up after `probes` unanswered ones that
+    are `interval_secs` apart (tcp(7))."""
+
+    idle_secs: int
+    interval_secs: int
+    probes: int
+
+    @property
+    def total_secs(self) -> int:
+        """How long a silent connection to a vanished peer stays open."""
+        return self.idle_secs + self.interval_secs * self.probes
+
+
+SERVER_TIMES = ProbeTimes(10, 10, 3)
+"""For connections to engines and neurons. The same total bounds unacknowledged data."""
+CLIENT_TIMES = ProbeTimes(45, 15, 3)
+"""For connections of clients: laptops that change networks come back with the same address."""
+UNANSWERED_SECS = 90
+"""How long a client's kernel may leave our data unacknowledged."""
+UNANSWERED_CHECK_SECS = 5.0
+"""How often to ask `is_unanswered`. Two answers in a row count: a probe may just have left."""
+
+_INFO: Final = struct.Struct("=BBBB20xI28xI")
+"""The start of struct tcp_info (linux/tcp.h): state, ca_state, retransmits, probes, then unacked and last_ack_recv."""
 
 CLOSING = web.AppKey("closing", asyncio.Event)
 """Set when the service begins to stop. Event streams end then."""
@@ -64,6 +101,39 @@ def settle() -> None:
     gc.freeze()
 
 
+def detect_vanished_server(sock: socket.socket) -> None:
+    """Makes the kernel end the connection with ETIMEDOUT after SERVER_TIMES. TCP_USER_TIMEOUT also ends it when the
+    server stops reading for that long."""
+    _probe(sock, SERVER_TIMES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SERVER_TIMES.total_secs * 1000)
+
+
+def detect_vanished_clients(listening: socket.socket) -> None:
+    """Makes the kernel end silent connections that are accepted from this socket after CLIENT_TIMES.
+
+    Not TCP_USER_TIMEOUT: it would cut a client that is alive and stops reading for minutes. While data is outstanding
+    the kernel sends no keep-alive probes, so `is_unanswered` must be asked as well.
+    """
+    _probe(listening, CLIENT_TIMES)
+
+
+def is_unanswered(sock: socket.socket) -> bool:
+    """True if the peer's kernel has acknowledged nothing for UNANSWERED_SECS although it was sent data or probed.
+
+    The kernel of a client that does not read acknowledges each probe.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    _, _, _, probes, unacknowledged, last_ack_ms = _INFO.unpack(info)
+    return bool(probes or unacknowledged) and int(last_ack_ms) > UNANSWERED_SECS * 1000
+
+
+def _probe(sock: socket.socket, times: ProbeTimes) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, times.idle_secs)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, times.interval_secs)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, times.probes)
+
+
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening TCP socket; port 0 lets the system choose. `shared`: several sockets can bind the address, each
     with its own queue of connections (SO_REUSEPORT).
@@ -82,6 +152,7 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        detect_vanished_clients(sock)
         sock.bind(address)
         sock.listen(BACKLOG)  # at once: with SO_REUSEADDR a conflict shows only in listen()
     except OSError as error:
@@ -111,11 +182,19 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
     shutdown_timeout = max(drain_timeout_secs, 0.001)
     runners: list[web.AppRunner] = []
     closing = asyncio.Event()
+    checking = asyncio.create_task(_abort_unanswered(runners), name="vanished clients")
     try:
         for site in sites:
             site.app[CLOSING] = closing
             runner = web.AppRunner(
-                site.app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None
+                site.app,
+                handler_cancellation=True,
+                shutdown_timeout=shutdown_timeout,
+                access_log=None,
+                # aiohttp answers longer ones itself, without the error envelope.
+                max_line_size=MAX_LINE_BYTES,
+                max_field_size=MAX_LINE_BYTES,
+                max_headers=MAX_HEADERS,
             )
             runners.append(runner)
             await runner.setup()
@@ -123,10 +202,29 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
         yield closing
     finally:
         closing.set()
+        await cancel_all([checking])
         results = await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+async def _abort_unanswered(runners: Sequence[web.AppRunner]) -> None:
+    """Aborts connections whose client acknowledges nothing. Never returns."""
+    suspects: set[asyncio.Transport] = set()
+    while True:
+        await asyncio.sleep(UNANSWERED_CHECK_SECS)
+        servers = [runner.server for runner in runners if runner.server is not None]
+        transports = [connection.transport for server in servers for connection in server.connections]
+        unanswered = {transport for transport in transports if transport is not None and _is_unanswered(transport)}
+        for transport in unanswered & suspects:
+            transport.abort()
+        suspects = unanswered - suspects
+
+
+def _is_unanswered(transport: asyncio.BaseTransport) -> bool:
+    sock = transport.get_extra_info("socket")
+    return sock.family != socket.AF_UNIX and is_unanswered(sock)
 
 
 async def serve_until_stopped(

@@ -20,9 +20,9 @@ TIMEOUT_SECS = 150.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A contender that serves on `port`, with `workers` processes. The engine listens on
-    `answering_port`: `engine_port`, unless the contender is an engine itself. Its work is divided by `slowness`;
-    `quick` divides it for every contender.
+    """A contender that serves on `port`, with `workers` processes. The engine listens on `answering_port`, which is
+    `engine_port` unless the contender is an engine itself. `slowness` divides its amount of work; `quick` reduces it
+    for every contender.
     """
 
     port: int
@@ -34,13 +34,13 @@ class Subject:
     workers: int = 1
 
     def amount(self, full: int, quick: int, at_least: int = 1) -> int:
-        """How much to do."""
+        """How many requests or streams to send."""
         return max(at_least, (quick if self.quick else full) // self.slowness)
 
 
 @dataclass
 class Measured:
-    """One measurement: figures by name (the name ends with the unit), and what went wrong."""
+    """One measurement: figures by name (the name ends with the unit), and counts of faults."""
 
     figures: dict[str, float] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Case:
-    """`key` is the figure that contenders are compared by. `fresh`: needs a newly started process."""
+    """`key` names the figure that compares contenders. `fresh`: needs a newly started process."""
 
     name: str
     title: str
@@ -66,11 +66,11 @@ class Span:
     wall_secs: float = 0.0
     peak_rss_bytes: int = 0
     foreign: float = 0.0
-    """The share of the contender's CPUs that others took meanwhile: far from 0, the figures are not to be trusted."""
+    """The share of the contender's CPUs that other processes used. Do not trust the figures if it is far from 0."""
 
     @property
     def busy(self) -> float:
-        """CPUs kept busy: 1.0 is one of them all the time."""
+        """CPUs in use on average: 1.0 is one CPU all the time."""
         return self.cpu_ns / 1e9 / self.wall_secs
 
 
@@ -87,7 +87,7 @@ def no_collections() -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
-    """Filled when the body has ended."""
+    """Measures the body; the span is filled when the body has ended."""
     span = Span()
     await asyncio.sleep(0.05)  # let earlier work finish
     with no_collections():
@@ -106,5 +106,5 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
 
 def noted(tally: Tally, figures: dict[str, float]) -> Measured:
     """The figures, with the tally of the answers."""
-    notes = [] if tally.unchanged == tally.answers else ["writes the answers anew"]
+    notes = [] if tally.unchanged == tally.answers else ["rewrites the answers"]
     return Measured(figures, tally.faults, notes)

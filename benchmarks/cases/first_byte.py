@@ -9,20 +9,20 @@ from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
 
-_WISH = AnswerSpec(chunks=4)
+_SPEC = AnswerSpec(chunks=4)
 _PAUSE_SECS = 0.001
 _BLOCK = 100
 
 
 def percentile(values: list[int], share: float) -> float:
-    """The value that `share` of all values are not above."""
+    """The smallest value that is not below `share` of all values."""
     ordered = sorted(values)
     return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
 
 
 async def _first_byte(subject: Subject) -> Measured:
-    """One request at a time, through the gateway and straight to the engine in turns of a hundred, so that whatever
-    the machine does meanwhile hits both alike. What is added is the difference of the two percentiles."""
+    """One request at a time, alternating between a hundred through the gateway and a hundred directly to the engine,
+    so that other load on the machine affects both. The difference of the percentiles is what the gateway adds."""
     count = subject.amount(2000, 600, at_least=_BLOCK)
     through, straight = Tally(), Tally()
     with no_collections():
@@ -43,7 +43,7 @@ async def _first_byte(subject: Subject) -> Measured:
 
 async def _block(pool: Pool, port: int, sums: Tally | None) -> None:
     await pool.refill()
-    tally = await repeat(pool, chat_request(port, _WISH), _WISH, count=_BLOCK, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS)
+    tally = await repeat(pool, chat_request(port, _SPEC), _SPEC, count=_BLOCK, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS)
     if sums is not None:
         sums.merge(tally)
 

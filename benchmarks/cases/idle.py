@@ -1,4 +1,4 @@
-"""Streams that are open and silent: memory for each, and whether thousands are held without an error."""
+"""Open, silent streams: memory for each, and whether thousands stay open without an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RELEASE = b"POST /bench/release HTTP/1.1\r\nhost: engine\r\ncontent-length: 0\r
 
 
 async def release(engine_port: int) -> None:
-    """Lets the streams that the engine holds go on to their ends."""
+    """Lets the streams that the engine holds continue to their ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", engine_port)
     writer.write(_RELEASE)
     await reader.readuntil(b"\r\n\r\n")
@@ -26,7 +26,7 @@ async def release(engine_port: int) -> None:
 
 
 async def _idle(subject: Subject) -> Measured:
-    """Memory before is that of a process that has served 200 streams, so that what it loads once is not counted."""
+    """The memory before is measured after 200 streams, so that what a process loads once is not counted."""
     count = subject.amount(STREAMS, STREAMS)
     warm = AnswerSpec(chunks=2, interval=0.001)
     async with Pool(subject.port, 8) as pool:

@@ -1,4 +1,4 @@
-"""Plain answers: CPU time for each at a concurrency of 32, and how many a second can be had."""
+"""Plain answers: CPU time for each at a concurrency of 32, and the most per second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def _plain(subject: Subject) -> Measured:
     spec = AnswerSpec()
     request = chat_request(subject.port, spec)
     count = subject.amount(10_000, 6_000, at_least=64)
-    connections = CONCURRENCY * subject.workers  # so that each worker has as much to do at a time as a single one
+    connections = CONCURRENCY * subject.workers  # the same number for each worker as for a single one
     async with Pool(subject.port, connections) as pool:
         await repeat(pool, request, spec, count=max(connections, count // 5), timeout=TIMEOUT_SECS)
         await pool.refill()
@@ -60,10 +60,10 @@ async def _paced(subject: Subject) -> Measured:
 
 
 async def _saturation(subject: Subject) -> Measured:
-    secs = 2 if subject.quick else 4  # wrk counts whole ones only
+    secs = 2 if subject.quick else 4  # wrk counts whole seconds only
     wrk = shutil.which("wrk")
     if wrk is None or subject.slowness > 1:
-        return await _saturated_by_us(subject, secs)
+        return await _saturated_without_wrk(subject, secs)
     await _wrk(wrk, subject.port, 1)
     async with spanned(subject.tree) as span:
         per_second, faults = await _wrk(wrk, subject.port, secs)
@@ -79,7 +79,7 @@ async def _saturation(subject: Subject) -> Measured:
     return measured
 
 
-async def _saturated_by_us(subject: Subject, secs: int) -> Measured:
+async def _saturated_without_wrk(subject: Subject, secs: int) -> Measured:
     spec = AnswerSpec()
     request = chat_request(subject.port, spec)
     async with Pool(subject.port, SATURATING) as pool:
@@ -100,7 +100,7 @@ async def _saturated_by_us(subject: Subject, secs: int) -> Measured:
 
 
 async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:
-    """Requests a second, and the number of answers that were no success. wrk inherits our CPUs."""
+    """Requests a second, and the number of failed answers. wrk inherits our CPUs."""
     request = chat_request(port, AnswerSpec())
     head, _, body = request.partition(b"\r\n\r\n")
     headers = [line.decode() for line in head.split(b"\r\n")[1:] if not line.lower().startswith(b"content-length")]
@@ -122,5 +122,5 @@ async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:
 
 
 PLAIN = Case("plain", f"plain answers, {CONCURRENCY} at once", "cpu_us", _plain)
-PACED = Case("paced", f"plain answers, {CONCURRENCY} clients for each worker, each resting 10 ms", "cpu_us", _paced)
-SATURATION = Case("saturation", f"plain answers, {SATURATING} at once, as many as go", "per_second", _saturation)
+PACED = Case("paced", f"plain answers, {CONCURRENCY} clients for each worker, each pausing 10 ms", "cpu_us", _paced)
+SATURATION = Case("saturation", f"plain answers, {SATURATING} at once, as many as possible", "per_second", _saturation)

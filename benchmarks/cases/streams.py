@@ -1,4 +1,4 @@
-"""Streams: CPU time for each token event that passes."""
+"""Streams: CPU time for each relayed token event."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
 
 _SPREAD = 20
-"""Intervals over which the streams begin."""
+"""The streams start spread over this many intervals."""
 
 
 def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Measured]]:
     """This many streams at once, `interval` seconds between the chunks of each."""
 
     async def measure(subject: Subject) -> Measured:
-        chunks = subject.amount(100, 100, at_least=50)  # fewer, and the requests themselves would be measured
+        chunks = subject.amount(100, 100, at_least=50)  # with fewer, the requests themselves would dominate
         spec = AnswerSpec(chunks=chunks, interval=interval)
         request = chat_request(subject.port, spec)
         # All at once, so that every contender has a connection to the engine for each stream. Otherwise only contenders
-        # that keep idle connections for minutes would have them, from the round before.
+        # that keep idle connections for minutes would have them, from the previous round.
         warm = AnswerSpec(chunks=2, interval=interval * (_SPREAD + 5))
         async with Pool(subject.port, streams) as pool:
             await repeat(

@@ -1,4 +1,6 @@
-"""The plain way in Python: aiohttp's server and client in one handler, on uvloop. `python -m ... PORT ENGINE_URL`."""
+"""The simplest proxy in Python: aiohttp's server and client in one handler, on uvloop.
+
+`python -m ... PORT ENGINE_URL`."""
 
 from __future__ import annotations
 

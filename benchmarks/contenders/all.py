@@ -14,7 +14,7 @@ from benchmarks.contenders.process import REPOSITORY
 
 
 def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dict[str, Contender]:
-    """All of them; cortex from `checkout`, and from `baseline` as well when that is given."""
+    """All contenders: cortex from `checkout` and, if given, from `baseline`."""
     lineup = [
         NGINX,
         NGINX_2,

@@ -1,4 +1,4 @@
-"""cortex with its request path compiled, as the container image has it: made once for each state of the sources."""
+"""cortex with its request path compiled, as in the container image. Built once for each state of the sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compiled(checkout: Path) -> Path:
     """A directory for PYTHONPATH with the packages of this checkout, about 5 MB.
 
     Raises:
-        ContenderUnavailable: it cannot be made; mostly there is no C compiler.
+        ContenderUnavailable: compilation failed, usually because there is no C compiler.
     """
 
     def build(directory: Path) -> None:

@@ -13,7 +13,7 @@ class ContenderUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Inputs for starting a contender. `directory` is empty and temporary."""
+    """Where a contender runs. `directory` is empty and temporary."""
 
     engine_port: int
     port: int
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start it. `companions` are started before it and are not measured."""
+    """How to start a contender. `companions` start before it and are not measured."""
 
     command: list[str]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -40,8 +40,8 @@ class Launch:
 class Contender:
     """`prepare` raises ContenderUnavailable; it may take minutes (an installation), and writes configuration files.
 
-    `switched_on` says what it does for its figures. `slowness` divides the amount of work that it is given: a gateway
-    that takes milliseconds for a request would be measured for an hour.
+    `switched_on` says which features were on during the measurement. `slowness` divides the amount of work it gets:
+    measuring a gateway that takes milliseconds for a request would otherwise take an hour.
     """
 
     name: str

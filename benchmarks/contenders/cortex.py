@@ -40,7 +40,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
         command = [sys.executable, "-m", "cortex", "serve", "--config", str(config)]
         if workers > 1:
             command += ["--workers", str(workers)]
-        neuron = [sys.executable, "-m", "benchmarks.contenders.seed_neuron", str(neuron_port), place.engine_url]
+        neuron = [sys.executable, "-m", "benchmarks.contenders.protocol_v1_neuron", str(neuron_port), place.engine_url]
         # -m prefers modules in the working directory to installed ones.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
         environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}
@@ -50,7 +50,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
 
 
 _ON = (
-    "routing by the body's `model`, failover, the key looked up by its hash, `usage` noticed and queued, metrics, "
+    "routing by the body's `model`, failover, the key looked up by its hash, `usage` read and queued, metrics, "
     "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 
@@ -63,7 +63,7 @@ def cortex(
     workers: int = 1,
     interpreted: bool = False,
 ) -> Contender:
-    """The cortex of a checkout, compiled as in the container image unless it is to be `interpreted`."""
+    """The cortex of a checkout, compiled as in the container image unless `interpreted`."""
     on = _ON
     if interpreted:
         on = "the same, not compiled: as it runs from a checkout"

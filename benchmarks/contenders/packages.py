@@ -15,11 +15,11 @@ from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
 from tests.environment.commands import run
 
 VLLM_ROUTER, SMG, LITELLM = "vllm-router==0.1.17", "smg==1.13.0", "litellm==1.109.1"
-_RECIPE = "1"  # to be raised when a step of an installation changes
+_RECIPE = "1"  # raise it when an installation step changes
 _INSTALL_SECS = 900
 
 # What the extra `proxy` adds. litellm-proxy-extras holds database migrations, which a proxy without a database never
-# runs; it is pinned to a version that not every index has, so whichever there is will do.
+# runs. The extra pins a version that not every index has, so any version is accepted.
 _PROXY_EXTRAS = "litellm-proxy-extras"
 _LIST_EXTRAS = f"""
 from importlib.metadata import requires
@@ -42,7 +42,8 @@ _LITELLM_ENV = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "Fa
 
 
 def environment(requirement: str, then: Callable[[Path], None] = lambda python: None) -> Path:
-    """The `bin` of an environment with the package in it; made on the first call. `then` installs what else it needs.
+    """The `bin` directory of an environment with the package, created on the first call. `then` installs whatever else
+    it needs.
 
     Raises:
         ContenderUnavailable: it cannot be installed.
@@ -80,7 +81,7 @@ def _smg(place: Place) -> Launch:
 
 
 def _router_arguments(place: Place) -> list[str]:
-    """Both are descendants of one program and understand the same words."""
+    """Both come from the same program and take the same options."""
     return [
         *("--host", "127.0.0.1", "--port", str(place.port), "--prometheus-port", str(free_port())),
         *("--worker-urls", place.engine_url, "--policy", "round_robin"),

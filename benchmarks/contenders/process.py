@@ -1,4 +1,4 @@
-"""Starting a contender on its CPUs, waiting until it serves, ending it."""
+"""Starts a contender on its CPUs, waits until it serves, stops it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _STOP_SECS = 5.0
 
 
 def free_port() -> int:
-    """A free port below the kernel's range for outgoing connections; thousands of them would otherwise take it."""
+    """A free port below the kernel's range for outgoing connections: one of thousands of connections could take a port
+    in that range."""
     for port in range(20000 + os.getpid() % 8000, 32000):
         with contextlib.suppress(OSError), socket.socket() as sock:
             sock.bind(("127.0.0.1", port))
@@ -52,7 +53,7 @@ def on_cpus(cpus: set[int]) -> Iterator[None]:
 
 
 def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | None = None) -> subprocess.Popen[bytes]:
-    """A process in its own session, its output in `log`."""
+    """Starts a process in its own session, with its output in `log`."""
     env = {**os.environ, **(launch.env if launch else {})}
     with log.open("ab") as output, on_cpus(cpus):
         process = subprocess.Popen(
@@ -69,7 +70,7 @@ def start(command: list[str], log: Path, *, cpus: set[int], launch: Launch | Non
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Terminates a process and its descendants; kills those that do not exit."""
+    """Terminates a process and kills its descendants that do not exit."""
     below = descendants(process.pid)
     process.terminate()
     try:
@@ -93,7 +94,7 @@ class Running:
 
 
 class Runner:
-    """The processes of one contender: started once, or again for a measurement that needs a fresh one."""
+    """The processes of one contender. A measurement that needs a fresh process starts it again."""
 
     def __init__(self, contender: Contender, engine_port: int, directory: Path, cpus: set[int], load_cpus: set[int]):
         self.contender = contender
@@ -105,10 +106,10 @@ class Runner:
         self._generation = 0
 
     async def started(self) -> Running:
-        """Starts it and waits for its first good answer.
+        """Starts it and waits for its first correct answer.
 
         Raises:
-            ContenderUnavailable: it cannot be prepared, ended, or gives no good answer in time.
+            ContenderUnavailable: it cannot be prepared, exited, or gave no correct answer in time.
         """
         self._generation += 1
         directory = self._directory / f"{self.contender.name}-{self._generation}"
@@ -129,7 +130,7 @@ class Runner:
         deadline = asyncio.get_running_loop().time() + self.contender.start_secs
         while asyncio.get_running_loop().time() < deadline:
             if process.poll() is not None:
-                raise ContenderUnavailable(f"it ended with status {process.returncode}: {_last_words(log)}")
+                raise ContenderUnavailable(f"it exited with status {process.returncode}: {_last_lines(log)}")
             try:
                 async with Pool(port, 1) as pool:
                     tally = await repeat(pool, chat_request(port, spec), spec, count=1, timeout=5)
@@ -141,18 +142,18 @@ class Runner:
             reason = next(iter(tally.faults))
             await asyncio.sleep(0.2)
         raise ContenderUnavailable(
-            f"no good answer within {self.contender.start_secs:.0f} s ({reason}): {_last_words(log)}"
+            f"no correct answer within {self.contender.start_secs:.0f} s ({reason}): {_last_lines(log)}"
         )
 
     def stop(self) -> None:
-        """Ends all of its processes."""
+        """Stops all of its processes."""
         while self._processes:
             end(self._processes.pop())
 
 
-def _last_words(log: Path, lines: int = 4) -> str:
+def _last_lines(log: Path, lines: int = 4) -> str:
     text = log.read_text(encoding="utf-8", errors="replace").strip()
-    return " | ".join(text.splitlines()[-lines:])[-600:] or "it said nothing"
+    return " | ".join(text.splitlines()[-lines:])[-600:] or "no output"
 
 
 def python() -> str:

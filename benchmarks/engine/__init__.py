@@ -1,1 +1,1 @@
-"""A fake engine: answers like vLLM, with precomputed bytes, as asked for in the prompt."""
+"""A fake engine: answers like vLLM, with precomputed bytes. The prompt says which answer it wants."""

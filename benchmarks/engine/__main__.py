@@ -23,7 +23,7 @@ async def serve(port: int) -> None:
     engine = Engine()
     server = await loop.create_server(lambda: EngineConnection(engine), "127.0.0.1", port, backlog=BACKLOG)
     gc.freeze()
-    gc.disable()  # nothing here makes cycles, and a collection would show as a contender's latency
+    gc.disable()  # no reference cycles here, and a collection would count as a contender's latency
     await stop.wait()
     server.close()
 

@@ -1,5 +1,5 @@
-"""The answer that a request wants from the fake engine, written into the prompt. Gateways may change headers and
-unknown fields, but pass the prompt on unchanged: `[[bench chunks=100;interval=0.02]]`."""
+"""Which answer a request wants from the fake engine. The prompt says so, because gateways may change headers and
+unknown fields but forward the prompt unchanged: `[[bench chunks=100;interval=0.02]]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OPENING, CLOSING = b"[[bench ", b"]]"
 
 @dataclass(frozen=True)
 class AnswerSpec:
-    """`chunks` > 0: a stream of that many token events, `interval` seconds apart, the first one at once.
+    """`chunks` > 0: a stream of that many token events, `interval` seconds apart, the first one immediately.
     Otherwise a plain answer with `size` bytes of text. `hold`: after the first event the stream waits for
     `POST /bench/release`.
     """
@@ -32,7 +32,7 @@ _known: dict[bytes, AnswerSpec] = {}
 
 
 def spec_in(body: bytes | bytearray) -> AnswerSpec:
-    """The answer that a request's body asks for; by default a short plain one.
+    """The answer that a request's body asks for. Default: a short plain one.
 
     Raises:
         ValueError: a value is not a number.

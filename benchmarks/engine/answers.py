@@ -1,6 +1,6 @@
-"""The engine's answers, byte for byte what vLLM 0.32 behind uvicorn sends; each made once and sent many times.
+"""The engine's answers, byte for byte what vLLM 0.32 behind uvicorn sends. Each is built once and sent many times.
 
-The load generator makes the same ones to compare what it gets with.
+The load generator builds the same answers and compares them with what it receives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STREAM_HEAD = (
 STREAM_END = b"0\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 TOKEN = b" tok-%06d"
-"""A token's text: numbered, so that a lost, doubled or misplaced one shows however a gateway rewrites its event."""
+"""A token's text. The number shows a lost, duplicate or misplaced token even if a gateway rewrites the events."""
 
 
 def head(status: str, content_type: str, length: int) -> bytes:
@@ -69,15 +69,15 @@ def plain_answer(size: int) -> bytes:
 
 
 def json_answer(value: object, status: str = "200 OK") -> bytes:
-    """Any other answer, head and all."""
+    """Any other answer, with its head."""
     body = json.dumps(value, separators=(",", ":")).encode()
     return head(status, "application/json", len(body)) + body
 
 
 @lru_cache(maxsize=16)
 def stream_events(chunks: int) -> tuple[bytes, ...]:
-    """The events of a stream as they leave the engine in HTTP chunks: `chunks` tokens, one about 190 bytes each, the
-    first after the role, the last followed by the finish, the usage, [DONE] and the end of the body."""
+    """The events of a stream as the engine sends them, in HTTP chunks of about 190 bytes: `chunks` tokens. The role
+    precedes the first; the finish, the usage, [DONE] and the end of the body follow the last."""
     events = [_chunk(event) for event in token_events(chunks)]
     events[0] = _chunk(role_event()) + events[0]
     events[-1] += b"".join(_chunk(event) for event in closing_events(chunks)) + STREAM_END
@@ -91,7 +91,7 @@ def stream_payload(chunks: int) -> bytes:
 
 
 def role_event() -> bytes:
-    """How a stream begins."""
+    """The first event of a stream."""
     return _event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
 
 

@@ -19,7 +19,7 @@ from benchmarks.engine.wheel import TICK_SECS, Wheel
 
 _LENGTH = b"\r\ncontent-length:"
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked")
-_SPEC_WITHIN = 4096  # the spec lies within the first bytes of a body
+_SPEC_WITHIN = 4096  # the spec is within the first bytes of a body
 _HEALTHY = head("200 OK", "text/plain", 0)
 _MODELS = json_answer(
     {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "vllm", "max_model_len": 40960}]}
@@ -41,7 +41,7 @@ class Stream:
         self._ticks = max(1, round(spec.interval / TICK_SECS))
 
     def emit(self) -> int:
-        """Sends the next event; the ticks until the one after it, 0 at the end or when the client has left."""
+        """Sends the next event; returns the ticks until the one after it, 0 at the end or if the client is gone."""
         if self.transport is None:
             return 0
         self.transport.write(next(self._events))
@@ -59,7 +59,7 @@ class Engine:
         self.connections = 0
 
     def release(self) -> None:
-        """Lets the held streams go on."""
+        """Lets the held streams continue."""
         held, self.held = self.held, []
         for number, stream in enumerate(held):
             self.wheel.add(stream, 1 + number // 4)
@@ -70,16 +70,16 @@ class Engine:
 
 
 class EngineConnection(asyncio.Protocol):
-    """Answers one request after the other; a client that pipelines is not served."""
+    """Answers one request after the other, without pipelining."""
 
-    __slots__ = ("_buffer", "_engine", "_left", "_stream", "_transport", "_wish")
+    __slots__ = ("_buffer", "_engine", "_left", "_spec", "_stream", "_transport")
     _transport: asyncio.Transport
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._buffer = b""
         self._left = 0  # remaining bytes of a body whose spec is known
-        self._wish = AnswerSpec()
+        self._spec = AnswerSpec()
         self._stream: Stream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -95,14 +95,14 @@ class EngineConnection(asyncio.Protocol):
         if self._left:
             self._left -= len(data)
             if self._left <= 0:
-                self._answer(self._wish)
+                self._answer(self._spec)
             return
         if self._buffer:
             data = self._buffer + data
         self._buffer = self._request(data)
 
     def _request(self, data: bytes) -> bytes:
-        """Acts on what has come; what has to be kept because it is not whole yet."""
+        """Answers a complete request; returns the bytes to keep of an incomplete one."""
         end = data.find(b"\r\n\r\n")
         if end < 0:
             return data
@@ -112,12 +112,12 @@ class EngineConnection(asyncio.Protocol):
         lowered = data[: end + 2].lower()
         at = lowered.find(_LENGTH)
         if at < 0:
-            return self._unmeasured(data, lowered, end + 4)
+            return self._without_length(data, lowered, end + 4)
         at += len(_LENGTH)
         length = int(lowered[at : lowered.index(b"\r\n", at)])
-        body_came = len(data) - end - 4
-        if body_came < min(length, _SPEC_WITHIN):
-            if b"\r\nexpect: 100-continue" in lowered and not body_came:
+        received = len(data) - end - 4
+        if received < min(length, _SPEC_WITHIN):
+            if b"\r\nexpect: 100-continue" in lowered and not received:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             return data
         if data.startswith(b"POST /bench/release "):
@@ -125,18 +125,18 @@ class EngineConnection(asyncio.Protocol):
             self._transport.write(_HEALTHY)
             return b""
         spec = spec_in(data[end + 4 : end + 4 + _SPEC_WITHIN])
-        if body_came < length:
-            self._wish, self._left = spec, length - body_came
+        if received < length:
+            self._spec, self._left = spec, length - received
         else:
             self._answer(spec)
         return b""
 
-    def _unmeasured(self, data: bytes, lowered_head: bytes, body_at: int) -> bytes:
-        """A request in chunks, or one without a body."""
+    def _without_length(self, data: bytes, lowered_head: bytes, body_at: int) -> bytes:
+        """A request with a chunked body, or without a body."""
         if not _CHUNKED.search(lowered_head):
             self._transport.write(_UNKNOWN)
             return b""
-        if not data.endswith(b"0\r\n\r\n"):  # no prompt of ours holds this
+        if not data.endswith(b"0\r\n\r\n"):  # no prompt of ours contains this
             return data
         self._answer(spec_in(data[body_at : body_at + _SPEC_WITHIN]))
         return b""

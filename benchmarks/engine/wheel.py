@@ -1,4 +1,4 @@
-"""All streams of the engine driven by one timer."""
+"""One timer for all streams of the engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Due(Protocol):
 class Wheel:
     """Calls each stream when its tick comes; a tick is a millisecond.
 
-    Every stream keeps its own absolute timetable, so that a late tick delays nothing after it, and streams that began
+    Every stream keeps its own absolute schedule, so that a late tick delays no later one, and streams that began
     at different times stay spread over the interval. The timer runs only while there is a stream.
     """
 

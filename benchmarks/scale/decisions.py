@@ -25,7 +25,7 @@ _WARM_UP = 50
 
 
 @dataclass(frozen=True)
-class Thinking:
+class DecisionTimes:
     """Results for one fleet and one catalogue. A decision is for a loaded model, a placement for one that is not
     loaded."""
 
@@ -40,7 +40,7 @@ class Thinking:
     list_mib: float
 
 
-def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> Thinking:
+def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> DecisionTimes:
     """Measures everything. Each decision is timed on its own."""
     catalogue = Catalogue.model_validate({"models": [{"id": name(n), "vram_mb": 6000} for n in range(models)]})
     fleet = Fleet([(f"n{node:04d}", f"http://n{node}") for node in range(nodes)], unhealthy_after=3)
@@ -55,12 +55,14 @@ def think(nodes: int, models: int, *, decisions: int = 20_000, placements: int =
     same: list[float] = []
     for number in range(20):
         status = "sleeping" if number % 2 else "loaded"
-        fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1))
+        fleet.update_model(
+            f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1)
+        )
         changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         poll(fleet, 0, None)
         same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         size = sum(map(len, listing.blocks(catalogue, fleet.snapshot(), created=0)))
-    return Thinking(
+    return DecisionTimes(
         nodes=nodes,
         models=models,
         decision_p50_us=statistics.median(served) * 1e6,
@@ -91,9 +93,9 @@ def name(number: int) -> str:
 
 def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
     """One successful poll; with `models` None, of the health only."""
-    pretended = PretendedNeuron(node, 0, seed=False)
+    pretended = PretendedNeuron(node, 0, protocol_v1=False)
     views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
-    fleet.observe(
+    fleet.record_poll(
         f"n{node:04d}",
         started=time.monotonic(),
         health=NeuronHealth.model_validate(pretended.health()),

@@ -1,6 +1,6 @@
 """`python -m benchmarks.scale.neurons`: one process that simulates many neurons, each at its own address.
 
-Neuron i listens on 127.1.x.y, speaks the seed protocol plus `/events`, `since` and `instance_id`, and also acts as the
+Neuron i listens on 127.1.x.y, speaks protocol v1 plus `/events`, `since` and `instance_id`, and also acts as the
 engine of its models. Device load, temperature and power change with every answer, as on real devices. A control
 endpoint on 127.0.0.1 takes changes: `POST /die`, `/revive` {"node": i} and
 `/status` {"node": i, "model": id, "status": text}, which returns when the change was sent, as `time.perf_counter` in
@@ -91,10 +91,10 @@ def completion(model: str) -> dict[str, Any]:
 class PretendedNeuron:
     """The state of one neuron."""
 
-    def __init__(self, index: int, port: int, *, seed: bool) -> None:
-        """`seed`: speaks only the seed protocol."""
+    def __init__(self, index: int, port: int, *, protocol_v1: bool) -> None:
+        """`protocol_v1`: speaks only protocol v1."""
         self.index = index
-        self._seed = seed
+        self._protocol_v1 = protocol_v1
         self._port = port
         self._started = time.time()
         self._answers = 0
@@ -118,7 +118,7 @@ class PretendedNeuron:
                     for device, uuid in enumerate(uuids)
                 ],
                 "links": [{"a": 0, "b": 1, "kind": "phb", "nvlinks": 0}],
-                "simulated": False, **({} if seed else {"instance_id": f"instance-{index}", "version": "0.1.0"}),
+                "simulated": False, **({} if protocol_v1 else {"instance_id": f"instance-{index}", "version": "0.1.0"}),
             }
         )  # fmt: skip
 
@@ -157,7 +157,7 @@ class PretendedNeuron:
                 listener.transport.write(b"3\r\n:\n\n\r\n")
 
     def _respond(self, exchange: Exchange, method: str, path: str, body: bytes) -> bytes | None:
-        if path == "/events" and not self._seed:
+        if path == "/events" and not self._protocol_v1:
             self._begin_events(exchange)
             return None
         if path in self._pages:
@@ -175,7 +175,7 @@ class PretendedNeuron:
         exchange.write_event("snapshot", self._listed())
 
     def _listed(self) -> list[dict[str, Any]]:
-        beyond = {"since", "progress", "error"} if self._seed else set()
+        beyond = {"since", "progress", "error"} if self._protocol_v1 else set()
         return [{key: value for key, value in view.items() if key not in beyond} for view in self._models.values()]
 
     def health(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class PretendedNeuron:
                 for device, figure in enumerate((self._answers * 37 % 3301, self._answers * 53 % 3307))
             ],
         }  # fmt: skip
-        if self._seed:
+        if self._protocol_v1:
             return health
         return {
             **health,
@@ -199,10 +199,10 @@ class PretendedNeuron:
         }
 
 
-async def serve(count: int, port: int, *, seed: bool) -> None:
+async def serve(count: int, port: int, *, protocol_v1: bool) -> None:
     """Runs until SIGTERM."""
     loop = asyncio.get_running_loop()
-    neurons = [PretendedNeuron(index, port, seed=seed) for index in range(count)]
+    neurons = [PretendedNeuron(index, port, protocol_v1=protocol_v1) for index in range(count)]
     for neuron in neurons:
         await neuron.listen()
 
@@ -211,7 +211,7 @@ async def serve(count: int, port: int, *, seed: bool) -> None:
         if path == "/die":
             neurons[asked["node"]].die()
         elif path == "/revive":
-            revived = PretendedNeuron(asked["node"], port, seed=seed)
+            revived = PretendedNeuron(asked["node"], port, protocol_v1=protocol_v1)
             neurons[asked["node"]] = revived
             tasks.add(loop.create_task(revived.listen()))
         elif path == "/status":
@@ -236,9 +236,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.scale.neurons", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--port", type=int, required=True, help="the same on every address")
-    parser.add_argument("--seed", action="store_true", help="speak the seed protocol and nothing more")
+    parser.add_argument("--protocol-v1", action="store_true", help="speak protocol v1 and nothing more")
     given = parser.parse_args()
-    run(serve(given.count, given.port, seed=given.seed))
+    run(serve(given.count, given.port, protocol_v1=given.protocol_v1))
 
 
 if __name__ == "__main__":

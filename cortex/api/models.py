@@ -14,7 +14,7 @@ from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
-from shared.errors import NotFound
+from shared.errors import NotFound, shortened
 from shared.http import ANTHROPIC_VERSION
 from shared.protocol import ErrorCode, ModelStatus
 
@@ -121,7 +121,9 @@ class ModelList:
         model_id = self._catalogue.resolve(name)
         entry = self._entry(model_id)
         if entry is None:
-            raise NotFound(f"the model {name!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+            raise NotFound(
+                f"the model {shortened(name)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model"
+            )
         return entry if name == model_id else _alias(name, model_id, entry)
 
     def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:

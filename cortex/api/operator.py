@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from cortex.api.app_keys import PARTS
 from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.wiring import Parts
-from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.fleet.state import NodeLeft
+from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import Key
-from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError
+from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
@@ -53,7 +53,7 @@ async def load_model(request: web.Request) -> web.Response:
         return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
     job = parts.scheduler.load(model_id, action.node)
-    coming = parts.fleet.snapshot().coming(model_id)
+    coming = parts.fleet.snapshot().loading_on(model_id)
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
@@ -110,9 +110,9 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
     """
 
     def settled(node: NodeSnapshot) -> bool:
-        return not (node.healthy and node.has_coming(model_id))
+        return not (node.healthy and node.is_loading(model_id))
 
-    with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+    with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
         async with timeout(parts.loader.timeout_secs):
             await parts.fleet.until(name, settled)
     node = parts.fleet.snapshot().nodes.get(name)
@@ -144,7 +144,7 @@ async def unload_model(request: web.Request) -> web.Response:
     nodes = [node for node in nodes if model_id in node.models]
     if not nodes:
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
-        raise NotFound(f"{where} {model_id!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+        raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
     unloads = (_unload(parts, (model_id, node.name), drain=action.drain) for node in nodes)
     errors = await parts.stopping.unless_begun(_all(unloads))
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
@@ -175,7 +175,7 @@ async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
         return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
-    except (NeuronLeft, NodeLeft):
+    except (CommandAbandoned, NodeRemoved):
         return _left(node, f"unloaded {model_id!r}")
     return None
 
@@ -229,4 +229,4 @@ def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
 
 
 def _no_model(model_id: str) -> ServiceError:
-    return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, models, operator
+from cortex.api import fleet, models, openapi, operator
 from cortex.api.app_keys import PARTS
 from cortex.proxy.gateway import INFERENCE_PATHS
 
@@ -34,6 +34,7 @@ CONTROL_ROUTES = (
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),
     web.post("/fleet/nodes/{name}/resume", operator.resume_node),
+    web.get("/openapi.json", openapi.show_openapi),
 )
 
 METRICS_ROUTES = (web.get("/metrics", expose_metrics),)

@@ -12,29 +12,13 @@ from urllib.parse import quote
 
 import typer
 
-from shared.command_line import command_line, fail, version_text
+from shared.command_line import command_line, fail
 
 DEFAULT_URL = "http://127.0.0.1:31313"
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 _COMPLETION_TIMEOUT_SECS = 0.5
-_MAX_LOAD = 1e6
 
 app = command_line("One address in front of a fleet of GPU hosts.")
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(version_text("cortex"))
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """One address in front of a fleet of GPU hosts."""
 
 
 def _fetch(ctx: typer.Context, path: str) -> Any:
@@ -123,11 +107,21 @@ def simulate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the generated requests.")] = 1,
     load: Annotated[float, typer.Option(metavar="X", help="Multiplies the number of sessions.")] = 1.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare the policies over seeds and loads of the workload.")
+    ] = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="A-B", help="With --compare: every seed from A to B. Default: --seed.")
+    ] = None,
+    loads: Annotated[
+        str | None, typer.Option(metavar="X,Y,...", help="With --compare: each of these loads. Default: --load.")
+    ] = None,
     make_trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the requests to this file and stop.")
     ] = None,
     policy: Annotated[
-        Literal["planner", "lru", "first-fit", "all"], typer.Option(help="Who places models; all compares them.")
+        Literal["planner", "lru", "first-fit", "all"],
+        typer.Option(help="How models are placed; all compares the three."),
     ] = "all",
     by_model: Annotated[bool, typer.Option("--by-model", help="Print a line for each model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
@@ -135,10 +129,19 @@ def simulate(
     """Replay a trace of requests on a simulated fleet."""
     if (trace is None) == (workload is None):
         raise typer.BadParameter("give either --trace or --workload")
-    if not 0 < load < _MAX_LOAD:
-        raise typer.BadParameter(f"--load must be above 0 and below {_MAX_LOAD:.0f}, got {load}")
-    from cortex.cli.simulate import run_simulate
+    from cortex.cli.simulate import parsed_loads, parsed_seeds, run_comparison, run_simulate
 
+    (load,) = parsed_loads("--load", f"{load}")
+    if compare:
+        if workload is None:
+            raise typer.BadParameter("--compare needs --workload")
+        if make_trace is not None or by_model or policy != "all":
+            raise typer.BadParameter("--compare excludes --make-trace, --by-model and --policy")
+        each_seed = [seed] if seeds is None else parsed_seeds(seeds)
+        each_load = [load] if loads is None else parsed_loads("--loads", loads)
+        return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, as_json=as_json)
+    if seeds is not None or loads is not None:
+        raise typer.BadParameter("--seeds and --loads need --compare")
     return run_simulate(
         fleet,
         trace=trace,
@@ -218,7 +221,8 @@ def _act(url: str, path: str, body: dict[str, Any], as_json: bool) -> int:
 
 def _summary(done: dict[str, Any]) -> str:
     """Fields of the answer on one line; `results` repeats per node what the others say."""
-    return ", ".join(f"{key}: {value}" for key, value in done.items() if key != "results")
+    shown = {key: value for key, value in done.items() if key != "results"}
+    return ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in shown.items())
 
 
 def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

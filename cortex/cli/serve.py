@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sized
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -40,7 +41,7 @@ _OPEN_TO_NETWORK = (
 
 def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None) -> int:
     """Serves until told to stop; the exit status. `workers` overrides the file, `fd` is a bound socket to listen on,
-    and `lifeline` a pipe whose end stops the service."""
+    and closing the other end of the pipe `lifeline` stops the service."""
     try:
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
@@ -56,7 +57,7 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
 
 
 def run_check(config_file: Path) -> int:
-    """Prints the problems of the files, or their size; the exit status."""
+    """Prints the problems of the files, or how many neurons and models they have; the exit status."""
     try:
         config, catalogue = read_configuration(config_file)
     except SettingsError as error:
@@ -64,8 +65,8 @@ def run_check(config_file: Path) -> int:
         return 1
     for warning in configuration_warnings(config, catalogue, config_file):
         print(f"warning: {warning}", file=sys.stderr)
-    models, neurons = len(catalogue.models), len(config.neurons)
-    print(f"ok: {config_file}: {neurons} neurons; {config.models_path(config_file)}: {models} models")
+    neurons, models = _count(config.neurons, "neuron"), _count(catalogue.models, "model")
+    print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
 
 
@@ -120,11 +121,15 @@ async def serve(
                 front = workers.running(stop)
             async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
                 settle()
-                log.info("cortex listening on http://%s:%d, %d neurons", host, port, len(config.neurons))
+                log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
                 if reaches_network(socks[0]) and not settings.allow_anonymous:
                     log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:

@@ -65,7 +65,8 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
-    return head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
+    text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
+    return "\n\n".join([text, *plan.get("hints", ())])
 
 
 def _yes_or_no(yes: bool) -> str:

@@ -14,6 +14,14 @@ from shared.settings import SettingsModel, load_settings
 DEFAULT_PRIORITY = 100
 DEFAULT_PINNED_PRIORITY = 1000
 
+AUTO_TOOL_CHOICE = b"--enable-auto-tool-choice"
+"""In vLLM's refusal of a request with tools, and in the arguments that prevent it."""
+
+TOOLS_HINT = (
+    "set tools = true for this model in models.toml and load it again (or put --enable-auto-tool-choice "
+    "--tool-call-parser NAME into its args)"
+)
+
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\s\x00-\x1f]+$")]
 
 
@@ -61,6 +69,7 @@ class ModelProfile(SettingsModel):
     when_idle: Literal["unload", "sleep"] = "unload"
     source: str | None = None
     args: tuple[str, ...] = ()
+    tools: bool = False
     limit: TokenLimit | None = None
 
     @model_validator(mode="before")
@@ -74,6 +83,12 @@ class ModelProfile(SettingsModel):
     def tensor_parallel(self) -> int | None:
         """The value sent to a neuron; None means a single device."""
         return self.min_devices if self.min_devices > 1 else None
+
+    @property
+    def refuses_tools(self) -> bool:
+        """True if vLLM answers a request with tools with 400."""
+        flag = AUTO_TOOL_CHOICE.decode()
+        return self.harness == "vllm" and not self.tools and not any(arg.startswith(flag) for arg in self.args)
 
     @property
     def device_share_mb(self) -> int:

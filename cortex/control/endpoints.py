@@ -1,4 +1,4 @@
-"""Where engines answer, as their neurons say. Remembers an endpoint for as long as it can be trusted."""
+"""The URLs of engines, as their neurons report them. Caches an endpoint for as long as it is valid."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from cortex.control.backoff import Backoffs, Cause
+from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
-from cortex.fleet.poller import NodeWatch
+from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from shared.errors import UpstreamError
@@ -17,7 +17,7 @@ from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 
 PATIENCE_SECS = 10.0
 RETRY_SECS = 0.25
-"""A neuron that cannot be reached is asked again for this long, unless it counts as down before."""
+"""How long to retry a neuron that cannot be reached, unless it is down before that."""
 
 _Version = tuple[object, object]
 _Key = tuple[str, str]
@@ -33,10 +33,10 @@ class Endpoint:
 
 
 class Endpoints:
-    """Owner of the remembered endpoints, by model id and node name.
+    """The cached endpoints, by model id and node name.
 
-    Our neurons send an endpoint with the model's status, so that it is known the moment a load ends. Other neurons are
-    asked. After a failed request the endpoint that was used is no longer trusted, and the neuron is asked.
+    Our neurons send an endpoint with the model's status, so it is known the moment a load ends. Other neurons are asked
+    for it. A failed request invalidates the endpoint it used.
     """
 
     def __init__(
@@ -44,27 +44,27 @@ class Endpoints:
         *,
         fleet: Fleet,
         clients: Mapping[str, NeuronClient],
-        watches: Mapping[str, NodeWatch],
+        pollers: Mapping[str, NeuronPoller],
         backoffs: Backoffs,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._clients = clients
-        self._watches = watches
+        self._pollers = pollers
         self._backoffs = backoffs
         self._clock = clock
         self._known: dict[_Key, tuple[_Version, EndpointReply]] = {}
-        self._distrusted: dict[_Key, EndpointReply] = {}
+        self._invalidated: dict[_Key, EndpointReply] = {}
 
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
-        """The endpoint as far as it is known without asking the neuron."""
+        """The endpoint, if it is known without asking the neuron."""
         remembered = self._known.get((model_id, node))
         if remembered is not None and remembered[0] == version(fleet, model_id, node):
             return Endpoint(remembered[1].url, remembered[1].api_key)
         snapshot = fleet.nodes[node]
         view = snapshot.models.get(model_id)
         told = None if view is None else view.endpoint
-        if told is None or self._distrusted.get((model_id, node)) == told:
+        if told is None or self._invalidated.get((model_id, node)) == told:
             return None
         try:
             found = reachable(told, snapshot.endpoint)
@@ -74,8 +74,8 @@ class Endpoints:
 
     async def fetch(self, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, asking the neuron unless it is known. None if the model has just left the neuron or the neuron
-        is down. A neuron that cannot be reached but does not count as down yet may be restarting while its engines
-        serve on: it is asked again.
+        is down. A neuron that cannot be reached but is not down yet may be restarting while its engines continue to
+        serve: it is asked again.
 
         Raises:
             UpstreamError: the neuron lists the model as loaded but gives no endpoint.
@@ -89,14 +89,14 @@ class Endpoints:
             if known is not None:
                 return known
             asked = version(fleet, model_id, node)
-            client, watch = self._clients[node], self._watches[node]
+            client, poller = self._clients[node], self._pollers[node]
             try:
                 reply = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
                 refused = isinstance(error, NeuronRefused)
                 if refused:
                     self._note_lost(model_id, node, str(error))
-                await watch.refresh()
+                await poller.refresh()
                 if self._clients.get(node) is not client:
                     continue
                 fleet = self._fleet.snapshot()
@@ -118,12 +118,12 @@ class Endpoints:
 
     @staticmethod
     def can_remember(fleet: FleetSnapshot, model_id: str, node: str) -> bool:
-        """Whether an endpoint that is fetched now stays known: fetching it ahead is useless otherwise."""
+        """Whether an endpoint that is fetched now stays known: if not, fetching it ahead is useless."""
         return version(fleet, model_id, node) is not None
 
-    def distrust(self, model_id: str, node: str, url: str) -> bool:
-        """No engine answers at this URL: the neuron is asked before the next request goes there. True if the URL was
-        the known one."""
+    def invalidate(self, model_id: str, node: str, url: str) -> bool:
+        """No engine answers at this URL: ask the neuron before the next request goes there. True if the URL was the
+        cached one."""
         key, fleet = (model_id, node), self._fleet.snapshot()
         known = self.known(fleet, model_id, node) if node in fleet.nodes else None
         if known is None or known.url != url:
@@ -131,26 +131,26 @@ class Endpoints:
         self._known.pop(key, None)
         view = fleet.nodes[node].models.get(model_id)
         if view is not None and view.endpoint is not None:
-            self._distrusted[key] = view.endpoint
+            self._invalidated[key] = view.endpoint
         return True
 
     def forget(self, nodes: Collection[str]) -> set[str]:
-        """Drops what these neurons said; they left or moved. The models that had an endpoint there."""
+        """Drops the endpoints of neurons that were removed or moved. Returns the models that had one there."""
         gone = {key for key in self._known if key[1] in nodes}
         for key in gone:
             del self._known[key]
-        for key in [key for key in self._distrusted if key[1] in nodes]:
-            del self._distrusted[key]
+        for key in [key for key in self._invalidated if key[1] in nodes]:
+            del self._invalidated[key]
         return {model_id for model_id, _ in gone}
 
     def _note_lost(self, model_id: str, node: str, reason: str) -> None:
-        """A neuron that reports a model as loaded and denies it when asked would otherwise be asked without end."""
-        self._backoffs.failed(model_id, node, Cause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
+        """A neuron that reports a model as loaded but has no endpoint for it would otherwise be asked forever."""
+        self._backoffs.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
 
 def version(fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:
-    """What an endpoint stays valid for; None if unknown. A protocol v1 neuron gives no sign of a reload, and an entry
-    that cortex made itself after a load has no `since` until the neuron reports the model."""
+    """Identifies the engine that an endpoint belongs to; None if unknown. A protocol v1 neuron does not show a reload,
+    and an entry that cortex made itself after a load has no `since` until the neuron reports the model."""
     snapshot = fleet.nodes[node]
     view = snapshot.models.get(model_id)
     if view is None or view.since is None:

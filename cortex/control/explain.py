@@ -1,11 +1,11 @@
-"""Why a model is, or would be, where it is. Pure: the very functions that decide, with their reasons kept."""
+"""Why a model is, or would be, loaded where it is. Pure: calls the deciding functions and keeps their reasons."""
 
 from __future__ import annotations
 
 from itertools import combinations
 from typing import Any
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
@@ -28,6 +28,9 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         "model": model_id,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
+        "hints": []
+        if profile is None or not profile.refuses_tools
+        else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
         "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
     }
 
@@ -37,7 +40,7 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
         case Serve(nodes):
             return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
         case Await(node):
-            return {"action": "wait", "node": node, "reason": "on its way there"}
+            return {"action": "wait", "node": node, "reason": "being loaded there"}
         case Refuse(error):
             return _refused(error)
         case Place():
@@ -45,9 +48,9 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
 
 
 def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict[str, Any]:
-    under_way = view.fleet.load_of(model_id)
+    under_way = view.fleet.reservation_of(model_id)
     if under_way is not None:
-        return {"action": "wait", "node": under_way.node, "reason": "a load of it is under way there"}
+        return {"action": "wait", "node": under_way.node, "reason": "cortex is loading it there"}
     plan = best_plan(found)
     if plan is not None:
         return {
@@ -59,7 +62,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict
             "vram_mb_per_device": plan.device_share_mb,
             "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
-            **_effort(view, plan),
+            **_load_details(view, plan),
         }
     reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.temporary]
     if reasons:
@@ -77,8 +80,8 @@ def _refused(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def _effort(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
-    """What has to be done for the plan."""
+def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
+    """Expected time and evictions of the plan."""
     return {
         "expected_load_secs": None if plan.expected_secs is None else round(plan.expected_secs, 1),
         "evict": [each.resident.key[0] for each in plan.eviction_plan.evictions],
@@ -99,7 +102,7 @@ def _effort(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
 
 
 def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
-    """What each of them has free, and how they are connected."""
+    """Free memory of each device, and how they are connected."""
     node = view.fleet.nodes[plan.node]
     memory = device_memory(view, node)
     free = ", ".join(
@@ -109,7 +112,7 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
         return free
     kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
     worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
-    return f"{free}; connected by {'a path that is not known' if worst is None else worst.value}"
+    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}"
 
 
 def _node(

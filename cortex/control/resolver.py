@@ -1,4 +1,4 @@
-"""Finds an engine for a request, and waits for the model to be loaded where that is needed."""
+"""Finds an engine for a request, and waits for the model to be loaded if necessary."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cortex.control.route_table import RouteTable
 from cortex.control.routing import Await, Place, Refuse, Serve, decide
 from cortex.control.scheduler import Scheduler
 from cortex.control.wait_note import waiting_note
-from cortex.fleet.poller import NodeWatch
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.poller import NeuronPoller
+from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.stopping import Stopping, stopping
 from cortex.metrics.worker_counts import CountTotals
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
@@ -46,7 +46,7 @@ class Resolver:
         routes: RouteTable,
         scheduler: Scheduler,
         queue: AdmissionQueue,
-        watches: Mapping[str, NodeWatch],
+        pollers: Mapping[str, NeuronPoller],
         counts: CountTotals,
         demand: Demand,
         stopping: Stopping,
@@ -58,7 +58,7 @@ class Resolver:
         self._routes = routes
         self._scheduler = scheduler
         self._queue = queue
-        self._watches = watches
+        self._pollers = pollers
         self._counts = counts
         self._demand = demand
         self._stopping = stopping
@@ -67,6 +67,10 @@ class Resolver:
     @property
     def aliases(self) -> Mapping[str, str]:
         return self._live.catalogue.aliases
+
+    @property
+    def down(self) -> Collection[str]:
+        return self._fleet.down
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
@@ -89,7 +93,7 @@ class Resolver:
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
-        return waiting_note(model_id, fleet, job, self._scheduler.note(model_id), time.time())
+        return waiting_note(model_id, fleet, job, self._scheduler.wait_reason(model_id), time.time())
 
     async def _resolve(self, model_id: str, failures: Sequence[Failure]) -> Route:
         lost = given_up(failures)
@@ -102,17 +106,17 @@ class Resolver:
         return await self._when_loaded(model_id, failures, lost)
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
-        """Waits in the queue until the model can be served. Runs in the caller's own task: if anything else ran between
-        the decision and the in-flight count, the model could be evicted as idle."""
+        """Waits in the queue until the model can be served. Runs in the caller's own task: another task that ran
+        between the decision and the in-flight count could evict the model as idle."""
         if self._stopping.begun:
             raise stopping()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
-        self._demand.arrived(model_id)
+        self._demand.record_request(model_id)
         with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
-            self._scheduler.want(model_id)
+            self._scheduler.ensure_scheduled(model_id)
             while True:
                 try:
-                    await ticket.news(within_secs=deadline - self._clock())
+                    await ticket.wait(within_secs=deadline - self._clock())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
                 lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
@@ -121,7 +125,7 @@ class Resolver:
                     return Route(replica=replica, cold=True)
                 if self._stopping.begun:
                     raise stopping()
-                self._scheduler.want(model_id)
+                self._scheduler.ensure_scheduled(model_id)
 
     async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
         """An engine that serves the model now; None if the request has to wait.
@@ -131,7 +135,9 @@ class Resolver:
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await self._fleet.surveyed()  # right after a start, cortex would load what is loaded somewhere already
+                await (
+                    self._fleet.until_all_polled()
+                )  # right after a start, cortex would load what is loaded somewhere already
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
@@ -151,7 +157,7 @@ class Resolver:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
     def _took_too_long(self, model_id: str) -> ServiceError:
-        reason = self._scheduler.note(model_id)
+        reason = self._scheduler.wait_reason(model_id)
         why = f" ({reason})" if reason else ""
         secs = self._live.config.cold_load.timeout_secs
         message = f"loading {model_id!r} timed out after {secs:g} s{why}"
@@ -161,10 +167,10 @@ class Resolver:
         """After a replica failed: asks its neuron for the model's state, and for the endpoint if nothing listens there.
         A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
         if failure.kind in ("refused", "reset"):
-            self._routes.distrust(failure.replica)
-        watch = self._watches.get(failure.replica.node)
-        if watch is not None:
-            await watch.refresh()
+            self._routes.invalidate(failure.replica)
+        poller = self._pollers.get(failure.replica.node)
+        if poller is not None:
+            await poller.refresh()
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
         """If no node is left with an engine that answers, gives one of them a moment to notice: an engine that
@@ -174,7 +180,7 @@ class Resolver:
         gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
         unanswering = lost | {node for node, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
-            with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+            with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
                 async with timeout(ENGINE_END_SECS):
                     await self._fleet.until(
                         min(name for name, reports in serving.items() if reports),

@@ -1,4 +1,4 @@
-"""The route table: every replica of the models that can be served without asking anything, as workers know it."""
+"""The route table: the replicas of every model that workers can use without asking the control."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Subscriber = Callable[[str, tuple[Replica, ...]], None]
 
 
 class RouteTable:
-    """Owner of `table`: model id to replicas. Subscribers are told each change."""
+    """Owns `table`, from model id to replicas, and passes each change to its subscribers."""
 
     def __init__(self, *, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
@@ -43,23 +43,23 @@ class RouteTable:
             self.publish([model_id])
         return self._as_replica(model_id, node, endpoint, self._fleet.snapshot())
 
-    def distrust(self, failed: Replica) -> None:
+    def invalidate(self, failed: Replica) -> None:
         """No engine answers at this replica's URL."""
-        if self._endpoints.distrust(failed.model_id, failed.node, failed.url):
+        if self._endpoints.invalidate(failed.model_id, failed.node, failed.url):
             self.publish([failed.model_id])
 
     def forget(self, nodes: Collection[str]) -> None:
-        """These neurons left the configuration or moved: what they said no longer holds."""
+        """Drops the endpoints of neurons that were removed or moved."""
         self.publish(self._endpoints.forget(nodes))
 
     async def settle(self) -> None:
-        """Returns when every worker has the table of now, and its counts are newer than that."""
+        """Returns when every worker has the current table and has reported its counts since."""
         self.publish(self._wanted)
         await self._counts.refresh()
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Calls `subscriber` with a model and all its replicas on each change; none means: ask the control. The result
-        ends the subscription."""
+        """Calls `subscriber` with a model and all its replicas on each change; an empty tuple means: ask the control.
+        The result ends the subscription."""
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber)
 

@@ -16,6 +16,7 @@ from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
 from cortex.http.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError
+from shared.serve import is_unanswered
 
 HEAD_TIMEOUT_SECS = 60.0
 """Limit from the first byte of a head to its end."""
@@ -26,8 +27,8 @@ KEEP_ALIVE_SECS = 75.0
 LINGER_SECS = 5.0
 """How long to read on from a client that is still sending when it is refused: an immediate close would discard the
 answer in flight."""
-CLOSING_SECS = 60.0
-"""How long a client may take to read the rest of its answer."""
+UNREAD_SECS = 900.0
+"""How long a client may take to read the rest of a complete answer."""
 MAX_AHEAD_BYTES: Final = 65536
 """Bytes of pipelined requests to read ahead while an answer is incomplete; then reading pauses."""
 LOOK_SECS: Final = 0.05
@@ -54,6 +55,9 @@ class Handler(Protocol):
 
     def resume(self) -> None:
         """The client has caught up."""
+
+    def tick(self, now: float) -> None:
+        """Called about once a second. `now` is monotonic seconds."""
 
 
 class Dispatcher(Protocol):
@@ -95,6 +99,7 @@ class ClientConnection:
         "_reader",
         "_request",
         "_state",
+        "_unanswered",
         "deadline",
         "peer",
         "transport",
@@ -111,6 +116,7 @@ class ClientConnection:
         self._ahead = b""
         self._held_back = False
         self._handler: Handler | None = None
+        self._unanswered = False
         self.deadline = 0.0
         self.peer = ""
         self.transport: asyncio.Transport  # set by connection_made
@@ -199,6 +205,22 @@ class ClientConnection:
         else:
             self.transport.abort()
 
+    def tick(self, now: float) -> None:
+        """Called about once a second. `now` is monotonic seconds."""
+        if 0 < self.deadline < now:
+            self.expired()
+        elif self._handler is not None:
+            self._handler.tick(now)
+
+    def check_client(self) -> None:
+        """Aborts the connection if the client's kernel acknowledges nothing, now and at the previous check."""
+        if not is_unanswered(self.transport.get_extra_info("socket")):
+            self._unanswered = False
+        elif self._unanswered:
+            self.transport.abort()
+        else:
+            self._unanswered = True
+
     def cut(self) -> None:
         """Resets the connection: where an answer ends with its connection, an ordinary close would look like a clean
         end."""
@@ -209,7 +231,7 @@ class ClientConnection:
     def close(self) -> None:
         """Closes once everything is sent."""
         self._state = _CLOSING
-        self.deadline = monotonic() + CLOSING_SECS
+        self.deadline = monotonic() + UNREAD_SECS
         self.transport.close()
 
     def _linger(self) -> None:

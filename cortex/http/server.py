@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 from cortex.http.connection import ClientConnection, Dispatcher, OpenConnections
-from shared.serve import BACKLOG
+from shared.serve import BACKLOG, UNANSWERED_CHECK_SECS
 from shared.tasks import cancel_all, timeout
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ async def accepting(
         return cast(asyncio.Protocol, ClientConnection(dispatcher, connections))
 
     servers = [await loop.create_server(accept, sock=sock, backlog=BACKLOG) for sock in socks]
-    sweeper = loop.create_task(_sweep(dispatcher, connections), name="client deadlines")
+    sweeper = loop.create_task(_sweep(connections), name="client deadlines")
     try:
         yield
     finally:
@@ -44,13 +44,18 @@ async def accepting(
         await cancel_all([sweeper])
 
 
-async def _sweep(dispatcher: Dispatcher, connections: OpenConnections) -> None:
+async def _sweep(connections: OpenConnections) -> None:
+    checked = time.monotonic()
     while True:
         await asyncio.sleep(SWEEP_SECS)
         now = time.monotonic()
+        check = now - checked >= UNANSWERED_CHECK_SECS
+        if check:
+            checked = now
         for connection in list(connections.all):
-            if 0 < connection.deadline < now:
-                connection.expired()
+            connection.tick(now)
+            if check and not connection.transport.is_closing():
+                connection.check_client()
 
 
 async def _drain(dispatcher: Dispatcher, connections: OpenConnections, timeout_secs: float) -> None:

@@ -108,7 +108,7 @@ class PlanningView:
             node
             for node in self.fleet.holders(model_id)
             if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-            or (model_id, node.name) in self.fleet.leaving
+            or (model_id, node.name) in self.fleet.evicting
         ]
         return self.profile_from_nodes(model_id, known)
 

@@ -9,7 +9,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
-from shared.errors import NotFound, ServiceError, Unavailable
+from shared.errors import NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
 
@@ -83,7 +83,7 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
         return no_healthy_neurons_error()  # a neuron that has never answered may have the model
-    return NotFound(f"the model {model_id!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
 def no_healthy_neurons_error() -> ServiceError:

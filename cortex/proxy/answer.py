@@ -60,6 +60,10 @@ class Answer:
         else:
             self.client.transport.write(last)
 
+    def refusal(self) -> bytes:
+        """The end of an engine's error."""
+        return b"".join(self.tail.chunks)
+
     def lost_event(self, reason: str) -> bytes:
         """The last event of a stream whose engine was lost."""
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)

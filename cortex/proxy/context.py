@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cortex.metrics.counters import Counters
@@ -24,6 +24,10 @@ class Control(Protocol):
 
     @property
     def aliases(self) -> Mapping[str, str]: ...
+
+    @property
+    def down(self) -> Collection[str]:
+        """The neurons that count as down."""
 
     def knows(self, model_id: str) -> bool: ...
 
@@ -57,6 +61,7 @@ class ProxyContext:
         self.load_factor = load_factor
         self.keep_alive_times = keep_alive_times
         self.pool = EnginePool()
+        self.hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.speeds = Speeds()
         self.counters = Counters()

@@ -59,6 +59,9 @@ class ControlRequest:
     def resume(self) -> None:
         self._relay.resume()
 
+    def tick(self, now: float) -> None:
+        """Does nothing: the control app's event streams have keep-alive comments of their own."""
+
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         with request_scope(self._request_id):
             log.error("control process unavailable: %s", reason)

@@ -66,3 +66,6 @@ class RefusedRequest:
 
     def resume(self) -> None:
         """Nothing is under way: `begin` has answered."""
+
+    def tick(self, now: float) -> None:
+        """Nothing is under way: `begin` has answered."""

@@ -62,6 +62,9 @@ class DeferredAnswer(Answer):
             self.client.transport.write(b"0\r\n\r\n")
         return status
 
+    def refusal(self) -> bytes:
+        return bytes(self._error or b"")
+
     def lose(self, reason: str) -> None:
         if self._error is not None or self._reframed:
             self._keep_alive.finish(b"\n\n" + self.lost_event(reason))

@@ -17,7 +17,7 @@ from cortex.proxy.cross_site import CrossSiteCheck, RefusedRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
-from shared.errors import ServiceError
+from shared.errors import ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
 
 INFERENCE_PATHS = (
@@ -81,7 +81,7 @@ class Gateway:
             context.counters.error(UNKNOWN, UNKNOWN, error.code)
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
-            what = "-" if request is None else f"{request.method.decode()} {request.path.decode('latin-1')}"
+            what = "-" if request is None else f"{request.method.decode()} {shortened(request.path.decode('latin-1'))}"
             context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 

@@ -33,8 +33,8 @@ class RelayListener(Protocol):
 
 
 class Relay:
-    """Implements `upstream.connection.Exchange`. `status` is 0 until the head of the answer has arrived; times are
-    monotonic seconds."""
+    """Implements `upstream.connection.Exchange`. `status` is 0 until the head of the answer has arrived.
+    `silent_since` is the time of the first tick after the engine's last byte. Times are monotonic seconds."""
 
     __slots__ = (
         "_abandoned",
@@ -42,12 +42,14 @@ class Relay:
         "_connecting",
         "_connection",
         "_head",
+        "_last_piece",
         "_listener",
         "_pool",
         "_request",
         "answer",
         "first_byte_at",
         "lost_because",
+        "silent_since",
         "status",
     )
 
@@ -74,6 +76,8 @@ class Relay:
         self.status = 0
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
+        self._last_piece: bytes | None = None
+        self.silent_since = 0.0
 
     def start(self) -> None:
         connection = self._pool.take(self._address)
@@ -104,6 +108,14 @@ class Relay:
     def resume(self) -> None:
         if self._connection is not None:
             self._connection.resume()
+
+    def tick(self, now: float) -> None:
+        """Updates `silent_since`. Chunks are not counted as they pass, because that would cost each of them time."""
+        connection, chunks = self._connection, self.answer.tail.chunks
+        last_piece = chunks[-1] if chunks else None
+        if last_piece is not self._last_piece or not self.silent_since or connection is None or connection.paused:
+            self._last_piece = last_piece
+            self.silent_since = now
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status >= 502 and self._goes_elsewhere(head):

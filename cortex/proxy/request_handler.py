@@ -8,6 +8,7 @@ from functools import lru_cache
 from time import monotonic
 from typing import Final
 
+from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
@@ -37,6 +38,10 @@ CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
 
 
+DOWN_SILENCE_SECS = 30.0
+"""How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
+
+
 class _Resolving:
     """The state of a request that waits for the control to name an engine."""
 
@@ -48,14 +53,16 @@ class _Resolving:
 
 
 class _Sent:
-    """The state of a request at an engine. `compared`: the replica was chosen among several."""
+    """The state of a request at an engine. `compared`: the replica was chosen among several. `down_since` is when its
+    neuron went down, 0 while it is up."""
 
-    __slots__ = ("compared", "relay", "replica")
+    __slots__ = ("compared", "down_since", "relay", "replica")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
         self.relay = relay
         self.compared = compared
+        self.down_since = 0.0
 
 
 class RequestHandler:
@@ -146,6 +153,19 @@ class RequestHandler:
         state = self._state
         if isinstance(state, _Sent):
             state.relay.resume()
+
+    def tick(self, now: float) -> None:
+        state = self._state
+        if not isinstance(state, _Sent):
+            return
+        relay = state.relay
+        relay.tick(now)
+        if state.replica.node not in self._context.control.down:
+            state.down_since = 0.0
+        elif not state.down_since:
+            state.down_since = now
+        elif now - max(state.down_since, relay.silent_since) >= DOWN_SILENCE_SECS:
+            relay.cut_off(f"neuron {state.replica.node} is down and the engine has been silent since")
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
@@ -333,6 +353,8 @@ class RequestHandler:
                 usage = tail.usage()
                 if usage is not None:
                     context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+                if status == 400:
+                    self._hint_at_tools(relay)
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller != ANONYMOUS:
@@ -347,6 +369,13 @@ class RequestHandler:
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )
+
+    def _hint_at_tools(self, relay: Relay) -> None:
+        """Tells the operator, once a model, why clients cannot offer it tools."""
+        hinted = self._context.hinted
+        if self._model_id not in hinted and AUTO_TOOL_CHOICE in relay.answer.refusal():
+            hinted.add(self._model_id)
+            log.warning("%s on %s refused a request with tools: %s", self._model_id, self._node, TOOLS_HINT)
 
 
 @lru_cache(maxsize=4096)

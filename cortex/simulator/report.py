@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
+from cortex.simulator.comparison import Comparison
 from cortex.simulator.outcome import Figures, Outcome
 from shared.tables import table
 
@@ -48,3 +50,66 @@ def by_model(outcome: Outcome) -> str:
     ]
     head = ["REQUESTS", "COLD", "LOADS", "DISPLACED", "UNSERVED", "MEAN", "P99", "MAX"]
     return table([[outcome.policy.upper(), *head], *rows])
+
+
+def comparison(compared: Comparison) -> str:
+    """One line per load and policy: means over the seeds, the ratio of the waits to the planner's (above 1 the planner
+    is better), and in how many seeds the planner's wait was shorter."""
+    head = [
+        "LOAD",
+        "POLICY",
+        "COLD",
+        "LOADS",
+        "UNSERVED",
+        "MEAN",
+        "P99",
+        "MEAN/PLANNER",
+        "P99/PLANNER",
+        "PLANNER BETTER",
+    ]
+    rows: list[list[object]] = [list(head)]
+    for load, policies in compared.items():
+        ours = policies["planner"]
+        for name, outcomes in policies.items():
+            rows.append(
+                [
+                    f"{load:g}",
+                    name,
+                    f"{average(outcomes, lambda f: f.cold_starts):.0f}",
+                    f"{average(outcomes, lambda f: f.loads):.0f}",
+                    f"{average(outcomes, lambda f: f.unserved):.0f}",
+                    f"{average(outcomes, _mean):.2f} s",
+                    f"{average(outcomes, _p99):.1f} s",
+                    ratio(outcomes, ours, _mean),
+                    ratio(outcomes, ours, _p99),
+                    ""
+                    if name == "planner"
+                    else f"mean {_better(ours, outcomes, _mean)}, p99 {_better(ours, outcomes, _p99)}",
+                ]
+            )
+    return table(rows, right={2, 3, 4, 5, 6, 7, 8})
+
+
+def average(outcomes: Sequence[Outcome], figure: Callable[[Figures], float]) -> float:
+    """The mean of a figure over the seeds."""
+    return statistics.fmean(figure(each.total) for each in outcomes)
+
+
+def ratio(outcomes: Sequence[Outcome], base: Sequence[Outcome], figure: Callable[[Figures], float]) -> str:
+    """The averages' ratio with two decimals; "-" when the base is 0."""
+    below = average(base, figure)
+    return f"{average(outcomes, figure) / below:.2f}" if below else "-"
+
+
+def _mean(figures: Figures) -> float:
+    return figures.waiting.mean
+
+
+def _p99(figures: Figures) -> float:
+    return figures.waiting.p99
+
+
+def _better(ours: Sequence[Outcome], theirs: Sequence[Outcome], figure: Callable[[Figures], float]) -> str:
+    """In how many seeds ours is smaller, as `7 of 10`."""
+    better = sum(figure(one.total) < figure(other.total) for one, other in zip(ours, theirs, strict=True))
+    return f"{better} of {len(ours)}"

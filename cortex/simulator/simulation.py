@@ -41,7 +41,8 @@ from shared.tasks import TaskSet, first_of
 RECENT_SECS = 60.0
 """Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
-"""After a rule's time is up, the policy decides at every look for this long: rounding may hide it from the first."""
+"""After a rule's time is up, the policy decides at every check for this long: rounding may hide it from the first
+check."""
 
 
 class SimulatedWorker:
@@ -64,9 +65,9 @@ class SimulatedWorker:
 
 
 class ObservedPolicy:
-    """Counts a policy's evictions, and repeats its last turn while none of its inputs change.
+    """Counts a policy's evictions, and repeats its last schedule while its inputs are unchanged.
 
-    The scheduler looks every quarter of a second while a model waits for memory; most of those looks see no change.
+    The scheduler decides every quarter of a second while a model waits for memory; most of the time nothing changed.
     """
 
     def __init__(self, policy: Policy, counts: EventCounts) -> None:
@@ -155,7 +156,7 @@ class Simulation:
             fleet=self.fleet,
             live=live,
             clients=self.neurons,
-            watches=self.neurons,
+            pollers=self.neurons,
             counts=self._totals,
             metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
             settle_routes=self._worker.refresh,
@@ -233,16 +234,16 @@ class Simulation:
     async def _wait(self, request: SimulatedRequest) -> None:
         """A cold request: waits for its model, as the resolver does."""
         request.cold = True
-        self._demand.arrived(request.model)
+        self._demand.record_request(request.model)
         until = request.at + self._timeout_secs
         try:
             with self._queue.ticket(request.model, self._scheduler.retry_after) as ticket:
-                self._scheduler.want(request.model)
+                self._scheduler.ensure_scheduled(request.model)
                 while True:
-                    await ticket.news(within_secs=until - self._loop.time())
+                    await ticket.wait(within_secs=until - self._loop.time())
                     if self._serve(request):
                         return
-                    self._scheduler.want(request.model)
+                    self._scheduler.ensure_scheduled(request.model)
         except (ServiceError, asyncio.TimeoutError):
             self._finish(request)
         except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting

@@ -187,7 +187,9 @@ class EngineConnection:
         if isinstance(self._body, BodyUntilClose) and exc is None:
             self._end()
         else:
-            self.lose(str(exc) if exc else "the connection was closed")
+            # Any other error says that the engine's host has vanished: a new connection would not reach it either.
+            closed = exc is None or isinstance(exc, ConnectionError)
+            self.lose(str(exc) if exc else "the connection was closed", closed=closed)
 
     def _read_head(self, data: bytes) -> None:
         while data:
@@ -262,15 +264,20 @@ class EngineConnection:
         else:
             transport.abort()
 
-    def lose(self, reason: str) -> None:
-        """Ends the current exchange as lost; `reason` goes into logs and error messages."""
+    def lose(self, reason: str, *, closed: bool = False) -> None:
+        """Ends the current exchange as lost; `reason` goes into logs and error messages. `closed`: by the engine."""
         exchange = self._exchange
         assert exchange is not None
         untouched = self._body is None and self._reader is not None and not self._reader[1].begun and not self._interim
         self._exchange = None
         self._straight = self._between = False
         self.transport.abort()
-        exchange.lost(reason, stale=untouched and self._served > 0)
+        exchange.lost(reason, stale=closed and untouched and self._served > 0)
+
+    @property
+    def paused(self) -> bool:
+        """The engine is not read from, because the client reads too slowly."""
+        return self._paused
 
     def pause(self) -> None:
         """Stops reading, which makes the engine stop sending."""

@@ -12,6 +12,7 @@ from typing import Final, cast
 from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from cortex.upstream.replica import FailureKind
+from shared.serve import detect_vanished_server
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
@@ -97,7 +98,7 @@ class EnginePool:
         failure: OSError | None = None
         for host in await self._resolve(address.host, address.port):
             try:
-                await self._loop.create_connection(
+                transport, _ = await self._loop.create_connection(
                     factory,
                     host,
                     address.port,
@@ -107,6 +108,8 @@ class EnginePool:
             except OSError as error:
                 failure = error
             else:
+                if not transport.is_closing():
+                    detect_vanished_server(transport.get_extra_info("socket"))
                 return
         raise failure or OSError(f"{address.host} has no address")
 

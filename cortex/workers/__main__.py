@@ -22,6 +22,7 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     Counted,
+    DownChanged,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -85,7 +86,7 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | Resolved() | Refused() | Notes():
+                case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
                     control.receive(message)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)

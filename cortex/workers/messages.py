@@ -21,6 +21,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     aliases: dict[str, str]
     table: dict[str, tuple[Replica, ...]]
     control_host: str
+    down: list[str]  # neurons
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +36,12 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
 
     models: list[str]
     aliases: dict[str, str]
+
+
+class DownChanged(msgspec.Struct, frozen=True, tag=True):
+    """The neurons that count as down from now on."""
+
+    neurons: list[str]
 
 
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
@@ -79,7 +86,9 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish the requests in flight, then exit."""
 
 
-ToWorker = Setup | TableChanged | CatalogueChanged | OthersInFlight | Resolved | Refused | Notes | Collect | Stop
+ToWorker = (
+    Setup | TableChanged | CatalogueChanged | DownChanged | OthersInFlight | Resolved | Refused | Notes | Collect | Stop
+)
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cortex.http.stopping import stopping
@@ -12,6 +12,7 @@ from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from cortex.workers.messages import (
     CancelResolve,
     CatalogueChanged,
+    DownChanged,
     Notes,
     Refused,
     Resolve,
@@ -30,6 +31,7 @@ class RemoteControl:
         self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
         self._aliases = setup.aliases
         self._models = frozenset(setup.models)
+        self.down: Collection[str] = frozenset(setup.down)
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
@@ -64,7 +66,7 @@ class RemoteControl:
         """The last reported progress of a model that this worker waits for."""
         return self._notes.get(model_id)
 
-    def receive(self, message: TableChanged | CatalogueChanged | Resolved | Refused | Notes) -> None:
+    def receive(self, message: TableChanged | CatalogueChanged | DownChanged | Resolved | Refused | Notes) -> None:
         """Applies a message from the control."""
         match message:
             case TableChanged(model_id, replicas):
@@ -74,6 +76,8 @@ class RemoteControl:
                     self.table.pop(model_id, None)
             case Notes(by_model):
                 self._notes = by_model
+            case DownChanged(neurons):
+                self.down = frozenset(neurons)
             case CatalogueChanged(models, aliases):
                 self._models = frozenset(models)
                 self._aliases = aliases

@@ -25,6 +25,7 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     Counted,
+    DownChanged,
     FromWorker,
     InFlightNow,
     Notes,
@@ -187,6 +188,7 @@ class Supervisor:
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
+        parts.fleet.on_down_change(self._down_changed)
 
     @contextlib.asynccontextmanager
     async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
@@ -236,6 +238,10 @@ class Supervisor:
         models, aliases = self._catalogue()
         for worker in self._workers.values():
             worker.send(CatalogueChanged(models, aliases))
+
+    def _down_changed(self) -> None:
+        for worker in self._workers.values():
+            worker.send(DownChanged(list(self._parts.fleet.down)))
 
     def _catalogue(self) -> tuple[list[str], dict[str, str]]:
         catalogue = self._parts.live.catalogue
@@ -294,4 +300,5 @@ class Supervisor:
             aliases=aliases,
             table=dict(parts.resolver.table),
             control_host=self._address.host,
+            down=list(parts.fleet.down),
         )

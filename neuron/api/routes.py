@@ -15,7 +15,7 @@ from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
-from neuron.lifecycle.model_state import State
+from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_capacities
 from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from neuron.engine import records, session
-from neuron.engine import shared_memory as litter
-from neuron.engine.health import Vitals
+from neuron.engine import records, session, shared_memory
+from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import listens
 from neuron.engine.process import EngineProcess
@@ -30,32 +29,31 @@ _VRAM_POLL_SECS = 0.1
 
 @dataclass
 class Engine:
-    """Exists inside `Launcher.engine` or `Launcher.adopted`, which leave nothing of it behind unless `leave` is set.
+    """One engine, inside `Launcher.engine` or `Launcher.adopted`, which stop and clean it up unless `leave` is set.
 
-    `url` is where neuron reaches it. `kill` True: it is past being asked to stop. `vram_released` is known after its
-    end.
+    `url` is where neuron reaches it. `kill`: kill it without SIGTERM first. `vram_released` is valid once it is gone.
     """
 
     spec: EngineSpec
     placement: EnginePlacement
     harness: Harness
-    record: RunRecord  # as it was when this neuron started or found the engine
+    record: RunRecord  # when this neuron started or adopted the engine
     url: str
     directory: EngineDir
     process: EngineProcess
     output: EngineOutput
-    vitals: Vitals
+    health: HealthMonitor
     startup_timeout_secs: float
     stop_timeout_secs: float
-    ready_at: float | None = None  # Unix time; of an adopted one it may be long ago
+    ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
-    vram_used_mb: int | None = None  # when last measured; None: no device knows its processes
+    vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
     vram_released: bool = True
     kill: bool = False
     leave: bool = False
     can_sleep: bool = False
-    slept_mb: int = 0  # of the host's memory, that it takes while it sleeps
-    waking: bool = False  # it was promised its memory again, and does not hold all of it yet
+    slept_mb: int = 0  # host memory that it takes while it sleeps
+    waking: bool = False  # its memory is booked again, and not all allocated yet
     stopping: bool = False
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
 
@@ -85,11 +83,11 @@ class Engine:
         return self.placement.indices
 
     async def owns_port(self) -> bool:
-        """True when one of its processes is seen to listen on its port."""
+        """True when one of its processes listens on its port, as far as neuron may see."""
         return await asyncio.to_thread(self._owns_port)
 
-    async def note_shared_files(self) -> None:
-        """Remembers what it has in /dev/shm now, to be removed after its end."""
+    async def record_shared_files(self) -> None:
+        """Adds what it has mapped of /dev/shm now to `shared_files`, which are removed after its end."""
         self.shared_files |= await asyncio.to_thread(self._shared_files)
 
     def current_record(self) -> RunRecord:
@@ -125,12 +123,12 @@ class Engine:
         return listens((process.pid for process in session.members(self.process.leader)), self.port)
 
     def _shared_files(self) -> frozenset[SharedFile]:
-        return litter.mapped_by(session.live_members(self.process.leader))
+        return shared_memory.mapped_by(session.live_members(self.process.leader))
 
 
 async def measure(engines: Collection[Engine], source: TopologySource) -> dict[int, dict[int, int]]:
-    """Sets `vram_used_mb` of each engine to what its processes hold now; what they hold by placement number and device
-    index, in MiB."""
+    """Sets `vram_used_mb` of each engine to what its processes hold now. Returns MiB by booking number and device
+    index."""
     if not engines:
         return {}
     usage = await source.process_memory_mb()
@@ -145,15 +143,15 @@ async def measure(engines: Collection[Engine], source: TopologySource) -> dict[i
 
 
 def memory_of(pids: set[int], usage: Mapping[int, Mapping[int, int]]) -> int | None:
-    """MiB that the processes hold on all devices together, None when no device knows any of them."""
+    """MiB that the processes hold on all devices together; None when no device lists any of them."""
     held = held_by(pids, usage)
     return sum(held.values()) if held else None
 
 
 async def until_released(source: TopologySource, pids: set[int], *, timeout_secs: float = VRAM_RELEASE_SECS) -> bool:
-    """True once no device lists any of the processes, False when one still does after `timeout_secs`.
+    """Waits until no device lists any of the processes; False when one still does after `timeout_secs`.
 
-    A driver takes a moment to tear down the context of a process that was killed.
+    A driver takes a moment to remove the context of a killed process.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_secs

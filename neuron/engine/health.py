@@ -1,4 +1,4 @@
-"""Watches one loaded engine from outside: is it well, does it answer, does it work."""
+"""Monitors one loaded engine: its health check, its answer times and its progress."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from neuron.config import HealthSettings
 from neuron.harness.activity import ActivityProbe, RequestCounts
 from shared.tasks import first_of
 
-# Two bad answers in a row, and no more than this apart: an engine that fails is known within two seconds.
-AGAIN_SECS = 0.5
-ASK_TIMEOUT_SECS = 5.0
-FIGURES_EVERY = 2  # of the intervals
-# These come from the engine's end of the connection; any other error of the operating system is our own trouble.
-_LOST = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
+# The longest pause between two failed checks, so that a failing engine is detected within two seconds.
+RECHECK_SECS = 0.5
+CHECK_TIMEOUT_SECS = 5.0
+SAMPLE_EVERY = 2  # intervals
+# Caused by the engine; any other error of the operating system is neuron's own, such as no free file descriptor.
+_CAUSED_BY_ENGINE = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
 
 
 class HealthAnswer(Enum):
-    """What came of a question to an engine."""
+    """The outcome of one HTTP request to an engine."""
 
-    WELL = "well"
-    BAD = "bad"  # another status than 200
-    REFUSED = "refused"  # no listener, or the connection was cut
-    SILENT = "silent"  # no answer in time
-    UNASKED = "unasked"  # the question could not be put
+    OK = "ok"
+    ERROR = "error"  # a status other than 200
+    REFUSED = "refused"  # no listener, or the connection was closed
+    TIMEOUT = "timeout"
+    NOT_SENT = "not sent"  # neuron could not send the request
 
 
-class Vitals:
-    """One engine's health and figures, while `until_bad` runs.
+class HealthMonitor:
+    """Monitors one engine while `until_unhealthy` runs.
 
-    `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` nothing
-    is known of its requests, and no hang is detected.
+    `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` its
+    requests are unknown and no hang is detected.
     """
 
     def __init__(
@@ -50,28 +50,28 @@ class Vitals:
         settings: HealthSettings,
     ) -> None:
         self.sample: RequestCounts | None = None
-        """Its figures when last asked, None before the first answer. What did not come in time leaves it as it was."""
+        """The latest activity; None before the first. A failed reading does not change it."""
         self._session = session
         self._health = url + health_path
         self._url = url
         self._probe = probe
         self._settings = settings
-        self._ask_secs = min(ASK_TIMEOUT_SECS, settings.unresponsive_secs)
+        self._timeout_secs = min(CHECK_TIMEOUT_SECS, settings.unresponsive_secs)
 
-    async def until_bad(self) -> str:
-        """Returns when the engine has to be killed: why, in words. Cancel it when the engine ends of itself.
+    async def until_unhealthy(self) -> str:
+        """Returns the reason once the engine must be killed. Cancel it when the engine exits by itself.
 
-        Bad is: two answers in a row to the health check that are not 200, or refusals, or one of each; no answer to
-        it for `unresponsive_secs`; a hang (`neuron.harness.activity`).
+        The reasons: two health checks in a row that are refused or answered with a status other than 200; no answer for
+        `unresponsive_secs`; a hang (`neuron.harness.activity`).
         """
-        watches = [asyncio.ensure_future(self._until_unwell())]
+        watches = [asyncio.ensure_future(self._until_check_fails())]
         if self._probe is not None:
             watches.append(asyncio.ensure_future(self._until_hung(self._probe)))
         await first_of(dict(enumerate(watches)))
         return next(watch.result() for watch in watches if not watch.cancelled())
 
     async def take_sample(self) -> RequestCounts | None:
-        """Asks for its figures now; None when they did not come."""
+        """Reads the engine's activity now; None when that fails."""
         probe = self._probe
         if probe is None:
             return None
@@ -82,54 +82,54 @@ class Vitals:
             sample = probe.sample_of(await response.text()) if response.status == 200 else None
             return sample is not None
 
-        await self._ask(self._url + probe.path, read)
+        await self._get(self._url + probe.path, read)
         self.sample = sample or self.sample
         return sample
 
-    async def _until_unwell(self) -> str:
-        silent_secs, said = 0.0, ""
+    async def _until_check_fails(self) -> str:
+        silent_secs, failure = 0.0, ""
         while True:
             started = time.monotonic()
-            answer, words = await self._ask(self._health, _is_well)
+            answer, description = await self._get(self._health, _is_ok)
             took = time.monotonic() - started
-            # As long as each question may take and no longer: neuron itself may have been stopped meanwhile.
-            silent_secs = silent_secs + min(took, self._ask_secs) if answer is HealthAnswer.SILENT else 0.0
+            # At most the timeout of each check: neuron itself may have been stopped meanwhile.
+            silent_secs = silent_secs + min(took, self._timeout_secs) if answer is HealthAnswer.TIMEOUT else 0.0
             if silent_secs >= self._settings.unresponsive_secs:
                 return f"no answer to its health check for {silent_secs:.0f} s"
             pause = self._settings.interval_secs
-            if answer in (HealthAnswer.BAD, HealthAnswer.REFUSED):
-                if said:
-                    return f"its health check {words}"
-                said, pause = words, min(pause, AGAIN_SECS)
-            elif answer is HealthAnswer.WELL:
-                said = ""
+            if answer in (HealthAnswer.ERROR, HealthAnswer.REFUSED):
+                if failure:
+                    return f"its health check {description}"
+                failure, pause = description, min(pause, RECHECK_SECS)
+            elif answer is HealthAnswer.OK:
+                failure = ""
             await asyncio.sleep(max(0.0, pause - took))
 
     async def _until_hung(self, probe: ActivityProbe[Any]) -> str:
-        watch = probe.hang_detector(self._settings.hang_grace_secs, self._settings.prefill_grace_secs)
+        detector = probe.hang_detector(self._settings.hang_grace_secs, self._settings.prefill_grace_secs)
         while True:
-            reason = watch.observe(await self.take_sample(), time.monotonic())
+            reason = detector.observe(await self.take_sample(), time.monotonic())
             if reason is not None:
                 return reason
-            await asyncio.sleep(self._settings.interval_secs * FIGURES_EVERY)
+            await asyncio.sleep(self._settings.interval_secs * SAMPLE_EVERY)
 
-    async def _ask(
+    async def _get(
         self, url: str, read: Callable[[aiohttp.ClientResponse], Awaitable[bool]]
     ) -> tuple[HealthAnswer, str]:
-        """A GET, and what came of it, also in words; `read` says whether the answer is as it should be."""
-        timeout = aiohttp.ClientTimeout(total=self._ask_secs)
+        """The outcome of a GET, and its description; `read` returns whether the response is good."""
+        timeout = aiohttp.ClientTimeout(total=self._timeout_secs)
         try:
             async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
-                return HealthAnswer.WELL if await read(response) else HealthAnswer.BAD, f"said {response.status}"
+                return HealthAnswer.OK if await read(response) else HealthAnswer.ERROR, f"answered {response.status}"
         except asyncio.TimeoutError:
-            return HealthAnswer.SILENT, f"did not answer for {self._ask_secs:g} s"
+            return HealthAnswer.TIMEOUT, f"did not answer for {self._timeout_secs:g} s"
         except OSError as error:
-            if error.errno in _LOST or isinstance(error, ConnectionError):
+            if error.errno in _CAUSED_BY_ENGINE or isinstance(error, ConnectionError):
                 return HealthAnswer.REFUSED, f"was refused ({error.strerror or error})"
-            return HealthAnswer.UNASKED, str(error)
+            return HealthAnswer.NOT_SENT, str(error)
         except (aiohttp.ClientError, ValueError) as error:
             return HealthAnswer.REFUSED, f"was cut off ({error})"
 
 
-async def _is_well(response: aiohttp.ClientResponse) -> bool:
+async def _is_ok(response: aiohttp.ClientResponse) -> bool:
     return response.status == 200

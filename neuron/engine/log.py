@@ -1,7 +1,7 @@
-"""An engine's output file, and the one before it after a rotation. Everything here blocks: call it in a thread.
+"""An engine's output file and its rotation. Everything here blocks: call it in a thread.
 
-The engine holds the file's descriptor and appends (O_APPEND), so the file cannot be moved away from it. A rotation
-copies it to `engine.log.1` and truncates it; the engine goes on at its beginning and does not notice.
+The engine has the file open and appends to it (O_APPEND), so renaming it would not help. A rotation copies the file to
+`engine.log.1` and truncates it; the engine continues at its beginning.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import BinaryIO
 log = logging.getLogger(__name__)
 
 MAX_READ = 512 * 1024  # bytes of one read
-MAX_SIZE = 32 * 2**20  # bytes of each of the two files, about: engines log every request
+MAX_SIZE = 32 * 2**20  # bytes of each of the two files, approximately: engines log every request
 _LINE_END = re.compile(rb"\r\n|\n|\r")  # progress bars redraw their line with a bare carriage return
-# What stands at the end of a bar. Its line is ended by its next state, which may be a minute away.
+# The end of a progress bar. Its next state, which ends its line, may come a minute later.
 _BAR = re.compile(rb"\d%.*\]\s*\Z", re.DOTALL)
-_CATCHING_UP = 3  # copies of what was added during the copy before
+_COPY_ROUNDS = 3  # each copies what was appended during the round before
 
 
 class EngineLog:
@@ -32,12 +32,12 @@ class EngineLog:
 
     @property
     def previous(self) -> Path:
-        """What was there before the last rotation."""
+        """The copy made by the last rotation."""
         return self.path.with_name(self.path.name + ".1")
 
     def tail(self, lines: int, *, max_bytes: int = MAX_READ) -> list[str]:
-        """The last lines, at most `lines` of them and `max_bytes` together; blank ones left out. Goes back behind a
-        rotation."""
+        """At most `lines` of the last lines, from at most `max_bytes`, without blank ones. Includes lines from before
+        the last rotation."""
         if lines <= 0:
             return []
         data, start = _end_of(self.path, max_bytes)
@@ -46,20 +46,19 @@ class EngineLog:
             data = before + data
         pieces = _LINE_END.split(data)
         if start > 0 and len(pieces) > 1:
-            pieces = pieces[1:]  # the first one is most likely the rest of a line
+            pieces = pieces[1:]  # the first piece is probably an incomplete line
         return [line for line in map(_text, pieces) if line.strip()][-lines:]
 
     def trim(self, *, max_bytes: int = MAX_SIZE, follower: LogFollower | None = None) -> bool:
-        """Rotates a file of more than `max_bytes`. True when it is not larger than that afterwards.
+        """Rotates a file larger than `max_bytes`. True when the file is not larger afterwards.
 
-        Of what its writer appends meanwhile only that is lost which comes between the last read and the truncation,
-        a moment later: nothing, or a few lines (measured: a hundredth of what a process writes that does nothing else).
-        `follower` is given what it has not read yet. Of a file
-        that grew far over its bound, while no neuron was there, the last `max_bytes` are kept.
+        Lines that the engine appends between the last read and the truncation are lost: usually none (measured: 1 % of
+        the output of a process that only writes). `follower` gets what it has not read yet. If the file grew far beyond
+        the limit while no neuron ran, its last `max_bytes` are kept.
 
-        The two files have twice `max_bytes`, three times while it copies. On a full disk the last 512 KiB are kept,
-        and the truncation makes room again. (What an engine writes to a full disk is lost, and no rotation helps: it
-        gets the error, and Python's logging in it goes on without the line.)
+        Both files together take twice `max_bytes`, three times during the copy. On a full disk only the last 512 KiB
+        are kept, and the truncation frees space. (What an engine writes to a full disk is lost: it gets an error, and
+        Python's logging skips the line.)
         """
         try:
             if self.path.stat().st_size <= max_bytes:
@@ -82,14 +81,14 @@ class EngineLog:
             with self.path.open("rb") as source:
                 source.seek(max(0, source.seek(0, os.SEEK_END) - max_bytes))
                 with _private(new) as copy:
-                    for _ in range(_CATCHING_UP):
+                    for _ in range(_COPY_ROUNDS):
                         shutil.copyfileobj(source, copy, MAX_READ)
                 new.replace(self.previous)
                 if follower is not None:
-                    follower.read_on()
+                    follower.read_to_end()
                 start = source.tell()
                 last = source.read()
-                os.truncate(self.path, 0)  # at once: what comes in between is lost
+                os.truncate(self.path, 0)  # immediately: what is appended in between is lost
         except OSError:
             with contextlib.suppress(OSError):
                 new.unlink()
@@ -105,7 +104,7 @@ class EngineLog:
     def _keep_end(self, follower: LogFollower | None) -> None:
         self.previous.unlink(missing_ok=True)
         if follower is not None:
-            follower.read_on()
+            follower.read_to_end()
         end, start = _end_of(self.path, MAX_READ)
         os.truncate(self.path, 0)
         if follower is not None:
@@ -115,56 +114,55 @@ class EngineLog:
 
 
 class LogFollower:
-    """Reads what was added since the last time, line by line.
+    """Reads appended lines.
 
-    Of a file that is larger than MAX_READ when it is first looked at (of an engine that was running before this neuron)
-    only that much of the end is read.
+    If the file is larger than MAX_READ at the first read (an adopted engine), only its last MAX_READ bytes are read.
     """
 
     def __init__(self, log: EngineLog) -> None:
         self._log = log
         self.from_start = True
-        """Whether it has read all there was from the beginning."""
+        """True when it has read the output from its beginning."""
         self.size = 0
-        """Of the file, in bytes, when it was last looked at."""
+        """Size of the file at the last read, in bytes."""
         self._position: int | None = None
-        self._found: list[str] = []  # and not given out yet
+        self._found: list[str] = []  # not returned yet
         self._partial = b""
-        self._shown = b""  # a bar that was given out before its line ended
+        self._shown = b""  # a progress bar that was returned before its line ended
 
     @property
     def behind(self) -> bool:
-        """True while there was more to read than one read takes."""
+        """True when the last read did not reach the end of the file."""
         return self._position is not None and self._position < self.size
 
     @property
-    def begun(self) -> list[str]:
-        """The last line as far as it was written and not given out; none or one."""
+    def partial(self) -> list[str]:
+        """The incomplete last line, unless it was returned already: a list of one or none."""
         line = self._partial.rstrip()
         return [] if not line or line == self._shown else [_text(line)]
 
     def new_lines(self) -> list[str]:
-        """The lines that came since, blank ones left out, and what a progress bar shows now; at most MAX_READ bytes are
-        read, what is further behind comes next time."""
+        """The lines appended since the last call, without blank ones, and the present state of a progress bar. Reads at
+        most MAX_READ bytes; the next call continues there."""
         self._take(self._read())
         lines, self._found = self._found, []
         return lines
 
-    def read_on(self) -> None:
-        """Reads to the end; what it finds comes with the next `new_lines`."""
+    def read_to_end(self) -> None:
+        """Reads to the end; the next `new_lines` returns the lines."""
         while data := self._read():
             self._take(data)
 
     def truncated(self, last: bytes, start: int) -> None:
-        """The file was truncated, and this is what stood there from byte `start` on, which is not behind what was read
-        so far. A line that was begun goes on at the file's beginning."""
+        """Call after truncating the file; `last` is its former content from byte `start` on, which is not past the
+        present position. An incomplete line continues at the beginning of the file."""
         if self._position is not None:
             self._take(last[self._position - start :])
             self._position = 0
 
     def rest(self) -> list[str]:
-        """The line that was begun and not ended, once its writer is gone; after all of `new_lines`."""
-        lines, self._partial = self.begun, b""
+        """The incomplete last line, once the engine is gone and all of `new_lines` is read."""
+        lines, self._partial = self.partial, b""
         return lines
 
     def _read(self) -> bytes:
@@ -200,7 +198,7 @@ class LogFollower:
 
 
 def _end_of(path: Path, max_bytes: int) -> tuple[bytes, int]:
-    """The last bytes of a file, and where in it they begin."""
+    """The last bytes of a file, and their offset."""
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - max_bytes)
@@ -211,7 +209,7 @@ def _end_of(path: Path, max_bytes: int) -> tuple[bytes, int]:
 
 
 def _private(path: Path) -> BinaryIO:
-    """A new file for this user alone, in place of any other."""
+    """A new file that only this user can read; replaces an existing one."""
     path.unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 

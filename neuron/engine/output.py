@@ -1,4 +1,4 @@
-"""One engine's output: followed for its whole life, its last lines in memory, its files bounded."""
+"""One engine's output: follows the log file, keeps the last lines in memory, limits the size of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 LOADING_PAUSE_SECS = 0.2
 LOADED_PAUSE_SECS = 1.0
-"""A look at a file that has not grown is an `open` and an `lseek` in a thread."""
+"""Reading a file that has not grown costs an `open` and an `lseek` in a thread."""
 
 RING_LINES = 2000
 RING_CHARS = 512 * 1024
@@ -25,100 +25,98 @@ MAX_UNREAD = 10_000  # lines
 
 
 class EngineOutput:
-    """Owns the follower, the ring and the rotation of the file `path`; the only one that rotates it.
+    """Owns the follower, the line ring and the rotation of the file `path`.
 
-    The engine may have been running before: then the ring starts with what `engine.log` ends with. While the disk is
-    full the engine's own writes fail, so neither the file nor the ring gets what it says then.
+    For an adopted engine the ring starts with the end of `engine.log`. While the disk is full, the engine's writes
+    fail, and what it writes then is lost.
     """
 
     def __init__(self, path: Path, *, max_file_bytes: int = MAX_SIZE) -> None:
         self.file = EngineLog(path)
-        """For who wants more than the ring has, in a thread."""
+        """For reading more than the ring holds, in a thread."""
         self._follower = LogFollower(self.file)
         self._ring = LineRing(max_lines=RING_LINES, max_chars=RING_CHARS)
         self._max_file_bytes = max_file_bytes
         self._listeners: list[Callable[[list[str]], None]] = []
-        self._looking: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._rotate_above = max_file_bytes
         self._unreadable = False
         self._closed = asyncio.Event()
 
     @property
     def closed(self) -> bool:
-        """The engine is gone, and all it said is known."""
+        """True when the engine is gone and all its output is read."""
         return self._closed.is_set()
 
     async def follow(self, on_lines: Callable[[list[str]], None], pause: Callable[[], float]) -> None:
-        """Reads on until it is cancelled or `close` is called, looking again every `pause()` seconds.
+        """Reads every `pause()` seconds until it is cancelled or `close` is called.
 
-        `on_lines` gets what is new, each line once and in order; and an empty list after each look, so that what
-        depends on the clock can be done there too. It must not block. (To follow again after a cancellation is fine:
-        it goes on where the last one was.)
+        `on_lines` gets new lines, each once and in order, and an empty list after each read, for work that depends on
+        the time. It must not block. A call after a cancellation continues where the last one stopped.
         """
-        with self._telling(on_lines):
+        with self._subscribed(on_lines):
             while not self.closed:
-                await self.look()
+                await self.read()
                 on_lines([])
                 await self.pause(pause())
 
     async def tail(self, lines: int) -> list[str]:
-        """The last lines, at most `lines` of them, up to this moment: from memory where that has enough, else from the
-        files, of which the last 512 KiB are looked at."""
-        await self.look()
+        """At most `lines` of the last lines up to now: from memory if that has enough, otherwise from the last 512 KiB
+        of the files."""
+        await self.read()
         if len(self._ring) >= lines or (self._follower.from_start and not self._ring.dropped):
             return self.in_memory(lines)
         try:
             return await asyncio.to_thread(self.file.tail, lines)
         except OSError as error:
-            log.warning("%s cannot be read, so only the last lines are told: %s", self.file.path, error)
+            log.warning("%s cannot be read, so only the lines in memory are returned: %s", self.file.path, error)
             return self.in_memory(lines)
 
-    def in_memory(self, lines: int, *, whole: bool = False) -> list[str]:
-        """The last lines that were read, at most `lines` of them, without a look for more. The last may be a line that
-        was only begun, unless they must be `whole`."""
-        begun = [] if whole else self._follower.begun[:lines]
-        return self._ring.tail(lines - len(begun)) + begun
+    def in_memory(self, lines: int, *, complete: bool = False) -> list[str]:
+        """At most `lines` of the last lines read so far. The last may be incomplete, unless `complete` is set."""
+        partial = [] if complete else self._follower.partial[:lines]
+        return self._ring.tail(lines - len(partial)) + partial
 
     @contextmanager
     def listening(self) -> Iterator[LineReader]:
-        """A reader of what comes from now on, at its own pace."""
+        """A reader that gets new lines from now on, at its own pace."""
         listener = LineReader(self)
-        with self._telling(listener.take):
+        with self._subscribed(listener.take):
             yield listener
 
     async def close(self) -> None:
-        """The engine is gone: reads its last output, and ends `follow` and all listeners."""
-        await self.look()
-        self._tell(self._follower.rest())
+        """Call when the engine is gone: reads its last output and ends `follow` and all readers."""
+        await self.read()
+        self._publish(self._follower.rest())
         self._closed.set()
 
     @contextmanager
-    def _telling(self, on_lines: Callable[[list[str]], None]) -> Iterator[None]:
+    def _subscribed(self, on_lines: Callable[[list[str]], None]) -> Iterator[None]:
         self._listeners.append(on_lines)
         try:
             yield
         finally:
             self._listeners.remove(on_lines)
 
-    def _tell(self, lines: list[str]) -> None:
+    def _publish(self, lines: list[str]) -> None:
         if lines:
             self._ring.extend(lines)
             for on_lines in list(self._listeners):
                 on_lines(lines)
 
-    async def look(self) -> None:
-        """Reads to the end. One reader at a time; it does not stop when its caller is cancelled, since what it has
-        read would be lost."""
-        if self._looking is not None and not self._looking.done():
-            await asyncio.shield(self._looking)  # it may have been past what is asked for
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._read(), name=f"read {self.file.path}")
-        await asyncio.shield(self._looking)
+    async def read(self) -> None:
+        """Reads to the end of the file. One read runs at a time; it survives the cancellation of its caller, because
+        the lines read would be lost."""
+        if self._reading is not None and not self._reading.done():
+            await asyncio.shield(self._reading)  # it may have passed the present end already
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(), name=f"read {self.file.path}")
+        await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
         try:
             while True:
-                self._tell(await asyncio.to_thread(self._step))
+                self._publish(await asyncio.to_thread(self._step))
                 if not self._follower.behind:
                     break
         except OSError as error:
@@ -133,12 +131,12 @@ class EngineOutput:
         if self._follower.size > self._rotate_above:
             bounded = self.file.trim(max_bytes=self._max_file_bytes, follower=self._follower)
             lines += self._follower.new_lines()
-            # Not at every look, when it does not work: once more after as much again.
+            # If the rotation fails, do not retry at every read but once the file has grown by the limit again.
             self._rotate_above = self._max_file_bytes if bounded else self._follower.size + self._max_file_bytes
         return lines
 
     async def pause(self, secs: float) -> None:
-        """Waits, but not beyond the engine's end."""
+        """Waits for `secs`, or until the engine is gone."""
         try:
             async with timeout(secs):
                 await self._closed.wait()
@@ -147,21 +145,21 @@ class EngineOutput:
 
 
 class LineReader:
-    """Lines for one reader. One that falls 10,000 lines behind misses the oldest of them."""
+    """New lines for one reader. A reader that is 10,000 lines behind loses the oldest."""
 
     def __init__(self, output: EngineOutput) -> None:
         self._output = output
         self._unread: deque[str] = deque(maxlen=MAX_UNREAD)
 
     async def start(self, lines: int) -> list[str]:
-        """The last lines in memory, at most `lines` of them: `next` goes on right behind them."""
-        await self._output.look()
+        """At most `lines` of the last lines in memory; `next` continues after them."""
+        await self._output.read()
         self._unread.clear()
-        return self._output.in_memory(lines, whole=True)
+        return self._output.in_memory(lines, complete=True)
 
     async def next(self, pause_secs: float) -> list[str] | None:
-        """What came, looking for it; an empty list when nothing did for `pause_secs`; None after the engine's end."""
-        await self._output.look()
+        """Reads new lines; an empty list when none came for `pause_secs`, None after the engine's end."""
+        await self._output.read()
         if not self._unread and not self._output.closed:
             await self._output.pause(pause_secs)
         lines = list(self._unread)
@@ -173,7 +171,7 @@ class LineReader:
 
 
 class LineRing:
-    """At most `max_lines` lines and `max_chars` characters together; a longer line than that is kept alone."""
+    """The last lines of an output: at most `max_lines` lines of `max_chars` characters in total, or one longer line."""
 
     def __init__(self, *, max_lines: int, max_chars: int) -> None:
         self._max_lines = max_lines
@@ -181,7 +179,7 @@ class LineRing:
         self._lines: deque[str] = deque()
         self._chars = 0
         self.dropped = False
-        """Whether there were more lines than it holds."""
+        """True when earlier lines were dropped."""
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -195,5 +193,5 @@ class LineRing:
                 self.dropped = True
 
     def tail(self, lines: int) -> list[str]:
-        """The last `lines` of them, or all."""
+        """At most the last `lines` lines."""
         return list(islice(self._lines, max(len(self._lines) - lines, 0), None))

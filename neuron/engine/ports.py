@@ -18,9 +18,9 @@ _TIME_WAIT = "06"  # in /proc/net/tcp
 
 
 class PortPool:
-    """Hands out ports of this host. All harnesses share one pool, since their ranges may overlap.
+    """Reserves ports of this host. All harnesses share one pool, because their ranges may overlap.
 
-    `host` is looked up once, here. Raises OSError when it has no address.
+    Resolves `host` once. Raises OSError when it has no address.
     """
 
     def __init__(self, host: str) -> None:
@@ -35,11 +35,11 @@ class PortPool:
         return frozenset(self._reserved)
 
     def reserve(self, ports: tuple[int, int], *, lingering: Collection[int] = ()) -> int:
-        """A port of the range [first, last] that nothing on this host uses; ours until `release`. Where there is none,
-        one of those `lingering` will do (`lingering_ports`).
+        """Reserves a free port of the range [first, last] until `release`. If all others are taken, one of the
+        `lingering` ports (`lingering_ports`) is used.
 
-        Starts at random and goes round: several neurons of one host rarely meet, and a port that was just given up is
-        the last to be taken again.
+        Starts at a random port and goes round, so that several neurons on one host rarely collide and a released port
+        is reused last.
 
         Raises:
             Unavailable: every port of the range is taken.
@@ -62,15 +62,15 @@ class PortPool:
         )
 
     def claim(self, port: int) -> None:
-        """Reserves the port of an engine that has it already."""
+        """Reserves the port of an adopted engine."""
         self._reserved.add(port)
 
     def release(self, port: int) -> None:
         self._reserved.discard(port)
 
     def _is_free(self, port: int, *, shared: bool = False) -> bool:
-        """True when the port can be bound. Not `shared` (SO_REUSEADDR), since that would share it with an engine that
-        has bound it but does not listen yet, as engines may while they load."""
+        """True when the port can be bound. Without SO_REUSEADDR (`shared`) by default: with it, binding also succeeds
+        beside an engine that has bound the port and does not listen yet."""
         with socket.socket(self._family, socket.SOCK_STREAM) as probe:
             try:
                 if shared:

@@ -1,4 +1,4 @@
-"""What is written down of each engine, so that a neuron that comes after this one knows it again."""
+"""The run record of each engine, from which a later neuron adopts it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SPEC_FIELDS = frozenset(field.name for field in fields(EngineSpec))
 
 
 class RunRecord(BaseModel):
-    """One engine. `pid` and `start_ticks` (clock ticks since boot) are None before it has been started; `ready_at` is
-    the Unix time of its first healthy answer, None before that. `stopping`: its end had been asked for.
+    """One engine. `pid` and `start_ticks` (clock ticks since boot) are None before its start; `ready_at` is the Unix
+    time of its first successful health check, None before that. `stopping`: it was asked to stop.
 
-    Readable by its owner alone: it has the engine's keys.
+    The file is readable by its owner only, because it contains the engine's keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,13 +50,13 @@ class RunRecord(BaseModel):
     stopping: bool = False
     slept_mb: int = 0
     shared_files: list[tuple[str, int]] = []
-    """What it has in /dev/shm, by path and inode."""
+    """Its files in /dev/shm: path and inode."""
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """Raises ValueError when it was written by a version that had other fields, or other values for them."""
+        """Raises ValueError when another version wrote it, with other fields or values."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
-            raise ValueError(f"fields of a spec that are not known: {sorted(unknown)}")
+            raise ValueError(f"unknown fields of a spec: {sorted(unknown)}")
         spec = _SPEC.validate_python(self.spec)
         if spec.harness not in HARNESSES:
             raise ValueError(f"unknown harness {spec.harness!r}")
@@ -64,27 +64,27 @@ class RunRecord(BaseModel):
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
-    """A spec as JSON has it."""
+    """A spec as JSON values."""
     return {**asdict(spec), "said": sorted(spec.said)}
 
 
 @cache
 def boot_id() -> str:
-    """Names the time since the last boot: pids of another boot mean nothing. Blocks the first time."""
+    """Identifies the present boot: pids recorded in another boot are meaningless. The first call blocks."""
     return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Replaces the record, all of it or nothing, also when the power fails. Blocks.
+    """Replaces the record atomically and durably. Blocks.
 
     Raises:
-        OSError: the disk is full, or not writable; what was there before is still there.
+        OSError: the disk is full or not writable; the earlier record is unchanged.
     """
     replace_file(path, record.model_dump_json().encode())
 
 
 def read(path: Path) -> RunRecord | None:
-    """The record at `path`; None when there is none that this version understands. Blocks."""
+    """The record at `path`; None when it is missing or this version cannot read it. Blocks."""
     try:
         record = RunRecord.model_validate_json(path.read_bytes())
         _ = record.engine_spec

@@ -1,10 +1,9 @@
 """The processes of an engine.
 
-An engine is started as the leader of a session of its own, and its helpers stay in it. The leader's pid is the
-session's id, and the kernel does not reuse that number while the leader is unreaped or a member lives. A process
-other than the leader's parent cannot keep it unreaped, so the number proves something only while the leader itself is
-seen, known by its start time. Without a leader the proof is the engine's id, which all its processes inherit in their
-environment.
+An engine's main process leads its own session, and its helpers stay in it. The leader's pid is the session's id, which
+the kernel does not reuse while the leader is unreaped or a member lives. Only the leader's parent can keep it unreaped,
+so for an adopted engine the session's id is reliable only while the leader exists with the recorded start time. Without
+the leader, members are recognised by the engine's id, which they inherit in their environment.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from shared.process_stat import ProcessStat, stat_of
 
 @dataclass(frozen=True)
 class Leader:
-    """An engine's main process, by what no other process can have: its pid, when it began, and the engine's id."""
+    """An engine's main process, identified by pid and start time, and the engine's id."""
 
     pid: int
     start_ticks: int
@@ -31,7 +30,7 @@ class Leader:
 
     @property
     def alive(self) -> bool:
-        """True while this very process runs; False for a zombie, and for a stranger with its number."""
+        """True while this process runs; False for a zombie, and for another process that reuses its pid."""
         found = stat_of(self.pid)
         return found is not None and found.alive and found.start_ticks == self.start_ticks
 
@@ -52,26 +51,26 @@ def engine_id_of(pid: int) -> str | None:
 
 
 def members(leader: Leader) -> list[ProcessStat]:
-    """The engine's processes, zombies too: those of the leader's session and group while the leader is there, and
-    wherever they are those that carry the engine's id."""
+    """The engine's processes, zombies included: those with the engine's id, and, while the leader exists, those of its
+    session and process group."""
     table = list(processes())
-    present = any(each.pid == leader.pid and each.start_ticks == leader.start_ticks for each in table)
+    leader_exists = any(each.pid == leader.pid and each.start_ticks == leader.start_ticks for each in table)
     return [
         each
         for each in table
-        # Older than its leader: not a member, so its environment is not read.
+        # Skip reading the environment of older processes: they cannot be members.
         if each.start_ticks >= leader.start_ticks
-        and ((present and leader.pid in (each.session, each.group)) or engine_id_of(each.pid) == leader.engine_id)
+        and ((leader_exists and leader.pid in (each.session, each.group)) or engine_id_of(each.pid) == leader.engine_id)
     ]
 
 
 def live_members(leader: Leader) -> set[int]:
-    """The pids of the members that are no zombies."""
+    """The pids of the members, without zombies."""
     return {each.pid for each in members(leader) if each.alive}
 
 
 def members_by_session() -> dict[int, set[int]]:
-    """The pids of the live processes of every session, in one pass."""
+    """The pids of the live processes of every session, from one pass over all processes."""
     found: dict[int, set[int]] = {}
     for process in processes():
         if process.alive:
@@ -79,8 +78,8 @@ def members_by_session() -> dict[int, set[int]]:
     return found
 
 
-def marked(prefix: str) -> dict[int, str]:
-    """Live processes of the engines whose id begins with `prefix`: pid -> engine id. Blocks as `processes` does."""
+def engine_processes(prefix: str) -> dict[int, str]:
+    """Live processes of engines whose id starts with `prefix`: pid -> engine id. Blocks as `processes` does."""
     found: dict[int, str] = {}
     for process in processes():
         engine_id = engine_id_of(process.pid) if process.alive else None
@@ -90,7 +89,8 @@ def marked(prefix: str) -> dict[int, str]:
 
 
 def kill_members(leader: Leader) -> set[int]:
-    """SIGKILL to every live member; the pids that were alive. Call until it finds none: members may fork meanwhile."""
+    """Sends SIGKILL to every live member and returns their pids. Repeat until it returns none: members may fork
+    meanwhile."""
     alive = live_members(leader)
     for pid in alive:
         kill(pid)
@@ -98,13 +98,13 @@ def kill_members(leader: Leader) -> set[int]:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, to a process that may have ended meanwhile."""
+    """Sends SIGKILL to a process that may have exited already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 def reap_orphans(leader: Leader) -> None:
-    """Takes the exit status of zombies that became our children (we are PID 1 of a container, or a subreaper)."""
+    """Reaps members that became our children (neuron is PID 1 of a container, or a subreaper) and exited."""
     for process in members(leader):
         if not process.alive and process.parent == os.getpid() and process.pid != leader.pid:
             with contextlib.suppress(ChildProcessError):

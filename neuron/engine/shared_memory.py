@@ -1,7 +1,7 @@
-"""Shared memory that engines leave in /dev/shm when they are killed.
+"""Removes shared memory that killed engines leave in /dev/shm.
 
-Names there are random, and other programs use the same ones: what belongs to an engine is what its processes have
-mapped while they live, and no other process has once they are gone.
+Names there are random and not specific to engines. A file belongs to an engine if the engine's processes had it mapped
+and no other process has it mapped once they are gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - where POSIX shared memory is, not w
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file below /dev/shm; the inode tells it from a later one of the same name."""
+    """A file in /dev/shm; the inode distinguishes it from a later file of the same name."""
 
     path: str
     inode: int
@@ -30,7 +30,7 @@ class SharedFile:
 def mapped_by(pids: Iterable[int]) -> frozenset[SharedFile]:
     """What the processes have mapped of /dev/shm and is still linked there. Blocks for some milliseconds.
 
-    Not through psutil: it gives no inode and hides that a file is deleted, and it reads /proc/PID/smaps, for which the
+    Not through psutil: it returns no inodes, hides that a file is deleted, and reads /proc/PID/smaps, for which the
     kernel walks all pages of the process.
     """
     found = set()
@@ -45,18 +45,18 @@ def mapped_by(pids: Iterable[int]) -> frozenset[SharedFile]:
 
 
 def recorded(files: Iterable[tuple[str, int]]) -> frozenset[SharedFile]:
-    """From a run record; whatever else it may name is left out."""
+    """The files in a run record, without paths outside /dev/shm."""
     return frozenset(SharedFile(path, inode) for path, inode in files if Path(path).parent == Path(_SHARED_MEMORY))
 
 
 def remove(files: Collection[SharedFile]) -> None:
-    """Unlinks those that no process has mapped. Blocks for some milliseconds."""
-    left = {file for file in files if _inode(file.path) == file.inode}
-    if not left:
+    """Unlinks the files that no process has mapped. Blocks for some milliseconds."""
+    existing = {file for file in files if _inode(file.path) == file.inode}
+    if not existing:
         return
     in_use = mapped_by(process.pid for process in session.processes())
-    for file in left - in_use:
-        log.info("removing %s, which an engine left behind", file.path)
+    for file in existing - in_use:
+        log.info("removing %s, left by an engine", file.path)
         with contextlib.suppress(OSError):
             Path(file.path).unlink()
 

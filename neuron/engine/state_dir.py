@@ -1,4 +1,4 @@
-"""Where a neuron keeps what outlives it: a directory for each engine, and the memory of its simulated GPUs."""
+"""The directory of what outlives a neuron: a subdirectory for each engine, and the memory of simulated GPUs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pathlib import Path
 from neuron.engine import records
 from neuron.engine.records import RunRecord
 
-# A Unix socket's path has at most 107 bytes, and engines put sockets named by a UUID into TMPDIR, Python's
-# multiprocessing a directory and a name of 31.
+# A Unix socket's path has at most 107 bytes. Engines put sockets named by a UUID into TMPDIR; Python's multiprocessing
+# needs 31 bytes for a directory and a name.
 _MAX_TMP_PATH = 107 - 1 - 36
 
 
 class StateDirError(Exception):
-    """The state directory cannot be used; the message says which and why."""
+    """The state directory cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class EngineDir:
-    """Of one engine. `tmp` is its TMPDIR and goes with its processes, as `record` does; the log stays until the model
-    is loaded anew."""
+    """The directory of one engine. `tmp` is its TMPDIR; it is removed with the engine's processes, as `record` is. The
+    log stays until the next load of the model."""
 
     path: Path
     tmp: Path
@@ -41,7 +41,7 @@ class EngineDir:
         return self.path / "run.json"
 
     def remove_tmp(self) -> None:
-        """What only a running engine needs."""
+        """Removes what only a running engine needs."""
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.record.unlink(missing_ok=True)
 
@@ -52,39 +52,39 @@ class EngineDir:
 
 @dataclass(frozen=True)
 class FoundEngine:
-    """What an earlier neuron left of an engine; `record` None: nothing that can be understood."""
+    """An engine of an earlier neuron; `record` is None when it is missing or unreadable."""
 
     directory: EngineDir
     record: RunRecord | None
 
 
 class StateDir:
-    """A directory of this user alone, held by one neuron at a time."""
+    """A directory that belongs to this user and is locked by one neuron at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.vram = path / "vram"
         self._engines = path / "engines"
         self.keep = True
-        """What engines need stays at the end: those of an earlier neuron until it is known what is left of them, and
-        those that are left running."""
+        """Keep the engines' files when this neuron ends: set until the engines of an earlier neuron are known, and when
+        engines are left running."""
 
     @property
     def engine_id_prefix(self) -> str:
-        """What the ids of all engines of this directory begin with, whichever neuron started them. Follows from the
-        path, so that it cannot be lost."""
+        """The prefix of the ids of all engines of this directory, whichever neuron started them. It is derived from the
+        path, so it cannot be lost."""
         return f"{os.getuid()}-{self._digest}/"
 
     @contextlib.contextmanager
     def held(self, *, remove_after: bool) -> Iterator[StateDir]:
-        """Makes and locks it; afterwards removes it, or only the engines' part. What an earlier neuron left stays until
-        `found` and `clear_but` have dealt with it.
+        """Creates and locks the directory; afterwards removes it, or only the engines' files. Files of an earlier
+        neuron stay until `clear_except` removes them.
 
         Raises:
-            StateDirError: another neuron holds it, or it is not this user's own.
+            StateDirError: another neuron uses it, or it does not belong to this user.
         """
         try:
-            lock = self._take()
+            lock = self._lock()
             self._engines.mkdir(exist_ok=True)
             self.vram.mkdir(exist_ok=True)
             records.boot_id()
@@ -94,13 +94,13 @@ class StateDir:
             yield self
         finally:
             if not self.keep:
-                self.clear_but(())
+                self.clear_except(())
                 if remove_after:
                     shutil.rmtree(self.path, ignore_errors=True)
             os.close(lock)
 
     def found(self) -> list[FoundEngine]:
-        """The engines that an earlier neuron left here, the oldest first. Blocks."""
+        """The engines of an earlier neuron, oldest first. Blocks."""
         numbers = sorted(int(entry.name) for entry in self._engines.iterdir() if entry.name.isdecimal())
         left = []
         for number in numbers:
@@ -109,8 +109,8 @@ class StateDir:
             left.append(FoundEngine(EngineDir(self._engines / str(number), tmp), record))
         return left
 
-    def clear_but(self, kept: Collection[EngineDir]) -> None:
-        """Removes what is left of engines, but for those in `kept`. Blocks."""
+    def clear_except(self, kept: Collection[EngineDir]) -> None:
+        """Removes the files of all engines except those in `kept`. Blocks."""
         paths = {each.path for each in kept} | {each.tmp for each in kept}
         for parent in (self._engines, self._short_tmp):
             with contextlib.suppress(OSError):
@@ -118,10 +118,10 @@ class StateDir:
                     if entry not in paths:
                         shutil.rmtree(entry, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self._short_tmp.rmdir()  # only when it is empty
+            self._short_tmp.rmdir()  # succeeds only when it is empty
 
     def new_engine(self, number: int) -> EngineDir:
-        """A fresh directory for engine `number`. Raises OSError where there is no room for one."""
+        """Creates the directory of engine `number`. Raises OSError when the disk is full or not writable."""
         path, tmp = self._engines / str(number), self._tmp(number)
         path.mkdir()
         tmp.mkdir(parents=True, mode=0o700)
@@ -133,19 +133,19 @@ class StateDir:
 
     @property
     def _short_tmp(self) -> Path:
-        """For engines' temporary files where the path of the state directory is too long for sockets. Its name follows
-        from that path, so that what a killed neuron left is found and cleared by the next."""
+        """The parent of the engines' TMPDIRs when the state directory's path is too long for sockets. Its name is
+        derived from that path, so that the next neuron finds and clears the files of a killed one."""
         return Path(tempfile.gettempdir(), f"neuron-tmp-{os.getuid()}-{self._digest}")
 
     @property
     def _digest(self) -> str:
         return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
 
-    def _take(self) -> int:
+    def _lock(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        # In a world-writable directory another user may have taken the name.
+        # In a world-writable directory another user may have created it.
         status = self.path.lstat()
         if not self.path.is_dir() or self.path.is_symlink():
             raise StateDirError(f"state_dir {self.path} is not a directory")

@@ -1,4 +1,4 @@
-"""What an engine has to know so that the memory of a model can be estimated before it is loaded."""
+"""Estimates the memory of a model before it is loaded; each kind of engine provides the rules."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class MemoryEstimator(ABC):
 
     @abstractmethod
     def estimate(self, model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
-        """The memory for `options.tensor_parallel` devices, or for the smallest number of `devices` that will do (1
-        when none does), and for each other number. Lost devices do not count."""
+        """The memory for `options.tensor_parallel` devices, or for the smallest sufficient number of `devices` (1
+        if none is), and for each other number. Lost devices do not count."""
 
 
 async def estimate_of(

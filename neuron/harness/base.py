@@ -1,4 +1,4 @@
-"""The seam between neuron and its engines: what a harness offers, and the facts it decides from."""
+"""The interface between neuron and its engines: what a harness provides, and the facts it gets."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LaunchFacts:
 class LaunchPlan:
     """Everything decided about one engine before it starts.
 
-    `share_mb` is the booking on the smallest of its devices (on each, when they are alike), in MiB; None when its need
-    is unknown and the engine uses its own default.
+    `share_mb` is the booking on its smallest device, in MiB; None when its memory is unknown and the engine uses its
+    own default.
     """
 
     spec: EngineSpec
@@ -49,7 +49,7 @@ class LaunchPlan:
     engine_id: str
     share_mb: int | None = None
     control_key: str | None = None
-    """Secret that neuron shows the engine to put it to sleep, different for each; None: the engine cannot sleep."""
+    """Secret that neuron sends to the engine to put it to sleep, different for each engine; None: it cannot sleep."""
 
     @property
     def arguments(self) -> list[str]:
@@ -67,7 +67,7 @@ class EngineCommand:
 
 @dataclass(frozen=True)
 class SilentLoad:
-    """The reading of an engine whose output says nothing about its load: it starts until it answers."""
+    """The reading of an engine whose output says nothing about its load: `starting` until it answers."""
 
     phase: str = STARTING
     fraction: float | None = None
@@ -82,8 +82,8 @@ class SilentLoad:
 class Harness(ABC):
     """One kind of engine. Pure: no method reads or changes anything but its arguments.
 
-    Only `command` is required. Every other member has the default for an engine that speaks OpenAI's API, answers 200
-    on `health_path` once and as long as it serves, and offers nothing else.
+    Only `command` is required. The other members default to an engine that has OpenAI's API, answers 200 on
+    `health_path` while it serves, and supports nothing else.
     """
 
     health_path: str = "/health"
@@ -98,19 +98,28 @@ class Harness(ABC):
 
     @abstractmethod
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
-        """The command line and environment of the engine. It has to listen on `plan.host` and `plan.port`."""
+        """The command line and environment of the engine, which must listen on `plan.host` and `plan.port`."""
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
         return None
+
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        """Arguments that make an engine with `args` accept tools, for a model with these `names` (what it loads, then
+        its id). By default none is needed.
+
+        Raises:
+            InvalidRequest: it is not known how such a model calls tools; the message says what to do.
+        """
+        return ()
 
     def code_argument(self, args: Sequence[str]) -> str | None:
         """The first of `args` that makes the engine run code other than its own; None when none does."""
         return None
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
-        """What an engine with these arguments takes on each device when it is meant to take `share_mb` MiB. By default
-        that share, and without one the whole device."""
+        """What an engine with these arguments takes on each device if it is started with `share_mb` MiB. By default
+        that share; the whole device without one."""
         return MemoryRequirement(fraction=1.0) if share_mb is None else MemoryRequirement(share_mb)
 
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
@@ -118,7 +127,7 @@ class Harness(ABC):
         return False
 
     def first_reading(self) -> LoadReading:
-        """What is known about a load before the engine's first line of output."""
+        """The state of a load before the engine's first line of output."""
         return SilentLoad()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:

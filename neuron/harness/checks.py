@@ -1,4 +1,4 @@
-"""Checks what comes from outside, neuron.toml and load commands, against the harnesses that there are. Pure."""
+"""Validates neuron.toml and load commands against the known harnesses. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import LoadCommand
 
-# Model ids, paths and names as they exist; excludes flags, shell words and unprintable characters.
+# Model ids, paths and names; excludes flags, shell words and unprintable characters.
 _PLAIN_NAME = re.compile(r"/?\w[\w./:@+=,%-]*")
 _QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REMOTE = re.compile(r"(?:s3|gs)://.+")
@@ -75,6 +75,11 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         reason = _runs_code(harness, command.args)
     if reason is not None:
         raise InvalidRequest(f"args: {reason}", param="args")
+    tool_arguments: tuple[str, ...] = ()
+    if command.tools:
+        given = [*command.args, *config.harness_settings(harness).extra_args]
+        tool_arguments = HARNESSES[harness].tool_arguments((source, command.model_id), given)
+    said = {name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None}
     return EngineSpec(
         model_id=command.model_id,
         harness=harness,
@@ -82,10 +87,10 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         quant=command.quant,
         tensor_parallel=_tensor_parallel(command),
         devices=tuple(command.devices or ()) or None,
-        args=tuple(command.args),
+        args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
-        said=frozenset(name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None),
+        said=frozenset(said | {"args"} if tool_arguments else said),
     )
 
 

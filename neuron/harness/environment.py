@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from neuron.harness.base import ENGINE_ID_VARIABLE, LaunchPlan
 
 _OWN_PREFIXES = ("NEURON_", "CORTEX_")
-# systemd's: an engine that reported its own readiness, or took our socket or watchdog, would speak for neuron.
+# systemd's: an engine that reported readiness or used the socket or watchdog would act as neuron.
 _SUPERVISOR = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 )

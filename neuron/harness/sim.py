@@ -10,9 +10,10 @@ from pathlib import Path
 import neuron
 from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
 from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
-from neuron.harness.vllm.argument_policy import gives, value_of
+from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
+from neuron.harness.vllm.tools import family_of
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 
@@ -21,30 +22,35 @@ _PACKAGE_ROOT = str(Path(neuron.__file__).parent.parent)
 
 
 class SimSleep(VllmSleep):
-    """No weights, so nothing is copied to the host's memory."""
+    """Has no weights, so sleep takes no host memory."""
 
     weights_in_ram = False
 
 
 class SimHarness(VllmHarness):
-    """Takes simulated memory, answers with made-up words, and is otherwise supervised like vLLM."""
+    """Takes simulated memory, answers with random words, and is supervised like vLLM otherwise."""
 
     runs_on_gpu = False
     sleep = SimSleep()
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
-        """`--vram-mb` over all devices, else `share_mb`, else what the simulation takes by itself."""
-        total = value_of(args, "--vram-mb")
+        """`--vram-mb` over all devices, else `share_mb`, else the simulation's default."""
+        total = flag_value(args, "--vram-mb")
         if total is not None and total.isdecimal():
             return MemoryRequirement(-(-int(total) // spec.tensor_parallel))
         return MemoryRequirement(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
+
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        """vLLM's for a family that neuron knows; the simulation calls tools without them."""
+        family = family_of(names)
+        return () if family is None or family.tool is None else super().tool_arguments(names, args)
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         total = plan.spec.vram_mb
         if total is None and plan.share_mb is not None:
             total = plan.share_mb * plan.spec.tensor_parallel
-        if total is not None and not gives(plan.arguments, "--vram-mb"):
+        if total is not None and not has_flag(plan.arguments, "--vram-mb"):
             argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}
         own = {

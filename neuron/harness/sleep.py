@@ -20,13 +20,13 @@ class SleepControl(ABC):
         """Returns when the engine sleeps; requests that are running are finished first.
 
         Raises:
-            Conflict: `sleep_unsupported`, or `model_busy`; the engine goes on as before.
-            SleepFailed: it does not sleep and goes on as before. SleepUnsettled: it may be falling asleep: kill it.
+            Conflict: `sleep_unsupported`, or `model_busy`; the engine continues as before.
+            SleepFailed: it does not sleep and continues as before. SleepUnsettled: it may be falling asleep: kill it.
         """
 
     @abstractmethod
     async def wake(self, http: aiohttp.ClientSession, url: str, control_key: str) -> None:
-        """Returns when the engine serves; at once when it is awake.
+        """Returns when the engine serves; immediately when it is awake.
 
         Raises:
             WakeFailed: it does not serve, and what it holds is unknown: kill it.
@@ -34,14 +34,15 @@ class SleepControl(ABC):
 
     @abstractmethod
     async def is_sleeping(self, http: aiohttp.ClientSession, url: str, control_key: str) -> bool | None:
-        """Whether the engine sleeps; None when it does not say so in time."""
+        """Whether the engine sleeps; None when it does not answer in time."""
 
     @abstractmethod
     async def is_guarded(self, http: aiohttp.ClientSession, url: str, control_key: str) -> bool:
-        """True when the engine obeys `control_key` and nothing else; False when it obeys nothing, so cannot sleep.
+        """True when the engine accepts `control_key` and nothing else; False when it accepts nothing, so it cannot
+        sleep.
 
         Raises:
-            GuardFailed: it obeys callers without the key, so it must not serve.
+            GuardFailed: it accepts callers without the key, so it must not serve.
         """
 
     def weights_mb(self, lines: Sequence[str], ranks: int) -> int | None:

@@ -20,7 +20,8 @@ from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState, State
+from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey
 from neuron.progress.progress import LoadProgress
@@ -133,15 +134,15 @@ class EngineLife:
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
-        vitals = asyncio.create_task(self.engine.vitals.until_bad(), name=f"vitals of {self.engine.engine_id}")
+        health = asyncio.create_task(self.engine.health.until_unhealthy(), name=f"health of {self.engine.engine_id}")
         try:
-            event = await self._next_event(vitals)
+            event = await self._next_event(health)
             while event is EngineEvent.SLEEP_REQUESTED:
-                event = await self._fulfil(self.request.sleep_requests.popleft()) or await self._next_event(vitals)
+                event = await self._fulfil(self.request.sleep_requests.popleft()) or await self._next_event(health)
             if event is EngineEvent.UNHEALTHY:
-                self._fault = self._fault or vitals.result()
+                self._fault = self._fault or health.result()
         finally:
-            await cancel_all([vitals])
+            await cancel_all([health])
         self.served_secs = time.monotonic() - since
         if event is EngineEvent.STOP_REQUESTED:
             await self._drain()
@@ -187,8 +188,8 @@ class EngineLife:
         engine = self.engine
         with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
             async with timeout(_MEASURE_SECS):
-                await asyncio.gather(self._memory.measure([engine]), engine.vitals.take_sample())
-        await engine.note_shared_files()
+                await asyncio.gather(self._memory.measure([engine]), engine.health.take_sample())
+        await engine.record_shared_files()
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
@@ -205,14 +206,14 @@ class EngineLife:
             self._model.loaded(engine, reason, load_secs=load_secs)
         self.request.settle(None)
 
-    async def _next_event(self, vitals: asyncio.Task[str]) -> EngineEvent:
+    async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
         while True:
             event = await first_of(
                 {
                     EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
                     EngineEvent.EXITED: engine.process.main_exited.wait(),
-                    EngineEvent.UNHEALTHY: _until_done(vitals),
+                    EngineEvent.UNHEALTHY: _until_done(health),
                     EngineEvent.SLEEP_REQUESTED: request.sleep_requested.wait(),
                 },
                 timeout_secs=_HOUSEKEEPING_SECS,
@@ -221,7 +222,7 @@ class EngineLife:
                 return EngineEvent.STOP_REQUESTED
             if event is not None:
                 return event
-            await engine.note_shared_files()
+            await engine.record_shared_files()
 
     async def _fulfil(self, sleep_request: SleepRequest) -> EngineEvent | None:
         """Puts the engine to sleep or wakes it. Returns the event that ends its life meanwhile, None if it lives on."""
@@ -275,7 +276,7 @@ class EngineLife:
             await self.engine.record_stop()
         idle_polls = 0  # two in a row: a request may have been on its way during the first
         while not request.leave_engine and not exited.is_set() and time.monotonic() < request.drain_until:
-            sample = await self.engine.vitals.take_sample()
+            sample = await self.engine.health.take_sample()
             idle_polls = idle_polls + 1 if sample is not None and not sample.running and not sample.waiting else 0
             if idle_polls == _IDLE_POLLS:
                 break

@@ -16,7 +16,7 @@ import aiohttp
 from neuron.config import NeuronConfig
 from neuron.engine import records, session, shared_memory
 from neuron.engine.engine import Engine, until_released
-from neuron.engine.health import Vitals
+from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import PortPool, lingering_ports
 from neuron.engine.process import EngineProcess
@@ -162,7 +162,7 @@ class Launcher:
         # Files that a running engine has mapped are not removed.
         files = [shared_memory.recorded(each.record.shared_files) for each in found if each.record is not None]
         await asyncio.to_thread(shared_memory.remove, frozenset().union(*files))
-        await asyncio.to_thread(self._state.clear_but, keep)
+        await asyncio.to_thread(self._state.clear_except, keep)
 
     async def _kill_strays(self, spared: Sequence[str]) -> None:
         """Kills every process that carries the id of an engine of this state directory, except those in `spared`."""
@@ -177,7 +177,7 @@ class Launcher:
             await asyncio.sleep(_KILL_POLL_SECS)
 
     def _strays(self, spared: Sequence[str]) -> list[int]:
-        carriers = session.marked(self._state.engine_id_prefix)
+        carriers = session.engine_processes(self._state.engine_id_prefix)
         return [pid for pid, engine_id in carriers.items() if engine_id not in spared]
 
     def kill_all_now(self) -> None:
@@ -200,7 +200,7 @@ class Launcher:
             spec=spec,
             placement=placement,
             harness=harness,
-            vitals=Vitals(
+            health=HealthMonitor(
                 self._http,
                 url,
                 health_path=harness.health_path,
@@ -259,7 +259,7 @@ class Launcher:
         process = engine.process
         try:
             if not process.main_exited.is_set():
-                await engine.note_shared_files()
+                await engine.record_shared_files()
                 await engine.record_stop()
             if engine.kill:
                 await process.kill()
@@ -276,7 +276,7 @@ class Launcher:
     async def _leave(self, engine: Engine) -> None:
         self._state.keep = True
         await engine.save_record()
-        await engine.process.leave()
+        await engine.process.detach()
         await engine.output.close()
         self._memory.remove(engine)
         log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)

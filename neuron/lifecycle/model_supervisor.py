@@ -21,7 +21,8 @@ from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.failure_cause import cause_of, is_permanent
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState, Restarts, State
+from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.states import Restarts, State
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError

@@ -16,8 +16,9 @@ from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest
-from neuron.lifecycle.model_state import ModelState, NeuronModelView, State
+from neuron.lifecycle.model_state import ModelState, NeuronModelView
 from neuron.lifecycle.model_supervisor import ModelSupervisor
+from neuron.lifecycle.states import State
 from neuron.memory.ledger import EnginePlacement
 from shared.protocol import LoadCommand, ModelActivity
 
@@ -153,7 +154,7 @@ class Registry:
         figure is not the same as idle."""
         found = []
         for model in self.models:
-            sample = None if model.engine is None else model.engine.vitals.sample
+            sample = None if model.engine is None else model.engine.health.sample
             if sample is not None and model.state is State.LOADED:
                 found.append(
                     ModelActivity(

@@ -23,7 +23,8 @@ class LoadCommand(WireModel):
 
     `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
     one device. `devices` None lets the neuron choose. `vram_mb` (MiB, sum of all devices) is the engine's limit and
-    reservation; None leaves it to the engine. A body with only `model_id` repeats the spec of an earlier load.
+    reservation; None leaves it to the engine. `tools`: neuron puts the arguments that the model's family needs for
+    tools before `args`. A body with only `model_id` repeats the spec of an earlier load.
     """
 
     model_id: ModelId
@@ -35,6 +36,7 @@ class LoadCommand(WireModel):
     args: StringList = Field(default_factory=list)
     vram_mb: Mib | None = Field(default=None, ge=1, le=MAX_VRAM_MB)
     served_names: StringList = Field(default_factory=list)
+    tools: bool | None = None
 
     @property
     def bare(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks import cold_load, fleet_size
-from benchmarks.scale.decisions import think
+from benchmarks.scale.decisions import time_decisions
 
 
 async def test_a_cold_round_adds_up_and_a_crowd_starts_one_engine() -> None:
@@ -37,8 +37,8 @@ async def test_a_pretended_fleet_is_measured_whole() -> None:
     assert fleet_size.table(fleet_size.COLUMNS, [figures]).count("\n") == 2
 
 
-def test_thinking_is_measured() -> None:
+def test_decisions_are_timed() -> None:
     """Every figure is there, for models that are loaded and for such that are not."""
-    found = asdict(think(3, 20, decisions=200, placements=100))
+    found = asdict(time_decisions(3, 20, decisions=200, placements=100))
     assert [name for name, value in found.items() if value <= 0] == []
     assert found["decision_p50_us"] < found["placement_p50_us"]

@@ -62,6 +62,7 @@ CORTEX_TABLE = {
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),
     ("POST", "/fleet/nodes/{name}/resume"),
+    ("GET", "/openapi.json"),
 }
 CORTEX_METRICS = {
     "cortex_requests_total": {"model", "node", "status"},

@@ -23,7 +23,9 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from cortex.control.wiring import Parts, running_control
 from shared.serve import Site, bind, serving
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.raw_engine import RawEngine
+from tests.cortex.raw_http import RawClient, connected
 
 
 @dataclass
@@ -58,11 +60,12 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
-            neurons: Iterable[SeedNeuron],
+            neurons: Iterable[V1Neuron],
             models: list[dict[str, Any]],
             *,
             aliases: dict[str, str] | None = None,
             wait_healthy: bool = True,
+            host: str = "127.0.0.1",
             **settings: Any,
         ) -> RunningCortex:
             entries = [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons]
@@ -77,11 +80,11 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             await stack.enter_async_context(
                 serving([Site(build_control_app(parts), control), metrics], drain_timeout_secs=0)
             )
-            gateway = bind("127.0.0.1", 0)
+            gateway = bind(host, 0)
             port = gateway.getsockname()[1]
             await stack.enter_async_context(serving_here(parts, [gateway], control_address(control)))
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            cortex = RunningCortex(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
+            cortex = RunningCortex(f"http://{host}:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
             if wait_healthy:
                 await cortex.until(lambda: len(parts.fleet.snapshot().healthy) == len(entries))
             return cortex
@@ -90,14 +93,36 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
 
 
 @pytest.fixture
-async def benjy() -> AsyncIterator[SeedNeuron]:
-    """A seed neuron with one 24 GB card."""
-    async with SeedNeuron("benjy", 24000).running() as neuron:
+async def benjy() -> AsyncIterator[V1Neuron]:
+    """A protocol v1 neuron with one 24 GB card."""
+    async with V1Neuron("benjy", 24000).running() as neuron:
         yield neuron
 
 
 @pytest.fixture
-async def beast() -> AsyncIterator[SeedNeuron]:
-    """A seed neuron with two 32 GB cards."""
-    async with SeedNeuron("beast", 32000, 32000).running() as neuron:
+async def beast() -> AsyncIterator[V1Neuron]:
+    """A protocol v1 neuron with two 32 GB cards."""
+    async with V1Neuron("beast", 32000, 32000).running() as neuron:
         yield neuron
+
+
+@pytest.fixture
+async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
+    """Benjy's engine, which has org/small loaded and answers with the bytes of the test's script."""
+    async with RawEngine().running() as engine:
+        benjy.models["org/small"] = "loaded"
+        benjy.engine_url = engine.url
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of `engine`. Many modules have one of their own."""
+    return await start_cortex([benjy], [{"id": "org/small"}])
+
+
+@pytest.fixture
+async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
+    """A connection to `cortex`."""
+    async with connected(cortex.url) as client:
+        yield client

@@ -73,13 +73,13 @@ def host(
     *total_mb: int,
     models: Mapping[str, On] | None = None,
     foreign_mb: tuple[int, ...] = (),
-    seed: bool = False,
+    protocol_v1: bool = False,
     links: dict[tuple[int, int], LinkKind] | None = None,
     lost: tuple[int, ...] = (),
     healthy: bool = True,
     draining: bool = False,
 ) -> NodeSnapshot:
-    """A neuron whose figures follow from what is on it. `foreign_mb` is held by unknown processes; a `seed`
+    """A neuron whose figures follow from what is on it. `foreign_mb` is held by unknown processes; a `protocol_v1`
     neuron tells what its devices measure and what its models use, and nothing of bookings."""
     there = dict(models or {})
     held = [sum(each.mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
@@ -90,33 +90,33 @@ def host(
     assert bare.health is not None
     assert bare.discovery is not None
     devices = [
-        live if seed else live.model_copy(update={"vram_bookable_mb": free[i], "vram_asleep_mb": asleep[i]})
+        live if protocol_v1 else live.model_copy(update={"vram_bookable_mb": free[i], "vram_asleep_mb": asleep[i]})
         for i, live in enumerate(bare.health.devices)
     ]
     activity = [ModelActivity(id=model_id, in_flight=each.working) for model_id, each in there.items() if each.working]
     return replace(
         bare,
-        discovery=bare.discovery.model_copy(update={"instance_id": None if seed else f"{name}-1"}),
+        discovery=bare.discovery.model_copy(update={"instance_id": None if protocol_v1 else f"{name}-1"}),
         health=bare.health.model_copy(update={"devices": devices, "models": activity}),
-        models={model_id: _entry(model_id, each, seed=seed) for model_id, each in there.items()},
+        models={model_id: _entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()},
     )
 
 
-def _entry(model_id: str, on: On, *, seed: bool) -> ModelView:
+def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
     held = on.mb * len(on.devices) if on.known else None
     return ModelView(
         id=model_id,
         status=on.status,
         devices=list(on.devices),
         vram_used_mb=held,
-        vram_booked_mb=None if seed else held,
+        vram_booked_mb=None if protocol_v1 else held,
     )
 
 
 def fleet(
-    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), leaving: tuple[tuple[str, str], ...] = ()
+    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, str], ...] = ()
 ) -> FleetSnapshot:
-    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(leaving))
+    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(evicting))
 
 
 BEAST = node("beast", 32607, 32607)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tests.cortex.raw_http import Head, Truncated, Wire, framing_of, read_body, read_head
 
@@ -146,15 +148,16 @@ class RawEngine:
         return Received(head.start, head.headers, await read_body(wire.incoming, framing, length), number)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[RawEngine]:
-        """Serves inside the body.
+    async def running(self, sock: socket.socket | None = None) -> AsyncIterator[RawEngine]:
+        """Serves inside the body, on `sock` if one is given.
 
         Raises:
             Exception: what cortex sent was no HTTP, or a script failed.
         """
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Wire(self._serve), self.host, self.port)
-        self.port = server.sockets[0].getsockname()[1]
+        at: dict[str, Any] = {"host": self.host, "port": self.port} if sock is None else {"sock": sock}
+        server = await loop.create_server(lambda: Wire(self._serve), **at)
+        self.host, self.port = server.sockets[0].getsockname()
         self.url = f"http://{self.host}:{self.port}"
         try:
             yield self

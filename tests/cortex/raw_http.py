@@ -281,10 +281,12 @@ class RawClient(Wire):
 
 
 @contextlib.asynccontextmanager
-async def connected(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[RawClient]:
-    """A connection to the server of a URL; `receive_buffer` is the socket's, in bytes."""
+async def connected(
+    url: str, *, receive_buffer: int | None = None, sock: socket.socket | None = None
+) -> AsyncIterator[RawClient]:
+    """A connection to the server of a URL, by `sock` if one is given; `receive_buffer` is the socket's, in bytes."""
     address = urlsplit(url)
-    sock = socket.socket()
+    sock = sock or socket.socket()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for sockets that it has made
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)

@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from shared.serve import ListenError, Site, bind, serving
+from tests.far_host import far_host
 from tests.processes import eventually
 
 TOP = Path(__file__).parents[2]
@@ -185,6 +186,36 @@ async def test_handlers_are_cancelled_when_the_client_disconnects() -> None:
         await begun.wait()
         asking.cancel()
         await ended.wait()
+
+
+async def test_handlers_are_cancelled_when_the_client_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without FIN or RST, in the middle of an event stream: nothing acknowledges what is written."""
+    monkeypatch.setattr("shared.serve.UNANSWERED_SECS", 1)
+    monkeypatch.setattr("shared.serve.UNANSWERED_CHECK_SECS", 0.3)
+    ended = asyncio.Event()
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b": still here\n\n")
+                await asyncio.sleep(0.1)
+        finally:
+            ended.set()
+
+    app = web.Application()
+    app.router.add_get("/", events)
+    with far_host() as host:
+        site = Site(app, bind(host.near_address, 0))
+        async with serving([site], drain_timeout_secs=0):
+            with host.new_socket() as client:
+                client.settimeout(10)
+                await asyncio.to_thread(client.connect, (host.near_address, site.port))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert await asyncio.to_thread(client.recv, 4096)
+                host.vanish()
+                await asyncio.wait_for(ended.wait(), 10)
 
 
 def test_unusable_addresses_are_named() -> None:

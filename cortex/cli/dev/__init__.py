@@ -1,2 +1,2 @@
 """`cortex dev`: the whole stack on one machine, as real processes, without a GPU and without a config file. Only
-`cortex.__main__` calls it."""
+`cortex.cli.commands` calls it."""

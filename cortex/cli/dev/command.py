@@ -1,4 +1,4 @@
-"""`cortex dev`: real processes on loopback that end when this one ends."""
+"""`cortex dev`: real processes on loopback that end with this one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
 
-CORTEX = "cortex"  # a neuron may have this name too: then both end at once
+CORTEX = "cortex"  # if a neuron has this name too, both stop at once
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0

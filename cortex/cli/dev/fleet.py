@@ -86,7 +86,7 @@ def cortex_table(neurons: list[tuple[str, int]], *, models_config: str, metrics_
 
 
 def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: DevEngine) -> dict[str, Any]:
-    """The example catalogue for this engine. A pin on hosts that this fleet does not have is left out."""
+    """The example catalogue for this engine. Pins on hosts that this fleet does not have are removed."""
     names = {host.name for host in hosts}
     return {
         "models": [_model(profile, names, engine) for profile in example.models],
@@ -98,6 +98,6 @@ def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[st
     table = profile.model_dump(mode="json", exclude_none=True, exclude={"harness", "quant", "source"})
     table["harness"] = engine.harness
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]
-    if engine.model_dir is not None:  # another model than the arguments are for
-        table |= {"source": engine.model_dir, "args": []}
+    if engine.model_dir is not None:  # the settings are for a different model
+        table |= {"source": engine.model_dir, "args": [], "tools": False}
     return table

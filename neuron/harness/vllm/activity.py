@@ -80,10 +80,10 @@ class VllmActivity(ActivityProbe[EngineSample]):
         return sample_of(page)
 
     def hang_detector(self, grace_secs: float, prefill_grace_secs: float) -> HangDetector[EngineSample]:
-        return HangWatch(grace_secs, prefill_grace_secs)
+        return VllmHangDetector(grace_secs, prefill_grace_secs)
 
 
-class HangWatch:
+class VllmHangDetector:
     """Detects from samples of one engine that it hangs: it has running requests, and no counter moves.
 
     It measures the time without progress while requests run. The clock restarts when a counter rises or the KV cache

@@ -52,7 +52,7 @@ def flag_name(arg: str) -> str:
     return arg.partition("=")[0].partition(".")[0].replace("_", "-")
 
 
-def value_of(args: Sequence[str], *flags: str) -> str | None:
+def flag_value(args: Sequence[str], *flags: str) -> str | None:
     """The value of the last of `flags` (written with dashes) in `args`; None when there is none."""
     found = None
     for place, arg in enumerate(args):
@@ -62,6 +62,6 @@ def value_of(args: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def gives(args: Sequence[str], *flags: str) -> bool:
+def has_flag(args: Sequence[str], *flags: str) -> bool:
     """True when one of `flags` (written with dashes) is in `args`."""
     return any(arg.partition("=")[0].replace("_", "-") in flags for arg in args)

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
-from neuron.harness.vllm.argument_policy import gives, refused_argument, value_of
+from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_argument
 from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
-from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
+from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
@@ -41,12 +42,12 @@ class VllmHarness(Harness):
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
         with contextlib.suppress(ValueError):
-            fraction = float(value_of(args, *UTILIZATION) or "")
+            fraction = float(flag_value(args, *UTILIZATION) or "")
             if 0 < fraction <= 1:
                 return MemoryRequirement(fraction=fraction)
         if share_mb is None:
             return MemoryRequirement(fraction=DEFAULT_ENGINE_SHARE)
-        return MemoryRequirement(share_mb, one_fraction=not gives(args, *SIZES_MEMORY))
+        return MemoryRequirement(share_mb, one_fraction=not has_flag(args, *SIZES_MEMORY))
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
@@ -64,6 +65,9 @@ class VllmHarness(Harness):
         argv += plan.arguments
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
+    def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
+        return tool_arguments(names, args)
+
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return vllm_can_sleep(plan, facts)
 
@@ -74,7 +78,7 @@ class VllmHarness(Harness):
         return code_argument(args)
 
     def first_reading(self) -> LoadReading:
-        return Reading()
+        return VllmLoadReading()
 
     def root_cause(self, lines: Sequence[str]) -> str | None:
         return root_cause(lines)
@@ -102,8 +106,8 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
 def vllm_environment(
     plan: LaunchPlan, facts: LaunchFacts, own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
-    """The part of the environment that vLLM and its simulation share. `own` yields to the operator's `env`, `fixed`
-    does not."""
+    """The part of the environment that vLLM and its simulation share. The operator's `env` overrides `own` but not
+    `fixed`."""
     inherited = {name: value for name, value in facts.environ.items() if name not in _NOT_INHERITED}
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
     # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
@@ -115,12 +119,12 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     """`--gpu-memory-utilization` for an engine with a share, unless its arguments already size its memory.
 
     Rounded down: two engines whose shares add up to a device must not ask for more than it has. vLLM has one fraction
-    for all devices, so it is the one that gives the share on the smallest. On a larger device the same fraction is
+    for all devices, calculated from the smallest. On a larger device the same fraction is
     more, and that is what is booked there (`MemoryRequirement.one_fraction`): vLLM refuses to start unless it is free,
     though it uses no more blocks than fit on the smallest.
     """
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if plan.share_mb is None or not totals or gives(plan.arguments, *SIZES_MEMORY):
+    if plan.share_mb is None or not totals or has_flag(plan.arguments, *SIZES_MEMORY):
         return []
     parts = math.floor(plan.share_mb * _DIGITS / min(totals))
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]

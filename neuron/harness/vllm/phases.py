@@ -50,7 +50,7 @@ _SERVING = re.compile(r"Starting vLLM (?:API )?server|Application startup comple
 
 
 @dataclass(frozen=True)
-class Reading:
+class VllmLoadReading:
     """See `LoadReading`. Several processes write at the same time: `fraction` is that of the furthest one, and a line
     of an earlier phase changes nothing."""
 
@@ -63,7 +63,7 @@ class Reading:
     two_captures: bool = False  # graphs are captured in two passes with a bar each: PIECEWISE, then FULL
     files: Mapping[str, float] = field(default_factory=dict)  # weight files being downloaded -> fraction
 
-    def after(self, line: str) -> Reading:
+    def after(self, line: str) -> VllmLoadReading:
         """The reading after one more line of output."""
         text = _BARE_RECORD.sub("", split_record(line)[1].strip())
         known = replace(
@@ -73,7 +73,7 @@ class Reading:
         )
         return known._download(text) or known._bar(text) or known._mark(text) or known
 
-    def _download(self, text: str) -> Reading | None:
+    def _download(self, text: str) -> VllmLoadReading | None:
         done = _DOWNLOADED.search(text)
         if done is not None:
             return replace(self, downloaded_secs=float(done[1]))._at(LOADING, None, text)
@@ -87,7 +87,7 @@ class Reading:
         counts = [int(count[1]) for count in map(_FILE_COUNT.search, files) if count is not None]
         return replace(self, files=files)._at(DOWNLOADING, sum(files.values()) / max([len(files), *counts]), text)
 
-    def _bar(self, text: str) -> Reading | None:
+    def _bar(self, text: str) -> VllmLoadReading | None:
         shards = _last(_SHARDS_BAR, text)
         if shards is not None:
             return self._at(LOADING, int(shards[1]) / 100, text)
@@ -101,7 +101,7 @@ class Reading:
             fraction = 0.5 + fraction / 2
         return self._at(CAPTURING, fraction, text)
 
-    def _mark(self, text: str) -> Reading | None:
+    def _mark(self, text: str) -> VllmLoadReading | None:
         if _SERVING.search(text):
             return replace(self, serving=True)._at(WARMING_UP, None, text)
         if "Loading weights took" in text:
@@ -111,7 +111,7 @@ class Reading:
         phase = next((phase for pattern, phase in _MARKS if pattern.search(text)), None)
         return None if phase is None else self._at(phase, None, text)
 
-    def _at(self, phase: str, fraction: float | None, text: str) -> Reading:
+    def _at(self, phase: str, fraction: float | None, text: str) -> VllmLoadReading:
         if rank(phase) < rank(self.phase):
             return self
         if fraction is not None:

@@ -1,4 +1,4 @@
-"""What an engine needs so that it can sleep, and so that only its neuron can tell it to."""
+"""How a vLLM is started so that it can sleep, and only its neuron can put it to sleep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import aiohttp
 from neuron.harness.base import LaunchFacts, LaunchPlan
 from neuron.harness.sleep import SleepControl
 from neuron.harness.vllm import guard, sleep_routes
-from neuron.harness.vllm.argument_policy import gives
+from neuron.harness.vllm.argument_policy import has_flag
 from neuron.harness.vllm.errors import weights_mb
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE, digest_of
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
-# Development mode logs a traceback for every refused request: the log would be full of them, and the cause of a failure
-# would be looked for among them.
+# Development mode logs a traceback for each refused request, which would hide the cause of a failure.
 _GUARD_ARGUMENTS = ("--middleware", "neuron_guard.Guard", "--no-log-error-stack")
 _GUARD_DIRECTORY = str(Path(guard.__file__).parent)
 
@@ -52,12 +51,12 @@ def vllm_can_sleep(plan: LaunchPlan, facts: LaunchFacts) -> bool:
 
 
 def sim_can_sleep(plan: LaunchPlan) -> bool:
-    """As above; on by default, since it costs nothing in the simulation."""
+    """The same for the simulation, where sleep mode is on by default."""
     return _may_sleep(plan) and plan.settings.sleep_mode is not False
 
 
 def _may_sleep(plan: LaunchPlan) -> bool:
-    return plan.control_key is not None and not gives(plan.arguments, "--no-enable-sleep-mode")
+    return plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
 
 
 def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
@@ -66,7 +65,7 @@ def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
     The guard comes before an operator's own `--middleware`: vLLM wraps each one around those before it, so the guard
     sees the same path as the routes.
     """
-    pool = facts.has_gpu and not gives(plan.arguments, "--enable-sleep-mode")
+    pool = facts.has_gpu and not has_flag(plan.arguments, "--enable-sleep-mode")
     return [*_GUARD_ARGUMENTS, *(["--enable-sleep-mode"] if pool else [])]
 
 

@@ -1,6 +1,6 @@
 """vLLM's sleep routes, which the guard in the engine opens to neuron's control key only (`neuron.harness.vllm.guard`).
 
-The guard also makes sure that a sleep aborts nothing: running requests are finished first, and new ones get 503 with
+The guard also ensures that a sleep aborts no request: running requests finish first, and new ones get 503 with
 `x-neuron-sleeping`. `/health` stays 200 throughout.
 """
 
@@ -17,8 +17,8 @@ from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER
 
 SLEEP_SECS = 120.0
 WAKE_SECS = 120.0
-_ASK_SECS = 5.0
-_SAID_CHARACTERS = 500
+_QUERY_SECS = 5.0
+_MAX_REPLY_CHARACTERS = 500
 
 
 async def sleep(
@@ -29,13 +29,13 @@ async def sleep(
     Running requests have 10 s to finish.
 
     Raises:
-        Conflict: `sleep_unsupported`, sleep mode is off; `model_busy`, it still has requests. It goes on as before.
-        SleepFailed: it does not sleep, and goes on as before.
+        Conflict: `sleep_unsupported`, sleep mode is off; `model_busy`, it still has requests. It continues as before.
+        SleepFailed: it does not sleep, and continues as before.
         SleepUnsettled: it did not answer, and may be falling asleep.
     """
     path = f"/sleep?level={level}&mode=wait"
     try:
-        status, text = await _tell(http, url + path, control_key, timeout_secs)
+        status, text = await _post(http, url + path, control_key, timeout_secs)
     except _NO_ANSWER as error:
         reason = f"the engine did not confirm that it sleeps: {_why(error, timeout_secs)}"
         raise failures.SleepUnsettled(reason) from error
@@ -51,13 +51,13 @@ async def sleep(
 
 
 async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeout_secs: float = WAKE_SECS) -> None:
-    """Returns when the engine at `url` serves; at once when it is awake.
+    """Returns when the engine at `url` serves; immediately when it is awake.
 
     Raises:
         WakeFailed: it does not, usually because its memory was taken meanwhile. What it holds is unknown: kill it.
     """
     try:
-        status, text = await _tell(http, url + "/wake_up", control_key, timeout_secs)
+        status, text = await _post(http, url + "/wake_up", control_key, timeout_secs)
     except _NO_ANSWER as error:
         raise failures.WakeFailed(
             f"the engine did not confirm that it is awake: {_why(error, timeout_secs)}"
@@ -71,7 +71,7 @@ async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeo
 async def is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str) -> bool | None:
     """Whether the engine sleeps; None when it does not answer within 5 s."""
     try:
-        return _said(*await _ask(http, url, control_key))
+        return _sleep_state(*await _get_is_sleeping(http, url, control_key))
     except _NO_ANSWER:
         return None
 
@@ -85,12 +85,12 @@ async def is_guarded(http: aiohttp.ClientSession, url: str, control_key: str) ->
         GuardFailed: it answers without the key: its development routes are open, so it must not serve.
     """
     try:
-        stranger = _said(*await _ask(http, url, None))
+        without_key = _sleep_state(*await _get_is_sleeping(http, url, None))
     except _NO_ANSWER:
         return False
-    if stranger is not None:
+    if without_key is not None:
         raise failures.GuardFailed(
-            f"the engine's development routes answer without the control key: /is_sleeping said {stranger}"
+            f"the engine's development routes answer without the control key: /is_sleeping answered {without_key}"
         )
     return await is_sleeping(http, url, control_key) is not None
 
@@ -98,20 +98,20 @@ async def is_guarded(http: aiohttp.ClientSession, url: str, control_key: str) ->
 _NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 
 
-async def _tell(http: aiohttp.ClientSession, url: str, control_key: str, timeout_secs: float) -> tuple[int, str]:
+async def _post(http: aiohttp.ClientSession, url: str, control_key: str, timeout_secs: float) -> tuple[int, str]:
     timeout = aiohttp.ClientTimeout(total=timeout_secs)
     async with http.post(url, headers={CONTROL_HEADER: control_key}, timeout=timeout, allow_redirects=False) as reply:
-        return reply.status, await _beginning(reply)
+        return reply.status, await _text(reply)
 
 
-async def _ask(http: aiohttp.ClientSession, url: str, control_key: str | None) -> tuple[int, str]:
+async def _get_is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str | None) -> tuple[int, str]:
     headers = {} if control_key is None else {CONTROL_HEADER: control_key}
-    timeout = aiohttp.ClientTimeout(total=_ASK_SECS)
+    timeout = aiohttp.ClientTimeout(total=_QUERY_SECS)
     async with http.get(url + "/is_sleeping", headers=headers, timeout=timeout, allow_redirects=False) as reply:
-        return reply.status, await _beginning(reply)
+        return reply.status, await _text(reply)
 
 
-def _said(status: int, text: str) -> bool | None:
+def _sleep_state(status: int, text: str) -> bool | None:
     """The answer of /is_sleeping; None when it is malformed."""
     try:
         answer: Any = json.loads(text) if status == 200 else None
@@ -121,8 +121,8 @@ def _said(status: int, text: str) -> bool | None:
     return sleeps if isinstance(sleeps, bool) else None
 
 
-async def _beginning(reply: aiohttp.ClientResponse) -> str:
-    return (await reply.text(errors="replace"))[:_SAID_CHARACTERS]
+async def _text(reply: aiohttp.ClientResponse) -> str:
+    return (await reply.text(errors="replace"))[:_MAX_REPLY_CHARACTERS]
 
 
 def _why(error: BaseException, timeout_secs: float) -> str:

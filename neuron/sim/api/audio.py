@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from neuron.sim.api.bodies import served_model
 from neuron.sim.api.errors import bad_request, malformed
@@ -115,6 +116,6 @@ async def _read(request: web.Request) -> _Form:
                 form.size += len(data)
                 content.update(data)
             form.digest = content.hexdigest()[:8]
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, LookupError, RuntimeError, HttpProcessingError) as error:  # all by aiohttp
         raise malformed(f"There was an error parsing the body: {error}") from error
     return form

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import RawClient, connected, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 VERSION = "anthropic-version: 2023-06-01"
 MODELS = [{"id": f"org/m{number}", "limit": {"context": 8192, "output": 512}} for number in range(5)]
@@ -19,15 +18,9 @@ NAMES = [*(f"org/m{number}" for number in range(5)), "large"]
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron) -> RunningCortex:
     benjy.models["org/m0"] = "loaded"
     return await start_cortex([benjy], MODELS, aliases={"large": "org/m4"})
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 async def got(client: RawClient, target: str, *lines: str) -> tuple[int, Any]:
@@ -144,7 +137,7 @@ async def test_answers_have_anthropics_request_id(cortex: RunningCortex, client:
     assert (await client.ask(request(body, target="/v1/completions"))).get("request-id") is None
 
 
-async def test_waiting_stream_has_anthropics_request_id(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_waiting_stream_has_anthropics_request_id(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Its head comes from cortex, before the engine's."""
     benjy.load_gate.clear()
     cortex = await start_cortex([benjy], MODELS, waiting={"first_comment_secs": 0.01})

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
 LARGE = {
@@ -37,7 +37,7 @@ async def listed(cortex: RunningCortex) -> dict[str, dict[str, Any]]:
 
 
 async def test_catalogue_models_that_some_topology_can_hold(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """Each with the neurons that can hold it. A model that none can ever hold is not listed."""
     cortex = await start_cortex([beast, benjy], [SMALL, LARGE, HUGE])
@@ -53,7 +53,7 @@ async def test_catalogue_models_that_some_topology_can_hold(
     assert (entries["org/small"]["limit"], entries["org/small"]["max_model_len"]) == (None, None)
 
 
-async def test_loaded_and_where(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+async def test_loaded_and_where(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """Every healthy neuron that lists a model is a location with its status; `loaded` means that one has it loaded."""
     beast.models["org/small"] = "loaded"
     benjy.models["org/small"] = "failed"
@@ -71,7 +71,7 @@ async def test_loaded_and_where(start_cortex: StartCortex, beast: SeedNeuron, be
     [("loaded", True), ("loading", False), ("unloaded", False), ("failed", False), ("dreaming", False)],
 )
 async def test_models_that_only_a_neuron_knows(
-    start_cortex: StartCortex, benjy: SeedNeuron, status: str, is_listed: bool
+    start_cortex: StartCortex, benjy: V1Neuron, status: str, is_listed: bool
 ) -> None:
     """Models loaded anywhere are listed even if they are not in the catalogue."""
     benjy.models["someone/elses"] = status
@@ -83,7 +83,7 @@ async def test_models_that_only_a_neuron_knows(
         assert (entry["loaded"], entry["feasible_on"], entry["limit"]) == (True, [], None)
 
 
-async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """An operator loaded it by hand, so clients can use it."""
     benjy.models["org/huge"] = "loaded"
     cortex = await start_cortex([benjy], [HUGE])
@@ -91,7 +91,7 @@ async def test_infeasible_model_is_listed_while_it_is_loaded(start_cortex: Start
     assert (entry["loaded"], entry["feasible_on"]) == (True, [])
 
 
-async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """`alias_of` has their target; an alias of a model that is not listed is not listed either."""
     aliases = {"small": "org/small", "huge": "org/huge"}
     cortex = await start_cortex([benjy], [SMALL, HUGE], aliases=aliases)
@@ -101,9 +101,9 @@ async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, be
     assert "alias_of" not in entries["org/small"]
 
 
-async def test_neuron_that_is_down(start_cortex: StartCortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_neuron_that_is_down(start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """Its models stay feasible there, because it will return; what was loaded on it does not count as loaded."""
-    async with SeedNeuron("quadbrat", 12000).running() as quadbrat:
+    async with V1Neuron("quadbrat", 12000).running() as quadbrat:
         quadbrat.models["org/small"] = "loaded"
         quadbrat.models["own/model"] = "loaded"
         cortex = await start_cortex([benjy, quadbrat], [SMALL])
@@ -115,7 +115,7 @@ async def test_neuron_that_is_down(start_cortex: StartCortex, benjy: SeedNeuron,
     assert (entry["loaded"], entry["feasible_on"], entry["locations"]) == (False, ["benjy", "quadbrat"], [])
 
 
-async def test_list_is_empty_before_any_neuron_has_answered(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_list_is_empty_before_any_neuron_has_answered(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The list is valid and empty."""
     benjy.silent = True
     cortex = await start_cortex([benjy], [SMALL], wait_healthy=False)
@@ -123,7 +123,7 @@ async def test_list_is_empty_before_any_neuron_has_answered(start_cortex: StartC
 
 
 @pytest.mark.parametrize("name", ["org/small", "small", "a/b/c:d é", "100%"])
-async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron, name: str) -> None:
+async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: V1Neuron, name: str) -> None:
     """With plain or percent-encoded slashes, and with characters that must be encoded."""
     benjy.models["a/b/c:d é"] = benjy.models["100%"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL], aliases={"small": "org/small"})
@@ -133,7 +133,7 @@ async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron,
             assert (await response.json())["id"] == name
 
 
-async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """404 in the envelope."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.get(f"{cortex.url}/v1/models/org/unknown") as response:
@@ -141,7 +141,7 @@ async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: SeedNeu
         assert (await response.json())["error"]["code"] == "model_not_found"
 
 
-async def test_openai_client_reads_the_list(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_openai_client_reads_the_list(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The real client reads the list and a single model."""
     cortex = await start_cortex([benjy], [SMALL])
     async with openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="none") as client:

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = {"id": "org/small", "vram_mb": 4000}
 
@@ -34,23 +34,23 @@ async def chat(cortex: RunningCortex) -> tuple[int, object]:
         return response.status, await response.json()
 
 
-async def test_unload_waits_for_requests_in_flight(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_unload_waits_for_requests_in_flight(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     benjy.models, benjy.engine.answer = {"org/small": "loaded"}, (answer := Gated())
     cortex = await start_cortex([benjy], [MODEL])
     request = asyncio.create_task(chat(cortex))
     await answer.entered.wait()
     unloading = asyncio.create_task(unload(cortex))
-    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().leaving))
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().evicting))
     assert benjy.unloads == []
     answer.gate.set()
     assert await request == (200, {"whole": True})
     status, body = await unloading
     assert (status, body["results"]) == (200, [{"node": "benjy", "status": "unloaded"}])
     assert benjy.unloads == ["org/small"]
-    assert not cortex.parts.fleet.snapshot().leaving
+    assert not cortex.parts.fleet.snapshot().evicting
 
 
-async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     benjy.models, benjy.engine.answer = {"org/small": "loaded"}, (answer := Gated())
     cortex = await start_cortex([benjy], [MODEL])
     request = asyncio.create_task(chat(cortex))
@@ -61,14 +61,14 @@ async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, b
     await request
 
 
-class Stubborn(SeedNeuron):
+class Stubborn(V1Neuron):
     """A neuron that refuses to unload."""
 
     async def _unload(self, request: web.Request) -> web.Response:
         return web.json_response({"error": "the engine does not exit"}, status=500)
 
 
-async def test_every_nodes_result_is_reported(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_every_nodes_result_is_reported(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """A failure on one node does not hide the success on the other."""
     async with Stubborn("stubborn", 24000).running() as stubborn:
         benjy.models = {"org/small": "loaded"}

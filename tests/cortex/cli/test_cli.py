@@ -21,7 +21,7 @@ from aiohttp import web
 from shared.protocol import ModelStatus
 from shared.serve import Site, bind, serving
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 TOP = Path(__file__).parents[3]
 SMALL = {"id": "org/small", "vram_mb": 4000}
@@ -68,12 +68,12 @@ async def run(*arguments: str, **environ: str) -> Result:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) -> RunningCortex:
     """A cortex with two neurons, two models and an alias."""
     return await start_cortex([beast, benjy], [SMALL, LARGE], aliases={"small": "org/small"})
 
 
-async def test_status(cortex: RunningCortex, beast: SeedNeuron) -> None:
+async def test_status(cortex: RunningCortex, beast: V1Neuron) -> None:
     """A row for each device, the neuron's first with its state and models."""
     beast.models["org/small"] = "loaded"
     beast.used_mb[1] = 500
@@ -98,10 +98,10 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases", "configuration"}
 
 
-async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Loads in progress with their reason, and the last error of an unreachable neuron."""
     benjy.load_gate.clear()
-    async with SeedNeuron("gone", 1000).running() as gone:
+    async with V1Neuron("gone", 1000).running() as gone:
         pass
     cortex = await start_cortex([benjy, gone], [SMALL], wait_healthy=False)
     await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["benjy"].healthy)
@@ -138,13 +138,13 @@ async def test_explain(cortex: RunningCortex) -> None:
     assert result.status == 0
     head, because, _, *rows = result.out.splitlines()
     assert (
-        because
-        == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by a path that is not known"
+        because == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by an unknown path"
     )
     assert head.startswith("org/large: load on beast, devices [0, 1]: beast: fits now")
     assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]
     assert rows[1].split()[:5] == ["beast", "yes", "-", "0", "1"]
     assert "needs 2 devices, has 1" in rows[2]
+    assert rows[-1].startswith("Clients cannot offer it tools: set tools = true")
     plan = (await run("explain", "small", "--json", "--url", cortex.url)).json
     assert (plan["model"], plan["decision"]["action"], plan["decision"]["evict"]) == ("org/small", "load", [])
 
@@ -156,7 +156,7 @@ async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
     assert result.out.startswith("org/unknown: refuse: the model 'org/unknown' does not exist")
 
 
-async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """On the planner's choice or on the named neuron; an alias works too."""
     result = await run("load", "small", "--url", cortex.url)
     assert result.status == 0
@@ -166,13 +166,13 @@ async def test_load_and_unload(cortex: RunningCortex, beast: SeedNeuron, benjy: 
     assert (result.status, result.json["node"]) == (0, "beast")
     assert beast.loads[0]["model_id"] == "org/small"
     result = await run("unload", "org/small", "--on", "benjy", "--url", cortex.url)
-    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: ['benjy']\n")
+    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: benjy\n")
     assert (benjy.models, list(beast.models)) == ({}, ["org/small"])
     assert (await run("unload", "org/small", "--url", cortex.url)).status == 0
     assert beast.models == {}
 
 
-async def test_load_again_does_nothing(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_load_again_does_nothing(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """A loaded model is reported at once, without a request to a neuron."""
     await run("load", "org/small", "--url", cortex.url)
     result = await run("load", "org/small", "--json", "--url", cortex.url)
@@ -200,7 +200,7 @@ async def test_refusals(cortex: RunningCortex, arguments: tuple[str, ...], messa
     assert result.err.startswith(f"cortex: {message}")
 
 
-async def test_failed_load_says_why(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_failed_load_says_why(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """The neuron's reason and exit 1; a second command tries again despite the backoff."""
     benjy.load_error = (500, {"error": "CUDA out of memory"})
     for attempt in (1, 2):
@@ -210,7 +210,7 @@ async def test_failed_load_says_why(cortex: RunningCortex, benjy: SeedNeuron) ->
         assert len(benjy.loads) == attempt
 
 
-async def test_drain_and_resume(cortex: RunningCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+async def test_drain_and_resume(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """A drained neuron gets no new model, its state shows, and resume undoes it."""
     result = await run("drain", "benjy", "--url", cortex.url)
     assert (result.status, result.out) == (0, "node: benjy, draining: True\n")
@@ -288,7 +288,7 @@ async def test_server_without_http() -> None:
     assert result.err.startswith("cortex: http://127.0.0.1")
 
 
-async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """The command ends with 130 and without a traceback; the load goes on."""
     benjy.load_gate.clear()
     process = await start("load", "org/small", "--url", cortex.url)

@@ -125,7 +125,7 @@ def test_check_of_good_files(tmp_path: Path) -> None:
     done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
     assert (done.returncode, done.stdout) == (
         0,
-        f"ok: {tmp_path}/cortex.toml: 1 neurons; {tmp_path}/models.toml: 1 models\n",
+        f"ok: {tmp_path}/cortex.toml: 1 neuron; {tmp_path}/models.toml: 1 model\n",
     )
     assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
 

@@ -20,9 +20,9 @@ import tomli_w
 from cortex.config.diff import difference
 from cortex.config.files import ConfigurationFiles
 from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, stream_head
 from tests.cortex.raw_http import Answer, Wire, bounded, connected, request, until
-from tests.cortex.seed_neuron import SeedNeuron
 from tests.processes import descendants
 
 if sys.version_info >= (3, 11):
@@ -55,7 +55,7 @@ class Cortex:
         change(data)
         self.write("cortex.toml", data)
 
-    def set_neurons(self, *neurons: SeedNeuron, **more: str) -> None:
+    def set_neurons(self, *neurons: V1Neuron, **more: str) -> None:
         entries = [{"name": neuron.name, "endpoint": neuron.url, **more} for neuron in neurons]
         self.edit_config(lambda data: data.update(neurons=entries))
 
@@ -111,7 +111,7 @@ class Cortex:
 
 @contextlib.asynccontextmanager
 async def running(
-    directory: Path, neurons: list[SeedNeuron], models: list[dict[str, Any]], **settings: Any
+    directory: Path, neurons: list[V1Neuron], models: list[dict[str, Any]], **settings: Any
 ) -> AsyncIterator[Cortex]:
     async with cortex_process(directory, neurons, models, **settings) as process:
         await until(lambda: "cortex listening" in process.log())
@@ -120,7 +120,7 @@ async def running(
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
 async def cortex(
-    request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron
+    request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron, beast: V1Neuron
 ) -> AsyncIterator[Cortex]:
     """A cortex with two neurons and one model."""
     async with running(tmp_path, [benjy, beast], [SMALL], workers=request.param) as cortex:
@@ -128,14 +128,14 @@ async def cortex(
 
 
 @pytest.fixture
-async def single(tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron) -> AsyncIterator[Cortex]:
+async def single(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron) -> AsyncIterator[Cortex]:
     """As above, always with one worker."""
     async with running(tmp_path, [benjy, beast], [SMALL]) as cortex:
         yield cortex
 
 
 @contextlib.asynccontextmanager
-async def held_stream(cortex: Cortex, neuron: SeedNeuron, model: str) -> AsyncIterator[asyncio.Event]:
+async def held_stream(cortex: Cortex, neuron: V1Neuron, model: str) -> AsyncIterator[asyncio.Event]:
     """A started stream from an engine of this neuron; it ends after the event is set and must be complete."""
     go_on = asyncio.Event()
 
@@ -216,7 +216,7 @@ async def test_changed_files_are_noticed(single: Cortex, write: Callable[[Path, 
     assert "not reloaded" not in single.log
 
 
-async def test_another_catalogue_file_is_read_and_looked_at(single: Cortex) -> None:
+async def test_another_catalogue_file_is_read_and_watched(single: Cortex) -> None:
     """From the moment cortex.toml names it."""
     single.write("other.toml", {"models": [OTHER]})
     single.edit_config(lambda data: data.update(models_config="other.toml"))
@@ -226,7 +226,7 @@ async def test_another_catalogue_file_is_read_and_looked_at(single: Cortex) -> N
     assert await single.reloaded() == "+model org/small"
 
 
-async def test_touched_files_change_nothing(single: Cortex, benjy: SeedNeuron) -> None:
+async def test_touched_files_change_nothing(single: Cortex, benjy: V1Neuron) -> None:
     """Rewriting a file with the same content changes nothing."""
     os.utime(single.directory / "cortex.toml")
     assert await single.reloaded() == "no changes"
@@ -275,7 +275,7 @@ async def status_of(cortex: Cortex) -> str:
     return out.decode()
 
 
-async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """Running streams and loads continue; no neuron receives extra commands."""
     async with held_stream(cortex, beast, "org/streaming") as go_on:
         benjy.load_gate.clear()
@@ -293,7 +293,7 @@ async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: SeedNeur
     assert (benjy.calls.count("/discovery"), beast.calls.count("/discovery")) == (1, 1)
 
 
-async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """Its running stream completes, its models stay loaded, polling stops, and new requests go elsewhere."""
     async with held_stream(cortex, benjy, "org/small") as go_on:
         cortex.set_neurons(beast)
@@ -310,9 +310,7 @@ async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: See
     assert "Traceback" not in cortex.log
 
 
-async def test_a_load_on_a_removed_neuron_is_made_elsewhere(
-    cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron
-) -> None:
+async def test_a_load_on_a_removed_neuron_is_made_elsewhere(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """A waiting request does not notice, and the reserved memory is free again when the neuron returns."""
     benjy.load_gate.clear()
     asking = asyncio.create_task(cortex.ask("org/small"))
@@ -329,7 +327,7 @@ async def test_a_load_on_a_removed_neuron_is_made_elsewhere(
     assert "Traceback" not in cortex.log
 
 
-async def test_an_operator_who_waits_for_a_removed_neuron_is_told(single: Cortex, benjy: SeedNeuron) -> None:
+async def test_an_operators_load_on_a_removed_neuron_fails(single: Cortex, benjy: V1Neuron) -> None:
     """A load on the removed neuron is not recorded as successful."""
     benjy.load_gate.clear()
     body = json.dumps({"model": "org/small", "node": "benjy"}).encode()
@@ -343,9 +341,9 @@ async def test_an_operator_who_waits_for_a_removed_neuron_is_told(single: Cortex
     assert "benjy left the configuration" in json.loads(answer.body)["error"]["message"]
 
 
-async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """The new neuron is polled at once; the others are not polled again."""
-    async with SeedNeuron("quad", 16000).running() as quad:
+    async with V1Neuron("quad", 16000).running() as quad:
         cortex.set_neurons(benjy, quad, beast)
         assert await cortex.reload() == "+neuron quad"
         await cortex.until_healthy("quad")
@@ -355,12 +353,12 @@ async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: SeedNeuron, 
         assert (benjy.calls.count("/discovery"), beast.calls.count("/discovery")) == (1, 1)
 
 
-async def test_a_neuron_at_another_endpoint(cortex: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_a_neuron_at_another_endpoint(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """Only its polling restarts; no request fails meanwhile, and none reaches the old engine afterwards."""
     benjy.models["org/small"] = "loaded"
     await cortex.until_loaded(benjy.name, "org/small")
     assert (await cortex.ask("org/small")).status == 200
-    async with SeedNeuron("benjy", 48000).running() as moved:
+    async with V1Neuron("benjy", 48000).running() as moved:
         moved.models["org/small"] = "loaded"
         cortex.set_neurons(moved, beast)
         enough = asyncio.Event()
@@ -386,7 +384,7 @@ async def keep_asking(cortex: Cortex, model: str, enough: asyncio.Event) -> list
     return answers
 
 
-async def test_another_token_is_shown_from_now_on(single: Cortex, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_another_token_is_sent_from_now_on(single: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """The token goes to that neuron only and never into the log. Its known state is kept, and a running load
     continues."""
     benjy.load_gate.clear()
@@ -403,7 +401,7 @@ async def test_another_token_is_shown_from_now_on(single: Cortex, benjy: SeedNeu
     assert "s3cret-word" not in single.log
 
 
-async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, benjy: SeedNeuron) -> None:
+async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, benjy: V1Neuron) -> None:
     """It becomes a model that only a neuron knows: a new catalogue unloads nothing."""
     assert (await cortex.ask("org/small")).status == 200
     cortex.set_models(OTHER)
@@ -417,7 +415,7 @@ async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, be
     assert (await cortex.ask("org/small")).status == 404
 
 
-async def test_a_worker_that_starts_later_has_what_holds_then(tmp_path: Path, benjy: SeedNeuron) -> None:
+async def test_a_worker_that_starts_later_gets_the_current_settings(tmp_path: Path, benjy: V1Neuron) -> None:
     """The current settings, not those read at startup."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         cortex.set_models(SMALL, fresh="org/small")
@@ -429,7 +427,7 @@ async def test_a_worker_that_starts_later_has_what_holds_then(tmp_path: Path, be
         assert {(await cortex.ask("fresh")).status for _ in range(6)} == {200}
 
 
-async def test_workers_hear_no_hangup(tmp_path: Path, benjy: SeedNeuron) -> None:
+async def test_workers_ignore_the_hangup_signal(tmp_path: Path, benjy: V1Neuron) -> None:
     """A signal to the whole process group is handled by the control process."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         for pid in descendants(cortex.process.process.pid):
@@ -446,7 +444,7 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
     single.edit_config(lambda data: data.update(gateway=gateway, state_dir="elsewhere", cold_load={"timeout_secs": 7}))
     assert await single.reload() == "cold_load.timeout_secs 1800 -> 7"
     await single.reload()
-    warnings = re.findall(r"WARNING .*configuration: (.*) needs a restart", single.log)
+    warnings = re.findall(r"WARNING .*configuration: (.*) takes effect after a restart", single.log)
     assert warnings == 2 * [
         "gateway.listen 127.0.0.1:31313 -> 127.0.0.1:1",
         "gateway.workers 1 -> 3",
@@ -455,7 +453,7 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
     assert (await single.ask("org/small")).status == 200
 
 
-async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: SeedNeuron) -> None:
+async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: V1Neuron) -> None:
     """Even during a long pause between polls."""
     async with cortex_process(tmp_path, [benjy], [SMALL], poll_secs=3600) as process:
         await until(lambda: "cortex listening" in process.log())
@@ -467,10 +465,10 @@ async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: SeedN
         benjy.silent = True
         cortex.edit_config(lambda data: data["poll"].update(timeout_secs=0.1))
         await cortex.reload()
-        await until(lambda: "neuron benjy is unhealthy after 1 misses" in cortex.log)
+        await until(lambda: "neuron benjy is unhealthy after 1 failed polls" in cortex.log)
 
 
-async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: SeedNeuron, beast: SeedNeuron) -> None:
+async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron) -> None:
     """An acknowledged drain survives `kill -9` and the neuron's absence until it is resumed."""
     async with running(tmp_path, [benjy, beast], [SMALL]) as cortex:
         assert await cortex.post("/fleet/nodes/benjy/drain") == {"node": "benjy", "draining": True}
@@ -479,12 +477,12 @@ async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: SeedNeuron, beast:
         assert (await cortex.ask("org/small")).get("x-cortex-node") == "beast"
         cortex.set_neurons(beast)
         await cortex.reload()
-        await until(lambda: "drained, and no neuron of the configuration" in cortex.log)
+        await until(lambda: "drained neurons that are not in the configuration" in cortex.log)
         cortex.set_neurons(beast, benjy)
         await cortex.reload()
         assert [node["draining"] for node in (await cortex.get("/fleet"))["nodes"]] == [False, True]
     async with running(tmp_path, [beast], [SMALL]) as cortex:
-        assert "(`cortex resume` forgets it): benjy" in cortex.log
+        assert "(`cortex resume NODE` drops one): benjy" in cortex.log
         assert await cortex.post("/fleet/nodes/benjy/resume") == {"node": "benjy", "draining": False}
         assert "error" in await cortex.post("/fleet/nodes/benjy/resume")
         assert "error" in await cortex.post("/fleet/nodes/benjy/drain")
@@ -492,7 +490,7 @@ async def test_a_drain_outlives_a_kill(tmp_path: Path, benjy: SeedNeuron, beast:
         assert [node["draining"] for node in (await cortex.get("/fleet"))["nodes"]] == [False, False]
 
 
-async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: SeedNeuron) -> None:
+async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: V1Neuron) -> None:
     """It lasts as long as this cortex process."""
     (tmp_path / "in-the-way").write_text("", encoding="utf-8")
     async with running(tmp_path, [benjy], [SMALL], state_dir="in-the-way/state") as cortex:
@@ -501,7 +499,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: SeedNe
         assert (await cortex.get("/fleet"))["nodes"][0]["draining"]
 
 
-def test_a_large_catalogue_is_read_and_compared_in_no_time(tmp_path: Path) -> None:
+def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:
     """All of 5,000 models change: well under a second of work, off the event loop."""
     (tmp_path / "cortex.toml").write_text("", encoding="utf-8")
     files = ConfigurationFiles(tmp_path / "cortex.toml")

@@ -7,17 +7,17 @@ import asyncio
 import pytest
 
 from tests.cortex.conftest import StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, answering, plain
 from tests.cortex.raw_http import Wire, until
 from tests.cortex.raw_neuron import RawNeuron
-from tests.cortex.seed_neuron import SeedNeuron
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
 LARGE = {"id": "org/large", "vram_mb": 50000, "min_devices": 2, "min_device_vram_mb": 30000, "quant": "fp8"}
 
 
 async def test_first_request_loads_where_it_fits_and_streams_back(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """The neuron is told tensor parallelism, devices and quantisation; the answer says where it came from."""
     cortex = await start_cortex([benjy, beast], [SMALL, LARGE])
@@ -36,7 +36,7 @@ async def test_first_request_loads_where_it_fits_and_streams_back(
 
 
 async def test_single_device_models_are_sent_null_tensor_parallel(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """And they go to the tightest fit, so that the big cards stay free."""
     cortex = await start_cortex([beast, benjy], [SMALL])
@@ -47,7 +47,7 @@ async def test_single_device_models_are_sent_null_tensor_parallel(
     assert load["devices"] == [0]
 
 
-async def test_fifty_first_requests_cause_one_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_fifty_first_requests_cause_one_load(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Concurrent requests cause a single load, and all are served."""
     benjy.load_gate.clear()
     cortex = await start_cortex([benjy], [SMALL])
@@ -58,7 +58,7 @@ async def test_fifty_first_requests_cause_one_load(start_cortex: StartCortex, be
     assert len(benjy.loads) == 1
 
 
-async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """A client that leaves during a load cancels nothing: the next one finds the model there."""
     benjy.load_gate.clear()
     cortex = await start_cortex([benjy], [SMALL])
@@ -72,7 +72,7 @@ async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, be
     assert len(benjy.loads) == 1
 
 
-async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Polls are an hour apart here: the second request is served without a second load all the same."""
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     for _ in range(2):
@@ -82,7 +82,7 @@ async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCo
 
 
 async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """Second priority: known to a neuron but unloaded goes back there, though another would fit more tightly."""
     beast.models["org/small"] = "unloaded"
@@ -93,7 +93,7 @@ async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
 
 
 async def test_model_outside_the_catalogue_is_loaded_with_the_remembered_spec(
-    start_cortex: StartCortex, benjy: SeedNeuron
+    start_cortex: StartCortex, benjy: V1Neuron
 ) -> None:
     """A model known only to a protocol v1 neuron is loaded with what the neuron lists for it."""
     benjy.models["own/model"] = "unloaded"
@@ -108,7 +108,7 @@ async def test_model_outside_the_catalogue_is_loaded_with_the_remembered_spec(
 
 
 async def test_operator_joins_the_load_of_a_request(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """`POST /fleet/load` of a model that is being loaded waits for it; nothing is placed elsewhere."""
     benjy.load_gate.clear()
@@ -125,8 +125,8 @@ async def test_operator_joins_the_load_of_a_request(
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
-async def test_model_on_its_way_is_waited_for(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, status: str
+async def test_a_request_waits_for_a_load_in_progress(
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, status: str
 ) -> None:
     """A load started by another client counts: nothing is placed elsewhere or loaded twice."""
     beast.models["org/small"] = status
@@ -141,7 +141,7 @@ async def test_model_on_its_way_is_waited_for(
     assert not benjy.loads
 
 
-async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron) -> None:
+async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """A neuron of a later version says something new: the model is placed elsewhere or again, not routed to."""
     benjy.models["org/small"] = "hibernating"
     cortex = await start_cortex([beast, benjy], [SMALL])
@@ -151,7 +151,7 @@ async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: 
 
 
 @pytest.mark.parametrize("status", [400, 409])
-async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: SeedNeuron, status: int) -> None:
+async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: V1Neuron, status: int) -> None:
     """A protocol v1 neuron answers 400 'already loaded' for a loaded model: served, not failed."""
     benjy.load_error = status, {"error": "model org/small is already loaded"}
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
@@ -160,7 +160,7 @@ async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: SeedN
         assert response.status == 200
 
 
-async def test_load_that_somebody_else_began_is_waited_for(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_a_request_waits_for_a_load_of_another_client(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The neuron is loading the model with another spec, unknown to cortex so far: no failure, a wait."""
     benjy.load_error = 409, {"error": {"message": "being loaded with another quant", "code": "load_in_progress"}}
     cortex = await start_cortex([benjy], [SMALL])
@@ -174,7 +174,7 @@ async def test_load_that_somebody_else_began_is_waited_for(start_cortex: StartCo
     assert await ask == 200
 
 
-async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """503 cold_load_failed with the neuron's reason; inside the back-off the neuron is not asked again."""
     benjy.load_error = 500, {"error": {"message": "torch.OutOfMemoryError: CUDA out of memory", "code": "load_failed"}}
     cortex = await start_cortex([benjy], [SMALL])
@@ -190,7 +190,7 @@ async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: St
 
 @pytest.mark.parametrize(("cause", "status"), [("node", 200), ("model", 503), (None, 503)])
 async def test_refused_spec_is_tried_elsewhere_when_that_may_help(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, cause: str | None, status: int
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, cause: str | None, status: int
 ) -> None:
     """A 400 whose cause is the node's (a path that is outside of its roots) says nothing of other nodes. Without a
     cause it is the model's, which would be refused everywhere."""
@@ -201,7 +201,7 @@ async def test_refused_spec_is_tried_elsewhere_when_that_may_help(
     assert (len(benjy.loads), len(beast.loads)) == (1, 1 if status == 200 else 0)
 
 
-async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """409 insufficient_vram is neither "already loaded" nor a load to wait for: 503 with the neuron's figures, and the
     neuron is not asked again at once."""
     figures = "'org/small' needs 4000 MiB on one device; device 0 (RTX 4090): 3100 of 24564 MiB available"
@@ -216,7 +216,7 @@ async def test_load_without_memory_is_a_failed_load(start_cortex: StartCortex, b
     assert len(benjy.loads) == 1
 
 
-async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """`cold_load.timeout_secs` ends the wait with cold_load_failed."""
     benjy.load_gate.clear()
     cortex = await start_cortex([benjy], [SMALL], cold_load={"timeout_secs": 0.2})
@@ -225,7 +225,7 @@ async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, b
         assert (await response.json())["error"]["code"] == "cold_load_failed"
 
 
-async def test_operator_loads_in_spite_of_the_backoff(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_an_operators_load_ignores_the_backoff(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """`POST /fleet/load` after a failure tries again at once, and requests are served then."""
     benjy.load_error = 500, {"error": "no"}
     cortex = await start_cortex([benjy], [SMALL])
@@ -237,7 +237,7 @@ async def test_operator_loads_in_spite_of_the_backoff(start_cortex: StartCortex,
     assert await _status(cortex.chat("org/small")) == 200
 
 
-async def test_operator_unloads(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_operator_unloads(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """`POST /fleet/unload` unloads where the model is; what is nowhere is 404."""
     benjy.models["org/small"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL])
@@ -247,8 +247,8 @@ async def test_operator_unloads(start_cortex: StartCortex, benjy: SeedNeuron) ->
     assert benjy.unloads == ["org/small"]
 
 
-async def test_a_cortex_that_has_just_started_first_looks_around(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+async def test_a_starting_cortex_polls_before_it_loads(
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """A request that comes before a neuron was asked waits for its answer: the model may be loaded there."""
     beast.models["org/small"] = "loaded"
@@ -263,8 +263,8 @@ async def test_a_cortex_that_has_just_started_first_looks_around(
     assert (beast.loads, benjy.loads) == ([], [])
 
 
-async def test_a_neuron_that_is_away_at_the_start_is_not_waited_for(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+async def test_a_starting_cortex_does_not_wait_for_a_neuron_that_is_down(
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """One missed poll is enough."""
     beast.silent = True
@@ -279,7 +279,7 @@ async def _status(request: object) -> int:
         return int(response.status)
 
 
-async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) -> None:
+async def test_a_model_that_starts_to_wake_late(start_cortex: StartCortex) -> None:
     """The model may still be falling asleep: being listed as asleep meanwhile does not fail the load."""
     async with RawNeuron().running() as neuron:
         neuron.change("org/small", "sleeping")
@@ -299,9 +299,7 @@ async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) 
             assert response.status == 200, await response.text()
 
 
-async def test_a_neuron_that_loads_and_has_not_is_not_asked_without_end(
-    start_cortex: StartCortex, benjy: SeedNeuron
-) -> None:
+async def test_a_neuron_that_loses_its_loads_is_not_asked_forever(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Its answer to a load is that it has the model already, which it does not list as loaded."""
     benjy.models["org/small"] = "stopping"
     benjy.load_error = (400, {"error": "the model is already loaded"})

@@ -14,16 +14,16 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, answering, echo_number, plain, stream_head
 from tests.cortex.raw_http import Answer, Wire, bounded, connected, request, until
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 FULL = plain(b'{"error": {"message": "full"}}', "Retry-After: 7", status="503 Full")
 ASLEEP = plain(b"{}", "x-neuron-sleeping: 1", status="503 Service Unavailable")
 
 
-class TellingNeuron(SeedNeuron):
+class TellingNeuron(V1Neuron):
     """One that says since when its models are loaded: only then an endpoint is remembered."""
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -32,14 +32,14 @@ class TellingNeuron(SeedNeuron):
         )
 
 
-@pytest.fixture(params=[SeedNeuron, TellingNeuron])
-async def beast(request: pytest.FixtureRequest) -> AsyncIterator[SeedNeuron]:
+@pytest.fixture(params=[V1Neuron, TellingNeuron])
+async def beast(request: pytest.FixtureRequest) -> AsyncIterator[V1Neuron]:
     async with request.param("beast", 32000).running() as neuron:
         yield neuron
 
 
 @pytest.fixture
-async def benjy(beast: SeedNeuron) -> AsyncIterator[SeedNeuron]:
+async def benjy(beast: V1Neuron) -> AsyncIterator[V1Neuron]:
     """Of beast's kind."""
     async with type(beast)("benjy", 24000).running() as neuron:
         yield neuron
@@ -63,7 +63,7 @@ async def other() -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def one(start_cortex: StartCortex, beast: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def one(start_cortex: StartCortex, beast: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex with one replica."""
     beast.models[MODEL] = "loaded"
     beast.engine_url = engine.url
@@ -72,7 +72,7 @@ async def one(start_cortex: StartCortex, beast: SeedNeuron, engine: RawEngine) -
 
 @pytest.fixture
 async def two(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine, other: RawEngine
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> RunningCortex:
     """A cortex with two."""
     for neuron, its in ((beast, engine), (benjy, other)):
@@ -136,7 +136,7 @@ async def test_connection_is_closed_where_the_rest_would_have_to_be_waited_for(
 
 
 async def test_same_replica_once_more_when_there_is_no_other(
-    one: RunningCortex, beast: SeedNeuron, engine: RawEngine
+    one: RunningCortex, beast: V1Neuron, engine: RawEngine
 ) -> None:
     """After the control has asked its neuron, which still says that it is loaded."""
     await answered_by(one, "beast")
@@ -159,7 +159,7 @@ async def test_second_refusal_is_passed_unchanged(one: RunningCortex, engine: Ra
     assert len(engine.requests) == 2
 
 
-async def test_model_that_has_left_is_loaded_again(one: RunningCortex, beast: SeedNeuron, engine: RawEngine) -> None:
+async def test_an_unloaded_model_is_loaded_again(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
     """The 503 came from an engine on its way down: its neuron says so, and the request waits for the reload."""
     await answered_by(one, "beast")
 
@@ -173,7 +173,7 @@ async def test_model_that_has_left_is_loaded_again(one: RunningCortex, beast: Se
     assert len(beast.loads) == 1
 
 
-async def test_sleeping_engine_is_woken(one: RunningCortex, beast: SeedNeuron, engine: RawEngine) -> None:
+async def test_sleeping_engine_is_woken(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
     """It fell asleep as the request was on its way."""
     await answered_by(one, "beast")
 
@@ -196,7 +196,7 @@ async def test_engine_that_always_says_that_it_sleeps(one: RunningCortex, engine
 
 
 async def test_budget_of_three_engines(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine, other: RawEngine
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> None:
     """A request is sent to three of four; the third's answer is the client's."""
     async with contextlib.AsyncExitStack() as stack:
@@ -228,9 +228,7 @@ def full_backlog() -> Iterator[str]:
 
 
 @telling
-async def test_busy_engine_is_avoided_and_not_forgotten(
-    two: RunningCortex, beast: SeedNeuron, other: RawEngine
-) -> None:
+async def test_busy_engine_is_avoided_and_not_forgotten(two: RunningCortex, beast: V1Neuron, other: RawEngine) -> None:
     """A connect that times out sends this one request elsewhere. The endpoint stays: the engine may only be busy."""
     with full_backlog() as url:
         beast.engine_url = url
@@ -240,7 +238,7 @@ async def test_busy_engine_is_avoided_and_not_forgotten(
 
 
 @telling
-async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: SeedNeuron, engine: RawEngine) -> None:
+async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
     """A refused connection has its endpoint asked for again: the next request finds it at its new port."""
     async with RawEngine().running() as lost:
         beast.engine_url = lost.url
@@ -251,7 +249,7 @@ async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: SeedN
     await answered_by(two, "beast")
 
 
-async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beast: SeedNeuron) -> None:
+async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beast: V1Neuron) -> None:
     """Only where an engine's failure is the reason."""
     beast.engine_url = "http://127.0.0.1:9"
     answer = await ask(one)
@@ -262,7 +260,7 @@ async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beas
 
 
 @telling
-async def test_log_line_tells_attempts(tmp_path: Path, beast: SeedNeuron, engine: RawEngine) -> None:
+async def test_log_line_tells_attempts(tmp_path: Path, beast: V1Neuron, engine: RawEngine) -> None:
     """Where there was more than one."""
     beast.models[MODEL] = "loaded"
     beast.engine_url = engine.url

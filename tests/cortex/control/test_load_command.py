@@ -33,6 +33,7 @@ def test_the_catalogues_spec_and_the_plans_devices() -> None:
         "args": ["--x"],
         "vram_mb": 14000,
     }
+    assert _command(profile(vram_mb=14000, tools=True), host("n", 24000)).tools is True
 
 
 @pytest.mark.parametrize(("min_devices", "tensor_parallel"), [(1, None), (2, 2)])
@@ -46,23 +47,23 @@ ASLEEP = On(500, status="sleeping", wants_mb=13500)
 
 
 @pytest.mark.parametrize(
-    ("models", "seed", "expected"),
+    ("models", "protocol_v1", "expected"),
     [
         ({"m": ASLEEP}, False, {"model_id": "m"}),  # with another spec, or on other devices, it would not be woken
         ({"m": ASLEEP}, True, {"model_id": "m", "devices": [0], "vram_mb": 14000, "quant": "fp8"}),
-        # its memory was taken: loaded anew, on what is free
+        # its memory was taken: loaded again, on what is free
         ({"m": ASLEEP, "x": On(20000)}, False, {"model_id": "m", "devices": [1], "vram_mb": 14000, "quant": "fp8"}),
     ],
 )
-def test_a_sleeping_model(models: dict[str, On], seed: bool, expected: dict[str, Any]) -> None:
-    """Woken where it sleeps with nothing but its name; a seed neuron is told the whole spec."""
-    command = _command(SPEC, host("n", 24000, 24000, models=models, seed=seed))
+def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: dict[str, Any]) -> None:
+    """Woken where it sleeps, by its id alone; a protocol v1 neuron is sent the whole spec."""
+    command = _command(SPEC, host("n", 24000, 24000, models=models, protocol_v1=protocol_v1))
     assert command.bare is (expected == {"model_id": "m"})
     assert expected.items() <= command.model_dump(exclude_defaults=True).items()
 
 
 @pytest.mark.parametrize(
-    ("seed", "devices", "expected"),
+    ("protocol_v1", "devices", "expected"),
     [
         (False, (0, 1), {"model_id": "own"}),
         (True, (0, 1), {"model_id": "own", "harness": "vllm", "devices": [0, 1], "tensor_parallel": 2}),
@@ -70,9 +71,9 @@ def test_a_sleeping_model(models: dict[str, On], seed: bool, expected: dict[str,
         (True, (), {"model_id": "own", "harness": "vllm"}),
     ],
 )
-def test_a_model_of_no_catalogue(seed: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
-    """Its neuron knows its spec; one of the seed protocol is told what it lists."""
-    where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, seed=seed)
+def test_a_model_outside_the_catalogue(protocol_v1: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
+    """Its neuron remembers its spec; a protocol v1 neuron is sent what it listed."""
+    where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, protocol_v1=protocol_v1)
     entry = where.models["own"].model_copy(update={"harness": "vllm"})
     where = replace(where, models={"own": entry})
     assert _command(None, where, "own").model_dump(exclude_defaults=True) == expected

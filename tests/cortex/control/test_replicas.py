@@ -15,7 +15,7 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = "org/m"
 NAMES = ("a", "b", "c")
@@ -23,7 +23,7 @@ WORKER_ID = 20
 """So much of a request's id is its worker's."""
 
 
-class TellingNeuron(SeedNeuron):
+class TellingNeuron(V1Neuron):
     """Tells since when its model is as it is, so that cortex need not ask it for each request, and what its engine is
     working on: running, waiting."""
 
@@ -84,7 +84,7 @@ async def _embed(cortex: RunningCortex) -> str:
 class Rejection:
     """An engine that keeps requests until it may answer."""
 
-    def __init__(self, neuron: SeedNeuron) -> None:
+    def __init__(self, neuron: V1Neuron) -> None:
         self.came = asyncio.Event()
         self.go = asyncio.Event()
         self._echo = neuron.engine.echo
@@ -173,7 +173,7 @@ async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list
     assert await _embed(cortex) in ("b", "c")
 
 
-async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> None:
+async def test_a_draining_replica_gets_no_new_request(cortex: RunningCortex) -> None:
     """Not even those that are its own by their prompt."""
     home = await _ask(cortex, _chat("question"))
     cortex.parts.fleet.set_draining(home, True)
@@ -185,7 +185,7 @@ async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> Non
 
 
 @pytest.mark.parametrize("status", ["recovering", "reloading", "sleeping", "failed", "unknown to us"])
-async def test_one_that_cannot_serve_gets_no_request(
+async def test_a_replica_that_cannot_serve_gets_no_request(
     cortex: RunningCortex, neurons: list[TellingNeuron], status: str
 ) -> None:
     """Whatever its neuron reports beside."""

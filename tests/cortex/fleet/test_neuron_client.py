@@ -10,12 +10,12 @@ from cortex.config.settings import NeuronEntry
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.upstream.pool import EnginePool
 from shared.protocol import DeviceFigures, LoadCommand
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 COMMAND = LoadCommand(model_id="m", harness="vllm")
 
 
-async def refused(neuron: SeedNeuron) -> NeuronRefused:
+async def refused(neuron: V1Neuron) -> NeuronRefused:
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         client = NeuronClient(NeuronEntry(name=neuron.name, endpoint=neuron.url), pool)
         with pytest.raises(NeuronRefused) as caught:
@@ -23,7 +23,7 @@ async def refused(neuron: SeedNeuron) -> NeuronRefused:
     return caught.value
 
 
-async def test_cause_and_figures_are_kept(benjy: SeedNeuron) -> None:
+async def test_cause_and_figures_are_kept(benjy: V1Neuron) -> None:
     """The planner tries another node, or does not, by them."""
     figures = {"index": 0, "total_mb": 24000, "booked_mb": 20000, "foreign_mb": 0, "bookable_mb": 4000}
     error = {"message": "no room", "code": "insufficient_vram", "cause": "node", "devices": [figures]}
@@ -42,14 +42,14 @@ async def test_cause_and_figures_are_kept(benjy: SeedNeuron) -> None:
         {"error": {"message": "text", "cause": {"a": 1}, "devices": [{"no": "index"}]}},
     ],
 )
-async def test_a_neuron_that_says_none_of_it(benjy: SeedNeuron, error: object) -> None:
+async def test_an_error_without_cause_and_figures(benjy: V1Neuron, error: object) -> None:
     """Protocol v1 errors and malformed device figures still yield the refusal."""
     benjy.load_error = (500, error)
     found = await refused(benjy)
     assert (found.message, found.code, found.cause, found.devices) == ("text", None, None, ())
 
 
-async def test_nobody_there() -> None:
+async def test_a_neuron_that_does_not_listen() -> None:
     """A refused connection is a neuron out of reach, for calls and for events: polls count it, loads go elsewhere."""
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         client = NeuronClient(NeuronEntry(name="n", endpoint="http://127.0.0.1:1"), pool)

@@ -24,9 +24,9 @@ else:
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import Answer, RawClient, bounded, chunked, connected, every_split, request, single_bytes
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 MIB = 1 << 20
@@ -35,30 +35,14 @@ BODY = b'{"model":"org/small","n":1,"s":"0\\r\\n\\r\\n"}'
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine that accepts bodies up to 1 MiB."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
     return await start_cortex([benjy], [{"id": MODEL}, {"id": "org/cold"}], gateway={"max_body_mib": 1})
 
 
 @pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
-
-
-@pytest.fixture
-async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
+async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
     """A cortex with the default limit that has answered one request, so its memory includes what that takes."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
         async with connected(process.url) as client:
             await usable(client)
@@ -340,7 +324,7 @@ async def test_decompression_bombs_are_refused_early(process: CortexProcess, eng
     ],
 )
 async def test_body_that_is_not_json_starts_nothing(
-    client: RawClient, benjy: SeedNeuron, engine: RawEngine, body: bytes
+    client: RawClient, benjy: V1Neuron, engine: RawEngine, body: bytes
 ) -> None:
     """400 invalid_request, although a `model` can be read in it: no load, no engine, and the connection stays
     usable."""

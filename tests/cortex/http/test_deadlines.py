@@ -15,26 +15,17 @@ import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, stream_head
 from tests.cortex.raw_http import Wire, bounded, connected, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
 
 
-@pytest.fixture
-async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
-    """An engine that serves the model."""
-    async with RawEngine().running() as engine:
-        benjy.models[MODEL] = "loaded"
-        benjy.engine_url = engine.url
-        yield engine
-
-
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
 async def process(
-    request: pytest.FixtureRequest, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
+    request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron, engine: RawEngine
 ) -> AsyncIterator[CortexProcess]:
     """A cortex in its own process, with the default drain timeout."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
@@ -45,7 +36,7 @@ async def process(
 def brief(monkeypatch: pytest.MonkeyPatch, start_cortex: StartCortex) -> StartCortex:
     """Starts cortexes with one of the server's deadlines shortened."""
 
-    async def start(neurons: list[SeedNeuron], models: list[dict[str, Any]], *, setting: str) -> RunningCortex:
+    async def start(neurons: list[V1Neuron], models: list[dict[str, Any]], *, setting: str) -> RunningCortex:
         monkeypatch.setattr(f"cortex.http.connection.{setting}", 0.3)
         return await start_cortex(neurons, models)
 
@@ -131,9 +122,7 @@ async def test_stop_is_prompt_without_work(process: CortexProcess) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_stop_cuts_what_does_not_finish(
-    tmp_path: Path, benjy: SeedNeuron, engine: RawEngine, workers: int
-) -> None:
+async def test_stop_cuts_what_does_not_finish(tmp_path: Path, benjy: V1Neuron, engine: RawEngine, workers: int) -> None:
     """After `drain_timeout_secs` a stream ends with an error and no `[DONE]`, a plain answer is cut, a request without
     a first byte is refused, and the process exits."""
 
@@ -176,7 +165,7 @@ async def test_stop_cuts_what_does_not_finish(
     ids=["half-a-head", "half-a-body", "nothing"],
 )
 async def test_client_that_stops_sending_times_out(
-    brief: StartCortex, benjy: SeedNeuron, engine: RawEngine, setting: str, sent: bytes
+    brief: StartCortex, benjy: V1Neuron, engine: RawEngine, setting: str, sent: bytes
 ) -> None:
     """A client that sends half a head, half a body or nothing for too long gets at most a 408, then a close. Streams
     have no deadline."""
@@ -193,7 +182,7 @@ async def test_client_that_stops_sending_times_out(
     assert len(engine.requests) == 1
 
 
-async def test_head_that_drips_times_out(brief: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> None:
+async def test_head_that_drips_times_out(brief: StartCortex, benjy: V1Neuron, engine: RawEngine) -> None:
     """Sending a byte now and then does not help: the deadline is for the whole head."""
     cortex = await brief([benjy], [{"id": MODEL}], setting="HEAD_TIMEOUT_SECS")
     async with connected(cortex.url) as client:

@@ -68,6 +68,8 @@ class RefusesAll:
 
     def resume(self) -> None: ...
 
+    def tick(self, now: float) -> None: ...
+
 
 async def from_aiohttp(error: ServiceError, sent: bytes) -> Answer:
     async def fail(request: web.Request) -> web.Response:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.conftest import RunningCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import Truncated, connected, every_split, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 BODY = b'{"model":"org/small"}'
@@ -165,20 +164,6 @@ CHUNKS = {
 }
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
-
-
 async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes, ...]) -> int:
     """The status of the only answer to the bytes. Checks that the connection then ends and the engine has seen
     nothing."""
@@ -198,7 +183,7 @@ async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes,
 
 
 @pytest.mark.parametrize("case", [*FRAMING, *HEADS, *(f"chunk-{name}" for name in CHUNKS)])
-async def test_request_is_refused(cortex: RunningCortex, engine: RawEngine, benjy: SeedNeuron, case: str) -> None:
+async def test_request_is_refused(cortex: RunningCortex, engine: RawEngine, benjy: V1Neuron, case: str) -> None:
     """On a path for engines and on one for cortex, followed by bytes that a careless parser would take for a second
     request."""
     data = CHUNKS[case.removeprefix("chunk-")] if case.startswith("chunk-") else {**FRAMING, **HEADS}[case]

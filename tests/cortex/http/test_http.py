@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.raw_engine import RawEngine, Received, answering, closing, echo_number, plain, stream_head
 from tests.cortex.raw_http import (
     Answer,
@@ -24,33 +23,12 @@ from tests.cortex.raw_http import (
     settled,
     single_bytes,
 )
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 BODY = b'{"model":"org/small"}'
 EVENTS = b"data: 1\n\ndata: [DONE]\n\n"
 MODELS = request(method="GET", target="/v1/models")
 HEALTH = request(method="GET", target="/health")
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 def hot(number: int, *lines: str, target: str = "/v1/completions", version: str = "HTTP/1.1") -> bytes:

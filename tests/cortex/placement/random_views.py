@@ -24,9 +24,9 @@ def random_view(seed: int) -> PlanningView:
     nodes = [_node(random, f"n{i}", models) for i in range(random.randint(1, 5))]
     reserved = tuple(_reservation(random, nodes, models) for _ in range(random.choice((0, 0, 1, 2))))
     there = [(model_id, each.name) for each in nodes for model_id in each.models]
-    leaving = tuple(key for key in there if random.random() < 0.1)
+    evicting = tuple(key for key in there if random.random() < 0.1)
     return view(
-        fleet(*nodes, reservations=reserved, leaving=leaving),
+        fleet(*nodes, reservations=reserved, evicting=evicting),
         *models,
         waiting={each.id: random.choice((0.5, 10, 20, 70)) for each in random.sample(models, random.randint(3, 6))},
         usages={
@@ -49,7 +49,7 @@ def shuffled(moment: PlanningView, seed: int) -> FleetSnapshot:
     """The same fleet with its nodes in a different order."""
     nodes = list(moment.fleet.nodes.values())
     Random(seed).shuffle(nodes)
-    return FleetSnapshot({each.name: each for each in nodes}, moment.fleet.reservations, moment.fleet.leaving)
+    return FleetSnapshot({each.name: each for each in nodes}, moment.fleet.reservations, moment.fleet.evicting)
 
 
 def _model(random: Random, name: str) -> ModelProfile:
@@ -90,7 +90,7 @@ def _node(random: Random, name: str, models: tuple[ModelProfile, ...]) -> NodeSn
         *totals,
         models={k: v for k, v in there.items() if v.status != "sleeping" or all(free[i] >= 0 for i in v.devices)},
         foreign_mb=tuple(foreign),
-        seed=random.random() < 0.3,
+        protocol_v1=random.random() < 0.3,
         links={(0, 1): random.choice(list(LinkKind))} if len(totals) > 1 and random.random() < 0.5 else None,
         healthy=random.random() < 0.9,
         draining=random.random() < 0.1,

@@ -12,8 +12,8 @@ from cortex.http.request import Request
 from cortex.proxy.cross_site import CrossSiteCheck
 from shared.cross_site import CrossSitePolicy
 from tests.cortex.conftest import StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import Answer, connected, request
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 BODY = json.dumps({"model": MODEL}).encode()
@@ -54,7 +54,7 @@ def refused(answer: Answer, key: str) -> bool:
     ],
 )
 async def test_requests_of_web_pages_are_refused(
-    start_cortex: StartCortex, benjy: SeedNeuron, lines: list[str], host: str, key: str
+    start_cortex: StartCortex, benjy: V1Neuron, lines: list[str], host: str, key: str
 ) -> None:
     """On every route, known or not, and no engine or neuron hears of it. The connection stays usable."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
@@ -72,7 +72,7 @@ async def test_requests_of_web_pages_are_refused(
     assert (benjy.loads, benjy.unloads, cortex.parts.fleet.snapshot().nodes["benjy"].draining) == ([], [], False)
 
 
-async def test_own_and_allowed_origins_are_served(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_own_and_allowed_origins_are_served(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The dashboard's own requests, an allowed chat page, and names that clients use."""
     settings = {"allowed_origins": ["https://chat.example"], "allowed_hosts": ["ai.example.com"]}
     benjy.models[MODEL] = "loaded"
@@ -97,7 +97,7 @@ async def test_own_and_allowed_origins_are_served(start_cortex: StartCortex, ben
         assert (await client.ask(old)).status == 200
 
 
-async def test_engines_do_not_hear_of_origins(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_engines_do_not_hear_of_origins(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """vLLM answers every origin with `access-control-allow-origin: *`; which ones may read is cortex's decision."""
     benjy.models[MODEL] = "loaded"
     cortex = await start_cortex([benjy], [{"id": MODEL}])
@@ -109,7 +109,7 @@ async def test_engines_do_not_hear_of_origins(start_cortex: StartCortex, benjy: 
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-async def test_operator_actions_must_be_json(start_cortex: StartCortex, benjy: SeedNeuron, kind: str) -> None:
+async def test_operator_actions_must_be_json(start_cortex: StartCortex, benjy: V1Neuron, kind: str) -> None:
     """What a page can send without a preflight."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     for target in ("/fleet/load", "/fleet/unload", "/fleet/nodes/benjy/drain"):
@@ -123,7 +123,7 @@ async def test_operator_actions_must_be_json(start_cortex: StartCortex, benjy: S
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
 async def test_the_engine_decides_about_media_types(
-    start_cortex: StartCortex, benjy: SeedNeuron, kind: str | None
+    start_cortex: StartCortex, benjy: V1Neuron, kind: str | None
 ) -> None:
     """`curl -d` without a header sends a form type. Some engines take it, vLLM answers 400; cortex passes it on."""
     benjy.models[MODEL] = "loaded"
@@ -134,7 +134,7 @@ async def test_the_engine_decides_about_media_types(
     assert headers.get("content-type") == kind
 
 
-async def test_refused_requests_are_counted(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_refused_requests_are_counted(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """An operator sees in the metrics that pages are refused."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     await ask(cortex.url, "/v1/completions", "Origin: http://evil.example", method="POST", body=BODY)

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from tests.cortex.conftest import StartCortex
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
 HUGE = {"id": "org/huge", "min_devices": 8}
@@ -48,14 +48,14 @@ async def check(
         b"\xff",
     ],
 )
-async def test_body_without_a_model_is_invalid(start_cortex: StartCortex, benjy: SeedNeuron, body: bytes) -> None:
+async def test_body_without_a_model_is_invalid(start_cortex: StartCortex, benjy: V1Neuron, body: bytes) -> None:
     """400 invalid_request for any body that is not a JSON object with a string `model`."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.post(f"{cortex.url}/v1/chat/completions", data=body) as response:
         await check(response, 400, "invalid_request", retry=False)
 
 
-async def test_unknown_model(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_unknown_model(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """404 model_not_found, in Anthropic's shape on /v1/messages."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.chat("org/unknown") as response:
@@ -75,7 +75,7 @@ async def test_unknown_model(start_cortex: StartCortex, benjy: SeedNeuron) -> No
         {"id": "org/huge", "pinned_on": ["nowhere"]},
     ],
 )
-async def test_infeasible_model(start_cortex: StartCortex, benjy: SeedNeuron, model: dict[str, Any]) -> None:
+async def test_infeasible_model(start_cortex: StartCortex, benjy: V1Neuron, model: dict[str, Any]) -> None:
     """404 no_feasible_neuron, with each neuron's reason; /v1/models does not list such a model."""
     cortex = await start_cortex([benjy], [model, SMALL])
     async with cortex.chat("org/huge") as response:
@@ -85,16 +85,16 @@ async def test_infeasible_model(start_cortex: StartCortex, benjy: SeedNeuron, mo
         assert [entry["id"] for entry in (await response.json())["data"]] == ["org/small"]
 
 
-async def test_vram_mb_never_makes_a_model_infeasible(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_vram_mb_never_makes_a_model_infeasible(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """It is an estimate, so cortex tries to load the model."""
     cortex = await start_cortex([benjy], [{"id": "org/small", "vram_mb": 999_999}])
     async with cortex.chat("org/small") as response:
         assert response.status == 200
 
 
-async def test_feasible_neuron_is_down(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_feasible_neuron_is_down(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """503 neuron_unavailable while the only neuron that could hold the model is down."""
-    async with SeedNeuron("beast", 32000, 32000).running() as beast:
+    async with V1Neuron("beast", 32000, 32000).running() as beast:
         cortex = await start_cortex([benjy, beast], [{"id": "org/large", "min_devices": 2}])
     await cortex.until(lambda: not cortex.parts.fleet.snapshot().nodes["beast"].healthy)
     async with cortex.chat("org/large") as response:
@@ -106,7 +106,7 @@ async def test_feasible_neuron_is_down(start_cortex: StartCortex, benjy: SeedNeu
 
 async def test_no_healthy_neuron(start_cortex: StartCortex) -> None:
     """503 no_healthy_neurons, and /health says 503."""
-    dead = SeedNeuron("dead")
+    dead = V1Neuron("dead")
     dead.url = "http://127.0.0.1:9"
     cortex = await start_cortex([dead], [SMALL], wait_healthy=False)
     async with cortex.chat("org/small") as response:
@@ -115,7 +115,7 @@ async def test_no_healthy_neuron(start_cortex: StartCortex) -> None:
         assert response.status == 503
 
 
-async def test_no_endpoint(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_no_endpoint(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """502 endpoint_unresolved when the neuron reports the model as loaded but gives no usable endpoint."""
     benjy.models["org/small"] = "loaded"
     benjy.engine_url = "nonsense"
@@ -127,7 +127,7 @@ async def test_no_endpoint(start_cortex: StartCortex, benjy: SeedNeuron) -> None
 async def test_neuron_that_restarts_is_waited_for(start_cortex: StartCortex) -> None:
     """While a neuron restarts and does not count as down yet, a request whose engine only it can name waits and is
     answered."""
-    neuron = SeedNeuron("n", 24_000)
+    neuron = V1Neuron("n", 24_000)
     neuron.models["org/small"] = "loaded"
     async with neuron.running():
         cortex = await start_cortex([neuron], [SMALL], poll={"interval_secs": 3})
@@ -144,7 +144,7 @@ async def test_neuron_that_restarts_is_waited_for(start_cortex: StartCortex) -> 
         assert await asking == 200
 
 
-async def test_engine_unreachable(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_engine_unreachable(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """502 upstream_unreachable when there is no other replica."""
     benjy.models["org/small"] = "loaded"
     benjy.engine_url = "http://127.0.0.1:9"
@@ -153,7 +153,7 @@ async def test_engine_unreachable(start_cortex: StartCortex, benjy: SeedNeuron) 
         await check(response, 502, "upstream_unreachable", retry=False)
 
 
-async def test_body_over_the_limit(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_body_over_the_limit(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """413 request_too_large; a body just below the limit passes."""
     benjy.models["org/small"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL], gateway={"max_body_mib": 1})
@@ -163,7 +163,7 @@ async def test_body_over_the_limit(start_cortex: StartCortex, benjy: SeedNeuron)
         assert response.status == 200
 
 
-async def test_unknown_path_and_method(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_unknown_path_and_method(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """aiohttp's own errors have the envelope too."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.get(f"{cortex.url}/v1/nothing") as response:

@@ -21,9 +21,9 @@ from cortex.upstream.replica import WaitNote
 from shared.protocol import ModelView, Progress
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Script, answering, closing, plain, stream_head
 from tests.cortex.raw_http import RawClient, bounded, chunked, connected, read_body, request, until
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 WAITING = {"first_comment_secs": 0.05, "comment_interval_secs": 0.05}
@@ -33,7 +33,7 @@ STREAM = answering(stream_head() + chunked(EVENTS, 7))
 
 
 @pytest.fixture
-async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
+async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
     """The engine of the model once it is loaded; the load waits for `benjy.load_gate`."""
     async with RawEngine().running() as engine:
         engine.script = STREAM
@@ -43,7 +43,7 @@ async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     return await start_cortex([benjy], [{"id": MODEL}], waiting=WAITING)
 
 
@@ -91,7 +91,7 @@ async def counted(cortex: RunningCortex, status: int) -> bool:
 
 @pytest.mark.parametrize("target", STREAMED)
 async def test_comments_and_then_the_answer(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, target: str
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, target: str
 ) -> None:
     """The client has the head before the model is ready; the engine's bytes follow the comments unchanged, and the
     connection stays usable."""
@@ -128,7 +128,7 @@ async def test_comments_and_then_the_answer(
     ],
 )
 async def test_plain_request_is_held_silently(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, target: str, fields: dict[str, Any]
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, target: str, fields: dict[str, Any]
 ) -> None:
     """The client gets no byte before the engine's own answer, however long it waits, because the status is still
     open."""
@@ -162,7 +162,7 @@ async def test_stream_is_told_as_leniently_as_the_model(cortex: RunningCortex, e
     ids=["length", "length, two pieces", "until close"],
 )
 async def test_every_framing_of_the_engine_becomes_chunks(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, script: Script
 ) -> None:
     """The head that the client already has announces chunks."""
     engine.script = script
@@ -182,7 +182,7 @@ async def test_every_framing_of_the_engine_becomes_chunks(
     ids=["chunked", "length", "error"],
 )
 async def test_http_1_0_until_close(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script, expected: bytes
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, script: Script, expected: bytes
 ) -> None:
     """No chunks; cortex closes at the end even if the client asked for keep-alive."""
     engine.script = script
@@ -217,7 +217,7 @@ def error_of(event: bytes, target: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("target", STREAMED)
 async def test_failed_load_is_the_last_event(
-    cortex: RunningCortex, benjy: SeedNeuron, target: str, engine: RawEngine
+    cortex: RunningCortex, benjy: V1Neuron, target: str, engine: RawEngine
 ) -> None:
     """It has the reason and the retry delay. The request counts as a 503, and the connection stays usable."""
     benjy.load_error = 500, {"error": {"message": "CUDA out of memory"}}
@@ -233,7 +233,7 @@ async def test_failed_load_is_the_last_event(
 
 @pytest.mark.parametrize("target", STREAMED)
 async def test_error_of_the_engine_is_the_last_event(
-    cortex: RunningCortex, benjy: SeedNeuron, target: str, engine: RawEngine
+    cortex: RunningCortex, benjy: V1Neuron, target: str, engine: RawEngine
 ) -> None:
     """It has the engine's own fields on one line. There is no [DONE]."""
     error = {"message": "too\nlong", "type": "BadRequestError", "param": None, "code": 400}
@@ -267,7 +267,7 @@ def _halves(data: bytes) -> tuple[bytes, bytes]:
     ],
 )
 async def test_answer_other_than_a_stream_becomes_an_error(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script, expected: tuple[int, str]
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, script: Script, expected: tuple[int, str]
 ) -> None:
     """upstream_error, which quotes the engine."""
     engine.script, (status, message) = script, expected
@@ -291,7 +291,7 @@ async def test_answer_other_than_a_stream_becomes_an_error(
     ids=["chunked", "length", "error"],
 )
 async def test_engine_lost_behind_the_comments(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, script: Script
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, script: Script
 ) -> None:
     """An explicit last event and a clean end, as for every stream."""
     engine.script = script
@@ -302,7 +302,7 @@ async def test_engine_lost_behind_the_comments(
 
 
 async def test_comments_go_on_until_the_engine_answers(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """A long prompt can take a while too."""
     answered = asyncio.Event()
@@ -321,7 +321,7 @@ async def test_comments_go_on_until_the_engine_answers(
 
 
 async def test_engine_that_answers_503_behind_the_comments(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """cortex asks it once more; then its answer becomes the last event."""
     engine.script = answering(plain(b'{"error": {"message": "full"}}', status="503 Full"))
@@ -333,7 +333,7 @@ async def test_engine_that_answers_503_behind_the_comments(
 
 
 async def test_client_that_disconnects_leaves_the_queue(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """At once, with its task, timer and objects. The load continues."""
     async with waiting(cortex.url):
@@ -356,7 +356,7 @@ def _waits() -> list[KeepAliveStream]:
 
 
 async def test_client_that_does_not_read_is_sent_no_more(
-    start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """While its socket is full cortex adds no comments; once it reads again, the answer is complete."""
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting={**WAITING, "comment_interval_secs": 0.0002})
@@ -378,19 +378,19 @@ async def test_client_that_does_not_read_is_sent_no_more(
 
 
 async def test_comment_is_one_line_whatever_a_neuron_says(
-    start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """Line ends in a phase do not end the comment."""
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting=WAITING, poll={"interval_secs": 3600})
     progress = Progress(phase="a\r\ndata: x\n\n", fraction=0.404, remaining_secs=34.2)
     async with waiting(cortex.url) as client:
-        cortex.parts.fleet.tell("benjy", ModelView(id=MODEL, status="loading", progress=progress))
+        cortex.parts.fleet.update_model("benjy", ModelView(id=MODEL, status="loading", progress=progress))
         while (told := await chunk(client)) == b": loading org/small on benjy for 0 s\n\n":
             pass
         assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n\n"
 
 
-async def test_worker_processes_hear_from_their_control(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> None:
+async def test_worker_processes_hear_from_their_control(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> None:
     """Their comments have what the control knows, the node included from the first one on. The log has the waiting
     time."""
     async with cortex_process(
@@ -423,7 +423,7 @@ RESPONSE_DELTA = {"type": "response.output_text.delta", "delta": "hi", "item_id"
 @pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
 @pytest.mark.parametrize("dialect", ["chat", "responses"])
 async def test_openai_client(
-    cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, dialect: str, fails: bool
+    cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, dialect: str, fails: bool
 ) -> None:
     """It skips the comments in both OpenAI dialects; an error raises."""
     commented = _commented(cortex)
@@ -454,7 +454,7 @@ async def _openai_response(client: openai.AsyncOpenAI) -> str:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
-async def test_anthropic_client(cortex: RunningCortex, benjy: SeedNeuron, engine: RawEngine, fails: bool) -> None:
+async def test_anthropic_client(cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, fails: bool) -> None:
     """It skips the comments; an error raises."""
     commented = _commented(cortex)
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}

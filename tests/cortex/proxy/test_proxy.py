@@ -12,19 +12,19 @@ from aiohttp import web
 from yarl import URL
 
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.seed_neuron import SeedNeuron
+from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = {"id": "org/small"}
 
 
 @pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron) -> RunningCortex:
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron) -> RunningCortex:
     """A cortex in front of one neuron that has the model loaded."""
     benjy.models["org/small"] = "loaded"
     return await start_cortex([benjy], [MODEL], aliases={"tiny": "org/small"})
 
 
-async def test_request_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_request_passes_byte_for_byte(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """Spacing, key order, number spelling and the query string arrive as they were sent."""
     body = b'{ "temperature": 1.0,"model":"org/small" , "big":12345678901234567890, "u": "\\u00e4\xc3\xa4"}'
     headers = {"Content-Type": "application/json; charset=utf-8", "X-Custom": "1", "Authorization": "Bearer secret"}
@@ -39,7 +39,7 @@ async def test_request_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNe
     assert "Authorization" not in seen, "the client's key for cortex must not reach an engine"
 
 
-async def test_alias_is_rewritten_and_nothing_else(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_alias_is_rewritten_and_nothing_else(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """Only the value of the top-level `model` changes."""
     body = b'{"x": {"model": "tiny"}, "s": "\\"model\\": \\"tiny\\" \xc3\xa4",  "model" :"tiny", "t":1e0}'
     async with cortex.http.post(f"{cortex.url}/v1/completions", data=body) as response:
@@ -47,7 +47,7 @@ async def test_alias_is_rewritten_and_nothing_else(cortex: RunningCortex, benjy:
     assert benjy.engine.requests[0][2] == body.replace(b':"tiny",', b':"org/small",')
 
 
-async def test_alias_in_a_form_is_rewritten(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_alias_in_a_form_is_rewritten(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """Multipart bodies (audio) are routed by their `model` field; the file passes untouched."""
     audio = bytes(range(256)) * 64
 
@@ -64,7 +64,7 @@ async def test_alias_in_a_form_is_rewritten(cortex: RunningCortex, benjy: SeedNe
     assert [value.removesuffix(b"\r\n") for _, _, value in parts] == [audio, b"org/small"]
 
 
-async def test_answer_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_answer_passes_byte_for_byte(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """Status, headers and body, compressed or not, are the engine's; hop-by-hop headers are dropped."""
     body = gzip.compress(b'{"odd":   1.50}')
 
@@ -85,7 +85,7 @@ async def test_answer_passes_byte_for_byte(cortex: RunningCortex, benjy: SeedNeu
         assert "Keep-Alive" not in got.headers
 
 
-async def test_chunks_are_passed_on_as_they_come(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_chunks_are_passed_on_as_they_come(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """The engine sends its next event only after the client has read the previous one."""
     received = asyncio.Event()
 
@@ -107,7 +107,7 @@ async def test_chunks_are_passed_on_as_they_come(cortex: RunningCortex, benjy: S
         assert await response.content.read() == b"data: [DONE]\n\n"
 
 
-async def test_client_that_leaves_ends_the_engines_work(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_client_that_leaves_ends_the_engines_work(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """A disconnect reaches the engine, both before its answer and in the middle of it."""
     for begun in (False, True):
         benjy.engine.aborted.clear()
@@ -142,7 +142,7 @@ async def _cut(request: web.Request, content_type: str, begin: bytes) -> web.Str
     return response
 
 
-async def test_engine_lost_in_a_stream_is_an_explicit_error(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_engine_lost_in_a_stream_is_an_explicit_error(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """The last event is an error, readable even if the engine's last event was cut; there is no [DONE]."""
     benjy.engine.answer = lambda request: _cut(request, "text/event-stream", b'data: {"a": 1}\n\ndata: {"b"')
     async with cortex.chat("org/small", stream=True) as response:
@@ -152,7 +152,7 @@ async def test_engine_lost_in_a_stream_is_an_explicit_error(cortex: RunningCorte
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_lost"
 
 
-async def test_engine_lost_in_a_message_stream_is_anthropics_error(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_engine_lost_in_a_message_stream_is_anthropics_error(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """On /v1/messages the event is named and shaped as Anthropic's clients expect."""
     benjy.engine.answer = lambda request: _cut(request, "text/event-stream", b"event: ping\ndata: {}\n\n")
     async with cortex.http.post(f"{cortex.url}/v1/messages", json={"model": "org/small"}) as response:
@@ -161,7 +161,7 @@ async def test_engine_lost_in_a_message_stream_is_anthropics_error(cortex: Runni
     assert json.loads(data.removeprefix("data: "))["type"] == "error"
 
 
-async def test_engine_lost_in_a_plain_answer_cuts_the_connection(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_engine_lost_in_a_plain_answer_cuts_the_connection(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """A partial answer never looks complete."""
     benjy.engine.answer = lambda request: _cut(request, "application/json", b'{"half": ')
     with pytest.raises(aiohttp.ClientPayloadError):
@@ -170,7 +170,7 @@ async def test_engine_lost_in_a_plain_answer_cuts_the_connection(cortex: Running
 
 
 async def test_least_busy_replica_is_taken_and_a_dead_one_is_passed_over(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """Before the first byte a request goes to the next replica; the client sees one answer."""
     for neuron in (beast, benjy):
@@ -183,7 +183,7 @@ async def test_least_busy_replica_is_taken_and_a_dead_one_is_passed_over(
             assert response.headers["x-cortex-node"] == "benjy"
 
 
-async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex, benjy: SeedNeuron) -> None:
+async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """cortex reloads an engine that is lost before its first byte and retries, a limited number of times."""
 
     async def die(request: web.Request) -> web.StreamResponse:
@@ -201,7 +201,7 @@ async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex,
 
 
 async def test_engine_of_a_protocol_v1_neuron_that_moved_is_found(
-    cortex: RunningCortex, benjy: SeedNeuron, beast: SeedNeuron
+    cortex: RunningCortex, benjy: V1Neuron, beast: V1Neuron
 ) -> None:
     """A protocol v1 neuron does not report reloads: cortex asks for its endpoint each time, so no old engine gets a
     request."""
@@ -211,7 +211,7 @@ async def test_engine_of_a_protocol_v1_neuron_that_moved_is_found(
     assert (len(benjy.engine.requests), len(beast.engine.requests)) == (1, 1)
 
 
-async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """cortex decompresses the body to find the model, and drops Content-Encoding. A damaged body gets a 400."""
     body = b'{"model": "org/small"}'
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
@@ -225,7 +225,7 @@ async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, be
         assert response.status == 400
 
 
-async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """An error event would only fill up the announced length, so cortex cuts the connection at once."""
 
     async def answer(request: web.Request) -> web.StreamResponse:

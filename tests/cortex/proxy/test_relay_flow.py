@@ -15,9 +15,9 @@ import pytest
 
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, Script, echo_number, plain, stream_head
 from tests.cortex.raw_http import RawClient, Wire, bounded, connected, request, settled, until
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
@@ -26,16 +26,7 @@ PIECE = b"data: " + b"x" * (1 << 18) + b"\n\n"
 
 
 @pytest.fixture
-async def engine(benjy: SeedNeuron) -> AsyncIterator[RawEngine]:
-    """An engine that serves the model."""
-    async with RawEngine().running() as engine:
-        benjy.models[MODEL] = "loaded"
-        benjy.engine_url = engine.url
-        yield engine
-
-
-@pytest.fixture
-async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
+async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
     """A cortex that has answered one request, so its memory includes what that takes."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
         await answers(process.url)
@@ -44,7 +35,11 @@ async def process(tmp_path: Path, benjy: SeedNeuron, engine: RawEngine) -> Async
 
 @pytest.fixture(params=["in-loop", "process", "two-workers"])
 async def url(
-    request: pytest.FixtureRequest, start_cortex: StartCortex, tmp_path: Path, benjy: SeedNeuron, engine: RawEngine
+    request: pytest.FixtureRequest,
+    start_cortex: StartCortex,
+    tmp_path: Path,
+    benjy: V1Neuron,
+    engine: RawEngine,
 ) -> AsyncIterator[str]:
     """The address of a cortex on asyncio's loop, of one on uvloop, and of one with two workers."""
     if request.param == "in-loop":

@@ -12,27 +12,13 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, Script, closing, echo_number, plain, resetting, stream_head
 from tests.cortex.raw_http import Answer, Truncated, Wire, bounded, chunked, connected, request, until
-from tests.cortex.seed_neuron import SeedNeuron
 
 MODEL = "org/small"
 IDLE_SECS = 3.0
 """How long cortex may keep an idle connection to an engine."""
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: SeedNeuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
 
 
 async def ask(cortex: RunningCortex, number: int = 1) -> Answer:
@@ -161,7 +147,7 @@ async def test_request_is_not_repeated_after_its_answer_has_begun(
 
 @contextlib.asynccontextmanager
 async def two_replicas(
-    start_cortex: StartCortex, first: SeedNeuron, second: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, first: V1Neuron, second: V1Neuron, engine: RawEngine
 ) -> AsyncIterator[tuple[RunningCortex, RawEngine]]:
     """A cortex with a model on two neurons; it tries `first`, the first by name, first."""
     async with RawEngine().running() as other:
@@ -172,7 +158,7 @@ async def two_replicas(
 
 
 async def test_next_replica_when_a_fresh_connection_is_lost(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """Lost before a byte, the request goes to the other engine only."""
     for lost in (closing(), resetting()):
@@ -185,7 +171,7 @@ async def test_next_replica_when_a_fresh_connection_is_lost(
 
 
 async def test_next_replica_when_the_connection_is_refused(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """Nothing listens at the first engine; a stale connection to it makes no difference."""
     async with RawEngine().running() as dying, two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
@@ -198,7 +184,7 @@ async def test_next_replica_when_the_connection_is_refused(
 
 
 async def test_begun_answer_is_not_repeated_on_another_replica(
-    start_cortex: StartCortex, beast: SeedNeuron, benjy: SeedNeuron, engine: RawEngine
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """The client has a part of the answer already."""
     async with two_replicas(start_cortex, beast, benjy, engine) as (cortex, other):
@@ -208,7 +194,7 @@ async def test_begun_answer_is_not_repeated_on_another_replica(
         assert (len(engine.requests), len(other.requests)) == (1, 0)
 
 
-async def test_refused_without_another_replica(cortex: RunningCortex, benjy: SeedNeuron) -> None:
+async def test_refused_without_another_replica(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """502 upstream_unreachable."""
     benjy.engine_url = "http://127.0.0.1:9"
     await unreachable(cortex)

@@ -310,17 +310,6 @@ def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, half_hou
     assert once() == once()
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "planner"])
-def test_the_planner_beats_other_policies(example: SimulatedFleet, policy: str) -> None:
-    """One seed of the ten in docs/simulate.md, which also shows those where the planner loses."""
-    workload = load_workload(EXAMPLE / "workload.toml", example.catalogue)
-    trace = make_trace(workload, example.catalogue, seed=3)
-    ours, theirs = (simulate(example, trace, name).total for name in ("planner", policy))
-    assert ours.unserved == theirs.unserved == 0
-    assert ours.waiting.mean < theirs.waiting.mean
-    assert ours.waiting.p99 < theirs.waiting.p99
-
-
 # The command
 
 

@@ -21,10 +21,10 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.upstream.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
-from cortex.workers.messages import Collect, Counted, Resolved, Setup, ToWorker
+from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import bounded
-from tests.cortex.seed_neuron import SeedNeuron
 from tests.processes import alive, descendants
 
 MODEL = "org/small"
@@ -72,7 +72,7 @@ class Workers:
 
 
 @pytest.fixture
-async def workers(tmp_path: Path, benjy: SeedNeuron) -> AsyncIterator[Workers]:
+async def workers(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[Workers]:
     config = {
         "gateway": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "drain_timeout_secs": 5},
         "poll": {"interval_secs": 0.05},
@@ -100,7 +100,7 @@ async def workers(tmp_path: Path, benjy: SeedNeuron) -> AsyncIterator[Workers]:
             await bounded(process.wait(), secs=20)
 
 
-async def test_first_requests_of_all_workers_share_one_load(workers: Workers, benjy: SeedNeuron) -> None:
+async def test_first_requests_of_all_workers_share_one_load(workers: Workers, benjy: V1Neuron) -> None:
     """The kernel spreads fifty requests over both workers: one load at the neuron answers all."""
     benjy.load_gate.clear()
     asking = [asyncio.create_task(workers.ask()) for _ in range(50)]
@@ -120,7 +120,7 @@ async def _log_with(workers: Workers, lines: int) -> str:
     return workers.log()
 
 
-async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron) -> None:
+async def test_worker_that_dies_is_replaced(workers: Workers, benjy: V1Neuron) -> None:
     """Its socket stays open in the meantime: new connections wait and none is refused."""
     benjy.models[MODEL] = "loaded"
     first, second = workers.pids()
@@ -132,7 +132,7 @@ async def test_worker_that_dies_is_replaced(workers: Workers, benjy: SeedNeuron)
     assert "restarting in" in workers.log()
 
 
-async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: SeedNeuron) -> None:
+async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: V1Neuron) -> None:
     """Counts are summed over all workers."""
     benjy.models[MODEL] = "loaded"
     assert {status for status, _ in await asyncio.gather(*(workers.ask() for _ in range(30)))} == {200}
@@ -191,7 +191,7 @@ async def test_port_of_another_cortex_is_not_shared(workers: Workers, tmp_path: 
 async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     """The control asks for counts before it evicts a model; the answer includes requests routed before."""
     replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
-    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="")
+    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
     sent: list[Any] = []
     control, in_flight = RemoteControl(setup, sent.append), InFlight()
 
@@ -210,3 +210,16 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     await going
     (counted,) = (message for message in sent if isinstance(message, Counted))
     assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])
+
+
+async def test_a_worker_learns_which_neurons_are_down() -> None:
+    """When it starts and with each change: it ends the silent streams of their engines."""
+    setup = Setup(config="{}", models=[], aliases={}, table={}, control_host="", down=["beast"])
+    control = RemoteControl(setup, [].append)
+    assert set(control.down) == {"beast"}
+
+    async def messages() -> AsyncIterator[ToWorker]:
+        yield DownChanged(["benjy"])
+
+    await worker_process.listen(messages(), Mock(), control, Mock(), asyncio.Event())
+    assert set(control.down) == {"benjy"}

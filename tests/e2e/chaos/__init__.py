@@ -1,1 +1,1 @@
-"""A fleet of real processes under load, in which engines, neurons and a cortex are killed all the time."""
+"""A fleet of real processes under load, with engines, neurons and a cortex killed at random."""

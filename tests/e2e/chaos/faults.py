@@ -1,4 +1,4 @@
-"""What is done to the fleet, when, and to whom: a schedule that follows from a seed, and its log."""
+"""Faults: a schedule computed from a seed, its execution on a fleet, and its log."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import TypeVar
 from neuron.engine import session
 from tests.e2e.chaos.fleet import EngineServer, Fleet, NeuronHost, Service, send
 
-_FIRST_SECS = 2.0  # of load without a fault
+_FIRST_SECS = 2.0  # load before the first fault
 _LAST_SECS = 4.0
-_EVERY_SECS = 2.4  # a fault, about
-_PAUSES_SECS = (0.2, 1.5)  # from an end to the next start
+_EVERY_SECS = 2.4  # average time between faults
+_PAUSES_SECS = (0.2, 1.5)  # between the end of a process and its next start
 _STOPPED_SECS = (0.2, 1.2)
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that was done. `at` and `until` are monotonic: from the signal to when all was as before."""
+    """One executed fault. `at` (the signal) and `until` (everything works again) are monotonic times."""
 
     at: float
     until: float
     what: str
     hosts: frozenset[str] = frozenset()
-    """The hosts whose engines it hit: an answer that was under way there may have been lost."""
+    """The hosts whose engines it hit: answers in progress there may have been lost."""
 
-    def told(self, start: float) -> str:
+    def line(self, start: float) -> str:
         return f"{self.at - start:7.3f} … {self.until - start:7.3f} {self.what}"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`after` seconds from the start. `pick`, 0 to 1, chooses among what there is then; `pause_secs` is how long it
-    lasts, where it lasts."""
+    """A fault `after` seconds from the start. `pick`, 0 to 1, selects its target among those that exist then;
+    `pause_secs` is its duration, or the pause before a restart."""
 
     after: float
     kind: str
@@ -48,13 +48,13 @@ class Planned:
 
 @dataclass
 class Faults:
-    """Carries a schedule out on a fleet. The last cortex is never touched."""
+    """Executes a schedule on a fleet. It never touches the last cortex."""
 
     fleet: Fleet
     log: list[Fault] = field(default_factory=list)
 
-    async def carry_out(self, schedule: Sequence[Planned]) -> None:
-        """Returns when all is done and everything runs again. Faults that last overlap with those after them."""
+    async def execute(self, schedule: Sequence[Planned]) -> None:
+        """Returns when all faults are over and everything runs again. Long faults overlap with later ones."""
         began, tasks = time.monotonic(), []
         for planned in schedule:
             await asyncio.sleep(max(0.0, began + planned.after - time.monotonic()))
@@ -69,41 +69,41 @@ class Faults:
     # Engines.
 
     async def kill_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """Its server alone: its core is left, with the memory."""
+        """Kills only the server: its core survives and holds the memory."""
         return await self._signal_engine(planned, signal.SIGKILL)
 
     async def kill_core(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """The server answers 500 for a second, and ends."""
+        """Kills the core: the server answers 500 for a second, then exits."""
         return await self._signal_engine(planned, signal.SIGKILL, core=True)
 
     async def terminate_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
         return await self._signal_engine(planned, signal.SIGTERM)
 
     async def stop_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """For a while."""
+        """Suspends it with SIGSTOP for `pause_secs`."""
         engine = await self._engine(planned)
         if engine is None:
             return "no engine", frozenset()
         send(engine.pid, signal.SIGSTOP)
         await asyncio.sleep(planned.pause_secs)
         send(engine.pid, signal.SIGCONT)
-        return f"{_named(engine)} stood still for {planned.pause_secs:.1f} s", frozenset((engine.host,))
+        return f"{_named(engine)} was suspended for {planned.pause_secs:.1f} s", frozenset((engine.host,))
 
     # Neurons.
 
     async def kill_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """Its engines live on; the next neuron finds them."""
+        """Its engines survive; the next neuron adopts them."""
         return await self._restart(_free(self.fleet.neurons, planned), signal.SIGKILL, planned)
 
     async def restart_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """In order. One that stops its engines lets them finish what they have."""
+        """A normal restart. A neuron that stops its engines lets them finish their requests."""
         return await self._restart(_free(self.fleet.neurons, planned), signal.SIGTERM, planned)
 
     async def stop_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """For a while: it neither answers nor closes connections."""
+        """Suspends it with SIGSTOP for `pause_secs`: it neither answers nor closes connections."""
         neuron = _free(self.fleet.neurons, planned)
         if neuron is None:
-            return "no neuron that nothing is done to", frozenset()
+            return "every neuron already has a fault", frozenset()
         neuron.busy = True
         neuron.is_down()
         send(neuron.pid, signal.SIGSTOP)
@@ -111,7 +111,7 @@ class Faults:
         send(neuron.pid, signal.SIGCONT)
         neuron.is_back()
         neuron.busy = False
-        return f"{neuron.name} stood still for {planned.pause_secs:.1f} s", frozenset()
+        return f"{neuron.name} was suspended for {planned.pause_secs:.1f} s", frozenset()
 
     # Cortexes.
 
@@ -119,16 +119,16 @@ class Faults:
         return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGKILL, planned)
 
     async def restart_cortex(self, planned: Planned) -> tuple[str, frozenset[str]]:
-        """In order: it finishes what it has."""
+        """A normal restart: it finishes its requests."""
         return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGTERM, planned)
 
-    # How it is done.
+    # Helpers.
 
     async def _restart(
         self, service: Service | None, number: signal.Signals, planned: Planned
     ) -> tuple[str, frozenset[str]]:
         if service is None:
-            return "none that nothing is done to", frozenset()
+            return "all of them already have a fault", frozenset()
         service.busy = True
         status = await service.end(number)
         ends_engines = isinstance(service, NeuronHost) and number == signal.SIGTERM
@@ -183,11 +183,11 @@ _DECK = (
     *("kill_cortex",) * 2,
     *("restart_cortex",) * 1,
 )
-"""Shuffled and dealt again and again: each kind comes as often as it stands here, in every run that is long enough."""
+"""Shuffled and dealt repeatedly, so that every long run has each kind in these proportions."""
 
 
 def schedule_of(seed: int, secs: float, kinds: Sequence[str] = ()) -> list[Planned]:
-    """Only `kinds`, where they are given."""
+    """The faults for a run of `secs`. `kinds`, if given, are the only kinds."""
     chance = random.Random(f"faults/{seed}")
     planned: list[Planned] = []
     deck: list[str] = []

@@ -1,4 +1,4 @@
-"""Three real neurons and two real cortexes on fixed ports, which can be killed and started again."""
+"""Three real neurons and two real cortexes on fixed ports, which can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tests.neuron.neurons import MARK_VARIABLE, REPOSITORY
 START_SECS = 30.0
 STOP_SECS = 20.0
 POLL_SECS, POLL_TIMEOUT_SECS, UNHEALTHY_AFTER = 0.4, 1.0, 2
-_PORTS = (21_000, 25_900)  # below those that the kernel gives to outgoing connections
+_PORTS = (21_000, 25_900)  # below the kernel's range for outgoing connections
 _ENGINE_PORTS = 400  # for each host
-_WENT_WELL = re.compile(r" cortex\.access: \S+ \S+ 200 ")
+_SUCCEEDED = re.compile(r" cortex\.access: \S+ \S+ 200 ")
 _CALL = aiohttp.ClientTimeout(total=3)
 
 
 @dataclass(frozen=True)
 class Down:
-    """From when to when (monotonic) a service could not be counted on. It runs again, or goes on, at the end of it."""
+    """When (monotonic) a service was down or suspended. At `until` it works again."""
 
     since: float
     until: float
@@ -53,7 +53,7 @@ class EngineServer:
 
 @dataclass
 class Service:
-    """A process that is started again and again on one port. `downs` is when it was not there."""
+    """A process that is restarted repeatedly on one port. `downs` lists when it was unavailable."""
 
     name: str
     port: int
@@ -63,7 +63,7 @@ class Service:
     http: aiohttp.ClientSession
     downs: list[Down] = field(default_factory=list)
     busy: bool = False
-    """A fault is at work on it; another one looks for something else."""
+    """It has a fault at the moment, so other faults choose another target."""
     process: asyncio.subprocess.Process | None = None
     _down_since: float | None = None
 
@@ -77,7 +77,7 @@ class Service:
         return self.process.pid
 
     async def start(self) -> None:
-        """Returns when it answers."""
+        """Starts it; returns when it answers."""
         with self.log.open("ab") as sink:
             sink.write(b"--- started\n")
             sink.flush()
@@ -90,7 +90,7 @@ class Service:
             )
         deadline = time.monotonic() + START_SECS
         while not await self.answers():
-            assert self.process.returncode is None, f"{self.name} ended: {self.process.returncode}\n{self.tail()}"
+            assert self.process.returncode is None, f"{self.name} exited: {self.process.returncode}\n{self.tail()}"
             assert time.monotonic() < deadline, f"{self.name} does not answer\n{self.tail()}"
             await asyncio.sleep(0.02)
         self.is_back()
@@ -102,7 +102,7 @@ class Service:
         return False
 
     async def end(self, number: signal.Signals) -> int:
-        """Sends the signal and waits for the end; the exit status. It counts as down from before the signal on."""
+        """Sends the signal and waits for the exit; the exit status. It counts as down from just before the signal."""
         assert self.process is not None
         self.is_down()
         with contextlib.suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ class Service:
             self._down_since = None
 
     def was_down(self, since: float, until: float, *, recovery_secs: float = 0) -> bool:
-        """Whether it was down at any moment between, or had not been back for `recovery_secs`."""
+        """Whether it was down at any moment from `since` to `until`, or had been back for less than `recovery_secs`."""
         if self._down_since is not None and self._down_since <= until:
             return True
         return any(down.since <= until and down.until + recovery_secs >= since for down in self.downs)
@@ -130,9 +130,9 @@ class Service:
             return await response.json()
 
     def tail(self, lines: int = 40) -> str:
-        """The last lines of its log, those of requests that went well left out."""
-        told = [line for line in self.log.read_text(errors="replace").splitlines() if not _WENT_WELL.search(line)]
-        return "\n".join(told[-lines:])
+        """The last lines of its log, without those of successful requests."""
+        shown = [line for line in self.log.read_text(errors="replace").splitlines() if not _SUCCEEDED.search(line)]
+        return "\n".join(shown[-lines:])
 
 
 @dataclass
@@ -141,11 +141,11 @@ class NeuronHost(Service):
 
     shape: HostShape = HOSTS[0]
     id_prefix: str = ""
-    """What the ids of all its engines begin with."""
+    """Prefix of the ids of all its engines."""
 
 
 class Fleet:
-    """`mark` is in the environment of everything that it starts, and of all that is started by that."""
+    """`mark` is in the environment of every process that it starts, and of their descendants."""
 
     def __init__(self, directory: Path, mark: str, models: Sequence[ChaosModel], http: aiohttp.ClientSession) -> None:
         assert os.environ[MARK_VARIABLE] == mark
@@ -178,14 +178,14 @@ class Fleet:
         """The engines' main processes, in an order that does not depend on their pids. Blocks."""
         found = []
         for neuron in self.neurons:
-            for pid in session.marked(neuron.id_prefix):
+            for pid in session.engine_processes(neuron.id_prefix):
                 model_id = served_model(pid)
                 if model_id is not None and leads_session(pid):
                     found.append(EngineServer(neuron.name, model_id, pid))
         return sorted(found, key=lambda engine: (engine.host, engine.model_id, engine.pid))
 
     async def kill_all(self) -> None:
-        """Ends the services, whatever they are at. Their engines are the caller's."""
+        """Kills the services. The caller kills their engines."""
         for service in self.services:
             if service.process is not None and service.process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -194,7 +194,7 @@ class Fleet:
 
 
 def served_model(pid: int) -> str | None:
-    """The model in an engine's command line; None when it has none, as an engine's core."""
+    """The model in an engine's command line; None if it names none, as in an engine's core."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return words[words.index(b"--served-model-name") + 1].decode()
@@ -207,7 +207,7 @@ def leads_session(pid: int) -> bool:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A signal to a process that may be gone."""
+    """Sends a signal to a process that may have exited."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -294,7 +294,7 @@ def _write(path: Path, table: dict[str, Any]) -> None:
 
 
 def _free_ports(count: int, then: int) -> list[int]:
-    """So many ports in a row that are free now, with room for `then` more behind them."""
+    """`count` consecutive free ports, with space for `then` more after them."""
     while True:
         first = random.randrange(*_PORTS) - count - then
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What may never be true of the fleet, looked at all the time; and what has to be true when all is over."""
+"""What must never happen in the fleet, checked continuously, and what must hold at the end."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from neuron.engine import session
 from tests.e2e.chaos.fleet import Fleet, NeuronHost, Service, served_model
 from tests.neuron.neurons import marked_processes
 
-_PROCESSES_SECS = 0.05  # between two looks
+_PROCESSES_SECS = 0.05  # between two checks
 _NEURONS_SECS = 0.15
 SETTLE_SECS = 25.0
 _TICKS = os.sysconf("SC_CLK_TCK")
-_YOUNG_SECS = 3.0  # a process may still become an engine: between fork and exec it is its neuron
+_YOUNG_SECS = 3.0  # younger processes may still become engines: between fork and exec they look like their neuron
 _QUIET = frozenset({"loaded", "unloaded", "sleeping", "failed"})
 
 
 @dataclass
 class Watch:
-    """Looks at the processes and asks the neurons until it is cancelled. `found`: what was seen that may not be, each
-    once, with the moment (monotonic) when it was seen first."""
+    """Checks the processes and asks the neurons until it is cancelled. `found` has each violation once, with the
+    monotonic time of its first occurrence."""
 
     fleet: Fleet
     found: dict[str, float] = field(default_factory=dict)
-    looks: int = 0
+    checks: int = 0
     started: int = 0
     most_engines: int = 0
     _known: dict[tuple[int, int], tuple[str, str] | None] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Watch:
 
     async def _watch_processes(self) -> None:
         while True:
-            self._note(await asyncio.to_thread(self._twins))
-            self.looks += 1
+            self._note(await asyncio.to_thread(self._duplicates))
+            self.checks += 1
             await asyncio.sleep(_PROCESSES_SECS)
 
     async def _watch_neuron(self, neuron: NeuronHost) -> None:
@@ -59,7 +59,7 @@ class Watch:
         for what in found:
             self.found.setdefault(what, time.monotonic())
 
-    def _twins(self) -> list[str]:
+    def _duplicates(self) -> list[str]:
         """Models that have more than one engine on one host."""
         leaders: dict[tuple[str, str], list[int]] = defaultdict(list)
         seen = set()
@@ -79,7 +79,7 @@ class Watch:
         ]
 
     def _engine_of(self, key: tuple[int, int]) -> tuple[str, str] | None:
-        """The host and the model of a session's leader; None if it is not an engine."""
+        """The host and the model of a session leader; None if it is not an engine."""
         if key in self._known:
             return self._known[key]
         pid, start_ticks = key
@@ -94,7 +94,7 @@ class Watch:
 
 
 def overbooked(neuron: NeuronHost, health: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str]:
-    """Devices with more promised than they have; loads that ran out of memory all the same."""
+    """Devices with more memory booked than they have; loads that ran out of memory."""
     found = [
         f"{neuron.name}: device {device['index']}: {device[name]} MiB {words} of {total}"
         for device, total in zip(health["devices"], neuron.shape.devices_mb, strict=True)
@@ -110,16 +110,16 @@ def overbooked(neuron: NeuronHost, health: Mapping[str, Any], models: list[Mappi
 
 
 async def settled(fleet: Fleet) -> list[str]:
-    """Empty as soon as nothing is under way any more; else what still is after SETTLE_SECS."""
+    """Waits until nothing is in progress. Returns what still is after SETTLE_SECS, normally nothing."""
     deadline = time.monotonic() + SETTLE_SECS
     while True:
-        found = [what for service in fleet.services for what in await _unrest(service)]
+        found = [what for service in fleet.services for what in await _in_progress(service)]
         if not found or time.monotonic() > deadline:
             return found
         await asyncio.sleep(0.1)
 
 
-async def _unrest(service: Service) -> list[str]:
+async def _in_progress(service: Service) -> list[str]:
     try:
         if isinstance(service, NeuronHost):
             models = await service.get("/models")
@@ -137,7 +137,7 @@ async def _unrest(service: Service) -> list[str]:
 
 
 async def nothing_left(fleet: Fleet) -> list[str]:
-    """What is left of a fleet whose services have ended and whose models were unloaded before."""
+    """Processes and ports that remain after all models were unloaded and all services have exited."""
     found = [
         f"process {pid}: {_command(pid)}"
         for pid in await asyncio.to_thread(marked_processes, fleet.mark)

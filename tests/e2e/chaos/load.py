@@ -1,4 +1,4 @@
-"""Clients of the fleet: a mix of dialects, models, patience, seeded. None of them ever tries again."""
+"""Clients of the fleet: a seeded mix of dialects, models and patience. None of them retries."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.e2e.chaos.models import ChaosModel
 from tests.e2e.chaos.outcomes import COMPLETE, PATHS, Kind, Outcome
 
 NO_END_SECS = 45.0
-"""A request that has no end by then is a violation."""
-_STREAMED = 0.5  # of the requests
+"""A request without an end by then is a violation."""
+_STREAMED = 0.5  # share of the requests
 _LEAVING = 0.06
 _LEAVES_WITHIN_SECS = 0.3
 _LONG = 0.1
@@ -34,7 +34,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What one client wants. `leaves_secs` None: it stays to the end."""
+    """One request. The client disconnects after `leaves_secs`; None: it stays to the end."""
 
     model_id: str
     dialect: str
@@ -48,7 +48,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """A request and its end; times are monotonic. `head_at` None: not even a status came."""
+    """A request and its end; times are monotonic. `head_at` is None if not even a status arrived."""
 
     asked: Asked
     cortex: str
@@ -59,8 +59,8 @@ class Answered:
     request_id: str
     outcome: Outcome
 
-    def told(self, start: float) -> str:
-        """One line, times from `start` on."""
+    def line(self, start: float) -> str:
+        """One line, with times relative to `start`."""
         asked, outcome = self.asked, self.outcome
         how = f"{asked.dialect}{' stream' if asked.streamed else ''} {asked.tokens}"
         return (
@@ -70,7 +70,7 @@ class Answered:
 
 
 class Clients:
-    """`answered` is every request that has ended."""
+    """`answered` has every request that has ended."""
 
     def __init__(self, cortexes: Sequence[Service], models: Sequence[ChaosModel], *, seed: int, pause_secs: float):
         self.answered: list[Answered] = []
@@ -80,9 +80,9 @@ class Clients:
         self._pause_secs = pause_secs
 
     async def ask_for(self, secs: float, *, clients: int) -> None:
-        """Returns when all of them have their last answers, some time after `secs`."""
+        """Returns when all clients have their last answers, shortly after `secs`."""
         until = time.monotonic() + secs
-        # Each request has a connection of its own: one that a killed cortex left half-open tells nothing.
+        # A connection for each request: one that a killed cortex left half-open would tell nothing.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as http:
             await asyncio.gather(*(self._client(number, http, until) for number in range(clients)))
@@ -95,7 +95,9 @@ class Clients:
         except (asyncio.TimeoutError, TimeoutError):
             outcome = Outcome(Kind.LEFT)
             if asked.leaves_secs is None:
-                outcome = Outcome(Kind.VIOLATION, detail=f"no end in {NO_END_SECS:g} s; got {bytes(answer.body)!r}")
+                outcome = Outcome(
+                    Kind.VIOLATION, detail=f"timed out after {NO_END_SECS:g} s; got {bytes(answer.body)!r}"
+                )
         ended = Answered(
             asked, cortex.name, since, time.monotonic(), answer.head_at, answer.node, answer.request_id, outcome
         )
@@ -106,11 +108,11 @@ class Clients:
         chance = random.Random(f"{self._seed}/{number}")
         await asyncio.sleep(chance.uniform(0, self._pause_secs))
         while time.monotonic() < until:
-            asked, cortex = self._wanted(chance), chance.choice(self._cortexes)
+            asked, cortex = self._next_request(chance), chance.choice(self._cortexes)
             await self.ask(http, cortex, asked)
-            await asyncio.sleep(chance.expovariate(1 / self._pause_secs))  # the pace of the load
+            await asyncio.sleep(chance.expovariate(1 / self._pause_secs))  # paces the load
 
-    def _wanted(self, chance: random.Random) -> Asked:
+    def _next_request(self, chance: random.Random) -> Asked:
         model = chance.choices(self._models, [model.weight for model in self._models])[0]
         tokens = chance.randint(*(_LONG_TOKENS if chance.random() < _LONG else _TOKENS))
         leaves_secs = chance.uniform(0, _LEAVES_WITHIN_SECS) if chance.random() < _LEAVING else None
@@ -118,7 +120,7 @@ class Clients:
 
 
 class _Answer:
-    """What has come of an answer so far."""
+    """What has been received of an answer."""
 
     def __init__(self) -> None:
         self.head_at: float | None = None
@@ -152,11 +154,11 @@ async def _exchange(http: aiohttp.ClientSession, url: str, asked: Asked, answer:
 
 
 def _of_cut(asked: Asked, answer: _Answer, error: Exception) -> Outcome:
-    """A connection that broke. What came before may have been all there is to say: an error event, or the whole."""
+    """A connection that broke. What arrived before may be complete: an error event, or the whole answer."""
     if answer.head_at is not None and asked.streamed:
-        said = outcomes.of_stream(asked.dialect, asked.model_id, bytes(answer.body))
-        if said.kind is Kind.ERROR or said == COMPLETE:
-            return said
+        received = outcomes.of_stream(asked.dialect, asked.model_id, bytes(answer.body))
+        if received.kind is Kind.ERROR or received == COMPLETE:
+            return received
     with contextlib.suppress(IndexError):
         return Outcome(Kind.CUT, detail=f"{type(error).__name__} {error}, after {bytes(answer.body)[-200:]!r}")
     return Outcome(Kind.CUT, detail=type(error).__name__)

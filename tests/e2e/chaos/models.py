@@ -1,4 +1,4 @@
-"""What the fleet consists of and what is asked of it: hosts, models, and how popular each of them is."""
+"""The fleet's hosts and models, and how often each model is requested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HostShape:
-    """A simulated GPU host. `on_stop`: what becomes of its engines at a SIGTERM."""
+    """A simulated GPU host. `on_stop`: what happens to its engines on SIGTERM."""
 
     name: str
     devices_mb: tuple[int, ...]
@@ -24,7 +24,7 @@ HOSTS = (
 
 @dataclass(frozen=True)
 class ChaosModel:
-    """An entry of the catalogue; memory in MiB, all devices together. `weight` is how often it is asked for."""
+    """An entry of the catalogue; memory in MiB, summed over devices. `weight` is how often it is requested."""
 
     id: str
     vram_mb: int
@@ -34,7 +34,7 @@ class ChaosModel:
     min_device_vram_mb: int | None = None
 
     def profile(self) -> dict[str, Any]:
-        """As models.toml has it."""
+        """Its entry in models.toml."""
         more = {} if self.min_device_vram_mb is None else {"min_device_vram_mb": self.min_device_vram_mb}
         return {
             "id": self.id,
@@ -46,7 +46,7 @@ class ChaosModel:
         }
 
     def fits(self, host: HostShape) -> bool:
-        """Whether the host could hold it if it had nothing else, as the catalogue has it and as its memory has it."""
+        """Whether the empty host could hold it, by the catalogue entry and by memory."""
         least = max(self.min_device_vram_mb or 0, -(-self.vram_mb // self.min_devices))
         return sum(mb >= least for mb in host.devices_mb) >= self.min_devices
 

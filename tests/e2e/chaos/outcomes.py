@@ -1,5 +1,5 @@
-"""What became of a request, told from the bytes that its client got. Strict: what is neither whole nor an explicit
-error is a violation. Pure."""
+"""The outcome of a request, from the bytes that its client received. Strict: what is neither complete nor an
+explicit error is a violation. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Kind(Enum):
     """How a request ended."""
 
     COMPLETE = "complete"
-    ERROR = "error"  # one, typed: a refusal, or a last event of a stream
-    LEFT = "left"  # the client did
+    ERROR = "error"  # a typed error: the whole answer, or the last event of a stream
+    LEFT = "left"  # the client disconnected
     REFUSED = "refused"  # connection refused
     CUT = "cut"  # the connection ended before the answer did
     VIOLATION = "violation"
@@ -23,7 +23,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code` is the error's; `detail` what a person has to see of a violation."""
+    """`code` is the error code; `detail` shows what is wrong."""
 
     kind: Kind
     code: str = ""
@@ -51,7 +51,7 @@ class Event:
 
 
 def of_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
-    """An answer with another status than 200: an error in an envelope, with Retry-After where it is temporary."""
+    """An answer with a status other than 200: an error envelope, with Retry-After if it is temporary."""
     try:
         error = json.loads(body)["error"]
         code = str(error.get("code") or error["type"])
@@ -60,7 +60,7 @@ def of_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
         return _violation(f"{status} without an error envelope", body)
     if status < 400 or not said:
         return _violation(f"status {status}, error {error!r}", body)
-    # An engine's own words pass unchanged; its codes are numbers.
+    # An engine's own errors pass unchanged; their codes are numbers.
     if status in (429, 503) and isinstance(error.get("code"), str) and "Retry-After" not in headers:
         return _violation(f"{status} {code} without Retry-After", body)
     return Outcome(Kind.ERROR, code, said[:_SHOWN])
@@ -71,7 +71,7 @@ def of_whole(dialect: str, model_id: str, body: bytes) -> Outcome:
     try:
         answer = json.loads(body)
     except ValueError:
-        return _violation("no JSON, and yet the answer ended as if whole", body)
+        return _violation("no JSON, although the answer ended normally", body)
     if not isinstance(answer, dict) or not answer.get(_WHOLE[dialect]):
         return _violation(f"no {_WHOLE[dialect]}", body)
     if answer.get("model") != model_id:
@@ -80,7 +80,7 @@ def of_whole(dialect: str, model_id: str, body: bytes) -> Outcome:
 
 
 def of_stream(dialect: str, model_id: str, body: bytes) -> Outcome:
-    """A stream of events that ended as HTTP ends."""
+    """A stream of events whose HTTP body ended normally."""
     try:
         events = parse_events(body)
     except ValueError as error:
@@ -96,11 +96,11 @@ def of_stream(dialect: str, model_id: str, body: bytes) -> Outcome:
     if len(names) != 1 or models != {model_id}:
         return _violation(f"spliced: ids {sorted(names)}, models {sorted(models)}", body)
     finished = sum(_finishes(event) for event in events)
-    return COMPLETE if finished == 1 else _violation(f"{finished} choices were finished", body)
+    return COMPLETE if finished == 1 else _violation(f"{finished} choices finished", body)
 
 
 def parse_events(body: bytes) -> list[Event]:
-    """Comments are passed over. Raises ValueError: something else stands between the events."""
+    """The events, without comments. Raises ValueError for anything else between them."""
     events: list[Event] = []
     for block in body.decode().split("\n\n"):
         name, data = "", []
@@ -110,7 +110,7 @@ def parse_events(body: bytes) -> list[Event]:
                 name = value.strip()
             elif field == "data":
                 data.append(value.strip())
-            elif field:  # a comment has none
+            elif field:  # empty for a comment
                 raise ValueError(f"the line {line[:80]!r}")
         text = "\n".join(data)
         if text == "[DONE]":
@@ -119,7 +119,7 @@ def parse_events(body: bytes) -> list[Event]:
             try:
                 events.append(Event(name, json.loads(text)))
             except ValueError:
-                # What was sent of an event when its engine was lost, ended by the blank line before the error.
+                # Part of an event whose engine was lost; the blank line before the error ends it.
                 events.append(Event(_TORN, text))
     for number, event in enumerate(events):
         if event.name == _TORN and not any(map(_is_error, events[number + 1 : number + 2])):
@@ -132,10 +132,10 @@ def _of_broken_stream(events: list[Event], errors: list[Event], done: list[Event
     code = str(error.get("code") or error.get("type"))
     after = [event for event in events[events.index(errors[0]) + 1 :] if event.data != "[DONE]"]
     if len(errors) > 1 or after:
-        return _violation(f"something came after the error {code}", body)
-    # vLLM, told to stop in the middle of an answer, writes an error and [DONE] behind it; that passes as it is.
+        return _violation(f"events after the error {code}", body)
+    # When vLLM is stopped in the middle of an answer it sends an error and [DONE]; cortex passes both on.
     if done and code == "upstream_lost":
-        return _violation("an error and yet the mark of a whole answer", body)
+        return _violation("an error, although the answer ends like a complete one", body)
     return Outcome(Kind.ERROR, f"stream:{code}", str(error.get("message"))[:_SHOWN])
 
 
@@ -153,7 +153,7 @@ def _ends(dialect: str, event: Event) -> bool:
 
 
 def _identity(event: Event) -> object:
-    """What tells one answer from another."""
+    """The id of the answer that the event belongs to."""
     if not isinstance(event.data, dict):
         return None
     inner = event.data.get("message") or event.data.get("response") or event.data
@@ -169,7 +169,7 @@ def _model(event: Event) -> str | None:
 
 
 def _finishes(event: Event) -> bool:
-    """The event that says why an answer ended."""
+    """Whether the event says why an answer ended."""
     if not isinstance(event.data, dict):
         return False
     if event.data.get("type") in ("message_delta", "response.completed", "response.incomplete"):

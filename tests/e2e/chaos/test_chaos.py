@@ -1,7 +1,7 @@
-"""Three neurons, two cortexes, more models than fit, clients of every dialect; and all the time something is killed.
+"""Three neurons, two cortexes, more models than fit, clients of every dialect, and faults at random.
 
 CHAOS_SEED=N replays the faults and the requests, CHAOS_SECS=N makes it longer or shorter, CHAOS_KINDS=kill_core,…
-lets only those happen, CHAOS_MODELS=N serves the first N models, CHAOS_CLIENTS=N changes the load.
+allows only those faults, CHAOS_MODELS=N serves the first N models, CHAOS_CLIENTS=N changes the load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLIENTS = int(os.environ.get("CHAOS_CLIENTS", "40"))
 SHOWN_MODELS = MODELS[: int(os.environ.get("CHAOS_MODELS", str(len(MODELS))))]
 FAULT_KINDS = [kind for kind in os.environ.get("CHAOS_KINDS", "").split(",") if kind]
 LEAST_SHARE = 0.99
-_PAUSE_SECS = 0.4  # of a client between two requests, on average
+_PAUSE_SECS = 0.4  # a client's average pause between two requests
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ async def fleet(mark: str, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 @pytest.mark.timeout(180 + 2 * SECS)
-async def test_every_request_ends_well_or_is_told_why(fleet: Fleet, tmp_path: Path) -> None:
-    """Complete or one typed error; never two engines of a model on a host, no device over-booked, nothing left at the
-    end; 99 % of those succeed that had a live neuron which can hold their model."""
+async def test_every_request_completes_or_gets_an_error(fleet: Fleet, tmp_path: Path) -> None:
+    """Each request completes or gets one typed error. A model never has two engines on a host, no device is
+    overbooked, and nothing is left at the end. Of the requests that had a live, feasible neuron 99 % succeed."""
     faults, watch = Faults(fleet), Watch(fleet)
     clients = Clients(fleet.cortexes, fleet.models, seed=SEED, pause_secs=_PAUSE_SECS)
     start = time.monotonic()
@@ -59,7 +59,7 @@ async def test_every_request_ends_well_or_is_told_why(fleet: Fleet, tmp_path: Pa
     problems: list[str] = []
     try:
         await asyncio.gather(
-            clients.ask_for(SECS, clients=CLIENTS), faults.carry_out(schedule_of(SEED, SECS, FAULT_KINDS))
+            clients.ask_for(SECS, clients=CLIENTS), faults.execute(schedule_of(SEED, SECS, FAULT_KINDS))
         )
         problems += await settled(fleet)
         problems += await _each_model_answers(fleet)
@@ -68,35 +68,35 @@ async def test_every_request_ends_well_or_is_told_why(fleet: Fleet, tmp_path: Pa
         verdict = judge(fleet, clients.answered, faults.log)
         summary = report.summary(verdict, clients.answered, watch)
         report.write(tmp_path, clients.answered, faults.log, start)
-        print(f"CHAOS_SEED={SEED} CHAOS_SECS={SECS:g}, all is in {tmp_path}\n{summary}")
+        print(f"CHAOS_SEED={SEED} CHAOS_SECS={SECS:g}, logs and reports in {tmp_path}\n{summary}")
         print(report.details(fleet, verdict, faults.log, start))  # pytest shows it when the test fails
     problems += [f"{at - start:.3f}: {what}" for what, at in watch.found.items()]
     problems += await _ended(fleet)
-    problems += [answer.told(start) for answer in verdict.violations]
+    problems += [answer.line(start) for answer in verdict.violations]
     assert not problems, "\n".join(problems)
     assert verdict.share >= LEAST_SHARE, summary
 
 
 async def _each_model_answers(fleet: Fleet) -> list[str]:
-    """When all is over, through each cortex."""
+    """At the end, through each cortex."""
     clients = Clients(fleet.cortexes, fleet.models, seed=SEED, pause_secs=0)
     async with aiohttp.ClientSession(auto_decompress=False) as http:
         for model in fleet.models:
             for cortex in fleet.cortexes:
                 await clients.ask(http, cortex, Asked(model.id, "chat", streamed=True, tokens=4))
     return [
-        f"when all was over: {answer.asked.model_id} through {answer.cortex}: {answer.outcome}"
+        f"at the end: {answer.asked.model_id} through {answer.cortex}: {answer.outcome}"
         for answer in clients.answered
         if answer.outcome.kind is not Kind.COMPLETE
     ]
 
 
 async def _ended(fleet: Fleet) -> list[str]:
-    """Ends the fleet in order. What was not in order, or is left of it."""
+    """Stops the fleet normally. Returns what went wrong, and what is left of it."""
     found = []
     for cortex in fleet.cortexes:
         if (status := await cortex.end(signal.SIGTERM)) != 0:
-            found.append(f"{cortex.name} ended with {status}")
+            found.append(f"{cortex.name} exited with {status}")
     for neuron in fleet.neurons:
         for model in await neuron.get("/models"):
             body = {"model_id": model["id"]}
@@ -104,5 +104,5 @@ async def _ended(fleet: Fleet) -> list[str]:
                 if response.status != 200:
                     found.append(f"{neuron.name}: unload of {model['id']}: {response.status} {await response.text()}")
         if (status := await neuron.end(signal.SIGTERM)) != 0:
-            found.append(f"{neuron.name} ended with {status}")
+            found.append(f"{neuron.name} exited with {status}")
     return found + [f"left: {what}" for what in await nothing_left(fleet)]

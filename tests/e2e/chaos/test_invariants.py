@@ -1,4 +1,4 @@
-"""What watches the fleet sees what it is there for."""
+"""The checks of the chaos test notice what they are meant to notice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENGINE = "import signal; signal.pause()"
 
 @pytest.fixture
 async def fleet(mark: str, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """Made, not started."""
+    """Configured, not started."""
     async with aiohttp.ClientSession() as http:
         yield Fleet(tmp_path, mark, MODELS, http)
 
@@ -46,8 +46,8 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def pretended_engine(fleet: Fleet, number: int) -> subprocess.Popen[bytes]:
-    """Looks like an engine of the first host."""
+def fake_engine(fleet: Fleet, number: int) -> subprocess.Popen[bytes]:
+    """A process that looks like an engine of the first host."""
     return subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _ENGINE, "--served-model-name", MODEL],
         env={**os.environ, ENGINE_ID_VARIABLE: f"{fleet.neurons[0].id_prefix}{number}"},
@@ -56,14 +56,14 @@ def pretended_engine(fleet: Fleet, number: int) -> subprocess.Popen[bytes]:
 
 
 async def test_two_engines_of_a_model_on_a_host(fleet: Fleet, processes: list[subprocess.Popen[bytes]]) -> None:
-    """One is as it should be; a second one is seen, and what is left of them too."""
+    """One is correct. A second one is noticed, and so are both when they are left over."""
     watch = Watch(fleet)
-    processes.append(await asyncio.to_thread(pretended_engine, fleet, 1))
+    processes.append(await asyncio.to_thread(fake_engine, fleet, 1))
     watching = asyncio.create_task(watch.run())
     try:
         await until(lambda: watch.most_engines)
         assert not watch.found
-        processes.append(await asyncio.to_thread(pretended_engine, fleet, 2))
+        processes.append(await asyncio.to_thread(fake_engine, fleet, 2))
         await until(lambda: watch.found)
     finally:
         watching.cancel()
@@ -82,7 +82,7 @@ async def test_overbooking(fleet: Fleet, booked: int, error: str | None, found: 
 
 
 def test_models_do_not_fit_together() -> None:
-    """Each of them has a host, and all of them have not."""
+    """Each fits on some host, but not all of them at once."""
     assert all(feasible_hosts(model.id) for model in MODELS)
     assert feasible_hosts("wide/f") == {"large"}
     assert sum(model.vram_mb for model in MODELS) > sum(sum(host.devices_mb) for host in HOSTS)
@@ -103,7 +103,7 @@ def test_models_do_not_fit_together() -> None:
     ],
 )
 async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violations: int, counted: int) -> None:
-    """Of one request, while the services `down` were away."""
+    """For one request, while the services `down` were unavailable."""
     for service in fleet.services:
         if service.name in down:
             service.is_down()
@@ -116,8 +116,8 @@ async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violatio
     assert verdict.succeeded == (outcome == COMPLETE)
 
 
-async def test_a_neuron_that_is_back_counts_when_it_can_be_known(fleet: Fleet) -> None:
-    """Not while no cortex had the time for a poll."""
+async def test_a_restarted_neuron_counts_after_a_poll(fleet: Fleet) -> None:
+    """Not before every cortex has had time to poll it."""
     [*_, small] = fleet.neurons
     small.is_down()
     small.is_back()

@@ -1,4 +1,4 @@
-"""Which answers are violations, which are excused by what was done to the fleet, and how many succeeded. Pure."""
+"""Which answers are violations, which ones a fault excuses, and how many succeeded. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SEEN_SECS = POLL_SECS + POLL_TIMEOUT_SECS
 STOPPING = "cortex_stopping"
 """The error code for requests that wait for a load when cortex stops."""
 _GRACE_SECS = 1.5
-"""After a fault that hit engines: until then answers on their host may be lost to it (a server outlives its core by a
-second)."""
+"""How long after a fault that hit engines it may still explain lost answers on their host: a server outlives its core
+by a second."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`counted`: those that stayed to their end, had a cortex and a live feasible neuron all the time; `succeeded` of
-    them; `lost`: not, though excused: an engine was killed under an answer that had begun."""
+    """`counted`: requests that stayed to their end and always had a cortex and a live, feasible neuron. `succeeded`:
+    how many of them did. `lost`: failures among them whose engine was killed after the answer had begun."""
 
     violations: list[Answered]
     counted: list[Answered]
@@ -44,7 +44,7 @@ def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) ->
         turned_away = kind in (Kind.REFUSED, Kind.CUT) or answer.outcome.code.endswith(STOPPING)
         without_cortex = turned_away and cortexes[answer.cortex].was_down(answer.since, answer.until)
         hit = _was_hit(answer, faults)
-        # A plain answer that was under way cannot end in anything but a cut connection.
+        # A plain answer in progress can only end in a cut connection.
         cut_with_engine = kind is Kind.CUT and answer.head_at is not None and not answer.asked.streamed and hit
         excused = without_cortex or cut_with_engine
         if kind is Kind.VIOLATION or (kind in (Kind.REFUSED, Kind.CUT) and not excused):

@@ -122,7 +122,7 @@ def test_state_directory(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o700
         left = state.found()
         assert [(each.directory.path.name, each.record) for each in left] == [("1", None), ("2", None), ("10", None)]
-        state.clear_but([left[1].directory])
+        state.clear_except([left[1].directory])
         assert [entry.name for entry in (path / "engines").iterdir()] == ["2"]
         directory = state.new_engine(1)
         directory.log.write_text("x")

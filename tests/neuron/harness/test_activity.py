@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from neuron.harness.vllm.activity import LONGEST_GAP_SECS, EngineSample, HangWatch, sample_of
+from neuron.harness.vllm.activity import LONGEST_GAP_SECS, EngineSample, VllmHangDetector, sample_of
 
 GRACE, PREFILL = 10, 60
 IDLE = EngineSample(running=0, waiting=0, generated_tokens=100, first_tokens=5, completed=5, ended=5)
@@ -16,7 +16,7 @@ GENERATING = replace(PREFILLING, generated_tokens=120, first_tokens=6, prompt_to
 
 def watch(*samples: EngineSample | None, every_secs: float = 1) -> tuple[float, str] | None:
     """When and why the detector fires. It sees a sample per second and the last one repeatedly."""
-    watching = HangWatch(GRACE, PREFILL)
+    watching = VllmHangDetector(GRACE, PREFILL)
     for tick in range(200):
         now = tick * every_secs
         reason = watching.observe(samples[min(tick, len(samples) - 1)], 1000 + now)
@@ -91,7 +91,7 @@ def test_time_without_requests_does_not_count() -> None:
 def test_no_sample_proves_nothing() -> None:
     """Neither a hang nor progress; a long gap counts only up to a limit, since neuron itself may have been stopped."""
     assert watch(IDLE, GENERATING, None) is None
-    watching = HangWatch(LONGEST_GAP_SECS + 5, 1000)
+    watching = VllmHangDetector(LONGEST_GAP_SECS + 5, 1000)
     assert watching.observe(IDLE, 0) is None
     assert watching.observe(GENERATING, 1) is None
     assert watching.observe(None, 2) is None

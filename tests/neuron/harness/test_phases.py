@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 
 from neuron.harness.registry import HARNESSES
-from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.progress.phases import PHASES, rank
 
 LOGS = Path(__file__).parent / "vllm_logs"
 
 
-def replay(lines: Iterable[str]) -> list[Reading]:
+def replay(lines: Iterable[str]) -> list[VllmLoadReading]:
     """The reading after each line."""
-    readings = [Reading()]
+    readings = [VllmLoadReading()]
     for line in lines:
         readings.append(readings[-1].after(line))
     return readings
 
 
-def phases_of(readings: Iterable[Reading]) -> list[str]:
+def phases_of(readings: Iterable[VllmLoadReading]) -> list[str]:
     return list(dict.fromkeys(reading.phase for reading in readings))
 
 
-def check_never_back(readings: list[Reading]) -> None:
+def check_never_back(readings: list[VllmLoadReading]) -> None:
     for before, after in pairwise(readings):
         assert rank(before.phase) <= rank(after.phase)
         if before.phase == after.phase:
@@ -149,7 +149,7 @@ def test_fractions_of_a_start() -> None:
     ],
 )
 def test_every_loader_has_its_bar(bar: str) -> None:
-    reading = Reading().after(f"(Worker_TP0 pid=7) {bar}:  25% Completed | 1/4 [00:00<00:00,  4.02it/s]")
+    reading = VllmLoadReading().after(f"(Worker_TP0 pid=7) {bar}:  25% Completed | 1/4 [00:00<00:00,  4.02it/s]")
     assert (reading.phase, reading.fraction) == ("loading weights", 0.25)
 
 
@@ -214,10 +214,10 @@ def test_output_of_several_workers() -> None:
 
 def test_messages_quote_the_engine() -> None:
     """Without the record's prefix, for all versions; unrelated lines change nothing."""
-    assert Reading().after(V0_19[0]).message == "Resolved architecture: Qwen3ForCausalLM"
-    assert Reading().after(V0_19[2]).message == "Starting to load model m..."
-    assert Reading().after("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] hello") == Reading()
-    assert len(Reading().after("Starting to load model " + "m" * 500).message or "") == 200
+    assert VllmLoadReading().after(V0_19[0]).message == "Resolved architecture: Qwen3ForCausalLM"
+    assert VllmLoadReading().after(V0_19[2]).message == "Starting to load model m..."
+    assert VllmLoadReading().after("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] hello") == VllmLoadReading()
+    assert len(VllmLoadReading().after("Starting to load model " + "m" * 500).message or "") == 200
 
 
 @pytest.mark.parametrize("name", ["vllm", "sim"])

@@ -154,7 +154,7 @@ async def test_an_engine_without_sleep_mode(http: aiohttp.ClientSession) -> None
 async def test_an_open_engine_is_found_out(http: aiohttp.ClientSession) -> None:
     """An engine whose guard was not loaded, for any reason, must not serve."""
     async with strange_engine({"/is_sleeping": says_asleep(False)}) as url:
-        with pytest.raises(GuardFailed, match="/is_sleeping said False"):
+        with pytest.raises(GuardFailed, match="/is_sleeping answered False"):
             await sleeping.is_guarded(http, url, KEY)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neuron.harness.vllm.phases import Reading
+from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.progress.eta import Moment, remaining_secs, share_done
 from neuron.progress.load_times import LoadTimes
 from neuron.progress.progress import LoadProgress
@@ -67,7 +67,7 @@ def test_remaining_time_is_positive() -> None:
 def test_a_nearly_finished_load_has_time_left() -> None:
     """More than 0 after rounding, as the protocol requires."""
     short = LoadTimes({"starting": 1.0, "loading weights": 1.0, "warming up": 0.03})
-    load = LoadProgress(Reading(), started=0.0, expected=short)
+    load = LoadProgress(VllmLoadReading(), started=0.0, expected=short)
     load.feed([SHARDS.format(25)], 1.0)
     load.feed([WARMING_UP], 2.0)
     assert load.view(2.0).remaining_secs == 0.1
@@ -88,7 +88,7 @@ def test_shares_of_a_load_without_history() -> None:
 
 def test_progress_of_a_load() -> None:
     """Phases with their times; `overall` never falls and is 1 only when the engine serves."""
-    progress = LoadProgress(Reading(), started=100.0, expected=EXPECTED)
+    progress = LoadProgress(VllmLoadReading(), started=100.0, expected=EXPECTED)
     assert progress.view(100.0).model_dump() == {
         "phase": "starting",
         "fraction": None,
@@ -120,14 +120,14 @@ def test_progress_of_a_load() -> None:
 
 def test_overall_never_falls() -> None:
     """A load that is slower than its history keeps its value; without history there is none until a percentage."""
-    slow = LoadProgress(Reading(), started=0.0, expected=EXPECTED)
+    slow = LoadProgress(VllmLoadReading(), started=0.0, expected=EXPECTED)
     seen = []
     for now in range(0, 400, 5):
         slow.feed([SHARDS.format(25)] if now == 60 else [], float(now))
         seen.append(slow.view(now).overall or 0.0)
     assert seen == sorted(seen)
     assert seen[-1] < 1
-    unknown = LoadProgress(Reading(), started=0.0)
+    unknown = LoadProgress(VllmLoadReading(), started=0.0)
     unknown.feed(["Starting to load model m..."], 3.0)
     assert (unknown.view(3.0).overall, unknown.view(3.0).remaining_secs) == (None, None)
     unknown.feed([SHARDS.format(50)], 5.0)
@@ -139,7 +139,7 @@ def test_overall_never_falls() -> None:
 
 def test_when_progress_is_reported() -> None:
     """For a new phase, 1% of one, or after a second: not for every line."""
-    progress = LoadProgress(Reading(), started=0.0)
+    progress = LoadProgress(VllmLoadReading(), started=0.0)
     assert not progress.feed([], 0.2)
     assert not progress.feed(["hello"], 0.9)
     assert progress.feed([], 1.0)
@@ -152,7 +152,7 @@ def test_when_progress_is_reported() -> None:
 
 def test_a_silent_download_does_not_count_as_start() -> None:
     """vLLM reports a download only afterwards: the history must not count it as part of the start."""
-    progress = LoadProgress(Reading(), started=0.0)
+    progress = LoadProgress(VllmLoadReading(), started=0.0)
     progress.feed(["Starting to load model m..."], 10.0)
     progress.feed(["Time spent downloading weights for org/m: 600.5 seconds"], 612.0)
     assert progress.times(615.0) == LoadTimes({"starting": 11.5, "downloading": 600.5, "loading weights": 3.0})

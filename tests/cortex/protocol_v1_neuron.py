@@ -1,6 +1,6 @@
 """A foreign neuron and its engine, as real servers on real sockets.
 
-The neuron speaks the six seed endpoints with the seed's fields and nothing else: no events, no instance id, no flags.
+The neuron has the six endpoints of protocol v1 with their fields and nothing else: no events, no instance id, no flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.serve import Site, bind, serving
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class SeedEngine:
+class V1Engine:
     """What stands behind a loaded model. `answer` can be replaced by a test; requests are recorded as they came."""
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class SeedEngine:
         )
 
 
-class SeedNeuron:
-    """A neuron of the seed protocol; tests set its state and its failures."""
+class V1Neuron:
+    """A neuron of protocol v1; tests set its state and its failures."""
 
     def __init__(self, name: str, *vram_total_mb: int, harnesses: tuple[str, ...] = ("vllm",)) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class SeedNeuron:
         self.unloads: list[str] = []
         self.calls: list[str] = []
         self.shown: list[str | None] = []  # the Authorization of each call
-        self.engine = SeedEngine()
+        self.engine = V1Engine()
         self.engine_url: str | None = None  # None: that of the engine
         self.load_gate = asyncio.Event()  # a load ends when it is set
         self.load_gate.set()
@@ -141,7 +141,7 @@ class SeedNeuron:
         return await handler(request)
 
     @contextlib.asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[SeedNeuron]:
+    async def running(self, port: int = 0) -> AsyncIterator[V1Neuron]:
         """Serves the neuron and its engine inside the body; `port` 0 lets the system choose."""
         neuron_app = web.Application(middlewares=[self._observe])
         neuron_app.add_routes(self._routes())

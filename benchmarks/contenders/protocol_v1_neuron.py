@@ -1,4 +1,4 @@
-"""A neuron with one loaded model, whose engine is the fake one. `python -m ... PORT ENGINE_URL`."""
+"""A protocol v1 neuron with one loaded model, which the fake engine serves. `python -m ... PORT ENGINE_URL`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VRAM_MB = 81920
 
 
 def build_app(engine_url: str) -> web.Application:
-    """The six endpoints of the seed protocol. `since` and `instance_id` let a cortex remember where the engine is."""
+    """The six endpoints of protocol v1. With `since` and `instance_id` cortex can cache where the engine is."""
     devices = [{"index": 0, "name": "GPU", "vram_total_mb": _VRAM_MB, "compute_capability": "9.0"}]
     used = [{"index": 0, "vram_used_mb": 1, "vram_free_mb": _VRAM_MB - 1, "utilization_pct": 0, "temp_c": 40}]
     entry = {"id": MODEL, "harness": "vllm", "status": "loaded", "devices": [0], "vram_used_mb": 1, "since": CREATED}

@@ -1,0 +1,157 @@
+"""`GET /openapi.json`: cortex's HTTP API in OpenAPI 3.1, for client generators and API explorers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from cortex.api.operator import LoadAction, UnloadAction
+from cortex.proxy.gateway import INFERENCE_PATHS
+from shared import __version__
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "code", "param"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "code": {"type": ["string", "null"]},
+                "param": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+_MODEL = {"type": "string", "minLength": 1, "maxLength": 512, "description": "A model id or an alias."}
+_ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route. `answer` is the schema of its 200, `query` maps a parameter to its description."""
+
+    summary: str
+    tag: str
+    body: Mapping[str, Any] | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    required_query: frozenset[str] = frozenset()
+    answer: Mapping[str, Any] = field(default_factory=lambda: _ANY_OBJECT)
+    content_types: tuple[str, ...] = ("application/json",)
+    error: Mapping[str, Any] = field(default_factory=lambda: _ERROR)
+
+    def document(self, path: str) -> dict[str, Any]:
+        names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+        parameters: list[dict[str, Any]] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in names
+        ]
+        parameters += [
+            {
+                "name": name,
+                "in": "query",
+                "description": text,
+                "required": name in self.required_query,
+                "schema": {"type": "string"},
+            }
+            for name, text in self.query.items()
+        ]
+        answers = {
+            "200": {
+                "description": "Success.",
+                "content": {
+                    kind: {"schema": self.answer if kind == "application/json" else {"type": "string"}}
+                    for kind in self.content_types
+                },
+            },
+            "default": {"description": "An error.", "content": {"application/json": {"schema": self.error}}},
+        }
+        found: dict[str, Any] = {"summary": self.summary, "tags": [self.tag], "responses": answers}
+        if parameters:
+            found["parameters"] = parameters
+        if self.body is not None:
+            found["requestBody"] = {"required": True, "content": self.body}
+        return found
+
+
+def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _model_body(model: type[BaseModel]) -> dict[str, Any]:
+    return _json(model.model_json_schema())
+
+
+def _inference(path: str) -> Operation:
+    if "/audio/" in path:
+        properties = {"model": _MODEL, "file": {"type": "string", "format": "binary"}}
+        form = {"type": "object", "required": ["model", "file"], "properties": properties}
+        return Operation("Passed on to an engine of the model.", "inference", {"multipart/form-data": {"schema": form}})
+    properties = {"model": _MODEL, "stream": {"type": "boolean"}}
+    schema = {"type": "object", "required": ["model"], "properties": properties, "additionalProperties": True}
+    return Operation(
+        "Passed on to an engine of the model, which defines all other fields.",
+        "inference",
+        _json(schema),
+        content_types=("application/json", "text/event-stream"),
+        error=_ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR,
+    )
+
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    **{("POST", path): _inference(path) for path in INFERENCE_PATHS},
+    ("GET", "/v1/models"): Operation("The models that can be used.", "models"),
+    ("GET", "/v1/models/{model_id}"): Operation("One model.", "models"),
+    ("GET", "/health"): Operation("200 while at least one neuron is healthy, 503 otherwise.", "fleet"),
+    ("GET", "/fleet"): Operation("Neurons, devices, models, loads and requests.", "fleet"),
+    ("GET", "/fleet/events"): Operation(
+        "The fleet after every change, as server-sent events.", "fleet", content_types=("text/event-stream",)
+    ),
+    ("GET", "/fleet/explain"): Operation(
+        "What a request for the model would do now, and why.",
+        "fleet",
+        query={"model": "A model id or an alias."},
+        required_query=frozenset({"model"}),
+    ),
+    ("POST", "/fleet/load"): Operation(
+        "Loads a model.",
+        "operator",
+        _model_body(LoadAction),
+        query={"wait": "`false` answers 202 at once."},
+    ),
+    ("POST", "/fleet/unload"): Operation("Unloads a model.", "operator", _model_body(UnloadAction)),
+    ("POST", "/fleet/nodes/{name}/drain"): Operation("Sends a neuron no new work.", "operator"),
+    ("POST", "/fleet/nodes/{name}/resume"): Operation("Ends a drain.", "operator"),
+    ("GET", "/openapi.json"): Operation("This description.", "fleet"),
+}
+"""By method and path; a test compares it with the routes."""
+
+
+def openapi_document() -> dict[str, Any]:
+    """The whole description. Pure."""
+    paths: dict[str, dict[str, Any]] = {}
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method.lower()] = operation.document(path)
+    return {"openapi": "3.1.0", "info": {"title": "cortex", "version": __version__}, "paths": paths}
+
+
+async def show_openapi(request: web.Request) -> web.Response:
+    return web.json_response(openapi_document())
