@@ -53,7 +53,7 @@ class GatewaySettings(SettingsModel):
 
 
 class PollSettings(SettingsModel):
-    """`[poll]`: how neurons are watched."""
+    """`[poll]`: how neurons are polled."""
 
     interval_secs: float = Field(default=2.0, gt=0)
     timeout_secs: float = Field(default=5.0, gt=0)
@@ -71,7 +71,7 @@ class Rules:
     """The `[placement]` settings, as the planner uses them. Times in seconds."""
 
     min_residency_secs: float = 15.0
-    """A model stays loaded at least this long, unless no other eviction makes enough room."""
+    """A model stays loaded at least this long, unless no other eviction frees enough memory."""
     patience_secs: float = 300.0
     """After this wait, or sooner when a reload is quick (see `cortex.placement.eviction`), a busy model that has had
     its minimum residency is drained and evicted."""
@@ -85,7 +85,7 @@ class Rules:
     scale_up_secs: float = 5.0
     """The requests must exceed the target for this long."""
     scale_down_secs: float = 300.0
-    """A replica beyond the minimum is retired after this long without a request."""
+    """A replica beyond the minimum is removed after this long without a request."""
 
 
 class PlacementSettings(SettingsModel):

@@ -55,7 +55,7 @@ class ResidentModel:
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
     """By device index. Free memory is what the node reports as bookable, or else what it measures, minus what
-    our loads under way will take beyond those figures."""
+    our loads in progress will take beyond those figures."""
     ours = [(each, unreported_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
     return {device.index: _memory_of(node, device, ours) for device in node.devices}
 

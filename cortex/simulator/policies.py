@@ -25,7 +25,7 @@ Choose = Callable[[PlanningView, Sequence["_DeviceSet"]], LoadPlan | None]
 
 def _first_come_first_served(choose: Choose) -> Policy:
     """Considers the waiting models in order of arrival; each takes the place that `choose` finds. Evicts idle models
-    only, whatever their priority and age, and never a pinned one. Adds and retires no replicas."""
+    only, whatever their priority and age, and never a pinned one. Adds and removes no replicas."""
 
     def schedule_loads(view: PlanningView) -> LoadSchedule:
         loads: list[LoadPlan] = []

@@ -41,7 +41,8 @@ from shared.tasks import TaskSet, first_of
 RECENT_SECS = 60.0
 """Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
-"""After a rule's time is up, the policy decides at every look for this long: rounding may hide it from the first."""
+"""After a rule's time is up, the policy decides at every check for this long: rounding may hide it from the first
+check."""
 
 
 class SimulatedWorker:
@@ -64,9 +65,9 @@ class SimulatedWorker:
 
 
 class ObservedPolicy:
-    """Counts a policy's evictions, and repeats its last turn while none of its inputs change.
+    """Counts a policy's evictions, and repeats its last schedule while its inputs are unchanged.
 
-    The scheduler looks every quarter of a second while a model waits for memory; most of those looks see no change.
+    The scheduler decides every quarter of a second while a model waits for memory; most of the time nothing changed.
     """
 
     def __init__(self, policy: Policy, counts: EventCounts) -> None:

@@ -67,6 +67,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     param: str | None
     retry_after: int | None
     extra: dict[str, Any]
+    permanent: bool
 
 
 class Notes(msgspec.Struct, frozen=True, tag=True):
@@ -136,7 +137,16 @@ def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[Key, int]:
 
 
 def error_to_wire(number: int, error: ServiceError) -> Refused:
-    return Refused(number, error.status, error.message, error.code, error.param, error.retry_after, error.extra)
+    return Refused(
+        number,
+        error.status,
+        error.message,
+        error.code,
+        error.param,
+        error.retry_after,
+        error.extra,
+        error.permanent,
+    )
 
 
 def error_from_wire(refused: Refused) -> ServiceError:
@@ -147,4 +157,5 @@ def error_from_wire(refused: Refused) -> ServiceError:
         retry_after=refused.retry_after,
         extra=refused.extra,
         status=refused.status,
+        permanent=refused.permanent,
     )

@@ -47,7 +47,7 @@ def test_pauses_double_to_five_minutes(backoffs: Backoffs, clock: Clock, cause: 
     assert _pauses(backoffs, clock, [cause] * 2000)[-1] == 300
 
 
-def test_the_nodes_fault_bars_the_node(backoffs: Backoffs) -> None:
+def test_a_fault_of_the_node_backs_off_on_that_node(backoffs: Backoffs) -> None:
     """And nothing else."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no memory")
     assert {key: (backoff.reason, backoff.temporary) for key, backoff in backoffs.current().items()} == {
@@ -55,7 +55,7 @@ def test_the_nodes_fault_bars_the_node(backoffs: Backoffs) -> None:
     }
 
 
-def test_the_models_fault_bars_it_everywhere(backoffs: Backoffs) -> None:
+def test_a_fault_of_the_model_backs_off_everywhere(backoffs: Backoffs) -> None:
     """It would fail on every node."""
     backoffs.record_failure("m", "a", BackoffCause.MODEL, "bad flag")
     assert list(backoffs.current()) == [("m", "*")]
@@ -99,7 +99,7 @@ def test_a_model_that_failed_everywhere_does_so_until_it_serves(backoffs: Backof
     assert ("m", "*") not in backoffs.current()
 
 
-def test_what_passes_is_tried_again_soon_and_nobody_is_told(backoffs: Backoffs, clock: Clock) -> None:
+def test_a_temporary_failure_is_retried_soon_without_an_error(backoffs: Backoffs, clock: Clock) -> None:
     """A restart, a lost race: 1 s each. If it keeps failing, the node is at fault."""
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY] * MAX_TEMPORARY) == [1] * MAX_TEMPORARY
     backoffs.record_failure("m", "a", BackoffCause.TEMPORARY, "again")
@@ -107,12 +107,12 @@ def test_what_passes_is_tried_again_soon_and_nobody_is_told(backoffs: Backoffs, 
     assert (backoff.until - clock.now, backoff.temporary) == (10, False)
 
 
-def test_what_passes_is_not_added_to_what_does_not(backoffs: Backoffs, clock: Clock) -> None:
+def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: Clock) -> None:
     """Each is counted in a row of its own kind."""
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY, BackoffCause.TEMPORARY, BackoffCause.NODE]) == [1, 1, 10]
 
 
-def test_bars_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
+def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
     """At their time, not before."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
     clock.now += 9.9
@@ -121,7 +121,7 @@ def test_bars_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
     assert not backoffs.current()
 
 
-def test_success_forgets(backoffs: Backoffs, clock: Clock) -> None:
+def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
     """On that node, and what was taken for the model's own fault; not what another node did."""
     for node in "ab":
         assert _pauses(backoffs, clock, [BackoffCause.NODE] * 3, node) == [10, 20, 40]
@@ -132,7 +132,7 @@ def test_success_forgets(backoffs: Backoffs, clock: Clock) -> None:
     assert _pauses(backoffs, clock, [BackoffCause.NODE], "b") == [80]
 
 
-def test_an_operator_lifts_what_bars_a_model(backoffs: Backoffs, clock: Clock) -> None:
+def test_an_operator_clears_the_backoffs_of_a_model(backoffs: Backoffs, clock: Clock) -> None:
     """At once and everywhere, only that model's; what fails again waits as long as it would have."""
     _pauses(backoffs, clock, [BackoffCause.NODE] * 3)
     backoffs.record_failure("m", "b", BackoffCause.MODEL, "no")
@@ -142,7 +142,7 @@ def test_an_operator_lifts_what_bars_a_model(backoffs: Backoffs, clock: Clock) -
     assert _pauses(backoffs, clock, [BackoffCause.NODE]) == [80]
 
 
-def test_what_passes_does_not_reset_the_pause() -> None:
+def test_a_temporary_failure_does_not_reset_the_pause() -> None:
     """A neuron that fails, restarts, and fails again has failed twice."""
     clock = Clock()
     backoffs = Backoffs(clock)

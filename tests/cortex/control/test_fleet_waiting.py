@@ -60,7 +60,7 @@ async def test_a_wait_that_was_given_up_harms_no_other() -> None:
     assert (await second).name == "a"
 
 
-async def test_polls_that_bring_nothing_for_requests_wake_no_router() -> None:
+async def test_polls_without_route_changes_wake_no_listener() -> None:
     """Uptime changes with every poll, routes do not."""
     fleet = make_fleet()
     poll(fleet, "a", "m", "other")
@@ -74,7 +74,7 @@ async def test_polls_that_bring_nothing_for_requests_wake_no_router() -> None:
         assert await hearing == {"m"}
 
 
-async def test_whatever_matters_to_a_request_is_told() -> None:
+async def test_changes_that_affect_routing_are_reported() -> None:
     """A reload, work that the engine reports, a new process, a drain, a death, a model that came or went."""
     fleet = make_fleet()
     poll(fleet, "a", "m")

@@ -44,7 +44,7 @@ def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] =
         (fleet(a("recovering"), b("loaded")), Serve(("b",))),
     ],
 )
-def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None:
+def test_a_loaded_model_is_served(where: FleetSnapshot, expected: Decision) -> None:
     """Loaded first; on its way is waited for."""
     assert decision("m", where) == expected
 
@@ -63,7 +63,7 @@ def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None
         fleet(),
     ],
 )
-def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnapshot) -> None:
+def test_a_catalogue_model_that_is_not_loaded_is_placed(where: FleetSnapshot) -> None:
     """The planner says where, or why nowhere."""
     assert decision("m", where) == Place()
 
@@ -78,7 +78,9 @@ def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnaps
         (fleet(a("failed", model="own"), b()), False),
     ],
 )
-def test_a_model_of_no_catalogue_is_placed_where_it_can_come_back(where: FleetSnapshot, expected: bool) -> None:
+def test_a_model_outside_the_catalogue_is_placed_where_it_can_be_loaded_again(
+    where: FleetSnapshot, expected: bool
+) -> None:
     """A healthy neuron that can load it again, or will when it has left."""
     assert (decision("own", where) == Place()) is expected
 

@@ -11,7 +11,9 @@ from tests.cortex.raw_http import until
 SMALL = {"id": "org/small"}
 
 
-async def test_a_silent_neuron_delays_nobody(start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron) -> None:
+async def test_a_silent_neuron_does_not_delay_the_others(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
+) -> None:
     """While one neuron accepts calls and never answers, the other is polled at its own pace."""
     beast.silent = True
     await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 30})
@@ -58,7 +60,7 @@ def observed(fleet: Fleet, *, started: float, **models: str) -> None:
     fleet.record_poll("n", started=started, health=NeuronHealth(), models=views, discovery=Discovery())
 
 
-def test_an_old_poll_does_not_undo_newer_word() -> None:
+def test_an_old_poll_does_not_undo_a_newer_report() -> None:
     """A poll that began before a load ended neither removes nor downgrades the entry; the next poll rules again."""
     now = 10.0
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: now)
@@ -82,7 +84,7 @@ def test_an_old_poll_does_not_bring_back_what_was_removed() -> None:
 
 
 def test_snapshots_do_not_change() -> None:
-    """A decision is made from one state, whatever happens meanwhile."""
+    """A decision is made from one state, whatever happens in the meantime."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=1)
     observed(fleet, started=1, m="loaded")
     before = fleet.snapshot()

@@ -41,7 +41,7 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
         assert [place, place + 1] == [at for at, count in enumerate(histogram.counts) if count]
 
 
-def test_a_tally_travels_between_processes() -> None:
+def test_counters_travel_between_processes() -> None:
     """Whole, in either of msgspec's encodings, and it goes on counting there."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
@@ -50,7 +50,7 @@ def test_a_tally_travels_between_processes() -> None:
     assert len(dict(there.items())) == 3
 
 
-def test_tallies_add_up_and_stay_as_they_are() -> None:
+def test_counters_add_up_and_stay_unchanged() -> None:
     """Three workers count as much as one that did it all; the sum shares no state with them."""
     one, two = counted(), counted(2)
     total = merged([one, two, Counters()])

@@ -90,7 +90,7 @@ def _frees(evictions: Iterable[Eviction], index: int) -> int:
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
-def test_the_same_moment_gives_the_same_steps(seeds: Iterable[int]) -> None:
+def test_the_same_view_gives_the_same_plans(seeds: Iterable[int]) -> None:
     """The order of the nodes does not matter."""
     for seed in seeds:
         moment = random_view(seed)
@@ -116,7 +116,7 @@ def test_ranks_are_a_total_order(seeds: Iterable[int]) -> None:
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
-def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) -> None:
+def test_loads_of_one_decision_never_over_book_a_device(seeds: Iterable[int]) -> None:
     """All together, with loads under way: no model is evicted for two others, and every waiting model gets an
     answer."""
     for seed in seeds:
