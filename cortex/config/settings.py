@@ -187,7 +187,7 @@ class CortexConfig(SettingsModel):
         names = [entry.name for entry in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"the name {twice[0]!r} is given twice")
+            raise ValueError(f"duplicate neuron name {twice[0]!r}")
         return value
 
     def models_path(self, config_file: Path) -> Path:

@@ -110,7 +110,7 @@ class KeepAliveStream:
 
     def _current_note(self) -> WaitNote:
         if self.sent_to is not None:
-            return WaitNote(text=f"{self._model_id} on {self.sent_to} has the request", node=self.sent_to)
+            return WaitNote(text=f"request sent to {self._model_id} on {self.sent_to}", node=self.sent_to)
         return self._note(self._model_id) or WaitNote(text=f"waiting for {self._model_id}")
 
 
