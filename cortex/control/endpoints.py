@@ -12,6 +12,7 @@ from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreac
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 
@@ -20,7 +21,6 @@ RETRY_SECS = 0.25
 """How long to retry a neuron that cannot be reached, unless it is down before that."""
 
 _Version = tuple[object, object]
-_Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Endpoints:
         self._pollers = pollers
         self._backoffs = backoffs
         self._clock = clock
-        self._known: dict[_Key, tuple[_Version, EndpointReply]] = {}
-        self._invalidated: dict[_Key, EndpointReply] = {}
+        self._known: dict[ReplicaKey, tuple[_Version, EndpointReply]] = {}
+        self._invalidated: dict[ReplicaKey, EndpointReply] = {}
 
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""
