@@ -11,7 +11,7 @@ import typer
 
 from shared.command_line import command_line, run_command
 
-app = command_line("neuron", "The agent on a GPU host: runs engines for a cortex.")
+app = command_line("The agent on a GPU host: runs engines for a cortex.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="The configuration file, neuron.toml.")]

@@ -35,7 +35,21 @@ def version_text(program: str) -> str:
     return f"{program} {__version__} ({build})"
 
 
-def command_line(program: str, description: str) -> typer.Typer:
+def _print_version(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        print(version_text(str(ctx.find_root().info_name)))
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options of a command line itself, before its command."""
+
+
+def command_line(description: str) -> typer.Typer:
     """An application with `--version` and no commands. Its help is plain text and its failures plain tracebacks."""
     app = typer.Typer(
         cls=CommandGroup,
@@ -44,20 +58,7 @@ def command_line(program: str, description: str) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-
-    def print_version(asked: bool) -> None:
-        if asked:
-            print(version_text(program))
-            raise typer.Exit
-
-    @app.callback()
-    def options(
-        version: Annotated[
-            bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
-        ] = False,
-    ) -> None:
-        pass
-
+    app.callback()(_options)
     return app
 
 

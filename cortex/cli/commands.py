@@ -18,7 +18,7 @@ DEFAULT_URL = "http://127.0.0.1:31313"
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 _COMPLETION_TIMEOUT_SECS = 0.5
 
-app = command_line("cortex", "One address in front of a fleet of GPU hosts.")
+app = command_line("One address in front of a fleet of GPU hosts.")
 
 
 def _fetch(ctx: typer.Context, path: str) -> Any:

@@ -48,8 +48,10 @@ class Backoffs:
         self._clock = clock
         self._failures: dict[ReplicaKey, _Failure] = {}
 
-    def record_failure(self, model_id: str, node: str, cause: BackoffCause, reason: str) -> None:
-        """Notes a failed load."""
+    def record_failure(
+        self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
+    ) -> None:
+        """Notes a failed load. `permanent`: another one there would fail too."""
         key = model_id, node
         if cause is BackoffCause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = BackoffCause.MODEL
@@ -62,7 +64,7 @@ class Backoffs:
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
-        self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
+        self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
     def record_success(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""

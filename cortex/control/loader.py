@@ -14,7 +14,7 @@ from typing import Protocol
 from cortex.config.live import LiveConfig
 from cortex.control.backoff import BackoffCause
 from cortex.control.load_command import load_command
-from cortex.control.load_failure import LoadFailure, cause_of, failure_of
+from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
@@ -368,7 +368,7 @@ class Loader:
             error = None if view is None else view.error
             if error is None:
                 raise LoadFailure(f"{what}: it was unloaded in the meantime", BackoffCause.TEMPORARY)
-            raise LoadFailure(f"{what}: {error}", cause_of(view))
+            raise LoadFailure(f"{what}: {error}", cause_of(view), permanent=is_permanent(view))
 
     def _node(self, name: str) -> NodeSnapshot:
         node = self._fleet.snapshot().nodes.get(name)

@@ -39,11 +39,12 @@ class WaitingRequests:
 @dataclass(frozen=True)
 class Backoff:
     """After a failure, the model is not loaded on a node before `until`. `temporary`: the cause passes by
-    itself, so requests wait instead of failing."""
+    itself, so requests wait instead of failing. `permanent`: the next load would fail too."""
 
     until: float
     reason: str
     temporary: bool = False
+    permanent: bool = False
 
 
 ANY_NODE = "*"

@@ -67,7 +67,7 @@ class Answer:
     def lost_event(self, reason: str) -> bytes:
         """The last event of a stream whose engine was lost."""
         error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)
-        return error_event(self.request.path, error)
+        return error_event(self.request.path, error, sent=b"".join(self.tail.chunks))
 
 
 def id_lines(request: Request, request_id: bytes) -> bytes:

@@ -66,6 +66,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     param: str | None
     retry_after: int | None
     extra: dict[str, Any]
+    permanent: bool
 
 
 class Notes(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +136,16 @@ def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[ReplicaKey, int
 
 
 def error_to_wire(number: int, error: ServiceError) -> Refused:
-    return Refused(number, error.status, error.message, error.code, error.param, error.retry_after, error.extra)
+    return Refused(
+        number,
+        error.status,
+        error.message,
+        error.code,
+        error.param,
+        error.retry_after,
+        error.extra,
+        error.permanent,
+    )
 
 
 def error_from_wire(refused: Refused) -> ServiceError:
@@ -146,4 +156,5 @@ def error_from_wire(refused: Refused) -> ServiceError:
         retry_after=refused.retry_after,
         extra=refused.extra,
         status=refused.status,
+        permanent=refused.permanent,
     )

@@ -18,7 +18,7 @@ from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
-from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason
+from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
 from neuron.lifecycle.states import State
@@ -170,7 +170,9 @@ class EngineLife:
         code = await engine.process.wait()
         reason = exit_reason(engine.harness, code, lines)
         path_missing = await asyncio.to_thread(_is_missing_path, engine.spec.source)
-        extra = because(cause_of_end(engine.harness, code, lines, path_missing=path_missing))
+        permanent = is_permanent_end(engine.harness, code, lines, path_missing=path_missing)
+        cause = cause_of_end(engine.harness, code, lines, path_missing=path_missing)
+        extra = because(cause, permanent=permanent)
         return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
 
     def _end(self, event: EngineEvent) -> None:

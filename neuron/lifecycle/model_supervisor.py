@@ -18,7 +18,7 @@ from neuron.config import NeuronConfig
 from neuron.engine.state_dir import EngineDir, FoundEngine
 from neuron.lifecycle.engine_life import EngineEvent, EngineLife, EngineTools
 from neuron.lifecycle.events import ModelEvents
-from neuron.lifecycle.failure_cause import cause_of
+from neuron.lifecycle.failure_cause import cause_of, is_permanent
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
@@ -202,7 +202,7 @@ class ModelSupervisor:
             why = "its engine did not come up"
             if model.restarts.given_up:
                 why = f"given up after {model.restarts.failures} failures in a row"
-            model.become(State.FAILED, why, error=reason, cause=cause_of(error))
+            model.become(State.FAILED, why, error=reason, cause=cause_of(error), permanent=is_permanent(error))
         request.settle(error or request.stop_reason)
         request.finish()
 

@@ -12,7 +12,7 @@ from cortex.placement.inputs import Backoff
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error, unknown_model_error
 from cortex.upstream.replica import ReplicaKey
-from shared.errors import ServiceError
+from shared.errors import ServiceError, render
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
 
@@ -50,6 +50,26 @@ def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Replica
     error = _refused(model_id, where, backoffs)
     assert error.code == code
     assert (error.retry_after is not None) is (error.status == 503)
+
+
+@pytest.mark.parametrize(
+    ("backoffs", "permanent"),
+    [
+        ({("m", "*"): Backoff(NOW + 7, "bad flag", permanent=True)}, True),
+        ({("m", "*"): Backoff(NOW + 7, "failed on two nodes")}, False),
+        ({("m", "a"): Backoff(NOW + 7, "no such path", permanent=True)}, False),  # b may be tried
+        ({("m", name): Backoff(NOW + 7, "no such path", permanent=True) for name in "ab"}, True),
+        (
+            {("m", "a"): Backoff(NOW + 7, "no such path", permanent=True), ("m", "b"): Backoff(NOW + 7, "disk full")},
+            False,
+        ),
+    ],
+)
+def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[ReplicaKey, Backoff], permanent: bool) -> None:
+    """Client libraries then report the failure at once."""
+    error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
+    assert error.permanent is permanent
+    assert (render(error, "r", anthropic=False).headers.get("x-should-retry") == "false") is permanent
 
 
 def test_a_failed_load_says_when_to_retry() -> None:
