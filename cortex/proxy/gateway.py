@@ -8,7 +8,7 @@ from time import monotonic
 from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
-from cortex.metrics.in_flight import InFlight, Key
+from cortex.metrics.in_flight import InFlight
 from cortex.proxy.authentication import authenticate
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
@@ -24,6 +24,7 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
+from cortex.upstream.replica import ReplicaKey
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
@@ -104,10 +105,10 @@ class Gateway:
     def collect(self) -> Counters:
         return self._context.counters
 
-    def in_flight_here(self) -> Mapping[Key, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.here
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.begun
 
     async def refresh(self) -> None:
