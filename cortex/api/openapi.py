@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from cortex.api.operator import LoadAction, UnloadAction
-from cortex.proxy.gateway import INFERENCE_PATHS
+from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
 
 _ERROR = {

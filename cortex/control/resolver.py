@@ -19,9 +19,8 @@ from cortex.control.wait_note import waiting_note
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.stopping import Stopping, stopping
-from cortex.metrics.in_flight import Key
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -64,7 +63,7 @@ class Resolver:
         self._demand = demand
         self._stopping = stopping
         self._clock = clock
-        self._chosen: Counter[Key] = Counter()
+        self._chosen: Counter[ReplicaKey] = Counter()
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -157,7 +156,7 @@ class Resolver:
         raise unreachable(model_id, failures)
 
     @contextlib.contextmanager
-    def _choosing(self, key: Key) -> Iterator[None]:
+    def _choosing(self, key: ReplicaKey) -> Iterator[None]:
         """Counts a request from the choice of its node, while its endpoint is awaited: the next request of a burst
         chooses another node."""
         self._chosen[key] += 1
