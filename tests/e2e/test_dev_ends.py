@@ -26,7 +26,7 @@ def load_something(dev: Dev) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(number: signal.Signals) -> None:
+def test_no_process_is_left(number: signal.Signals) -> None:
     """Neurons, cortex and engines are gone after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
@@ -44,7 +44,7 @@ def test_nothing_is_left(number: signal.Signals) -> None:
 
 
 def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
-    """kill -9 of a neuron orphans its engines: they end with the fleet all the same, which says who died."""
+    """After kill -9 of a neuron the fleet stops, names the neuron, and its orphaned engines end too."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
         family = dev.family()
