@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.placement.inputs import ANY_NODE, Backoff, Key
+from cortex.placement.inputs import ANY_NODE, Backoff
+from cortex.upstream.replica import ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -45,10 +46,12 @@ class Backoffs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[Key, _Failure] = {}
+        self._failures: dict[ReplicaKey, _Failure] = {}
 
-    def record_failure(self, model_id: str, node: str, cause: BackoffCause, reason: str) -> None:
-        """Notes a failed load."""
+    def record_failure(
+        self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
+    ) -> None:
+        """Notes a failed load. `permanent`: another one there would fail too."""
         key = model_id, node
         if cause is BackoffCause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = BackoffCause.MODEL
@@ -61,7 +64,7 @@ class Backoffs:
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
-        self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
+        self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
     def record_success(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""
@@ -76,7 +79,7 @@ class Backoffs:
                 failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=BackoffCause.NODE
             )
 
-    def current(self) -> Mapping[Key, Backoff]:
+    def current(self) -> Mapping[ReplicaKey, Backoff]:
         """The backoffs in effect now."""
         now = self._clock()
         return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}

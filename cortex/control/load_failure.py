@@ -12,20 +12,32 @@ _TEMPORARY = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 class LoadFailure(Exception):
     """A load that failed. `no_memory`: the neuron lacked memory; `needed_mb` is what it would have booked on each
-    device, if it said so."""
+    device, if it said so. `permanent`: another load there would fail too."""
 
     def __init__(
-        self, reason: str, cause: BackoffCause, *, no_memory: bool = False, needed_mb: int | None = None
+        self,
+        reason: str,
+        cause: BackoffCause,
+        *,
+        no_memory: bool = False,
+        needed_mb: int | None = None,
+        permanent: bool = False,
     ) -> None:
         super().__init__(reason)
         self.cause = cause
         self.no_memory = no_memory
         self.needed_mb = needed_mb
+        self.permanent = permanent or cause is BackoffCause.MODEL
 
 
 def cause_of(view: ModelView | None) -> BackoffCause:
     """What caused a model to fail, as its neuron reports it."""
     return _cause(None if view is None else view.cause)
+
+
+def is_permanent(view: ModelView | None) -> bool:
+    """True if a model that failed would fail on that node again."""
+    return view is not None and (view.permanent is True or cause_of(view) is BackoffCause.MODEL)
 
 
 def _cause(text: str | None) -> BackoffCause:
@@ -44,4 +56,4 @@ def failure_of(plan: LoadPlan, refused: NeuronRefused) -> LoadFailure:
         return LoadFailure(reason, BackoffCause.NODE, no_memory=True, needed_mb=max(needed, default=None))
     if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
         return LoadFailure(reason, BackoffCause.MODEL)
-    return LoadFailure(reason, _cause(refused.cause))
+    return LoadFailure(reason, _cause(refused.cause), permanent=refused.permanent)

@@ -15,17 +15,18 @@ from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.control.demand import SAMPLE_SECS, Demand
-from cortex.control.load_failure import LoadFailure, cause_of
+from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
-from cortex.placement.inputs import Key, PlanningView, WaitingRequests
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.request_ids import request_scope
@@ -82,8 +83,8 @@ class Scheduler:
         self._clock = clock
         self._policy = policy
         self._observed_share_mb: dict[str, int] = {}
-        self._foreign_loads: set[Key] = set()  # loads that others started and requests wait for
-        self._removing: set[Key] = set()
+        self._foreign_loads: set[ReplicaKey] = set()  # loads that others started and requests wait for
+        self._removing: set[ReplicaKey] = set()
         self._schedule = LoadSchedule()
         self._wake = asyncio.Event()
         self._tasks = TaskSet()
@@ -275,7 +276,7 @@ class Scheduler:
                 self._observed_share_mb[job.model_id] = failure.needed_mb
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
-        self._backoffs.record_failure(job.model_id, job.node, cause, str(failure))
+        self._backoffs.record_failure(job.model_id, job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""
@@ -304,7 +305,7 @@ class Scheduler:
                 self._backoffs.record_success(model_id, node.name)
             elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
-                self._backoffs.record_failure(model_id, node.name, cause_of(view), reason)
+                self._backoffs.record_failure(model_id, node.name, cause_of(view), reason, permanent=is_permanent(view))
 
     def _expect_foreign_load(self, model_id: str, node: str) -> None:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):

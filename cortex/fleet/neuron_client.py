@@ -60,8 +60,9 @@ class CommandAbandoned(Exception):
 class NeuronRefused(Exception):
     """An error response, or one that breaks the protocol; `status` is its HTTP status.
 
-    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `devices` are the devices that lacked
-    memory. They are None and empty if the neuron does not say; protocol v1 neurons never do.
+    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `permanent`: it would fail there again;
+    `devices` are the devices that lacked memory. They are None, False and empty if the neuron does not say; protocol v1
+    neurons never do.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class NeuronRefused(Exception):
         code: str | None = None,
         *,
         cause: str | None = None,
+        permanent: bool = False,
         devices: Sequence[DeviceFigures] = (),
     ) -> None:
         super().__init__(message)
@@ -78,6 +80,7 @@ class NeuronRefused(Exception):
         self.message = message
         self.code = code
         self.cause = cause
+        self.permanent = permanent
         self.devices = tuple(devices)
 
 
@@ -370,6 +373,7 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
             error["message"],
             code if isinstance(code, str) else None,
             cause=cause if isinstance(cause, str) else None,
+            permanent=error.get("permanent") is True,
             devices=_figures(error.get("devices")),
         )
     if isinstance(error, str):

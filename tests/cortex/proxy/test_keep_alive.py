@@ -198,14 +198,20 @@ async def test_http_1_0_until_close(
 
 def error_of(event: bytes, target: str) -> dict[str, Any]:
     """The error in the only event, after checking that it has the dialect's shape."""
-    if target == "/v1/messages":
+    kind = {"/v1/messages": "error", "/v1/responses": "response.failed"}.get(target)
+    if kind is not None:
         name, _, event = event.partition(b"\n")
-        assert name == b"event: error"
+        assert name == f"event: {kind}".encode()
     assert event.startswith(b"data: ")
     assert event.endswith(b"}\n\n")
     body = json.loads(event.removeprefix(b"data: "))
-    assert body.get("type") == ("error" if target == "/v1/messages" else None)
+    assert body.get("type") == kind
     found: dict[str, Any] = body["error"]
+    if target == "/v1/responses":
+        response = body["response"]
+        assert (body["sequence_number"], response["status"]) == (0, "failed")
+        assert response["error"]["message"] == found["message"]
+        assert response["error"]["code"] == ("invalid_prompt" if found.get("code") == 400 else found.get("code"))
     return found
 
 
@@ -308,7 +314,7 @@ async def test_comments_go_on_until_the_engine_answers(
     engine.script = late
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
-        while b"has the request" not in await chunk(client):
+        while b"request sent to" not in await chunk(client):
             pass
         answered.set()
         assert await rest(client) == EVENTS
