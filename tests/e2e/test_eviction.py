@@ -153,7 +153,7 @@ async def test_a_busy_model_is_drained_and_nothing_is_cut(tmp_path: Path) -> Non
         other = asyncio.create_task(fleet.well("b"))
 
         async def draining() -> bool:
-            return any("leaves" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
+            return any("evicting" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
 
         await until(draining)
         late = asyncio.create_task(fleet.well("a"))
@@ -190,7 +190,7 @@ async def test_cancelled_request_evicts_nothing(tmp_path: Path) -> None:
         waiting = asyncio.create_task(fleet.ask("b"))
 
         async def draining() -> bool:
-            return any("leaves" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
+            return any("evicting" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
 
         await until(draining)
         waiting.cancel()
