@@ -32,7 +32,7 @@ def _built(what: str, build: Callable[[], None]) -> bool:
     try:
         build()
     except EnvironmentUnavailable as error:
-        print(f"no {what} here, skipping the tests: {error}", file=sys.stderr)
+        print(f"{what} not available, skipping the tests: {error}", file=sys.stderr)
         return False
     return True
 
