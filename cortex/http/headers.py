@@ -21,6 +21,8 @@ REQUEST_ID: Final = 12
 FORWARDED_FOR: Final = 13
 ORIGIN: Final = 14
 FETCH_SITE: Final = 15
+CACHE_CONTROL: Final = 16
+ACCEL_BUFFERING: Final = 17
 
 HOP_BY_HOP = frozenset(
     {
@@ -88,6 +90,8 @@ OF_RESPONSES: Final = Names(
         b"content-encoding": CONTENT_ENCODING,
         b"transfer-encoding": TRANSFER_ENCODING,
         b"connection": CONNECTION,
+        b"cache-control": CACHE_CONTROL,
+        b"x-accel-buffering": ACCEL_BUFFERING,
         b"x-request-id": DROP,  # cortex sets these itself
         b"request-id": DROP,
         b"x-cortex-node": DROP,

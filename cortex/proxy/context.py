@@ -10,7 +10,7 @@ from cortex.metrics.in_flight import InFlight
 from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
-from cortex.proxy.keep_alive import KeepAliveTimes
+from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet
@@ -52,14 +52,14 @@ class ProxyContext:
         access_log: AccessLog,
         affinity: Affinity,
         load_factor: float,
-        keep_alive_times: KeepAliveTimes,
+        keep_alive: KeepAlivePolicy,
     ) -> None:
         """Needs a running loop."""
         self.control = control
         self.access_log = access_log
         self.affinity = affinity
         self.load_factor = load_factor
-        self.keep_alive_times = keep_alive_times
+        self.keep_alive = keep_alive
         self.pool = EnginePool()
         self.hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()

@@ -17,9 +17,8 @@ from cortex.proxy.answer import Answer, DirectAnswer, id_lines
 from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.balancing.choice import choose
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.deferred_answer import DeferredAnswer
-from cortex.proxy.error_event import error_event
-from cortex.proxy.keep_alive import STREAMED, KeepAliveStream
+from cortex.proxy.deferred_answer import DeferredAnswer, DeferredJson
+from cortex.proxy.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.model_field import find_model
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address, parse_url
@@ -37,7 +36,6 @@ MAX_ATTEMPTS: Final = 3
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
 
-
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
 
@@ -54,15 +52,18 @@ class _Resolving:
 
 class _Sent:
     """The state of a request at an engine. `compared`: the replica was chosen among several. `down_since` is when its
-    neuron went down, 0 while it is up."""
+    neuron went down, 0 while it is up; `spoke_at` is when silence was last broken. `plain`: the answer cannot begin
+    before the engine's."""
 
-    __slots__ = ("compared", "down_since", "relay", "replica")
+    __slots__ = ("compared", "down_since", "plain", "relay", "replica", "spoke_at")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
         self.relay = relay
         self.compared = compared
         self.down_since = 0.0
+        self.spoke_at = 0.0
+        self.plain = False
 
 
 class RequestHandler:
@@ -160,12 +161,30 @@ class RequestHandler:
             return
         relay = state.relay
         relay.tick(now)
+        self._break_silence(state, now)
         if state.replica.node not in self._context.control.down:
             state.down_since = 0.0
         elif not state.down_since:
             state.down_since = now
         elif now - max(state.down_since, relay.silent_since) >= DOWN_SILENCE_SECS:
             relay.cut_off(f"neuron {state.replica.node} is down and the engine has been silent since")
+
+    def _break_silence(self, sent: _Sent, now: float) -> None:
+        """Tells a client that has heard nothing for a while that its request is still worked on."""
+        relay = sent.relay
+        if now - max(relay.silent_since, sent.spoke_at) < self._context.keep_alive.silence_secs:
+            return
+        sent.spoke_at = now
+        if relay.status:
+            relay.answer.break_silence(f"{self._model_id} on {self._node} is working")
+        elif self._keep_alive is None and not sent.plain:
+            keep_alive = self._new_keep_alive(cold=False)
+            keep_alive.sent_to = self._node
+            keep_alive.begin()
+            sent.plain = not keep_alive.begun
+            if keep_alive.begun:
+                self._keep_alive = keep_alive
+                relay.answer = self._deferred(keep_alive)
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
@@ -248,15 +267,9 @@ class RequestHandler:
 
     def _resolve(self) -> None:
         context, request = self._context, self._request
-        if self._keep_alive is None and request.path in STREAMED:
-            self._keep_alive = KeepAliveStream(
-                self._client,
-                request,
-                self._request_id,
-                self._model_id,
-                note=context.control.note,
-                times=context.keep_alive_times,
-            )
+        if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
+            self._keep_alive = self._new_keep_alive(cold=True)
+            self._keep_alive.begin_later()
         with request_scope(self._request_id):
             task = context.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
         self._state = _Resolving(task)
@@ -281,6 +294,18 @@ class RequestHandler:
         if self._keep_alive is not None and not self._keep_alive.begun:
             self._stop_keep_alive()
 
+    def _new_keep_alive(self, *, cold: bool) -> KeepAliveStream:
+        context = self._context
+        return KeepAliveStream(
+            self._client,
+            self._request,
+            self._request_id,
+            self._model_id,
+            note=context.control.note,
+            policy=context.keep_alive,
+            cold=cold,
+        )
+
     def _stop_keep_alive(self) -> None:
         if self._keep_alive is not None:
             self._keep_alive.stop()
@@ -304,11 +329,17 @@ class RequestHandler:
             )
         else:
             self._keep_alive.sent_to = replica.node
-            answer = DeferredAnswer(self._client, request, keep_alive=self._keep_alive)
+            answer = self._deferred(self._keep_alive)
         head = request.head_for(host, prefix, request_id, credentials)
         relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
         self._state = _Sent(replica, relay, compared=compared)
         relay.start()
+
+    def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
+        """The rest of an answer that has begun."""
+        if keep_alive.events:
+            return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
+        return DeferredJson(self._client, self._request, keep_alive=keep_alive)
 
     def _leave_state(self) -> _Resolving | _Sent | None:
         """Leaves the current state and returns it."""
@@ -327,7 +358,7 @@ class RequestHandler:
         self._account(error.status, None)
         keep_alive, self._keep_alive = self._keep_alive, None
         if keep_alive is not None and keep_alive.begun:
-            keep_alive.finish(error_event(self._request.path, error))
+            keep_alive.fail(error)
             self._client.finished()
         else:
             if keep_alive is not None:
