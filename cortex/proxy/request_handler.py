@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import lru_cache
 from time import monotonic
 from typing import Final
 
@@ -21,7 +20,7 @@ from cortex.proxy.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.model_field import find_model
 from cortex.proxy.relay import Relay
-from cortex.upstream.address import Address, parse_url
+from cortex.upstream.address import engine_target
 from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode
@@ -36,9 +35,6 @@ MAX_ATTEMPTS: Final = 3
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
 
-DOWN_SILENCE_SECS = 30.0
-"""How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
-
 
 class _Resolving:
     """The state of a request that waits for the control to name an engine."""
@@ -51,17 +47,15 @@ class _Resolving:
 
 
 class _Sent:
-    """The state of a request at an engine. `compared`: the replica was chosen among several. `down_since` is when its
-    neuron went down, 0 while it is up; `spoke_at` is when silence was last broken. `plain`: the answer cannot begin
-    before the engine's."""
+    """The state of a request at an engine. `compared`: the replica was chosen among several. `spoke_at` is when silence
+    was last broken. `plain`: the answer cannot begin before the engine's."""
 
-    __slots__ = ("compared", "down_since", "plain", "relay", "replica", "spoke_at")
+    __slots__ = ("compared", "plain", "relay", "replica", "spoke_at")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
         self.relay = relay
         self.compared = compared
-        self.down_since = 0.0
         self.spoke_at = 0.0
         self.plain = False
 
@@ -159,15 +153,9 @@ class RequestHandler:
         state = self._state
         if not isinstance(state, _Sent):
             return
-        relay = state.relay
-        relay.tick(now)
-        self._break_silence(state, now)
-        if state.replica.node not in self._context.control.down:
-            state.down_since = 0.0
-        elif not state.down_since:
-            state.down_since = now
-        elif now - max(state.down_since, relay.silent_since) >= DOWN_SILENCE_SECS:
-            relay.cut_off(f"neuron {state.replica.node} is down and the engine has been silent since")
+        state.relay.tick(now, neuron_down=state.replica.node in self._context.control.down)
+        if self._state is state:
+            self._break_silence(state, now)
 
     def _break_silence(self, sent: _Sent, now: float) -> None:
         """Tells a client that has heard nothing for a while that its request is still worked on."""
@@ -317,7 +305,7 @@ class RequestHandler:
         self._node = replica.node
         self._attempts += 1
         context.in_flight.add((replica.model_id, replica.node))
-        address, host, prefix, credentials = _target(replica.url, replica.api_key)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
@@ -407,11 +395,3 @@ class RequestHandler:
         if self._model_id not in hinted and AUTO_TOOL_CHOICE in relay.answer.refusal():
             hinted.add(self._model_id)
             log.warning("%s on %s refused a request with tools: %s", self._model_id, self._node, TOOLS_HINT)
-
-
-@lru_cache(maxsize=4096)
-def _target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, tuple[bytes, ...]]:
-    """(address, Host header, path prefix, credentials) of an engine."""
-    address, prefix = parse_url(url)
-    credentials = () if api_key is None else (b"authorization: Bearer " + api_key.encode(),)
-    return address, address.authority, prefix, credentials
