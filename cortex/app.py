@@ -18,8 +18,8 @@ from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
+from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
-from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -100,6 +100,7 @@ async def working(
             config.gateway.keepalive_secs,
             whitespace=config.waiting.plain_keepalive == "whitespace",
         ),
+        default_model=config.gateway.default_model,
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(

@@ -9,25 +9,9 @@ from typing import Annotated
 
 import typer
 
-from shared.command_line import command_line, run_command, version_text
+from shared.command_line import command_line, run_command
 
 app = command_line("The agent on a GPU host: runs engines for a cortex.")
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(version_text("neuron"))
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """The agent on a GPU host: runs engines for a cortex."""
-
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="The configuration file, neuron.toml.")]

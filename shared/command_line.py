@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -35,15 +35,31 @@ def version_text(program: str) -> str:
     return f"{program} {__version__} ({build})"
 
 
+def _print_version(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        print(version_text(str(ctx.find_root().info_name)))
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options of a command line itself, before its command."""
+
+
 def command_line(description: str) -> typer.Typer:
-    """An application without commands. Its help is plain text and its failures plain tracebacks."""
-    return typer.Typer(
+    """An application with `--version` and no commands. Its help is plain text and its failures plain tracebacks."""
+    app = typer.Typer(
         cls=CommandGroup,
         help=description,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_options)
+    return app
 
 
 def run_command(app: typer.Typer, program: str, argv: Sequence[str] | None) -> int:

@@ -32,7 +32,8 @@ class ServiceError(Exception):
     """A failure with the status, code and message that the client gets.
 
     `retry_after` is in seconds; it becomes the Retry-After header (`shared.retry_after`). `param` names the field.
-    `status` replaces that of the class. `headers` are further headers of the answer, names in lower case.
+    `status` replaces that of the class. `headers` are further headers of the answer, names in lower case. `permanent`:
+    retrying is useless until someone changes something; the client libraries of OpenAI and Anthropic then do not retry.
     """
 
     status = 500
@@ -48,6 +49,7 @@ class ServiceError(Exception):
         extra: dict[str, Any] | None = None,
         status: int | None = None,
         headers: Mapping[str, str] | None = None,
+        permanent: bool = False,
     ) -> None:
         super().__init__(message)
         if status is not None:
@@ -58,6 +60,7 @@ class ServiceError(Exception):
         self.retry_after = None if retry_after is None else whole_seconds(retry_after)
         self.extra = extra or {}
         self.headers = headers or {}
+        self.permanent = permanent
 
     @property
     def type(self) -> str:
@@ -70,10 +73,9 @@ class ServiceError(Exception):
 
     def anthropic_body(self) -> dict[str, Any]:
         """Anthropic's error envelope."""
-        return {
-            "type": "error",
-            "error": {"type": anthropic_error_type(self.status), "message": self.message, "code": self.code},
-        }
+        # Claude Code retries an `overloaded_error` ten times, whatever the headers say.
+        kind = "api_error" if self.permanent else anthropic_error_type(self.status)
+        return {"type": "error", "error": {"type": kind, "message": self.message, "code": self.code}}
 
 
 class RenderedError(NamedTuple):
@@ -91,6 +93,8 @@ def render(error: ServiceError, request_id: str, *, anthropic: bool) -> Rendered
         headers["request-id"] = request_id
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
+    if error.permanent:
+        headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error.anthropic_body() if anthropic else error.body()
@@ -191,5 +195,6 @@ class Unavailable(ServiceError):
         code: str | None = None,
         retry_after: float,
         extra: dict[str, Any] | None = None,
+        permanent: bool = False,
     ) -> None:
-        super().__init__(message, code=code, retry_after=retry_after, extra=extra)
+        super().__init__(message, code=code, retry_after=retry_after, extra=extra, permanent=permanent)

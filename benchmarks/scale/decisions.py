@@ -55,7 +55,9 @@ def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placemen
     same: list[float] = []
     for number in range(20):
         status = "sleeping" if number % 2 else "loaded"
-        fleet.tell(f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1))
+        fleet.update_model(
+            f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1)
+        )
         changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         poll(fleet, 0, None)
         same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
@@ -93,7 +95,7 @@ def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
     """One successful poll; with `models` None, of the health only."""
     pretended = PretendedNeuron(node, 0, protocol_v1=False)
     views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
-    fleet.observe(
+    fleet.record_poll(
         f"n{node:04d}",
         started=time.monotonic(),
         health=NeuronHealth.model_validate(pretended.health()),

@@ -47,7 +47,7 @@ class FleetView:
                 for (model, node), count in sorted(parts.counts.all_in_flight().items())
             ],
             "waiting": [
-                {"model": model, "count": waiting.count, "for": parts.scheduler.note(model)}
+                {"model": model, "count": waiting.count, "for": parts.scheduler.wait_reason(model)}
                 for model, waiting in sorted(parts.queue.waiting().items())
             ],
             "configuration": {

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from cortex.api.app_keys import PARTS
 from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.wiring import Parts
-from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.fleet.state import NodeLeft
+from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
-from cortex.placement.inputs import Key
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
@@ -53,7 +53,7 @@ async def load_model(request: web.Request) -> web.Response:
         return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
     job = parts.scheduler.load(model_id, action.node)
-    coming = parts.fleet.snapshot().coming(model_id)
+    coming = parts.fleet.snapshot().loading_on(model_id)
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
@@ -110,9 +110,9 @@ async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
     """
 
     def settled(node: NodeSnapshot) -> bool:
-        return not (node.healthy and node.has_coming(model_id))
+        return not (node.healthy and node.is_loading(model_id))
 
-    with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+    with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
         async with timeout(parts.loader.timeout_secs):
             await parts.fleet.until(name, settled)
     node = parts.fleet.snapshot().nodes.get(name)
@@ -166,7 +166,7 @@ def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
     return {"node": node, "status": "failed", "code": error.code, "error": error.message}
 
 
-async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None:
+async def _unload(parts: Parts, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
     """None once the model is gone from the node, else the error."""
     model_id, node = key
     try:
@@ -175,7 +175,7 @@ async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
         return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
-    except (NeuronLeft, NodeLeft):
+    except (CommandAbandoned, NodeRemoved):
         return _left(node, f"unloaded {model_id!r}")
     return None
 

@@ -12,28 +12,13 @@ from urllib.parse import quote
 
 import typer
 
-from shared.command_line import command_line, fail, version_text
+from shared.command_line import command_line, fail
 
 DEFAULT_URL = "http://127.0.0.1:31313"
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 _COMPLETION_TIMEOUT_SECS = 0.5
 
 app = command_line("One address in front of a fleet of GPU hosts.")
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(version_text("cortex"))
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """One address in front of a fleet of GPU hosts."""
 
 
 def _fetch(ctx: typer.Context, path: str) -> Any:
@@ -218,13 +203,13 @@ def unload(
 
 @app.command()
 def drain(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Stop giving new models to a neuron."""
+    """Stop sending new loads to a neuron, and requests if another neuron can serve them."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json)
 
 
 @app.command()
 def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Give new models to a drained neuron again."""
+    """End a drain."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json)
 
 

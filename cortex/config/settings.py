@@ -39,6 +39,7 @@ class GatewaySettings(SettingsModel):
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     drain_timeout_secs: float = Field(default=30, ge=0)
     keepalive_secs: float = Field(default=15, gt=0)
+    default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
     allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
     allow_anonymous: bool = False  # True: no warning when the network can reach cortex
@@ -54,7 +55,7 @@ class GatewaySettings(SettingsModel):
 
 
 class PollSettings(SettingsModel):
-    """`[poll]`: how neurons are watched."""
+    """`[poll]`: how neurons are polled."""
 
     interval_secs: float = Field(default=2.0, gt=0)
     timeout_secs: float = Field(default=5.0, gt=0)
@@ -72,7 +73,7 @@ class Rules:
     """The `[placement]` settings, as the planner uses them. Times in seconds."""
 
     min_residency_secs: float = 15.0
-    """A model stays loaded at least this long, unless no other eviction makes enough room."""
+    """A model stays loaded at least this long, unless no other eviction frees enough memory."""
     patience_secs: float = 300.0
     """After this wait, or sooner when a reload is quick (see `cortex.placement.eviction`), a busy model that has had
     its minimum residency is drained and evicted."""
@@ -86,7 +87,7 @@ class Rules:
     scale_up_secs: float = 5.0
     """The requests must exceed the target for this long."""
     scale_down_secs: float = 300.0
-    """A replica beyond the minimum is retired after this long without a request."""
+    """A replica beyond the minimum is removed after this long without a request."""
 
 
 class PlacementSettings(SettingsModel):
@@ -189,7 +190,7 @@ class CortexConfig(SettingsModel):
         names = [entry.name for entry in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"the name {twice[0]!r} is given twice")
+            raise ValueError(f"duplicate neuron name {twice[0]!r}")
         return value
 
     def models_path(self, config_file: Path) -> Path:

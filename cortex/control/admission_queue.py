@@ -25,11 +25,11 @@ class Ticket:
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
 
-    async def news(self, *, within_secs: float) -> None:
+    async def wait(self, *, within_secs: float) -> None:
         """Returns when something has changed for the model.
 
         Raises:
-            ServiceError: it cannot be served. asyncio.TimeoutError: no news within that time.
+            ServiceError: it cannot be served. asyncio.TimeoutError: nothing changed within that time.
         """
         async with timeout(within_secs):
             await self._event.wait()
@@ -38,85 +38,86 @@ class Ticket:
         if error is not None:
             raise error
 
-    def tell(self, error: ServiceError | None = None) -> None:
+    def notify(self, error: ServiceError | None = None) -> None:
         self._error = error
         self._event.set()
 
 
 @dataclass
-class _Line:
+class _ModelQueue:
     since: float
     tickets: dict[Ticket, None] = field(default_factory=dict)  # in order of arrival
 
 
 class AdmissionQueue:
-    """Owner of all tickets. Times are `clock`'s."""
+    """Owns all tickets. Times are those of `clock`."""
 
     def __init__(self, *, live: LiveConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._live = live
         self._clock = clock
-        self._lines: dict[str, _Line] = {}
-        self._taken = 0
+        self._queues: dict[str, _ModelQueue] = {}
+        self._total = 0
 
     @contextlib.contextmanager
     def ticket(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Ticket]:
-        """A ticket inside the body. `retry_after` estimates the seconds until the model is loaded, for the error.
+        """A ticket for the duration of the body. `retry_after` estimates the seconds until the model is loaded, for the
+        error.
 
         Raises:
             TooManyRequests: the queue is full.
         """
-        line, limits = self._lines.get(model_id), self._live.config.waiting
-        if line is not None and len(line.tickets) >= limits.per_model:
-            raise _full(f"{len(line.tickets)} requests are already waiting for {model_id!r}", retry_after(model_id))
-        if self._taken >= limits.total:
-            raise _full(f"{self._taken} requests are already waiting for models", retry_after(model_id))
-        if line is None:
-            line = self._lines[model_id] = _Line(self._clock())
+        queue, limits = self._queues.get(model_id), self._live.config.waiting
+        if queue is not None and len(queue.tickets) >= limits.per_model:
+            raise _full(f"{len(queue.tickets)} requests are already waiting for {model_id!r}", retry_after(model_id))
+        if self._total >= limits.total:
+            raise _full(f"{self._total} requests are already waiting for models", retry_after(model_id))
+        if queue is None:
+            queue = self._queues[model_id] = _ModelQueue(self._clock())
         ticket = Ticket(model_id)
-        line.tickets[ticket] = None
-        self._taken += 1
+        queue.tickets[ticket] = None
+        self._total += 1
         try:
             yield ticket
         finally:
-            self._taken -= 1
-            del line.tickets[ticket]
-            if not line.tickets:
-                del self._lines[model_id]
+            self._total -= 1
+            del queue.tickets[ticket]
+            if not queue.tickets:
+                del self._queues[model_id]
 
     def count(self, model_id: str) -> int:
-        line = self._lines.get(model_id)
-        return 0 if line is None else len(line.tickets)
+        queue = self._queues.get(model_id)
+        return 0 if queue is None else len(queue.tickets)
 
     def first_request_id(self, model_id: str) -> str | None:
         """The id of the request that has waited longest for the model; None when no request waits."""
-        line = self._lines.get(model_id)
-        return None if line is None else next(iter(line.tickets)).request_id
+        queue = self._queues.get(model_id)
+        return None if queue is None else next(iter(queue.tickets)).request_id
 
     @property
     def models(self) -> Iterable[str]:
         """Models that requests wait for."""
-        return self._lines.keys()
+        return self._queues.keys()
 
-    def news(self, model_id: str) -> None:
-        """Something changed for the model: every request that waits for it looks again."""
-        self._tell(model_id, None)
+    def notify(self, model_id: str) -> None:
+        """Something changed for the model: wakes every request that waits for it."""
+        self._notify(model_id, None)
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
-        """Ends the wait of every request for the model with this error."""
-        self._tell(model_id, error)
+        """Fails every request that waits for the model with this error."""
+        self._notify(model_id, error)
 
-    def news_for_all(self) -> None:
-        """Something changed for every model."""
-        for model_id in self._lines:
-            self.news(model_id)
+    def notify_all(self) -> None:
+        """Wakes every waiting request."""
+        for model_id in self._queues:
+            self.notify(model_id)
 
     def waiting(self) -> Mapping[str, WaitingRequests]:
-        return {model_id: WaitingRequests(len(line.tickets), line.since) for model_id, line in self._lines.items()}
+        return {model_id: WaitingRequests(len(queue.tickets), queue.since) for model_id, queue in self._queues.items()}
 
-    def _tell(self, model_id: str, error: ServiceError | None) -> None:
-        line = self._lines.get(model_id)
-        for ticket in () if line is None else line.tickets:
-            ticket.tell(error)
+    def _notify(self, model_id: str, error: ServiceError | None) -> None:
+        queue = self._queues.get(model_id)
+        for ticket in () if queue is None else queue.tickets:
+            ticket.notify(error)
 
 
 def _full(message: str, retry_after: float) -> TooManyRequests:

@@ -1,4 +1,4 @@
-"""Backoffs: where a model is not loaded for a while because it failed there."""
+"""Backoffs: after a failed load, the model is not loaded there for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.placement.inputs import ANY_NODE, Backoff, Key
+from cortex.placement.inputs import ANY_NODE, Backoff
+from cortex.upstream.replica import ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -20,7 +21,7 @@ UNKNOWN_NODES = 2
 """After unexplained failures on this many nodes, the model is considered at fault."""
 
 
-class Cause(str, Enum):
+class BackoffCause(str, Enum):
     """Whose fault a failed load is."""
 
     NODE = "node"  # another node may do better
@@ -34,7 +35,7 @@ class _Failure:
     backoff: Backoff
     count: int = 0  # consecutive, temporary ones excluded
     temporary: int = 0  # consecutive, since the last one that was not temporary
-    cause: Cause = Cause.TEMPORARY  # of the last failure that was not temporary
+    cause: BackoffCause = BackoffCause.TEMPORARY  # of the last failure that was not temporary
 
 
 _NONE = _Failure(Backoff(-math.inf, ""))
@@ -45,48 +46,52 @@ class Backoffs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[Key, _Failure] = {}
+        self._failures: dict[ReplicaKey, _Failure] = {}
 
-    def failed(self, model_id: str, node: str, cause: Cause, reason: str) -> None:
-        """Notes a failed load."""
+    def record_failure(
+        self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
+    ) -> None:
+        """Notes a failed load. `permanent`: another one there would fail too."""
         key = model_id, node
-        if cause is Cause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
-            cause = Cause.MODEL
-        if cause is Cause.MODEL:
+        if cause is BackoffCause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
+            cause = BackoffCause.MODEL
+        if cause is BackoffCause.MODEL:
             key = model_id, ANY_NODE
         now, before = self._clock(), self._failures.get(key, _NONE)
-        if cause is Cause.TEMPORARY and before.temporary < MAX_TEMPORARY:
+        if cause is BackoffCause.TEMPORARY and before.temporary < MAX_TEMPORARY:
             backoff = Backoff(now + TEMPORARY_SECS, reason, temporary=True)
             self._failures[key] = replace(before, backoff=backoff, temporary=before.temporary + 1)
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
-        cause = Cause.NODE if cause is Cause.TEMPORARY else cause
-        self._failures[key] = _Failure(Backoff(now + pause, reason), before.count + 1, 0, cause)
+        cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
+        self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
-    def succeeded(self, model_id: str, node: str) -> None:
+    def record_success(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""
         self._failures.pop((model_id, node), None)
         self._failures.pop((model_id, ANY_NODE), None)
 
-    def lift(self, model_id: str) -> None:
-        """An operator wants the model tried again now."""
+    def clear(self, model_id: str) -> None:
+        """Ends all backoffs of a model: an operator wants it tried now."""
         for key in [key for key in self._failures if key[0] == model_id]:
             failure = self._failures[key]
-            self._failures[key] = replace(failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=Cause.NODE)
+            self._failures[key] = replace(
+                failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=BackoffCause.NODE
+            )
 
-    def current(self) -> Mapping[Key, Backoff]:
-        """The back-offs in effect now."""
+    def current(self) -> Mapping[ReplicaKey, Backoff]:
+        """The backoffs in effect now."""
         now = self._clock()
         return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}
 
     def _failed_on(self, model_id: str) -> set[str]:
         """Where it failed recently for what may be its own fault. A load may take longer to fail than the
-        previous backoff lasts."""
+        previous backoff lasted."""
         now = self._clock()
         return {
             node
             for (model, node), failure in self._failures.items()
             if model == model_id
             and failure.backoff.until + MAX_SECS > now
-            and failure.cause in (Cause.UNKNOWN, Cause.MODEL)
+            and failure.cause in (BackoffCause.UNKNOWN, BackoffCause.MODEL)
         }

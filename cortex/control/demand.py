@@ -1,4 +1,4 @@
-"""Demand: when each model was last used, and how often it has been requested recently. Owner of both."""
+"""Demand: when each model was last used, and how often it was requested recently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import Key, ReplicaUsage
+from cortex.placement.inputs import ReplicaUsage
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
@@ -17,28 +18,28 @@ SAMPLE_SECS = 1.0
 
 
 class Demand:
-    """Times are `clock`'s. Workers count requests; `sample` turns their counts into what planning needs."""
+    """Workers count requests; `sample` turns their counts into what planning needs. Times are those of `clock`."""
 
     def __init__(self, counts: CountTotals, clock: Callable[[], float] = time.monotonic) -> None:
         self._counts = counts
         self._clock = clock
-        self._begun: Mapping[Key, int] = {}
-        self._ended: dict[Key, int] = {}  # as last reported by the engines
-        self._last_used: dict[Key, float] = {}
+        self._begun: Mapping[ReplicaKey, int] = {}
+        self._ended: dict[ReplicaKey, int] = {}  # as last reported by the engines
+        self._last_used: dict[ReplicaKey, float] = {}
         self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
-        self._wanted: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
+        self._rates: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._overloaded_since: dict[str, float] = {}
 
-    def arrived(self, model_id: str, count: int = 1) -> None:
+    def record_request(self, model_id: str, count: int = 1) -> None:
         """A request for a model arrived, whether or not it could be served at once."""
         now = self._clock()
-        self._wanted[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
+        self._rates[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
 
     def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
         """Adds what the workers and the engines have counted since the last sample."""
         now = self._clock()
-        in_flight = self._taken_in(now)
-        ended: dict[Key, int] = {}
+        in_flight = self._collect(now)
+        ended: dict[ReplicaKey, int] = {}
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
                 key, count = (activity.id, node.name), activity.ended or 0
@@ -47,7 +48,7 @@ class Demand:
                 if activity.in_flight or activity.queue_depth or count > self._ended.get(key, count):
                     self._last_used[key] = now
         self._ended = ended
-        self._press(fleet, in_flight, replica_target, now)
+        self._update_overload(fleet, in_flight, replica_target, now)
 
     def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:
         """Records when these models became loaded on each node."""
@@ -58,10 +59,10 @@ class Demand:
             if loaded:
                 self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
-    def usages(self) -> dict[Key, ReplicaUsage]:
+    def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each model is used on each node. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
-        in_flight = self._taken_in(self._clock())
+        in_flight = self._collect(self._clock())
         loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
             key: ReplicaUsage(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
@@ -71,31 +72,33 @@ class Demand:
     def per_minute(self) -> dict[str, float]:
         """Recent requests per minute, by model."""
         now = self._clock()
-        return {model_id: 60 * self._rate(model_id, now) for model_id in self._wanted}
+        return {model_id: 60 * self._rate(model_id, now) for model_id in self._rates}
 
     @property
     def overloaded_since(self) -> Mapping[str, float]:
         """Models whose replicas are over the load target, and since when."""
         return dict(self._overloaded_since)
 
-    def _taken_in(self, now: float) -> dict[Key, int]:
+    def _collect(self, now: float) -> dict[ReplicaKey, int]:
         """Marks what the workers have begun as used, and returns what is in flight now."""
         begun = self._counts.begun()
         for key, count in begun.items():
             more = count - self._begun.get(key, 0)
             if more > 0:
                 self._last_used[key] = now
-                self.arrived(key[0], more)
+                self.record_request(key[0], more)
         self._begun = begun
         in_flight = self._counts.all_in_flight()
         self._last_used.update(dict.fromkeys(in_flight, now))
         return in_flight
 
     def _rate(self, model_id: str, now: float) -> float:
-        rate, at = self._wanted.get(model_id, (0.0, now))
+        rate, at = self._rates.get(model_id, (0.0, now))
         return rate * math.exp(-(now - at) / MEMORY_SECS)
 
-    def _press(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
+    def _update_overload(
+        self, fleet: FleetSnapshot, in_flight: Mapping[ReplicaKey, int], target: int, now: float
+    ) -> None:
         for model_id in {key[0] for key in in_flight} | self._overloaded_since.keys():
             nodes = fleet.serving(model_id)
             working = sum(max(in_flight.get((model_id, node.name), 0), node.requests_on(model_id)) for node in nodes)

@@ -1,4 +1,4 @@
-"""Why a model is, or would be, where it is. Pure: the very functions that decide, with their reasons kept."""
+"""Why a model is, or would be, loaded where it is. Pure: calls the deciding functions and keeps their reasons."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
+
+_FIT_LABELS = {
+    Fit.AWAKE: "awake",
+    Fit.NOW: "now",
+    Fit.OVER_SLEEPERS: "over_sleepers",
+    Fit.AFTER_EVICTION: "after_displacement",
+    Fit.TOO_LARGE: "too_large",
+}
+"""`fits` in the reply; docs/api.md lists the values."""
 
 
 def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
         case Serve(nodes):
             return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
         case Await(node):
-            return {"action": "wait", "node": node, "reason": "on its way there"}
+            return {"action": "wait", "node": node, "reason": "being loaded there"}
         case Refuse(error):
             return _refused(error)
         case Place():
@@ -48,9 +57,9 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
 
 
 def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict[str, Any]:
-    under_way = view.fleet.load_of(model_id)
+    under_way = view.fleet.reservation_of(model_id)
     if under_way is not None:
-        return {"action": "wait", "node": under_way.node, "reason": "a load of it is under way there"}
+        return {"action": "wait", "node": under_way.node, "reason": "cortex is loading it there"}
     plan = best_plan(found)
     if plan is not None:
         return {
@@ -62,7 +71,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict
             "vram_mb_per_device": plan.device_share_mb,
             "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
-            **_effort(view, plan),
+            **_load_details(view, plan),
         }
     reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.temporary]
     if reasons:
@@ -80,8 +89,8 @@ def _refused(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def _effort(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
-    """What has to be done for the plan."""
+def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
+    """Expected time and evictions of the plan."""
     return {
         "expected_load_secs": None if plan.expected_secs is None else round(plan.expected_secs, 1),
         "evict": [each.resident.key[0] for each in plan.eviction_plan.evictions],
@@ -102,7 +111,7 @@ def _effort(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
 
 
 def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
-    """What each of them has free, and how they are connected."""
+    """Free memory of each device, and how they are connected."""
     node = view.fleet.nodes[plan.node]
     memory = device_memory(view, node)
     free = ", ".join(
@@ -112,7 +121,7 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
         return free
     kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
     worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
-    return f"{free}; connected by {'a path that is not known' if worst is None else worst.value}"
+    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}"
 
 
 def _node(
@@ -127,7 +136,7 @@ def _node(
         "draining": node.draining,
         "status": None if entry is None else entry.status,
         "feasible": feasible,
-        "fits": None if plan is None else plan.fit.label,
+        "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
         "spare_mb": None if plan is None else plan.spare_mb,

@@ -9,9 +9,9 @@ from shared.protocol import LoadCommand
 
 
 def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
-    """The command for a plan. A sleeping model, or one that only neurons know, is named by id alone: its neuron
-    remembers the spec and devices, and would not wake it with different ones. A protocol v1 neuron remembers nothing,
-    so the command repeats what it lists."""
+    """The command for a plan. A sleeping model, or one that only neurons know, is sent by id alone: its neuron
+    remembers the spec and devices, and refuses to wake it with different ones. A protocol v1 neuron remembers nothing,
+    so the command repeats what it listed."""
     remembers = node.discovery is None or node.discovery.instance_id is not None
     if remembers and (plan.wakes or profile is None):
         return LoadCommand(model_id=plan.model_id)

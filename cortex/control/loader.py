@@ -1,5 +1,5 @@
-"""Carries out plans: drains and evicts models, then loads the new one. At most one load of a model per node; a load
-outlives the request that caused it."""
+"""Carries out plans: drains and evicts models, then loads the new one. At most one load of a model per node. A load
+continues when the request that caused it is gone."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cortex.config.live import LiveConfig
-from cortex.control.backoff import Cause
+from cortex.control.backoff import BackoffCause
 from cortex.control.load_command import load_command
-from cortex.control.load_failure import LoadFailure, cause_of, failure_of
-from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
+from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import Key
 from cortex.placement.node_plan import LoadPlan
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 MAX_DRAIN_SECS = 3600.0
-"""The largest `drain_secs` a neuron accepts."""
+"""Limit of neurons for `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
 
 
@@ -51,18 +51,18 @@ class Refreshable(Protocol):
 
 
 class NoLongerNeeded(Exception):
-    """No request waits any more for a load that has not evicted anything yet."""
+    """The load or the eviction is no longer needed, and has not changed anything yet."""
 
 
 @dataclass
 class LoadJob:
-    """A load under way; `started` is Unix time, `phase` its current step. `needed`: also without waiting requests, for
-    an operator or to have enough replicas."""
+    """A load under way; `started` is Unix time, `phase` its current step. `needed`: it continues without waiting
+    requests, for an operator or as a replica."""
 
     plan: LoadPlan
     why: str
     started: float
-    phase: str = "beginning"
+    phase: str = "starting"
     needed: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
@@ -89,7 +89,7 @@ class Loader:
         fleet: Fleet,
         live: LiveConfig,
         clients: Mapping[str, NeuronCommands],
-        watches: Mapping[str, Refreshable],
+        pollers: Mapping[str, Refreshable],
         counts: CountTotals,
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
@@ -100,14 +100,14 @@ class Loader:
         self._fleet = fleet
         self._live = live
         self._clients = clients
-        self._watches = watches
+        self._pollers = pollers
         self._counts = counts
         self._metrics = metrics
         self._settle_routes = settle_routes
         self._state = state
         self._clock = clock
         self._tasks = TaskSet()
-        self._jobs: dict[Key, LoadJob] = {}
+        self._jobs: dict[ReplicaKey, LoadJob] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -131,11 +131,11 @@ class Loader:
         plan: LoadPlan,
         why: str,
         *,
-        wanted: Callable[[], bool],
+        still_needed: Callable[[], bool],
         done: Callable[[LoadJob, LoadFailure | None], None],
     ) -> LoadJob:
-        """Starts to carry out a plan, or joins the load under way there. Its reservation and evictions are in the
-        fleet's snapshot when this returns: the next decision may be made before the task has started. `wanted` is
+        """Starts to carry out a plan, or joins the load in progress there. Its reservation and evictions are in the
+        fleet's snapshot when this returns: the next decision may be made before the task has started. `still_needed` is
         asked before each eviction; `done` is called at the end, with the failure if there was one."""
         key = plan.model_id, plan.node
         if key in self._jobs:
@@ -144,73 +144,73 @@ class Loader:
         job = self._jobs[key] = LoadJob(plan, why, time.time())
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
-            self._fleet.leave(each.resident.key)
-        job.task = self._tasks.spawn(self._run(job, wanted, done), name=f"load {plan.model_id} on {plan.node}")
+            self._fleet.begin_eviction(each.resident.key)
+        job.task = self._tasks.spawn(self._run(job, still_needed, done), name=f"load {plan.model_id} on {plan.node}")
         return job
 
     async def close(self) -> None:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
 
-    async def unload(self, key: Key, *, drain: bool) -> None:
+    async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """Unloads a model from a node for an operator. `drain`: requests in flight finish first, for at most
         `cold_load.timeout_secs`. Raises as `evict`.
         """
-        leaving = self._fleet.snapshot().leaving
+        evicting = self._fleet.snapshot().evicting
         if not drain:
             await self._unload(key, drain_secs=0)
             return
         deadline = self._clock() + self.timeout_secs
-        self._fleet.leave(key)
+        self._fleet.begin_eviction(key)
         try:
             await self.evict(key, sleep=False, patient=lambda: self._clock() < deadline)
         finally:
-            if key not in leaving:
-                self._fleet.stay(key)
+            if key not in evicting:
+                self._fleet.end_eviction(key)
 
     async def evict(
         self,
-        key: Key,
+        key: ReplicaKey,
         *,
         sleep: bool,
-        wanted: Callable[[], bool] = lambda: True,
+        still_needed: Callable[[], bool] = lambda: True,
         patient: Callable[[], bool] = lambda: True,
         if_idle: bool = False,
     ) -> None:
-        """Drains a model on a node and unloads it, or puts it to sleep if supported. The caller marks it as `leaving`
-        beforehand and clears that afterwards. With `if_idle`, a model that should sleep stays if others use it.
+        """Drains a model on a node and unloads it, or puts it to sleep if supported. The caller marks it as `evicting`
+        before and clears that afterwards. With `if_idle`, a model that should sleep stays if other clients use it.
 
         Raises:
-            NoLongerNeeded: the model stays. NeuronRefused, NeuronUnreachable: the neuron did not evict it. NodeLeft,
-            NeuronLeft: unknown whether it is gone.
+            NoLongerNeeded: the model stays. NeuronRefused, NeuronUnreachable: the neuron did not evict it. NodeRemoved,
+            CommandAbandoned: not known whether it is gone.
         """
         model_id, node = key
         await self._settle_routes()
         while self._counts.in_flight(model_id, node) and patient():
-            if not wanted():
+            if not still_needed():
                 raise NoLongerNeeded
-            there = self._node(node)
-            if not there.healthy:  # its requests may hang indefinitely, and nothing can be loaded there
-                raise NeuronUnreachable(f"{node} is down now: {there.last_error}")
+            snapshot = self._node(node)
+            if not snapshot.healthy:  # its requests may hang indefinitely, and nothing can be loaded there
+                raise NeuronUnreachable(f"{node} is down: {snapshot.last_error}")
             await asyncio.sleep(DRAIN_POLL_SECS)
-        if not wanted():
+        if not still_needed():
             raise NoLongerNeeded
         if sleep and await self._put_to_sleep(key, if_idle=if_idle):
             return
-        drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._is_ours(node) and patient() else 0
+        drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._has_extensions(node) and patient() else 0
         await self._unload(key, drain_secs=drain)
 
-    async def _unload(self, key: Key, *, drain_secs: float) -> None:
+    async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node = key
         try:
             await self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
         except NeuronRefused as refused:
-            if refused.status != 404:  # gone already
+            if refused.status != 404:  # already gone
                 raise
         finally:
-            await self._look_again(node)
+            await self._refresh(node)
 
-    async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
+    async def _put_to_sleep(self, key: ReplicaKey, *, if_idle: bool) -> bool:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
         model_id, node = key
         try:
@@ -218,90 +218,94 @@ class Loader:
         except NeuronRefused as refused:
             if if_idle and refused.code == ErrorCode.MODEL_BUSY:
                 raise NoLongerNeeded from refused
-            log.info("%s on %s is unloaded, since it does not sleep: %s", model_id, node, refused)
+            log.info("unloading %s on %s, because it cannot sleep: %s", model_id, node, refused)
             return False
         finally:
-            await self._look_again(node)
+            await self._refresh(node)
         return True
 
     async def _run(
-        self, job: LoadJob, wanted: Callable[[], bool], done: Callable[[LoadJob, LoadFailure | None], None]
+        self, job: LoadJob, still_needed: Callable[[], bool], done: Callable[[LoadJob, LoadFailure | None], None]
     ) -> None:
         failure: LoadFailure | None = None
         try:
-            await self._carry_out(job, wanted)
+            await self._carry_out(job, still_needed)
         except NoLongerNeeded:
-            log.info("%s is not loaded on %s: no request waits for it any more", job.model_id, job.node)
-        except (NodeLeft, NeuronLeft):
-            log.info("%s has left the configuration; it goes on with what it was asked for", job.node)
+            log.info("not loading %s on %s: no request waits for it any more", job.model_id, job.node)
+        except (NodeRemoved, CommandAbandoned):
+            log.info("%s was removed from the configuration; it completes the load of %s", job.node, job.model_id)
         except LoadFailure as error:
             failure = error
             log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
         except (NeuronRefused, NeuronUnreachable) as error:
-            failure = LoadFailure(f"making room for {job.model_id!r} on {job.node} failed: {error}", Cause.TEMPORARY)
+            failure = LoadFailure(
+                f"evicting models for {job.model_id!r} on {job.node} failed: {error}", BackoffCause.TEMPORARY
+            )
             log.warning("%s", failure)
-        except Exception as error:  # waiting requests must hear of the end, also after an unexpected error
-            failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", Cause.NODE)
-            log.exception("a bug in loading %s on %s", job.model_id, job.node)
+        except Exception as error:  # waiting requests must learn of any failure
+            failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", BackoffCause.NODE)
+            log.exception("bug while loading %s on %s", job.model_id, job.node)
         finally:
             for each in job.plan.eviction_plan.evictions:
-                self._fleet.stay(each.resident.key)
+                self._fleet.end_eviction(each.resident.key)
             self._fleet.release(job.plan.reservation)
             del self._jobs[job.model_id, job.node]
         done(job, failure)
 
-    async def _carry_out(self, job: LoadJob, wanted: Callable[[], bool]) -> None:
-        leaving = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
-        if leaving:
-            job.phase = f"making room: {', '.join(key[0] for key in leaving)} leaves"
-        async with self._evicting(leaving, wanted):
+    async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
+        evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
+        if evicting:
+            job.phase = f"evicting {', '.join(key[0] for key in evicting)} before loading"
+        async with self._evicting(evicting, still_needed):
             job.phase = "loading"
             await self._load(job)
 
     @contextlib.asynccontextmanager
-    async def _evicting(self, leaving: Mapping[Key, bool], wanted: Callable[[], bool]) -> AsyncIterator[None]:
-        """Evicts these models, given with whether they sleep now. Inside the body their memory can be booked: they are
-        gone, or their neuron reports that it is ending them. The neuron has promised that memory to this load; a later
-        request, perhaps another cortex's, finds it taken. After the body every eviction is over. If one is refused, the
-        remaining ones are skipped.
+    async def _evicting(
+        self, evicting: Mapping[ReplicaKey, bool], still_needed: Callable[[], bool]
+    ) -> AsyncIterator[None]:
+        """Evicts these models, given with whether they sleep now. Inside the body the load can book their memory:
+        each model is gone, or its neuron is stopping it and has promised its memory to this load (a later load, for
+        example from another cortex, does not get that memory). After the body all evictions have ended. If a neuron
+        refuses one, the remaining evictions are skipped.
 
         Raises, before the body: as `evict`.
         """
         cancelled = False
-        going = {
+        evictions = {
             key: asyncio.create_task(
-                self._leave(
+                self._evict_one(
                     key,
                     sleep=self._sleeps_when_idle(key[0]) and not asleep,
-                    wanted=lambda: not cancelled and wanted(),
+                    still_needed=lambda: not cancelled and still_needed(),
                 ),
-                name=f"{key[0]} leaves {key[1]}",
+                name=f"evict {key[0]} from {key[1]}",
             )
-            for key, asleep in leaving.items()
+            for key, asleep in evicting.items()
         }
         try:
-            await asyncio.gather(*(self._until_going(key, task) for key, task in going.items()))
+            await asyncio.gather(*(self._until_memory_promised(key, task) for key, task in evictions.items()))
             yield
         except asyncio.CancelledError:
-            await cancel_all(list(going.values()))
+            await cancel_all(list(evictions.values()))
             raise
         finally:
             cancelled = True
-            outcomes = await asyncio.gather(*going.values(), return_exceptions=True)
-        for (model_id, node), outcome in zip(going, outcomes, strict=True):
+            outcomes = await asyncio.gather(*evictions.values(), return_exceptions=True)
+        for (model_id, node), outcome in zip(evictions, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, NoLongerNeeded):
-                log.warning("%s did not leave %s in order: %s", model_id, node, outcome)
+                log.warning("evicting %s from %s failed: %s", model_id, node, outcome)
 
-    async def _leave(self, key: Key, *, sleep: bool, wanted: Callable[[], bool]) -> None:
-        await self.evict(key, sleep=sleep, wanted=wanted)
-        self._fleet.stay(key)  # it may be loaded again at once if both fit
+    async def _evict_one(self, key: ReplicaKey, *, sleep: bool, still_needed: Callable[[], bool]) -> None:
+        await self.evict(key, sleep=sleep, still_needed=still_needed)
+        self._fleet.end_eviction(key)  # it may be loaded again at once if both fit
 
-    async def _until_going(self, key: Key, sending: asyncio.Task[None]) -> None:
+    async def _until_memory_promised(self, key: ReplicaKey, sending: asyncio.Task[None]) -> None:
         model_id, name = key
 
         def ending(node: NodeSnapshot) -> bool:
             # A protocol v1 neuron books no memory in advance: the model must be gone.
-            return self._is_ours(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
+            return self._has_extensions(name) and node.status_of(model_id) in (None, ModelStatus.UNLOADED)
 
         await first_of({"sent": asyncio.shield(sending), "promised": self._fleet.until(name, ending)})
 
@@ -311,25 +315,27 @@ class Loader:
         node, client = self._node(plan.node), self._client(plan.node)
         command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
         asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
-        # A waking model is listed as asleep until it starts, and also if it fails: only the reply tells.
-        wait = (asleep and plan.wakes) or not self._is_ours(plan.node)
+        # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
+        wait = (asleep and plan.wakes) or not self._has_extensions(plan.node)
         try:
             if asleep and not plan.wakes:
                 await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
             reply = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
         except NeuronRefused as refused:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
-                await self._look_again(plan.node)  # our view of it is out of date
+                await self._refresh(plan.node)  # our view of it is out of date
                 raise failure_of(plan, refused) from refused
             # Another caller's load, started a moment ago: wait for it.
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
-            raise LoadFailure(f"loading {plan.model_id!r} on {plan.node} failed: {error}", Cause.TEMPORARY) from error
+            raise LoadFailure(
+                f"loading {plan.model_id!r} on {plan.node} failed: {error}", BackoffCause.TEMPORARY
+            ) from error
         if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event has not arrived yet, so our view predates the load
-            await self._look_again(plan.node)
+            await self._refresh(plan.node)
             await self._until_loaded(plan)
         took = self._clock() - started
         self._state.set_load_secs(plan.model_id, plan.node, took)
@@ -341,50 +347,50 @@ class Loader:
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
         view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
-        self._fleet.tell(plan.node, view)
+        self._fleet.update_model(plan.node, view)
 
     async def _until_loaded(self, plan: LoadPlan) -> None:
         """Waits until the model is no longer loading on the node."""
 
         def settled(node: NodeSnapshot) -> bool:
-            return not (node.healthy and node.has_coming(plan.model_id))
+            return not (node.healthy and node.is_loading(plan.model_id))
 
         what = f"loading {plan.model_id!r} on {plan.node} failed"
         try:
             async with timeout(self.timeout_secs):
                 node = await self._fleet.until(plan.node, settled)
         except asyncio.TimeoutError:
-            raise LoadFailure(f"{what}: not there in {self.timeout_secs:g} s", Cause.NODE) from None
+            raise LoadFailure(f"{what}: timed out after {self.timeout_secs:g} s", BackoffCause.NODE) from None
         view = node.models.get(plan.model_id)
         if not node.healthy:
-            raise LoadFailure(f"{what}: the neuron is away: {node.last_error}", Cause.TEMPORARY)
+            raise LoadFailure(f"{what}: the neuron is down: {node.last_error}", BackoffCause.TEMPORARY)
         if view is None or view.known_status is not ModelStatus.LOADED:
             error = None if view is None else view.error
             if error is None:
-                raise LoadFailure(f"{what}: it was unloaded meanwhile", Cause.TEMPORARY)
-            raise LoadFailure(f"{what}: {error}", cause_of(view))
+                raise LoadFailure(f"{what}: it was unloaded in the meantime", BackoffCause.TEMPORARY)
+            raise LoadFailure(f"{what}: {error}", cause_of(view), permanent=is_permanent(view))
 
     def _node(self, name: str) -> NodeSnapshot:
         node = self._fleet.snapshot().nodes.get(name)
         if node is None:
-            raise NodeLeft(name)
+            raise NodeRemoved(name)
         return node
 
     def _client(self, name: str) -> NeuronCommands:
         client = self._clients.get(name)
         if client is None:
-            raise NodeLeft(name)
+            raise NodeRemoved(name)
         return client
 
-    async def _look_again(self, name: str) -> None:
-        watch = self._watches.get(name)
-        if watch is not None:
-            await watch.refresh()
+    async def _refresh(self, name: str) -> None:
+        poller = self._pollers.get(name)
+        if poller is not None:
+            await poller.refresh()
 
     def _sleeps_when_idle(self, model_id: str) -> bool:
         profile = self._live.catalogue.profile(model_id)
         return profile is not None and profile.when_idle == "sleep"
 
-    def _is_ours(self, node: str) -> bool:
+    def _has_extensions(self, node: str) -> bool:
         """False for a protocol v1 neuron: it has no instance id and supports only the six basic requests."""
         return self._node(node).instance is not None

@@ -49,12 +49,12 @@ class Reloader:
             ended.set()
 
     def _look(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
-        """Runs in its own thread: a hanging network file system must not block cortex."""
+        """Runs in its own thread: a network file system that hangs must not block cortex."""
         last: tuple[Stamp, ...] | None = None
         while not ended.wait(LOOK_SECS):
             stamps = self._files.stamps()
             if stamps == last and self._files.differ_from_what_was_read(stamps):
-                with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(self._asked.set)
             last = stamps
 
@@ -66,7 +66,7 @@ class Reloader:
         except SettingsError as error:
             self._refuse(error.problems)
         except Exception as error:
-            log.exception("a bug in reading the configuration")
+            log.exception("bug while reading the configuration")
             self._refuse([f"{type(error).__name__}: {error}"])
         else:
             for warning in warnings:
@@ -85,10 +85,10 @@ class Reloader:
         for problem in problems:
             log.error("configuration not reloaded: %s", problem)
         self._parts.live.refuse("\n".join(problems))
-        self._parts.fleet.look_again()
+        self._parts.fleet.notify()
 
     def _apply(self, found: Difference) -> None:
-        """In one step, so that no reader sees half of it."""
+        """In one step: no reader sees half of it."""
         parts, config = self._parts, found.config
         parts.fleet.configure(
             [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -100,7 +100,7 @@ class Reloader:
         parts.routes.forget(others)
         log.info("configuration reloaded: %s", found)
         for line in found.restart:
-            log.warning("configuration: %s needs a restart, and is not in use until then", line)
+            log.warning("configuration: %s takes effect after a restart", line)
         warn_of_absent(parts.state, parts.fleet)
 
 
@@ -108,4 +108,6 @@ def warn_of_absent(state: StateFile, fleet: Fleet) -> None:
     """Warns of drained neurons that are not in the configuration."""
     absent = sorted(set(state.drained) - fleet.snapshot().nodes.keys())
     if absent:
-        log.warning("drained, and no neuron of the configuration (`cortex resume` forgets it): %s", ", ".join(absent))
+        log.warning(
+            "drained neurons that are not in the configuration (`cortex resume NODE` drops one): %s", ", ".join(absent)
+        )

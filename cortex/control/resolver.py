@@ -1,4 +1,4 @@
-"""Finds an engine for a request, and waits for the model to be loaded where that is needed."""
+"""Finds an engine for a request, and waits for the model to be loaded if necessary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -16,11 +16,11 @@ from cortex.control.route_table import RouteTable
 from cortex.control.routing import Await, Place, Refuse, Serve, decide
 from cortex.control.scheduler import Scheduler
 from cortex.control.wait_note import waiting_note
-from cortex.fleet.poller import NodeWatch
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.poller import NeuronPoller
+from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.stopping import Stopping, stopping
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -46,7 +46,7 @@ class Resolver:
         routes: RouteTable,
         scheduler: Scheduler,
         queue: AdmissionQueue,
-        watches: Mapping[str, NodeWatch],
+        pollers: Mapping[str, NeuronPoller],
         counts: CountTotals,
         demand: Demand,
         stopping: Stopping,
@@ -58,11 +58,12 @@ class Resolver:
         self._routes = routes
         self._scheduler = scheduler
         self._queue = queue
-        self._watches = watches
+        self._pollers = pollers
         self._counts = counts
         self._demand = demand
         self._stopping = stopping
         self._clock = clock
+        self._chosen: Counter[ReplicaKey] = Counter()
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -93,7 +94,7 @@ class Resolver:
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
-        return waiting_note(model_id, fleet, job, self._scheduler.note(model_id), time.time())
+        return waiting_note(model_id, fleet, job, self._scheduler.wait_reason(model_id), time.time())
 
     async def _resolve(self, model_id: str, failures: Sequence[Failure]) -> Route:
         lost = given_up(failures)
@@ -106,17 +107,17 @@ class Resolver:
         return await self._when_loaded(model_id, failures, lost)
 
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
-        """Waits in the queue until the model can be served. Runs in the caller's own task: if anything else ran between
-        the decision and the in-flight count, the model could be evicted as idle."""
+        """Waits in the queue until the model can be served. Runs in the caller's own task: another task that ran
+        between the decision and the in-flight count could evict the model as idle."""
         if self._stopping.begun:
             raise stopping()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
-        self._demand.arrived(model_id)
+        self._demand.record_request(model_id)
         with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
-            self._scheduler.want(model_id)
+            self._scheduler.ensure_scheduled(model_id)
             while True:
                 try:
-                    await ticket.news(within_secs=deadline - self._clock())
+                    await ticket.wait(within_secs=deadline - self._clock())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
                 lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
@@ -125,7 +126,7 @@ class Resolver:
                     return Route(replica=replica, cold=True)
                 if self._stopping.begun:
                     raise stopping()
-                self._scheduler.want(model_id)
+                self._scheduler.ensure_scheduled(model_id)
 
     async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
         """An engine that serves the model now; None if the request has to wait.
@@ -135,13 +136,16 @@ class Resolver:
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await self._fleet.surveyed()  # right after a start, cortex would load what is loaded somewhere already
-            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
+                await (
+                    self._fleet.until_all_polled()
+                )  # right after a start, cortex would load what is loaded somewhere already
+            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
-                    replica = await self._routes.replica(model_id, left[0])
+                    with self._choosing((model_id, left[0])):
+                        replica = await self._routes.replica(model_id, left[0])
                     # While its neuron was asked, the model may have been chosen for eviction.
                     if replica is not None and self._is_serving(replica):
                         return replica
@@ -151,34 +155,48 @@ class Resolver:
                     raise error
         raise unreachable(model_id, failures)
 
+    @contextlib.contextmanager
+    def _choosing(self, key: ReplicaKey) -> Iterator[None]:
+        """Counts a request from the choice of its node, while its endpoint is awaited: the next request of a burst
+        chooses another node."""
+        self._chosen[key] += 1
+        try:
+            yield
+        finally:
+            self._chosen[key] -= 1
+            if not self._chosen[key]:
+                del self._chosen[key]
+
+    def _assigned(self, model_id: str, node: str) -> int:
+        return self._counts.in_flight(model_id, node) + self._chosen[model_id, node]
+
     def _is_serving(self, replica: Replica) -> bool:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
     def _took_too_long(self, model_id: str) -> ServiceError:
-        reason = self._scheduler.note(model_id)
+        reason = self._scheduler.wait_reason(model_id)
         why = f" ({reason})" if reason else ""
         secs = self._live.config.cold_load.timeout_secs
         message = f"loading {model_id!r} timed out after {secs:g} s{why}"
         return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=LOAD_TIMED_OUT_SECS)
 
     async def _check_failed(self, failure: Failure) -> None:
-        """After a replica failed: asks its neuron for the model's state, and for the endpoint if nothing listens there.
+        """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
         A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
-        if failure.kind in ("refused", "reset"):
-            self._routes.distrust(failure.replica)
-        watch = self._watches.get(failure.replica.node)
-        if watch is not None:
-            await watch.refresh()
+        self._routes.invalidate(failure)
+        poller = self._pollers.get(failure.replica.node)
+        if poller is not None:
+            await poller.refresh()
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
-        """If no node is left with an engine that answers, gives one of them a moment to notice: an engine that
-        was told to stop closes its port some time before it exits. Removes the nodes that noticed from `lost`.
-        (A protocol v1 neuron reports nothing by itself.)"""
+        """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
+        stopping engine closes its port some time before it exits. Removes the nodes that reported it from `lost`. (A
+        protocol v1 neuron reports nothing by itself.)"""
         serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
         gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
         unanswering = lost | {node for node, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
-            with contextlib.suppress(asyncio.TimeoutError, NodeLeft):
+            with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
                 async with timeout(ENGINE_END_SECS):
                     await self._fleet.until(
                         min(name for name, reports in serving.items() if reports),

@@ -1,6 +1,6 @@
-"""What is to be done for a request. Pure: names and snapshots in, one decision out.
+"""Decides what a request needs. Pure: names and snapshots in, one decision out.
 
-The order is the contract's: loaded, on its way, known but unloaded or in the catalogue, nowhere.
+The first that holds decides: loaded, being loaded, loadable, unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Await:
-    """The model is on its way on this neuron."""
+    """This neuron is loading the model."""
 
     node: str
 
@@ -54,7 +54,7 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     nodes = fleet.serving(model_id)
     if nodes:
         return Serve(_least_busy(model_id, nodes, in_flight))
-    coming = fleet.coming(model_id)
+    coming = fleet.loading_on(model_id)
     if coming is not None:
         return Await(coming.name)
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
@@ -63,15 +63,15 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
 
 
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:
-    """A model of no catalogue: some healthy neuron can load it again, or will when it has left."""
+    """For a model outside the catalogue: a healthy neuron can load it again, now or after its eviction."""
     return any(
-        node.healthy and (node.status_of(model_id) in _LOADABLE or (model_id, node.name) in fleet.leaving)
+        node.healthy and (node.status_of(model_id) in _LOADABLE or (model_id, node.name) in fleet.evicting)
         for node in fleet.holders(model_id)
     )
 
 
 def _least_busy(model_id: str, nodes: list[NodeSnapshot], in_flight: InFlight) -> tuple[str, ...]:
-    """As a worker chooses for a request without a key. How fast the engines are only workers measure."""
+    """In the order in which a worker chooses for a request without a key. Only workers measure engines' speed."""
 
     def order(node: NodeSnapshot) -> tuple[float, str]:
         outstanding, activity = in_flight(model_id, node.name), node.activity.get(model_id)

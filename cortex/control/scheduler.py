@@ -1,5 +1,5 @@
-"""Decides what to load where and what to evict for it: runs the planner's functions on the present state and hands
-their steps to the loader."""
+"""Decides what to load where and what to evict for it: runs the planner on the current state and hands its plans to
+the loader."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from dataclasses import dataclass, replace
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import Backoffs, Cause
+from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.control.demand import SAMPLE_SECS, Demand
-from cortex.control.load_failure import LoadFailure, cause_of
+from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
-from cortex.fleet.neuron_client import NeuronLeft, NeuronRefused, NeuronUnreachable
+from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
-from cortex.placement.inputs import Key, PlanningView, WaitingRequests
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.request_ids import request_scope
@@ -34,22 +35,22 @@ from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_SECS = 0.25
-"""How often at most the scheduler plans again while requests wait and polls change the figures."""
+RECHECK_SECS = 0.25
+"""Upper bound between two decisions while requests wait: polls change the figures all the time."""
 
-PAUSE_PER_LOOK = 4
-"""Pause after planning, as a multiple of the time it took: planning takes at most a fifth of cortex's time, also in a
-large fleet that changes all the time."""
+PAUSE_FACTOR = 4
+"""Pause after planning, as a multiple of the time it took: planning takes at most a fifth of cortex's time, even in a
+large fleet."""
 
 BETTER_PLACE_SECS = 1.0
-"""How often a load that waits for others to finish their requests looks for a better place."""
-RETIRE_AGAIN_SECS = 60.0
+"""Interval at which a load that waits for busy models to drain looks for a better place."""
+REMOVAL_RETRY_SECS = 60.0
 """How long to wait before retrying a failed removal: the model takes no requests during each attempt."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The two decisions of the scheduler: what to load for waiting requests, and which replicas to add or retire."""
+    """The two decisions of the scheduler: what to load for waiting requests, and which replicas to add or remove."""
 
     schedule_loads: Callable[[PlanningView], LoadSchedule]
     reconcile_replicas: Callable[[PlanningView, Iterable[ModelProfile]], ReplicaChanges]
@@ -81,9 +82,9 @@ class Scheduler:
         self._queue = queue
         self._clock = clock
         self._policy = policy
-        self._needs_mb: dict[str, int] = {}
-        self._awaited: set[Key] = set()  # loads that others started and requests wait for
-        self._retiring: set[Key] = set()
+        self._observed_share_mb: dict[str, int] = {}
+        self._foreign_loads: set[ReplicaKey] = set()  # loads that others started and requests wait for
+        self._removing: set[ReplicaKey] = set()
         self._schedule = LoadSchedule()
         self._wake = asyncio.Event()
         self._tasks = TaskSet()
@@ -99,35 +100,35 @@ class Scheduler:
             waiting=self._queue.waiting(),
             demand=self._demand.per_minute(),
             load_secs=self._loader.load_secs,
-            observed_share_mb=self._needs_mb,
+            observed_share_mb=self._observed_share_mb,
             backoffs=self._backoffs.current(),
             overloaded_since=self._demand.overloaded_since,
         )
 
-    def want(self, model_id: str) -> None:
-        """A request waits for a model: starts at once what can be done for it."""
-        coming = self._fleet.snapshot().coming(model_id)
+    def ensure_scheduled(self, model_id: str) -> None:
+        """A request waits for a model: plans for it now unless that has been done."""
+        coming = self._fleet.snapshot().loading_on(model_id)
         if coming is not None:
-            self._await_others(model_id, coming.name)
+            self._expect_foreign_load(model_id, coming.name)
         elif self._loader.job(model_id) is None and model_id not in self._schedule.wait_reasons:
-            self.look()
-            self._wake.set()  # so that `run` knows when to look again
+            self.schedule()
+            self._wake.set()  # so that `run` knows when to decide again
 
-    def look(self) -> None:
-        """Starts what can be started for waiting requests, and refuses those that cannot be served. Does nothing until
-        every neuron has been heard once."""
-        if not self._queue.models:  # a view costs something, and the fleet changes all the time
+    def schedule(self) -> None:
+        """Starts the loads that can start for waiting requests, and refuses those that cannot be served. Waits until
+        every neuron has been polled once."""
+        if not self._queue.models:  # building a view has a cost, and the fleet changes all the time
             self._schedule = LoadSchedule()
             return
-        if not self._fleet.is_surveyed:
+        if not self._fleet.all_polled:
             self._schedule = LoadSchedule(
-                wait_reasons=dict.fromkeys(self._queue.models, "new neurons have to answer first")
+                wait_reasons=dict.fromkeys(self._queue.models, "waiting for the first answer of a new neuron")
             )
             return
         self._schedule = schedule = self._policy.schedule_loads(self.view())
         for plan in schedule.loads:
             with request_scope(self._queue.first_request_id(plan.model_id)):
-                self._begin(plan, "requests wait for it")
+                self._start(plan, "requests wait for it")
         for model_id, error in schedule.rejected.items():
             self._queue.refuse(model_id, error)
 
@@ -135,7 +136,7 @@ class Scheduler:
         """Estimated seconds until the model is loaded."""
         job = self._loader.job(model_id)
         fleet, now = self._fleet.snapshot(), self._clock()
-        node = fleet.coming(model_id)
+        node = fleet.loading_on(model_id)
         progress = None if node is None else node.models[model_id].progress
         return until_loaded(
             remaining_secs=None if progress is None else progress.remaining_secs,
@@ -147,7 +148,7 @@ class Scheduler:
         """Our load of this model, if one is under way."""
         return self._loader.job(model_id)
 
-    def note(self, model_id: str) -> str | None:
+    def wait_reason(self, model_id: str) -> str | None:
         """Why a model is not being loaded yet, as text."""
         return self._schedule.wait_reasons.get(model_id)
 
@@ -155,34 +156,34 @@ class Scheduler:
         """Plans whenever there may be something to do. Never returns."""
         while True:
             began = self._clock()
-            self.look()
-            await asyncio.sleep(PAUSE_PER_LOOK * (self._clock() - began))
-            await self._something_to_do()
+            self.schedule()
+            await asyncio.sleep(PAUSE_FACTOR * (self._clock() - began))
+            await self._until_due()
 
     async def reconcile_loop(self) -> None:
         """Samples the demand; keeps, adds and removes replicas. Never returns."""
         while True:
             await asyncio.sleep(SAMPLE_SECS)
-            await self._fleet.surveyed()  # a replica may be on a neuron that has not answered yet
+            await self._fleet.until_all_polled()  # a replica may be on a neuron that has not answered yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             profiles = self._reconciled_profiles()
             if profiles:
                 steps = self._policy.reconcile_replicas(self.view(), profiles)
                 for plan, why in steps.loads:
-                    self._begin(plan, why, for_waiters=False)
+                    self._start(plan, why, for_waiters=False)
                 for removal in steps.removals:
-                    self._retire(removal)
+                    self._start_removal(removal)
 
     def routes_changed(self, models: Iterable[str]) -> None:
         """These models may have moved, become available or failed."""
         fleet = self._fleet.snapshot()
         for model_id in models:
             for node in fleet.holders(model_id):
-                self._watch_others(node, model_id)
+                self._track_foreign_load(node, model_id)
                 if node.status_of(model_id) is ModelStatus.LOADED:
-                    self._learn(node, model_id)
-            self._queue.news(model_id)
+                    self._record_size(node, model_id)
+            self._queue.notify(model_id)
         self._wake.set()
 
     def load(self, model_id: str, node_name: str | None) -> LoadJob | None:
@@ -192,7 +193,7 @@ class Scheduler:
         Raises:
             ServiceError: it cannot be placed.
         """
-        self._backoffs.lift(model_id)
+        self._backoffs.clear(model_id)
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -203,7 +204,7 @@ class Scheduler:
             if job is not None:
                 job.needed = True
                 return job
-            if view.fleet.coming(model_id) is not None:
+            if view.fleet.loading_on(model_id) is not None:
                 return None
             found = all_verdicts(view, profile)
             plan = best_plan(found)
@@ -211,48 +212,48 @@ class Scheduler:
                 raise placement_error(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            if node.has_coming(model_id):
+            if node.is_loading(model_id):
                 return None
             placed = plan_on_node(view, profile, node)
             if isinstance(placed, Rejection):
                 raise Conflict(
-                    f"{node_name} has no room for {model_id!r}: {placed.reason}",
+                    f"{node_name} cannot load {model_id!r} now: {placed.reason}",
                     code=ErrorCode.INSUFFICIENT_VRAM,
                     param="node",
                 )
             plan = placed
-        return self._begin(plan, "an operator asked", for_waiters=False)
+        return self._start(plan, "an operator asked", for_waiters=False)
 
     async def close(self) -> None:
         await self._tasks.close()
 
-    def _begin(self, plan: LoadPlan, why: str, *, for_waiters: bool = True) -> LoadJob:
-        looked_at = self._clock()
+    def _start(self, plan: LoadPlan, why: str, *, for_waiters: bool = True) -> LoadJob:
+        checked_at = self._clock()
 
-        def wanted() -> bool:
-            nonlocal looked_at
+        def still_needed() -> bool:
+            nonlocal checked_at
             if job.needed:
                 return True
             if not self._queue.count(plan.model_id):
                 return False
-            if self._clock() - looked_at < BETTER_PLACE_SECS:
+            if self._clock() - checked_at < BETTER_PLACE_SECS:
                 return True
-            looked_at = self._clock()
-            return not self._better_place(plan)
+            checked_at = self._clock()
+            return not self._has_better_place(plan)
 
-        job = self._loader.start(plan, why, wanted=wanted, done=self._done)
+        job = self._loader.start(plan, why, still_needed=still_needed, done=self._done)
         job.needed |= not for_waiters
         return job
 
-    def _better_place(self, plan: LoadPlan) -> bool:
+    def _has_better_place(self, plan: LoadPlan) -> bool:
         """Whether the model could be loaded elsewhere now without waiting for requests, while the evictions of `plan`
         still wait for some."""
         view = self.view()
-        going = [each.resident.key for each in plan.eviction_plan.evictions]
-        if not any(view.usage(*key).in_flight for key in going):
+        evicting = [each.resident.key for each in plan.eviction_plan.evictions]
+        if not any(view.usage(*key).in_flight for key in evicting):
             return False
         reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
-        fleet = replace(view.fleet, reservations=reservations, leaving=view.fleet.leaving.difference(going))
+        fleet = replace(view.fleet, reservations=reservations, evicting=view.fleet.evicting.difference(evicting))
         view = replace(view, fleet=fleet)
         profile = view.profile(plan.model_id)
         other = None if profile is None else best_plan(candidate_verdicts(view, profile))
@@ -263,52 +264,52 @@ class Scheduler:
             if failure is not None:
                 self._note_failure(job, failure)
             elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
-                self._backoffs.succeeded(job.model_id, job.node)
+                self._backoffs.record_success(job.model_id, job.node)
         finally:
-            self._queue.news(job.model_id)
+            self._queue.notify(job.model_id)
             self._wake.set()
 
     def _note_failure(self, job: LoadJob, failure: LoadFailure) -> None:
         cause = failure.cause
         if failure.no_memory:
             if failure.needed_mb is not None and failure.needed_mb != job.plan.device_share_mb:
-                self._needs_mb[job.model_id] = failure.needed_mb
-            if self._planned_anew(job):  # another load was faster, as the present figures show
-                cause = Cause.TEMPORARY
-        self._backoffs.failed(job.model_id, job.node, cause, str(failure))
+                self._observed_share_mb[job.model_id] = failure.needed_mb
+            if self._plan_changed(job):  # another load took the memory first, as the current figures show
+                cause = BackoffCause.TEMPORARY
+        self._backoffs.record_failure(job.model_id, job.node, cause, str(failure), permanent=failure.permanent)
 
-    def _planned_anew(self, job: LoadJob) -> bool:
-        """Whether the planner would now do something else on that node than what the neuron refused."""
+    def _plan_changed(self, job: LoadJob) -> bool:
+        """Whether the planner would now choose something other than what the neuron refused."""
         view = self.view()
         profile = view.profile(job.model_id)
         node = view.fleet.nodes.get(job.node)
         found = None if profile is None or node is None else plan_on_node(view, profile, node)
         return not isinstance(found, LoadPlan) or found.rank != job.plan.rank
 
-    def _learn(self, node: NodeSnapshot, model_id: str) -> None:
+    def _record_size(self, node: NodeSnapshot, model_id: str) -> None:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
         profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
         if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
-            self._needs_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
+            self._observed_share_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
-    def _watch_others(self, node: NodeSnapshot, model_id: str) -> None:
-        """A load that others started and our requests wait for may fail as well."""
+    def _track_foreign_load(self, node: NodeSnapshot, model_id: str) -> None:
+        """Records how a load ends that others started and our requests wait for."""
         key, view = (model_id, node.name), node.models[model_id]
-        if node.has_coming(model_id):
+        if node.is_loading(model_id):
             if self._queue.count(model_id):
-                self._await_others(model_id, node.name)
+                self._expect_foreign_load(model_id, node.name)
             return
-        if key in self._awaited:
-            self._awaited.discard(key)
+        if key in self._foreign_loads:
+            self._foreign_loads.discard(key)
             if view.known_status is ModelStatus.LOADED:
-                self._backoffs.succeeded(model_id, node.name)
+                self._backoffs.record_success(model_id, node.name)
             elif view.known_status is ModelStatus.FAILED:
                 reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
-                self._backoffs.failed(model_id, node.name, cause_of(view), reason)
+                self._backoffs.record_failure(model_id, node.name, cause_of(view), reason, permanent=is_permanent(view))
 
-    def _await_others(self, model_id: str, node: str) -> None:
+    def _expect_foreign_load(self, model_id: str, node: str) -> None:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):
-            self._awaited.add((model_id, node))
+            self._foreign_loads.add((model_id, node))
 
     def _failed_profile(self, view: PlanningView, model_id: str, node_name: str | None) -> ModelProfile | None:
         """For an operator: a model known only to neurons may be loaded again after a failure."""
@@ -325,38 +326,38 @@ class Scheduler:
         }
         return [each for each in self._live.catalogue.models if needs_reconciliation(each) or each.id in drained]
 
-    def _retire(self, removal: ReplicaRemoval) -> None:
+    def _start_removal(self, removal: ReplicaRemoval) -> None:
         key = removal.model_id, removal.node
-        if key not in self._retiring:
-            self._retiring.add(key)
-            self._fleet.leave(key)  # not in the task: the next decision may come before it starts
-            task = self._tasks.spawn(self._remove(removal), name=f"retire {key[0]} on {key[1]}")
-            task.add_done_callback(lambda _: self._retiring.discard(key))
+        if key not in self._removing:
+            self._removing.add(key)
+            self._fleet.begin_eviction(key)  # now: the next decision may be made before the task starts
+            task = self._tasks.spawn(self._remove(removal), name=f"remove {key[0]} on {key[1]}")
+            task.add_done_callback(lambda _: self._removing.discard(key))
 
     async def _remove(self, removal: ReplicaRemoval) -> None:
-        key, again_secs = (removal.model_id, removal.node), 0.0
-        log.info("evicting %s from %s: %s", *key, removal.reason)
+        key, retry_secs = (removal.model_id, removal.node), 0.0
+        log.info("removing %s from %s: %s", *key, removal.reason)
         try:
             await self._loader.evict(
-                key, sleep=removal.sleep, wanted=lambda: not self._queue.count(removal.model_id), if_idle=True
+                key, sleep=removal.sleep, still_needed=lambda: not self._queue.count(removal.model_id), if_idle=True
             )
         except NoLongerNeeded:
-            log.info("%s stays on %s: it is requested again", *key)
-        except (NodeLeft, NeuronLeft):
-            log.info("%s has left the configuration", key[1])
+            log.info("keeping %s on %s: it was requested again", *key)
+        except (NodeRemoved, CommandAbandoned):
+            log.info("%s was removed from the configuration", key[1])
         except (NeuronRefused, NeuronUnreachable) as error:
-            log.warning("%s did not leave %s, and serves on: %s", *key, error)
-            again_secs = RETIRE_AGAIN_SECS
+            log.warning("removing %s from %s failed, it continues to serve: %s", *key, error)
+            retry_secs = REMOVAL_RETRY_SECS
         finally:
-            self._fleet.stay(key)
-        await asyncio.sleep(again_secs)
+            self._fleet.end_eviction(key)
+        await asyncio.sleep(retry_secs)
 
-    async def _something_to_do(self) -> None:
-        """Returns when a request waits, or when one that waits may have become servable."""
+    async def _until_due(self) -> None:
+        """Returns when a request waits, or when a waiting model may have become servable."""
         if not self._schedule.wait_reasons:
             await self._wake.wait()
         else:
-            pause = LOOK_AGAIN_SECS
+            pause = RECHECK_SECS
             if self._schedule.recheck_at is not None:
                 pause = min(pause, max(0.0, self._schedule.recheck_at - self._clock()))
             with contextlib.suppress(asyncio.TimeoutError):

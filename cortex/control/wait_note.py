@@ -13,37 +13,39 @@ if TYPE_CHECKING:
     from cortex.control.loader import LoadJob
 
 
-def waiting_note(model_id: str, fleet: FleetSnapshot, job: LoadJob | None, turn: str | None, now: float) -> WaitNote:
-    """Where the model is on its way, how far, and how long it will still take. `job` is our load of it, `turn` what it
-    waits for before one can begin, in the planner's words; `now` is Unix time."""
+def waiting_note(
+    model_id: str, fleet: FleetSnapshot, job: LoadJob | None, wait_reason: str | None, now: float
+) -> WaitNote:
+    """What happens to the model, on which node, and how long it will still take. `job` is our load of it, `wait_reason`
+    why the planner has not started one; `now` is Unix time."""
     if job is not None and job.node in fleet.nodes:
         what = job.phase if job.loading_since is None else "loading"
-        return _on_its_way(model_id, fleet.nodes[job.node], what, now - job.started)
+        return _in_progress(model_id, fleet.nodes[job.node], what, now - job.started)
     for node in fleet.holders(model_id):
         status = node.status_of(model_id)
-        if status is None or not node.healthy or (model_id, node.name) in fleet.leaving:
+        if status is None or not node.healthy or (model_id, node.name) in fleet.evicting:
             continue
         if status.coming:
-            return _on_its_way(model_id, node, status.value, None)
+            return _in_progress(model_id, node, status.value, None)
         if status is ModelStatus.LOADED:
-            return WaitNote(text=f"{model_id} is loaded on {node.name}, which is asked for its address", node=node.name)
-    return WaitNote(text=f"waiting for a place for {model_id}" + (f": {turn}" if turn else ""))
+            return WaitNote(text=f"{model_id} is loaded on {node.name}; looking up its address", node=node.name)
+    return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
 
 
-def _on_its_way(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
+def _in_progress(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
     view = node.models.get(model_id)
-    told = "" if view is None or view.progress is None else _told(view.progress)
-    if told:
-        told = f": {told}"
+    detail = "" if view is None or view.progress is None else _progress_text(view.progress)
+    if detail:
+        detail = f": {detail}"
     elif view is not None and view.known_status is ModelStatus.RECOVERING and view.reason:
-        told = f": {view.reason}"
+        detail = f": {view.reason}"
     elif elapsed_secs is not None:
-        told = f" for {max(elapsed_secs, 0):.0f} s"
-    return WaitNote(text=f"{what} {model_id} on {node.name}{told}", node=node.name)
+        detail = f" for {max(elapsed_secs, 0):.0f} s"
+    return WaitNote(text=f"{what} {model_id} on {node.name}{detail}", node=node.name)
 
 
-def _told(progress: Progress) -> str:
-    """`loading weights 40 %, about 35 s left`, as far as it is known; "" when nothing is."""
+def _progress_text(progress: Progress) -> str:
+    """`loading weights 40 %, about 35 s left`, as far as known; "" without any."""
     phase, fraction, left = progress.phase, progress.fraction, progress.remaining_secs
     parts = [phase] if phase else []
     if phase and fraction is not None and math.isfinite(fraction):

@@ -22,7 +22,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
-from cortex.fleet.poller import NodeWatch
+from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.http.stopping import Stopping
@@ -66,27 +66,27 @@ class Parts:
         return self.membership.clients
 
     @property
-    def watches(self) -> Mapping[str, NodeWatch]:
+    def pollers(self) -> Mapping[str, NeuronPoller]:
         """By neuron name, the present ones."""
-        return self.membership.watches
+        return self.membership.pollers
 
 
 def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membership) -> Parts:
     """Everything that decides and acts, around the fleet. Starts nothing."""
     stopping, counts, backoffs = Stopping(), CountTotals(), Backoffs()
-    clients, watches = membership.clients, membership.watches
+    clients, pollers = membership.clients, membership.pollers
     demand = Demand(counts)
     fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
-    stopping.on_begin(queue.news_for_all)
-    endpoints = Endpoints(fleet=fleet, clients=clients, watches=watches, backoffs=backoffs)
+    stopping.on_begin(queue.notify_all)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, backoffs=backoffs)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,
         fleet=fleet,
         clients=clients,
-        watches=watches,
+        pollers=pollers,
         counts=counts,
         metrics=metrics,
         state=state,
@@ -99,7 +99,7 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         routes=routes,
         scheduler=scheduler,
         queue=queue,
-        watches=watches,
+        pollers=pollers,
         counts=counts,
         demand=demand,
         stopping=stopping,
@@ -133,7 +133,7 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    live.subscribe(fleet.look_again)
+    live.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         parts = build(live, state, fleet, Membership(pool, fleet))
         parts.membership.configure(config.neurons, config.poll)

@@ -36,7 +36,8 @@ from shared.tasks import timeout
 
 ENDPOINT_TIMEOUT_SECS = 5.0
 EVENT_SILENCE_SECS = 30.0
-"""A neuron sends a comment every 15 s on `/events`: silence of twice to four times that is a dead connection."""
+"""A neuron sends a comment every 15 s on `/events`: after two to four times that without data, the connection is
+dead."""
 IDLE_SECS = 30.0
 """How long a connection to a neuron is kept between two polls."""
 UPTIME_SLACK_SECS = 1.0
@@ -52,15 +53,16 @@ class NeuronUnreachable(Exception):
     """No answer: refused, reset, timed out, or not HTTP."""
 
 
-class NeuronLeft(Exception):
-    """The neuron left the configuration during the call; it still carries out the command."""
+class CommandAbandoned(Exception):
+    """The neuron was removed from the configuration during the call. It still carries out the command."""
 
 
 class NeuronRefused(Exception):
     """An error response, or one that breaks the protocol; `status` is its HTTP status.
 
-    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `devices` are the devices that lacked
-    memory. They are None and empty if the neuron does not say; protocol v1 neurons never do.
+    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `permanent`: it would fail there again;
+    `devices` are the devices that lacked memory. They are None, False and empty if the neuron does not say; protocol v1
+    neurons never do.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class NeuronRefused(Exception):
         code: str | None = None,
         *,
         cause: str | None = None,
+        permanent: bool = False,
         devices: Sequence[DeviceFigures] = (),
     ) -> None:
         super().__init__(message)
@@ -77,12 +80,13 @@ class NeuronRefused(Exception):
         self.message = message
         self.code = code
         self.cause = cause
+        self.permanent = permanent
         self.devices = tuple(devices)
 
 
 class _KnownHealth(NamedTuple):
-    """The last answer of `/health`: its bytes without the uptime, when the neuron started by it (monotonic), and what
-    was made of it."""
+    """The last answer of `/health`: its bytes without the uptime, the neuron's start by that answer (monotonic), and
+    the parsed result."""
 
     body: bytes
     started: float
@@ -91,7 +95,7 @@ class _KnownHealth(NamedTuple):
 
 
 class NeuronClient:
-    """Typed calls to one neuron. Callers set the deadlines, except for connecting."""
+    """Typed calls to one neuron. Callers set the deadlines, except the one for connecting."""
 
     def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
         self.name = entry.name
@@ -134,18 +138,18 @@ class NeuronClient:
             try:
                 found = _MODELS.validate_python(self._json("GET", "/models", body))
             except ValidationError as error:
-                raise NeuronRefused(200, f"{self.name}: /models is not the protocol's: {_first(error)}") from error
+                raise NeuronRefused(200, f"{self.name}: invalid answer of /models: {_first(error)}") from error
             self._models = body, tuple(found)
         return self._models[1]
 
     async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
-        """Returns when the model is loaded. With `wait` False, and a neuron that supports it: as soon as the load is
-        under way and its memory is booked; the reply's status is then `loading`.
+        """Returns when the model is loaded. With `wait` False, and a neuron that supports it: as soon as the load has
+        started and its memory is booked; the reply's status is then `loading`.
 
         Raises:
-            NeuronRefused: the neuron says why it is not.
+            NeuronRefused: the neuron says why it cannot load it.
             NeuronUnreachable: no answer within `timeout_secs`.
-            NeuronLeft: `leave` was called meanwhile.
+            CommandAbandoned: `abandon_commands` was called in the meantime.
         """
         path = "/models/load" if wait else "/models/load?wait=false"
         try:
@@ -160,8 +164,9 @@ class NeuronClient:
         except ValidationError:  # a protocol v1 neuron may answer 200 with anything
             return LoadReply(status=ModelStatus.LOADED.value)
 
-    def leave(self) -> None:
-        """The neuron has left the configuration: ends all waiting for its commands. It continues to carry them out."""
+    def abandon_commands(self) -> None:
+        """For a neuron that was removed from the configuration: stops waiting for its commands, which it still carries
+        out."""
         for call in self._commands:
             call.cancel()
 
@@ -185,10 +190,10 @@ class NeuronClient:
             raise NeuronRefused(200, f"{self.name}: endpoint of {model_id!r}: {error}") from error
 
     async def listen(self, on_event: OnEvent) -> None:
-        """Calls `on_event` with the name and the data of each event, as it comes, until the connection ends.
+        """Calls `on_event` with the name and the data of each event until the connection ends.
 
         Raises:
-            NeuronRefused: with 404 when this neuron has no events.
+            NeuronRefused: with 404, the neuron has no event stream.
             NeuronUnreachable: the connection failed.
         """
         head = self._head("GET", "/events", b"accept: text/event-stream")
@@ -206,7 +211,7 @@ class NeuronClient:
         try:
             return model.model_validate(data)
         except ValidationError as error:
-            raise NeuronRefused(200, f"{self.name}: {path} is not the protocol's: {_first(error)}") from error
+            raise NeuronRefused(200, f"{self.name}: invalid answer of {path}: {_first(error)}") from error
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
@@ -220,7 +225,7 @@ class NeuronClient:
         try:
             await asyncio.wait([call])
             if call.cancelled():
-                raise NeuronLeft(self.name)
+                raise CommandAbandoned(self.name)
             return await call
         finally:
             self._commands.discard(call)
@@ -298,7 +303,7 @@ def _with_known(data: Any, known: _KnownHealth) -> Any:
 def _header_value(text: str) -> bytes:
     """Raises ValueError for control characters."""
     if any(ord(character) < 32 for character in text.strip()):
-        raise ValueError("a token must not have line breaks or other control characters")
+        raise ValueError("the token must not contain line breaks or other control characters")
     return text.strip().encode()
 
 
@@ -368,6 +373,7 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
             error["message"],
             code if isinstance(code, str) else None,
             cause=cause if isinstance(cause, str) else None,
+            permanent=error.get("permanent") is True,
             devices=_figures(error.get("devices")),
         )
     if isinstance(error, str):

@@ -1,4 +1,4 @@
-"""HTTP to neurons over kept connections: a request with its whole answer, or a stream of events."""
+"""HTTP to neurons over kept-alive connections: a request with its whole answer, or a stream of events."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Exchange:
             self._send(kept)
 
     def leave(self) -> None:
-        """The caller no longer waits: closes a connection that is still busy."""
+        """The caller no longer waits: closes the connection if it is busy."""
         if not self.outcome.done():
             self.outcome.cancel()
         elif not self.outcome.cancelled():
@@ -102,7 +102,7 @@ class _Exchange:
         connection.send(self, *self._request)
 
     def _fail(self, error: Exception) -> None:
-        """The waiting caller closes the connection: it must not be closed inside its own callbacks."""
+        """The waiting caller closes the connection, which must not be closed inside its own callbacks."""
         if not self.outcome.done():
             self.outcome.set_exception(error)
 
@@ -169,12 +169,12 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
 
 
 async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEvent, *, silence_secs: float) -> None:
-    """Calls `on_event` with the name and the JSON data of each event, as it comes, until the stream ends.
+    """Calls `on_event` with the name and the JSON data of each event until the stream ends.
 
     Raises:
         NoEventStream: the response is not an event stream.
         OSError: the connection is lost.
-        asyncio.TimeoutError: nothing came for `silence_secs`; told within twice that time.
+        asyncio.TimeoutError: nothing arrived for `silence_secs`; raised within twice that time.
         ValueError: the answer is not an event stream.
     """
     exchange = _Events(head, on_event)

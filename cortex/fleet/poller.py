@@ -1,4 +1,4 @@
-"""Watches every neuron with its own poll loop and event listener, independent of the others.
+"""Polls one neuron and listens to its events, independently of the other neurons.
 
 While events arrive they report model changes, and a poll requests only `/health`.
 """
@@ -30,20 +30,20 @@ FULL_EVERY = 15
 """One poll in this many requests the models even while events arrive, to recover from lost events."""
 MEASURED_POLLS = 2
 """This many polls request the models after a change: the neuron measures device memory a moment later."""
-MOMENTS = 200
-"""Polls start at this many points of an interval: grouping them saves wake-ups."""
+POLL_SLOTS = 200
+"""Polls start at this many points of an interval: grouped polls cost fewer wake-ups."""
 _GOLDEN = 0.6180339887498949
-_TURN = 0.97  # of an interval: a poll sooner than this after a miss is out of turn
+_MISS_SPACING = 0.97  # of an interval: a poll sooner than this after a miss is an extra one
 
 
-def moment(position: int, interval_secs: float) -> float:
-    """When in the interval a neuron is polled, in seconds from its beginning. Multiples of the golden ratio spread any
-    number of neurons evenly, also when more come later."""
-    return interval_secs * int(position * _GOLDEN % 1 * MOMENTS) / MOMENTS
+def poll_offset(position: int, interval_secs: float) -> float:
+    """When in the interval a neuron is polled, in seconds from its start. Multiples of the golden ratio spread any
+    number of neurons evenly, also when neurons are added."""
+    return interval_secs * int(position * _GOLDEN % 1 * POLL_SLOTS) / POLL_SLOTS
 
 
-class NodeWatch:
-    """Polls one neuron, listens to its events, and tells the fleet."""
+class NeuronPoller:
+    """Polls one neuron, listens to its events, and updates the fleet's state."""
 
     def __init__(
         self,
@@ -62,30 +62,32 @@ class NodeWatch:
         self._polling: asyncio.Future[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
-        self._described = False  # the known discovery came from here, and not from a watch of another endpoint before
-        self._retired = False
-        self._listening = False  # events flow, and told first how everything was
-        self._full = 0  # polls to come that ask for the models whatever the events tell
-        self._lean = 0  # polls since one asked for them
-        self._active: frozenset[str] = frozenset()  # models that the last health spoke of
+        self._discovery_known = (
+            False  # the known discovery came from here, and not from a watch of another endpoint before
+        )
+        self._stopped = False
+        self._listening = False  # events arrive, and the first one listed all models
+        self._model_polls_due = 0  # polls to come that request the models even while events arrive
+        self._polls_without_models = 0  # since the last poll that requested them
+        self._active: frozenset[str] = frozenset()  # models in the last health answer
 
     async def poll_loop(self) -> None:
         """Polls. Never returns."""
         loop = asyncio.get_running_loop()
         await self.poll()
         while True:
-            turn = loop.call_later(self._pause(), self._wake.set)
+            timer = loop.call_later(self._pause(), self._wake.set)
             try:
                 await self._wake.wait()
             finally:
-                turn.cancel()
+                timer.cancel()
             self._wake.clear()
             await self._poll_here()
 
     def _pause(self) -> float:
-        """Seconds until this neuron's next turn, never much less than half an interval after a poll."""
+        """Seconds until this neuron's next poll, never much less than half an interval after the last one."""
         interval = self._settings.interval_secs
-        pause = interval - (self._clock() - moment(self._fleet.position(self.name), interval)) % interval
+        pause = interval - (self._clock() - poll_offset(self._fleet.position(self.name), interval)) % interval
         return pause if pause > interval / 2 else pause + interval
 
     async def poll(self) -> None:
@@ -95,7 +97,7 @@ class NodeWatch:
         await asyncio.shield(self._polling)
 
     async def _poll_here(self) -> None:
-        """As `poll`, without the cost of a task, for the poll loop."""
+        """As `poll`, for the poll loop: without the cost of a task."""
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
             return
@@ -110,85 +112,90 @@ class NodeWatch:
         """Polls, models included, starting after this call: sees earlier changes whose event has not arrived."""
         if self._polling is not None and not self._polling.done():
             await asyncio.shield(self._polling)
-        self._full = max(self._full, 1)
+        self._model_polls_due = max(self._model_polls_due, 1)
         await self.poll()
 
-    def use(self, settings: PollSettings) -> None:
+    def configure(self, settings: PollSettings) -> None:
         """Sets the settings for polls that start from now on."""
         sooner = settings.interval_secs < self._settings.interval_secs
         self._settings = settings
-        if sooner:  # spread out again: the pause that runs may be a long one
+        if sooner:  # the current pause may be a long one; the delay spreads the neurons out again
             delay = settings.interval_secs * random.random()  # noqa: S311 - as above
-            asyncio.get_running_loop().call_later(delay, self.nudge)
+            asyncio.get_running_loop().call_later(delay, self.poll_soon)
 
-    def retire(self) -> None:
-        """Stops updating the fleet: another watch took over, or the neuron left the configuration."""
-        self._retired = True
+    def stop_updating(self) -> None:
+        """Stops updating the fleet: another poller takes over, or the neuron left the configuration."""
+        self._stopped = True
 
     async def finished(self) -> None:
-        """Waits for a poll that is still under way; others may wait for it, too."""
+        """Waits for a poll in progress, if any."""
         if self._polling is not None:
             await asyncio.wait([self._polling])
 
     async def close(self) -> None:
-        """Ends a poll that is still under way."""
+        """Cancels a poll in progress, if any."""
         if isinstance(self._polling, asyncio.Task):
             await cancel_all([self._polling])
 
-    def nudge(self) -> None:
+    def poll_soon(self) -> None:
         """Makes the poll loop poll now instead of after its pause."""
         self._wake.set()
 
     async def _poll_once(self) -> None:
         try:
             async with timeout(self._settings.timeout_secs):
-                await self._ask()
+                await self._request_state()
         except asyncio.TimeoutError:
             self._miss(f"no answer within {self._settings.timeout_secs:g} s")
         except (NeuronUnreachable, NeuronRefused) as error:
             self._miss(str(error))
         else:
             return
-        self._full = max(self._full, 1)  # it may have been due in the poll that failed
+        self._model_polls_due = max(self._model_polls_due, 1)  # it may have been due in the poll that failed
 
     def _miss(self, reason: str) -> None:
         """Ignores misses of extra polls (an event stream ended, an engine was not found) right after another miss, so
         that a restarting neuron gets the full `unhealthy_after` intervals."""
-        if self._retired:
+        if self._stopped:
             return
         now = self._clock()
-        if now - self._missed_at >= _TURN * self._settings.interval_secs:
+        if now - self._missed_at >= _MISS_SPACING * self._settings.interval_secs:
             self._missed_at = now
-            self._fleet.miss(self.name, reason)
+            self._fleet.record_miss(self.name, reason)
 
-    async def _ask(self) -> None:
+    async def _request_state(self) -> None:
         """Requests health, models unless events report them, and discovery once per process and after recovery."""
         started = self._clock()
-        if self._retired:
+        if self._stopped:
             return
         node = self._fleet.node(self.name)
         health = await self._client.health()
-        changed = not self._described or not node.healthy or health.instance_id != self._instance
+        changed = not self._discovery_known or not node.healthy or health.instance_id != self._instance
         models: Sequence[ModelView] | None = None
         if self._models_due(health) or changed:
-            self._lean = 0
+            self._polls_without_models = 0
             models = await self._client.models()
         discovery: Discovery | None = None
         if changed:
             discovery = await self._client.discovery()
             self._instance = discovery.instance_id or health.instance_id
-        if self._retired:
+        if self._stopped:
             return
-        self._described = True
-        self._fleet.observe(self.name, started=started, health=health, models=models, discovery=discovery)
+        self._discovery_known = True
+        self._fleet.record_poll(self.name, started=started, health=health, models=models, discovery=discovery)
 
     def _models_due(self, health: NeuronHealth) -> bool:
         """Also true if health lists different engines than before: an event may have been lost."""
         active = frozenset(entry.id for entry in health.models)
-        due = not self._listening or self._full > 0 or self._lean + 1 >= FULL_EVERY or active != self._active
+        due = (
+            not self._listening
+            or self._model_polls_due > 0
+            or self._polls_without_models + 1 >= FULL_EVERY
+            or active != self._active
+        )
         self._active = active
-        self._lean += 1
-        self._full = max(self._full - 1, 0)
+        self._polls_without_models += 1
+        self._model_polls_due = max(self._model_polls_due - 1, 0)
         return due
 
     async def listen_loop(self) -> None:
@@ -206,26 +213,26 @@ class NodeWatch:
                 log.debug("%s", error)
             finally:
                 self._listening = False
-            self.nudge()
+            self.poll_soon()
             await asyncio.sleep(EVENTS_RETRY_SECS * random.uniform(1.0, 1.5))  # noqa: S311 - spreads load, hides nothing
 
     def _apply(self, name: str, data: Any) -> None:
-        if self._retired:
+        if self._stopped:
             return
         try:
             if name == "snapshot":
                 for item in data if isinstance(data, list) else data["models"]:
-                    self._fleet.tell(self.name, ModelView.model_validate(item))
+                    self._fleet.update_model(self.name, ModelView.model_validate(item))
                 self._listening = True
-                self._full = 1  # the snapshot does not name removed models
+                self._model_polls_due = 1  # the snapshot does not name removed models
             elif name == "model":
                 view = ModelView.model_validate(data)
                 known = self._fleet.node(self.name).models.get(view.id)
-                self._fleet.tell(self.name, view)
+                self._fleet.update_model(self.name, view)
                 if known is None or known.status != view.status:
-                    self._full = MEASURED_POLLS
-                    self.nudge()  # VRAM has changed with it
+                    self._model_polls_due = MEASURED_POLLS
+                    self.poll_soon()  # VRAM has changed with it
             elif name == "removed":
-                self._fleet.forget(self.name, str(data["id"]))
+                self._fleet.remove_model(self.name, str(data["id"]))
         except (ValidationError, LookupError, TypeError) as error:
-            log.warning("neuron %s sent an event that is not the protocol's: %s", self.name, error)
+            log.warning("neuron %s sent an invalid event: %s", self.name, error)

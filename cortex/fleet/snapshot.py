@@ -21,7 +21,7 @@ from shared.protocol import (
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM promised to a load under way: `device_share_mb` MiB on each of the devices."""
+    """VRAM reserved for a load in progress: `device_share_mb` MiB on each of the devices."""
 
     model_id: str
     node: str
@@ -42,7 +42,7 @@ class NodeSnapshot:
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     health_at: float = 0.0
-    """When `health` became known, in the fleet's time. It is kept while nothing but the uptime in it changes."""
+    """When `health` became known, in the fleet's time. Kept while only the uptime changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -66,8 +66,8 @@ class NodeSnapshot:
         return tuple(sorted((_free_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
-        """MiB available on each of the `devices` roomiest devices; None if there are fewer. Does not subtract what
-        loads under way and sleeping models will need."""
+        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
+        Does not subtract what loads in progress and sleeping models will need."""
         return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
 
     @cached_property
@@ -83,7 +83,7 @@ class NodeSnapshot:
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
 
-    def has_coming(self, model_id: str) -> bool:
+    def is_loading(self, model_id: str) -> bool:
         """Whether the model is being loaded here."""
         status = self.status_of(model_id)
         return status is not None and status.coming
@@ -119,11 +119,11 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
 
 @dataclass(frozen=True)
 class FleetSnapshot:
-    """All neurons by name, in configuration order; the loads under way; and the evictions for them."""
+    """All neurons by name, in configuration order; loads in progress, and evictions for them."""
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
-    leaving: frozenset[tuple[str, str]] = frozenset()  # (model id, node): being evicted, no new requests
+    evicting: frozenset[tuple[str, str]] = frozenset()  # (model id, node): being evicted, no new requests
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
     topology: object = None
     """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
@@ -143,7 +143,7 @@ class FleetSnapshot:
         return {model_id: tuple(names) for model_id, names in holders.items()}
 
     def holders(self, model_id: str) -> tuple[NodeSnapshot, ...]:
-        """The neurons that list the model, whatever its status and theirs."""
+        """The neurons that list the model, in any status."""
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
     def serving(self, model_id: str) -> list[NodeSnapshot]:
@@ -154,19 +154,19 @@ class FleetSnapshot:
             for node in self.holders(model_id)
             if node.healthy
             and node.status_of(model_id) is ModelStatus.LOADED
-            and (model_id, node.name) not in self.leaving
+            and (model_id, node.name) not in self.evicting
         ]
         return [node for node in loaded if not node.draining] or loaded
 
-    def coming(self, model_id: str) -> NodeSnapshot | None:
+    def loading_on(self, model_id: str) -> NodeSnapshot | None:
         """A healthy neuron that is loading the model."""
         for node in self.holders(model_id):
-            if node.healthy and node.has_coming(model_id):
+            if node.healthy and node.is_loading(model_id):
                 return node
         return None
 
-    def load_of(self, model_id: str) -> Reservation | None:
-        """The reservation of a load of the model that is under way, if any."""
+    def reservation_of(self, model_id: str) -> Reservation | None:
+        """The reservation of the load of the model in progress, if any."""
         return next((each for each in self.reservations if each.model_id == model_id), None)
 
     @property
@@ -174,6 +174,6 @@ class FleetSnapshot:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def with_load(self, reservation: Reservation, leaving: Iterable[tuple[str, str]]) -> FleetSnapshot:
-        """The fleet as it is once this load, with its evictions, has started."""
-        return replace(self, reservations=(*self.reservations, reservation), leaving=self.leaving.union(leaving))
+    def with_load(self, reservation: Reservation, evicting: Iterable[tuple[str, str]]) -> FleetSnapshot:
+        """The fleet after this load and its evictions have started."""
+        return replace(self, reservations=(*self.reservations, reservation), evicting=self.evicting.union(evicting))

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_EVENT_BYTES = 1 << 20
-"""Of one line, and of one event's data."""
+"""Limit for one line, and for the data of one event."""
 
 
 class EventReader:
-    """Comments, ids and events whose data is not JSON are passed over."""
+    """Ignores comments, ids, and events whose data is not JSON."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []  # of a line that is not whole yet
+        self._pieces: list[bytes] = []  # of a line that is not complete yet
         self._size = 0
         self._name = "message"
         self._data = ""
@@ -38,7 +38,7 @@ class EventReader:
             elif line.startswith("data:"):
                 self._data += line[5:].strip()
                 if len(self._data) > MAX_EVENT_BYTES:
-                    raise ValueError("an event is too long")
+                    raise ValueError("event too long")
             elif not line:
                 name, data = self._name, self._data
                 self._name, self._data = "message", ""
@@ -49,7 +49,7 @@ class EventReader:
     def _hold(self, piece: bytes) -> None:
         self._size += len(piece)
         if self._size > MAX_EVENT_BYTES:
-            raise ValueError("a line of the event stream is too long")
+            raise ValueError("line of the event stream too long")
         if piece:
             self._pieces.append(piece)
 

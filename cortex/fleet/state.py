@@ -1,4 +1,4 @@
-"""The one owner of what cortex knows about its neurons.
+"""The state of the fleet: everything cortex knows about its neurons.
 
 Observations come in (a poll answered, a poll missed, an event, a finished load), immutable snapshots go out.
 """
@@ -19,7 +19,7 @@ from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, Ne
 log = logging.getLogger(__name__)
 
 
-class NodeLeft(Exception):
+class NodeRemoved(Exception):
     """The neuron is no longer in the configuration."""
 
 
@@ -45,8 +45,8 @@ class RouteChanges:
 
 
 class Fleet:
-    """Reduces observations to a state; every change has a version and wakes its waiters. What is observed of a
-    neuron that has left the configuration is passed over."""
+    """Reduces observations to a state; every change has a version and wakes its waiters. Reports about a
+    neuron that is no longer in the configuration are ignored."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class Fleet:
         self._unhealthy_after = unhealthy_after
         self._clock = clock
         self._reservations: list[Reservation] = []
-        self._leaving: frozenset[tuple[str, str]] = frozenset()
-        # When something else than a poll last told of a model, by node and model id: a poll that began earlier knows
-        # less and must not undo it.
-        self._told: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._evicting: frozenset[tuple[str, str]] = frozenset()
+        # When something other than a poll last reported a model, by node and model id. A poll that began before that is
+        # out of date and must not undo it.
+        self._reported_at: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
         self._unseen = set(self._nodes)  # not polled yet
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
@@ -74,8 +74,8 @@ class Fleet:
         self._route_listeners: list[Callable[[set[str]], None]] = []
         self._down_listeners: list[Callable[[], None]] = []
         self._down: frozenset[str] = frozenset()
-        # Model id -> neurons that list it, in the order of the configuration. Never changed in place, since snapshots
-        # share it, and kept from one to the next: polls come all the time and new models seldom.
+        # Model id -> neurons that list it, in the order of the configuration. Replaced, not changed, because snapshots
+        # share it; kept across polls, because models rarely change.
         self._holders: Mapping[str, tuple[str, ...]] = {}
         self._position = {name: position for position, name in enumerate(self._nodes)}
         self._topology = object()
@@ -91,7 +91,7 @@ class Fleet:
             self._snapshot = FleetSnapshot(
                 MappingProxyType(dict(self._nodes)),
                 tuple(self._reservations),
-                self._leaving,
+                self._evicting,
                 index=self._holders,
                 topology=self._topology,
             )
@@ -106,7 +106,7 @@ class Fleet:
         return self._position[name]
 
     async def changed_since(self, version: int) -> int:
-        """Waits until the version differs from `version`; the new one."""
+        """Waits until the version differs from `version`; returns the new one."""
         while self._version == version:
             if self._changed is None:
                 self._changed = asyncio.get_running_loop().create_future()
@@ -117,12 +117,12 @@ class Fleet:
         """Waits until the condition holds for a neuron. Checked again only when that neuron changes.
 
         Raises:
-            NodeLeft: it is no longer in the configuration.
+            NodeRemoved: it is no longer in the configuration.
         """
         while True:
             node = self._nodes.get(name)
             if node is None:
-                raise NodeLeft(name)
+                raise NodeRemoved(name)
             if condition(node):
                 return node
             if name not in self._node_changed:
@@ -153,12 +153,12 @@ class Fleet:
         self._down_listeners.append(listener)
 
     @property
-    def is_surveyed(self) -> bool:
+    def all_polled(self) -> bool:
         """Whether each neuron has answered a poll or missed one; before that the fleet is unknown."""
         return not self._unseen
 
-    async def surveyed(self) -> None:
-        """Waits until `is_surveyed`."""
+    async def until_all_polled(self) -> None:
+        """Waits until `all_polled`."""
         version = self._version
         while self._unseen:
             version = await self.changed_since(version)
@@ -167,7 +167,7 @@ class Fleet:
         self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
     ) -> None:
         """Replaces the list of neurons; arguments as above. A neuron that stays keeps its state, even at a new
-        endpoint: usually it is the same neuron under another address, and the next poll will tell."""
+        endpoint: usually it is the same neuron at another address. The next poll shows whether it is."""
         before = self._nodes
         self._unhealthy_after = unhealthy_after
         self._nodes = {}
@@ -177,7 +177,7 @@ class Fleet:
             self._nodes[name] = replace(node, endpoint=endpoint, misses=0, last_error=None) if moved else node
         self._topology = object()
         self._position = {name: position for position, name in enumerate(self._nodes)}
-        self._told = {name: self._told.get(name, {}) for name in self._nodes}
+        self._reported_at = {name: self._reported_at.get(name, {}) for name in self._nodes}
         holders: dict[str, list[str]] = {}
         for node in self._nodes.values():
             for model_id in node.models:
@@ -188,14 +188,14 @@ class Fleet:
         self._unseen = (self._unseen - left) | (self._nodes.keys() - before.keys())
         for name in left & self._node_changed.keys():
             self._node_changed.pop(name).set_result(None)
-        self._touch()
-        self._tell_routes({model_id for name in left for model_id in before[name].models})
+        self._mark_changed()
+        self._notify_routes({model_id for name in left for model_id in before[name].models})
 
-    def look_again(self) -> None:
-        """Something shown together with the fleet has changed: followers should look again."""
-        self._touch()
+    def notify(self) -> None:
+        """Wakes the followers: something that is shown together with the fleet has changed."""
+        self._mark_changed()
 
-    def observe(
+    def record_poll(
         self,
         name: str,
         *,
@@ -204,8 +204,8 @@ class Fleet:
         models: Iterable[ModelView] | None,
         discovery: Discovery | None,
     ) -> None:
-        """A poll that began at `started` was answered. None keeps the models, or the discovery, that are known. An
-        answer without news changes nothing and wakes no waiter."""
+        """Records an answered poll that began at `started`. `models` or `discovery` None: as before. An answer that
+        changes nothing wakes no waiter."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -233,13 +233,15 @@ class Fleet:
 
     def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, ModelView]:
         """The models of a poll, except those with newer reports."""
-        told = self._told[node.name] = {m: when for m, when in self._told[node.name].items() if when > started}
-        merged = {view.id: view for view in models if view.id not in told}
-        merged |= {model_id: node.models[model_id] for model_id in told if model_id in node.models}
+        reported = self._reported_at[node.name] = {
+            m: when for m, when in self._reported_at[node.name].items() if when > started
+        }
+        merged = {view.id: view for view in models if view.id not in reported}
+        merged |= {model_id: node.models[model_id] for model_id in reported if model_id in node.models}
         return node.models if merged == node.models else MappingProxyType(merged)
 
-    def miss(self, name: str, reason: str) -> None:
-        """A poll failed."""
+    def record_miss(self, name: str, reason: str) -> None:
+        """Records a failed poll."""
         node = self._nodes.get(name)
         if node is None:
             return
@@ -247,26 +249,26 @@ class Fleet:
         misses = node.misses + 1
         healthy = node.healthy and misses < self._unhealthy_after
         if node.healthy and not healthy:
-            log.warning("neuron %s is unhealthy after %d misses: %s", name, misses, reason)
+            log.warning("neuron %s is unhealthy after %d failed polls: %s", name, misses, reason)
         elif node.last_error != reason:
             log.warning("neuron %s does not answer: %s", name, reason)
         self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason))
 
-    def tell(self, name: str, view: ModelView) -> None:
-        """A neuron reported a model outside a poll (an event, a finished load): takes effect at once."""
+    def update_model(self, name: str, view: ModelView) -> None:
+        """Records a model that a neuron reported outside a poll (an event, a finished load)."""
         node = self._nodes.get(name)
         if node is None:
             return
-        self._told[name][view.id] = self._clock()
+        self._reported_at[name][view.id] = self._clock()
         if node.models.get(view.id) != view:
             self._replace(replace(node, models=MappingProxyType({**node.models, view.id: view})))
 
-    def forget(self, name: str, model_id: str) -> None:
-        """A neuron no longer lists a model."""
+    def remove_model(self, name: str, model_id: str) -> None:
+        """Records that a neuron no longer lists a model."""
         node = self._nodes.get(name)
         if node is None:
             return
-        self._told[name][model_id] = self._clock()
+        self._reported_at[name][model_id] = self._clock()
         if model_id in node.models:
             rest = {key: view for key, view in node.models.items() if key != model_id}
             self._replace(replace(node, models=MappingProxyType(rest)))
@@ -280,15 +282,15 @@ class Fleet:
         devices: Iterable[int],
         endpoint: EndpointReply | None = None,
     ) -> None:
-        """A load succeeded: the model counts as loaded at once, without waiting for the next poll."""
+        """Records a finished load: the model counts as loaded before the next poll."""
         node = self._nodes.get(name)
         if node is None:
             return
         known = node.models.get(model_id)
         if known is not None and known.known_status is ModelStatus.LOADED:
-            self._told[name][model_id] = self._clock()
+            self._reported_at[name][model_id] = self._clock()
             return
-        self.tell(
+        self.update_model(
             name,
             ModelView(
                 id=model_id,
@@ -300,32 +302,32 @@ class Fleet:
         )
 
     def set_draining(self, name: str, draining: bool) -> None:
-        """An operator takes a neuron out of placement and routing, or puts it back."""
+        """For an operator: takes a neuron out of placement and routing, or puts it back."""
         self._replace(replace(self._nodes[name], draining=draining))
 
     def reserve(self, reservation: Reservation) -> None:
         """Counts a load's VRAM as taken until `release`."""
         self._reservations.append(reservation)
-        self._touch()
+        self._mark_changed()
 
     def release(self, reservation: Reservation) -> None:
         self._reservations.remove(reservation)
-        self._touch()
+        self._mark_changed()
 
-    def leave(self, key: tuple[str, str]) -> None:
-        """A model (id, node) is being evicted: it gets no new requests until `stay`."""
-        self._set_leaving(self._leaving | {key}, key[0])
+    def begin_eviction(self, key: tuple[str, str]) -> None:
+        """A model (id, node) is being evicted: it gets no new requests until `end_eviction`."""
+        self._set_evicting(self._evicting | {key}, key[0])
 
-    def stay(self, key: tuple[str, str]) -> None:
+    def end_eviction(self, key: tuple[str, str]) -> None:
         """The eviction is over, done or cancelled."""
-        self._set_leaving(self._leaving - {key}, key[0])
+        self._set_evicting(self._evicting - {key}, key[0])
 
-    def _set_leaving(self, leaving: frozenset[tuple[str, str]], model_id: str) -> None:
-        self._leaving = leaving
-        self._touch()
-        self._tell_routes({model_id})
+    def _set_evicting(self, evicting: frozenset[tuple[str, str]], model_id: str) -> None:
+        self._evicting = evicting
+        self._mark_changed()
+        self._notify_routes({model_id})
 
-    def _tell_routes(self, models: set[str]) -> None:
+    def _notify_routes(self, models: set[str]) -> None:
         if models:
             for listener in self._route_listeners:
                 listener(models)
@@ -344,8 +346,8 @@ class Fleet:
         waiting = self._node_changed.pop(node.name, None)
         if waiting is not None:
             waiting.set_result(None)
-        self._touch()
-        self._tell_routes(affected)
+        self._mark_changed()
+        self._notify_routes(affected)
 
     def _set_down(self, down: frozenset[str]) -> None:
         if down != self._down:
@@ -366,7 +368,7 @@ class Fleet:
                 del holders[model_id]
         self._holders = holders
 
-    def _touch(self) -> None:
+    def _mark_changed(self) -> None:
         self._version += 1
         self._snapshot = None
         if self._changed is not None:

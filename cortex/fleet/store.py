@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NAME = "state.json"
 WRITE_AFTER_SECS = 2.0
 """Changes within this time are written together."""
-TRY_AGAIN_SECS = 10.0
+RETRY_SECS = 10.0
 
 Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -35,15 +35,15 @@ class _State(BaseModel):
 
 
 class StateFile:
-    """Owns the file and what is in it. A file that cannot be read is put aside, one that cannot be written is warned of
-    once: neither stops requests from being served.
+    """Owns the file and its contents. A file that cannot be read is renamed; one that cannot be written causes one
+    warning. Neither stops cortex from serving.
+
 
     `problem` says why the file is out of date; None if it is current.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Reads the state an earlier cortex left in the directory, which is created on the first write. None: nothing
-        is kept. Blocks."""
+        """Reads the state in the directory, which is created on the first write. None: keeps no state. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
         self._load_secs: dict[str, dict[str, float]] = {}
@@ -82,7 +82,7 @@ class StateFile:
             await asyncio.sleep(WRITE_AFTER_SECS)
             await self.flush()
             if self.problem is not None:
-                await asyncio.sleep(TRY_AGAIN_SECS)
+                await asyncio.sleep(RETRY_SECS)
                 self._changed.set()
 
     async def flush(self) -> None:
@@ -111,7 +111,7 @@ class StateFile:
             with contextlib.suppress(OSError):
                 path.replace(aside)
             log.warning(
-                "%s cannot be used and is now %s; starting without it, no neuron is drained: %s",
+                "%s is invalid and was renamed to %s; starting without it, no neuron is drained: %s",
                 path,
                 aside.name,
                 _reason(error),
@@ -130,7 +130,11 @@ class StateFile:
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None
             if problem is not None and self.problem is None:
-                log.warning("%s: %s; what it should keep is lost with this process", self._directory / NAME, problem)
+                log.warning(
+                    "%s cannot be written: %s; its changes are lost when this process ends",
+                    self._directory / NAME,
+                    problem,
+                )
             elif problem is None and self.problem is not None:
                 log.info("%s can be written again", self._directory / NAME)
             self.problem = problem
@@ -139,13 +143,13 @@ class StateFile:
         """Replaces the file. Returns why it failed, or None."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._take(directory)
+            self._acquire_lock(directory)
             replace_file(directory / NAME, data)
         except OSError as error:
             return _reason(error)
         return None
 
-    def _take(self, directory: Path) -> None:
+    def _acquire_lock(self, directory: Path) -> None:
         """Takes the lock: two writers would undo each other's changes. Taken on the first write rather than at startup,
         when the previous cortex may still be finishing its requests."""
         if self._lock is not None:

@@ -21,8 +21,9 @@ REQUEST_ID: Final = 12
 FORWARDED_FOR: Final = 13
 ORIGIN: Final = 14
 FETCH_SITE: Final = 15
-CACHE_CONTROL: Final = 16
-ACCEL_BUFFERING: Final = 17
+UPGRADE: Final = 16
+CACHE_CONTROL: Final = 17
+ACCEL_BUFFERING: Final = 18
 
 HOP_BY_HOP = frozenset(
     {
@@ -66,6 +67,7 @@ class Names(dict[bytes, Meaning]):
 OF_REQUESTS: Final = Names(
     {
         **dict.fromkeys(HOP_BY_HOP, DROP),
+        b"upgrade": UPGRADE,
         b"host": HOST,
         b"content-length": CONTENT_LENGTH,
         b"content-type": CONTENT_TYPE,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
-from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.inputs import PlanningView
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30
@@ -38,7 +39,7 @@ class ResidentModel:
     seconds times requests per minute.
     """
 
-    key: Key
+    key: ReplicaKey
     devices: frozenset[int]
     frees_mb: int
     priority: int
@@ -55,7 +56,7 @@ class ResidentModel:
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
     """By device index. Free memory is what the node reports as bookable, or else what it measures, minus what
-    our loads under way will take beyond those figures."""
+    our loads in progress will take beyond those figures."""
     ours = [(each, unreported_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
     return {device.index: _memory_of(node, device, ours) for device in node.devices}
 
@@ -115,7 +116,7 @@ def resident_models(view: PlanningView, node: NodeSnapshot) -> list[ResidentMode
     return [
         _resident(view, node, entry)
         for entry in node.models.values()
-        if entry.known_status in _HOLDING and (entry.id, node.name) not in view.fleet.leaving
+        if entry.known_status in _HOLDING and (entry.id, node.name) not in view.fleet.evicting
     ]
 
 
@@ -124,7 +125,7 @@ def models_in_transition(view: PlanningView, node: NodeSnapshot) -> list[Residen
     changing = [
         _resident(view, node, entry)
         for entry in node.models.values()
-        if node.has_coming(entry.id) or (entry.id, node.name) in view.fleet.leaving
+        if node.is_loading(entry.id) or (entry.id, node.name) in view.fleet.evicting
     ]
     requested = [
         ResidentModel(

@@ -70,14 +70,18 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
 
 def after_start(view: PlanningView, plan: LoadPlan) -> PlanningView:
     """The view once this plan has started."""
-    leaving = [each.resident.key for each in plan.eviction_plan.evictions]
-    return replace(view, fleet=view.fleet.with_load(plan.reservation, leaving))
+    evicting = [each.resident.key for each in plan.eviction_plan.evictions]
+    return replace(view, fleet=view.fleet.with_load(plan.reservation, evicting))
 
 
 def is_served_or_loading(view: PlanningView, model_id: str) -> bool:
     """Whether the model is served, coming up, or being loaded by us."""
     fleet = view.fleet
-    return fleet.load_of(model_id) is not None or bool(fleet.serving(model_id)) or fleet.coming(model_id) is not None
+    return (
+        fleet.reservation_of(model_id) is not None
+        or bool(fleet.serving(model_id))
+        or fleet.loading_on(model_id) is not None
+    )
 
 
 def _is_starving(view: PlanningView, model_id: str) -> bool:

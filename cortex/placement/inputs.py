@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelStatus
-
-Key = tuple[str, str]
-"""(model id, node name)."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,12 @@ class WaitingRequests:
 @dataclass(frozen=True)
 class Backoff:
     """After a failure, the model is not loaded on a node before `until`. `temporary`: the cause passes by
-    itself, so requests wait instead of failing."""
+    itself, so requests wait instead of failing. `permanent`: the next load would fail too."""
 
     until: float
     reason: str
     temporary: bool = False
+    permanent: bool = False
 
 
 ANY_NODE = "*"
@@ -65,12 +64,12 @@ class PlanningView:
     catalogue: Catalogue
     fleet: FleetSnapshot
     rules: Rules = DEFAULT_RULES
-    usages: Mapping[Key, ReplicaUsage] = field(default_factory=dict)
+    usages: Mapping[ReplicaKey, ReplicaUsage] = field(default_factory=dict)
     waiting: Mapping[str, WaitingRequests] = field(default_factory=dict)
     demand: Mapping[str, float] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     observed_share_mb: Mapping[str, int] = field(default_factory=dict)
-    backoffs: Mapping[Key, Backoff] = field(default_factory=dict)
+    backoffs: Mapping[ReplicaKey, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
 
     def usage(self, model_id: str, node: str) -> ReplicaUsage:
@@ -107,7 +106,7 @@ class PlanningView:
             node
             for node in self.fleet.holders(model_id)
             if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-            or (model_id, node.name) in self.fleet.leaving
+            or (model_id, node.name) in self.fleet.evicting
         ]
         return self.profile_from_nodes(model_id, known)
 

@@ -49,11 +49,6 @@ class Fit(IntEnum):
     AFTER_EVICTION = 3
     TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
 
-    @property
-    def label(self) -> str:
-        """The name in API replies, which is part of their contract."""
-        return "after_displacement" if self is Fit.AFTER_EVICTION else self.name.lower()
-
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -240,7 +235,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     if not plans:
         in_transition = models_in_transition(view, candidate.node)
         later = [*evictable, *own, *(assess(each) for each in in_transition)]
-        # While models are loading or leaving, the figures will change: wait rather than try a load that might fit then.
+        # While models are being loaded or evicted, the figures will change: wait for a load that might fit then.
         if in_transition and any(
             candidate.fits_when_empty(indices) or free_enough(missing, later) for indices, missing in shortages
         ):
@@ -288,10 +283,10 @@ def _last_resort(
     is evicted for it. None when a model that may not be evicted is in the way."""
     missing = candidate.missing_mb(indices)
     concerned = {each.key for each in residents if each.devices & missing.keys()}
-    leaving = tuple(each for each in evictable if each.resident.key in concerned)
-    if len(leaving) < len(concerned):
+    evicting = tuple(each for each in evictable if each.resident.key in concerned)
+    if len(evicting) < len(concerned):
         return None
-    return NO_EVICTIONS if reports_bookable_memory(candidate.node) else EvictionPlan(leaving)
+    return NO_EVICTIONS if reports_bookable_memory(candidate.node) else EvictionPlan(evicting)
 
 
 def _plan(

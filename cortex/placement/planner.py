@@ -72,14 +72,14 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
     entry, backoff = node.models.get(profile.id), view.backoff(profile.id, node.name)
-    if (profile.id, node.name) in view.fleet.leaving:
+    if (profile.id, node.name) in view.fleet.evicting:
         return Rejection("is unloading it", temporary=True)
     if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
         return Rejection("is still draining it", temporary=True)
     if node.status_of(profile.id) is ModelStatus.LOADED:
-        return Rejection("already has it")
-    if node.has_coming(profile.id):
-        return Rejection("is already bringing it up", temporary=True)
+        return Rejection("already serves it")
+    if node.is_loading(profile.id):
+        return Rejection("is already loading it", temporary=True)
     if backoff is not None:
         return Rejection(
             f"not tried again for {backoff.until - view.now:.1f} s: {backoff.reason}", temporary=backoff.temporary

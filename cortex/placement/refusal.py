@@ -32,7 +32,10 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
     if backoffs:
         first = min(backoffs, key=lambda backoff: backoff.until)
         return Unavailable(
-            first.reason, code=ErrorCode.COLD_LOAD_FAILED, retry_after=until_retry(first.until, view.now)
+            first.reason,
+            code=ErrorCode.COLD_LOAD_FAILED,
+            retry_after=until_retry(first.until, view.now),
+            permanent=_fails_everywhere(model_id, possible, view),
         )
     names = {node.name for node in possible}
     present = [node for node in possible if node.healthy and node.discovery is not None and not node.draining]
@@ -49,6 +52,12 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=MEMORY_TAKEN_SECS,
     )
+
+
+def _fails_everywhere(model_id: str, possible: Sequence[NodeSnapshot], view: PlanningView) -> bool:
+    """True if the model failed on every node that may hold it, and would fail again."""
+    found = [view.backoff(model_id, node.name) for node in possible]
+    return bool(found) and all(backoff is not None and backoff.permanent for backoff in found)
 
 
 def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:

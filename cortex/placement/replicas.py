@@ -55,8 +55,8 @@ def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> 
 
 def _replica_to_add(view: PlanningView, profile: ModelProfile) -> tuple[LoadPlan, str] | None:
     """Another replica where one is missing or would help; one at a time per model."""
-    coming = [node for node in _available_holders(view, profile) if node.has_coming(profile.id)]
-    if coming or view.fleet.load_of(profile.id) is not None:
+    coming = [node for node in _available_holders(view, profile) if node.is_loading(profile.id)]
+    if coming or view.fleet.reservation_of(profile.id) is not None:
         return None
     serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
     if len(serving) < profile.replicas.min:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 from shared.errors import ServiceError, UpstreamError, anthropic_error_type, is_anthropic_path
 from shared.protocol import ErrorCode
 
+_RESPONSES: Final = b"/v1/responses"
+_NUMBER: Final = re.compile(rb'"sequence_number": ?(\d+)')
+
 MAX_QUOTED: Final = 2000
 """Characters to quote of an engine's error that is not JSON."""
 
 
-def error_event(path: bytes, error: ServiceError) -> bytes:
-    """The event for an error of cortex. Its `retry_after` (seconds) replaces the Retry-After header."""
+def error_event(path: bytes, error: ServiceError, *, sent: bytes = b"") -> bytes:
+    """The event for an error of cortex, after the events of an engine that end in `sent`. Its `retry_after` (seconds)
+    replaces the Retry-After header."""
     anthropic = is_anthropic_path(path)
     body = error.anthropic_body() if anthropic else error.body()
     if error.retry_after is not None:
         body["error"]["retry_after"] = error.retry_after
-    return _event(body, anthropic=anthropic)
+    return _event(path, body, sent)
 
 
 def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
@@ -30,15 +35,50 @@ def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
     if status >= 400 and isinstance(error, dict):
         if anthropic and given.get("type") != "error":
             given = {"type": "error", "error": {"type": anthropic_error_type(status), **_without_type(error)}}
-        return _event(given, anthropic=anthropic)
+        return _event(path, given)
     message = _message(status, given, body)
     ours = UpstreamError(message, code=ErrorCode.UPSTREAM_ERROR, status=status if status >= 400 else None)
     return error_event(path, ours)
 
 
-def _event(body: dict[str, Any], *, anthropic: bool) -> bytes:
-    data = json.dumps(body)
-    return f"event: error\ndata: {data}\n\n".encode() if anthropic else f"data: {data}\n\n".encode()
+def _event(path: bytes, body: dict[str, Any], sent: bytes = b"") -> bytes:
+    if is_anthropic_path(path):
+        return _named("error", body)
+    if path == _RESPONSES:
+        numbers = _NUMBER.findall(sent)
+        return _named("response.failed", _failed_response(body, int(numbers[-1]) + 1 if numbers else 0))
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+def _named(name: str, body: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(body)}\n\n".encode()
+
+
+def _failed_response(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """What Codex shows: it ignores an event without a `type`. `error` at the top makes the openai packages raise; their
+    models would otherwise need a `response.created` before it."""
+    error = body["error"]
+    response: dict[str, Any] = {
+        "id": "resp_failed",
+        "object": "response",
+        "status": "failed",
+        "error": {"code": _code(error), "message": str(error.get("message"))},
+        "incomplete_details": None,
+        "output": [],
+        "usage": None,
+    }
+    return {"type": "response.failed", "sequence_number": number, "response": response, **body}
+
+
+def _code(error: dict[str, Any]) -> str:
+    """cortex's code, or for an engine's error, whose `code` is the status, what OpenAI's API would say: Codex does not
+    repeat an `invalid_prompt`, and shortens the conversation after a `context_length_exceeded`."""
+    code = error.get("code")
+    if isinstance(code, str):
+        return code
+    if error.get("param") == "input_tokens":
+        return "context_length_exceeded"
+    return "invalid_prompt" if isinstance(code, int) and code < 500 else "server_error"
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 from cortex.http.connection import ClientConnection
 from cortex.http.event_stream import EVENT_STREAM_LINES, sign_of_life
 from cortex.http.request import Request
-from cortex.proxy.answer import id_lines
+from cortex.proxy.answer import own_lines
+from cortex.proxy.body.model_field import asks_for_stream
 from cortex.proxy.error_event import error_event
-from cortex.proxy.model_field import asks_for_stream
 from cortex.upstream.replica import WaitNote
 from shared.errors import ServiceError, is_anthropic_path, render
 
@@ -124,7 +124,7 @@ class KeepAliveStream:
         else:
             lines.append(b"content-type: application/json")
         lines += (
-            id_lines(request, self._request_id.encode()),
+            own_lines(request, self._request_id.encode()),
             b"x-cortex-cold-start: true" if self._cold else b"x-cortex-cold-start: false",
         )
         if note.node is not None:
@@ -152,5 +152,5 @@ class KeepAliveStream:
 
     def _current_note(self) -> WaitNote:
         if self.sent_to is not None:
-            return WaitNote(text=f"{self._model_id} on {self.sent_to} has the request", node=self.sent_to)
+            return WaitNote(text=f"request sent to {self._model_id} on {self.sent_to}", node=self.sent_to)
         return self._note(self._model_id) or WaitNote(text=f"waiting for {self._model_id}")

@@ -100,7 +100,7 @@ class SimulatedNeuron:
 
     def _report(self) -> None:
         """Reports the current state to the fleet, like a poll response."""
-        self._fleet.observe(
+        self._fleet.record_poll(
             self.node.name,
             started=asyncio.get_running_loop().time(),
             health=NeuronHealth(devices=[self._health(index) for index in range(len(self.node.gpus))]),

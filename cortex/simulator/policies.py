@@ -25,7 +25,7 @@ Choose = Callable[[PlanningView, Sequence["_DeviceSet"]], LoadPlan | None]
 
 def _first_come_first_served(choose: Choose) -> Policy:
     """Considers the waiting models in order of arrival; each takes the place that `choose` finds. Evicts idle models
-    only, whatever their priority and age, and never a pinned one. Adds and retires no replicas."""
+    only, whatever their priority and age, and never a pinned one. Adds and removes no replicas."""
 
     def schedule_loads(view: PlanningView) -> LoadSchedule:
         loads: list[LoadPlan] = []
@@ -39,7 +39,7 @@ def _first_come_first_served(choose: Choose) -> Policy:
             if not nodes:
                 rejected[model_id] = placement_error(view, model_id, all_verdicts(view, profile))
                 continue
-            here = [node for node in nodes if (model_id, node.name) not in view.fleet.leaving]
+            here = [node for node in nodes if (model_id, node.name) not in view.fleet.evicting]
             options = [option for node in here for option in _device_sets(view, profile, node)]
             plan = choose(view, options)
             if plan is None:
@@ -62,13 +62,13 @@ def _least_recently_used(view: PlanningView, options: Sequence[_DeviceSet]) -> L
         return max(with_memory, key=lambda option: option.spare_mb).plan()
     found: list[tuple[float, _DeviceSet, list[ResidentModel]]] = []
     for option in options:
-        leaving = option.choose_evictions(view, lambda each: max(each.last_used, each.loaded_at))
-        if leaving is not None:
-            found.append((max(max(each.last_used, each.loaded_at) for each in leaving), option, leaving))
+        evicting = option.choose_evictions(view, lambda each: max(each.last_used, each.loaded_at))
+        if evicting is not None:
+            found.append((max(max(each.last_used, each.loaded_at) for each in evicting), option, evicting))
     if not found:
         return None
-    _, option, leaving = min(found, key=lambda each: each[0])
-    return option.plan(leaving, view.now)
+    _, option, evicting = min(found, key=lambda each: each[0])
+    return option.plan(evicting, view.now)
 
 
 def _first_fit(view: PlanningView, options: Sequence[_DeviceSet]) -> LoadPlan | None:
@@ -79,9 +79,9 @@ def _first_fit(view: PlanningView, options: Sequence[_DeviceSet]) -> LoadPlan | 
         if not option.missing_mb:
             return option.plan()
     for option in ordered:
-        leaving = option.choose_evictions(view, lambda each: each.loaded_at)
-        if leaving is not None:
-            return option.plan(leaving, view.now)
+        evicting = option.choose_evictions(view, lambda each: each.loaded_at)
+        if evicting is not None:
+            return option.plan(evicting, view.now)
     return None
 
 
@@ -115,27 +115,27 @@ class _DeviceSet:
             chosen.append(each)
         if not self._suffice(chosen):
             return None
-        for each in reversed(list(chosen)):  # keep those that need not go, youngest first
+        for each in reversed(list(chosen)):  # youngest first: keep a model if evicting the others is enough
             rest = [other for other in chosen if other is not each]
             if self._suffice(rest):
                 chosen = rest
         return chosen
 
-    def plan(self, leaving: Sequence[ResidentModel] = (), now: float = 0.0) -> LoadPlan:
+    def plan(self, evicting: Sequence[ResidentModel] = (), now: float = 0.0) -> LoadPlan:
         return LoadPlan(
             model_id=self._model_id,
             node=self.node.name,
             devices=self.devices,
             device_share_mb=self._share_mb,
-            fit=Fit.AFTER_EVICTION if leaving else Fit.NOW,
+            fit=Fit.AFTER_EVICTION if evicting else Fit.NOW,
             spare_mb=self.spare_mb,
             reserve_mb=self._share_mb,
-            eviction_plan=EvictionPlan(tuple(Eviction(each, EvictionClass.IDLE, now) for each in leaving)),
+            eviction_plan=EvictionPlan(tuple(Eviction(each, EvictionClass.IDLE, now) for each in evicting)),
         )
 
-    def _suffice(self, leaving: Sequence[ResidentModel]) -> bool:
+    def _suffice(self, evicting: Sequence[ResidentModel]) -> bool:
         return all(
-            mb <= sum(each.frees_mb for each in leaving if index in each.devices)
+            mb <= sum(each.frees_mb for each in evicting if index in each.devices)
             for index, mb in self.missing_mb.items()
         )
 

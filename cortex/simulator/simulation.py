@@ -25,7 +25,7 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.fair_queue import LoadSchedule
-from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
@@ -35,13 +35,15 @@ from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.tasks import TaskSet, first_of
 
 RECENT_SECS = 60.0
 """Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
-"""After a rule's time is up, the policy decides at every look for this long: rounding may hide it from the first."""
+"""After a rule's time is up, the policy decides at every check for this long: rounding may hide it from the first
+check."""
 
 
 class SimulatedWorker:
@@ -53,10 +55,10 @@ class SimulatedWorker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> Mapping[Key, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.here
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
 
     async def refresh(self) -> None:
@@ -64,9 +66,9 @@ class SimulatedWorker:
 
 
 class ObservedPolicy:
-    """Counts a policy's evictions, and repeats its last turn while none of its inputs change.
+    """Counts a policy's evictions, and repeats its last schedule while its inputs are unchanged.
 
-    The scheduler looks every quarter of a second while a model waits for memory; most of those looks see no change.
+    The scheduler decides every quarter of a second while a model waits for memory; most of the time nothing changed.
     """
 
     def __init__(self, policy: Policy, counts: EventCounts) -> None:
@@ -155,7 +157,7 @@ class Simulation:
             fleet=self.fleet,
             live=live,
             clients=self.neurons,
-            watches=self.neurons,
+            pollers=self.neurons,
             counts=self._totals,
             metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
             settle_routes=self._worker.refresh,
@@ -172,7 +174,7 @@ class Simulation:
             clock=clock,
             policy=ObservedPolicy(policy, self.counts).as_policy(),
         )
-        self._ends: dict[Key, asyncio.TimerHandle] = {}
+        self._ends: dict[ReplicaKey, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._unfinished = len(self.requests)
         self._finished: asyncio.Future[None] = self._loop.create_future()
@@ -233,16 +235,16 @@ class Simulation:
     async def _wait(self, request: SimulatedRequest) -> None:
         """A cold request: waits for its model, as the resolver does."""
         request.cold = True
-        self._demand.arrived(request.model)
+        self._demand.record_request(request.model)
         until = request.at + self._timeout_secs
         try:
             with self._queue.ticket(request.model, self._scheduler.retry_after) as ticket:
-                self._scheduler.want(request.model)
+                self._scheduler.ensure_scheduled(request.model)
                 while True:
-                    await ticket.news(within_secs=until - self._loop.time())
+                    await ticket.wait(within_secs=until - self._loop.time())
                     if self._serve(request):
                         return
-                    self._scheduler.want(request.model)
+                    self._scheduler.ensure_scheduled(request.model)
         except (ServiceError, asyncio.TimeoutError):
             self._finish(request)
         except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting
@@ -270,7 +272,7 @@ class Simulation:
         self._expect_end(key)
         return True
 
-    def _expect_end(self, key: Key) -> None:
+    def _expect_end(self, key: ReplicaKey) -> None:
         """Sets the timer for the engine's next completion; a request that begins sooner moves it."""
         timer = self._ends.pop(key, None)
         if timer is not None:
@@ -279,7 +281,7 @@ class Simulation:
         if when is not None:
             self._ends[key] = self._loop.call_at(when, self._end, key)
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: ReplicaKey) -> None:
         engine = self._engine(key)
         request = engine.end_next(self._loop.time())
         self._worker.requests.remove(key)
@@ -294,7 +296,7 @@ class Simulation:
         if not self._unfinished:
             self._finished.set_result(None)
 
-    def _engine(self, key: Key) -> SimulatedEngine:
+    def _engine(self, key: ReplicaKey) -> SimulatedEngine:
         return self.neurons[key[1]].engines[key[0]]
 
 

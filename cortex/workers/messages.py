@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import Key
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from shared.errors import ServiceError
 
 
@@ -67,6 +66,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     param: str | None
     retry_after: int | None
     extra: dict[str, Any]
+    permanent: bool
 
 
 class Notes(msgspec.Struct, frozen=True, tag=True):
@@ -127,16 +127,25 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 FromWorker = Ready | Resolve | CancelResolve | InFlightNow | Counted
 
 
-def counts_to_wire(counts: Mapping[Key, int]) -> list[tuple[str, str, int]]:
+def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:
     return [(model_id, node, count) for (model_id, node), count in counts.items()]
 
 
-def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[Key, int]:
+def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[ReplicaKey, int]:
     return {(model_id, node): count for model_id, node, count in counts}
 
 
 def error_to_wire(number: int, error: ServiceError) -> Refused:
-    return Refused(number, error.status, error.message, error.code, error.param, error.retry_after, error.extra)
+    return Refused(
+        number,
+        error.status,
+        error.message,
+        error.code,
+        error.param,
+        error.retry_after,
+        error.extra,
+        error.permanent,
+    )
 
 
 def error_from_wire(refused: Refused) -> ServiceError:
@@ -147,4 +156,5 @@ def error_from_wire(refused: Refused) -> ServiceError:
         retry_after=refused.retry_after,
         extra=refused.extra,
         status=refused.status,
+        permanent=refused.permanent,
     )

@@ -14,7 +14,7 @@ from neuron import errors as failures
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
 from neuron.lifecycle.events import Event, EventSubscriber
-from neuron.lifecycle.failure_cause import because, cause_of
+from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
 from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_capacities
 from neuron.metrics import CONTENT_TYPE
@@ -73,7 +73,7 @@ async def load(request: web.Request) -> web.Response:
             return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
         await load_request.loaded()
     except ServiceError as error:
-        error.extra = {**error.extra, **because(cause_of(error))}
+        error.extra = {**error.extra, **because(cause_of(error), permanent=is_permanent(error))}
         raise
     return reply(_loaded(request, command.model_id))
 

@@ -48,9 +48,9 @@ def table_of(reply: EstimateReply) -> str:
 def _head(reply: EstimateReply) -> list[str]:
     length = f"{reply.sequences} sequence{'' if reply.sequences == 1 else 's'} of {reply.max_model_len:,} tokens"
     return [
-        f"model    {reply.model}  ({reply.architecture or 'architecture not told'})",
+        f"model    {reply.model}  ({reply.architecture or 'unknown architecture'})",
         f"weights  {reply.basis}",
-        f"room     for {length} at once, on {_devices(reply.split_over)}",
+        f"context  {length} at once, on {_devices(reply.split_over)}",
     ]
 
 
@@ -65,8 +65,8 @@ def _sum(reply: EstimateReply) -> list[str]:
 
 def _total(reply: EstimateReply) -> EstimateLine:
     missing = sum(line.total_mb is None for line in reply.lines)
-    how = "MiB" if not missing else f"MiB, and {missing} not known"
-    return EstimateLine(what="together", device_mb=reply.device_mb, total_mb=reply.total_mb, how=how)
+    how = "MiB" if not missing else f"MiB, and {missing} unknown"
+    return EstimateLine(what="total", device_mb=reply.device_mb, total_mb=reply.total_mb, how=how)
 
 
 def _options(reply: EstimateReply) -> list[str]:
@@ -76,9 +76,9 @@ def _options(reply: EstimateReply) -> list[str]:
         said = "fits" if option.fits else option.reason or ""
         lines.append(f"{_devices(option.tensor_parallel):>10}  {text}  {said}".rstrip())
     if not reply.host_devices:
-        return [*lines, "There is no GPU here to compare with."]
+        return [*lines, "This host has no GPU to compare with."]
     if reply.tensor_parallel is None:
-        return [*lines, "It fits on no number of this host's devices."]
+        return [*lines, "It does not fit on this host's devices."]
     return [*lines, f"The smallest tensor-parallel size that fits here: {reply.tensor_parallel}"]
 
 

@@ -133,9 +133,9 @@ def _unusable(method: str | None) -> Iterator[str]:
 def _uncounted(model: Architecture) -> tuple[str, ...]:
     unknown = [f"weights: {part} (no safetensors file to measure it)" for part in model.other_parts]
     if not model.vocabulary:
-        unknown.append("weights: embeddings, since config.json tells no vocab_size")
+        unknown.append("weights: embeddings, since config.json has no vocab_size")
     if not model.intermediate and (model.experts is None or len(model.experts.layers) < model.layers):
-        unknown.append("weights: feed-forward layers, since config.json tells no intermediate_size")
+        unknown.append("weights: feed-forward layers, since config.json has no intermediate_size")
     others = model.count(LayerKind.STATE) + (model.count(LayerKind.LINEAR) if model.linear is None else 0)
     if others:
         unknown.append(f"weights: {others} layers without attention (no safetensors file to measure them)")

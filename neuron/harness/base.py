@@ -134,6 +134,10 @@ class Harness(ABC):
         """The error that made the engine exit, from its last output lines; None when they name none."""
         return None
 
+    def is_permanent(self, error: str, *, path_missing: bool) -> bool:
+        """True if the same engine would fail on this host again, whenever it is started. Arguments: see `cause_of`."""
+        return False
+
     def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
         """Whether the host or the model is at fault for an error that `root_cause` found. `path_missing` True when the
         model is a path that does not exist on this host."""

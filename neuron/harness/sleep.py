@@ -26,7 +26,7 @@ class SleepControl(ABC):
 
     @abstractmethod
     async def wake(self, http: aiohttp.ClientSession, url: str, control_key: str) -> None:
-        """Returns when the engine serves; at once when it is awake.
+        """Returns when the engine serves; immediately when it is awake.
 
         Raises:
             WakeFailed: it does not serve, and what it holds is unknown: kill it.

@@ -33,9 +33,14 @@ def cause_of(error: ServiceError) -> FailureCause:
     return _BY_CODE.get(error.code, FailureCause.UNKNOWN)
 
 
-def because(cause: FailureCause) -> dict[str, str]:
+def because(cause: FailureCause, *, permanent: bool = False) -> dict[str, str | bool]:
     """The value for `extra` of an error."""
-    return {"cause": cause.value}
+    return {"cause": cause.value, "permanent": True} if permanent else {"cause": cause.value}
+
+
+def is_permanent(error: ServiceError) -> bool:
+    """True if the load would fail here again: as set with `because`, or since the model is at fault."""
+    return error.extra.get("permanent") is True or cause_of(error) is FailureCause.MODEL
 
 
 def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> FailureCause:
@@ -47,6 +52,14 @@ def cause_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, pa
     if error is None:
         return FailureCause.NODE if path_missing else FailureCause.UNKNOWN
     return harness.cause_of(error, path_missing=path_missing)
+
+
+def is_permanent_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> bool:
+    """True if an engine that ended by itself would do so again. Arguments: see `cause_of_end`."""
+    if code == -signal.SIGKILL:
+        return False
+    error = harness.root_cause(lines)
+    return path_missing if error is None else harness.is_permanent(error, path_missing=path_missing)
 
 
 def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:

@@ -68,12 +68,13 @@ class ModelState:
         error: str | None = None,
         cause: FailureCause | None = None,
         retry_at: float | None = None,
+        permanent: bool = False,
     ) -> None:
         now = time.time()
         if state is not self.state:
             log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
             self.transitions.append(Transition(state=state.value, at=now, reason=reason))
-        self.condition = Condition(state, now, reason, progress, error, cause, retry_at)
+        self.condition = Condition(state, now, reason, progress, error, cause, retry_at, permanent)
         self.publish()
 
     def show(self, progress: Progress) -> None:
@@ -114,6 +115,7 @@ class ModelState:
             pid=None if engine is None else engine.process.pid,
             failures=self.restarts.failures,
             retry_at=condition.retry_at,
+            permanent=condition.permanent or None,
             vram_booked_mb=0 if placement is None else self._ledger.promised_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)

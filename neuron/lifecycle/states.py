@@ -47,7 +47,7 @@ _STATUS = {
 @dataclass(frozen=True)
 class Condition:
     """A state and its details. `since` is Unix time; `error` is why the engine failed, `cause` whose fault that is,
-    `retry_at` (Unix time) when it is restarted."""
+    `permanent` whether it would fail again, `retry_at` (Unix time) when it is restarted."""
 
     state: State
     since: float
@@ -56,6 +56,7 @@ class Condition:
     error: str | None = None
     cause: FailureCause | None = None
     retry_at: float | None = None
+    permanent: bool = False
 
 
 @dataclass(frozen=True)

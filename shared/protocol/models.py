@@ -64,6 +64,7 @@ class ModelView(WireModel):
 
     A protocol v1 neuron omits the fields that default to None. `state` is a finer `status`, with its `reason`. `cause`
     classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
+    `permanent`: true for a failure that another start there would not heal.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`.
     """
@@ -81,6 +82,7 @@ class ModelView(WireModel):
     reason: str | None = None
     cause: str | None = None
     retry_at: float | None = None
+    permanent: bool | None = None
     vram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None

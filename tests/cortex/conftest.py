@@ -24,6 +24,8 @@ from cortex.config.settings import CortexConfig
 from cortex.control.wiring import Parts, running_control
 from shared.serve import Site, bind, serving
 from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.raw_engine import RawEngine
+from tests.cortex.raw_http import RawClient, connected
 
 
 @dataclass
@@ -102,3 +104,25 @@ async def beast() -> AsyncIterator[V1Neuron]:
     """A protocol v1 neuron with two 32 GB cards."""
     async with V1Neuron("beast", 32000, 32000).running() as neuron:
         yield neuron
+
+
+@pytest.fixture
+async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
+    """Benjy's engine, which has org/small loaded and answers with the bytes of the test's script."""
+    async with RawEngine().running() as engine:
+        benjy.models["org/small"] = "loaded"
+        benjy.engine_url = engine.url
+        yield engine
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
+    """A cortex in front of `engine`. Many modules have one of their own."""
+    return await start_cortex([benjy], [{"id": "org/small"}])
+
+
+@pytest.fixture
+async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
+    """A connection to `cortex`."""
+    async with connected(cortex.url) as client:
+        yield client

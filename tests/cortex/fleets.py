@@ -114,9 +114,9 @@ def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
 
 
 def fleet(
-    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), leaving: tuple[tuple[str, str], ...] = ()
+    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, str], ...] = ()
 ) -> FleetSnapshot:
-    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(leaving))
+    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(evicting))
 
 
 BEAST = node("beast", 32607, 32607)

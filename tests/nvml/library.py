@@ -26,7 +26,7 @@ SINGLE_SWITCH, HOST_BRIDGE = 10, 30
 
 
 def build_library(directory: Path, *, old_driver: bool = False) -> dict[str, str]:
-    """Compiles the library into `directory` unless it is there; the environment that makes a child find it.
+    """Compiles the library into `directory` unless it exists. Returns the environment with which a child finds it.
 
     With `old_driver`, functions that drivers before 510 lack are really absent. Skips the test without a C compiler.
     """
@@ -49,7 +49,7 @@ def build_library(directory: Path, *, old_driver: bool = False) -> dict[str, str
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a scenario; `figures` are further keys, and `None` there takes a figure away."""
+    """One GPU of a scenario; `figures` are further keys; `None` removes one."""
 
     name: str = "NVIDIA GeForce RTX 5090"
     total_mib: int = 32607
@@ -88,7 +88,7 @@ def pci_bus_id_of(index: int) -> str:
 
 
 def write_scenario(path: Path, gpus: tuple[Gpu, ...] = (), **keys: object) -> dict[str, str]:
-    """Puts the hardware in place at once, also for processes that are running; the environment that names it.
+    """Replaces the hardware atomically, for running processes too. Returns the environment that names it.
 
     `keys` are further keys of nvml.c, with `__` for a dot (`topology__0__1=10`).
     """

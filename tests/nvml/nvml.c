@@ -1,7 +1,7 @@
 /* A libnvidia-ml.so.1 whose hardware is a text file, for tests of the real nvidia-ml-py.
  *
- * FAKE_NVML_FILE names the file: lines of `key value`, written by library.py. It is read anew at each call, so that
- * hardware changes while a process runs. Layouts and codes are those of nvml.h.
+ * FAKE_NVML_FILE names the file: lines of `key value`, written by library.py. Each call reads it again, so that
+ * hardware can change while a process runs. Layouts and codes are those of nvml.h.
  *
  *   init CODE                    what nvmlInit returns
  *   count N                      GPUs

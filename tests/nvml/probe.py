@@ -1,4 +1,4 @@
-"""A real process with an `NvmlTopologySource`: reads a command a line, answers each with a line of JSON.
+"""A real process with an `NvmlTopologySource`: reads one command a line and answers each with a line of JSON.
 
 Commands: discover, health, processes, and gap (the longest time in seconds that the event loop stood still during a
 `health`, and the time that call took).
@@ -39,7 +39,7 @@ class Probe:
 
 @contextmanager
 def probing(environment: Mapping[str, str]) -> Iterator[Probe]:
-    """A probe with these variables; it must end by itself, with status 0, when its input ends."""
+    """A probe with these environment variables, which must exit with status 0 when its input ends."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.nvml.probe"],
         cwd=REPOSITORY,

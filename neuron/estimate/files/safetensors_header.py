@@ -50,10 +50,10 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
     Raises:
         ModelFilesInvalid: it is not a safetensors file, or it is truncated.
     """
-    header, room = _read_header(path)
+    header, data_bytes = _read_header(path)
     for name, entry in header.items():
         if name != "__metadata__":
-            yield _tensor(path, name, entry, room)
+            yield _tensor(path, name, entry, data_bytes)
 
 
 def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _tensor(path: Path, name: str, entry: Any, room: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: Any, data_bytes: int) -> Tensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -113,8 +113,8 @@ def _tensor(path: Path, name: str, entry: Any, room: int) -> Tensor:
     # A 64-bit limit on each, so that their product is computed in no time.
     if not isinstance(dtype, str) or len(sizes) > 18 or not all(_is_size(size) for size in sizes) or begin > end:
         raise ModelFilesInvalid(f"{path}: {name[:120]!r} has no plausible dtype, shape and data_offsets")
-    if end > room:
-        raise ModelFilesInvalid(f"{path} is truncated: {name[:120]!r} ends at byte {end} of {room}")
+    if end > data_bytes:
+        raise ModelFilesInvalid(f"{path} is truncated: {name[:120]!r} ends at byte {end} of {data_bytes}")
     tensor = Tensor(name, dtype, tuple(shape), end - begin)
     if dtype in BITS and tensor.stored_bytes != -(-tensor.numbers * BITS[dtype] // 8):
         raise ModelFilesInvalid(

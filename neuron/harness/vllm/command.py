@@ -11,7 +11,7 @@ from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_argument
 from neuron.harness.vllm.code_arguments import code_argument
-from neuron.harness.vllm.errors import cause_of, root_cause
+from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
@@ -85,6 +85,9 @@ class VllmHarness(Harness):
 
     def cause_of(self, error: str, *, path_missing: bool) -> FailureCause:
         return cause_of(error, path_missing=path_missing)
+
+    def is_permanent(self, error: str, *, path_missing: bool) -> bool:
+        return is_permanent(error, path_missing=path_missing)
 
 
 def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:

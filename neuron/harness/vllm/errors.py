@@ -38,6 +38,10 @@ _NODE = re.compile(
     r"|LocalEntryNotFoundError|OfflineMode|ConnectionError|ConnectTimeout|ReadTimeout|couldn't connect to"
     r"|Failed core proc\(s\): \{[^}]*: -9\b"  # the kernel's OOM killer took the core
 )
+# The engine filled the memory that was booked for it. (What other processes take is "Free memory on device".)
+_OWN_MEMORY = re.compile(
+    r"CUDA out of memory|No available memory for the cache blocks|larger than the available KV cache memory"
+)
 _MODEL = re.compile(
     r"[Aa]rchitectures? .*not supported|does not recognize this architecture|has no vLLM implementation"
     r"|not supported in-tree|Unrecognized model in |should have a `model_type` key|No supported config format"
@@ -47,6 +51,7 @@ _MODEL = re.compile(
     r"|must be divisible by tensor parallel size|trust_remote_code|Cannot find any model weights"
     r"|RepositoryNotFoundError|RevisionNotFoundError|RemoteEntryNotFoundError|HFValidationError"
     r"|not a valid model identifier|Invalid repository ID or local directory"
+    r"|invalid (?:tool call|reasoning) parser"
 )
 
 
@@ -92,6 +97,16 @@ def cause_of(error: str, *, path_missing: bool) -> FailureCause:
     if path_missing or _NODE.search(error):
         return FailureCause.NODE
     return FailureCause.MODEL if _MODEL.search(error) else FailureCause.UNKNOWN
+
+
+def is_permanent(error: str, *, path_missing: bool) -> bool:
+    """True for an error from `root_cause` that the next start on this host meets too: a wrong path, argument or model,
+    or a share of memory that is too small for the model."""
+    return (
+        path_missing
+        or _OWN_MEMORY.search(error) is not None
+        or cause_of(error, path_missing=False) is FailureCause.MODEL
+    )
 
 
 def split_record(line: str) -> tuple[re.Match[str] | None, str]:

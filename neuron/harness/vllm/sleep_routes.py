@@ -29,8 +29,8 @@ async def sleep(
     Running requests have 10 s to finish.
 
     Raises:
-        Conflict: `sleep_unsupported`, sleep mode is off; `model_busy`, it still has requests. It goes on as before.
-        SleepFailed: it does not sleep, and goes on as before.
+        Conflict: `sleep_unsupported`, sleep mode is off; `model_busy`, it still has requests. It continues as before.
+        SleepFailed: it does not sleep, and continues as before.
         SleepUnsettled: it did not answer, and may be falling asleep.
     """
     path = f"/sleep?level={level}&mode=wait"
@@ -51,7 +51,7 @@ async def sleep(
 
 
 async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeout_secs: float = WAKE_SECS) -> None:
-    """Returns when the engine at `url` serves; at once when it is awake.
+    """Returns when the engine at `url` serves; immediately when it is awake.
 
     Raises:
         WakeFailed: it does not, usually because its memory was taken meanwhile. What it holds is unknown: kill it.

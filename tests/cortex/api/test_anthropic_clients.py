@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
@@ -22,12 +21,6 @@ NAMES = [*(f"org/m{number}" for number in range(5)), "large"]
 async def cortex(start_cortex: StartCortex, benjy: V1Neuron) -> RunningCortex:
     benjy.models["org/m0"] = "loaded"
     return await start_cortex([benjy], MODELS, aliases={"large": "org/m4"})
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 async def got(client: RawClient, target: str, *lines: str) -> tuple[int, Any]:

@@ -37,7 +37,7 @@ MODELS = ["small", "large", "pinned", "never", "only/there"]
 
 
 def observed(fleet: Fleet, name: str, devices: int, models: dict[str, str], instance: str = "one") -> None:
-    fleet.observe(
+    fleet.record_poll(
         name,
         started=float("inf"),
         health=NeuronHealth(),
@@ -64,13 +64,13 @@ def test_cached_list_equals_a_new_one(monkeypatch: pytest.MonkeyPatch, block: in
                 listed = {m: chance.choice(statuses) for m in chance.sample(MODELS, chance.randrange(4))}
                 observed(fleet, name, chance.choice([1, 2]), listed, chance.choice(["one", "two"]))
             case 1:
-                fleet.tell(
+                fleet.update_model(
                     name, ModelView(id=model, status=chance.choice(statuses), vram_used_mb=chance.choice([0, 5]))
                 )
             case 2:
-                fleet.forget(name, model)
+                fleet.remove_model(name, model)
             case 3:
-                fleet.miss(name, "away")
+                fleet.record_miss(name, "away")
             case _:
                 fleet.set_draining(name, chance.choice([True, False]))
         snapshot = fleet.snapshot()
@@ -87,7 +87,7 @@ def test_irrelevant_polls_keep_the_cached_list() -> None:
     observed(fleet, "a", 2, {"small": "loaded"})
     blocks = kept.blocks(CATALOGUE, fleet.snapshot(), created=7)
     health = NeuronHealth.model_validate({"devices": [{"index": 0, "vram_used_mb": 5}]})
-    fleet.observe("a", started=float("inf"), health=health, models=None, discovery=None)
+    fleet.record_poll("a", started=float("inf"), health=health, models=None, discovery=None)
     fleet.set_draining("a", True)
     assert kept.blocks(CATALOGUE, fleet.snapshot(), created=7) is blocks
     observed(fleet, "a", 2, {"small": "loaded"}, instance="two")
@@ -114,15 +114,15 @@ async def test_first_change_is_sent_at_once_and_many_together(start_cortex: Star
     assert (await anext(heard))["nodes"][0]["name"] == "benjy"
     await asyncio.sleep(2 * MIN_INTERVAL_SECS)
     began = time.monotonic()
-    fleet.tell("benjy", ModelView(id="m", status="loading"))
+    fleet.update_model("benjy", ModelView(id="m", status="loading"))
     assert [model["status"] for model in (await anext(heard))["nodes"][0]["models"]] == ["loading"]
     assert time.monotonic() - began < MIN_INTERVAL_SECS
     told = 0
     while time.monotonic() - began < 1.0:
         told += 1
-        fleet.tell("benjy", ModelView(id="m", status="loading", vram_used_mb=told))
+        fleet.update_model("benjy", ModelView(id="m", status="loading", vram_used_mb=told))
         await asyncio.sleep(0.005)
-    fleet.tell("benjy", ModelView(id="m", status="loaded"))
+    fleet.update_model("benjy", ModelView(id="m", status="loaded"))
     count, last = 0, ""
     while last != "loaded":
         count, last = count + 1, (await anext(heard))["nodes"][0]["models"][0]["status"]

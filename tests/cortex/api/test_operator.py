@@ -40,14 +40,14 @@ async def test_unload_waits_for_requests_in_flight(start_cortex: StartCortex, be
     request = asyncio.create_task(chat(cortex))
     await answer.entered.wait()
     unloading = asyncio.create_task(unload(cortex))
-    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().leaving))
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().evicting))
     assert benjy.unloads == []
     answer.gate.set()
     assert await request == (200, {"whole": True})
     status, body = await unloading
     assert (status, body["results"]) == (200, [{"node": "benjy", "status": "unloaded"}])
     assert benjy.unloads == ["org/small"]
-    assert not cortex.parts.fleet.snapshot().leaving
+    assert not cortex.parts.fleet.snapshot().evicting
 
 
 async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, benjy: V1Neuron) -> None:

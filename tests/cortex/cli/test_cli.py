@@ -138,8 +138,7 @@ async def test_explain(cortex: RunningCortex) -> None:
     assert result.status == 0
     head, because, _, *rows = result.out.splitlines()
     assert (
-        because
-        == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by a path that is not known"
+        because == "  devices: device 0 has 32000 MiB free, device 1 has 32000 MiB free; connected by an unknown path"
     )
     assert head.startswith("org/large: load on beast, devices [0, 1]: beast: fits now")
     assert rows[0].split() == ["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"]

@@ -46,7 +46,7 @@ def _queue(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock:
     return Queue(queue, retry_after)
 
 
-def test_a_full_room_refuses_with_when_to_come_back() -> None:
+def test_a_full_queue_refuses_with_a_retry_delay() -> None:
     """429, from what the load still takes; another model's room has seats."""
     queue = _queue()
     with queue.ticket("m"), queue.ticket("m"):
@@ -59,7 +59,7 @@ def test_a_full_room_refuses_with_when_to_come_back() -> None:
 
 
 @pytest.mark.parametrize(("secs", "told"), [(-5.0, 1), (0.0, 1), (0.2, 1), (60.0, 60)])
-def test_when_to_come_back_is_never_now(secs: float, told: int) -> None:
+def test_the_retry_delay_is_never_zero(secs: float, told: int) -> None:
     """A load that should have ended already is nearly there."""
     queue = _queue(per_model=1, retry_after=secs)
     with queue.ticket("m"), pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
@@ -77,7 +77,7 @@ def test_all_queue_together_are_bounded() -> None:
         assert "d" not in queue.waiting()
 
 
-def test_a_seat_that_is_given_up_is_the_next_ones() -> None:
+def test_a_returned_ticket_is_available_again() -> None:
     """A ticket is released after an error too."""
     queue = _queue(per_model=1, total=1)
     for _ in range(3):
@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
 
     async def wait() -> None:
         with queue.ticket("m") as seat:
-            await seat.news(within_secs=60)
+            await seat.wait(within_secs=60)
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
@@ -105,7 +105,7 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
     assert queue.count("m") == 0
 
 
-def test_a_room_has_been_waited_in_since_its_first() -> None:
+def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
     """While requests wait; an empty queue forgets."""
     clock = Clock()
     queue = _queue(clock=clock)
@@ -120,47 +120,47 @@ def test_a_room_has_been_waited_in_since_its_first() -> None:
         assert queue.waiting() == {"m": WaitingRequests(1, 1005.0)}
 
 
-async def test_news_wake_all_who_wait_for_the_model() -> None:
+async def test_a_notification_wakes_every_request_for_the_model() -> None:
     """And no others."""
     queue = _queue()
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
-        queue.news("m")
-        await one.news(within_secs=1)
-        await two.news(within_secs=1)
+        queue.notify("m")
+        await one.wait(within_secs=1)
+        await two.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await other.news(within_secs=0.01)
+            await other.wait(within_secs=0.01)
 
 
-async def test_what_was_told_while_nobody_listened_is_kept() -> None:
+async def test_a_notification_between_two_waits_is_kept() -> None:
     """Once: it is news no more when it has been heard."""
     queue = _queue()
     with queue.ticket("m") as seat:
-        queue.news("m")
-        await seat.news(within_secs=1)
+        queue.notify("m")
+        await seat.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await seat.news(within_secs=0.01)
+            await seat.wait(within_secs=0.01)
 
 
-async def test_a_refusal_reaches_all_who_wait() -> None:
+async def test_a_refusal_reaches_every_waiting_request() -> None:
     """Each is told why."""
     queue = _queue()
 
     async def hears(seat: Ticket) -> str | None:
         try:
-            await seat.news(within_secs=1)
+            await seat.wait(within_secs=1)
         except Unavailable as error:
             return error.code
         return None
 
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
-        queue.news("x")
+        queue.notify("x")
         assert await asyncio.gather(*(map(hears, (one, two, other)))) == ["cold_load_failed", "cold_load_failed", None]
 
 
-def test_news_for_a_model_that_nobody_waits_for() -> None:
+def test_a_notification_for_a_model_without_requests() -> None:
     """Nothing happens."""
     queue = _queue()
-    queue.news("m")
+    queue.notify("m")
     queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
     assert queue.waiting() == {}

@@ -125,7 +125,7 @@ async def test_operator_joins_the_load_of_a_request(
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
-async def test_model_on_its_way_is_waited_for(
+async def test_a_request_waits_for_a_load_in_progress(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, status: str
 ) -> None:
     """A load started by another client counts: nothing is placed elsewhere or loaded twice."""
@@ -160,7 +160,7 @@ async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: V1Neu
         assert response.status == 200
 
 
-async def test_load_that_somebody_else_began_is_waited_for(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+async def test_a_request_waits_for_a_load_of_another_client(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The neuron is loading the model with another spec, unknown to cortex so far: no failure, a wait."""
     benjy.load_error = 409, {"error": {"message": "being loaded with another quant", "code": "load_in_progress"}}
     cortex = await start_cortex([benjy], [SMALL])
@@ -225,7 +225,7 @@ async def test_load_that_takes_too_long_is_given_up(start_cortex: StartCortex, b
         assert (await response.json())["error"]["code"] == "cold_load_failed"
 
 
-async def test_operator_loads_in_spite_of_the_backoff(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+async def test_an_operators_load_ignores_the_backoff(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """`POST /fleet/load` after a failure tries again at once, and requests are served then."""
     benjy.load_error = 500, {"error": "no"}
     cortex = await start_cortex([benjy], [SMALL])
@@ -247,7 +247,7 @@ async def test_operator_unloads(start_cortex: StartCortex, benjy: V1Neuron) -> N
     assert benjy.unloads == ["org/small"]
 
 
-async def test_a_cortex_that_has_just_started_first_looks_around(
+async def test_a_starting_cortex_polls_before_it_loads(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """A request that comes before a neuron was asked waits for its answer: the model may be loaded there."""
@@ -263,7 +263,7 @@ async def test_a_cortex_that_has_just_started_first_looks_around(
     assert (beast.loads, benjy.loads) == ([], [])
 
 
-async def test_a_neuron_that_is_away_at_the_start_is_not_waited_for(
+async def test_a_starting_cortex_does_not_wait_for_a_neuron_that_is_down(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
     """One missed poll is enough."""
@@ -279,7 +279,7 @@ async def _status(request: object) -> int:
         return int(response.status)
 
 
-async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) -> None:
+async def test_a_model_that_starts_to_wake_late(start_cortex: StartCortex) -> None:
     """The model may still be falling asleep: being listed as asleep meanwhile does not fail the load."""
     async with RawNeuron().running() as neuron:
         neuron.change("org/small", "sleeping")
@@ -299,9 +299,7 @@ async def test_a_model_that_is_slow_to_begin_to_wake(start_cortex: StartCortex) 
             assert response.status == 200, await response.text()
 
 
-async def test_a_neuron_that_loads_and_has_not_is_not_asked_without_end(
-    start_cortex: StartCortex, benjy: V1Neuron
-) -> None:
+async def test_a_neuron_that_loses_its_loads_is_not_asked_forever(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """Its answer to a load is that it has the model already, which it does not list as loaded."""
     benjy.models["org/small"] = "stopping"
     benjy.load_error = (400, {"error": "the model is already loaded"})

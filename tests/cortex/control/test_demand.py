@@ -7,8 +7,9 @@ import pytest
 from cortex.control.demand import MEMORY_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight, Key
+from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 
@@ -25,10 +26,10 @@ class Worker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> dict[Key, int]:
+    def in_flight_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.here
 
-    def begun_here(self) -> dict[Key, int]:
+    def begun_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.begun
 
     async def refresh(self) -> None: ...
@@ -74,9 +75,7 @@ def attached(counts: CountTotals) -> Worker:
     return worker
 
 
-def test_a_request_between_two_samples_is_seen_by_whoever_looks(
-    demand: Demand, counts: CountTotals, clock: Moment
-) -> None:
+def test_a_request_between_two_samples_is_counted(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     """A model that was used half a second ago is not idle."""
     worker = attached(counts)
     sample(demand)
@@ -86,9 +85,7 @@ def test_a_request_between_two_samples_is_seen_by_whoever_looks(
     assert demand.usages()[KEY].in_flight == 0
 
 
-def test_each_request_is_counted_once_however_often_one_looks(
-    demand: Demand, counts: CountTotals, clock: Moment
-) -> None:
+def test_each_request_is_counted_once_over_many_samples(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     worker = attached(counts)
     for _ in range(3):
         worker.serve(times=2)
@@ -97,7 +94,7 @@ def test_each_request_is_counted_once_however_often_one_looks(
     assert demand.per_minute()["m"] == pytest.approx(6 * 60 / MEMORY_SECS)
 
 
-def test_a_worker_that_ends_takes_no_demand_along(demand: Demand, counts: CountTotals, clock: Moment) -> None:
+def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     """Nor do those of the one in its place count less."""
     old, other = attached(counts), attached(counts)
     old.serve(times=5)
@@ -140,7 +137,9 @@ def reported(**activity: int | None) -> FleetSnapshot:
         ({"ended": 4}, {"ended": 4, "queue_depth": 1}, True),
     ],
 )
-def test_what_engines_report_is_use(before: dict[str, int | None], after: dict[str, int | None], used: bool) -> None:
+def test_requests_reported_by_engines_count_as_use(
+    before: dict[str, int | None], after: dict[str, int | None], used: bool
+) -> None:
     """So that no cortex takes a model for idle which another one sends requests to."""
     now = 100.0
     demand = Demand(CountTotals(), clock=lambda: now)

@@ -159,7 +159,7 @@ async def test_second_refusal_is_passed_unchanged(one: RunningCortex, engine: Ra
     assert len(engine.requests) == 2
 
 
-async def test_model_that_has_left_is_loaded_again(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
+async def test_an_unloaded_model_is_loaded_again(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
     """The 503 came from an engine on its way down: its neuron says so, and the request waits for the reload."""
     await answered_by(one, "beast")
 

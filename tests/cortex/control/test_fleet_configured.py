@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet, NodeLeft
+from cortex.fleet.state import Fleet, NodeRemoved
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 
@@ -22,10 +22,10 @@ def configure(fleet: Fleet, *names: str, drained: tuple[str, ...] = (), **endpoi
 
 def poll(fleet: Fleet, name: str, *models: str) -> None:
     views = [ModelView(id=model, status="loaded") for model in models]
-    fleet.observe(name, started=float("inf"), health=NeuronHealth(), models=views, discovery=Discovery())
+    fleet.record_poll(name, started=float("inf"), health=NeuronHealth(), models=views, discovery=Discovery())
 
 
-def test_those_that_stay_are_the_same_objects() -> None:
+def test_neurons_that_stay_keep_their_state() -> None:
     """Their state is kept when other neurons come or go."""
     fleet = fleet_of("a", "b")
     poll(fleet, "a", "m")
@@ -52,21 +52,21 @@ def test_holders_follow_the_new_order() -> None:
     assert snapshot.holders("m") == FleetSnapshot(snapshot.nodes).holders("m")
 
 
-def test_what_is_heard_of_one_that_left_is_passed_over() -> None:
+def test_reports_about_a_removed_neuron_are_ignored() -> None:
     """A poll or a load that ends too late."""
     fleet = fleet_of("a")
     configure(fleet)
     version = fleet.version
     poll(fleet, "a", "m")
-    fleet.miss("a", "gone")
-    fleet.tell("a", ModelView(id="m", status="loaded"))
-    fleet.forget("a", "m")
+    fleet.record_miss("a", "gone")
+    fleet.update_model("a", ModelView(id="m", status="loaded"))
+    fleet.remove_model("a", "m")
     fleet.loaded("a", "m", harness=None, devices=[])
     assert fleet.version == version
     assert not fleet.snapshot().nodes
 
 
-async def test_who_waits_for_one_that_left_is_woken() -> None:
+async def test_a_wait_for_a_removed_neuron_ends() -> None:
     """Both kinds of wait; a wait for another neuron goes on."""
     fleet = fleet_of("a", "b")
     left = asyncio.create_task(fleet.until("a", lambda node: node.healthy))
@@ -74,7 +74,7 @@ async def test_who_waits_for_one_that_left_is_woken() -> None:
     change = asyncio.create_task(fleet.changed_since(fleet.version))
     await asyncio.sleep(0)
     configure(fleet, "b")
-    with pytest.raises(NodeLeft):
+    with pytest.raises(NodeRemoved):
         await left
     await change
     assert not stays.done()
@@ -82,7 +82,7 @@ async def test_who_waits_for_one_that_left_is_woken() -> None:
     assert (await stays).name == "b"
 
 
-async def test_routes_to_one_that_left_have_changed() -> None:
+async def test_routes_change_when_a_neuron_is_removed() -> None:
     """All of them, and no others."""
     fleet = fleet_of("a", "b")
     poll(fleet, "a", "m", "n")
@@ -92,18 +92,18 @@ async def test_routes_to_one_that_left_have_changed() -> None:
         assert await changes.next() == {"m", "n"}
 
 
-def test_one_that_moves_is_the_same_until_it_says_otherwise() -> None:
+def test_a_neuron_keeps_its_state_at_a_new_endpoint() -> None:
     """At another endpoint it serves on; its misses were the old one's."""
     fleet = fleet_of("a")
     poll(fleet, "a", "m")
-    fleet.miss("a", "old address")
+    fleet.record_miss("a", "old address")
     configure(fleet, "a", a="http://elsewhere")
     node = fleet.snapshot().nodes["a"]
     assert (node.endpoint, node.healthy, node.misses, node.last_error) == ("http://elsewhere", True, 0, None)
     assert list(node.models) == ["m"]
 
 
-def test_drained_is_who_was_drained_when_it_comes() -> None:
+def test_a_drained_neuron_is_drained_when_it_is_added_again() -> None:
     """At the start, and later; one that is there already is as the operator last said."""
     fleet = Fleet([("a", "http://a"), ("b", "http://b")], unhealthy_after=3, drained=["a", "unknown"])
     assert [node.draining for node in fleet.snapshot().nodes.values()] == [True, False]

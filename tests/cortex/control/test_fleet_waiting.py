@@ -19,7 +19,7 @@ def poll(
     fleet: Fleet, name: str, *models: str, since: float = 1.0, busy: int = 0, uptime: float = 0, instance: str = "one"
 ) -> None:
     """A poll that began in the far future: nothing told before outlives it."""
-    fleet.observe(
+    fleet.record_poll(
         name,
         started=float("inf"),
         health=NeuronHealth(uptime_secs=uptime, models=[ModelActivity(id=model, in_flight=busy) for model in models]),
@@ -60,7 +60,7 @@ async def test_a_wait_that_was_given_up_harms_no_other() -> None:
     assert (await second).name == "a"
 
 
-async def test_polls_that_bring_nothing_for_requests_wake_no_router() -> None:
+async def test_polls_without_route_changes_wake_no_listener() -> None:
     """Uptime changes with every poll, routes do not."""
     fleet = make_fleet()
     poll(fleet, "a", "m", "other")
@@ -70,11 +70,11 @@ async def test_polls_that_bring_nothing_for_requests_wake_no_router() -> None:
         hearing = asyncio.create_task(changes.next())
         await asyncio.sleep(0)
         assert not hearing.done()
-        fleet.tell("a", ModelView(id="m", status="unloaded", since=2.0))
+        fleet.update_model("a", ModelView(id="m", status="unloaded", since=2.0))
         assert await hearing == {"m"}
 
 
-async def test_whatever_matters_to_a_request_is_told() -> None:
+async def test_changes_that_affect_routing_are_reported() -> None:
     """A reload, work that the engine reports, a new process, a drain, a death, a model that came or went."""
     fleet = make_fleet()
     poll(fleet, "a", "m")
@@ -87,11 +87,11 @@ async def test_whatever_matters_to_a_request_is_told() -> None:
         assert await changes.next() == {"m"}
         fleet.set_draining("a", True)
         assert await changes.next() == {"m"}
-        fleet.tell("a", ModelView(id="new", status="loaded"))
+        fleet.update_model("a", ModelView(id="new", status="loaded"))
         assert await changes.next() == {"new"}
-        fleet.forget("a", "m")
+        fleet.remove_model("a", "m")
         assert await changes.next() == {"m"}
-        fleet.miss("a", "gone")
+        fleet.record_miss("a", "gone")
         assert await changes.next() == {"new"}
 
 
@@ -103,8 +103,8 @@ def test_holders_stay_true_as_models_come_and_go() -> None:
     poll(fleet, "a", "m", "x")
     before = fleet.snapshot()
     poll(fleet, "c", "n")
-    fleet.forget("a", "x")
-    fleet.tell("c", ModelView(id="y", status="loading"))
+    fleet.remove_model("a", "x")
+    fleet.update_model("c", ModelView(id="y", status="loading"))
     after = fleet.snapshot()
     for snapshot in (before, after):
         searched = FleetSnapshot(snapshot.nodes)

@@ -51,12 +51,12 @@ ASLEEP = On(500, status="sleeping", wants_mb=13500)
     [
         ({"m": ASLEEP}, False, {"model_id": "m"}),  # with another spec, or on other devices, it would not be woken
         ({"m": ASLEEP}, True, {"model_id": "m", "devices": [0], "vram_mb": 14000, "quant": "fp8"}),
-        # its memory was taken: loaded anew, on what is free
+        # its memory was taken: loaded again, on what is free
         ({"m": ASLEEP, "x": On(20000)}, False, {"model_id": "m", "devices": [1], "vram_mb": 14000, "quant": "fp8"}),
     ],
 )
 def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: dict[str, Any]) -> None:
-    """Woken where it sleeps with nothing but its name; a protocol v1 neuron is told the whole spec."""
+    """Woken where it sleeps, by its id alone; a protocol v1 neuron is sent the whole spec."""
     command = _command(SPEC, host("n", 24000, 24000, models=models, protocol_v1=protocol_v1))
     assert command.bare is (expected == {"model_id": "m"})
     assert expected.items() <= command.model_dump(exclude_defaults=True).items()
@@ -71,8 +71,8 @@ def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: di
         (True, (), {"model_id": "own", "harness": "vllm"}),
     ],
 )
-def test_a_model_of_no_catalogue(protocol_v1: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
-    """Its neuron knows its spec; one of protocol v1 is told what it lists."""
+def test_a_model_outside_the_catalogue(protocol_v1: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
+    """Its neuron remembers its spec; a protocol v1 neuron is sent what it listed."""
     where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, protocol_v1=protocol_v1)
     entry = where.models["own"].model_copy(update={"harness": "vllm"})
     where = replace(where, models={"own": entry})

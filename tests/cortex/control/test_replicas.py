@@ -173,7 +173,7 @@ async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list
     assert await _embed(cortex) in ("b", "c")
 
 
-async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> None:
+async def test_a_draining_replica_gets_no_new_request(cortex: RunningCortex) -> None:
     """Not even those that are its own by their prompt."""
     home = await _ask(cortex, _chat("question"))
     cortex.parts.fleet.set_draining(home, True)
@@ -185,7 +185,7 @@ async def test_one_that_drains_gets_no_new_request(cortex: RunningCortex) -> Non
 
 
 @pytest.mark.parametrize("status", ["recovering", "reloading", "sleeping", "failed", "unknown to us"])
-async def test_one_that_cannot_serve_gets_no_request(
+async def test_a_replica_that_cannot_serve_gets_no_request(
     cortex: RunningCortex, neurons: list[TellingNeuron], status: str
 ) -> None:
     """Whatever its neuron reports beside."""

@@ -35,13 +35,16 @@ def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] =
         (fleet(a("loaded"), b("loaded")), Serve(("a", "b"))),
         (fleet(a("loaded", draining=True), b("loaded")), Serve(("b",))),
         (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # no other neuron has it
-        (fleet(a("loaded"), b("loaded"), leaving=(("m", "a"),)), Serve(("b",))),  # a leaving model gets no new requests
+        (
+            fleet(a("loaded"), b("loaded"), evicting=(("m", "a"),)),
+            Serve(("b",)),
+        ),  # no requests during eviction
         (fleet(a("loading"), b()), Await("a")),
         (fleet(a("reloading"), b()), Await("a")),
         (fleet(a("recovering"), b("loaded")), Serve(("b",))),
     ],
 )
-def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None:
+def test_a_loaded_model_is_served(where: FleetSnapshot, expected: Decision) -> None:
     """Loaded first; on its way is waited for."""
     assert decision("m", where) == expected
 
@@ -55,12 +58,12 @@ def test_what_is_there_is_used(where: FleetSnapshot, expected: Decision) -> None
         fleet(a("loaded", healthy=False), b()),
         fleet(a("loading", healthy=False), b()),
         fleet(a("what is this"), b()),
-        fleet(a("loaded"), b(), leaving=(("m", "a"),)),
+        fleet(a("loaded"), b(), evicting=(("m", "a"),)),
         fleet(a(), b()),
         fleet(),
     ],
 )
-def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnapshot) -> None:
+def test_a_catalogue_model_that_is_not_loaded_is_placed(where: FleetSnapshot) -> None:
     """The planner says where, or why nowhere."""
     assert decision("m", where) == Place()
 
@@ -70,12 +73,14 @@ def test_a_model_of_the_catalogue_that_nobody_serves_is_placed(where: FleetSnaps
     [
         (fleet(a("unloaded", model="own"), b()), True),
         (fleet(a("sleeping", model="own"), b()), True),
-        (fleet(a("loaded", model="own"), b(), leaving=(("own", "a"),)), True),
+        (fleet(a("loaded", model="own"), b(), evicting=(("own", "a"),)), True),
         (fleet(a("unloaded", model="own", healthy=False), b()), False),
         (fleet(a("failed", model="own"), b()), False),
     ],
 )
-def test_a_model_of_no_catalogue_is_placed_where_it_can_come_back(where: FleetSnapshot, expected: bool) -> None:
+def test_a_model_outside_the_catalogue_is_placed_where_it_can_be_loaded_again(
+    where: FleetSnapshot, expected: bool
+) -> None:
     """A healthy neuron that can load it again, or will when it has left."""
     assert (decision("own", where) == Place()) is expected
 

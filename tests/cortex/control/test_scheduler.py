@@ -26,24 +26,24 @@ LOW = {"id": "org/low", "vram_mb": 20000}
 HIGH = {"id": "org/high", "vram_mb": 20000, "residency_priority": 200}
 
 
-async def test_two_who_come_at_the_same_moment_cause_one_load_each(
+async def test_simultaneous_requests_for_two_models_cause_one_load_each(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """What has just been begun counts at once, also for the decision that follows in the same turn of the loop."""
+    """A load that has just started is visible to the next decision in the same loop iteration."""
     benjy.load_gate.clear()
     beast.load_gate.clear()
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])
     parts = cortex.parts
-    want, retry_after = parts.scheduler.want, parts.scheduler.retry_after
+    ensure_scheduled, retry_after = parts.scheduler.ensure_scheduled, parts.scheduler.retry_after
     with parts.queue.ticket("org/low", retry_after):
-        want("org/low")
+        ensure_scheduled("org/low")
         with parts.queue.ticket("org/high", retry_after):
-            want("org/high")
+            ensure_scheduled("org/high")
             jobs = [(job.model_id, job.node) for job in parts.loader.jobs()]
     assert jobs == [("org/low", "benjy"), ("org/high", "beast")]
 
 
-async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
+async def test_a_bug_in_a_load_fails_the_waiting_requests(
     start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the reservation is gone with it."""
@@ -59,7 +59,7 @@ async def test_whoever_waits_hears_of_a_load_that_ends_in_a_bug(
     assert not cortex.parts.fleet.snapshot().reservations
 
 
-async def test_a_bug_in_planning_is_an_answer_and_passes(
+async def test_a_bug_in_planning_is_an_error_and_planning_continues(
     start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests during the failure get 500 instead of hanging; afterwards cold loads work again."""
@@ -87,7 +87,7 @@ class Stubborn(V1Neuron):
         return web.json_response({"error": "it does not end"}, status=500)
 
 
-async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: StartCortex) -> None:
+async def test_remaining_evictions_are_skipped_when_one_is_refused(start_cortex: StartCortex) -> None:
     """Two evictions are needed. The neuron refuses one, so the other model, still busy, stays, and the waiting request
     fails without waiting for it to finish."""
     benjy = Stubborn("benjy", 24000)
@@ -99,14 +99,14 @@ async def test_nobody_goes_in_vain_where_another_does_not_go(start_cortex: Start
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
         await bounded(_until(lambda: cortex.parts.scheduler.view().backoff("org/high", "benjy") is not None))
-        assert not cortex.parts.fleet.snapshot().leaving
+        assert not cortex.parts.fleet.snapshot().evicting
         assert "org/busy" not in benjy.unloads
         busy.cancel()
         waiting.cancel()
 
 
 @pytest.mark.parametrize("end", ["it leaves the configuration", "it goes down"])
-async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_cortex: StartCortex, end: str) -> None:
+async def test_an_eviction_does_not_wait_for_requests_on_a_dead_neuron(start_cortex: StartCortex, end: str) -> None:
     """One model is being drained for another: requests that wait for the other get an error."""
     benjy = V1Neuron("benjy", 24000)
     benjy.models, benjy.used_mb, benjy.engine.answer = {"org/low": "loaded"}, [20000], hang
@@ -116,7 +116,7 @@ async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_c
         busy = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
-        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().leaving))
+        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().evicting))
         if end == "it goes down":
             benjy.silent = True
         else:
@@ -127,7 +127,7 @@ async def test_nobody_waits_for_requests_to_end_on_a_neuron_that_is_gone(start_c
         busy.cancel()
 
 
-async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start_cortex: StartCortex) -> None:
+async def test_a_late_endpoint_is_not_used_for_a_model_that_is_being_evicted(start_cortex: StartCortex) -> None:
     """A request asks for the address of an idle engine; before it comes the engine has been asked to go."""
     asked, go_on = asyncio.Event(), asyncio.Event()
 
@@ -158,7 +158,7 @@ async def test_an_address_that_comes_late_leads_to_no_model_that_makes_way(start
         first.cancel()
 
 
-async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cortex: StartCortex) -> None:
+async def test_an_accepted_load_counts_before_its_first_event(start_cortex: StartCortex) -> None:
     """Events have a connection of their own, and may come late: meanwhile nothing is loaded elsewhere, and an old
     failure is not taken for this load's."""
     taken = asyncio.Event()
@@ -172,13 +172,13 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         first.scripts["/models/load?wait=false"] = second.scripts["/models/load?wait=false"] = take
         first.change("org/low", "failed", error="long ago")
         cortex = await start_cortex([first, second], [LOW], poll={"interval_secs": 30})
-        watch = cortex.parts.watches["first"]
+        watch = cortex.parts.pollers["first"]
         await bounded(first.streaming.wait())
         while first.asked[-2:] != ["/health", "/health"]:  # while events arrive, the models are not requested
             await watch.poll()
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(taken.wait())
-        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().coming("org/low") is not None), secs=2)
+        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().loading_on("org/low") is not None), secs=2)
         for _ in range(2):
             await watch.refresh()
         assert [job.node for job in cortex.parts.loader.jobs()] == ["first"]
@@ -188,7 +188,7 @@ async def test_a_load_that_was_taken_on_counts_before_its_first_event(start_cort
         assert "/models/load?wait=false" not in second.asked
 
 
-async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_cortex: StartCortex) -> None:
+async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCortex) -> None:
     """A model that is up by now was not at fault: when it has gone again it can be loaded at once."""
 
     async def fail(wire: Wire, received: Received) -> None:
@@ -208,7 +208,7 @@ async def test_a_load_of_somebody_else_makes_good_what_failed_before(start_corte
         assert view().backoff("org/low", "raw") is not None
         neuron.change("org/low", "loading")
         await neuron.tell("model", neuron.models["org/low"])
-        await bounded(cortex.until(lambda: view().fleet.coming("org/low") is not None))
+        await bounded(cortex.until(lambda: view().fleet.loading_on("org/low") is not None))
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(_until(lambda: cortex.parts.queue.count("org/low") == 1))
         neuron.change("org/low", "loaded")
@@ -234,9 +234,7 @@ async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
     assert not beast.loads
 
 
-async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
-    start_cortex: StartCortex, beast: V1Neuron
-) -> None:
+async def test_no_request_is_refused_before_a_new_neuron_is_polled(start_cortex: StartCortex, beast: V1Neuron) -> None:
     """The only neuron is replaced by another: what waits for a place on the first is loaded on the second."""
     benjy = V1Neuron("benjy", 24000)
     benjy.load_gate.clear()
@@ -251,7 +249,7 @@ async def test_whoever_waits_is_not_refused_before_a_new_neuron_is_known(
         assert [load["model_id"] for load in beast.loads] == ["org/low"]
 
 
-async def test_an_idle_model_that_does_not_go_is_left_alone(
+async def test_a_failed_removal_is_not_retried_at_once(
     start_cortex: StartCortex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It serves on, instead of being asked to go at every look."""
@@ -264,10 +262,10 @@ async def test_an_idle_model_that_does_not_go_is_left_alone(
         polls = benjy.calls.count("/health")
         await bounded(_until(lambda: benjy.calls.count("/health") > polls + 5))
         assert benjy.unloads == ["org/low"]
-        assert not cortex.parts.fleet.snapshot().leaving
+        assert not cortex.parts.fleet.snapshot().evicting
 
 
-async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_more(start_cortex: StartCortex) -> None:
+async def test_a_load_that_an_operator_joined_continues_without_waiting_requests(start_cortex: StartCortex) -> None:
     """The client disconnected before the model to evict had finished its requests."""
     benjy, finish = V1Neuron("benjy", 24000), asyncio.Event()
 
@@ -297,7 +295,7 @@ async def test_an_operator_who_joins_a_load_gets_it_although_nobody_waits_any_mo
         assert await bounded(busy) == 200
 
 
-async def test_nothing_is_planned_while_nobody_waits(
+async def test_nothing_is_planned_without_waiting_requests(
     start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often the fleet changes: reports from a thousand busy neurons do not trigger planning."""
@@ -308,7 +306,7 @@ async def test_nothing_is_planned_while_nobody_waits(
         for _ in range(3):
             cortex.parts.scheduler.routes_changed(["org/low"])
             await asyncio.sleep(0)
-        cortex.parts.scheduler.look()
+        cortex.parts.scheduler.schedule()
     assert await bounded(_status(cortex.chat("org/low"))) == 200
 
 

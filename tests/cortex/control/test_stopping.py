@@ -36,7 +36,9 @@ async def process(request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuro
 
 
 @pytest.mark.parametrize("target", ["/v1/completions", "/v1/messages", "/fleet/load"])
-async def test_who_waits_for_a_load_is_refused_at_once(process: CortexProcess, benjy: V1Neuron, target: str) -> None:
+async def test_requests_that_wait_for_a_load_are_refused_at_once(
+    process: CortexProcess, benjy: V1Neuron, target: str
+) -> None:
     """With a code that says so and a time to come back, while there is time to ask another cortex; the neuron is not
     told to stop the load, and cortex does not wait out its time to drain."""
     benjy.load_gate.clear()
@@ -91,7 +93,7 @@ async def test_hangup_of_a_closed_terminal_stops(tmp_path: Path) -> None:
     assert await bounded(process.wait()) == 0
 
 
-async def test_who_is_at_an_engine_is_served(process: CortexProcess, benjy: V1Neuron) -> None:
+async def test_requests_at_an_engine_are_served(process: CortexProcess, benjy: V1Neuron) -> None:
     """Also when the engine has not said a word yet; and nothing new is begun on its connection."""
     go_on = asyncio.Event()
 
@@ -120,7 +122,7 @@ async def test_who_is_at_an_engine_is_served(process: CortexProcess, benjy: V1Ne
         assert len(engine.requests) == 1
 
 
-async def test_a_model_that_is_not_there_is_not_loaded_any_more(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+async def test_no_load_starts_while_stopping(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """A request whose body is complete only now: it gets the same answer, and nothing is begun for it."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     cortex.parts.stopping.begin()
@@ -161,12 +163,12 @@ async def test_what_is_waited_for_decides_when_it_comes_first() -> None:
     assert await stopping.unless_begun(asyncio.sleep(0, "result")) == "result"
     with pytest.raises(ValueError, match="its own"):
         await stopping.unless_begun(fails())
-    leaving = asyncio.create_task(stopping.unless_begun(forever("left")))
+    evicting = asyncio.create_task(stopping.unless_begun(forever("left")))
     staying = asyncio.create_task(stopping.unless_begun(forever("stayed")))
     await asyncio.sleep(0.01)
-    leaving.cancel()
-    await asyncio.wait([leaving])
-    assert leaving.cancelled()
+    evicting.cancel()
+    await asyncio.wait([evicting])
+    assert evicting.cancelled()
     stopping.begin()
     with pytest.raises(Unavailable, match="cortex is stopping"):
         await staying

@@ -52,9 +52,9 @@ def test_other_waits() -> None:
     assert told("recovering", Progress(phase="starting")).text == "recovering org/m on beast: starting"
     assert told("loaded").node == "beast"
     for nowhere in (told("unloaded"), told("loading", healthy=False)):
-        assert nowhere == WaitNote(text="waiting for a place for org/m")
+        assert nowhere == WaitNote(text="waiting to load org/m")
     waits = waiting_note(MODEL, fleet(BEAST), None, "a turn", 100.0)
-    assert waits == WaitNote(text="waiting for a place for org/m: a turn")
+    assert waits == WaitNote(text="waiting to load org/m: a turn")
 
 
 def failure(node: str, kind: FailureKind, *, fresh: bool = False) -> Failure:

@@ -11,7 +11,9 @@ from tests.cortex.raw_http import until
 SMALL = {"id": "org/small"}
 
 
-async def test_a_silent_neuron_delays_nobody(start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron) -> None:
+async def test_a_silent_neuron_does_not_delay_the_others(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
+) -> None:
     """While one neuron accepts calls and never answers, the other is polled at its own pace."""
     beast.silent = True
     await start_cortex([beast, benjy], [SMALL], wait_healthy=False, poll={"timeout_secs": 30})
@@ -55,10 +57,10 @@ async def test_model_that_is_no_longer_listed_is_gone(start_cortex: StartCortex,
 
 def observed(fleet: Fleet, *, started: float, **models: str) -> None:
     views = [ModelView(id=model_id, status=status) for model_id, status in models.items()]
-    fleet.observe("n", started=started, health=NeuronHealth(), models=views, discovery=Discovery())
+    fleet.record_poll("n", started=started, health=NeuronHealth(), models=views, discovery=Discovery())
 
 
-def test_an_old_poll_does_not_undo_newer_word() -> None:
+def test_an_old_poll_does_not_undo_a_newer_report() -> None:
     """A poll that began before a load ended neither removes nor downgrades the entry; the next poll rules again."""
     now = 10.0
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: now)
@@ -76,16 +78,16 @@ def test_an_old_poll_does_not_bring_back_what_was_removed() -> None:
     """The other direction of the same race."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: 10.0)
     observed(fleet, started=1, m="loaded")
-    fleet.forget("n", "m")
+    fleet.remove_model("n", "m")
     observed(fleet, started=9, m="loaded")
     assert not fleet.snapshot().nodes["n"].models
 
 
 def test_snapshots_do_not_change() -> None:
-    """A decision is made from one state, whatever happens meanwhile."""
+    """A decision is made from one state, whatever happens in the meantime."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=1)
     observed(fleet, started=1, m="loaded")
     before = fleet.snapshot()
-    fleet.miss("n", "gone")
+    fleet.record_miss("n", "gone")
     assert before.nodes["n"].healthy
     assert not fleet.snapshot().nodes["n"].healthy

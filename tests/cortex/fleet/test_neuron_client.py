@@ -42,14 +42,14 @@ async def test_cause_and_figures_are_kept(benjy: V1Neuron) -> None:
         {"error": {"message": "text", "cause": {"a": 1}, "devices": [{"no": "index"}]}},
     ],
 )
-async def test_a_neuron_that_says_none_of_it(benjy: V1Neuron, error: object) -> None:
+async def test_an_error_without_cause_and_figures(benjy: V1Neuron, error: object) -> None:
     """Protocol v1 errors and malformed device figures still yield the refusal."""
     benjy.load_error = (500, error)
     found = await refused(benjy)
     assert (found.message, found.code, found.cause, found.devices) == ("text", None, None, ())
 
 
-async def test_nobody_there() -> None:
+async def test_a_neuron_that_does_not_listen() -> None:
     """A refused connection is a neuron out of reach, for calls and for events: polls count it, loads go elsewhere."""
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         client = NeuronClient(NeuronEntry(name="n", endpoint="http://127.0.0.1:1"), pool)

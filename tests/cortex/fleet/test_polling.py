@@ -58,7 +58,7 @@ async def in_step(neuron: RawNeuron, *, polls: int = 1) -> int:
     return len(neuron.asked)
 
 
-async def test_only_the_health_is_asked_while_events_flow(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_polls_request_only_the_health_while_events_arrive(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """But every fifteenth poll asks for the models as well."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -68,7 +68,7 @@ async def test_only_the_health_is_asked_while_events_flow(neuron: RawNeuron, sta
     assert since.count("/models") in (1, 2)
 
 
-async def test_without_events_every_poll_asks_for_the_models(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_polls_request_the_models_without_events(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """A protocol v1 neuron."""
     neuron.scripts["/events"] = answering(plain(b'{"error": "not found"}', status="404 Not Found"))
     await start_cortex([neuron], [])
@@ -77,9 +77,7 @@ async def test_without_events_every_poll_asks_for_the_models(neuron: RawNeuron, 
     assert neuron.asked.count("/discovery") == 1
 
 
-async def test_an_event_counts_at_once_and_what_it_takes_is_asked_for(
-    neuron: RawNeuron, start_cortex: StartCortex
-) -> None:
+async def test_an_event_takes_effect_at_once_and_causes_a_poll(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """The state comes with the event; the memory is measured a moment later, by the neuron, and asked for twice."""
     cortex = await start_cortex([neuron], [], poll={"interval_secs": 0.2})
     begun = await in_step(neuron)
@@ -91,7 +89,7 @@ async def test_an_event_counts_at_once_and_what_it_takes_is_asked_for(
     await until(lambda: node(cortex).models[MODEL].vram_used_mb == 77)
 
 
-async def test_models_are_asked_for_when_the_events_break(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_a_poll_requests_the_models_after_the_events_break(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """The next poll picks up changes and removals that happened while events were not received."""
     cortex = await start_cortex([neuron], [])
     await in_step(neuron)
@@ -105,18 +103,16 @@ async def test_models_are_asked_for_when_the_events_break(neuron: RawNeuron, sta
     await asyncio.wait_for(neuron.streaming.wait(), 10)
 
 
-async def test_who_wants_to_know_now_is_told_of_the_models_too(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_a_refresh_requests_the_models(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """A neuron that has just refused an engine's address: what it says now counts, not the event that comes later."""
     cortex = await start_cortex([neuron], [], poll={"interval_secs": 30})
     await in_step(neuron, polls=0)
     neuron.change(MODEL, "recovering")
-    await asyncio.gather(*(cortex.parts.watches["raw"].refresh() for _ in range(3)))
+    await asyncio.gather(*(cortex.parts.pollers["raw"].refresh() for _ in range(3)))
     assert status(cortex) == "recovering"
 
 
-async def test_a_lost_event_is_made_good_by_what_the_health_speaks_of(
-    neuron: RawNeuron, start_cortex: StartCortex
-) -> None:
+async def test_the_health_reveals_a_lost_event(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """Another engine answers there: the models are asked for in that poll."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -126,7 +122,7 @@ async def test_a_lost_event_is_made_good_by_what_the_health_speaks_of(
     assert len(neuron.asked) - begun < poller.FULL_EVERY
 
 
-async def test_a_new_process_is_asked_for_everything(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_a_restarted_neuron_is_polled_in_full(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """Although the old one's events seem to flow still."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -163,7 +159,7 @@ async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(
     assert status(cortex) == "failed"
 
 
-async def test_polls_that_bring_nothing_change_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_unchanged_answers_change_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
     """A changed uptime wakes no waiter, yet the fleet view shows the current value."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
@@ -203,15 +199,15 @@ async def huge(wire: Wire, received: Received) -> None:
         pytest.param(huge, "larger than 1 MiB", id="huge"),
         pytest.param(answering(plain(b"<html>")), "not JSON", id="not-json"),
         pytest.param(answering(plain(b"[" * 200_000)), "not JSON", id="deep"),
-        pytest.param(answering(plain(b"[]")), "/health is not the protocol's", id="not-the-protocol"),
-        pytest.param(answering(plain(b"")), "/health is not the protocol's", id="empty"),
+        pytest.param(answering(plain(b"[]")), "invalid answer of /health", id="not-the-protocol"),
+        pytest.param(answering(plain(b"")), "invalid answer of /health", id="empty"),
         pytest.param(answering(plain(b"", "Location: /elsewhere", status="307 X")), "not followed", id="redirect"),
         pytest.param(answering(plain(b'{"error": "tired"}', status="503 X")), "tired", id="refused"),
         pytest.param(closing(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "closed", id="cut"),
         pytest.param(closing(b"SSH-2.0-OpenSSH\r\n\r\n"), "invalid HTTP answer", id="not-http"),
     ],
 )
-async def test_an_answer_that_is_none_is_a_miss(
+async def test_an_invalid_answer_is_a_failed_poll(
     neuron: RawNeuron, start_cortex: StartCortex, monkeypatch: pytest.MonkeyPatch, script: Script, reason: str
 ) -> None:
     """Three of them make the neuron unhealthy, with the reason; the first good one heals it."""
@@ -226,7 +222,9 @@ async def test_an_answer_that_is_none_is_a_miss(
     await until(lambda: node(cortex).healthy)
 
 
-async def test_a_connection_closed_between_polls_is_no_miss(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+async def test_a_connection_closed_between_polls_is_not_a_failed_poll(
+    neuron: RawNeuron, start_cortex: StartCortex
+) -> None:
     """Nor is one that the neuron closes at the very moment of the next poll."""
     closed = 0
 
@@ -260,7 +258,7 @@ async def test_polls_keep_their_connection(neuron: RawNeuron, start_cortex: Star
 
 
 async def test_a_load_is_not_sent_on_a_kept_connection(neuron: RawNeuron) -> None:
-    """When that breaks nothing tells whether the neuron heard: a load might be begun twice."""
+    """When it breaks, it is unknown whether the neuron got the command: a load might start twice."""
     pool = EnginePool()
     client = NeuronClient(entry(neuron), pool)
     await client.health()
@@ -291,8 +289,8 @@ async def test_a_hundred_broken_connections_leave_nothing(neuron: RawNeuron, sta
 @pytest.mark.parametrize("count", [1, 10, 100, 1000])
 def test_polls_are_spread_evenly(count: int) -> None:
     """The longest time without a poll is a small multiple of the mean, whatever the number of neurons."""
-    moments = sorted(poller.moment(position, 2.0) for position in range(count))
+    moments = sorted(poller.poll_offset(position, 2.0) for position in range(count))
     gaps = [later - earlier for earlier, later in zip(moments, [*moments[1:], moments[0] + 2.0], strict=True)]
-    assert max(gaps) <= 3 * 2.0 / count + 2.0 / poller.MOMENTS
+    assert max(gaps) <= 3 * 2.0 / count + 2.0 / poller.POLL_SLOTS
     most = max(moments.count(each) for each in moments)
-    assert most <= 2 * count / poller.MOMENTS + 1
+    assert most <= 2 * count / poller.POLL_SLOTS + 1

@@ -17,7 +17,7 @@ STREAM = (
 EVENTS = [("snapshot", [{"id": "é"}]), ("model", {"id": 1}), ("message", {"last": True})]
 
 
-def test_events_are_the_same_however_they_are_cut() -> None:
+def test_events_are_read_from_pieces_of_any_size() -> None:
     """At each byte, and in single bytes."""
     for pieces in (*every_split(STREAM), [STREAM[i : i + 1] for i in range(len(STREAM))]):
         reader = EventReader()
@@ -25,7 +25,7 @@ def test_events_are_the_same_however_they_are_cut() -> None:
 
 
 @pytest.mark.parametrize("piece", [b"data: " + b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
-def test_what_never_ends_is_given_up(piece: bytes) -> None:
+def test_an_endless_line_or_event_is_an_error(piece: bytes) -> None:
     """A line, or the lines of one event, beyond the limit."""
     reader = EventReader()
     for _ in range(MAX_EVENT_BYTES // 65536 - 1):

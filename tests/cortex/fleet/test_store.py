@@ -16,7 +16,7 @@ from cortex.config.settings import CortexConfig
 from cortex.fleet.store import StateFile
 
 
-async def test_what_is_kept_is_found_by_the_next(tmp_path: Path) -> None:
+async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
     """Drained neurons and times of loads; in a file that is this user's alone, with nothing beside it but a lock."""
     state = StateFile(tmp_path / "cortex" / "state")
     state.set_drained("beast", True)
@@ -33,7 +33,7 @@ async def test_what_is_kept_is_found_by_the_next(tmp_path: Path) -> None:
     assert again.load_secs == {"org/small": {"beast": 12.5}}
 
 
-async def test_a_drain_is_there_when_flush_returns(tmp_path: Path) -> None:
+async def test_flush_returns_when_a_drain_is_on_disk(tmp_path: Path) -> None:
     """Whatever becomes of the process then."""
     state = StateFile(tmp_path)
     state.set_drained("beast", True)
@@ -41,7 +41,7 @@ async def test_a_drain_is_there_when_flush_returns(tmp_path: Path) -> None:
     assert StateFile(tmp_path).drained == {"beast"}
 
 
-async def test_nothing_is_made_without_something_to_keep(tmp_path: Path) -> None:
+async def test_no_file_is_created_without_state(tmp_path: Path) -> None:
     """A cortex that drained no neuron writes no file."""
     state = StateFile(tmp_path / "state")
     await state.flush()
@@ -86,26 +86,26 @@ async def test_many_changes_are_written_together(tmp_path: Path, monkeypatch: py
         b"\xff\xfe\x00",
     ],
 )
-async def test_a_bad_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | bytes) -> None:
+async def test_an_invalid_file_is_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | bytes) -> None:
     """It is warned of, cortex starts without it, and the next write does not destroy it."""
     data = text if isinstance(text, bytes) else text.encode()
     (tmp_path / "state.json").write_bytes(data)
     state = StateFile(tmp_path)
     assert (set(state.drained), dict(state.load_secs)) == (set(), {})
-    assert f"{tmp_path}/state.json cannot be used and is now state.json.bad" in caplog.text
+    assert f"{tmp_path}/state.json is invalid and was renamed to state.json.bad" in caplog.text
     state.set_drained("beast", True)
     await state.close()
     assert (tmp_path / "state.json.bad").read_bytes() == data
     assert StateFile(tmp_path).drained == {"beast"}
 
 
-async def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
+async def test_unknown_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     """As long as the version is the same, so is the meaning of what is known."""
     (tmp_path / "state.json").write_text(json.dumps({"version": 1, "drained": ["a"], "more": 1}), encoding="utf-8")
     assert StateFile(tmp_path).drained == {"a"}
 
 
-async def test_an_unwritable_place_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unwritable_directory_causes_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And tried again with each change: then what had not been written is."""
     caplog.set_level(logging.INFO)
     place = tmp_path / "file"
@@ -116,7 +116,7 @@ async def test_an_unwritable_place_is_warned_of_once(tmp_path: Path, caplog: pyt
         await state.flush()
     assert state.problem is not None
     assert "Not a directory" in state.problem
-    assert caplog.text.count("is lost with this process") == 1
+    assert caplog.text.count("are lost when this process ends") == 1
     place.unlink()
     await state.flush()
     assert state.problem is None
@@ -162,7 +162,7 @@ async def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monke
     await state.close()
 
 
-async def test_without_a_directory_it_is_all_in_memory() -> None:
+async def test_without_a_directory_the_state_stays_in_memory() -> None:
     """For a fleet that is itself gone with its cortex."""
     state = StateFile(None)
     state.set_drained("beast", True)
@@ -171,7 +171,7 @@ async def test_without_a_directory_it_is_all_in_memory() -> None:
     await state.close()
 
 
-def test_where_the_state_is(tmp_path: Path) -> None:
+def test_the_state_directory(tmp_path: Path) -> None:
     """As configured; else systemd's; else the user's, by the configuration file, so that two with a file each share
     nothing, whatever they are called."""
     files = [tmp_path / name / "cortex.toml" for name in ("a", "b")]
@@ -190,7 +190,7 @@ def test_where_the_state_is(tmp_path: Path) -> None:
     assert state_directory(config, tmp_path / "link.toml", at_home) == a
 
 
-def test_a_configuration_that_does_not_last_keeps_nothing(tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_on_disk_keeps_no_state(tmp_path: Path) -> None:
     """As that of `cortex dev`, which is in memory: its number is another cortex's next time. A `state_dir` counts."""
     fd = os.memfd_create("cortex.toml", 0)
     try:

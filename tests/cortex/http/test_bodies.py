@@ -35,30 +35,14 @@ BODY = b'{"model":"org/small","n":1,"s":"0\\r\\n\\r\\n"}'
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
 async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
     """A cortex in front of the engine that accepts bodies up to 1 MiB."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
     return await start_cortex([benjy], [{"id": MODEL}, {"id": "org/cold"}], gateway={"max_body_mib": 1})
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 @pytest.fixture
 async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
     """A cortex with the default limit that has answered one request, so its memory includes what that takes."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:
         async with connected(process.url) as client:
             await usable(client)

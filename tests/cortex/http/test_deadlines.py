@@ -23,15 +23,6 @@ MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
 
 
-@pytest.fixture
-async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
-    """An engine that serves the model."""
-    async with RawEngine().running() as engine:
-        benjy.models[MODEL] = "loaded"
-        benjy.engine_url = engine.url
-        yield engine
-
-
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
 async def process(
     request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron, engine: RawEngine

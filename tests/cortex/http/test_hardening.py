@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import Truncated, connected, every_split, request
@@ -163,20 +162,6 @@ CHUNKS = {
     "folded-trailer": chunks(b"15\r\n" + BODY + b"\r\n0\r\nX-A: a\r\n b\r\n\r\n"),
     "trailers-over-64k": chunks(b"15\r\n" + BODY + b"\r\n0\r\n" + b"X-A: aaaa\r\n" * 20_000 + b"\r\n"),
 }
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
 
 
 async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes, ...]) -> int:

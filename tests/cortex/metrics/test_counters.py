@@ -9,15 +9,15 @@ from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counter
 
 
 def counted(times: int = 1) -> Counters:
-    """A tally with a bit of everything, each `times` times."""
-    tally = Counters()
+    """Counters of everything that is counted, each `times` times."""
+    counters = Counters()
     for _ in range(times):
-        tally.request("m", "beast", 200, 0.25, 0.004)
-        tally.request("m", "beast", 502, 0.5, None)
-        tally.error("m", "beast", "upstream_unreachable")
-        tally.tokens("m", "beast", 3, 5, 2)
-        tally.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
-    return tally
+        counters.request("m", "beast", 200, 0.25, 0.004)
+        counters.request("m", "beast", 502, 0.5, None)
+        counters.error("m", "beast", "upstream_unreachable")
+        counters.tokens("m", "beast", 3, 5, 2)
+        counters.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
+    return counters
 
 
 def test_everything_is_counted_once() -> None:
@@ -41,7 +41,7 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
         assert [place, place + 1] == [at for at, count in enumerate(histogram.counts) if count]
 
 
-def test_a_tally_travels_between_processes() -> None:
+def test_counters_travel_between_processes() -> None:
     """Whole, in either of msgspec's encodings, and it goes on counting there."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
@@ -50,7 +50,7 @@ def test_a_tally_travels_between_processes() -> None:
     assert len(dict(there.items())) == 3
 
 
-def test_tallies_add_up_and_stay_as_they_are() -> None:
+def test_counters_add_up_and_stay_unchanged() -> None:
     """Three workers count as much as one that did it all; the sum shares no state with them."""
     one, two = counted(), counted(2)
     total = merged([one, two, Counters()])

@@ -24,9 +24,9 @@ def random_view(seed: int) -> PlanningView:
     nodes = [_node(random, f"n{i}", models) for i in range(random.randint(1, 5))]
     reserved = tuple(_reservation(random, nodes, models) for _ in range(random.choice((0, 0, 1, 2))))
     there = [(model_id, each.name) for each in nodes for model_id in each.models]
-    leaving = tuple(key for key in there if random.random() < 0.1)
+    evicting = tuple(key for key in there if random.random() < 0.1)
     return view(
-        fleet(*nodes, reservations=reserved, leaving=leaving),
+        fleet(*nodes, reservations=reserved, evicting=evicting),
         *models,
         waiting={each.id: random.choice((0.5, 10, 20, 70)) for each in random.sample(models, random.randint(3, 6))},
         usages={
@@ -49,7 +49,7 @@ def shuffled(moment: PlanningView, seed: int) -> FleetSnapshot:
     """The same fleet with its nodes in a different order."""
     nodes = list(moment.fleet.nodes.values())
     Random(seed).shuffle(nodes)
-    return FleetSnapshot({each.name: each for each in nodes}, moment.fleet.reservations, moment.fleet.leaving)
+    return FleetSnapshot({each.name: each for each in nodes}, moment.fleet.reservations, moment.fleet.evicting)
 
 
 def _model(random: Random, name: str) -> ModelProfile:

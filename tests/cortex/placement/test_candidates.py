@@ -12,7 +12,7 @@ from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import profile, view
 
 
-def test_a_small_fleet_is_looked_at_in_full() -> None:
+def test_a_small_fleet_is_evaluated_in_full() -> None:
     """Every node of a small fleet, whatever it holds."""
     nodes = [host(f"n{i}", 24000) for i in range(MAX_CANDIDATES)]
     assert len(candidate_nodes(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MAX_CANDIDATES
@@ -20,7 +20,7 @@ def test_a_small_fleet_is_looked_at_in_full() -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_best_is_on_the_list(seed: int, size: int) -> None:
+def test_the_best_node_is_a_candidate(seed: int, size: int) -> None:
     """300 nodes of many kinds, one third of them full."""
     random = Random(seed)
     wanted = profile(vram_mb=9000 * size, min_devices=size, min_device_vram_mb=random.choice((None, 20000)))
@@ -35,8 +35,8 @@ def test_the_best_is_on_the_list(seed: int, size: int) -> None:
     assert best_plan(candidate_verdicts(moment, wanted)) == best_plan(all_verdicts(moment, wanted))
 
 
-def test_who_knows_the_model_is_on_the_list() -> None:
-    """A node that holds the model comes first if it fits, however much room others have."""
+def test_a_node_that_lists_the_model_is_a_candidate() -> None:
+    """A node that holds the model comes first if it fits, however much memory others have."""
     wanted = profile(vram_mb=4000)
     knows = host("knows", 32000, models={"m": On(0, status="unloaded")})
     moment = view(fleet(*[host(f"n{i}", 12000) for i in range(100)], knows), wanted)
@@ -45,7 +45,7 @@ def test_who_knows_the_model_is_on_the_list() -> None:
     assert plan.node == "knows"
 
 
-def test_nothing_is_given_up_for_being_far_down() -> None:
+def test_all_nodes_are_evaluated_when_no_candidate_can_load_it() -> None:
     """Only one of 200 nodes can hold it, and an idle model fills that one."""
     wanted = profile(vram_mb=30000)
     full = host("full", 32000, models={"old": On(31000)})

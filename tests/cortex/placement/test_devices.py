@@ -109,7 +109,7 @@ def test_memory_shared_with_the_host_never_refuses() -> None:
     assert (plan.fit, plan.devices) == (Fit.NOW, (0,))
 
 
-def test_devices_that_do_not_say_what_they_hold() -> None:
+def test_devices_that_do_not_report_memory() -> None:
     """Neither the driver nor the neuron reports memory: the neuron decides."""
     where = node("n", 24000)
     assert where.health is not None

@@ -34,7 +34,7 @@ BOX = fleet(host("box", 24000, models={"a": On(20000)}))
         ({"replicas": {"min": 1}, "residency_priority": 50}, True),  # held against equals only
     ],
 )
-def test_who_may_be_evicted(fields: dict[str, Any], evicts: bool) -> None:
+def test_which_models_may_be_evicted(fields: dict[str, Any], evicts: bool) -> None:
     """Only models of equal or lower priority, never pinned ones, never those held by `replicas.min`."""
     plan = planned(view(BOX, M, profile(id="a", vram_mb=20000, **fields)))
     assert (plan is not None) is evicts
@@ -49,7 +49,7 @@ def test_who_may_be_evicted(fields: dict[str, Any], evicts: bool) -> None:
         (host("spare", 8000, models={"a": On(1000, status="loading")}), False),
     ],
 )
-def test_a_minimum_counts_those_that_serve_and_will(elsewhere: Any, evicts: bool) -> None:
+def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) -> None:
     """Replicas on a dead or draining node do not count as serving."""
     box = host("box", 24000, models={"a": On(20000)})
     moment = view(fleet(box, elsewhere), M, profile(id="a", vram_mb=20000, replicas={"min": 1, "max": 2}))
@@ -115,7 +115,7 @@ def test_a_sleeping_model_is_never_young() -> None:
     assert eviction_plan.eviction_class is EvictionClass.IDLE
 
 
-def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
+def test_evicting_a_sleeping_model_frees_only_what_it_holds() -> None:
     """Evicting a model that holds nothing frees nothing."""
     where = fleet(host("box", 24000, foreign_mb=(8000,), models={"a": On(0, status="sleeping", wants_mb=9000)}))
     plan = plan_for(view(where, M, profile(id="a", vram_mb=9000)))
@@ -134,7 +134,9 @@ def test_a_sleeping_model_gives_what_it_holds_not_what_it_would() -> None:
         ({"a": 9.0}, {"a": 600}, {("a", "box"): used(1), ("b", "box"): used(idle=5, age=5)}, "a"),  # busy before young
     ],
 )
-def test_the_cheapest_goes(demand: dict[str, float], secs: dict[str, float], usages: Any, goes: str) -> None:
+def test_the_cheapest_model_is_evicted(
+    demand: dict[str, float], secs: dict[str, float], usages: Any, goes: str
+) -> None:
     """Either of the two would be enough."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "b": On(20000, (1,))}))
     times = {model_id: {"box": each} for model_id, each in secs.items()}
@@ -159,7 +161,7 @@ def test_no_more_than_needed_per_mb(sizes: dict[str, int], demand: dict[str, flo
     assert evicted(plan) == goes
 
 
-def test_many_small_ones_are_found_without_trying_all() -> None:
+def test_many_small_models_are_evicted_without_comparing_every_set() -> None:
     """Forty models on one card: the cheapest are evicted one after another, none needlessly."""
     sizes = {f"s{i:02}": On(1000) for i in range(40)}
     demand = {model_id: float(i) for i, model_id in enumerate(sizes)}
@@ -255,7 +257,7 @@ def test_a_busy_one_goes_only_where_idle_ones_do_not_free_enough() -> None:
     assert _names(plan_evictions({0: 9000}, [*idle, busy])) == {"c"}
 
 
-def test_a_model_that_has_just_come_up_serves_those_it_came_for() -> None:
+def test_a_newly_loaded_model_serves_its_waiting_requests_first() -> None:
     """However long the other model has waited: requests still in the admission queue are about to reach this one, and
     evicting it would waste its load."""
     where = fleet(host("box", 24000, models={"a": On(20000)}))

@@ -30,7 +30,7 @@ class Box:
     now: float = 0.0
     loaded: str | None = None
     loading: str | None = None
-    leaving: str | None = None
+    evicting: str | None = None
     waiting: dict[str, WaitingRequests] = field(default_factory=dict)
     working: int = 0
     loaded_at: float = 0.0
@@ -43,12 +43,12 @@ class Box:
     def view(self) -> PlanningView:
         there = {name: On(20000) for name in (self.loaded,) if name}
         reserved = (Reservation(self.loading, "box", (0,), 20000),) if self.loading else ()
-        gone = ((self.leaving, "box"),) if self.leaving else ()
+        gone = ((self.evicting, "box"),) if self.evicting else ()
         uses = {(self.loaded, "box"): ReplicaUsage(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
         return PlanningView(
             now=self.now,
             catalogue=Catalogue(models=self.models),
-            fleet=fleet(host("box", 24000, models=there), reservations=reserved, leaving=gone),
+            fleet=fleet(host("box", 24000, models=there), reservations=reserved, evicting=gone),
             rules=self.rules,
             usages=uses,
             waiting=dict(self.waiting),
@@ -56,12 +56,12 @@ class Box:
 
     def state(self) -> tuple[str | None, str | None, str | None]:
         """The loaded model, the loading one and the leaving one."""
-        return self.loaded, self.loading, self.leaving
+        return self.loaded, self.loading, self.evicting
 
     def ask(self, *models: str) -> None:
         """One request for each, in this order."""
         for name in models:
-            if self.loaded == name and self.leaving != name:
+            if self.loaded == name and self.evicting != name:
                 self.served.append(name)
                 self.last_used = self.now
             else:
@@ -88,14 +88,14 @@ class Box:
     def _begin(self, plan: LoadPlan) -> None:
         assert self.loading is None, "two loads at once into one place"
         self.loading = plan.model_id
-        self.leaving = next(iter(evicted(plan)), None)
+        self.evicting = next(iter(evicted(plan)), None)
         self.ready_at = self.now + self.load_secs
 
     def _settle(self) -> None:
-        if self.leaving and not self.working:
-            self.loaded = self.leaving = None
+        if self.evicting and not self.working:
+            self.loaded = self.evicting = None
             self.ready_at = self.now + self.load_secs
-        if self.loading and not self.leaving and self.now >= self.ready_at:
+        if self.loading and not self.evicting and self.now >= self.ready_at:
             self.loaded, self.loading, self.loaded_at = self.loading, None, self.now
             self.loads.append((self.now, self.loaded))
             done = self.waiting.pop(self.loaded, WaitingRequests(0, self.now))
@@ -152,7 +152,7 @@ def test_peers_take_turns() -> None:
     assert (box.state(), _order(box.served)) == (("a", None, None), "aba")
 
 
-def test_an_idle_peer_makes_way_at_once() -> None:
+def test_an_idle_peer_is_evicted_at_once() -> None:
     """After its minimum residency; before that, only after a pause that shows it is no longer in use."""
     box = Box((A, B))
     box.ask("a")
@@ -168,12 +168,12 @@ def test_an_idle_peer_makes_way_at_once() -> None:
     assert box.state() == (None, "a", None)
 
 
-def test_nobody_starves_among_busy_peers() -> None:
+def test_no_model_starves_among_busy_peers() -> None:
     """Three models in constant demand: each gets its turn, and waits no longer than the others' turns take."""
     box = Box((A, B, C), load_secs=5)
     for _ in range(1200):
         box.ask(*"abc")
-        box.working = 1 if box.loaded and not box.leaving else 0  # drained within a quarter of a second
+        box.working = 1 if box.loaded and not box.evicting else 0  # drained within a quarter of a second
         box.pass_time(0.25)
     names = [name for _, name in box.loads]
     assert names[:9] == list("abcabcabc")
@@ -205,7 +205,7 @@ def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
     assert not schedule.rejected
 
 
-def test_what_can_go_side_by_side_does() -> None:
+def test_loads_that_fit_together_start_together() -> None:
     """One pass starts every load that fits, each on its own device."""
     where = fleet(host("box", 24000, 24000), host("other", 24000))
     schedule = schedule_loads(view(where, A, B, C, waiting={"a": 3, "b": 2, "c": 1}))
@@ -217,7 +217,7 @@ def test_what_can_go_side_by_side_does() -> None:
 
 
 def test_two_loads_do_not_evict_the_same_model() -> None:
-    """Two waiting models: room is made for the first, the second waits for its schedule."""
+    """Two waiting models: models are evicted for the first, the second waits for its turn."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "d": On(20000, (1,))}))
     models = A, B, C, profile(id="d", vram_mb=20000)
     schedule = schedule_loads(view(where, *models, waiting={"b": 2, "c": 1}))
@@ -232,12 +232,12 @@ def test_two_loads_do_not_evict_the_same_model() -> None:
         fleet(host("box", 24000), host("other", 24000), reservations=(Reservation("a", "other", (0,), 20000),)),
     ],
 )
-def test_what_needs_no_place_is_left_alone(where: object) -> None:
+def test_served_and_loading_models_are_skipped(where: object) -> None:
     """Serving, coming up, or already being loaded."""
     assert schedule_loads(view(where, A, waiting={"a": 1})) == LoadSchedule()  # type: ignore[arg-type]
 
 
-def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
+def test_a_rejected_model_does_not_stop_the_others() -> None:
     """Refusing one model does not affect the others."""
     top = profile(id="top", vram_mb=20000, residency_priority=500)
     where = fleet(host("box", 24000, models={"top": On(20000)}), host("small", 9000))
@@ -251,7 +251,7 @@ def test_who_cannot_be_served_is_told_and_the_others_go_on() -> None:
     }
 
 
-def test_the_next_look_is_at_the_first_that_may_be_ready() -> None:
+def test_the_recheck_is_at_the_earliest_possible_start() -> None:
     """The end of a backoff or of a wait."""
     where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
     backoffs = {("b", "other"): Backoff(NOW + 9, "restarts", temporary=True), ("b", "box"): Backoff(NOW + 400, "no")}
@@ -268,7 +268,7 @@ def _two_cards(first: str, second: str, **devices: On) -> NodeSnapshot:
 
 
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
-def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken: bool) -> None:
+def test_memory_is_reserved_for_a_starving_model(waits: float, taken: bool) -> None:
     """A split model needs two cards, one with a young busy model. Otherwise small models would keep taking the free
     card, each young in its schedule."""
     where = fleet(_two_cards("a", "s"))
@@ -279,8 +279,8 @@ def test_what_a_starved_one_waits_for_is_not_given_to_others(waits: float, taken
 
 
 @pytest.mark.parametrize(("waits", "taken"), [(20, True), (60, False)])
-def test_where_a_starved_one_waits_for_a_load_to_end_nobody_else_begins(waits: float, taken: bool) -> None:
-    """Otherwise one of the cards would always have a load under way."""
+def test_no_load_starts_on_a_node_reserved_for_a_starving_model(waits: float, taken: bool) -> None:
+    """Otherwise one of the cards would always be loading."""
     loading = host("box", 24000, 24000, models={"a": On(20000, status="loading"), "s": On(20000, (1,))})
     uses = {("s", "box"): used(idle=900)}
     schedule = schedule_loads(view(fleet(loading), A, S, T, PAIR, waiting={"pair": waits, "t": 1}, usages=uses))
@@ -318,8 +318,8 @@ def test_a_split_model_gets_its_turn_among_small_ones() -> None:
     assert pair_loaded <= rules.starvation_secs + rules.min_residency_secs + rules.patience_secs
 
 
-def test_a_load_of_ours_in_the_way_of_nobody_frees_nothing() -> None:
-    """Each step sees the earlier ones of the same turn: a model that still fits is loaded, one that does not waits."""
+def test_each_load_counts_for_the_next_decision() -> None:
+    """Each decision counts the earlier ones: a model that still fits is loaded, one that does not fit waits."""
     half = profile(id="half", vram_mb=12000)
     schedule = schedule_loads(
         view(

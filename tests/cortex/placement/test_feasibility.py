@@ -54,7 +54,7 @@ def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> N
     assert feasibility.nodes(profile, fleet(replace(first, discovery=Discovery()), second)) == ("b",)
 
 
-def test_neurons_are_looked_at_only_when_a_topology_changed() -> None:
+def test_neurons_are_evaluated_again_only_when_a_topology_changes() -> None:
     """An unchanged topology object is trusted: thousands of lookups happen between two changes."""
     topology = object()
     feasibility, profile = FeasibilityCache(), ModelProfile(id="m")

@@ -14,7 +14,7 @@ from tests.cortex.views import NOW, plan_for, profile, view
 HERE = host("a", 24000, 24000, models={"own": On(0, (0, 1), status="unloaded")})
 
 
-def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
+def test_a_model_outside_the_catalogue_is_loaded_where_it_was() -> None:
     """With the same number of devices, and only where its spec is known."""
     plan = plan_for(view(fleet(host("b", 90000), HERE)), "own")
     assert (plan.node, plan.devices) == ("a", (0, 1))
@@ -22,7 +22,7 @@ def test_a_model_of_no_catalogue_goes_where_it_was() -> None:
 
 
 @pytest.mark.parametrize(("name", "devices"), [("my model", 1), ("", 1), ("x" * 600, 1), ("wide", 72)])
-def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: int) -> None:
+def test_a_name_that_is_invalid_in_a_catalogue_is_accepted_from_a_neuron(name: str, devices: int) -> None:
     """Neurons choose their own model names and hardware: an unusual one must not break all planning."""
     there = host("a", *[24000] * devices, models={name: On(0, tuple(range(devices)), status="unloaded")})
     assert len(plan_for(view(fleet(there)), name).devices) == devices
@@ -33,27 +33,27 @@ def test_a_model_that_no_catalogue_would_take_is_no_error(name: str, devices: in
     [
         (fleet(HERE), True),
         (fleet(host("a", 24000, models={"own": On(500, status="sleeping")})), True),
-        (fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),)), True),  # reloadable later
+        (fleet(host("a", 24000, models={"own": On(9000)}), evicting=(("own", "a"),)), True),  # reloadable later
         (fleet(host("a", 24000, models={"own": On(9000, status="failed")})), False),
         (fleet(host("a", 24000, models={"own": On(9000, status="what?")})), False),
         (fleet(host("a", 24000)), False),
     ],
 )
-def test_models_of_no_catalogue_that_can_be_loaded(where: FleetSnapshot, known: bool) -> None:
+def test_models_outside_the_catalogue_that_can_be_loaded(where: FleetSnapshot, known: bool) -> None:
     """Those a neuron lists and can bring up again."""
     assert (view(where).profile("own") is not None) is known
 
 
-def test_who_waits_for_a_model_that_makes_way_waits_until_it_has() -> None:
+def test_a_request_for_a_model_that_is_being_evicted_waits() -> None:
     """Even when only its neuron knows it."""
-    where = fleet(host("a", 24000, models={"own": On(9000)}), leaving=(("own", "a"),))
+    where = fleet(host("a", 24000, models={"own": On(9000)}), evicting=(("own", "a"),))
     moment = view(where)
     own = moment.profile("own")
     assert own is not None
     assert evaluate_node(moment, own, where.nodes["a"]).temporary
 
 
-def test_the_catalogue_outweighs_what_was_seen() -> None:
+def test_the_catalogue_overrides_observed_sizes() -> None:
     """Its size and its priority."""
     moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), observed_share_mb={"m": 9000, "n": 9000})
     assert moment.device_share_mb(profile(vram_mb=3000)) == 3000
@@ -62,7 +62,7 @@ def test_the_catalogue_outweighs_what_was_seen() -> None:
     assert moment.priority("m") == 7
 
 
-def test_bars_end() -> None:
+def test_backoffs_end() -> None:
     """A backoff for all nodes outranks one for a node; an expired one does not count."""
     backoffs = {
         ("m", "*"): Backoff(NOW + 1, "every"),

@@ -51,7 +51,7 @@ def test_a_node_never_reached_is_neither_feasible_nor_ruled_out() -> None:
     assert not is_feasible(profile(), unknown)
 
 
-def test_where_a_model_is_being_drained_it_is_not_loaded_before_it_has_gone() -> None:
+def test_a_model_is_not_loaded_where_it_is_being_drained() -> None:
     """Another cortex is draining it: a load would wait for its last request, however long that takes."""
     known, other, wanted = (
         host("a", 24000, models={"m": On(status="unloaded")}),
@@ -156,14 +156,14 @@ def test_order_of_fits(where: FleetSnapshot, usages: Any, expected: str) -> None
     assert plan_for(view(where, profile(vram_mb=8000), usages=usages)).node == expected
 
 
-def test_loads_under_way_count() -> None:
+def test_loads_in_progress_count() -> None:
     """Two models that each fit alone are not both placed where only one fits."""
     reserved = (Reservation("other", "benjy", (0,), 14000),)
     assert plan_for(view(fleet(BENJY, BEAST, reservations=reserved), profile(vram_mb=14000))).node == "beast"
 
 
 @pytest.mark.parametrize("protocol_v1", [False, True])
-def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(protocol_v1: bool) -> None:
+def test_memory_booked_for_our_load_is_not_counted_twice(protocol_v1: bool) -> None:
     """While a load is under way, the rest of its device stays available."""
     loading = host("n", 24000, models={"other": On(16000, status="loading")}, protocol_v1=protocol_v1)
     if not protocol_v1:  # booked at once, used gradually
@@ -176,7 +176,7 @@ def test_what_a_neuron_has_booked_for_our_load_is_not_counted_twice(protocol_v1:
 
 
 @pytest.mark.parametrize("counted_mb", [16000, 0])
-def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
+def test_memory_booked_since_the_last_poll_is_not_free(counted_mb: int) -> None:
     """A neuron reports a load at once but its memory only when polled: the figures may predate the load."""
     loading = host("n", 40000, models={"other": On(16000, status="loading")})
     assert loading.health is not None
@@ -188,7 +188,7 @@ def test_what_is_booked_since_the_last_poll_is_taken(counted_mb: int) -> None:
     assert planned(view(where, profile(vram_mb=30000))) is None
 
 
-def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
+def test_a_load_that_the_neuron_does_not_report_yet() -> None:
     """None of it is booked yet."""
     where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))
     assert plan_for(view(where, profile(vram_mb=7000))).spare_mb == 1000
@@ -197,7 +197,7 @@ def test_a_neuron_that_has_not_heard_of_our_load_yet() -> None:
     assert "waiting for other" in found.reason
 
 
-def test_what_a_neuron_has_promised_is_not_free() -> None:
+def test_reserved_memory_is_not_free() -> None:
     """Engines may not have taken their memory yet: what the node reports as bookable counts, not what it measures."""
     where = node("n", 24000, 24000, free_mb=(23000, 24000))
     assert where.health is not None
@@ -212,7 +212,7 @@ def test_what_a_neuron_has_promised_is_not_free() -> None:
 SLEEPER = On(500, status="sleeping", wants_mb=13500)
 
 
-def test_sleeping_models_keep_what_they_want_to_wake() -> None:
+def test_memory_that_sleeping_models_need_is_spared() -> None:
     """Preferred while there is room elsewhere; never a reason to exclude the device."""
     where = fleet(host("n", 24000, 24000, models={"s": On(1000, status="sleeping", wants_mb=20000)}))
     for vram_mb, devices, fit in ((2000, (0,), Fit.NOW), (8000, (1,), Fit.NOW)):
@@ -229,7 +229,7 @@ def test_a_sleeping_model_wakes_where_it_sleeps() -> None:
 
 
 @pytest.mark.parametrize("protocol_v1", [False, True])
-def test_what_a_sleeper_still_holds_counts_for_its_waking(protocol_v1: bool) -> None:
+def test_memory_that_a_sleeping_model_holds_counts_for_waking_it(protocol_v1: bool) -> None:
     """A model that fills its card never has all of it free while it sleeps there."""
     full = host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=22500)}, protocol_v1=protocol_v1)
     plan = plan_for(view(fleet(full), profile(vram_mb=23500)))
@@ -273,7 +273,7 @@ def test_a_sleeper_of_unknown_size_wakes() -> None:
 
 
 @pytest.mark.parametrize("reserves", ["the sleeper", "the load"])
-def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
+def test_memory_is_reserved_for_a_waking_model(reserves: str) -> None:
     """The memory stays reserved between the command and the neuron's booking."""
     where = fleet(host("n", 24000, models={"m": SLEEPER}))
     models = profile(vram_mb=14000), profile(id="x", vram_mb=12000)
@@ -284,7 +284,7 @@ def test_a_waking_model_is_promised_its_memory(reserves: str) -> None:
 
 
 @pytest.mark.parametrize(("vram_mb", "booked"), [(None, {"m": 7000}), (7000, {})])
-def test_size_is_the_catalogues_else_what_was_seen(vram_mb: int | None, booked: dict[str, int]) -> None:
+def test_the_size_is_the_catalogues_or_else_the_observed_one(vram_mb: int | None, booked: dict[str, int]) -> None:
     """Tightest fit by either figure."""
     moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), observed_share_mb=booked)
     assert (plan_for(moment).node, plan_for(moment).device_share_mb) == ("b", 7000)
@@ -306,13 +306,13 @@ def test_two_models_of_unknown_size_do_not_go_to_one_empty_card() -> None:
         assert plan_for(moment, "y").devices == (1,)
 
 
-def test_a_model_of_unknown_size_asks_a_neuron_that_books() -> None:
+def test_a_neuron_that_books_memory_decides_about_a_model_of_unknown_size() -> None:
     """It refuses at once, so nothing is evicted on a guess."""
     where = fleet(host("n", 24000, models={"x": On(20000)}))
     assert (plan_for(view(where, profile())).fit, evicted(plan_for(view(where, profile())))) == (Fit.NOW, set())
 
 
-def test_a_model_of_unknown_size_takes_a_whole_card_of_a_seed_neuron() -> None:
+def test_a_model_of_unknown_size_takes_a_whole_card_of_a_protocol_v1_neuron() -> None:
     """An engine that finds too little memory there fails late and does not report its need: the idle model is
     evicted."""
     where = fleet(host("n", 24000, models={"x": On(20000)}, protocol_v1=True))
@@ -350,23 +350,23 @@ def test_a_neuron_that_books_memory_decides_before_anything_is_evicted(protocol_
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
-def test_what_is_on_its_way_up_is_waited_for(status: str) -> None:
+def test_a_plan_waits_for_loads_to_finish(status: str) -> None:
     """It can only be evicted once it is up."""
     where = fleet(host("n", 24000, models={"x": On(20000, status=status)}))
     found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.temporary) == (None, True)
 
 
-def test_what_is_leaving_is_waited_for() -> None:
+def test_a_plan_waits_for_evictions_to_finish() -> None:
     """Its memory is already promised, or about to be freed."""
-    where = fleet(host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    where = fleet(host("n", 24000, models={"x": On(20000)}), evicting=(("x", "n"),))
     found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.temporary) == (None, True)
 
 
-def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
+def test_a_load_that_does_not_fit_is_not_tried_while_another_node_may_take_it() -> None:
     """Waiting for a model to leave is better than trying a load that may not fit."""
-    where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), leaving=(("x", "n"),))
+    where = fleet(host("a", 12000), host("n", 24000, models={"x": On(20000)}), evicting=(("x", "n"),))
     assert planned(view(where, profile(vram_mb=14000))) is None
 
 
@@ -380,7 +380,7 @@ def test_a_try_against_the_figures_waits_for_hope_elsewhere() -> None:
         ({("m", "a"): Backoff(NOW + 5, "a race", temporary=True)}, "b"),
     ],
 )
-def test_bars(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
+def test_backoffs(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
     """A failed load is not tried again on that node for a while."""
     found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), backoffs=backoffs))
     assert (found and found.node) == expected
@@ -419,7 +419,7 @@ def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
     assert all(plan == plans[0] for plan in plans)
 
 
-def test_every_node_says_why() -> None:
+def test_every_node_gives_a_reason() -> None:
     """A readable verdict for each node."""
     moment = _crowded((0, 1, 2, 3))
     have_it = host("b", 24000, models={"m": On(14000)})
@@ -427,7 +427,7 @@ def test_every_node_says_why() -> None:
     found = all_verdicts(moment, _MODELS[0])
     assert {each.node: each.reason for each in found} == {
         "a": "fits after evicting x",
-        "b": "already has it",
+        "b": "already serves it",
         "c": "fits after evicting z",
         "d": "needs 14000 MiB on each device, 2000 MiB more than available; trying anyway",
     }

@@ -53,7 +53,7 @@ def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
         model_id, where = each.resident.key
         shielded = moment.catalogue.profile(model_id)
         assert where == node.name, seed
-        assert (model_id, where) not in moment.fleet.leaving, seed
+        assert (model_id, where) not in moment.fleet.evicting, seed
         assert node.status_of(model_id) in (ModelStatus.LOADED, ModelStatus.SLEEPING), seed
         if model_id != profile.id and shielded is not None:
             assert node.name not in shielded.pinned_on, seed
@@ -90,7 +90,7 @@ def _frees(evictions: Iterable[Eviction], index: int) -> int:
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
-def test_the_same_moment_gives_the_same_steps(seeds: Iterable[int]) -> None:
+def test_the_same_view_gives_the_same_plans(seeds: Iterable[int]) -> None:
     """The order of the nodes does not matter."""
     for seed in seeds:
         moment = random_view(seed)
@@ -116,7 +116,7 @@ def test_ranks_are_a_total_order(seeds: Iterable[int]) -> None:
 
 
 @pytest.mark.parametrize("seeds", BATCHES)
-def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) -> None:
+def test_loads_of_one_decision_never_over_book_a_device(seeds: Iterable[int]) -> None:
     """All together, with loads under way: no model is evicted for two others, and every waiting model gets an
     answer."""
     for seed in seeds:
@@ -132,7 +132,7 @@ def test_the_loads_of_one_turn_never_over_book_a_device(seeds: Iterable[int]) ->
                 freed = _frees((each for plan in there for each in plan.eviction_plan.evictions), index)
                 assert taken <= max(0, room[index].free_mb) + freed, (seed, node.name, index)
         for model_id in moment.waiting:
-            served = moment.fleet.serving(model_id) or moment.fleet.coming(model_id)
+            served = moment.fleet.serving(model_id) or moment.fleet.loading_on(model_id)
             under_way = any(each.model_id == model_id for each in moment.fleet.reservations)
             begun = any(plan.model_id == model_id for plan in schedule.loads)
             assert served or under_way or begun or model_id in schedule.wait_reasons or model_id in schedule.rejected, (

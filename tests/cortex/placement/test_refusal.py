@@ -8,10 +8,11 @@ import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import schedule_loads
-from cortex.placement.inputs import Backoff, Key
+from cortex.placement.inputs import Backoff
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error, unknown_model_error
-from shared.errors import ServiceError
+from cortex.upstream.replica import ReplicaKey
+from shared.errors import ServiceError, render
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
 
@@ -21,7 +22,7 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff]) -> ServiceError:
+def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff]) -> ServiceError:
     moment = view(where, M, PINNED, TOP, backoffs=backoffs)
     wanted = moment.profile(model_id)
     return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
@@ -44,21 +45,41 @@ def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff
         ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff], code: str) -> None:
     """Each has its own code; temporary ones say when to retry."""
     error = _refused(model_id, where, backoffs)
     assert error.code == code
     assert (error.retry_after is not None) is (error.status == 503)
 
 
-def test_a_failed_load_says_when_it_is_tried_again() -> None:
+@pytest.mark.parametrize(
+    ("backoffs", "permanent"),
+    [
+        ({("m", "*"): Backoff(NOW + 7, "bad flag", permanent=True)}, True),
+        ({("m", "*"): Backoff(NOW + 7, "failed on two nodes")}, False),
+        ({("m", "a"): Backoff(NOW + 7, "no such path", permanent=True)}, False),  # b may be tried
+        ({("m", name): Backoff(NOW + 7, "no such path", permanent=True) for name in "ab"}, True),
+        (
+            {("m", "a"): Backoff(NOW + 7, "no such path", permanent=True), ("m", "b"): Backoff(NOW + 7, "disk full")},
+            False,
+        ),
+    ],
+)
+def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[ReplicaKey, Backoff], permanent: bool) -> None:
+    """Client libraries then report the failure at once."""
+    error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
+    assert error.permanent is permanent
+    assert (render(error, "r", anthropic=False).headers.get("x-should-retry") == "false") is permanent
+
+
+def test_a_failed_load_says_when_to_retry() -> None:
     """The first backoff to end, with its own reason."""
     backoffs = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert (error.retry_after, error.message) == (7, "on b")
 
 
-def test_who_is_in_the_way_is_named() -> None:
+def test_the_error_names_the_models_that_hold_the_memory() -> None:
     """With the figures, and why models stay."""
     error = _refused("m", fleet(FULL, node("b", 24000, draining=True)), {})
     assert "a: needs 14000 MiB, 4000 MiB free on device 0; top stays (priority 500 is above 100)" in error.message
@@ -76,7 +97,7 @@ def test_who_is_in_the_way_is_named() -> None:
         (fleet(host("a", 24000, healthy=False)), "model_not_found"),
     ],
 )
-def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
+def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
     """Where they are, and why they cannot serve now."""
     assert unknown_model_error("own", where).code == code
 
@@ -89,7 +110,7 @@ def test_models_of_no_catalogue(where: FleetSnapshot, code: str) -> None:
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_whose_fault_a_failure_was(backoff: Key, where: FleetSnapshot, outcome: str) -> None:
+def test_whose_fault_a_failure_was(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
     """Determines where the load is tried again, if anywhere."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])
@@ -97,7 +118,7 @@ def test_whose_fault_a_failure_was(backoff: Key, where: FleetSnapshot, outcome: 
         assert (schedule.rejected["m"].code, schedule.rejected["m"].retry_after) == ("cold_load_failed", 7)
 
 
-def test_a_cause_that_goes_by_itself_is_waited_for() -> None:
+def test_a_request_waits_for_a_temporary_cause_to_pass() -> None:
     """Requests are not refused; the model is looked at again when the backoff ends."""
     backoffs = {("m", "a"): Backoff(NOW + 1, "restarts", temporary=True)}
     schedule = schedule_loads(view(fleet(host("a", 24000)), M, waiting={"m": 1}, backoffs=backoffs))

@@ -183,7 +183,7 @@ def test_idle_model_is_put_to_sleep() -> None:
     assert removed(view(asleep, model, usages=uses)) == []
 
 
-def test_requests_of_others_keep_a_model() -> None:
+def test_requests_of_other_clients_keep_a_model() -> None:
     """Requests reported by the engine count as use."""
     where = fleet(host("a", 16000, models={"m": On(14000, working=1)}))
     assert removed(view(where, kept(0, idle_ttl_secs=60), usages={("m", "a"): used(idle=900)})) == []
@@ -196,7 +196,7 @@ def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list
     assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == expected
 
 
-def test_the_least_recently_used_that_is_busy_is_passed_over() -> None:
+def test_a_busy_replica_is_skipped() -> None:
     """The next one goes instead."""
     uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
     assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == ["b"]

@@ -204,14 +204,20 @@ async def test_http_1_0_until_close(
 
 def error_of(event: bytes, target: str) -> dict[str, Any]:
     """The error in the only event, after checking that it has the dialect's shape."""
-    if target == "/v1/messages":
+    kind = {"/v1/messages": "error", "/v1/responses": "response.failed"}.get(target)
+    if kind is not None:
         name, _, event = event.partition(b"\n")
-        assert name == b"event: error"
+        assert name == f"event: {kind}".encode()
     assert event.startswith(b"data: ")
     assert event.endswith(b"}\n\n")
     body = json.loads(event.removeprefix(b"data: "))
-    assert body.get("type") == ("error" if target == "/v1/messages" else None)
+    assert body.get("type") == kind
     found: dict[str, Any] = body["error"]
+    if target == "/v1/responses":
+        response = body["response"]
+        assert (body["sequence_number"], response["status"]) == (0, "failed")
+        assert response["error"]["message"] == found["message"]
+        assert response["error"]["code"] == ("invalid_prompt" if found.get("code") == 400 else found.get("code"))
     return found
 
 
@@ -314,7 +320,7 @@ async def test_comments_go_on_until_the_engine_answers(
     engine.script = late
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
-        while b"has the request" not in await chunk(client):
+        while b"request sent to" not in await chunk(client):
             pass
         answered.set()
         assert await rest(client) == EVENTS
@@ -384,7 +390,7 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
     cortex = await start_cortex([benjy], [{"id": MODEL}], waiting=WAITING, poll={"interval_secs": 3600})
     progress = Progress(phase="a\r\ndata: x\n\n", fraction=0.404, remaining_secs=34.2)
     async with waiting(cortex.url) as client:
-        cortex.parts.fleet.tell("benjy", ModelView(id=MODEL, status="loading", progress=progress))
+        cortex.parts.fleet.update_model("benjy", ModelView(id=MODEL, status="loading", progress=progress))
         while (told := await chunk(client)) == b": loading org/small on benjy for 0 s\n":
             pass
         assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n"

@@ -26,15 +26,6 @@ PIECE = b"data: " + b"x" * (1 << 18) + b"\n\n"
 
 
 @pytest.fixture
-async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
-    """An engine that serves the model."""
-    async with RawEngine().running() as engine:
-        benjy.models[MODEL] = "loaded"
-        benjy.engine_url = engine.url
-        yield engine
-
-
-@pytest.fixture
 async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIterator[CortexProcess]:
     """A cortex that has answered one request, so its memory includes what that takes."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}]) as process:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.raw_engine import RawEngine, Script, answering, closing, echo_number, plain, resetting, stream_head
 from tests.cortex.raw_http import (
     RawClient,
@@ -33,26 +32,6 @@ FRAMED = (
     b"000;last\r\nX-Trailer: yes\r\nX-More: \r\n\r\n"
 )
 ODDLY_FRAMED = stream_head("Server: raw") + FRAMED
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
-
-
-@pytest.fixture
-async def client(cortex: RunningCortex) -> AsyncIterator[RawClient]:
-    async with connected(cortex.url) as client:
-        yield client
 
 
 async def still_usable(client: RawClient) -> None:

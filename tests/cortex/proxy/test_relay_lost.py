@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.raw_engine import (
     RawEngine,
     Received,
@@ -29,20 +28,6 @@ HEAD = stream_head()
 FRAMED = b'10\r\ndata: {"a": 1}\n\n\r\n00B;x=y\r\ndata: {"b":\r\n5\r\n 2}\n\n\r\n0\r\nX-Trailer: 1\r\n\r\n'
 """Two events in three chunks, without a [DONE]: wherever it is cut, an error has to be the last event."""
 WHOLE_EVENTS = [b'data: {"a": 1}', b'data: {"b": 2}']
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
 
 
 async def ask(cortex: RunningCortex, data: bytes = ASK) -> Answer:

@@ -21,20 +21,6 @@ IDLE_SECS = 3.0
 """How long cortex may keep an idle connection to an engine."""
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
-
-
 async def ask(cortex: RunningCortex, number: int = 1) -> Answer:
     async with connected(cortex.url) as client:
         return await client.ask(request(json.dumps({"model": MODEL, "n": number}).encode()))

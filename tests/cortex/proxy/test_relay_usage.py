@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.conftest import RunningCortex
 from tests.cortex.raw_engine import RawEngine, answering, plain, stream_head
 from tests.cortex.raw_http import DEADLINE_SECS, chunked, connected, request, single_bytes
 
 MODEL = "org/small"
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[RawEngine]:
-    async with RawEngine().running() as engine:
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
-    """A cortex in front of the engine."""
-    benjy.models[MODEL] = "loaded"
-    benjy.engine_url = engine.url
-    return await start_cortex([benjy], [{"id": MODEL}])
 
 
 def tokens(text: str) -> dict[str, float]:

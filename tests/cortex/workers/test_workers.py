@@ -212,7 +212,7 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])
 
 
-async def test_worker_hears_which_neurons_are_down() -> None:
+async def test_a_worker_learns_which_neurons_are_down() -> None:
     """When it starts and with each change: it ends the silent streams of their engines."""
     setup = Setup(config="{}", models=[], aliases={}, table={}, control_host="", down=["beast"])
     control = RemoteControl(setup, [].append)

@@ -174,12 +174,12 @@ def _sleeper(command: list[str], **variables: str) -> subprocess.Popen[bytes]:
 async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: Path) -> None:
     """A process that reuses the pid of a record survives, and so does one with the pid of a record of another boot."""
     sleep = shutil.which("sleep") or "sleep"
-    strangers = [_sleeper([sleep, "600"]) for _ in range(2)]
+    others = [_sleeper([sleep, "600"]) for _ in range(2)]
     try:
-        for number, (stranger, boot) in enumerate(zip(strangers, (records.boot_id(), "other"), strict=True), 1):
+        for number, (other, boot) in enumerate(zip(others, (records.boot_id(), "other"), strict=True), 1):
             directory = tmp_path / "state" / "engines" / str(number)
             directory.mkdir(parents=True)
-            found = stat_of(stranger.pid)
+            found = stat_of(other.pid)
             assert found is not None
             start = found.start_ticks - 100 if boot != "other" else found.start_ticks
             record = records.RunRecord(
@@ -193,20 +193,20 @@ async def test_recycled_pid_is_never_killed(config: Path, mark: str, tmp_path: P
                 port=28901,
                 api_key="x",
                 tmp_dir=directory / "tmp",
-                pid=stranger.pid,
+                pid=other.pid,
                 start_ticks=start,
                 started_at=0,
                 ready_at=1,
             )
             records.write(directory / "run.json", record)
         async with neuron_process(config) as neuron:
-            assert (await neuron.until_status("m1", "loaded"))["pid"] != strangers[0].pid
+            assert (await neuron.until_status("m1", "loaded"))["pid"] != others[0].pid
             assert await neuron.model("m2") == {}
-        assert [stranger.poll() for stranger in strangers] == [None, None]
+        assert [other.poll() for other in others] == [None, None]
     finally:
-        for stranger in strangers:
-            stranger.kill()
-            stranger.wait()
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 async def test_engine_without_a_record_is_killed(config: Path, mark: str) -> None:

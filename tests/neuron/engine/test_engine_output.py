@@ -52,10 +52,10 @@ def bytes_in(directory: Path) -> int:
 @contextlib.asynccontextmanager
 async def following(output: EngineOutput, *, pause_secs: float = 0.01) -> AsyncIterator[list[str]]:
     """The lines published while the body runs."""
-    told: list[str] = []
-    task = asyncio.create_task(output.follow(told.extend, lambda: pause_secs))
+    published: list[str] = []
+    task = asyncio.create_task(output.follow(published.extend, lambda: pause_secs))
     try:
-        yield told
+        yield published
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -148,13 +148,13 @@ async def test_rotation_under_a_writing_process(tmp_path: Path) -> None:
     path.touch()
     output = EngineOutput(path, max_file_bytes=200_000)
     count = 60_000
-    async with following(output) as told:
+    async with following(output) as published:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", WRITER, str(path), str(count))
         assert await process.wait() == 0
         await output.close()
     rotations = EngineLog(path).previous.exists()
     assert rotations
-    numbers = [int(line.split()[1]) for line in told if line.startswith("line ") and len(line) == 11]
+    numbers = [int(line.split()[1]) for line in published if line.startswith("line ") and len(line) == 11]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == count - 1
     assert len(numbers) >= count * 0.9
@@ -245,9 +245,9 @@ async def test_a_cancelled_caller_loses_no_lines(tmp_path: Path) -> None:
     asking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await asking
-    async with following(output) as told:
+    async with following(output) as published:
         append(path, b"last\n")
-        await until(lambda: "last" in told)
+        await until(lambda: "last" in published)
     assert await output.tail(1001) == [*numbered(0, 1000), "last"]
 
 
@@ -255,12 +255,12 @@ async def test_the_last_output_is_kept(tmp_path: Path) -> None:
     """Even a last line without a line end; `follow` ends by itself."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
-    told: list[str] = []
-    task = asyncio.create_task(output.follow(told.extend, lambda: 60.0))
+    published: list[str] = []
+    task = asyncio.create_task(output.follow(published.extend, lambda: 60.0))
     append(path, b"one\nBus error")
     await output.close()
     await asyncio.wait_for(task, 5)
-    assert told == ["one", "Bus error"]
+    assert published == ["one", "Bus error"]
     assert await output.tail(5) == ["one", "Bus error"]
 
 

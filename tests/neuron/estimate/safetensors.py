@@ -20,15 +20,15 @@ def write_tensors(path: Path, tensors: Shapes) -> None:
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    write_header(path, header, room=end)
+    write_header(path, header, data_bytes=end)
 
 
-def write_header(path: Path, header: Any, *, room: int = 0) -> None:
-    """Writes a file with any header and `room` bytes after it."""
+def write_header(path: Path, header: Any, *, data_bytes: int = 0) -> None:
+    """Writes a file with any header and `data_bytes` bytes after it."""
     data = header if isinstance(header, bytes) else json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
-        file.truncate(8 + len(data) + room)
+        file.truncate(8 + len(data) + data_bytes)
 
 
 def write_model(directory: Path, config: Mapping[str, Any], *shards: Shapes) -> Path:

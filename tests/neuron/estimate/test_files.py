@@ -214,7 +214,7 @@ class TestBroken:
     )
     def test_tensor(self, entry: object, tmp_path: Path) -> None:
         directory = write_model(tmp_path, SMALL)
-        write_header(directory / "model.safetensors", {"model.norm.weight": entry}, room=8)
+        write_header(directory / "model.safetensors", {"model.norm.weight": entry}, data_bytes=8)
         assert "'model.norm.weight' has" in self.refused(directory)
 
     def test_tensors_beyond_the_end_of_the_file(self, tmp_path: Path) -> None:

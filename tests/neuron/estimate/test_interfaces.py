@@ -177,9 +177,9 @@ def test_command_prints_a_table(llama: Path, two_cards: str) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == "model    llama  (LlamaForCausalLM)"
     assert lines[1] == "weights  sizes in 1 safetensors file, 16 bits a number once loaded"
-    assert lines[2] == "room     for 1 sequence of 32,768 tokens at once, on 1 device"
+    assert lines[2] == "context  1 sequence of 32,768 tokens at once, on 1 device"
     assert any(line.startswith("KV cache: full attention") and " 4,096  1 x 32,768 tokens" in line for line in lines)
-    assert any(line.startswith("together") for line in lines)
+    assert any(line.startswith("total") for line in lines)
     assert " 3 devices             impossible  32 attention heads cannot be divided by 3" in lines
     assert lines[-1] == "The smallest tensor-parallel size that fits here: 1"
 

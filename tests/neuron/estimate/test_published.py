@@ -240,9 +240,7 @@ def test_real_log_agrees_on_the_longest_sequence() -> None:
     model = Published("tiny", config, 0, 0)
     assert longest(model.architecture.text) == derived
     made = estimate(ModelFiles("tiny", model.architecture, None), EngineOptions(max_model_len=asked), [])
-    assert made.notes == (
-        "max_model_len 100000 is more than the model's 2048, which vLLM refuses unless told otherwise",
-    )
+    assert made.notes == ("max_model_len 100000 is more than the model's 2048, which vLLM refuses by default",)
 
 
 def test_real_log_agrees_on_what_900g_is() -> None:

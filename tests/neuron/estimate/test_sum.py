@@ -200,7 +200,7 @@ def test_options_have_reasons() -> None:
     """For each number of devices: fits, too little memory, too few devices, cannot be split."""
     made = of(LLAMA_8B, "--max-model-len", "131072")
     reasons = {option.tensor_parallel: option.reason or "fits" for option in made.options}
-    assert reasons[1] == "more than the 22598 MiB of 24564 that can be used"
+    assert reasons[1] == "more than the usable 22598 MiB of 24564"
     assert reasons[2] == reasons[4] == "fits"
     assert reasons[3] == "32 attention heads cannot be divided by 3"
     assert reasons[8] == "this host has 4 usable devices"

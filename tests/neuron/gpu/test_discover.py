@@ -43,7 +43,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def discover(environment: Mapping[str, str], *arguments: str) -> str:
-    """What `neuron discover` prints; it must end with status 0 and without a traceback."""
+    """The output of `neuron discover`, which must exit with status 0 and without a traceback."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("NEURON_")}
     result = subprocess.run(
         [sys.executable, *COMMAND, *arguments],
@@ -66,7 +66,7 @@ def discovered(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def test_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
-    """Two NVLinked GPUs, with the host around them."""
+    """Two NVLinked GPUs and the facts of their host."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, topology__0__1=HOST_BRIDGE))
     assert [(device["index"], device["uuid"]) for device in answer["devices"]] == [(0, uuid_of(0)), (1, uuid_of(1))]
     assert answer["links"] == [{"a": 0, "b": 1, "kind": "nvlink", "nvlinks": 4}]
@@ -76,22 +76,22 @@ def test_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
     assert answer["os"]
 
 
-def test_lone_gpu(library: dict[str, str], tmp_path: Path) -> None:
-    """One GPU has no links."""
+def test_single_gpu(library: dict[str, str], tmp_path: Path) -> None:
+    """A single GPU has no links."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", LONE_4090))
     assert [device["name"] for device in answer["devices"]] == ["NVIDIA GeForce RTX 4090"]
     assert answer["links"] == []
 
 
 def test_a_driver_without_a_gpu(library: dict[str, str], tmp_path: Path) -> None:
-    """Zero devices, and nothing is wrong."""
+    """No devices and no error."""
     answer = discovered(library | write_scenario(tmp_path / "hardware"))
     assert (answer["devices"], answer["cuda_unavailable_reason"]) == ([], None)
     assert answer["driver_version"] == "580.95.05"
 
 
 def test_no_nvidia_library(tmp_path: Path) -> None:
-    """A host without an NVIDIA stack has zero devices, without an error."""
+    """A host without an NVIDIA stack has no devices and no error."""
     # Found before a real library, and no library.
     (tmp_path / "libnvidia-ml.so.1").touch()
     answer = discovered({"LD_LIBRARY_PATH": str(tmp_path)})
@@ -109,8 +109,8 @@ def test_no_nvidia_library(tmp_path: Path) -> None:
         (777, "dmesg"),  # a code that this nvidia-ml-py does not know
     ],
 )
-def test_a_driver_that_cannot_be_used(library: dict[str, str], tmp_path: Path, code: int, advice: str) -> None:
-    """Zero devices, and a reason that says what happened and what to do."""
+def test_an_unusable_driver(library: dict[str, str], tmp_path: Path, code: int, advice: str) -> None:
+    """No devices, and a reason that says what happened and what to do."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, init=code))
     assert answer["devices"] == []
     assert f"({code})" in answer["cuda_unavailable_reason"]
@@ -118,14 +118,14 @@ def test_a_driver_that_cannot_be_used(library: dict[str, str], tmp_path: Path, c
 
 
 def test_one_lost_gpu(library: dict[str, str], tmp_path: Path) -> None:
-    """The GPU that is lost is marked; the other one is served."""
+    """The lost GPU is marked; the other one can be used."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", ONE_LOST))
     assert [bool(device["lost"]) for device in answer["devices"]] == [False, True]
     assert answer["cuda_unavailable_reason"] is None
 
 
-def test_tables_for_people(library: dict[str, str], tmp_path: Path) -> None:
-    """Without --json: the devices, the matrix of their links, what is wrong."""
+def test_table_output(library: dict[str, str], tmp_path: Path) -> None:
+    """Without --json it prints the devices, the matrix of their links, and problems."""
     environment = library | write_scenario(tmp_path / "hardware", (*NVLINKED_PAIR, ONE_LOST[1]))
     text = discover(environment)
     assert "driver  580.95.05, CUDA 13.0" in text
@@ -142,23 +142,23 @@ def test_tables_for_people(library: dict[str, str], tmp_path: Path) -> None:
     )
 
 
-def test_table_of_a_host_that_cannot_use_its_gpus() -> None:
-    """The reason stands where a person looks first."""
+def test_table_of_a_host_with_unusable_gpus() -> None:
+    """The reason is printed first."""
     text = table_of(Discovery(hostname="beast", cuda_unavailable_reason="reboot it"))
     assert "CUDA is unavailable: reboot it" in text
     assert text.endswith("\nno GPU\n")
 
 
 def test_table_of_pcie_links() -> None:
-    """Kinds are written and explained as by `nvidia-smi topo -m`, and only those that occur."""
+    """Link kinds are named as in `nvidia-smi topo -m`; the legend explains those that occur."""
     devices = [Device(index=index) for index in range(2)]
     text = table_of(Discovery(devices=devices, links=[Link(a=0, b=1, kind=LinkKind.PHB)]))
     assert "GPU1  PHB   X\n" in text
     assert text.endswith("\n\n  PHB  a PCIe host bridge\n")
 
 
-async def test_a_simulated_host_goes_by_the_neurons_name(tmp_path: Path) -> None:
-    """The hosts of a simulated fleet share one machine; each is told by its own name."""
+async def test_a_simulated_host_has_the_neurons_name(tmp_path: Path) -> None:
+    """The hosts of a simulated fleet share one machine, but each shows its own name."""
     simulate = SimulateSettings(devices=["RTX 5090", "RTX 5090"], nvlink=True)
     config = NeuronConfig(name="beast", simulate=simulate)
     source = topology_source(config, tmp_path)

@@ -67,8 +67,8 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
         }
 
 
-def test_health_is_read_anew_at_each_call(library: dict[str, str], hardware: Path) -> None:
-    """Live memory is what all processes hold now; the driver's own reserve is neither used nor free."""
+def test_each_call_reads_health_again(library: dict[str, str], hardware: Path) -> None:
+    """Used memory is what all processes hold now; the driver's reserve is neither used nor free."""
     with probing(library | write_scenario(hardware, LONE_4090)) as probe:
         assert probe.ask("health") == [
             {
@@ -91,7 +91,7 @@ def test_health_is_read_anew_at_each_call(library: dict[str, str], hardware: Pat
 
 @pytest.mark.parametrize("code", [GPU_IS_LOST, RESET_REQUIRED, UNKNOWN])
 def test_a_gpu_lost_while_running(library: dict[str, str], hardware: Path, code: int) -> None:
-    """It leaves health and is marked with its facts kept; the other GPU is unaffected; it may come back."""
+    """It is missing in health and marked, and keeps its facts; the other GPU is unaffected. It may return."""
     with probing(library | write_scenario(hardware, NVLINKED_PAIR)) as probe:
         before = probe.ask("discover")
         write_scenario(hardware, NVLINKED_PAIR, gpu1__error=code)
@@ -107,7 +107,7 @@ def test_a_gpu_lost_while_running(library: dict[str, str], hardware: Path, code:
 
 
 def test_a_gpu_lost_before_the_start_is_listed_and_marked(library: dict[str, str], hardware: Path) -> None:
-    """No handle, no facts: the index and the reason are what is left. Links and health are those of the others."""
+    """Without a handle only the index and the reason are known. The others have links and health."""
     gpus = (*NVLINKED_PAIR, Gpu(figures={"handle_error": GPU_IS_LOST}))
     with probing(library | write_scenario(hardware, gpus)) as probe:
         topology = probe.ask("discover")
@@ -119,8 +119,8 @@ def test_a_gpu_lost_before_the_start_is_listed_and_marked(library: dict[str, str
         assert [device["index"] for device in probe.ask("health")] == [0, 1]
 
 
-def test_a_lost_gpu_that_still_has_a_name_is_listed_with_it(library: dict[str, str], hardware: Path) -> None:
-    """A handle without memory is a GPU that cannot be used, named as far as the driver can."""
+def test_a_lost_gpu_keeps_known_facts(library: dict[str, str], hardware: Path) -> None:
+    """A GPU with a handle but without memory is unusable, and listed with what the driver reports."""
     gpus = (Gpu(figures={"error.nvmlDeviceGetMemoryInfo_v2": UNKNOWN}),)
     with probing(library | write_scenario(hardware, gpus)) as probe:
         (device,) = probe.ask("discover")["devices"]
@@ -130,7 +130,7 @@ def test_a_lost_gpu_that_still_has_a_name_is_listed_with_it(library: dict[str, s
 
 
 def test_absent_figures_are_none(library: dict[str, str], hardware: Path) -> None:
-    """What a card lacks is None, and an unknown error on an optional figure (WSL, virtual GPUs) loses nothing."""
+    """Missing figures are None; an unknown error for an optional figure (WSL, virtual GPUs) does not lose the GPU."""
     absent = dict.fromkeys(("temp_c", "utilization_pct", "numa_node"))
     gpu = Gpu(figures={**absent, "error.nvmlDeviceGetPowerUsage": UNKNOWN})
     with probing(library | write_scenario(hardware, (gpu,))) as probe:
@@ -140,8 +140,8 @@ def test_absent_figures_are_none(library: dict[str, str], hardware: Path) -> Non
         assert (known["lost"], known["numa_node"]) == (None, None)
 
 
-def test_a_gpu_without_memory_of_its_own(library: dict[str, str], hardware: Path) -> None:
-    """A GPU that shares the host's memory has zeros, and is neither lost nor a crash."""
+def test_a_gpu_that_shares_host_memory(library: dict[str, str], hardware: Path) -> None:
+    """Its memory figures are 0, and it is not lost."""
     with probing(library | write_scenario(hardware, (Gpu(name="NVIDIA GB10", figures={"total": None}),))) as probe:
         (device,) = probe.ask("discover")["devices"]
         assert (device["name"], device["vram_total_mb"], device["lost"]) == ("NVIDIA GB10", 0, None)
@@ -151,20 +151,20 @@ def test_a_gpu_without_memory_of_its_own(library: dict[str, str], hardware: Path
 
 @pytest.mark.parametrize(("mode", "expected"), [(1, True), (0, False), (None, None)])
 def test_mig_mode(library: dict[str, str], hardware: Path, mode: int | None, expected: bool | None) -> None:
-    """MIG on and off are told from a card that has none."""
+    """MIG on, MIG off and a card without MIG differ."""
     with probing(library | write_scenario(hardware, (Gpu(figures={"mig": mode}),))) as probe:
         assert probe.ask("discover")["devices"][0]["mig_mode"] is expected
 
 
 def test_memory_by_process(library: dict[str, str], hardware: Path) -> None:
-    """Every process on a GPU with its MiB; two entries of one (MIG) add up; an unknown figure is left out."""
+    """MiB of every process on a GPU; two entries of one process (MIG) add up; unknown figures are missing."""
     gpus = (Gpu(processes=((101, 4000), (102, None), (101, 500))), Gpu(processes=((103, 9),)), Gpu())
     with probing(library | write_scenario(hardware, gpus)) as probe:
         assert probe.ask("processes") == {"0": {"101": 4500}, "1": {"103": 9}, "2": {}}
 
 
 def test_an_old_driver(old_library: dict[str, str], hardware: Path) -> None:
-    """Functions that the library does not export are done without: older ones answer, or the figure is None."""
+    """If the library lacks a function, an older one is used, or the figure is None."""
     gpus = tuple(replace(gpu, used_mib=100, processes=((7, 3),)) for gpu in NVLINKED_PAIR)
     with probing(
         old_library | write_scenario(hardware, gpus, **{"error.nvmlDeviceGetMigMode": NOT_SUPPORTED})
@@ -179,8 +179,8 @@ def test_an_old_driver(old_library: dict[str, str], hardware: Path) -> None:
         assert probe.ask("processes") == {"0": {"7": 3}, "1": {"7": 3}}
 
 
-def test_a_slow_driver_does_not_hold_the_loop_up(library: dict[str, str], hardware: Path) -> None:
-    """NVML calls never block the event loop, however long they take."""
+def test_a_slow_driver_does_not_block_the_loop(library: dict[str, str], hardware: Path) -> None:
+    """The event loop runs during an NVML call, however long it takes."""
     with probing(library | write_scenario(hardware, LONE_4090)) as probe:
         probe.ask("health")
         write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=1500)
@@ -190,7 +190,7 @@ def test_a_slow_driver_does_not_hold_the_loop_up(library: dict[str, str], hardwa
 
 
 def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, str], hardware: Path) -> None:
-    """Without a driver the live figures are empty too, and the process ends in order."""
+    """Without a driver the live figures are empty too, and the process exits normally."""
     with probing(library | write_scenario(hardware, LONE_4090, init=DRIVER_NOT_LOADED)) as probe:
         assert probe.ask("health") == []
         assert probe.ask("processes") == {}
@@ -200,7 +200,7 @@ def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, s
 
 
 def test_figures_larger_than_32_bits(library: dict[str, str], hardware: Path) -> None:
-    """Bytes are counted in 64 bits on the whole way: a GPU of 180 GB."""
+    """A GPU of 180 GB: bytes are 64-bit everywhere."""
     gpu = Gpu(name="NVIDIA B200", total_mib=183359, used_mib=150000, processes=((5, 150000),))
     assert 150000 * MIB > 2**32
     with probing(library | write_scenario(hardware, (gpu,), topology__0__1=HOST_BRIDGE)) as probe:

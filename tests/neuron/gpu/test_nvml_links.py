@@ -1,4 +1,4 @@
-"""How two GPUs reach each other: the decision alone, and what it is fed by the real nvidia-ml-py."""
+"""The link of two GPUs: derived from given facts, and read through the real nvidia-ml-py."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def links_seen(library: dict[str, str], hardware: Path, gpus: tuple[Gpu, ...], *
 
 
 def test_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
-    """Direct NVLinks are counted and come before the PCIe path that is there as well."""
+    """Direct NVLinks are counted and take precedence over the PCIe path."""
     assert links_seen(library, tmp_path / "hardware", NVLINKED_PAIR, topology__0__1=HOST_BRIDGE) == [
         (0, 1, "nvlink", 4)
     ]
 
 
 def test_inactive_nvlinks_do_not_count(library: dict[str, str], tmp_path: Path) -> None:
-    """A bridge that is not plugged in leaves the PCIe path."""
+    """Without an NVLink bridge the PCIe path counts."""
     gpus = (Gpu(nvlinks=("off", "off")), Gpu(nvlinks=("off", "off")))
     assert links_seen(library, tmp_path / "hardware", gpus, topology__0__1=50) == [(0, 1, "sys", 0)]
 
@@ -54,7 +54,7 @@ def test_pci_switch_pair(library: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_nvswitch(library: dict[str, str], tmp_path: Path) -> None:
-    """GPUs on NVSwitches are peers by the fewer of their links, unless the driver says that they are not."""
+    """GPUs on NVSwitches have the smaller number of their links, unless the driver says that they are not peers."""
     gpus = tuple(Gpu(nvlinks=("switch",) * count) for count in (18, 18, 12))
     keys = {"topology.0.1": 50, "topology.0.2": 50, "topology.1.2": 40, "p2p.0.1": 0, "p2p.1.2": 5}
     assert links_seen(library, tmp_path / "hardware", gpus, **keys) == [
@@ -64,8 +64,8 @@ def test_nvswitch(library: dict[str, str], tmp_path: Path) -> None:
     ]
 
 
-def test_a_pair_the_driver_says_nothing_about_is_left_out(library: dict[str, str], tmp_path: Path) -> None:
-    """An unknown path is absent: no kind would be true. A device that is lost on the way has no links."""
+def test_an_unknown_pair_has_no_link(library: dict[str, str], tmp_path: Path) -> None:
+    """A pair that the driver reports nothing about has no link, and neither has a device lost meanwhile."""
     gpus = (Gpu(), Gpu(), Gpu(figures={"error.nvmlDeviceGetNvLinkState": GPU_IS_LOST}))
     assert links_seen(library, tmp_path / "hardware", gpus, topology__0__2=10, topology__1__2=10) == []
 
@@ -80,8 +80,8 @@ def test_kind_of_each_level_of_nvml(level: int, kind: str) -> None:
     assert links_between([1, 0], facts) == (Link(a=0, b=1, kind=LinkKind(kind)),)
 
 
-def test_one_end_is_enough_for_a_direct_nvlink() -> None:
-    """The other end's report may be unreadable."""
+def test_a_direct_nvlink_needs_one_readable_end() -> None:
+    """The other end may be unreadable."""
     buses = {index: pci_bus_id_of(index) for index in range(3)}
     facts = LinkFacts(pci_bus_ids=buses, nvlinks={2: NvLinks(to_peer={buses[0]: 2})}, ancestors={})
     assert links_between([0, 1, 2], facts) == (Link(a=0, b=2, kind=LinkKind.NVLINK, nvlinks=2),)
@@ -89,7 +89,7 @@ def test_one_end_is_enough_for_a_direct_nvlink() -> None:
 
 @pytest.mark.parametrize(("content", "node"), [("1\n", 1), ("0\n", 0), ("-1\n", None), ("", None), (None, None)])
 def test_numa_node_of_the_kernel(tmp_path: Path, content: str | None, node: int | None) -> None:
-    """The kernel writes -1 where there is no NUMA; its addresses are lower-case with a domain of four digits."""
+    """The kernel writes -1 without NUMA; its addresses are lower-case with a four-digit domain."""
     if content is not None:
         directory = tmp_path / "0000:c1:00.0"
         directory.mkdir()

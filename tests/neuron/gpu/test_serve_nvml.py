@@ -1,4 +1,4 @@
-"""`neuron serve` on a host whose GPUs come from NVML: real command, real nvidia-ml-py, a library made for it."""
+"""`neuron serve` with GPUs from NVML: real command, real nvidia-ml-py, a test library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def configuration(directory: Path) -> Path:
-    """neuron.toml without `[simulate]`; "vllm" is a program that writes down how it was called and serves like it."""
+    """neuron.toml without `[simulate]`; "vllm" is a program that records its arguments and serves like vLLM."""
     program = directory / "vllm"
     program.write_text(
         f"#!{sys.executable}\n"
@@ -52,8 +52,8 @@ def environment(library: Mapping[str, str], scenario: Mapping[str, str]) -> dict
 
 
 async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
-    """Topology and live figures are NVML's; the engine gets its GPUs by UUID and its share of them, and no secret
-    in its arguments."""
+    """Topology and live figures come from NVML; the engine gets its GPUs by UUID, its share of them, and no secret in
+    its arguments."""
     busy = (Gpu(nvlinks=NVLINKED_PAIR[0].nvlinks, used_mib=2048), NVLINKED_PAIR[1])
     scenario = write_scenario(tmp_path / "gpus", busy)
     async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
@@ -79,7 +79,7 @@ async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Pa
 
 
 async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path) -> None:
-    """Each gets the fraction that it was booked; a third is refused with the figures."""
+    """Each gets the fraction that is booked for it; a third is refused with the figures."""
     scenario = write_scenario(tmp_path / "gpus", LONE_4090)  # 512 MiB in use, and as many the driver's own
     async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
         fractions = []
@@ -97,8 +97,8 @@ async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path)
     assert device["vram_bookable_mb"] == 24_564 - 22_000 - 512 - 512 - DEVICE_MARGIN_MB
 
 
-async def test_driver_mismatch_is_served(library: dict[str, str], tmp_path: Path) -> None:
-    """The service runs and says what is wrong; a load is refused with that reason at once."""
+async def test_driver_mismatch_is_reported(library: dict[str, str], tmp_path: Path) -> None:
+    """neuron runs and reports the problem; loads are refused immediately with the reason."""
     scenario = write_scenario(tmp_path / "gpus", init=VERSION_MISMATCH)
     async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
         discovery = (await neuron.call("GET", "/discovery")).body
@@ -110,7 +110,7 @@ async def test_driver_mismatch_is_served(library: dict[str, str], tmp_path: Path
 
 
 async def test_lost_gpu_is_marked_and_not_used(library: dict[str, str], tmp_path: Path) -> None:
-    """One that is gone at the start, and one that goes later: the rest serves on."""
+    """One GPU is lost before the start and one later; the others keep serving."""
     scenario = write_scenario(tmp_path / "gpus", ONE_LOST)
     async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
         devices = (await neuron.call("GET", "/discovery")).body["devices"]

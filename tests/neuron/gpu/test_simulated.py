@@ -1,4 +1,4 @@
-"""Simulated GPUs: which they are, and memory that really fills up and empties."""
+"""Simulated GPUs: their facts, and memory that fills and empties with processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared.settings import SettingsError, validate_settings
     "spelling", ["RTX 5090", "RTX5090", "rtx 5090", "rtx-5090", "NVIDIA GeForce RTX 5090", "GeForce RTX 5090"]
 )
 def test_spellings_of_a_preset(spelling: str) -> None:
-    """People write a card's name in many ways; the fleet shows one."""
+    """Different spellings of a card's name are the same preset."""
     device = resolve_device(spelling, index=0, host="beast")
     assert (device.name, device.vram_total_mb, device.compute_capability) == ("RTX 5090", 32607, "12.0")
 
@@ -49,21 +49,21 @@ def test_every_preset_is_found_by_its_own_name() -> None:
 
 
 def test_a_table_overrides_its_preset() -> None:
-    """What a table says holds; the rest comes from the preset of its name."""
+    """Values in the table override those of its preset."""
     table = SimulatedDevice(name="RTX 4090", vram_total_mb=8000, numa_node=1, uuid="GPU-mine")
     device = resolve_device(table, index=3, host="benjy")
     assert (device.vram_total_mb, device.compute_capability) == (8000, "8.9")
     assert (device.numa_node, device.uuid, device.index) == (1, "GPU-mine", 3)
 
 
-def test_a_card_of_ones_own() -> None:
-    """A name without a preset needs only its memory."""
+def test_a_card_without_a_preset() -> None:
+    """It only needs a memory size."""
     device = resolve_device(SimulatedDevice(name="RTX 6090", vram_total_mb=48000), index=0, host="x")
     assert (device.name, device.vram_total_mb, device.compute_capability) == ("RTX 6090", 48000, "8.0")
 
 
-def test_every_unknown_device_is_named_at_construction(tmp_path: Path) -> None:
-    """A wrong name is found before anything starts: key, value and what is known, one line for each."""
+def test_every_unknown_device_is_reported_at_construction(tmp_path: Path) -> None:
+    """One line for each wrong name, with key, value and the known presets."""
     settings = SimulateSettings(devices=["RTX 5090", "RTX 9999", SimulatedDevice(name="Abacus")])
     with pytest.raises(SettingsError) as raised:
         SimulatedTopologySource(settings, tmp_path)
@@ -74,14 +74,14 @@ def test_every_unknown_device_is_named_at_construction(tmp_path: Path) -> None:
 
 
 def test_two_devices_with_one_uuid_are_refused(tmp_path: Path) -> None:
-    """Memory is counted by uuid: two devices of one uuid would fill each other."""
+    """Memory is counted by uuid, so two devices with one uuid would share it."""
     table = SimulatedDevice(name="L4", uuid="GPU-same")
     with pytest.raises(SettingsError, match=r"devices\[1\].uuid = 'GPU-same'"):
         SimulatedTopologySource(SimulateSettings(devices=[table, table]), tmp_path)
 
 
 async def test_uuids_are_stable_and_distinct(tmp_path: Path) -> None:
-    """The same over restarts, different between devices and between neurons, and of a real GPU's form."""
+    """They survive restarts, differ between devices and neurons, and look like a real GPU's."""
     settings = SimulateSettings(devices=["RTX 5090", "RTX 5090"])
     beast, again, benjy = [
         [device.uuid for device in (await SimulatedTopologySource(settings, tmp_path, name=name).discover()).devices]
@@ -94,7 +94,7 @@ async def test_uuids_are_stable_and_distinct(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("nvlink", "kind", "count"), [(True, LinkKind.NVLINK, 4), (False, LinkKind.PHB, 0)])
 async def test_links(tmp_path: Path, nvlink: bool, kind: LinkKind, count: int) -> None:
-    """Every pair is linked in the way the settings say, and the topology owns up to being simulated."""
+    """Every pair has the configured link, and the topology is marked as simulated."""
     source = SimulatedTopologySource(SimulateSettings(devices=["L4"] * 3, nvlink=nvlink), tmp_path)
     topology = await source.discover()
     assert [(link.a, link.b) for link in topology.links] == [(0, 1), (0, 2), (1, 2)]
@@ -104,7 +104,7 @@ async def test_links(tmp_path: Path, nvlink: bool, kind: LinkKind, count: int) -
 
 
 async def test_memory_follows_the_processes_that_hold_it(tmp_path: Path) -> None:
-    """A live process fills a device, and its death frees it, however it died."""
+    """Memory of a live process counts; it is free when the process dies, in any way."""
     source = SimulatedTopologySource(SimulateSettings(devices=["RTX 5090", "RTX 3060"]), tmp_path, name="beast")
     first, second = (await source.discover()).devices
     assert first.uuid is not None
@@ -122,8 +122,8 @@ async def test_memory_follows_the_processes_that_hold_it(tmp_path: Path) -> None
     assert await source.process_memory_mb() == {0: {}, 1: {}}
 
 
-async def test_idle_figures_are_there_before_the_directory_is(tmp_path: Path) -> None:
-    """A host on which nothing was ever loaded has free memory and the figures of an idle card."""
+async def test_idle_figures_without_a_directory(tmp_path: Path) -> None:
+    """A host that never loaded a model has free memory and the figures of an idle card."""
     source = SimulatedTopologySource(SimulateSettings(devices=["L4"]), tmp_path / "not-yet")
     (device,) = await source.health()
     assert (device.vram_used_mb, device.vram_free_mb, device.utilization_pct) == (0, 23034, 0)
@@ -131,7 +131,7 @@ async def test_idle_figures_are_there_before_the_directory_is(tmp_path: Path) ->
     assert device.power_w is not None
 
 
-def test_devices_as_neuron_toml_has_them() -> None:
+def test_devices_in_neuron_toml() -> None:
     """Names and tables mix in one list."""
     data = {"simulate": {"devices": ["RTX 5090", {"name": "RTX 4090", "numa_node": 1}]}}
     config = validate_settings(NeuronConfig, data, source="neuron.toml")

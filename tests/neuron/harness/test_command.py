@@ -157,7 +157,7 @@ def test_estimated_share() -> None:
         ("sim", 8000, ("--vram-mb=3000", "--vram-mb"), MemoryRequirement(8000)),
     ],
 )
-def test_memory_need(harness: str, share: int | None, args: tuple[str, ...], need: MemoryRequirement) -> None:
+def test_memory_requirement(harness: str, share: int | None, args: tuple[str, ...], need: MemoryRequirement) -> None:
     """From the engine's arguments, else its share, else its default."""
     spec = replace(SPEC, tensor_parallel=2)
     assert HARNESSES[harness].memory_requirement(spec, share, args) == need

@@ -14,7 +14,7 @@ import pytest
 from neuron.errors import VramNotReleased, load_cancelled, stopping
 from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.errors import root_cause
-from neuron.lifecycle.failure_cause import cause_of, cause_of_end
+from neuron.lifecycle.failure_cause import cause_of, cause_of_end, is_permanent_end
 from neuron.memory.capacity import InsufficientVram
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import FailureCause
@@ -26,24 +26,26 @@ VLLM = HARNESSES["vllm"]
 
 
 @pytest.mark.parametrize(
-    ("log", "path_missing", "cause"),
+    ("log", "path_missing", "cause", "permanent"),
     [
-        ("badflag", False, "model"),
-        ("badflag", True, "model"),
-        ("badvalue", False, "model"),
-        ("nopath", True, "node"),
-        ("nopath", False, "model"),
-        ("offline", False, "node"),
-        ("toolong", False, "model"),
-        ("kv", False, "node"),
-        ("sleep", False, "node"),
-        ("tp2", False, "node"),
+        ("badflag", False, "model", True),
+        ("badflag", True, "model", True),
+        ("badvalue", False, "model", True),
+        ("nopath", True, "node", True),
+        ("nopath", False, "model", True),
+        ("offline", False, "node", False),
+        ("toolong", False, "model", True),
+        ("kv", False, "node", False),
+        ("sleep", False, "node", False),
+        ("tp2", False, "node", False),
     ],
 )
-def test_real_failures(log: str, path_missing: bool, cause: str) -> None:
-    """Logs of vLLM 0.32. A path that this host lacks may exist on another; a wrong flag fails everywhere."""
+def test_real_failures(log: str, path_missing: bool, cause: str, permanent: bool) -> None:
+    """Logs of vLLM 0.32. A path that this host lacks may exist on another; a wrong flag fails everywhere. What the next
+    start on this host meets too is permanent."""
     lines = (LOGS / f"{log}.txt").read_text().splitlines()
     assert cause_of_end(VLLM, 1, lines, path_missing=path_missing).value == cause
+    assert is_permanent_end(VLLM, 1, lines, path_missing=path_missing) is permanent
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ def _option(case: _Case, devices: int, usable: Sequence[int]) -> Option:
         reason = f"this host has {len(usable) or 'no'} usable device{'' if len(usable) == 1 else 's'}"
     else:
         share = DEFAULT_ENGINE_SHARE if case.options.memory_fraction is None else case.options.memory_fraction
-        room = int(usable[devices - 1] * share)
-        if needed > room:
-            reason = f"more than the {room} MiB of {usable[devices - 1]} that can be used"
+        available = int(usable[devices - 1] * share)
+        if needed > available:
+            reason = f"more than the usable {available} MiB of {usable[devices - 1]}"
     return Option(devices, needed, possible=True, reason=reason)
 
 
@@ -168,7 +168,7 @@ def _room(case: _Case, cached: Sequence[Cached]) -> str:
     if not needed or case.options.kv_cache_bytes is None:
         return text
     fitting = case.options.kv_cache_bytes / needed * case.sequences.count
-    return f"{text}: room for {fitting:.2f} sequences of {case.sequences.tokens:,} tokens"
+    return f"{text}: fits {fitting:.2f} sequences of {case.sequences.tokens:,} tokens"
 
 
 def _type_name(case: _Case) -> str:
@@ -189,7 +189,7 @@ def _unknown(case: _Case) -> Iterator[str]:
 def _notes(case: _Case) -> Iterator[str]:
     most, tokens = longest(case.model.text), case.sequences.tokens
     if tokens > most:
-        yield f"max_model_len {tokens} is more than the model's {most}, which vLLM refuses unless told otherwise"
+        yield f"max_model_len {tokens} is more than the model's {most}, which vLLM refuses by default"
     method = case.options.quantization
     if method is not None and case.model.quantization is not None:
         yield f"quantization {method}: ignored, the checkpoint is already quantized"

@@ -67,13 +67,13 @@ def unknown_of(model: Architecture, dtype: str) -> tuple[str, ...]:
     if model.count(LayerKind.STATE):
         unknown.append(f"state of {model.count(LayerKind.STATE)} state-space layers (Mamba or alike)")
     if LayerKind.LINEAR in model.kinds and model.linear is None:
-        unknown.append(f"state of {model.count(LayerKind.LINEAR)} linear-attention layers: its size is not told")
+        unknown.append(f"state of {model.count(LayerKind.LINEAR)} linear-attention layers: unknown size")
     if model.text.flag("is_encoder_decoder"):
         unknown.append("KV cache of the cross-attention to the encoder's output")
     if model.text.integer("index_topk"):
         unknown.append("keys of the sparse attention's indexer")
     if not model.encoder_only and not model.heads and not model.latent:
-        unknown.append("KV cache: config.json tells no number of attention heads")
+        unknown.append("KV cache: config.json has no number of attention heads")
     return tuple(unknown)
 
 
