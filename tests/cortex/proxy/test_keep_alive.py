@@ -152,7 +152,9 @@ async def test_plain_request_is_held_silently(
 @pytest.mark.parametrize(
     "body", [b'{"model":"org/small","n":NaN,"stream":true}', b'{"stream":false,"stream":true,"model":"org/small"}']
 )
-async def test_stream_is_told_as_leniently_as_the_model(cortex: RunningCortex, engine: RawEngine, body: bytes) -> None:
+async def test_stream_is_detected_as_leniently_as_the_model(
+    cortex: RunningCortex, engine: RawEngine, body: bytes
+) -> None:
     """cortex reads `stream` as json.loads does; the last of several counts."""
     async with connected(cortex.url) as client:
         await client.send(request(body))
@@ -396,7 +398,9 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
         assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n"
 
 
-async def test_worker_processes_hear_from_their_control(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> None:
+async def test_worker_processes_get_notes_from_their_control(
+    tmp_path: Path, benjy: V1Neuron, engine: RawEngine
+) -> None:
     """Their comments have what the control knows, the node included from the first one on. The log has the waiting
     time."""
     async with cortex_process(

@@ -256,7 +256,9 @@ class TestNeuron:
             assert b"its neuron is down" in rest
             await idle(cortex)
 
-    async def test_down_keeps_streams_that_go_on(self, start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    async def test_streams_continue_while_their_neuron_is_down(
+        self, start_cortex: StartCortex, benjy: V1Neuron
+    ) -> None:
         """A neuron may restart while its engines work."""
         async with engine_of(benjy) as engine:
             engine.script = endless
