@@ -264,10 +264,10 @@ class Loader:
     async def _evicting(
         self, evicting: Mapping[ReplicaKey, bool], still_needed: Callable[[], bool]
     ) -> AsyncIterator[None]:
-        """Evicts these models, given with whether they sleep now. Inside the body their memory can be booked: they are
-        gone, or their neuron reports that it is ending them and has promised their memory to this load: a later one,
-        for example from another cortex, does not get it. After the body every eviction is over. If one is refused, the
-        remaining ones are skipped.
+        """Evicts these models, given with whether they sleep now. Inside the body the load can book their memory:
+        each model is gone, or its neuron is stopping it and has promised its memory to this load (a later load, for
+        example from another cortex, does not get that memory). After the body all evictions have ended. If a neuron
+        refuses one, the remaining evictions are skipped.
 
         Raises, before the body: as `evict`.
         """
