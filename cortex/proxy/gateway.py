@@ -16,7 +16,7 @@ from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answ
 from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.paths import (
     INFERENCE,
-    is_below_another_base,
+    has_wrong_base,
     is_for_web_pages,
     is_own,
     meant_path,
@@ -77,7 +77,7 @@ class Gateway:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
-        if method != b"POST" or is_below_another_base(request.path):
+        if method != b"POST" or has_wrong_base(request.path):
             return self._refuse(client, request, no_route(request))
         return RequestHandler(self._context, client, request, caller)
 
