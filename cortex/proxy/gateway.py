@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Final
 
@@ -53,13 +53,15 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
+        authenticate: Callable[[bytes | None], str] = authenticate,
     ) -> None:
-        """`control_address` is where the control app listens."""
+        """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self._context = context
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
+        self._authenticate = authenticate
 
     @property
     def in_flight(self) -> InFlight:
@@ -69,7 +71,10 @@ class Gateway:
         refused = self._cross_site.refusal(request)
         if refused is not None:
             return RefusedRequest(client, refused, self.rejected(request, refused))
-        caller = authenticate(request.api_key)
+        try:
+            caller = self._authenticate(request.api_key)
+        except ServiceError as error:
+            return RefusedRequest(client, error, self.rejected(request, error))
         if request.method == b"POST" and request.path in _INFERENCE:
             return RequestHandler(self._context, client, request, caller)
         return ControlRequest(self._context, client, request, self._control_address)

@@ -53,6 +53,7 @@ PURE = (
         f"neuron/harness/vllm/estimate/{name}.py"
         for name in ("context_length", "estimator", "kv_cache", "overhead", "parallel")
     ),
+    "neuron/lifecycle/restart_backoff.py",
     "neuron/lifecycle/states.py",
     *(f"neuron/memory/{name}.py" for name in ("capacity", "interconnect", "requirement", "selection")),
     *(f"neuron/progress/{name}.py" for name in ("eta", "load_times", "phases", "progress")),
