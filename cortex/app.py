@@ -18,8 +18,8 @@ from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
+from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
-from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -91,6 +91,7 @@ async def working(
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
+        default_model=config.gateway.default_model,
         keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024

@@ -204,13 +204,13 @@ def unload(
 
 @app.command()
 def drain(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Stop giving new models to a neuron."""
+    """Stop sending new loads to a neuron, and requests if another neuron can serve them."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json)
 
 
 @app.command()
 def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Give new models to a drained neuron again."""
+    """End a drain."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json)
 
 

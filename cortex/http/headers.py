@@ -21,6 +21,7 @@ REQUEST_ID: Final = 12
 FORWARDED_FOR: Final = 13
 ORIGIN: Final = 14
 FETCH_SITE: Final = 15
+UPGRADE: Final = 16
 
 HOP_BY_HOP = frozenset(
     {
@@ -64,6 +65,7 @@ class Names(dict[bytes, Meaning]):
 OF_REQUESTS: Final = Names(
     {
         **dict.fromkeys(HOP_BY_HOP, DROP),
+        b"upgrade": UPGRADE,
         b"host": HOST,
         b"content-length": CONTENT_LENGTH,
         b"content-type": CONTENT_TYPE,

@@ -70,10 +70,12 @@ class Answer:
         return error_event(self.request.path, error, sent=b"".join(self.tail.chunks))
 
 
-def id_lines(request: Request, request_id: bytes) -> bytes:
-    """The header lines with the request's id, without the final CRLF. Anthropic's clients read `request-id`."""
-    line = b"x-request-id: " + request_id
-    return b"%b\r\nrequest-id: %b" % (line, request_id) if request.anthropic else line
+def own_lines(request: Request, request_id: bytes) -> bytes:
+    """The header lines that cortex adds to every answer, without the final CRLF."""
+    lines = b"x-request-id: " + request_id
+    if request.anthropic:  # Anthropic's clients read this one
+        lines = b"%b\r\nrequest-id: %b" % (lines, request_id)
+    return b"%b\r\n%b" % (lines, request.cors) if request.cors else lines
 
 
 class DirectAnswer(Answer):

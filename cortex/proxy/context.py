@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from cortex.http.access_log import AccessLog
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
 from cortex.proxy.keep_alive import KeepAliveTimes
@@ -52,13 +52,15 @@ class ProxyContext:
         access_log: AccessLog,
         affinity: Affinity,
         load_factor: float,
+        default_model: str | None,
         keep_alive_times: KeepAliveTimes,
     ) -> None:
-        """Needs a running loop."""
+        """`default_model` is for requests that name none. Needs a running loop."""
         self.control = control
         self.access_log = access_log
         self.affinity = affinity
         self.load_factor = load_factor
+        self.default_model = default_model
         self.keep_alive_times = keep_alive_times
         self.pool = EnginePool()
         self.hinted: set[str] = set()  # models whose operator knows why they refuse tools

@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
-from cortex.proxy.answer import id_lines
-from cortex.proxy.model_field import asks_for_stream
+from cortex.proxy.answer import own_lines
+from cortex.proxy.body.model_field import asks_for_stream
 from cortex.upstream.replica import WaitNote
 
 STREAMED: Final = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
@@ -86,7 +86,7 @@ class KeepAliveStream:
             "HTTP/1.1 200 OK",
             "content-type: text/event-stream; charset=utf-8",
             "cache-control: no-cache",
-            id_lines(request, self._request_id.encode()).decode(),
+            own_lines(request, self._request_id.encode()).decode(),
             "x-cortex-cold-start: true",
         ]
         if note.node is not None:
@@ -110,7 +110,7 @@ class KeepAliveStream:
 
     def _current_note(self) -> WaitNote:
         if self.sent_to is not None:
-            return WaitNote(text=f"{self._model_id} on {self.sent_to} has the request", node=self.sent_to)
+            return WaitNote(text=f"request sent to {self._model_id} on {self.sent_to}", node=self.sent_to)
         return self._note(self._model_id) or WaitNote(text=f"waiting for {self._model_id}")
 
 

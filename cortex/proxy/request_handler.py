@@ -13,18 +13,19 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
-from cortex.proxy.answer import Answer, DirectAnswer, id_lines
+from cortex.proxy.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.balancing.choice import choose
+from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.deferred_answer import DeferredAnswer
 from cortex.proxy.error_event import error_event
 from cortex.proxy.keep_alive import STREAMED, KeepAliveStream
-from cortex.proxy.model_field import find_model
+from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address, parse_url
 from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
-from shared.errors import ServiceError
+from shared.errors import MAX_SHOWN_CHARS, ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
@@ -109,9 +110,9 @@ class RequestHandler:
     def begin(self) -> None:
         request, control = self._request, self._context.control
         try:
-            field = find_model(request.body, request.content_type.decode("latin-1"))
+            field = self._find_model()
         except ServiceError as error:
-            self._refuse(error)
+            self._refuse(error if request.path in INFERENCE else no_route(request))
             return
         model_id = control.aliases.get(field.model, field.model)
         if model_id != field.model:
@@ -198,6 +199,17 @@ class RequestHandler:
         self._stop_keep_alive()
         self._client.finished()
 
+    def _find_model(self) -> ModelField:
+        request, default = self._request, self._context.default_model
+        content_type = request.content_type.decode("latin-1")
+        try:
+            return find_model(request.body, content_type)
+        except MissingModel:
+            if default is None:
+                raise
+        request.body = with_model(request.body, content_type, default)
+        return find_model(request.body, content_type)
+
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         if len(replicas) == 1:
             self._send(replicas[0], compared=False)
@@ -217,8 +229,9 @@ class RequestHandler:
 
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        if relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold:
-            request, answer = self._request, relay.answer
+        request, answer = self._request, relay.answer
+        comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
+        if comparable and request.path in INFERENCE:  # a client must not add kinds without limit
             kind = self._model_id, request.path, answer.events
             self._context.speeds.learn(kind, self._node, monotonic() - request.received, answer.tail.fed_bytes)
 
@@ -300,7 +313,7 @@ class RequestHandler:
                 self._client,
                 request,
                 extra=b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (id_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
+                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
             )
         else:
             self._keep_alive.sent_to = replica.node
@@ -365,7 +378,7 @@ class RequestHandler:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
             context.access_log.line(
-                f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
+                f"POST {request.path[:MAX_SHOWN_CHARS].decode('latin-1')} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )

@@ -30,7 +30,7 @@ async def estimate(request: web.Request) -> web.Response:
     spec, known = _spec_of(query, services)
     estimator = HARNESSES[spec.harness].estimator
     if estimator is None:
-        raise InvalidRequest(f"model: the harness {spec.harness!r} estimates no memory", param="model")
+        raise InvalidRequest(f"model: harness {spec.harness!r} cannot estimate memory", param="model")
     options = estimator.options_of(spec)
     options = with_options(options if known else replace(options, tensor_parallel=None), query)
     await check_model_roots(spec.source, services.config.model_roots, param="model")

@@ -34,7 +34,10 @@ PURE = (
             *("inputs", "planner", "refusal", "replicas"),
         )
     ),
-    *(f"cortex/proxy/{name}.py" for name in ("authentication", "error_event", "json_scan", "model_field")),
+    *(
+        f"cortex/proxy/{name}.py"
+        for name in ("authentication", "body/json_scan", "body/model_field", "cross_site", "error_event", "paths")
+    ),
     *(f"cortex/proxy/balancing/{name}.py" for name in ("affinity", "choice", "speeds")),
     *(f"cortex/simulator/{name}.py" for name in ("engine", "fleet_file", "outcome", "policies", "trace", "workload")),
     *(f"cortex/upstream/{name}.py" for name in ("replica", "usage")),

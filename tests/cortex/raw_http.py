@@ -273,7 +273,7 @@ class RawClient(Wire):
         return await self.answer(method)
 
     async def rest(self) -> bytes:
-        """What still comes until the server closes; b"" for nothing, and for a reset."""
+        """Reads until the server closes. b"" if nothing comes, or after a reset."""
         try:
             return await bounded(self.incoming.read(-1))
         except ConnectionError:

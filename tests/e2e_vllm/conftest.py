@@ -1,4 +1,4 @@
-"""One fleet for all tests of this folder: starting an engine takes a quarter of a minute."""
+"""One fleet for all tests of this folder: starting an engine takes 15 seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["mark"]
 
 @dataclass(frozen=True)
 class RealVllm:
-    """How the real vLLM is started, and the models for it."""
+    """The command of the real vLLM, and models for it."""
 
     command: list[str]
     tiny: Path
@@ -29,7 +29,7 @@ class RealVllm:
 
 @pytest.fixture(scope="session")
 def real_vllm() -> RealVllm:
-    """Skips where vLLM cannot be had, and fails there in CI."""
+    """Skips if vLLM cannot be installed; fails in CI."""
     try:
         vllm = vllm_environment()
         return RealVllm(list(vllm.command), tiny_qwen3(vllm), minilm())

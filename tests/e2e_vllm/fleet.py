@@ -64,7 +64,7 @@ class Service:
                 return Answer(error.code, json.load(error), _lower(error.headers))
 
     def answers(self) -> bool:
-        """Whether `/health` says 200; fails when the process is gone."""
+        """Whether `/health` answers 200; fails if the process has exited."""
         assert self._child.poll() is None, f"{self._name} ended: {self.log_tail()}"
         try:
             return self.request("/health", timeout=5).status == 200
@@ -72,7 +72,7 @@ class Service:
             return False
 
     def stop(self) -> int:
-        """SIGTERM; the exit code. One that does not end in time is killed, and so are its engines."""
+        """Sends SIGTERM; the exit code. Kills a process that does not exit in time, and its engines."""
         self._child.send_signal(signal.SIGTERM)
         try:
             return self._child.wait(60)
@@ -89,13 +89,13 @@ class Service:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Both services, and what a test asks about them."""
+    """Both services, with the questions that tests ask."""
 
     cortex: Service
     neuron: Service
 
     def status_of(self, model: str) -> dict[str, Any] | None:
-        """What the neuron says of a model, None when it does not know it."""
+        """The neuron's entry for a model; None if it has none."""
         return next((entry for entry in self.neuron.request("/models").body if entry["id"] == model), None)
 
     def engine_of(self, model: str) -> list[Process]:
@@ -113,7 +113,7 @@ class Fleet:
 
 @contextmanager
 def running_fleet(directory: Path, vllm_command: list[str], tiny: Path, minilm: Path) -> Iterator[Fleet]:
-    """The fleet, up and in each other's sight. Afterwards both have ended with 0 and no engine is left."""
+    """The fleet, with a healthy neuron. Afterwards checks that both services exit with 0 and no engine is left."""
     ports = _free_ports(3)
     neuron_toml, cortex_toml = directory / "neuron.toml", directory / "cortex.toml"
     neuron_toml.write_text(_neuron_toml(ports[0], directory / "state", vllm_command), encoding="utf-8")

@@ -64,7 +64,7 @@ def test_answers_through_cortex_are_those_of_the_engine(fleet: Fleet) -> None:
 
 
 def _endpoint(fleet: Fleet, model: str) -> tuple[str, str]:
-    """Address and key of the model's engine, which is loaded first if need be."""
+    """Address and key of the model's engine, after loading it if necessary."""
     loaded = fleet.cortex.request("/fleet/load", {"model": model})
     assert loaded.status == 200, loaded.body
     endpoint = fleet.neuron.request(f"/models/{quote(model, safe='')}/endpoint").body

@@ -17,7 +17,7 @@ def main() -> int:
         print(f"vLLM: {vllm.command[0]}")
         print(f"models: {tiny_qwen3(vllm)} {minilm()}")
     except EnvironmentUnavailable as error:
-        print(f"no real vLLM here, skipping its tests: {error}", file=sys.stderr)
+        print(f"vLLM is not available, skipping its tests: {error}", file=sys.stderr)
         return 1 if os.environ.get("CI") == "true" else 0
     return 0
 

@@ -29,7 +29,7 @@ from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
 
-CORTEX = "cortex"  # if a neuron has this name too, both stop at once
+CORTEX = "cortex"  # a neuron of the same name stops together with cortex, instead of before it
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0

@@ -7,8 +7,9 @@ import pytest
 from cortex.control.demand import MEMORY_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight, Key
+from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 
@@ -25,10 +26,10 @@ class Worker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> dict[Key, int]:
+    def in_flight_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.here
 
-    def begun_here(self) -> dict[Key, int]:
+    def begun_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.begun
 
     async def refresh(self) -> None: ...

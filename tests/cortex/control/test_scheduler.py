@@ -29,7 +29,7 @@ HIGH = {"id": "org/high", "vram_mb": 20000, "residency_priority": 200}
 async def test_simultaneous_requests_for_two_models_cause_one_load_each(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """What has just been begun counts at once, also for the decision that follows in the same turn of the loop."""
+    """A load that has just started is visible to the next decision in the same loop iteration."""
     benjy.load_gate.clear()
     beast.load_gate.clear()
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])

@@ -9,15 +9,15 @@ from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counter
 
 
 def counted(times: int = 1) -> Counters:
-    """A tally with a bit of everything, each `times` times."""
-    tally = Counters()
+    """Counters of everything that is counted, each `times` times."""
+    counters = Counters()
     for _ in range(times):
-        tally.request("m", "beast", 200, 0.25, 0.004)
-        tally.request("m", "beast", 502, 0.5, None)
-        tally.error("m", "beast", "upstream_unreachable")
-        tally.tokens("m", "beast", 3, 5, 2)
-        tally.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
-    return tally
+        counters.request("m", "beast", 200, 0.25, 0.004)
+        counters.request("m", "beast", 502, 0.5, None)
+        counters.error("m", "beast", "upstream_unreachable")
+        counters.tokens("m", "beast", 3, 5, 2)
+        counters.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
+    return counters
 
 
 def test_everything_is_counted_once() -> None:

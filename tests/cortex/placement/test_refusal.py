@@ -8,9 +8,10 @@ import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import schedule_loads
-from cortex.placement.inputs import Backoff, Key
+from cortex.placement.inputs import Backoff
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error, unknown_model_error
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError, render
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
@@ -21,7 +22,7 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff]) -> ServiceError:
+def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff]) -> ServiceError:
     moment = view(where, M, PINNED, TOP, backoffs=backoffs)
     wanted = moment.profile(model_id)
     return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
@@ -44,7 +45,7 @@ def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff
         ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff], code: str) -> None:
     """Each has its own code; temporary ones say when to retry."""
     error = _refused(model_id, where, backoffs)
     assert error.code == code
@@ -64,7 +65,7 @@ def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Ba
         ),
     ],
 )
-def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[Key, Backoff], permanent: bool) -> None:
+def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[ReplicaKey, Backoff], permanent: bool) -> None:
     """Client libraries then report the failure at once."""
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert error.permanent is permanent
@@ -109,7 +110,7 @@ def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_whose_fault_a_failure_was(backoff: Key, where: FleetSnapshot, outcome: str) -> None:
+def test_whose_fault_a_failure_was(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
     """Determines where the load is tried again, if anywhere."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cortex.proxy.access_log import AccessLog
+from cortex.http.access_log import AccessLog
 
 
 async def test_text_line() -> None:

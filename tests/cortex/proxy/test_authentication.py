@@ -8,8 +8,8 @@ import pytest
 
 from cortex.app import cross_site_policy
 from cortex.config.settings import CortexConfig
+from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
-from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -42,6 +42,7 @@ async def test_an_error_of_authenticate_becomes_the_answer(
         access_log=AccessLog(None),
         affinity=Affinity("x-session-id", 0),
         load_factor=1.25,
+        default_model=None,
         keep_alive_times=KeepAliveTimes(1, 2),
     )
     gateway = Gateway(

@@ -314,7 +314,7 @@ async def test_comments_go_on_until_the_engine_answers(
     engine.script = late
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
-        while b"has the request" not in await chunk(client):
+        while b"request sent to" not in await chunk(client):
             pass
         answered.set()
         assert await rest(client) == EVENTS

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cortex.fleet.neuron_client import reachable_url
-from cortex.proxy.json_scan import MAX_STEPS
-from cortex.proxy.model_field import MAX_PARTS, find_model
+from cortex.proxy.body.json_scan import MAX_STEPS
+from cortex.proxy.body.model_field import MAX_PARTS, find_model
 from shared.errors import InvalidRequest
 
 JSON = "application/json"

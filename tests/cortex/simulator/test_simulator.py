@@ -109,7 +109,7 @@ def half_hour(example: SimulatedFleet) -> list[Ask]:
         ),
         ('nodes = [{ name = "solo", devices = ["L4"] }]', "give either models_config or [[models]]"),
         ('models_config = "nowhere.toml"\nnodes = [{ name = "solo", devices = ["L4"] }]', "nowhere.toml: No such file"),
-        (ONE_CARD.replace("nodes = [", 'nodes = [{ name = "solo", devices = ["L4"] }, '), "'solo' is given twice"),
+        (ONE_CARD.replace("nodes = [", 'nodes = [{ name = "solo", devices = ["L4"] }, '), "duplicate node name 'solo'"),
         (
             ONE_CARD.replace("24576 }]", '24576 }], links = [{ a = 0, b = 1, kind = "phb" }]'),
             "links: 0 and 1 must be two devices",
@@ -300,7 +300,7 @@ def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
     assert total.requests == sum(each.requests for each in by_model)
     assert total.unserved == 0
     held = sum(len(neuron.engines) for neuron in simulation.neurons.values())
-    assert total.loads - total.displacements == held
+    assert total.loads - total.evictions == held
 
 
 def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, half_hour: list[Ask]) -> None:

@@ -23,7 +23,7 @@ async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> Non
     assert [device["vram_used_mb"] for device in devices] == [0, 0]
     view = await neuron.model(MODEL)
     assert (view["status"], view["devices"], view["vram_used_mb"]) == ("unloaded", [], 0)
-    assert [each["reason"] for each in view["transitions"][:2]] == ["stopped", "asked to unload"]
+    assert [each["reason"] for each in view["transitions"][:2]] == ["stopped", "unload requested"]
     assert (await neuron.endpoint(MODEL)).status == 404
 
 
