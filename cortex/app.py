@@ -23,12 +23,15 @@ from cortex.http.server import accepting
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
-from cortex.proxy.keep_alive import KeepAliveTimes
+from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware, refuse_cross_site, require_json
 from shared.serve import BACKLOG
+
+TICKS_OF_SILENCE = 10
+"""A silent stream is noticed within this part of `[gateway] keepalive_secs`."""
 
 
 def build_control_app(parts: Parts) -> web.Application:
@@ -91,8 +94,13 @@ async def working(
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
+        keep_alive=KeepAlivePolicy(
+            config.waiting.first_comment_secs,
+            config.waiting.comment_interval_secs,
+            config.gateway.keepalive_secs,
+            whitespace=config.waiting.plain_keepalive == "whitespace",
+        ),
         default_model=config.gateway.default_model,
-        keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(
@@ -102,7 +110,12 @@ async def working(
         cross_site_policy=cross_site_policy(config.gateway),
     )
     try:
-        async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
+        async with accepting(
+            gateway,
+            socks,
+            drain_timeout_secs=config.gateway.drain_timeout_secs,
+            tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+        ):
             yield gateway
     finally:
         await context.close()

@@ -1,4 +1,4 @@
-"""Errors that reach a client, as data.
+"""Errors that reach a client, as data. Pure.
 
     ServiceError
     ├── InvalidRequest        400 invalid_request

@@ -29,6 +29,15 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Model = TypeVar("Model", bound=BaseModel)
 
+EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+"""Of server-sent events: proxies must neither keep nor collect them."""
+KEEP_ALIVE_COMMENT = b": keep-alive\n"
+"""Between two events. A blank line behind it would be an empty event to some clients."""
+
 REQUEST_ID = web.RequestKey("request_id", str)
 
 ANTHROPIC_VERSION = "anthropic-version"

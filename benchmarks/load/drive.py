@@ -30,11 +30,11 @@ class _Run:
             try:
                 connection.send(self._request, self._done)
             except ConnectionError:  # closed between two answers, as a server may
-                task = asyncio.ensure_future(self._anew())
+                task = asyncio.ensure_future(self._reconnect())
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _anew(self) -> None:
+    async def _reconnect(self) -> None:
         try:
             connection = await self._pool.open()
             self._pool.connections.append(connection)

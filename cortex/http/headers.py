@@ -22,6 +22,8 @@ FORWARDED_FOR: Final = 13
 ORIGIN: Final = 14
 FETCH_SITE: Final = 15
 UPGRADE: Final = 16
+CACHE_CONTROL: Final = 17
+ACCEL_BUFFERING: Final = 18
 
 HOP_BY_HOP = frozenset(
     {
@@ -90,6 +92,8 @@ OF_RESPONSES: Final = Names(
         b"content-encoding": CONTENT_ENCODING,
         b"transfer-encoding": TRANSFER_ENCODING,
         b"connection": CONNECTION,
+        b"cache-control": CACHE_CONTROL,
+        b"x-accel-buffering": ACCEL_BUFFERING,
         b"x-request-id": DROP,  # cortex sets these itself
         b"request-id": DROP,
         b"x-cortex-node": DROP,

@@ -1,4 +1,4 @@
-"""Request and response heads: llhttp checks them in strict mode, then one pass sorts the headers."""
+"""Request and response heads: llhttp checks them in strict mode, then one pass sorts the headers. No I/O."""
 
 from __future__ import annotations
 

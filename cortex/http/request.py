@@ -1,4 +1,4 @@
-"""A client's request, and the head that an engine gets for it."""
+"""A client's request, and the head that an engine gets for it. No I/O."""
 
 from __future__ import annotations
 

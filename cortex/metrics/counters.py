@@ -1,4 +1,4 @@
-"""The counters of the request path: plain numbers for each model and neuron.
+"""The counters of the request path: plain numbers for each model and neuron. No I/O.
 
 Each worker counts into its own Counters and sends them to the control process, which renders the sum for Prometheus
 (`cortex.metrics.exporter`). A new metric needs a field here and a family there.

@@ -46,6 +46,11 @@ class UsageTail:
         if len(chunks) > MOST_CHUNKS or len(chunk) > LARGE_CHUNK_BYTES:
             self.join()
 
+    @property
+    def end(self) -> bytes:
+        """The last bytes of the body, at least 64 of a longer one."""
+        return b"".join(self.chunks[-16:])[-64:]
+
     def usage(self) -> Usage | None:
         """The last `usage` object seen, None when there is none."""
         found = find_usage(b"".join(self.chunks))

@@ -1,4 +1,4 @@
-"""The interface between neuron and its engines: what a harness provides, and the facts it gets."""
+"""The interface between neuron and its engines: what a harness provides, and the facts it gets. Pure."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ async def test_silent_streams_stay_open_until_they_are_released(proxy: Running, 
     assert (counted.answers, counted.failed) == (30, 0)
 
 
-async def test_a_gateway_that_is_gone_is_a_fault_and_no_hang(tmp_path: Path) -> None:
+async def test_a_dead_gateway_is_a_fault_and_not_a_hang(tmp_path: Path) -> None:
     spec = AnswerSpec(chunks=2, hold=True)
     port = free_port()
 

@@ -26,7 +26,7 @@ def load_something(dev: Dev) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(number: signal.Signals) -> None:
+def test_no_process_is_left(number: signal.Signals) -> None:
     """Neurons, cortex and engines exit after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e_vllm.fleet import Fleet, running_fleet
+from tests.e2e_vllm.fleet import running_vllm_fleet
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 from tests.neuron.conftest import mark
+from tests.services import Fleet
 
 __all__ = ["mark"]
 
@@ -43,5 +44,5 @@ def real_vllm() -> RealVllm:
 def fleet(real_vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """cortex and a neuron with the real vLLM."""
     directory = tmp_path_factory.mktemp("fleet")
-    with running_fleet(directory, real_vllm.command, real_vllm.tiny, real_vllm.minilm) as fleet:
+    with running_vllm_fleet(directory, real_vllm.command, real_vllm.tiny, real_vllm.minilm) as fleet:
         yield fleet

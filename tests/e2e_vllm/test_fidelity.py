@@ -12,7 +12,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from tests.e2e_vllm.fidelity import EMBEDDING_CASES, TEXT_CASES, Case
-from tests.e2e_vllm.fleet import MINILM, TINY, Fleet
+from tests.e2e_vllm.fleet import MINILM, TINY
+from tests.services import Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -11,8 +11,9 @@ import anthropic
 import openai
 import pytest
 
-from tests.e2e_vllm.fleet import BROKEN, MINILM, NODE, PAIR, TINY, Fleet
+from tests.e2e_vllm.fleet import BROKEN, MINILM, PAIR, TINY
 from tests.processes import eventually, of_session
+from tests.services import NODE, Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

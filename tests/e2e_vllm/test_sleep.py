@@ -59,7 +59,7 @@ async def chat(http: aiohttp.ClientSession, engine: RunningEngine, **changes: An
         return response.status, await response.text()
 
 
-async def test_clients_find_what_they_always_found(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
+async def test_public_routes_are_unchanged(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
     """Plain, streamed and by tokens, with the operator's middleware around it."""
     status, text = await chat(http, engine)
     assert (status, json.loads(text)["object"]) == (200, "chat.completion")

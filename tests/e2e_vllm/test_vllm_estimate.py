@@ -11,7 +11,8 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from tests.e2e_vllm.fleet import MINILM, PAIR, TINY, Fleet
+from tests.e2e_vllm.fleet import MINILM, PAIR, TINY
+from tests.services import Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -310,7 +310,7 @@ async def test_a_neuron_that_is_removed_is_left_alone(cortex: Cortex, benjy: V1N
     assert "Traceback" not in cortex.log
 
 
-async def test_a_load_on_a_removed_neuron_is_made_elsewhere(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
+async def test_a_load_on_a_removed_neuron_moves_to_another(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
     """A waiting request does not notice, and the reserved memory is free again when the neuron returns."""
     benjy.load_gate.clear()
     asking = asyncio.create_task(cortex.ask("org/small"))

@@ -70,7 +70,7 @@ def test_an_unknown_fault_is_tried_on_one_node_more(backoffs: Backoffs) -> None:
 
 
 @pytest.mark.parametrize("secs", [5, 60, 250])
-def test_a_load_that_is_slow_to_fail_counts_all_the_same(backoffs: Backoffs, clock: Clock, secs: float) -> None:
+def test_a_failure_counts_after_the_first_backoff_ended(backoffs: Backoffs, clock: Clock, secs: float) -> None:
     """The backoff of the first may have ended before the second fails."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     clock.now += secs
@@ -78,8 +78,8 @@ def test_a_load_that_is_slow_to_fail_counts_all_the_same(backoffs: Backoffs, clo
     assert ("m", "*") in backoffs.current()
 
 
-def test_an_unknown_fault_of_long_ago_is_no_second_one(backoffs: Backoffs, clock: Clock) -> None:
-    """Nor is one that was another node's own, or another model's."""
+def test_an_old_unknown_fault_does_not_count(backoffs: Backoffs, clock: Clock) -> None:
+    """Failures count for all nodes only if recent, of unknown cause and of the same model."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     clock.now += 3600
     backoffs.record_failure("m", "b", BackoffCause.NODE, "no memory")
@@ -88,8 +88,8 @@ def test_an_unknown_fault_of_long_ago_is_no_second_one(backoffs: Backoffs, clock
     assert set(backoffs.current()) == {("m", "b"), ("x", "b"), ("m", "c")}
 
 
-def test_a_model_that_failed_everywhere_does_so_until_it_serves(backoffs: Backoffs, clock: Clock) -> None:
-    """Tried again on a third node after its pause, it has not become innocent."""
+def test_a_backoff_for_all_nodes_lasts_until_the_model_serves(backoffs: Backoffs, clock: Clock) -> None:
+    """A failure on a third node, after the pause, extends the backoff for all nodes."""
     for node in "ab":
         backoffs.record_failure("m", node, BackoffCause.UNKNOWN, "exit 1")
     clock.now += 10
@@ -122,7 +122,7 @@ def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
 
 
 def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
-    """On that node, and what was taken for the model's own fault; not what another node did."""
+    """Also clears the backoff for all nodes, but not that of another node."""
     for node in "ab":
         assert _pauses(backoffs, clock, [BackoffCause.NODE] * 3, node) == [10, 20, 40]
     backoffs.record_failure("m", "a", BackoffCause.MODEL, "no")

@@ -73,7 +73,7 @@ async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, be
 
 
 async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """Polls are an hour apart here: the second request is served without a second load all the same."""
+    """The second request is served without a second load, although polls are an hour apart here."""
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     for _ in range(2):
         async with cortex.chat("org/small") as response:

@@ -108,7 +108,7 @@ def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotal
 
 
 def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
-    """It begins anew when the model was away in between, on that node."""
+    """It starts from zero if the model was unloaded from that node meanwhile."""
     began = clock.now
     clock.now += 5
     here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})

@@ -189,7 +189,7 @@ async def test_an_accepted_load_counts_before_its_first_event(start_cortex: Star
 
 
 async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCortex) -> None:
-    """A model that is up by now was not at fault: when it has gone again it can be loaded at once."""
+    """A model that has loaded since has no backoff: after it is unloaded it can be loaded at once."""
 
     async def fail(wire: Wire, received: Received) -> None:
         error = b'{"error":{"message":"no such file","code":"load_failed","cause":"model"}}'

@@ -145,7 +145,7 @@ async def test_health_says_so(start_cortex: StartCortex, benjy: V1Neuron) -> Non
         assert (answer.status, (await answer.json())["status"]) == (503, "degraded")
 
 
-async def test_what_is_waited_for_decides_when_it_comes_first() -> None:
+async def test_a_result_before_the_stop_is_returned() -> None:
     """Its result or its error; an end that begins meanwhile cancels it, as does a caller that leaves."""
     stopping = Stopping()
     cancelled: list[str] = []

@@ -1,4 +1,4 @@
-"""What cortex asks a neuron with events, when, and what it makes of answers that are none."""
+"""What cortex asks a neuron with events, when, and how it handles invalid answers."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Replica
         ),
     ],
 )
-def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[ReplicaKey, Backoff], permanent: bool) -> None:
+def test_a_model_that_cannot_load_anywhere_is_refused_permanently(
+    backoffs: Mapping[ReplicaKey, Backoff], permanent: bool
+) -> None:
     """Client libraries then report the failure at once."""
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert error.permanent is permanent
@@ -110,7 +112,7 @@ def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_whose_fault_a_failure_was(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
+def test_a_backoff_decides_where_the_load_is_retried(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
     """Determines where the load is tried again, if anywhere."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])

@@ -58,7 +58,7 @@ def test_the_order_of_replicas_does_not_matter() -> None:
         (0, 3, 0, 6),
     ],
 )
-def test_what_an_engine_has_beyond_ours(running: int, waiting: int, ours: int, expected: int) -> None:
+def test_requests_of_other_clients_count(running: int, waiting: int, ours: int, expected: int) -> None:
     """Requests queued inside the engine weigh twice."""
     assert beyond_ours(running, waiting, ours) == expected
 

@@ -68,7 +68,7 @@ def preflight(target: str, method: str = "POST", origin: str = ORIGIN, *lines: s
     ],
 )
 async def test_preflight_is_answered(client: RawClient, engine: RawEngine, target: str, method: str) -> None:
-    """With the method and headers that the page asks for, without a body; neither engine nor neuron hears of it."""
+    """With the method and headers that the page asks for, without a body; neither engine nor neuron gets it."""
     answer = await client.ask(preflight(target, method), "OPTIONS")
     assert (answer.status, answer.framing) == (204, "none")
     assert readable(answer)
@@ -122,7 +122,7 @@ async def test_each_origin_gets_its_own_name(client: RawClient) -> None:
     assert readable(answer, "http://LOCALHOST:3000")
 
 
-async def test_engine_hears_nothing_of_the_origin(client: RawClient, engine: RawEngine) -> None:
+async def test_the_engine_does_not_get_the_origin(client: RawClient, engine: RawEngine) -> None:
     """vLLM would answer with `access-control-allow-origin: *` of its own."""
     await client.ask(request(BODY, ORIGIN))
     assert engine.requests[0].all("origin") == []

@@ -61,7 +61,7 @@ def test_responses_fail() -> None:
         b'data: {"sequence_number":41,"delta":"x"}\n\n',
     ],
 )
-def test_a_response_that_is_lost_counts_on(sent: bytes) -> None:
+def test_sequence_numbers_continue_after_a_lost_response(sent: bytes) -> None:
     _, data = parsed(error_event(b"/v1/responses", FAILED, sent=sent))
     assert data["sequence_number"] == 42
 

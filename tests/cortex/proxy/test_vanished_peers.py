@@ -49,7 +49,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cortex.http.server.UNANSWERED_CHECK_SECS", 0.3)
     monkeypatch.setattr("cortex.http.server.SWEEP_SECS", 0.1)
     monkeypatch.setattr("cortex.upstream.pool.CONNECT_TIMEOUT_SECS", 1.0)
-    monkeypatch.setattr("cortex.proxy.request_handler.DOWN_SILENCE_SECS", 0.5)
+    monkeypatch.setattr("cortex.proxy.relay.DOWN_SILENCE_SECS", 0.5)
 
 
 def event_chunk(data: bytes = EVENT) -> bytes:
@@ -253,10 +253,12 @@ class TestNeuron:
                 benjy.silent = True
                 rest = await bounded(client.incoming.readuntil(b"0\r\n\r\n"))
             assert b"upstream_lost" in rest
-            assert b"neuron benjy is down" in rest
+            assert b"its neuron is down" in rest
             await idle(cortex)
 
-    async def test_down_keeps_streams_that_go_on(self, start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    async def test_streams_continue_while_their_neuron_is_down(
+        self, start_cortex: StartCortex, benjy: V1Neuron
+    ) -> None:
         """A neuron may restart while its engines work."""
         async with engine_of(benjy) as engine:
             engine.script = endless

@@ -275,7 +275,7 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
+def test_every_request_is_served_once_by_a_loaded_model_within_memory(
     example: SimulatedFleet, half_hour: list[Ask], policy: str
 ) -> None:
     """Checked after every iteration of the loop."""

@@ -105,7 +105,7 @@ async def test_a_hung_engine_is_detected_although_its_check_succeeds(way: str) -
         assert (await reason_of(engine, within_secs=8)).startswith("hung: 1 requests running")
 
 
-async def test_a_long_prefill_is_no_hang() -> None:
+async def test_long_prefill_is_not_a_hang() -> None:
     """A prefill longer than `hang_grace_secs` is not reported, and the response arrives."""
     slow = (*FAST, "--fault", "slow-prefill", "--fault-after", "1.5")
     async with ready_engine(*slow) as engine, asking(engine, max_tokens=5), watched(engine.url) as health:

@@ -193,13 +193,13 @@ async def test_an_engine_that_does_not_answer(http: aiohttp.ClientSession) -> No
     assert not await sleeping.is_guarded(http, url, KEY)
 
 
-async def test_a_wake_that_is_none(http: aiohttp.ClientSession) -> None:
+async def test_an_engine_that_still_sleeps_failed_to_wake(http: aiohttp.ClientSession) -> None:
     async with strange_engine({"/wake_up": web.Response(status=200), "/is_sleeping": says_asleep(True)}) as url:
         with pytest.raises(WakeFailed, match="still sleeps"):
             await sleeping.wake(http, url, KEY)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"is_sleeping": "no"}', "<html>"])
-async def test_an_answer_that_says_nothing(http: aiohttp.ClientSession, text: str) -> None:
+async def test_invalid_is_sleeping_answer(http: aiohttp.ClientSession, text: str) -> None:
     async with strange_engine({"/is_sleeping": web.Response(text=text)}) as url:
         assert await sleeping.is_sleeping(http, url, KEY) is None
