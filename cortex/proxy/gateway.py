@@ -9,7 +9,6 @@ from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.authentication import authenticate
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
@@ -41,7 +40,7 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
-        authenticate: Callable[[bytes | None], str] = authenticate,
+        authenticate: Callable[[bytes | None], str],
     ) -> None:
         """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
         self.max_body_bytes = max_body_bytes

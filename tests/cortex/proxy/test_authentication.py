@@ -6,14 +6,8 @@ import json
 
 import pytest
 
-from cortex.app import cross_site_policy
+from cortex.app import working
 from cortex.config.settings import CortexConfig
-from cortex.http.access_log import AccessLog
-from cortex.http.server import accepting
-from cortex.proxy.balancing.affinity import Affinity
-from cortex.proxy.context import ProxyContext
-from cortex.proxy.gateway import Gateway
-from cortex.proxy.keep_alive import KeepAliveTimes
 from cortex.upstream.address import Address
 from shared.errors import Unauthorized
 from shared.serve import bind
@@ -36,31 +30,15 @@ async def test_an_error_of_authenticate_becomes_the_answer(
 ) -> None:
     """On every route, before the request reaches an engine or the control; a known key passes."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
-    config = CortexConfig()
-    context = ProxyContext(
-        cortex.parts.resolver,
-        access_log=AccessLog(None),
-        affinity=Affinity("x-session-id", 0),
-        load_factor=1.25,
-        default_model=None,
-        keep_alive_times=KeepAliveTimes(1, 2),
-    )
-    gateway = Gateway(
-        context,
-        control_address=Address("127.0.0.1", 1),
-        max_body_bytes=1000,
-        cross_site_policy=cross_site_policy(config.gateway),
-        authenticate=only_alice,
-    )
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     method, body = ("POST", json.dumps({"model": MODEL}).encode()) if target.startswith("/v1/") else ("GET", b"")
-    async with accepting(gateway, [sock], drain_timeout_secs=0), connected(url) as client:
+    serving = working(cortex.parts.resolver, CortexConfig(), [sock], Address("127.0.0.1", 1), authenticate=only_alice)
+    async with serving, connected(url) as client:
         refused = await client.ask(request(body, "Authorization: Bearer x", method=method, target=target), method)
         known = await client.ask(
             request(body, "Authorization: Bearer alice's key", method=method, target=target), method
         )
-    await context.close()
     assert (refused.status, dict(refused.headers)["www-authenticate"]) == (401, "Bearer")
     assert json.loads(refused.body)["error"]["message"] == "this key is unknown"
     assert known.status != 401
