@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS
+from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
@@ -43,6 +44,8 @@ def build_control_app(parts: Parts) -> web.Application:
     )
     app[PARTS] = parts
     app[MODEL_LIST] = ModelList()
+    app[CONTEXT_LENGTHS] = ContextLengths(parts)
+    app.cleanup_ctx.append(following)
     app[FLEET_VIEW] = FleetView(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
