@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
@@ -21,6 +21,7 @@ from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
+from cortex.proxy.authentication import authenticate
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -87,7 +88,12 @@ def control_address(sock: socket.socket) -> Address:
 
 @contextlib.asynccontextmanager
 async def working(
-    control: Control, config: CortexConfig, socks: Sequence[socket.socket], address: Address
+    control: Control,
+    config: CortexConfig,
+    socks: Sequence[socket.socket],
+    address: Address,
+    *,
+    authenticate: Callable[[bytes | None], str] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""
@@ -111,6 +117,7 @@ async def working(
         control_address=address,
         max_body_bytes=max_body_bytes,
         cross_site_policy=cross_site_policy(config.gateway),
+        authenticate=authenticate,
     )
     try:
         async with accepting(

@@ -266,10 +266,11 @@ def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
 
 MODEL_LIST = web.AppKey("model_list", ModelList)
 
-_FEASIBLE_ON = '"feasible_on": '
-
 
 def _piece(entry: dict[str, Any]) -> Piece:
-    """Splits at a mark that no string in the entry can contain: inside a string its quotes would be escaped."""
-    opening, mark, rest = json.dumps({**entry, "feasible_on": None}).partition(f"{_FEASIBLE_ON}null")
-    return (opening + mark.removesuffix("null")).encode(), entry["feasible_on"], rest.encode()
+    """The fields before `feasible_on` and those after it are rendered on their own; neither part is empty."""
+    items = list(entry.items())
+    place = list(entry).index("feasible_on")
+    opening = json.dumps(dict(items[:place])).removesuffix("}") + ', "feasible_on": '
+    rest = ", " + json.dumps(dict(items[place + 1 :])).removeprefix("{")
+    return opening.encode(), entry["feasible_on"], rest.encode()

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from shared.files import replace_file
+from shared.protocol import first_problem
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,6 @@ class StateFile:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
+        where, reason = first_problem(error)
+        return f"{where or 'not JSON'}: {reason}"
     return getattr(error, "strerror", None) or str(error)
