@@ -68,12 +68,14 @@ def meant_path(path: bytes, *, reads: bool) -> bytes:
     return plain if is_own(plain) else path
 
 
-def is_below_another_base(path: bytes) -> bool:
-    """True for a known path behind something else, such as `/api/v1/chat/completions`: the base URL is wrong."""
-    return path not in INFERENCE and path.endswith(_BELOW_V1)
+def has_wrong_base(path: bytes) -> bool:
+    """True for a known path behind something else, such as `/api/v1/chat/completions`, and for the beginning of one:
+    the client has the wrong base URL."""
+    return path not in INFERENCE and (path.endswith(_BELOW_V1) or path.rstrip(b"/") in _BEGINNINGS)
 
 
 _BELOW_V1: Final = tuple(path for path in INFERENCE if path.startswith(b"/v1/"))
+_BEGINNINGS: Final = frozenset({b"", b"/v1", b"/chat", b"/v1/chat", b"/audio", b"/v1/audio"})
 
 
 def no_route(request: Request) -> NotFound:

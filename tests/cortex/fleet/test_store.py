@@ -23,6 +23,7 @@ async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
     state.set_drained("benjy", True)
     state.set_drained("benjy", False)
     state.set_load_secs("org/small", "beast", 12.5)
+    state.set_max_model_len("org/small", 40960)
     await state.close()
     directory = tmp_path / "cortex" / "state"
     assert stat.S_IMODE((directory / "state.json").stat().st_mode) == 0o600
@@ -31,6 +32,7 @@ async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
     again = StateFile(directory)
     assert again.drained == {"beast"}
     assert again.load_secs == {"org/small": {"beast": 12.5}}
+    assert again.max_model_len == {"org/small": 40960}
 
 
 async def test_flush_returns_when_a_drain_is_on_disk(tmp_path: Path) -> None:
