@@ -42,7 +42,7 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
 
 
 def test_counters_travel_between_processes() -> None:
-    """Whole, in either of msgspec's encodings, and it goes on counting there."""
+    """Counters survive both of msgspec's encodings and can be increased afterwards."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
     there.request("m", "beast", 200, 1.0, None)

@@ -182,7 +182,7 @@ async def test_unknown_path_with_an_unknown_model_is_model_not_found(client: Raw
 
 @pytest.mark.parametrize("target", ["/fleet/load", "/fleet/nowhere", "/v1/models", "/health", "/openapi.json"])
 async def test_own_paths_never_go_to_an_engine(client: RawClient, engine: RawEngine, target: str) -> None:
-    """Even if the body names a model that an engine has."""
+    """cortex answers these paths even if the body names a model that an engine has."""
     answer = await client.ask(request(BODY, "Content-Type: application/json", target=target))
     assert answer.status in (400, 404, 405)
     assert answer.get("x-cortex-node") is None
