@@ -106,6 +106,6 @@ $(DEV_STAMP): $(RUN_STAMP)
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
 
-# About 3 GB: vLLM for the tests, its models, container images.
+# About 5 GB: vLLM and the clients for the tests, models, container images.
 clean-cache:
 	rm -rf $(CACHE)

@@ -15,7 +15,7 @@ from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreac
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
-from cortex.upstream.replica import Failure
+from cortex.upstream.replica import Failure, ReplicaKey
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 
@@ -70,7 +70,7 @@ class Endpoints:
         self._backoffs = backoffs
         self._clock = clock
         self._known: dict[str, dict[str, _Remembered]] = {}
-        self._invalidated: dict[tuple[str, str], EndpointReply] = {}
+        self._invalidated: dict[ReplicaKey, EndpointReply] = {}
 
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""

@@ -19,9 +19,8 @@ from cortex.control.wait_note import waiting_note
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.stopping import Stopping, stopping
-from cortex.metrics.in_flight import Key
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -64,7 +63,7 @@ class Resolver:
         self._demand = demand
         self._stopping = stopping
         self._clock = clock
-        self._chosen: Counter[Key] = Counter()
+        self._chosen: Counter[ReplicaKey] = Counter()
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -157,7 +156,7 @@ class Resolver:
         raise unreachable(model_id, failures)
 
     @contextlib.contextmanager
-    def _choosing(self, key: Key) -> Iterator[None]:
+    def _choosing(self, key: ReplicaKey) -> Iterator[None]:
         """Counts a request from the choice of its node, while its endpoint is awaited: the next request of a burst
         chooses another node."""
         self._chosen[key] += 1
@@ -182,7 +181,7 @@ class Resolver:
         return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=LOAD_TIMED_OUT_SECS)
 
     async def _check_failed(self, failure: Failure) -> None:
-        """After a replica failed: asks its neuron for the model's state, and for the endpoint if nothing listens there.
+        """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
         A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
         self._routes.invalidate(failure)
         poller = self._pollers.get(failure.replica.node)
@@ -190,9 +189,9 @@ class Resolver:
             await poller.refresh()
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
-        """If no node is left with an engine that answers, gives one of them a moment to notice: an engine that
-        was told to stop closes its port some time before it exits. Removes the nodes that noticed from `lost`.
-        (A protocol v1 neuron reports nothing by itself.)"""
+        """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
+        stopping engine closes its port some time before it exits. Removes the nodes that reported it from `lost`. (A
+        protocol v1 neuron reports nothing by itself.)"""
         serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
         gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
         unanswering = lost | {node for node, times in gone.items() if times > 1}

@@ -17,9 +17,8 @@ import msgspec
 
 from cortex.control.wiring import Parts
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import Key
 from cortex.upstream.address import Address
-from cortex.upstream.replica import Failure, Replica
+from cortex.upstream.replica import Failure, Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CancelResolve,
@@ -73,9 +72,11 @@ class WorkerProcess:
         self._parts = parts
         self._channel = channel
         self._counters = Counters()
-        self._in_flight: Mapping[Key, int] = {}
-        self._granted: Counter[Key] = Counter()  # routes sent since the last report, which does not have them yet
-        self._begun: dict[Key, int] = {}
+        self._in_flight: Mapping[ReplicaKey, int] = {}
+        self._granted: Counter[ReplicaKey] = (
+            Counter()
+        )  # routes sent since the last report, which does not have them yet
+        self._begun: dict[ReplicaKey, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
@@ -88,10 +89,10 @@ class WorkerProcess:
     def collect(self) -> Counters:
         return self._counters
 
-    def in_flight_here(self) -> Mapping[Key, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return Counter(self._in_flight) + self._granted if self._granted else self._in_flight
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._begun
 
     async def refresh(self) -> None:

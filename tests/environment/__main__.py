@@ -1,25 +1,40 @@
-"""`python -m tests.environment`: builds what the real-vLLM tests need, before test timeouts apply."""
+"""`python -m tests.environment`: builds what the tests need besides Python packages, before test timeouts apply."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from tests.environment.cache import EnvironmentUnavailable
+from tests.environment.clients import node_clients, old_python_clients, python_clients
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 
 
 def main() -> int:
     """Exit code 1 only in CI, where the tests must not be skipped."""
+    complete = [_built("real vLLM", _build_vllm), _built("clients", _build_clients)]
+    return 1 if os.environ.get("CI") == "true" and not all(complete) else 0
+
+
+def _build_vllm() -> None:
+    vllm = vllm_environment()
+    print(f"vLLM: {vllm.command[0]}")
+    print(f"models: {tiny_qwen3(vllm)} {minilm()}")
+
+
+def _build_clients() -> None:
+    print(f"clients: {python_clients()} {old_python_clients()} {node_clients().directory}")
+
+
+def _built(what: str, build: Callable[[], None]) -> bool:
     try:
-        vllm = vllm_environment()
-        print(f"vLLM: {vllm.command[0]}")
-        print(f"models: {tiny_qwen3(vllm)} {minilm()}")
+        build()
     except EnvironmentUnavailable as error:
-        print(f"no real vLLM here, skipping its tests: {error}", file=sys.stderr)
-        return 1 if os.environ.get("CI") == "true" else 0
-    return 0
+        print(f"{what} not available, skipping the tests: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":
