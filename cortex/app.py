@@ -8,11 +8,12 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS
+from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
@@ -20,6 +21,7 @@ from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
+from cortex.proxy.authentication import authenticate
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -42,6 +44,8 @@ def build_control_app(parts: Parts) -> web.Application:
     )
     app[PARTS] = parts
     app[MODEL_LIST] = ModelList()
+    app[CONTEXT_LENGTHS] = ContextLengths(parts)
+    app.cleanup_ctx.append(following)
     app[FLEET_VIEW] = FleetView(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
@@ -84,7 +88,12 @@ def control_address(sock: socket.socket) -> Address:
 
 @contextlib.asynccontextmanager
 async def working(
-    control: Control, config: CortexConfig, socks: Sequence[socket.socket], address: Address
+    control: Control,
+    config: CortexConfig,
+    socks: Sequence[socket.socket],
+    address: Address,
+    *,
+    authenticate: Callable[[bytes | None], str] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""
@@ -108,6 +117,7 @@ async def working(
         control_address=address,
         max_body_bytes=max_body_bytes,
         cross_site_policy=cross_site_policy(config.gateway),
+        authenticate=authenticate,
     )
     try:
         async with accepting(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
+from shared.protocol import MAX_MODEL_ID_CHARS
 
 _ERROR = {
     "type": "object",
@@ -41,7 +42,7 @@ _ANTHROPIC_ERROR = {
         },
     },
 }
-_MODEL = {"type": "string", "minLength": 1, "maxLength": 512, "description": "A model id or an alias."}
+_MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
 
 

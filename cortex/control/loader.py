@@ -23,13 +23,12 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.node_plan import LoadPlan
 from cortex.upstream.replica import ReplicaKey
-from shared.protocol import ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
+from shared.protocol import MAX_DRAIN_SECS, ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
 
-MAX_DRAIN_SECS = 3600.0
 """Limit of neurons for `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.authentication import authenticate
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.paths import (
     INFERENCE,
-    is_below_another_base,
+    has_wrong_base,
     is_for_web_pages,
     is_own,
+    manages_engine,
     meant_path,
     no_route,
+    not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
@@ -41,13 +42,15 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
+        authenticate: Callable[[bytes | None], str],
     ) -> None:
-        """`control_address` is where the control app listens."""
+        """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self._context = context
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
+        self._authenticate = authenticate
         self._origins = cross_site_policy.origins
 
     @property
@@ -60,15 +63,18 @@ class Gateway:
             return self._refuse(client, request, refused)
         if self._origins and request.origin is not None:
             self._admit_page(request)
-        caller = authenticate(request.api_key)
+            if _is_preflight(request):  # a browser sends it without the key
+                return OwnAnswer(client, request, preflight_answer(request))
+        try:
+            caller = self._authenticate(request.api_key)
+        except ServiceError as error:
+            return self._refuse(client, request, error)
         if request.method == b"POST" and request.path in INFERENCE:
             return RequestHandler(self._context, client, request, caller)
         return self._handle_other(client, request, caller)
 
     def _handle_other(self, client: ClientConnection, request: Request, caller: str) -> Handler:
         method = request.method
-        if method == b"OPTIONS" and request.cors and request.passed_value(b"access-control-request-method") is not None:
-            return OwnAnswer(client, request, preflight_answer(request))
         request.notice_anthropic_client()
         if method == b"GET" and b"websocket" in (request.upgrade or b"").lower():
             return self._refuse(client, request, _no_websocket(request))
@@ -77,8 +83,10 @@ class Gateway:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
-        if method != b"POST" or is_below_another_base(request.path):
+        if method != b"POST" or has_wrong_base(request.path):
             return self._refuse(client, request, no_route(request))
+        if manages_engine(request.path):
+            return self._refuse(client, request, not_for_clients(request))
         return RequestHandler(self._context, client, request, caller)
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
@@ -113,6 +121,12 @@ class Gateway:
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""
+
+
+def _is_preflight(request: Request) -> bool:
+    """True for the question of a browser, for a page that it may answer to, whether it may send a request."""
+    asked = request.passed_value(b"access-control-request-method")
+    return request.method == b"OPTIONS" and bool(request.cors) and asked is not None
 
 
 def _no_websocket(request: Request) -> ServiceError:

@@ -21,6 +21,7 @@ from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT, read_model, reply
 from shared.protocol import (
+    MAX_DRAIN_SECS,
     Device,
     DeviceHealth,
     EndpointReply,
@@ -36,7 +37,6 @@ from shared.tasks import timeout
 
 KEEP_ALIVE_SECS = 15.0
 DEFAULT_TAIL, MAX_TAIL = 100, 10_000  # lines
-MAX_DRAIN_SECS = 3600
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -194,7 +194,7 @@ def _seconds(request: web.Request, name: str, *, default: float) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= MAX_DRAIN_SECS:  # false for nan as well
-        raise InvalidRequest(f"{name}: must be seconds from 0 to {MAX_DRAIN_SECS}, got {text!r}", param=name)
+        raise InvalidRequest(f"{name}: must be seconds from 0 to {MAX_DRAIN_SECS:g}, got {text!r}", param=name)
     return seconds
 
 

@@ -173,12 +173,16 @@ class EngineLife:
         permanent = is_permanent_end(engine.harness, code, lines, path_missing=path_missing)
         cause = cause_of_end(engine.harness, code, lines, path_missing=path_missing)
         extra = because(cause, permanent=permanent)
-        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
+        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), engine.harness.port_was_taken(
+            lines
+        )
 
     def _end(self, event: EngineEvent) -> None:
         self.ended_by = event
-        self.engine.leave = self.request.leave_engine and event is EngineEvent.STOP_REQUESTED
-        self.engine.kill = event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT)
+        self.engine.end_with(
+            kill=event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT),
+            leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
+        )
 
     def _startup_secs_left(self) -> float:
         """An adopted engine that was still loading has used part of its time."""
@@ -193,8 +197,7 @@ class EngineLife:
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
-            engine.ready_at = time.time()
-            engine.load_secs = load_secs = engine.ready_at - engine.started_at
+            load_secs = engine.came_up()
             await self._history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
         await engine.save_record()
         if self.request.stop_requested.is_set():
@@ -312,7 +315,3 @@ async def _until_done(task: asyncio.Task[str]) -> None:
 def _is_missing_path(source: str) -> bool:
     """True for an absolute path that does not exist on this host. Blocks."""
     return source.startswith("/") and not os.path.lexists(source)
-
-
-def _port_was_taken(lines: list[str]) -> bool:
-    return any("Address already in use" in line for line in lines[-50:])

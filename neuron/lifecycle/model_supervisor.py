@@ -22,11 +22,13 @@ from neuron.lifecycle.failure_cause import cause_of, is_permanent
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
-from neuron.lifecycle.states import Restarts, State
+from neuron.lifecycle.restart_backoff import Restarts
+from neuron.lifecycle.states import State
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 from shared.protocol import Progress
+from shared.request_ids import current_request_id, request_scope
 from shared.tasks import first_of, timeout
 
 log = logging.getLogger(__name__)
@@ -216,7 +218,8 @@ class ModelSupervisor:
             if found is not None:
                 result, found = await self._adopted_engine(request, found), None
             else:
-                result, restart = await self._new_engine(request, restart=restart), True
+                with request_scope(None if restart else current_request_id()):
+                    result, restart = await self._new_engine(request, restart=restart), True
             if request.stop_requested.is_set():
                 return None
             came_up = came_up or result.served_secs is not None
@@ -311,7 +314,8 @@ class ModelSupervisor:
             model.publish()  # with the engine's devices and pid
         if await life.bring_up():
             await start_lock.aclose()  # other engines may start on its devices now
-            await life.serve()
+            with request_scope(None):  # the request that caused the load has its answer
+                await life.serve()
 
     async def _result_of(self, life: EngineLife) -> EngineResult:
         """Why an engine that is gone ended."""

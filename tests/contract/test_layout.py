@@ -22,7 +22,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("package", PACKAGES, ids=name_of)
 def test_directories_stay_small(package: Path) -> None:
-    """At most 15 modules and packages a directory, besides `__init__.py`, `__main__.py` and `py.typed`."""
+    """A directory has at most 15 modules and packages besides `__init__.py`, `__main__.py` and `py.typed`."""
     entries = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert len(entries - {"__init__.py", "__main__.py"}) <= MAX_ENTRIES, sorted(entries)
 
