@@ -31,7 +31,7 @@ def wrapped(text: str) -> str:
 
 
 def overlong(text: str) -> list[int]:
-    """The numbers of the lines over WIDTH, except tables, code, generated parts, and lines without a space to wrap at."""
+    """The numbers of the lines over WIDTH. Tables, code, generated parts and lines without a space are exempt."""
     found, number = [], 1
     for fixed, block in _blocks(text.split("\n")):
         found += [
