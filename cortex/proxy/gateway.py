@@ -18,8 +18,10 @@ from cortex.proxy.paths import (
     has_wrong_base,
     is_for_web_pages,
     is_own,
+    manages_engine,
     meant_path,
     no_route,
+    not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
@@ -83,6 +85,8 @@ class Gateway:
             return ControlRequest(self._context, client, request, self._control_address)
         if method != b"POST" or has_wrong_base(request.path):
             return self._refuse(client, request, no_route(request))
+        if manages_engine(request.path):
+            return self._refuse(client, request, not_for_clients(request))
         return RequestHandler(self._context, client, request, caller)
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
