@@ -338,7 +338,7 @@ async def test_an_operators_load_on_a_removed_neuron_fails(single: Cortex, benjy
         await single.reload()
         answer = await client.answer()
     assert answer.status == 503
-    assert "benjy left the configuration" in json.loads(answer.body)["error"]["message"]
+    assert "benjy was removed from the configuration" in json.loads(answer.body)["error"]["message"]
 
 
 async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
