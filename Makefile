@@ -84,6 +84,7 @@ types: $(DEV_STAMP)
 fmt: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tests.contract.prose
 
 install: $(DEV_STAMP)
 
@@ -106,6 +107,6 @@ $(DEV_STAMP): $(RUN_STAMP)
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
 
-# About 3 GB: vLLM for the tests, its models, container images.
+# About 5 GB: vLLM and the clients for the tests, models, container images.
 clean-cache:
 	rm -rf $(CACHE)

@@ -21,7 +21,7 @@ COUNTS: tuple[Callable[[Figures], float], ...] = (
     lambda f: f.requests,
     lambda f: f.cold_starts,
     lambda f: f.loads,
-    lambda f: f.displacements,
+    lambda f: f.evictions,
     lambda f: f.unserved,
 )
 

@@ -76,7 +76,7 @@ class Bench:
                 for number in range(self.rounds):
                     turn = number % max(1, len(entries))
                     for entry in entries[turn:] + entries[:turn]:
-                        if number == 0 or entry.contender.slowness == 1:  # once will do for one that is far behind
+                        if number == 0 or entry.contender.slowness == 1:  # slow contenders run only once
                             await self._measure(entry, case, engine_port, results)
         finally:
             for entry in entries:
@@ -116,9 +116,7 @@ class Bench:
                 workers=entry.contender.workers,
             )
             measured = await asyncio.wait_for(case.measure(subject), _MEASUREMENT_SECS)
-            if (
-                case.fresh
-            ):  # and gone again: nginx keeps thousands of connections, and the engine has only so many files
+            if case.fresh:  # then stopped: nginx keeps thousands of connections, and the engine has only so many files
                 entry.runner.stop()
                 entry.running = None
         except (ContenderUnavailable, OSError, EOFError, asyncio.TimeoutError) as error:

@@ -8,27 +8,32 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS
+from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
+from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
-from cortex.proxy.access_log import AccessLog
+from cortex.proxy.authentication import authenticate
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
-from cortex.proxy.keep_alive import KeepAliveTimes
+from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware, refuse_cross_site, require_json
 from shared.serve import BACKLOG
+
+TICKS_OF_SILENCE = 10
+"""A silent stream is noticed within this part of `[gateway] keepalive_secs`."""
 
 
 def build_control_app(parts: Parts) -> web.Application:
@@ -39,6 +44,8 @@ def build_control_app(parts: Parts) -> web.Application:
     )
     app[PARTS] = parts
     app[MODEL_LIST] = ModelList()
+    app[CONTEXT_LENGTHS] = ContextLengths(parts)
+    app.cleanup_ctx.append(following)
     app[FLEET_VIEW] = FleetView(parts)
     app.add_routes(CONTROL_ROUTES)
     return app
@@ -81,7 +88,12 @@ def control_address(sock: socket.socket) -> Address:
 
 @contextlib.asynccontextmanager
 async def working(
-    control: Control, config: CortexConfig, socks: Sequence[socket.socket], address: Address
+    control: Control,
+    config: CortexConfig,
+    socks: Sequence[socket.socket],
+    address: Address,
+    *,
+    authenticate: Callable[[bytes | None], str] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""
@@ -91,7 +103,13 @@ async def working(
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
         affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
         load_factor=config.routing.load_factor,
-        keep_alive_times=KeepAliveTimes(config.waiting.first_comment_secs, config.waiting.comment_interval_secs),
+        keep_alive=KeepAlivePolicy(
+            config.waiting.first_comment_secs,
+            config.waiting.comment_interval_secs,
+            config.gateway.keepalive_secs,
+            whitespace=config.waiting.plain_keepalive == "whitespace",
+        ),
+        default_model=config.gateway.default_model,
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(
@@ -99,9 +117,15 @@ async def working(
         control_address=address,
         max_body_bytes=max_body_bytes,
         cross_site_policy=cross_site_policy(config.gateway),
+        authenticate=authenticate,
     )
     try:
-        async with accepting(gateway, socks, drain_timeout_secs=config.gateway.drain_timeout_secs):
+        async with accepting(
+            gateway,
+            socks,
+            drain_timeout_secs=config.gateway.drain_timeout_secs,
+            tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+        ):
             yield gateway
     finally:
         await context.close()

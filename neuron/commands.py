@@ -138,7 +138,7 @@ async def _discover(config: NeuronConfig) -> Discovery:
 async def _estimate(config: NeuronConfig, name: str, options: Mapping[str, str]) -> EstimateReply:
     estimator = HARNESSES[DEFAULT_HARNESS].estimator
     if estimator is None:
-        raise InvalidRequest(f"the harness {DEFAULT_HARNESS!r} estimates no memory")
+        raise InvalidRequest(f"harness {DEFAULT_HARNESS!r} cannot estimate memory")
     settings = config.harness_settings(DEFAULT_HARNESS)
     spec = EngineSpec(model_id=name, harness=DEFAULT_HARNESS, source=name, args=tuple(settings.extra_args))
     served = with_options(replace(estimator.options_of(spec), tensor_parallel=None), options)

@@ -1,4 +1,4 @@
-"""Errors that reach a client, as data.
+"""Errors that reach a client, as data. Pure.
 
     ServiceError
     ├── InvalidRequest        400 invalid_request
@@ -12,7 +12,7 @@
     └── Unavailable           503 (code given), always with Retry-After
 
 Services raise these. `render` decides what the client gets; `shared.http` writes that through aiohttp and
-`cortex.http.responses` as bytes.
+`cortex.http.responses` as bytes. `event_body` is for an error that ends a stream.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ class ServiceError(Exception):
         # Claude Code retries an `overloaded_error` ten times, whatever the headers say.
         kind = "api_error" if self.permanent else anthropic_error_type(self.status)
         return {"type": "error", "error": {"type": kind, "message": self.message, "code": self.code}}
+
+
+def event_body(error: ServiceError, *, anthropic: bool) -> dict[str, Any]:
+    """The body of an error that ends a stream: there is no header for `retry_after` (seconds), so it is a field."""
+    body = error.anthropic_body() if anthropic else error.body()
+    if error.retry_after is not None:
+        body["error"]["retry_after"] = error.retry_after
+    return body
 
 
 class RenderedError(NamedTuple):

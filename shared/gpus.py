@@ -1,5 +1,5 @@
 """GPU figures that cortex and neuron both use: what an engine takes by default, and the models that a simulation can
-name."""
+name. Pure."""
 
 from __future__ import annotations
 

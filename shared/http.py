@@ -21,13 +21,22 @@ from shared.errors import (
     render,
     shortened,
 )
-from shared.protocol.errors import ErrorCode
+from shared.protocol import ErrorCode, first_problem
 from shared.request_ids import request_id, request_scope
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Model = TypeVar("Model", bound=BaseModel)
+
+EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+"""Of server-sent events: proxies must neither keep nor collect them."""
+KEEP_ALIVE_COMMENT = b": keep-alive\n"
+"""Between two events. A blank line behind it would be an empty event to some clients."""
 
 REQUEST_ID = web.RequestKey("request_id", str)
 
@@ -60,9 +69,8 @@ async def read_model(request: web.Request, model: type[Model]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise InvalidRequest(f"{where}: {first['msg']}", param=where) from error
+        where, reason = first_problem(error)
+        raise InvalidRequest(f"{where or 'body'}: {reason}", param=where or "body") from error
 
 
 def request_id_of(request: web.Request) -> str:
@@ -148,16 +156,15 @@ async def require_json(request: web.Request, handler: Handler) -> web.StreamResp
     return await handler(request)
 
 
-def require_token(token: str, *, open_paths: frozenset[str] = frozenset()) -> Any:
-    """A middleware that requires this bearer token, except for `open_paths`."""
+def require_token(token: str) -> Any:
+    """A middleware that requires this bearer token."""
     expected = token.encode()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in open_paths:
-            given = bearer_token(request.headers)
-            if given is None or not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
-                raise Unauthorized("a valid bearer token is required")
+        given = bearer_token(request.headers)
+        if given is None or not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
+            raise Unauthorized("a valid bearer token is required")
         return await handler(request)
 
     return check

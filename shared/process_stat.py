@@ -1,8 +1,8 @@
 """One process as the kernel describes it, in one read of /proc/PID/stat.
 
-Not through psutil: a pid and a start time in clock ticks identify a process until the host reboots, and psutil only
-offers the start time as a float that moves with the host's clock. It has neither session nor process group, and reads
-each value separately, between which the process may end and its pid be reused.
+psutil would not do. A pid and a start time in clock ticks identify a process until the host reboots, but psutil gives
+the start time only as a float that moves with the host's clock. psutil also reports neither session nor process group,
+and it reads each value separately: between two reads the process may end and another process get its pid.
 """
 
 from __future__ import annotations

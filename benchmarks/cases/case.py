@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
-from benchmarks.load.check import Tally
+from benchmarks.load.check import AnswerCounts
 from benchmarks.measure.machine import busy_secs
 from benchmarks.measure.tree import ProcessTree
 
@@ -104,7 +104,7 @@ async def spanned(tree: ProcessTree) -> AsyncIterator[Span]:
         span.peak_rss_bytes = tree.peak_rss_bytes()
 
 
-def noted(tally: Tally, figures: dict[str, float]) -> Measured:
-    """The figures, with the tally of the answers."""
-    notes = [] if tally.unchanged == tally.answers else ["rewrites the answers"]
-    return Measured(figures, tally.faults, notes)
+def noted(counted: AnswerCounts, figures: dict[str, float]) -> Measured:
+    """The figures, with the faults among the answers."""
+    notes = [] if counted.unchanged == counted.answers else ["rewrites the answers"]
+    return Measured(figures, counted.faults, notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, no_collections, noted
 from benchmarks.engine.answer_spec import AnswerSpec
-from benchmarks.load.check import Tally
+from benchmarks.load.check import AnswerCounts
 from benchmarks.load.drive import repeat
 from benchmarks.load.pool import Pool
 from benchmarks.load.request import chat_request
@@ -24,7 +24,7 @@ async def _first_byte(subject: Subject) -> Measured:
     """One request at a time, alternating between a hundred through the gateway and a hundred directly to the engine,
     so that other load on the machine affects both. The difference of the percentiles is what the gateway adds."""
     count = subject.amount(2000, 600, at_least=_BLOCK)
-    through, straight = Tally(), Tally()
+    through, straight = AnswerCounts(), AnswerCounts()
     with no_collections():
         async with Pool(subject.port, 1) as via, Pool(subject.engine_port, 1) as direct:
             for pool, port, sums in ((via, subject.port, None), (direct, subject.engine_port, None)):
@@ -41,11 +41,13 @@ async def _first_byte(subject: Subject) -> Measured:
     return noted(through, figures)
 
 
-async def _block(pool: Pool, port: int, sums: Tally | None) -> None:
+async def _block(pool: Pool, port: int, sums: AnswerCounts | None) -> None:
     await pool.refill()
-    tally = await repeat(pool, chat_request(port, _SPEC), _SPEC, count=_BLOCK, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS)
+    counted = await repeat(
+        pool, chat_request(port, _SPEC), _SPEC, count=_BLOCK, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS
+    )
     if sums is not None:
-        sums.merge(tally)
+        sums.merge(counted)
 
 
 FIRST_BYTE = Case("ttfb", "first byte of a stream, one request at a time", "added_p99_us", _first_byte)

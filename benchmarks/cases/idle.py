@@ -43,7 +43,7 @@ async def _idle(subject: Subject) -> Measured:
         await release(subject.answering_port)
 
     with no_collections():
-        tally = await hold_open(
+        counted = await hold_open(
             subject.port,
             chat_request(subject.port, spec),
             spec,
@@ -52,8 +52,8 @@ async def _idle(subject: Subject) -> Measured:
             timeout=_TIMEOUT_SECS,
             when_open=when_open,
         )
-    figures["ended_well"] = tally.answers
-    return noted(tally, figures)
+    figures["ended_well"] = counted.answers
+    return noted(counted, figures)
 
 
 IDLE_8000 = Case("idle8000", f"{STREAMS} open, silent streams", "kib_per_stream", _idle, fresh=True)

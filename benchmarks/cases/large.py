@@ -18,14 +18,14 @@ async def _many(subject: Subject, request: bytes, spec: AnswerSpec, *, count: in
         await repeat(pool, request, spec, count=concurrency, timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
+            counted = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
     figures = {
         "cpu_ms": span.cpu_ns / 1e6 / count,
         "grown_mib": (span.peak_rss_bytes - rss) / (1 << 20),
         "per_second": count / span.wall_secs,
         "foreign": span.foreign,
     }
-    return noted(tally, figures)
+    return noted(counted, figures)
 
 
 async def _prompts(subject: Subject) -> Measured:

@@ -29,14 +29,14 @@ async def _plain(subject: Subject) -> Measured:
         await repeat(pool, request, spec, count=max(connections, count // 5), timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
+            counted = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
     figures = {
         "cpu_us": span.cpu_ns / 1e3 / count,
         "per_second": count / span.wall_secs,
         "busy_cpus": span.busy,
         "foreign": span.foreign,
     }
-    return noted(tally, figures)
+    return noted(counted, figures)
 
 
 async def _paced(subject: Subject) -> Measured:
@@ -47,7 +47,7 @@ async def _paced(subject: Subject) -> Measured:
         await repeat(pool, request, spec, count=count // 5, timeout=TIMEOUT_SECS)
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(
+            counted = await repeat(
                 pool, request, spec, count=count, timeout=TIMEOUT_SECS, pause=_PAUSE_SECS, spread=_PAUSE_SECS
             )
     figures = {
@@ -56,7 +56,7 @@ async def _paced(subject: Subject) -> Measured:
         "busy_cpus": span.busy,
         "foreign": span.foreign,
     }
-    return noted(tally, figures)
+    return noted(counted, figures)
 
 
 async def _saturation(subject: Subject) -> Measured:
@@ -89,14 +89,14 @@ async def _saturated_without_wrk(subject: Subject, secs: int) -> Measured:
         count = max(probe, int(probe / (time.perf_counter() - began) * secs))
         await pool.refill()
         async with spanned(subject.tree) as span:
-            tally = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
+            counted = await repeat(pool, request, spec, count=count, timeout=TIMEOUT_SECS)
     figures = {
         "per_second": count / span.wall_secs,
         "busy_cpus": span.busy,
         "foreign": span.foreign,
         "cpu_us": span.cpu_ns / 1e3 / count,
     }
-    return noted(tally, figures)
+    return noted(counted, figures)
 
 
 async def _wrk(program: str, port: int, secs: int) -> tuple[float, int]:

@@ -35,7 +35,7 @@ def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Me
             )
             await pool.refill()
             async with spanned(subject.tree) as span:
-                tally = await repeat(
+                counted = await repeat(
                     pool, request, spec, count=streams, timeout=TIMEOUT_SECS, spread=interval * _SPREAD
                 )
         ideal = interval * (chunks - 1 + _SPREAD)
@@ -43,11 +43,11 @@ def streaming(streams: int, interval: float) -> Callable[[Subject], Awaitable[Me
             "cpu_us": span.cpu_ns / 1e3 / (streams * chunks),
             "peak_rss_mib": span.peak_rss_bytes / (1 << 20),
             "behind_secs": max(0.0, span.wall_secs - ideal),
-            "reads_per_chunk": tally.pieces / max(1, tally.answers) / chunks,
+            "reads_per_chunk": counted.pieces / max(1, counted.answers) / chunks,
             "busy_cpus": span.busy,
             "foreign": span.foreign,
         }
-        return noted(tally, figures)
+        return noted(counted, figures)
 
     return measure
 

@@ -133,13 +133,13 @@ class Runner:
                 raise ContenderUnavailable(f"it exited with status {process.returncode}: {_last_lines(log)}")
             try:
                 async with Pool(port, 1) as pool:
-                    tally = await repeat(pool, chat_request(port, spec), spec, count=1, timeout=5)
+                    counted = await repeat(pool, chat_request(port, spec), spec, count=1, timeout=5)
             except OSError:
                 await asyncio.sleep(0.1)
                 continue
-            if not tally.failed:
+            if not counted.failed:
                 return
-            reason = next(iter(tally.faults))
+            reason = next(iter(counted.faults))
             await asyncio.sleep(0.2)
         raise ContenderUnavailable(
             f"no correct answer within {self.contender.start_secs:.0f} s ({reason}): {_last_lines(log)}"

@@ -83,7 +83,7 @@ class EngineConnection(asyncio.Protocol):
         self._stream: Stream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
         self._engine.connections += 1
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -51,7 +51,7 @@ def _plain_fault(body: bytes, spec: AnswerSpec) -> str | None:
 
 
 @dataclass
-class Tally:
+class AnswerCounts:
     """What became of the requests of one measurement. Times in nanoseconds."""
 
     answers: int = 0
@@ -79,8 +79,8 @@ class Tally:
         """Requests that did not get their answer."""
         return sum(self.faults.values())
 
-    def merge(self, other: Tally) -> None:
-        """Adds another tally to this one."""
+    def merge(self, other: AnswerCounts) -> None:
+        """Adds other counts to these."""
         self.answers += other.answers
         self.unchanged += other.unchanged
         self.body_bytes += other.body_bytes

@@ -72,7 +72,7 @@ class ClientConnection(asyncio.Protocol):
         self._sent_ns = self._first_ns = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None

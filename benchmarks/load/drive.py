@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from benchmarks.engine.answer_spec import AnswerSpec
-from benchmarks.load.check import Tally
+from benchmarks.load.check import AnswerCounts
 from benchmarks.load.connection import Answer, ClientConnection
 from benchmarks.load.pool import Pool
 
@@ -17,11 +17,11 @@ class _Run:
     def __init__(self, pool: Pool, request: bytes, spec: AnswerSpec, count: int, pause: float) -> None:
         self._pool = pool
         self._request = request
-        self._wish = spec
+        self._spec = spec
         self._unsent = self._unanswered = count
         self._pause = pause
         self._tasks: set[asyncio.Task[None]] = set()
-        self.tally = Tally()
+        self.counted = AnswerCounts()
         self.over = asyncio.Event()
 
     def start(self, connection: ClientConnection) -> None:
@@ -30,11 +30,11 @@ class _Run:
             try:
                 connection.send(self._request, self._done)
             except ConnectionError:  # closed between two answers, as a server may
-                task = asyncio.ensure_future(self._anew())
+                task = asyncio.ensure_future(self._reconnect())
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _anew(self) -> None:
+    async def _reconnect(self) -> None:
         try:
             connection = await self._pool.open()
             self._pool.connections.append(connection)
@@ -50,7 +50,7 @@ class _Run:
             self.start(connection)
 
     def _count(self, answer: Answer | None) -> None:
-        self.tally.add(answer, self._wish)
+        self.counted.add(answer, self._spec)
         self._unanswered -= 1
         if not self._unanswered:
             self.over.set()
@@ -58,7 +58,7 @@ class _Run:
 
 async def repeat(
     pool: Pool, request: bytes, spec: AnswerSpec, *, count: int, timeout: float, pause: float = 0.0, spread: float = 0.0
-) -> Tally:
+) -> AnswerCounts:
     """`count` requests over all connections of the pool; each connection pauses `pause` seconds after an answer, and
     the connections start over `spread` seconds. What has no answer after `timeout` seconds is a fault."""
     run = _Run(pool, request, spec, count, pause)
@@ -72,8 +72,8 @@ async def repeat(
     try:
         await asyncio.wait_for(run.over.wait(), timeout)
     except asyncio.TimeoutError:
-        run.tally.faults[f"no answer within {timeout:.0f} s"] += count - run.tally.answers - run.tally.failed
-    return run.tally
+        run.counted.faults[f"no answer within {timeout:.0f} s"] += count - run.counted.answers - run.counted.failed
+    return run.counted
 
 
 async def hold_open(
@@ -85,10 +85,10 @@ async def hold_open(
     per_second: float,
     timeout: float,
     when_open: Callable[[], Awaitable[None]],
-) -> Tally:
+) -> AnswerCounts:
     """Opens `count` streams, `per_second` of them, waits for each one's first byte, calls `when_open`, which has to let
     the engine end them, and waits for the ends."""
-    tally = Tally()
+    counted = AnswerCounts()
     all_begun, all_ended = asyncio.Event(), asyncio.Event()
     begun = ended = 0
     connections: list[ClientConnection] = []
@@ -96,16 +96,16 @@ async def hold_open(
     def on_first() -> None:
         nonlocal begun
         begun += 1
-        if begun + tally.failed >= count:
+        if begun + counted.failed >= count:
             all_begun.set()
 
     def on_end(answer: Answer | None) -> None:
         nonlocal ended
-        tally.add(answer, spec)
+        counted.add(answer, spec)
         ended += 1
         if ended == count:
             all_ended.set()
-        if begun + tally.failed >= count:
+        if begun + counted.failed >= count:
             all_begun.set()
 
     async def one() -> None:
@@ -127,11 +127,11 @@ async def hold_open(
         await when_open()
         await _within(all_ended, timeout)
         if count > ended:
-            tally.faults["no end"] += count - ended
+            counted.faults["no end"] += count - ended
     finally:
         for connection in connections:
             connection.close()
-    return tally
+    return counted
 
 
 async def _within(event: asyncio.Event, timeout: float) -> None:

@@ -61,7 +61,7 @@ class ProcessTree:
         return total
 
     def forget_peak(self) -> None:
-        """Lets the peak of memory begin anew with what is resident now (`man 5 proc`, clear_refs)."""
+        """Resets the peak of memory to what is resident now (`man 5 proc`, clear_refs)."""
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")

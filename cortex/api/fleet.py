@@ -12,6 +12,7 @@ from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
 from cortex.control.wiring import Parts
 from shared.errors import InvalidRequest
+from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
 from shared.serve import CLOSING
 from shared.tasks import first_of, timeout
 
@@ -25,7 +26,7 @@ async def show_fleet(request: web.Request) -> web.Response:
 async def fleet_events(request: web.Request) -> web.StreamResponse:
     """Server-sent events: the fleet now and after every change, at most one per MIN_INTERVAL_SECS."""
     parts, view, closing = request.app[PARTS], request.app[FLEET_VIEW], request.app[CLOSING]
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
     while not closing.is_set():
         version, event = view.event()
@@ -33,7 +34,7 @@ async def fleet_events(request: web.Request) -> web.StreamResponse:
         await _closing_within(MIN_INTERVAL_SECS, closing)
         while parts.fleet.version == version and not closing.is_set():
             if not await _change_or_closing(parts, version, closing):
-                await response.write(b": keep-alive\n\n")
+                await response.write(KEEP_ALIVE_COMMENT)
     return response
 
 

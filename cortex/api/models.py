@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from aiohttp import web
 
 from cortex.api.app_keys import PARTS
+from cortex.api.context_lengths import CONTEXT_LENGTHS
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
@@ -29,8 +30,8 @@ share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    parts, models = request.app[PARTS], request.app[MODEL_LIST]
-    blocks = models.blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
+    models = request.app[MODEL_LIST]
+    blocks = await _up_to_date(request)
     if ANTHROPIC_VERSION in request.headers:
         return web.json_response(anthropic_page(models.names, request.query, models.entry))
     if len(blocks) == 1 or request.method == "HEAD":
@@ -44,16 +45,31 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 
 async def show_model(request: web.Request) -> web.Response:
-    parts, models, name = request.app[PARTS], request.app[MODEL_LIST], request.match_info["model_id"]
-    models.blocks(parts.catalogue, parts.fleet.snapshot(), created=parts.created)
-    entry = models.entry(name)
+    await _up_to_date(request)
+    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"])
     return web.json_response(anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry)
 
 
+async def _up_to_date(request: web.Request) -> tuple[bytes, ...]:
+    """The list as it is now, in pieces."""
+    parts, lengths = request.app[PARTS], request.app[CONTEXT_LENGTHS]
+    await lengths.settle()
+    return request.app[MODEL_LIST].blocks(
+        parts.catalogue, parts.fleet.snapshot(), created=parts.created, lengths=lengths.known
+    )
+
+
 def model_entry(
-    model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, feasibility: FeasibilityCache, *, created: int
+    model_id: str,
+    catalogue: Catalogue,
+    fleet: FleetSnapshot,
+    feasibility: FeasibilityCache,
+    *,
+    created: int,
+    length: int | None,
 ) -> dict[str, Any] | None:
-    """One entry of the list, None if the model cannot be used. `created` is Unix time."""
+    """One entry of the list, None if the model cannot be used. `created` is Unix time, `length` the context length that
+    the model's engine gives, None if unknown."""
     profile = catalogue.profile(model_id)
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
     present = [node for node in fleet.holders(model_id) if node.healthy]
@@ -70,7 +86,7 @@ def model_entry(
         "feasible_on": feasible_on,
         "locations": [_location(model_id, profile, node) for node in present],
         "limit": None if limit is None else limit.model_dump(exclude_none=True),
-        "max_model_len": None if limit is None else limit.context,
+        "max_model_len": length or (None if limit is None else limit.context),
         "harness": None if profile is None else profile.harness,
         "quant": None if profile is None else profile.quant,
         "pinned_on": [] if profile is None else list(profile.pinned_on),
@@ -87,6 +103,9 @@ def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "id": alias, "alias_of": target}
 
 
+_NO_LENGTHS: Mapping[str, int] = {}
+
+
 class ModelList:
     """Catalogue models that some known hardware can hold, models loaded anywhere, and their aliases, as JSON: `data` in
     OpenAI's shape and `models` in Codex's. An entry is rendered again only after its contents have changed.
@@ -100,6 +119,7 @@ class ModelList:
         self._catalogue = Catalogue()
         self._fleet = FleetSnapshot()
         self._created = 0
+        self._lengths: Mapping[str, int] = _NO_LENGTHS
         self._aliases: dict[str, list[str]] = {}
         self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its aliases, if listed
         self._codex: dict[str, list[bytes]] = {}  # likewise, in Codex's shape
@@ -126,8 +146,11 @@ class ModelList:
             )
         return entry if name == model_id else _alias(name, model_id, entry)
 
-    def blocks(self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int) -> tuple[bytes, ...]:
-        """The whole answer in pieces; the same object until something changes."""
+    def blocks(
+        self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int, lengths: Mapping[str, int] = _NO_LENGTHS
+    ) -> tuple[bytes, ...]:
+        """The whole answer in pieces; the same object until something changes. `lengths` (`ContextLengths.known`) must
+        be another object after a change."""
         before = self._fleet
         if catalogue is not self._catalogue or created != self._created:
             before, self._answer = FleetSnapshot(), None
@@ -135,9 +158,12 @@ class ModelList:
             self._pieces, self._codex, self._aliases = {}, {}, {}
             for alias, target in catalogue.aliases.items():
                 self._aliases.setdefault(target, []).append(alias)
-        if self._answer is None or fleet is not before:
+        if self._answer is None or fleet is not before or lengths is not self._lengths:
             self._fleet = fleet
             changed = _held_differently(before, fleet)
+            if lengths is not self._lengths:
+                changed |= {model_id for model_id, _ in lengths.items() ^ self._lengths.items()}
+                self._lengths = lengths
             if self._answer is None or fleet.topology is None or fleet.topology is not before.topology:
                 changed |= self._feasible_elsewhere()
             for model_id in changed:
@@ -159,7 +185,14 @@ class ModelList:
         return found
 
     def _entry(self, model_id: str) -> dict[str, Any] | None:
-        return model_entry(model_id, self._catalogue, self._fleet, self._feasibility, created=self._created)
+        return model_entry(
+            model_id,
+            self._catalogue,
+            self._fleet,
+            self._feasibility,
+            created=self._created,
+            length=self._lengths.get(model_id),
+        )
 
     def _make(self, model_id: str) -> None:
         entry = self._entry(model_id)
@@ -233,10 +266,11 @@ def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
 
 MODEL_LIST = web.AppKey("model_list", ModelList)
 
-_FEASIBLE_ON = '"feasible_on": '
-
 
 def _piece(entry: dict[str, Any]) -> Piece:
-    """Splits at a mark that no string in the entry can contain: inside a string its quotes would be escaped."""
-    opening, mark, rest = json.dumps({**entry, "feasible_on": None}).partition(f"{_FEASIBLE_ON}null")
-    return (opening + mark.removesuffix("null")).encode(), entry["feasible_on"], rest.encode()
+    """The fields before `feasible_on` and those after it are rendered on their own; neither part is empty."""
+    items = list(entry.items())
+    place = list(entry).index("feasible_on")
+    opening = json.dumps(dict(items[:place])).removesuffix("}") + ', "feasible_on": '
+    rest = ", " + json.dumps(dict(items[place + 1 :])).removeprefix("{")
+    return opening.encode(), entry["feasible_on"], rest.encode()

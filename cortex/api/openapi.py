@@ -10,8 +10,9 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from cortex.api.operator import LoadAction, UnloadAction
-from cortex.proxy.gateway import INFERENCE_PATHS
+from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
+from shared.protocol import MAX_MODEL_ID_CHARS
 
 _ERROR = {
     "type": "object",
@@ -41,7 +42,7 @@ _ANTHROPIC_ERROR = {
         },
     },
 }
-_MODEL = {"type": "string", "minLength": 1, "maxLength": 512, "description": "A model id or an alias."}
+_MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -138,7 +139,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         query={"wait": "`false` answers 202 at once."},
     ),
     ("POST", "/fleet/unload"): Operation("Unloads a model.", "operator", _model_body(UnloadAction)),
-    ("POST", "/fleet/nodes/{name}/drain"): Operation("Sends a neuron no new work.", "operator"),
+    ("POST", "/fleet/nodes/{name}/drain"): Operation(
+        "Stops sending new loads to a neuron, and requests if another neuron can serve them.", "operator"
+    ),
     ("POST", "/fleet/nodes/{name}/resume"): Operation("Ends a drain.", "operator"),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
 }

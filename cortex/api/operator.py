@@ -18,7 +18,7 @@ from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUn
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
-from cortex.placement.inputs import Key
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
@@ -166,7 +166,7 @@ def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
     return {"node": node, "status": "failed", "code": error.code, "error": error.message}
 
 
-async def _unload(parts: Parts, key: Key, *, drain: bool) -> ServiceError | None:
+async def _unload(parts: Parts, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
     """None once the model is gone from the node, else the error."""
     model_id, node = key
     try:

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from cortex.api import fleet, models, openapi, operator
 from cortex.api.app_keys import PARTS
-from cortex.proxy.gateway import INFERENCE_PATHS
+from cortex.proxy.paths import INFERENCE_PATHS
 
 
 async def of_workers(request: web.Request) -> web.StreamResponse:

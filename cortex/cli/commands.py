@@ -177,10 +177,11 @@ def models(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Explain where a model would be placed, and why. Exit 1 if the model is unknown."""
     from cortex.cli.tables import explain_table
+    from shared.protocol import ErrorCode
 
     plan = _call(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
     _print_answer(url, plan, as_json, explain_table)
-    return int(isinstance(plan, dict) and plan.get("decision", {}).get("code") == "model_not_found")
+    return int(isinstance(plan, dict) and plan.get("decision", {}).get("code") == ErrorCode.MODEL_NOT_FOUND)
 
 
 @app.command()
@@ -203,13 +204,13 @@ def unload(
 
 @app.command()
 def drain(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Stop giving new models to a neuron."""
+    """Stop sending new loads to a neuron, and requests if another neuron can serve them."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json)
 
 
 @app.command()
 def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
-    """Give new models to a drained neuron again."""
+    """End a drain."""
     return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json)
 
 

@@ -34,8 +34,8 @@ from shared.tasks import running
 log = logging.getLogger(__name__)
 
 _OPEN_TO_NETWORK = (
-    "the network can reach cortex, which asks for no API key: anyone there can use every model, and load, unload and "
-    "drain. [gateway] allow_anonymous = true accepts that"
+    "cortex is reachable from the network and requires no API key: anyone can use every model, and load, unload and "
+    "drain. Set [gateway] allow_anonymous = true to silence this warning"
 )
 
 

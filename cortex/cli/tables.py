@@ -21,7 +21,7 @@ def status_table(fleet: dict[str, Any]) -> str:
     text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
     loads = [[job["model"], job["node"], job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
     text += "\n\n" + table([["LOADING", "ON", "PHASE", "REASON"], *loads]) if loads else ""
-    waiting = [[room["model"], str(room["count"]), room["for"] or "-"] for room in fleet.get("waiting", ())]
+    waiting = [[entry["model"], str(entry["count"]), entry["for"] or "-"] for entry in fleet.get("waiting", ())]
     text += "\n\n" + table([["WAITING FOR", "REQUESTS", "STATUS"], *waiting]) if waiting else ""
     error = fleet.get("configuration", {}).get("error")
     return text + (

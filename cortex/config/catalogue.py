@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from shared.protocol import MAX_MODEL_ID_CHARS
 from shared.settings import SettingsModel, load_settings
 
 DEFAULT_PRIORITY = 100
@@ -22,7 +23,7 @@ TOOLS_HINT = (
     "--tool-call-parser NAME into its args)"
 )
 
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\s\x00-\x1f]+$")]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS, pattern=r"^[^\s\x00-\x1f]+$")]
 
 
 class TokenLimit(SettingsModel):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from cortex.config.catalogue import Catalogue, load_catalogue
 from cortex.config.settings import CortexConfig, GatewaySettings
+from shared.protocol import first_problem
 from shared.settings import SettingsError, load_settings
 
 ENV_PREFIX = "CORTEX_"
@@ -129,7 +130,7 @@ def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
     try:
         gateway = GatewaySettings.model_validate({**config.gateway.model_dump(), "workers": workers})
     except ValidationError as error:
-        raise SettingsError([f"--workers {workers}: {error.errors()[0]['msg']}"]) from error
+        raise SettingsError([f"--workers {workers}: {first_problem(error)[1]}"]) from error
     return config.model_copy(update={"gateway": gateway})
 
 

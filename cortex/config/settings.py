@@ -38,6 +38,8 @@ class GatewaySettings(SettingsModel):
     workers: int = Field(default=1, ge=1, le=256)
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     drain_timeout_secs: float = Field(default=30, ge=0)
+    keepalive_secs: float = Field(default=15, gt=0)
+    default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
     allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
     allow_anonymous: bool = False  # True: no warning when the network can reach cortex
@@ -128,6 +130,7 @@ class WaitingSettings(SettingsModel):
     total: int = Field(default=4096, ge=1)
     first_comment_secs: float = Field(default=1.0, gt=0)
     comment_interval_secs: float = Field(default=2.0, gt=0)
+    plain_keepalive: Literal["off", "whitespace"] = "off"
 
 
 class NeuronEntry(SettingsModel):
@@ -187,7 +190,7 @@ class CortexConfig(SettingsModel):
         names = [entry.name for entry in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"the name {twice[0]!r} is given twice")
+            raise ValueError(f"duplicate neuron name {twice[0]!r}")
         return value
 
     def models_path(self, config_file: Path) -> Path:

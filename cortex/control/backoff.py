@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.placement.inputs import ANY_NODE, Backoff, Key
+from cortex.placement.inputs import ANY_NODE, Backoff
+from cortex.upstream.replica import ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -45,7 +46,7 @@ class Backoffs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[Key, _Failure] = {}
+        self._failures: dict[ReplicaKey, _Failure] = {}
 
     def record_failure(
         self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
@@ -78,7 +79,7 @@ class Backoffs:
                 failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=BackoffCause.NODE
             )
 
-    def current(self) -> Mapping[Key, Backoff]:
+    def current(self) -> Mapping[ReplicaKey, Backoff]:
         """The backoffs in effect now."""
         now = self._clock()
         return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import Key, ReplicaUsage
+from cortex.placement.inputs import ReplicaUsage
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
@@ -22,9 +23,9 @@ class Demand:
     def __init__(self, counts: CountTotals, clock: Callable[[], float] = time.monotonic) -> None:
         self._counts = counts
         self._clock = clock
-        self._begun: Mapping[Key, int] = {}
-        self._ended: dict[Key, int] = {}  # as last reported by the engines
-        self._last_used: dict[Key, float] = {}
+        self._begun: Mapping[ReplicaKey, int] = {}
+        self._ended: dict[ReplicaKey, int] = {}  # as last reported by the engines
+        self._last_used: dict[ReplicaKey, float] = {}
         self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._rates: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._overloaded_since: dict[str, float] = {}
@@ -38,7 +39,7 @@ class Demand:
         """Adds what the workers and the engines have counted since the last sample."""
         now = self._clock()
         in_flight = self._collect(now)
-        ended: dict[Key, int] = {}
+        ended: dict[ReplicaKey, int] = {}
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
                 key, count = (activity.id, node.name), activity.ended or 0
@@ -58,7 +59,7 @@ class Demand:
             if loaded:
                 self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 
-    def usages(self) -> dict[Key, ReplicaUsage]:
+    def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each model is used on each node. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
         in_flight = self._collect(self._clock())
@@ -78,7 +79,7 @@ class Demand:
         """Models whose replicas are over the load target, and since when."""
         return dict(self._overloaded_since)
 
-    def _collect(self, now: float) -> dict[Key, int]:
+    def _collect(self, now: float) -> dict[ReplicaKey, int]:
         """Marks what the workers have begun as used, and returns what is in flight now."""
         begun = self._counts.begun()
         for key, count in begun.items():
@@ -95,7 +96,9 @@ class Demand:
         rate, at = self._rates.get(model_id, (0.0, now))
         return rate * math.exp(-(now - at) / MEMORY_SECS)
 
-    def _update_overload(self, fleet: FleetSnapshot, in_flight: Mapping[Key, int], target: int, now: float) -> None:
+    def _update_overload(
+        self, fleet: FleetSnapshot, in_flight: Mapping[ReplicaKey, int], target: int, now: float
+    ) -> None:
         for model_id in {key[0] for key in in_flight} | self._overloaded_since.keys():
             nodes = fleet.serving(model_id)
             working = sum(max(in_flight.get((model_id, node.name), 0), node.requests_on(model_id)) for node in nodes)

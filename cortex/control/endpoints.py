@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from cortex.config.live import LiveConfig
 from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
+from cortex.upstream.replica import Failure, ReplicaKey
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 
@@ -20,47 +24,59 @@ RETRY_SECS = 0.25
 """How long to retry a neuron that cannot be reached, unless it is down before that."""
 
 _Version = tuple[object, object]
-_Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an engine answers. `fresh`: the neuron was just asked for it; a remembered one may have moved since."""
+    """Where an engine answers. `fresh`: the neuron was just asked for it; a remembered one may have moved since. It is
+    known without asking again until `expires` (monotonic)."""
 
     url: str
     api_key: str | None
     fresh: bool = False
+    expires: float = math.inf
+
+
+class _Remembered(NamedTuple):
+    """A neuron's answer. It holds for the `version` of the model there, or until `expires` (monotonic)."""
+
+    reply: EndpointReply
+    version: _Version | None
+    expires: float
 
 
 class Endpoints:
     """The cached endpoints, by model id and node name.
 
     Our neurons send an endpoint with the model's status, so it is known the moment a load ends. Other neurons are asked
-    for it. A failed request invalidates the endpoint it used.
+    for it. A protocol v1 neuron gives no sign of a reload, so its answer is cached for one poll interval at most. A
+    failed request invalidates the endpoint it used.
     """
 
     def __init__(
         self,
         *,
+        live: LiveConfig,
         fleet: Fleet,
         clients: Mapping[str, NeuronClient],
         pollers: Mapping[str, NeuronPoller],
         backoffs: Backoffs,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._live = live
         self._fleet = fleet
         self._clients = clients
         self._pollers = pollers
         self._backoffs = backoffs
         self._clock = clock
-        self._known: dict[_Key, tuple[_Version, EndpointReply]] = {}
-        self._invalidated: dict[_Key, EndpointReply] = {}
+        self._known: dict[str, dict[str, _Remembered]] = {}
+        self._invalidated: dict[ReplicaKey, EndpointReply] = {}
 
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""
-        remembered = self._known.get((model_id, node))
-        if remembered is not None and remembered[0] == version(fleet, model_id, node):
-            return Endpoint(remembered[1].url, remembered[1].api_key)
+        remembered = self._known.get(model_id, {}).get(node)
+        if remembered is not None and self._holds(remembered, version(fleet, model_id, node)):
+            return Endpoint(remembered.reply.url, remembered.reply.api_key, expires=remembered.expires)
         snapshot = fleet.nodes[node]
         view = snapshot.models.get(model_id)
         told = None if view is None else view.endpoint
@@ -71,6 +87,9 @@ class Endpoints:
         except ValueError:
             return None
         return Endpoint(found.url, found.api_key)
+
+    def _holds(self, remembered: _Remembered, now: _Version | None) -> bool:
+        return remembered.version == now and self._clock() < remembered.expires
 
     async def fetch(self, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, asking the neuron unless it is known. None if the model has just left the neuron or the neuron
@@ -112,36 +131,50 @@ class Endpoints:
                 continue
             if self._clients.get(node) is not client:  # the reply came from a neuron of the previous configuration
                 continue
-            if asked is not None:
-                self._known[model_id, node] = asked, reply
+            self._remember(model_id, node, asked, reply)
             return Endpoint(reply.url, reply.api_key, fresh=True)
 
-    @staticmethod
-    def can_remember(fleet: FleetSnapshot, model_id: str, node: str) -> bool:
-        """Whether an endpoint that is fetched now stays known: if not, fetching it ahead is useless."""
-        return version(fleet, model_id, node) is not None
+    def _remember(self, model_id: str, node: str, asked: _Version | None, reply: EndpointReply) -> None:
+        keep_secs = self._live.config.poll.interval_secs if asked is None else math.inf
+        self._known.setdefault(model_id, {})[node] = _Remembered(reply, asked, self._clock() + keep_secs)
 
-    def invalidate(self, model_id: str, node: str, url: str) -> bool:
-        """No engine answers at this URL: ask the neuron before the next request goes there. True if the URL was the
-        cached one."""
-        key, fleet = (model_id, node), self._fleet.snapshot()
+    def invalidate(self, failure: Failure) -> bool:
+        """A request failed at this replica: ask the neuron before the next request goes there. True if its URL was
+        the cached one. A busy engine keeps its endpoint, as other requests should not wait because one timed out."""
+        model_id, node, fleet = failure.replica.model_id, failure.replica.node, self._fleet.snapshot()
         known = self.known(fleet, model_id, node) if node in fleet.nodes else None
-        if known is None or known.url != url:
+        if known is None or known.url != failure.replica.url:
             return False
-        self._known.pop(key, None)
+        if failure.kind not in ("refused", "reset") and known.expires == math.inf:
+            return False
+        self._drop(model_id, node)
         view = fleet.nodes[node].models.get(model_id)
         if view is not None and view.endpoint is not None:
-            self._invalidated[key] = view.endpoint
+            self._invalidated[model_id, node] = view.endpoint
         return True
+
+    def forget_unloaded(self, fleet: FleetSnapshot, model_id: str) -> None:
+        """Drops the endpoints of neurons where the model is no longer loaded: it may come back elsewhere on the host
+        within the time that an answer is kept."""
+        for node in list(self._known.get(model_id, ())):
+            snapshot = fleet.nodes.get(node)
+            if snapshot is None or snapshot.status_of(model_id) is not ModelStatus.LOADED:
+                self._drop(model_id, node)
 
     def forget(self, nodes: Collection[str]) -> set[str]:
         """Drops the endpoints of neurons that were removed or moved. Returns the models that had one there."""
-        gone = {key for key in self._known if key[1] in nodes}
-        for key in gone:
-            del self._known[key]
+        gone = [(model_id, node) for model_id, known in self._known.items() for node in known if node in nodes]
+        for model_id, node in gone:
+            self._drop(model_id, node)
         for key in [key for key in self._invalidated if key[1] in nodes]:
             del self._invalidated[key]
         return {model_id for model_id, _ in gone}
+
+    def _drop(self, model_id: str, node: str) -> None:
+        nodes = self._known.get(model_id, {})
+        nodes.pop(node, None)
+        if not nodes:
+            self._known.pop(model_id, None)
 
     def _note_lost(self, model_id: str, node: str, reason: str) -> None:
         """A neuron that reports a model as loaded but has no endpoint for it would otherwise be asked forever."""

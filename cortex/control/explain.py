@@ -11,11 +11,20 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
+
+_FIT_LABELS = {
+    Fit.AWAKE: "awake",
+    Fit.NOW: "now",
+    Fit.OVER_SLEEPERS: "over_sleepers",
+    Fit.AFTER_EVICTION: "after_displacement",
+    Fit.TOO_LARGE: "too_large",
+}
+"""`fits` in the reply; docs/api.md lists the values."""
 
 
 def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def _node(
         "draining": node.draining,
         "status": None if entry is None else entry.status,
         "feasible": feasible,
-        "fits": None if plan is None else plan.fit.label,
+        "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
         "spare_mb": None if plan is None else plan.spare_mb,

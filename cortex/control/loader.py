@@ -21,15 +21,14 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import Key
 from cortex.placement.node_plan import LoadPlan
-from shared.protocol import ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
+from cortex.upstream.replica import ReplicaKey
+from shared.protocol import MAX_DRAIN_SECS, ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
 
-MAX_DRAIN_SECS = 3600.0
 """Limit of neurons for `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
 
@@ -107,7 +106,7 @@ class Loader:
         self._state = state
         self._clock = clock
         self._tasks = TaskSet()
-        self._jobs: dict[Key, LoadJob] = {}
+        self._jobs: dict[ReplicaKey, LoadJob] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -152,7 +151,7 @@ class Loader:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
 
-    async def unload(self, key: Key, *, drain: bool) -> None:
+    async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """Unloads a model from a node for an operator. `drain`: requests in flight finish first, for at most
         `cold_load.timeout_secs`. Raises as `evict`.
         """
@@ -170,7 +169,7 @@ class Loader:
 
     async def evict(
         self,
-        key: Key,
+        key: ReplicaKey,
         *,
         sleep: bool,
         still_needed: Callable[[], bool] = lambda: True,
@@ -200,7 +199,7 @@ class Loader:
         drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._has_extensions(node) and patient() else 0
         await self._unload(key, drain_secs=drain)
 
-    async def _unload(self, key: Key, *, drain_secs: float) -> None:
+    async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node = key
         try:
             await self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
@@ -210,7 +209,7 @@ class Loader:
         finally:
             await self._refresh(node)
 
-    async def _put_to_sleep(self, key: Key, *, if_idle: bool) -> bool:
+    async def _put_to_sleep(self, key: ReplicaKey, *, if_idle: bool) -> bool:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
         model_id, node = key
         try:
@@ -261,11 +260,13 @@ class Loader:
             await self._load(job)
 
     @contextlib.asynccontextmanager
-    async def _evicting(self, evicting: Mapping[Key, bool], still_needed: Callable[[], bool]) -> AsyncIterator[None]:
-        """Evicts these models, given with whether they sleep now. Inside the body their memory can be booked: they are
-        gone, or their neuron reports that it is ending them and has promised their memory to this load: a later one,
-        for example from another cortex, does not get it. After the body every eviction is over. If one is refused, the
-        remaining ones are skipped.
+    async def _evicting(
+        self, evicting: Mapping[ReplicaKey, bool], still_needed: Callable[[], bool]
+    ) -> AsyncIterator[None]:
+        """Evicts these models, given with whether they sleep now. Inside the body the load can book their memory:
+        each model is gone, or its neuron is stopping it and has promised its memory to this load (a later load, for
+        example from another cortex, does not get that memory). After the body all evictions have ended. If a neuron
+        refuses one, the remaining evictions are skipped.
 
         Raises, before the body: as `evict`.
         """
@@ -294,11 +295,11 @@ class Loader:
             if isinstance(outcome, Exception) and not isinstance(outcome, NoLongerNeeded):
                 log.warning("evicting %s from %s failed: %s", model_id, node, outcome)
 
-    async def _evict_one(self, key: Key, *, sleep: bool, still_needed: Callable[[], bool]) -> None:
+    async def _evict_one(self, key: ReplicaKey, *, sleep: bool, still_needed: Callable[[], bool]) -> None:
         await self.evict(key, sleep=sleep, still_needed=still_needed)
         self._fleet.end_eviction(key)  # it may be loaded again at once if both fit
 
-    async def _until_memory_promised(self, key: Key, sending: asyncio.Task[None]) -> None:
+    async def _until_memory_promised(self, key: ReplicaKey, sending: asyncio.Task[None]) -> None:
         model_id, name = key
 
         def ending(node: NodeSnapshot) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -20,7 +20,7 @@ from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.stopping import Stopping, stopping
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -63,6 +63,7 @@ class Resolver:
         self._demand = demand
         self._stopping = stopping
         self._clock = clock
+        self._chosen: Counter[ReplicaKey] = Counter()
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -138,12 +139,13 @@ class Resolver:
                 await (
                     self._fleet.until_all_polled()
                 )  # right after a start, cortex would load what is loaded somewhere already
-            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._counts.in_flight):
+            match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
-                    replica = await self._routes.replica(model_id, left[0])
+                    with self._choosing((model_id, left[0])):
+                        replica = await self._routes.replica(model_id, left[0])
                     # While its neuron was asked, the model may have been chosen for eviction.
                     if replica is not None and self._is_serving(replica):
                         return replica
@@ -152,6 +154,21 @@ class Resolver:
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    @contextlib.contextmanager
+    def _choosing(self, key: ReplicaKey) -> Iterator[None]:
+        """Counts a request from the choice of its node, while its endpoint is awaited: the next request of a burst
+        chooses another node."""
+        self._chosen[key] += 1
+        try:
+            yield
+        finally:
+            self._chosen[key] -= 1
+            if not self._chosen[key]:
+                del self._chosen[key]
+
+    def _assigned(self, model_id: str, node: str) -> int:
+        return self._counts.in_flight(model_id, node) + self._chosen[model_id, node]
 
     def _is_serving(self, replica: Replica) -> bool:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
@@ -164,18 +181,17 @@ class Resolver:
         return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=LOAD_TIMED_OUT_SECS)
 
     async def _check_failed(self, failure: Failure) -> None:
-        """After a replica failed: asks its neuron for the model's state, and for the endpoint if nothing listens there.
+        """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
         A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
-        if failure.kind in ("refused", "reset"):
-            self._routes.invalidate(failure.replica)
+        self._routes.invalidate(failure)
         poller = self._pollers.get(failure.replica.node)
         if poller is not None:
             await poller.refresh()
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
-        """If no node is left with an engine that answers, gives one of them a moment to notice: an engine that
-        was told to stop closes its port some time before it exits. Removes the nodes that noticed from `lost`.
-        (A protocol v1 neuron reports nothing by itself.)"""
+        """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
+        stopping engine closes its port some time before it exits. Removes the nodes that reported it from `lost`. (A
+        protocol v1 neuron reports nothing by itself.)"""
         serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
         gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
         unanswering = lost | {node for node, times in gone.items() if times > 1}

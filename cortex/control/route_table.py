@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Collection, Iterable
 
 from cortex.control.endpoints import Endpoint, Endpoints
@@ -11,7 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.proxy.balancing.choice import beyond_ours
-from cortex.upstream.replica import Replica
+from cortex.upstream.replica import Failure, Replica
 from shared.errors import UpstreamError
 from shared.tasks import TaskSet
 
@@ -23,30 +25,45 @@ Subscriber = Callable[[str, tuple[Replica, ...]], None]
 class RouteTable:
     """Owns `table`, from model id to replicas, and passes each change to its subscribers."""
 
-    def __init__(self, *, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> None:
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        endpoints: Endpoints,
+        counts: CountTotals,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
         self._fleet = fleet
         self._endpoints = endpoints
         self._counts = counts
+        self._clock = clock
         self._wanted: set[str] = set()  # requested at least once: their endpoints are fetched ahead
-        self._fetching: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._fetching: dict[tuple[str, str], asyncio.Task[Endpoint | UpstreamError | None]] = {}
+        self._expiring: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._subscribers: list[Subscriber] = []
 
     async def replica(self, model_id: str, node: str) -> Replica | None:
         """The engine that serves the model on this node. None and errors as `Endpoints.fetch`."""
         self._wanted.add(model_id)
-        endpoint = await self._endpoints.fetch(model_id, node)
+        if model_id not in self.table:
+            self.publish([model_id])  # asks for the endpoints of all its replicas, not only of this one
+        fleet = self._fleet.snapshot()
+        endpoint = self._endpoints.known(fleet, model_id, node) if node in fleet.nodes else None
         if endpoint is None:
-            return None
-        if endpoint.fresh:
-            self.publish([model_id])
+            found = await asyncio.shield(self._fetch(model_id, node))
+            if isinstance(found, UpstreamError):
+                raise found
+            if found is None:
+                return None
+            endpoint = found
         return self._as_replica(model_id, node, endpoint, self._fleet.snapshot())
 
-    def invalidate(self, failed: Replica) -> None:
-        """No engine answers at this replica's URL."""
-        if self._endpoints.invalidate(failed.model_id, failed.node, failed.url):
-            self.publish([failed.model_id])
+    def invalidate(self, failure: Failure) -> None:
+        """A request failed at this replica."""
+        if self._endpoints.invalidate(failure):
+            self.publish([failure.replica.model_id])
 
     def forget(self, nodes: Collection[str]) -> None:
         """Drops the endpoints of neurons that were removed or moved."""
@@ -64,46 +81,79 @@ class RouteTable:
         return lambda: self._subscribers.remove(subscriber)
 
     def publish(self, models: Iterable[str] | None = None) -> None:
-        """Brings the table up to date with the fleet, for these models that have been requested (default: all)."""
+        """Brings the table up to date with the fleet, for these models that have been requested (default: all). Asks
+        for the endpoints that are not known, so that requests need not wait for them."""
         fleet = self._fleet.snapshot()
-        for model_id in self._wanted if models is None else self._wanted.intersection(models):
-            replicas = self._replicas(model_id, fleet)
-            if replicas == self.table.get(model_id, ()):
-                continue
-            if replicas:
-                self.table[model_id] = replicas
-            else:
-                del self.table[model_id]
-            for subscriber in self._subscribers:
-                subscriber(model_id, replicas)
+        for model_id in list(self._wanted) if models is None else self._wanted.intersection(models):
+            self._endpoints.forget_unloaded(fleet, model_id)
+            for node in fleet.serving(model_id):
+                if self._endpoints.known(fleet, model_id, node.name) is None:
+                    _ = self._fetch(model_id, node.name)
+            self._update(model_id, fleet)
+
+    def _update(self, model_id: str, fleet: FleetSnapshot) -> None:
+        replicas = self._replicas(model_id, fleet)
+        if replicas == self.table.get(model_id, ()):
+            return
+        if replicas:
+            self.table[model_id] = replicas
+        else:
+            del self.table[model_id]
+        for subscriber in self._subscribers:
+            subscriber(model_id, replicas)
 
     async def close(self) -> None:
+        for timer in self._expiring.values():
+            timer.cancel()
         await self._tasks.close()
 
     def _replicas(self, model_id: str, fleet: FleetSnapshot) -> tuple[Replica, ...]:
         """All replicas of a model, or none while an endpoint is unknown: a partial list would leave the others idle."""
         replicas: list[Replica] = []
-        nodes = fleet.serving(model_id)
-        for node in nodes:
+        expires = math.inf
+        for node in fleet.serving(model_id):
             known = self._endpoints.known(fleet, model_id, node.name)
             if known is None:
-                self._fetch_ahead(model_id, node.name, fleet)
-                continue
+                return ()
+            expires = min(expires, known.expires)
             replicas.append(self._as_replica(model_id, node.name, known, fleet))
-        return tuple(replicas) if len(replicas) == len(nodes) else ()
+        if expires != math.inf:
+            self._expire(model_id, expires)
+        return tuple(replicas)
 
-    def _fetch_ahead(self, model_id: str, node: str, fleet: FleetSnapshot) -> None:
+    def _expire(self, model_id: str, when: float) -> None:
+        """Takes the model off the table then. The neurons are asked again when the next request comes: an idle model
+        causes no traffic."""
+        timer = self._expiring.pop(model_id, None)
+        if timer is not None:
+            timer.cancel()
+
+        def expired() -> None:
+            del self._expiring[model_id]
+            self._update(model_id, self._fleet.snapshot())
+
+        delay = max(when - self._clock(), 0)
+        self._expiring[model_id] = asyncio.get_running_loop().call_later(delay, expired)
+
+    def _fetch(self, model_id: str, node: str) -> asyncio.Task[Endpoint | UpstreamError | None]:
+        """Asks for an endpoint; requests that need it meanwhile share the answer."""
         key = model_id, node
-        if self._endpoints.can_remember(fleet, model_id, node) and key not in self._fetching:
-            task = self._tasks.spawn(self._fetch(model_id, node), name=f"endpoint of {model_id} on {node}")
+        if key not in self._fetching:
+            task = self._tasks.spawn(self._ask(model_id, node), name=f"endpoint of {model_id} on {node}")
             self._fetching[key] = task
             task.add_done_callback(lambda _: self._fetching.pop(key))
+        return self._fetching[key]
 
-    async def _fetch(self, model_id: str, node: str) -> None:
+    async def _ask(self, model_id: str, node: str) -> Endpoint | UpstreamError | None:
+        """The error is a value: there may be no request to raise it in."""
         try:
-            _ = await self.replica(model_id, node)
+            endpoint = await self._endpoints.fetch(model_id, node)
         except UpstreamError as error:
-            log.info("%s", error.message)  # the next request for the model gets the error
+            log.info("%s", error.message)
+            return error
+        if endpoint is not None:
+            self._update(model_id, self._fleet.snapshot())
+        return endpoint
 
     def _as_replica(self, model_id: str, node: str, endpoint: Endpoint, fleet: FleetSnapshot) -> Replica:
         """`others` is what the neuron last reported beyond our own requests, which are counted at that same moment: a

@@ -21,11 +21,12 @@ from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUn
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
-from cortex.placement.inputs import Key, PlanningView, WaitingRequests
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.request_ids import request_scope
@@ -82,8 +83,8 @@ class Scheduler:
         self._clock = clock
         self._policy = policy
         self._observed_share_mb: dict[str, int] = {}
-        self._foreign_loads: set[Key] = set()  # loads that others started and requests wait for
-        self._removing: set[Key] = set()
+        self._foreign_loads: set[ReplicaKey] = set()  # loads that others started and requests wait for
+        self._removing: set[ReplicaKey] = set()
         self._schedule = LoadSchedule()
         self._wake = asyncio.Event()
         self._tasks = TaskSet()

@@ -28,7 +28,7 @@ def waiting_note(
         if status.coming:
             return _in_progress(model_id, node, status.value, None)
         if status is ModelStatus.LOADED:
-            return WaitNote(text=f"{model_id} is loaded on {node.name}; asking for its address", node=node.name)
+            return WaitNote(text=f"{model_id} is loaded on {node.name}; looking up its address", node=node.name)
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
 
 

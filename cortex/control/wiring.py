@@ -80,7 +80,7 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
     stopping.on_begin(queue.notify_all)
-    endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, backoffs=backoffs)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, backoffs=backoffs)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,

@@ -30,6 +30,7 @@ from shared.protocol import (
     NeuronHealth,
     SleepCommand,
     UnloadCommand,
+    first_problem,
 )
 from shared.request_ids import current_request_id
 from shared.tasks import timeout
@@ -395,5 +396,4 @@ def _reason(error: BaseException) -> str:
 
 
 def _first(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return ": ".join(first_problem(error))

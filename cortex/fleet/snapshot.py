@@ -1,4 +1,4 @@
-"""An immutable snapshot of the fleet, the input of every decision."""
+"""An immutable snapshot of the fleet, the input of every decision. Pure."""
 
 from __future__ import annotations
 

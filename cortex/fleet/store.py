@@ -1,4 +1,4 @@
-"""State that survives a restart: a small file with the drained neurons and load times."""
+"""State that survives a restart: a small file with the drained neurons, load times and context lengths."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from shared.files import replace_file
+from shared.protocol import first_problem
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class _State(BaseModel):
     version: Literal[1]
     drained: list[str] = []
     load_secs: dict[str, dict[str, Secs]] = {}
+    max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
 
 
 class StateFile:
@@ -47,6 +49,7 @@ class StateFile:
         self._directory = directory
         self._drained: set[str] = set()
         self._load_secs: dict[str, dict[str, float]] = {}
+        self._max_model_len: dict[str, int] = {}
         self._lock: int | None = None
         self._unwritten = False
         self._changed = asyncio.Event()
@@ -73,6 +76,15 @@ class StateFile:
 
     def set_load_secs(self, model_id: str, node: str, secs: float) -> None:
         self._load_secs.setdefault(model_id, {})[node] = secs
+        self._touch()
+
+    @property
+    def max_model_len(self) -> Mapping[str, int]:
+        """Context lengths in tokens, by model, as engines gave them."""
+        return self._max_model_len
+
+    def set_max_model_len(self, model_id: str, tokens: int) -> None:
+        self._max_model_len[model_id] = tokens
         self._touch()
 
     async def write_loop(self) -> None:
@@ -119,6 +131,7 @@ class StateFile:
             return
         self._drained = set(state.drained)
         self._load_secs = state.load_secs
+        self._max_model_len = state.max_model_len
 
     async def _write_changes(self) -> None:
         async with self._writing:
@@ -126,7 +139,9 @@ class StateFile:
             if not self._unwritten or self._directory is None:
                 return
             self._unwritten = False
-            state = _State(version=1, drained=sorted(self._drained), load_secs=self._load_secs)
+            state = _State(
+                version=1, drained=sorted(self._drained), load_secs=self._load_secs, max_model_len=self._max_model_len
+            )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None
             if problem is not None and self.problem is None:
@@ -165,6 +180,6 @@ class StateFile:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
+        where, reason = first_problem(error)
+        return f"{where or 'not JSON'}: {reason}"
     return getattr(error, "strerror", None) or str(error)

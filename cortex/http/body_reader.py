@@ -1,4 +1,4 @@
-"""Collects a request's body as it arrives."""
+"""Collects a request's body as it arrives. No I/O."""
 
 from __future__ import annotations
 

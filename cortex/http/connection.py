@@ -185,7 +185,7 @@ class ClientConnection:
         request = self._request
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._dispatcher.draining
-        answer = error_answer(error, request_id, anthropic=request.anthropic, keep_alive=keep_alive, node=node)
+        answer = error_answer(error, request_id, request=request, keep_alive=keep_alive, node=node)
         self.transport.write(answer)
         self.finished()
 
@@ -353,8 +353,7 @@ class ClientConnection:
         request is unknown."""
         request = self._request
         request_id = self._dispatcher.rejected(request, error)
-        anthropic = request is not None and request.anthropic
-        self.transport.write(error_answer(error, request_id, anthropic=anthropic, keep_alive=False))
+        self.transport.write(error_answer(error, request_id, request=request, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
 

@@ -133,6 +133,11 @@ class ChunkedBody:
         """The next byte begins a chunk and nothing is held back."""
         return not self._left and not self._held and not self.ended
 
+    @property
+    def at_chunk_end(self) -> bool:
+        """What `feed` has returned ends with a chunk, or nothing has come."""
+        return not self._left and not self.ended
+
     def take(self) -> bytes:
         """The contents collected since the last call."""
         assert self.payload is not None

@@ -21,6 +21,9 @@ REQUEST_ID: Final = 12
 FORWARDED_FOR: Final = 13
 ORIGIN: Final = 14
 FETCH_SITE: Final = 15
+UPGRADE: Final = 16
+CACHE_CONTROL: Final = 17
+ACCEL_BUFFERING: Final = 18
 
 HOP_BY_HOP = frozenset(
     {
@@ -64,6 +67,7 @@ class Names(dict[bytes, Meaning]):
 OF_REQUESTS: Final = Names(
     {
         **dict.fromkeys(HOP_BY_HOP, DROP),
+        b"upgrade": UPGRADE,
         b"host": HOST,
         b"content-length": CONTENT_LENGTH,
         b"content-type": CONTENT_TYPE,
@@ -88,6 +92,8 @@ OF_RESPONSES: Final = Names(
         b"content-encoding": CONTENT_ENCODING,
         b"transfer-encoding": TRANSFER_ENCODING,
         b"connection": CONNECTION,
+        b"cache-control": CACHE_CONTROL,
+        b"x-accel-buffering": ACCEL_BUFFERING,
         b"x-request-id": DROP,  # cortex sets these itself
         b"request-id": DROP,
         b"x-cortex-node": DROP,

@@ -1,4 +1,4 @@
-"""Request and response heads: llhttp checks them in strict mode, then one pass sorts the headers."""
+"""Request and response heads: llhttp checks them in strict mode, then one pass sorts the headers. No I/O."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MAX_HEAD_BYTES: Final = 65536
 MAX_HEADERS: Final = 256
 
 _SEPARATOR: Final = b"\r\n\r\n"
+_HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\n"
 _USUAL_CONNECTION: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})
 
 
@@ -138,9 +139,9 @@ class HeadReader:
         except httptools.HttpParserUpgrade:
             pass  # we do not upgrade: handle it as an ordinary request
         except httptools.HttpParserError as error:
-            raise BadHead(str(error)) from error
+            raise self._malformed(piece, str(error)) from error
         if head.complete != whole:
-            raise BadHead("ambiguous end of the request head")
+            raise self._malformed(piece, "ambiguous end of the request head")
         if not whole:
             self._pieces.append(piece)
             return None
@@ -148,6 +149,11 @@ class HeadReader:
             piece = b"".join((*self._pieces, piece))
         head.take(piece[:-4].split(b"\r\n"))
         return data[end:]
+
+    def _malformed(self, piece: bytes, reason: str) -> BadHead:
+        if b"".join((*self._pieces, piece)).startswith(_HTTP2_PREFACE):
+            return BadHead("HTTP/2 is not supported, use HTTP/1.1", 505)
+        return BadHead(reason)
 
 
 def request_reader() -> tuple[RequestHead, HeadReader]:

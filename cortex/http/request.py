@@ -1,4 +1,4 @@
-"""A client's request, and the head that an engine gets for it."""
+"""A client's request, and the head that an engine gets for it. No I/O."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
 _COMMA: Final = 0x2C
 _PERCENT: Final = 0x25
+_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _AUTHORITY: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -22,7 +23,7 @@ class Request:
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
     `content_length` is None for a chunked body; `modern`: HTTP/1.1. `anthropic`: cortex's own answers have
-    Anthropic's shape.
+    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class Request:
         "body",
         "content_length",
         "content_type",
+        "cors",
         "keep_alive",
         "method",
         "modern",
@@ -58,6 +60,7 @@ class Request:
         self.peer = peer
         self.received = received
         self.body = b""
+        self.cors = b""
         self.content_type = named.get(names.CONTENT_TYPE, b"")
         self.content_length = _content_length(named, modern=modern)
         if names.HOST not in named:
@@ -70,9 +73,32 @@ class Request:
             target = _path_of(head)
         self.target = target
         path = target.partition(b"?")[0]
-        # An encoded slash is part of a segment, not a separator.
-        self.path = unquote_to_bytes(path) if _PERCENT in path and b"%2f" not in path.lower() else path
+        self.path = path if _PERCENT not in path else _unquoted(path)
         self.anthropic = self.path.startswith(b"/v1/messages")
+
+    @property
+    def raw_path(self) -> bytes:
+        """The path as received."""
+        return self.target.partition(b"?")[0]
+
+    def use_path(self, path: bytes) -> None:
+        """Replaces the path, also for the engine. The query stays."""
+        _, mark, query = self.target.partition(b"?")
+        self.target = path + mark + query
+        self.path = path
+
+    def passed_value(self, name: bytes) -> bytes | None:
+        """The value of the first header of this name (in lower case) that cortex does not read otherwise."""
+        for line in self._passed:
+            key, _, value = line.partition(b":")
+            if key.lower() == name:
+                return value.strip()
+        return None
+
+    @property
+    def upgrade(self) -> bytes | None:
+        """The protocols that the client would like to switch to."""
+        return self._named.get(names.UPGRADE)
 
     @property
     def request_id(self) -> bytes | None:
@@ -81,7 +107,7 @@ class Request:
 
     def notice_anthropic_client(self) -> None:
         """Sets `anthropic` for other paths that Anthropic's clients use: their requests have a version header."""
-        self.anthropic = self.anthropic or any(line[:18].lower() == b"anthropic-version:" for line in self._passed)
+        self.anthropic = self.anthropic or self.passed_value(b"anthropic-version") is not None
 
     @property
     def host(self) -> bytes | None:
@@ -181,6 +207,15 @@ def _content_length(named: dict[int, bytes], *, modern: bool) -> int | None:
     if length is not None or not modern:
         raise BadHead("Transfer-Encoding cannot be combined with Content-Length or HTTP/1.0")
     return None
+
+
+def _unquoted(path: bytes) -> bytes:
+    """The path without percent-encoding. It stays as it is with an encoded slash, which is part of a segment and not a
+    separator, or an encoded control character, which must not reach the log."""
+    if b"%2f" in path.lower():
+        return path
+    unquoted = unquote_to_bytes(path)
+    return path if _CONTROL.search(unquoted) else unquoted
 
 
 def _path_of(head: RequestHead) -> bytes:

@@ -23,10 +23,11 @@ LAST_WORD_SECS = 1.0
 
 @contextlib.asynccontextmanager
 async def accepting(
-    dispatcher: Dispatcher, socks: Sequence[socket.socket], *, drain_timeout_secs: float
+    dispatcher: Dispatcher, socks: Sequence[socket.socket], *, drain_timeout_secs: float, tick_secs: float = SWEEP_SECS
 ) -> AsyncIterator[None]:
-    """Serves clients on listening sockets inside the body. On exit: stops accepting, waits up to `drain_timeout_secs`
-    for requests to finish, sends the remaining ones an error, and closes."""
+    """Serves clients on listening sockets inside the body. Handlers are called every `tick_secs`, at least every
+    SWEEP_SECS. On exit: stops accepting, waits up to `drain_timeout_secs` for requests to finish, sends the remaining
+    ones an error, and closes."""
     loop = asyncio.get_running_loop()
     connections = OpenConnections()
 
@@ -34,7 +35,7 @@ async def accepting(
         return cast(asyncio.Protocol, ClientConnection(dispatcher, connections))
 
     servers = [await loop.create_server(accept, sock=sock, backlog=BACKLOG) for sock in socks]
-    sweeper = loop.create_task(_sweep(connections), name="client deadlines")
+    sweeper = loop.create_task(_sweep(connections, min(tick_secs, SWEEP_SECS)), name="client deadlines")
     try:
         yield
     finally:
@@ -44,10 +45,10 @@ async def accepting(
         await cancel_all([sweeper])
 
 
-async def _sweep(connections: OpenConnections) -> None:
+async def _sweep(connections: OpenConnections, secs: float) -> None:
     checked = time.monotonic()
     while True:
-        await asyncio.sleep(SWEEP_SECS)
+        await asyncio.sleep(secs)
         now = time.monotonic()
         check = now - checked >= UNANSWERED_CHECK_SECS
         if check:

@@ -1,7 +1,7 @@
-"""The counters of the request path: plain numbers for each model and neuron.
+"""The counters of the request path: plain numbers for each model and neuron. No I/O.
 
 Each worker counts into its own Counters and sends them to the control process, which renders the sum for Prometheus
-(`cortex.metrics.exporter`). A new metric needs a field here and a family there.
+(`cortex.metrics.exporter`). A new metric of the request path needs a field here, its sum in `add`, and a family there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from cortex.metrics.in_flight import Key
+from cortex.upstream.replica import ReplicaKey
 
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -47,7 +47,7 @@ class Histogram(msgspec.Struct):
 
 
 class Series(msgspec.Struct):
-    """The counts of one model on one neuron."""
+    """The counts of one model on one neuron. `add` must sum every field, or the counts of other workers are lost."""
 
     statuses: dict[int, int] = {}
     errors: dict[str, int] = {}
@@ -97,7 +97,7 @@ class Counters(msgspec.Struct):
         if cached:
             tokens["cached"] = tokens.get("cached", 0) + cached
 
-    def items(self) -> Iterator[tuple[Key, Series]]:
+    def items(self) -> Iterator[tuple[ReplicaKey, Series]]:
         """Each series with its model and neuron."""
         for model, nodes in self.series.items():
             for node, series in nodes.items():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-Key = tuple[str, str]
-"""(model id, node name)."""
+from cortex.upstream.replica import ReplicaKey
 
 
 class InFlight:
@@ -13,18 +12,18 @@ class InFlight:
     `elsewhere` are the counts that the other workers last reported."""
 
     def __init__(self) -> None:
-        self.here: dict[Key, int] = {}
-        self.begun: dict[Key, int] = {}  # since the process began; only grows
-        self.elsewhere: Mapping[Key, int] = {}
+        self.here: dict[ReplicaKey, int] = {}
+        self.begun: dict[ReplicaKey, int] = {}  # since the process began; only grows
+        self.elsewhere: Mapping[ReplicaKey, int] = {}
         self.on_change: Callable[[], None] | None = None
 
-    def add(self, key: Key) -> None:
+    def add(self, key: ReplicaKey) -> None:
         self.here[key] = self.here.get(key, 0) + 1
         self.begun[key] = self.begun.get(key, 0) + 1
         if self.on_change is not None:
             self.on_change()
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: ReplicaKey) -> None:
         left = self.here[key] - 1
         if left:
             self.here[key] = left
@@ -33,5 +32,5 @@ class InFlight:
         if self.on_change is not None:
             self.on_change()
 
-    def count(self, key: Key) -> int:
+    def count(self, key: ReplicaKey) -> int:
         return self.here.get(key, 0) + self.elsewhere.get(key, 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cortex.metrics.counters import Counters, merged
-from cortex.metrics.in_flight import Key
+from cortex.upstream.replica import ReplicaKey
 
 
 class WorkerCounts(Protocol):
@@ -16,9 +16,9 @@ class WorkerCounts(Protocol):
     def collect(self) -> Counters:
         """Everything counted since the worker began."""
 
-    def in_flight_here(self) -> Mapping[Key, int]: ...
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]: ...
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         """Requests that were sent to an engine since the worker began."""
 
     async def refresh(self) -> None:
@@ -49,25 +49,25 @@ class CountTotals:
         key = model_id, node
         return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)
 
-    def begun(self) -> dict[Key, int]:
+    def begun(self) -> dict[ReplicaKey, int]:
         """Requests sent to engines. Drops when a worker exits, because its last requests are unknown."""
-        total: dict[Key, int] = {}
+        total: dict[ReplicaKey, int] = {}
         for worker in self.workers:
             for key, count in worker.begun_here().items():
                 total[key] = total.get(key, 0) + count
         return total
 
-    def all_in_flight(self) -> dict[Key, int]:
+    def all_in_flight(self) -> dict[ReplicaKey, int]:
         """Without zeros."""
-        total: dict[Key, int] = {}
+        total: dict[ReplicaKey, int] = {}
         for worker in self.workers:
             for key, count in worker.in_flight_here().items():
                 total[key] = total.get(key, 0) + count
         return total
 
-    def in_flight_beside(self, worker: WorkerCounts) -> dict[Key, int]:
+    def in_flight_beside(self, worker: WorkerCounts) -> dict[ReplicaKey, int]:
         """The requests of all other workers."""
-        total: dict[Key, int] = {}
+        total: dict[ReplicaKey, int] = {}
         for other in self.workers:
             if other is not worker:
                 for key, count in other.in_flight_here().items():

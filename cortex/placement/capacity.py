@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
-from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.inputs import PlanningView
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30
@@ -38,7 +39,7 @@ class ResidentModel:
     seconds times requests per minute.
     """
 
-    key: Key
+    key: ReplicaKey
     devices: frozenset[int]
     frees_mb: int
     priority: int

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from cortex.placement.capacity import ResidentModel
-from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.inputs import PlanningView
+from cortex.upstream.replica import ReplicaKey
 
 MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
@@ -80,7 +81,7 @@ class EvictionPlan:
         return self.eviction_class, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
 
     @property
-    def names(self) -> tuple[Key, ...]:
+    def names(self) -> tuple[ReplicaKey, ...]:
         """Tie-breaker, so that the same view always gives the same plan."""
         return tuple(sorted(each.resident.key for each in self.evictions))
 

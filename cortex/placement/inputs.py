@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelStatus
-
-Key = tuple[str, str]
-"""(model id, node name)."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,12 @@ class PlanningView:
     catalogue: Catalogue
     fleet: FleetSnapshot
     rules: Rules = DEFAULT_RULES
-    usages: Mapping[Key, ReplicaUsage] = field(default_factory=dict)
+    usages: Mapping[ReplicaKey, ReplicaUsage] = field(default_factory=dict)
     waiting: Mapping[str, WaitingRequests] = field(default_factory=dict)
     demand: Mapping[str, float] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     observed_share_mb: Mapping[str, int] = field(default_factory=dict)
-    backoffs: Mapping[Key, Backoff] = field(default_factory=dict)
+    backoffs: Mapping[ReplicaKey, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
 
     def usage(self, model_id: str, node: str) -> ReplicaUsage:

@@ -49,11 +49,6 @@ class Fit(IntEnum):
     AFTER_EVICTION = 3
     TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
 
-    @property
-    def label(self) -> str:
-        """The name in API replies, which is part of their contract."""
-        return "after_displacement" if self is Fit.AFTER_EVICTION else self.name.lower()
-
 
 @dataclass(frozen=True)
 class LoadPlan:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from cortex.http import headers as names
 from cortex.http.connection import ClientConnection
+from cortex.http.event_stream import EVENT_STREAM_LINES, ends_event, is_event_stream, sign_of_life
 from cortex.http.framing import BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.error_event import error_event
 from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
-from shared.errors import UpstreamError
+from shared.errors import UpstreamError, is_anthropic_path
 from shared.protocol import ErrorCode
 
 
@@ -18,16 +19,18 @@ class Answer:
     """The client's side of one relay. The relay calls `begin` once, then `write` for each further piece of the body,
     and one of `finish` and `lose` at the end.
 
-    `events`: the answer is an event stream. `tail` must be fed with each body byte that goes to the client.
+    `events`: the answer is an event stream, into which events of ours can be written, `in_chunks`: as chunks. `tail`
+    must be fed with each byte of the engine's body that goes to the client.
     """
 
-    __slots__ = ("body", "client", "events", "request", "tail", "unpacked")
+    __slots__ = ("body", "client", "events", "in_chunks", "request", "tail", "unpacked")
 
     def __init__(self, client: ClientConnection, request: Request) -> None:
         self.client = client
         self.request = request
         self.tail = UsageTail()
         self.events = False
+        self.in_chunks = False
         self.body: Body | None = None
         self.unpacked: ChunkedBody | None = None  # the body, if the client does not get its chunks
 
@@ -50,8 +53,9 @@ class Answer:
     def lose(self, reason: str) -> None:
         """Ends an answer whose engine was lost. It must not look complete: an event stream gets an error as its last
         event, any other answer a reset connection."""
-        # The blank line ends an event that was cut off.
-        last = b"\n\n" + self.lost_event(reason) if self.events else None
+        last = self.lost_event(reason) if self.events else None
+        if last is not None and not self.between_events:
+            last = b"\n\n" + last  # ends the event that was cut off
         if last is not None and isinstance(self.body, ChunkedBody) and self.unpacked is None:
             last = self.body.cut_off(last)
         if last is None:
@@ -59,6 +63,23 @@ class Answer:
             self.client.cut()
         else:
             self.client.transport.write(last)
+
+    @property
+    def between_events(self) -> bool:
+        """An event of ours can follow what the client has of an event stream."""
+        body, straight = self.body, self.unpacked is None and isinstance(self.body, ChunkedBody)
+        if straight:
+            assert isinstance(body, ChunkedBody)
+            if not body.at_chunk_end:
+                return False
+        return ends_event(self.tail.end, in_chunks=straight)
+
+    def break_silence(self, text: str) -> None:
+        """Sends a comment with `text` where one may stand, unless the client does not read."""
+        transport = self.client.transport
+        if self.events and not transport.get_write_buffer_size() and self.between_events:
+            sign = sign_of_life(text, ping=is_anthropic_path(self.request.path))
+            transport.write(b"%x\r\n%b\r\n" % (len(sign), sign) if self.in_chunks else sign)
 
     def refusal(self) -> bytes:
         """The end of an engine's error."""
@@ -70,10 +91,12 @@ class Answer:
         return error_event(self.request.path, error, sent=b"".join(self.tail.chunks))
 
 
-def id_lines(request: Request, request_id: bytes) -> bytes:
-    """The header lines with the request's id, without the final CRLF. Anthropic's clients read `request-id`."""
-    line = b"x-request-id: " + request_id
-    return b"%b\r\nrequest-id: %b" % (line, request_id) if request.anthropic else line
+def own_lines(request: Request, request_id: bytes) -> bytes:
+    """The header lines that cortex adds to every answer, without the final CRLF."""
+    lines = b"x-request-id: " + request_id
+    if request.anthropic:  # Anthropic's clients read this one
+        lines = b"%b\r\nrequest-id: %b" % (lines, request_id)
+    return b"%b\r\n%b" % (lines, request.cors) if request.cors else lines
 
 
 class DirectAnswer(Answer):
@@ -91,23 +114,29 @@ class DirectAnswer(Answer):
         self.body = body
         lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self._extra]
         content_type = named.get(names.CONTENT_TYPE)
+        stream = False
         if content_type is not None:
             lines.append(b"content-type: " + content_type)
+            stream = is_event_stream(content_type)
         encoding = named.get(names.CONTENT_ENCODING)
         if encoding is not None:
             lines.append(b"content-encoding: " + encoding)
+        if stream:
+            lines.append(EVENT_STREAM_LINES)
+        elif names.CACHE_CONTROL in named or names.ACCEL_BUFFERING in named:
+            lines += _for_caches(named)
         keep_alive = request.keep_alive and not client.draining
         straight = False
         if isinstance(body, SizedBody):
             if names.CONTENT_LENGTH in named:
                 lines.append(b"content-length: " + named[names.CONTENT_LENGTH])
         else:
-            self.events = encoding is None and content_type is not None and is_event_stream(content_type)
+            self.events = stream and encoding is None
             if isinstance(body, BodyUntilClose):
                 keep_alive = False
             elif request.modern:
                 lines.append(b"transfer-encoding: chunked")
-                straight = True
+                straight = self.in_chunks = True
             else:
                 first = body.start_unpacking(first)
                 self.unpacked = body
@@ -123,6 +152,10 @@ class DirectAnswer(Answer):
         return straight
 
 
-def is_event_stream(content_type: bytes) -> bool:
-    """True for server-sent events, with or without parameters in the header."""
-    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
+def _for_caches(named: dict[int, bytes]) -> list[bytes]:
+    """The engine's header lines for caches and proxies."""
+    found = (
+        (b"cache-control: ", named.get(names.CACHE_CONTROL)),
+        (b"x-accel-buffering: ", named.get(names.ACCEL_BUFFERING)),
+    )
+    return [name + value for name, value in found if value is not None]

@@ -1,4 +1,4 @@
-"""Authentication of clients. Every request passes `authenticate` before it is handled. Pure."""
+"""Authentication of clients. `Gateway` calls `authenticate` for every request before it is handled. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ ANONYMOUS: Final = "anonymous"
 def authenticate(api_key: bytes | None) -> str:
     """The name of the caller with this key (None: the request has no key), for the access log.
 
-    cortex has no API keys yet, so every caller is anonymous. An `Unauthorized` raised here becomes the client's answer.
+    cortex has no API keys yet, so every caller is anonymous.
+
+    Raises:
+        ServiceError: the client gets this error as its answer.
     """
     return ANONYMOUS

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
+from cortex.http.access_log import AccessLog
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.access_log import AccessLog
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
-from cortex.proxy.keep_alive import KeepAliveTimes
+from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet
+
+log = logging.getLogger(__name__)
 
 
 class Control(Protocol):
@@ -52,20 +56,28 @@ class ProxyContext:
         access_log: AccessLog,
         affinity: Affinity,
         load_factor: float,
-        keep_alive_times: KeepAliveTimes,
+        keep_alive: KeepAlivePolicy,
+        default_model: str | None,
     ) -> None:
-        """Needs a running loop."""
+        """`default_model` is for requests that name none. Needs a running loop."""
         self.control = control
         self.access_log = access_log
         self.affinity = affinity
         self.load_factor = load_factor
-        self.keep_alive_times = keep_alive_times
+        self.keep_alive = keep_alive
+        self.default_model = default_model
         self.pool = EnginePool()
-        self.hinted: set[str] = set()  # models whose operator knows why they refuse tools
+        self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
+
+    def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
+        """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""
+        if model_id not in self._hinted and AUTO_TOOL_CHOICE in refusal:
+            self._hinted.add(model_id)
+            log.warning("%s on %s refused a request with tools: %s", model_id, node, TOOLS_HINT)
 
     async def close(self) -> None:
         await self.tasks.close()

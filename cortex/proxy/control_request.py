@@ -7,7 +7,7 @@ import logging
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
-from cortex.proxy.answer import DirectAnswer, id_lines
+from cortex.proxy.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address
@@ -37,7 +37,7 @@ class ControlRequest:
             self,
             address=address,
             head=request.head_for(b"cortex", b"", request_id, request.credentials),
-            answer=DirectAnswer(client, request, extra=id_lines(request, request_id)),
+            answer=DirectAnswer(client, request, extra=own_lines(request, request_id)),
         )
 
     def begin(self) -> None:

@@ -1,16 +1,16 @@
-"""`shared.cross_site` for requests as they come from a socket."""
+"""Requests of web pages: refused (`shared.cross_site`), or allowed and told so (CORS). Pure."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from shared.cross_site import CrossSitePolicy, Sender, refused_sender
 from shared.errors import ServiceError
 
 _MAX_ACCEPTED: Final = 1024
 _MAX_BYTES: Final = 256
+_EXPOSED: Final = b"x-request-id, request-id, x-cortex-node, x-cortex-cold-start, x-should-retry, retry-after"
 
 _Headers = tuple[bytes | None, bytes | None, bytes | None]
 
@@ -42,30 +42,22 @@ def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-class RefusedRequest:
-    """A complete request that is answered with an error at once. Implements `http.connection.Handler`."""
+def allowed_page(origin: bytes, origins: frozenset[str]) -> bytes:
+    """The header lines that let a page of this origin read an answer; b"" if it may not."""
+    shown = b"*" if "*" in origins else origin
+    if shown is origin and _text(origin.lower()) not in origins:
+        return b""
+    return b"access-control-allow-origin: %b\r\nvary: Origin\r\naccess-control-expose-headers: %b" % (shown, _EXPOSED)
 
-    __slots__ = ("_client", "_error", "_request_id")
 
-    def __init__(self, client: ClientConnection, error: ServiceError, request_id: str) -> None:
-        self._client = client
-        self._error = error
-        self._request_id = request_id
-
-    def begin(self) -> None:
-        self._client.refuse(self._error, self._request_id)
-
-    def abandon(self) -> None:
-        """Nothing is under way: `begin` has answered."""
-
-    def stop(self) -> None:
-        """Nothing is under way: `begin` has answered."""
-
-    def pause(self) -> None:
-        """Nothing is under way: `begin` has answered."""
-
-    def resume(self) -> None:
-        """Nothing is under way: `begin` has answered."""
-
-    def tick(self, now: float) -> None:
-        """Nothing is under way: `begin` has answered."""
+def preflight_answer(request: Request) -> bytes:
+    """The answer to a browser that asks whether a page may send a request, without what every answer has."""
+    lines = [
+        b"HTTP/1.1 204 No Content",
+        b"access-control-allow-methods: GET, POST, DELETE, OPTIONS",
+        b"access-control-allow-headers: " + (request.passed_value(b"access-control-request-headers") or b"*"),
+        b"access-control-max-age: 600",
+    ]
+    if request.passed_value(b"access-control-request-private-network") is not None:
+        lines.append(b"access-control-allow-private-network: true")
+    return b"\r\n".join(lines)

@@ -1,4 +1,4 @@
-"""The engine's answer to a client that already has a 200 head and keep-alive comments."""
+"""The engine's answer to a client that already has a 200 head and signs of life."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Final
 
 from cortex.http import headers as names
 from cortex.http.connection import ClientConnection
+from cortex.http.event_stream import is_event_stream
 from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
-from cortex.proxy.answer import Answer, is_event_stream
+from cortex.proxy.answer import Answer
 from cortex.proxy.error_event import engine_error_event
 from cortex.proxy.keep_alive import KeepAliveStream
 from cortex.upstream.connection import Body
+from shared.errors import UpstreamError
+from shared.protocol import ErrorCode
 
 MAX_ERROR_BYTES: Final = 65536
 """Longest error of an engine that is kept whole. A longer one is truncated, and then not valid JSON."""
@@ -43,6 +46,7 @@ class DeferredAnswer(Answer):
             first = body.start_unpacking(first)
             self.unpacked = body
         self.events = self._error is None
+        self.in_chunks = self.request.modern
         if first:
             self._take(first)
         return straight
@@ -66,8 +70,10 @@ class DeferredAnswer(Answer):
         return bytes(self._error or b"")
 
     def lose(self, reason: str) -> None:
-        if self._error is not None or self._reframed:
-            self._keep_alive.finish(b"\n\n" + self.lost_event(reason))
+        if self._error is not None:
+            self._keep_alive.finish(self.lost_event(reason))
+        elif self._reframed:
+            self._keep_alive.finish((b"" if self.between_events else b"\n\n") + self.lost_event(reason))
         else:
             super().lose(reason)
 
@@ -88,3 +94,43 @@ def _can_follow(head: ResponseHead) -> bool:
         and is_event_stream(content_type)
         and names.CONTENT_ENCODING not in head.named
     )
+
+
+class DeferredJson(Answer):
+    """Passes any JSON on behind the white space, also that of an error: its status can no longer be told."""
+
+    __slots__ = ("_keep_alive", "_passes")
+
+    def __init__(self, client: ClientConnection, request: Request, *, keep_alive: KeepAliveStream) -> None:
+        super().__init__(client, request)
+        self._keep_alive = keep_alive
+        self._passes = False
+
+    def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
+        self._keep_alive.stop()
+        self.body = body
+        content_type = head.named.get(names.CONTENT_TYPE, b"").partition(b";")[0].strip().lower()
+        self._passes = content_type == b"application/json" and names.CONTENT_ENCODING not in head.named
+        if isinstance(body, ChunkedBody):
+            first = body.start_unpacking(first)
+            self.unpacked = body
+        self._take(first)
+        return False
+
+    def write(self, data: bytes) -> None:
+        self._take(data if self.unpacked is None else self.unpacked.take())
+
+    def finish(self, status: int) -> int:
+        """Returns 502 for a success that is not JSON."""
+        if self._passes:
+            if self.request.modern:
+                self.client.transport.write(b"0\r\n\r\n")
+            return status
+        message = f"the engine answered {status} without JSON"
+        self._keep_alive.fail(UpstreamError(message, code=ErrorCode.UPSTREAM_ERROR))
+        return 502 if status < 400 else status
+
+    def _take(self, data: bytes) -> None:
+        if data and self._passes:
+            self.tail.feed(data)
+            self.client.transport.write(self._keep_alive.framed(data))

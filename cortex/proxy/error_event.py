@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, Final
 
-from shared.errors import ServiceError, UpstreamError, anthropic_error_type, is_anthropic_path
+from shared.errors import ServiceError, UpstreamError, anthropic_error_type, event_body, is_anthropic_path
 from shared.protocol import ErrorCode
 
 _RESPONSES: Final = b"/v1/responses"
@@ -20,12 +20,8 @@ MAX_QUOTED: Final = 2000
 
 
 def error_event(path: bytes, error: ServiceError, *, sent: bytes = b"") -> bytes:
-    """The event for an error of cortex, after the events of an engine that end in `sent`. Its `retry_after` (seconds)
-    replaces the Retry-After header."""
-    anthropic = is_anthropic_path(path)
-    body = error.anthropic_body() if anthropic else error.body()
-    if error.retry_after is not None:
-        body["error"]["retry_after"] = error.retry_after
+    """The event for an error of cortex, after the events of an engine that end in `sent`."""
+    body = event_body(error, anthropic=is_anthropic_path(path))
     return _event(path, body, sent=sent, permanent=error.permanent)
 
 

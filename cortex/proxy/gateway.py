@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Final
 
 from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
-from cortex.metrics.in_flight import InFlight, Key
-from cortex.proxy.authentication import authenticate
+from cortex.metrics.in_flight import InFlight
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
-from cortex.proxy.cross_site import CrossSiteCheck, RefusedRequest
+from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
+from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
+from cortex.proxy.paths import (
+    INFERENCE,
+    has_wrong_base,
+    is_for_web_pages,
+    is_own,
+    manages_engine,
+    meant_path,
+    no_route,
+    not_for_clients,
+)
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
+from cortex.upstream.replica import ReplicaKey
 from shared.cross_site import CrossSitePolicy
-from shared.errors import ServiceError, shortened
+from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
-
-INFERENCE_PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/rerank",
-    "/rerank",
-    "/v1/score",
-    "/score",
-    "/pooling",
-    "/classify",
-    "/tokenize",
-    "/detokenize",
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-)
-"""POST routes whose body names a model."""
-_INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
 
 
 class Gateway:
@@ -53,13 +42,16 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
+        authenticate: Callable[[bytes | None], str],
     ) -> None:
-        """`control_address` is where the control app listens."""
+        """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self._context = context
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
+        self._authenticate = authenticate
+        self._origins = cross_site_policy.origins
 
     @property
     def in_flight(self) -> InFlight:
@@ -68,16 +60,49 @@ class Gateway:
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         refused = self._cross_site.refusal(request)
         if refused is not None:
-            return RefusedRequest(client, refused, self.rejected(request, refused))
-        caller = authenticate(request.api_key)
-        if request.method == b"POST" and request.path in _INFERENCE:
+            return self._refuse(client, request, refused)
+        if self._origins and request.origin is not None:
+            self._admit_page(request)
+            if _is_preflight(request):  # a browser sends it without the key
+                return OwnAnswer(client, request, preflight_answer(request))
+        try:
+            caller = self._authenticate(request.api_key)
+        except ServiceError as error:
+            return self._refuse(client, request, error)
+        if request.method == b"POST" and request.path in INFERENCE:
             return RequestHandler(self._context, client, request, caller)
-        return ControlRequest(self._context, client, request, self._control_address)
+        return self._handle_other(client, request, caller)
+
+    def _handle_other(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        method = request.method
+        request.notice_anthropic_client()
+        if method == b"GET" and b"websocket" in (request.upgrade or b"").lower():
+            return self._refuse(client, request, _no_websocket(request))
+        path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
+        if path != request.raw_path:
+            request.use_path(path)
+        if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
+            return ControlRequest(self._context, client, request, self._control_address)
+        if method != b"POST" or has_wrong_base(request.path):
+            return self._refuse(client, request, no_route(request))
+        if manages_engine(request.path):
+            return self._refuse(client, request, not_for_clients(request))
+        return RequestHandler(self._context, client, request, caller)
+
+    def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
+        return RefusedRequest(client, error, self.rejected(request, error))
+
+    def _admit_page(self, request: Request) -> None:
+        """Lets a page of an allowed origin read the answer."""
+        if is_for_web_pages(meant_path(request.raw_path, reads=True)):
+            request.cors = allowed_page(request.origin or b"", self._origins)
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         context = self._context
         request_id = make_request_id(None if request is None else request.request_id)
-        if request is not None and request.path in _INFERENCE:
+        if request is not None and self._origins and request.origin is not None and not request.cors:
+            self._admit_page(request)
+        if request is not None and request.path in INFERENCE:
             context.counters.error(UNKNOWN, UNKNOWN, error.code)
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
@@ -88,11 +113,24 @@ class Gateway:
     def collect(self) -> Counters:
         return self._context.counters
 
-    def in_flight_here(self) -> Mapping[Key, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.here
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.begun
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""
+
+
+def _is_preflight(request: Request) -> bool:
+    """True for the question of a browser, for a page that it may answer to, whether it may send a request."""
+    asked = request.passed_value(b"access-control-request-method")
+    return request.method == b"OPTIONS" and bool(request.cors) and asked is not None
+
+
+def _no_websocket(request: Request) -> ServiceError:
+    path = shortened(request.raw_path.decode("latin-1"))
+    return InvalidRequest(
+        f"{path!r} cannot be used over a WebSocket: send an HTTP/1.1 POST", status=426, headers={"upgrade": "HTTP/1.1"}
+    )

@@ -17,6 +17,9 @@ from cortex.upstream.replica import FailureKind
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""
 
+DOWN_SILENCE_SECS = 30.0
+"""How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
+
 
 class RelayListener(Protocol):
     """Exactly one of the three ends a relay, unless it is abandoned."""
@@ -41,6 +44,7 @@ class Relay:
         "_address",
         "_connecting",
         "_connection",
+        "_down_since",
         "_head",
         "_last_piece",
         "_listener",
@@ -76,6 +80,7 @@ class Relay:
         self.status = 0
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
+        self._down_since = 0.0  # 0 while the neuron is up
         self._last_piece: bytes | None = None
         self.silent_since = 0.0
 
@@ -109,13 +114,20 @@ class Relay:
         if self._connection is not None:
             self._connection.resume()
 
-    def tick(self, now: float) -> None:
-        """Updates `silent_since`. Chunks are not counted as they pass, because that would cost each of them time."""
+    def tick(self, now: float, *, neuron_down: bool) -> None:
+        """Updates `silent_since`, and ends the relay if the engine is silent while its neuron counts as down. Chunks
+        are not counted as they pass, because that would cost each of them time."""
         connection, chunks = self._connection, self.answer.tail.chunks
         last_piece = chunks[-1] if chunks else None
         if last_piece is not self._last_piece or not self.silent_since or connection is None or connection.paused:
             self._last_piece = last_piece
             self.silent_since = now
+        if not neuron_down:
+            self._down_since = 0.0
+        elif not self._down_since:
+            self._down_since = now
+        elif now - max(self._down_since, self.silent_since) >= DOWN_SILENCE_SECS:
+            self.cut_off("its neuron is down and it has been silent since")
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status >= 502 and self._goes_elsewhere(head):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import lru_cache
 from time import monotonic
 from typing import Final
 
-from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
-from cortex.proxy.answer import Answer, DirectAnswer, id_lines
+from cortex.proxy.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.balancing.choice import choose
+from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.deferred_answer import DeferredAnswer
-from cortex.proxy.error_event import error_event
-from cortex.proxy.keep_alive import STREAMED, KeepAliveStream
-from cortex.proxy.model_field import find_model
+from cortex.proxy.deferred_answer import DeferredAnswer, DeferredJson
+from cortex.proxy.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
+from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
-from cortex.upstream.address import Address, parse_url
+from cortex.upstream.address import engine_target
 from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
-from shared.errors import ServiceError
+from shared.errors import MAX_SHOWN_CHARS, ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
@@ -38,10 +36,6 @@ CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
 
 
-DOWN_SILENCE_SECS = 30.0
-"""How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
-
-
 class _Resolving:
     """The state of a request that waits for the control to name an engine."""
 
@@ -53,16 +47,17 @@ class _Resolving:
 
 
 class _Sent:
-    """The state of a request at an engine. `compared`: the replica was chosen among several. `down_since` is when its
-    neuron went down, 0 while it is up."""
+    """The state of a request at an engine. `compared`: the replica was chosen among several. `spoke_at` is when silence
+    was last broken. `plain`: the answer cannot begin before the engine's."""
 
-    __slots__ = ("compared", "down_since", "relay", "replica")
+    __slots__ = ("compared", "plain", "relay", "replica", "spoke_at")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
         self.relay = relay
         self.compared = compared
-        self.down_since = 0.0
+        self.spoke_at = 0.0
+        self.plain = False
 
 
 class RequestHandler:
@@ -109,9 +104,9 @@ class RequestHandler:
     def begin(self) -> None:
         request, control = self._request, self._context.control
         try:
-            field = find_model(request.body, request.content_type.decode("latin-1"))
+            field = self._find_model()
         except ServiceError as error:
-            self._refuse(error)
+            self._refuse(error if request.path in INFERENCE else no_route(request))
             return
         model_id = control.aliases.get(field.model, field.model)
         if model_id != field.model:
@@ -158,14 +153,26 @@ class RequestHandler:
         state = self._state
         if not isinstance(state, _Sent):
             return
-        relay = state.relay
-        relay.tick(now)
-        if state.replica.node not in self._context.control.down:
-            state.down_since = 0.0
-        elif not state.down_since:
-            state.down_since = now
-        elif now - max(state.down_since, relay.silent_since) >= DOWN_SILENCE_SECS:
-            relay.cut_off(f"neuron {state.replica.node} is down and the engine has been silent since")
+        state.relay.tick(now, neuron_down=state.replica.node in self._context.control.down)
+        if self._state is state:
+            self._break_silence(state, now)
+
+    def _break_silence(self, sent: _Sent, now: float) -> None:
+        """Tells a client that has heard nothing for a while that its request is still worked on."""
+        relay = sent.relay
+        if now - max(relay.silent_since, sent.spoke_at) < self._context.keep_alive.silence_secs:
+            return
+        sent.spoke_at = now
+        if relay.status:
+            relay.answer.break_silence(f"{self._model_id} on {self._node} is working")
+        elif self._keep_alive is None and not sent.plain:
+            keep_alive = self._new_keep_alive(cold=False)
+            keep_alive.sent_to = self._node
+            keep_alive.begin()
+            sent.plain = not keep_alive.begun
+            if keep_alive.begun:
+                self._keep_alive = keep_alive
+                relay.answer = self._deferred(keep_alive)
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
@@ -198,6 +205,17 @@ class RequestHandler:
         self._stop_keep_alive()
         self._client.finished()
 
+    def _find_model(self) -> ModelField:
+        request, default = self._request, self._context.default_model
+        content_type = request.content_type.decode("latin-1")
+        try:
+            return find_model(request.body, content_type)
+        except MissingModel:
+            if default is None:
+                raise
+        request.body = with_model(request.body, content_type, default)
+        return find_model(request.body, content_type)
+
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         if len(replicas) == 1:
             self._send(replicas[0], compared=False)
@@ -217,8 +235,9 @@ class RequestHandler:
 
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        if relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold:
-            request, answer = self._request, relay.answer
+        request, answer = self._request, relay.answer
+        comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
+        if comparable and request.path in INFERENCE:  # a client must not add kinds without limit
             kind = self._model_id, request.path, answer.events
             self._context.speeds.learn(kind, self._node, monotonic() - request.received, answer.tail.fed_bytes)
 
@@ -248,15 +267,9 @@ class RequestHandler:
 
     def _resolve(self) -> None:
         context, request = self._context, self._request
-        if self._keep_alive is None and request.path in STREAMED:
-            self._keep_alive = KeepAliveStream(
-                self._client,
-                request,
-                self._request_id,
-                self._model_id,
-                note=context.control.note,
-                times=context.keep_alive_times,
-            )
+        if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
+            self._keep_alive = self._new_keep_alive(cold=True)
+            self._keep_alive.begin_later()
         with request_scope(self._request_id):
             task = context.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
         self._state = _Resolving(task)
@@ -281,6 +294,12 @@ class RequestHandler:
         if self._keep_alive is not None and not self._keep_alive.begun:
             self._stop_keep_alive()
 
+    def _new_keep_alive(self, *, cold: bool) -> KeepAliveStream:
+        note, policy = self._context.control.note, self._context.keep_alive
+        return KeepAliveStream(
+            self._client, self._request, self._request_id, self._model_id, note=note, policy=policy, cold=cold
+        )
+
     def _stop_keep_alive(self) -> None:
         if self._keep_alive is not None:
             self._keep_alive.stop()
@@ -292,7 +311,7 @@ class RequestHandler:
         self._node = replica.node
         self._attempts += 1
         context.in_flight.add((replica.model_id, replica.node))
-        address, host, prefix, credentials = _target(replica.url, replica.api_key)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
@@ -300,15 +319,21 @@ class RequestHandler:
                 self._client,
                 request,
                 extra=b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (id_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
+                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
             )
         else:
             self._keep_alive.sent_to = replica.node
-            answer = DeferredAnswer(self._client, request, keep_alive=self._keep_alive)
+            answer = self._deferred(self._keep_alive)
         head = request.head_for(host, prefix, request_id, credentials)
         relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
         self._state = _Sent(replica, relay, compared=compared)
         relay.start()
+
+    def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
+        """The rest of an answer that has begun."""
+        if keep_alive.events:
+            return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
+        return DeferredJson(self._client, self._request, keep_alive=keep_alive)
 
     def _leave_state(self) -> _Resolving | _Sent | None:
         """Leaves the current state and returns it."""
@@ -327,7 +352,7 @@ class RequestHandler:
         self._account(error.status, None)
         keep_alive, self._keep_alive = self._keep_alive, None
         if keep_alive is not None and keep_alive.begun:
-            keep_alive.finish(error_event(self._request.path, error))
+            keep_alive.fail(error)
             self._client.finished()
         else:
             if keep_alive is not None:
@@ -354,7 +379,7 @@ class RequestHandler:
                 if usage is not None:
                     context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
                 if status == 400:
-                    self._hint_at_tools(relay)
+                    context.hint_at_tools(self._model_id, node, relay.answer.refusal())
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller != ANONYMOUS:
@@ -365,22 +390,7 @@ class RequestHandler:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
             context.access_log.line(
-                f"POST {request.path.decode('latin-1')} {status} model={model} node={node}"
+                f"POST {request.path[:MAX_SHOWN_CHARS].decode('latin-1')} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )
-
-    def _hint_at_tools(self, relay: Relay) -> None:
-        """Tells the operator, once a model, why clients cannot offer it tools."""
-        hinted = self._context.hinted
-        if self._model_id not in hinted and AUTO_TOOL_CHOICE in relay.answer.refusal():
-            hinted.add(self._model_id)
-            log.warning("%s on %s refused a request with tools: %s", self._model_id, self._node, TOOLS_HINT)
-
-
-@lru_cache(maxsize=4096)
-def _target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, tuple[bytes, ...]]:
-    """(address, Host header, path prefix, credentials) of an engine."""
-    address, prefix = parse_url(url)
-    credentials = () if api_key is None else (b"authorization: Bearer " + api_key.encode(),)
-    return address, address.authority, prefix, credentials

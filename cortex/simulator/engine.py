@@ -1,4 +1,4 @@
-"""One model on one node, in virtual time."""
+"""One model on one node, in virtual time. No I/O."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class FleetFile(SettingsModel):
         names = [node.name for node in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"the name {twice[0]!r} is given twice")
+            raise ValueError(f"duplicate node name {twice[0]!r}")
         return value
 
     @model_validator(mode="after")

@@ -10,6 +10,9 @@ from typing import Any
 
 from cortex.simulator.engine import SimulatedRequest
 
+_JSON_NAMES = {"evictions": "displacements", "hot_evictions": "hot_displacements"}
+"""Names in the JSON of `cortex simulate`, which scripts read, where they differ from the fields."""
+
 
 @dataclass(frozen=True)
 class WaitFigures:
@@ -27,15 +30,15 @@ class WaitFigures:
 class Figures:
     """Figures of one simulation, or of one model in it.
 
-    `cold_starts` are requests that waited for their model; `displacements` are evictions, `hot_displacements` those of
-    models that were used within the last `RECENT_SECS`.
+    `cold_starts` are requests that waited for their model; `hot_evictions` are those of models that were used within
+    the last `RECENT_SECS`.
     """
 
     requests: int
     cold_starts: int
     loads: int
-    displacements: int
-    hot_displacements: int
+    evictions: int
+    hot_evictions: int
     unserved: int
     waiting: WaitFigures
 
@@ -53,7 +56,7 @@ class Outcome:
     vram_in_use_pct: float
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self, dict_factory=lambda fields: {_JSON_NAMES.get(name, name): value for name, value in fields})
 
 
 @dataclass
@@ -101,8 +104,8 @@ def figures(requests: Iterable[SimulatedRequest], counts: EventCounts, models: I
         requests=len(listed),
         cold_starts=sum(request.cold for request in listed),
         loads=sum(counts.loads[name] for name in names),
-        displacements=sum(counts.evictions[name] for name in names),
-        hot_displacements=sum(counts.hot_evictions[name] for name in names),
+        evictions=sum(counts.evictions[name] for name in names),
+        hot_evictions=sum(counts.hot_evictions[name] for name in names),
         unserved=sum(request.begun is None for request in listed),
         waiting=waiting([request.waited for request in listed]),
     )

@@ -115,7 +115,7 @@ class _DeviceSet:
             chosen.append(each)
         if not self._suffice(chosen):
             return None
-        for each in reversed(list(chosen)):  # keep those that need not go, youngest first
+        for each in reversed(list(chosen)):  # youngest first: keep a model if evicting the others is enough
             rest = [other for other in chosen if other is not each]
             if self._suffice(rest):
                 chosen = rest

@@ -13,8 +13,8 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("requests", lambda f: str(f.requests)),
     ("cold starts", lambda f: str(f.cold_starts)),
     ("loads", lambda f: str(f.loads)),
-    ("displacements", lambda f: str(f.displacements)),
-    ("  of hot models", lambda f: str(f.hot_displacements)),
+    ("evictions", lambda f: str(f.evictions)),
+    ("  of hot models", lambda f: str(f.hot_evictions)),
     ("unserved", lambda f: str(f.unserved)),
     ("waiting, mean", lambda f: f"{f.waiting.mean:.2f} s"),
     ("  p50", lambda f: f"{f.waiting.p50:.1f} s"),
@@ -40,7 +40,7 @@ def by_model(outcome: Outcome) -> str:
             each.requests,
             each.cold_starts,
             each.loads,
-            each.displacements,
+            each.evictions,
             each.unserved,
             f"{each.waiting.mean:.2f} s",
             f"{each.waiting.p99:.1f} s",
@@ -48,7 +48,7 @@ def by_model(outcome: Outcome) -> str:
         ]
         for model, each in sorted(outcome.by_model.items(), key=lambda item: (-item[1].requests, item[0]))
     ]
-    head = ["REQUESTS", "COLD", "LOADS", "DISPLACED", "UNSERVED", "MEAN", "P99", "MAX"]
+    head = ["REQUESTS", "COLD", "LOADS", "EVICTED", "UNSERVED", "MEAN", "P99", "MAX"]
     return table([[outcome.policy.upper(), *head], *rows])
 
 

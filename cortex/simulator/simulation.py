@@ -25,7 +25,7 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.fair_queue import LoadSchedule
-from cortex.placement.inputs import Key, PlanningView
+from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
@@ -35,6 +35,7 @@ from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.tasks import TaskSet, first_of
 
@@ -54,10 +55,10 @@ class SimulatedWorker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> Mapping[Key, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.here
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
 
     async def refresh(self) -> None:
@@ -173,7 +174,7 @@ class Simulation:
             clock=clock,
             policy=ObservedPolicy(policy, self.counts).as_policy(),
         )
-        self._ends: dict[Key, asyncio.TimerHandle] = {}
+        self._ends: dict[ReplicaKey, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._unfinished = len(self.requests)
         self._finished: asyncio.Future[None] = self._loop.create_future()
@@ -271,7 +272,7 @@ class Simulation:
         self._expect_end(key)
         return True
 
-    def _expect_end(self, key: Key) -> None:
+    def _expect_end(self, key: ReplicaKey) -> None:
         """Sets the timer for the engine's next completion; a request that begins sooner moves it."""
         timer = self._ends.pop(key, None)
         if timer is not None:
@@ -280,7 +281,7 @@ class Simulation:
         if when is not None:
             self._ends[key] = self._loop.call_at(when, self._end, key)
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: ReplicaKey) -> None:
         engine = self._engine(key)
         request = engine.end_next(self._loop.time())
         self._worker.requests.remove(key)
@@ -295,7 +296,7 @@ class Simulation:
         if not self._unfinished:
             self._finished.set_result(None)
 
-    def _engine(self, key: Key) -> SimulatedEngine:
+    def _engine(self, key: ReplicaKey) -> SimulatedEngine:
         return self.neurons[key[1]].engines[key[0]]
 
 

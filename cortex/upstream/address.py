@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -34,3 +35,11 @@ def parse_url(url: str) -> tuple[Address, bytes]:
         raise ValueError(f"not an HTTP URL: {url!r}")
     tls = parts.scheme == "https"
     return Address(parts.hostname, parts.port or (443 if tls else 80), tls), parts.path.rstrip("/").encode("ascii")
+
+
+@lru_cache(maxsize=4096)
+def engine_target(url: str, api_key: str | None) -> tuple[Address, bytes, bytes, tuple[bytes, ...]]:
+    """(address, Host header, path prefix, header lines with credentials) of an engine. Raises as `parse_url`."""
+    address, prefix = parse_url(url)
+    credentials = () if api_key is None else (b"authorization: Bearer " + api_key.encode(),)
+    return address, address.authority, prefix, credentials

@@ -212,7 +212,7 @@ class EngineConnection:
         """Skips 100 and 103; the final answer follows."""
         self._interim += 1
         if head.status == 101 or self._interim > MAX_INTERIM:
-            raise BadHead(f"status {head.status}")
+            raise BadHead("unexpected status 101" if head.status == 101 else f"more than {MAX_INTERIM} interim answers")
         self._reader = response_reader()
 
     def _begin(self, head: ResponseHead, rest: bytes) -> None:
@@ -295,9 +295,9 @@ def _framing(head: ResponseHead, *, to_head: bool) -> Body:
     """The body framing, by RFC 9112, section 6.3. Raises BadHead if the end of the body is ambiguous."""
     encoding, length = head.named.get(names.TRANSFER_ENCODING), head.named.get(names.CONTENT_LENGTH)
     if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
-        raise BadHead(f"transfer encoding {encoding[:64]!r}, length {length!r}")
+        raise BadHead(f"invalid Transfer-Encoding {encoding[:64]!r} with Content-Length {length!r}")
     if length is not None and not length.isdigit():
-        raise BadHead(f"content length {length[:64]!r}")
+        raise BadHead(f"invalid Content-Length {length[:64]!r}")
     if to_head or head.status in (204, 304):
         return SizedBody(0)
     if encoding is not None:

@@ -10,6 +10,9 @@ import msgspec
 from shared.errors import UpstreamError
 from shared.protocol import ErrorCode
 
+ReplicaKey: TypeAlias = tuple[str, str]
+"""Identifies a replica: (model id, node name)."""
+
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that has the model. `url` is its base URL; `others` is its work for other clients of the engine, by the

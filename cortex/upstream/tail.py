@@ -7,7 +7,7 @@ from typing import Final
 from cortex.upstream.usage import Usage, find_usage
 
 KEPT_BYTES: Final = 2048
-"""Of an answer's end, at least. `usage` is in the last event of a stream, and what vLLM 0.32 writes behind it (fields
+"""Of an answer's end, at least. `usage` is in the last event of a stream, and what vLLM 0.32 appends (fields
 that are null, the event's type, `[DONE]`) is under 500 bytes for chats, completions, responses and messages alike; a
 `usage` with all of its details is 300. Fields that a client has to ask for may be longer (`prompt_token_ids` in a
 plain answer): then it is not found."""
@@ -36,7 +36,7 @@ class UsageTail:
 
     @property
     def fed_bytes(self) -> int:
-        """All that has come, kept or not."""
+        """Total bytes fed, including discarded ones."""
         return self._forgotten + sum(map(len, self.chunks))
 
     def feed(self, chunk: bytes) -> None:
@@ -45,6 +45,11 @@ class UsageTail:
         chunks.append(chunk)
         if len(chunks) > MOST_CHUNKS or len(chunk) > LARGE_CHUNK_BYTES:
             self.join()
+
+    @property
+    def end(self) -> bytes:
+        """The last bytes of the body, at least 64 of a longer one."""
+        return b"".join(self.chunks[-16:])[-64:]
 
     def usage(self) -> Usage | None:
         """The last `usage` object seen, None when there is none."""

@@ -12,7 +12,7 @@ _ATTEMPTS = 8
 """Objects that are read for one answer: a hostile one could hold hundreds in its last bytes, at 20 us each."""
 
 _MOST_TOKENS = 1 << 53
-"""A larger count is a lie, and no float could hold it exactly."""
+"""Larger counts are invalid, and no float could hold them exactly."""
 
 _NAME = b'"usage"'
 # Behind the name. No string holds name and colon: its quotes are escaped, both that before and that behind `usage`.
@@ -61,8 +61,8 @@ def _last_usage(tail: bytes | bytearray) -> Usage | None:
 
 def _object_at(tail: bytes | bytearray, start: int) -> dict[str, Any]:
     """The JSON object whose brace is at `start`, whatever follows it. Raises ValueError, or RecursionError."""
-    # Mostly it ends at the first closing brace, or at the second where its details are an object. What is whole then is
-    # what Python's parser would find; that one has to read a string of all that follows, and takes six times as long.
+    # The object usually ends at the first closing brace (the second if it has nested details). Try that slice first:
+    # Python's parser must copy the rest of the answer and takes six times as long.
     end = tail.find(b"}", start)
     if tail.find(b"{", start + 1, end) >= 0:
         end = tail.find(b"}", end + 1)

@@ -14,9 +14,9 @@ import msgspec
 
 from cortex.app import working
 from cortex.config.settings import CortexConfig
-from cortex.metrics.in_flight import Key
 from cortex.proxy.gateway import Gateway
 from cortex.upstream.address import Address
+from cortex.upstream.replica import ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,
@@ -111,7 +111,7 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     """Reports changes in batches."""
     loop = asyncio.get_running_loop()
     scheduled = False
-    reported: dict[Key, int] = {}
+    reported: dict[ReplicaKey, int] = {}
 
     def report() -> None:
         nonlocal scheduled

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import Key
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from shared.errors import ServiceError
 
 
@@ -128,11 +127,11 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 FromWorker = Ready | Resolve | CancelResolve | InFlightNow | Counted
 
 
-def counts_to_wire(counts: Mapping[Key, int]) -> list[tuple[str, str, int]]:
+def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:
     return [(model_id, node, count) for (model_id, node), count in counts.items()]
 
 
-def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[Key, int]:
+def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[ReplicaKey, int]:
     return {(model_id, node): count for model_id, node, count in counts}
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,8 @@ import msgspec
 
 from cortex.control.wiring import Parts
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import Key
 from cortex.upstream.address import Address
-from cortex.upstream.replica import Failure, Replica
+from cortex.upstream.replica import Failure, Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CancelResolve,
@@ -72,8 +72,11 @@ class WorkerProcess:
         self._parts = parts
         self._channel = channel
         self._counters = Counters()
-        self._in_flight: Mapping[Key, int] = {}
-        self._begun: dict[Key, int] = {}
+        self._in_flight: Mapping[ReplicaKey, int] = {}
+        self._granted: Counter[ReplicaKey] = (
+            Counter()
+        )  # routes sent since the last report, which does not have them yet
+        self._begun: dict[ReplicaKey, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
@@ -86,10 +89,10 @@ class WorkerProcess:
     def collect(self) -> Counters:
         return self._counters
 
-    def in_flight_here(self) -> Mapping[Key, int]:
-        return self._in_flight
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
+        return Counter(self._in_flight) + self._granted if self._granted else self._in_flight
 
-    def begun_here(self) -> Mapping[Key, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._begun
 
     async def refresh(self) -> None:
@@ -119,17 +122,17 @@ class WorkerProcess:
                         if number in self._resolving:
                             self._resolving[number].cancel()
                     case InFlightNow(counts, begun):
-                        self._in_flight = counts_from_wire(counts)
+                        self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
                     case Counted(number, counters, counts):
                         self._counters = counters
-                        self._in_flight = counts_from_wire(counts)
+                        self._reported(counts)
                         _answered(self._collecting.get(number))
                     case Ready():
                         self._ready.set()
         finally:
-            self._in_flight = {}
+            self._reported([])
             for waiting in self._collecting.values():
                 _answered(waiting)  # no further report will come
             if self._noting is not None:
@@ -163,7 +166,12 @@ class WorkerProcess:
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:
+            self._granted[route.replica.model_id, route.replica.node] += 1
             self._channel.send(Resolved(number, route))
+
+    def _reported(self, counts: list[tuple[str, str, int]]) -> None:
+        self._in_flight = counts_from_wire(counts)
+        self._granted.clear()
 
     def _update_others(self) -> None:
         counts = self._parts.counts

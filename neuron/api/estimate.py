@@ -19,7 +19,7 @@ from neuron.lifecycle.admission import check_model_roots
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.http import reply
-from shared.protocol import LoadCommand
+from shared.protocol import MAX_MODEL_ID_CHARS, LoadCommand
 
 _PARAMETERS = frozenset({"model", *OPTIONS})
 
@@ -30,7 +30,7 @@ async def estimate(request: web.Request) -> web.Response:
     spec, known = _spec_of(query, services)
     estimator = HARNESSES[spec.harness].estimator
     if estimator is None:
-        raise InvalidRequest(f"model: the harness {spec.harness!r} estimates no memory", param="model")
+        raise InvalidRequest(f"model: harness {spec.harness!r} cannot estimate memory", param="model")
     options = estimator.options_of(spec)
     options = with_options(options if known else replace(options, tensor_parallel=None), query)
     await check_model_roots(spec.source, services.config.model_roots, param="model")
@@ -64,7 +64,9 @@ def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, 
         command = LoadCommand(model_id=name, quant=quant, harness=None)
         made = spec_of(command, services.config)  # refuses whatever a load would refuse
     except ValidationError as error:
-        raise InvalidRequest(f"model: {name[:80]!r} has more than 512 characters", param="model") from error
+        raise InvalidRequest(
+            f"model: {name[:80]!r} has more than {MAX_MODEL_ID_CHARS} characters", param="model"
+        ) from error
     except InvalidRequest as error:
         message = error.message.replace("model_id:", "model:", 1)
         raise InvalidRequest(message, param="model" if error.param == "model_id" else error.param) from error

@@ -8,6 +8,7 @@ import time
 from aiohttp import web
 
 from neuron.engine.output import EngineOutput
+from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
 
 KEEP_ALIVE_SECS = 15.0
 _PAUSE_SECS = 0.25
@@ -24,7 +25,7 @@ async def stream_lines(
 ) -> web.StreamResponse:
     """Server-sent events, a line in each: the last `tail` in memory, then each that comes, until the engine is gone,
     `closing` is set, or the client leaves."""
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
     if output is None:
         return response
@@ -36,7 +37,7 @@ async def stream_lines(
                 await response.write("".join(f"data: {line}\n\n" for line in lines).encode())
                 written = time.monotonic()
             elif time.monotonic() - written >= KEEP_ALIVE_SECS:
-                await response.write(b": keep-alive\n\n")
+                await response.write(KEEP_ALIVE_COMMENT)
                 written = time.monotonic()
             lines = await listener.next(_PAUSE_SECS)
     return response

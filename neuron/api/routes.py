@@ -19,8 +19,9 @@ from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_capacities
 from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError
-from shared.http import read_model, reply
+from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT, read_model, reply
 from shared.protocol import (
+    MAX_DRAIN_SECS,
     Device,
     DeviceHealth,
     EndpointReply,
@@ -36,7 +37,6 @@ from shared.tasks import timeout
 
 KEEP_ALIVE_SECS = 15.0
 DEFAULT_TAIL, MAX_TAIL = 100, 10_000  # lines
-MAX_DRAIN_SECS = 3600
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -146,7 +146,7 @@ async def metrics(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """A snapshot of every model, then each change; ends when neuron stops or this listener falls too far behind."""
     services = request.app[SERVICES]
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
     with services.hub.listening() as listener:
         # Taken after listening began, so no change is missed; event numbers show which ones the snapshot contains.
@@ -162,7 +162,7 @@ async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> N
             async with timeout(KEEP_ALIVE_SECS):
                 event = await listener.next()
         except asyncio.TimeoutError:
-            await response.write(b": keep-alive\n\n")
+            await response.write(KEEP_ALIVE_COMMENT)
             continue
         if event is None:
             return
@@ -194,7 +194,7 @@ def _seconds(request: web.Request, name: str, *, default: float) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= MAX_DRAIN_SECS:  # false for nan as well
-        raise InvalidRequest(f"{name}: must be seconds from 0 to {MAX_DRAIN_SECS}, got {text!r}", param=name)
+        raise InvalidRequest(f"{name}: must be seconds from 0 to {MAX_DRAIN_SECS:g}, got {text!r}", param=name)
     return seconds
 
 

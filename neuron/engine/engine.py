@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -81,6 +82,26 @@ class Engine:
     @property
     def devices(self) -> tuple[int, ...]:
         return self.placement.indices
+
+    def came_up(self) -> float:
+        """It serves for the first time. Returns the seconds that its load took."""
+        self.ready_at = time.time()
+        self.load_secs = self.ready_at - self.started_at
+        return self.load_secs
+
+    def fell_asleep(self, slept_mb: int) -> None:
+        self.slept_mb = slept_mb
+
+    def begin_to_wake(self) -> None:
+        self.waking = True
+
+    def woke(self) -> None:
+        self.waking = False
+        self.slept_mb = 0
+
+    def end_with(self, *, kill: bool, leave: bool) -> None:
+        """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
+        self.kill, self.leave = kill, leave
 
     async def owns_port(self) -> bool:
         """True when one of its processes listens on its port, as far as neuron may see."""

@@ -1,4 +1,4 @@
-"""An estimate as a protocol message and as a table."""
+"""An estimate as a protocol message and as a table. Pure."""
 
 from __future__ import annotations
 

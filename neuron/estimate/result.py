@@ -1,4 +1,4 @@
-"""The result of an estimate. Sizes in MiB, rounded up."""
+"""The result of an estimate. Sizes in MiB, rounded up. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface between neuron and its engines: what a harness provides, and the facts it gets."""
+"""The interface between neuron and its engines: what a harness provides, and the facts it gets. Pure."""
 
 from __future__ import annotations
 
@@ -133,6 +133,10 @@ class Harness(ABC):
     def root_cause(self, lines: Sequence[str]) -> str | None:
         """The error that made the engine exit, from its last output lines; None when they name none."""
         return None
+
+    def port_was_taken(self, lines: Sequence[str]) -> bool:
+        """True if the last output lines say that another process listens on the engine's port."""
+        return any("Address already in use" in line for line in lines[-50:])
 
     def is_permanent(self, error: str, *, path_missing: bool) -> bool:
         """True if the same engine would fail on this host again, whenever it is started. Arguments: see `cause_of`."""

@@ -1,4 +1,4 @@
-"""What an engine inherits from neuron's environment."""
+"""What an engine inherits from neuron's environment. Pure."""
 
 from __future__ import annotations
 

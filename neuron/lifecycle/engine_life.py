@@ -148,7 +148,7 @@ class EngineLife:
             await self._drain()
         else:
             # Reported before the processes are cleaned up and the cause is searched for: cortex must reroute now.
-            self._model.become(State.RECOVERING, self._fault or "its engine ended unexpectedly")
+            self._model.become(State.RECOVERING, self._fault or "engine exited unexpectedly")
             self.request.reopen()
         self._end(event)
 
@@ -159,7 +159,7 @@ class EngineLife:
         lines = await asyncio.to_thread(engine.output.file.tail, 2000, max_bytes=_CAUSE_BYTES)
         if self.ended_by is EngineEvent.TIMED_OUT:
             if self.served_secs is not None:
-                reason = f"its engine did not answer neuron within {ADOPT_SECS:g} s"
+                reason = f"engine did not answer neuron within {ADOPT_SECS:g} s"
                 return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
             reason = f"not ready within {engine.startup_timeout_secs:g} s"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
@@ -173,12 +173,16 @@ class EngineLife:
         permanent = is_permanent_end(engine.harness, code, lines, path_missing=path_missing)
         cause = cause_of_end(engine.harness, code, lines, path_missing=path_missing)
         extra = because(cause, permanent=permanent)
-        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), _port_was_taken(lines)
+        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), engine.harness.port_was_taken(
+            lines
+        )
 
     def _end(self, event: EngineEvent) -> None:
         self.ended_by = event
-        self.engine.leave = self.request.leave_engine and event is EngineEvent.STOP_REQUESTED
-        self.engine.kill = event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT)
+        self.engine.end_with(
+            kill=event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT),
+            leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
+        )
 
     def _startup_secs_left(self) -> float:
         """An adopted engine that was still loading has used part of its time."""
@@ -193,8 +197,7 @@ class EngineLife:
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
-            engine.ready_at = time.time()
-            engine.load_secs = load_secs = engine.ready_at - engine.started_at
+            load_secs = engine.came_up()
             await self._history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
         await engine.save_record()
         if self.request.stop_requested.is_set():
@@ -202,7 +205,7 @@ class EngineLife:
         if served_before and await self._sleep.found_asleep(engine):
             self._model.become(State.SLEEPING, "adopted, asleep")
         else:
-            reason = "adopted, it answers" if served_before else "it answers"
+            reason = "adopted, engine ready" if served_before else "engine ready"
             self._model.loaded(engine, reason, load_secs=load_secs)
         self.request.settle(None)
 
@@ -255,16 +258,16 @@ class EngineLife:
         if event is EngineEvent.READY:
             sleep_request.settle(None)
             return None
-        sleep_request.settle(request.stop_reason or failures.LoadFailed("its engine ended"))
+        sleep_request.settle(request.stop_reason or failures.LoadFailed("engine exited"))
         return event
 
     async def _fall_asleep(self, level: int) -> None:
         self._model.become(State.SLEEPING, "falling asleep")
         await self._sleep.fall_asleep(self.engine, level)
-        self._model.become(State.SLEEPING, f"asleep, with {self.engine.slept_mb} MiB in the host's memory")
+        self._model.become(State.SLEEPING, f"asleep, with {self.engine.slept_mb} MiB in host memory")
 
     async def _wake(self) -> None:
-        self._model.become(State.WAKING, "asked to wake", progress=Progress(phase="waking"))
+        self._model.become(State.WAKING, "wake requested", progress=Progress(phase="waking"))
         await self._sleep.wake_up(self.engine)
         self._model.loaded(self.engine, "awake")
         self.request.settle(None)
@@ -282,7 +285,9 @@ class EngineLife:
                 break
             await asyncio.sleep(_DRAIN_POLL_SECS)
         if self._model.state is State.DRAINING:
-            self._model.become(State.STOPPING, "drained" if time.monotonic() < request.drain_until else "out of time")
+            self._model.become(
+                State.STOPPING, "drained" if time.monotonic() < request.drain_until else "drain timed out"
+            )
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""
@@ -310,7 +315,3 @@ async def _until_done(task: asyncio.Task[str]) -> None:
 def _is_missing_path(source: str) -> bool:
     """True for an absolute path that does not exist on this host. Blocks."""
     return source.startswith("/") and not os.path.lexists(source)
-
-
-def _port_was_taken(lines: list[str]) -> bool:
-    return any("Address already in use" in line for line in lines[-50:])

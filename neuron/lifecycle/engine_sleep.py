@@ -45,7 +45,7 @@ class EngineSleep:
             )
             await control.sleep(self._http, engine.url, engine.control_key, level=level)
             held = await memory.held_by(engine)
-            engine.slept_mb = host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb)
+            engine.fell_asleep(host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb))
             memory.sleep_budget.take(number, engine.slept_mb)
             memory.ledger.shrink_to_sleep(number, held)
         await engine.save_record()
@@ -73,11 +73,10 @@ class EngineSleep:
         async with memory.start_locks.held(engine.devices):
             reading = await memory.read()
             memory.ledger.book_wake(number, reading.topology, reading.health)
-            engine.waking = True
+            engine.begin_to_wake()
             await memory.until_available(number)
             await control.wake(self._http, engine.url, engine.control_key)
-            engine.waking = False
-            engine.slept_mb = 0
+            engine.woke()
             memory.sleep_budget.release(number)
             await memory.measure([engine])
         await engine.save_record()

@@ -22,11 +22,13 @@ from neuron.lifecycle.failure_cause import cause_of, is_permanent
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
-from neuron.lifecycle.states import Restarts, State
+from neuron.lifecycle.restart_backoff import Restarts
+from neuron.lifecycle.states import State
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
 from shared.protocol import Progress
+from shared.request_ids import current_request_id, request_scope
 from shared.tasks import first_of, timeout
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class ModelSupervisor:
         request = self._joinable()
         spec = request.spec if request is not None else self.model.proven_spec or self.model.spec
         if spec is None:
-            raise failures.unknown_model(self.model.model_id, "was never loaded here: say with which harness")
+            raise failures.unknown_model(self.model.model_id, "was never loaded here; specify a harness")
         return spec
 
     def join(self, spec: EngineSpec | None) -> LoadRequest | None:
@@ -97,7 +99,7 @@ class ModelSupervisor:
         if self.model.request is not None:
             self._next = request
         else:
-            self._start(request, State.STARTING, "asked to load")
+            self._start(request, State.STARTING, "load requested")
         return request
 
     def adopt(self, found: FoundEngine, placement: EnginePlacement) -> LoadRequest:
@@ -106,7 +108,7 @@ class ModelSupervisor:
         self.model.spec = spec = found.record.engine_spec
         request = LoadRequest(spec, placement)
         self._last_dir = found.directory
-        self._start(request, State.RECOVERING, "found at neuron's start", found)
+        self._start(request, State.RECOVERING, "found when neuron started", found)
         return request
 
     def sleep_request(self, level: int) -> SleepRequest:
@@ -135,7 +137,7 @@ class ModelSupervisor:
         request = model.request
         if request is None:
             if model.state is State.FAILED:
-                model.become(State.UNLOADED, "unloaded after it failed")
+                model.become(State.UNLOADED, "unloaded after a failure")
             return None
         request.stop(reason, drain_secs=drain_secs)
         self._memory.ledger.mark_stopping(request.placement.number)
@@ -194,12 +196,12 @@ class ModelSupervisor:
         self._release(request)
         model.request, following, self._next = None, self._next, None
         if following is not None:
-            self._start(following, State.STARTING, "asked to load while it stopped")
+            self._start(following, State.STARTING, "load requested while stopping")
         elif request.stop_requested.is_set() or error is None:
             model.become(State.UNLOADED, "left running for the next neuron" if request.leave_engine else "stopped")
         else:
             reason = error.message.partition("\n")[0]
-            why = "its engine did not come up"
+            why = "engine failed to start"
             if model.restarts.given_up:
                 why = f"given up after {model.restarts.failures} failures in a row"
             model.become(State.FAILED, why, error=reason, cause=cause_of(error), permanent=is_permanent(error))
@@ -216,7 +218,8 @@ class ModelSupervisor:
             if found is not None:
                 result, found = await self._adopted_engine(request, found), None
             else:
-                result, restart = await self._new_engine(request, restart=restart), True
+                with request_scope(None if restart else current_request_id()):
+                    result, restart = await self._new_engine(request, restart=restart), True
             if request.stop_requested.is_set():
                 return None
             came_up = came_up or result.served_secs is not None
@@ -239,7 +242,7 @@ class ModelSupervisor:
         pause = self.model.restarts.pause_secs
         request.reopen()
         cause = error.message.partition("\n")[0]
-        reason = f"its engine died, failure {self.model.restarts.failures} in a row: {cause}"
+        reason = f"engine died, failure {self.model.restarts.failures} in a row: {cause}"
         retry_at = time.time() + pause
         self.model.become(State.RECOVERING, reason, retry_at=retry_at, progress=Progress(phase="starting"))
         if pause:
@@ -270,7 +273,7 @@ class ModelSupervisor:
         assert found.record is not None
         async with self._launcher.adopted(found.record, found.directory, request.placement) as engine:
             if engine is None:
-                error = failures.LoadFailed("its engine had ended when neuron came back")
+                error = failures.LoadFailed("engine exited while neuron was down")
                 return EngineResult(error, served_secs=0.0)
             life = EngineLife(engine, request, self.model, self._tools)
             await self._live(life, contextlib.AsyncExitStack())
@@ -288,7 +291,7 @@ class ModelSupervisor:
     async def _may_start(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> bool:
         """Waits until no other engine starts on the devices and their memory is free. False if stopped before that."""
         if self._memory.start_locks.busy(request.placement.indices):
-            message = "another engine is starting on one of its devices"
+            message = "waiting for another engine to start on the same device"
             self.model.show(Progress(phase="waiting", message=message))
         event = await first_of(
             {
@@ -306,12 +309,13 @@ class ModelSupervisor:
         model, engine = self.model, life.engine
         model.engine, model.output, self._last_dir = engine, engine.output, engine.directory
         if model.state is State.STARTING:
-            model.become(State.LOADING, "its engine is started", progress=Progress(phase="starting"))
+            model.become(State.LOADING, "engine started", progress=Progress(phase="starting"))
         else:
             model.publish()  # with the engine's devices and pid
         if await life.bring_up():
             await start_lock.aclose()  # other engines may start on its devices now
-            await life.serve()
+            with request_scope(None):  # the request that caused the load has its answer
+                await life.serve()
 
     async def _result_of(self, life: EngineLife) -> EngineResult:
         """Why an engine that is gone ended."""

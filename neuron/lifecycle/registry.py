@@ -93,7 +93,7 @@ class Registry:
             NotFound: the model is unknown. VramNotReleased: the driver still counts its memory as used.
         """
         cancelled = failures.load_cancelled(model_id)
-        request = self._supervisor(model_id).stop(cancelled, why="asked to unload", drain_secs=drain_secs)
+        request = self._supervisor(model_id).stop(cancelled, why="unload requested", drain_secs=drain_secs)
         if request is not None:
             await request.gone()
 

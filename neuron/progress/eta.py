@@ -1,4 +1,4 @@
-"""How long a load will still take, from its progress and from earlier loads. All times in seconds."""
+"""How long a load will still take, from its progress and from earlier loads. All times in seconds. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The phases of a load, as the protocol names them, and where a load stands among them."""
+"""The phases of a load, as the protocol names them, and where a load stands among them. Pure."""
 
 from __future__ import annotations
 

@@ -4,7 +4,10 @@ Both sides ignore unknown fields, and every field that protocol v1 lacks is opti
 implementations mix.
 """
 
+from shared.protocol.base import first_problem
 from shared.protocol.commands import (
+    MAX_DRAIN_SECS,
+    MAX_MODEL_ID_CHARS,
     EndpointReply,
     LoadCommand,
     LoadReply,
@@ -20,6 +23,8 @@ from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
+    "MAX_DRAIN_SECS",
+    "MAX_MODEL_ID_CHARS",
     "Activation",
     "Device",
     "DeviceFigures",
@@ -44,4 +49,5 @@ __all__ = [
     "Transition",
     "UnloadCommand",
     "WakeCommand",
+    "first_problem",
 ]

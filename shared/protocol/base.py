@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 
 class WireModel(BaseModel):
@@ -24,6 +24,12 @@ class WireModel(BaseModel):
             return data
         fields = cls.model_fields
         return {k: v for k, v in data.items() if v is not None or k not in fields or fields[k].is_required()}
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """The first invalid field, with dots between its levels ("" for the whole value), and what is wrong with it."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, problem["loc"])), problem["msg"]
 
 
 def _whole(value: Any) -> Any:

@@ -15,7 +15,10 @@ def _listed(value: object) -> object:
 
 StringList = Annotated[list[str], BeforeValidator(_listed)]
 MAX_VRAM_MB = 1 << 40
-ModelId = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+MAX_DRAIN_SECS = 3600.0
+"""The longest `drain_secs` of an unload."""
+MAX_MODEL_ID_CHARS = 512
+ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
 
 
 class LoadCommand(WireModel):

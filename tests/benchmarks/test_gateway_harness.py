@@ -53,9 +53,9 @@ async def proxy(engine_port: int, tmp_path: Path) -> AsyncIterator[Running]:
 async def test_every_plain_answer_is_counted_and_compared(proxy: Running) -> None:
     spec = AnswerSpec()
     async with Pool(proxy.port, 8) as pool:
-        tally = await repeat(pool, chat_request(proxy.port, spec), spec, count=200, timeout=20)
-    assert (tally.answers, tally.unchanged, tally.failed) == (200, 200, 0)
-    assert len(tally.first_byte_ns) == 200
+        counted = await repeat(pool, chat_request(proxy.port, spec), spec, count=200, timeout=20)
+    assert (counted.answers, counted.unchanged, counted.failed) == (200, 200, 0)
+    assert len(counted.first_byte_ns) == 200
     assert proxy.tree.cpu_ns() > 0
 
 
@@ -63,10 +63,10 @@ async def test_large_bodies_pass_both_ways(proxy: Running) -> None:
     spec = AnswerSpec(size=1_000_000)
     async with Pool(proxy.port, 2) as pool:
         request = chat_request(proxy.port, spec, image_bytes=2_000_000)
-        tally = await repeat(pool, request, spec, count=4, timeout=20)
+        counted = await repeat(pool, request, spec, count=4, timeout=20)
     assert len(request) > 2_000_000
-    assert (tally.answers, tally.unchanged, tally.failed) == (4, 4, 0)
-    assert tally.body_bytes > 4_000_000
+    assert (counted.answers, counted.unchanged, counted.failed) == (4, 4, 0)
+    assert counted.body_bytes > 4_000_000
 
 
 async def test_a_case_measures_streams_and_finds_them_whole(proxy: Running, engine_port: int) -> None:
@@ -94,24 +94,24 @@ async def test_silent_streams_stay_open_until_they_are_released(proxy: Running, 
         opened.append(True)
         await release(engine_port)
 
-    tally = await hold_open(
+    counted = await hold_open(
         proxy.port, chat_request(proxy.port, spec), spec, count=30, per_second=1000, timeout=20, when_open=when_open
     )
     assert opened == [True]
-    assert (tally.answers, tally.failed) == (30, 0)
+    assert (counted.answers, counted.failed) == (30, 0)
 
 
-async def test_a_gateway_that_is_gone_is_a_fault_and_no_hang(tmp_path: Path) -> None:
+async def test_a_dead_gateway_is_a_fault_and_not_a_hang(tmp_path: Path) -> None:
     spec = AnswerSpec(chunks=2, hold=True)
     port = free_port()
 
     async def nothing_to_do() -> None:
         return
 
-    tally = await hold_open(
+    counted = await hold_open(
         port, chat_request(port, spec), spec, count=3, per_second=1000, timeout=5, when_open=nothing_to_do
     )
-    assert tally.failed == 3
+    assert counted.failed == 3
 
 
 def _answer(body: bytes) -> Answer:
@@ -139,7 +139,7 @@ def test_broken_framing_is_caught() -> None:
             unchunked(broken)
 
 
-def test_a_wish_survives_a_prompt() -> None:
+def test_an_answer_spec_survives_a_prompt() -> None:
     spec = AnswerSpec(chunks=7, interval=0.25, size=3, hold=True)
     text = prompt_text(spec)
     assert len(text) == PROMPT_BYTES

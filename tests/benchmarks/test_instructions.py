@@ -22,7 +22,7 @@ def test_only_more_than_the_tolerance_is_worse() -> None:
     assert worse(RECORDED, {"plain request": 211_000, "streamed chunk": 9_000}) == ["plain request"]
 
 
-def test_what_is_no_longer_counted_is_worse() -> None:
+def test_a_missing_figure_is_worse() -> None:
     """A missing count fails."""
     assert worse(RECORDED, {"plain request": 200_000}) == ["streamed chunk"]
 

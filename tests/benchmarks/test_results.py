@@ -67,7 +67,7 @@ def test_a_lost_stream_fails_the_target_for_open_streams() -> None:
     assert "⚠" in table(results)
 
 
-def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_saved_results_load_unchanged(tmp_path: Path) -> None:
     results = _results()
     results.save(tmp_path / "results.json")
     again = load(tmp_path / "results.json")

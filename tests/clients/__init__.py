@@ -1,2 +1,1 @@
-"""Real clients against a fleet of real processes: one file a client, cold and warm, streamed and not. docs/clients.md
-says what each needs."""
+"""Clients of other projects against cortex, a neuron and simulated engines. docs/clients.md lists them."""

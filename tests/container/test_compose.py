@@ -82,7 +82,7 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(podman: Podman) -> Iterator[Fleet]:
-    """The running fleet; stopped afterwards if a test has not done so."""
+    """The running fleet; stopped afterwards unless a test has stopped it."""
     fleet = Fleet(podman)
     fleet.compose(BUILD, "build", "cortex")
     fleet.compose("up", "--detach", "--no-build")

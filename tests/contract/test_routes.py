@@ -129,11 +129,11 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
-    fleet, tally = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [tally])
-    tally.request("m", "beast", 200, 1.0, 0.1)
-    tally.error("m", "beast", "code")
-    tally.tokens("m", "beast", prompt=1, completion=1, cached=0)
+    fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
+    metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [counters])
+    counters.request("m", "beast", 200, 1.0, 0.1)
+    counters.error("m", "beast", "code")
+    counters.tokens("m", "beast", prompt=1, completion=1, cached=0)
     metrics.cold_start("m", "beast", 1.0)
     page = metrics.exposition()
     assert sample_names(page) == set(CORTEX_METRICS)

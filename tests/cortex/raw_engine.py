@@ -152,7 +152,7 @@ class RawEngine:
         """Serves inside the body, on `sock` if one is given.
 
         Raises:
-            Exception: what cortex sent was no HTTP, or a script failed.
+            Exception: cortex sent invalid HTTP, or a script failed.
         """
         loop = asyncio.get_running_loop()
         at: dict[str, Any] = {"host": self.host, "port": self.port} if sock is None else {"sock": sock}

@@ -73,7 +73,7 @@ class Wire(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by name
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's do not derive from it
         self.writer = asyncio.StreamWriter(self.transport, self, self.incoming, asyncio.get_running_loop())
         self.sock: socket.socket = transport.get_extra_info("socket")
         self.addresses = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
@@ -273,7 +273,7 @@ class RawClient(Wire):
         return await self.answer(method)
 
     async def rest(self) -> bytes:
-        """What still comes until the server closes; b"" for nothing, and for a reset."""
+        """Reads until the server closes. b"" if nothing comes, or after a reset."""
         try:
             return await bounded(self.incoming.read(-1))
         except ConnectionError:

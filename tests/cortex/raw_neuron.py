@@ -23,7 +23,7 @@ class RawNeuron:
         self.scripts: dict[str, Script] = {}
         self.models: dict[str, dict[str, Any]] = {}
         self.instance = "one"
-        self.active: list[str] = []  # models that the health speaks of
+        self.active: list[str] = []  # models in the health answer
         self.streams: list[Wire] = []
         self.streaming = asyncio.Event()
         self._started = time.monotonic()
@@ -44,12 +44,12 @@ class RawNeuron:
         }  # fmt: skip
 
     async def tell(self, name: str, data: Any) -> None:
-        """An event, to all who listen."""
+        """Sends an event to every listener."""
         for stream in self.streams:
             await stream.send(_event(name, data))
 
     async def end_streams(self) -> None:
-        """Ends every stream, as a neuron does that stops."""
+        """Ends every stream, as a stopping neuron does."""
         streams, self.streams = self.streams, []
         self.streaming.clear()
         for stream in streams:

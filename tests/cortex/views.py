@@ -8,9 +8,10 @@ from typing import Any
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Backoff, Key, PlanningView, ReplicaUsage, WaitingRequests
+from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
+from cortex.upstream.replica import ReplicaKey
 
 NOW = 10_000.0
 RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)
@@ -30,8 +31,8 @@ def view(
     where: FleetSnapshot,
     *models: ModelProfile,
     waiting: Mapping[str, float] | None = None,
-    usages: Mapping[Key, ReplicaUsage] | None = None,
-    backoffs: Mapping[Key, Backoff] | None = None,
+    usages: Mapping[ReplicaKey, ReplicaUsage] | None = None,
+    backoffs: Mapping[ReplicaKey, Backoff] | None = None,
     overloaded_secs: Mapping[str, float] | None = None,
     rules: Rules | None = None,
     now: float = NOW,

@@ -101,10 +101,10 @@ def test_example_defaults_are_the_defaults() -> None:
 
 
 def test_dev_fleet_is_the_example_fleet_simulated() -> None:
-    """The compose fleet shows the same models as models.example.toml, except for how they run."""
+    """The compose fleet shows the models of models.example.toml, with the simulated harness."""
     example, dev = load_catalogue(TOP / "models.example.toml"), load_catalogue(DEPLOY / "dev" / "models.toml")
     assert dev.aliases == example.aliases
-    expected = [profile.model_copy(update={"harness": "sim", "args": ()}) for profile in example.models]
+    expected = [profile.model_copy(update={"harness": "sim"}) for profile in example.models]
     assert list(dev.models) == expected
 
 

@@ -23,7 +23,7 @@ def service(name: str) -> configparser.SectionProxy:
 
 
 def test_systemd_waits_longer_than_the_services_drain() -> None:
-    """Otherwise systemd cuts running answers."""
+    """A shorter timeout would let systemd cut running answers."""
     assert int(service("cortex")["TimeoutStopSec"]) > CortexConfig().gateway.drain_timeout_secs
     engines = NeuronConfig().harness_settings("vllm").stop_timeout_secs
     assert int(service("neuron")["TimeoutStopSec"]) > NeuronConfig().drain_timeout_secs + engines

@@ -16,7 +16,7 @@ from tests.processes import alive, descendants, eventually
 
 START_TIMEOUT_SECS = 40
 FOREIGN = {"NEURON_TOKEN": "another neuron's", "CORTEX_GATEWAY__LISTEN": "nonsense"}
-"""What a user may have set for a real neuron and cortex: no matter to a development fleet."""
+"""Variables that a user may have set for a real neuron and cortex. A development fleet ignores them."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Dev:
     url: str = ""
 
     def family(self) -> set[int]:
-        """Its processes and those below, itself included."""
+        """Its process and all descendants."""
         return descendants(self.process.pid) | {self.process.pid}
 
     def text(self) -> str:
@@ -37,7 +37,7 @@ class Dev:
 
 @contextlib.contextmanager
 def running_dev(*arguments: str) -> Iterator[Dev]:
-    """`cortex dev` on a free port; afterwards none of its processes is left, or the test fails."""
+    """`cortex dev` on a free port; the test fails if any of its processes is left afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "cortex", "dev", "--port", "0", *arguments],
         stdout=subprocess.PIPE,

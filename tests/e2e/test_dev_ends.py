@@ -18,7 +18,7 @@ from tests.processes import alive, eventually
 
 
 def load_something(dev: Dev) -> None:
-    """So that an engine runs below a neuron."""
+    """Loads a model, so that a neuron has an engine."""
     body = json.dumps({"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{dev.url}/v1/chat/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -26,8 +26,8 @@ def load_something(dev: Dev) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(number: signal.Signals) -> None:
-    """Neurons, cortex and engines are gone after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
+def test_no_process_is_left(number: signal.Signals) -> None:
+    """Neurons, cortex and engines exit after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
         with urllib.request.urlopen(f"{dev.url}/fleet", timeout=10) as response:
@@ -44,7 +44,7 @@ def test_nothing_is_left(number: signal.Signals) -> None:
 
 
 def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
-    """kill -9 of a neuron orphans its engines: they end with the fleet all the same, which says who died."""
+    """kill -9 of a neuron orphans its engines. They still end with the fleet, which names the neuron that exited."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
         family = dev.family()
@@ -56,7 +56,7 @@ def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
 
 
 def test_port_in_use_is_said() -> None:
-    """A second fleet on the same port ends with a message, not with a traceback."""
+    """A second fleet on the same port exits with a message, not with a traceback."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         port = dev.url.rpartition(":")[2]
         second = subprocess.run(
@@ -81,7 +81,7 @@ def test_port_in_use_is_said() -> None:
     ],
 )
 def test_wrong_fleet_is_said(fleet: str, named: str) -> None:
-    """The part that is wrong is named."""
+    """The error names the invalid part."""
     found = subprocess.run(
         [sys.executable, "-m", "cortex", "dev", "--port", "0", "--fleet", fleet],
         check=False,

@@ -1,4 +1,4 @@
-"""`cortex dev` as a new user meets it: the example catalogue on three simulated hosts, real clients."""
+"""`cortex dev` as a new user sees it: the example catalogue on three simulated hosts, real clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def get(dev: Dev, path: str) -> Any:
 
 
 def test_all_three_models_are_listed_with_where_they_can_run(dev: Dev) -> None:
-    """Before anything is loaded."""
+    """Models are listed before anything is loaded."""
     entries = {entry["id"]: entry for entry in get(dev, "/v1/models")["data"]}
     assert entries[LARGE]["feasible_on"] == ["beast"]
     assert entries[MIDDLE]["feasible_on"] == ["beast", "benjy"]
@@ -32,7 +32,7 @@ def test_all_three_models_are_listed_with_where_they_can_run(dev: Dev) -> None:
 
 
 async def test_fifty_first_requests_load_once(dev: Dev) -> None:
-    """One engine comes up and answers all of them."""
+    """One engine starts and answers all of them."""
     body = {"model": SMALL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     async with aiohttp.ClientSession() as session:
 
@@ -94,14 +94,14 @@ def test_streams_of_both_client_libraries(dev: Dev) -> None:
 
 
 def test_embeddings_and_responses(dev: Dev) -> None:
-    """The other dialects take the same way."""
+    """The other dialects take the same path."""
     client = openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0)
     assert client.embeddings.create(model=SMALL, input="a text").data[0].embedding
     assert client.responses.create(model=SMALL, input="Hello", max_output_tokens=4).output_text
 
 
 def test_explain_gives_each_node_with_numbers(dev: Dev) -> None:
-    """Why a model is where it is, or would go."""
+    """Where a model is or would go, and why."""
     plan = get(dev, f"/fleet/explain?model={MIDDLE}")
     reasons = {node["node"]: node for node in plan["nodes"]}
     assert not reasons["quadbrat"]["feasible"]
@@ -110,7 +110,7 @@ def test_explain_gives_each_node_with_numbers(dev: Dev) -> None:
 
 
 async def test_events_reach_cortex_in_milliseconds(dev: Dev) -> None:
-    """A model unloaded behind cortex's back (through its neuron) is seen without waiting for a poll."""
+    """cortex notices a model that was unloaded directly through its neuron without waiting for a poll."""
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{dev.url}/fleet/events") as events:
             await events.content.readuntil(b"\n\n")

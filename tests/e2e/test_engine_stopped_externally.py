@@ -42,7 +42,7 @@ async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path) -> N
         os.kill((await neuron.model(MODEL))["pid"], signal.SIGTERM)
         asked = []
         for _ in range(int(SECS / EVERY_SECS)):
-            await asyncio.sleep(EVERY_SECS)  # the pace of the load, not a wait for something
+            await asyncio.sleep(EVERY_SECS)  # paces the load
             asked.append(asyncio.create_task(ask()))
         assert [answer for answer in await asyncio.gather(*asked) if answer != (200, "")] == []
         await asyncio.gather(*under_way)

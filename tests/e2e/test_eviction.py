@@ -1,4 +1,4 @@
-"""A small fleet under requests for more models than fit: real neurons, real engines, a real cortex."""
+"""Requests for more models than fit on a small fleet of real neurons, engines and a cortex."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SmallFleet:
         return response.status, text, response.headers
 
     async def well(self, name: str, *, tokens: int = 3) -> str:
-        """Where a request was answered, which went well."""
+        """The node that answered a request; checks that it succeeded."""
         status, text, headers = await self.ask(name, tokens=tokens)
         assert status == 200, text
         return headers["x-cortex-node"]
@@ -60,7 +60,7 @@ class SmallFleet:
             return await response.json()
 
     async def status(self, name: str) -> dict[str, str]:
-        """By neuron."""
+        """The model's status, by neuron."""
         return {
             node["name"]: entry["status"]
             for node in (await self.get("/fleet"))["nodes"]
@@ -99,7 +99,7 @@ def neuron_toml(directory: Path, number: int, *, sleep: bool = False, fault: str
 
 @dataclass
 class Address:
-    """A neuron as cortex.toml names it."""
+    """The neuron's entry in cortex.toml."""
 
     name: str
     url: str
@@ -115,7 +115,7 @@ async def fleet_of(
     sleep: bool = False,
     **sections: Any,
 ) -> AsyncIterator[SmallFleet]:
-    """Runs inside the body."""
+    """A fleet that runs inside the body."""
     async with contextlib.AsyncExitStack() as stack:
         neurons = [
             await stack.enter_async_context(
@@ -153,7 +153,7 @@ async def test_a_busy_model_is_drained_and_nothing_is_cut(tmp_path: Path) -> Non
         other = asyncio.create_task(fleet.well("b"))
 
         async def draining() -> bool:
-            return any("leaves" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
+            return any("evicting" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
 
         await until(draining)
         late = asyncio.create_task(fleet.well("a"))
@@ -166,7 +166,7 @@ async def test_a_busy_model_is_drained_and_nothing_is_cut(tmp_path: Path) -> Non
 
 
 async def test_priorities_decide_evictions(tmp_path: Path) -> None:
-    """A higher priority evicts a lower one, whose requests learn why it cannot return; a pinned model never moves."""
+    """A higher priority evicts a lower one, whose requests learn the reason. A pinned model never moves."""
     models = [model("low"), model("high", residency_priority=300), model("pinned", pinned_on=["n1"])]
     async with fleet_of(tmp_path, models, hosts=2, placement={"pause_secs": 0.1}) as fleet:
         assert await fleet.well("pinned") == "n1"
@@ -190,7 +190,7 @@ async def test_cancelled_request_evicts_nothing(tmp_path: Path) -> None:
         waiting = asyncio.create_task(fleet.ask("b"))
 
         async def draining() -> bool:
-            return any("leaves" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
+            return any("evicting" in job["phase"] for job in (await fleet.get("/fleet"))["loads"])
 
         await until(draining)
         waiting.cancel()
@@ -202,7 +202,7 @@ async def test_cancelled_request_evicts_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("when_idle", "status"), [("unload", "unloaded"), ("sleep", "sleeping")])
 async def test_idle_models_are_evicted(tmp_path: Path, when_idle: str, status: str) -> None:
-    """After `idle_ttl_secs`; the next request loads them again."""
+    """A model is unloaded after `idle_ttl_secs` without requests; the next request loads it again."""
     models = [model("a", idle_ttl_secs=0.5, when_idle=when_idle)]
     async with fleet_of(tmp_path, models, sleep=when_idle == "sleep") as fleet:
         await fleet.well("a")
@@ -211,7 +211,7 @@ async def test_idle_models_are_evicted(tmp_path: Path, when_idle: str, status: s
 
 
 async def test_a_kept_model_moves_when_its_neuron_dies(tmp_path: Path) -> None:
-    """`replicas.min` holds without any request."""
+    """`replicas.min` is kept without any request."""
     async with fleet_of(tmp_path, [model("a", replicas={"min": 1})], hosts=2) as fleet:
         await fleet.until_status("a", n0="loaded")
         await fleet.neurons[0].stop(signal.SIGKILL)
@@ -222,7 +222,7 @@ async def test_a_kept_model_moves_when_its_neuron_dies(tmp_path: Path) -> None:
 
 
 async def test_replicas_come_under_load_and_go(tmp_path: Path) -> None:
-    """A second replica on free memory, never more than the maximum; one remains when load stops."""
+    """Load adds a second replica on free memory, never more than the maximum. One remains when load stops."""
     placement = {"replica_target": 2, "scale_up_secs": 0.1, "scale_down_secs": 1.5}
     models = [model("a", replicas={"max": 2})]
     async with fleet_of(tmp_path, models, hosts=3, placement=placement) as fleet:
@@ -245,7 +245,7 @@ async def test_replicas_come_under_load_and_go(tmp_path: Path) -> None:
 
 
 async def test_a_host_that_cannot_load_it_is_passed_over(tmp_path: Path) -> None:
-    """The node is at fault: the client gets one answer, from another node."""
+    """If the node is at fault, the client gets one answer, from another node."""
     async with fleet_of(tmp_path, [model("a")], hosts=2, faults={0: "oom-at-load"}) as fleet:
         assert await fleet.well("a") == "n1"
         plan = await fleet.get("/fleet/explain?model=a")
@@ -253,7 +253,7 @@ async def test_a_host_that_cannot_load_it_is_passed_over(tmp_path: Path) -> None
 
 
 async def test_a_model_that_fails_everywhere_is_tried_once(tmp_path: Path) -> None:
-    """The model is at fault: no other host is tried, and later requests get a Retry-After."""
+    """If the model is at fault, cortex tries no other host, and later requests get a Retry-After."""
     async with fleet_of(tmp_path, [model("a", args=["--no-such-flag"])], hosts=2) as fleet:
         for _ in range(2):
             status, text, headers = await fleet.ask("a")

@@ -1,4 +1,4 @@
-"""A real neuron under a real cortex: one model is evicted for another."""
+"""A real neuron and a real cortex: one model is evicted for another."""
 
 from __future__ import annotations
 

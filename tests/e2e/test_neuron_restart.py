@@ -1,4 +1,4 @@
-"""A neuron is replaced, or dies, under a cortex with clients: none of their requests is dropped."""
+"""A neuron is replaced or killed while clients send requests through cortex: no request is dropped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["mark"]
 MODEL = "org/model"
 EVERY_SECS = 0.05
 POLL_SECS = 2.0
-"""The default: with three misses a neuron counts as away, so it has six seconds to come back."""
+"""The default. A neuron is unhealthy after three misses, so it has six seconds to return."""
 
 
 class Neuron:
-    """A neuron as cortex is told of it: a name and an address, whatever process is behind it."""
+    """A neuron as cortex knows it: a name and an address, for any process."""
 
     name = "n"
 
@@ -33,7 +33,7 @@ class Neuron:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, *, stream: bool) -> str | None:
-    """What was wrong with one request, None when nothing was."""
+    """What was wrong with one request; None if nothing."""
     body = {"model": MODEL, "prompt": "x", "max_tokens": 15, "stream": stream}
     async with session.post(f"{url}/v1/completions", json=body) as response:
         text = await response.text()
@@ -42,16 +42,16 @@ async def ask(session: aiohttp.ClientSession, url: str, *, stream: bool) -> str 
 
 
 async def keep_asking(session: aiohttp.ClientSession, url: str, enough: asyncio.Event) -> list[str | None]:
-    """A plain request and a stream, again and again, without waiting for the last ones."""
+    """Sends a plain request and a stream repeatedly, without waiting for the previous ones."""
     asked = []
     while not enough.is_set():
         asked += [asyncio.create_task(ask(session, url, stream=stream)) for stream in (True, False)]
-        await asyncio.sleep(EVERY_SECS)  # the pace of the load, not a wait for something
+        await asyncio.sleep(EVERY_SECS)  # paces the load
     return await asyncio.gather(*asked)
 
 
 async def adopted(neuron: NeuronProcess, pid: int, cortex: CortexProcess) -> bool:
-    """It has the engine of before, and cortex has seen that it is back."""
+    """Whether it has adopted its engine and cortex reaches it."""
     entry = await neuron.model(MODEL)
     async with neuron.session.get(f"{cortex.url}/fleet") as response:
         [node] = (await response.json())["nodes"]
@@ -60,7 +60,7 @@ async def adopted(neuron: NeuronProcess, pid: int, cortex: CortexProcess) -> boo
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 async def test_no_request_is_dropped(mark: str, tmp_path: Path, end: signal.Signals) -> None:
-    """A restart that leaves engines, as `systemctl restart` does it, and a kill -9: three times, under load."""
+    """Under load, three times: a restart that leaves engines, as with `systemctl restart`, and a kill -9."""
     port = free_port()
     lines = (f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"', 'on_stop = "leave_engines"')
     config = toml_config(tmp_path, *lines)

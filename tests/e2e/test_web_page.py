@@ -55,7 +55,7 @@ async function attack([url, body]) {
 
 @pytest.fixture
 def chromium(tmp_path: Path) -> list[str]:
-    """Its command line, with a profile of its own."""
+    """Chromium's command line, with its own profile."""
     if CHROMIUM is None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI must run a Chromium")
@@ -107,7 +107,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.done.set()
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.mark.browser

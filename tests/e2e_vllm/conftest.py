@@ -1,4 +1,4 @@
-"""One fleet for all tests of this folder: starting an engine takes a quarter of a minute."""
+"""One fleet for all tests of this folder: starting an engine takes 15 seconds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e_vllm.fleet import Fleet, running_fleet
+from tests.e2e_vllm.fleet import running_vllm_fleet
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 from tests.neuron.conftest import mark
+from tests.services import Fleet
 
 __all__ = ["mark"]
 
 
 @dataclass(frozen=True)
 class RealVllm:
-    """How the real vLLM is started, and the models for it."""
+    """The command of the real vLLM, and models for it."""
 
     command: list[str]
     tiny: Path
@@ -29,7 +30,7 @@ class RealVllm:
 
 @pytest.fixture(scope="session")
 def real_vllm() -> RealVllm:
-    """Skips where vLLM cannot be had, and fails there in CI."""
+    """Skips if vLLM cannot be installed; fails in CI."""
     try:
         vllm = vllm_environment()
         return RealVllm(list(vllm.command), tiny_qwen3(vllm), minilm())
@@ -43,5 +44,5 @@ def real_vllm() -> RealVllm:
 def fleet(real_vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """cortex and a neuron with the real vLLM."""
     directory = tmp_path_factory.mktemp("fleet")
-    with running_fleet(directory, real_vllm.command, real_vllm.tiny, real_vllm.minilm) as fleet:
+    with running_vllm_fleet(directory, real_vllm.command, real_vllm.tiny, real_vllm.minilm) as fleet:
         yield fleet

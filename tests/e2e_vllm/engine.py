@@ -1,4 +1,4 @@
-"""A real vLLM as neuron starts it, without a neuron: what the harness makes of a plan, as a process."""
+"""A real vLLM without a neuron, started with the command line and environment that neuron's harness builds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunningEngine:
 def running_engine(
     directory: Path, model: Path, settings: HarnessSettings, *, devices: tuple[Device, ...] = ()
 ) -> Iterator[RunningEngine]:
-    """A model that is loaded on these devices, or on the CPU; afterwards nothing of its session is left."""
+    """Loads a model on these devices or on the CPU. Afterwards no process of its session is left."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     plan = LaunchPlan(

@@ -1,4 +1,4 @@
-"""A real GPU and a vLLM for it, for the tests that need both; skipped where there is none."""
+"""A real GPU and a vLLM for it. Tests that need them are skipped without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.environment.models import tiny_qwen3
 from tests.environment.vllm import VllmEnvironment
 
 COMMAND_VARIABLE = "CORTEX_TEST_GPU_VLLM"
-"""The `vllm` of an environment whose vLLM was built for the GPU; without it the one on PATH."""
+"""The `vllm` of an environment whose vLLM was built for the GPU; default: the one on PATH."""
 
 
 @pytest.fixture

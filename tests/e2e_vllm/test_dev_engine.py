@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 def test_dev_fleet_with_the_real_engine(real_vllm: RealVllm) -> None:
-    """A model of the example catalogue is answered by a vLLM on the CPU; afterwards nothing of it is left."""
+    """A vLLM on the CPU answers for a model of the example catalogue; afterwards none of its processes is left."""
     arguments = [
         "--engine",
         "vllm",

@@ -12,7 +12,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from tests.e2e_vllm.fidelity import EMBEDDING_CASES, TEXT_CASES, Case
-from tests.e2e_vllm.fleet import MINILM, TINY, Fleet
+from tests.e2e_vllm.fleet import MINILM, TINY
+from tests.services import Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -64,7 +65,7 @@ def test_answers_through_cortex_are_those_of_the_engine(fleet: Fleet) -> None:
 
 
 def _endpoint(fleet: Fleet, model: str) -> tuple[str, str]:
-    """Address and key of the model's engine, which is loaded first if need be."""
+    """Address and key of the model's engine, after loading it if necessary."""
     loaded = fleet.cortex.request("/fleet/load", {"model": model})
     assert loaded.status == 200, loaded.body
     endpoint = fleet.neuron.request(f"/models/{quote(model, safe='')}/endpoint").body

@@ -11,13 +11,14 @@ import anthropic
 import openai
 import pytest
 
-from tests.e2e_vllm.fleet import BROKEN, MINILM, NODE, PAIR, TINY, Fleet
+from tests.e2e_vllm.fleet import BROKEN, MINILM, PAIR, TINY
 from tests.processes import eventually, of_session
+from tests.services import NODE, Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 QUESTION = "The cat sees the moon"
-WHOLE = {"ignore_eos": True}  # a random model may want to end at once
+WHOLE = {"ignore_eos": True}  # a random model may end immediately
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
 
 
 def ask(fleet: Fleet, model: str) -> tuple[int, dict[str, str], str]:
-    """A short chat without any client package: status, headers, text or error message."""
+    """A short chat without a client package: status, headers, text or error message."""
     messages = [{"role": "user", "content": QUESTION}]
     body = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0, **WHOLE}
     answer = fleet.cortex.request("/v1/chat/completions", body)
@@ -51,7 +52,7 @@ def test_first_request_loads_the_model_and_is_answered(fleet: Fleet) -> None:
 
 
 def test_openai_chat_streams_the_same_answer_as_it_gives_whole(client: openai.OpenAI) -> None:
-    """Plain and streamed, with usage, through the package that most people use; by an alias."""
+    """Plain and streamed, with usage, through the openai package; by an alias."""
     whole = client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": QUESTION}],
@@ -79,7 +80,7 @@ def test_openai_chat_streams_the_same_answer_as_it_gives_whole(client: openai.Op
 
 
 def test_anthropic_message_is_answered(fleet: Fleet) -> None:
-    """vLLM's own Messages API, through cortex, by Anthropic's package."""
+    """vLLM's own Messages API through cortex, with the anthropic package."""
     with anthropic.Anthropic(base_url=fleet.cortex.url, api_key="none", max_retries=0, timeout=300) as client:
         message = client.messages.create(
             model=TINY, max_tokens=16, messages=[{"role": "user", "content": QUESTION}], extra_body=WHOLE
@@ -89,7 +90,7 @@ def test_anthropic_message_is_answered(fleet: Fleet) -> None:
 
 
 def test_killed_engine_is_noticed_and_loaded_again(fleet: Fleet) -> None:
-    """kill -9 of vLLM's main process leaves workers holding memory: they go too, and the model comes back."""
+    """kill -9 of vLLM's main process leaves workers that hold memory: neuron kills them, and the model comes back."""
     assert ask(fleet, TINY)[0] == 200
     engine = fleet.engine_of(TINY)
     assert len(engine) > 1
@@ -116,7 +117,7 @@ def test_unload_ends_the_engine(fleet: Fleet) -> None:
 
 
 def test_wrong_model_directory_says_so(fleet: Fleet) -> None:
-    """The client of a load that failed reads why: vLLM's root cause, not its last line. The neuron keeps it."""
+    """The client of a failed load gets vLLM's root cause, not its last line. The neuron keeps it."""
     body = {"model": BROKEN, "messages": [{"role": "user", "content": QUESTION}]}
     answer = fleet.cortex.request("/v1/chat/completions", body)
     assert (answer.status, answer.body["error"]["code"]) == (503, "cold_load_failed")

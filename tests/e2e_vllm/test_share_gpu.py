@@ -1,4 +1,4 @@
-"""Two real engines on one real GPU: what the driver counts is what neuron says. Skipped where there is no GPU."""
+"""Two real engines on one real GPU: neuron reports what the driver counts. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["gpu_model", "gpu_vllm", "gpus", "mark"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 FIRST, SECOND = "test/first", "test/second"
-SHARE = 0.35  # of the device, each
+SHARE = 0.35  # of the device, for each engine
 LOAD_SECS = 400.0
 
 
@@ -31,8 +31,8 @@ async def load(neuron: NeuronProcess, model: str, source: Path, vram_mb: int) ->
 async def test_two_engines_share_a_gpu(
     gpus: TopologySource, gpu_vllm: Path, gpu_model: Path, tmp_path: Path, mark: str
 ) -> None:
-    """Asked for at the same moment both come up, each within its share as the driver measures it; a third is refused
-    with the figures; afterwards all memory is back."""
+    """Requested at the same moment both start, each within its share as the driver measures it. A third is refused
+    with the figures. Afterwards all memory is free."""
     device = (await gpus.discover()).devices[0]
     before = await used_mb(gpus, device.index)
     wanted = int(device.vram_total_mb * SHARE)

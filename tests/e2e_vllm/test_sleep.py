@@ -1,4 +1,4 @@
-"""Sleep mode of the real vLLM behind the guard. On a CPU it plays along and frees nothing: the protocol is tested."""
+"""Sleep mode of the real vLLM behind the guard. On a CPU it frees nothing, so this tests the protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def tag(request, call_next):
 
 @pytest.fixture(scope="module")
 def engine(real_vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    """One that has a middleware of its operator's too, found through a PYTHONPATH of theirs."""
+    """An engine that also has a middleware of its operator, found through the operator's PYTHONPATH."""
     directory = tmp_path_factory.mktemp("engine")
     (directory / "own_middleware.py").write_text(OWN_MIDDLEWARE, encoding="utf-8")
     settings = HarnessSettings(
@@ -59,7 +59,7 @@ async def chat(http: aiohttp.ClientSession, engine: RunningEngine, **changes: An
         return response.status, await response.text()
 
 
-async def test_clients_find_what_they_always_found(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
+async def test_public_routes_are_unchanged(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
     """Plain, streamed and by tokens, with the operator's middleware around it."""
     status, text = await chat(http, engine)
     assert (status, json.loads(text)["object"]) == (200, "chat.completion")
@@ -74,7 +74,7 @@ async def test_clients_find_what_they_always_found(engine: RunningEngine, http: 
 
 
 async def test_what_is_refused_leaves_no_traceback(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """Development mode would log one for each: the cause of an engine's end would be looked for in them."""
+    """Development mode would log one per request, and neuron would search them for the cause of an engine's exit."""
     assert (await chat(http, engine, model="unknown"))[0] == 404
     assert (await chat(http, engine, max_tokens=-1))[0] == 400
     assert "Traceback" not in engine.text()
@@ -105,7 +105,7 @@ async def test_development_routes_are_hidden(engine: RunningEngine, http: aiohtt
 
 
 async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """A request that runs is finished, one that comes during the sleep is refused, one after it is served."""
+    """A running request finishes, one during the sleep is refused, one after it is served."""
     assert await sleeping.is_guarded(http, engine.url, CONTROL_KEY)
     assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
     long = {**CHAT, "max_tokens": 32, "ignore_eos": True, "stream": True}
@@ -119,7 +119,7 @@ async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession
         assert 'sleep_state="weights_offloaded"} 1.0' in await response.text()
     async with http.get(engine.url + "/health") as response:
         assert response.status == 200
-    await sleeping.sleep(http, engine.url, CONTROL_KEY)  # asleep already
+    await sleeping.sleep(http, engine.url, CONTROL_KEY)  # already asleep
     for _ in range(2):
         await sleeping.wake(http, engine.url, CONTROL_KEY)
         assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
@@ -127,7 +127,7 @@ async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession
 
 
 async def test_the_key_is_nowhere(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """Neither in the log nor in what any process of the engine shows of itself."""
+    """Neither the log nor anything that the engine's processes show contains the key."""
     assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
     text = engine.text()
     assert "/is_sleeping" in text

@@ -1,4 +1,4 @@
-"""Sleep mode on a real GPU: the memory that the driver counts goes, and comes back. Skipped where there is none."""
+"""Sleep mode on a real GPU: the driver counts the memory as free, and as used after waking. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "The cat sees t
 async def test_memory_goes_and_comes_back(
     gpus: TopologySource, gpu_vllm: Path, gpu_model: Path, tmp_path: Path
 ) -> None:
-    """Asleep less than a tenth of what it took is left; awake it answers as before, within seconds."""
+    """Asleep it keeps less than a tenth of its memory; awake it gives the same answers, within seconds."""
     device = (await gpus.discover()).devices[0]
     settings = HarnessSettings(
         command=[str(gpu_vllm)],

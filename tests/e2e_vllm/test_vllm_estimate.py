@@ -1,4 +1,4 @@
-"""What neuron works out beforehand, against what the real vLLM then says in its log.
+"""neuron's estimates, compared with what the real vLLM logs.
 
 After the other tests of this folder, which want to see the first load of the models that are loaded here.
 """
@@ -11,7 +11,8 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from tests.e2e_vllm.fleet import MINILM, PAIR, TINY, Fleet
+from tests.e2e_vllm.fleet import MINILM, PAIR, TINY
+from tests.services import Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -20,7 +21,7 @@ _CACHE = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([
 
 
 def loaded_log(fleet: Fleet, model: str) -> str:
-    """The log of the model's engine, which is loaded if need be."""
+    """The log of the model's engine, after loading it if necessary."""
     loaded = fleet.cortex.request("/fleet/load", {"model": model})
     assert loaded.status == 200, f"{loaded.body}\n{fleet.neuron.log_tail()}"
     log = fleet.neuron.request(f"/models/{quote(model, safe='')}/logs?tail=10000")
@@ -43,7 +44,7 @@ def cached(body: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", [TINY, PAIR])
 def test_bytes_of_a_token_are_vllms(fleet: Fleet, model: str) -> None:
-    """Tokens that vLLM has room for in a cache of a known size, on one device and on two, to the last one."""
+    """The exact number of tokens that fit into a cache of a known size, on one device and on two."""
     said = _CACHE.search(loaded_log(fleet, model))
     assert said is not None
     tokens, length, concurrency = (float(figure.replace(",", "")) for figure in said.groups())
@@ -59,14 +60,14 @@ def test_bytes_of_a_token_are_vllms(fleet: Fleet, model: str) -> None:
 
 
 def test_length_is_the_one_that_vllm_derives(fleet: Fleet) -> None:
-    """The arguments' where there are any; what the model itself takes otherwise."""
+    """The length comes from the arguments if given, otherwise from the model."""
     assert "Using max model len 512" in loaded_log(fleet, TINY)
     assert estimated(fleet, TINY)["max_model_len"] == 512
     assert estimated(fleet, TINY, max_model_len="auto")["max_model_len"] == 2048
 
 
 def test_an_encoder_has_no_cache_in_vllm_either(fleet: Fleet) -> None:
-    """all-MiniLM-L6-v2, although the engine is told a size for its cache as all of this fleet are."""
+    """all-MiniLM-L6-v2 has no KV cache, although this fleet passes a cache size to every engine."""
     assert _CACHE.search(loaded_log(fleet, MINILM)) is None
     line = cached(estimated(fleet, MINILM))
     assert (line["total_mb"], line["how"]) == (0, "none: encoders have no KV cache")

@@ -27,8 +27,8 @@ SHARE_MB = 3000
 
 
 def config(directory: Path, vllm: RealVllm) -> Path:
-    """A host with one simulated GPU, about as large as this machine's memory, of which a vLLM for the CPU takes its
-    share."""
+    """A host with one simulated GPU, about as large as this machine's memory, a share of which
+    a vLLM for the CPU takes."""
     path = directory / "neuron.toml"
     path.write_text(
         f"""
@@ -57,7 +57,7 @@ async def load(neuron: Client, model: str, vllm: RealVllm) -> int:
 
 
 def shares(pids: set[int]) -> list[str]:
-    """What the engines' command lines say of their part of the device."""
+    """The engines' shares of the device, from their command lines."""
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
     return sorted(found[1] for line in lines if (found := re.search(r"--gpu-memory-utilization (\S+)", line)))
 
@@ -85,7 +85,7 @@ async def stream(neuron: Client, model: str, began: asyncio.Event) -> list[Any]:
 
 
 async def loads_two_at_once(neuron: NeuronProcess, vllm: RealVllm) -> None:
-    """Asked for at the same moment, one starts after the other on the device they share; both serve."""
+    """Requested at the same moment, they start one after the other on the device they share; both serve."""
     await asyncio.gather(load(neuron, FIRST, vllm), load(neuron, SECOND, vllm))
     both = await processes_of(neuron, FIRST) | await processes_of(neuron, SECOND)
     assert shares(both) == [f"{SHARE_MB * 10000 // 24564 / 10000:.4f}"] * 2
@@ -112,8 +112,8 @@ async def comes_back_after_a_kill(neuron: NeuronProcess) -> None:
 
 
 async def test_engines_share_a_device_and_outlive_every_death(mark: str, real_vllm: RealVllm, tmp_path: Path) -> None:
-    """Two at once come up, each with its share; one comes back when its server is killed; both are adopted when neuron
-    is, with a stream in flight."""
+    """Two start at once, each with its share. One restarts when its server is killed. When neuron is killed with a
+    stream in flight, the next one adopts both."""
     file = config(tmp_path, real_vllm)
     async with neuron_process(file) as first:
         await loads_two_at_once(first, real_vllm)

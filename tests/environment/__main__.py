@@ -1,4 +1,4 @@
-"""`python -m tests.environment`: builds what tests with real vLLM and clients need, before test timeouts apply."""
+"""`python -m tests.environment`: builds what the tests need besides Python packages, before test timeouts apply."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ import sys
 from collections.abc import Callable
 
 from tests.environment.cache import EnvironmentUnavailable
-from tests.environment.clients import node_clients, python_clients
+from tests.environment.clients import node_clients, old_python_clients, python_clients
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 
 
 def main() -> int:
-    """Exit code 1 only in CI, where no test must be skipped."""
-    missing = [what for what, build in _PARTS.items() if not _built(what, build)]
-    return 1 if missing and os.environ.get("CI") == "true" else 0
+    """Exit code 1 only in CI, where the tests must not be skipped."""
+    complete = [_built("real vLLM", _build_vllm), _built("clients", _build_clients)]
+    return 1 if os.environ.get("CI") == "true" and not all(complete) else 0
 
 
-def _vllm() -> str:
+def _build_vllm() -> None:
     vllm = vllm_environment()
-    return f"{vllm.command[0]}, models: {tiny_qwen3(vllm)} {minilm()}"
+    print(f"vLLM: {vllm.command[0]}")
+    print(f"models: {tiny_qwen3(vllm)} {minilm()}")
 
 
-_PARTS: dict[str, Callable[[], object]] = {
-    "real vLLM": _vllm,
-    "clients from PyPI": python_clients,
-    "clients from npm": node_clients,
-}
+def _build_clients() -> None:
+    print(f"clients: {python_clients()} {old_python_clients()} {node_clients().directory}")
 
 
-def _built(what: str, build: Callable[[], object]) -> bool:
+def _built(what: str, build: Callable[[], None]) -> bool:
     try:
-        print(f"{what}: {build()}")
+        build()
     except EnvironmentUnavailable as error:
-        print(f"no {what} here, skipping its tests: {error}", file=sys.stderr)
+        print(f"{what} not available, skipping the tests: {error}", file=sys.stderr)
         return False
     return True
 

@@ -46,7 +46,7 @@ def vllm_environment() -> VllmEnvironment:
     own = os.environ.get(OVERRIDE_VARIABLE)
     if own:
         if not Path(own).with_name("vllm").exists():
-            raise EnvironmentUnavailable(f"{OVERRIDE_VARIABLE}={own}: there is no vllm command beside it")
+            raise EnvironmentUnavailable(f"{OVERRIDE_VARIABLE}={own}: no vllm command next to it")
         return VllmEnvironment(Path(own))
     interpreter = f"{sys.version_info.major}.{sys.version_info.minor}-{platform.machine()}"
     key = key_of(_REQUIREMENT, *_UNWANTED, _RECIPE, interpreter)

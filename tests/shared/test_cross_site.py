@@ -95,7 +95,7 @@ def test_public_names_are_refused_as_host(host: str) -> None:
 
 
 def test_host_is_not_checked_where_a_token_is_required() -> None:
-    """A page cannot know the token; its Origin is refused all the same."""
+    """A page cannot know the token; its Origin is still refused."""
     assert refused(TOKEN, host="evil.example") is None
     assert refused(TOKEN, host="evil.example", origin="http://other.example") is not None
 

@@ -29,7 +29,7 @@ from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
 
-CORTEX = "cortex"  # if a neuron has this name too, both stop at once
+CORTEX = "cortex"  # a neuron of the same name stops together with cortex, instead of before it
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
 STOP_TIMEOUT_SECS = 40.0
@@ -128,23 +128,20 @@ async def _dev(hosts: list[SimulatedHost], engine: DevEngine, port: int) -> int:
     metrics_listen = f"127.0.0.1:{port + 1 if 0 < port < MAX_PORT else 0}"
     fleet, stop = DevFleet(), asyncio.Event()
     _on_signals(fleet, stop)
-    stopping = asyncio.create_task(stop.wait())
     try:
         neurons = await _start(fleet, hosts, engine, gateway, metrics_listen)
-        exited = asyncio.create_task(fleet.first_exit())
         ready = asyncio.create_task(_until_ready(url, len(hosts)))
-        await asyncio.wait({exited, stopping, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done() and not ready.cancelled():
+        exited = asyncio.create_task(fleet.first_exit())
+        first = await first_of({"stop": stop.wait(), "exit": exited, "ready": ready})
+        if first == "ready":
             _announce(url, neurons, ready.result())
-        ready.cancel()
-        await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if exited.done() and not stop.is_set():
+            exited = asyncio.create_task(fleet.first_exit())
+            first = await first_of({"stop": stop.wait(), "exit": exited})
+        if first == "exit":
             print(f"cortex dev: {exited.result()} exited, stopping the rest", file=sys.stderr)
             return 1
-        exited.cancel()
         return 0
     finally:
-        stopping.cancel()
         await fleet.stop()
 
 

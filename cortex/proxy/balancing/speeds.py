@@ -1,4 +1,4 @@
-"""The relative speeds of a model's replicas, learned from their answers."""
+"""The relative speeds of a model's replicas, learned from their answers. No I/O."""
 
 from __future__ import annotations
 

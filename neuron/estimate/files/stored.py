@@ -54,11 +54,10 @@ class Amount:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The sums. `files` is the number of safetensors files; `unloaded_bytes` counts tensors that are not loaded."""
+    """The sums. `files` is the number of safetensors files."""
 
     amounts: Mapping[Group, Amount]
     files: int
-    unloaded_bytes: int
 
 
 def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None:
@@ -71,11 +70,9 @@ def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None
     if not paths:
         return None
     sums: dict[Group, list[int]] = defaultdict(lambda: [0, 0, 0])
-    unloaded = 0
     for path in paths:
         for tensor in tensors_of(path):
             if not is_loaded(tensor, model):
-                unloaded += tensor.stored_bytes
                 continue
             amount = sums[group_of(tensor)]
             if tensor.dtype in FLOATS:
@@ -83,7 +80,7 @@ def stored_weights(directory: Path, model: Architecture) -> StoredWeights | None
                 amount[1] += tensor.stored_bytes
             amount[2] += tensor.stored_bytes
     amounts = {group: Amount(*amount) for group, amount in sums.items()}
-    return StoredWeights(MappingProxyType(amounts), len(paths), unloaded)
+    return StoredWeights(MappingProxyType(amounts), len(paths))
 
 
 def is_loaded(tensor: Tensor, model: Architecture) -> bool:

@@ -88,7 +88,7 @@ class VllmHangDetector:
 
     It measures the time without progress while requests run. The clock restarts when a counter rises or the KV cache
     fills (progress), and when a counter falls (another engine answers). Time without requests does not count. Arriving
-    and leaving requests are no progress: the clients of a hung engine time out and retry.
+    and leaving requests are not progress: the clients of a hung engine time out and retry.
 
     There are two limits. While all running requests may still wait for their first token (a prefill, in which no
     counter need move), it is `prefill_grace_secs`; once one is known to generate, `grace_secs`. How many wait for their

@@ -1,4 +1,4 @@
-"""vLLM's flags that neuron sets itself, and how to find a flag among arguments."""
+"""vLLM's flags that neuron sets itself, and how to find a flag among arguments. Pure."""
 
 from __future__ import annotations
 

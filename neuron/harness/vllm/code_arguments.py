@@ -29,7 +29,7 @@ CODE_FLAGS = (
 )
 _SHORT_CODE_FLAGS = frozenset({"-dpa"})  # --data-parallel-address
 _OTHER_FLAGS = frozenset({"--reasoning-parser"})
-"""Flags whose whole name begins a code flag's: vLLM takes them as what they are, not as abbreviations."""
+"""Flags whose full name is the beginning of a code flag's: vLLM treats these as full flags, not abbreviations."""
 
 _CODE_KEYS = re.compile(r".*module_path|trust_remote_code|pylogging_config_file|\(\)")
 _CUSTOM_CLASS = "custom_class"

@@ -1,4 +1,4 @@
-"""`vllm serve`: its command line and environment."""
+"""`vllm serve`: its command line and environment. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Why a vLLM exited, from its output, and whether the host or the model is at fault. Seen with vLLM 0.32, or in its
-sources."""
+sources. Pure."""
 
 from __future__ import annotations
 

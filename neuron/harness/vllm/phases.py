@@ -1,4 +1,4 @@
-"""How far the start of a vLLM is, from its output.
+"""How far the start of a vLLM is, from its output. Pure.
 
 The patterns match vLLM 0.8 to 0.32 on GPUs and 0.32 on a CPU, and the hub's client, which vLLM downloads with. Steps
 that print nothing belong to the phase before: building the model, and a download without progress bars (vLLM turns most

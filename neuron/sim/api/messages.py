@@ -70,7 +70,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 
 def _block(generation: Generation, answer: SequenceAnswer) -> dict[str, object]:
-    """The whole answer. A call that was cut off is text: its arguments are no JSON."""
+    """The whole answer. A call that was cut off is text: its arguments are not JSON."""
     if generation.tool is None or answer.finish != "stop":
         return {"type": "text", "text": answer.text}
     return {"type": "tool_use", "id": call_id(), "name": generation.tool, "input": json.loads(answer.text)}

@@ -92,11 +92,11 @@ def _words(text: str) -> list[str]:
 
 
 def _subject(text: str) -> str:
-    """What a text is about, roughly: the last path in it, a quotation, the last name or number, or its last word."""
-    words = [word for word in (word.strip("?!.,:;()[]{}<>\"'`") for word in text.split()) if word]
-    paths = [word for word in words if re.search(r"\w[/.]\w", word)]
+    """What a text is about, roughly: a quotation, a path, the last name or number in it, or its last word."""
     quotation = _QUOTATION.search(text)
-    if paths or quotation is None:
-        names = [word for word in words[1:] if word[0].isupper() or word[0].isdigit()]
-        return (paths or names or words or ["simulated"])[-1][:_QUOTED_CHARACTERS]
-    return quotation[1]
+    if quotation is not None:
+        return quotation[1]
+    words = [word for word in (word.strip("?!.,:;()[]{}<>\"'") for word in text.split()) if word]
+    telling = [word for word in words if re.search(r"\w[/.]\w", word)]
+    telling = telling or [word for word in words[1:] if word[0].isupper() or word[0].isdigit()]
+    return (telling or words or ["simulated"])[-1][:_QUOTED_CHARACTERS]

@@ -78,7 +78,7 @@ def test_environment(tmp_path: Path) -> None:
         ("[[neurons]]\nname = 'x'\nendpoint = 'beast:13131'", "neurons[0].endpoint = 'beast:13131': must be a URL"),
         ("[[neurons]]\nname = 'x'\nendpoint = 'ftp://x'", "neurons[0].endpoint = 'ftp://x': must be a URL"),
         ("[[neurons]]\nname = 'x'\nendpoint = 'http://x?a=1'", "neurons[0].endpoint = 'http://x?a=1': must be a URL"),
-        (NEURON + NEURON, "the name 'beast' is given twice"),
+        (NEURON + NEURON, "duplicate neuron name 'beast'"),
         (NEURON + "token = ''", "neurons[0].token = '': "),
         (NEURON + "token_env = 'NO_SUCH'", "neurons[0]: token_env: the environment variable NO_SUCH is not set"),
         (NEURON + "tokn = 'x'", "neurons[0].tokn: unknown key"),
@@ -94,7 +94,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the file, the environment, or neither; the file wins. An endpoint's trailing slash is dropped."""
+    """A token comes from the file or the environment; the file wins. An endpoint's trailing slash is dropped."""
     monkeypatch.setenv("BEAST_TOKEN", "from environment")
     text = NEURON.replace("13131'", "13131/'")
     plain, named, both = (

@@ -48,7 +48,7 @@ def test_pauses_double_to_five_minutes(backoffs: Backoffs, clock: Clock, cause: 
 
 
 def test_a_fault_of_the_node_backs_off_on_that_node(backoffs: Backoffs) -> None:
-    """And nothing else."""
+    """Other nodes and other models are not held back."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no memory")
     assert {key: (backoff.reason, backoff.temporary) for key, backoff in backoffs.current().items()} == {
         ("m", "a"): ("no memory", False)
@@ -62,7 +62,7 @@ def test_a_fault_of_the_model_backs_off_everywhere(backoffs: Backoffs) -> None:
 
 
 def test_an_unknown_fault_is_tried_on_one_node_more(backoffs: Backoffs) -> None:
-    """After that the model is considered at fault."""
+    """After a second node fails, the model is considered at fault."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     assert list(backoffs.current()) == [("m", "a")]
     backoffs.record_failure("m", "b", BackoffCause.UNKNOWN, "exit 1")
@@ -70,7 +70,7 @@ def test_an_unknown_fault_is_tried_on_one_node_more(backoffs: Backoffs) -> None:
 
 
 @pytest.mark.parametrize("secs", [5, 60, 250])
-def test_a_load_that_is_slow_to_fail_counts_all_the_same(backoffs: Backoffs, clock: Clock, secs: float) -> None:
+def test_a_failure_counts_after_the_first_backoff_ended(backoffs: Backoffs, clock: Clock, secs: float) -> None:
     """The backoff of the first may have ended before the second fails."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     clock.now += secs
@@ -78,8 +78,8 @@ def test_a_load_that_is_slow_to_fail_counts_all_the_same(backoffs: Backoffs, clo
     assert ("m", "*") in backoffs.current()
 
 
-def test_an_unknown_fault_of_long_ago_is_no_second_one(backoffs: Backoffs, clock: Clock) -> None:
-    """Nor is one that was another node's own, or another model's."""
+def test_an_old_unknown_fault_does_not_count(backoffs: Backoffs, clock: Clock) -> None:
+    """Failures count for all nodes only if recent, of unknown cause and of the same model."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     clock.now += 3600
     backoffs.record_failure("m", "b", BackoffCause.NODE, "no memory")
@@ -88,8 +88,8 @@ def test_an_unknown_fault_of_long_ago_is_no_second_one(backoffs: Backoffs, clock
     assert set(backoffs.current()) == {("m", "b"), ("x", "b"), ("m", "c")}
 
 
-def test_a_model_that_failed_everywhere_does_so_until_it_serves(backoffs: Backoffs, clock: Clock) -> None:
-    """Tried again on a third node after its pause, it has not become innocent."""
+def test_a_backoff_for_all_nodes_lasts_until_the_model_serves(backoffs: Backoffs, clock: Clock) -> None:
+    """A failure on a third node, after the pause, extends the backoff for all nodes."""
     for node in "ab":
         backoffs.record_failure("m", node, BackoffCause.UNKNOWN, "exit 1")
     clock.now += 10
@@ -113,7 +113,7 @@ def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: 
 
 
 def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
-    """At their time, not before."""
+    """A backoff ends exactly at its time."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
     clock.now += 9.9
     assert backoffs.current()
@@ -122,7 +122,7 @@ def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
 
 
 def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
-    """On that node, and what was taken for the model's own fault; not what another node did."""
+    """A success also clears the backoff for all nodes, but not that of another node."""
     for node in "ab":
         assert _pauses(backoffs, clock, [BackoffCause.NODE] * 3, node) == [10, 20, 40]
     backoffs.record_failure("m", "a", BackoffCause.MODEL, "no")
@@ -133,7 +133,7 @@ def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
 
 
 def test_an_operator_clears_the_backoffs_of_a_model(backoffs: Backoffs, clock: Clock) -> None:
-    """At once and everywhere, only that model's; what fails again waits as long as it would have."""
+    """All backoffs of that model end at once; if it fails again, the pause is as long as it would have been."""
     _pauses(backoffs, clock, [BackoffCause.NODE] * 3)
     backoffs.record_failure("m", "b", BackoffCause.MODEL, "no")
     backoffs.record_failure("x", "a", BackoffCause.NODE, "no")

@@ -38,7 +38,7 @@ async def test_first_request_loads_where_it_fits_and_streams_back(
 async def test_single_device_models_are_sent_null_tensor_parallel(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """And they go to the tightest fit, so that the big cards stay free."""
+    """They are loaded on the tightest fit, so that the big cards stay free."""
     cortex = await start_cortex([beast, benjy], [SMALL])
     async with cortex.chat("org/small") as response:
         assert response.status == 200
@@ -73,7 +73,7 @@ async def test_load_outlives_the_client_that_asked(start_cortex: StartCortex, be
 
 
 async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """Polls are an hour apart here: the second request is served without a second load all the same."""
+    """The second request is served without a second load, although polls are an hour apart here."""
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     for _ in range(2):
         async with cortex.chat("org/small") as response:

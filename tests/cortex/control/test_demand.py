@@ -7,8 +7,9 @@ import pytest
 from cortex.control.demand import MEMORY_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight, Key
+from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
+from cortex.upstream.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 
@@ -25,10 +26,10 @@ class Worker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> dict[Key, int]:
+    def in_flight_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.here
 
-    def begun_here(self) -> dict[Key, int]:
+    def begun_here(self) -> dict[ReplicaKey, int]:
         return self.in_flight.begun
 
     async def refresh(self) -> None: ...
@@ -94,7 +95,7 @@ def test_each_request_is_counted_once_over_many_samples(demand: Demand, counts: 
 
 
 def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotals, clock: Moment) -> None:
-    """Nor do those of the one in its place count less."""
+    """Counts of the worker that replaces it are added in full."""
     old, other = attached(counts), attached(counts)
     old.serve(times=5)
     sample(demand)
@@ -107,7 +108,7 @@ def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotal
 
 
 def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
-    """It begins anew when the model was away in between, on that node."""
+    """It starts from zero if the model was unloaded from that node meanwhile."""
     began = clock.now
     clock.now += 5
     here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})
@@ -139,7 +140,7 @@ def reported(**activity: int | None) -> FleetSnapshot:
 def test_requests_reported_by_engines_count_as_use(
     before: dict[str, int | None], after: dict[str, int | None], used: bool
 ) -> None:
-    """So that no cortex takes a model for idle which another one sends requests to."""
+    """No cortex considers a model idle while another one sends requests to it."""
     now = 100.0
     demand = Demand(CountTotals(), clock=lambda: now)
     demand.routes_changed(["m"], reported(**before))

@@ -135,10 +135,8 @@ async def test_connection_is_closed_where_the_rest_would_have_to_be_waited_for(
     assert two.parts.counts.all_in_flight() == {}
 
 
-async def test_same_replica_once_more_when_there_is_no_other(
-    one: RunningCortex, beast: V1Neuron, engine: RawEngine
-) -> None:
-    """After the control has asked its neuron, which still says that it is loaded."""
+async def test_the_only_replica_is_tried_twice(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
+    """Before the second attempt the control asks the neuron, which still reports the model as loaded."""
     await answered_by(one, "beast")
     engine.scripts.append(answering(FULL))
     asked = beast.calls.count("/models")

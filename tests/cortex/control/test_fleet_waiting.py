@@ -48,7 +48,7 @@ async def test_a_wait_for_one_neuron_is_not_woken_by_others() -> None:
     assert looks == 2
 
 
-async def test_a_wait_that_was_given_up_harms_no_other() -> None:
+async def test_a_cancelled_wait_does_not_affect_others() -> None:
     """Cancelling one of two waits for a neuron leaves the second as it was."""
     fleet = make_fleet()
     first = asyncio.create_task(fleet.until("a", lambda node: node.healthy))

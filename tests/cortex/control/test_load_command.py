@@ -37,7 +37,7 @@ def test_the_catalogues_spec_and_the_plans_devices() -> None:
 
 
 @pytest.mark.parametrize(("min_devices", "tensor_parallel"), [(1, None), (2, 2)])
-def test_one_device_is_no_tensor_parallelism(min_devices: int, tensor_parallel: int | None) -> None:
+def test_tensor_parallel_is_null_for_one_device(min_devices: int, tensor_parallel: int | None) -> None:
     """Null for a single device, else the number of them."""
     command = _command(profile(min_devices=min_devices, vram_mb=14000), host("n", 24000, 24000))
     assert (command.tensor_parallel, len(command.devices or [])) == (tensor_parallel, min_devices)

@@ -29,7 +29,7 @@ HIGH = {"id": "org/high", "vram_mb": 20000, "residency_priority": 200}
 async def test_simultaneous_requests_for_two_models_cause_one_load_each(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """What has just been begun counts at once, also for the decision that follows in the same turn of the loop."""
+    """A load that has just started is visible to the next decision in the same loop iteration."""
     benjy.load_gate.clear()
     beast.load_gate.clear()
     cortex = await start_cortex([benjy, beast], [LOW, HIGH])
@@ -46,7 +46,7 @@ async def test_simultaneous_requests_for_two_models_cause_one_load_each(
 async def test_a_bug_in_a_load_fails_the_waiting_requests(
     start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the reservation is gone with it."""
+    """The load's reservation is released too."""
 
     def broken(*_: Any) -> Any:
         raise KeyError("broken")
@@ -189,7 +189,7 @@ async def test_an_accepted_load_counts_before_its_first_event(start_cortex: Star
 
 
 async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCortex) -> None:
-    """A model that is up by now was not at fault: when it has gone again it can be loaded at once."""
+    """A model that has loaded since has no backoff: after it is unloaded it can be loaded at once."""
 
     async def fail(wire: Wire, received: Received) -> None:
         error = b'{"error":{"message":"no such file","code":"load_failed","cause":"model"}}'
@@ -221,7 +221,7 @@ async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCo
 async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
+    """After a restart of cortex, a replica is not considered missing while its neuron has not answered yet."""
     monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
     benjy.models["org/kept"] = "loaded"
     benjy.answers.clear()

@@ -97,8 +97,8 @@ async def test_hundreds_of_requests_sent_ahead(client: RawClient) -> None:
 
 @pytest.mark.parametrize("endless", [False, True], ids=["thousands", "endless"])
 async def test_pipelining_beyond_the_limit(client: RawClient, engine: RawEngine, endless: bool) -> None:
-    """Whether cortex reads it all in turn or gives up: the current answer is complete, all answers are in order, and
-    the connection does not hang. A client that keeps sending does not lose its answers."""
+    """The current answer is complete, all answers are in order, and the connection does not hang. A client that keeps
+    sending does not lose its answers."""
     release = asyncio.Event()
 
     async def slowly(wire: Wire, received: Received) -> None:
@@ -221,18 +221,6 @@ async def test_target_arrives_as_it_was_sent(
     assert engine.requests[0].target in arrives
 
 
-@pytest.mark.parametrize(
-    "target", ["/v1/chat%2Fcompletions", "/v1/completions/", "//v1/completions", "/V1/completions"]
-)
-async def test_other_paths_are_not_taken_for_an_inference_path(
-    client: RawClient, engine: RawEngine, target: str
-) -> None:
-    """404, as for any unknown path."""
-    answer = await client.ask(hot(1, target=target))
-    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (404, "not_found")
-    assert engine.requests == []
-
-
 async def test_encoded_path_of_cortex_itself(client: RawClient) -> None:
     """A model id with its slash encoded or plain."""
     for target in ("/v1/models/org%2Fsmall", "/v1/models/org/small"):
@@ -243,7 +231,7 @@ async def test_encoded_path_of_cortex_itself(client: RawClient) -> None:
 @pytest.mark.parametrize(
     ("lines", "dropped"),
     [
-        (("Connection: Upgrade", "Upgrade: websocket"), "upgrade"),
+        (("Connection: Upgrade", "Upgrade: example/1"), "upgrade"),
         (("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAA"), "http2-settings"),
         (("Connection: X-Hop", "X-Hop: 1"), "x-hop"),
         (("TE: trailers", "Connection: TE"), "te"),
@@ -263,6 +251,30 @@ async def test_headers_of_one_connection_go_no_further(
         assert number_of(answer) == number
         assert engine.requests[number].all(dropped) == []
         assert (engine.requests[number].get("connection") or "keep-alive").lower() == "keep-alive"
+
+
+@pytest.mark.parametrize(
+    "target", ["/v1/responses", "/v1/realtime?model=org/small", "/v1/models", "/health", "/nowhere"]
+)
+async def test_websocket_upgrade_is_426(client: RawClient, engine: RawEngine, target: str) -> None:
+    """Codex probes for a WebSocket and uses HTTP after a 426. The connection stays usable."""
+    lines = ("Connection: Upgrade", "Upgrade: WebSocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
+    answer = await client.ask(request(b"", *lines, method="GET", target=target), "GET")
+    assert (answer.status, answer.get("upgrade"), answer.get("connection")) == (426, "HTTP/1.1", "keep-alive, upgrade")
+    assert "HTTP/1.1" in json.loads(answer.body)["error"]["message"]
+    assert engine.requests == []
+    assert number_of(await client.ask(hot(1))) == 1
+
+
+@pytest.mark.parametrize("cut", [3, 10, 17, 18, 24])
+async def test_http2_preface_gets_an_answer(cortex: RunningCortex, cut: int) -> None:
+    """A client with prior knowledge of HTTP/2 learns what to use, however its preface is cut."""
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+    async with connected(cortex.url) as client:
+        await client.send_apart([preface[:cut], preface[cut:]])
+        answer = await client.answer("GET")
+        assert (answer.status, answer.get("connection")) == (505, "close")
+        assert "HTTP/1.1" in json.loads(answer.body)["error"]["message"]
 
 
 async def test_header_belongs_to_a_connection_only_where_it_is_said(client: RawClient, engine: RawEngine) -> None:

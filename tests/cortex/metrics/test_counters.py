@@ -5,19 +5,19 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Series, merged
 
 
 def counted(times: int = 1) -> Counters:
-    """A tally with a bit of everything, each `times` times."""
-    tally = Counters()
+    """Counters of everything that is counted, each `times` times."""
+    counters = Counters()
     for _ in range(times):
-        tally.request("m", "beast", 200, 0.25, 0.004)
-        tally.request("m", "beast", 502, 0.5, None)
-        tally.error("m", "beast", "upstream_unreachable")
-        tally.tokens("m", "beast", 3, 5, 2)
-        tally.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
-    return tally
+        counters.request("m", "beast", 200, 0.25, 0.004)
+        counters.request("m", "beast", 502, 0.5, None)
+        counters.error("m", "beast", "upstream_unreachable")
+        counters.tokens("m", "beast", 3, 5, 2)
+        counters.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
+    return counters
 
 
 def test_everything_is_counted_once() -> None:
@@ -42,12 +42,27 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
 
 
 def test_counters_travel_between_processes() -> None:
-    """Whole, in either of msgspec's encodings, and it goes on counting there."""
+    """Counters survive both of msgspec's encodings and can be increased afterwards."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
     there.request("m", "beast", 200, 1.0, None)
     there.request("new", "beast", 200, 1.0, None)
     assert len(dict(there.items())) == 3
+
+
+@pytest.mark.parametrize("field", Series.__struct_fields__)
+def test_the_sum_of_several_workers_has_every_field(field: str) -> None:
+    """A field that `Series.add` forgets would be missing from the metrics page without an error."""
+    series = dict(counted().items())["m", "beast"]
+    assert getattr(series, field) != getattr(Series(), field), "extend `counted` so that it fills this field"
+    total = Series()
+    total.add(series)
+    assert getattr(total, field) == getattr(series, field)
+
+
+def test_the_sum_of_several_workers_has_only_series() -> None:
+    """A new field of Counters needs a line in `Counters.add`."""
+    assert Counters.__struct_fields__ == ("series",)
 
 
 def test_counters_add_up_and_stay_unchanged() -> None:

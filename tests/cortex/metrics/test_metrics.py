@@ -17,9 +17,9 @@ def samples(metrics: Metrics) -> Samples:
     return {(sample.name, frozenset(sample.labels.items())): sample.value for f in families for sample in f.samples}
 
 
-def made(*tallies: Counters) -> Metrics:
+def made(*counted: Counters) -> Metrics:
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
-    return Metrics(fleet, lambda: {("m", "beast"): 2}, lambda: tallies)
+    return Metrics(fleet, lambda: {("m", "beast"): 2}, lambda: counted)
 
 
 def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
@@ -27,7 +27,7 @@ def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tupl
 
 
 def test_the_page_is_the_sum_of_the_workers() -> None:
-    """And of what they count between two scrapes."""
+    """The page includes what workers count between two scrapes."""
     one, two = Counters(), Counters()
     metrics = made(one, two)
     one.request("m", "beast", 200, 0.3, 0.02)
@@ -46,10 +46,10 @@ def test_the_page_is_the_sum_of_the_workers() -> None:
 
 def test_buckets_add_up() -> None:
     """Each holds those below it, the last all of them, as Prometheus wants it."""
-    tally = Counters()
+    counters = Counters()
     for secs in (0.05, 0.2, 0.25, 1e6):
-        tally.request("m", "beast", 200, secs, None)
-    page = samples(made(tally))
+        counters.request("m", "beast", 200, secs, None)
+    page = samples(made(counters))
     name = "cortex_request_duration_seconds"
     counts = [page[key(f"{name}_bucket", le=le)] for le in ("0.05", "0.1", "0.25", "1800.0", "+Inf")]
     assert counts == [1, 1, 3, 3, 4]
@@ -58,7 +58,7 @@ def test_buckets_add_up() -> None:
 
 
 def test_cold_starts_are_counted_where_models_are_loaded() -> None:
-    """As a number and as durations."""
+    """Cold starts are exported as a number and as durations."""
     metrics = made()
     metrics.cold_start("m", "beast", 12.0)
     page = samples(metrics)
@@ -68,8 +68,8 @@ def test_cold_starts_are_counted_where_models_are_loaded() -> None:
 
 def test_any_name_of_a_model_survives_the_page() -> None:
     """Escaped, so that it breaks no line; and no series but the documented ones is made."""
-    tally, name = Counters(), 'we"ird\\\n{ü}'
-    tally.request(name, "beast", 200, 1.0, 1.0)
-    page = made(tally).exposition()
-    assert samples(made(tally))[key("cortex_requests_total", model=name, status="200")] == 1
+    counters, name = Counters(), 'we"ird\\\n{ü}'
+    counters.request(name, "beast", 200, 1.0, 1.0)
+    page = made(counters).exposition()
+    assert samples(made(counters))[key("cortex_requests_total", model=name, status="200")] == 1
     assert b"_created" not in page

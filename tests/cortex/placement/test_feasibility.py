@@ -23,7 +23,7 @@ def asked_one_by_one(profile: ModelProfile, snapshot: FleetSnapshot) -> tuple[st
     return tuple(entry.name for entry in snapshot.nodes.values() if is_feasible(profile, entry))
 
 
-def test_it_says_what_the_rule_says() -> None:
+def test_cached_answers_match_the_rule() -> None:
     """One cache for every requirement and every kind of neuron, while neurons come and go."""
     nodes = [
         node("c", 24000, 24000),

@@ -8,9 +8,10 @@ import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import schedule_loads
-from cortex.placement.inputs import Backoff, Key
+from cortex.placement.inputs import Backoff
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error, unknown_model_error
+from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError, render
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
@@ -21,7 +22,7 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff]) -> ServiceError:
+def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff]) -> ServiceError:
     moment = view(where, M, PINNED, TOP, backoffs=backoffs)
     wanted = moment.profile(model_id)
     return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
@@ -44,7 +45,7 @@ def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff
         ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Backoff], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff], code: str) -> None:
     """Each has its own code; temporary ones say when to retry."""
     error = _refused(model_id, where, backoffs)
     assert error.code == code
@@ -64,7 +65,9 @@ def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Key, Ba
         ),
     ],
 )
-def test_what_fails_everywhere_again_is_permanent(backoffs: Mapping[Key, Backoff], permanent: bool) -> None:
+def test_a_model_that_cannot_load_anywhere_is_refused_permanently(
+    backoffs: Mapping[ReplicaKey, Backoff], permanent: bool
+) -> None:
     """Client libraries then report the failure at once."""
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert error.permanent is permanent
@@ -79,7 +82,7 @@ def test_a_failed_load_says_when_to_retry() -> None:
 
 
 def test_the_error_names_the_models_that_hold_the_memory() -> None:
-    """With the figures, and why models stay."""
+    """The error has their figures and why they stay."""
     error = _refused("m", fleet(FULL, node("b", 24000, draining=True)), {})
     assert "a: needs 14000 MiB, 4000 MiB free on device 0; top stays (priority 500 is above 100)" in error.message
     assert "b: draining" in error.message
@@ -109,8 +112,8 @@ def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_whose_fault_a_failure_was(backoff: Key, where: FleetSnapshot, outcome: str) -> None:
-    """Determines where the load is tried again, if anywhere."""
+def test_a_backoff_decides_where_the_load_is_retried(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
+    """After a fault of one node the load is retried on another; after a fault of the model the request is refused."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])
     if outcome == "refused":

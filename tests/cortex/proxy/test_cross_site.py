@@ -56,7 +56,7 @@ def refused(answer: Answer, key: str) -> bool:
 async def test_requests_of_web_pages_are_refused(
     start_cortex: StartCortex, benjy: V1Neuron, lines: list[str], host: str, key: str
 ) -> None:
-    """On every route, known or not, and no engine or neuron hears of it. The connection stays usable."""
+    """Every route refuses them, known or not, and no engine or neuron gets the request. The connection stays usable."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with connected(cortex.url) as client:
         for target in GETS:
@@ -97,7 +97,7 @@ async def test_own_and_allowed_origins_are_served(start_cortex: StartCortex, ben
         assert (await client.ask(old)).status == 200
 
 
-async def test_engines_do_not_hear_of_origins(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+async def test_engines_do_not_get_origins(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """vLLM answers every origin with `access-control-allow-origin: *`; which ones may read is cortex's decision."""
     benjy.models[MODEL] = "loaded"
     cortex = await start_cortex([benjy], [{"id": MODEL}])

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +30,7 @@ MODEL = "org/small"
 WAITING = {"first_comment_secs": 0.05, "comment_interval_secs": 0.05}
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 EVENTS = b'data: {"a": 1}\n\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 5}}\n\ndata: [DONE]\n\n'
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 STREAM = answering(stream_head() + chunked(EVENTS, 7))
 
 
@@ -71,9 +73,12 @@ async def waiting(url: str, target: str = STREAMED[0], *lines: str) -> AsyncIter
 
 async def rest(client: RawClient) -> bytes:
     """The rest of the chunked body, after the comments."""
-    body = await read_body(client.incoming, "chunked", 0)
-    events = body.split(b"\n\n")
-    return b"\n\n".join(event for event in events if not event.startswith(b": "))
+    return without_signs(await read_body(client.incoming, "chunked", 0))
+
+
+def without_signs(body: bytes) -> bytes:
+    """An event stream without comments and pings."""
+    return re.sub(rb"(?m)^: [^\n]*\n", b"", body).replace(PING, b"")
 
 
 async def serves_on(client: RawClient) -> None:
@@ -104,12 +109,14 @@ async def test_comments_and_then_the_answer(
             ("content-type", "text/event-stream; charset=utf-8"),
             *([("request-id", "mine")] if target == "/v1/messages" else []),
             ("transfer-encoding", "chunked"),
+            ("x-accel-buffering", "no"),
             ("x-cortex-cold-start", "true"),
             ("x-cortex-node", "benjy"),
             ("x-request-id", "mine"),
         ]
         for _ in range(3):
-            assert await chunk(client) == b": loading org/small on benjy for 0 s\n\n"
+            ping = PING if target == "/v1/messages" else b""
+            assert await chunk(client) == b": loading org/small on benjy for 0 s\n" + ping
         benjy.load_gate.set()
         assert await rest(client) == EVENTS
         await serves_on(client)
@@ -145,7 +152,9 @@ async def test_plain_request_is_held_silently(
 @pytest.mark.parametrize(
     "body", [b'{"model":"org/small","n":NaN,"stream":true}', b'{"stream":false,"stream":true,"model":"org/small"}']
 )
-async def test_stream_is_told_as_leniently_as_the_model(cortex: RunningCortex, engine: RawEngine, body: bytes) -> None:
+async def test_stream_is_detected_as_leniently_as_the_model(
+    cortex: RunningCortex, engine: RawEngine, body: bytes
+) -> None:
     """cortex reads `stream` as json.loads does; the last of several counts."""
     async with connected(cortex.url) as client:
         await client.send(request(body))
@@ -190,10 +199,9 @@ async def test_http_1_0_until_close(
         await client.send(asking("/v1/completions", "Connection: keep-alive", version="HTTP/1.0"))
         head = await client.head()
         assert (head.get("transfer-encoding"), head.get("connection")) == (None, "close")
-        assert await bounded(client.incoming.readuntil(b"\n\n")) == b": loading org/small on benjy for 0 s\n\n"
+        assert await bounded(client.incoming.readuntil(b"\n")) == b": loading org/small on benjy for 0 s\n"
         benjy.load_gate.set()
-        events = (await client.rest()).split(b"\n\n")
-        assert b"\n\n".join(event for event in events if not event.startswith(b": ")) == expected
+        assert without_signs(await client.rest()) == expected
 
 
 def error_of(event: bytes, target: str) -> dict[str, Any]:
@@ -314,7 +322,7 @@ async def test_comments_go_on_until_the_engine_answers(
     engine.script = late
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
-        while b"has the request" not in await chunk(client):
+        while b"request sent to" not in await chunk(client):
             pass
         answered.set()
         assert await rest(client) == EVENTS
@@ -335,7 +343,7 @@ async def test_engine_that_answers_503_behind_the_comments(
 async def test_client_that_disconnects_leaves_the_queue(
     cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
-    """At once, with its task, timer and objects. The load continues."""
+    """Its task, timer and objects are freed at once. The load continues."""
     async with waiting(cortex.url):
         with_one = len(_waits())
         tasks = len(asyncio.all_tasks())
@@ -385,14 +393,15 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
     progress = Progress(phase="a\r\ndata: x\n\n", fraction=0.404, remaining_secs=34.2)
     async with waiting(cortex.url) as client:
         cortex.parts.fleet.update_model("benjy", ModelView(id=MODEL, status="loading", progress=progress))
-        while (told := await chunk(client)) == b": loading org/small on benjy for 0 s\n\n":
+        while (told := await chunk(client)) == b": loading org/small on benjy for 0 s\n":
             pass
-        assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n\n"
+        assert told == b": loading org/small on benjy: a data: x 40 %, about 35 s left\n"
 
 
-async def test_worker_processes_hear_from_their_control(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> None:
-    """Their comments have what the control knows, the node included from the first one on. The log has the waiting
-    time."""
+async def test_worker_processes_get_notes_from_their_control(
+    tmp_path: Path, benjy: V1Neuron, engine: RawEngine
+) -> None:
+    """Comments say what the control knows, from the first one on with the node. The log has the waiting time."""
     async with cortex_process(
         tmp_path, [benjy], [{"id": MODEL}], workers=2, waiting={"first_comment_secs": 0.4}
     ) as cortex:

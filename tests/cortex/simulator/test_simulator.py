@@ -109,7 +109,7 @@ def half_hour(example: SimulatedFleet) -> list[Ask]:
         ),
         ('nodes = [{ name = "solo", devices = ["L4"] }]', "give either models_config or [[models]]"),
         ('models_config = "nowhere.toml"\nnodes = [{ name = "solo", devices = ["L4"] }]', "nowhere.toml: No such file"),
-        (ONE_CARD.replace("nodes = [", 'nodes = [{ name = "solo", devices = ["L4"] }, '), "'solo' is given twice"),
+        (ONE_CARD.replace("nodes = [", 'nodes = [{ name = "solo", devices = ["L4"] }, '), "duplicate node name 'solo'"),
         (
             ONE_CARD.replace("24576 }]", '24576 }], links = [{ a = 0, b = 1, kind = "phb" }]'),
             "links: 0 and 1 must be two devices",
@@ -240,6 +240,7 @@ def test_the_planner_drains_a_busy_model_where_others_wait_until_it_is_idle(
 
 
 def test_request_times_out(tmp_path: Path) -> None:
+    """A request that waits longer than `timeout_secs` is unserved, and its whole wait counts."""
     fleet = fleet_of(tmp_path, ONE_CARD + "[serving]\ntimeout_secs = 4\n")
     outcome = simulate(fleet, [Ask(0.0, "a", 1.0)], "planner")
     assert (outcome.total.unserved, outcome.total.waiting.max) == (1, 4.0)
@@ -275,10 +276,10 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
+def test_every_request_is_served_once_by_a_loaded_model_within_memory(
     example: SimulatedFleet, half_hour: list[Ask], policy: str
 ) -> None:
-    """Checked after every iteration of the loop."""
+    """The invariants hold after every iteration of the loop."""
 
     def look(simulation: Simulation) -> None:
         for neuron in simulation.neurons.values():
@@ -300,7 +301,7 @@ def test_nothing_is_lost_overbooked_or_served_by_what_is_not_loaded(
     assert total.requests == sum(each.requests for each in by_model)
     assert total.unserved == 0
     held = sum(len(neuron.engines) for neuron in simulation.neurons.values())
-    assert total.loads - total.displacements == held
+    assert total.loads - total.evictions == held
 
 
 def test_the_same_trace_gives_the_same_figures(example: SimulatedFleet, half_hour: list[Ask]) -> None:

@@ -1,4 +1,4 @@
-"""What one needs to understand a run and to repeat it, as text."""
+"""Everything needed to understand and repeat a run, as text."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ async def test_stream_ends_with_neuron(mark: str, tmp_path: Path) -> None:
         await response.read()
 
 
-async def test_listener_that_does_not_listen_is_dropped() -> None:
+async def test_slow_listener_is_dropped() -> None:
     """The queue of a slow listener is bounded; other listeners are not affected."""
     hub = EventHub()
     with hub.listening() as slow, hub.listening() as quick:

@@ -143,7 +143,7 @@ def test_table_output(library: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_table_of_a_host_with_unusable_gpus() -> None:
-    """The reason is at the top."""
+    """The reason is printed first."""
     text = table_of(Discovery(hostname="beast", cuda_unavailable_reason="reboot it"))
     assert "CUDA is unavailable: reboot it" in text
     assert text.endswith("\nno GPU\n")
@@ -158,7 +158,7 @@ def test_table_of_pcie_links() -> None:
 
 
 async def test_a_simulated_host_has_the_neurons_name(tmp_path: Path) -> None:
-    """The hosts of a simulated fleet share one machine, so each has its neuron's name."""
+    """The hosts of a simulated fleet share one machine, but each shows its own name."""
     simulate = SimulateSettings(devices=["RTX 5090", "RTX 5090"], nvlink=True)
     config = NeuronConfig(name="beast", simulate=simulate)
     source = topology_source(config, tmp_path)

@@ -44,7 +44,7 @@ async def test_drain_is_cut_short(config: Path, mark: str) -> None:
             assert (await long).status == 200
 
 
-async def test_sigterm_drains_and_tells(config: Path, mark: str) -> None:
+async def test_sigterm_drains_and_sends_events(config: Path, mark: str) -> None:
     """When neuron stops, listeners get an event that the model takes no new requests before their stream ends, and
     running requests finish."""
     async with neuron_process(config) as neuron:

@@ -87,7 +87,7 @@ async def test_bare_load_takes_the_remembered_spec(neuron: Neuron) -> None:
     assert (view["tensor_parallel"], view["vram_used_mb"]) == (2, 4000)
 
 
-async def test_not_waiting_is_told_at_once(neuron: Neuron) -> None:
+async def test_a_load_without_wait_returns_at_once(neuron: Neuron) -> None:
     """?wait=false answers 202 before the engine is ready; an invalid request is still a 4xx."""
     answer = await neuron.load(MODEL, wait=False)
     assert (answer.status, answer.body["status"]) == (202, "loading")
@@ -121,7 +121,7 @@ async def test_failed_load_says_why(neuron: Neuron) -> None:
     assert (await neuron.load(MODEL)).status == 200
 
 
-async def test_memory_that_is_not_there(neuron: Neuron, mark: str) -> None:
+async def test_load_without_enough_memory_is_refused(neuron: Neuron, mark: str) -> None:
     """A load that does not fit beside another is refused with the figures and starts nothing; the other is unaffected,
     and once it is gone the same load succeeds."""
     await neuron.load("first", devices=[0], vram_mb=30_000)
@@ -178,7 +178,7 @@ async def test_load_that_takes_too_long(mark: str, tmp_path: Path) -> None:
         assert (await neuron.model(MODEL))["status"] == "failed"
 
 
-async def test_executable_that_is_not_there(mark: str, tmp_path: Path) -> None:
+async def test_missing_executable(mark: str, tmp_path: Path) -> None:
     """The error names what could not be started."""
     async with neuron_here(config_of(tmp_path / "state", sim={"command": ["/nowhere/vllm"]})) as neuron:
         answer = await neuron.load(MODEL)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from neuron.config import RecoverySettings
-from neuron.lifecycle.states import Restarts
+from neuron.lifecycle.restart_backoff import Restarts
 from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
 
 MODEL = "org/model"
@@ -79,7 +79,7 @@ async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
     assert (await loaded_again(neuron, before))["failures"] >= 1
 
 
-async def test_who_asks_meanwhile_waits_for_it(neuron: Neuron) -> None:
+async def test_a_load_during_recovery_waits_for_it(neuron: Neuron) -> None:
     """A load of a model that recovers joins the recovery."""
     await neuron.load(MODEL, "--load-secs", "0.5")
     before = (await neuron.model(MODEL))["pid"]

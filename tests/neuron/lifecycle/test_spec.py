@@ -44,7 +44,7 @@ def test_accepted_names(name: str) -> None:
     assert spec(model_id=name).source == name
 
 
-def test_relative_path_is_no_source() -> None:
+def test_source_must_not_be_a_relative_path() -> None:
     """A path is fine as an id; as a source it must be absolute, or a name on a hub."""
     assert spec(model_id="team/a/b", source="/m").model_id == "team/a/b"
     with pytest.raises(InvalidRequest, match="neither an absolute path"):
@@ -177,7 +177,7 @@ def test_devices_imply_tensor_parallel() -> None:
     assert spec(devices=[1, 0]).tensor_parallel == 2
 
 
-def test_served_names_are_told_once() -> None:
+def test_served_names_are_passed_once() -> None:
     """Duplicates and the id itself add nothing."""
     assert spec(served_names=["a", "org/model", "a", "b"]).served_names == ("a", "b")
 
@@ -210,7 +210,7 @@ def test_json_arguments(args: list[str]) -> None:
     assert list(spec(args=args).args) == args
 
 
-def test_seed_command_takes_what_it_cannot_speak_of_as_it_is() -> None:
+def test_protocol_v1_command_matches_any_value_of_newer_fields() -> None:
     """A cortex that speaks only protocol v1 joins a model that was loaded with more fields; a contradicting field still
     differs."""
     running = spec(harness="sim", args=["--load-secs", "1"], vram_mb=1000)

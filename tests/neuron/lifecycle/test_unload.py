@@ -11,7 +11,7 @@ from tests.neuron.neurons import Neuron, config_of, marked_engines, marked_proce
 MODEL = "org/model"
 
 
-async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> None:
+async def test_unload_answers_after_memory_is_released(neuron: Neuron, mark: str) -> None:
     """When the unload answers: no process, no memory in use, no port reserved, no temporary files."""
     await neuron.load(MODEL, vram_mb=9000)
     answer = await neuron.unload(MODEL)
@@ -23,11 +23,11 @@ async def test_unload_answers_when_all_is_back(neuron: Neuron, mark: str) -> Non
     assert [device["vram_used_mb"] for device in devices] == [0, 0]
     view = await neuron.model(MODEL)
     assert (view["status"], view["devices"], view["vram_used_mb"]) == ("unloaded", [], 0)
-    assert [each["reason"] for each in view["transitions"][:2]] == ["stopped", "asked to unload"]
+    assert [each["reason"] for each in view["transitions"][:2]] == ["stopped", "unload requested"]
     assert (await neuron.endpoint(MODEL)).status == 404
 
 
-async def test_unload_of_what_is_not_there(neuron: Neuron) -> None:
+async def test_unload_of_a_model_that_is_not_loaded(neuron: Neuron) -> None:
     """404 for an unknown model, 200 for one that is already unloaded."""
     assert (await neuron.unload(MODEL)).error["code"] == "model_not_found"
     await neuron.load(MODEL)

@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from cortex.proxy.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -43,6 +43,11 @@ MAX_PARTS = 1000
 """Limit for the parts of a form, as in Starlette, which vLLM uses. 32 MiB of empty parts would take half a minute."""
 
 _MAX_PART_HEAD_BYTES = 4096
+_NO_MODEL = "the body must have a string 'model'"
+
+
+class MissingModel(InvalidRequest):
+    """The body is a JSON object or a multipart form, and names no model."""
 
 
 class JsonModel(msgspec.Struct, frozen=True, gc=False):
@@ -99,11 +104,27 @@ def find_model(body: bytes, content_type: str) -> ModelField:
     """The `model` of a JSON object, or of a multipart form.
 
     Raises:
-        InvalidRequest: the body is neither, or has no string `model`.
+        MissingModel: it has none, or an empty one.
+        InvalidRequest: the body is neither, or its `model` is not a string.
     """
-    if content_type != "application/json" and content_type.lower().startswith("multipart/form-data"):
-        return _model_of_form(body, content_type)
-    return _model_of_json(body)
+    return _model_of_form(body, content_type) if _is_form(content_type) else _model_of_json(body)
+
+
+def _is_form(content_type: str) -> bool:
+    return content_type != "application/json" and content_type.lower().startswith("multipart/form-data")
+
+
+def with_model(body: bytes, content_type: str, model: str) -> bytes:
+    """`body`, for which `find_model` raises MissingModel, with this model and otherwise unchanged."""
+    if _is_form(content_type):
+        delimiter = _delimiter(content_type)
+        part = b'%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (delimiter, model.encode())
+        start = max(0, body.find(delimiter))
+        return b"".join((memoryview(body)[:start], part, memoryview(body)[start:]))
+    end = body.rindex(b"}")
+    comma = b"" if body[:end].rstrip(b" \t\r\n").endswith(b"{") else b","
+    member = b'%b"model":%b' % (comma, json.dumps(model).encode())
+    return b"".join((memoryview(body)[:end], member, memoryview(body)[end:]))
 
 
 def _model_of_json(body: bytes) -> JsonModel:
@@ -114,7 +135,7 @@ def _model_of_json(body: bytes) -> JsonModel:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         field = _model_of_lenient_json(body)
     if not field.model:
-        raise _no_model()
+        raise _missing()
     return field
 
 
@@ -123,8 +144,8 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     invalid."""
     strict = _made_strict(body)
     try:
-        if not memoryview(_check_syntax(strict).model):
-            raise _no_model()
+        if bytes(_check_syntax(strict).model) in {b"", b"null"}:
+            raise _missing()
         place = place_of_member(body, "model")
     except msgspec.ValidationError:
         raise _no_model() from None  # not an object
@@ -173,11 +194,7 @@ def _check_utf8(body: bytes) -> None:
 
 def _model_of_form(body: bytes, content_type: str) -> FormModel:
     """The part named `model` of a multipart form. The last of several counts, as in Starlette."""
-    header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
-    boundary = header.get_boundary()
-    if not boundary:
-        raise InvalidRequest("the multipart Content-Type has no boundary")
-    delimiter = b"--" + boundary.encode("utf-8", "surrogateescape")
+    delimiter = _delimiter(content_type)
     found: FormModel | None = None
     position = body.find(delimiter)
     for _ in range(MAX_PARTS):
@@ -193,8 +210,17 @@ def _model_of_form(body: bytes, content_type: str) -> FormModel:
     else:
         raise InvalidRequest(f"the multipart body has more than {MAX_PARTS} parts")
     if found is None:
-        raise _no_model()
+        raise _missing()
     return found
+
+
+def _delimiter(content_type: str) -> bytes:
+    """What parts of a form begin with."""
+    header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
+    boundary = header.get_boundary()
+    if not boundary:
+        raise InvalidRequest("the multipart Content-Type has no boundary")
+    return b"--" + boundary.encode("utf-8", "surrogateescape")
 
 
 def _form_value(body: bytes, begin: int, end: int) -> FormModel:
@@ -203,7 +229,7 @@ def _form_value(body: bytes, begin: int, end: int) -> FormModel:
     except UnicodeDecodeError as error:
         raise InvalidRequest("the form's 'model' is not UTF-8", param="model") from error
     if not value:
-        raise _no_model()
+        raise _missing()
     return FormModel(value, begin, end)
 
 
@@ -214,4 +240,8 @@ def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:
 
 
 def _no_model() -> InvalidRequest:
-    return InvalidRequest("the body must have a string 'model'", param="model")
+    return InvalidRequest(_NO_MODEL, param="model")
+
+
+def _missing() -> MissingModel:
+    return MissingModel(_NO_MODEL, param="model")

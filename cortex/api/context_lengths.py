@@ -1,0 +1,153 @@
+"""The context length of each model, as its engine gives it in `/v1/models`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from aiohttp import web
+
+from cortex.control.wiring import Parts
+from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.neuron_http import AnswerTooLarge, fetch
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.upstream.address import parse_url
+from cortex.upstream.pool import EnginePool, NoConnection
+from cortex.upstream.replica import ReplicaKey
+from shared.protocol import EndpointReply
+from shared.tasks import TaskSet, running, timeout
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECS: Final = 5.0
+"""How long an engine may take to answer."""
+LIST_WAIT_SECS: Final = 0.5
+"""How long a client's list waits for engines that were not asked before."""
+RETRY_SECS: Final = 30.0
+"""When to ask an engine again that gave no length."""
+MAX_AT_ONCE: Final = 16
+
+
+class ContextLengths:
+    """Owner of `known`: model id to tokens. A length stays known when the model is unloaded, and over a restart of
+    cortex if it has a state directory.
+
+    An engine whose neuron tells its endpoint is asked as soon as it has loaded; one of a protocol v1 neuron when a
+    client lists the models, because it costs a call to the neuron as well.
+    """
+
+    def __init__(self, parts: Parts, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._parts = parts
+        self._clock = clock
+        self._asked: dict[ReplicaKey, tuple[object, float]] = {}  # the load that was asked about, when to ask again
+        self._seen: FleetSnapshot | None = None
+        self._pool = EnginePool()
+        self._tasks = TaskSet()
+        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
+        self.known: Mapping[str, int] = MappingProxyType(dict(parts.state.max_model_len))
+
+    async def follow(self) -> None:
+        """Asks engines as they load. Never returns."""
+        with self._parts.fleet.route_changes() as changes:
+            self._ask(self._parts.fleet.snapshot().listed_models, told_only=True)
+            while True:
+                self._ask(await changes.next(), told_only=True)
+
+    async def settle(self) -> None:
+        """Asks the engines that were not asked, and gives them a moment to answer."""
+        fleet = self._parts.fleet.snapshot()
+        if fleet is self._seen:
+            return
+        self._seen = fleet
+        asked = self._ask(fleet.listed_models, told_only=False)
+        if asked:
+            await asyncio.wait(asked, timeout=LIST_WAIT_SECS)
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        self._pool.close()
+
+    def _ask(self, models: Iterable[str], *, told_only: bool) -> list[asyncio.Task[None]]:
+        fleet, now = self._parts.fleet.snapshot(), self._clock()
+        begun: list[asyncio.Task[None]] = []
+        for model_id in models:
+            serving = {node.name: node for node in fleet.serving(model_id)}
+            for node in fleet.holders(model_id):
+                key = model_id, node.name
+                if node.name not in serving:
+                    self._asked.pop(key, None)
+                    continue
+                view = node.models[model_id]
+                load, again_at = self._asked.get(key, (None, 0.0))
+                if (told_only and view.endpoint is None) or (load == (view.since, node.instance) and now < again_at):
+                    continue
+                self._asked[key] = (view.since, node.instance), now + RETRY_SECS
+                begun.append(self._tasks.spawn(self._learn(model_id, node), name=f"context length of {model_id}"))
+        return begun
+
+    async def _learn(self, model_id: str, node: NodeSnapshot) -> None:
+        try:
+            async with self._slots, timeout(ANSWER_SECS):
+                length = await self._told_by_engine(model_id, await self._endpoint(model_id, node))
+        except (OSError, ValueError, asyncio.TimeoutError, NoConnection, AnswerTooLarge) as error:
+            log.debug("context length of %s on %s: %r", model_id, node.name, error)
+            return
+        except (NeuronRefused, NeuronUnreachable) as error:
+            log.debug("context length of %s: %s", model_id, error)
+            return
+        load, _ = self._asked.get((model_id, node.name), (None, 0.0))
+        self._asked[model_id, node.name] = load, float("inf")
+        if self.known.get(model_id) != length:
+            self.known = MappingProxyType({**self.known, model_id: length})
+            self._parts.state.set_max_model_len(model_id, length)
+
+    async def _endpoint(self, model_id: str, node: NodeSnapshot) -> EndpointReply:
+        told = node.models[model_id].endpoint
+        if told is not None:
+            return reachable(told, node.endpoint)
+        client = self._parts.clients.get(node.name)
+        if client is None:
+            raise ValueError("the neuron left the configuration")
+        return await client.endpoint(model_id)
+
+    async def _told_by_engine(self, model_id: str, endpoint: EndpointReply) -> int:
+        """Raises ValueError if the engine gives no length."""
+        address, prefix = parse_url(endpoint.url)
+        head = b"GET %b/v1/models HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\n" % (prefix, address.authority)
+        if endpoint.api_key is not None:
+            head += b"authorization: Bearer %b\r\n" % endpoint.api_key.encode()
+        answer = await fetch(self._pool, address, head + b"\r\n", again=True)
+        if answer.status != 200:
+            raise ValueError(f"status {answer.status}")
+        return length_in(model_id, json.loads(answer.body))
+
+
+def length_in(model_id: str, page: Any) -> int:
+    """`max_model_len` of the model in an engine's list, or of the first entry that has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    data = page.get("data") if isinstance(page, dict) else None
+    entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    for entry in sorted(entries, key=lambda entry: entry.get("id") != model_id):
+        length = entry.get("max_model_len")
+        if isinstance(length, int) and not isinstance(length, bool) and 0 < length < 1 << 53:
+            return length
+    raise ValueError("no max_model_len")
+
+
+CONTEXT_LENGTHS = web.AppKey("context_lengths", ContextLengths)
+
+
+async def following(app: web.Application) -> AsyncIterator[None]:
+    """Keeps CONTEXT_LENGTHS up to date while the app runs."""
+    lengths = app[CONTEXT_LENGTHS]
+    async with running({"context lengths": lengths.follow}):
+        yield
+    await lengths.close()

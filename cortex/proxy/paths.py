@@ -1,0 +1,130 @@
+"""Which path means what: for engines, for cortex itself, misspelt, or unknown. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import unquote
+
+from cortex.http.request import Request
+from shared.errors import Forbidden, NotFound, shortened
+
+INFERENCE_PATHS: Final = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/pooling",
+    "/classify",
+    "/tokenize",
+    "/detokenize",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+)
+"""POST routes whose body names a model, as vLLM has them. A POST to any other path that is not cortex's own goes to an
+engine too if its body names a model."""
+INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
+
+MODELS: Final = b"/v1/models"
+OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/openapi.json")
+"""cortex answers these and everything below them itself."""
+
+_MANAGES_ENGINE: Final = frozenset(
+    (
+        # vLLM, in development mode and for reinforcement learning
+        *("abort_requests", "collective_rpc", "fault_tolerance", "finish_weight_update", "init_weight_transfer_engine"),
+        *("is_scaling_elastic_ep", "is_sleeping", "load_lora_adapter", "pause", "release_kv_cache_memory"),
+        *("reset_encoder_cache", "reset_mm_cache", "reset_prefix_cache", "resume", "scale_elastic_ep", "server_info"),
+        *("shutdown_weight_transfer_engine", "sleep", "start_draft_weight_update", "start_profile"),
+        *("start_weight_update", "stop_profile", "unload_lora_adapter", "update_weight_version", "update_weights"),
+        *("wake_up", "weight_checker"),
+        # SGLang and llama.cpp
+        *("flush_cache", "freeze_gc", "load_lora_adapter_from_tensors", "lora-adapters", "pause_generation"),
+        *(
+            "continue_generation",
+            "props",
+            "release_memory_occupation",
+            "resume_memory_occupation",
+            "set_internal_state",
+        ),
+        *("slots", "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor"),
+    )
+)
+"""First segments, after a version, of routes that change an engine for all its users."""
+_VERSION: Final = re.compile(r"v\d+")
+
+_OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
+_ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
+
+
+def is_own(path: bytes) -> bool:
+    """True for paths that cortex answers itself."""
+    return path in OWN_PATHS or path.startswith(_OWN_BELOW)
+
+
+def manages_engine(path: bytes) -> bool:
+    """True for routes that manage an engine instead of using its model. They are not for clients: neuron uses them.
+
+    `path` is compared as an engine's router may read it: percent-decoded, without empty and `.` segments.
+    """
+    segments = [segment for segment in unquote(path.decode("latin-1")).split("/") if segment not in ("", ".")]
+    while segments and _VERSION.fullmatch(segments[0]):
+        del segments[0]
+    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+
+
+def is_for_web_pages(path: bytes) -> bool:
+    """True for paths that pages of allowed origins may use: inference and the list of models, not the fleet."""
+    return not is_own(path) or path == MODELS or path.startswith(MODELS + b"/")
+
+
+def meant_path(path: bytes, *, reads: bool) -> bytes:
+    """The known path that a slightly wrong one clearly means, otherwise `path` itself. `reads`: the method is GET or
+    HEAD.
+
+    Clients join base URL and path: a missing, doubled or trailing slash and a missing or doubled `/v1` come from a
+    base URL with or without `/v1`. `path` is as received, without query.
+    """
+    one = _ONE_MODEL.fullmatch(path) if reads else None
+    if one is not None:
+        return path if path.startswith(MODELS + b"/") and not path.endswith(b"/") else b"%b/%b" % (MODELS, one[1])
+    segments = [segment for segment in path.split(b"/") if segment]
+    while segments[:2] == [b"v1", b"v1"]:
+        del segments[0]
+    plain = b"/" + b"/".join(segments)
+    for known in (plain, b"/v1" + plain):
+        if known in INFERENCE or known == MODELS:
+            return known
+    return plain if is_own(plain) else path
+
+
+def has_wrong_base(path: bytes) -> bool:
+    """True for a known path behind something else, such as `/api/v1/chat/completions`, and for the beginning of one:
+    the client has the wrong base URL."""
+    return path not in INFERENCE and (path.endswith(_BELOW_V1) or path.rstrip(b"/") in _BEGINNINGS)
+
+
+_BELOW_V1: Final = tuple(path for path in INFERENCE if path.startswith(b"/v1/"))
+_BEGINNINGS: Final = frozenset({b"", b"/v1", b"/chat", b"/v1/chat", b"/audio", b"/v1/audio"})
+
+
+def not_for_clients(request: Request) -> Forbidden:
+    path = shortened(request.raw_path.decode("latin-1"))
+    return Forbidden(f"{path!r} manages an engine; use cortex's /fleet routes instead")
+
+
+def no_route(request: Request) -> NotFound:
+    """The error for an unknown path. It gives the base URLs, with https if a proxy in front says so."""
+    scheme = "https" if (request.passed_value(b"x-forwarded-proto") or b"").lower() == b"https" else "http"
+    base = f"{scheme}://{shortened((request.host or b'HOST').decode('latin-1'))}"
+    path = shortened(request.raw_path.decode("latin-1"))
+    return NotFound(
+        f"no route for {request.method.decode('latin-1')} {path!r}: the base URL is {base}/v1 for OpenAI's clients and "
+        f"{base} for Anthropic's. A POST to any other path must name a model in its body"
+    )
