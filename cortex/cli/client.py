@@ -34,7 +34,7 @@ def call(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers, method=method)  # noqa: S310 - the scheme is checked above
     try:
-        with urllib.request.urlopen(request, timeout=timeout_secs) as response:  # noqa: S310 - as above
+        with urllib.request.urlopen(request, timeout=timeout_secs) as response:  # noqa: S310 - the scheme is checked above
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         hint = ", set CORTEX_API_KEY to a valid key" if error.code == HTTPStatus.UNAUTHORIZED else ""

@@ -48,7 +48,8 @@ class _Stale(Exception):
 
 
 class _Exchange:
-    """Implements `engine.Exchange`; subclasses handle the body. `outcome` is set when the exchange ends."""
+    """Implements the protocol `Exchange` of `cortex.upstream.connection`; subclasses handle the body. `outcome` is set
+    when the exchange ends."""
 
     def __init__(self, head: bytes, body: bytes) -> None:
         self._request = head, body

@@ -120,7 +120,7 @@ class NeuronPoller:
         sooner = settings.interval_secs < self._settings.interval_secs
         self._settings = settings
         if sooner:  # the current pause may be a long one; the delay spreads the neurons out again
-            delay = settings.interval_secs * random.random()  # noqa: S311 - as above
+            delay = settings.interval_secs * random.random()  # noqa: S311 - spreads load, hides nothing
             asyncio.get_running_loop().call_later(delay, self.poll_soon)
 
     def stop_updating(self) -> None:

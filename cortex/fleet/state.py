@@ -166,7 +166,7 @@ class Fleet:
     def configure(
         self, nodes: Iterable[tuple[str, str]], *, unhealthy_after: int, drained: Collection[str] = ()
     ) -> None:
-        """Replaces the list of neurons; arguments as above. A neuron that stays keeps its state, even at a new
+        """Replaces the list of neurons; arguments as for `__init__`. A neuron that stays keeps its state, even at a new
         endpoint: usually it is the same neuron at another address. The next poll shows whether it is."""
         before = self._nodes
         self._unhealthy_after = unhealthy_after

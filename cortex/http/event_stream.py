@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 EVENT_STREAM_LINES: Final = b"cache-control: no-cache\r\nx-accel-buffering: no"
@@ -14,6 +15,7 @@ _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LONGEST_END: Final = 4
 
 
+@lru_cache(maxsize=256)
 def is_event_stream(content_type: bytes) -> bool:
     """True for server-sent events, with or without parameters in the header."""
     return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"

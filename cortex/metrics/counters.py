@@ -1,7 +1,7 @@
 """The counters of the request path: plain numbers for each model and neuron. No I/O.
 
 Each worker counts into its own Counters and sends them to the control process, which renders the sum for Prometheus
-(`cortex.metrics.exporter`). A new metric needs a field here and a family there.
+(`cortex.metrics.exporter`). A new metric of the request path needs a field here, its sum in `add`, and a family there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Histogram(msgspec.Struct):
 
 
 class Series(msgspec.Struct):
-    """The counts of one model on one neuron."""
+    """The counts of one model on one neuron. `add` must sum every field, or the counts of other workers are lost."""
 
     statuses: dict[int, int] = {}
     errors: dict[str, int] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from cortex.http import headers as names
 from cortex.http.connection import ClientConnection
 from cortex.http.event_stream import EVENT_STREAM_LINES, ends_event, is_event_stream, sign_of_life
@@ -15,17 +13,6 @@ from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
 from shared.errors import UpstreamError, is_anthropic_path
 from shared.protocol import ErrorCode
-
-_OF_STREAMS: Final = (
-    (names.CONTENT_TYPE, b"content-type: "),
-    (names.CONTENT_ENCODING, b"content-encoding: "),
-)
-"""Headers of an engine's event stream that are passed on and have a meaning here as well."""
-_OF_ALL: Final = (
-    *_OF_STREAMS,
-    (names.CACHE_CONTROL, b"cache-control: "),
-    (names.ACCEL_BUFFERING, b"x-accel-buffering: "),
-)
 
 
 class Answer:
@@ -127,20 +114,24 @@ class DirectAnswer(Answer):
         self.body = body
         lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self._extra]
         content_type = named.get(names.CONTENT_TYPE)
-        stream = content_type is not None and is_event_stream(content_type)
-        for kind, name in _OF_STREAMS if stream else _OF_ALL:
-            value = named.get(kind)
-            if value is not None:
-                lines.append(name + value)
+        stream = False
+        if content_type is not None:
+            lines.append(b"content-type: " + content_type)
+            stream = is_event_stream(content_type)
+        encoding = named.get(names.CONTENT_ENCODING)
+        if encoding is not None:
+            lines.append(b"content-encoding: " + encoding)
         if stream:
             lines.append(EVENT_STREAM_LINES)
+        elif names.CACHE_CONTROL in named or names.ACCEL_BUFFERING in named:
+            lines += _for_caches(named)
         keep_alive = request.keep_alive and not client.draining
         straight = False
         if isinstance(body, SizedBody):
             if names.CONTENT_LENGTH in named:
                 lines.append(b"content-length: " + named[names.CONTENT_LENGTH])
         else:
-            self.events = stream and names.CONTENT_ENCODING not in named
+            self.events = stream and encoding is None
             if isinstance(body, BodyUntilClose):
                 keep_alive = False
             elif request.modern:
@@ -159,3 +150,12 @@ class DirectAnswer(Answer):
         self.tail.feed(first)
         client.transport.write(b"\r\n".join(lines))
         return straight
+
+
+def _for_caches(named: dict[int, bytes]) -> list[bytes]:
+    """The engine's header lines for caches and proxies."""
+    found = (
+        (b"cache-control: ", named.get(names.CACHE_CONTROL)),
+        (b"x-accel-buffering: ", named.get(names.ACCEL_BUFFERING)),
+    )
+    return [name + value for name, value in found if value is not None]

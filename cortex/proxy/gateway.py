@@ -15,11 +15,13 @@ from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answ
 from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.paths import (
     INFERENCE,
-    is_below_another_base,
+    has_wrong_base,
     is_for_web_pages,
     is_own,
+    manages_engine,
     meant_path,
     no_route,
+    not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.upstream.address import Address
@@ -81,8 +83,10 @@ class Gateway:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
-        if method != b"POST" or is_below_another_base(request.path):
+        if method != b"POST" or has_wrong_base(request.path):
             return self._refuse(client, request, no_route(request))
+        if manages_engine(request.path):
+            return self._refuse(client, request, not_for_clients(request))
         return RequestHandler(self._context, client, request, caller)
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from typing import Final
+from urllib.parse import unquote
 
 from cortex.http.request import Request
-from shared.errors import NotFound, shortened
+from shared.errors import Forbidden, NotFound, shortened
 
 INFERENCE_PATHS: Final = (
     "/v1/chat/completions",
@@ -34,6 +35,30 @@ MODELS: Final = b"/v1/models"
 OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/openapi.json")
 """cortex answers these and everything below them itself."""
 
+_MANAGES_ENGINE: Final = frozenset(
+    (
+        # vLLM, in development mode and for reinforcement learning
+        *("abort_requests", "collective_rpc", "fault_tolerance", "finish_weight_update", "init_weight_transfer_engine"),
+        *("is_scaling_elastic_ep", "is_sleeping", "load_lora_adapter", "pause", "release_kv_cache_memory"),
+        *("reset_encoder_cache", "reset_mm_cache", "reset_prefix_cache", "resume", "scale_elastic_ep", "server_info"),
+        *("shutdown_weight_transfer_engine", "sleep", "start_draft_weight_update", "start_profile"),
+        *("start_weight_update", "stop_profile", "unload_lora_adapter", "update_weight_version", "update_weights"),
+        *("wake_up", "weight_checker"),
+        # SGLang and llama.cpp
+        *("flush_cache", "freeze_gc", "load_lora_adapter_from_tensors", "lora-adapters", "pause_generation"),
+        *(
+            "continue_generation",
+            "props",
+            "release_memory_occupation",
+            "resume_memory_occupation",
+            "set_internal_state",
+        ),
+        *("slots", "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor"),
+    )
+)
+"""First segments, after a version, of routes that change an engine for all its users."""
+_VERSION: Final = re.compile(r"v\d+")
+
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -41,6 +66,17 @@ _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 def is_own(path: bytes) -> bool:
     """True for paths that cortex answers itself."""
     return path in OWN_PATHS or path.startswith(_OWN_BELOW)
+
+
+def manages_engine(path: bytes) -> bool:
+    """True for routes that manage an engine instead of using its model. They are not for clients: neuron uses them.
+
+    `path` is compared as an engine's router may read it: percent-decoded, without empty and `.` segments.
+    """
+    segments = [segment for segment in unquote(path.decode("latin-1")).split("/") if segment not in ("", ".")]
+    while segments and _VERSION.fullmatch(segments[0]):
+        del segments[0]
+    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
 
 
 def is_for_web_pages(path: bytes) -> bool:
@@ -68,12 +104,19 @@ def meant_path(path: bytes, *, reads: bool) -> bytes:
     return plain if is_own(plain) else path
 
 
-def is_below_another_base(path: bytes) -> bool:
-    """True for a known path behind something else, such as `/api/v1/chat/completions`: the base URL is wrong."""
-    return path not in INFERENCE and path.endswith(_BELOW_V1)
+def has_wrong_base(path: bytes) -> bool:
+    """True for a known path behind something else, such as `/api/v1/chat/completions`, and for the beginning of one:
+    the client has the wrong base URL."""
+    return path not in INFERENCE and (path.endswith(_BELOW_V1) or path.rstrip(b"/") in _BEGINNINGS)
 
 
 _BELOW_V1: Final = tuple(path for path in INFERENCE if path.startswith(b"/v1/"))
+_BEGINNINGS: Final = frozenset({b"", b"/v1", b"/chat", b"/v1/chat", b"/audio", b"/v1/audio"})
+
+
+def not_for_clients(request: Request) -> Forbidden:
+    path = shortened(request.raw_path.decode("latin-1"))
+    return Forbidden(f"{path!r} manages an engine; use cortex's /fleet routes instead")
 
 
 def no_route(request: Request) -> NotFound:

@@ -1,2 +1,2 @@
 """One engine as an operating-system process: started, watched, its output, ports and run record. `neuron.lifecycle`
-calls it; `neuron.app` creates its port pool and state directory."""
+calls it, and its launcher owns the port pool."""

@@ -39,10 +39,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "waiting": {"first_comment_secs": 0.1, "comment_interval_secs": 0.1},
         "poll": {"interval_secs": 0.2},
     }
-    arguments = {SLOW: ["--load-secs", "3"], BROKEN: ["--fault", "unsupported-model"]}
+    arguments = {SLOW: ["--load-secs", "3"], **{model: ["--fault", "unsupported-model"] for model in BROKEN.values()}}
     models = [
         {"id": model, "harness": "sim", "vram_mb": 4000, "tools": True, "args": arguments.get(model, [])}
-        for model in (*MODELS, SLOW, BROKEN)
+        for model in (*MODELS, *arguments)
     ]
     with running_fleet(tmp_path_factory.mktemp("fleet"), neuron, cortex, {"models": models}) as fleet:
         yield fleet

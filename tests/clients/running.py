@@ -19,8 +19,10 @@ from tests.services import Fleet
 
 TOP = Path(__file__).parents[2]
 MODELS = ("sim/first", "sim/second")
-SLOW, BROKEN = "sim/slow", "sim/broken"
-"""One loads in 3 s, the other never."""
+SLOW = "sim/slow"
+"""Loads in 3 s."""
+BROKEN = {agent: f"sim/broken-for-{agent}" for agent in ("claude", "codex", "opencode")}
+"""They never load. One for each agent, since after a failure the next request is refused at once."""
 TEXT_CASES = ("cold_stream", "cold_plain", "warm_stream", "warm_plain")
 TOOL_CASES = ("tool_stream", "tool_plain")
 TIMEOUT_SECS = 50

@@ -14,7 +14,8 @@ ALLOWED = {
 
 
 def test_only_its_harness_knows_vllm() -> None:
-    """Neither code nor comments: a rule that needs vLLM's name to be explained belongs to its harness."""
+    """vLLM's name occurs only in its harness, in code and comments: a rule that needs it to be explained belongs
+    there."""
     found = {
         name
         for path in (TOP / "neuron").rglob("*.py")

@@ -23,7 +23,7 @@ def get(dev: Dev, path: str) -> Any:
 
 
 def test_all_three_models_are_listed_with_where_they_can_run(dev: Dev) -> None:
-    """Before anything is loaded."""
+    """Models are listed before anything is loaded."""
     entries = {entry["id"]: entry for entry in get(dev, "/v1/models")["data"]}
     assert entries[LARGE]["feasible_on"] == ["beast"]
     assert entries[MIDDLE]["feasible_on"] == ["beast", "benjy"]

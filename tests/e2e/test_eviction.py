@@ -202,7 +202,7 @@ async def test_cancelled_request_evicts_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("when_idle", "status"), [("unload", "unloaded"), ("sleep", "sleeping")])
 async def test_idle_models_are_evicted(tmp_path: Path, when_idle: str, status: str) -> None:
-    """After `idle_ttl_secs`; the next request loads them again."""
+    """A model is unloaded after `idle_ttl_secs` without requests; the next request loads it again."""
     models = [model("a", idle_ttl_secs=0.5, when_idle=when_idle)]
     async with fleet_of(tmp_path, models, sleep=when_idle == "sleep") as fleet:
         await fleet.well("a")

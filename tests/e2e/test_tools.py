@@ -27,7 +27,7 @@ MODELS = [
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tools_of_the_catalogue(mark: str, tmp_path: Path, stream: bool) -> None:
-    """Also where the refusal follows a head that began during the load (the stream)."""
+    """Tools are refused as the catalogue says, also where the answer's head was sent during the load (the stream)."""
     port = free_port()
     config = toml_config(tmp_path, f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"')
     async with (

@@ -127,7 +127,7 @@ async def test_sleep_and_wake(engine: RunningEngine, http: aiohttp.ClientSession
 
 
 async def test_the_key_is_nowhere(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """Neither in the log nor in what any process of the engine shows of itself."""
+    """Neither the log nor anything that the engine's processes show contains the key."""
     assert await sleeping.is_sleeping(http, engine.url, CONTROL_KEY) is False
     text = engine.text()
     assert "/is_sleeping" in text

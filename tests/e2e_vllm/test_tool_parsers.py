@@ -23,6 +23,7 @@ def registered(package: Path, table: str) -> set[str]:
 
 
 def test_every_parser_exists(real_vllm: RealVllm) -> None:
+    """Every parser that neuron may choose is registered in the installed vLLM."""
     [package] = Path(real_vllm.command[0]).parents[1].glob("lib/python*/site-packages/vllm")
     tools = registered(package / "tool_parsers", "_TOOL_PARSERS_TO_REGISTER")
     assert {family.tool for family in FAMILIES if family.tool is not None} <= tools

@@ -60,7 +60,7 @@ def test_bytes_of_a_token_are_vllms(fleet: Fleet, model: str) -> None:
 
 
 def test_length_is_the_one_that_vllm_derives(fleet: Fleet) -> None:
-    """From the arguments if given, otherwise the model's own."""
+    """The length comes from the arguments if given, otherwise from the model."""
     assert "Using max model len 512" in loaded_log(fleet, TINY)
     assert estimated(fleet, TINY)["max_model_len"] == 512
     assert estimated(fleet, TINY, max_model_len="auto")["max_model_len"] == 2048

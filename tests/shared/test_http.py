@@ -138,7 +138,7 @@ async def test_redirects_pass(ask: Get) -> None:
 
 
 async def test_body_over_the_limit_is_413(ask: Get) -> None:
-    """In the envelope, even if the handler does not check."""
+    """The error has the usual envelope, even if the handler does not check."""
     response, body = await ask("POST", "/echo", data=b"x" * 2000)
     assert (response.status, body["error"]["code"]) == (413, "request_too_large")
 

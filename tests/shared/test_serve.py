@@ -107,7 +107,7 @@ def test_signal_lets_requests_finish(number: signal.Signals) -> None:
 
 
 def test_second_signal_exits_at_once() -> None:
-    """With 130, without waiting for requests; `on_forced_exit` still runs."""
+    """The process exits with 130 without waiting for requests; `on_forced_exit` still runs."""
     with running(LONG) as service:
         connection = service.request("/held")
         service.process.send_signal(signal.SIGTERM)
@@ -189,7 +189,7 @@ async def test_handlers_are_cancelled_when_the_client_disconnects() -> None:
 
 
 async def test_handlers_are_cancelled_when_the_client_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without FIN or RST, in the middle of an event stream: nothing acknowledges what is written."""
+    """A client vanishes without FIN or RST in the middle of an event stream: nothing acknowledges what is written."""
     monkeypatch.setattr("shared.serve.UNANSWERED_SECS", 1)
     monkeypatch.setattr("shared.serve.UNANSWERED_CHECK_SECS", 0.3)
     ended = asyncio.Event()

@@ -95,7 +95,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_environment_wins_over_the_file(path: Path) -> None:
-    """At the top level, in a table, in a table missing from the file, and in named tables."""
+    """This holds at the top level, in a table, in a table missing from the file, and in named tables."""
     settings = load(
         path,
         "level = 'info'\n[inner]\nsize = 5",

@@ -12,6 +12,7 @@ from tests.environment.clients import NodeEnvironment
 from tests.services import NODE
 
 MODEL = MODELS[0]
+UNLOADABLE = BROKEN["claude"]
 # Without the names of small models it asks for one that the fleet does not have.
 SETTINGS = {
     "ANTHROPIC_AUTH_TOKEN": "unused",
@@ -57,7 +58,7 @@ def test_uses_a_tool(bench: Bench, node: NodeEnvironment) -> None:
 
 def test_shows_why_a_model_cannot_be_loaded(bench: Bench, node: NodeEnvironment) -> None:
     """The stream has begun by the time that the load fails."""
-    settings = {**SETTINGS, "ANTHROPIC_MODEL": BROKEN, "CLAUDE_CODE_MAX_RETRIES": "0"}
+    settings = {**SETTINGS, "ANTHROPIC_MODEL": UNLOADABLE, "CLAUDE_CODE_MAX_RETRIES": "0"}
     done = bench.attempt([node.command("claude"), "-p", "Say hello"], ANTHROPIC_BASE_URL=bench.url, **settings)
     assert done.returncode != 0
-    assert f"loading '{BROKEN}' on {NODE} failed: Model architectures" in done.stdout, done.stdout
+    assert f"loading '{UNLOADABLE}' on {NODE} failed: Model architectures" in done.stdout, done.stdout

@@ -13,6 +13,7 @@ from tests.environment.clients import NodeEnvironment
 from tests.services import NODE
 
 MODEL = MODELS[0]
+UNLOADABLE = BROKEN["codex"]
 CONFIG = """
 model = "{model}"
 model_provider = "cortex"
@@ -77,6 +78,6 @@ def test_idle_timeout_is_the_clients_own(bench: Bench, node: NodeEnvironment) ->
 
 def test_shows_why_a_model_cannot_be_loaded(bench: Bench, node: NodeEnvironment) -> None:
     """The stream has begun by the time that the load fails."""
-    done = codex(bench, node, "Say hello", model=BROKEN, more="stream_max_retries = 0\n")
+    done = codex(bench, node, "Say hello", model=UNLOADABLE, more="stream_max_retries = 0\n")
     assert done.returncode != 0
-    assert f"loading '{BROKEN}' on {NODE} failed: Model architectures" in done.stdout, done.stdout
+    assert f"loading '{UNLOADABLE}' on {NODE} failed: Model architectures" in done.stdout, done.stdout

@@ -13,6 +13,7 @@ from tests.environment.clients import NodeEnvironment
 from tests.services import NODE
 
 MODEL = MODELS[0]
+UNLOADABLE = BROKEN["opencode"]
 QUIET = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
     "OPENCODE_DISABLE_MODELS_FETCH": "1",
@@ -26,12 +27,12 @@ def configured(bench: Bench, model: str, options: Mapping[str, Any]) -> None:
     provider: dict[str, Any] = {
         "npm": "@ai-sdk/openai-compatible",
         "options": {"baseURL": f"{bench.url}/v1", **options},
-        "models": {model: {"limit": {"context": 32768, "output": 4096}}},
+        "models": {name: {"limit": {"context": 32768, "output": 4096}} for name in {model, MODEL}},
     }
     config = {
         "provider": {"cortex": provider},
         "model": f"cortex/{model}",
-        "small_model": f"cortex/{model}",
+        "small_model": f"cortex/{MODEL}",
         "autoupdate": False,
         "share": "disabled",
     }
@@ -71,6 +72,6 @@ def test_comments_keep_it_waiting(bench: Bench, node: NodeEnvironment) -> None:
 
 def test_shows_why_a_model_cannot_be_loaded(bench: Bench, node: NodeEnvironment) -> None:
     """The stream has begun by the time that the load fails."""
-    configured(bench, BROKEN, {})
+    configured(bench, UNLOADABLE, {})
     done = bench.attempt([node.command("opencode"), "run", "--format", "json", "Hello"], **QUIET)
-    assert f"loading '{BROKEN}' on {NODE} failed: Model architectures" in done.stdout, done.stdout
+    assert f"loading '{UNLOADABLE}' on {NODE} failed: Model architectures" in done.stdout, done.stdout

@@ -29,7 +29,7 @@ async def got(client: RawClient, target: str, *lines: str) -> tuple[int, Any]:
 
 
 async def test_list_has_anthropics_shape(cortex: RunningCortex, client: RawClient) -> None:
-    """For requests with an `anthropic-version` header. Aliases are listed too."""
+    """Requests with an `anthropic-version` header get the list in Anthropic's shape, aliases included."""
     status, body = await got(client, "/v1/models", VERSION)
     assert status == 200
     assert set(body) == {"data", "has_more", "first_id", "last_id"}
@@ -65,7 +65,7 @@ async def test_list_has_pages(client: RawClient, query: str, ids: list[str], mor
     "query", ["limit=0", "limit=1001", "limit=x", "limit=%C2%B2", "after_id=no", "after_id=large&before_id=large"]
 )
 async def test_wrong_page_is_a_400(client: RawClient, query: str) -> None:
-    """In Anthropic's shape."""
+    """A bad page parameter gets an error in Anthropic's shape."""
     status, body = await got(client, f"/v1/models?{query}", VERSION)
     assert (status, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error")
 
@@ -109,7 +109,7 @@ async def test_list_for_codex(client: RawClient) -> None:
 async def test_errors_have_anthropics_shape(
     client: RawClient, asked: str, lines: tuple[str, ...], status: int, kind: str
 ) -> None:
-    """On every route that Anthropic's clients call, with the id where they look for it."""
+    """Every route that Anthropic's clients call has errors in their shape, with the id where they look for it."""
     method, target = asked.split(" ")
     answer = await client.ask(request(b"", *lines, method=method, target=target), method)
     body = json.loads(answer.body)
@@ -118,7 +118,7 @@ async def test_errors_have_anthropics_shape(
 
 
 async def test_other_clients_get_openais_shape(client: RawClient) -> None:
-    """Without the header and outside /v1/messages."""
+    """Requests without the header and outside /v1/messages get OpenAI's shape."""
     for target in ("/v1/models/unknown", "/v1/files"):
         answer = await client.ask(request(b"", method="GET", target=target), "GET")
         assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"

@@ -52,7 +52,7 @@ def observed(fleet: Fleet, name: str, devices: int, models: dict[str, str], inst
 
 @pytest.mark.parametrize("block", [1, 2, 64])
 def test_cached_list_equals_a_new_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """After each of many random changes: polls, events, deaths, restarts, other devices."""
+    """The cached list is right after each of many random changes: polls, events, deaths, restarts, other devices."""
     monkeypatch.setattr(models, "BLOCK", block)
     chance = random.Random(5)
     fleet, kept = Fleet([(name, f"http://{name}") for name in "abc"], unhealthy_after=1), ModelList()

@@ -124,7 +124,7 @@ async def test_list_is_empty_before_any_neuron_has_answered(start_cortex: StartC
 
 @pytest.mark.parametrize("name", ["org/small", "small", "a/b/c:d é", "100%"])
 async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: V1Neuron, name: str) -> None:
-    """With plain or percent-encoded slashes, and with characters that must be encoded."""
+    """The path may have plain or percent-encoded slashes, and characters that must be encoded."""
     benjy.models["a/b/c:d é"] = benjy.models["100%"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL], aliases={"small": "org/small"})
     for path in (quote(name), quote(name, safe="")):

@@ -157,7 +157,7 @@ async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
 
 
 async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
-    """On the planner's choice or on the named neuron; an alias works too."""
+    """A model is loaded where the planner chooses or on the named neuron; an alias works too."""
     result = await run("load", "small", "--url", cortex.url)
     assert result.status == 0
     assert result.out.startswith("status: loaded, model: org/small, node: benjy, load_secs: ")

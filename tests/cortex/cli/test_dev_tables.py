@@ -18,7 +18,7 @@ VLLM = DevEngine("vllm", ("/opt/vllm/bin/vllm",), "/srv/tiny")
 
 @pytest.mark.parametrize("engine", [DevEngine(), VLLM])
 def test_tables_are_valid(engine: DevEngine) -> None:
-    """As the services read them; engines of different hosts never share a port range."""
+    """The services accept the tables; engines of different hosts never share a port range."""
     hosts = parse_fleet(DEFAULT_FLEET)
     ranges = []
     for number, host in enumerate(hosts):

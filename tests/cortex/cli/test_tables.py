@@ -25,7 +25,7 @@ from cortex.cli.tables import status_table
     ],
 )
 def test_progress_in_the_table(status: str, progress: dict[str, Any] | None, said: str) -> None:
-    """As much as the neuron tells; a protocol v1 neuron tells nothing."""
+    """The table shows as much as the neuron reports; a protocol v1 neuron reports no progress."""
     model = {"id": "m", "status": status, "progress": progress}
     node = {"name": "n", "healthy": True, "draining": False, "models": [model], "devices": []}
     assert said in status_table({"nodes": [node], "loads": []})

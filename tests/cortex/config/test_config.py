@@ -94,7 +94,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the file, the environment, or neither; the file wins. An endpoint's trailing slash is dropped."""
+    """A token comes from the file or the environment; the file wins. An endpoint's trailing slash is dropped."""
     monkeypatch.setenv("BEAST_TOKEN", "from environment")
     text = NEURON.replace("13131'", "13131/'")
     plain, named, both = (

@@ -217,7 +217,7 @@ async def test_changed_files_are_noticed(single: Cortex, write: Callable[[Path, 
 
 
 async def test_another_catalogue_file_is_read_and_watched(single: Cortex) -> None:
-    """From the moment cortex.toml names it."""
+    """A new catalogue file applies and is watched as soon as cortex.toml names it."""
     single.write("other.toml", {"models": [OTHER]})
     single.edit_config(lambda data: data.update(models_config="other.toml"))
     assert await single.reload() == ("+model org/other, -model org/small, models_config models.toml -> other.toml")
@@ -454,7 +454,7 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
 
 
 async def test_new_poll_settings_hold_for_new_polls(tmp_path: Path, benjy: V1Neuron) -> None:
-    """Even during a long pause between polls."""
+    """New poll settings apply even during a long pause between polls."""
     async with cortex_process(tmp_path, [benjy], [SMALL], poll_secs=3600) as process:
         await until(lambda: "cortex listening" in process.log())
         cortex = Cortex(process, tmp_path)

@@ -106,7 +106,7 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
 
 
 def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
-    """While requests wait; an empty queue forgets."""
+    """The wait is counted while requests wait; an empty queue resets it."""
     clock = Clock()
     queue = _queue(clock=clock)
     first = queue.ticket("m")
@@ -121,7 +121,7 @@ def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
 
 
 async def test_a_notification_wakes_every_request_for_the_model() -> None:
-    """And no others."""
+    """Requests for other models continue to wait."""
     queue = _queue()
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.notify("m")

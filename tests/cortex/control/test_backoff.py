@@ -48,7 +48,7 @@ def test_pauses_double_to_five_minutes(backoffs: Backoffs, clock: Clock, cause: 
 
 
 def test_a_fault_of_the_node_backs_off_on_that_node(backoffs: Backoffs) -> None:
-    """And nothing else."""
+    """Other nodes and other models are not held back."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no memory")
     assert {key: (backoff.reason, backoff.temporary) for key, backoff in backoffs.current().items()} == {
         ("m", "a"): ("no memory", False)
@@ -62,7 +62,7 @@ def test_a_fault_of_the_model_backs_off_everywhere(backoffs: Backoffs) -> None:
 
 
 def test_an_unknown_fault_is_tried_on_one_node_more(backoffs: Backoffs) -> None:
-    """After that the model is considered at fault."""
+    """After a second node fails, the model is considered at fault."""
     backoffs.record_failure("m", "a", BackoffCause.UNKNOWN, "exit 1")
     assert list(backoffs.current()) == [("m", "a")]
     backoffs.record_failure("m", "b", BackoffCause.UNKNOWN, "exit 1")
@@ -113,7 +113,7 @@ def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: 
 
 
 def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
-    """At their time, not before."""
+    """A backoff ends exactly at its time."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
     clock.now += 9.9
     assert backoffs.current()
@@ -122,7 +122,7 @@ def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
 
 
 def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
-    """Also clears the backoff for all nodes, but not that of another node."""
+    """A success also clears the backoff for all nodes, but not that of another node."""
     for node in "ab":
         assert _pauses(backoffs, clock, [BackoffCause.NODE] * 3, node) == [10, 20, 40]
     backoffs.record_failure("m", "a", BackoffCause.MODEL, "no")
@@ -133,7 +133,7 @@ def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
 
 
 def test_an_operator_clears_the_backoffs_of_a_model(backoffs: Backoffs, clock: Clock) -> None:
-    """At once and everywhere, only that model's; what fails again waits as long as it would have."""
+    """All backoffs of that model end at once; if it fails again, the pause is as long as it would have been."""
     _pauses(backoffs, clock, [BackoffCause.NODE] * 3)
     backoffs.record_failure("m", "b", BackoffCause.MODEL, "no")
     backoffs.record_failure("x", "a", BackoffCause.NODE, "no")

@@ -38,7 +38,7 @@ async def test_first_request_loads_where_it_fits_and_streams_back(
 async def test_single_device_models_are_sent_null_tensor_parallel(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """And they go to the tightest fit, so that the big cards stay free."""
+    """They are loaded on the tightest fit, so that the big cards stay free."""
     cortex = await start_cortex([beast, benjy], [SMALL])
     async with cortex.chat("org/small") as response:
         assert response.status == 200

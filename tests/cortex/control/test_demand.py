@@ -95,7 +95,7 @@ def test_each_request_is_counted_once_over_many_samples(demand: Demand, counts: 
 
 
 def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotals, clock: Moment) -> None:
-    """Nor do those of the one in its place count less."""
+    """Counts of the worker that replaces it are added in full."""
     old, other = attached(counts), attached(counts)
     old.serve(times=5)
     sample(demand)
@@ -140,7 +140,7 @@ def reported(**activity: int | None) -> FleetSnapshot:
 def test_requests_reported_by_engines_count_as_use(
     before: dict[str, int | None], after: dict[str, int | None], used: bool
 ) -> None:
-    """So that no cortex takes a model for idle which another one sends requests to."""
+    """No cortex considers a model idle while another one sends requests to it."""
     now = 100.0
     demand = Demand(CountTotals(), clock=lambda: now)
     demand.routes_changed(["m"], reported(**before))

@@ -136,7 +136,7 @@ async def test_connection_is_closed_where_the_rest_would_have_to_be_waited_for(
 
 
 async def test_the_only_replica_is_tried_twice(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
-    """After the control has asked its neuron, which still says that it is loaded."""
+    """Before the second attempt the control asks the neuron, which still reports the model as loaded."""
     await answered_by(one, "beast")
     engine.scripts.append(answering(FULL))
     asked = beast.calls.count("/models")

@@ -93,7 +93,7 @@ async def test_routes_change_when_a_neuron_is_removed() -> None:
 
 
 def test_a_neuron_keeps_its_state_at_a_new_endpoint() -> None:
-    """At another endpoint it serves on; its misses were the old one's."""
+    """A neuron at a new endpoint continues to serve; missed polls of the old endpoint do not count."""
     fleet = fleet_of("a")
     poll(fleet, "a", "m")
     fleet.record_miss("a", "old address")
@@ -104,7 +104,7 @@ def test_a_neuron_keeps_its_state_at_a_new_endpoint() -> None:
 
 
 def test_a_drained_neuron_is_drained_when_it_is_added_again() -> None:
-    """At the start, and later; one that is there already is as the operator last said."""
+    """This holds at startup and later; for a neuron that is already configured the operator's last command counts."""
     fleet = Fleet([("a", "http://a"), ("b", "http://b")], unhealthy_after=3, drained=["a", "unknown"])
     assert [node.draining for node in fleet.snapshot().nodes.values()] == [True, False]
     fleet.set_draining("a", False)

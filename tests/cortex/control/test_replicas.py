@@ -131,7 +131,7 @@ async def test_share_of_a_stuck_engine_goes_elsewhere(cortex: RunningCortex, neu
 async def test_requests_without_a_prompt_go_where_least_is_to_be_done(
     cortex: RunningCortex, neurons: list[TellingNeuron]
 ) -> None:
-    """By our own requests first of all; of equals the first by name."""
+    """Our own requests count first; among equals the first name wins."""
     held = [Rejection(neuron) for neuron in neurons]
     asking = []
     for engine in held:
@@ -160,7 +160,7 @@ async def test_work_of_others_counts_and_ours_only_once(cortex: RunningCortex, n
 
 
 async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
-    """After some answers of each, idle ones are preferred by speed and no more by name."""
+    """After some answers from each replica, idle ones are chosen by speed instead of by name."""
     slow = neurons[0].engine
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -174,7 +174,7 @@ async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list
 
 
 async def test_a_draining_replica_gets_no_new_request(cortex: RunningCortex) -> None:
-    """Not even those that are its own by their prompt."""
+    """Prompts that belong to a draining replica go elsewhere too."""
     home = await _ask(cortex, _chat("question"))
     cortex.parts.fleet.set_draining(home, True)
     await cortex.until(lambda: len(cortex.parts.routes.table[MODEL]) == 2)
@@ -188,7 +188,7 @@ async def test_a_draining_replica_gets_no_new_request(cortex: RunningCortex) -> 
 async def test_a_replica_that_cannot_serve_gets_no_request(
     cortex: RunningCortex, neurons: list[TellingNeuron], status: str
 ) -> None:
-    """Whatever its neuron reports beside."""
+    """Other figures that its neuron reports do not matter."""
     home = await _ask(cortex, _chat("question"))
     next(neuron for neuron in neurons if neuron.name == home).models[MODEL] = status
     await cortex.until(lambda: len(cortex.parts.routes.table[MODEL]) == 2)

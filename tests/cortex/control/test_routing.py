@@ -119,7 +119,7 @@ def test_least_busy_replica_comes_first() -> None:
     ],
 )
 def test_work_of_others_counts(ours: tuple[int, int], reported: tuple[int, int], first: str) -> None:
-    """As far as it is more than ours."""
+    """Reported work counts as far as it exceeds our own requests."""
     nodes = [
         replace(entry, health=NeuronHealth(models=[ModelActivity(id="m", in_flight=running)]))
         for entry, running in zip((a("loaded"), b("loaded")), reported, strict=True)
@@ -130,6 +130,6 @@ def test_work_of_others_counts(ours: tuple[int, int], reported: tuple[int, int],
 
 
 def test_a_lost_neuron_serves_nothing() -> None:
-    """Whatever it last said."""
+    """What a lost neuron last reported does not count."""
     lost = replace(a("loaded"), healthy=False)
     assert decision("m", fleet(lost, b("loaded"))) == Serve(("b",))

@@ -46,7 +46,7 @@ async def test_simultaneous_requests_for_two_models_cause_one_load_each(
 async def test_a_bug_in_a_load_fails_the_waiting_requests(
     start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the reservation is gone with it."""
+    """The load's reservation is released too."""
 
     def broken(*_: Any) -> Any:
         raise KeyError("broken")
@@ -221,7 +221,7 @@ async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCo
 async def test_replica_control_waits_for_the_first_poll_of_each_neuron(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a restart of cortex: a replica is not missing because its neuron takes a moment to answer."""
+    """After a restart of cortex, a replica is not considered missing while its neuron has not answered yet."""
     monkeypatch.setattr(scheduler, "SAMPLE_SECS", 0.02)
     benjy.models["org/kept"] = "loaded"
     benjy.answers.clear()

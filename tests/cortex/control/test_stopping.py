@@ -39,8 +39,8 @@ async def process(request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuro
 async def test_requests_that_wait_for_a_load_are_refused_at_once(
     process: CortexProcess, benjy: V1Neuron, target: str
 ) -> None:
-    """With a code that says so and a time to come back, while there is time to ask another cortex; the neuron is not
-    told to stop the load, and cortex does not wait out its time to drain."""
+    """The error has its own code and a Retry-After, early enough to ask another cortex. The neuron continues the load,
+    and cortex does not wait for its whole drain time."""
     benjy.load_gate.clear()
     async with connected(process.url) as client:
         await client.send(request(json.dumps({"model": MODEL}).encode(), target=target))
@@ -94,7 +94,7 @@ async def test_hangup_of_a_closed_terminal_stops(tmp_path: Path) -> None:
 
 
 async def test_requests_at_an_engine_are_served(process: CortexProcess, benjy: V1Neuron) -> None:
-    """Also when the engine has not said a word yet; and nothing new is begun on its connection."""
+    """A request is served even if its engine has not answered yet; its connection takes no further request."""
     go_on = asyncio.Event()
 
     async def script(wire: Wire, received: Received) -> None:
@@ -136,7 +136,7 @@ async def test_no_load_starts_while_stopping(start_cortex: StartCortex, benjy: V
 
 
 async def test_health_says_so(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """To a balancer that asks before the listening socket is closed."""
+    """A load balancer that asks before the listening socket closes sees that cortex is stopping."""
     cortex = await start_cortex([benjy], [])
     async with cortex.http.get(f"{cortex.url}/health") as answer:
         assert (answer.status, (await answer.json())["status"]) == (200, "ok")
@@ -146,7 +146,8 @@ async def test_health_says_so(start_cortex: StartCortex, benjy: V1Neuron) -> Non
 
 
 async def test_a_result_before_the_stop_is_returned() -> None:
-    """Its result or its error; an end that begins meanwhile cancels it, as does a caller that leaves."""
+    """The call returns the result or raises its error; a stop that begins meanwhile cancels it, as does a caller that
+    leaves."""
     stopping = Stopping()
     cancelled: list[str] = []
 

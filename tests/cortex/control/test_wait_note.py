@@ -42,7 +42,7 @@ def told(status: str, progress: Progress | None = None, *, loading: bool = False
     ],
 )
 def test_load_of_ours(progress: Progress | None, expected: str) -> None:
-    """As much as its neuron tells; else how long it has been."""
+    """The note has the progress that the neuron reports, otherwise how long the load has taken."""
     assert told("loading", progress, loading=True) == WaitNote(text=f"loading org/m on beast{expected}", node="beast")
 
 

@@ -22,7 +22,7 @@ async def test_a_silent_neuron_does_not_delay_the_others(
 
 
 async def test_three_misses_make_unhealthy_and_one_success_heals(start_cortex: StartCortex) -> None:
-    """And the discovery is fetched again when the neuron comes back."""
+    """The discovery is fetched again when the neuron comes back."""
     async with V1Neuron("benjy", 24000).running() as benjy:
         cortex = await start_cortex([benjy], [SMALL])
         port = int(benjy.url.rpartition(":")[2])

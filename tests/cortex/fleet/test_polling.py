@@ -59,7 +59,7 @@ async def in_step(neuron: RawNeuron, *, polls: int = 1) -> int:
 
 
 async def test_polls_request_only_the_health_while_events_arrive(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """But every fifteenth poll asks for the models as well."""
+    """Every fifteenth poll asks for the models as well."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
     await until(lambda: len(neuron.asked) >= begun + 2 * poller.FULL_EVERY)
@@ -123,7 +123,7 @@ async def test_the_health_reveals_a_lost_event(neuron: RawNeuron, start_cortex: 
 
 
 async def test_a_restarted_neuron_is_polled_in_full(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """Although the old one's events seem to flow still."""
+    """A full poll follows although the event stream of the old process still seems to work."""
     cortex = await start_cortex([neuron], [])
     begun = await in_step(neuron)
     neuron.instance = "two"
@@ -225,7 +225,7 @@ async def test_an_invalid_answer_is_a_failed_poll(
 async def test_a_connection_closed_between_polls_is_not_a_failed_poll(
     neuron: RawNeuron, start_cortex: StartCortex
 ) -> None:
-    """Nor is one that the neuron closes at the very moment of the next poll."""
+    """A connection that the neuron closes at the moment of the next poll is not a failure either."""
     closed = 0
 
     async def once_each(wire: Wire, received: Received) -> None:
@@ -269,7 +269,7 @@ async def test_a_load_is_not_sent_on_a_kept_connection(neuron: RawNeuron) -> Non
 
 
 async def test_a_hundred_broken_connections_leave_nothing(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """Neither a descriptor nor a task, of polls and of streams."""
+    """Broken polls and streams leak neither descriptors nor tasks."""
 
     def used() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())  # noqa: PTH208 - only counted

@@ -18,7 +18,7 @@ EVENTS = [("snapshot", [{"id": "é"}]), ("model", {"id": 1}), ("message", {"last
 
 
 def test_events_are_read_from_pieces_of_any_size() -> None:
-    """At each byte, and in single bytes."""
+    """The stream may be cut at any byte, and arrive in single bytes."""
     for pieces in (*every_split(STREAM), [STREAM[i : i + 1] for i in range(len(STREAM))]):
         reader = EventReader()
         assert [event for piece in pieces for event in reader.feed(piece)] == EVENTS

@@ -36,7 +36,7 @@ async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
 
 
 async def test_flush_returns_when_a_drain_is_on_disk(tmp_path: Path) -> None:
-    """Whatever becomes of the process then."""
+    """The drain is kept even if the process is killed right after."""
     state = StateFile(tmp_path)
     state.set_drained("beast", True)
     await state.flush()
@@ -102,13 +102,13 @@ async def test_an_invalid_file_is_renamed(tmp_path: Path, caplog: pytest.LogCapt
 
 
 async def test_unknown_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
-    """As long as the version is the same, so is the meaning of what is known."""
+    """Known fields keep their meaning as long as the file's version is the same."""
     (tmp_path / "state.json").write_text(json.dumps({"version": 1, "drained": ["a"], "more": 1}), encoding="utf-8")
     assert StateFile(tmp_path).drained == {"a"}
 
 
 async def test_an_unwritable_directory_causes_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And tried again with each change: then what had not been written is."""
+    """Each change tries again; once writing works, everything is saved."""
     caplog.set_level(logging.INFO)
     place = tmp_path / "file"
     place.write_text("in the way", encoding="utf-8")
@@ -165,7 +165,7 @@ async def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monke
 
 
 async def test_without_a_directory_the_state_stays_in_memory() -> None:
-    """For a fleet that is itself gone with its cortex."""
+    """A development fleet's state ends with its cortex."""
     state = StateFile(None)
     state.set_drained("beast", True)
     await state.flush()
@@ -174,8 +174,8 @@ async def test_without_a_directory_the_state_stays_in_memory() -> None:
 
 
 def test_the_state_directory(tmp_path: Path) -> None:
-    """As configured; else systemd's; else the user's, by the configuration file, so that two with a file each share
-    nothing, whatever they are called."""
+    """It is the configured one, else systemd's, else one in the user's home that depends on the configuration file's
+    path, so that two cortexes share nothing."""
     files = [tmp_path / name / "cortex.toml" for name in ("a", "b")]
     for file in files:
         file.parent.mkdir()
@@ -193,7 +193,8 @@ def test_the_state_directory(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_is_not_on_disk_keeps_no_state(tmp_path: Path) -> None:
-    """As that of `cortex dev`, which is in memory: its number is another cortex's next time. A `state_dir` counts."""
+    """`cortex dev` passes its configuration in memory, by a descriptor whose number another cortex may get next time. A
+    configured `state_dir` is used."""
     fd = os.memfd_create("cortex.toml", 0)
     try:
         path = Path(f"/dev/fd/{fd}")

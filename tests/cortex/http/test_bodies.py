@@ -70,7 +70,7 @@ def in_chunks(framed: bytes) -> bytes:
 async def test_chunked_body_arrives_whole(
     client: RawClient, engine: RawEngine, size: int, line: str, trailers: bytes
 ) -> None:
-    """With a length, without its framing, and without its trailers, which the engine did not request."""
+    """The engine gets the body with a length, without chunk framing and without trailers, which it did not request."""
     framed = chunked(BODY, size, line=line, trailers=trailers)
     answer = await client.ask(in_chunks(framed))
     assert answer.status == 200
@@ -142,7 +142,7 @@ async def told_it_is_too_large(cortex: RunningCortex, head: bytes, body: bytes) 
 
 
 async def test_too_large_body_is_refused_while_it_arrives(cortex: RunningCortex, engine: RawEngine) -> None:
-    """With a length and in chunks."""
+    """Both bodies with a length and chunked bodies are limited."""
     body = b'{"model":"org/small","pad":"' + b"x" * (3 * MIB) + b'"}'
     await told_it_is_too_large(cortex, request(body).removesuffix(body), body)
     await told_it_is_too_large(cortex, in_chunks(b""), chunked(body, 50_000))
@@ -265,7 +265,7 @@ async def test_body_that_cannot_be_decompressed(
 
 @pytest.mark.parametrize("coding", ["foo", "gzip, foo", "compress", "aes128gcm", "x" * 2000])
 async def test_unknown_coding_is_415(client: RawClient, engine: RawEngine, coding: str) -> None:
-    """With the supported codings in Accept-Encoding (RFC 9110, section 15.5.16)."""
+    """The answer lists the supported codings in Accept-Encoding (RFC 9110, section 15.5.16)."""
     answer = await client.ask(request(BODY, f"Content-Encoding: {coding}"))
     assert code(answer) == (415, "invalid_request")
     assert answer.get("accept-encoding") == "gzip, deflate, br, zstd"

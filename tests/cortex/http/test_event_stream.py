@@ -23,11 +23,12 @@ def test_end_is_found_in_chunks_of_any_size(size: int, end: bytes, line: str) ->
 
 
 def test_nothing_sent_is_between_events() -> None:
+    """Before the first byte an error event needs no line end in front of it."""
     assert ends_event(b"", in_chunks=True)
     assert ends_event(b"", in_chunks=False)
 
 
 def test_sign_of_life_is_one_line() -> None:
-    """Without a blank line behind it, which some clients take for an empty event."""
+    """No blank line follows it: some clients would treat that as an empty event."""
     assert sign_of_life("a\r\n\r\ndata: x\n" + "y" * 1000, ping=False) == b": a data: x " + b"y" * 490 + b"\n"
     assert sign_of_life("a", ping=True) == b': a\nevent: ping\ndata: {"type": "ping"}\n\n'

@@ -184,8 +184,8 @@ async def refused(cortex: RunningCortex, engine: RawEngine, pieces: tuple[bytes,
 
 @pytest.mark.parametrize("case", [*FRAMING, *HEADS, *(f"chunk-{name}" for name in CHUNKS)])
 async def test_request_is_refused(cortex: RunningCortex, engine: RawEngine, benjy: V1Neuron, case: str) -> None:
-    """On a path for engines and on one for cortex, followed by bytes that a careless parser would take for a second
-    request."""
+    """Paths for engines and for cortex refuse it, also when a careless parser would take the following bytes as a
+    second request."""
     data = CHUNKS[case.removeprefix("chunk-")] if case.startswith("chunk-") else {**FRAMING, **HEADS}[case]
     for path in (b"/v1/completions", b"/fleet/unload"):
         await refused(cortex, engine, (data.replace(b"/PATH", path) + SMUGGLED,))
@@ -289,7 +289,7 @@ async def test_unusual_and_valid_header_passes(cortex: RunningCortex, engine: Ra
     ids=["no-space", "tabs", "zeros", "chunked-case", "60-headers", "empty-line-before"],
 )
 async def test_unusual_and_valid_request_is_answered(cortex: RunningCortex, engine: RawEngine, data: bytes) -> None:
-    """So is the next one on the connection, because cortex found the end of the first."""
+    """The next request on the connection is answered too, because cortex found the end of the first."""
     async with connected(cortex.url) as client:
         await client.send(data.replace(b"/PATH", b"/v1/completions") + SENTINEL)
         for number in (None, 1):

@@ -97,8 +97,8 @@ async def test_hundreds_of_requests_sent_ahead(client: RawClient) -> None:
 
 @pytest.mark.parametrize("endless", [False, True], ids=["thousands", "endless"])
 async def test_pipelining_beyond_the_limit(client: RawClient, engine: RawEngine, endless: bool) -> None:
-    """Whether cortex reads it all in turn or gives up: the current answer is complete, all answers are in order, and
-    the connection does not hang. A client that keeps sending does not lose its answers."""
+    """The current answer is complete, all answers are in order, and the connection does not hang. A client that keeps
+    sending does not lose its answers."""
     release = asyncio.Event()
 
     async def slowly(wire: Wire, received: Received) -> None:

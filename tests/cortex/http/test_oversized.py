@@ -33,7 +33,7 @@ async def test_huge_model_name_is_not_echoed(
     capfd: pytest.CaptureFixture[str],
     target: str,
 ) -> None:
-    """Neither in the answer nor in logs and metrics."""
+    """The answer, the logs and the metrics contain only its beginning."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     caplog.set_level(logging.DEBUG)
     async with connected(cortex.url) as client:
@@ -60,6 +60,7 @@ async def test_huge_model_name_is_not_echoed(
 async def test_long_path_gets_the_envelope(
     start_cortex: StartCortex, benjy: V1Neuron, method: str, target: str
 ) -> None:
+    """A huge path gets the usual error body, which does not repeat it."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with connected(cortex.url) as client:
         answer = await client.ask(request(method=method, target=target))
@@ -86,7 +87,8 @@ async def test_long_query_and_header_are_served(start_cortex: StartCortex, benjy
 async def test_large_body_on_a_real_network(
     start_cortex: StartCortex, benjy: V1Neuron, far: FarHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To an engine that begins to read late, in small segments: nothing is logged, nothing is lost."""
+    """A large body reaches an engine that begins to read late, in small segments, without loss and without log
+    lines."""
     async with RawEngine().running(far.listening()) as engine:
         engine.reads = False
         benjy.models[MODEL], benjy.engine_url = "loaded", engine.url

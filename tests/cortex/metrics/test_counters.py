@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
+from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Series, merged
 
 
 def counted(times: int = 1) -> Counters:
@@ -42,12 +42,27 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
 
 
 def test_counters_travel_between_processes() -> None:
-    """Whole, in either of msgspec's encodings, and it goes on counting there."""
+    """Counters survive both of msgspec's encodings and can be increased afterwards."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
     there.request("m", "beast", 200, 1.0, None)
     there.request("new", "beast", 200, 1.0, None)
     assert len(dict(there.items())) == 3
+
+
+@pytest.mark.parametrize("field", Series.__struct_fields__)
+def test_the_sum_of_several_workers_has_every_field(field: str) -> None:
+    """A field that `Series.add` forgets would be missing from the metrics page without an error."""
+    series = dict(counted().items())["m", "beast"]
+    assert getattr(series, field) != getattr(Series(), field), "extend `counted` so that it fills this field"
+    total = Series()
+    total.add(series)
+    assert getattr(total, field) == getattr(series, field)
+
+
+def test_the_sum_of_several_workers_has_only_series() -> None:
+    """A new field of Counters needs a line in `Counters.add`."""
+    assert Counters.__struct_fields__ == ("series",)
 
 
 def test_counters_add_up_and_stay_unchanged() -> None:

@@ -27,7 +27,7 @@ def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tupl
 
 
 def test_the_page_is_the_sum_of_the_workers() -> None:
-    """And of what they count between two scrapes."""
+    """The page includes what workers count between two scrapes."""
     one, two = Counters(), Counters()
     metrics = made(one, two)
     one.request("m", "beast", 200, 0.3, 0.02)
@@ -58,7 +58,7 @@ def test_buckets_add_up() -> None:
 
 
 def test_cold_starts_are_counted_where_models_are_loaded() -> None:
-    """As a number and as durations."""
+    """Cold starts are exported as a number and as durations."""
     metrics = made()
     metrics.cold_start("m", "beast", 12.0)
     page = samples(metrics)

@@ -110,7 +110,7 @@ def test_memory_shared_with_the_host_never_refuses() -> None:
 
 
 def test_devices_that_do_not_report_memory() -> None:
-    """Neither the driver nor the neuron reports memory: the neuron decides."""
+    """If neither the driver nor the neuron reports memory, the neuron decides."""
     where = node("n", 24000)
     assert where.health is not None
     silent = where.health.devices[0].model_copy(update={"vram_used_mb": 0, "vram_free_mb": 0})

@@ -224,7 +224,7 @@ def test_tiers(newcomer: ModelProfile, flagship: str, mid: str, expected: tuple[
 
 @pytest.mark.parametrize("use", [used(1, idle=0), used(1, idle=0, age=3), used(idle=0, age=3)])
 def test_the_image_model_waits_for_the_mid_tier_rather_than_take_the_flagship(use: ReplicaUsage) -> None:
-    """Not even when it is idle there and busy here."""
+    """It waits even when the flagship is idle and the mid tier is busy."""
     plan = plan_for(view(_tiers("daily", "mid"), *TIERS, usages={("mid", "benjy"): use}), "image")
     assert (plan.node, plan.ready_at > NOW) == ("benjy", True)
 
@@ -242,7 +242,7 @@ def _names(found: EvictionPlan | None) -> set[str] | None:
 
 
 def test_no_eviction_when_all_together_free_too_little() -> None:
-    """Nor a model that holds none of the missing memory."""
+    """Models that hold none of the missing memory stay too."""
     assert plan_evictions({0: 9000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)]) is None
     assert _names(plan_evictions({0: 4000}, [_eviction("a", 4000, 0), _eviction("b", 9000, 1)])) == {"a"}
     assert free_enough({}, [])

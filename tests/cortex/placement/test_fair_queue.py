@@ -153,7 +153,8 @@ def test_peers_take_turns() -> None:
 
 
 def test_an_idle_peer_is_evicted_at_once() -> None:
-    """After its minimum residency; before that, only after a pause that shows it is no longer in use."""
+    """After its minimum residency an idle peer is evicted at once; before that, only after a pause that shows it is no
+    longer in use."""
     box = Box((A, B))
     box.ask("a")
     box.look()

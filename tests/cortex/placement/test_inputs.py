@@ -15,7 +15,7 @@ HERE = host("a", 24000, 24000, models={"own": On(0, (0, 1), status="unloaded")})
 
 
 def test_a_model_outside_the_catalogue_is_loaded_where_it_was() -> None:
-    """With the same number of devices, and only where its spec is known."""
+    """It gets the same number of devices, and only nodes that know its spec load it."""
     plan = plan_for(view(fleet(host("b", 90000), HERE)), "own")
     assert (plan.node, plan.devices) == ("a", (0, 1))
     assert view(fleet(HERE)).priority("own") == DEFAULT_PRIORITY
@@ -45,7 +45,7 @@ def test_models_outside_the_catalogue_that_can_be_loaded(where: FleetSnapshot, k
 
 
 def test_a_request_for_a_model_that_is_being_evicted_waits() -> None:
-    """Even when only its neuron knows it."""
+    """This also holds for a model that only its neuron knows."""
     where = fleet(host("a", 24000, models={"own": On(9000)}), evicting=(("own", "a"),))
     moment = view(where)
     own = moment.profile("own")
@@ -54,7 +54,7 @@ def test_a_request_for_a_model_that_is_being_evicted_waits() -> None:
 
 
 def test_the_catalogue_overrides_observed_sizes() -> None:
-    """Its size and its priority."""
+    """The catalogue's size counts before the observed one, and its priority applies."""
     moment = view(fleet(HERE), profile(vram_mb=3000, residency_priority=7), observed_share_mb={"m": 9000, "n": 9000})
     assert moment.device_share_mb(profile(vram_mb=3000)) == 3000
     assert moment.device_share_mb(profile(id="n")) == 9000

@@ -223,7 +223,7 @@ def test_memory_that_sleeping_models_need_is_spared() -> None:
 
 
 def test_a_sleeping_model_wakes_where_it_sleeps() -> None:
-    """On its own devices, even when others are better; nothing is reloaded."""
+    """It wakes on its own devices even when others are better; nothing is reloaded."""
     plan = plan_for(view(fleet(host("n", 24000, 14000, models={"m": SLEEPER})), profile(vram_mb=14000)))
     assert (plan.fit, plan.wakes, plan.devices) == (Fit.AWAKE, True, (0,))
 
@@ -264,7 +264,7 @@ def test_a_sleeper_whose_memory_was_taken(where: FleetSnapshot, expected: tuple[
 
 
 def test_a_sleeper_of_unknown_size_wakes() -> None:
-    """With what its neuron says it needs, or an engine's default share where the neuron does not say."""
+    """Its neuron says what it needs; otherwise an engine's default share is assumed."""
     for protocol_v1 in (False, True):
         where = fleet(
             host("n", 24000, models={"m": On(1000, status="sleeping", wants_mb=20000)}, protocol_v1=protocol_v1)
@@ -414,7 +414,7 @@ _MODELS: tuple[ModelProfile, ...] = (
 
 @pytest.mark.parametrize("model_id", [each.id for each in _MODELS])
 def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
-    """Nor on anything outside the view: the same view gives the same plan."""
+    """The same view gives the same plan; nothing outside the view counts."""
     plans = [plan_for(_crowded(order), model_id) for order in permutations(range(4))]
     assert all(plan == plans[0] for plan in plans)
 

@@ -82,7 +82,7 @@ def test_a_failed_load_says_when_to_retry() -> None:
 
 
 def test_the_error_names_the_models_that_hold_the_memory() -> None:
-    """With the figures, and why models stay."""
+    """The error has their figures and why they stay."""
     error = _refused("m", fleet(FULL, node("b", 24000, draining=True)), {})
     assert "a: needs 14000 MiB, 4000 MiB free on device 0; top stays (priority 500 is above 100)" in error.message
     assert "b: draining" in error.message
@@ -113,7 +113,7 @@ def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
     ],
 )
 def test_a_backoff_decides_where_the_load_is_retried(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
-    """Determines where the load is tried again, if anywhere."""
+    """After a fault of one node the load is retried on another; after a fault of the model the request is refused."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])
     if outcome == "refused":

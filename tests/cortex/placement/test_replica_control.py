@@ -124,7 +124,7 @@ SCALED = kept(0, 3)
     ],
 )
 def test_replicas_are_added_under_pressure(overloaded_secs: float, where: FleetSnapshot, expected: str | None) -> None:
-    """After sustained excess load, and only where no eviction is needed."""
+    """Replicas are added after sustained excess load, and only where no eviction is needed."""
     found = loads(view(where, SCALED, overloaded_secs={"m": overloaded_secs}))
     assert found == ([] if expected is None else [("m", expected)])
 
@@ -175,7 +175,7 @@ def test_idle_ttl(use: Any, waiting: dict[str, float], expected: bool) -> None:
 
 
 def test_idle_model_is_put_to_sleep() -> None:
-    """With `when_idle = "sleep"`. A sleeping model is not removed again."""
+    """`when_idle = "sleep"` puts it to sleep; a sleeping model is not removed again."""
     model = kept(0, idle_ttl_secs=60, when_idle="sleep")
     uses = {("m", "a"): used(idle=90)}
     assert removed(view(fleet(host("a", 16000, models={"m": M})), model, usages=uses)) == [("a", True)]
@@ -191,7 +191,7 @@ def test_requests_of_other_clients_keep_a_model() -> None:
 
 @pytest.mark.parametrize(("working", "expected"), [(9, []), (8, ["b"])])
 def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list[str]) -> None:
-    """While removing it would leave the others more than `replica_target` requests each, however idle it is."""
+    """An idle replica stays while removing it would leave the others more than `replica_target` requests each."""
     uses = {("m", "a"): used(working), ("m", "b"): used(idle=400)}
     assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == expected
 

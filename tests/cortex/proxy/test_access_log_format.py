@@ -8,6 +8,7 @@ from cortex.http.access_log import AccessLog
 
 
 async def test_text_line() -> None:
+    """The text format of an access log line is stable: people grep it."""
     written: list[str] = []
     access = AccessLog(written.append)
     access.line("POST /v1/models 200 id=abc", "abc")
@@ -16,6 +17,7 @@ async def test_text_line() -> None:
 
 
 async def test_json_line() -> None:
+    """The JSON format of an access log line is stable: scripts read it."""
     written: list[str] = []
     access = AccessLog(written.append, as_json=True)
     access.line('POST /v1/"x" 200 id=abc', "abc")

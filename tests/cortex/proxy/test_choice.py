@@ -102,7 +102,7 @@ def test_a_key_stays_unless_its_replica_has_too_much(
 
 
 def test_some_replica_is_always_chosen() -> None:
-    """For any loads and speeds. With a key, never a replica above its bound while another is below."""
+    """This holds for any loads and speeds. A key never selects a replica above its bound while another is below."""
     generator = random.Random(7)
     for _ in range(2000):
         size = generator.randint(1, 6)
@@ -116,7 +116,7 @@ def test_some_replica_is_always_chosen() -> None:
 
 
 def test_keys_spread_evenly() -> None:
-    """Also similar keys, and nodes with similar names."""
+    """Similar keys and nodes with similar names spread evenly too."""
     generator = random.Random(3)
     names = ["gpu-1", "gpu-2", "gpu-3", "gpu-4"]
     for keys in (range(8000), [generator.getrandbits(64) for _ in range(8000)]):
@@ -198,7 +198,7 @@ def test_a_replica_that_has_become_slow_is_noticed() -> None:
 
 
 def test_an_empty_answer_teaches_nothing() -> None:
-    """Neither does one that took no time."""
+    """An answer that took no time does not change the speed either."""
     speeds = Speeds()
     speeds.learn(KIND, "a", 1.0, 0)
     speeds.learn(KIND, "a", 0.0, 10)

@@ -68,7 +68,8 @@ def preflight(target: str, method: str = "POST", origin: str = ORIGIN, *lines: s
     ],
 )
 async def test_preflight_is_answered(client: RawClient, engine: RawEngine, target: str, method: str) -> None:
-    """With the method and headers that the page asks for, without a body; neither engine nor neuron gets it."""
+    """The answer allows the method and headers that the page asks for and has no body; neither engine nor neuron gets
+    the request."""
     answer = await client.ask(preflight(target, method), "OPTIONS")
     assert (answer.status, answer.framing) == (204, "none")
     assert readable(answer)

@@ -56,7 +56,7 @@ def refused(answer: Answer, key: str) -> bool:
 async def test_requests_of_web_pages_are_refused(
     start_cortex: StartCortex, benjy: V1Neuron, lines: list[str], host: str, key: str
 ) -> None:
-    """On every route, known or not, and no engine or neuron gets the request. The connection stays usable."""
+    """Every route refuses them, known or not, and no engine or neuron gets the request. The connection stays usable."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with connected(cortex.url) as client:
         for target in GETS:

@@ -22,6 +22,7 @@ def parsed(event: bytes) -> tuple[str | None, Any]:
 
 
 def test_chats_get_the_envelope() -> None:
+    """Chat and completion streams get OpenAI's error envelope as an event."""
     name, data = parsed(error_event(b"/v1/chat/completions", FAILED))
     assert name is None
     assert data == {
@@ -62,6 +63,7 @@ def test_responses_fail() -> None:
     ],
 )
 def test_sequence_numbers_continue_after_a_lost_response(sent: bytes) -> None:
+    """The error event has the number after the last one that the client received."""
     _, data = parsed(error_event(b"/v1/responses", FAILED, sent=sent))
     assert data["sequence_number"] == 42
 

@@ -343,7 +343,7 @@ async def test_engine_that_answers_503_behind_the_comments(
 async def test_client_that_disconnects_leaves_the_queue(
     cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
 ) -> None:
-    """At once, with its task, timer and objects. The load continues."""
+    """Its task, timer and objects are freed at once. The load continues."""
     async with waiting(cortex.url):
         with_one = len(_waits())
         tasks = len(asyncio.all_tasks())
@@ -401,8 +401,7 @@ async def test_comment_is_one_line_whatever_a_neuron_says(
 async def test_worker_processes_get_notes_from_their_control(
     tmp_path: Path, benjy: V1Neuron, engine: RawEngine
 ) -> None:
-    """Their comments have what the control knows, the node included from the first one on. The log has the waiting
-    time."""
+    """Comments say what the control knows, from the first one on with the node. The log has the waiting time."""
     async with cortex_process(
         tmp_path, [benjy], [{"id": MODEL}], workers=2, waiting={"first_comment_secs": 0.4}
     ) as cortex:

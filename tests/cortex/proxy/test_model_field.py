@@ -93,7 +93,7 @@ def test_model_is_found_and_replaced_in_place(body: str, model: str) -> None:
     ids=lambda body: repr(body[:40]),
 )
 def test_a_body_without_a_model_is_an_invalid_request(body: bytes) -> None:
-    """Whatever is wrong, at any depth, the client gets a 400 and cortex raises nothing else."""
+    """The client gets a 400 for any fault at any depth; no other error is raised."""
     with pytest.raises(InvalidRequest):
         find_model(body, JSON)
 
@@ -229,7 +229,7 @@ def test_the_model_of_a_form_is_found_and_replaced() -> None:
     ids=["empty", "none", "blank", "no boundary", "other boundary", "not utf-8", "too many parts"],
 )
 def test_a_form_without_a_model_is_an_invalid_request(body: bytes, content_type: str) -> None:
-    """As for JSON."""
+    """Forms get the same 400 as JSON."""
     with pytest.raises(InvalidRequest):
         find_model(body, content_type)
 

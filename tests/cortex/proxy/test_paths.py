@@ -106,6 +106,9 @@ async def test_one_model_is_served_too(client: RawClient, target: str) -> None:
     [
         ("POST", "/api/v1/chat/completions"),
         ("POST", "/v1/chat/completions/v1/messages"),
+        ("POST", "/v1"),
+        ("POST", "/"),
+        ("POST", "/v1/chat/"),
         ("POST", "/api/chat"),
         ("GET", "/v1"),
         ("GET", "/"),
@@ -118,7 +121,7 @@ async def test_other_paths_get_a_404_with_the_base_url(
     client: RawClient, engine: RawEngine, method: str, target: str
 ) -> None:
     """It names what a client has to be configured with."""
-    body = BODY if target.startswith(("/api/v1", "/v1/chat")) else b'{"prompt":"hi"}'
+    body = b'{"prompt":"hi"}' if target == "/api/chat" else BODY
     answer = await client.ask(request(body, method=method, target=target, host="ai.internal:31313"), method)
     assert answer.status == 404
     if method != "HEAD":
@@ -149,7 +152,7 @@ async def test_long_or_odd_path_gets_the_envelope(client: RawClient, target: str
             "/v1/audio/speech",
             "/v1/images/generations",
             "/v1/videos",
-            "/v1/load_lora_adapter",
+            "/v1/systemone",
             "/invocations",
         ),
         *(
@@ -171,6 +174,20 @@ async def test_any_post_that_names_a_model_goes_to_its_engine(
         assert (engine.requests[-1].target, engine.requests[-1].body) == (target, body)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("/sleep", "/sleep/", "//sleep", "/./wake_up", "/%73leep", "/v1/load_lora_adapter", "/v1/v1/sleep"),
+        *("/fault_tolerance/apply", "/collective_rpc?x=1", "/update_weights_from_disk", "/Sleep"),
+    ],
+)
+async def test_routes_that_manage_an_engine_are_refused(client: RawClient, engine: RawEngine, target: str) -> None:
+    """However the path is written: an engine of a protocol v1 neuron may have no guard of its own."""
+    answer = await client.ask(request(BODY, "Content-Type: application/json", target=target))
+    message(answer, 403, "forbidden")
+    assert engine.requests == []
+
+
 async def test_unknown_path_with_an_unknown_model_is_model_not_found(client: RawClient) -> None:
     """The path may be right."""
     answer = await client.ask(request(b'{"model":"org/unknown"}', target="/v2/rerank"))
@@ -179,7 +196,7 @@ async def test_unknown_path_with_an_unknown_model_is_model_not_found(client: Raw
 
 @pytest.mark.parametrize("target", ["/fleet/load", "/fleet/nowhere", "/v1/models", "/health", "/openapi.json"])
 async def test_own_paths_never_go_to_an_engine(client: RawClient, engine: RawEngine, target: str) -> None:
-    """Even if the body names a model that an engine has."""
+    """cortex answers these paths even if the body names a model that an engine has."""
     answer = await client.ask(request(BODY, "Content-Type: application/json", target=target))
     assert answer.status in (400, 404, 405)
     assert answer.get("x-cortex-node") is None

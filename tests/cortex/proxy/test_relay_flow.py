@@ -183,7 +183,8 @@ async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
 
 @pytest.mark.parametrize("script", [silence, one_event, a_part_of_a_plain_answer])
 async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine, script: Script) -> None:
-    """Before and during the answer, also with pipelined requests, which then never reach the engine."""
+    """cortex closes the engine's connection before and during the answer. Pipelined requests then never reach the
+    engine."""
     for how, behind in itertools.product(("fin", "rst", "half-close"), (b"", ASK, ASK * 3)):
         engine.script = script
         seen = len(engine.requests)
@@ -221,7 +222,7 @@ async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine
 async def test_stalled_client_leaves_and_the_engine_sees_it(
     url: str, engine: RawEngine, framing: str, how: str
 ) -> None:
-    """Also while cortex holds data that the client has not read."""
+    """cortex notices the disconnect even while it holds data that the client has not read."""
     flood = Flood(1 << 30, framing)
     engine.scripts.append(flood)
     async with stalled_client(url) as client:
@@ -233,7 +234,7 @@ async def test_stalled_client_leaves_and_the_engine_sees_it(
 
 
 async def test_client_leaves_while_the_engine_is_streaming(url: str, engine: RawEngine) -> None:
-    """In the middle of a fast stream that the client was reading."""
+    """A client that reads a fast stream disconnects in the middle, and the engine stops."""
     for how in ("fin", "rst"):
         engine.scripts.append(Flood(1 << 30, "chunked"))
         async with connected(url) as client:

@@ -41,8 +41,7 @@ async def still_usable(client: RawClient) -> None:
 
 
 async def test_chunked_answer_split_at_every_byte(client: RawClient, engine: RawEngine) -> None:
-    """In sizes, extensions, line ends and trailers: wherever a segment ends, the client gets the payload and its
-    end."""
+    """The client gets the payload and its end wherever a segment ends: in sizes, extensions, line ends and trailers."""
     for first, second in every_split(ODDLY_FRAMED):
         engine.script = answering(first, second)
         answer = await client.ask(ASK)
@@ -72,8 +71,8 @@ async def test_many_chunks_in_a_segment(client: RawClient, engine: RawEngine, si
 
 @pytest.mark.parametrize("end", [b"0\r\n\r\n", b"000\r\n\r\n", b"0;x\r\n\r\n", b"0\r\nX-T: 1\r\n\r\n"])
 async def test_chunk_by_chunk(client: RawClient, engine: RawEngine, end: bytes) -> None:
-    """As engines stream: head, chunks and the last chunk each in their own segment. cortex sees the end, because the
-    next request finds both connections free."""
+    """Engines send the head, each chunk and the last chunk in their own segments. The next request finds both
+    connections free, so cortex sees the end."""
     pieces = [chunked(b"data: %d\n\n" % number, 64).removesuffix(b"0\r\n\r\n") for number in range(20)]
     for _ in range(3):
         engine.scripts.append(answering(stream_head(), *pieces, end))

@@ -53,8 +53,8 @@ def ends_in_error(answer: Answer, before: str) -> None:
 async def test_event_stream_lost_at_every_byte(
     cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script]
 ) -> None:
-    """In a size line, in a payload, before its CRLF, before the last chunk, after `0\r\n`: the client can decode the
-    stream to its end, and its last event says upstream_lost."""
+    """The client can decode the stream to its end wherever it was cut (in a size line, in a payload, before its CRLF,
+    before the last chunk, after `0`), and its last event says upstream_lost."""
     for kept in range(1, len(FRAMED)):
         engine.script = lost(HEAD, FRAMED[:kept])
         answer = await ask(cortex)
@@ -153,8 +153,8 @@ async def never_clean(cortex: RunningCortex, data: bytes, *, may_refuse: bool) -
 async def test_other_answers_are_cut_when_the_engine_is_lost(
     cortex: RunningCortex, engine: RawEngine, version: str, head: bytes, body: bytes
 ) -> None:
-    """At every byte: no last chunk, no full length, and for an HTTP/1.0 client a reset, because a close would look like
-    the end."""
+    """The answer has neither a last chunk nor its full length. An HTTP/1.0 client gets a reset, because a close would
+    look like the end."""
     data = request(b'{"model":"org/small"}', version=version)
     for lost in (closing, resetting):
         for kept in range(len(body)):

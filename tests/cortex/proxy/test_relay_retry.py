@@ -133,7 +133,7 @@ async def test_request_that_every_connection_loses_arrives_at_most_twice(
 async def test_request_is_not_repeated_after_its_answer_has_begun(
     cortex: RunningCortex, engine: RawEngine, lost: Callable[..., Script], kept: bytes, clean_status: int | None
 ) -> None:
-    """Also on a reused connection: the engine has worked on the request."""
+    """This also holds on a reused connection: the engine has already worked on the request."""
     await answered(cortex, 1)
     engine.script = lost(kept)
     try:

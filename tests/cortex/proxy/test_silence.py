@@ -89,6 +89,7 @@ def signs(body: bytes) -> int:
 async def test_silent_stream_gets_signs_of_life(
     cortex: RunningCortex, engine: RawEngine, script: Script, target: str
 ) -> None:
+    """Comments arrive while the engine sends nothing, and the engine's events are unchanged."""
     engine.script = script
     body, _ = await stream_of(cortex, asking(target))
     assert without_signs(body) == EVENTS
@@ -242,6 +243,8 @@ class TestWhitespace:
     async def test_answer_begins_early(
         self, cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, cold: bool, answer: bytes
     ) -> None:
+        """With `plain_keepalive = "whitespace"` a plain answer's head and line feeds come before the engine answers;
+        the body stays valid JSON."""
         engine.script = paced(b"", answer)
         if cold:
             del benjy.models[MODEL]
@@ -262,6 +265,7 @@ class TestWhitespace:
     async def test_failed_load_is_told_inside_the_200(
         self, cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine
     ) -> None:
+        """The head is already sent, so the error is the body."""
         del benjy.models[MODEL]
         await until(lambda: not cortex.parts.fleet.snapshot().serving(MODEL))
         benjy.load_gate.clear()
@@ -274,6 +278,7 @@ class TestWhitespace:
         assert b"CUDA out of memory" in rest
 
     async def test_stream_still_gets_comments(self, cortex: RunningCortex, engine: RawEngine) -> None:
+        """The setting for plain answers does not change streams."""
         engine.script = paced(b"", stream_head() + chunked(EVENTS, 9))
         body, _ = await stream_of(cortex, asking())
         assert without_signs(body) == EVENTS

@@ -72,7 +72,7 @@ def test_usage_is_found_behind_a_long_answer_in_small_chunks() -> None:
 @pytest.mark.parametrize("end", [CHAT_END, MESSAGE_END, RESPONSE_END, PLAIN_END])
 @pytest.mark.parametrize("size", [1, 7, 190, 5000, 1 << 20])
 def test_usage_of_an_answer_as_vllm_writes_it(end: bytes, size: int) -> None:
-    """For each API and any split: the engine's counts, never numbers from the text."""
+    """The engine's counts are found for each API and any split, never numbers from the text."""
     answer, tail = CHUNK * 60 + end, UsageTail()
     for start in range(0, len(answer), size):
         tail.feed(answer[start : start + size])
@@ -121,7 +121,7 @@ def test_hostile_answers_have_no_usage(hostile: bytes) -> None:
 
 
 def test_a_large_chunk_is_not_copied() -> None:
-    """Of 256 KiB only a few KiB are kept."""
+    """Only a few KiB of a chunk of 256 KiB are kept."""
     tail, chunk = UsageTail(), bytes(1 << 18)
     tracemalloc.start()
     try:

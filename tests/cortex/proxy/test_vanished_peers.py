@@ -131,6 +131,7 @@ class TestEngine:
     """The engine's host is gone; its neuron, elsewhere, still answers."""
 
     async def test_vanishes_in_a_stream(self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost) -> None:
+        """The client gets upstream_lost when the engine's host vanishes during a stream."""
         async with engine_of(benjy, far.listening()) as engine:
             engine.script = begun_then_silent
             cortex = await start_cortex([benjy], [{"id": MODEL}])
@@ -181,7 +182,8 @@ class TestClient:
         far: FarHost,
         script: Callable[[Wire, Received], Coroutine[Any, Any, None]],
     ) -> None:
-        """Before its answer, in a silent stream, or while tokens flow: the engine is told to stop."""
+        """The engine is stopped when the client's host vanishes before the answer, in a silent stream, or while tokens
+        flow."""
         async with engine_of(benjy) as engine:
             engine.script = script
             cortex = await start_cortex([benjy], [{"id": MODEL}], host=far.near_address)
@@ -198,6 +200,7 @@ class TestClient:
     async def test_vanishes_while_it_does_not_read(
         self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost
     ) -> None:
+        """A client that vanishes with a full socket is noticed too."""
         async with engine_of(benjy) as engine:
             engine.script = flood
             cortex = await start_cortex([benjy], [{"id": MODEL}], host=far.near_address)
@@ -243,6 +246,7 @@ class TestNeuron:
     """A neuron counts as down; its engine's kernel still acknowledges, as on a frozen host."""
 
     async def test_down_ends_silent_streams(self, start_cortex: StartCortex, benjy: V1Neuron) -> None:
+        """When a neuron counts as down, its silent streams end with an error that says so."""
         async with engine_of(benjy) as engine:
             engine.script = begun_then_silent
             cortex = await start_cortex([benjy], [{"id": MODEL}], poll={"timeout_secs": 0.1})

@@ -51,7 +51,7 @@ def small(tmp_path: Path) -> list[str]:
 
 
 def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """By load and policy, one figure a seed, equal to those of single simulations."""
+    """The JSON has one figure a seed for each load and policy, equal to those of single simulations."""
     compare_all = [*small, "--seeds", "3-4", "--loads", "0.5,2", "--compare"]
     assert main([*compare_all, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -88,7 +88,7 @@ def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.C
 def test_the_command_rejects_options_that_do_not_fit(
     small: list[str], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With exit status 2 and the reason."""
+    """The command exits with status 2 and says why."""
     try:
         status = main([*small, *options])
     except SystemExit as exit_:

@@ -240,6 +240,7 @@ def test_the_planner_drains_a_busy_model_where_others_wait_until_it_is_idle(
 
 
 def test_request_times_out(tmp_path: Path) -> None:
+    """A request that waits longer than `timeout_secs` is unserved, and its whole wait counts."""
     fleet = fleet_of(tmp_path, ONE_CARD + "[serving]\ntimeout_secs = 4\n")
     outcome = simulate(fleet, [Ask(0.0, "a", 1.0)], "planner")
     assert (outcome.total.unserved, outcome.total.waiting.max) == (1, 4.0)
@@ -278,7 +279,7 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
 def test_every_request_is_served_once_by_a_loaded_model_within_memory(
     example: SimulatedFleet, half_hour: list[Ask], policy: str
 ) -> None:
-    """Checked after every iteration of the loop."""
+    """The invariants hold after every iteration of the loop."""
 
     def look(simulation: Simulation) -> None:
         for neuron in simulation.neurons.values():

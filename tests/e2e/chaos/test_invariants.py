@@ -77,6 +77,7 @@ async def test_two_engines_of_a_model_on_a_host(fleet: Fleet, processes: list[su
     [(12_000, None, 0), (12_001, None, 1), (0, "OutOfMemoryError: CUDA out of memory.", 1), (0, "killed", 0)],
 )
 async def test_overbooking(fleet: Fleet, booked: int, error: str | None, found: int) -> None:
+    """The check finds bookings beyond a device's memory, and engines that ran out of it."""
     health: dict[str, Any] = {"devices": [{"index": 0, "vram_booked_mb": booked, "vram_used_mb": 0}]}
     assert len(overbooked(fleet.neuron("small"), health, [{"id": MODEL, "error": error}])) == found
 
@@ -103,7 +104,7 @@ def test_models_do_not_fit_together() -> None:
     ],
 )
 async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violations: int, counted: int) -> None:
-    """For one request, while the services `down` were unavailable."""
+    """The verdict on one request, while the services `down` were unavailable."""
     for service in fleet.services:
         if service.name in down:
             service.is_down()
@@ -117,7 +118,7 @@ async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violatio
 
 
 async def test_a_restarted_neuron_counts_after_a_poll(fleet: Fleet) -> None:
-    """Not before every cortex has had time to poll it."""
+    """A restarted neuron counts only after every cortex has had time to poll it."""
     [*_, small] = fleet.neurons
     small.is_down()
     small.is_back()

@@ -63,6 +63,7 @@ RESPONSE_END = message("response.completed", response={"id": "r", "model": "m"})
     ],
 )
 def test_streams(dialect: str, body: bytes, kind: Kind) -> None:
+    """A stream's bytes tell whether it is complete, an error or cut."""
     outcome = of_stream(dialect, "m", body)
     assert outcome.kind is kind, outcome
 
@@ -80,6 +81,7 @@ def test_streams(dialect: str, body: bytes, kind: Kind) -> None:
     ],
 )
 def test_whole_answers(dialect: str, answer: object, kind: Kind) -> None:
+    """A plain answer is complete only with its own model and the fields of its API, up to the last byte."""
     body = json.dumps(answer).encode()
     assert of_whole(dialect, "m", body).kind is kind
     assert of_whole(dialect, "m", body[:-1]).kind is Kind.VIOLATION
@@ -98,4 +100,5 @@ def test_whole_answers(dialect: str, answer: object, kind: Kind) -> None:
     ],
 )
 def test_refusals(status: int, headers: dict[str, str], error: object, kind: Kind) -> None:
+    """An error body must have the envelope, and a 503 or 429 also Retry-After."""
     assert of_refusal(status, headers, json.dumps({"error": error}).encode()).kind is kind

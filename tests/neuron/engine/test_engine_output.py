@@ -252,7 +252,7 @@ async def test_a_cancelled_caller_loses_no_lines(tmp_path: Path) -> None:
 
 
 async def test_the_last_output_is_kept(tmp_path: Path) -> None:
-    """Even a last line without a line end; `follow` ends by itself."""
+    """A last line without a line end is kept too; `follow` ends by itself."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     published: list[str] = []
@@ -265,7 +265,7 @@ async def test_the_last_output_is_kept(tmp_path: Path) -> None:
 
 
 async def test_a_simulated_engine_passes_all_phases(tmp_path: Path) -> None:
-    """From the log file to the progress: every phase in order, with a download if configured."""
+    """The log file's lines lead to every phase in order, with a download if configured."""
     path = tmp_path / "engine.log"
     output = EngineOutput(path)
     loop = asyncio.get_running_loop()

@@ -55,7 +55,7 @@ async def asking(engine: SimProcess, **body: object) -> AsyncIterator[None]:
 
 
 async def test_a_working_engine_is_healthy() -> None:
-    """Even long after all grace periods; its activity is known meanwhile."""
+    """The engine stays healthy long after all grace periods, and its activity is known."""
     arguments = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "20")
     async with ready_engine(*arguments) as engine, asking(engine), watched(engine.url) as health:
         with pytest.raises(asyncio.TimeoutError):
@@ -65,7 +65,7 @@ async def test_a_working_engine_is_healthy() -> None:
 
 
 async def test_a_failing_check_is_detected_within_two_seconds() -> None:
-    """With the default settings."""
+    """The default settings are enough for this."""
     async with ready_engine(*FAST) as engine:
         engine.send(signal.SIGUSR2)
         started = time.monotonic()

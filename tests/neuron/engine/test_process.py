@@ -37,7 +37,7 @@ async def test_output_and_input(mark: str, tmp_path: Path) -> None:
 
 
 async def test_it_leads_its_own_session(mark: str, tmp_path: Path) -> None:
-    """So Ctrl-C in neuron's terminal does not reach the engine."""
+    """Ctrl-C in neuron's terminal does not reach the engine."""
     process = await start(tmp_path, f"echo up; {SLEEP} 600")
     assert os.getsid(process.pid) == process.pid != os.getsid(0)
     await process.stop(5)
@@ -112,7 +112,7 @@ async def test_cancelled_start_leaves_nothing(mark: str, tmp_path: Path) -> None
 
 
 async def test_kill_now_needs_no_loop(mark: str, tmp_path: Path) -> None:
-    """For a forced exit: all members have been sent SIGKILL when the call returns."""
+    """A forced exit needs this: when the call returns, all members have been sent SIGKILL."""
     process = await start(tmp_path, f"trap '' TERM; {SLEEP} 600 & echo up; wait")
     process.kill_now()
     assert await process.wait() == -signal.SIGKILL

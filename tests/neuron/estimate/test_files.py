@@ -182,6 +182,7 @@ class TestBroken:
         ],
     )
     def test_header(self, data: bytes, reason: str, tmp_path: Path) -> None:
+        """A damaged safetensors header is refused with the reason."""
         directory = write_model(tmp_path, SMALL)
         (directory / "model.safetensors").write_bytes(data)
         assert reason in self.refused(directory)
@@ -210,6 +211,7 @@ class TestBroken:
         ],
     )
     def test_tensor(self, entry: object, tmp_path: Path) -> None:
+        """An invalid tensor entry in the header is refused with the tensor's name."""
         directory = write_model(tmp_path, SMALL)
         write_header(directory / "model.safetensors", {"model.norm.weight": entry}, data_bytes=8)
         assert "'model.norm.weight' has" in self.refused(directory)
@@ -233,6 +235,7 @@ class TestBroken:
         ],
     )
     def test_index(self, index: object, reason: str, tmp_path: Path) -> None:
+        """An index that lists no files, files elsewhere or missing files is refused with the reason."""
         directory = write_model(tmp_path, SMALL)
         (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         assert reason in self.refused(directory)
@@ -260,6 +263,8 @@ class TestBroken:
         ],
     )
     async def test_configuration(self, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+        """A config.json with a missing or invalid field is refused; the message names field and directory and stays
+        short."""
         directory = write_model(tmp_path, {**SMALL, **changes})
         with pytest.raises(ModelFilesInvalid) as caught:
             await estimate_of(VllmEstimator(), EngineSpec("m", "vllm", str(directory)), Topology(), {})
@@ -271,6 +276,7 @@ class TestBroken:
         "text", ["", "[]", "{", "nonsense", '{"a": ' * 50_000, "\ud800".encode("utf-8", "surrogatepass")]
     )
     def test_invalid_configuration(self, text: str | bytes, tmp_path: Path) -> None:
+        """A config.json that is not a JSON object is refused with the file's name."""
         (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         assert "config.json" in self.refused(tmp_path)
 
@@ -281,6 +287,7 @@ class TestBroken:
         assert "not a regular file" in self.refused(directory)
 
     def test_a_huge_configuration(self, tmp_path: Path) -> None:
+        """A sparse file of 1 TiB is refused by its size, without reading it."""
         (tmp_path / "config.json").touch()
         os.truncate(tmp_path / "config.json", 1 << 40)
         assert "bytes, more than" in self.refused(tmp_path)
@@ -324,10 +331,11 @@ class TestPlace:
 
     @pytest.mark.parametrize("source", ["/" + "x" * 400, "x" * 400])
     def test_an_overlong_path_is_not_below_a_root(self, source: str, tmp_path: Path) -> None:
-        """And does not cause an operating system error."""
+        """A path too long for the operating system causes no error."""
         assert not is_below(source, [tmp_path])
 
     def test_a_directory_without_a_model_and_a_file(self, tmp_path: Path) -> None:
+        """The error says that config.json is missing, or that the path is a file."""
         (tmp_path / "model.gguf").touch()
         with pytest.raises(NotFound, match=r"no config\.json"):
             read(tmp_path)

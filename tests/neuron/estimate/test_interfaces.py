@@ -99,6 +99,7 @@ async def test_wrong_parameters(neuron: Neuron, parameters: Mapping[str, str], p
 
 
 async def test_a_repeated_parameter(neuron: Neuron) -> None:
+    """A parameter given twice is a 400 instead of a silent choice."""
     answer = await neuron.call("GET", "/estimate?model=a&model=b")
     assert (answer.status, answer.error["message"]) == (400, "model: given more than once")
 
@@ -141,7 +142,7 @@ async def test_engines_environment_and_arguments_count(rooted: Neuron, tmp_path:
 
 
 async def test_a_known_model_is_estimated_as_it_was_loaded(neuron: Neuron, llama: Path) -> None:
-    """By its id: source, arguments and devices of the remembered load."""
+    """The id alone is enough: source, arguments and devices are those of the remembered load."""
     loaded = await neuron.load("test/llama", "--max-model-len", "4096", source=str(llama), tensor_parallel=2)
     assert loaded.status == 200, loaded.body
     body = (await ask(neuron, model="test/llama")).body
@@ -171,7 +172,7 @@ def two_cards(tmp_path: Path) -> str:
 
 
 def test_command_prints_a_table(llama: Path, two_cards: str) -> None:
-    """For a relative path; every line has its size and an explanation."""
+    """A relative path works; every line has its size and an explanation."""
     result = run("llama", "--max-model-len", "32K", "--config", two_cards, cwd=llama.parent)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

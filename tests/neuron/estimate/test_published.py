@@ -71,7 +71,7 @@ def test_token_sizes_match_published_ones(model: Published) -> None:
     ids=lambda value: value.name if isinstance(value, Published) else "",
 )
 def test_weights_match_published_sizes(model: Published, expected: float) -> None:
-    """In their published types."""
+    """The estimate matches the sizes of the files in their published types."""
     assert gigabytes(model) == pytest.approx(expected, rel=0.005)
 
 
@@ -168,7 +168,7 @@ def test_linear_attention_has_a_state_of_fixed_size() -> None:
 
 
 def test_a_checkpoint_may_define_an_8_bit_cache() -> None:
-    """In compressed-tensors and ModelOpt; vLLM's flag takes precedence."""
+    """compressed-tensors and ModelOpt checkpoints may define it; vLLM's flag takes precedence."""
     scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
     assert kv_cache_name("auto", scheme) == "fp8"
     assert kv_cache_name("auto", {"quantization": {"kv_cache_quant_algo": "FP8"}}) == "fp8"
@@ -219,7 +219,7 @@ def test_blocks_of_a_quantized_checkpoint_are_not_split() -> None:
     ids=lambda value: value.name if isinstance(value, Published) else "",
 )
 def test_smallest_number_of_devices(model: Published, cards: list[int], length: int, expected: int | None) -> None:
-    """On common hosts for these models."""
+    """The answer is right for these models on common hosts."""
     devices = [Device(index=index, vram_total_mb=mb) for index, mb in enumerate(cards)]
     made = estimate(ModelFiles(model.name, model.architecture, None), EngineOptions(max_model_len=length), devices)
     assert made.tensor_parallel == expected, made.reasons

@@ -155,7 +155,7 @@ def test_lines_come_to_the_total() -> None:
 
 
 def test_flags_change_their_lines() -> None:
-    """And no other line."""
+    """A flag changes only the line that it is about."""
     plain = of(LLAMA_8B, "--max-model-len", "8192")
     assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-dtype", "fp8"), "KV cache") == 512
     assert line(of(LLAMA_8B, "--max-model-len", "8192", "--kv-cache-memory-bytes", "3G"), "KV cache") == 3072
@@ -178,7 +178,7 @@ def test_one_whole_sequence_fits_by_default() -> None:
 
 
 def test_encoders_have_no_kv_cache() -> None:
-    """And no sampler. vLLM allocates no cache for them, whatever size is configured."""
+    """Encoders have no sampler either. vLLM allocates no cache for them, whatever size is configured."""
     made = of(published.MINILM, "--kv-cache-memory-bytes", "64M")
     assert line(made, "KV cache") == line(made, "CUDA graphs") == 0
     assert next(each.how for each in made.lines if each.what == "KV cache") == "none: encoders have no KV cache"
@@ -197,7 +197,7 @@ def test_unknowns_are_listed() -> None:
 
 
 def test_options_have_reasons() -> None:
-    """For each number of devices: fits, too little memory, too few devices, cannot be split."""
+    """Each number of devices has one: fits, too little memory, too few devices, cannot be split."""
     made = of(LLAMA_8B, "--max-model-len", "131072")
     reasons = {option.tensor_parallel: option.reason or "fits" for option in made.options}
     assert reasons[1] == "more than the usable 22598 MiB of 24564"

@@ -33,7 +33,7 @@ def test_counters_that_do_not_move_under_load_are_a_hang() -> None:
 
 
 def test_an_idle_engine_does_not_hang() -> None:
-    """Also with waiting requests: the scheduler may hold them back."""
+    """Waiting requests alone are not a hang either: the scheduler may hold them back."""
     assert watch(IDLE) is None
     assert watch(GENERATING, replace(GENERATING, running=0, waiting=3)) is None
 
@@ -89,7 +89,8 @@ def test_time_without_requests_does_not_count() -> None:
 
 
 def test_no_sample_proves_nothing() -> None:
-    """Neither a hang nor progress; a long gap counts only up to a limit, since neuron itself may have been stopped."""
+    """A missing sample is neither a hang nor progress; a long gap counts only up to a limit, since neuron itself may
+    have been stopped."""
     assert watch(IDLE, GENERATING, None) is None
     watching = VllmHangDetector(LONGEST_GAP_SECS + 5, 1000)
     assert watching.observe(IDLE, 0) is None

@@ -158,7 +158,7 @@ def test_estimated_share() -> None:
     ],
 )
 def test_memory_requirement(harness: str, share: int | None, args: tuple[str, ...], need: MemoryRequirement) -> None:
-    """From the engine's arguments, else its share, else its default."""
+    """The requirement comes from the engine's arguments, else its share, else its default."""
     spec = replace(SPEC, tensor_parallel=2)
     assert HARNESSES[harness].memory_requirement(spec, share, args) == need
 
@@ -204,7 +204,8 @@ def test_environment(harness: str) -> None:
 
 
 def test_neurons_variables_are_not_inherited() -> None:
-    """Neither its token, under any name, nor its supervisor's sockets, nor another engine's key."""
+    """The engine gets neither neuron's token, under any name, nor its supervisor's sockets, nor another engine's
+    key."""
     environ = {
         **ENVIRON,
         **dict.fromkeys(
@@ -280,7 +281,7 @@ def test_without_a_control_key_nothing_sleeps() -> None:
 
 @pytest.mark.parametrize(("mode", "sleeps"), [(None, True), (True, True), ("dev", True), (False, False)])
 def test_sim_with_sleep_mode(mode: bool | Literal["dev"] | None, sleeps: bool) -> None:
-    """On by default, since it costs nothing; the command line is the same."""
+    """Sleep mode is on by default, since it costs nothing; the command line is the same."""
     spec = replace(SPEC, harness="sim")
     plan, facts = planned(spec, settings=HarnessSettings(sleep_mode=mode), control_key="control", has_gpu=False)
     made = HARNESSES["sim"].command(plan, facts)

@@ -77,6 +77,7 @@ def test_real_failures(log: str, path_missing: bool, cause: str, permanent: bool
     ],
 )
 def test_error_messages(error: str, cause: str) -> None:
+    """Real error lines of vLLM tell whether the host or the model is at fault."""
     assert VLLM.cause_of(error, path_missing=False).value == cause
 
 
@@ -129,7 +130,7 @@ def test_refusals(error: ServiceError, cause: str) -> None:
 async def test_a_load_error_has_the_cause(
     neuron: Neuron, args: tuple[str, ...], fields: dict[str, Any], cause: str
 ) -> None:
-    """In the error object beside the message, and in the entry of the failed model."""
+    """The cause is in the error object beside the message, and in the entry of the failed model."""
     answer = await neuron.load(MODEL, *args, **fields)
     assert answer.error["cause"] == cause, answer.body
     view = await neuron.model(MODEL)
@@ -139,7 +140,7 @@ async def test_a_load_error_has_the_cause(
 
 
 async def test_killed_while_loading(neuron: Neuron, mark: str) -> None:
-    """As by the host's out-of-memory killer."""
+    """SIGKILL, which the host's out-of-memory killer sends, is a fault of the node."""
     loading = asyncio.create_task(neuron.load(MODEL, "--load-secs", "10"))
     (engine,) = await until(lambda: marked_engines(mark))
     os.kill(engine, signal.SIGKILL)
@@ -166,7 +167,7 @@ async def test_faults_of_the_host(mark: str, tmp_path: Path, settings: dict[str,
 
 
 def test_the_simulation_reports_errors_like_vllm() -> None:
-    """For a model that it simulates not to support."""
+    """A model that it simulates not to support fails with vLLM's message."""
     lines = ["  Value error, Model architectures ['NoSuchForCausalLM'] are not supported for now. [type=value_error]"]
     lines.insert(0, "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig")
     found = root_cause(lines)

@@ -135,6 +135,7 @@ def test_it_needs_only_the_standard_library() -> None:
 @pytest.mark.parametrize("path", OPEN)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 async def test_client_routes_are_open(ask: Caller, inner: Inner, path: str, method: str) -> None:
+    """Clients reach the engine's public routes without a key."""
     assert (await ask(path, method=method))[:2] == (200, b"inner")
     assert inner.paths == [path]
 
@@ -142,7 +143,7 @@ async def test_client_routes_are_open(ask: Caller, inner: Inner, path: str, meth
 @pytest.mark.parametrize("path", [*DEV_ROUTES, *ADMIN_ROUTES, *TRICKS, "/something_new"])
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS", "sleep"])
 async def test_other_routes_are_closed(ask: Caller, inner: Inner, path: str, method: str) -> None:
-    """As without development mode; unknown paths are closed too, and the engine never sees them."""
+    """They answer as without development mode; unknown paths are closed too, and the engine never sees them."""
     assert (await ask(path, method=method))[:2] == (404, NOT_FOUND)
     assert inner.seen == []
 
@@ -179,7 +180,7 @@ async def test_the_engine_does_not_see_the_key(ask: Caller, inner: Inner) -> Non
     ],
 )
 async def test_a_wrong_key_opens_nothing(ask: Caller, inner: Inner, shown: tuple[bytes, ...]) -> None:
-    """Nor does the digest, which is in the environment, nor one key of several."""
+    """The digest, which is in the environment, opens nothing either, nor does one key among several."""
     headers = tuple((CONTROL_HEADER.encode(), value) for value in shown)
     assert (await ask("/sleep", method="POST", headers=headers))[0] == 404
     assert inner.seen == []
@@ -206,6 +207,7 @@ async def test_a_root_path_opens_nothing(ask: Caller, inner: Inner) -> None:
 
 
 async def test_websockets_follow_the_same_rules(ask: Caller, inner: Inner) -> None:
+    """A websocket to a closed route is closed, one to a public route passes."""
     assert (await ask("/sleep", type="websocket"))[0] == 1000
     assert inner.seen == []
     await ask("/v1/realtime", type="websocket")

@@ -126,7 +126,7 @@ def test_whole_starts(lines: list[str], phases: list[str]) -> None:
 
 
 def test_fractions_of_a_start() -> None:
-    """Of shards; of graphs over both captures, if there are two; and the duration of the download."""
+    """Shards and graphs have a fraction, over both captures if there are two, and a download has its duration."""
     readings = replay(V0_19)
     by_phase = {phase: [r.fraction for r in readings if r.phase == phase] for phase in PHASES}
     assert by_phase["loading weights"] == [None, 0, 0.5, 1, 1]
@@ -213,7 +213,7 @@ def test_output_of_several_workers() -> None:
 
 
 def test_messages_quote_the_engine() -> None:
-    """Without the record's prefix, for all versions; unrelated lines change nothing."""
+    """The record's prefix is cut off, for all versions; unrelated lines change nothing."""
     assert VllmLoadReading().after(V0_19[0]).message == "Resolved architecture: Qwen3ForCausalLM"
     assert VllmLoadReading().after(V0_19[2]).message == "Starting to load model m..."
     assert VllmLoadReading().after("(APIServer pid=9) INFO 11-23 11:11:55 [m.py:6] hello") == VllmLoadReading()

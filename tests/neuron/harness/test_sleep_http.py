@@ -51,7 +51,7 @@ async def test_sleep_frees_the_gpu_and_wake_takes_it_back(neuron: Neuron) -> Non
 
 
 async def test_a_load_wakes(neuron: Neuron) -> None:
-    """With the same spec or by name; concurrent loads wake it once."""
+    """A load with the same spec or the id alone wakes the model; concurrent loads wake it once."""
     await neuron.load("m", "--vram-mb", VRAM)
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")
@@ -72,7 +72,7 @@ async def test_a_load_that_joins_a_wake_waits_for_it(neuron: Neuron) -> None:
 
 
 async def test_a_wake_waits_for_memory_that_comes_back(neuron: Neuron) -> None:
-    """Of an engine that is being stopped; waking at once would run out of memory."""
+    """The memory of an engine that is being stopped comes back soon; waking at once would run out of memory."""
     await neuron.load("m", "--vram-mb", "20000", devices=[0])
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")
@@ -110,6 +110,7 @@ async def test_a_sleeping_engine_stops_like_any_other(neuron: Neuron) -> None:
 
 
 async def test_what_cannot_sleep(neuron: Neuron) -> None:
+    """Unknown and unloaded models, engines without sleep mode and other levels are refused with their own codes."""
     assert (await post(neuron, "sleep", "m")).error["code"] == "model_not_found"
     assert (await post(neuron, "wake", "m")).error["code"] == "model_not_found"
     await neuron.load("m", "--no-enable-sleep-mode")

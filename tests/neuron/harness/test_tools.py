@@ -44,6 +44,7 @@ SIM = NeuronConfig.model_validate({"harnesses": [{"name": "sim"}]})
     ],
 )
 def test_families(name: str, tool: str, reasoning: str | None) -> None:
+    """Each model id gets its family's tool parser and reasoning parser."""
     thinking = () if reasoning is None else ("--reasoning-parser", reasoning)
     assert tool_arguments([name], []) == (AUTO, "--tool-call-parser", tool, *thinking)
 

@@ -143,6 +143,7 @@ async def test_only_the_key_opens_the_routes(http: aiohttp.ClientSession) -> Non
 
 
 async def test_an_engine_without_sleep_mode(http: aiohttp.ClientSession) -> None:
+    """neuron notices that the engine cannot sleep and answers sleep_unsupported."""
     async with ready_engine(*FAST, env={DIGEST_VARIABLE: digest_of(KEY)}) as engine:
         assert not await sleeping.is_guarded(http, engine.url, KEY)
         assert await sleeping.is_sleeping(http, engine.url, KEY) is None
@@ -159,6 +160,7 @@ async def test_an_open_engine_is_found_out(http: aiohttp.ClientSession) -> None:
 
 
 async def test_a_busy_engine_goes_on(http: aiohttp.ClientSession) -> None:
+    """A 409 of the engine is model_busy, not a failure."""
     async with strange_engine({"/sleep": web.Response(status=409)}) as url:
         with pytest.raises(Conflict) as caught:
             await sleeping.sleep(http, url, KEY)
@@ -194,6 +196,7 @@ async def test_an_engine_that_does_not_answer(http: aiohttp.ClientSession) -> No
 
 
 async def test_an_engine_that_still_sleeps_failed_to_wake(http: aiohttp.ClientSession) -> None:
+    """A 200 to the wake request is not trusted while the engine says that it sleeps."""
     async with strange_engine({"/wake_up": web.Response(status=200), "/is_sleeping": says_asleep(True)}) as url:
         with pytest.raises(WakeFailed, match="still sleeps"):
             await sleeping.wake(http, url, KEY)
@@ -201,5 +204,6 @@ async def test_an_engine_that_still_sleeps_failed_to_wake(http: aiohttp.ClientSe
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"is_sleeping": "no"}', "<html>"])
 async def test_invalid_is_sleeping_answer(http: aiohttp.ClientSession, text: str) -> None:
+    """An answer without the expected field is unknown, neither asleep nor awake."""
     async with strange_engine({"/is_sleeping": web.Response(text=text)}) as url:
         assert await sleeping.is_sleeping(http, url, KEY) is None

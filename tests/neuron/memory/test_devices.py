@@ -123,7 +123,7 @@ def test_numa_nodes_count_where_no_link_is_known() -> None:
 
 
 def test_more_nvlinks_are_better() -> None:
-    """As in a hybrid cube mesh, where some pairs have one link and some two."""
+    """A hybrid cube mesh has pairs with one link and pairs with two."""
     topology = host(
         *["H100"] * 3,
         links=[*linked([(0, 1)], LinkKind.NVLINK, 1), *linked([(1, 2)], LinkKind.NVLINK, 2)],
@@ -299,7 +299,7 @@ def wanted(topology: Topology, need: Need, group: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_no_set_is_better(seed: int) -> None:
-    """On any host with any bookings: the selected set has enough memory and no other such set comes before it in the
+    """On any host with any bookings the selected set has enough memory and no other such set comes before it in the
     documented order; none is selected only if no set has enough memory. The result is repeatable."""
     source = random.Random(seed)
     topology = random_host(source)
@@ -339,7 +339,7 @@ def test_no_set_is_better(seed: int) -> None:
 
 
 def test_large_hosts() -> None:
-    """With sixteen devices all sets are compared. With more the search is bounded, and still finds an island, and the
+    """All sets of sixteen devices are compared. With more the search is bounded, and still finds an island, and the
     only set with enough memory."""
     sixteen = host(*["H100"] * 16, links=linked([range(8), range(8, 16)], LinkKind.NVLINK, 18))
     assert indices(chosen(sixteen, 8, Need(60_000))) == list(range(8))

@@ -46,10 +46,12 @@ def test_memory_needed_to_sleep(weights: int | None, vram: int | None, needed: i
 def test_memory_taken_by_a_sleeping_engine(
     weights: int | None, before: int | None, after: int | None, slept: int
 ) -> None:
+    """The estimate is the weights' size, bounded by the GPU memory that became free."""
     assert slept_mb(weights, before, after) == slept
 
 
 async def test_memory_of_a_real_host() -> None:
+    """Available memory is at most the machine's, and the reserve is the configured one."""
     real = await host_memory(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), slept_mb=0)
     assert real is not None
     assert 0 < real.available_mb <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20

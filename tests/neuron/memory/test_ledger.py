@@ -138,7 +138,7 @@ def test_a_start_waits_for_memory_of_stopping_engines() -> None:
 
 
 def test_stopping_engine_whose_processes_are_not_listed() -> None:
-    """As in a container: it is assumed to hold what is in use, up to its promise."""
+    """A container does not list them: the engine is assumed to hold what is in use, up to its promise."""
     ledger = Ledger()
     book(ledger, 1, 15_000)
     book(ledger, 2, 5000)
@@ -213,7 +213,7 @@ def test_refusal_names_the_figures() -> None:
 
 
 def test_named_devices_that_are_full_are_refused() -> None:
-    """Even if others have enough memory; the message mentions only the named ones."""
+    """The load is refused even if others have enough memory; the message mentions only the named ones."""
     ledger = Ledger()
     book(ledger, 1, 30_000, TWO, devices=(0,))
     with pytest.raises(InsufficientVram) as refused:

@@ -38,6 +38,7 @@ def weights(*secs: float) -> History:
     ],
 )
 def test_lower_median(loads: list[float], expected: float) -> None:
+    """An even number of loads counts the faster of the two middle ones."""
     times = weights(*loads).expected(KEY)
     assert times == LoadTimes({"loading weights": expected, "warming up": 1.0})
 
@@ -73,7 +74,7 @@ def test_keys_distinguish_loads() -> None:
 
 
 async def test_it_survives_a_restart(tmp_path: Path) -> None:
-    """In one file, readable by this user only, always complete; concurrent loads are all recorded."""
+    """The history is one file, readable by this user only and always complete; concurrent loads are all recorded."""
     path = tmp_path / "history.json"
     history = LoadHistory(path)
     await history.read()
@@ -87,6 +88,7 @@ async def test_it_survives_a_restart(tmp_path: Path) -> None:
 
 
 async def test_in_memory_only() -> None:
+    """Without a file the history works until neuron stops."""
     history = LoadHistory(None)
     await history.read()
     await history.record(KEY, LoadTimes({"starting": 2.0}))

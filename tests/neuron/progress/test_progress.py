@@ -74,7 +74,7 @@ def test_a_nearly_finished_load_has_time_left() -> None:
 
 
 def test_shares_of_a_load_without_history() -> None:
-    """In the order of the phases; a download is the largest part."""
+    """Phases share the time in their order; a download is the largest part."""
     done = [
         share_done(moment("loading weights", 1, starting=1)),
         share_done(moment("loading weights", 1, fraction=0.5, starting=1)),
@@ -138,7 +138,7 @@ def test_overall_never_falls() -> None:
 
 
 def test_when_progress_is_reported() -> None:
-    """For a new phase, 1% of one, or after a second: not for every line."""
+    """Progress is reported for a new phase, 1% of one, or after a second: not for every line."""
     progress = LoadProgress(VllmLoadReading(), started=0.0)
     assert not progress.feed([], 0.2)
     assert not progress.feed(["hello"], 0.9)

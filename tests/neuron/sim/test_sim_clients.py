@@ -50,7 +50,8 @@ async def test_chat_plain_names_the_model_and_counts_tokens(client: AsyncOpenAI)
 
 
 async def test_chat_without_a_limit_ends_by_itself_and_repeats_itself(client: AsyncOpenAI) -> None:
-    """With and without a limit above its length: finish_reason stop, and the same question gets the same text."""
+    """The answer ends with finish_reason stop, with and without a limit above its length; the same question gets the
+    same text."""
     texts, counts = [], []
     for limit in (openai.omit, 4000):
         answer = await client.chat.completions.create(

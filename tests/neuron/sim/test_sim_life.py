@@ -149,6 +149,7 @@ async def test_two_engines_never_overfill_a_device_together(tmp_path: Path) -> N
 
 
 async def test_fault_oom_at_load() -> None:
+    """The simulation prints vLLM's out-of-memory lines and exits with 1."""
     async with started_engine("--load-secs", "0.2", "--fault", "oom-at-load") as engine:
         assert await engine.ended() == 1
         await engine.printed("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate")
@@ -157,6 +158,7 @@ async def test_fault_oom_at_load() -> None:
 
 
 async def test_fault_never_ready() -> None:
+    """The load hangs at its end, the port stays closed, and SIGTERM still works."""
     async with (
         started_engine("--load-secs", "0", "--fault", "never-ready") as engine,
         aiohttp.ClientSession() as client,
@@ -200,6 +202,7 @@ async def test_fault_hang() -> None:
 
 
 async def test_fault_ignore_sigterm() -> None:
+    """Only SIGKILL ends the engine."""
     async with ready_engine(*FAST, "--fault", "ignore-sigterm") as engine:
         engine.send(signal.SIGTERM)
         await engine.ready()

@@ -49,6 +49,7 @@ def test_tokens_and_ids_round_trip(text: str) -> None:
 
 
 def test_shares_add_up() -> None:
+    """The remainder goes to the first shares, so nothing is lost."""
     assert split_evenly(10, 3) == [4, 3, 3]
 
 

@@ -265,6 +265,7 @@ async def test_structured_output_satisfies_its_schema_in_each_dialect(
     ],
 )
 def test_instances_of_schemas(schema: object, expected: object) -> None:
+    """Each JSON schema keyword that agents use yields a valid instance."""
     assert instance(schema, "Paris") == expected
 
 
