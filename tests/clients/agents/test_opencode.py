@@ -18,7 +18,7 @@ QUIET = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
     "OPENCODE_DISABLE_MODELS_FETCH": "1",
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
-    "NPM_CONFIG_REGISTRY": "http://127.0.0.1:9",  # it installs a package of its own in the background; nobody answers
+    "NPM_CONFIG_REGISTRY": "http://127.0.0.1:9",  # it installs a package in the background; here it cannot
 }
 
 
