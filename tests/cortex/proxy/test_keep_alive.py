@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from cortex.http.connection import ClientConnection
-from cortex.proxy.keep_alive import KeepAliveStream
+from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.upstream.replica import WaitNote
 from shared.protocol import ModelView, Progress
 from tests.cortex.conftest import RunningCortex, StartCortex
