@@ -22,10 +22,8 @@ from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
 from cortex.proxy.authentication import authenticate
-from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.context import Control, ProxyContext
 from cortex.proxy.gateway import Gateway
-from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
@@ -100,16 +98,8 @@ async def working(
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
+        config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
-        affinity=Affinity(config.routing.session_header, config.routing.prefix_chars),
-        load_factor=config.routing.load_factor,
-        keep_alive=KeepAlivePolicy(
-            config.waiting.first_comment_secs,
-            config.waiting.comment_interval_secs,
-            config.gateway.keepalive_secs,
-            whitespace=config.waiting.plain_keepalive == "whitespace",
-        ),
-        default_model=config.gateway.default_model,
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(
@@ -136,9 +126,11 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
     """The only worker, in the control's own process."""
     async with working(parts.resolver, parts.config, socks, address) as gateway:
         parts.counts.attach(gateway)
+        unsubscribe = parts.live.subscribe(lambda: gateway.configure(parts.live.config))
         try:
             yield gateway
         finally:
+            unsubscribe()
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.stopping.begin()
             parts.counts.detach(gateway)

@@ -5,14 +5,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
 
 from pydantic import BaseModel
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 
-NEEDS_RESTART = ("gateway", "state_dir", "log_level", "log_format")
-"""Keys of cortex.toml that are only read at startup."""
+
+class Reload(Enum):
+    """What a reload does with a changed key."""
+
+    APPLIES = "applies"
+    NEEDS_RESTART = "needs a restart"
+
+
+RELOAD_OF: Mapping[str, Reload] = {
+    "models_config": Reload.APPLIES,
+    "neurons": Reload.APPLIES,
+    "poll.interval_secs": Reload.APPLIES,
+    "poll.timeout_secs": Reload.APPLIES,
+    "poll.unhealthy_after": Reload.APPLIES,
+    "cold_load.timeout_secs": Reload.APPLIES,
+    "placement.min_residency_secs": Reload.APPLIES,
+    "placement.patience_secs": Reload.APPLIES,
+    "placement.starvation_secs": Reload.APPLIES,
+    "placement.pause_secs": Reload.APPLIES,
+    "placement.replica_target": Reload.APPLIES,
+    "placement.scale_up_secs": Reload.APPLIES,
+    "placement.scale_down_secs": Reload.APPLIES,
+    "routing.session_header": Reload.APPLIES,
+    "routing.prefix_chars": Reload.APPLIES,
+    "routing.load_factor": Reload.APPLIES,
+    "waiting.per_model": Reload.APPLIES,
+    "waiting.total": Reload.APPLIES,
+    "waiting.first_comment_secs": Reload.APPLIES,
+    "waiting.comment_interval_secs": Reload.APPLIES,
+    "waiting.plain_keepalive": Reload.APPLIES,
+    "state_dir": Reload.NEEDS_RESTART,
+    "log_level": Reload.NEEDS_RESTART,
+    "log_format": Reload.NEEDS_RESTART,
+    "gateway.listen": Reload.NEEDS_RESTART,
+    "gateway.metrics_listen": Reload.NEEDS_RESTART,
+    "gateway.workers": Reload.NEEDS_RESTART,
+    "gateway.max_body_mib": Reload.NEEDS_RESTART,
+    "gateway.drain_timeout_secs": Reload.NEEDS_RESTART,
+    "gateway.keepalive_secs": Reload.NEEDS_RESTART,
+    "gateway.default_model": Reload.NEEDS_RESTART,
+    "gateway.allowed_origins": Reload.NEEDS_RESTART,
+    "gateway.allowed_hosts": Reload.NEEDS_RESTART,
+    "gateway.allow_anonymous": Reload.NEEDS_RESTART,
+}
+"""Every key of cortex.toml. Write APPLIES only if every reader of the key sees the new value: the control reads
+`LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
 SECRET = frozenset({"token"})
@@ -39,20 +85,16 @@ def difference(
     config: CortexConfig, catalogue: Catalogue, new_config: CortexConfig, new_catalogue: Catalogue
 ) -> Difference:
     """The configuration in effect after replacing the first pair with the second, and what changed."""
-    kept = {key: getattr(config, key) for key in NEEDS_RESTART}
-    restart = [
-        line
-        for key, value in kept.items()
-        if value != getattr(new_config, key)
-        for line in _changes(key, value, getattr(new_config, key))
-    ]
-    effective = new_config.model_copy(update=kept)
-    settings = [
-        line
-        for key in CortexConfig.model_fields
-        if key not in NEEDS_RESTART and key != "neurons"
-        for line in _changes(key, getattr(config, key), getattr(effective, key))
-    ]
+    effective = _with_kept(config, new_config)
+    settings, restart = (
+        [
+            line
+            for key in CortexConfig.model_fields
+            if key != "neurons"
+            for line in _changes(key, getattr(before, key), getattr(after, key))
+        ]
+        for before, after in ((config, effective), (effective, new_config))
+    )
     neurons = _named(
         "neuron", {entry.name: entry for entry in config.neurons}, {entry.name: entry for entry in effective.neurons}
     )
@@ -66,6 +108,21 @@ def difference(
         lines=(*neurons, *models, *aliases, *settings),
         restart=tuple(restart),
     )
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _with_kept(before: _Model, after: _Model, table: str = "") -> _Model:
+    """`after` with the values of `before` for the keys that need a restart."""
+    kept: dict[str, object] = {}
+    for name in type(before).model_fields:
+        key, old, new = f"{table}{name}", getattr(before, name), getattr(after, name)
+        if isinstance(old, BaseModel) and isinstance(new, BaseModel):
+            kept[name] = _with_kept(old, new, f"{key}.")
+        elif RELOAD_OF[key] is Reload.NEEDS_RESTART:
+            kept[name] = old
+    return after.model_copy(update=kept)
 
 
 def _named(kind: str, before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:

@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
+from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
-from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet
@@ -52,26 +53,33 @@ class ProxyContext:
     def __init__(
         self,
         control: Control,
+        config: CortexConfig,
         *,
         access_log: AccessLog,
-        affinity: Affinity,
-        load_factor: float,
-        keep_alive: KeepAlivePolicy,
-        default_model: str | None,
     ) -> None:
-        """`default_model` is for requests that name none. Needs a running loop."""
+        """Needs a running loop."""
         self.control = control
         self.access_log = access_log
-        self.affinity = affinity
-        self.load_factor = load_factor
-        self.keep_alive = keep_alive
-        self.default_model = default_model
+        self.configure(config)
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
+
+    def configure(self, config: CortexConfig) -> None:
+        """Applies this configuration to requests that arrive from now on."""
+        routing, waiting, gateway = config.routing, config.waiting, config.gateway
+        self.affinity = Affinity(routing.session_header, routing.prefix_chars)
+        self.load_factor = routing.load_factor
+        self.keep_alive = KeepAlivePolicy(
+            waiting.first_comment_secs,
+            waiting.comment_interval_secs,
+            gateway.keepalive_secs,
+            whitespace=waiting.plain_keepalive == "whitespace",
+        )
+        self.default_model = gateway.default_model  # for requests that name none
 
     def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
         """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""

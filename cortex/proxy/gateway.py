@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from time import monotonic
 
+from cortex.config.settings import CortexConfig
 from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
-from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.paths import (
     INFERENCE,
     has_wrong_base,
@@ -56,6 +57,10 @@ class Gateway:
     @property
     def in_flight(self) -> InFlight:
         return self._context.in_flight
+
+    def configure(self, config: CortexConfig) -> None:
+        """Applies a reloaded configuration to requests that arrive from now on."""
+        self._context.configure(config)
 
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         refused = self._cross_site.refusal(request)

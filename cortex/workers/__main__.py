@@ -21,6 +21,7 @@ from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
+    ConfigChanged,
     Counted,
     DownChanged,
     InFlightNow,
@@ -88,6 +89,8 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
                     control.receive(message)
+                case ConfigChanged(config):
+                    gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):

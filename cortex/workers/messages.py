@@ -37,6 +37,12 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     aliases: dict[str, str]
 
 
+class ConfigChanged(msgspec.Struct, frozen=True, tag=True):
+    """The configuration from now on, CortexConfig as JSON. Keys that need a restart keep their values."""
+
+    config: str
+
+
 class DownChanged(msgspec.Struct, frozen=True, tag=True):
     """The neurons that count as down from now on."""
 
@@ -86,7 +92,17 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = (
-    Setup | TableChanged | CatalogueChanged | DownChanged | OthersInFlight | Resolved | Refused | Notes | Collect | Stop
+    Setup
+    | TableChanged
+    | CatalogueChanged
+    | ConfigChanged
+    | DownChanged
+    | OthersInFlight
+    | Resolved
+    | Refused
+    | Notes
+    | Collect
+    | Stop
 )
 
 

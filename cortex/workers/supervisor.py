@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     CancelResolve,
     CatalogueChanged,
     Collect,
+    ConfigChanged,
     Counted,
     DownChanged,
     FromWorker,
@@ -80,8 +81,6 @@ class WorkerProcess:
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
-        # The first report arrives before the worker's first keep-alive comment.
-        self._note_secs = min(NOTES_SECS, parts.config.waiting.first_comment_secs / 2)
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._numbers = 0
@@ -149,6 +148,11 @@ class WorkerProcess:
         if self._noting is None:
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
+    @property
+    def _note_secs(self) -> float:
+        """The first report arrives before the worker's first keep-alive comment."""
+        return min(NOTES_SECS, self._parts.config.waiting.first_comment_secs / 2)
+
     def _resolved(self, number: int) -> None:
         del self._resolving[number], self._resolving_models[number]
 
@@ -204,7 +208,7 @@ class Supervisor:
         workers that do not start."""
         subscriptions = [
             self._parts.routes.subscribe(self._table_changed),
-            self._parts.live.subscribe(self._catalogue_changed),
+            self._parts.live.subscribe(self._configuration_changed),
         ]
         keepers = [
             asyncio.create_task(self._keep_running(number), name=f"worker {number}")
@@ -242,10 +246,12 @@ class Supervisor:
         for worker in self._workers.values():
             worker.send(TableChanged(model_id, replicas))
 
-    def _catalogue_changed(self) -> None:
+    def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
+        config = self._parts.config.model_dump_json()
         for worker in self._workers.values():
             worker.send(CatalogueChanged(models, aliases))
+            worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
         for worker in self._workers.values():

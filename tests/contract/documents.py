@@ -45,3 +45,11 @@ def documented_keys(file: str) -> dict[str, dict[str, str]]:
         rows = re.finditer(r"^\| `(\w+)` \|.*$", body, re.MULTILINE)
         tables[table] = {row[1]: row[0] for row in rows}
     return tables
+
+
+def documented_reloads(effect: str) -> list[str]:
+    """docs/configuration.md on reloads: the code spans of the change column in the row whose effect starts so."""
+    text = (TOP / "docs" / "configuration.md").read_text(encoding="utf-8")
+    section = text.partition("\n## What happens when a file changes?\n")[2].partition("\n## ")[0]
+    (row,) = re.findall(rf"^\| ([^|]+) \| {re.escape(effect)}", section, re.MULTILINE)
+    return re.findall(r"`([^`]+)`", row)

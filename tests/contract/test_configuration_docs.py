@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cortex.config.catalogue import Catalogue
+from cortex.config.diff import RELOAD_OF, Reload
 from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
-from tests.contract.documents import documented_keys
+from tests.contract.documents import documented_keys, documented_reloads
 
 FILES: dict[str, type[BaseModel]] = {
     "cortex.toml": CortexConfig,
@@ -96,3 +97,31 @@ def test_walk_finds_every_kind_of_table() -> None:
     """`tables_of` finds optional sections, lists and dicts of tables."""
     tables = {table for file, table, _ in CASES if file == "neuron.toml"}
     assert {"", "[simulate]", "[[simulate.devices]]", "[harness.NAME]", "[[default_models]]"} <= tables
+
+
+CORTEX_KEYS = {
+    f"{table.strip('[]')}.{key}".removeprefix(".")
+    for table, keys in tables_of(CortexConfig)
+    if not table.startswith("[[")
+    for key in keys
+} | {"neurons"}
+
+
+def test_every_key_says_what_a_reload_does() -> None:
+    """A new key without an entry in `RELOAD_OF` fails here, so that no reload reports a change that it does not
+    apply."""
+    assert set(RELOAD_OF) == CORTEX_KEYS
+
+
+@pytest.mark.parametrize("reload", Reload)
+def test_documented_reloads_are_the_reloads(reload: Reload) -> None:
+    """The table of "What happens when a file changes?" lists what applies at once and what needs a restart."""
+    tables = {name.partition(".")[0] for name in CORTEX_KEYS if "." in name}
+    documented = {
+        key
+        for name in documented_reloads("apply to the next" if reload is Reload.APPLIES else "need a restart")
+        for key in CORTEX_KEYS
+        if key == name or (name.strip("[]") in tables and key.startswith(f"{name.strip('[]')}."))
+    }
+    rows_of_their_own = {"neurons", "models_config"} if reload is Reload.APPLIES else set()
+    assert documented | rows_of_their_own == {key for key, each in RELOAD_OF.items() if each is reload}

@@ -24,10 +24,17 @@ class V1Engine:
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.answer: Answer = self.echo
+        self.models_page: Any = {"object": "list", "data": []}  # None: does not answer
+        self.listed = 0  # how often that page was asked for
         self.aborted = asyncio.Event()
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET" and request.path == "/v1/models":
+            self.listed += 1
+            if self.models_page is None:
+                await asyncio.Event().wait()
+            return web.json_response(self.models_page)
         self.requests.append((request.raw_path, dict(request.headers), await request.read()))
         try:
             return await self.answer(request)

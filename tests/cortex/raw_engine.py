@@ -87,7 +87,8 @@ async def echo_number(wire: Wire, received: Received) -> None:
 
 
 class RawEngine:
-    """Each request takes the next of `scripts`; without one, `script`.
+    """Each request takes the next of `scripts`; without one, `script`. `GET /v1/models`, which cortex asks for the
+    context length, gets `models_page` and is in `listed` instead of `requests`.
 
     `url` is what a neuron gives as the engine's endpoint. A request that is not strict HTTP, with a body of known
     length, fails the test.
@@ -98,6 +99,8 @@ class RawEngine:
         self.scripts: deque[Script] = deque()
         self.connections: list[Wire] = []
         self.requests: list[Received] = []
+        self.listed: list[Received] = []
+        self.models_page = b'{"object": "list", "data": []}'
         self.asked = asyncio.Event()  # set at each request
         self.reads = True  # False: connections are accepted and nothing is read from them
         self.on_connect: Callable[[Wire], Awaitable[None]] | None = None  # instead of reading requests
@@ -126,6 +129,10 @@ class RawEngine:
                 await self.on_connect(wire)
                 return
             while (received := await self._receive(wire, number)) is not None:
+                if received.start.startswith("GET ") and received.target.endswith("/v1/models"):
+                    self.listed.append(received)
+                    await wire.send(plain(self.models_page))
+                    continue
                 self.requests.append(received)
                 script = self.scripts.popleft() if self.scripts else self.script
                 self.asked.set()

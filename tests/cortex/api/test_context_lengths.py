@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from cortex.api.context_lengths import length_in
 from shared.tasks import timeout
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.raw_engine import RawEngine, answering, plain
+from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import connected, request, until
 from tests.cortex.raw_neuron import RawNeuron
 
@@ -24,16 +22,10 @@ MODEL = "org/small"
 PAGE = {"object": "list", "data": [{"id": "lora", "max_model_len": 5}, {"id": MODEL, "max_model_len": 40960}]}
 
 
-async def models(request: web.Request) -> web.Response:
-    """An engine's answer to GET /v1/models."""
-    assert (request.method, request.path) == ("GET", "/v1/models")
-    return web.json_response(PAGE)
-
-
 @pytest.fixture
 async def engine() -> AsyncIterator[RawEngine]:
     async with RawEngine().running() as engine:
-        engine.script = answering(plain(json.dumps(PAGE).encode()))
+        engine.models_page = json.dumps(PAGE).encode()
         yield engine
 
 
@@ -48,7 +40,7 @@ async def test_length_is_the_engines_and_outlives_it(start_cortex: StartCortex, 
     """It replaces the catalogue's, in each shape, and is still told when the model is unloaded. A protocol v1 neuron is
     asked for the endpoint."""
     benjy.models[MODEL] = "loaded"
-    benjy.engine.answer = models
+    benjy.engine.models_page = PAGE
     cortex = await start_cortex([benjy], [{"id": MODEL, "limit": {"context": 8192}}], aliases={"a": MODEL})
     assert (await told(cortex.url))["max_model_len"] == 40960
     page = await told(cortex.url, "/v1/models")
@@ -60,25 +52,25 @@ async def test_length_is_the_engines_and_outlives_it(start_cortex: StartCortex, 
     await cortex.until(lambda: not cortex.parts.fleet.snapshot().serving(MODEL))
     entry = await told(cortex.url)
     assert (entry["loaded"], entry["max_model_len"], entry["limit"]) == (False, 40960, {"context": 8192})
-    assert len(benjy.engine.requests) == 1
+    assert benjy.engine.listed == 1
 
 
 async def test_engine_is_asked_as_soon_as_it_has_loaded(start_cortex: StartCortex, engine: RawEngine) -> None:
-    """Where the neuron tells its endpoint: no client has to list the models while it is loaded."""
+    """If the neuron reports its endpoint, no client has to list the models while it is loaded."""
     async with RawNeuron().running() as neuron:
         cortex = await start_cortex([neuron], [{"id": MODEL}])
         assert (await told(cortex.url))["max_model_len"] is None
         await neuron.streaming.wait()
         neuron.change(MODEL, "loaded", endpoint={"url": f"{engine.url}/base", "api_key": "secret"})
         await neuron.tell("model", neuron.models[MODEL])
-        await until(lambda: bool(engine.requests))
-        received = engine.requests[0]
+        await until(lambda: bool(engine.listed))
+        received = engine.listed[0]
         assert (received.target, received.get("authorization")) == ("/base/v1/models", "Bearer secret")
         neuron.change(MODEL, "unloaded")
         await neuron.tell("model", neuron.models[MODEL])
         await cortex.until(lambda: not cortex.parts.fleet.snapshot().serving(MODEL))
         assert (await told(cortex.url))["max_model_len"] == 40960
-        assert len(engine.requests) == 1
+        assert len(engine.listed) == 1
 
 
 async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine: RawEngine) -> None:
@@ -87,8 +79,7 @@ async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine:
         cortex = await start_cortex([neuron], [{"id": MODEL}])
         await neuron.streaming.wait()
         for length in (1000, 2000):
-            page = {"data": [{"id": MODEL, "max_model_len": length}]}
-            engine.script = answering(plain(json.dumps(page).encode()))
+            engine.models_page = json.dumps({"data": [{"id": MODEL, "max_model_len": length}]}).encode()
             neuron.change(MODEL, "loaded", endpoint={"url": engine.url})
             await neuron.tell("model", neuron.models[MODEL])
             while (await told(cortex.url))["max_model_len"] != length:
@@ -101,34 +92,29 @@ async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine:
 async def test_engine_without_a_length(
     start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, body: bytes
 ) -> None:
-    """The catalogue's is told, and the engine is not asked with every list."""
+    """The list has the catalogue's length, and does not ask the engine each time."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url
-    engine.script = answering(plain(body))
+    engine.models_page = body
     cortex = await start_cortex([benjy], [{"id": MODEL, "limit": {"context": 8192}}])
     for _ in range(3):
         assert (await told(cortex.url))["max_model_len"] == 8192
-    assert len(engine.requests) == 1
+    assert len(engine.listed) == 1
 
 
 async def test_silent_engine_does_not_hold_up_the_list(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The list comes without the length."""
-
-    async def silent(request: web.Request) -> web.StreamResponse:
-        await asyncio.Event().wait()
-        raise AssertionError
-
     benjy.models[MODEL] = "loaded"
-    benjy.engine.answer = silent
+    benjy.engine.models_page = None
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with timeout(3):
         assert (await told(cortex.url))["max_model_len"] is None
 
 
 async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> None:
-    """In the state file."""
+    """The state file keeps it."""
     benjy.models[MODEL] = "loaded"
-    benjy.engine.answer = models
+    benjy.engine.models_page = PAGE
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state") as process:
         assert (await told(process.url))["max_model_len"] == 40960
         process.process.terminate()
@@ -139,7 +125,7 @@ async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> Non
 
 
 def test_own_entry_comes_first() -> None:
-    """Of several models in an engine's list; with one under another name, that one counts."""
+    """Of several models in an engine's list its own name counts; a single one under another name counts too."""
     assert length_in(MODEL, PAGE) == 40960
     assert length_in("other", {"data": [{"id": "path"}, {"id": "x", "max_model_len": 7}]}) == 7
     with pytest.raises(ValueError, match="no max_model_len"):

@@ -416,7 +416,7 @@ async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, be
 
 
 async def test_a_worker_that_starts_later_gets_the_current_settings(tmp_path: Path, benjy: V1Neuron) -> None:
-    """The current settings, not those read at startup."""
+    """The worker gets the current settings, not those read at startup."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         cortex.set_models(SMALL, fresh="org/small")
         await cortex.reload()
@@ -438,6 +438,51 @@ async def test_workers_ignore_the_hangup_signal(tmp_path: Path, benjy: V1Neuron)
         assert "restarting in" not in cortex.log
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_new_waiting_settings_hold_for_new_requests(tmp_path: Path, benjy: V1Neuron, workers: int) -> None:
+    """Every worker answers a waiting stream as early, and comments as often, as the new configuration says."""
+    body = json.dumps({"model": "org/small", "stream": True}).encode()
+
+    async def wait_for_comments(cortex: Cortex) -> None:
+        async with connected(cortex.process.url) as client:
+            await client.send(request(body))
+            assert " 200 " in (await client.head()).start
+            await bounded(client.incoming.readuntil(b"\n\r\n"))
+            await bounded(client.incoming.readuntil(b"\n\r\n"))
+
+    late = {"first_comment_secs": 3600, "comment_interval_secs": 3600}
+    async with running(tmp_path, [benjy], [SMALL], workers=workers, waiting=late) as cortex:
+        cortex.edit_config(lambda data: data.update(waiting=dict.fromkeys(late, 0.02)))
+        assert await cortex.reload() == (
+            "waiting.first_comment_secs 3600 -> 0.02, waiting.comment_interval_secs 3600 -> 0.02"
+        )
+        benjy.load_gate.clear()
+        await asyncio.gather(*(wait_for_comments(cortex) for _ in range(6)))
+        benjy.load_gate.set()
+
+
+async def test_new_routing_settings_hold_for_new_requests(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
+    """Every worker keeps the sessions of the new header together, each on one engine, and uses both engines."""
+    for neuron in (benjy, beast):
+        neuron.models["org/small"] = "loaded"
+        await cortex.until_loaded(neuron.name, "org/small")
+    cortex.edit_config(
+        lambda data: data.update(routing={"session_header": "x-talk", "prefix_chars": 0, "load_factor": 100.0})
+    )
+    assert await cortex.reload() == (
+        "routing.session_header x-session-id -> x-talk, routing.prefix_chars 256 -> 0, routing.load_factor 1.25 -> 100"
+    )
+
+    async def node_of(session: int) -> str | None:
+        async with connected(cortex.process.url) as client:
+            answer = await client.ask(request(b'{"model": "org/small"}', f"x-talk: {session}"))
+            return answer.get("x-cortex-node")
+
+    rounds = [[await node_of(session) for session in range(8)] for _ in range(4)]
+    assert rounds == 4 * rounds[:1]
+    assert set(rounds[0]) == {"benjy", "beast"}
+
+
 async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> None:
     """The rest of the same edit applies; each reload repeats the warning until the key is restored."""
     gateway = {"listen": "127.0.0.1:1", "metrics_listen": "127.0.0.1:0", "workers": 3}
@@ -446,9 +491,9 @@ async def test_what_needs_a_restart_is_named_and_left_alone(single: Cortex) -> N
     await single.reload()
     warnings = re.findall(r"WARNING .*configuration: (.*) takes effect after a restart", single.log)
     assert warnings == 2 * [
+        "state_dir None -> elsewhere",
         "gateway.listen 127.0.0.1:31313 -> 127.0.0.1:1",
         "gateway.workers 1 -> 3",
-        "state_dir None -> elsewhere",
     ]
     assert (await single.ask("org/small")).status == 200
 
@@ -500,7 +545,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: V1Neur
 
 
 def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:
-    """All of 5,000 models change: well under a second of work, off the event loop."""
+    """A change of all 5,000 models takes well under a second, off the event loop."""
     (tmp_path / "cortex.toml").write_text("", encoding="utf-8")
     files = ConfigurationFiles(tmp_path / "cortex.toml")
     models = [{**SMALL, "id": f"org/{number}", "min_devices": 2, "args": ["-a", "b"]} for number in range(5000)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.proxy.error_event import engine_error_event, error_event
+from cortex.proxy.answers.error_event import engine_error_event, error_event
 from shared.errors import Unavailable
 
 FAILED = Unavailable("no such path", code="cold_load_failed", retry_after=7)

@@ -195,7 +195,7 @@ async def test_begun_answer_is_not_repeated_on_another_replica(
 
 
 async def test_refused_without_another_replica(cortex: RunningCortex, benjy: V1Neuron) -> None:
-    """502 upstream_unreachable."""
+    """The client gets 502 upstream_unreachable."""
     benjy.engine_url = "http://127.0.0.1:9"
     await unreachable(cortex)
 
