@@ -1,4 +1,4 @@
-"""The waiting queue: who gets a seat, and what they hear."""
+"""The admission queue: which requests get a ticket, and what they are told."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
     queue = _queue(per_model=1)
 
     async def wait() -> None:
-        with queue.ticket("m") as seat:
-            await seat.wait(within_secs=60)
+        with queue.ticket("m") as ticket:
+            await ticket.wait(within_secs=60)
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
@@ -134,20 +134,20 @@ async def test_a_notification_wakes_every_request_for_the_model() -> None:
 async def test_a_notification_between_two_waits_is_kept() -> None:
     """The next wait returns at once, but only one."""
     queue = _queue()
-    with queue.ticket("m") as seat:
+    with queue.ticket("m") as ticket:
         queue.notify("m")
-        await seat.wait(within_secs=1)
+        await ticket.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await seat.wait(within_secs=0.01)
+            await ticket.wait(within_secs=0.01)
 
 
 async def test_a_refusal_reaches_every_waiting_request() -> None:
     """Each of them gets the error with its reason."""
     queue = _queue()
 
-    async def hears(seat: Ticket) -> str | None:
+    async def error_of(ticket: Ticket) -> str | None:
         try:
-            await seat.wait(within_secs=1)
+            await ticket.wait(within_secs=1)
         except Unavailable as error:
             return error.code
         return None
@@ -155,11 +155,15 @@ async def test_a_refusal_reaches_every_waiting_request() -> None:
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
         queue.notify("x")
-        assert await asyncio.gather(*(map(hears, (one, two, other)))) == ["cold_load_failed", "cold_load_failed", None]
+        assert await asyncio.gather(*(map(error_of, (one, two, other)))) == [
+            "cold_load_failed",
+            "cold_load_failed",
+            None,
+        ]
 
 
 def test_a_notification_for_a_model_without_requests() -> None:
-    """Nothing happens."""
+    """A notification or a refusal changes nothing if no request waits."""
     queue = _queue()
     queue.notify("m")
     queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
