@@ -141,7 +141,10 @@ class Engine:
             await self.save_record()
 
     def _owns_port(self) -> bool:
-        return listens((process.pid for process in session.members(self.process.leader)), self.port)
+        leader = self.process.leader  # first: it is usually the one, and finding the others reads all of /proc
+        if leader.alive and listens([leader.pid], self.port):
+            return True
+        return listens((process.pid for process in session.members(leader)), self.port)
 
     def _shared_files(self) -> frozenset[SharedFile]:
         return shared_memory.mapped_by(session.live_members(self.process.leader))

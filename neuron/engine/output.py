@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from neuron.engine.file_watch import FileWatch
 from neuron.engine.log import MAX_SIZE, EngineLog, LogFollower
-from shared.tasks import timeout
+from shared.tasks import first_of, timeout
 
 log = logging.getLogger(__name__)
 
 LOADING_PAUSE_SECS = 0.2
 LOADED_PAUSE_SECS = 1.0
 """Reading a file that has not grown costs an `open` and an `lseek` in a thread."""
+MIN_PAUSE_SECS = 0.01
 
 RING_LINES = 2000
 RING_CHARS = 512 * 1024
@@ -48,17 +50,36 @@ class EngineOutput:
         """True when the engine is gone and all its output is read."""
         return self._closed.is_set()
 
-    async def follow(self, on_lines: Callable[[list[str]], None], pause: Callable[[], float]) -> None:
-        """Reads every `pause()` seconds until it is cancelled or `close` is called.
+    async def follow(
+        self,
+        on_lines: Callable[[list[str]], None],
+        pause: Callable[[], float],
+        *,
+        at_once: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Reads every `pause()` seconds until it is cancelled or `close` is called, and as long as `at_once()` is true
+        also when the engine writes.
 
         `on_lines` gets new lines, each once and in order, and an empty list after each read, for work that depends on
         the time. It must not block. A call after a cancellation continues where the last one stopped.
         """
-        with self._subscribed(on_lines):
+        written = asyncio.Event()
+        with self._subscribed(on_lines), contextlib.closing(FileWatch(self.file.path, written.set)) as watch:
             while not self.closed:
+                written.clear()
                 await self.read()
                 on_lines([])
-                await self.pause(pause())
+                if at_once():
+                    await self._until_written(written, pause())
+                else:
+                    watch.close()
+                    await self.pause(pause())
+
+    async def _until_written(self, written: asyncio.Event, secs: float) -> None:
+        """Waits for the engine to write or end, at most `secs`. An engine that writes all the time is read 100 times a
+        second."""
+        await first_of({"written": written.wait(), "closed": self._closed.wait()}, timeout_secs=secs)
+        await self.pause(MIN_PAUSE_SECS)
 
     async def tail(self, lines: int) -> list[str]:
         """At most `lines` of the last lines up to now: from memory if that has enough, otherwise from the last 512 KiB
@@ -77,7 +98,7 @@ class EngineOutput:
         partial = [] if complete else self._follower.partial[:lines]
         return self._ring.tail(lines - len(partial)) + partial
 
-    @contextmanager
+    @contextlib.contextmanager
     def listening(self) -> Iterator[LineReader]:
         """A reader that gets new lines from now on, at its own pace."""
         listener = LineReader(self)
@@ -90,7 +111,7 @@ class EngineOutput:
         self._publish(self._follower.rest())
         self._closed.set()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _subscribed(self, on_lines: Callable[[list[str]], None]) -> Iterator[None]:
         self._listeners.append(on_lines)
         try:

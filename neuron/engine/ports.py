@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
-
-import psutil
 
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import NO_FREE_PORT_SECS
 
+# sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode (proc(5), /proc/net/tcp)
+_LISTENING = rb"^ *\d+: [0-9A-F]+:%04X [0-9A-F]+:0000 0A \S+ \S+ \S+ +\d+ +\d+ (\d+)"
 _TIME_WAIT = "06"  # in /proc/net/tcp
 
 
@@ -89,11 +90,20 @@ def listens(pids: Iterable[int], port: int) -> bool:
 
 
 def _listens(pid: int, port: int) -> bool:
-    with contextlib.suppress(psutil.Error):  # it has exited, or may not be read
-        for connection in psutil.Process(pid).net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                return True
+    """Not through psutil: it takes apart every connection of the host, 40 ms where there are 2,000."""
+    row = re.compile(_LISTENING % port, re.MULTILINE)
+    with contextlib.suppress(OSError):  # it has exited, or may not be read
+        tables = (Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6"))
+        sockets = {f"socket:[{inode.decode()}]" for table in tables for inode in row.findall(table)}
+        if sockets:
+            return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
     return False
+
+
+def _link(path: Path) -> str:
+    with contextlib.suppress(OSError):  # closed meanwhile
+        return str(path.readlink())
+    return ""
 
 
 def lingering_ports() -> frozenset[int]:

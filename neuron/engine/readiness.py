@@ -24,27 +24,26 @@ async def until_ready(
     owns_port: Callable[[], Awaitable[bool]],
     hint: asyncio.Event | None = None,
 ) -> None:
-    """Returns once the engine at `url` is healthy and is ours: one of its processes listens on the port, or, if that is
-    not visible (an engine in a container), it accepts `api_key` and nothing else.
+    """Returns once the engine at `url` is healthy and is ours: it accepts `api_key` and nothing else, or, if it takes
+    requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
+    of all connections of the host.
 
-    Retries after increasing pauses. `hint` is set when the engine's output says that it is up; it ends the present
-    pause and resets the pauses to a short one, because an engine may log this a few milliseconds before it listens.
+    Retries after increasing pauses. The caller sets `hint` at each line of output since the engine said that it is up;
+    it ends the present pause and resets the pauses to a short one, because an engine may log this a few milliseconds
+    before it listens.
 
     Has no timeout: the caller watches the clock and the process.
     """
-    pause, pending_hint = FIRST_PAUSE_SECS, hint
+    pause = FIRST_PAUSE_SECS
     while not (
         await _status(session, url + health_path) == 200
-        and (await owns_port() or await knows_key(session, url, api_key))
+        and (await knows_key(session, url, api_key) or await owns_port())
     ):
-        if await _hinted(pending_hint, pause):
-            pause, pending_hint = HINTED_PAUSE_SECS, None
-        else:
-            pause = min(pause * 1.2, LONGEST_PAUSE_SECS)
+        pause = HINTED_PAUSE_SECS if await _hinted(hint, pause) else min(pause * 1.2, LONGEST_PAUSE_SECS)
 
 
 async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
-    """Waits for `secs` or for the hint; True when the hint came."""
+    """Waits for `secs` or for the hint, and clears it; True when it came."""
     if hint is None:
         await asyncio.sleep(secs)
         return False
@@ -53,6 +52,7 @@ async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
             await hint.wait()
     except asyncio.TimeoutError:
         return False
+    hint.clear()
     return True
 
 

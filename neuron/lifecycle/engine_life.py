@@ -190,10 +190,7 @@ class EngineLife:
 
     async def _came_up(self, served_before: bool) -> None:
         engine = self.engine
-        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
-            async with timeout(_MEASURE_SECS):
-                await asyncio.gather(self._memory.measure([engine]), engine.health.take_sample())
-        await engine.record_shared_files()
+        await asyncio.gather(self._first_figures(), engine.record_shared_files())
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
@@ -208,6 +205,11 @@ class EngineLife:
             reason = "adopted, engine ready" if served_before else "engine ready"
             self._model.loaded(engine, reason, load_secs=load_secs)
         self.request.settle(None)
+
+    async def _first_figures(self) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
+            async with timeout(_MEASURE_SECS):
+                await asyncio.gather(self._memory.measure([self.engine]), self.engine.health.take_sample())
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
@@ -291,17 +293,20 @@ class EngineLife:
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""
-        await self.engine.output.follow(self._on_lines, self._poll_secs)
+        await self.engine.output.follow(self._on_lines, self._poll_secs, at_once=self._is_loading)
+
+    def _is_loading(self) -> bool:
+        return self.engine.ready_at is None
 
     def _poll_secs(self) -> float:
-        return LOADING_PAUSE_SECS if self.engine.ready_at is None else LOADED_PAUSE_SECS
+        return LOADING_PAUSE_SECS if self._is_loading() else LOADED_PAUSE_SECS
 
     def _on_lines(self, lines: list[str]) -> None:
         if self.engine.ready_at is not None or self.request.stop_requested.is_set():
             return
         now = time.monotonic()
         changed = self._progress.feed(lines, now)
-        if self._progress.serving:
+        if lines and self._progress.serving:
             self._log_says_ready.set()
         if changed:
             self._model.show(self._progress.view(now))

@@ -62,11 +62,71 @@ async def following(output: EngineOutput, *, pause_secs: float = 0.01) -> AsyncI
             await task
 
 
+async def test_what_a_loading_engine_writes_is_read_at_once(tmp_path: Path) -> None:
+    """A load ends when the engine says so, not at the next look; once it is loaded its many lines wait for that."""
+    path = tmp_path / "engine.log"
+    path.touch()
+    output, loading, lines = EngineOutput(path), True, asyncio.Queue[str]()
+
+    def on_lines(new: list[str]) -> None:
+        for line in new:
+            lines.put_nowait(line)
+
+    task = asyncio.create_task(output.follow(on_lines, lambda: 60.0, at_once=lambda: loading))
+    with path.open("a", buffering=1) as file:
+        for number in range(3):
+            print(f"line {number}", file=file)
+            assert await asyncio.wait_for(lines.get(), 5) == f"line {number}"
+        loading = False
+        print("it serves", file=file)
+        assert await asyncio.wait_for(lines.get(), 5) == "it serves"
+        print("a request", file=file)
+        await asyncio.sleep(0.2)
+        assert lines.empty()
+    await output.close()
+    await asyncio.wait_for(task, 5)
+    assert lines.get_nowait() == "a request"
+
+
+async def test_output_is_read_without_inotify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limits are small on some hosts: then the pause decides."""
+
+    def refused(path: Path) -> int:
+        raise OSError("too many watches")
+
+    monkeypatch.setattr("neuron.engine.file_watch._watch", refused)
+    path = tmp_path / "engine.log"
+    path.touch()
+    output, lines = EngineOutput(path), asyncio.Queue[list[str]]()
+    task = asyncio.create_task(
+        output.follow(lambda new: lines.put_nowait(new) if new else None, lambda: 0.01, at_once=lambda: True)
+    )
+    with path.open("a", buffering=1) as file:
+        print("line", file=file)
+    assert await asyncio.wait_for(lines.get(), 5) == ["line"]
+    await output.close()
+    await asyncio.wait_for(task, 5)
+
+
+async def test_watches_leave_no_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "engine.log"
+    path.touch()
+    before = names_in(Path("/proc/self/fd"))
+    for _ in range(20):
+        output = EngineOutput(path)
+        task = asyncio.create_task(output.follow(lambda _: None, lambda: 60.0, at_once=lambda: True))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    assert names_in(Path("/proc/self/fd")) == before
+
+
 # --- the ring
 
 
 def test_ring_is_bounded() -> None:
-    """Limited by lines and by characters; one longer line is kept alone."""
+    """Lines and characters are limited; one longer line is kept alone."""
     ring = LineRing(max_lines=3, max_chars=10)
     ring.extend(["a", "b", "c"])
     assert (ring.tail(2), ring.dropped) == (["b", "c"], False)
@@ -83,7 +143,7 @@ def test_ring_is_bounded() -> None:
 
 
 def test_a_progress_bar_is_published_when_it_is_drawn(tmp_path: Path) -> None:
-    """Once, and not only when its next state ends the line a minute later."""
+    """The bar is published once, and not only when its next state ends the line a minute later."""
     path = tmp_path / "engine.log"
     follower = LogFollower(EngineLog(path))
     append(path, b"\r" + BAR.format(25, 1).encode())
@@ -235,7 +295,7 @@ async def test_an_unreadable_file_is_logged_once(tmp_path: Path, caplog: pytest.
 
 
 async def test_a_cancelled_caller_loses_no_lines(tmp_path: Path) -> None:
-    """The read continues."""
+    """The read continues after the caller is cancelled."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 1000)))
     output = EngineOutput(path)
@@ -349,7 +409,7 @@ async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
 
 
 async def test_logs_without_an_engine(tmp_path: Path) -> None:
-    """No lines, and a stream that ends immediately."""
+    """The answer has no lines, and a stream ends immediately."""
     async with serving_logs(None, asyncio.Event()) as session:
         async with session.get("/logs?tail=2") as answer:
             assert await answer.json() == {"id": "m", "lines": []}

@@ -55,6 +55,26 @@ async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     assert health.questions >= 3
 
 
+async def test_every_line_since_the_first_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM says that it starts to serve some time before it does, and says more when it does."""
+    monkeypatch.setattr(readiness, "FIRST_PAUSE_SECS", 60.0)
+    monkeypatch.setattr(readiness, "HINTED_PAUSE_SECS", 60.0)
+    health, hint = Health(), asyncio.Event()
+    app = web.Application()
+    app.router.add_get("/health", health.answer)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("")).rstrip("/")
+        ready = asyncio.create_task(
+            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+        )
+        for up in (False, False, True):
+            await asyncio.wait_for(health.asked.wait(), 5)
+            health.asked.clear()
+            health.up = up
+            hint.set()
+        await asyncio.wait_for(ready, 5)
+
+
 async def test_a_hint_alone_is_not_enough() -> None:
     """An engine that logs that it is up but does not answer is not ready, and is still checked with pauses."""
     health, hint = Health(), asyncio.Event()
