@@ -75,7 +75,8 @@ class SlowToUnload(V1Neuron):
 
 async def test_a_model_gets_no_requests_while_it_is_unloaded(start_cortex: StartCortex) -> None:
     """Also without draining: a request would reach an engine that is being stopped."""
-    async with SlowToUnload("slow", 24000).running() as slow:
+    slow = SlowToUnload("slow", 24000)
+    async with slow.running():
         slow.models = {"org/small": "loaded"}
         cortex = await start_cortex([slow], [MODEL])
         unloading = asyncio.create_task(unload(cortex, drain=False))
