@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 from cortex.config.live import LiveConfig
-from cortex.control.backoff import BackoffCause
+from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_command import load_command
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.control.demand import SAMPLE_SECS, Demand
+from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
