@@ -10,6 +10,7 @@ from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
+from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
@@ -27,6 +28,14 @@ _FIT_LABELS = {
     Fit.TOO_LARGE: "too_large",
 }
 """`fits` in the reply; docs/api.md lists the values."""
+
+_STATE_LABELS = {
+    EvictionClass.IDLE: "idle",
+    EvictionClass.BUSY: "busy",
+    EvictionClass.RECENTLY_LOADED: "young",
+    EvictionClass.RECENTLY_LOADED_BUSY: "young_busy",
+}
+"""`state` of an eviction in the reply."""
 
 
 def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
                 "devices": sorted(each.resident.devices),
                 "priority": each.resident.priority,
                 "in_flight": each.resident.in_flight,
-                "state": each.eviction_class.name.lower(),
+                "state": _STATE_LABELS[each.eviction_class],
                 "idle_secs": round(view.now - each.resident.last_used, 1) if each.resident.last_used else None,
                 "reload_cost": round(each.resident.cost, 3),
             }

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.clients.running import MODELS, Bench, Outside, outside
+from tests.clients.running import BROKEN, MODELS, SLOW, Bench, Outside, outside
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.clients import NodeEnvironment, node_clients, old_python_clients, python_clients
 from tests.services import Fleet, running_fleet
@@ -39,7 +39,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "waiting": {"first_comment_secs": 0.1, "comment_interval_secs": 0.1},
         "poll": {"interval_secs": 0.2},
     }
-    models = [{"id": model, "harness": "sim", "vram_mb": 4000, "tools": True} for model in MODELS]
+    arguments = {SLOW: ["--load-secs", "3"], **{model: ["--fault", "unsupported-model"] for model in BROKEN.values()}}
+    models = [
+        {"id": model, "harness": "sim", "vram_mb": 4000, "tools": True, "args": arguments.get(model, [])}
+        for model in (*MODELS, *arguments)
+    ]
     with running_fleet(tmp_path_factory.mktemp("fleet"), neuron, cortex, {"models": models}) as fleet:
         yield fleet
 

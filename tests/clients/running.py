@@ -10,13 +10,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.processes import eventually
 from tests.services import Fleet
 
 TOP = Path(__file__).parents[2]
 MODELS = ("sim/first", "sim/second")
+SLOW = "sim/slow"
+"""Loads in 3 s."""
+BROKEN = {agent: f"sim/broken-for-{agent}" for agent in ("claude", "codex", "opencode")}
+"""They never load. One for each agent, since after a failure the next request is refused at once."""
 TEXT_CASES = ("cold_stream", "cold_plain", "warm_stream", "warm_plain")
 TOOL_CASES = ("tool_stream", "tool_plain")
 TIMEOUT_SECS = 50
@@ -73,16 +79,19 @@ class Bench:
     def cold(self, *models: str) -> None:
         """Unloads the models: the next request for one of them loads it."""
         for model in models or MODELS:
-            entry = self.fleet.status_of(model)
-            if entry is not None and entry["status"] == "loaded":
+            # A client that gave up leaves a load behind.
+            eventually(partial(self._settled, model), f"{model} has been loaded", within_secs=20)
+            if self._status(model) == "loaded":
                 answer = self.fleet.unload(model)
                 assert answer.status == 200, answer
-            entry = self.fleet.status_of(model)
-            assert entry is None or entry["status"] == "unloaded", entry
+            assert self._status(model) == "unloaded"
 
-    def loaded(self, model: str) -> bool:
+    def _settled(self, model: str) -> bool:
+        return self._status(model) in ("loaded", "unloaded")
+
+    def _status(self, model: str) -> str:
         entry = self.fleet.status_of(model)
-        return entry is not None and entry["status"] == "loaded"
+        return "unloaded" if entry is None else str(entry["status"])
 
     def run(self, command: Sequence[str | Path], **environment: str) -> str:
         """What the client printed to standard output.
