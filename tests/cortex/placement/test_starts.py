@@ -57,7 +57,7 @@ def test_a_set_of_devices_avoids_starts_before_it_looks_at_links() -> None:
     assert plan_for(view(fleet(four), BIG, pair), "org/pair").devices == (2, 3)
 
 
-def test_a_loaded_model_is_no_start() -> None:
+def test_a_loaded_model_does_not_count_as_a_start() -> None:
     two = host("a", 24_000, 24_000, models={"org/big": On(10_000, (0,))})
     assert plan_for(view(fleet(two), BIG, SMALL), "org/small").devices == (0,)
 
