@@ -11,9 +11,9 @@ from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
-from cortex.proxy.keep_alive import KeepAlivePolicy
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet

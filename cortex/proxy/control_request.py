@@ -7,7 +7,7 @@ import logging
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
-from cortex.proxy.answer import DirectAnswer, own_lines
+from cortex.proxy.answers.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import Address

@@ -10,10 +10,10 @@ from cortex.http.connection import ClientConnection, Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
-from cortex.proxy.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.paths import (
     INFERENCE,
     has_wrong_base,

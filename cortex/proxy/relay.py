@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
-from cortex.proxy.answer import Answer
+from cortex.proxy.answers.answer import Answer
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection

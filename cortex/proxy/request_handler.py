@@ -11,13 +11,13 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
-from cortex.proxy.answer import Answer, DirectAnswer, own_lines
+from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
+from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
+from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.balancing.choice import choose
 from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.deferred_answer import DeferredAnswer, DeferredJson
-from cortex.proxy.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.upstream.address import engine_target

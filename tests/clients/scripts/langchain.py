@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 from langchain_openai import ChatOpenAI, StreamChunkTimeoutError
 
 from tests.clients.scripts.report import BASE_URL, QUESTION, TOOL, WEATHER_QUESTION, report
+
+loop = asyncio.new_event_loop()  # the connections that ChatOpenAI shares belong to one loop
 
 
 def chat(model: str, **settings: Any) -> Any:

@@ -416,7 +416,7 @@ async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, be
 
 
 async def test_a_worker_that_starts_later_gets_the_current_settings(tmp_path: Path, benjy: V1Neuron) -> None:
-    """The current settings, not those read at startup."""
+    """The worker gets the current settings, not those read at startup."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         cortex.set_models(SMALL, fresh="org/small")
         await cortex.reload()
@@ -545,7 +545,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: V1Neur
 
 
 def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:
-    """All of 5,000 models change: well under a second of work, off the event loop."""
+    """A change of all 5,000 models takes well under a second, off the event loop."""
     (tmp_path / "cortex.toml").write_text("", encoding="utf-8")
     files = ConfigurationFiles(tmp_path / "cortex.toml")
     models = [{**SMALL, "id": f"org/{number}", "min_devices": 2, "args": ["-a", "b"]} for number in range(5000)]

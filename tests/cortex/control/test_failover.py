@@ -114,7 +114,7 @@ async def test_other_errors_are_passed_on(two: RunningCortex, engine: RawEngine,
 
 
 async def test_connection_is_kept_after_a_whole_answer(one: RunningCortex, engine: RawEngine) -> None:
-    """A small 503 that was there at once costs no connection."""
+    """A small 503 that arrives whole does not cost the connection."""
     engine.scripts.extend([answering(FULL), echo_number])
     await answered_by(one, "beast")
     assert [received.connection for received in engine.requests] == [0, 0]
@@ -123,7 +123,7 @@ async def test_connection_is_kept_after_a_whole_answer(one: RunningCortex, engin
 async def test_connection_is_closed_where_the_rest_would_have_to_be_waited_for(
     two: RunningCortex, engine: RawEngine
 ) -> None:
-    """A 503 without an end holds nothing up and leaks nothing."""
+    """A 503 without an end delays nothing and leaks nothing."""
 
     async def endless(wire: Wire, received: Received) -> None:
         await wire.send(b"HTTP/1.1 503 Full\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
@@ -147,7 +147,7 @@ async def test_the_only_replica_is_tried_twice(one: RunningCortex, beast: V1Neur
 
 @pytest.mark.parametrize("answer", [FULL, stream_head().replace(b"200 OK", b"502 Bad") + b"2\r\n{}\r\n0\r\n\r\n"])
 async def test_second_refusal_is_passed_unchanged(one: RunningCortex, engine: RawEngine, answer: bytes) -> None:
-    """Status, headers and body; and not asked a third time."""
+    """The client gets its status, headers and body, and there is no third attempt."""
     engine.script = answering(answer)
     got = await ask(one)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -172,7 +172,7 @@ async def test_an_unloaded_model_is_loaded_again(one: RunningCortex, beast: V1Ne
 
 
 async def test_sleeping_engine_is_woken(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
-    """It fell asleep as the request was on its way."""
+    """The engine fell asleep while the request was on its way."""
     await answered_by(one, "beast")
 
     async def sleeps(wire: Wire, received: Received) -> None:
@@ -186,7 +186,7 @@ async def test_sleeping_engine_is_woken(one: RunningCortex, beast: V1Neuron, eng
 
 
 async def test_engine_that_always_says_that_it_sleeps(one: RunningCortex, engine: RawEngine) -> None:
-    """The budget ends it, and its answer is passed on."""
+    """The request's budget ends the attempts, and the engine's answer is passed on."""
     engine.script = answering(ASLEEP)
     answer = await ask(one)
     assert (answer.status, answer.get("x-neuron-sleeping")) == (503, "1")
@@ -196,7 +196,7 @@ async def test_engine_that_always_says_that_it_sleeps(one: RunningCortex, engine
 async def test_budget_of_three_engines(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> None:
-    """A request is sent to three of four; the third's answer is the client's."""
+    """A request is sent to three of four engines; the client gets the third's answer."""
     async with contextlib.AsyncExitStack() as stack:
         more = [await stack.enter_async_context(type(beast)(name, 24000).running()) for name in ("cat", "dog")]
         engines = [engine, other, *[await stack.enter_async_context(RawEngine().running()) for _ in more]]
@@ -248,7 +248,7 @@ async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: V1Neu
 
 
 async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beast: V1Neuron) -> None:
-    """Only where an engine's failure is the reason."""
+    """An error has the node's name only if an engine's failure is the reason."""
     beast.engine_url = "http://127.0.0.1:9"
     answer = await ask(one)
     assert (answer.status, answer.get("x-cortex-node")) == (502, "beast")
@@ -259,7 +259,7 @@ async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beas
 
 @telling
 async def test_log_line_tells_attempts(tmp_path: Path, beast: V1Neuron, engine: RawEngine) -> None:
-    """Where there was more than one."""
+    """The access log has the number of attempts if there was more than one."""
     beast.models[MODEL] = "loaded"
     beast.engine_url = engine.url
     ask = request(b'{"model": "org/small"}')

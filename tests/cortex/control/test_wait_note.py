@@ -77,5 +77,5 @@ def test_given_up(failures: list[Failure], expected: set[str]) -> None:
 
 
 def test_untried_first() -> None:
-    """Their order is kept otherwise."""
+    """Replicas that were not tried come first, otherwise in their old order."""
     assert untried_first(["a", "b", "c", "d"], [failure("a", "status"), failure("c", "reset")]) == ["b", "d", "a", "c"]

@@ -69,7 +69,7 @@ async def test_polls_request_only_the_health_while_events_arrive(neuron: RawNeur
 
 
 async def test_polls_request_the_models_without_events(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """A protocol v1 neuron."""
+    """A protocol v1 neuron sends no events, so each poll asks for the models."""
     neuron.scripts["/events"] = answering(plain(b'{"error": "not found"}', status="404 Not Found"))
     await start_cortex([neuron], [])
     await until(lambda: neuron.asked.count("/health") > 5)
@@ -249,7 +249,7 @@ async def test_a_connection_closed_between_polls_is_not_a_failed_poll(
 
 
 async def test_polls_keep_their_connection(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """One for the polls, one for the events."""
+    """The polls use one connection, the events another."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
     await until(lambda: len(neuron.asked) > begun + 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
-from cortex.proxy.answer import own_lines
+from cortex.proxy.answers.answer import own_lines
 from shared.errors import ServiceError
 from shared.request_ids import request_id as make_request_id
 

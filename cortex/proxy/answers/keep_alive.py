@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 from cortex.http.connection import ClientConnection
 from cortex.http.event_stream import EVENT_STREAM_LINES, sign_of_life
 from cortex.http.request import Request
-from cortex.proxy.answer import own_lines
+from cortex.proxy.answers.answer import own_lines
+from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.body.model_field import asks_for_stream
-from cortex.proxy.error_event import error_event
 from cortex.upstream.replica import WaitNote
 from shared.errors import ServiceError, is_anthropic_path, render
 

@@ -10,9 +10,9 @@ from cortex.http.event_stream import is_event_stream
 from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
-from cortex.proxy.answer import Answer
-from cortex.proxy.error_event import engine_error_event
-from cortex.proxy.keep_alive import KeepAliveStream
+from cortex.proxy.answers.answer import Answer
+from cortex.proxy.answers.error_event import engine_error_event
+from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.upstream.connection import Body
 from shared.errors import UpstreamError
 from shared.protocol import ErrorCode

@@ -8,7 +8,7 @@ from cortex.http.event_stream import EVENT_STREAM_LINES, ends_event, is_event_st
 from cortex.http.framing import BodyUntilClose, ChunkedBody, SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
-from cortex.proxy.error_event import error_event
+from cortex.proxy.answers.error_event import error_event
 from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
 from shared.errors import UpstreamError, is_anthropic_path
