@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, STATE, STOPPING
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -40,11 +40,25 @@ def build_control_app(parts: Parts) -> web.Application:
         middlewares=[error_middleware, _own_user_only, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
-    app[PARTS] = parts
+    app[LIVE] = parts.live
+    app[FLEET] = parts.fleet
+    app[STATE] = parts.state
+    app[SCHEDULER] = parts.scheduler
+    app[LOADER] = parts.loader
+    app[COUNTS] = parts.counts
+    app[STOPPING] = parts.stopping
+    app[CREATED] = parts.created
     app[MODEL_LIST] = ModelList()
-    app[CONTEXT_LENGTHS] = ContextLengths(parts)
+    app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
-    app[FLEET_VIEW] = FleetView(parts)
+    app[FLEET_VIEW] = FleetView(
+        live=parts.live,
+        fleet=parts.fleet,
+        loader=parts.loader,
+        scheduler=parts.scheduler,
+        queue=parts.queue,
+        counts=parts.counts,
+    )
     app.add_routes(CONTROL_ROUTES)
     return app
 
@@ -53,7 +67,8 @@ def build_metrics_app(parts: Parts) -> web.Application:
     """What is served on `metrics_listen`."""
     policy = cross_site_policy(parts.config.gateway)
     app = web.Application(middlewares=[error_middleware, refuse_cross_site(policy)])
-    app[PARTS] = parts
+    app[COUNTS] = parts.counts
+    app[METRICS] = parts.metrics
     app.add_routes(METRICS_ROUTES)
     return app
 

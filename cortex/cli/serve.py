@@ -117,9 +117,27 @@ async def serve(
             if settings.workers == 1:
                 front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
             else:
-                workers = Supervisor(parts, socks, control_address(control))
+                workers = Supervisor(
+                    socks,
+                    control_address(control),
+                    live=parts.live,
+                    resolver=parts.resolver,
+                    routes=parts.routes,
+                    counts=parts.counts,
+                    fleet=parts.fleet,
+                    stopping=parts.stopping,
+                )
                 front = workers.running(stop)
-            async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
+            reloader = Reloader(
+                files,
+                reload_asked,
+                live=parts.live,
+                fleet=parts.fleet,
+                membership=parts.membership,
+                routes=parts.routes,
+                state=state,
+            )
+            async with front, running({"configuration": reloader.watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
                 if reaches_network(socks[0]) and not settings.allow_anonymous:

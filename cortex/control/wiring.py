@@ -34,7 +34,8 @@ from shared.tasks import running
 
 @dataclass(frozen=True)
 class Parts:
-    """The collaborators of a running cortex. `created` is Unix time."""
+    """What `build` has made, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it.
+    `created` is Unix time."""
 
     live: LiveConfig
     state: StateFile
@@ -140,7 +141,7 @@ async def running_control(
         parts.membership.configure(config.neurons, config.poll)
         try:
             loops: dict[str, Callable[[], Awaitable[None]]] = {
-                "route changes": partial(follow_routes, parts),
+                "route changes": partial(follow_routes, fleet, parts.routes, parts.scheduler, parts.queue),
                 "scheduler": parts.scheduler.run,
                 "replica control": parts.scheduler.reconcile_loop,
                 "state file": state.write_loop,
@@ -153,12 +154,12 @@ async def running_control(
             await state.close()
 
 
-async def follow_routes(parts: Parts) -> None:
+async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:
     """Keeps the route table and the scheduler up to date with the fleet. Never returns."""
-    with contextlib.closing(RouteChanges(parts.fleet)) as changes:
-        parts.routes.publish()
-        parts.scheduler.routes_changed(list(parts.queue.models))  # changes that an earlier, failed run has missed
+    with contextlib.closing(RouteChanges(fleet)) as changes:
+        routes.publish()
+        scheduler.routes_changed(list(queue.models))  # changes that an earlier, failed run has missed
         while True:
             models = await changes.next()
-            parts.routes.publish(models)
-            parts.scheduler.routes_changed(models)
+            routes.publish(models)
+            scheduler.routes_changed(models)
