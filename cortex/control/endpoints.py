@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cortex.config.live import LiveConfig
-from cortex.control.backoff import BackoffCause, Backoffs
+from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot

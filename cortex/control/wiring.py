@@ -13,9 +13,9 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import Backoffs
 from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
+from cortex.control.load_backoff import Backoffs
 from cortex.control.loader import Loader
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable

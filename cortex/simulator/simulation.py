@@ -12,8 +12,8 @@ from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import Backoffs
 from cortex.control.demand import Demand
+from cortex.control.load_backoff import Backoffs
 from cortex.control.loader import Loader
 from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.scheduler import Policy, Scheduler

@@ -17,7 +17,7 @@ from shared.errors import TooManyRequests, Unavailable
 
 
 class Clock:
-    """Seconds, turned by hand."""
+    """A manual clock, in seconds."""
 
     def __init__(self) -> None:
         self.now = 1000.0

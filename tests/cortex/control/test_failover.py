@@ -24,7 +24,7 @@ ASLEEP = plain(b"{}", "x-neuron-sleeping: 1", status="503 Service Unavailable")
 
 
 class TellingNeuron(V1Neuron):
-    """One that says since when its models are loaded: only then an endpoint is remembered."""
+    """A neuron that reports since when its models are loaded: only its endpoints are cached."""
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(
@@ -40,7 +40,7 @@ async def beast(request: pytest.FixtureRequest) -> AsyncIterator[V1Neuron]:
 
 @pytest.fixture
 async def benjy(beast: V1Neuron) -> AsyncIterator[V1Neuron]:
-    """Of beast's kind."""
+    """A neuron like beast."""
     async with type(beast)("benjy", 24000).running() as neuron:
         yield neuron
 
@@ -50,14 +50,14 @@ telling = pytest.mark.parametrize("beast", [TellingNeuron], indirect=True)
 
 @pytest.fixture
 async def engine() -> AsyncIterator[RawEngine]:
-    """Beast's, which is asked first, or the only one."""
+    """The engine on beast, which is asked first."""
     async with RawEngine().running() as engine:
         yield engine
 
 
 @pytest.fixture
 async def other() -> AsyncIterator[RawEngine]:
-    """Benjy's."""
+    """The engine on benjy."""
     async with RawEngine().running() as engine:
         yield engine
 
@@ -74,7 +74,7 @@ async def one(start_cortex: StartCortex, beast: V1Neuron, engine: RawEngine) -> 
 async def two(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> RunningCortex:
-    """A cortex with two."""
+    """A cortex with two replicas."""
     for neuron, its in ((beast, engine), (benjy, other)):
         neuron.models[MODEL] = "loaded"
         neuron.engine_url = its.url

@@ -1,4 +1,4 @@
-"""Who is woken by a change of the fleet, and what is kept from snapshot to snapshot: what makes large fleets cheap."""
+"""Which waits a change of the fleet wakes, and what snapshots share: this keeps large fleets cheap."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_fleet() -> Fleet:
 def poll(
     fleet: Fleet, name: str, *models: str, since: float = 1.0, busy: int = 0, uptime: float = 0, instance: str = "one"
 ) -> None:
-    """A poll that began in the far future: nothing told before outlives it."""
+    """A poll that began in the far future, so that it replaces every earlier report."""
     fleet.record_poll(
         name,
         started=float("inf"),

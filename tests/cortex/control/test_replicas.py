@@ -1,4 +1,4 @@
-"""One model on three neurons behind a real cortex: who gets which request."""
+"""One model on three neurons behind a real cortex: which neuron gets which request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKER_ID = 20
 
 
 class TellingNeuron(V1Neuron):
-    """Tells since when its model is as it is, so that cortex need not ask it for each request, and what its engine is
+    """Reports since when its model is loaded, so that cortex caches its endpoint, and what its engine is
     working on: running, waiting."""
 
     def __init__(self, name: str) -> None:
@@ -53,7 +53,7 @@ async def neurons() -> AsyncIterator[list[TellingNeuron]]:
 
 @pytest.fixture
 async def cortex(start_cortex: StartCortex, neurons: list[TellingNeuron]) -> RunningCortex:
-    """With all three in its table."""
+    """A cortex that routes to all three."""
     running = await start_cortex(neurons, [{"id": MODEL}])
     await _ask(running, _chat("first"))
     await running.until(lambda: MODEL in running.parts.routes.table)

@@ -29,7 +29,7 @@ def _no_pause_before_listening_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def neuron() -> AsyncIterator[RawNeuron]:
-    """It has one model, loaded."""
+    """A neuron with one loaded model."""
     async with RawNeuron().running() as running:
         running.change(MODEL, "loaded")
         yield running
@@ -178,7 +178,7 @@ async def shown_uptime(cortex: RunningCortex) -> float:
 
 
 async def endless(wire: Wire, received: Received) -> None:
-    """A byte now and then, until the client disconnects."""
+    """Sends a byte now and then, until the client disconnects."""
     await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
     while not wire.gone.is_set():
         await wire.send(b" ")
@@ -186,7 +186,7 @@ async def endless(wire: Wire, received: Received) -> None:
 
 
 async def huge(wire: Wire, received: Received) -> None:
-    """More than cortex takes, without saying so before."""
+    """Sends more than cortex accepts, without announcing the length."""
     await wire.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
     while not wire.gone.is_set():
         await wire.send(b" " * 65536)

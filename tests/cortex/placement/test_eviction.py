@@ -65,12 +65,12 @@ def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) ->
         (used(1, idle=0), 0, EvictionClass.BUSY, 15),  # busy: after patience_secs
         (used(1, idle=0), 14, EvictionClass.BUSY, 1),
         (used(1, idle=0), 20, EvictionClass.BUSY, -5),
-        (used(idle=0.2, age=10), 0, EvictionClass.YOUNG, 0.8),  # between two sequential requests
-        (used(idle=5, age=10), 0, EvictionClass.YOUNG, -4),
-        (used(idle=5, age=0.5), 0, EvictionClass.YOUNG, 0.5),  # just loaded, requests are about to arrive
-        (used(1, idle=0, age=10), 0, EvictionClass.YOUNG_BUSY, 20),  # its 30 s outlast the patience
-        (used(1, idle=0, age=10), 100, EvictionClass.YOUNG_BUSY, 20),
-        (used(1, idle=0, age=29), 0, EvictionClass.YOUNG_BUSY, 15),
+        (used(idle=0.2, age=10), 0, EvictionClass.RECENTLY_LOADED, 0.8),  # between two sequential requests
+        (used(idle=5, age=10), 0, EvictionClass.RECENTLY_LOADED, -4),
+        (used(idle=5, age=0.5), 0, EvictionClass.RECENTLY_LOADED, 0.5),  # just loaded, requests are about to arrive
+        (used(1, idle=0, age=10), 0, EvictionClass.RECENTLY_LOADED_BUSY, 20),  # its 30 s outlast the patience
+        (used(1, idle=0, age=10), 100, EvictionClass.RECENTLY_LOADED_BUSY, 20),
+        (used(1, idle=0, age=29), 0, EvictionClass.RECENTLY_LOADED_BUSY, 15),
         (used(1, idle=0, age=30), 20, EvictionClass.BUSY, -5),
     ],
 )

@@ -62,7 +62,7 @@ def test_the_catalogue_overrides_observed_sizes() -> None:
     assert moment.priority("m") == 7
 
 
-def test_backoffs_end() -> None:
+def test_load_backoffs_end() -> None:
     """A backoff for all nodes outranks one for a node; an expired one does not count."""
     backoffs = {
         ("m", "*"): Backoff(NOW + 1, "every"),

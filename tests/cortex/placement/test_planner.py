@@ -380,7 +380,7 @@ def test_a_load_that_does_not_fit_is_not_tried_while_another_node_may_take_it() 
         ({("m", "a"): Backoff(NOW + 5, "a race", temporary=True)}, "b"),
     ],
 )
-def test_backoffs(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
+def test_load_backoffs(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
     """A failed load is not tried again on that node for a while."""
     found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), backoffs=backoffs))
     assert (found and found.node) == expected

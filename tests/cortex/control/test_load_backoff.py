@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from cortex.control.backoff import MAX_TEMPORARY, BackoffCause, Backoffs
+from cortex.control.load_backoff import MAX_TEMPORARY, BackoffCause, Backoffs
 
 
 class Clock:
@@ -112,7 +112,7 @@ def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: 
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY, BackoffCause.TEMPORARY, BackoffCause.NODE]) == [1, 1, 10]
 
 
-def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
+def test_load_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
     """A backoff ends exactly at its time."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
     clock.now += 9.9
