@@ -136,9 +136,8 @@ class Resolver:
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await (
-                    self._fleet.until_all_polled()
-                )  # right after a start, cortex would load what is loaded somewhere already
+                # Right after a start, cortex would load what is loaded somewhere already.
+                await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
