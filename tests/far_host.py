@@ -45,7 +45,7 @@ class FarHost:
         return sock
 
     def vanish(self) -> None:
-        """From now on the host receives nothing and sends nothing; no connection of it ends."""
+        """From now on the host neither receives nor sends; its connections stay open."""
         for chain in ("INPUT", "OUTPUT"):
             _ip("netns", "exec", self.name, "iptables", "-w", "-I", chain, "-j", "DROP")
 

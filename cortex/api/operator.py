@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Iterable
 from typing import Any, TypeVar
@@ -12,6 +11,8 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
 from cortex.api.app_keys import PARTS
+from cortex.control.load_failure import LoadFailure
+from cortex.control.loader import LoadJob
 from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.wiring import Parts
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
@@ -24,7 +25,6 @@ from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
 from shared.retry_after import NEURON_DOWN_SECS, until_retry
-from shared.tasks import timeout
 
 Result = TypeVar("Result")
 
@@ -57,16 +57,32 @@ async def load_model(request: web.Request) -> web.Response:
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, None if job is None else job.task))
+    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, job))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
 
-async def _until_loaded(parts: Parts, model_id: str, node: str | None, task: asyncio.Task[None] | None) -> None:
-    if task is not None:
-        await asyncio.shield(task)
-    if node is not None:
-        await _until_settled(parts, model_id, node)
+async def _until_loaded(parts: Parts, model_id: str, node: str | None, job: LoadJob | None) -> None:
+    """Waits for our load, or for the load of another caller on this node.
+
+    Raises:
+        Unavailable: the load failed or timed out.
+    """
+    failure: LoadFailure | None = None
+    if job is not None and job.task is not None:
+        failure = await asyncio.shield(job.task)
+    if node is None:
+        return
+    try:
+        if failure is not None:
+            raise failure
+        await parts.loader.until_loaded(model_id, node)  # ours may have found a load of another caller there
+    except NodeRemoved:
+        raise _removed(node, f"loading {model_id!r}") from None
+    except LoadFailure as error:
+        backoff = parts.scheduler.view().backoff(model_id, node)
+        wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
+        raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
 
 
 def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
@@ -102,31 +118,6 @@ def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
     return None
 
 
-async def _until_settled(parts: Parts, model_id: str, name: str) -> None:
-    """Waits until the model is loaded on that node.
-
-    Raises:
-        Unavailable: the load failed or timed out.
-    """
-
-    def settled(node: NodeSnapshot) -> bool:
-        return not (node.healthy and node.is_loading(model_id))
-
-    with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
-        async with timeout(parts.loader.timeout_secs):
-            await parts.fleet.until(name, settled)
-    node = parts.fleet.snapshot().nodes.get(name)
-    if node is None:
-        raise _left(name, f"loaded {model_id!r}")
-    if node.status_of(model_id) is not ModelStatus.LOADED:
-        backoff = parts.scheduler.view().backoff(model_id, name)
-        view = node.models.get(model_id)
-        said = "it is no longer listed" if view is None else view.error or f"it is {view.status}"
-        message = f"loading {model_id!r} on {name} failed: {said}" if backoff is None else backoff.reason
-        wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
-        raise Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait)
-
-
 async def unload_model(request: web.Request) -> web.Response:
     """Unloads a model from one neuron, or from all that have it. Requests in flight finish first, unless the body says
     `"drain": false`. The answer lists every node's result, even if some failed."""
@@ -150,8 +141,13 @@ async def unload_model(request: web.Request) -> web.Response:
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
-        failed.extra = {**failed.extra, "results": results}
-        raise failed
+        raise ServiceError(
+            failed.message,
+            code=failed.code,
+            status=failed.status,
+            retry_after=failed.retry_after,
+            extra={"results": results},
+        )
     unloaded = [node.name for node in nodes]
     return web.json_response({"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results})
 
@@ -170,18 +166,18 @@ async def _unload(parts: Parts, key: ReplicaKey, *, drain: bool) -> ServiceError
     """None once the model is gone from the node, else the error."""
     model_id, node = key
     try:
-        await parts.loader.unload(key, drain=drain)
+        await parts.scheduler.unload(key, drain=drain)
     except NeuronRefused as error:
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
         return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
     except (CommandAbandoned, NodeRemoved):
-        return _left(node, f"unloaded {model_id!r}")
+        return _removed(node, f"unloading {model_id!r}")
     return None
 
 
-def _left(node: str, meanwhile: str) -> Unavailable:
-    message = f"{node} left the configuration while it {meanwhile}"
+def _removed(node: str, meanwhile: str) -> Unavailable:
+    message = f"{node} was removed from the configuration while {meanwhile}"
     return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
 
 

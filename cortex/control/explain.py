@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -9,11 +10,13 @@ from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
+from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import placement_error
+from cortex.placement.starts import starts_by_device
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
 
@@ -25,6 +28,14 @@ _FIT_LABELS = {
     Fit.TOO_LARGE: "too_large",
 }
 """`fits` in the reply; docs/api.md lists the values."""
+
+_STATE_LABELS = {
+    EvictionClass.IDLE: "idle",
+    EvictionClass.BUSY: "busy",
+    EvictionClass.RECENTLY_LOADED: "young",
+    EvictionClass.RECENTLY_LOADED_BUSY: "young_busy",
+}
+"""`state` of an eviction in the reply."""
 
 
 def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
             "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
-            "begins_in_secs": round(max(0.0, plan.ready_at - view.now), 1),
+            "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
     reasons = [f"{verdict.node} {verdict.reason}" for verdict in found if verdict.temporary]
@@ -101,7 +112,7 @@ def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
                 "devices": sorted(each.resident.devices),
                 "priority": each.resident.priority,
                 "in_flight": each.resident.in_flight,
-                "state": each.eviction_class.name.lower(),
+                "state": _STATE_LABELS[each.eviction_class],
                 "idle_secs": round(view.now - each.resident.last_used, 1) if each.resident.last_used else None,
                 "reload_cost": round(each.resident.cost, 3),
             }
@@ -111,17 +122,22 @@ def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
 
 
 def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
-    """Free memory of each device, and how they are connected."""
+    """Free memory of each device, how they are connected, and which devices are busy with other starts."""
     node = view.fleet.nodes[plan.node]
+    starts = starts_by_device(view, node, plan.model_id)
+    busy = "".join(
+        f"; device {index} is starting {', '.join(each.models)} for about {math.ceil(each.remaining_secs)} s more"
+        for index, each in sorted(starts.items())
+    )
     memory = device_memory(view, node)
     free = ", ".join(
         f"device {index} has {memory[index].free_mb} MiB free" for index in plan.devices if index in memory
     )
     if len(plan.devices) == 1:
-        return free
+        return free + busy
     kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
     worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
-    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}"
+    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
 def _node(

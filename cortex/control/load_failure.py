@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex.control.backoff import BackoffCause
+from cortex.control.load_backoff import BackoffCause
 from cortex.fleet.neuron_client import NeuronRefused
 from cortex.placement.node_plan import LoadPlan
 from shared.protocol import ErrorCode, ModelView

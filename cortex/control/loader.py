@@ -9,10 +9,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from cortex.config.live import LiveConfig
-from cortex.control.backoff import BackoffCause
+from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_command import load_command
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
@@ -28,9 +28,11 @@ from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
 
-
-"""Limit of neurons for `drain_secs`."""
 DRAIN_POLL_SECS = 0.05
+
+EvictionMethod: TypeAlias = Literal["unload", "sleep", "sleep_if_idle"]
+"""What happens to an evicted model. `sleep`: it is unloaded if it cannot sleep. `sleep_if_idle`: the same, but it stays
+if its neuron will not put it to sleep while other clients use it."""
 
 
 class NeuronCommands(Protocol):
@@ -63,7 +65,7 @@ class LoadJob:
     started: float
     phase: str = "starting"
     needed: bool = False
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[LoadFailure | None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 
     @property
@@ -139,7 +141,9 @@ class Loader:
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
-        log.info("loading %s, devices %s, because %s: %s", plan.model_id, list(plan.devices), why, plan.reason)
+        log.info(
+            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), why, plan.reason
+        )
         job = self._jobs[key] = LoadJob(plan, why, time.time())
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
@@ -151,33 +155,16 @@ class Loader:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
 
-    async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
-        """Unloads a model from a node for an operator. `drain`: requests in flight finish first, for at most
-        `cold_load.timeout_secs`. Raises as `evict`.
-        """
-        evicting = self._fleet.snapshot().evicting
-        if not drain:
-            await self._unload(key, drain_secs=0)
-            return
-        deadline = self._clock() + self.timeout_secs
-        self._fleet.begin_eviction(key)
-        try:
-            await self.evict(key, sleep=False, patient=lambda: self._clock() < deadline)
-        finally:
-            if key not in evicting:
-                self._fleet.end_eviction(key)
-
     async def evict(
         self,
         key: ReplicaKey,
         *,
-        sleep: bool,
+        method: EvictionMethod,
         still_needed: Callable[[], bool] = lambda: True,
         patient: Callable[[], bool] = lambda: True,
-        if_idle: bool = False,
     ) -> None:
-        """Drains a model on a node and unloads it, or puts it to sleep if supported. The caller marks it as `evicting`
-        before and clears that afterwards. With `if_idle`, a model that should sleep stays if other clients use it.
+        """Drains a model on a node, as long as `patient`, and unloads it or puts it to sleep. Only the scheduler and
+        its loads call this. The caller marks the model as `evicting` before and clears that afterwards.
 
         Raises:
             NoLongerNeeded: the model stays. NeuronRefused, NeuronUnreachable: the neuron did not evict it. NodeRemoved,
@@ -194,7 +181,7 @@ class Loader:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not still_needed():
             raise NoLongerNeeded
-        if sleep and await self._put_to_sleep(key, if_idle=if_idle):
+        if method != "unload" and await self._put_to_sleep(key, if_idle=method == "sleep_if_idle"):
             return
         drain = min(self.timeout_secs, MAX_DRAIN_SECS) if self._has_extensions(node) and patient() else 0
         await self._unload(key, drain_secs=drain)
@@ -225,7 +212,7 @@ class Loader:
 
     async def _run(
         self, job: LoadJob, still_needed: Callable[[], bool], done: Callable[[LoadJob, LoadFailure | None], None]
-    ) -> None:
+    ) -> LoadFailure | None:
         failure: LoadFailure | None = None
         try:
             await self._carry_out(job, still_needed)
@@ -235,7 +222,7 @@ class Loader:
             log.info("%s was removed from the configuration; it completes the load of %s", job.node, job.model_id)
         except LoadFailure as error:
             failure = error
-            log.warning("loading %s on %s failed: %s", job.model_id, job.node, error)
+            log.warning("%s", failure)
         except (NeuronRefused, NeuronUnreachable) as error:
             failure = LoadFailure(
                 f"evicting models for {job.model_id!r} on {job.node} failed: {error}", BackoffCause.TEMPORARY
@@ -250,6 +237,7 @@ class Loader:
             self._fleet.release(job.plan.reservation)
             del self._jobs[job.model_id, job.node]
         done(job, failure)
+        return failure
 
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
@@ -275,7 +263,7 @@ class Loader:
             key: asyncio.create_task(
                 self._evict_one(
                     key,
-                    sleep=self._sleeps_when_idle(key[0]) and not asleep,
+                    method="sleep" if self._sleeps_when_idle(key[0]) and not asleep else "unload",
                     still_needed=lambda: not cancelled and still_needed(),
                 ),
                 name=f"evict {key[0]} from {key[1]}",
@@ -295,8 +283,8 @@ class Loader:
             if isinstance(outcome, Exception) and not isinstance(outcome, NoLongerNeeded):
                 log.warning("evicting %s from %s failed: %s", model_id, node, outcome)
 
-    async def _evict_one(self, key: ReplicaKey, *, sleep: bool, still_needed: Callable[[], bool]) -> None:
-        await self.evict(key, sleep=sleep, still_needed=still_needed)
+    async def _evict_one(self, key: ReplicaKey, *, method: EvictionMethod, still_needed: Callable[[], bool]) -> None:
+        await self.evict(key, method=method, still_needed=still_needed)
         self._fleet.end_eviction(key)  # it may be loaded again at once if both fit
 
     async def _until_memory_promised(self, key: ReplicaKey, sending: asyncio.Task[None]) -> None:
@@ -335,7 +323,7 @@ class Loader:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event has not arrived yet, so our view predates the load
             await self._refresh(plan.node)
-            await self._until_loaded(plan)
+            await self.until_loaded(plan.model_id, plan.node)
         took = self._clock() - started
         self._state.set_load_secs(plan.model_id, plan.node, took)
         self._fleet.loaded(
@@ -348,19 +336,23 @@ class Loader:
         view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))
         self._fleet.update_model(plan.node, view)
 
-    async def _until_loaded(self, plan: LoadPlan) -> None:
-        """Waits until the model is no longer loading on the node."""
+    async def until_loaded(self, model_id: str, name: str) -> None:
+        """Waits until a load on this node has ended.
+
+        Raises:
+            LoadFailure: it failed, or takes longer than `timeout_secs`. NodeRemoved: not known how it ends.
+        """
 
         def settled(node: NodeSnapshot) -> bool:
-            return not (node.healthy and node.is_loading(plan.model_id))
+            return not (node.healthy and node.is_loading(model_id))
 
-        what = f"loading {plan.model_id!r} on {plan.node} failed"
+        what = f"loading {model_id!r} on {name} failed"
         try:
             async with timeout(self.timeout_secs):
-                node = await self._fleet.until(plan.node, settled)
+                node = await self._fleet.until(name, settled)
         except asyncio.TimeoutError:
             raise LoadFailure(f"{what}: timed out after {self.timeout_secs:g} s", BackoffCause.NODE) from None
-        view = node.models.get(plan.model_id)
+        view = node.models.get(model_id)
         if not node.healthy:
             raise LoadFailure(f"{what}: the neuron is down: {node.last_error}", BackoffCause.TEMPORARY)
         if view is None or view.known_status is not ModelStatus.LOADED:

@@ -131,17 +131,16 @@ class Resolver:
                     raise stopping()
                 self._scheduler.ensure_scheduled(model_id)
 
-    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: Collection[str]) -> Replica | None:
-        """An engine that serves the model now; None if the request has to wait.
+    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Replica | None:
+        """An engine that serves the model now; None if the request has to wait. Adds nodes to `lost`.
 
         Raises:
             ServiceError: the model cannot be served.
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await (
-                    self._fleet.until_all_polled()
-                )  # right after a start, cortex would load what is loaded somewhere already
+                # Right after a start, cortex would load what is loaded somewhere already.
+                await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
@@ -149,6 +148,9 @@ class Resolver:
                         raise unreachable(model_id, failures)
                     with self._choosing((model_id, left[0])):
                         replica = await self._routes.replica(model_id, left[0])
+                    if replica is not None and self._is_failed_one(replica, failures):
+                        lost.add(replica.node)
+                        continue
                     # While its neuron was asked, the model may have been chosen for eviction.
                     if replica is not None and self._is_serving(replica):
                         return replica
@@ -172,6 +174,16 @@ class Resolver:
 
     def _assigned(self, model_id: str, node: str) -> int:
         return self._counts.in_flight(model_id, node) + self._chosen[model_id, node]
+
+    def _is_failed_one(self, replica: Replica, failures: Sequence[Failure]) -> bool:
+        """Whether the engine is one that this request was lost at. A protocol v1 neuron does not show a reload, but it
+        was asked after the failure and gave the same URL again."""
+        node = self._fleet.snapshot().nodes.get(replica.node)
+        return (node is None or node.instance is None) and any(
+            failure.kind in ("refused", "reset")
+            and (failure.replica.node, failure.replica.url) == (replica.node, replica.url)
+            for failure in failures
+        )
 
     def _is_serving(self, replica: Replica) -> bool:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))

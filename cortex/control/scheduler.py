@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.backoff import BackoffCause, Backoffs
 from cortex.control.demand import SAMPLE_SECS, Demand
+from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
@@ -60,7 +60,7 @@ PLANNER = Policy(schedule_loads, reconcile_replicas)
 
 
 class Scheduler:
-    """The only place that starts loads and evictions."""
+    """Starts every load and eviction: for waiting requests, as replicas, and for operators."""
 
     def __init__(
         self,
@@ -224,6 +224,19 @@ class Scheduler:
             plan = placed
         return self._start(plan, "an operator asked", for_waiters=False)
 
+    async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
+        """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
+        model gets no new requests meanwhile. Raises as `Loader.evict`, except NoLongerNeeded.
+        """
+        deadline = self._clock() + self._loader.timeout_secs
+        evicting_already = key in self._fleet.snapshot().evicting
+        self._fleet.begin_eviction(key)
+        try:
+            await self._loader.evict(key, method="unload", patient=lambda: drain and self._clock() < deadline)
+        finally:
+            if not evicting_already:
+                self._fleet.end_eviction(key)
+
     async def close(self) -> None:
         await self._tasks.close()
 
@@ -339,7 +352,9 @@ class Scheduler:
         log.info("removing %s from %s: %s", *key, removal.reason)
         try:
             await self._loader.evict(
-                key, sleep=removal.sleep, still_needed=lambda: not self._queue.count(removal.model_id), if_idle=True
+                key,
+                method="sleep_if_idle" if removal.sleep else "unload",
+                still_needed=lambda: not self._queue.count(removal.model_id),
             )
         except NoLongerNeeded:
             log.info("keeping %s on %s: it was requested again", *key)

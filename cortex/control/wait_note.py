@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.upstream.replica import WaitNote
-from shared.protocol import ModelStatus, Progress
+from shared.protocol import ModelStatus, ModelView, Progress
 
 if TYPE_CHECKING:
     from cortex.control.loader import LoadJob
+
+_WAITING = "waiting"
+"""The phase of a load that its neuron has not started yet."""
 
 
 def waiting_note(
@@ -35,13 +38,36 @@ def waiting_note(
 def _in_progress(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
     view = node.models.get(model_id)
     detail = "" if view is None or view.progress is None else _progress_text(view.progress)
-    if detail:
+    ahead = _starts_ahead(view, node)
+    if ahead:
+        detail = f": {ahead}"
+    elif detail:
         detail = f": {detail}"
     elif view is not None and view.known_status is ModelStatus.RECOVERING and view.reason:
         detail = f": {view.reason}"
     elif elapsed_secs is not None:
         detail = f" for {max(elapsed_secs, 0):.0f} s"
     return WaitNote(text=f"{what} {model_id} on {node.name}{detail}", node=node.name)
+
+
+def _starts_ahead(view: ModelView | None, node: NodeSnapshot) -> str:
+    """`waiting for org/big to start on the same device: loading weights 40 %`; "" unless its neuron says that the
+    model waits for such a start."""
+    if view is None or view.progress is None or view.progress.phase != _WAITING:
+        return ""
+    ahead = [
+        other
+        for other in node.models.values()
+        if other.id != view.id
+        and node.is_loading(other.id)
+        and not set(other.devices).isdisjoint(view.devices)
+        and not (other.progress is not None and other.progress.phase == _WAITING)
+    ]
+    if not ahead:
+        return ""
+    text = f"waiting for {', '.join(each.id for each in ahead)} to start on the same device"
+    progress = "" if ahead[0].progress is None else _progress_text(ahead[0].progress)
+    return f"{text}: {progress}" if progress else text
 
 
 def _progress_text(progress: Progress) -> str:

@@ -32,8 +32,8 @@ class EvictionClass(IntEnum):
 
     IDLE = 0  # serves nothing, past its minimum residency
     BUSY = 1  # past its minimum residency and serving requests: drained first
-    YOUNG = 2  # within its minimum residency, not in use now
-    YOUNG_BUSY = 3
+    RECENTLY_LOADED = 2  # within its minimum residency, not in use now
+    RECENTLY_LOADED_BUSY = 3
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,18 @@ def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float
     profile = view.catalogue.profile(resident.key[0])
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
-    young = view.now < residency_ends_at and not resident.asleep
+    recently_loaded = view.now < residency_ends_at and not resident.asleep
     requested = resident.key[0] in view.waiting
     if resident.in_flight or requested:
         if requested:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
             patient_until = max(patient_until, view.now + HANDOVER_SECS)
-        if young:
-            return Eviction(resident, EvictionClass.YOUNG_BUSY, max(residency_ends_at, patient_until))
+        if recently_loaded:
+            return Eviction(resident, EvictionClass.RECENTLY_LOADED_BUSY, max(residency_ends_at, patient_until))
         return Eviction(resident, EvictionClass.BUSY, patient_until)
-    if young:
+    if recently_loaded:
         # In the gap between sequential requests, or right after its load, it does not count as idle yet.
         quiet_at = max(resident.last_used, resident.loaded_at) + pause
-        return Eviction(resident, EvictionClass.YOUNG, min(quiet_at, residency_ends_at))
+        return Eviction(resident, EvictionClass.RECENTLY_LOADED, min(quiet_at, residency_ends_at))
     gap_at = resident.last_used + pause
     if view.now < gap_at and not resident.asleep:  # after a long enough wait, it may be evicted between requests
         return Eviction(resident, EvictionClass.BUSY, min(gap_at, since + 2 * pause))

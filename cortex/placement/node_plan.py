@@ -1,12 +1,13 @@
 """What one node can do for a model: on which devices it fits, what to evict for it, or why it does not fit. Pure.
 
 Preferences in order: waking it where it sleeps; free memory; memory freed by evictions, cheapest first (see
-`eviction`); a neuron that already knows the model; the tightest fit, so that large cards stay free for large models;
-the best connected devices; the name.
+`eviction`); devices where no other engine is starting, else the shortest wait (see `starts`); a neuron that already
+knows the model; the tightest fit, so that large cards stay free for large models; the best connected devices; the name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -36,6 +37,7 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
+from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import ModelStatus
 
@@ -57,7 +59,7 @@ class LoadPlan:
     `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
     until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
     `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
-    the model sleeps there and is woken.
+    the model sleeps there and is woken. `starts` are those of other engines that the neuron finishes first.
     """
 
     model_id: str
@@ -71,6 +73,7 @@ class LoadPlan:
     ready_at: float = float("-inf")
     expected_secs: float | None = None
     wakes: bool = False
+    starts: Starts = NO_STARTS
     rank: tuple[object, ...] = field(default=(), compare=False)
 
     @property
@@ -79,7 +82,14 @@ class LoadPlan:
 
     @property
     def fit_reason(self) -> str:
-        """How it fits on its node, for people."""
+        """How it fits on its node, and what it waits for there, for people."""
+        if not self.starts.models:
+            return self._fit_reason
+        names, secs = ", ".join(self.starts.models), math.ceil(self.starts.remaining_secs)
+        return f"{self._fit_reason}; starts after {names} on the same device, in about {secs} s"
+
+    @property
+    def _fit_reason(self) -> str:
         if self.fit is Fit.AWAKE:
             return "asleep there, can be woken"
         if self.fit is Fit.NOW:
@@ -113,7 +123,7 @@ class _Candidate:
 
     `needed_mb` is what each device must give. `wake_mb` is what each device the model sleeps on must give, empty when
     it does not sleep here. `eligible` are the indices of the devices that are large enough. `share` is 0 for a model of
-    unknown size. All in MiB.
+    unknown size. All in MiB. `starts` are those of other engines, by device.
     """
 
     view: PlanningView
@@ -124,6 +134,7 @@ class _Candidate:
     needed_mb: Mapping[int, int]
     wake_mb: Mapping[int, int]
     eligible: list[int]
+    starts: Mapping[int, Starts]
 
     @property
     def asleep_on(self) -> tuple[int, ...]:
@@ -174,9 +185,9 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
-    return _Candidate(
-        view, profile, node, share, memory, needed_mb, _wake_mb(profile, node, share, memory, needed_mb), eligible
-    )
+    wake_mb = _wake_mb(profile, node, share, memory, needed_mb)
+    starts = starts_by_device(view, node, profile.id)
+    return _Candidate(view, profile, node, share, memory, needed_mb, wake_mb, eligible, starts)
 
 
 def _wake_mb(
@@ -199,12 +210,14 @@ def _wake_mb(
 
 
 def _best_set(candidate: _Candidate, devices: list[int]) -> tuple[int, ...] | None:
-    """The best connected set of these devices; ties by tightest fit, then lowest indices."""
-    memory, share = candidate.memory, candidate.share
-    devices.sort(key=lambda index: (best_fit_rank((index,), memory, share), index))
+    """The set of these devices with the shortest wait for other starts; ties by connection, tightest fit, then lowest
+    indices."""
+    memory, share, starts = candidate.memory, candidate.share, candidate.starts
+    devices.sort(key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
     return min(
         candidate.sets(devices),
         key=lambda indices: (
+            longest(starts, indices).rank,
             interconnect_rank(candidate.node, indices),
             best_fit_rank(indices, memory, share),
             indices,
@@ -308,6 +321,7 @@ def _plan(
         reserve = max(0, *(memory[index].free_mb for index in indices))
     known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
     connected = interconnect_rank(node, indices)
+    starts = longest(candidate.starts, indices)
     return LoadPlan(
         model_id=profile.id,
         node=node.name,
@@ -320,9 +334,11 @@ def _plan(
         ready_at=eviction_plan.ready_at,
         expected_secs=candidate.view.expected_load_secs(profile.id, node.name),
         wakes=wakes,
+        starts=starts,
         rank=(
             fit,
             eviction_plan.order,
+            starts.rank,
             not wakes,
             not known,
             spare if share else -spare,

@@ -14,8 +14,8 @@ from cortex.upstream.replica import FailureKind, Replica
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
 
-HEARSAY_SECS: Final = 0.2
-"""How long the word of another worker's answer may take to arrive."""
+OTHER_WORKER_SECS: Final = 0.2
+"""How long it may take to learn which response another worker has just passed on."""
 
 _PATH: Final = re.compile(rb"/v1/responses/([^/]+)(?:/(?:cancel|input_items))?")
 
@@ -40,7 +40,7 @@ class StoredResponse(RequestHandler):
     def begin(self) -> None:
         owner = self._context.response_owners.find(self._response_id)
         if owner is None:
-            self._wait_for(self._hear_of_owner())
+            self._wait_for(self._await_owner())
         else:
             self._send_to_owner(owner)
 
@@ -51,8 +51,8 @@ class StoredResponse(RequestHandler):
     def refused(self, status: int, *, asleep: bool) -> bool:
         return False
 
-    async def _hear_of_owner(self) -> None:
-        await asyncio.sleep(HEARSAY_SECS)
+    async def _await_owner(self) -> None:
+        await asyncio.sleep(OTHER_WORKER_SECS)
         self._resolved()
         owner = self._context.response_owners.find(self._response_id)
         if owner is None:

@@ -65,9 +65,8 @@ class UsageTail:
         """Makes one of the chunks, and forgets what is not kept of them."""
         chunks = self.chunks
         chunk = chunks[-1]
-        if (
-            len(chunk) > KEPT_BYTES
-        ):  # only its ends are copied; they may overlap, and then less than nothing is forgotten
+        # Only its ends are copied; they may overlap, and then less than nothing is forgotten.
+        if len(chunk) > KEPT_BYTES:
             chunks[-1] = chunk[:HEAD_BYTES]
             chunks.append(chunk[-KEPT_BYTES:])
             self._forgotten += len(chunk) - HEAD_BYTES - KEPT_BYTES

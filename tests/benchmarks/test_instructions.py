@@ -23,12 +23,12 @@ def test_only_more_than_the_tolerance_is_worse() -> None:
 
 
 def test_a_missing_figure_is_worse() -> None:
-    """A missing count fails."""
+    """A recorded figure that a run lacks fails the comparison."""
     assert worse(RECORDED, {"plain request": 200_000}) == ["streamed chunk"]
 
 
 def test_other_versions_are_named() -> None:
-    """Both sides of each, also of what only one side has."""
+    """The message has both versions of each package, also where only one side has it."""
     assert other_versions(RECORDED.versions, RECORDED.versions) == []
     assert other_versions(RECORDED.versions, {"python": "3.12.1", "uvloop": "0.23.0", "libc": "2.36"}) == [
         "libc: None, here 2.36",

@@ -107,7 +107,7 @@ def test_image_has_its_request_path_compiled(podman: Podman, fleet: Fleet) -> No
 
 
 def test_image_is_small(podman: Podman, fleet: Fleet) -> None:
-    """No compiler, no vLLM, no test tools."""
+    """The image contains no compiler, no vLLM and no test tools."""
     sizes = [int(podman("image", "inspect", "--format", "{{.Size}}", image)) for image in (IMAGE, BASE_IMAGE)]
     assert sizes[0] - sizes[1] < 120 * 2**20
 

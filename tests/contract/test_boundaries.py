@@ -55,7 +55,7 @@ def called(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_do_not_import_each_other(package: str) -> None:
-    """cortex -> shared <- neuron, and none imports the tests."""
+    """cortex and neuron import shared, never each other, and none imports the tests."""
     assert SOURCES[package]
     for path in SOURCES[package]:
         assert imported(path).isdisjoint(PACKAGES[package] | {"tests"}), path
@@ -104,7 +104,7 @@ def test_wire_models_import_no_server() -> None:
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(TOP)))
 def test_modules_and_functions_stay_small(path: Path) -> None:
-    """400 lines a module, 60 a function."""
+    """A module has at most 400 lines, a function 60."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_LINES
     for node in ast.walk(_parsed(text)):
@@ -121,5 +121,5 @@ def test_packages_are_ours(module: ModuleType) -> None:
 
 
 def test_readme_is_short() -> None:
-    """Under 150 lines; the rest is in docs/."""
+    """The README has fewer than 150 lines; the rest is in docs/."""
     assert len((TOP / "README.md").read_text(encoding="utf-8").splitlines()) < 150

@@ -76,7 +76,7 @@ def test_every_field_is_documented(title: str) -> None:
 
 
 def test_every_status_and_link_is_documented() -> None:
-    """The values of enumerated fields."""
+    """docs/protocol.md has every value of the enumerated fields."""
     assert all(f"`{status.value}`" in section("GET /models") for status in ModelStatus)
     assert all(f"`{kind.value}`" in section("GET /discovery") for kind in LinkKind)
     assert all(f"`{cause.value}`" in section("POST /models/load") for cause in FailureCause)
@@ -84,7 +84,7 @@ def test_every_status_and_link_is_documented() -> None:
 
 
 def test_every_field_of_the_models_list_is_documented() -> None:
-    """The fields of /v1/models, an alias included."""
+    """docs/api.md has every field of /v1/models, those of an alias included."""
     catalogue = Catalogue.model_validate({"models": [{"id": "m", "limit": {"context": 1}}], "aliases": {"a": "m"}})
     discovery = Discovery(devices=[Device(index=0)], harnesses=["vllm"])
     node = NodeSnapshot(

@@ -107,7 +107,7 @@ def sample_names(exposition: bytes) -> set[str]:
 
 
 def test_cortex_has_every_route() -> None:
-    """Exactly the routes of the contract."""
+    """cortex has exactly the routes of the contract."""
     app = web.Application()
     app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
@@ -115,7 +115,7 @@ def test_cortex_has_every_route() -> None:
 
 
 def test_neuron_has_every_route() -> None:
-    """Exactly the routes of the protocol."""
+    """neuron has exactly the routes of the protocol."""
     assert routes_of(build_app(NeuronConfig(), port=1)) == NEURON_TABLE
 
 

@@ -22,7 +22,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class NeuronAddress(Protocol):
-    """What cortex.toml says of a neuron."""
+    """A neuron's entry in cortex.toml."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class CortexProcess:
     log_file: Path
 
     def log(self) -> str:
-        """What it has said so far."""
+        """Its log so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def rss_bytes(self) -> int:
@@ -57,7 +57,7 @@ class CortexProcess:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
     def fds(self) -> int:
-        """File descriptors it has open."""
+        """The number of its open file descriptors."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208 - a directory of /proc, only counted
 
     async def ended(self, *, secs: float = DEADLINE_SECS) -> int:
@@ -116,7 +116,7 @@ async def cortex_process(
 
 
 async def _healthy(url: str) -> None:
-    """Until every neuron is healthy."""
+    """Waits until every neuron is healthy."""
     asking = request(method="GET", target="/health")
     async with connected(url) as client:
         health: dict[str, Any] = {}

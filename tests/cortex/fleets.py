@@ -57,7 +57,7 @@ def node(
 
 @dataclass(frozen=True)
 class On:
-    """A model on a node: what it holds on each of its devices, and, asleep, what it wants more of each to wake."""
+    """A model on a node: what it holds on each of its devices, and how much more a sleeping one needs to wake."""
 
     mb: int = 0
     devices: tuple[int, ...] = (0,)

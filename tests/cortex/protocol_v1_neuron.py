@@ -19,7 +19,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class V1Engine:
-    """What stands behind a loaded model. `answer` can be replaced by a test; requests are recorded as they came."""
+    """The engine of a loaded model. `answer` can be replaced by a test; requests are recorded as they came."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []

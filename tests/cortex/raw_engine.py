@@ -109,14 +109,14 @@ class RawEngine:
         self._failures: list[Exception] = []
 
     async def next_request(self) -> Received:
-        """The next one to come, or one that came since the last call."""
+        """The next request, or one that arrived since the last call."""
         await asyncio.wait_for(self.asked.wait(), 10)
         self.asked.clear()
         return self.requests[-1]
 
     @property
     def open_connections(self) -> list[Wire]:
-        """Those that neither side has ended."""
+        """Connections that neither side has ended."""
         return [wire for wire in self.connections if not wire.gone.is_set() and not wire.transport.is_closing()]
 
     async def _serve(self, wire: Wire) -> None:

@@ -17,7 +17,7 @@ from shared.tasks import timeout
 from tests.cortex.socket_queue import unread_bytes
 
 DEADLINE_SECS = 10.0
-"""No wait in these tests lasts longer; none comes near it when all is well."""
+"""The limit for every wait in these tests. In a passing run none comes near it."""
 
 _LIMIT = 1 << 20
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[^\r\n]*)?\r\n")
@@ -31,7 +31,7 @@ class Truncated(Exception):
 
 
 class Malformed(Exception):
-    """What the peer sent is not HTTP as the standard has it."""
+    """The peer sent something that is not valid HTTP."""
 
 
 async def bounded(work: Awaitable[Result], *, secs: float = DEADLINE_SECS) -> Result:
@@ -41,7 +41,7 @@ async def bounded(work: Awaitable[Result], *, secs: float = DEADLINE_SECS) -> Re
 
 
 async def until(condition: Callable[[], bool], *, secs: float = DEADLINE_SECS) -> None:
-    """Waits for a condition that nothing announces (a figure of the kernel's, a counter of another process)."""
+    """Polls for a condition without a notification (a kernel figure, a counter of another process)."""
     deadline = time.monotonic() + secs
     while not condition():
         assert time.monotonic() < deadline, f"not within {secs:g} s"
@@ -49,7 +49,7 @@ async def until(condition: Callable[[], bool], *, secs: float = DEADLINE_SECS) -
 
 
 async def settled(value: Callable[[], int], *, quiet_secs: float = 0.3, secs: float = 30.0) -> int:
-    """The value once it has not changed for `quiet_secs`: what is there, not what is still on its way."""
+    """The value once it has not changed for `quiet_secs`: nothing more is on its way then."""
     deadline, last, since = time.monotonic() + secs, value(), time.monotonic()
     while time.monotonic() - since < quiet_secs:
         assert time.monotonic() < deadline, f"does not settle within {secs:g} s"
@@ -107,7 +107,7 @@ class Wire(asyncio.StreamReaderProtocol):
             await until_yielding(lambda: self.unread() == 0)
 
     def unread(self) -> int:
-        """Bytes that lie in the other side's socket, not yet read by its process."""
+        """Bytes in the other side's socket that its process has not read yet."""
         return unread_bytes(*self.addresses)
 
     def reset(self) -> None:
@@ -120,7 +120,7 @@ class Wire(asyncio.StreamReaderProtocol):
         self.transport.close()
 
     def stop_reading(self) -> None:
-        """Leaves everything that comes in the kernel."""
+        """Leaves everything that arrives in the kernel's buffer."""
         self.transport.pause_reading()
 
     def read_on(self) -> None:
@@ -128,7 +128,7 @@ class Wire(asyncio.StreamReaderProtocol):
 
 
 async def until_yielding(condition: Callable[[], bool]) -> None:
-    """As `until`, giving way to the loop only: for what takes microseconds, thousands of times."""
+    """As `until`, but only yields to the loop: for waits of microseconds, thousands of times."""
     deadline = time.monotonic() + DEADLINE_SECS
     while not condition():
         assert time.monotonic() < deadline, "the other side does not read"
@@ -243,7 +243,7 @@ class RawClient(Wire):
     """A client on a raw socket."""
 
     async def head(self) -> Head:
-        """The next head, which must come."""
+        """The next head; a connection that ends before it is an error."""
         head = await read_head(self.incoming)
         if head is None:
             raise Truncated("the connection was closed without an answer")
@@ -313,7 +313,7 @@ def request(
     host: str | None = "cortex",
     length: bool = True,
 ) -> bytes:
-    """A request's bytes; `lines` are further header lines. With `length` the body's Content-Length is told."""
+    """A request's bytes; `lines` are further header lines. With `length` it has the body's Content-Length."""
     head = [f"{method} {target} {version}"]
     if host is not None:
         head.append(f"Host: {host}")

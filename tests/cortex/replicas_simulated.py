@@ -1,4 +1,4 @@
-"""Three mismatched replicas in virtual time: what choosing does to waiting. Pure and seeded.
+"""Three mismatched replicas in virtual time: how the choice affects waiting times. Pure and seeded.
 
     python -m tests.cortex.replicas_simulated
 
@@ -27,7 +27,7 @@ EQUAL = (16, 16, 16)
 CROWD = 32
 """So many requests at a time halve the speed of each: a batch costs little until the GPU is full."""
 LOOK_SECS = 1.0
-"""A neuron looks at its engine so often, and tells every second time what it saw the time before."""
+"""How often a neuron looks at its engine. Every second time it reports what it saw the time before."""
 BYTES_PER_SEC = 1000.0
 """Of one answer, alone on an engine of speed 1."""
 MEAN_BYTES = 8000.0
@@ -64,14 +64,14 @@ class Engine:
         return len(self.running) + len(self.waiting)
 
     def rate(self, running: int) -> float:
-        """Bytes a second of each of so many requests."""
+        """Bytes a second for each of this many requests."""
         return BYTES_PER_SEC * self.speed / (1 + running / CROWD)
 
     def _rate(self) -> float:
         return self.rate(len(self.running))
 
     def next_end(self) -> float:
-        """When its next answer is whole, with nothing new until then."""
+        """When its next answer is complete, if no request arrives before."""
         if not self.running:
             return float("inf")
         return self._now + (self.running[0].ends_at - self._made) / self._rate()
@@ -165,7 +165,7 @@ class Simulation:
 
 
 def least_in_flight(simulation: Simulation, key: int) -> int:
-    """What was before: our own requests, then the name."""
+    """The simplest choice: our own requests, then the name."""
     return least_work(NODES, simulation.ours, [1.0, 1.0, 1.0])
 
 

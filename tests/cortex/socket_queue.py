@@ -1,4 +1,4 @@
-"""What lies unread in the other side's socket, for tests that must know when a segment was taken.
+"""How much the other side has not read yet, for tests that must know when a segment was read.
 
 Asked by netlink (sock_diag(7)): /proc/net/tcp says the same, but takes milliseconds to print.
 """

@@ -1,4 +1,4 @@
-"""Moments written out by hand, for tests of the planner. The time is always `NOW`, and times are given as ages."""
+"""Planning views written by hand, for tests of the planner. The time is always `NOW`, and times are given as ages."""
 
 from __future__ import annotations
 

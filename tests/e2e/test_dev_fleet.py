@@ -74,7 +74,7 @@ def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev) -> None:
 
 
 def test_streams_of_both_client_libraries(dev: Dev) -> None:
-    """openai and anthropic, streamed, with usage."""
+    """The openai and anthropic packages stream answers with usage."""
     client = openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0)
     chunks = list(
         client.chat.completions.create(
@@ -101,7 +101,7 @@ def test_embeddings_and_responses(dev: Dev) -> None:
 
 
 def test_explain_gives_each_node_with_numbers(dev: Dev) -> None:
-    """Where a model is or would go, and why."""
+    """The answer says where a model is or would go, and why."""
     plan = get(dev, f"/fleet/explain?model={MIDDLE}")
     reasons = {node["node"]: node for node in plan["nodes"]}
     assert not reasons["quadbrat"]["feasible"]

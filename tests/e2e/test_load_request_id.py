@@ -61,7 +61,7 @@ async def test_a_load_logs_the_request_that_caused_it(tmp_path: Path) -> None:
 
 
 async def test_an_operators_load_logs_its_own_request(tmp_path: Path) -> None:
-    """`POST /fleet/load` with an id."""
+    """`POST /fleet/load` passes its request id on to the neuron's log."""
     async with fleet_of(tmp_path, [model("a")]) as fleet:
         body, headers = {"model": "a"}, {"x-request-id": "operator-1"}
         async with fleet.http.post(f"{fleet.url}/fleet/load", json=body, headers=headers) as response:

@@ -27,7 +27,7 @@ def modes_of(method: str, path: str) -> list[GenerationMode]:
 
 
 def test_description_is_complete(dev: Dev) -> None:
-    """It is served, and equals the document that is generated from the route table."""
+    """cortex serves the document that is generated from the route table."""
     served = schemathesis.openapi.from_url(f"{dev.url}/openapi.json", wait_for_schema=5)
     assert served.raw_schema == openapi_document()
 

@@ -80,7 +80,7 @@ def test_openai_chat_streams_the_same_answer_as_it_gives_whole(client: openai.Op
 
 
 def test_anthropic_message_is_answered(fleet: Fleet) -> None:
-    """vLLM's own Messages API through cortex, with the anthropic package."""
+    """The anthropic package talks to vLLM's own Messages API through cortex."""
     with anthropic.Anthropic(base_url=fleet.cortex.url, api_key="none", max_retries=0, timeout=300) as client:
         message = client.messages.create(
             model=TINY, max_tokens=16, messages=[{"role": "user", "content": QUESTION}], extra_body=WHOLE

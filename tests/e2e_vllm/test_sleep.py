@@ -60,7 +60,7 @@ async def chat(http: aiohttp.ClientSession, engine: RunningEngine, **changes: An
 
 
 async def test_public_routes_are_unchanged(engine: RunningEngine, http: aiohttp.ClientSession) -> None:
-    """Plain, streamed and by tokens, with the operator's middleware around it."""
+    """Plain and streamed answers and token counts work, with the operator's middleware around the guard."""
     status, text = await chat(http, engine)
     assert (status, json.loads(text)["object"]) == (200, "chat.completion")
     status, text = await chat(http, engine, stream=True)

@@ -85,7 +85,7 @@ async def stream(neuron: Client, model: str, began: asyncio.Event) -> list[Any]:
 
 
 async def loads_two_at_once(neuron: NeuronProcess, vllm: RealVllm) -> None:
-    """Requested at the same moment, they start one after the other on the device they share; both serve."""
+    """Two loads requested at once start one after the other on the device they share; both serve."""
     await asyncio.gather(load(neuron, FIRST, vllm), load(neuron, SECOND, vllm))
     both = await processes_of(neuron, FIRST) | await processes_of(neuron, SECOND)
     assert shares(both) == [f"{SHARE_MB * 10000 // 24564 / 10000:.4f}"] * 2

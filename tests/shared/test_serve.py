@@ -219,7 +219,7 @@ async def test_handlers_are_cancelled_when_the_client_vanishes(monkeypatch: pyte
 
 
 def test_unusable_addresses_are_named() -> None:
-    """An address in use, and an address of another host."""
+    """The error names an address in use, or an address of another host."""
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]

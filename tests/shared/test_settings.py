@@ -108,7 +108,7 @@ def test_environment_wins_over_the_file(path: Path) -> None:
 
 
 def test_environment_gives_lists_and_tables_as_json(path: Path) -> None:
-    """A whole list of tables, and a list inside a table."""
+    """A variable may hold a whole list of tables, or a list inside a table."""
     settings = load(path, "", APP_ENTRIES='[{"name": "a"}, {"name": "b"}]', APP_INNER__NAMES='["x", "y"]')
     assert [entry.name for entry in settings.entries] == ["a", "b"]
     assert settings.inner.names == ["x", "y"]

@@ -13,7 +13,7 @@ from shared.tasks import TaskSet, cancel_all, first_of, running
 async def test_a_failing_loop_is_logged_and_restarted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One bad reply of a neuron must not end its polling."""
+    """One bad reply of a neuron does not end its polling."""
     monkeypatch.setattr(tasks, "RESTART_DELAY_SECS", 0.001)
     third, starts = asyncio.Event(), 0
 

@@ -12,13 +12,17 @@ from shared.protocol import ErrorCode
 _RESPONSES: Final = b"/v1/responses"
 _NUMBER: Final = re.compile(rb'"sequence_number": ?(\d+)')
 
+INVALID_PROMPT: Final = "invalid_prompt"
+"""The only code of a failed response after which Codex shows the message at once, without five more requests."""
+
 MAX_QUOTED: Final = 2000
 """Characters to quote of an engine's error that is not JSON."""
 
 
 def error_event(path: bytes, error: ServiceError, *, sent: bytes = b"") -> bytes:
     """The event for an error of cortex, after the events of an engine that end in `sent`."""
-    return _event(path, event_body(error, anthropic=is_anthropic_path(path)), sent)
+    body = event_body(error, anthropic=is_anthropic_path(path))
+    return _event(path, body, sent=sent, permanent=error.permanent)
 
 
 def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
@@ -36,12 +40,13 @@ def engine_error_event(path: bytes, status: int, body: bytes) -> bytes:
     return error_event(path, ours)
 
 
-def _event(path: bytes, body: dict[str, Any], sent: bytes = b"") -> bytes:
+def _event(path: bytes, body: dict[str, Any], *, sent: bytes = b"", permanent: bool = False) -> bytes:
     if is_anthropic_path(path):
         return _named("error", body)
     if path == _RESPONSES:
         numbers = _NUMBER.findall(sent)
-        return _named("response.failed", _failed_response(body, int(numbers[-1]) + 1 if numbers else 0))
+        number = int(numbers[-1]) + 1 if numbers else 0
+        return _named("response.failed", _failed_response(body, number, permanent=permanent))
     return f"data: {json.dumps(body)}\n\n".encode()
 
 
@@ -49,7 +54,7 @@ def _named(name: str, body: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(body)}\n\n".encode()
 
 
-def _failed_response(body: dict[str, Any], number: int) -> dict[str, Any]:
+def _failed_response(body: dict[str, Any], number: int, *, permanent: bool) -> dict[str, Any]:
     """What Codex shows: it ignores an event without a `type`. `error` at the top makes the openai packages raise; their
     models would otherwise need a `response.created` before it."""
     error = body["error"]
@@ -57,7 +62,7 @@ def _failed_response(body: dict[str, Any], number: int) -> dict[str, Any]:
         "id": "resp_failed",
         "object": "response",
         "status": "failed",
-        "error": {"code": _code(error), "message": str(error.get("message"))},
+        "error": {"code": INVALID_PROMPT if permanent else _code(error), "message": str(error.get("message"))},
         "incomplete_details": None,
         "output": [],
         "usage": None,
@@ -66,14 +71,14 @@ def _failed_response(body: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _code(error: dict[str, Any]) -> str:
-    """cortex's code, or for an engine's error, whose `code` is the status, what OpenAI's API would say: Codex does not
-    repeat an `invalid_prompt`, and shortens the conversation after a `context_length_exceeded`."""
+    """cortex's code, or for an engine's error, whose `code` is the status, what OpenAI's API would say: Codex shortens
+    the conversation after a `context_length_exceeded`."""
     code = error.get("code")
     if isinstance(code, str):
         return code
     if error.get("param") == "input_tokens":
         return "context_length_exceeded"
-    return "invalid_prompt" if isinstance(code, int) and code < 500 else "server_error"
+    return INVALID_PROMPT if isinstance(code, int) and code < 500 else "server_error"
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -56,7 +56,7 @@ async def test_length_is_the_engines_and_outlives_it(start_cortex: StartCortex, 
 
 
 async def test_engine_is_asked_as_soon_as_it_has_loaded(start_cortex: StartCortex, engine: RawEngine) -> None:
-    """Where the neuron tells its endpoint: no client has to list the models while it is loaded."""
+    """If the neuron reports its endpoint, no client has to list the models while it is loaded."""
     async with RawNeuron().running() as neuron:
         cortex = await start_cortex([neuron], [{"id": MODEL}])
         assert (await told(cortex.url))["max_model_len"] is None
@@ -92,7 +92,7 @@ async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine:
 async def test_engine_without_a_length(
     start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, body: bytes
 ) -> None:
-    """The catalogue's is told, and the engine is not asked with every list."""
+    """The list has the catalogue's length, and does not ask the engine each time."""
     benjy.models[MODEL] = "loaded"
     benjy.engine_url = engine.url
     engine.models_page = body
@@ -112,7 +112,7 @@ async def test_silent_engine_does_not_hold_up_the_list(start_cortex: StartCortex
 
 
 async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> None:
-    """In the state file."""
+    """The state file keeps it."""
     benjy.models[MODEL] = "loaded"
     benjy.engine.models_page = PAGE
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state") as process:
@@ -125,7 +125,7 @@ async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> Non
 
 
 def test_own_entry_comes_first() -> None:
-    """Of several models in an engine's list; with one under another name, that one counts."""
+    """Of several models in an engine's list its own name counts; a single one under another name counts too."""
     assert length_in(MODEL, PAGE) == 40960
     assert length_in("other", {"data": [{"id": "path"}, {"id": "x", "max_model_len": 7}]}) == 7
     with pytest.raises(ValueError, match="no max_model_len"):

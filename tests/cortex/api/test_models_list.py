@@ -134,7 +134,7 @@ async def test_one_model_by_its_id(start_cortex: StartCortex, benjy: V1Neuron, n
 
 
 async def test_unknown_model_by_its_id(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """404 in the envelope."""
+    """An unknown id is a 404 in the envelope."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.http.get(f"{cortex.url}/v1/models/org/unknown") as response:
         assert response.status == 404

@@ -61,6 +61,32 @@ async def test_unload_without_draining_is_immediate(start_cortex: StartCortex, b
     await request
 
 
+class SlowToUnload(V1Neuron):
+    """A neuron whose unloads wait until the test opens the gate."""
+
+    def __init__(self, name: str, *vram_total_mb: int) -> None:
+        super().__init__(name, *vram_total_mb)
+        self.unload_gate = asyncio.Event()
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        await self.unload_gate.wait()
+        return await super()._unload(request)
+
+
+async def test_a_model_gets_no_requests_while_it_is_unloaded(start_cortex: StartCortex) -> None:
+    """Also without draining: a request would reach an engine that is being stopped."""
+    slow = SlowToUnload("slow", 24000)
+    async with slow.running():
+        slow.models = {"org/small": "loaded"}
+        cortex = await start_cortex([slow], [MODEL])
+        unloading = asyncio.create_task(unload(cortex, drain=False))
+        await cortex.until(lambda: ("org/small", "slow") in cortex.parts.fleet.snapshot().evicting)
+        assert not cortex.parts.fleet.snapshot().serving("org/small")
+        slow.unload_gate.set()
+        assert (await unloading)[0] == 200
+        assert not cortex.parts.fleet.snapshot().evicting
+
+
 class Stubborn(V1Neuron):
     """A neuron that refuses to unload."""
 

@@ -93,7 +93,7 @@ async def test_tokens_come_one_by_one(
 async def test_first_comment_comes_in_about_a_second(
     start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, start_proxy: StartProxy
 ) -> None:
-    """A cold start with the usual times."""
+    """A cold start with the usual settings sends its first comment through the proxy."""
     engine.script = tokens
     del benjy.models[MODEL]
     benjy.load_gate.clear()
@@ -153,7 +153,7 @@ async def test_plain_request_with_white_space_is_not_cut(
 async def test_client_that_leaves_stops_its_engine(
     start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, start_proxy: StartProxy
 ) -> None:
-    """Through the proxy as well."""
+    """cortex sees the disconnect through the proxy as well."""
     engine.script = endless
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     async with start_proxy(cortex.url) as url:
@@ -173,7 +173,7 @@ async def endless(wire: Wire, received: Received) -> None:
 async def test_large_prompt_passes_the_documented_proxies(
     start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, tmp_path: Path
 ) -> None:
-    """20 MB, which a stock nginx refuses."""
+    """A prompt of 20 MB passes; a stock nginx would refuse it."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     for number, start in enumerate((nginx, caddy)):
         directory = tmp_path / str(number)

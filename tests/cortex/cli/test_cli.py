@@ -74,7 +74,7 @@ async def cortex(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) ->
 
 
 async def test_status(cortex: RunningCortex, beast: V1Neuron) -> None:
-    """A row for each device, the neuron's first with its state and models."""
+    """Each device has a row; the neuron's first row has its state and models."""
     beast.models["org/small"] = "loaded"
     beast.used_mb[1] = 500
     fleet = cortex.parts.fleet
@@ -91,7 +91,7 @@ async def test_status(cortex: RunningCortex, beast: V1Neuron) -> None:
 
 
 async def test_status_as_json(cortex: RunningCortex) -> None:
-    """What GET /fleet says, unchanged."""
+    """The output is what GET /fleet answers, unchanged."""
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
@@ -99,7 +99,7 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """Loads in progress with their reason, and the last error of an unreachable neuron."""
+    """The output has the loads in progress with their reason, and the last error of an unreachable neuron."""
     benjy.load_gate.clear()
     async with V1Neuron("gone", 1000).running() as gone:
         pass
@@ -119,7 +119,7 @@ async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, be
 
 
 async def test_models(cortex: RunningCortex) -> None:
-    """Each model with its locations and feasible neurons; an alias names its model."""
+    """Each model is shown with its locations and feasible neurons; an alias names its model."""
     result = await run("models", "--url", cortex.url)
     assert result.status == 0
     assert result.rows == [
@@ -133,7 +133,7 @@ async def test_models(cortex: RunningCortex) -> None:
 
 
 async def test_explain(cortex: RunningCortex) -> None:
-    """The decision in a line with its devices, then each neuron with its reason."""
+    """The output has the decision in a line with its devices, then each neuron with its reason."""
     result = await run("explain", "org/large", "--url", cortex.url)
     assert result.status == 0
     head, because, _, *rows = result.out.splitlines()
@@ -150,7 +150,7 @@ async def test_explain(cortex: RunningCortex) -> None:
 
 
 async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
-    """Exit 1, and the reason why the model would be refused."""
+    """The command exits with 1 and says why the model would be refused."""
     result = await run("explain", "org/unknown", "--url", cortex.url)
     assert result.status == 1
     assert result.out.startswith("org/unknown: refuse: the model 'org/unknown' does not exist")
@@ -194,14 +194,14 @@ async def test_load_again_does_nothing(cortex: RunningCortex, benjy: V1Neuron) -
     ],
 )
 async def test_refusals(cortex: RunningCortex, arguments: tuple[str, ...], message: str) -> None:
-    """Exit 1, cortex's message on standard error, nothing on standard output."""
+    """The command exits with 1, with cortex's message on standard error and nothing on standard output."""
     result = await run(*arguments, "--url", cortex.url)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith(f"cortex: {message}")
 
 
 async def test_failed_load_says_why(cortex: RunningCortex, benjy: V1Neuron) -> None:
-    """The neuron's reason and exit 1; a second command tries again despite the backoff."""
+    """The command shows the neuron's reason and exits with 1; a second one tries again despite the backoff."""
     benjy.load_error = (500, {"error": "CUDA out of memory"})
     for attempt in (1, 2):
         result = await run("load", "org/small", "--on", "benjy", "--url", cortex.url)
@@ -244,7 +244,7 @@ async def other_server(text: str, seen: list[str]) -> AsyncIterator[str]:
 
 
 async def test_api_key_is_sent() -> None:
-    """CORTEX_API_KEY as a bearer token; none without it."""
+    """CORTEX_API_KEY is sent as a bearer token; without it no header is sent."""
     seen: list[str] = []
     async with other_server('{"data": []}', seen) as url:
         assert (await run("models", "--url", url, CORTEX_API_KEY="the key")).status == 0
@@ -254,7 +254,7 @@ async def test_api_key_is_sent() -> None:
 
 @pytest.mark.parametrize("text", ['{"data": [{"id": "x", "object": "model"}]}', "[]", '"x"', "null", "no json"])
 async def test_server_other_than_cortex(text: str) -> None:
-    """One line on standard error, no traceback."""
+    """The command prints one line on standard error, no traceback."""
     async with other_server(text, []) as url:
         result = await run("models", "--url", url)
     assert (result.status, result.out) == (1, "")
@@ -264,7 +264,7 @@ async def test_server_other_than_cortex(text: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://127.0.0.1:port", "file:///etc/passwd", "127.0.0.1", ""])
 async def test_unreachable(url: str) -> None:
-    """Exit 1 and one line with the URL; only http and https are supported."""
+    """The command exits with 1 and one line with the URL; only http and https are supported."""
     result = await run("status", "--url", url)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("cortex: ")
@@ -273,7 +273,7 @@ async def test_unreachable(url: str) -> None:
 
 
 async def test_server_without_http() -> None:
-    """The same for a port where another protocol answers."""
+    """A port where another protocol answers gets the same message."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
@@ -302,7 +302,7 @@ async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: V1Neuron
 
 
 async def test_closed_output_pipe(cortex: RunningCortex) -> None:
-    """`cortex models | head -0`: no traceback."""
+    """`cortex models | head -0` prints no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -315,7 +315,7 @@ async def test_closed_output_pipe(cortex: RunningCortex) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("load",), ("drain",), ("status", "--bad")])
 async def test_wrong_usage(arguments: tuple[str, ...]) -> None:
-    """Exit 2 with the usage."""
+    """The command exits with 2 and prints the usage."""
     result = await run(*arguments)
     assert result.status == 2
     assert "Usage: cortex" in result.err

@@ -33,7 +33,7 @@ def test_tables_are_valid(engine: DevEngine) -> None:
 
 @pytest.mark.parametrize(("fleet", "pins"), [(DEFAULT_FLEET, ("beast",)), ("other=2xRTX5090", ())])
 def test_example_catalogue_for_a_fleet(fleet: str, pins: tuple[str, ...]) -> None:
-    """The same models for this engine, without the other engine's arguments or pins on missing hosts."""
+    """The engine gets the same models, without the other engine's arguments or pins on missing hosts."""
     found = Catalogue.model_validate(models_table(example_catalogue(), parse_fleet(fleet), VLLM))
     assert [profile.id for profile in found.models] == [profile.id for profile in example_catalogue().models]
     assert found.aliases == example_catalogue().aliases

@@ -51,7 +51,7 @@ def test_empty_catalogue_is_valid(tmp_path: Path) -> None:
     ],
 )
 def test_priority_of_pinned_models(fields: dict[str, object], expected: int) -> None:
-    """1000 with pinned_on, unless set explicitly."""
+    """The priority is 1000 with pinned_on, unless it is set explicitly."""
     assert ModelProfile.model_validate({"id": "m", **fields}).residency_priority == expected
 
 

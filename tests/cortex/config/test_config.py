@@ -23,7 +23,7 @@ def load(tmp_path: Path, text: str, **environ: str) -> CortexConfig:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    """The documented defaults."""
+    """An empty file has the documented defaults."""
     config = load(tmp_path, "")
     assert (config.gateway.listen, config.gateway.metrics_listen) == ("127.0.0.1:31313", "127.0.0.1:31314")
     assert (config.gateway.max_body_mib, config.gateway.drain_timeout_secs) == (32, 30)
@@ -33,12 +33,12 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_models_config_may_be_absolute(tmp_path: Path) -> None:
-    """Otherwise relative to the file that names it."""
+    """A relative path starts at the file that names it."""
     assert load(tmp_path, "models_config = '/etc/m.toml'").models_path(tmp_path / "c.toml") == Path("/etc/m.toml")
 
 
 def test_environment(tmp_path: Path) -> None:
-    """The documented overrides, an IPv6 address, and neurons given as a whole list."""
+    """Variables override keys as documented, with an IPv6 address and a whole list of neurons."""
     config = load(
         tmp_path,
         NEURON,
@@ -119,7 +119,7 @@ def cortex(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_of_good_files(tmp_path: Path) -> None:
-    """Exits 0 with a summary, and warns of a pin to an unlisted neuron."""
+    """The command exits with 0 and a summary, and warns of a pin to an unlisted neuron."""
     (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
     (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\npinned_on = ['benjy']", encoding="utf-8")
     done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
@@ -131,7 +131,7 @@ def test_check_of_good_files(tmp_path: Path) -> None:
 
 
 def test_check_names_every_problem_of_both_files(tmp_path: Path) -> None:
-    """Exits 1; also checks the catalogue that an invalid cortex.toml names, and no other."""
+    """The command exits with 1; it also checks the catalogue that an invalid cortex.toml names, and no other."""
     (tmp_path / "cortex.toml").write_text(
         "models_config = 'cat.toml'\nwrong = 1\n[poll]\ninterval_secs = 0", encoding="utf-8"
     )

@@ -129,7 +129,7 @@ async def cortex(
 
 @pytest.fixture
 async def single(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron) -> AsyncIterator[Cortex]:
-    """As above, always with one worker."""
+    """The same with one worker only."""
     async with running(tmp_path, [benjy, beast], [SMALL]) as cortex:
         yield cortex
 
@@ -177,7 +177,7 @@ async def test_a_new_model_and_an_alias_can_be_asked_for(cortex: Cortex) -> None
 
 
 def write_in_pieces(path: Path, text: str) -> None:
-    """Like a slow editor or a copy over a network."""
+    """Writes as a slow editor does, or a copy over a network."""
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, len(text), 40):
             file.write(text[start : start + 40])
@@ -186,7 +186,7 @@ def write_in_pieces(path: Path, text: str) -> None:
 
 
 def write_and_rename(path: Path, text: str) -> None:
-    """As editors do it."""
+    """Replaces the file as editors do."""
     fresh = path.with_name("other")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
@@ -338,7 +338,7 @@ async def test_an_operators_load_on_a_removed_neuron_fails(single: Cortex, benjy
         await single.reload()
         answer = await client.answer()
     assert answer.status == 503
-    assert "benjy left the configuration" in json.loads(answer.body)["error"]["message"]
+    assert "benjy was removed from the configuration" in json.loads(answer.body)["error"]["message"]
 
 
 async def test_a_neuron_that_is_added_serves(cortex: Cortex, benjy: V1Neuron, beast: V1Neuron) -> None:
@@ -416,7 +416,7 @@ async def test_a_removed_model_serves_as_long_as_it_is_loaded(cortex: Cortex, be
 
 
 async def test_a_worker_that_starts_later_gets_the_current_settings(tmp_path: Path, benjy: V1Neuron) -> None:
-    """The current settings, not those read at startup."""
+    """The worker gets the current settings, not those read at startup."""
     async with running(tmp_path, [benjy], [SMALL], workers=2) as cortex:
         cortex.set_models(SMALL, fresh="org/small")
         await cortex.reload()
@@ -545,7 +545,7 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: V1Neur
 
 
 def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:
-    """All of 5,000 models change: well under a second of work, off the event loop."""
+    """A change of all 5,000 models takes well under a second, off the event loop."""
     (tmp_path / "cortex.toml").write_text("", encoding="utf-8")
     files = ConfigurationFiles(tmp_path / "cortex.toml")
     models = [{**SMALL, "id": f"org/{number}", "min_devices": 2, "args": ["-a", "b"]} for number in range(5000)]

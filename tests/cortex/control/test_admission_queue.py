@@ -1,4 +1,4 @@
-"""The waiting queue: who gets a seat, and what they hear."""
+"""The admission queue: which requests get a ticket, and what they are told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.errors import TooManyRequests, Unavailable
 
 
 class Clock:
-    """Seconds, turned by hand."""
+    """A manual clock, in seconds."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -47,7 +47,7 @@ def _queue(per_model: int = 2, total: int = 3, retry_after: float = 17.2, clock:
 
 
 def test_a_full_queue_refuses_with_a_retry_delay() -> None:
-    """429, from what the load still takes; another model's room has seats."""
+    """The 429's delay is the rest of the load; the queue of another model has its own limit."""
     queue = _queue()
     with queue.ticket("m"), queue.ticket("m"):
         with pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
@@ -60,7 +60,7 @@ def test_a_full_queue_refuses_with_a_retry_delay() -> None:
 
 @pytest.mark.parametrize(("secs", "told"), [(-5.0, 1), (0.0, 1), (0.2, 1), (60.0, 60)])
 def test_the_retry_delay_is_never_zero(secs: float, told: int) -> None:
-    """A load that should have ended already is nearly there."""
+    """A load that should have ended already will end soon."""
     queue = _queue(per_model=1, retry_after=secs)
     with queue.ticket("m"), pytest.raises(TooManyRequests) as refused, queue.ticket("m"):
         pass
@@ -68,7 +68,7 @@ def test_the_retry_delay_is_never_zero(secs: float, told: int) -> None:
 
 
 def test_all_queue_together_are_bounded() -> None:
-    """However few wait for each."""
+    """The limit on all waiting requests holds even if few wait for each model."""
     queue = _queue()
     with queue.ticket("a"), queue.ticket("b"), queue.ticket("c"):
         with pytest.raises(TooManyRequests) as refused, queue.ticket("d"):
@@ -93,8 +93,8 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
     queue = _queue(per_model=1)
 
     async def wait() -> None:
-        with queue.ticket("m") as seat:
-            await seat.wait(within_secs=60)
+        with queue.ticket("m") as ticket:
+            await ticket.wait(within_secs=60)
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
@@ -132,22 +132,22 @@ async def test_a_notification_wakes_every_request_for_the_model() -> None:
 
 
 async def test_a_notification_between_two_waits_is_kept() -> None:
-    """Once: it is news no more when it has been heard."""
+    """The next wait returns at once, but only one."""
     queue = _queue()
-    with queue.ticket("m") as seat:
+    with queue.ticket("m") as ticket:
         queue.notify("m")
-        await seat.wait(within_secs=1)
+        await ticket.wait(within_secs=1)
         with pytest.raises(asyncio.TimeoutError):
-            await seat.wait(within_secs=0.01)
+            await ticket.wait(within_secs=0.01)
 
 
 async def test_a_refusal_reaches_every_waiting_request() -> None:
-    """Each is told why."""
+    """Each of them gets the error with its reason."""
     queue = _queue()
 
-    async def hears(seat: Ticket) -> str | None:
+    async def error_of(ticket: Ticket) -> str | None:
         try:
-            await seat.wait(within_secs=1)
+            await ticket.wait(within_secs=1)
         except Unavailable as error:
             return error.code
         return None
@@ -155,11 +155,15 @@ async def test_a_refusal_reaches_every_waiting_request() -> None:
     with queue.ticket("m") as one, queue.ticket("m") as two, queue.ticket("x") as other:
         queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))
         queue.notify("x")
-        assert await asyncio.gather(*(map(hears, (one, two, other)))) == ["cold_load_failed", "cold_load_failed", None]
+        assert await asyncio.gather(*(map(error_of, (one, two, other)))) == [
+            "cold_load_failed",
+            "cold_load_failed",
+            None,
+        ]
 
 
 def test_a_notification_for_a_model_without_requests() -> None:
-    """Nothing happens."""
+    """A notification or a refusal changes nothing if no request waits."""
     queue = _queue()
     queue.notify("m")
     queue.refuse("m", Unavailable("no", code="cold_load_failed", retry_after=3))

@@ -84,7 +84,7 @@ async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCo
 async def test_unloaded_model_of_the_neuron_is_loaded_again_there(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
 ) -> None:
-    """Second priority: known to a neuron but unloaded goes back there, though another would fit more tightly."""
+    """A model that a neuron knows but unloaded goes back there, though another node would fit more tightly."""
     beast.models["org/small"] = "unloaded"
     cortex = await start_cortex([beast, benjy], [SMALL])
     async with cortex.chat("org/small") as response:
@@ -152,7 +152,7 @@ async def test_unknown_status_is_not_servable(start_cortex: StartCortex, beast: 
 
 @pytest.mark.parametrize("status", [400, 409])
 async def test_already_loaded_is_success(start_cortex: StartCortex, benjy: V1Neuron, status: int) -> None:
-    """A protocol v1 neuron answers 400 'already loaded' for a loaded model: served, not failed."""
+    """A protocol v1 neuron answers 400 'already loaded' for a loaded model: cortex serves it."""
     benjy.load_error = status, {"error": "model org/small is already loaded"}
     cortex = await start_cortex([benjy], [SMALL], poll={"interval_secs": 3600})
     benjy.models["org/small"] = "loaded"
@@ -175,7 +175,7 @@ async def test_a_request_waits_for_a_load_of_another_client(start_cortex: StartC
 
 
 async def test_failed_load_says_why_and_is_not_repeated_at_once(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """503 cold_load_failed with the neuron's reason; inside the back-off the neuron is not asked again."""
+    """The error is 503 cold_load_failed with the neuron's reason; within the backoff the neuron is not asked again."""
     benjy.load_error = 500, {"error": {"message": "torch.OutOfMemoryError: CUDA out of memory", "code": "load_failed"}}
     cortex = await start_cortex([benjy], [SMALL])
     for _ in range(3):
@@ -238,7 +238,7 @@ async def test_an_operators_load_ignores_the_backoff(start_cortex: StartCortex, 
 
 
 async def test_operator_unloads(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """`POST /fleet/unload` unloads where the model is; what is nowhere is 404."""
+    """`POST /fleet/unload` unloads the model wherever it is loaded; if it is loaded on no node, the answer is 404."""
     benjy.models["org/small"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL])
     for expected in (200, 404):

@@ -1,4 +1,4 @@
-"""What is made of the workers' counts: when a model was last used, and how much it is wanted."""
+"""Demand from the workers' counts: when a model was last used, and how often it is requested."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ async def test_an_endpoint_is_dropped_at_the_first_failure(
 async def test_an_endpoint_is_dropped_when_its_model_is_unloaded(
     start_cortex: StartCortex, pair: list[V1Neuron]
 ) -> None:
-    """It comes back on another port within the poll interval."""
+    """The model comes back on another port within the poll interval."""
     one, other = pair
     cortex: RunningCortex = await start_cortex([one], [{"id": MODEL}], poll={"interval_secs": 60})
     assert await complete(cortex.url) == 200

@@ -24,7 +24,7 @@ ASLEEP = plain(b"{}", "x-neuron-sleeping: 1", status="503 Service Unavailable")
 
 
 class TellingNeuron(V1Neuron):
-    """One that says since when its models are loaded: only then an endpoint is remembered."""
+    """A neuron that reports since when its models are loaded: only its endpoints are cached."""
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(
@@ -40,7 +40,7 @@ async def beast(request: pytest.FixtureRequest) -> AsyncIterator[V1Neuron]:
 
 @pytest.fixture
 async def benjy(beast: V1Neuron) -> AsyncIterator[V1Neuron]:
-    """Of beast's kind."""
+    """A neuron like beast."""
     async with type(beast)("benjy", 24000).running() as neuron:
         yield neuron
 
@@ -50,14 +50,14 @@ telling = pytest.mark.parametrize("beast", [TellingNeuron], indirect=True)
 
 @pytest.fixture
 async def engine() -> AsyncIterator[RawEngine]:
-    """Beast's, which is asked first, or the only one."""
+    """The engine on beast, which is asked first."""
     async with RawEngine().running() as engine:
         yield engine
 
 
 @pytest.fixture
 async def other() -> AsyncIterator[RawEngine]:
-    """Benjy's."""
+    """The engine on benjy."""
     async with RawEngine().running() as engine:
         yield engine
 
@@ -74,7 +74,7 @@ async def one(start_cortex: StartCortex, beast: V1Neuron, engine: RawEngine) -> 
 async def two(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> RunningCortex:
-    """A cortex with two."""
+    """A cortex with two replicas."""
     for neuron, its in ((beast, engine), (benjy, other)):
         neuron.models[MODEL] = "loaded"
         neuron.engine_url = its.url
@@ -114,7 +114,7 @@ async def test_other_errors_are_passed_on(two: RunningCortex, engine: RawEngine,
 
 
 async def test_connection_is_kept_after_a_whole_answer(one: RunningCortex, engine: RawEngine) -> None:
-    """A small 503 that was there at once costs no connection."""
+    """A small 503 that arrives whole does not cost the connection."""
     engine.scripts.extend([answering(FULL), echo_number])
     await answered_by(one, "beast")
     assert [received.connection for received in engine.requests] == [0, 0]
@@ -123,7 +123,7 @@ async def test_connection_is_kept_after_a_whole_answer(one: RunningCortex, engin
 async def test_connection_is_closed_where_the_rest_would_have_to_be_waited_for(
     two: RunningCortex, engine: RawEngine
 ) -> None:
-    """A 503 without an end holds nothing up and leaks nothing."""
+    """A 503 without an end delays nothing and leaks nothing."""
 
     async def endless(wire: Wire, received: Received) -> None:
         await wire.send(b"HTTP/1.1 503 Full\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
@@ -147,7 +147,7 @@ async def test_the_only_replica_is_tried_twice(one: RunningCortex, beast: V1Neur
 
 @pytest.mark.parametrize("answer", [FULL, stream_head().replace(b"200 OK", b"502 Bad") + b"2\r\n{}\r\n0\r\n\r\n"])
 async def test_second_refusal_is_passed_unchanged(one: RunningCortex, engine: RawEngine, answer: bytes) -> None:
-    """Status, headers and body; and not asked a third time."""
+    """The client gets its status, headers and body, and there is no third attempt."""
     engine.script = answering(answer)
     got = await ask(one)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -172,7 +172,7 @@ async def test_an_unloaded_model_is_loaded_again(one: RunningCortex, beast: V1Ne
 
 
 async def test_sleeping_engine_is_woken(one: RunningCortex, beast: V1Neuron, engine: RawEngine) -> None:
-    """It fell asleep as the request was on its way."""
+    """The engine fell asleep while the request was on its way."""
     await answered_by(one, "beast")
 
     async def sleeps(wire: Wire, received: Received) -> None:
@@ -186,7 +186,7 @@ async def test_sleeping_engine_is_woken(one: RunningCortex, beast: V1Neuron, eng
 
 
 async def test_engine_that_always_says_that_it_sleeps(one: RunningCortex, engine: RawEngine) -> None:
-    """The budget ends it, and its answer is passed on."""
+    """The request's budget ends the attempts, and the engine's answer is passed on."""
     engine.script = answering(ASLEEP)
     answer = await ask(one)
     assert (answer.status, answer.get("x-neuron-sleeping")) == (503, "1")
@@ -196,7 +196,7 @@ async def test_engine_that_always_says_that_it_sleeps(one: RunningCortex, engine
 async def test_budget_of_three_engines(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine, other: RawEngine
 ) -> None:
-    """A request is sent to three of four; the third's answer is the client's."""
+    """A request is sent to three of four engines; the client gets the third's answer."""
     async with contextlib.AsyncExitStack() as stack:
         more = [await stack.enter_async_context(type(beast)(name, 24000).running()) for name in ("cat", "dog")]
         engines = [engine, other, *[await stack.enter_async_context(RawEngine().running()) for _ in more]]
@@ -248,7 +248,7 @@ async def test_dead_engine_is_forgotten_for_all(two: RunningCortex, beast: V1Neu
 
 
 async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beast: V1Neuron) -> None:
-    """Only where an engine's failure is the reason."""
+    """An error has the node's name only if an engine's failure is the reason."""
     beast.engine_url = "http://127.0.0.1:9"
     answer = await ask(one)
     assert (answer.status, answer.get("x-cortex-node")) == (502, "beast")
@@ -259,7 +259,7 @@ async def test_error_of_ours_names_the_node_that_failed(one: RunningCortex, beas
 
 @telling
 async def test_log_line_tells_attempts(tmp_path: Path, beast: V1Neuron, engine: RawEngine) -> None:
-    """Where there was more than one."""
+    """The access log has the number of attempts if there was more than one."""
     beast.models[MODEL] = "loaded"
     beast.engine_url = engine.url
     ask = request(b'{"model": "org/small"}')

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet, NodeRemoved
+from cortex.fleet.state import Fleet, NodeRemoved, RouteChanges
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 
@@ -39,7 +40,7 @@ def test_neurons_that_stay_keep_their_state() -> None:
 
 
 def test_holders_follow_the_new_order() -> None:
-    """Those that left hold nothing; what is observed afterwards is put in its place."""
+    """Removed neurons hold nothing; later reports are stored in their place."""
     fleet = fleet_of("a", "b", "c")
     for name in ("a", "b", "c"):
         poll(fleet, name, "m", name)
@@ -53,7 +54,7 @@ def test_holders_follow_the_new_order() -> None:
 
 
 def test_reports_about_a_removed_neuron_are_ignored() -> None:
-    """A poll or a load that ends too late."""
+    """A poll or a load may end after its neuron was removed."""
     fleet = fleet_of("a")
     configure(fleet)
     version = fleet.version
@@ -67,7 +68,7 @@ def test_reports_about_a_removed_neuron_are_ignored() -> None:
 
 
 async def test_a_wait_for_a_removed_neuron_ends() -> None:
-    """Both kinds of wait; a wait for another neuron goes on."""
+    """Both kinds of wait end; a wait for another neuron continues."""
     fleet = fleet_of("a", "b")
     left = asyncio.create_task(fleet.until("a", lambda node: node.healthy))
     stays = asyncio.create_task(fleet.until("b", lambda node: node.healthy))
@@ -83,11 +84,11 @@ async def test_a_wait_for_a_removed_neuron_ends() -> None:
 
 
 async def test_routes_change_when_a_neuron_is_removed() -> None:
-    """All of them, and no others."""
+    """All routes to it are removed, and no others."""
     fleet = fleet_of("a", "b")
     poll(fleet, "a", "m", "n")
     poll(fleet, "b", "x")
-    with fleet.route_changes() as changes:
+    with contextlib.closing(RouteChanges(fleet)) as changes:
         configure(fleet, "b", "c")
         assert await changes.next() == {"m", "n"}
 

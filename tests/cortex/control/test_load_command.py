@@ -23,7 +23,7 @@ def _command(model: ModelProfile | None, where: NodeSnapshot, model_id: str = "m
 
 
 def test_the_catalogues_spec_and_the_plans_devices() -> None:
-    """Everything that the catalogue says of the engine, and where it goes."""
+    """The command has everything that the catalogue says of the engine, and the plan's devices."""
     assert _command(SPEC, host("n", 12000, 24000)).model_dump(exclude_defaults=True) == {
         "model_id": "m",
         "harness": "vllm",
@@ -38,7 +38,7 @@ def test_the_catalogues_spec_and_the_plans_devices() -> None:
 
 @pytest.mark.parametrize(("min_devices", "tensor_parallel"), [(1, None), (2, 2)])
 def test_tensor_parallel_is_null_for_one_device(min_devices: int, tensor_parallel: int | None) -> None:
-    """Null for a single device, else the number of them."""
+    """The field is null for a single device, else the number of devices."""
     command = _command(profile(min_devices=min_devices, vram_mb=14000), host("n", 24000, 24000))
     assert (command.tensor_parallel, len(command.devices or [])) == (tensor_parallel, min_devices)
 
@@ -56,7 +56,7 @@ ASLEEP = On(500, status="sleeping", wants_mb=13500)
     ],
 )
 def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: dict[str, Any]) -> None:
-    """Woken where it sleeps, by its id alone; a protocol v1 neuron is sent the whole spec."""
+    """It is woken where it sleeps, by its id alone; a protocol v1 neuron is sent the whole spec."""
     command = _command(SPEC, host("n", 24000, 24000, models=models, protocol_v1=protocol_v1))
     assert command.bare is (expected == {"model_id": "m"})
     assert expected.items() <= command.model_dump(exclude_defaults=True).items()

@@ -1,4 +1,4 @@
-"""One model on three neurons behind a real cortex: who gets which request."""
+"""One model on three neurons behind a real cortex: which neuron gets which request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKER_ID = 20
 
 
 class TellingNeuron(V1Neuron):
-    """Tells since when its model is as it is, so that cortex need not ask it for each request, and what its engine is
+    """Reports since when its model is loaded, so that cortex caches its endpoint, and what its engine is
     working on: running, waiting."""
 
     def __init__(self, name: str) -> None:
@@ -53,7 +53,7 @@ async def neurons() -> AsyncIterator[list[TellingNeuron]]:
 
 @pytest.fixture
 async def cortex(start_cortex: StartCortex, neurons: list[TellingNeuron]) -> RunningCortex:
-    """With all three in its table."""
+    """A cortex that routes to all three."""
     running = await start_cortex(neurons, [{"id": MODEL}])
     await _ask(running, _chat("first"))
     await running.until(lambda: MODEL in running.parts.routes.table)
@@ -97,7 +97,7 @@ class Rejection:
 
 
 async def test_conversations_stay_and_prompts_spread(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
-    """Each turn comes to the engine of the first; another beginning may go elsewhere."""
+    """Each turn goes to the engine of the first; another beginning may go elsewhere."""
     nodes = {}
     for number in range(12):
         turns = [f"question {number}", "answer", "next", "answer", "last"]
@@ -108,7 +108,8 @@ async def test_conversations_stay_and_prompts_spread(cortex: RunningCortex, neur
 
 
 async def test_session_header_wins_over_the_prompt(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
-    """One session with many prompts, many sessions with one prompt; the engine sees the header too."""
+    """One session with many prompts keeps its engine, many sessions with one prompt spread; the engine sees the header
+    too."""
     assert len({await _ask(cortex, _chat(f"question {n}"), session="one") for n in range(9)}) == 1
     assert len({await _ask(cortex, _chat("question"), session=f"{n}") for n in range(12)}) == 3
     assert any(headers.get("X-Session-Id") == "one" for n in neurons for _, headers, _ in n.engine.requests)
@@ -143,7 +144,7 @@ async def test_requests_without_a_prompt_go_where_least_is_to_be_done(
 
 
 async def test_work_of_others_counts_and_ours_only_once(cortex: RunningCortex, neurons: list[TellingNeuron]) -> None:
-    """What a neuron reports beyond our own requests there; what waits in its engine weighs twice."""
+    """Reported requests beyond our own count as work of others; those that wait in an engine weigh twice."""
     held = Rejection(neurons[0])
     ours = asyncio.create_task(_embed(cortex))
     await held.came.wait()
@@ -197,7 +198,7 @@ async def test_a_replica_that_cannot_serve_gets_no_request(
 
 
 async def test_all_workers_agree(tmp_path: Path, neurons: list[TellingNeuron]) -> None:
-    """Whichever takes the connection, a prompt has one engine."""
+    """A prompt has the same engine whichever worker takes the connection."""
     settings = {"load_factor": 100.0}  # many at once, so that both workers get some: no engine counts as too busy
     nodes: dict[int, set[str]] = {}
     async with cortex_process(tmp_path, neurons, [{"id": MODEL}], workers=2, routing=settings) as process:

@@ -45,7 +45,7 @@ def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] =
     ],
 )
 def test_a_loaded_model_is_served(where: FleetSnapshot, expected: Decision) -> None:
-    """Loaded first; on its way is waited for."""
+    """A loaded replica comes first; a loading one is waited for."""
     assert decision("m", where) == expected
 
 
@@ -96,7 +96,7 @@ def test_a_model_outside_the_catalogue_is_placed_where_it_can_be_loaded_again(
     ],
 )
 def test_refusals(where: FleetSnapshot, code: str) -> None:
-    """Each case of the contract; what is temporary says when to come back."""
+    """Each case has its documented code; a temporary one has a Retry-After."""
     found = decision("other", where)
     assert isinstance(found, Refuse)
     assert found.error.code == code
@@ -104,7 +104,7 @@ def test_refusals(where: FleetSnapshot, code: str) -> None:
 
 
 def test_least_busy_replica_comes_first() -> None:
-    """Our own requests decide before names do."""
+    """Our own requests decide, then names."""
     where = fleet(a("loaded"), b("loaded"))
     assert decision("m", where, lambda model, name: {"a": 3, "b": 1}[name]) == Serve(("b", "a"))
 

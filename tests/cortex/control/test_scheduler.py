@@ -80,7 +80,7 @@ async def hang(_: web.Request) -> web.StreamResponse:
 
 
 class Stubborn(V1Neuron):
-    """Refuses to unload."""
+    """A neuron that refuses to unload."""
 
     async def _unload(self, request: web.Request) -> web.Response:
         self.unloads.append((await request.json())["model_id"])

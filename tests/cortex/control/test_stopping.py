@@ -30,7 +30,7 @@ ASK = request(json.dumps({"model": MODEL}).encode())
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
 async def process(request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[CortexProcess]:
-    """With the usual time to drain, and a model that is loaded on request."""
+    """A cortex with the default drain timeout, and a model that is loaded on request."""
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
         yield process
 

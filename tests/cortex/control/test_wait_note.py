@@ -1,4 +1,4 @@
-"""What a client that waits is told, and where a request that failed may still go."""
+"""What a waiting client is told, and which replicas a failed request may still try."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = "org/m"
 
 
 def told(status: str, progress: Progress | None = None, *, loading: bool = False, healthy: bool = True) -> WaitNote:
-    """The note when beast lists the model so."""
+    """The note while beast lists the model with these fields."""
     view = ModelView(id=MODEL, status=status, progress=progress)
     beast = replace(BEAST, models=MappingProxyType({MODEL: view}), healthy=healthy)
     job = LoadJob(LoadPlan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
@@ -77,5 +77,5 @@ def test_given_up(failures: list[Failure], expected: set[str]) -> None:
 
 
 def test_untried_first() -> None:
-    """Their order is kept otherwise."""
+    """Replicas that were not tried come first, otherwise in their old order."""
     assert untried_first(["a", "b", "c", "d"], [failure("a", "status"), failure("c", "reset")]) == ["b", "d", "a", "c"]

@@ -75,7 +75,7 @@ def test_an_old_poll_does_not_undo_a_newer_report() -> None:
 
 
 def test_an_old_poll_does_not_bring_back_what_was_removed() -> None:
-    """The other direction of the same race."""
+    """An answer from before the removal arrives after it."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: 10.0)
     observed(fleet, started=1, m="loaded")
     fleet.remove_model("n", "m")

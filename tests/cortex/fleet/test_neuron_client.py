@@ -24,7 +24,7 @@ async def refused(neuron: V1Neuron) -> NeuronRefused:
 
 
 async def test_cause_and_figures_are_kept(benjy: V1Neuron) -> None:
-    """The planner tries another node, or does not, by them."""
+    """The planner decides by them whether to try another node."""
     figures = {"index": 0, "total_mb": 24000, "booked_mb": 20000, "foreign_mb": 0, "bookable_mb": 4000}
     error = {"message": "no room", "code": "insufficient_vram", "cause": "node", "devices": [figures]}
     benjy.load_error = (409, {"error": error})

@@ -29,7 +29,7 @@ def _no_pause_before_listening_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def neuron() -> AsyncIterator[RawNeuron]:
-    """It has one model, loaded."""
+    """A neuron with one loaded model."""
     async with RawNeuron().running() as running:
         running.change(MODEL, "loaded")
         yield running
@@ -69,7 +69,7 @@ async def test_polls_request_only_the_health_while_events_arrive(neuron: RawNeur
 
 
 async def test_polls_request_the_models_without_events(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """A protocol v1 neuron."""
+    """A protocol v1 neuron sends no events, so each poll asks for the models."""
     neuron.scripts["/events"] = answering(plain(b'{"error": "not found"}', status="404 Not Found"))
     await start_cortex([neuron], [])
     await until(lambda: neuron.asked.count("/health") > 5)
@@ -178,7 +178,7 @@ async def shown_uptime(cortex: RunningCortex) -> float:
 
 
 async def endless(wire: Wire, received: Received) -> None:
-    """A byte now and then, until the client disconnects."""
+    """Sends a byte now and then, until the client disconnects."""
     await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
     while not wire.gone.is_set():
         await wire.send(b" ")
@@ -186,7 +186,7 @@ async def endless(wire: Wire, received: Received) -> None:
 
 
 async def huge(wire: Wire, received: Received) -> None:
-    """More than cortex takes, without saying so before."""
+    """Sends more than cortex accepts, without announcing the length."""
     await wire.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
     while not wire.gone.is_set():
         await wire.send(b" " * 65536)
@@ -249,7 +249,7 @@ async def test_a_connection_closed_between_polls_is_not_a_failed_poll(
 
 
 async def test_polls_keep_their_connection(neuron: RawNeuron, start_cortex: StartCortex) -> None:
-    """One for the polls, one for the events."""
+    """The polls use one connection, the events another."""
     await start_cortex([neuron], [])
     begun = await in_step(neuron)
     await until(lambda: len(neuron.asked) > begun + 10)

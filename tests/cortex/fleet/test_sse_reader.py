@@ -26,7 +26,7 @@ def test_events_are_read_from_pieces_of_any_size() -> None:
 
 @pytest.mark.parametrize("piece", [b"data: " + b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
 def test_an_endless_line_or_event_is_an_error(piece: bytes) -> None:
-    """A line, or the lines of one event, beyond the limit."""
+    """The limit applies to a line and to all lines of one event."""
     reader = EventReader()
     for _ in range(MAX_EVENT_BYTES // 65536 - 1):
         assert list(reader.feed(piece)) == []

@@ -147,7 +147,7 @@ async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
 
 
 async def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new one takes its place whole or not at all."""
+    """The new file replaces the old one whole or not at all."""
     state = StateFile(tmp_path)
     state.set_drained("a", True)
     await state.flush()

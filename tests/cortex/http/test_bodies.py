@@ -122,7 +122,7 @@ async def test_100_continue_is_sent_to_clients_that_wait_for_it(client: RawClien
 
 
 async def test_100_continue_is_not_sent_for_a_body_over_the_limit(cortex: RunningCortex, engine: RawEngine) -> None:
-    """413 at once: that is why clients ask first."""
+    """The client gets 413 at once and never sends the body."""
     async with connected(cortex.url) as client:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {2 * MIB}\r\nExpect: 100-continue\r\n\r\n"
         answer = await client.ask(head.encode())

@@ -202,13 +202,13 @@ async def test_request_in_pieces_is_refused(cortex: RunningCortex, engine: RawEn
 
 @pytest.mark.parametrize("case", ["two-lengths", "length-and-chunked", "coding-twice", "length-plus"])
 async def test_refusal_does_not_depend_on_segments(cortex: RunningCortex, engine: RawEngine, case: str) -> None:
-    """However the network splits the request."""
+    """The request is refused however the network splits it."""
     for pieces in every_split(FRAMING[case].replace(b"/PATH", b"/v1/completions")):
         await refused(cortex, engine, pieces)
 
 
 async def test_head_over_the_limit_is_refused(cortex: RunningCortex, engine: RawEngine) -> None:
-    """431 for a head, 414 or 431 for a target."""
+    """A large head gets 431, a large target 414 or 431."""
     for case in ("value-over-64k", "name-over-64k", "2000-headers"):
         assert await refused(cortex, engine, (HEADS[case].replace(b"/PATH", b"/v1/completions"),)) == 431
     target = HEADS["target-over-64k"].replace(b"/PATH", b"/v1/completions")

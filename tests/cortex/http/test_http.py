@@ -47,7 +47,7 @@ def is_health(answer: Answer) -> bool:
 
 
 async def test_head_that_comes_byte_by_byte(client: RawClient, engine: RawEngine) -> None:
-    """Head and body, each byte in its own segment."""
+    """The head and the body arrive with each byte in its own segment."""
     data = hot(5, "X-Custom: yes")
     await client.send_apart(single_bytes(data))
     assert number_of(await client.answer()) == 5
@@ -222,7 +222,7 @@ async def test_target_arrives_as_it_was_sent(
 
 
 async def test_encoded_path_of_cortex_itself(client: RawClient) -> None:
-    """A model id with its slash encoded or plain."""
+    """The slash of a model id may be encoded or plain."""
     for target in ("/v1/models/org%2Fsmall", "/v1/models/org/small"):
         answer = await client.ask(request(method="GET", target=target), "GET")
         assert json.loads(answer.body)["id"] == MODEL

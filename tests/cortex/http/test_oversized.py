@@ -20,7 +20,7 @@ LONG = "a" * 60_000
 
 @pytest.fixture
 def far() -> Iterator[FarHost]:
-    """Behind a cable with the segments of Ethernet."""
+    """A host behind a cable with segments of Ethernet's size."""
     with far_host(mtu=1500) as host:
         yield host
 

@@ -21,7 +21,7 @@ def counted(times: int = 1) -> Counters:
 
 
 def test_everything_is_counted_once() -> None:
-    """Statuses, errors, tokens and durations, each for its model and neuron."""
+    """Statuses, errors, tokens and durations are counted for their model and neuron."""
     series = dict(counted().items())
     assert set(series) == {("m", "beast"), ('odd "name"\n', "benjy")}
     here = series["m", "beast"]
@@ -77,7 +77,7 @@ def test_counters_add_up_and_stay_unchanged() -> None:
 
 
 def test_other_buckets_are_not_added() -> None:
-    """A sum over different buckets would be a lie."""
+    """A sum over different buckets would be wrong."""
     foreign = counted()
     foreign.series["m"]["beast"].duration.counts.append(1)
     with pytest.raises(ValueError, match="longer"):

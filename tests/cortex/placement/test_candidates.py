@@ -13,7 +13,7 @@ from tests.cortex.views import profile, view
 
 
 def test_a_small_fleet_is_evaluated_in_full() -> None:
-    """Every node of a small fleet, whatever it holds."""
+    """Every node of a small fleet is evaluated, whatever it holds."""
     nodes = [host(f"n{i}", 24000) for i in range(MAX_CANDIDATES)]
     assert len(candidate_nodes(view(fleet(*nodes), profile(vram_mb=4000)), profile(vram_mb=4000))) == MAX_CANDIDATES
 
@@ -21,7 +21,7 @@ def test_a_small_fleet_is_evaluated_in_full() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
 def test_the_best_node_is_a_candidate(seed: int, size: int) -> None:
-    """300 nodes of many kinds, one third of them full."""
+    """The best of 300 nodes of many kinds is found, while one third of them are full."""
     random = Random(seed)
     wanted = profile(vram_mb=9000 * size, min_devices=size, min_device_vram_mb=random.choice((None, 20000)))
     nodes = []

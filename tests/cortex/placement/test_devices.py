@@ -88,7 +88,7 @@ def test_large_hosts_are_compared_within_bounds() -> None:
 
 
 def test_large_hosts_are_compared_within_bounds_when_full() -> None:
-    """The same when models must be evicted."""
+    """The number of compared sets is bounded also when models must be evicted."""
     where = host("n", *[80000] * 64, models={f"x{i}": On(70000, (i,)) for i in range(64)})
     plan = plan_for(view(fleet(where), profile(min_devices=32, vram_mb=32 * 40000)))
     assert len(evicted(plan)) == 32
@@ -104,7 +104,7 @@ def test_device_sets(count: int, size: int) -> None:
 
 
 def test_memory_shared_with_the_host_never_refuses() -> None:
-    """A device without memory of its own to count."""
+    """A device without memory of its own accepts every model."""
     plan = plan_for(view(fleet(host("n", 0, models={"a": On(0)})), profile(vram_mb=90000)))
     assert (plan.fit, plan.devices) == (Fit.NOW, (0,))
 

@@ -65,12 +65,12 @@ def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) ->
         (used(1, idle=0), 0, EvictionClass.BUSY, 15),  # busy: after patience_secs
         (used(1, idle=0), 14, EvictionClass.BUSY, 1),
         (used(1, idle=0), 20, EvictionClass.BUSY, -5),
-        (used(idle=0.2, age=10), 0, EvictionClass.YOUNG, 0.8),  # between two sequential requests
-        (used(idle=5, age=10), 0, EvictionClass.YOUNG, -4),
-        (used(idle=5, age=0.5), 0, EvictionClass.YOUNG, 0.5),  # just loaded, requests are about to arrive
-        (used(1, idle=0, age=10), 0, EvictionClass.YOUNG_BUSY, 20),  # its 30 s outlast the patience
-        (used(1, idle=0, age=10), 100, EvictionClass.YOUNG_BUSY, 20),
-        (used(1, idle=0, age=29), 0, EvictionClass.YOUNG_BUSY, 15),
+        (used(idle=0.2, age=10), 0, EvictionClass.RECENTLY_LOADED, 0.8),  # between two sequential requests
+        (used(idle=5, age=10), 0, EvictionClass.RECENTLY_LOADED, -4),
+        (used(idle=5, age=0.5), 0, EvictionClass.RECENTLY_LOADED, 0.5),  # just loaded, requests are about to arrive
+        (used(1, idle=0, age=10), 0, EvictionClass.RECENTLY_LOADED_BUSY, 20),  # its 30 s outlast the patience
+        (used(1, idle=0, age=10), 100, EvictionClass.RECENTLY_LOADED_BUSY, 20),
+        (used(1, idle=0, age=29), 0, EvictionClass.RECENTLY_LOADED_BUSY, 15),
         (used(1, idle=0, age=30), 20, EvictionClass.BUSY, -5),
     ],
 )
@@ -96,7 +96,7 @@ def test_requests_of_others_count_as_well() -> None:
     [(None, RULES, 20), (60, RULES, 50), (0, RULES, 15), (None, replace(RULES, min_residency_secs=100), 90)],
 )
 def test_residency_is_the_models_own_else_the_global_one(own: float | None, rules: Rules, ready_in: float) -> None:
-    """`min_residency_secs` of the model, else the global one."""
+    """`min_residency_secs` of the model counts, else the global one."""
     moment = view(
         BOX,
         M,
@@ -137,7 +137,7 @@ def test_evicting_a_sleeping_model_frees_only_what_it_holds() -> None:
 def test_the_cheapest_model_is_evicted(
     demand: dict[str, float], secs: dict[str, float], usages: Any, goes: str
 ) -> None:
-    """Either of the two would be enough."""
+    """Either of the two would free enough."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "b": On(20000, (1,))}))
     times = {model_id: {"box": each} for model_id, each in secs.items()}
     assert evicted(plan_for(view(where, M, demand=demand, load_secs=times, usages=usages))) == {goes}
@@ -170,7 +170,7 @@ def test_many_small_models_are_evicted_without_comparing_every_set() -> None:
 
 
 def test_a_loaded_model_of_unknown_size_is_taken_to_hold_its_card() -> None:
-    """A neuron that reports neither booked nor used memory."""
+    """Its neuron reports neither booked nor used memory."""
     where = fleet(host("box", 24000, 12000, models={"a": On(20000, known=False)}, protocol_v1=True))
     assert evicted(plan_for(view(where, profile(vram_mb=22000)))) == {"a"}
 

@@ -198,7 +198,7 @@ WAIT_FOR_A_LOAD = fleet(host("box", 24000))
     ],
 )
 def test_order_of_turns(waiting: dict[str, float], first: str) -> None:
-    """Starvation, priority, wait, name."""
+    """Starving models come first, then the priority, the wait and the name decide."""
     high = profile(id="high", vram_mb=20000, residency_priority=200)
     schedule = schedule_loads(view(WAIT_FOR_A_LOAD, A, B, high, waiting=waiting))
     assert [plan.model_id for plan in schedule.loads] == [first]
@@ -234,7 +234,7 @@ def test_two_loads_do_not_evict_the_same_model() -> None:
     ],
 )
 def test_served_and_loading_models_are_skipped(where: object) -> None:
-    """Serving, coming up, or already being loaded."""
+    """No load is planned for a model that serves or is being loaded."""
     assert schedule_loads(view(where, A, waiting={"a": 1})) == LoadSchedule()  # type: ignore[arg-type]
 
 
@@ -253,7 +253,7 @@ def test_a_rejected_model_does_not_stop_the_others() -> None:
 
 
 def test_the_recheck_is_at_the_earliest_possible_start() -> None:
-    """The end of a backoff or of a wait."""
+    """The recheck is at the end of the first backoff or wait."""
     where = fleet(host("box", 24000, models={"a": On(20000)}), host("other", 40000))
     backoffs = {("b", "other"): Backoff(NOW + 9, "restarts", temporary=True), ("b", "box"): Backoff(NOW + 400, "no")}
     moment = view(where, A, B, waiting={"b": 1}, usages={("a", "box"): used(1)}, backoffs=backoffs)

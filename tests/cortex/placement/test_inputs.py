@@ -40,7 +40,7 @@ def test_a_name_that_is_invalid_in_a_catalogue_is_accepted_from_a_neuron(name: s
     ],
 )
 def test_models_outside_the_catalogue_that_can_be_loaded(where: FleetSnapshot, known: bool) -> None:
-    """Those a neuron lists and can bring up again."""
+    """These are models that a neuron lists and can load again."""
     assert (view(where).profile("own") is not None) is known
 
 
@@ -62,7 +62,7 @@ def test_the_catalogue_overrides_observed_sizes() -> None:
     assert moment.priority("m") == 7
 
 
-def test_backoffs_end() -> None:
+def test_load_backoffs_end() -> None:
     """A backoff for all nodes outranks one for a node; an expired one does not count."""
     backoffs = {
         ("m", "*"): Backoff(NOW + 1, "every"),

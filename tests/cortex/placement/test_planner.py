@@ -189,7 +189,7 @@ def test_memory_booked_since_the_last_poll_is_not_free(counted_mb: int) -> None:
 
 
 def test_a_load_that_the_neuron_does_not_report_yet() -> None:
-    """None of it is booked yet."""
+    """The whole of its memory counts as taken."""
     where = fleet(host("n", 24000), reservations=(Reservation("other", "n", (0,), 16000),))
     assert plan_for(view(where, profile(vram_mb=7000))).spare_mb == 1000
     found = evaluate_node(view(where, profile(vram_mb=9000)), profile(vram_mb=9000), where.nodes["n"])
@@ -285,7 +285,7 @@ def test_memory_is_reserved_for_a_waking_model(reserves: str) -> None:
 
 @pytest.mark.parametrize(("vram_mb", "booked"), [(None, {"m": 7000}), (7000, {})])
 def test_the_size_is_the_catalogues_or_else_the_observed_one(vram_mb: int | None, booked: dict[str, int]) -> None:
-    """Tightest fit by either figure."""
+    """The tightest fit is chosen by either figure."""
     moment = view(fleet(host("a", 24000), host("b", 8000)), profile(vram_mb=vram_mb), observed_share_mb=booked)
     assert (plan_for(moment).node, plan_for(moment).device_share_mb) == ("b", 7000)
 
@@ -351,14 +351,14 @@ def test_a_neuron_that_books_memory_decides_before_anything_is_evicted(protocol_
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
 def test_a_plan_waits_for_loads_to_finish(status: str) -> None:
-    """It can only be evicted once it is up."""
+    """A loading model can only be evicted once it is loaded."""
     where = fleet(host("n", 24000, models={"x": On(20000, status=status)}))
     found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.temporary) == (None, True)
 
 
 def test_a_plan_waits_for_evictions_to_finish() -> None:
-    """Its memory is already promised, or about to be freed."""
+    """The memory is already promised, or about to be freed."""
     where = fleet(host("n", 24000, models={"x": On(20000)}), evicting=(("x", "n"),))
     found = evaluate_node(view(where, profile(vram_mb=14000)), profile(vram_mb=14000), where.nodes["n"])
     assert (found.plan, found.temporary) == (None, True)
@@ -380,14 +380,14 @@ def test_a_load_that_does_not_fit_is_not_tried_while_another_node_may_take_it() 
         ({("m", "a"): Backoff(NOW + 5, "a race", temporary=True)}, "b"),
     ],
 )
-def test_backoffs(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
+def test_load_backoffs(backoffs: dict[tuple[str, str], Backoff], expected: str | None) -> None:
     """A failed load is not tried again on that node for a while."""
     found = planned(view(fleet(host("a", 12000), host("b", 24000)), profile(vram_mb=8000), backoffs=backoffs))
     assert (found and found.node) == expected
 
 
 def test_expected_time_is_that_of_the_node_else_the_longest_elsewhere() -> None:
-    """None when it was never loaded."""
+    """It is None for a model that was never loaded."""
     where = fleet(host("a", 24000))
     times = {"m": {"b": 40.0, "c": 90.0}}
     assert plan_for(view(where, profile(vram_mb=8000), load_secs=times)).expected_secs == 90.0
@@ -420,7 +420,7 @@ def test_plans_do_not_depend_on_the_order_of_the_nodes(model_id: str) -> None:
 
 
 def test_every_node_gives_a_reason() -> None:
-    """A readable verdict for each node."""
+    """Each node has a readable verdict."""
     moment = _crowded((0, 1, 2, 3))
     have_it = host("b", 24000, models={"m": On(14000)})
     moment = replace(moment, fleet=replace(moment.fleet, nodes={**moment.fleet.nodes, "b": have_it}))

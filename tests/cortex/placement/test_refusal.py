@@ -75,7 +75,7 @@ def test_a_model_that_cannot_load_anywhere_is_refused_permanently(
 
 
 def test_a_failed_load_says_when_to_retry() -> None:
-    """The first backoff to end, with its own reason."""
+    """The error has the time and the reason of the first backoff to end."""
     backoffs = {("m", "a"): Backoff(NOW + 40, "on a"), ("m", "b"): Backoff(NOW + 7, "on b")}
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
     assert (error.retry_after, error.message) == (7, "on b")
@@ -100,7 +100,7 @@ def test_the_error_names_the_models_that_hold_the_memory() -> None:
     ],
 )
 def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
-    """Where they are, and why they cannot serve now."""
+    """The error says where they are and why they cannot serve now."""
     assert unknown_model_error("own", where).code == code
 
 

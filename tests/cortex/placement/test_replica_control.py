@@ -62,7 +62,7 @@ def test_which_models_need_reconciliation(fields: dict[str, Any], expected: bool
     ],
 )
 def test_the_minimum_is_kept(minimum: int, where: FleetSnapshot, expected: str | None) -> None:
-    """Loaded wherever feasible, also after a node dies or drains."""
+    """Replicas are loaded wherever feasible, also after a node dies or drains."""
     assert loads(view(where, kept(minimum))) == ([] if expected is None else [("m", expected)])
 
 
@@ -76,7 +76,7 @@ def test_the_minimum_is_kept(minimum: int, where: FleetSnapshot, expected: str |
     ],
 )
 def test_what_the_minimum_may_evict(use: Any, priority: int, expected: set[str] | None) -> None:
-    """Only idle models of equal or lower priority."""
+    """It evicts only idle models of equal or lower priority."""
     where = fleet(host("a", 16000, models={"x": On(14000)}))
     x = profile(id="x", vram_mb=14000, residency_priority=priority)
     found = reconcile_replicas(view(where, kept(), x, usages={("x", "a"): use}), [kept()])
@@ -152,7 +152,7 @@ TWO = fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M})
     ],
 )
 def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], expected: list[str]) -> None:
-    """Beyond the minimum, the least recently used first."""
+    """Replicas beyond the minimum are removed, the least recently used first."""
     uses = {("m", name): used(idle=secs) for name, secs in idle.items()}
     assert [name for name, _ in removed(view(TWO, model, usages=uses))] == expected
 
@@ -197,7 +197,7 @@ def test_a_replica_that_would_be_loaded_again_stays(working: int, expected: list
 
 
 def test_a_busy_replica_is_skipped() -> None:
-    """The next one goes instead."""
+    """The next idle replica is removed instead."""
     uses = {("m", "a"): used(1, idle=900), ("m", "b"): used(idle=400)}
     assert [name for name, _ in removed(view(TWO, SCALED, usages=uses))] == ["b"]
 

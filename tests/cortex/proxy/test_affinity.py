@@ -155,7 +155,7 @@ def test_session_header_wins() -> None:
 
 
 def test_both_can_be_turned_off() -> None:
-    """No header and no characters: no key."""
+    """Without a header name and with 0 characters, requests have no key."""
     affinity = Affinity("", 0)
     assert affinity.key(CHAT, [b": x", b"x-session-id: abc"], json.dumps(user("hello")).encode()) is None
     assert Affinity("x-session-id", 0).key(CHAT, [b"x-session-id: abc"], b"{}") is not None

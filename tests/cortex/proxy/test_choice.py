@@ -33,7 +33,7 @@ KIND = ("m", b"/v1/chat/completions", True)
     ],
 )
 def test_least_work_by_speed(outstanding: list[int], speeds: list[float], expected: str) -> None:
-    """The new request counts too."""
+    """The new request counts as work too."""
     assert NODES[least_work(NODES, outstanding, speeds)] == expected
     assert NODES[choose(NODES, outstanding, speeds, None)] == expected
 

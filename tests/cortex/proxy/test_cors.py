@@ -130,7 +130,7 @@ async def test_the_engine_does_not_get_the_origin(client: RawClient, engine: Raw
 
 
 async def test_waiting_stream_can_be_read(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """Its head comes before the engine's."""
+    """cortex adds the CORS headers to the head that it sends before the engine's."""
     benjy.load_gate.clear()
     cortex = await start_cortex(
         [benjy], [{"id": MODEL}], gateway={"allowed_origins": [PAGE]}, waiting={"first_comment_secs": 0.01}
@@ -150,7 +150,7 @@ async def test_all_origins(start_cortex: StartCortex, benjy: V1Neuron) -> None:
 
 
 async def test_without_an_origin_nothing_is_added(client: RawClient) -> None:
-    """Clients outside a browser."""
+    """Clients outside a browser see no CORS headers."""
     answer = await client.ask(request(BODY))
     assert answer.status == 200
     assert not any(name.startswith("access-control") or name == "vary" for name, _ in answer.headers)

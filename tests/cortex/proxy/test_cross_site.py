@@ -110,7 +110,7 @@ async def test_engines_do_not_get_origins(start_cortex: StartCortex, benjy: V1Ne
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 async def test_operator_actions_must_be_json(start_cortex: StartCortex, benjy: V1Neuron, kind: str) -> None:
-    """What a page can send without a preflight."""
+    """Other media types, which a page can send without a preflight, are refused."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
     for target in ("/fleet/load", "/fleet/unload", "/fleet/nodes/benjy/drain"):
         answer = await ask(cortex.url, target, f"Content-Type: {kind}", method="POST", body=BODY)

@@ -53,6 +53,9 @@ def test_responses_fail() -> None:
     assert data["response"]["status"] == "failed"
     assert data["response"]["error"] == {"code": "cold_load_failed", "message": "no such path"}
     assert data["error"]["message"] == "no such path"
+    lasting = Unavailable("no such path", code="cold_load_failed", retry_after=7, permanent=True)
+    _, data = parsed(error_event(b"/v1/responses", lasting))
+    assert (data["response"]["error"]["code"], data["error"]["code"]) == ("invalid_prompt", "cold_load_failed")
 
 
 @pytest.mark.parametrize(

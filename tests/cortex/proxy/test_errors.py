@@ -56,7 +56,7 @@ async def test_body_without_a_model_is_invalid(start_cortex: StartCortex, benjy:
 
 
 async def test_unknown_model(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """404 model_not_found, in Anthropic's shape on /v1/messages."""
+    """The error is 404 model_not_found, in Anthropic's shape on /v1/messages."""
     cortex = await start_cortex([benjy], [SMALL])
     async with cortex.chat("org/unknown") as response:
         await check(response, 404, "model_not_found", retry=False)
@@ -105,7 +105,7 @@ async def test_feasible_neuron_is_down(start_cortex: StartCortex, benjy: V1Neuro
 
 
 async def test_no_healthy_neuron(start_cortex: StartCortex) -> None:
-    """503 no_healthy_neurons, and /health says 503."""
+    """The error is 503 no_healthy_neurons, and /health answers 503."""
     dead = V1Neuron("dead")
     dead.url = "http://127.0.0.1:9"
     cortex = await start_cortex([dead], [SMALL], wait_healthy=False)
@@ -145,7 +145,7 @@ async def test_neuron_that_restarts_is_waited_for(start_cortex: StartCortex) -> 
 
 
 async def test_engine_unreachable(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """502 upstream_unreachable when there is no other replica."""
+    """The error is 502 upstream_unreachable if no other replica exists."""
     benjy.models["org/small"] = "loaded"
     benjy.engine_url = "http://127.0.0.1:9"
     cortex = await start_cortex([benjy], [SMALL])
@@ -154,7 +154,7 @@ async def test_engine_unreachable(start_cortex: StartCortex, benjy: V1Neuron) ->
 
 
 async def test_body_over_the_limit(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """413 request_too_large; a body just below the limit passes."""
+    """The error is 413 request_too_large; a body just below the limit passes."""
     benjy.models["org/small"] = "loaded"
     cortex = await start_cortex([benjy], [SMALL], gateway={"max_body_mib": 1})
     async with cortex.chat("org/small", pad="x" * (1 << 20)) as response:

@@ -277,7 +277,7 @@ def _halves(data: bytes) -> tuple[bytes, bytes]:
 async def test_answer_other_than_a_stream_becomes_an_error(
     cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, script: Script, expected: tuple[int, str]
 ) -> None:
-    """upstream_error, which quotes the engine."""
+    """The stream ends with upstream_error, which quotes the engine."""
     engine.script, (status, message) = script, expected
     async with waiting(cortex.url) as client:
         benjy.load_gate.set()
@@ -434,7 +434,7 @@ RESPONSE_DELTA = {"type": "response.output_text.delta", "delta": "hi", "item_id"
 async def test_openai_client(
     cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, dialect: str, fails: bool
 ) -> None:
-    """It skips the comments in both OpenAI dialects; an error raises."""
+    """The client skips the comments in both OpenAI dialects; an error raises."""
     commented = _commented(cortex)
     event = f"data: {json.dumps(CHAT_CHUNK if dialect == 'chat' else RESPONSE_DELTA)}\n\ndata: [DONE]\n\n"
     engine.script = answering(stream_head() + chunked(event.encode(), 50))
@@ -464,7 +464,7 @@ async def _openai_response(client: openai.AsyncOpenAI) -> str:
 
 @pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
 async def test_anthropic_client(cortex: RunningCortex, benjy: V1Neuron, engine: RawEngine, fails: bool) -> None:
-    """It skips the comments; an error raises."""
+    """The client skips the comments; an error raises."""
     commented = _commented(cortex)
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
     event = f"event: content_block_delta\ndata: {json.dumps(delta)}\n\n"

@@ -90,7 +90,7 @@ async def test_wrong_base_url_is_served_where_the_path_is_clear(
     "target", ["/models", "/v1/models/", "//v1/models", "/v1/v1/models", "/health/", "//health", "/fleet/"]
 )
 async def test_own_routes_are_served_too(client: RawClient, target: str) -> None:
-    """The routes that cortex answers itself."""
+    """cortex answers its own routes under these spellings too."""
     assert (await client.ask(request(method="GET", target=target), "GET")).status == 200
 
 
@@ -120,7 +120,7 @@ async def test_one_model_is_served_too(client: RawClient, target: str) -> None:
 async def test_other_paths_get_a_404_with_the_base_url(
     client: RawClient, engine: RawEngine, method: str, target: str
 ) -> None:
-    """It names what a client has to be configured with."""
+    """The error has the base URL that the client must be configured with."""
     body = b'{"prompt":"hi"}' if target == "/api/chat" else BODY
     answer = await client.ask(request(body, method=method, target=target, host="ai.internal:31313"), method)
     assert answer.status == 404
@@ -129,6 +129,13 @@ async def test_other_paths_get_a_404_with_the_base_url(
         assert "http://ai.internal:31313/v1 for OpenAI" in text
         assert target in text
     assert engine.requests == []
+
+
+async def test_refused_head_request_gets_no_body(client: RawClient) -> None:
+    """A body would be read as the beginning of the next answer."""
+    answer = await client.ask(request(method="HEAD", target="/nowhere"), "HEAD")
+    assert (answer.status, int(answer.get("content-length") or "0") > 0) == (404, True)
+    assert (await client.ask(request(method="GET", target="/health"), "GET")).status == 200
 
 
 async def test_base_url_has_the_scheme_of_the_proxy(client: RawClient) -> None:

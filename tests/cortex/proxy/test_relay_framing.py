@@ -52,7 +52,7 @@ async def test_chunked_answer_split_at_every_byte(client: RawClient, engine: Raw
 
 
 async def test_chunked_answer_byte_by_byte(client: RawClient, engine: RawEngine) -> None:
-    """Every byte in a segment of its own, head included."""
+    """Every byte arrives in a segment of its own, the head's included."""
     engine.scripts.append(answering(*single_bytes(ODDLY_FRAMED)))
     answer = await client.ask(ASK)
     assert (answer.status, answer.body) == (200, EVENTS)
@@ -140,7 +140,7 @@ async def test_answer_that_ends_with_its_connection(
     ],
 )
 async def test_answer_without_a_body(client: RawClient, engine: RawEngine, head: bytes, status: int) -> None:
-    """It ends with its head, and both connections stay usable."""
+    """The answer ends with its head, and both connections stay usable."""
     for first, second in every_split(head):
         engine.script = answering(first, second)
         answer = await client.ask(ASK)

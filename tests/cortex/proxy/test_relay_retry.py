@@ -174,13 +174,15 @@ async def test_next_replica_when_the_connection_is_refused(
     start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron, engine: RawEngine
 ) -> None:
     """Nothing listens at the first engine; a stale connection to it makes no difference."""
-    async with RawEngine().running() as dying, two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
-        answer = await ask(cortex, 5)
-        assert answer.get("x-cortex-node") == "beast"
-        beast.engine_url = "http://127.0.0.1:9"
-        answer = await ask(cortex, 6)
-        assert (answer.status, answer.get("x-cortex-node")) == (200, "benjy")
-        assert len(other.requests) == 1
+    async with contextlib.AsyncExitStack() as life:
+        dying = await life.enter_async_context(RawEngine().running())
+        async with two_replicas(start_cortex, beast, benjy, dying) as (cortex, other):
+            answer = await ask(cortex, 5)
+            assert answer.get("x-cortex-node") == "beast"
+            await life.aclose()
+            answer = await ask(cortex, 6)
+            assert (answer.status, answer.get("x-cortex-node")) == (200, "benjy")
+            assert len(other.requests) == 1
 
 
 async def test_begun_answer_is_not_repeated_on_another_replica(
@@ -195,7 +197,7 @@ async def test_begun_answer_is_not_repeated_on_another_replica(
 
 
 async def test_refused_without_another_replica(cortex: RunningCortex, benjy: V1Neuron) -> None:
-    """502 upstream_unreachable."""
+    """The client gets 502 upstream_unreachable."""
     benjy.engine_url = "http://127.0.0.1:9"
     await unreachable(cortex)
 

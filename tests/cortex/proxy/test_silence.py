@@ -175,7 +175,7 @@ async def test_long_prefill_after_a_cold_start(start_cortex: StartCortex, benjy:
 
 
 async def test_early_answer_tells_its_node(cortex: RunningCortex, engine: RawEngine) -> None:
-    """A model that is loaded: no cold start."""
+    """The early head names the node of a loaded model, and the request is not a cold start."""
     engine.script = paced(b"", stream_head() + chunked(EVENTS, 9))
     async with connected(cortex.url) as client:
         await client.send(asking())
@@ -184,7 +184,7 @@ async def test_early_answer_tells_its_node(cortex: RunningCortex, engine: RawEng
 
 
 async def test_plain_request_stays_silent(cortex: RunningCortex, engine: RawEngine) -> None:
-    """Its status is open until the engine answers."""
+    """Its status is not known until the engine answers."""
     engine.script = paced(b"", plain(b'{"ok": 1}', status="418 I'm a teapot"))
     async with connected(cortex.url) as client:
         answer = await client.ask(asking(stream=False))
@@ -214,7 +214,7 @@ async def test_loss_is_an_event_of_its_own(cortex: RunningCortex, engine: RawEng
 
 
 async def test_client_that_does_not_read_gets_no_signs(cortex: RunningCortex, engine: RawEngine) -> None:
-    """They would pile up; what it reads later is complete."""
+    """Signs of life would pile up; what the client reads later is complete."""
     filler = b"data: " + b"x" * 60_000 + b"\n\n"
     engine.script = paced(stream_head() + framed(filler * 100, 60_008), END)
     async with connected(cortex.url, receive_buffer=2048) as client:

@@ -139,7 +139,9 @@ async def test_engine_that_is_gone(start_cortex: StartCortex, benjy: V1Neuron, b
 
 async def test_other_workers_know(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]) -> None:
     """A client's next connection may reach another worker process."""
-    async with cortex_process(tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}) as process:
+    async with cortex_process(
+        tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
+    ) as process:
         made = await made_on_each(process.url, engines)
         for _ in range(8):
             async with connected(process.url) as client:

@@ -89,7 +89,7 @@ def test_usage_is_read_across_the_framing_of_a_chunked_answer() -> None:
 
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_usage_before_long_results_is_found(size: int) -> None:
-    """Reranking has it at the beginning."""
+    """An answer of the reranking API has it at the beginning."""
     answer, tail = b'{"id":"rerank-1","model":"m","usage":{"prompt_tokens":9,"total_tokens":9},"results":[', UsageTail()
     answer += b'{"index":0,"document":{"text":"x"},"relevance_score":0.5},' * 1000
     for start in range(0, len(answer), size):

@@ -127,6 +127,7 @@ def test_a_mistake_in_the_fleet_file_is_named_with_file_and_key(tmp_path: Path, 
 
 
 def test_presets_load_times_and_rules_are_read(example: SimulatedFleet) -> None:
+    """A fleet file may name card presets and give load times and planner rules."""
     beast, _, quadbrat = example.file.nodes
     assert [gpu.vram_total_mb for gpu in beast.gpus] == [32607, 32607]
     assert example.load_secs("bge-m3", beast) == 12.0
@@ -329,6 +330,7 @@ def test_the_command_shows_the_policies_side_by_side(tmp_path: Path, capsys: pyt
 
 
 def test_the_command_makes_a_trace_that_it_replays_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace written by `--make-trace` gives the same figures as its workload."""
     workload = trace_file(tmp_path, "hours = 0.2\n[[users]]\nmodel = 'a'\n[[users]]\nmodel = 'b'\n", "workload.toml")
     fleet_of(tmp_path, ONE_CARD)
     base = ["simulate", "--fleet", str(tmp_path / "fleet.toml")]
@@ -336,6 +338,7 @@ def test_the_command_makes_a_trace_that_it_replays_alike(tmp_path: Path, capsys:
     assert main([*made, "--make-trace", str(tmp_path / "made.jsonl")]) == 0
     assert main([*made, "--json"]) == 0
     direct = capsys.readouterr().out
+    assert {"displacements", "hot_displacements"} <= json.loads(direct)[0]["total"].keys()  # scripts read these names
     assert main([*base, "--trace", str(tmp_path / "made.jsonl"), "--json"]) == 0
     assert capsys.readouterr().out == direct
 

@@ -164,7 +164,7 @@ def _metrics_port(workers: Workers) -> int:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 async def test_workers_end_with_their_control(workers: Workers, how: signal.Signals) -> None:
-    """None survives, however the control exits."""
+    """No worker survives its control process, however that exits."""
     pids = workers.pids()
     assert len(pids) == 2
     workers.process.send_signal(how)
@@ -213,7 +213,7 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
 
 
 async def test_a_worker_learns_which_neurons_are_down() -> None:
-    """When it starts and with each change: it ends the silent streams of their engines."""
+    """A worker learns it at its start and with each change, and ends the silent streams of their engines."""
     setup = Setup(config="{}", models=[], aliases={}, table={}, control_host="", down=["beast"])
     control = RemoteControl(setup, [].append)
     assert set(control.down) == {"beast"}

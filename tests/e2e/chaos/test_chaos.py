@@ -78,7 +78,7 @@ async def test_every_request_completes_or_gets_an_error(fleet: Fleet, tmp_path: 
 
 
 async def _each_model_answers(fleet: Fleet) -> list[str]:
-    """At the end, through each cortex."""
+    """Checks at the end that every model answers through each cortex."""
     clients = Clients(fleet.cortexes, fleet.models, seed=SEED, pause_secs=0)
     async with aiohttp.ClientSession(auto_decompress=False) as http:
         for model in fleet.models:

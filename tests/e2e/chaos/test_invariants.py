@@ -32,7 +32,7 @@ _ENGINE = "import signal; signal.pause()"
 
 @pytest.fixture
 async def fleet(mark: str, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """Configured, not started."""
+    """A configured fleet that is not started."""
     async with aiohttp.ClientSession() as http:
         yield Fleet(tmp_path, mark, MODELS, http)
 

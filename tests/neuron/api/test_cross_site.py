@@ -38,7 +38,7 @@ async def test_requests_of_web_pages_are_refused(neuron: Neuron, headers: dict[s
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 async def test_a_load_must_be_json(neuron: Neuron, kind: str) -> None:
-    """What a page can send without a preflight."""
+    """Other media types, which a page can send without a preflight, are refused."""
     answer = await neuron.call("POST", "/models/load", data=LOAD, headers={"Content-Type": kind})
     assert (answer.status, answer.error["code"]) == (415, "invalid_request")
     assert "application/json" in answer.error["message"]

@@ -30,7 +30,7 @@ async def sse(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, int,
 
 
 async def test_a_whole_life_in_events(neuron: Neuron) -> None:
-    """The snapshot first, then every status in order with progress in between, numbered without gaps."""
+    """The snapshot comes first, then every status in order with progress in between, numbered without gaps."""
     await neuron.load("other")
     async with neuron.session.get(f"{neuron.base}/events") as response:
         assert response.content_type == "text/event-stream"

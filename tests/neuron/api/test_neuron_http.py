@@ -140,7 +140,7 @@ async def test_token(mark: str, tmp_path: Path) -> None:
 
 
 async def test_metrics(neuron: Neuron) -> None:
-    """The contract's metric names, with correct values."""
+    """The page has the contract's metric names with correct values."""
     await neuron.load("org/model", vram_mb=1024)
     families = text_string_to_metric_families((await neuron.call("GET", "/metrics")).body)
     samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]

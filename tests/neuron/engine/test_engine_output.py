@@ -126,7 +126,7 @@ async def test_watches_leave_no_descriptor(tmp_path: Path) -> None:
 
 
 def test_ring_is_bounded() -> None:
-    """Limited by lines and by characters; one longer line is kept alone."""
+    """Lines and characters are limited; one longer line is kept alone."""
     ring = LineRing(max_lines=3, max_chars=10)
     ring.extend(["a", "b", "c"])
     assert (ring.tail(2), ring.dropped) == (["b", "c"], False)
@@ -143,7 +143,7 @@ def test_ring_is_bounded() -> None:
 
 
 def test_a_progress_bar_is_published_when_it_is_drawn(tmp_path: Path) -> None:
-    """Once, and not only when its next state ends the line a minute later."""
+    """The bar is published once, and not only when its next state ends the line a minute later."""
     path = tmp_path / "engine.log"
     follower = LogFollower(EngineLog(path))
     append(path, b"\r" + BAR.format(25, 1).encode())
@@ -295,7 +295,7 @@ async def test_an_unreadable_file_is_logged_once(tmp_path: Path, caplog: pytest.
 
 
 async def test_a_cancelled_caller_loses_no_lines(tmp_path: Path) -> None:
-    """The read continues."""
+    """The read continues after the caller is cancelled."""
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 1000)))
     output = EngineOutput(path)
@@ -409,7 +409,7 @@ async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
 
 
 async def test_logs_without_an_engine(tmp_path: Path) -> None:
-    """No lines, and a stream that ends immediately."""
+    """The answer has no lines, and a stream ends immediately."""
     async with serving_logs(None, asyncio.Event()) as session:
         async with session.get("/logs?tail=2") as answer:
             assert await answer.json() == {"id": "m", "lines": []}

@@ -18,7 +18,7 @@ from shared.errors import Unavailable
 
 
 def test_tail_is_bounded(tmp_path: Path) -> None:
-    """Limited by lines and bytes; an incomplete first line is dropped."""
+    """Lines and bytes are limited; an incomplete first line is dropped."""
     path = tmp_path / "engine.log"
     path.write_text("".join(f"line {number:04}\n" for number in range(1000)))
     log = EngineLog(path)
@@ -133,7 +133,7 @@ def test_state_directory(tmp_path: Path) -> None:
 
 
 def test_unsafe_state_directory_is_refused(tmp_path: Path) -> None:
-    """A link, a file, another user's directory: its parent may be world-writable."""
+    """A link, a file or another user's directory is refused: the parent may be world-writable."""
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):

@@ -52,7 +52,7 @@ def test_files_and_configuration_agree(model: Published, tmp_path: Path) -> None
 
 
 def test_shards_are_summed(tmp_path: Path) -> None:
-    """Those in the index; other files are ignored."""
+    """Shards in the index count; other files are ignored."""
     tensors = llama_tensors(SMALL)
     halves = dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])
     whole = loaded_bytes(write_model(tmp_path / "whole", SMALL, tensors))
@@ -96,7 +96,7 @@ def test_quantized_files_keep_their_size(tmp_path: Path) -> None:
 
 
 def test_what_vllm_does_not_load_is_not_counted(tmp_path: Path) -> None:
-    """A tied output head, layers for speculative decoding."""
+    """A tied output head and layers for speculative decoding do not count."""
     config = {**SMALL, "tie_word_embeddings": True}
     tensors = llama_tensors(config)
     expected = loaded_bytes(
@@ -314,7 +314,7 @@ class TestPlace:
         assert model.stored is not None
 
     def test_revision_and_download_directory(self, tmp_path: Path) -> None:
-        """`--revision` and `--download-dir` of the arguments."""
+        """`--revision` and `--download-dir` of the arguments select the files."""
         self.cached(tmp_path, "org/model", ref="v2")
         with pytest.raises(NotFound, match=r"no config\.json in the hub's cache"):
             model_at("org/model", {"HF_HUB_CACHE": str(tmp_path)}, revision=None, download_dir=None)
@@ -324,7 +324,7 @@ class TestPlace:
         "source", ["org/model", "a b", "a--b/..", "/nothing/here", "s3://bucket/model", "x" * 400, "org/a/b"]
     )
     def test_not_on_this_host(self, source: str, tmp_path: Path) -> None:
-        """404 for any name; the network is not used."""
+        """Any name that is not cached is a 404; the network is not used."""
         with pytest.raises(NotFound) as caught:
             model_at(source, {"HF_HUB_CACHE": str(tmp_path / "none")}, revision=None, download_dir=None)
         assert caught.value.code == "model_files_not_found"
@@ -351,7 +351,7 @@ class TestPlace:
         assert read(directory).architecture.layers == 1
 
     def test_a_shard_that_was_not_downloaded(self, tmp_path: Path) -> None:
-        """The cache has links to missing files."""
+        """The cache then has links to missing files, and the estimate is refused."""
         directory = write_model(tmp_path, SMALL, llama_tensors(SMALL), {"a": ("BF16", (2,))})
         shard = directory / "model-00002-of-00002.safetensors"
         shard.unlink()

@@ -92,7 +92,7 @@ async def test_parameters_change_the_sum(neuron: Neuron, llama: Path) -> None:
     ],
 )
 async def test_wrong_parameters(neuron: Neuron, parameters: Mapping[str, str], param: str) -> None:
-    """400 with the parameter's name; also for unknown parameters."""
+    """The error is 400 with the parameter's name, also for unknown parameters."""
     answer = await ask(neuron, **parameters)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "invalid_request", param)
     assert len(answer.error["message"]) < 1000
@@ -105,13 +105,13 @@ async def test_a_repeated_parameter(neuron: Neuron) -> None:
 
 
 async def test_a_missing_model(neuron: Neuron) -> None:
-    """404 with its own code: a neuron without this route answers 404 too."""
+    """The error is 404 with its own code: a neuron without this route answers 404 too."""
     answer = await ask(neuron, model="org/missing")
     assert (answer.status, answer.error["code"]) == (404, "model_files_not_found")
 
 
 async def test_a_broken_model(neuron: Neuron, tmp_path: Path) -> None:
-    """422 with the file's name."""
+    """The error is 422 with the file's name."""
     (tmp_path / "config.json").write_text("{")
     answer = await ask(neuron, model=tmp_path)
     assert (answer.status, answer.error["code"]) == (422, "model_files_invalid")
@@ -186,7 +186,7 @@ def test_command_prints_a_table(llama: Path, two_cards: str) -> None:
 
 
 def test_command_for_scripts(llama: Path, two_cards: str) -> None:
-    """The same answer as the HTTP API."""
+    """`--json` prints the same answer as the HTTP API."""
     options = ("--tensor-parallel", "2", "--max-num-seqs", "2", "--quant", "fp8", "--kv-cache-dtype", "fp8")
     result = run(str(llama), *options, "--json", "--config", two_cards)
     assert result.returncode == 0, result.stderr
@@ -196,7 +196,7 @@ def test_command_for_scripts(llama: Path, two_cards: str) -> None:
 
 
 def test_command_reports_errors(llama: Path, two_cards: str, tmp_path: Path) -> None:
-    """Exit code 1, one line, no traceback."""
+    """The command exits with 1 and prints one line, no traceback."""
     broken = write_model(tmp_path / "broken", {"hidden_size": 8})
     for arguments, said in (
         (("org/missing",), "neuron: the files of 'org/missing' are not on this host"),

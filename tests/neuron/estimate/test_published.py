@@ -50,7 +50,7 @@ def test_parameter_counts_match_published_ones(model: Published) -> None:
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
 def test_token_sizes_match_published_ones(model: Published) -> None:
-    """Exactly: all layers that cache tokens, 16 bits a number."""
+    """The size is exact: all layers that cache tokens, 16 bits a number."""
     architecture = model.architecture
     layers = sum(architecture.count(kind) for kind in (LayerKind.FULL, LayerKind.SLIDING))
     each = 0 if architecture.encoder_only else token_bytes(architecture)

@@ -116,7 +116,7 @@ def test_every_flag_in_every_spelling() -> None:
     ],
 )
 def test_arguments_that_must_be_numbers(args: tuple[str, ...]) -> None:
-    """Refused as by vLLM, but at once."""
+    """vLLM refuses them too, but only after its start."""
     with pytest.raises(InvalidRequest) as caught:
         options(*args)
     assert caught.value.param == "args"
@@ -136,7 +136,7 @@ def test_arguments_that_must_be_numbers(args: tuple[str, ...]) -> None:
     ],
 )
 def test_batches_match_vllm(mb: int, name: str, length: int, args: tuple[str, ...], expected: tuple[int, int]) -> None:
-    """Its defaults for an API server, by the device's memory."""
+    """The estimate has vLLM's defaults for an API server, by the device's memory."""
     batching = batching_of(options(*args), max_model_len=length, device_mb=mb, device_name=name)
     assert (batching.sequences, batching.tokens) == expected
 
@@ -186,7 +186,7 @@ def test_encoders_have_no_kv_cache() -> None:
 
 
 def test_unknowns_are_listed() -> None:
-    """One line each, without a number, and not in the total."""
+    """Each has a line without a number and is not in the total."""
     made = of(published.GEMMA3_27B, "--speculative-config", "{}", "--kv-cache-dtype", "new_type")
     assert {"weights", "KV cache", "activations of images or audio", "--speculative-config"} <= set(made.unknown)
     assert all(each.total_mb is None for each in made.lines if each.how.startswith("not counted"))

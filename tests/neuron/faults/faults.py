@@ -134,7 +134,7 @@ class Faults:
         return f"kill -9 of all of {name}, and its port {port} not to be had"
 
     async def kill_engine_behind_neurons_back(self, pick: float) -> str:
-        """While neuron is stopped."""
+        """Kills an engine while neuron is stopped."""
         self.host.neuron.send_signal(signal.SIGSTOP)
         try:
             name = await self._signal_engine(pick, signal.SIGKILL)
@@ -155,7 +155,7 @@ class Faults:
         return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
 
     async def kill_neuron_as_it_loads(self, pick: float) -> str:
-        """At a random moment between the command and the engine's readiness."""
+        """Kills it at a random moment between the command and the engine's readiness."""
         model = _chosen(MODELS, (pick * 7) % 1)
         self._in_passing(self._load(model))
         await asyncio.sleep(pick * _LOAD_SECS)
@@ -164,7 +164,7 @@ class Faults:
         return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model.id}, and a new one"
 
     async def kill_neuron_as_it_begins(self, pick: float) -> str:
-        """Twice; the second time at a random moment of its start, while it looks for engines."""
+        """Kills it twice; the second time at a random moment of its start, while it looks for engines."""
         await self.host.kill()
         await self.host.launch()
         await asyncio.sleep(pick * _BEGIN_SECS)

@@ -115,7 +115,7 @@ async def test_no_fault_makes_neuron_lose_a_process_or_a_byte(host: Host, mark: 
 
 
 async def test_the_oracle_sees_an_orphan(host: Host) -> None:
-    """A process with an engine's mark that belongs to no model."""
+    """A process with an engine's mark that belongs to no model is reported."""
     await Faults(host).load(0)
     assert await look(host) == []
     env = {**os.environ, ENGINE_ID_VARIABLE: "gone/1"}

@@ -66,7 +66,7 @@ def discovered(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def test_nvlinked_pair(library: dict[str, str], tmp_path: Path) -> None:
-    """Two NVLinked GPUs and the facts of their host."""
+    """The answer has two NVLinked GPUs and the facts of their host."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, topology__0__1=HOST_BRIDGE))
     assert [(device["index"], device["uuid"]) for device in answer["devices"]] == [(0, uuid_of(0)), (1, uuid_of(1))]
     assert answer["links"] == [{"a": 0, "b": 1, "kind": "nvlink", "nvlinks": 4}]
@@ -84,7 +84,7 @@ def test_single_gpu(library: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_a_driver_without_a_gpu(library: dict[str, str], tmp_path: Path) -> None:
-    """No devices and no error."""
+    """The answer has no devices and no error."""
     answer = discovered(library | write_scenario(tmp_path / "hardware"))
     assert (answer["devices"], answer["cuda_unavailable_reason"]) == ([], None)
     assert answer["driver_version"] == "580.95.05"
@@ -110,7 +110,7 @@ def test_no_nvidia_library(tmp_path: Path) -> None:
     ],
 )
 def test_an_unusable_driver(library: dict[str, str], tmp_path: Path, code: int, advice: str) -> None:
-    """No devices, and a reason that says what happened and what to do."""
+    """The answer has no devices, and a reason that says what happened and what to do."""
     answer = discovered(library | write_scenario(tmp_path / "hardware", NVLINKED_PAIR, init=code))
     assert answer["devices"] == []
     assert f"({code})" in answer["cuda_unavailable_reason"]

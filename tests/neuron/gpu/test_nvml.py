@@ -200,7 +200,7 @@ def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, s
 
 
 def test_figures_larger_than_32_bits(library: dict[str, str], hardware: Path) -> None:
-    """A GPU of 180 GB: bytes are 64-bit everywhere."""
+    """The bytes of a GPU of 180 GB are 64-bit everywhere."""
     gpu = Gpu(name="NVIDIA B200", total_mib=183359, used_mib=150000, processes=((5, 150000),))
     assert 150000 * MIB > 2**32
     with probing(library | write_scenario(hardware, (gpu,), topology__0__1=HOST_BRIDGE)) as probe:

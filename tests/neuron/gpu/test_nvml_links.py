@@ -47,7 +47,7 @@ def test_inactive_nvlinks_do_not_count(library: dict[str, str], tmp_path: Path) 
 
 
 def test_pci_switch_pair(library: dict[str, str], tmp_path: Path) -> None:
-    """Two cards below one PCIe switch."""
+    """Two cards below one PCIe switch are linked by PIX."""
     assert links_seen(library, tmp_path / "hardware", (Gpu(), Gpu()), topology__0__1=SINGLE_SWITCH) == [
         (0, 1, "pix", 0)
     ]
@@ -75,7 +75,7 @@ def test_an_unknown_pair_has_no_link(library: dict[str, str], tmp_path: Path) ->
     [(0, "pix"), (10, "pix"), (20, "pxb"), (30, "phb"), (40, "node"), (50, "sys")],
 )
 def test_kind_of_each_level_of_nvml(level: int, kind: str) -> None:
-    """All of nvmlGpuTopologyLevel_t has a kind."""
+    """Every level of nvmlGpuTopologyLevel_t has a kind."""
     facts = LinkFacts(pci_bus_ids={}, nvlinks={}, ancestors={(0, 1): level})
     assert links_between([1, 0], facts) == (Link(a=0, b=1, kind=LinkKind(kind)),)
 

@@ -101,6 +101,7 @@ def test_no_sample_proves_nothing() -> None:
 
 
 def test_a_falling_counter_means_another_engine() -> None:
+    """Counters that start again belong to a restarted engine and are not a hang."""
     moment, _ = watch(IDLE, *[GENERATING] * 9, EngineSample(running=1, waiting=0)) or (0, "")
     assert moment == 10 + PREFILL
 

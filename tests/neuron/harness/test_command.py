@@ -297,7 +297,7 @@ def test_sim_with_sleep_mode(mode: bool | Literal["dev"] | None, sleeps: bool) -
 
 
 def test_sim() -> None:
-    """vLLM's command line, and the devices with the simulated memory."""
+    """The simulation gets vLLM's command line, and the devices with the simulated memory."""
     made = command(
         replace(SPEC, harness="sim", tensor_parallel=2, vram_mb=5000, args=("--load-secs", "1")), has_gpu=False
     )

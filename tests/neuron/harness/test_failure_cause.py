@@ -112,7 +112,7 @@ def test_exits(code: int | None, lines: list[str], path_missing: bool, cause: st
     ],
 )
 def test_refusals(error: ServiceError, cause: str) -> None:
-    """Derived from the error code, unless the error carries its cause."""
+    """The cause follows from the error code, unless the error carries its own."""
     assert cause_of(error).value == cause
 
 
@@ -156,7 +156,7 @@ async def test_killed_while_loading(neuron: Neuron, mark: str) -> None:
     ],
 )
 async def test_faults_of_the_host(mark: str, tmp_path: Path, settings: dict[str, Any], args: tuple[str, ...]) -> None:
-    """No executable, a timeout, no free port: all the node's fault."""
+    """A missing executable, a timeout and a lack of ports are the node's fault."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

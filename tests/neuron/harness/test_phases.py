@@ -118,7 +118,7 @@ EAGER = [
     ],
 )
 def test_whole_starts(lines: list[str], phases: list[str]) -> None:
-    """All phases in order, without those that the engine skips."""
+    """All phases are seen in order, without those that the engine skips."""
     readings = replay(lines)
     assert phases_of(readings) == phases
     check_never_back(readings)

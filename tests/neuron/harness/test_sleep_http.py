@@ -86,7 +86,7 @@ async def test_a_wake_waits_for_memory_that_comes_back(neuron: Neuron) -> None:
 
 
 async def test_a_waking_engine_keeps_its_booking(neuron: Neuron) -> None:
-    """However often it is measured before it has allocated its memory."""
+    """The booking stays however often memory is measured before the engine has allocated it."""
     await neuron.load("m", "--vram-mb", "20000", devices=[0])
     pid = (await neuron.model("m"))["pid"]
     await post(neuron, "sleep", "m")

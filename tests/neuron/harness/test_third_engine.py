@@ -17,7 +17,7 @@ MODEL = "org/echo"
 
 @pytest.fixture(autouse=True)
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one line."""
+    """Registers the engine, which takes one line."""
     monkeypatch.setitem(HARNESSES, "echo", EchoHarness())
 
 

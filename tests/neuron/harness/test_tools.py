@@ -60,12 +60,14 @@ def test_families(name: str, tool: str, reasoning: str | None) -> None:
     ],
 )
 def test_models_of_no_known_family_are_refused_with_what_to_do(name: str) -> None:
+    """The error says which arguments to set by hand."""
     with pytest.raises(InvalidRequest, match=r"no tool-call parser known.*put --enable-auto-tool-choice") as caught:
         tool_arguments([name], [])
     assert (caught.value.param, caught.value.status) == ("tools", 400)
 
 
 def test_a_path_that_says_nothing_leaves_it_to_the_id() -> None:
+    """The family comes from the model's id if its path does not name one."""
     assert family_of(["/models/current", "Qwen/Qwen3-8B"]) == family_of(["Qwen/Qwen3-8B"])
 
 
@@ -79,6 +81,7 @@ def test_a_path_that_says_nothing_leaves_it_to_the_id() -> None:
     ],
 )
 def test_what_the_arguments_choose_is_kept(args: list[str], added: tuple[str, ...]) -> None:
+    """A parser among the model's own arguments wins; only what is missing is added."""
     assert tool_arguments(["Qwen/Qwen3-8B"], args) == added
 
 
@@ -98,6 +101,7 @@ def test_a_load_command_with_tools_becomes_arguments() -> None:
 
 
 def test_a_simulated_engine_needs_no_parser() -> None:
+    """The simulation calls tools for any model; a known family still gets its parser."""
     assert spec_of(LoadCommand(model_id="org/model", tools=True), SIM).args == ()
     spec = spec_of(LoadCommand(model_id="Qwen/Qwen3-8B", tools=True), SIM)
     assert "--tool-call-parser" in spec.args

@@ -169,7 +169,7 @@ async def test_two_loads_at_once_take_different_devices(neuron: Neuron) -> None:
 
 
 async def test_load_that_takes_too_long(mark: str, tmp_path: Path) -> None:
-    """504 after startup_timeout_secs, and no process left."""
+    """The answer is 504 after startup_timeout_secs, and no process is left."""
     config = config_of(tmp_path / "state", sim={"startup_timeout_secs": 1.0})
     async with neuron_here(config) as neuron:
         answer = await neuron.load(MODEL, "--fault", "never-ready")

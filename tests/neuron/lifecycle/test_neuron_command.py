@@ -132,7 +132,7 @@ def test_default_models_and_simulated_devices_are_checked_before_the_start(tmp_p
 
 
 def test_port_that_is_taken(tmp_path: Path) -> None:
-    """Exit status 1, with the address."""
+    """neuron exits with status 1 and names the address."""
     with listening_socket() as port:
         done = run("serve", NEURON_PORT=str(port))
     assert done.returncode == 1

@@ -88,7 +88,7 @@ def indices(selection: DeviceSelection | None) -> list[int] | None:
 def test_selection(
     topology: Topology, count: int, need: Need, bookings: list[Booking], expected: list[int] | None
 ) -> None:
-    """Cases that can be checked by hand."""
+    """The cases can be checked by hand."""
     assert indices(chosen(topology, count, need, *bookings)) == expected
 
 

@@ -52,20 +52,20 @@ def test_remaining_time(at: Moment, remaining: float | None) -> None:
 
 
 def test_no_estimate_without_history() -> None:
-    """No history, or an empty one."""
+    """A missing or empty history gives no remaining time."""
     assert remaining_secs(None, moment("loading weights", 5, fraction=0.5, reached=5)) is None
     assert remaining_secs(LoadTimes({}), moment("starting", 0)) is None
 
 
 def test_remaining_time_is_positive() -> None:
-    """However late the load is; and it grows with the delay."""
+    """However late a load is, its remaining time is positive and grows with the delay."""
     late = [remaining_secs(EXPECTED, moment("warming up", secs, starting=10)) for secs in (30.0, 60.0, 120.0, 180.0)]
     assert [value is not None and value > 0 for value in late] == [True] * 4
     assert late == sorted(late, key=lambda value: value or 0)
 
 
 def test_a_nearly_finished_load_has_time_left() -> None:
-    """More than 0 after rounding, as the protocol requires."""
+    """The value is more than 0 after rounding, as the protocol requires."""
     short = LoadTimes({"starting": 1.0, "loading weights": 1.0, "warming up": 0.03})
     load = LoadProgress(VllmLoadReading(), started=0.0, expected=short)
     load.feed([SHARDS.format(25)], 1.0)

@@ -136,7 +136,7 @@ async def test_sigterm_ends_the_core_too(moment: str) -> None:
 
 
 async def test_a_stopped_core_makes_no_tokens_until_it_goes_on() -> None:
-    """SIGSTOP: /health stays 200, requests stay running, counters do not move."""
+    """After SIGSTOP /health stays 200, requests stay running and counters do not move."""
     async with ready_engine(*SLOW) as engine, aiohttp.ClientSession() as session, busy(engine, session):
         os.kill(core_of(engine.pid), signal.SIGSTOP)
         await generation_stalls(session, engine)
@@ -212,7 +212,7 @@ async def test_fault_leave_files(orderly: bool, tmp_path: Path) -> None:
 
 
 async def test_a_core_costs_little() -> None:
-    """A few private MiB: tests start hundreds of engines."""
+    """A core takes a few private MiB: tests start hundreds of engines."""
     async with ready_engine(*FAST) as engine:
         rollup = read(f"/proc/{core_of(engine.pid)}/smaps_rollup")
         own_kib = sum(int(kib) for kib in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", rollup, re.MULTILINE))

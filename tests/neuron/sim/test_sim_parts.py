@@ -15,7 +15,7 @@ from neuron.sim.engine.vectors import similarity
 
 
 def test_vllms_arguments_are_accepted() -> None:
-    """neuron's command line, and arguments that a catalogue may add."""
+    """The simulation accepts neuron's command line and arguments that a catalogue may add."""
     line = (
         "serve Qwen/Qwen3-8B --host 127.0.0.2 --port 9 --served-model-name a b --tensor-parallel-size 2"
         " --quantization fp8 --gpu-memory-utilization 0.9 --max-model-len 32k --max-num-seqs 4 --enforce-eager"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from cortex.control.backoff import MAX_TEMPORARY, BackoffCause, Backoffs
+from cortex.control.load_backoff import MAX_TEMPORARY, BackoffCause, Backoffs
 
 
 class Clock:
@@ -42,7 +42,7 @@ def _pauses(backoffs: Backoffs, clock: Clock, causes: Iterable[BackoffCause], no
 
 @pytest.mark.parametrize("cause", [BackoffCause.NODE, BackoffCause.MODEL, BackoffCause.UNKNOWN])
 def test_pauses_double_to_five_minutes(backoffs: Backoffs, clock: Clock, cause: BackoffCause) -> None:
-    """10 s, 20 s, ... 300 s, and 300 s from then on."""
+    """Pauses are 10 s, 20 s, ... 300 s, and 300 s from then on."""
     assert _pauses(backoffs, clock, [cause] * 8) == [10, 20, 40, 80, 160, 300, 300, 300]
     assert _pauses(backoffs, clock, [cause] * 2000)[-1] == 300
 
@@ -100,7 +100,7 @@ def test_a_backoff_for_all_nodes_lasts_until_the_model_serves(backoffs: Backoffs
 
 
 def test_a_temporary_failure_is_retried_soon_without_an_error(backoffs: Backoffs, clock: Clock) -> None:
-    """A restart, a lost race: 1 s each. If it keeps failing, the node is at fault."""
+    """A restart or a lost race pauses for 1 s. If it keeps failing, the node is at fault."""
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY] * MAX_TEMPORARY) == [1] * MAX_TEMPORARY
     backoffs.record_failure("m", "a", BackoffCause.TEMPORARY, "again")
     (backoff,) = backoffs.current().values()
@@ -108,11 +108,11 @@ def test_a_temporary_failure_is_retried_soon_without_an_error(backoffs: Backoffs
 
 
 def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: Clock) -> None:
-    """Each is counted in a row of its own kind."""
+    """Temporary failures and others are counted separately."""
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY, BackoffCause.TEMPORARY, BackoffCause.NODE]) == [1, 1, 10]
 
 
-def test_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
+def test_load_backoffs_end_by_themselves(backoffs: Backoffs, clock: Clock) -> None:
     """A backoff ends exactly at its time."""
     backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
     clock.now += 9.9

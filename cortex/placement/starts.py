@@ -1,0 +1,66 @@
+"""Which engines are starting on a device, and how long that still takes. Pure.
+
+A neuron starts one engine at a time on a device, as each measures the free memory. A model placed there waits until the
+others have started, however small it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.capacity import estimated_load_secs
+from cortex.placement.inputs import PlanningView
+from shared.protocol import ModelView
+
+WAIT_STEP_SECS = 10.0
+"""Waits are compared in steps of this: estimates change with each report, and plans should not."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The models that start on the same devices, one after another, and the seconds until the last one has started."""
+
+    models: tuple[str, ...] = ()
+    remaining_secs: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """0 without a start, higher for a longer wait."""
+        return max(1, math.ceil(self.remaining_secs / WAIT_STEP_SECS)) if self.models else 0
+
+
+NO_STARTS = Starts()
+
+
+def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> dict[int, Starts]:
+    """By device index, the starts that `model_id` would wait for there; devices without any are left out."""
+    found: dict[int, Starts] = {}
+    reported = {entry.id: entry for entry in node.models.values() if node.is_loading(entry.id)}
+    ours = {each.model_id: each for each in view.fleet.reservations if each.node == node.name}
+    for other in sorted((reported.keys() | ours.keys()) - {model_id}):
+        entry = reported.get(other)
+        devices = entry.devices if entry is not None and entry.devices else ours[other].devices if other in ours else ()
+        remaining = _remaining_secs(view, node, other, entry)
+        for index in devices:
+            before = found.get(index, NO_STARTS)
+            found[index] = Starts((*before.models, other), before.remaining_secs + remaining)
+    return found
+
+
+def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
+    """What an engine on all these devices waits for the longest."""
+    found = (starts.get(index, NO_STARTS) for index in indices)
+    return max(found, key=lambda each: (each.rank, each.remaining_secs), default=NO_STARTS)
+
+
+def _remaining_secs(view: PlanningView, node: NodeSnapshot, model_id: str, entry: ModelView | None) -> float:
+    progress = None if entry is None else entry.progress
+    if progress is not None and progress.remaining_secs is not None and math.isfinite(progress.remaining_secs):
+        return max(0.0, progress.remaining_secs)
+    profile = view.profile(model_id)
+    size_mb = 0 if profile is None else view.device_share_mb(profile) * profile.min_devices
+    elapsed = 0.0 if progress is None or progress.elapsed_secs is None else progress.elapsed_secs
+    return max(0.0, estimated_load_secs(view, model_id, node.name, size_mb) - elapsed)
