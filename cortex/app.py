@@ -126,7 +126,7 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
     """The only worker, in the control's own process."""
     async with working(parts.resolver, parts.config, socks, address) as gateway:
         parts.counts.attach(gateway)
-        unsubscribe = parts.live.subscribe(lambda: gateway.configure(parts.live.config))
+        unsubscribe = parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config))
         try:
             yield gateway
         finally:

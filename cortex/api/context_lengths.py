@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -16,6 +17,7 @@ from cortex.control.wiring import Parts
 from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, fetch
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.state import RouteChanges
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from cortex.upstream.replica import ReplicaKey
@@ -53,7 +55,7 @@ class ContextLengths:
 
     async def follow(self) -> None:
         """Asks engines as they load. Never returns."""
-        with self._parts.fleet.route_changes() as changes:
+        with contextlib.closing(RouteChanges(self._parts.fleet)) as changes:
             self._ask(self._parts.fleet.snapshot().listed_models, told_only=True)
             while True:
                 self._ask(await changes.next(), told_only=True)

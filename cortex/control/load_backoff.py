@@ -66,6 +66,11 @@ class Backoffs:
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
         self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
+    def record_refused_endpoint(self, key: ReplicaKey, reason: str) -> None:
+        """Notes that a neuron lists a model as loaded but gives no endpoint for it: it would be asked forever."""
+        model_id, node = key
+        self.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
+
     def record_success(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""
         self._failures.pop((model_id, node), None)

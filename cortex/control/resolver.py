@@ -91,6 +91,9 @@ class Resolver:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
 
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        """Does nothing: in one process there is no other worker."""
+
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
@@ -136,9 +139,8 @@ class Resolver:
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await (
-                    self._fleet.until_all_polled()
-                )  # right after a start, cortex would load what is loaded somewhere already
+                # Right after a start, cortex would load what is loaded somewhere already.
+                await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]

@@ -23,7 +23,7 @@ from cortex.control.scheduler import Scheduler
 from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
@@ -76,11 +76,12 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
     stopping, counts, backoffs = Stopping(), CountTotals(), Backoffs()
     clients, pollers = membership.clients, membership.pollers
     demand = Demand(counts)
-    fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
-    stopping.on_begin(queue.notify_all)
-    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, backoffs=backoffs)
+    stopping.beginning.subscribe(queue.notify_all)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers)
+    endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,
@@ -133,7 +134,7 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    live.subscribe(fleet.notify)
+    live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         parts = build(live, state, fleet, Membership(pool, fleet))
         parts.membership.configure(config.neurons, config.poll)
@@ -154,7 +155,7 @@ async def running_control(
 
 async def follow_routes(parts: Parts) -> None:
     """Keeps the route table and the scheduler up to date with the fleet. Never returns."""
-    with parts.fleet.route_changes() as changes:
+    with contextlib.closing(RouteChanges(parts.fleet)) as changes:
         parts.routes.publish()
         parts.scheduler.routes_changed(list(parts.queue.models))  # changes that an earlier, failed run has missed
         while True:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from cortex.subscribers import Subscribers
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import SERVICE_STOPPING_SECS
@@ -20,7 +21,8 @@ class Stopping:
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
-        self._listeners: list[Callable[[], None]] = []
+        self.beginning: Subscribers[[]] = Subscribers()
+        """Announces that stopping begins."""
 
     @property
     def begun(self) -> bool:
@@ -29,12 +31,7 @@ class Stopping:
     def begin(self) -> None:
         if not self.begun:
             self._begun.set()
-            for listener in self._listeners:
-                listener()
-
-    def on_begin(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` when stopping begins."""
-        self._listeners.append(listener)
+            self.beginning.announce()
 
     async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, which is cancelled if stopping begins or the caller is cancelled.

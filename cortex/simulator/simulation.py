@@ -4,6 +4,7 @@ and the requests of a trace."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from cortex.control.loader import Loader
 from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.scheduler import Policy, Scheduler
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
@@ -151,7 +152,7 @@ class Simulation:
             node.name: SimulatedNeuron(node, simulated, self.fleet, self._memory_changed) for node in file.nodes
         }
         self._demand = Demand(self._totals, clock=clock)
-        self.fleet.on_route_change(self._loaded_elsewhere)
+        self.fleet.route_changes.subscribe(self._loaded_elsewhere)
         self._queue = AdmissionQueue(live=live, clock=clock)
         self._loader = Loader(
             fleet=self.fleet,
@@ -215,7 +216,7 @@ class Simulation:
 
     async def _publish(self) -> None:
         """Notifies the scheduler of changed routes, as the resolver does."""
-        with self.fleet.route_changes() as changes:
+        with contextlib.closing(RouteChanges(self.fleet)) as changes:
             while True:
                 self._scheduler.routes_changed(sorted(await changes.next()))
 

@@ -34,6 +34,7 @@ from cortex.workers.messages import (
     Ready,
     Resolve,
     Resolved,
+    ResponseMade,
     Setup,
     Stop,
     TableChanged,
@@ -74,9 +75,8 @@ class WorkerProcess:
         self._channel = channel
         self._counters = Counters()
         self._in_flight: Mapping[ReplicaKey, int] = {}
-        self._granted: Counter[ReplicaKey] = (
-            Counter()
-        )  # routes sent since the last report, which does not have them yet
+        # Routes sent since the last report, which does not have them yet.
+        self._granted: Counter[ReplicaKey] = Counter()
         self._begun: dict[ReplicaKey, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
@@ -124,6 +124,9 @@ class WorkerProcess:
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
+                    case ResponseMade():
+                        for other in self._others():
+                            other.send(message)
                     case Counted(number, counters, counts):
                         self._counters = counters
                         self._reported(counts)
@@ -178,10 +181,12 @@ class WorkerProcess:
         self._granted.clear()
 
     def _update_others(self) -> None:
-        counts = self._parts.counts
-        for other in counts.workers:
-            if isinstance(other, WorkerProcess) and other is not self:
-                other.send(OthersInFlight(counts_to_wire(counts.in_flight_beside(other))))
+        for other in self._others():
+            other.send(OthersInFlight(counts_to_wire(self._parts.counts.in_flight_beside(other))))
+
+    def _others(self) -> list[WorkerProcess]:
+        workers = self._parts.counts.workers
+        return [worker for worker in workers if isinstance(worker, WorkerProcess) and worker is not self]
 
 
 def _answered(waiting: asyncio.Future[None] | None) -> None:
@@ -200,15 +205,15 @@ class Supervisor:
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
-        parts.fleet.on_down_change(self._down_changed)
 
     @contextlib.asynccontextmanager
     async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """The workers serve inside the body; on exit they finish their requests in flight. `stop` ends the wait for
         workers that do not start."""
         subscriptions = [
-            self._parts.routes.subscribe(self._table_changed),
-            self._parts.live.subscribe(self._configuration_changed),
+            self._parts.routes.changes.subscribe(self._table_changed),
+            self._parts.live.changes.subscribe(self._configuration_changed),
+            self._parts.fleet.down_changes.subscribe(self._down_changed),
         ]
         keepers = [
             asyncio.create_task(self._keep_running(number), name=f"worker {number}")
