@@ -27,7 +27,6 @@ class ControlRequest:
     __slots__ = ("_client", "_relay", "_request_id")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
-        request.notice_anthropic_client()
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
