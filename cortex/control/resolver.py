@@ -91,6 +91,9 @@ class Resolver:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
 
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        """Does nothing: in one process there is no other worker."""
+
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)

@@ -16,6 +16,7 @@ from cortex.proxy.balancing.affinity import Affinity
 from cortex.proxy.balancing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.upstream.response_owners import ResponseOwners
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class Control(Protocol):
             ServiceError: the request cannot be served.
         """
 
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        """Tells the other workers which engine made a stored response."""
+
     def note(self, model_id: str) -> WaitNote | None:
         """Progress of the model, for clients that wait for it; None if unknown."""
 
@@ -64,6 +68,7 @@ class ProxyContext:
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
+        self.response_owners = ResponseOwners()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()

@@ -47,6 +47,11 @@ class UsageTail:
             self.join()
 
     @property
+    def start(self) -> bytes:
+        """The first bytes of the body: all of a short one, at least 512 of a longer one."""
+        return self._head if self._forgotten else b"".join(self.chunks)
+
+    @property
     def end(self) -> bytes:
         """The last bytes of the body, at least 64 of a longer one."""
         return b"".join(self.chunks[-16:])[-64:]

@@ -17,6 +17,7 @@ from cortex.workers.messages import (
     Refused,
     Resolve,
     Resolved,
+    ResponseMade,
     Setup,
     TableChanged,
     error_from_wire,
@@ -61,6 +62,9 @@ class RemoteControl:
                 self._send(CancelResolve(number))
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
+
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        self._send(ResponseMade(response_id, replica))
 
     def note(self, model_id: str) -> WaitNote | None:
         """The last reported progress of a model that this worker waits for."""

@@ -34,6 +34,7 @@ from cortex.workers.messages import (
     Ready,
     Resolve,
     Resolved,
+    ResponseMade,
     Setup,
     Stop,
     TableChanged,
@@ -123,6 +124,9 @@ class WorkerProcess:
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
+                    case ResponseMade():
+                        for other in self._others():
+                            other.send(message)
                     case Counted(number, counters, counts):
                         self._counters = counters
                         self._reported(counts)
@@ -177,10 +181,12 @@ class WorkerProcess:
         self._granted.clear()
 
     def _update_others(self) -> None:
-        counts = self._parts.counts
-        for other in counts.workers:
-            if isinstance(other, WorkerProcess) and other is not self:
-                other.send(OthersInFlight(counts_to_wire(counts.in_flight_beside(other))))
+        for other in self._others():
+            other.send(OthersInFlight(counts_to_wire(self._parts.counts.in_flight_beside(other))))
+
+    def _others(self) -> list[WorkerProcess]:
+        workers = self._parts.counts.workers
+        return [worker for worker in workers if isinstance(worker, WorkerProcess) and worker is not self]
 
 
 def _answered(waiting: asyncio.Future[None] | None) -> None:
