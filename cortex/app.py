@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, STATE, STOPPING
+from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -22,8 +22,9 @@ from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
 from cortex.proxy.authentication import authenticate
-from cortex.proxy.context import Control, ProxyContext
+from cortex.proxy.context import ProxyContext
 from cortex.proxy.gateway import Gateway
+from cortex.routing.control import Control
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
@@ -46,7 +47,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader
     app[COUNTS] = parts.counts
-    app[STOPPING] = parts.stopping
+    app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
@@ -147,7 +148,7 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
         finally:
             unsubscribe()
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
-            parts.stopping.begin()
+            parts.shutdown.begin()
             parts.counts.detach(gateway)
 
 

@@ -7,9 +7,9 @@ from aiohttp import web
 from cortex.config.live import LiveConfig
 from cortex.control.loader import Loader
 from cortex.control.scheduler import Scheduler
+from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
-from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 
@@ -20,6 +20,6 @@ SCHEDULER = web.AppKey("scheduler", Scheduler)
 LOADER = web.AppKey("loader", Loader)
 COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
-STOPPING = web.AppKey("stopping", Stopping)
+SHUTDOWN = web.AppKey("shutdown", Shutdown)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -18,9 +18,9 @@ from cortex.fleet.neuron_http import AnswerTooLarge, fetch
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
+from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
-from cortex.upstream.replica import ReplicaKey
 from shared.protocol import EndpointReply
 from shared.tasks import TaskSet, running, timeout
 

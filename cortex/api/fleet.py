@@ -7,7 +7,7 @@ import contextlib
 
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, FLEET, LIVE, SCHEDULER, STOPPING
+from cortex.api.app_keys import COUNTS, FLEET, LIVE, SCHEDULER, SHUTDOWN
 from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
 from cortex.fleet.state import Fleet
@@ -61,7 +61,7 @@ async def explain_model(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """200 while a neuron is healthy (`degraded` if one is not), 503 otherwise and while stopping."""
-    fleet, stops = request.app[FLEET].snapshot(), request.app[STOPPING].begun
+    fleet, stops = request.app[FLEET].snapshot(), request.app[SHUTDOWN].begun
     healthy, total = len(fleet.healthy), len(fleet.nodes)
     status = "ok" if healthy == total and total and not stops else "degraded"
     body = {"status": status, "nodes": {"healthy": healthy, "total": total}}

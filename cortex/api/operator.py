@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
-from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, STATE, STOPPING
+from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loader import LoadJob
-from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
@@ -57,7 +57,7 @@ async def load_model(request: web.Request) -> web.Response:
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    await app[STOPPING].unless_begun(_until_loaded(app, model_id, node, job))
+    await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
@@ -137,7 +137,7 @@ async def unload_model(request: web.Request) -> web.Response:
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
         raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
     unloads = (_unload(scheduler, (model_id, node.name), drain=action.drain) for node in nodes)
-    errors = await request.app[STOPPING].unless_begun(_all(unloads))
+    errors = await request.app[SHUTDOWN].unless_begun(_all(unloads))
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:

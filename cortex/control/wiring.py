@@ -20,12 +20,12 @@ from cortex.control.loader import Loader
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
+from cortex.control.shutdown import Shutdown
 from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
-from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.upstream.pool import EnginePool
@@ -39,7 +39,7 @@ class Parts:
 
     live: LiveConfig
     state: StateFile
-    stopping: Stopping
+    shutdown: Shutdown
     fleet: Fleet
     counts: CountTotals
     metrics: Metrics
@@ -74,13 +74,13 @@ class Parts:
 
 def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membership) -> Parts:
     """Everything that decides and acts, around the fleet. Starts nothing."""
-    stopping, counts, backoffs = Stopping(), CountTotals(), Backoffs()
+    shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs()
     clients, pollers = membership.clients, membership.pollers
     demand = Demand(counts)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
-    stopping.beginning.subscribe(queue.notify_all)
+    shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
@@ -104,12 +104,12 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         pollers=pollers,
         counts=counts,
         demand=demand,
-        stopping=stopping,
+        shutdown=shutdown,
     )
     return Parts(
         live=live,
         state=state,
-        stopping=stopping,
+        shutdown=shutdown,
         fleet=fleet,
         counts=counts,
         metrics=metrics,

@@ -18,12 +18,12 @@ import msgspec
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
+from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet
-from cortex.http.stopping import Stopping
 from cortex.metrics.counters import Counters
 from cortex.metrics.worker_counts import CountTotals
+from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.upstream.address import Address
-from cortex.upstream.replica import Failure, Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CancelResolve,
@@ -218,7 +218,7 @@ class Supervisor:
         routes: RouteTable,
         counts: CountTotals,
         fleet: Fleet,
-        stopping: Stopping,
+        shutdown: Shutdown,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
@@ -228,7 +228,7 @@ class Supervisor:
         self._routes = routes
         self._counts = counts
         self._fleet = fleet
-        self._shutdown = stopping
+        self._shutdown = shutdown
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
