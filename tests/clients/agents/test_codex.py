@@ -17,6 +17,7 @@ UNLOADABLE = BROKEN["codex"]
 CONFIG = """
 model = "{model}"
 model_provider = "cortex"
+model_context_window = 32768
 check_for_update_on_startup = false
 [analytics]
 enabled = false

@@ -14,7 +14,7 @@ def report(bench: Bench, python: Path) -> Report:
     return python_report(bench, python, "langchain")
 
 
-@pytest.mark.parametrize("case", TEXT_CASES)
+@pytest.mark.parametrize("case", [*TEXT_CASES, "async_stream"])
 def test_text(report: Report, case: str) -> None:
     report.check_text(case)
 
@@ -22,3 +22,8 @@ def test_text(report: Report, case: str) -> None:
 @pytest.mark.parametrize("case", TOOL_CASES)
 def test_tool_call(report: Report, case: str) -> None:
     report.check_tool(case)
+
+
+def test_comments_do_not_count_as_chunks(report: Report) -> None:
+    """A long load needs a longer `stream_chunk_timeout`, as docs/clients.md says."""
+    assert report.results["impatient"] == "timed out"

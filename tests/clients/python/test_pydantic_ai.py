@@ -14,7 +14,7 @@ def report(bench: Bench, python: Path) -> Report:
     return python_report(bench, python, "pydantic_agent")
 
 
-@pytest.mark.parametrize("case", TEXT_CASES)
+@pytest.mark.parametrize("case", [*TEXT_CASES, "responses_stream"])
 def test_text(report: Report, case: str) -> None:
     report.check_text(case)
 

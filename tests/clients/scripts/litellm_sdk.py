@@ -1,4 +1,4 @@
-"""litellm as a library, with its `openai/` provider."""
+"""litellm as a library, with its `openai/` and `anthropic/` providers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def plain(model: str) -> str:
     return text
 
 
+def messages_stream(model: str) -> Iterator[str]:
+    chunks = litellm.completion(
+        model=f"anthropic/{model}",
+        api_base=BASE_URL,
+        api_key="unused",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=512,
+        stream=True,
+    )
+    return (chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content)
+
+
 def tool_stream(model: str) -> tuple[str, Any]:
     chunks = list(ask(model, WEATHER_QUESTION, tools=[TOOL], stream=True))
     return called(litellm.stream_chunk_builder(chunks))
@@ -47,4 +59,4 @@ def called(answer: Any) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    report(stream=stream, plain=plain, tool_stream=tool_stream, tool_plain=tool_plain)
+    report(stream=stream, plain=plain, tool_stream=tool_stream, tool_plain=tool_plain, messages_stream=messages_stream)

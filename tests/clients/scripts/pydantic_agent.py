@@ -1,4 +1,4 @@
-"""pydantic-ai: an agent with OpenAIChatModel; it runs the tool and sends the result back."""
+"""pydantic-ai: agents with OpenAIChatModel and OpenAIResponsesModel; they run a tool and send the result back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic_ai import Agent
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.clients.scripts.report import BASE_URL, QUESTION, WEATHER_QUESTION, report
 
 provider = OpenAIProvider(base_url=f"{BASE_URL}/v1", api_key="unused")
 calls: list[str] = []
+loop = asyncio.new_event_loop()  # its connections belong to one loop
 
 
 def get_weather(city: str) -> str:
@@ -27,7 +28,7 @@ def agent(model: str, *tools: Any) -> Any:
 
 
 def stream(model: str) -> Iterator[str]:
-    return iter(asyncio.run(streamed(agent(model), QUESTION)))
+    return iter(loop.run_until_complete(streamed(agent(model), QUESTION)))
 
 
 async def streamed(agent: Any, question: str) -> list[str]:
@@ -40,8 +41,12 @@ def plain(model: str) -> str:
     return text
 
 
+def responses_stream(model: str) -> Iterator[str]:
+    return iter(loop.run_until_complete(streamed(Agent(OpenAIResponsesModel(model, provider=provider)), QUESTION)))
+
+
 def tool_stream(model: str) -> tuple[str, Any]:
-    return called("".join(asyncio.run(streamed(agent(model, get_weather), WEATHER_QUESTION))))
+    return called("".join(loop.run_until_complete(streamed(agent(model, get_weather), WEATHER_QUESTION))))
 
 
 def tool_plain(model: str) -> tuple[str, Any]:
@@ -54,4 +59,10 @@ def called(answer: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    report(stream=stream, plain=plain, tool_stream=tool_stream, tool_plain=tool_plain)
+    report(
+        stream=stream,
+        plain=plain,
+        tool_stream=tool_stream,
+        tool_plain=tool_plain,
+        responses_stream=responses_stream,
+    )
