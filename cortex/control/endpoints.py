@@ -14,8 +14,8 @@ from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreac
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
+from cortex.routing.replica import Failure, ReplicaKey
 from cortex.subscribers import Subscribers
-from cortex.upstream.replica import Failure, ReplicaKey
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 

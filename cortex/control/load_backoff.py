@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from cortex.placement.inputs import ANY_NODE, Backoff
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0

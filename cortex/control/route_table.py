@@ -12,9 +12,9 @@ from cortex.control.endpoints import Endpoint, Endpoints
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
-from cortex.proxy.balancing.choice import beyond_ours
+from cortex.routing.choice import beyond_ours
+from cortex.routing.replica import Failure, Replica
 from cortex.subscribers import Subscribers
-from cortex.upstream.replica import Failure, Replica
 from shared.errors import UpstreamError
 from shared.tasks import TaskSet
 

@@ -12,10 +12,10 @@ from typing import Final, Protocol, cast
 
 from cortex.http.body_reader import IncomingBody
 from cortex.http.decompress import unpack
+from cortex.http.errors import shutting_down
 from cortex.http.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
-from cortex.http.stopping import stopping
 from shared.errors import InvalidRequest, ServiceError
 from shared.serve import is_unanswered
 
@@ -197,7 +197,7 @@ class ClientConnection:
         if self._handler is not None:
             self._handler.stop()
         elif self._state in (_HEAD, _BODY):
-            self._reject(stopping())
+            self._reject(shutting_down())
 
     def expired(self) -> None:
         """The deadline has passed."""
@@ -321,7 +321,7 @@ class ClientConnection:
         handler.begin()
 
     def begin_tunnel(self, write: Callable[[bytes], None]) -> None:
-        """From now on the client's bytes go to `write`: they are no requests."""
+        """From now on the bytes of the client go to `write` instead of being read as requests."""
         self._tunnel = write
         ahead, self._ahead = self._ahead, b""
         if ahead:

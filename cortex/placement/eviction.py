@@ -14,7 +14,7 @@ from enum import IntEnum
 
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.inputs import PlanningView
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""

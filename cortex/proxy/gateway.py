@@ -27,9 +27,9 @@ from cortex.proxy.paths import (
 from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.stored_response import StoredResponse, stored_response_id
+from cortex.routing.replica import ReplicaKey
+from cortex.routing.response_owners import ResponseOwners
 from cortex.upstream.address import Address
-from cortex.upstream.replica import ReplicaKey
-from cortex.upstream.response_owners import ResponseOwners
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id

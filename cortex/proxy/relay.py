@@ -11,10 +11,10 @@ from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
+from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
-from cortex.upstream.replica import FailureKind
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""

@@ -8,22 +8,22 @@ from time import monotonic
 from typing import Any, Final
 
 from cortex.http.connection import ClientConnection
+from cortex.http.errors import shutting_down
 from cortex.http.request import Request
-from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
-from cortex.proxy.balancing.choice import choose
 from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
+from cortex.routing.choice import choose
+from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
+from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.upstream.address import engine_target
-from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
-from cortex.upstream.response_owners import SEARCHED_BYTES, response_id
 from shared.errors import MAX_SHOWN_CHARS, ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
@@ -123,7 +123,7 @@ class RequestHandler:
                 return
             state.relay.abandon()
         self._leave_state()
-        self._refuse(stopping())
+        self._refuse(shutting_down())
 
     def pause(self) -> None:
         state = self._state

@@ -6,7 +6,7 @@ import asyncio
 from time import monotonic
 
 from cortex.proxy.relay import Relay
-from cortex.upstream.replica import Replica
+from cortex.routing.replica import Replica
 
 
 class Resolving:

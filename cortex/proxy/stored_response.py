@@ -10,7 +10,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.request_handler import RequestHandler
-from cortex.upstream.replica import FailureKind, Replica
+from cortex.routing.replica import FailureKind, Replica
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
 

@@ -13,10 +13,10 @@ from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
 from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.demand import Demand
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loader import Loader
-from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.scheduler import Policy, Scheduler
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
@@ -29,6 +29,7 @@ from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
+from cortex.routing.replica import ReplicaKey
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import SimulatedNeuron
@@ -36,7 +37,6 @@ from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
-from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.tasks import TaskSet, first_of
 

@@ -15,8 +15,8 @@ import msgspec
 from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.proxy.gateway import Gateway
+from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
-from cortex.upstream.replica import ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,

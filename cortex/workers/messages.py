@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from cortex.metrics.counters import Counters
-from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from shared.errors import ServiceError
 
 

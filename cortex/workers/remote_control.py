@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cortex.http.stopping import stopping
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.http.errors import shutting_down
+from cortex.routing.replica import Failure, Replica, Route, WaitNote
 from cortex.workers.messages import (
     CancelResolve,
     CatalogueChanged,
@@ -26,7 +26,7 @@ from shared.request_ids import current_request_id
 
 
 class RemoteControl:
-    """Implements `proxy.context.Control`."""
+    """Implements `routing.control.Control`."""
 
     def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
         self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
@@ -49,7 +49,7 @@ class RemoteControl:
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """As `cortex.control.resolver.Resolver.resolve`. Raises Unavailable if the control is gone."""
         if self._gone:
-            raise stopping()
+            raise shutting_down()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -99,4 +99,4 @@ class RemoteControl:
         self._gone = True
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(stopping())
+                future.set_exception(shutting_down())

@@ -29,7 +29,13 @@ def running_vllm_fleet(directory: Path, command: list[str], tiny: Path, minilm: 
     }
     short = ["--max-model-len", "512"]
     models: list[dict[str, Any]] = [
-        {"id": TINY, "source": str(tiny), "vram_mb": 2000, "args": short},
+        {
+            "id": TINY,
+            "source": str(tiny),
+            "vram_mb": 2000,
+            "tools": True,
+            "args": [*short, "--tool-call-parser", "hermes"],
+        },
         {"id": PAIR, "source": str(tiny), "min_devices": 2, "vram_mb": 4000, "args": short},
         {"id": BROKEN, "source": str(directory / "nothing-here"), "vram_mb": 2000},
         {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cortex.upstream.replica import Replica
-from cortex.upstream.response_owners import MAX_IDS, ResponseOwners, response_id
+from cortex.routing.replica import Replica
+from cortex.routing.response_owners import MAX_IDS, ResponseOwners, response_id
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron

@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from typing import Final
 
-from cortex.upstream.replica import Replica
+from cortex.routing.replica import Replica
 
 MAX_IDS: Final = 20_000
 SEARCHED_BYTES: Final = 4096

@@ -6,23 +6,21 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from cortex.http.errors import shutting_down
 from cortex.subscribers import Subscribers
-from shared.errors import Unavailable
-from shared.protocol import ErrorCode
-from shared.retry_after import SERVICE_STOPPING_SECS
 from shared.tasks import first_of
 
 Result = TypeVar("Result")
 
 
-class Stopping:
+class Shutdown:
     """Begins once. Requests at an engine finish; those that still wait for a model are refused, because a load takes
     longer than the drain timeout."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
         self.beginning: Subscribers[[]] = Subscribers()
-        """Announces that stopping begins."""
+        """Announces that the shutdown begins."""
 
     @property
     def begun(self) -> bool:
@@ -34,24 +32,15 @@ class Stopping:
             self.beginning.announce()
 
     async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is cancelled if stopping begins or the caller is cancelled.
+        """The result of `work`, which is cancelled if the shutdown begins or the caller is cancelled.
 
         Raises:
-            Unavailable: cortex is stopping.
+            Unavailable: cortex shuts down.
         """
         if self.begun:
             work.close()
-            raise stopping()
+            raise shutting_down()
         working = asyncio.ensure_future(work)
         if await first_of({"work": working, "stop": self._begun.wait()}) == "stop":
-            raise stopping()
+            raise shutting_down()
         return working.result()
-
-
-def stopping() -> Unavailable:
-    """The error for requests refused during shutdown."""
-    return Unavailable(
-        "cortex is stopping; a load that has started continues",
-        code=ErrorCode.CORTEX_STOPPING,
-        retry_after=SERVICE_STOPPING_SECS,
-    )
