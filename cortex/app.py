@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -22,8 +22,9 @@ from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
 from cortex.proxy.authentication import authenticate
-from cortex.proxy.context import Control, ProxyContext
+from cortex.proxy.context import ProxyContext
 from cortex.proxy.gateway import Gateway
+from cortex.routing.control import Control
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
@@ -40,11 +41,25 @@ def build_control_app(parts: Parts) -> web.Application:
         middlewares=[error_middleware, _own_user_only, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
-    app[PARTS] = parts
+    app[LIVE] = parts.live
+    app[FLEET] = parts.fleet
+    app[STATE] = parts.state
+    app[SCHEDULER] = parts.scheduler
+    app[LOADER] = parts.loader
+    app[COUNTS] = parts.counts
+    app[SHUTDOWN] = parts.shutdown
+    app[CREATED] = parts.created
     app[MODEL_LIST] = ModelList()
-    app[CONTEXT_LENGTHS] = ContextLengths(parts)
+    app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
-    app[FLEET_VIEW] = FleetView(parts)
+    app[FLEET_VIEW] = FleetView(
+        live=parts.live,
+        fleet=parts.fleet,
+        loader=parts.loader,
+        scheduler=parts.scheduler,
+        queue=parts.queue,
+        counts=parts.counts,
+    )
     app.add_routes(CONTROL_ROUTES)
     return app
 
@@ -53,7 +68,8 @@ def build_metrics_app(parts: Parts) -> web.Application:
     """What is served on `metrics_listen`."""
     policy = cross_site_policy(parts.config.gateway)
     app = web.Application(middlewares=[error_middleware, refuse_cross_site(policy)])
-    app[PARTS] = parts
+    app[COUNTS] = parts.counts
+    app[METRICS] = parts.metrics
     app.add_routes(METRICS_ROUTES)
     return app
 
@@ -126,13 +142,13 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
     """The only worker, in the control's own process."""
     async with working(parts.resolver, parts.config, socks, address) as gateway:
         parts.counts.attach(gateway)
-        unsubscribe = parts.live.subscribe(lambda: gateway.configure(parts.live.config))
+        unsubscribe = parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config))
         try:
             yield gateway
         finally:
             unsubscribe()
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
-            parts.stopping.begin()
+            parts.shutdown.begin()
             parts.counts.detach(gateway)
 
 

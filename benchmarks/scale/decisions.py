@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from benchmarks.scale.neurons import PretendedNeuron
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
-from cortex.control.routing import decide
+from cortex.control.decision import decide
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.placement.fair_queue import schedule_loads

@@ -1,9 +1,25 @@
-"""Keys under which handlers find cortex's parts in their aiohttp app."""
+"""Keys under which handlers find what they need in their aiohttp app. `cortex.app` fills them in."""
 
 from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.control.wiring import Parts
+from cortex.config.live import LiveConfig
+from cortex.control.loader import Loader
+from cortex.control.scheduler import Scheduler
+from cortex.control.shutdown import Shutdown
+from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
+from cortex.metrics.exporter import Metrics
+from cortex.metrics.worker_counts import CountTotals
 
-PARTS = web.AppKey("parts", Parts)
+LIVE = web.AppKey("live", LiveConfig)
+FLEET = web.AppKey("fleet", Fleet)
+STATE = web.AppKey("state", StateFile)
+SCHEDULER = web.AppKey("scheduler", Scheduler)
+LOADER = web.AppKey("loader", Loader)
+COUNTS = web.AppKey("counts", CountTotals)
+METRICS = web.AppKey("metrics", Metrics)
+SHUTDOWN = web.AppKey("shutdown", Shutdown)
+CREATED = web.AppKey("created", int)
+"""When cortex started, in Unix time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -12,13 +13,14 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from cortex.control.wiring import Parts
-from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, fetch
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.state import Fleet, RouteChanges
+from cortex.fleet.store import StateFile
+from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
-from cortex.upstream.replica import ReplicaKey
 from shared.protocol import EndpointReply
 from shared.tasks import TaskSet, running, timeout
 
@@ -41,26 +43,35 @@ class ContextLengths:
     client lists the models, because it costs a call to the neuron as well.
     """
 
-    def __init__(self, parts: Parts, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        fleet: Fleet,
+        state: StateFile,
+        clients: Mapping[str, NeuronClient],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._state = state
+        self._clients = clients
         self._clock = clock
         self._asked: dict[ReplicaKey, tuple[object, float]] = {}  # the load that was asked about, when to ask again
         self._seen: FleetSnapshot | None = None
         self._pool = EnginePool()
         self._tasks = TaskSet()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
-        self.known: Mapping[str, int] = MappingProxyType(dict(parts.state.max_model_len))
+        self.known: Mapping[str, int] = MappingProxyType(dict(state.max_model_len))
 
     async def follow(self) -> None:
         """Asks engines as they load. Never returns."""
-        with self._parts.fleet.route_changes() as changes:
-            self._ask(self._parts.fleet.snapshot().listed_models, told_only=True)
+        with contextlib.closing(RouteChanges(self._fleet)) as changes:
+            self._ask(self._fleet.snapshot().listed_models, told_only=True)
             while True:
                 self._ask(await changes.next(), told_only=True)
 
     async def settle(self) -> None:
         """Asks the engines that were not asked, and gives them a moment to answer."""
-        fleet = self._parts.fleet.snapshot()
+        fleet = self._fleet.snapshot()
         if fleet is self._seen:
             return
         self._seen = fleet
@@ -73,7 +84,7 @@ class ContextLengths:
         self._pool.close()
 
     def _ask(self, models: Iterable[str], *, told_only: bool) -> list[asyncio.Task[None]]:
-        fleet, now = self._parts.fleet.snapshot(), self._clock()
+        fleet, now = self._fleet.snapshot(), self._clock()
         begun: list[asyncio.Task[None]] = []
         for model_id in models:
             serving = {node.name: node for node in fleet.serving(model_id)}
@@ -104,13 +115,13 @@ class ContextLengths:
         self._asked[model_id, node.name] = load, float("inf")
         if self.known.get(model_id) != length:
             self.known = MappingProxyType({**self.known, model_id: length})
-            self._parts.state.set_max_model_len(model_id, length)
+            self._state.set_max_model_len(model_id, length)
 
     async def _endpoint(self, model_id: str, node: NodeSnapshot) -> EndpointReply:
         told = node.models[model_id].endpoint
         if told is not None:
             return reachable(told, node.endpoint)
-        client = self._parts.clients.get(node.name)
+        client = self._clients.get(node.name)
         if client is None:
             raise ValueError("the neuron left the configuration")
         return await client.endpoint(model_id)

@@ -7,10 +7,10 @@ import contextlib
 
 from aiohttp import web
 
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import COUNTS, FLEET, LIVE, SCHEDULER, SHUTDOWN
 from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
-from cortex.control.wiring import Parts
+from cortex.fleet.state import Fleet
 from shared.errors import InvalidRequest
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
 from shared.serve import CLOSING
@@ -25,15 +25,15 @@ async def show_fleet(request: web.Request) -> web.Response:
 
 async def fleet_events(request: web.Request) -> web.StreamResponse:
     """Server-sent events: the fleet now and after every change, at most one per MIN_INTERVAL_SECS."""
-    parts, view, closing = request.app[PARTS], request.app[FLEET_VIEW], request.app[CLOSING]
+    fleet, view, closing = request.app[FLEET], request.app[FLEET_VIEW], request.app[CLOSING]
     response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
     while not closing.is_set():
         version, event = view.event()
         await response.write(event)
         await _closing_within(MIN_INTERVAL_SECS, closing)
-        while parts.fleet.version == version and not closing.is_set():
-            if not await _change_or_closing(parts, version, closing):
+        while fleet.version == version and not closing.is_set():
+            if not await _change_or_closing(fleet, version, closing):
                 await response.write(KEEP_ALIVE_COMMENT)
     return response
 
@@ -44,25 +44,24 @@ async def _closing_within(secs: float, closing: asyncio.Event) -> None:
             await closing.wait()
 
 
-async def _change_or_closing(parts: Parts, version: int, closing: asyncio.Event) -> bool:
+async def _change_or_closing(fleet: Fleet, version: int, closing: asyncio.Event) -> bool:
     """Waits for a change or the shutdown. False if neither happens within KEEPALIVE_SECS."""
-    waits = {"change": parts.fleet.changed_since(version), "closing": closing.wait()}
+    waits = {"change": fleet.changed_since(version), "closing": closing.wait()}
     return await first_of(waits, timeout_secs=KEEPALIVE_SECS) is not None
 
 
 async def explain_model(request: web.Request) -> web.Response:
-    parts = request.app[PARTS]
+    scheduler, counts = request.app[SCHEDULER], request.app[COUNTS]
     name = request.query.get("model")
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
-    model_id = parts.catalogue.resolve(name)
-    return web.json_response(explain(model_id, parts.scheduler.view(), parts.counts.in_flight))
+    model_id = request.app[LIVE].catalogue.resolve(name)
+    return web.json_response(explain(model_id, scheduler.view(), counts.in_flight))
 
 
 async def health(request: web.Request) -> web.Response:
     """200 while a neuron is healthy (`degraded` if one is not), 503 otherwise and while stopping."""
-    parts = request.app[PARTS]
-    fleet, stops = parts.fleet.snapshot(), parts.stopping.begun
+    fleet, stops = request.app[FLEET].snapshot(), request.app[SHUTDOWN].begun
     healthy, total = len(fleet.healthy), len(fleet.nodes)
     status = "ok" if healthy == total and total and not stops else "degraded"
     body = {"status": status, "nodes": {"healthy": healthy, "total": total}}

@@ -9,8 +9,13 @@ import msgspec
 from aiohttp import web
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.wiring import Parts
+from cortex.config.live import LiveConfig
+from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.loader import Loader
+from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.state import Fleet
+from cortex.metrics.worker_counts import CountTotals
 
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
@@ -19,16 +24,29 @@ MIN_INTERVAL_SECS = 0.25
 class FleetView:
     """`GET /fleet`, and what `/fleet/events` sends. Times are Unix seconds, memory in MiB."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        *,
+        live: LiveConfig,
+        fleet: Fleet,
+        loader: Loader,
+        scheduler: Scheduler,
+        queue: AdmissionQueue,
+        counts: CountTotals,
+    ) -> None:
+        self._live = live
+        self._fleet = fleet
+        self._loader = loader
+        self._scheduler = scheduler
+        self._queue = queue
+        self._counts = counts
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
         self._event: tuple[int, float, bytes] | None = None  # fleet version, time, event
 
     def body(self) -> bytes:
         """The current view."""
-        parts = self._parts
-        fleet = parts.fleet.snapshot()
+        fleet = self._fleet.snapshot()
         rest = {
             "loads": [
                 {
@@ -40,30 +58,30 @@ class FleetView:
                     "phase": job.phase,
                     "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
                 }
-                for job in parts.loader.jobs()
+                for job in self._loader.jobs()
             ],
             "in_flight": [
                 {"model": model, "node": node, "count": count}
-                for (model, node), count in sorted(parts.counts.all_in_flight().items())
+                for (model, node), count in sorted(self._counts.all_in_flight().items())
             ],
             "waiting": [
-                {"model": model, "count": waiting.count, "for": parts.scheduler.wait_reason(model)}
-                for model, waiting in sorted(parts.queue.waiting().items())
+                {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
+                for model, waiting in sorted(self._queue.waiting().items())
             ],
             "configuration": {
-                "loaded_at": parts.live.loaded_at,
-                "files": list(parts.live.files),
-                "error": parts.live.error,
+                "loaded_at": self._live.loaded_at,
+                "files": list(self._live.files),
+                "error": self._live.error,
             },
         }
         nodes = [{**self._node(node), "uptime_secs": _uptime(node)} for node in fleet.nodes.values()]
         if len(self._nodes) > len(fleet.nodes):
             self._nodes = {name: known for name, known in self._nodes.items() if name in fleet.nodes}
-        return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(parts.catalogue)})
+        return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(self._live.catalogue)})
 
     def event(self) -> tuple[int, bytes]:
         """The fleet's version and its view as a server-sent event. Listeners share one event until it is outdated."""
-        now, version = time.monotonic(), self._parts.fleet.version
+        now, version = time.monotonic(), self._fleet.version
         known = self._event
         if known is None or known[0] != version or now - known[1] >= MIN_INTERVAL_SECS:
             known = self._event = version, now, b"event: fleet\ndata: " + self.body() + b"\n\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
 from cortex.config.catalogue import Catalogue, ModelProfile
@@ -52,10 +52,10 @@ async def show_model(request: web.Request) -> web.Response:
 
 async def _up_to_date(request: web.Request) -> tuple[bytes, ...]:
     """The list as it is now, in pieces."""
-    parts, lengths = request.app[PARTS], request.app[CONTEXT_LENGTHS]
+    app, lengths = request.app, request.app[CONTEXT_LENGTHS]
     await lengths.settle()
-    return request.app[MODEL_LIST].blocks(
-        parts.catalogue, parts.fleet.snapshot(), created=parts.created, lengths=lengths.known
+    return app[MODEL_LIST].blocks(
+        app[LIVE].catalogue, app[FLEET].snapshot(), created=app[CREATED], lengths=lengths.known
     )
 
 

@@ -119,7 +119,15 @@ def _inference(path: str) -> Operation:
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     **{("POST", path): _inference(path) for path in INFERENCE_PATHS},
-    ("GET", "/v1/models"): Operation("The models that can be used.", "models"),
+    ("GET", "/v1/models"): Operation(
+        "The models that can be used; with the header `anthropic-version`, a page of them in Anthropic's shape.",
+        "models",
+        query={
+            "limit": "Only for Anthropic's shape: entries of the page, 1 to 1000.",
+            "after_id": "Likewise: the last id of the previous page.",
+            "before_id": "Likewise: the first id of the next page.",
+        },
+    ),
     ("GET", "/v1/models/{model_id}"): Operation("One model.", "models"),
     ("GET", "/health"): Operation("200 while at least one neuron is healthy, 503 otherwise.", "fleet"),
     ("GET", "/fleet"): Operation("Neurons, devices, models, loads and requests.", "fleet"),

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loader import LoadJob
-from cortex.control.routing import Refuse, Serve, decide
-from cortex.control.wiring import Parts
+from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
@@ -45,24 +45,24 @@ class UnloadAction(LoadAction):
 
 async def load_model(request: web.Request) -> web.Response:
     """Loads a model, by default where the planner decides. Waits for the load; `?wait=false` answers 202 at once."""
-    parts = request.app[PARTS]
+    app = request.app
     action = await read_model(request, LoadAction)
-    model_id = parts.catalogue.resolve(action.model)
-    serving = _serving(parts, model_id, action.node)
+    model_id = app[LIVE].catalogue.resolve(action.model)
+    serving = _serving(app, model_id, action.node)
     if serving is not None:
         return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
-    job = parts.scheduler.load(model_id, action.node)
-    coming = parts.fleet.snapshot().loading_on(model_id)
+    job = app[SCHEDULER].load(model_id, action.node)
+    coming = app[FLEET].snapshot().loading_on(model_id)
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    await parts.stopping.unless_begun(_until_loaded(parts, model_id, node, job))
+    await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
 
-async def _until_loaded(parts: Parts, model_id: str, node: str | None, job: LoadJob | None) -> None:
+async def _until_loaded(app: web.Application, model_id: str, node: str | None, job: LoadJob | None) -> None:
     """Waits for our load, or for the load of another caller on this node.
 
     Raises:
@@ -76,25 +76,25 @@ async def _until_loaded(parts: Parts, model_id: str, node: str | None, job: Load
     try:
         if failure is not None:
             raise failure
-        await parts.loader.until_loaded(model_id, node)  # ours may have found a load of another caller there
+        await app[LOADER].until_loaded(model_id, node)  # ours may have found a load of another caller there
     except NodeRemoved:
         raise _removed(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
-        backoff = parts.scheduler.view().backoff(model_id, node)
+        backoff = app[SCHEDULER].view().backoff(model_id, node)
         wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
 
 
-def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
+def _serving(app: web.Application, model_id: str, node_name: str | None) -> str | None:
     """A neuron that has the model loaded (only the named one, if given); None if the model must be loaded.
 
     Raises:
         ServiceError: the model cannot be loaded.
     """
-    fleet = parts.fleet.snapshot()
-    profile = parts.catalogue.profile(model_id)
+    fleet, catalogue = app[FLEET].snapshot(), app[LIVE].catalogue
+    profile = catalogue.profile(model_id)
     if node_name is None:
-        decision = decide(model_id, parts.catalogue, fleet, parts.counts.in_flight)
+        decision = decide(model_id, catalogue, fleet, app[COUNTS].in_flight)
         if isinstance(decision, Serve):
             return decision.nodes[0]
         failed = any(
@@ -103,7 +103,7 @@ def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
-    node = _usable_node(parts, node_name)
+    node = _usable_node(fleet, node_name)
     if node.status_of(model_id) is ModelStatus.LOADED:
         return node.name
     if profile is None:
@@ -121,23 +121,23 @@ def _serving(parts: Parts, model_id: str, node_name: str | None) -> str | None:
 async def unload_model(request: web.Request) -> web.Response:
     """Unloads a model from one neuron, or from all that have it. Requests in flight finish first, unless the body says
     `"drain": false`. The answer lists every node's result, even if some failed."""
-    parts = request.app[PARTS]
+    scheduler, fleet = request.app[SCHEDULER], request.app[FLEET].snapshot()
     action = await read_model(request, UnloadAction)
-    model_id = parts.catalogue.resolve(action.model)
+    model_id = request.app[LIVE].catalogue.resolve(action.model)
     if action.node is not None:
-        nodes = [_usable_node(parts, action.node)]
+        nodes = [_usable_node(fleet, action.node)]
     else:
         nodes = [
             node
-            for node in parts.fleet.snapshot().holders(model_id)
+            for node in fleet.holders(model_id)
             if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
         ]
     nodes = [node for node in nodes if model_id in node.models]
     if not nodes:
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
         raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
-    unloads = (_unload(parts, (model_id, node.name), drain=action.drain) for node in nodes)
-    errors = await parts.stopping.unless_begun(_all(unloads))
+    unloads = (_unload(scheduler, (model_id, node.name), drain=action.drain) for node in nodes)
+    errors = await request.app[SHUTDOWN].unless_begun(_all(unloads))
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
@@ -162,11 +162,11 @@ def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
     return {"node": node, "status": "failed", "code": error.code, "error": error.message}
 
 
-async def _unload(parts: Parts, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
+async def _unload(scheduler: Scheduler, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
     """None once the model is gone from the node, else the error."""
     model_id, node = key
     try:
-        await parts.scheduler.unload(key, drain=drain)
+        await scheduler.unload(key, drain=drain)
     except NeuronRefused as error:
         return UpstreamError(f"{node}: {error.message}", code=ErrorCode.UNLOAD_FAILED)
     except NeuronUnreachable as error:
@@ -182,41 +182,41 @@ def _removed(node: str, meanwhile: str) -> Unavailable:
 
 
 async def drain_node(request: web.Request) -> web.Response:
-    parts = request.app[PARTS]
-    return await _set_draining(parts, _node_named(parts, request.match_info["name"]).name, draining=True)
+    node = _node_named(request.app[FLEET].snapshot(), request.match_info["name"])
+    return await _set_draining(request.app, node.name, draining=True)
 
 
 async def resume_node(request: web.Request) -> web.Response:
     """Also forgets a drained neuron that has left the configuration."""
-    parts = request.app[PARTS]
     name = request.match_info["name"]
-    if name not in parts.state.drained:
-        _node_named(parts, name)
-    return await _set_draining(parts, name, draining=False)
+    if name not in request.app[STATE].drained:
+        _node_named(request.app[FLEET].snapshot(), name)
+    return await _set_draining(request.app, name, draining=False)
 
 
-async def _set_draining(parts: Parts, name: str, *, draining: bool) -> web.Response:
+async def _set_draining(app: web.Application, name: str, *, draining: bool) -> web.Response:
     """Answers once the state file is written, so the confirmed state survives a restart."""
-    if name in parts.fleet.snapshot().nodes:
-        parts.fleet.set_draining(name, draining)
-    parts.state.set_drained(name, draining)
-    await parts.state.flush()
+    fleet, state = app[FLEET], app[STATE]
+    if name in fleet.snapshot().nodes:
+        fleet.set_draining(name, draining)
+    state.set_drained(name, draining)
+    await state.flush()
     answer: dict[str, Any] = {"node": name, "draining": draining}
-    if parts.state.problem is not None:
-        answer["warning"] = f"will not survive a restart: {parts.state.problem}"
+    if state.problem is not None:
+        answer["warning"] = f"will not survive a restart: {state.problem}"
     return web.json_response(answer)
 
 
-def _node_named(parts: Parts, name: str) -> NodeSnapshot:
-    node = parts.fleet.snapshot().nodes.get(name)
+def _node_named(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
+    node = fleet.nodes.get(name)
     if node is None:
-        names = ", ".join(parts.fleet.snapshot().nodes) or "none"
+        names = ", ".join(fleet.nodes) or "none"
         raise NotFound(f"unknown neuron {name!r} (known: {names})", code=ErrorCode.NODE_NOT_FOUND, param="node")
     return node
 
 
-def _usable_node(parts: Parts, name: str) -> NodeSnapshot:
-    node = _node_named(parts, name)
+def _usable_node(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
+    node = _node_named(fleet, name)
     if not node.healthy:
         raise Unavailable(
             f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS

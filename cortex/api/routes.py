@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.api import fleet, models, openapi, operator
-from cortex.api.app_keys import PARTS
+from cortex.api.app_keys import COUNTS, METRICS
 from cortex.proxy.paths import INFERENCE_PATHS
 
 
@@ -15,9 +15,8 @@ async def of_workers(request: web.Request) -> web.StreamResponse:
 
 
 async def expose_metrics(request: web.Request) -> web.Response:
-    parts = request.app[PARTS]
-    await parts.counts.refresh()
-    return web.Response(body=parts.metrics.exposition(), headers={"Content-Type": METRICS_TYPE})
+    await request.app[COUNTS].refresh()
+    return web.Response(body=request.app[METRICS].exposition(), headers={"Content-Type": METRICS_TYPE})
 
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

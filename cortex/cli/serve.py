@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.files import ConfigurationFiles, configuration_warnings, read_configuration, state_directory
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
-from cortex.control.wiring import running_control
+from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
+from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
 from shared.command_line import fail
 from shared.logs import configure_logging
@@ -117,15 +118,41 @@ async def serve(
             if settings.workers == 1:
                 front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
             else:
-                workers = Supervisor(parts, socks, control_address(control))
+                workers = _supervisor(parts, socks, control_address(control))
                 front = workers.running(stop)
-            async with front, running({"configuration": Reloader(files, parts, reload_asked).watch_loop}):
+            reloader = _reloader(parts, files, reload_asked)
+            async with front, running({"configuration": reloader.watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
                 if reaches_network(socks[0]) and not settings.allow_anonymous:
                     log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
+
+
+def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) -> Supervisor:
+    return Supervisor(
+        socks,
+        address,
+        live=parts.live,
+        resolver=parts.resolver,
+        routes=parts.routes,
+        counts=parts.counts,
+        fleet=parts.fleet,
+        shutdown=parts.shutdown,
+    )
+
+
+def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> Reloader:
+    return Reloader(
+        files,
+        asked,
+        live=parts.live,
+        fleet=parts.fleet,
+        membership=parts.membership,
+        routes=parts.routes,
+        state=parts.state,
+    )
 
 
 def _count(things: Sized, name: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
-
-Subscriber = Callable[[], None]
+from cortex.subscribers import Subscribers
 
 
 class LiveConfig:
@@ -21,7 +20,7 @@ class LiveConfig:
         self.files = tuple(files)
         self.loaded_at = time.time()
         self.error: str | None = None
-        self._subscribers: list[Subscriber] = []
+        self.changes: Subscribers[[]] = Subscribers()
 
     def replace(self, config: CortexConfig, catalogue: Catalogue, files: Sequence[str]) -> None:
         """Puts a new configuration into effect. Pass the same object for an unchanged part: subscribers may compare
@@ -33,14 +32,8 @@ class LiveConfig:
         self.loaded_at = time.time()
         self.error = None
         if changed:
-            for subscriber in list(self._subscribers):
-                subscriber()
+            self.changes.announce()
 
     def refuse(self, error: str) -> None:
         """Records that the files are invalid; the current configuration stays in effect."""
         self.error = error
-
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Calls `subscriber` after each change. Call the result to unsubscribe."""
-        self._subscribers.append(subscriber)
-        return lambda: self._subscribers.remove(subscriber)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import ReplicaUsage
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0

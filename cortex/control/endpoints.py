@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cortex.config.live import LiveConfig
-from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
-from cortex.upstream.replica import Failure, ReplicaKey
+from cortex.routing.replica import Failure, ReplicaKey
+from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
 
@@ -60,14 +60,14 @@ class Endpoints:
         fleet: Fleet,
         clients: Mapping[str, NeuronClient],
         pollers: Mapping[str, NeuronPoller],
-        backoffs: Backoffs,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._live = live
         self._fleet = fleet
         self._clients = clients
         self._pollers = pollers
-        self._backoffs = backoffs
+        self.refusals: Subscribers[[ReplicaKey, str]] = Subscribers()
+        """Announces a neuron's refusal to give the endpoint of a model that it lists as loaded, and its reason."""
         self._clock = clock
         self._known: dict[str, dict[str, _Remembered]] = {}
         self._invalidated: dict[ReplicaKey, EndpointReply] = {}
@@ -114,7 +114,7 @@ class Endpoints:
             except (NeuronRefused, NeuronUnreachable) as error:
                 refused = isinstance(error, NeuronRefused)
                 if refused:
-                    self._note_lost(model_id, node, str(error))
+                    self.refusals.announce((model_id, node), str(error))
                 await poller.refresh()
                 if self._clients.get(node) is not client:
                     continue
@@ -175,10 +175,6 @@ class Endpoints:
         nodes.pop(node, None)
         if not nodes:
             self._known.pop(model_id, None)
-
-    def _note_lost(self, model_id: str, node: str, reason: str) -> None:
-        """A neuron that reports a model as loaded but has no endpoint for it would otherwise be asked forever."""
-        self._backoffs.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
 
 def version(fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from cortex.config.catalogue import TOOLS_HINT, ModelProfile
-from cortex.control.routing import Await, InFlight, Place, Refuse, Serve, decide
+from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.eviction import EvictionClass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from cortex.placement.inputs import ANY_NODE, Backoff
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -65,6 +65,11 @@ class Backoffs:
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
         self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
+
+    def record_refused_endpoint(self, key: ReplicaKey, reason: str) -> None:
+        """Notes that a neuron lists a model as loaded but gives no endpoint for it: it would be asked forever."""
+        model_id, node = key
+        self.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
     def record_success(self, model_id: str, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""

@@ -13,7 +13,6 @@ from typing import Literal, Protocol, TypeAlias
 
 from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
-from cortex.control.load_command import load_command
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -21,8 +20,9 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import MAX_DRAIN_SECS, ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 

@@ -10,8 +10,10 @@ import threading
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
 from cortex.config.files import ConfigurationFiles, Stamp, configuration_warnings
+from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
-from cortex.control.wiring import Parts
+from cortex.control.route_table import RouteTable
+from cortex.fleet.membership import Membership
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from shared.settings import SettingsError
@@ -26,10 +28,24 @@ written in pieces."""
 class Reloader:
     """Reads the files again after a change, or on request."""
 
-    def __init__(self, files: ConfigurationFiles, parts: Parts, asked: asyncio.Event) -> None:
+    def __init__(
+        self,
+        files: ConfigurationFiles,
+        asked: asyncio.Event,
+        *,
+        live: LiveConfig,
+        fleet: Fleet,
+        membership: Membership,
+        routes: RouteTable,
+        state: StateFile,
+    ) -> None:
         """Set `asked` to have the files read now."""
         self._files = files
-        self._parts = parts
+        self._live = live
+        self._fleet = fleet
+        self._membership = membership
+        self._routes = routes
+        self._state = state
         self._asked = asked
         self._warned: frozenset[str] = frozenset()
 
@@ -60,9 +76,8 @@ class Reloader:
 
     async def reload(self) -> None:
         """Applies the files. If they contain an error nothing changes, and `live.error` says why."""
-        live = self._parts.live
         try:
-            found, warnings = await asyncio.to_thread(self._compare, live.config, live.catalogue)
+            found, warnings = await asyncio.to_thread(self._compare, self._live.config, self._live.catalogue)
         except SettingsError as error:
             self._refuse(error.problems)
         except Exception as error:
@@ -84,24 +99,24 @@ class Reloader:
     def _refuse(self, problems: list[str]) -> None:
         for problem in problems:
             log.error("configuration not reloaded: %s", problem)
-        self._parts.live.refuse("\n".join(problems))
-        self._parts.fleet.notify()
+        self._live.refuse("\n".join(problems))
+        self._fleet.notify()
 
     def _apply(self, found: Difference) -> None:
         """In one step: no reader sees half of it."""
-        parts, config = self._parts, found.config
-        parts.fleet.configure(
+        config = found.config
+        self._fleet.configure(
             [(entry.name, entry.endpoint) for entry in config.neurons],
             unhealthy_after=config.poll.unhealthy_after,
-            drained=parts.state.drained,
+            drained=self._state.drained,
         )
-        others = parts.membership.configure(config.neurons, config.poll)
-        parts.live.replace(config, found.catalogue, [str(path) for path in self._files.paths])
-        parts.routes.forget(others)
+        others = self._membership.configure(config.neurons, config.poll)
+        self._live.replace(config, found.catalogue, [str(path) for path in self._files.paths])
+        self._routes.forget(others)
         log.info("configuration reloaded: %s", found)
         for line in found.restart:
             log.warning("configuration: %s takes effect after a restart", line)
-        warn_of_absent(parts.state, parts.fleet)
+        warn_of_absent(self._state, self._fleet)
 
 
 def warn_of_absent(state: StateFile, fleet: Fleet) -> None:

@@ -11,16 +11,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.decision import Await, Place, Refuse, Serve, decide
 from cortex.control.demand import Demand
 from cortex.control.route_table import RouteTable
-from cortex.control.routing import Await, Place, Refuse, Serve, decide
 from cortex.control.scheduler import Scheduler
+from cortex.control.shutdown import Shutdown
 from cortex.control.wait_note import waiting_note
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, NodeRemoved
-from cortex.http.stopping import Stopping, stopping
+from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -49,7 +50,7 @@ class Resolver:
         pollers: Mapping[str, NeuronPoller],
         counts: CountTotals,
         demand: Demand,
-        stopping: Stopping,
+        shutdown: Shutdown,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -61,7 +62,7 @@ class Resolver:
         self._pollers = pollers
         self._counts = counts
         self._demand = demand
-        self._stopping = stopping
+        self._shutdown = shutdown
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
 
@@ -91,6 +92,9 @@ class Resolver:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
 
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        """Does nothing: in one process there is no other worker."""
+
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
@@ -109,8 +113,8 @@ class Resolver:
     async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
         """Waits in the queue until the model can be served. Runs in the caller's own task: another task that ran
         between the decision and the in-flight count could evict the model as idle."""
-        if self._stopping.begun:
-            raise stopping()
+        if self._shutdown.begun:
+            raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
         self._demand.record_request(model_id)
         with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
@@ -124,8 +128,8 @@ class Resolver:
                 replica = await self._serving(model_id, failures, lost)
                 if replica is not None:
                     return Route(replica=replica, cold=True)
-                if self._stopping.begun:
-                    raise stopping()
+                if self._shutdown.begun:
+                    raise shutting_down()
                 self._scheduler.ensure_scheduled(model_id)
 
     async def _serving(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Replica | None:
@@ -136,9 +140,8 @@ class Resolver:
         """
         for _ in range(MAX_ROUNDS):
             if not self._fleet.snapshot().serving(model_id):
-                await (
-                    self._fleet.until_all_polled()
-                )  # right after a start, cortex would load what is loaded somewhere already
+                # Right after a start, cortex would load what is loaded somewhere already.
+                await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Serve(nodes):
                     left = [node for node in untried_first(nodes, failures) if node not in lost]

@@ -12,18 +12,18 @@ from cortex.control.endpoints import Endpoint, Endpoints
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
-from cortex.proxy.balancing.choice import beyond_ours
-from cortex.upstream.replica import Failure, Replica
+from cortex.routing.choice import beyond_ours
+from cortex.routing.replica import Failure, Replica
+from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
-Subscriber = Callable[[str, tuple[Replica, ...]], None]
-
 
 class RouteTable:
-    """Owns `table`, from model id to replicas, and passes each change to its subscribers."""
+    """Owns `table`, from model id to replicas. `changes` announces a model and all its replicas; an empty tuple means:
+    ask the control."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class RouteTable:
         self._fetching: dict[tuple[str, str], asyncio.Task[Endpoint | UpstreamError | None]] = {}
         self._expiring: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
-        self._subscribers: list[Subscriber] = []
+        self.changes: Subscribers[[str, tuple[Replica, ...]]] = Subscribers()
 
     async def replica(self, model_id: str, node: str) -> Replica | None:
         """The engine that serves the model on this node. None and errors as `Endpoints.fetch`."""
@@ -74,12 +74,6 @@ class RouteTable:
         self.publish(self._wanted)
         await self._counts.refresh()
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Calls `subscriber` with a model and all its replicas on each change; an empty tuple means: ask the control.
-        The result ends the subscription."""
-        self._subscribers.append(subscriber)
-        return lambda: self._subscribers.remove(subscriber)
-
     def publish(self, models: Iterable[str] | None = None) -> None:
         """Brings the table up to date with the fleet, for these models that have been requested (default: all). Asks
         for the endpoints that are not known, so that requests need not wait for them."""
@@ -99,8 +93,7 @@ class RouteTable:
             self.table[model_id] = replicas
         else:
             del self.table[model_id]
-        for subscriber in self._subscribers:
-            subscriber(model_id, replicas)
+        self.changes.announce(model_id, replicas)
 
     async def close(self) -> None:
         for timer in self._expiring.values():

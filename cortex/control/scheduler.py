@@ -26,7 +26,7 @@ from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.request_ids import request_scope

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.upstream.replica import WaitNote
+from cortex.routing.replica import WaitNote
 from shared.protocol import ModelStatus, ModelView, Progress
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from cortex.control.loader import Loader
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
+from cortex.control.shutdown import Shutdown
 from cortex.fleet.membership import Membership
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
-from cortex.http.stopping import Stopping
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.upstream.pool import EnginePool
@@ -34,11 +34,12 @@ from shared.tasks import running
 
 @dataclass(frozen=True)
 class Parts:
-    """The collaborators of a running cortex. `created` is Unix time."""
+    """What `build` has made, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it.
+    `created` is Unix time."""
 
     live: LiveConfig
     state: StateFile
-    stopping: Stopping
+    shutdown: Shutdown
     fleet: Fleet
     counts: CountTotals
     metrics: Metrics
@@ -73,14 +74,15 @@ class Parts:
 
 def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membership) -> Parts:
     """Everything that decides and acts, around the fleet. Starts nothing."""
-    stopping, counts, backoffs = Stopping(), CountTotals(), Backoffs()
+    shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs()
     clients, pollers = membership.clients, membership.pollers
     demand = Demand(counts)
-    fleet.on_route_change(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live)
-    stopping.on_begin(queue.notify_all)
-    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, backoffs=backoffs)
+    shutdown.beginning.subscribe(queue.notify_all)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers)
+    endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,
@@ -102,12 +104,12 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         pollers=pollers,
         counts=counts,
         demand=demand,
-        stopping=stopping,
+        shutdown=shutdown,
     )
     return Parts(
         live=live,
         state=state,
-        stopping=stopping,
+        shutdown=shutdown,
         fleet=fleet,
         counts=counts,
         metrics=metrics,
@@ -133,13 +135,13 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    live.subscribe(fleet.notify)
+    live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         parts = build(live, state, fleet, Membership(pool, fleet))
         parts.membership.configure(config.neurons, config.poll)
         try:
             loops: dict[str, Callable[[], Awaitable[None]]] = {
-                "route changes": partial(follow_routes, parts),
+                "route changes": partial(follow_routes, fleet, parts.routes, parts.scheduler, parts.queue),
                 "scheduler": parts.scheduler.run,
                 "replica control": parts.scheduler.reconcile_loop,
                 "state file": state.write_loop,
@@ -152,12 +154,12 @@ async def running_control(
             await state.close()
 
 
-async def follow_routes(parts: Parts) -> None:
+async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:
     """Keeps the route table and the scheduler up to date with the fleet. Never returns."""
-    with parts.fleet.route_changes() as changes:
-        parts.routes.publish()
-        parts.scheduler.routes_changed(list(parts.queue.models))  # changes that an earlier, failed run has missed
+    with contextlib.closing(RouteChanges(fleet)) as changes:
+        routes.publish()
+        scheduler.routes_changed(list(queue.models))  # changes that an earlier, failed run has missed
         while True:
             models = await changes.next()
-            parts.routes.publish(models)
-            parts.scheduler.routes_changed(models)
+            routes.publish(models)
+            scheduler.routes_changed(models)

@@ -62,9 +62,8 @@ class NeuronPoller:
         self._polling: asyncio.Future[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
-        self._discovery_known = (
-            False  # the known discovery came from here, and not from a watch of another endpoint before
-        )
+        # The known discovery came from here, and not from a watch of another endpoint before.
+        self._discovery_known = False
         self._stopped = False
         self._listening = False  # events arrive, and the first one listed all models
         self._model_polls_due = 0  # polls to come that request the models even while events arrive

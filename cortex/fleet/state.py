@@ -6,14 +6,14 @@ Observations come in (a poll answered, a poll missed, an event, a finished load)
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_different_routes
+from cortex.subscribers import Subscribers
 from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, NeuronHealth
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,13 @@ class NodeRemoved(Exception):
 
 
 class RouteChanges:
-    """Collects the models whose routes may have changed, for one listener. Other polls do not wake it: a thousand
-    neurons send five hundred answers a second."""
+    """Collects the models that a fleet's `route_changes` announces, until `close`. Other polls do not wake it: a
+    thousand neurons send five hundred answers a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._models: set[str] = set()
         self._came = asyncio.Event()
+        self.close = fleet.route_changes.subscribe(self.add)
 
     def add(self, models: Iterable[str]) -> None:
         self._models.update(models)
@@ -70,9 +71,10 @@ class Fleet:
         self._snapshot: FleetSnapshot | None = None
         self._changed: asyncio.Future[None] | None = None
         self._node_changed: dict[str, asyncio.Future[None]] = {}
-        self._route_changes: list[RouteChanges] = []
-        self._route_listeners: list[Callable[[set[str]], None]] = []
-        self._down_listeners: list[Callable[[], None]] = []
+        self.route_changes: Subscribers[[set[str]]] = Subscribers()
+        """Announces the models whose routes may have changed."""
+        self.down_changes: Subscribers[[]] = Subscribers()
+        """Announces that `down` has changed."""
         self._down: frozenset[str] = frozenset()
         # Model id -> neurons that list it, in the order of the configuration. Replaced, not changed, because snapshots
         # share it; kept across polls, because models rarely change.
@@ -129,28 +131,10 @@ class Fleet:
                 self._node_changed[name] = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._node_changed[name])
 
-    @contextlib.contextmanager
-    def route_changes(self) -> Iterator[RouteChanges]:
-        """Inside the body, collects the models whose routes may have changed."""
-        changes = RouteChanges()
-        self._route_changes.append(changes)
-        try:
-            yield changes
-        finally:
-            self._route_changes.remove(changes)
-
-    def on_route_change(self, listener: Callable[[set[str]], None]) -> None:
-        """Calls `listener` synchronously with the models whose routes may have changed."""
-        self._route_listeners.append(listener)
-
     @property
     def down(self) -> frozenset[str]:
         """The neurons that were healthy and now count as down."""
         return self._down
-
-    def on_down_change(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` synchronously when `down` changes."""
-        self._down_listeners.append(listener)
 
     @property
     def all_polled(self) -> bool:
@@ -329,10 +313,7 @@ class Fleet:
 
     def _notify_routes(self, models: set[str]) -> None:
         if models:
-            for listener in self._route_listeners:
-                listener(models)
-            for changes in self._route_changes:
-                changes.add(models)
+            self.route_changes.announce(models)
 
     def _replace(self, node: NodeSnapshot) -> None:
         before, self._nodes[node.name] = self._nodes[node.name], node
@@ -352,8 +333,7 @@ class Fleet:
     def _set_down(self, down: frozenset[str]) -> None:
         if down != self._down:
             self._down = down
-            for listener in self._down_listeners:
-                listener()
+            self.down_changes.announce()
 
     def _index(self, name: str, *, gone: Iterable[str], models: Iterable[str]) -> None:
         """Updates the holders for one neuron."""

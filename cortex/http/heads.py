@@ -124,9 +124,8 @@ class HeadReader:
         Raises:
             BadHead: it is malformed or too long.
         """
-        before = (
-            b"" if not self._size else b"".join(self._pieces[-3:])[-3:]
-        )  # the empty line may be split over two pieces
+        # The empty line may be split over two pieces.
+        before = b"" if not self._size else b"".join(self._pieces[-3:])[-3:]
         end = (before + data).find(_SEPARATOR) + 4 - len(before) if before else data.find(_SEPARATOR) + 4
         whole = end > 3 - len(before)
         piece = data[:end] if whole else data

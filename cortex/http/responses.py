@@ -27,4 +27,5 @@ def error_answer(
         lines.append(f"x-cortex-node: {node}")
     if request is not None and request.cors:
         lines.append(request.cors.decode("latin-1"))
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return head if request is not None and request.method == b"HEAD" else head + body

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")

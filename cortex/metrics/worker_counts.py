@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cortex.metrics.counters import Counters, merged
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 
 class WorkerCounts(Protocol):

@@ -8,7 +8,7 @@ from statistics import median
 
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30

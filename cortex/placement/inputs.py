@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelStatus
 
 

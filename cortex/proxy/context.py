@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
@@ -12,39 +10,14 @@ from cortex.http.access_log import AccessLog
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
-from cortex.proxy.balancing.affinity import Affinity
-from cortex.proxy.balancing.speeds import Speeds
+from cortex.routing.affinity import Affinity
+from cortex.routing.control import Control
+from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
-
-
-class Control(Protocol):
-    """The control of a cortex, as its workers see it: in the same process or at the other end of a channel."""
-
-    table: dict[str, tuple[Replica, ...]]
-    """Model id to the replicas that can be used without asking the control."""
-
-    @property
-    def aliases(self) -> Mapping[str, str]: ...
-
-    @property
-    def down(self) -> Collection[str]:
-        """The neurons that count as down."""
-
-    def knows(self, model_id: str) -> bool: ...
-
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
-        """Waits until the model can be served. `failures` are the replicas that this request has tried.
-
-        Raises:
-            ServiceError: the request cannot be served.
-        """
-
-    def note(self, model_id: str) -> WaitNote | None:
-        """Progress of the model, for clients that wait for it; None if unknown."""
 
 
 class ProxyContext:
@@ -64,6 +37,7 @@ class ProxyContext:
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
+        self.response_owners = ResponseOwners()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 from cortex.http.connection import ClientConnection
+from cortex.http.errors import shutting_down
 from cortex.http.request import Request
-from cortex.http.stopping import stopping
 from cortex.proxy.answers.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
+from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
-from cortex.upstream.replica import FailureKind
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
@@ -27,7 +27,6 @@ class ControlRequest:
     __slots__ = ("_client", "_relay", "_request_id")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
-        request.notice_anthropic_client()
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
@@ -51,7 +50,7 @@ class ControlRequest:
             self._relay.cut_off("cortex is stopping")
         else:
             self._relay.abandon()
-            self._client.refuse(stopping(), self._request_id)
+            self._client.refuse(shutting_down(), self._request_id)
 
     def pause(self) -> None:
         self._relay.pause()

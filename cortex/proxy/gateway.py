@@ -24,12 +24,17 @@ from cortex.proxy.paths import (
     no_route,
     not_for_clients,
 )
+from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.stored_response import StoredResponse, stored_response_id
+from cortex.routing.replica import ReplicaKey
+from cortex.routing.response_owners import ResponseOwners
 from cortex.upstream.address import Address
-from cortex.upstream.replica import ReplicaKey
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
+
+_STORED_METHODS = (b"GET", b"POST", b"DELETE")
 
 
 class Gateway:
@@ -62,6 +67,10 @@ class Gateway:
         """Applies a reloaded configuration to requests that arrive from now on."""
         self._context.configure(config)
 
+    @property
+    def response_owners(self) -> ResponseOwners:
+        return self._context.response_owners
+
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         refused = self._cross_site.refusal(request)
         if refused is not None:
@@ -82,17 +91,25 @@ class Gateway:
         method = request.method
         request.notice_anthropic_client()
         if method == b"GET" and b"websocket" in (request.upgrade or b"").lower():
-            return self._refuse(client, request, _no_websocket(request))
+            return self._open_websocket(client, request, caller)
         path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
         if path != request.raw_path:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
+        response_id = stored_response_id(request.path)
+        if response_id is not None and method in _STORED_METHODS:
+            return StoredResponse(self._context, client, request, caller, response_id=response_id)
         if method != b"POST" or has_wrong_base(request.path):
             return self._refuse(client, request, no_route(request))
         if manages_engine(request.path):
             return self._refuse(client, request, not_for_clients(request))
         return RequestHandler(self._context, client, request, caller)
+
+    def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        if request.path == REALTIME:
+            return RealtimeRequest(self._context, client, request, caller)
+        return self._refuse(client, request, _no_websocket(request))
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
         return RefusedRequest(client, error, self.rejected(request, error))

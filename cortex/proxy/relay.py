@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
 
+from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
+from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
-from cortex.upstream.replica import FailureKind
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""
@@ -50,9 +52,11 @@ class Relay:
         "_listener",
         "_pool",
         "_request",
+        "_straight",
         "answer",
         "first_byte_at",
         "lost_because",
+        "on_start",
         "silent_since",
         "status",
     )
@@ -77,9 +81,11 @@ class Relay:
         self._connection: EngineConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._abandoned = False
+        self._straight = False  # the engine's chunks can pass to the client as they are
         self.status = 0
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
+        self.on_start: Callable[[bytes], bool] | None = None  # gets the body so far, until it returns True
         self._down_since = 0.0  # 0 while the neuron is up
         self._last_piece: bytes | None = None
         self.silent_since = 0.0
@@ -137,12 +143,39 @@ class Relay:
         self._head = b""
         self._request.forget()
         answer = self.answer
-        if answer.begin(head, body, first) and not body.ended:
-            assert self._connection is not None
-            self._connection.pass_straight(answer.client.transport.write, answer.tail)
+        self._straight = answer.begin(head, body, first) and not body.ended
+        if head.status == 101:
+            self._open_tunnel()
+        if self.on_start is not None:
+            self._show_start()
+        elif self._straight:
+            self._pass_straight()
+
+    def _open_tunnel(self) -> None:
+        """From now on the client's bytes go to the engine as they are."""
+        connection, client = self._connection, self.answer.client
+        assert connection is not None
+        connection.on_full = client.hold_back
+        client.begin_tunnel(connection.transport.write)
 
     def passed(self, data: bytes) -> None:
         self.answer.write(data)
+        if self.on_start is not None:
+            self._show_start()
+
+    def _pass_straight(self) -> None:
+        assert self._connection is not None
+        self._connection.pass_straight(self.answer.client.transport.write, self.answer.tail)
+
+    def _show_start(self) -> None:
+        assert self.on_start is not None
+        start = self.answer.tail.start
+        if self._straight:
+            start = ChunkedBody().start_unpacking(start)
+        if self.on_start(start):
+            self.on_start = None
+            if self._straight:
+                self._pass_straight()
 
     def ended(self) -> None:
         self._connection = None
@@ -177,7 +210,7 @@ class Relay:
             connection.abandon()
             return
         self._connection = connection
-        connection.send(self, self._head, self._request.body)
+        connection.send(self, self._head, self._request.body, upgrading=self._request.upgrading)
 
     def _goes_elsewhere(self, head: ResponseHead) -> bool:
         """True if the listener retries elsewhere after a 502 or 503, which only says that this engine does not serve

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+from collections.abc import Coroutine
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from cortex.http.connection import ClientConnection
+from cortex.http.errors import shutting_down
 from cortex.http.request import Request
-from cortex.http.stopping import stopping
 from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
-from cortex.proxy.balancing.choice import choose
 from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
+from cortex.proxy.request_state import Resolving, Sent
+from cortex.routing.choice import choose
+from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
+from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.upstream.address import engine_target
-from cortex.upstream.replica import Failure, FailureKind, Replica, unreachable
 from shared.errors import MAX_SHOWN_CHARS, ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
@@ -32,39 +34,18 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
 
+STORED: Final = b"/v1/responses"
+"""Answers to it can be requested again by their id."""
+
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
-
-
-class _Resolving:
-    """The state of a request that waits for the control to name an engine."""
-
-    __slots__ = ("since", "task")
-
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self.task = task
-        self.since = monotonic()
-
-
-class _Sent:
-    """The state of a request at an engine. `compared`: the replica was chosen among several. `spoke_at` is when silence
-    was last broken. `plain`: the answer cannot begin before the engine's."""
-
-    __slots__ = ("compared", "plain", "relay", "replica", "spoke_at")
-
-    def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
-        self.replica = replica
-        self.relay = relay
-        self.compared = compared
-        self.spoke_at = 0.0
-        self.plain = False
 
 
 class RequestHandler:
     """Implements `http.connection.Handler` and `relay.RelayListener`.
 
-    The state is a _Resolving or a _Sent; None before `begin`, in between and at the end. If the model can be served at
-    once, the request goes straight to _Sent, without a task and without an await.
+    The state is a Resolving or a Sent; None before `begin`, in between and at the end. If the model can be served at
+    once, the request goes straight to Sent, without a task and without an await.
     """
 
     __slots__ = (
@@ -90,7 +71,7 @@ class RequestHandler:
         self._request = request
         self._request_id = make_request_id(request.request_id)
         self._caller = caller
-        self._state: _Resolving | _Sent | None = None
+        self._state: Resolving | Sent | None = None
         self._model_id = ""
         # Metric labels: only names that exist, so clients cannot create time series.
         self._label = UNKNOWN
@@ -111,6 +92,11 @@ class RequestHandler:
         model_id = control.aliases.get(field.model, field.model)
         if model_id != field.model:
             request.body = field.replaced(request.body, model_id)
+        self._route(model_id)
+
+    def _route(self, model_id: str) -> None:
+        """Sends the request to an engine with the model, or asks the control for one."""
+        control = self._context.control
         self._model_id = model_id
         replicas = control.table.get(model_id)
         if replicas:
@@ -124,40 +110,40 @@ class RequestHandler:
         state = self._leave_state()
         self._stop_keep_alive()
         relay = None
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             relay = state.relay
             relay.abandon()
         self._account(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
 
     def stop(self) -> None:
         state = self._state
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             if state.relay.status:
                 state.relay.cut_off("cortex is stopping")
                 return
             state.relay.abandon()
         self._leave_state()
-        self._refuse(stopping())
+        self._refuse(shutting_down())
 
     def pause(self) -> None:
         state = self._state
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             state.relay.pause()
 
     def resume(self) -> None:
         state = self._state
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             state.relay.resume()
 
     def tick(self, now: float) -> None:
         state = self._state
-        if not isinstance(state, _Sent):
+        if not isinstance(state, Sent):
             return
         state.relay.tick(now, neuron_down=state.replica.node in self._context.control.down)
         if self._state is state:
             self._break_silence(state, now)
 
-    def _break_silence(self, sent: _Sent, now: float) -> None:
+    def _break_silence(self, sent: Sent, now: float) -> None:
         """Tells a client that has heard nothing for a while that its request is still worked on."""
         relay = sent.relay
         if now - max(relay.silent_since, sent.spoke_at) < self._context.keep_alive.silence_secs:
@@ -184,7 +170,7 @@ class RequestHandler:
 
     def refused(self, status: int, *, asleep: bool) -> bool:
         state = self._state
-        assert isinstance(state, _Sent)
+        assert isinstance(state, Sent)
         if self._attempts >= MAX_ATTEMPTS:
             return False
         others = () if asleep else self._untried()
@@ -197,7 +183,7 @@ class RequestHandler:
 
     def done(self) -> None:
         state = self._leave_state()
-        assert isinstance(state, _Sent)
+        assert isinstance(state, Sent)
         relay = state.relay
         self._account(relay.status, relay)
         if state.compared:
@@ -245,14 +231,14 @@ class RequestHandler:
         """Usable replicas that this request has not been sent to."""
         tried = {failure.replica.node for failure in self._failures}
         state = self._state
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             tried.add(state.replica.node)
         return tuple(r for r in self._context.control.table.get(self._model_id, ()) if r.node not in tried)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
         """Gives up the current replica."""
         state = self._leave_state()
-        assert isinstance(state, _Sent)
+        assert isinstance(state, Sent)
         replica = state.replica
         with request_scope(self._request_id):
             log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
@@ -270,9 +256,13 @@ class RequestHandler:
         if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
             self._keep_alive = self._new_keep_alive(cold=True)
             self._keep_alive.begin_later()
+        self._wait_for(self._ask_control())
+
+    def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work` finds an engine, then calls `_resolved` and goes on."""
         with request_scope(self._request_id):
-            task = context.tasks.spawn(self._ask_control(), name=f"resolve {self._request_id}")
-        self._state = _Resolving(task)
+            task = self._context.tasks.spawn(work, name=f"resolve {self._request_id}")
+        self._state = Resolving(task)
 
     async def _ask_control(self) -> None:
         try:
@@ -289,7 +279,7 @@ class RequestHandler:
 
     def _resolved(self) -> None:
         state, self._state = self._state, None
-        assert isinstance(state, _Resolving)
+        assert isinstance(state, Resolving)
         self._waited += monotonic() - state.since
         if self._keep_alive is not None and not self._keep_alive.begun:
             self._stop_keep_alive()
@@ -315,19 +305,31 @@ class RequestHandler:
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
-            answer = DirectAnswer(
-                self._client,
-                request,
-                extra=b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
+            answer = self._new_answer(
+                b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
+                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false")
             )
         else:
             self._keep_alive.sent_to = replica.node
             answer = self._deferred(self._keep_alive)
         head = request.head_for(host, prefix, request_id, credentials)
         relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
-        self._state = _Sent(replica, relay, compared=compared)
+        self._state = Sent(replica, relay, compared=compared)
+        if request.path == STORED:
+            relay.on_start = self._learn_owner
         relay.start()
+
+    def _new_answer(self, extra: bytes) -> Answer:
+        """The form of the answer. `extra`: header lines, without the final CRLF."""
+        return DirectAnswer(self._client, self._request, extra=extra)
+
+    def _learn_owner(self, start: bytes) -> bool:
+        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
+        state, found = self._state, response_id(start)
+        if found is not None and isinstance(state, Sent):
+            self._context.response_owners.add(found, state.replica)
+            self._context.control.tell_owner(found, state.replica)
+        return found is not None or len(start) >= SEARCHED_BYTES
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
@@ -335,10 +337,10 @@ class RequestHandler:
             return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
         return DeferredJson(self._client, self._request, keep_alive=keep_alive)
 
-    def _leave_state(self) -> _Resolving | _Sent | None:
+    def _leave_state(self) -> Resolving | Sent | None:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
-        if isinstance(state, _Sent):
+        if isinstance(state, Sent):
             self._context.in_flight.remove((state.replica.model_id, state.replica.node))
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
@@ -389,8 +391,9 @@ class RequestHandler:
             if self._waited >= 0.001:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
+            target = f"{request.method.decode()} {request.path[:MAX_SHOWN_CHARS].decode('latin-1')}"
             context.access_log.line(
-                f"POST {request.path[:MAX_SHOWN_CHARS].decode('latin-1')} {status} model={model} node={node}"
+                f"{target} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )

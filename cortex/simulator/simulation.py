@@ -4,6 +4,7 @@ and the requests of a trace."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,13 +13,13 @@ from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
 from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.demand import Demand
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loader import Loader
-from cortex.control.routing import Refuse, Serve, decide
 from cortex.control.scheduler import Policy, Scheduler
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
@@ -28,6 +29,7 @@ from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
+from cortex.routing.replica import ReplicaKey
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import SimulatedNeuron
@@ -35,7 +37,6 @@ from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
-from cortex.upstream.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.tasks import TaskSet, first_of
 
@@ -151,7 +152,7 @@ class Simulation:
             node.name: SimulatedNeuron(node, simulated, self.fleet, self._memory_changed) for node in file.nodes
         }
         self._demand = Demand(self._totals, clock=clock)
-        self.fleet.on_route_change(self._loaded_elsewhere)
+        self.fleet.route_changes.subscribe(self._loaded_elsewhere)
         self._queue = AdmissionQueue(live=live, clock=clock)
         self._loader = Loader(
             fleet=self.fleet,
@@ -215,7 +216,7 @@ class Simulation:
 
     async def _publish(self) -> None:
         """Notifies the scheduler of changed routes, as the resolver does."""
-        with self.fleet.route_changes() as changes:
+        with contextlib.closing(RouteChanges(self.fleet)) as changes:
             while True:
                 self._scheduler.routes_changed(sorted(await changes.next()))
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final, cast
 
+from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
-from cortex.upstream.replica import FailureKind
 from shared.serve import detect_vanished_server
 from shared.tasks import timeout
 

@@ -47,6 +47,11 @@ class UsageTail:
             self.join()
 
     @property
+    def start(self) -> bytes:
+        """The first bytes of the body: all of a short one, at least 512 of a longer one."""
+        return self._head if self._forgotten else b"".join(self.chunks)
+
+    @property
     def end(self) -> bytes:
         """The last bytes of the body, at least 64 of a longer one."""
         return b"".join(self.chunks[-16:])[-64:]
@@ -60,9 +65,8 @@ class UsageTail:
         """Makes one of the chunks, and forgets what is not kept of them."""
         chunks = self.chunks
         chunk = chunks[-1]
-        if (
-            len(chunk) > KEPT_BYTES
-        ):  # only its ends are copied; they may overlap, and then less than nothing is forgotten
+        # Only its ends are copied; they may overlap, and then less than nothing is forgotten.
+        if len(chunk) > KEPT_BYTES:
             chunks[-1] = chunk[:HEAD_BYTES]
             chunks.append(chunk[-KEPT_BYTES:])
             self._forgotten += len(chunk) - HEAD_BYTES - KEPT_BYTES

@@ -15,8 +15,8 @@ import msgspec
 from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.proxy.gateway import Gateway
+from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
-from cortex.upstream.replica import ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CatalogueChanged,
@@ -30,6 +30,7 @@ from cortex.workers.messages import (
     Ready,
     Refused,
     Resolved,
+    ResponseMade,
     Setup,
     Stop,
     TableChanged,
@@ -93,6 +94,8 @@ async def listen(
                     gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
+                case ResponseMade(response_id, replica):
+                    gateway.response_owners.add(response_id, replica)
                 case Collect(number):
                     await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
                     channel.send(_counted(number, gateway))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from cortex.metrics.counters import Counters
-from cortex.upstream.replica import Failure, Replica, ReplicaKey, Route, WaitNote
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from shared.errors import ServiceError
 
 
@@ -47,6 +47,13 @@ class DownChanged(msgspec.Struct, frozen=True, tag=True):
     """The neurons that count as down from now on."""
 
     neurons: list[str]
+
+
+class ResponseMade(msgspec.Struct, frozen=True, tag=True):
+    """An engine has made a response that can be requested again by its id. From a worker, and on to all others."""
+
+    response_id: str
+    replica: Replica
 
 
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
@@ -98,6 +105,7 @@ ToWorker = (
     | ConfigChanged
     | DownChanged
     | OthersInFlight
+    | ResponseMade
     | Resolved
     | Refused
     | Notes
@@ -140,7 +148,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | InFlightNow | Counted
+FromWorker = Ready | Resolve | CancelResolve | InFlightNow | ResponseMade | Counted
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cortex.http.stopping import stopping
-from cortex.upstream.replica import Failure, Replica, Route, WaitNote
+from cortex.http.errors import shutting_down
+from cortex.routing.replica import Failure, Replica, Route, WaitNote
 from cortex.workers.messages import (
     CancelResolve,
     CatalogueChanged,
@@ -17,6 +17,7 @@ from cortex.workers.messages import (
     Refused,
     Resolve,
     Resolved,
+    ResponseMade,
     Setup,
     TableChanged,
     error_from_wire,
@@ -25,7 +26,7 @@ from shared.request_ids import current_request_id
 
 
 class RemoteControl:
-    """Implements `proxy.context.Control`."""
+    """Implements `routing.control.Control`."""
 
     def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
         self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
@@ -48,7 +49,7 @@ class RemoteControl:
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """As `cortex.control.resolver.Resolver.resolve`. Raises Unavailable if the control is gone."""
         if self._gone:
-            raise stopping()
+            raise shutting_down()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -61,6 +62,9 @@ class RemoteControl:
                 self._send(CancelResolve(number))
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
+
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        self._send(ResponseMade(response_id, replica))
 
     def note(self, model_id: str) -> WaitNote | None:
         """The last reported progress of a model that this worker waits for."""
@@ -95,4 +99,4 @@ class RemoteControl:
         self._gone = True
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(stopping())
+                future.set_exception(shutting_down())

@@ -15,10 +15,15 @@ from typing import Any
 
 import msgspec
 
-from cortex.control.wiring import Parts
+from cortex.config.live import LiveConfig
+from cortex.control.resolver import Resolver
+from cortex.control.route_table import RouteTable
+from cortex.control.shutdown import Shutdown
+from cortex.fleet.state import Fleet
 from cortex.metrics.counters import Counters
+from cortex.metrics.worker_counts import CountTotals
+from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.upstream.address import Address
-from cortex.upstream.replica import Failure, Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     CancelResolve,
@@ -34,6 +39,7 @@ from cortex.workers.messages import (
     Ready,
     Resolve,
     Resolved,
+    ResponseMade,
     Setup,
     Stop,
     TableChanged,
@@ -62,21 +68,25 @@ class WorkerProcess:
 
     def __init__(
         self,
-        parts: Parts,
         process: asyncio.subprocess.Process,
         channel: Channel[FromWorker],
         ready: asyncio.Event,
+        *,
+        live: LiveConfig,
+        resolver: Resolver,
+        counts: CountTotals,
     ) -> None:
         """Sets `ready` once the worker serves."""
         self.process = process
         self._ready = ready
-        self._parts = parts
+        self._live = live
+        self._resolver = resolver
+        self._counts = counts
         self._channel = channel
         self._counters = Counters()
         self._in_flight: Mapping[ReplicaKey, int] = {}
-        self._granted: Counter[ReplicaKey] = (
-            Counter()
-        )  # routes sent since the last report, which does not have them yet
+        # Routes sent since the last report, which does not have them yet.
+        self._granted: Counter[ReplicaKey] = Counter()
         self._begun: dict[ReplicaKey, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
@@ -124,6 +134,9 @@ class WorkerProcess:
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
+                    case ResponseMade():
+                        for other in self._others():
+                            other.send(message)
                     case Counted(number, counters, counts):
                         self._counters = counters
                         self._reported(counts)
@@ -151,7 +164,7 @@ class WorkerProcess:
     @property
     def _note_secs(self) -> float:
         """The first report arrives before the worker's first keep-alive comment."""
-        return min(NOTES_SECS, self._parts.config.waiting.first_comment_secs / 2)
+        return min(NOTES_SECS, self._live.config.waiting.first_comment_secs / 2)
 
     def _resolved(self, number: int) -> None:
         del self._resolving[number], self._resolving_models[number]
@@ -161,12 +174,12 @@ class WorkerProcess:
         self._noting = None
         models = set(self._resolving_models.values())
         if models:
-            self._channel.send(Notes({model_id: self._parts.resolver.note(model_id) for model_id in models}))
+            self._channel.send(Notes({model_id: self._resolver.note(model_id) for model_id in models}))
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
     async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
         try:
-            route = await self._parts.resolver.resolve(model_id, failures)
+            route = await self._resolver.resolve(model_id, failures)
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:
@@ -178,10 +191,12 @@ class WorkerProcess:
         self._granted.clear()
 
     def _update_others(self) -> None:
-        counts = self._parts.counts
-        for other in counts.workers:
-            if isinstance(other, WorkerProcess) and other is not self:
-                other.send(OthersInFlight(counts_to_wire(counts.in_flight_beside(other))))
+        for other in self._others():
+            other.send(OthersInFlight(counts_to_wire(self._counts.in_flight_beside(other))))
+
+    def _others(self) -> list[WorkerProcess]:
+        workers = self._counts.workers
+        return [worker for worker in workers if isinstance(worker, WorkerProcess) and worker is not self]
 
 
 def _answered(waiting: asyncio.Future[None] | None) -> None:
@@ -193,22 +208,39 @@ class Supervisor:
     """Keeps one worker running for each listening socket. The sockets stay open here: connections that arrive while a
     worker is replaced wait instead of being refused."""
 
-    def __init__(self, parts: Parts, socks: Sequence[socket.socket], address: Address) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        socks: Sequence[socket.socket],
+        address: Address,
+        *,
+        live: LiveConfig,
+        resolver: Resolver,
+        routes: RouteTable,
+        counts: CountTotals,
+        fleet: Fleet,
+        shutdown: Shutdown,
+    ) -> None:
+        """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
         self._address = address
+        self._live = live
+        self._resolver = resolver
+        self._routes = routes
+        self._counts = counts
+        self._fleet = fleet
+        self._shutdown = shutdown
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
-        parts.fleet.on_down_change(self._down_changed)
 
     @contextlib.asynccontextmanager
     async def running(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """The workers serve inside the body; on exit they finish their requests in flight. `stop` ends the wait for
         workers that do not start."""
         subscriptions = [
-            self._parts.routes.subscribe(self._table_changed),
-            self._parts.live.subscribe(self._configuration_changed),
+            self._routes.changes.subscribe(self._table_changed),
+            self._live.changes.subscribe(self._configuration_changed),
+            self._fleet.down_changes.subscribe(self._down_changed),
         ]
         keepers = [
             asyncio.create_task(self._keep_running(number), name=f"worker {number}")
@@ -223,9 +255,9 @@ class Supervisor:
                 sock.close()
             for worker in self._workers.values():
                 worker.send(Stop())
-            await self._parts.counts.refresh()  # they know of it before requests are refused
-            self._parts.stopping.begin()
-            timeout_secs = self._parts.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
+            await self._counts.refresh()  # they know of it before requests are refused
+            self._shutdown.begin()
+            timeout_secs = self._live.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
             await asyncio.wait(keepers, timeout=timeout_secs)
             self.kill()
             await cancel_all(keepers)
@@ -248,17 +280,17 @@ class Supervisor:
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
-        config = self._parts.config.model_dump_json()
+        config = self._live.config.model_dump_json()
         for worker in self._workers.values():
             worker.send(CatalogueChanged(models, aliases))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
         for worker in self._workers.values():
-            worker.send(DownChanged(list(self._parts.fleet.down)))
+            worker.send(DownChanged(list(self._fleet.down)))
 
     def _catalogue(self) -> tuple[list[str], dict[str, str]]:
-        catalogue = self._parts.live.catalogue
+        catalogue = self._live.catalogue
         return [profile.id for profile in catalogue.models], dict(catalogue.aliases)
 
     async def _keep_running(self, number: int) -> None:
@@ -286,12 +318,14 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C goes to the control, which lets its workers finish
             )
         channel: Channel[FromWorker] = await Channel.over(ours, msgspec.msgpack.Decoder(FromWorker))
-        worker = WorkerProcess(self._parts, process, channel, self._ready[number])
+        worker = WorkerProcess(
+            process, channel, self._ready[number], live=self._live, resolver=self._resolver, counts=self._counts
+        )
         worker.send(self._setup())
         self._workers[number] = worker
         if self._stopping:  # began while the process was started
             worker.send(Stop())
-        self._parts.counts.attach(worker)
+        self._counts.attach(worker)
         log.info("worker %d is process %d", number, process.pid)
         listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
         try:
@@ -302,17 +336,16 @@ class Supervisor:
                 process.kill()
             await cancel_all([listen])
             del self._workers[number]
-            self._parts.counts.detach(worker)
+            self._counts.detach(worker)
         return status
 
     def _setup(self) -> Setup:
-        parts = self._parts
         models, aliases = self._catalogue()
         return Setup(
-            config=parts.config.model_dump_json(),
+            config=self._live.config.model_dump_json(),
             models=models,
             aliases=aliases,
-            table=dict(parts.resolver.table),
+            table=dict(self._resolver.table),
             control_host=self._address.host,
-            down=list(parts.fleet.down),
+            down=list(self._fleet.down),
         )

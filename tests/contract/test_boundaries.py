@@ -84,7 +84,7 @@ PURE = declared_pure()
 def test_the_planner_and_the_route_decision_are_declared_pure() -> None:
     """The list of pure modules is read from docstrings; these must not drop out of it."""
     names = {str(path.relative_to(TOP)) for path in PURE}
-    assert {"cortex/placement/planner.py", "cortex/control/routing.py", "neuron/memory/selection.py"} <= names
+    assert {"cortex/placement/planner.py", "cortex/control/decision.py", "neuron/memory/selection.py"} <= names
     assert len(names) > 80
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from cortex.proxy.balancing.choice import beyond_ours, choose, least_work
-from cortex.proxy.balancing.speeds import Speeds
+from cortex.routing.choice import beyond_ours, choose, least_work
+from cortex.routing.speeds import Speeds
 
 NODES = ["a", "b", "c"]
 SPEEDS = [1.0, 2.0, 4.0]

@@ -11,7 +11,7 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 
 NOW = 10_000.0
 RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)

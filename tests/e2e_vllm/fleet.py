@@ -33,7 +33,13 @@ def running_vllm_fleet(directory: Path, command: list[str], tiny: Path, minilm: 
     roomy = ["--max-model-len", "65536", "--hf-overrides", '{"max_position_embeddings": 65536}']
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     models: list[dict[str, Any]] = [
-        {"id": TINY, "source": str(tiny), "vram_mb": 2000, "args": short},
+        {
+            "id": TINY,
+            "source": str(tiny),
+            "vram_mb": 2000,
+            "tools": True,
+            "args": [*short, "--tool-call-parser", "hermes"],
+        },
         {"id": PAIR, "source": str(tiny), "min_devices": 2, "vram_mb": 4000, "args": short},
         {"id": ROOMY, "source": str(tiny), "vram_mb": 2000, "args": [*roomy, *tools]},
         {"id": BROKEN, "source": str(directory / "nothing-here"), "vram_mb": 2000},

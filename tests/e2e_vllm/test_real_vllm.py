@@ -51,6 +51,19 @@ def test_first_request_loads_the_model_and_is_answered(fleet: Fleet) -> None:
     assert fleet.engine_of(TINY)[0].pid == leader
 
 
+def test_tools_of_the_catalogue_are_accepted(fleet: Fleet) -> None:
+    """Without `tools = true` vLLM answers 400."""
+    body = {"model": TINY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+    schema = {"type": "object", "properties": {}}
+    chat = {**body, "tools": [{"type": "function", "function": {"name": "look", "parameters": schema}}]}
+    for path, asked in (
+        ("/v1/chat/completions", chat),
+        ("/v1/messages", {**body, "tools": [{"name": "look", "input_schema": schema}]}),
+    ):
+        answer = fleet.cortex.request(path, asked)
+        assert answer.status == 200, (path, answer)
+
+
 def test_openai_chat_streams_the_same_answer_as_it_gives_whole(client: openai.OpenAI) -> None:
     """Plain and streamed, with usage, through the openai package; by an alias."""
     whole = client.chat.completions.create(

@@ -17,7 +17,7 @@ from cortex.http.request import Request
 from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.body.model_field import asks_for_stream
-from cortex.upstream.replica import WaitNote
+from cortex.routing.replica import WaitNote
 from shared.errors import ServiceError, is_anthropic_path, render
 
 STREAMED: Final = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})

@@ -17,9 +17,8 @@ _ENCODERS = frozenset(
 _UNGATED = _ENCODERS - {"modernbert", "nomic_bert", "new", "gte"} | {
     *("gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron", "mpt", "whisper"),
 }
-_BIASED_KEYS = frozenset(
-    {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
-)  # have biases of q, k and v that no field mentions
+# They have biases of q, k and v that no field mentions.
+_BIASED_KEYS = frozenset({"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"})
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl_text", "gemma3", "gemma3_text"})
 _GATED_OUTPUT = ("qwen3_next", "qwen3_5")
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # of each layer

@@ -16,9 +16,8 @@ from neuron.progress.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, S
 
 _MAX_MESSAGE = 200  # characters
 
-_BARE_RECORD = re.compile(
-    r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[?[\w.]+:\d+\] "
-)  # of versions that do not name the process
+# Of versions that do not name the process.
+_BARE_RECORD = re.compile(r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[?[\w.]+:\d+\] ")
 _EAGER = re.compile(r"Enforce eager set|enforce_eager(?:=|': )True")
 _TWO_CAPTURES = re.compile(r"CUDAGraphMode\.FULL_AND_PIECEWISE")
 

@@ -89,9 +89,9 @@ def check_length(limit: int | None, prompts: Sequence[Prompt], settings: EngineS
     for count in (prompt.token_count for prompt in prompts):
         if count >= context:
             raise bad_request(
-                f"This model's maximum context length is {context} tokens. However, your prompt contains {count} input "
-                "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the "
-                f"input prompt. (parameter=input_tokens, value={count})",
+                f"This model's maximum context length is {context} tokens. However, your prompt contains at least "
+                f"{context + 1} input tokens, which exceeds this limit even without any output tokens. Please reduce "
+                f"the length of the input prompt. (parameter=input_tokens, value={context + 1})",
                 "input_tokens",
             )
 

@@ -133,7 +133,15 @@ async def test_first_change_is_sent_at_once_and_many_together(start_cortex: Star
 async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """It equals the answer of `GET /fleet`."""
     cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
-    view = FleetView(cortex.parts)
+    parts = cortex.parts
+    view = FleetView(
+        live=parts.live,
+        fleet=parts.fleet,
+        loader=parts.loader,
+        scheduler=parts.scheduler,
+        queue=parts.queue,
+        counts=parts.counts,
+    )
     version, event = view.event()
     assert view.event()[1] is event
     assert version == cortex.parts.fleet.version

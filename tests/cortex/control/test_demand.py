@@ -9,7 +9,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
-from cortex.upstream.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
 

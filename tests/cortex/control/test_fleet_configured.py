@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet, NodeRemoved
+from cortex.fleet.state import Fleet, NodeRemoved, RouteChanges
 from shared.protocol import Discovery, ModelView, NeuronHealth
 
 
@@ -87,7 +88,7 @@ async def test_routes_change_when_a_neuron_is_removed() -> None:
     fleet = fleet_of("a", "b")
     poll(fleet, "a", "m", "n")
     poll(fleet, "b", "x")
-    with fleet.route_changes() as changes:
+    with contextlib.closing(RouteChanges(fleet)) as changes:
         configure(fleet, "b", "c")
         assert await changes.next() == {"m", "n"}
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, RouteChanges
 from shared.protocol import Discovery, ModelActivity, ModelView, NeuronHealth
 
 NAMES = ("c", "a", "b")
@@ -64,7 +65,7 @@ async def test_polls_without_route_changes_wake_no_listener() -> None:
     """Uptime changes with every poll, routes do not."""
     fleet = make_fleet()
     poll(fleet, "a", "m", "other")
-    with fleet.route_changes() as changes:
+    with contextlib.closing(RouteChanges(fleet)) as changes:
         for uptime in range(1, 20):
             poll(fleet, "a", "m", "other", uptime=uptime)
         hearing = asyncio.create_task(changes.next())
@@ -78,7 +79,7 @@ async def test_changes_that_affect_routing_are_reported() -> None:
     """A reload, work that the engine reports, a new process, a drain, a death, a model that came or went."""
     fleet = make_fleet()
     poll(fleet, "a", "m")
-    with fleet.route_changes() as changes:
+    with contextlib.closing(RouteChanges(fleet)) as changes:
         poll(fleet, "a", "m", since=2.0)
         assert await changes.next() == {"m"}
         poll(fleet, "a", "m", since=2.0, busy=3)

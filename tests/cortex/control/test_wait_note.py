@@ -11,7 +11,7 @@ import pytest
 from cortex.control.loader import LoadJob
 from cortex.control.wait_note import waiting_note
 from cortex.placement.node_plan import Fit, LoadPlan
-from cortex.upstream.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
+from cortex.routing.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
 from shared.protocol import ModelView, Progress
 from tests.cortex.fleets import BEAST, BENJY, fleet
 

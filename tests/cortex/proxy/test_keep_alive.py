@@ -18,7 +18,7 @@ import pytest
 
 from cortex.http.connection import ClientConnection
 from cortex.proxy.answers.keep_alive import KeepAliveStream
-from cortex.upstream.replica import WaitNote
+from cortex.routing.replica import WaitNote
 from shared.protocol import ModelView, Progress
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process

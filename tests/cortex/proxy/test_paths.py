@@ -131,6 +131,13 @@ async def test_other_paths_get_a_404_with_the_base_url(
     assert engine.requests == []
 
 
+async def test_refused_head_request_gets_no_body(client: RawClient) -> None:
+    """A body would be read as the beginning of the next answer."""
+    answer = await client.ask(request(method="HEAD", target="/nowhere"), "HEAD")
+    assert (answer.status, int(answer.get("content-length") or "0") > 0) == (404, True)
+    assert (await client.ask(request(method="GET", target="/health"), "GET")).status == 200
+
+
 async def test_base_url_has_the_scheme_of_the_proxy(client: RawClient) -> None:
     """A proxy that ends TLS says so in X-Forwarded-Proto."""
     answer = await client.ask(request(b"", "X-Forwarded-Proto: https", method="GET", target="/v1"), "GET")

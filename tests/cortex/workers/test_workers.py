@@ -19,7 +19,7 @@ import tomli_w
 
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.upstream.replica import Replica, Route
+from cortex.routing.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
 from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl

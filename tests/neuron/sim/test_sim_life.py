@@ -247,7 +247,7 @@ async def test_it_starts_fast() -> None:
     """It imports nothing heavy: no pydantic, no prometheus_client, not the rest of neuron."""
     code = (
         "import sys, neuron.sim.process.lifecycle; "
-        "print([name for name in sys.modules if name.split('.')[0] in ('pydantic', 'prometheus_client', 'shared')"
+        "print([name for name in sys.modules if name.split('.')[0] in ('pydantic', 'prometheus_client', 'msgspec')"
         " or name in ('neuron.config', 'neuron.gpu.topology')])"
     )
     process = await asyncio.create_subprocess_exec(

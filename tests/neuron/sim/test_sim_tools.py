@@ -281,8 +281,8 @@ async def test_a_prompt_that_fills_the_context_is_refused_and_a_limit_beyond_it_
         assert status == 400
         assert refused["error"]["param"] == "input_tokens"
         assert refused["error"]["message"].startswith(
-            "This model's maximum context length is 100 tokens. However, your prompt contains 201 input tokens, which "
-            "exceeds this limit even without any output tokens."
+            "This model's maximum context length is 100 tokens. However, your prompt contains at least 101 input "
+            "tokens, which exceeds this limit even without any output tokens."
         )
         status, cut = await ask("word " * 80, 50)
         assert (status, cut["choices"][0]["finish_reason"], cut["usage"]["total_tokens"]) == (200, "length", 100)

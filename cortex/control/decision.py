@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.refusal import unknown_model_error
-from cortex.proxy.balancing.choice import beyond_ours, work
+from cortex.routing.choice import beyond_ours, work
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
 

@@ -10,8 +10,8 @@ from statistics import fmean
 
 import pytest
 
-from cortex.proxy.balancing.choice import beyond_ours, choose, least_work
-from cortex.proxy.balancing.speeds import Speeds
+from cortex.routing.choice import beyond_ours, choose, least_work
+from cortex.routing.speeds import Speeds
 from tests.cortex.replicas_simulated import Simulation, ideal, learned, least_in_flight, with_affinity
 
 NODES = ["a", "b", "c"]
@@ -136,7 +136,7 @@ def test_a_replica_that_leaves_moves_only_its_own_keys() -> None:
 def test_all_processes_agree() -> None:
     """A choice does not depend on the hash seed of the process."""
     program = (
-        "from cortex.proxy.balancing.affinity import Affinity; from cortex.proxy.balancing.choice import choose\n"
+        "from cortex.routing.affinity import Affinity; from cortex.routing.choice import choose\n"
         'body = b\'{"messages": [{"role": "user", "content": "hello %d"}]}\'\n'
         "key = Affinity('', 256).key\n"
         "print([choose(['a', 'b', 'c'], [0] * 3, [1.0] * 3, key(b'/v1/chat/completions', (), body % i))"

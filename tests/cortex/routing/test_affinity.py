@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cortex.proxy.balancing.affinity import Affinity
+from cortex.routing.affinity import Affinity
 
 CHAT = b"/v1/chat/completions"
 COMPLETIONS = b"/v1/completions"

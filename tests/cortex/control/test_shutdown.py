@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.http.stopping import Stopping
+from cortex.control.shutdown import Shutdown
 from shared.errors import Unavailable
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
@@ -125,7 +125,7 @@ async def test_requests_at_an_engine_are_served(process: CortexProcess, benjy: V
 async def test_no_load_starts_while_stopping(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """A request whose body is complete only now: it gets the same answer, and nothing is begun for it."""
     cortex = await start_cortex([benjy], [{"id": MODEL}])
-    cortex.parts.stopping.begin()
+    cortex.parts.shutdown.begin()
     async with cortex.chat(MODEL) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (503, "cortex_stopping")
     assert benjy.loads == []
@@ -136,11 +136,11 @@ async def test_no_load_starts_while_stopping(start_cortex: StartCortex, benjy: V
 
 
 async def test_health_says_so(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """A load balancer that asks before the listening socket closes sees that cortex is stopping."""
+    """A load balancer that asks before the listening socket closes sees that cortex is shutdown."""
     cortex = await start_cortex([benjy], [])
     async with cortex.http.get(f"{cortex.url}/health") as answer:
         assert (answer.status, (await answer.json())["status"]) == (200, "ok")
-    cortex.parts.stopping.begin()
+    cortex.parts.shutdown.begin()
     async with cortex.http.get(f"{cortex.url}/health") as answer:
         assert (answer.status, (await answer.json())["status"]) == (503, "degraded")
 
@@ -148,7 +148,7 @@ async def test_health_says_so(start_cortex: StartCortex, benjy: V1Neuron) -> Non
 async def test_a_result_before_the_stop_is_returned() -> None:
     """The call returns the result or raises its error; a stop that begins meanwhile cancels it, as does a caller that
     leaves."""
-    stopping = Stopping()
+    shutdown = Shutdown()
     cancelled: list[str] = []
 
     async def forever(name: str) -> None:
@@ -161,19 +161,19 @@ async def test_a_result_before_the_stop_is_returned() -> None:
     async def fails() -> None:
         raise ValueError("its own")
 
-    assert await stopping.unless_begun(asyncio.sleep(0, "result")) == "result"
+    assert await shutdown.unless_begun(asyncio.sleep(0, "result")) == "result"
     with pytest.raises(ValueError, match="its own"):
-        await stopping.unless_begun(fails())
-    evicting = asyncio.create_task(stopping.unless_begun(forever("left")))
-    staying = asyncio.create_task(stopping.unless_begun(forever("stayed")))
+        await shutdown.unless_begun(fails())
+    evicting = asyncio.create_task(shutdown.unless_begun(forever("left")))
+    staying = asyncio.create_task(shutdown.unless_begun(forever("stayed")))
     await asyncio.sleep(0.01)
     evicting.cancel()
     await asyncio.wait([evicting])
     assert evicting.cancelled()
-    stopping.begin()
+    shutdown.begin()
     with pytest.raises(Unavailable, match="cortex is stopping"):
         await staying
     await asyncio.sleep(0.01)
     assert cancelled == ["left", "stayed"]
     with pytest.raises(Unavailable):
-        await stopping.unless_begun(forever("never begun"))
+        await shutdown.unless_begun(forever("never begun"))

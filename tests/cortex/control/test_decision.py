@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.routing import Await, Decision, Place, Refuse, Serve, decide
+from cortex.control.decision import Await, Decision, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from shared.protocol import ModelActivity, NeuronHealth
 from tests.cortex.fleets import fleet, node

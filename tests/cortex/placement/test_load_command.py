@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cortex.config.catalogue import ModelProfile
-from cortex.control.load_command import load_command
 from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.load_command import load_command
 from shared.protocol import LoadCommand
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import plan_for, profile, view

@@ -1,0 +1,37 @@
+"""What a worker may ask of its control."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from cortex.routing.replica import Failure, Replica, Route, WaitNote
+
+
+class Control(Protocol):
+    """The control of a cortex, as its workers see it: in the same process or at the other end of a channel."""
+
+    table: dict[str, tuple[Replica, ...]]
+    """Model id to the replicas that can be used without asking the control."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]: ...
+
+    @property
+    def down(self) -> Collection[str]:
+        """The neurons that count as down."""
+
+    def knows(self, model_id: str) -> bool: ...
+
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
+        """Waits until the model can be served. `failures` are the replicas that this request has tried.
+
+        Raises:
+            ServiceError: the request cannot be served.
+        """
+
+    def tell_owner(self, response_id: str, replica: Replica) -> None:
+        """Tells the other workers which engine made a stored response."""
+
+    def note(self, model_id: str) -> WaitNote | None:
+        """Progress of the model, for clients that wait for it; None if unknown."""
