@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol, cast
 
@@ -99,6 +100,7 @@ class ClientConnection:
         "_reader",
         "_request",
         "_state",
+        "_tunnel",
         "_unanswered",
         "deadline",
         "peer",
@@ -117,6 +119,7 @@ class ClientConnection:
         self._held_back = False
         self._handler: Handler | None = None
         self._unanswered = False
+        self._tunnel: Callable[[bytes], None] | None = None
         self.deadline = 0.0
         self.peer = ""
         self.transport: asyncio.Transport  # set by connection_made
@@ -214,12 +217,10 @@ class ClientConnection:
 
     def check_client(self) -> None:
         """Aborts the connection if the client's kernel acknowledges nothing, now and at the previous check."""
-        if not is_unanswered(self.transport.get_extra_info("socket")):
-            self._unanswered = False
-        elif self._unanswered:
+        unanswered = is_unanswered(self.transport.get_extra_info("socket"))
+        if unanswered and self._unanswered:
             self.transport.abort()
-        else:
-            self._unanswered = True
+        self._unanswered = unanswered
 
     def cut(self) -> None:
         """Resets the connection: where an answer ends with its connection, an ordinary close would look like a clean
@@ -319,8 +320,30 @@ class ClientConnection:
         self._handler = handler = self._dispatcher.handle(self, request)
         handler.begin()
 
+    def begin_tunnel(self, write: Callable[[bytes], None]) -> None:
+        """From now on the bytes of the client go to `write` instead of being read as requests."""
+        self._tunnel = write
+        ahead, self._ahead = self._ahead, b""
+        if ahead:
+            write(ahead)
+        self.hold_back(False)
+
+    def hold_back(self, full: bool) -> None:
+        """Stops reading from the client while the engine takes no more."""
+        if full == self._held_back or self.transport.is_closing():
+            return
+        self._held_back = full
+        if full:
+            self.transport.pause_reading()
+            self._look_after()
+        else:
+            self.transport.resume_reading()
+
     def _keep(self, data: bytes) -> None:
         """Stores pipelined requests until the current answer is complete."""
+        if self._tunnel is not None:
+            self._tunnel(data)
+            return
         self._ahead += data
         if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
             self._held_back = True

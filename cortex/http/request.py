@@ -41,6 +41,7 @@ class Request:
         "peer",
         "received",
         "target",
+        "upgrading",
     )
 
     def __init__(self, head: RequestHead, *, peer: str, received: float) -> None:
@@ -72,6 +73,7 @@ class Request:
         if target[:1] != b"/":
             target = _path_of(head)
         self.target = target
+        self.upgrading = False
         path = target.partition(b"?")[0]
         self.path = path if _PERCENT not in path else _unquoted(path)
         self.anthropic = self.path.startswith(b"/v1/messages")
@@ -171,7 +173,7 @@ class Request:
             b"%b %b%b HTTP/1.1" % (self.method, prefix, self.target),
             b"host: " + host,
             *self._passed,
-            b"content-length: %d" % len(self.body),
+            b"connection: Upgrade\r\nupgrade: websocket" if self.upgrading else b"content-length: %d" % len(self.body),
             b"x-request-id: " + request_id,
             b"x-forwarded-for: " + forwarded,
             *credentials,

@@ -24,6 +24,7 @@ from cortex.proxy.paths import (
     no_route,
     not_for_clients,
 )
+from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.stored_response import StoredResponse, stored_response_id
 from cortex.routing.replica import ReplicaKey
@@ -90,7 +91,7 @@ class Gateway:
         method = request.method
         request.notice_anthropic_client()
         if method == b"GET" and b"websocket" in (request.upgrade or b"").lower():
-            return self._refuse(client, request, _no_websocket(request))
+            return self._open_websocket(client, request, caller)
         path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
         if path != request.raw_path:
             request.use_path(path)
@@ -104,6 +105,11 @@ class Gateway:
         if manages_engine(request.path):
             return self._refuse(client, request, not_for_clients(request))
         return RequestHandler(self._context, client, request, caller)
+
+    def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        if request.path == REALTIME:
+            return RealtimeRequest(self._context, client, request, caller)
+        return self._refuse(client, request, _no_websocket(request))
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
         return RefusedRequest(client, error, self.rejected(request, error))

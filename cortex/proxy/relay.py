@@ -144,10 +144,19 @@ class Relay:
         self._request.forget()
         answer = self.answer
         self._straight = answer.begin(head, body, first) and not body.ended
+        if head.status == 101:
+            self._open_tunnel()
         if self.on_start is not None:
             self._show_start()
         elif self._straight:
             self._pass_straight()
+
+    def _open_tunnel(self) -> None:
+        """From now on the client's bytes go to the engine as they are."""
+        connection, client = self._connection, self.answer.client
+        assert connection is not None
+        connection.on_full = client.hold_back
+        client.begin_tunnel(connection.transport.write)
 
     def passed(self, data: bytes) -> None:
         self.answer.write(data)
@@ -201,7 +210,7 @@ class Relay:
             connection.abandon()
             return
         self._connection = connection
-        connection.send(self, self._head, self._request.body)
+        connection.send(self, self._head, self._request.body, upgrading=self._request.upgrading)
 
     def _goes_elsewhere(self, head: ResponseHead) -> bool:
         """True if the listener retries elsewhere after a 502 or 503, which only says that this engine does not serve

@@ -92,6 +92,11 @@ class RequestHandler:
         model_id = control.aliases.get(field.model, field.model)
         if model_id != field.model:
             request.body = field.replaced(request.body, model_id)
+        self._route(model_id)
+
+    def _route(self, model_id: str) -> None:
+        """Sends the request to an engine with the model, or asks the control for one."""
+        control = self._context.control
         self._model_id = model_id
         replicas = control.table.get(model_id)
         if replicas:
@@ -300,11 +305,9 @@ class RequestHandler:
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
-            answer = DirectAnswer(
-                self._client,
-                request,
-                extra=b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false"),
+            answer = self._new_answer(
+                b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
+                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false")
             )
         else:
             self._keep_alive.sent_to = replica.node
@@ -315,6 +318,10 @@ class RequestHandler:
         if request.path == STORED:
             relay.on_start = self._learn_owner
         relay.start()
+
+    def _new_answer(self, extra: bytes) -> Answer:
+        """The form of the answer. `extra`: header lines, without the final CRLF."""
+        return DirectAnswer(self._client, self._request, extra=extra)
 
     def _learn_owner(self, start: bytes) -> bool:
         """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""

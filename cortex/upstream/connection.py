@@ -67,9 +67,11 @@ class EngineConnection:
         "_straight",
         "_tail",
         "_to_head",
+        "_upgrading",
         "_write",
         "address",
         "idle_since",
+        "on_full",
         "transport",
     )
 
@@ -88,14 +90,18 @@ class EngineConnection:
         self._keep_alive = False
         self._paused = False
         self._to_head = False
+        self._upgrading = False
+        self.on_full: Callable[[bool], None] | None = None  # the engine reads too slowly, or goes on
         self._straight = False
         self._between = False  # passing straight, and the next byte begins a chunk
         self._write: Callable[[bytes], None]
         self._tail: UsageTail
         self._chunks: list[bytes]
 
-    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
-        """Sends a request. Its answer goes to `exchange`."""
+    def send(self, exchange: Exchange, head: bytes, body: bytes, *, upgrading: bool = False) -> None:
+        """Sends a request. Its answer goes to `exchange`. `upgrading`: it asks for another protocol, whose bytes follow
+        a 101."""
+        self._upgrading = upgrading
         self._to_head = head.startswith(b"HEAD ")
         self._exchange = exchange
         self._body = None
@@ -175,10 +181,13 @@ class EngineConnection:
         """The transport closes itself; `connection_lost` follows."""
 
     def pause_writing(self) -> None:
-        """Nothing to pause: the request is written as a whole."""
+        """Usually there is nothing to pause: the request is written as a whole."""
+        if self.on_full is not None:
+            self.on_full(True)
 
     def resume_writing(self) -> None:
-        """See `pause_writing`."""
+        if self.on_full is not None:
+            self.on_full(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.closed(self)
@@ -199,7 +208,7 @@ class EngineConnection:
                 rest = reader.feed(data)
                 if rest is None:
                     return
-                if head.status >= 200:
+                if head.status >= 200 or (head.status == 101 and self._upgrading):
                     self._begin(head, rest)
                     return
                 self._skip_interim(head)
@@ -294,6 +303,8 @@ class EngineConnection:
 def _framing(head: ResponseHead, *, to_head: bool) -> Body:
     """The body framing, by RFC 9112, section 6.3. Raises BadHead if the end of the body is ambiguous."""
     encoding, length = head.named.get(names.TRANSFER_ENCODING), head.named.get(names.CONTENT_LENGTH)
+    if head.status == 101:
+        return BodyUntilClose()
     if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
         raise BadHead(f"invalid Transfer-Encoding {encoding[:64]!r} with Content-Length {length!r}")
     if length is not None and not length.isdigit():

@@ -102,17 +102,17 @@ def own_lines(request: Request, request_id: bytes) -> bytes:
 class DirectAnswer(Answer):
     """The usual form: the engine's head without hop-by-hop headers, then the engine's bytes."""
 
-    __slots__ = ("_extra",)
+    __slots__ = ("extra",)
 
     def __init__(self, client: ClientConnection, request: Request, *, extra: bytes) -> None:
         """`extra`: header lines that cortex adds, without the final CRLF."""
         super().__init__(client, request)
-        self._extra = extra
+        self.extra = extra
 
     def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
         client, request, named = self.client, self.request, head.named
         self.body = body
-        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self._extra]
+        lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason), *head.passed, self.extra]
         content_type = named.get(names.CONTENT_TYPE)
         stream = False
         if content_type is not None:
