@@ -101,11 +101,18 @@ def settle() -> None:
     gc.freeze()
 
 
-def detect_vanished_server(sock: socket.socket) -> None:
+def detect_vanished_server(fd: int) -> None:
     """Makes the kernel end the connection with ETIMEDOUT after SERVER_TIMES. TCP_USER_TIMEOUT also ends it when the
-    server stops reading for that long."""
-    _probe(sock, SERVER_TIMES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SERVER_TIMES.total_secs * 1000)
+    server stops reading for that long.
+
+    Takes the descriptor because a uvloop transport's socket makes a new object for each option.
+    """
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)  # the family does not matter for options
+    try:
+        _probe(sock, SERVER_TIMES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SERVER_TIMES.total_secs * 1000)
+    finally:
+        sock.detach()  # the transport closes it
 
 
 def detect_vanished_clients(listening: socket.socket) -> None:

@@ -86,8 +86,12 @@ class Service:
                 self._child.kill()
                 self._child.wait()
 
+    def log(self) -> str:
+        """Its output so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
     def log_tail(self) -> str:
-        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:])
+        return "\n".join(self.log().splitlines()[-40:])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from benchmarks.cases.case import TIMEOUT_SECS, Case, Measured, Subject, no_collections, noted
 from benchmarks.engine.answer_spec import AnswerSpec
 from benchmarks.load.check import AnswerCounts
@@ -51,3 +53,28 @@ async def _block(pool: Pool, port: int, sums: AnswerCounts | None) -> None:
 
 
 FIRST_BYTE = Case("ttfb", "first byte of a stream, one request at a time", "added_p99_us", _first_byte)
+
+
+_BURST = 200
+_BURST_SPEC = AnswerSpec(chunks=20, interval=0.02)
+_IDLE_SECS = 4.0
+"""Longer than cortex keeps idle connections to engines, so that each burst finds none."""
+
+
+async def _burst(subject: Subject) -> Measured:
+    """Streams that all begin at once, on client connections that are open, each time after a pause. The first byte is
+    counted from when its own request was sent."""
+    counted = AnswerCounts()
+    with no_collections():
+        async with Pool(subject.port, _BURST) as pool:
+            for _ in range(subject.amount(10, 4)):
+                await asyncio.sleep(_IDLE_SECS)
+                await pool.refill()
+                request = chat_request(subject.port, _BURST_SPEC)
+                counted.merge(await repeat(pool, request, _BURST_SPEC, count=_BURST, timeout=TIMEOUT_SECS))
+    times = counted.first_byte_ns
+    figures = {} if not times else {f"p{share}_us": percentile(times, share / 100) / 1e3 for share in (50, 90, 99)}
+    return noted(counted, figures)
+
+
+BURST_200 = Case("burst200", "first byte of 200 streams that begin at once", "p99_us", _burst)

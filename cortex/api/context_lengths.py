@@ -123,7 +123,7 @@ class ContextLengths:
             return reachable(told, node.endpoint)
         client = self._clients.get(node.name)
         if client is None:
-            raise ValueError("the neuron left the configuration")
+            raise ValueError("the neuron was removed from the configuration")
         return await client.endpoint(model_id)
 
     async def _told_by_engine(self, model_id: str, endpoint: EndpointReply) -> int:

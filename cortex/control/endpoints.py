@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cortex.config.live import LiveConfig
-from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
-from cortex.fleet.poller import NeuronPoller
+from cortex.fleet.membership import NeuronCommands, Refreshable
+from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.routing.replica import Failure, ReplicaKey
@@ -58,8 +58,8 @@ class Endpoints:
         *,
         live: LiveConfig,
         fleet: Fleet,
-        clients: Mapping[str, NeuronClient],
-        pollers: Mapping[str, NeuronPoller],
+        clients: Mapping[str, NeuronCommands],
+        pollers: Mapping[str, Refreshable],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._live = live

@@ -9,11 +9,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
+from cortex.fleet.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
@@ -23,7 +24,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import MAX_DRAIN_SECS, ErrorCode, LoadCommand, LoadReply, ModelStatus, ModelView
+from shared.protocol import MAX_DRAIN_SECS, ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, cancel_all, first_of, timeout
 
 log = logging.getLogger(__name__)
@@ -33,22 +34,6 @@ DRAIN_POLL_SECS = 0.05
 EvictionMethod: TypeAlias = Literal["unload", "sleep", "sleep_if_idle"]
 """What happens to an evicted model. `sleep`: it is unloaded if it cannot sleep. `sleep_if_idle`: the same, but it stays
 if its neuron will not put it to sleep while other clients use it."""
-
-
-class NeuronCommands(Protocol):
-    """The commands of `cortex.fleet.neuron_client.NeuronClient` that a load needs."""
-
-    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply: ...
-
-    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None: ...
-
-    async def sleep(self, model_id: str, *, timeout_secs: float) -> None: ...
-
-
-class Refreshable(Protocol):
-    """The part of a neuron's poller that a load needs."""
-
-    async def refresh(self) -> None: ...
 
 
 class NoLongerNeeded(Exception):

@@ -17,7 +17,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.control.wait_note import waiting_note
-from cortex.fleet.poller import NeuronPoller
+from cortex.fleet.membership import Refreshable
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
@@ -47,7 +47,7 @@ class Resolver:
         routes: RouteTable,
         scheduler: Scheduler,
         queue: AdmissionQueue,
-        pollers: Mapping[str, NeuronPoller],
+        pollers: Mapping[str, Refreshable],
         counts: CountTotals,
         demand: Demand,
         shutdown: Shutdown,

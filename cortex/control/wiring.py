@@ -1,4 +1,4 @@
-"""The parts of a running control, built in the order of their dependencies. Nothing else constructs them."""
+"""The parts of a control, built in the order of their dependencies, for `cortex serve` and for the simulator."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cortex.control.load_backoff import Backoffs
 from cortex.control.loader import Loader
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
-from cortex.control.scheduler import Scheduler
+from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
-from cortex.fleet.membership import Membership
+from cortex.fleet.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
@@ -33,9 +33,8 @@ from shared.tasks import running
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What `build` has made, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it.
-    `created` is Unix time."""
+class ControlCore:
+    """Everything that decides and acts, around a fleet."""
 
     live: LiveConfig
     state: StateFile
@@ -43,13 +42,11 @@ class Parts:
     fleet: Fleet
     counts: CountTotals
     metrics: Metrics
-    membership: Membership
     queue: AdmissionQueue
     routes: RouteTable
     loader: Loader
     scheduler: Scheduler
     resolver: Resolver
-    created: int
 
     @property
     def config(self) -> CortexConfig:
@@ -62,6 +59,28 @@ class Parts:
         return self.live.catalogue
 
     @property
+    def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What has to run all the time, by name."""
+        return {
+            "scheduler": self.scheduler.run,
+            "replica control": self.scheduler.reconcile_loop,
+            "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
+        }
+
+    async def close(self) -> None:
+        """Ends its background tasks. The loops must have ended before."""
+        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close())
+
+
+@dataclass(frozen=True)
+class Parts(ControlCore):
+    """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
+    is Unix time."""
+
+    membership: Membership
+    created: int
+
+    @property
     def clients(self) -> Mapping[str, NeuronClient]:
         """By neuron name, the present ones."""
         return self.membership.clients
@@ -72,18 +91,27 @@ class Parts:
         return self.membership.pollers
 
 
-def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membership) -> Parts:
-    """Everything that decides and acts, around the fleet. Starts nothing."""
-    shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs()
-    clients, pollers = membership.clients, membership.pollers
-    demand = Demand(counts)
+def build(
+    live: LiveConfig,
+    state: StateFile,
+    fleet: Fleet,
+    clients: Mapping[str, NeuronCommands],
+    pollers: Mapping[str, Refreshable],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    policy: Policy = PLANNER,
+) -> ControlCore:
+    """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
+    `clock` is monotonic, in seconds."""
+    shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
+    demand = Demand(counts, clock=clock)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
-    queue = AdmissionQueue(live=live)
+    queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
-    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers)
+    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, clock=clock)
     loader = Loader(
         live=live,
         fleet=fleet,
@@ -93,8 +121,18 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         metrics=metrics,
         state=state,
         settle_routes=routes.settle,
+        clock=clock,
     )
-    scheduler = Scheduler(live=live, fleet=fleet, loader=loader, demand=demand, backoffs=backoffs, queue=queue)
+    scheduler = Scheduler(
+        live=live,
+        fleet=fleet,
+        loader=loader,
+        demand=demand,
+        backoffs=backoffs,
+        queue=queue,
+        clock=clock,
+        policy=policy,
+    )
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -105,22 +143,9 @@ def build(live: LiveConfig, state: StateFile, fleet: Fleet, membership: Membersh
         counts=counts,
         demand=demand,
         shutdown=shutdown,
+        clock=clock,
     )
-    return Parts(
-        live=live,
-        state=state,
-        shutdown=shutdown,
-        fleet=fleet,
-        counts=counts,
-        metrics=metrics,
-        membership=membership,
-        queue=queue,
-        routes=routes,
-        loader=loader,
-        scheduler=scheduler,
-        resolver=resolver,
-        created=int(time.time()),
-    )
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver)
 
 
 @contextlib.asynccontextmanager
@@ -137,20 +162,14 @@ async def running_control(
     )
     live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
-        parts = build(live, state, fleet, Membership(pool, fleet))
-        parts.membership.configure(config.neurons, config.poll)
+        membership = Membership(pool, fleet)
+        core = build(live, state, fleet, membership.clients, membership.pollers)
+        membership.configure(config.neurons, config.poll)
         try:
-            loops: dict[str, Callable[[], Awaitable[None]]] = {
-                "route changes": partial(follow_routes, fleet, parts.routes, parts.scheduler, parts.queue),
-                "scheduler": parts.scheduler.run,
-                "replica control": parts.scheduler.reconcile_loop,
-                "state file": state.write_loop,
-            }
-            async with running(loops):
-                yield parts
+            async with running({**core.loops, "state file": state.write_loop}):
+                yield Parts(**vars(core), membership=membership, created=int(time.time()))
         finally:
-            ending = (parts.membership, parts.loader, parts.scheduler, parts.routes)
-            await asyncio.gather(*(part.close() for part in ending))
+            await asyncio.gather(membership.close(), core.close())
             await state.close()
 
 
@@ -162,4 +181,4 @@ async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, 
         while True:
             models = await changes.next()
             routes.publish(models)
-            scheduler.routes_changed(models)
+            scheduler.routes_changed(sorted(models))

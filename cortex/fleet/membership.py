@@ -5,15 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import Protocol
 
 from cortex.config.settings import NeuronEntry, PollSettings
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet
 from cortex.upstream.pool import EnginePool
+from shared.protocol import EndpointReply, LoadCommand, LoadReply
 from shared.tasks import TaskSet, cancel_all, keep_running
 
 log = logging.getLogger(__name__)
+
+
+class NeuronCommands(Protocol):
+    """What the control asks of one neuron; see `NeuronClient`."""
+
+    async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply: ...
+
+    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None: ...
+
+    async def sleep(self, model_id: str, *, timeout_secs: float) -> None: ...
+
+    async def endpoint(self, model_id: str) -> EndpointReply: ...
+
+
+class Refreshable(Protocol):
+    """What the control asks of a neuron's poller."""
+
+    async def refresh(self) -> None: ...
 
 
 class Membership:

@@ -7,30 +7,54 @@ from collections.abc import Callable, Mapping
 from cortex.routing.replica import ReplicaKey
 
 
+class _Count:
+    """Of one replica. One object instead of two dictionaries: a request looks its key up once at each end."""
+
+    __slots__ = ("begun", "now")
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.begun = 0
+
+
 class InFlight:
     """One worker's exact counts: a request counts from the choice of its neuron to the last byte of its answer.
     `elsewhere` are the counts that the other workers last reported."""
 
     def __init__(self) -> None:
-        self.here: dict[ReplicaKey, int] = {}
-        self.begun: dict[ReplicaKey, int] = {}  # since the process began; only grows
+        self._counts: dict[ReplicaKey, _Count] = {}
+        self._here: dict[ReplicaKey, int] | None = None  # as last read, until a count changes
         self.elsewhere: Mapping[ReplicaKey, int] = {}
         self.on_change: Callable[[], None] | None = None
 
+    @property
+    def here(self) -> Mapping[ReplicaKey, int]:
+        """Requests in flight, without replicas that have none. Not updated later."""
+        if self._here is None:
+            self._here = {key: count.now for key, count in self._counts.items() if count.now}
+        return self._here
+
+    @property
+    def begun(self) -> dict[ReplicaKey, int]:
+        """Requests since the process began."""
+        return {key: count.begun for key, count in self._counts.items()}
+
     def add(self, key: ReplicaKey) -> None:
-        self.here[key] = self.here.get(key, 0) + 1
-        self.begun[key] = self.begun.get(key, 0) + 1
+        count = self._counts.get(key)
+        if count is None:
+            count = self._counts[key] = _Count()
+        count.now += 1
+        count.begun += 1
+        self._here = None
         if self.on_change is not None:
             self.on_change()
 
     def remove(self, key: ReplicaKey) -> None:
-        left = self.here[key] - 1
-        if left:
-            self.here[key] = left
-        else:
-            del self.here[key]
+        self._counts[key].now -= 1
+        self._here = None
         if self.on_change is not None:
             self.on_change()
 
     def count(self, key: ReplicaKey) -> int:
-        return self.here.get(key, 0) + self.elsewhere.get(key, 0)
+        count = self._counts.get(key)
+        return (0 if count is None else count.now) + self.elsewhere.get(key, 0)

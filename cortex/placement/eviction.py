@@ -182,13 +182,18 @@ def _minimal(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> It
 def _cheapest_first(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> tuple[Eviction, ...]:
     alone = [(each, EvictionPlan((each,))) for each in evictable]
     alone.sort(key=lambda pair: (pair[1].eviction_class, pair[1].cost_per_mb, pair[1].order, pair[1].names))
-    ordered = [each for each, _ in alone]
+    return first_sufficient(missing_mb, [each for each, _ in alone])
+
+
+def first_sufficient(missing_mb: Mapping[int, int], ordered: Iterable[Eviction]) -> tuple[Eviction, ...]:
+    """The first evictions in this order that free what is missing on every device, without those that the later ones
+    make unnecessary. All of them together must be enough."""
     chosen: list[Eviction] = []
     for each in ordered:
         chosen.append(each)
         if free_enough(missing_mb, chosen):
             break
-    for each in reversed(list(chosen)):  # most expensive first: it may no longer be needed
+    for each in reversed(list(chosen)):  # the last first: keep a model if evicting the others is enough
         rest = [other for other in chosen if other is not each]
         if free_enough(missing_mb, rest):
             chosen = rest

@@ -19,14 +19,17 @@ class CrossSiteCheck:
     """Remembers the senders that were accepted: a client sends the same headers each time, and looking them up costs a
     fraction of the decision. Bounded, as clients choose them."""
 
-    __slots__ = ("_accepted", "_policy")
+    __slots__ = ("_accepted", "_hosts", "_policy")
 
     def __init__(self, policy: CrossSitePolicy) -> None:
         self._policy = policy
         self._accepted: set[_Headers] = set()
+        self._hosts: set[bytes | None] = set()  # of those that sent neither of the other headers
 
     def refusal(self, request: Request) -> ServiceError | None:
         """Why the request is refused; None if it is not."""
+        if request.origin is None and request.fetch_site is None and request.host in self._hosts:
+            return None  # nearly every request: no browser sent it
         headers = request.host, request.origin, request.fetch_site
         if headers in self._accepted:
             return None
@@ -34,7 +37,10 @@ class CrossSiteCheck:
         if error is None and sum(len(value) for value in headers if value is not None) <= _MAX_BYTES:
             if len(self._accepted) >= _MAX_ACCEPTED:
                 self._accepted.clear()
+                self._hosts.clear()
             self._accepted.add(headers)
+            if request.origin is None and request.fetch_site is None:
+                self._hosts.add(request.host)
         return error
 
 

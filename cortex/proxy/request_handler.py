@@ -391,7 +391,8 @@ class RequestHandler:
             if self._waited >= 0.001:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
-            target = f"{request.method.decode()} {request.path[:MAX_SHOWN_CHARS].decode('latin-1')}"
+            path = request.path if len(request.path) <= MAX_SHOWN_CHARS else request.path[:MAX_SHOWN_CHARS]
+            target = f"{request.method.decode()} {path.decode('latin-1')}"
             context.access_log.line(
                 f"{target} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",

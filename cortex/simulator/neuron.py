@@ -13,6 +13,7 @@ from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import (
     DeviceHealth,
     Discovery,
+    EndpointReply,
     ErrorCode,
     LoadCommand,
     LoadReply,
@@ -26,7 +27,8 @@ OnMemory = Callable[[int], None]
 
 
 class SimulatedNeuron:
-    """Owns the engines of one node. Satisfies `NeuronCommands` and `Refreshable` of `cortex.control.loader`."""
+    """Owns the engines of one node. Satisfies `NeuronCommands` and `Refreshable` of
+    `cortex.fleet.membership`."""
 
     def __init__(self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, on_memory: OnMemory) -> None:
         self.node = node
@@ -83,6 +85,9 @@ class SimulatedNeuron:
         """Always refuses, so that the loader unloads instead."""
         raise NeuronRefused(409, "simulated engines do not sleep", ErrorCode.SLEEP_UNSUPPORTED)
 
+    async def endpoint(self, model_id: str) -> EndpointReply:
+        return EndpointReply(url=f"http://{self.node.name}")
+
     async def refresh(self) -> None:
         """Does nothing: every change has been reported already."""
 
@@ -95,6 +100,7 @@ class SimulatedNeuron:
             devices=list(engine.devices) if held else [],
             vram_booked_mb=engine.booked_mb if held else None,
             since=asyncio.get_running_loop().time(),
+            endpoint=EndpointReply(url=f"http://{self.node.name}") if status is ModelStatus.LOADED else None,
         )
         self._report()
 

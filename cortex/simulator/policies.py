@@ -9,7 +9,7 @@ from cortex.control.scheduler import PLANNER, Policy
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import ResidentModel, device_memory, resident_models
 from cortex.placement.devices import MAX_EVICTION_SETS, device_sets, eligible_devices
-from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan
+from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, first_sufficient, free_enough
 from cortex.placement.fair_queue import LoadSchedule, after_start, is_served_or_loading
 from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import PlanningView
@@ -60,15 +60,19 @@ def _least_recently_used(view: PlanningView, options: Sequence[_DeviceSet]) -> L
     with_memory = [option for option in options if not option.missing_mb]
     if with_memory:
         return max(with_memory, key=lambda option: option.spare_mb).plan()
-    found: list[tuple[float, _DeviceSet, list[ResidentModel]]] = []
+    found: list[tuple[float, _DeviceSet, tuple[Eviction, ...]]] = []
     for option in options:
-        evicting = option.choose_evictions(view, lambda each: max(each.last_used, each.loaded_at))
+        evicting = option.choose_evictions(view, _last_used)
         if evicting is not None:
-            found.append((max(max(each.last_used, each.loaded_at) for each in evicting), option, evicting))
+            found.append((max(_last_used(each.resident) for each in evicting), option, evicting))
     if not found:
         return None
     _, option, evicting = min(found, key=lambda each: each[0])
-    return option.plan(evicting, view.now)
+    return option.plan(evicting)
+
+
+def _last_used(resident: ResidentModel) -> float:
+    return max(resident.last_used, resident.loaded_at)
 
 
 def _first_fit(view: PlanningView, options: Sequence[_DeviceSet]) -> LoadPlan | None:
@@ -81,7 +85,7 @@ def _first_fit(view: PlanningView, options: Sequence[_DeviceSet]) -> LoadPlan | 
     for option in ordered:
         evicting = option.choose_evictions(view, lambda each: each.loaded_at)
         if evicting is not None:
-            return option.plan(evicting, view.now)
+            return option.plan(evicting)
     return None
 
 
@@ -105,23 +109,20 @@ class _DeviceSet:
         self.missing_mb = {index: self._share_mb - mb for index, mb in free.items() if mb < self._share_mb}
         self.spare_mb = sum(free.values()) - self._share_mb * len(devices)
 
-    def choose_evictions(self, view: PlanningView, age: Callable[[ResidentModel], float]) -> list[ResidentModel] | None:
+    def choose_evictions(
+        self, view: PlanningView, age: Callable[[ResidentModel], float]
+    ) -> tuple[Eviction, ...] | None:
         """Idle models to evict, oldest first; None when evicting all of them is not enough."""
         idle = [each for each in resident_models(view, self.node) if not each.in_flight and each.protected is None]
-        chosen: list[ResidentModel] = []
-        for each in sorted(idle, key=lambda each: (age(each), each.key)):
-            if self._suffice(chosen):
-                break
-            chosen.append(each)
-        if not self._suffice(chosen):
+        oldest_first = [
+            Eviction(each, EvictionClass.IDLE, view.now)
+            for each in sorted(idle, key=lambda each: (age(each), each.key))
+        ]
+        if not free_enough(self.missing_mb, oldest_first):
             return None
-        for each in reversed(list(chosen)):  # youngest first: keep a model if evicting the others is enough
-            rest = [other for other in chosen if other is not each]
-            if self._suffice(rest):
-                chosen = rest
-        return chosen
+        return first_sufficient(self.missing_mb, oldest_first)
 
-    def plan(self, evicting: Sequence[ResidentModel] = (), now: float = 0.0) -> LoadPlan:
+    def plan(self, evicting: tuple[Eviction, ...] = ()) -> LoadPlan:
         return LoadPlan(
             model_id=self._model_id,
             node=self.node.name,
@@ -130,13 +131,7 @@ class _DeviceSet:
             fit=Fit.AFTER_EVICTION if evicting else Fit.NOW,
             spare_mb=self.spare_mb,
             reserve_mb=self._share_mb,
-            eviction_plan=EvictionPlan(tuple(Eviction(each, EvictionClass.IDLE, now) for each in evicting)),
-        )
-
-    def _suffice(self, evicting: Sequence[ResidentModel]) -> bool:
-        return all(
-            mb <= sum(each.frees_mb for each in evicting if index in each.devices)
-            for index, mb in self.missing_mb.items()
+            eviction_plan=EvictionPlan(evicting),
         )
 
 

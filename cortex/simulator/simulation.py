@@ -1,10 +1,9 @@
-"""One simulation: cortex's scheduler, loader, admission queue and fleet state, on virtual time, with simulated neurons
-and the requests of a trace."""
+"""One simulation: the control of `cortex serve` on virtual time, with simulated neurons and the requests of a
+trace."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,19 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
-from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.decision import Refuse, Serve, decide
-from cortex.control.demand import Demand
-from cortex.control.load_backoff import Backoffs
-from cortex.control.loader import Loader
-from cortex.control.scheduler import Policy, Scheduler
+from cortex.control.scheduler import Policy
+from cortex.control.wiring import build
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.fleet.state import Fleet, RouteChanges
+from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.metrics.counters import Counters
-from cortex.metrics.exporter import Metrics
 from cortex.metrics.in_flight import InFlight
-from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import LoadPlan
@@ -38,6 +31,7 @@ from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
 from shared.errors import ServiceError
+from shared.protocol import ErrorCode
 from shared.tasks import TaskSet, first_of
 
 RECENT_SECS = 60.0
@@ -134,47 +128,30 @@ class Simulation:
         self._loop = asyncio.get_running_loop()
         self._catalogue = simulated.catalogue
         file, clock = simulated.file, self._loop.time
-        self._timeout_secs = file.serving.timeout_secs
         live = LiveConfig(
             CortexConfig(
                 placement=file.placement,
-                cold_load=ColdLoadSettings(timeout_secs=self._timeout_secs),
+                cold_load=ColdLoadSettings(timeout_secs=file.serving.timeout_secs),
                 waiting=WaitingSettings(per_model=len(trace) + 1, total=len(trace) + 1),
             ),
             simulated.catalogue,
         )
         self._worker = SimulatedWorker()
-        self._totals = CountTotals()
-        self._totals.attach(self._worker)
         self.fleet = Fleet([(node.name, f"http://{node.name}") for node in file.nodes], unhealthy_after=1, clock=clock)
         self._memory = MemoryUse(sum(gpu.vram_total_mb for node in file.nodes for gpu in node.gpus))
         self.neurons = {
             node.name: SimulatedNeuron(node, simulated, self.fleet, self._memory_changed) for node in file.nodes
         }
-        self._demand = Demand(self._totals, clock=clock)
-        self.fleet.route_changes.subscribe(self._loaded_elsewhere)
-        self._queue = AdmissionQueue(live=live, clock=clock)
-        self._loader = Loader(
-            fleet=self.fleet,
-            live=live,
-            clients=self.neurons,
-            pollers=self.neurons,
-            counts=self._totals,
-            metrics=Metrics(self.fleet, self._totals.all_in_flight, self._totals.counters),
-            settle_routes=self._worker.refresh,
-            state=StateFile(),
-            clock=clock,
-        )
-        self._scheduler = Scheduler(
-            live=live,
-            fleet=self.fleet,
-            loader=self._loader,
-            demand=self._demand,
-            backoffs=Backoffs(clock),
-            queue=self._queue,
+        self._core = build(
+            live,
+            StateFile(),
+            self.fleet,
+            self.neurons,
+            self.neurons,
             clock=clock,
             policy=ObservedPolicy(policy, self.counts).as_policy(),
         )
+        self._core.counts.attach(self._worker)
         self._ends: dict[ReplicaKey, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._unfinished = len(self.requests)
@@ -186,17 +163,14 @@ class Simulation:
             await first_of(
                 {
                     "finished": self._finished,
-                    "scheduler": self._scheduler.run(),
-                    "replicas": self._scheduler.reconcile_loop(),
-                    "routes": self._publish(),
+                    **{name: loop() for name, loop in self._core.loops.items()},
                     "arrivals": self._arrivals(),
                 }
             )
             return self._outcome()
         finally:
             await self._tasks.close()
-            await self._scheduler.close()
-            await self._loader.close()
+            await self._core.close()
 
     def _outcome(self) -> Outcome:
         by_model: defaultdict[str, list[SimulatedRequest]] = defaultdict(list)
@@ -214,56 +188,30 @@ class Simulation:
             vram_in_use_pct=in_use,
         )
 
-    async def _publish(self) -> None:
-        """Notifies the scheduler of changed routes, as the resolver does."""
-        with contextlib.closing(RouteChanges(self.fleet)) as changes:
-            while True:
-                self._scheduler.routes_changed(sorted(await changes.next()))
-
-    def _loaded_elsewhere(self, models: set[str]) -> None:
-        self._demand.routes_changed(models, self.fleet.snapshot())
-
     def _memory_changed(self, more_mb: int) -> None:
         self._memory.change(self._loop.time(), held_mb=more_mb)
 
     async def _arrivals(self) -> None:
         for request in self.requests:
             await asyncio.sleep(request.at - self._loop.time())
-            if not self._serve(request):
-                _ = self._tasks.spawn(self._wait(request), name=f"request {request.number}")
+            _ = self._tasks.spawn(self._serve(request), name=f"request {request.number}")
         await self._finished
 
-    async def _wait(self, request: SimulatedRequest) -> None:
-        """A cold request: waits for its model, as the resolver does."""
-        request.cold = True
-        self._demand.record_request(request.model)
-        until = request.at + self._timeout_secs
+    async def _serve(self, request: SimulatedRequest) -> None:
+        """Sends a request to the engine that the resolver finds for it, as a worker does."""
         try:
-            with self._queue.ticket(request.model, self._scheduler.retry_after) as ticket:
-                self._scheduler.ensure_scheduled(request.model)
-                while True:
-                    await ticket.wait(within_secs=until - self._loop.time())
-                    if self._serve(request):
-                        return
-                    self._scheduler.ensure_scheduled(request.model)
-        except (ServiceError, asyncio.TimeoutError):
-            self._finish(request)
-        except Exception as error:  # noqa: BLE001 - a bug must end the simulation, not leave it waiting
-            self._finished.set_exception(error)
+            route = await self._core.resolver.resolve(request.model)
+        except ServiceError as error:
+            if error.code == ErrorCode.INTERNAL_ERROR:  # a bug must end the simulation
+                self._finished.set_exception(error)
+            else:
+                request.cold = True
+                self._finish(request)
+            return
+        request.cold = route.cold
+        self._begin(request, (request.model, route.replica.node))
 
-    def _serve(self, request: SimulatedRequest) -> bool:
-        """False when no engine can serve the model now.
-
-        Raises:
-            ServiceError: the model cannot be served.
-        """
-        match decide(request.model, self._catalogue, self.fleet.snapshot(), self._totals.in_flight):
-            case Serve(nodes):
-                key = request.model, nodes[0]
-            case Refuse(error):
-                raise error
-            case _:
-                return False
+    def _begin(self, request: SimulatedRequest, key: ReplicaKey) -> None:
         engine = self._engine(key)
         request.begun = self._loop.time()
         if not engine.in_flight:
@@ -271,7 +219,6 @@ class Simulation:
         engine.begin(request, request.begun)
         self._worker.requests.add(key)
         self._expect_end(key)
-        return True
 
     def _expect_end(self, key: ReplicaKey) -> None:
         """Sets the timer for the engine's next completion; a request that begins sooner moves it."""

@@ -109,7 +109,7 @@ class EnginePool:
                 failure = error
             else:
                 if not transport.is_closing():
-                    detect_vanished_server(transport.get_extra_info("socket"))
+                    detect_vanished_server(transport.get_extra_info("socket").fileno())
                 return
         raise failure or OSError(f"{address.host} has no address")
 

@@ -15,7 +15,7 @@ __all__ = ["mark"]
 
 pytestmark = pytest.mark.usefixtures("mark")
 
-CORTEX = (" cortex.control.loader: loading {}, ", " cortex.control.loader: loaded {} ")
+CORTEX = (" cortex.control.loader: loading {} on ", " cortex.control.loader: loaded {} ")
 NEURON = (" neuron.lifecycle.launcher: {}: engine process ",)
 
 
@@ -27,7 +27,7 @@ def request_ids(log: Path, model_id: str, marks: tuple[str, ...]) -> list[str]:
 
 
 async def ask(fleet: SmallFleet, name: str, request_id: str, *, tokens: int = 1) -> None:
-    body = {"model": name, "prompt": "x", "max_tokens": tokens}
+    body = {"model": name, "prompt": "x", "max_tokens": tokens, "ignore_eos": True}
     headers = {"x-request-id": request_id}
     async with fleet.http.post(f"{fleet.url}/v1/completions", json=body, headers=headers) as response:
         assert response.status == 200, await response.text()

@@ -10,6 +10,7 @@ from typing import Any
 from tests.services import Fleet, running_fleet
 
 TINY, PAIR, BROKEN, MINILM = "test/tiny", "test/tiny-on-two", "test/broken", "test/minilm"
+ROOMY = "test/tiny-for-agents"
 
 
 @contextmanager
@@ -28,6 +29,9 @@ def running_vllm_fleet(directory: Path, command: list[str], tiny: Path, minilm: 
         "simulate": {"devices": ["RTX 5090", "RTX 5090"]},
     }
     short = ["--max-model-len", "512"]
+    # Beyond the positions of the model's files: its answers are random anyway.
+    roomy = ["--max-model-len", "65536", "--hf-overrides", '{"max_position_embeddings": 65536}']
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     models: list[dict[str, Any]] = [
         {
             "id": TINY,
@@ -37,6 +41,7 @@ def running_vllm_fleet(directory: Path, command: list[str], tiny: Path, minilm: 
             "args": [*short, "--tool-call-parser", "hermes"],
         },
         {"id": PAIR, "source": str(tiny), "min_devices": 2, "vram_mb": 4000, "args": short},
+        {"id": ROOMY, "source": str(tiny), "vram_mb": 2000, "args": [*roomy, *tools]},
         {"id": BROKEN, "source": str(directory / "nothing-here"), "vram_mb": 2000},
         {
             "id": MINILM,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from cortex.control.demand import MEMORY_SECS, Demand
@@ -26,10 +28,10 @@ class Worker:
     def collect(self) -> Counters:
         return Counters()
 
-    def in_flight_here(self) -> dict[ReplicaKey, int]:
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self.in_flight.here
 
-    def begun_here(self) -> dict[ReplicaKey, int]:
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.in_flight.begun
 
     async def refresh(self) -> None: ...
