@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from cortex.http.framing import BadFraming, ChunkedBody, SizedBody
 from shared.errors import InvalidRequest, RequestTooLarge
+
+STREAMED_BYTES: Final = 1 << 20
+"""A longer body may be passed on while it arrives; a shorter one is complete before its request is handled."""
+UNSIZED_BYTES: Final = 1 << 18
+"""The same for a chunked body, whose length is unknown."""
 
 
 class IncomingBody:
     """Collects a body of a known length (in bytes), or a chunked one (`length` None)."""
 
-    __slots__ = ("_framing", "_max_bytes", "_pieces", "_size")
+    __slots__ = ("_framing", "_max_bytes", "_pieces", "_show_at", "_size")
 
     def __init__(self, length: int | None, max_bytes: int) -> None:
         """Raises RequestTooLarge if `length` exceeds `max_bytes`."""
@@ -17,6 +24,8 @@ class IncomingBody:
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
         self._size = length or 0
+        # The size at which the start is shown, 0 for never. Doubled each time: tiny pieces must not cost a search each.
+        self._show_at = UNSIZED_BYTES if length is None else int(length > STREAMED_BYTES)
         self._check_size()
 
     def feed(self, data: bytes) -> bytes | None:
@@ -38,6 +47,31 @@ class IncomingBody:
         if data:
             self._pieces.append(data)
         return framing.excess if framing.ended else None
+
+    @property
+    def left(self) -> int | None:
+        """Bytes that are missing, None if that is unknown."""
+        return self._framing.left if isinstance(self._framing, SizedBody) else None
+
+    def shows_start(self) -> bool:
+        """True if it is time to look whether the request can be handled before its body is complete."""
+        if not self._show_at:
+            return False
+        arrived = sum(map(len, self._pieces))
+        if arrived < self._show_at:
+            return False
+        self._show_at = 2 * arrived if arrived < STREAMED_BYTES else 0
+        return True
+
+    def put_back(self, data: bytes) -> None:
+        """Undoes the last `take`."""
+        self._pieces.insert(0, data)
+
+    def take(self) -> bytes:
+        """What has arrived since the last call."""
+        taken = b"".join(self._pieces)
+        self._pieces.clear()
+        return taken
 
     def whole(self) -> bytes:
         """The complete body. Call once, at its end."""

@@ -13,9 +13,11 @@ from typing import Final, Protocol, cast
 from cortex.http.body_reader import IncomingBody
 from cortex.http.decompress import unpack
 from cortex.http.errors import shutting_down
+from cortex.http.handler import Handler
 from cortex.http.heads import BadHead, HeadReader, RequestHead, request_reader
 from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
+from cortex.http.streamed_body import StreamedBody
 from shared.errors import InvalidRequest, ServiceError
 from shared.serve import is_unanswered
 
@@ -40,25 +42,9 @@ _LINE_ENDS: Final = b"\r\n"
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
 
-class Handler(Protocol):
-    """Answers one request. Calls `ClientConnection.finished` at the end, unless it is abandoned."""
-
-    def begin(self) -> None: ...
-
-    def abandon(self) -> None:
-        """The client disconnected: write nothing more."""
-
-    def stop(self) -> None:
-        """The drain timeout is over: send an error if that is still possible, and finish."""
-
-    def pause(self) -> None:
-        """The client reads too slowly: stop reading from the engine."""
-
-    def resume(self) -> None:
-        """The client has caught up."""
-
-    def tick(self, now: float) -> None:
-        """Called about once a second. `now` is monotonic seconds."""
+class ConnectionSet(Protocol):
+    def opened(self, connection: ClientConnection) -> None: ...
+    def closed(self, connection: ClientConnection) -> None: ...
 
 
 class Dispatcher(Protocol):
@@ -71,6 +57,9 @@ class Dispatcher(Protocol):
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         """Records a request that was refused before it was complete (`request` None: without a valid head). Returns its
         request id."""
+
+    def can_begin(self, request: Request, start: bytes) -> bool:
+        """True if a large request can be handled when only the `start` of its body has arrived."""
 
     def handle(self, client: ClientConnection, request: Request) -> Handler: ...
 
@@ -107,7 +96,7 @@ class ClientConnection:
         "transport",
     )
 
-    def __init__(self, dispatcher: Dispatcher, connections: OpenConnections) -> None:
+    def __init__(self, dispatcher: Dispatcher, connections: ConnectionSet) -> None:
         """The connection is in `connections` from `connection_made` to `connection_lost`."""
         self._dispatcher = dispatcher
         self._connections = connections
@@ -174,6 +163,11 @@ class ClientConnection:
         request = self._request
         assert request is not None
         self._request = self._handler = None
+        if self._body is not None:  # the answer came before the end of the request
+            self._body = None
+            self.hold_back(False)
+            self._linger()
+            return
         if not request.keep_alive or self._dispatcher.draining:
             self.close()
             return
@@ -208,15 +202,15 @@ class ClientConnection:
         else:
             self.transport.abort()
 
-    def tick(self, now: float) -> None:
-        """Called about once a second. `now` is monotonic seconds."""
+    def tick(self, now: float, *, check_client: bool) -> None:
+        """Called about once a second; `now` is monotonic seconds. `check_client`: aborts the connection if the client's
+        kernel acknowledges nothing, now and at the previous check."""
         if 0 < self.deadline < now:
             self.expired()
         elif self._handler is not None:
             self._handler.tick(now)
-
-    def check_client(self) -> None:
-        """Aborts the connection if the client's kernel acknowledges nothing, now and at the previous check."""
+        if not check_client or self.transport.is_closing():
+            return
         unanswered = is_unanswered(self.transport.get_extra_info("socket"))
         if unanswered and self._unanswered:
             self.transport.abort()
@@ -299,6 +293,13 @@ class ClientConnection:
             return
         if rest is None:
             self.deadline = monotonic() + BODY_TIMEOUT_SECS
+            if request.content_encoding is None and body.shows_start():
+                request.body = body.take()
+                if self._dispatcher.can_begin(request, request.body):
+                    request.streamed = StreamedBody(body, self.hold_back)
+                    self._work(request)
+                else:
+                    body.put_back(request.body)
             return
         request.body = body.whole()
         self._body = None
@@ -315,10 +316,27 @@ class ClientConnection:
             except ServiceError as error:
                 self._reject(error)
                 return
+        self._work(request)
+
+    def _work(self, request: Request) -> None:
         self._state = _WORKING
         self.deadline = 0.0
         self._handler = handler = self._dispatcher.handle(self, request)
         handler.begin()
+
+    def _stream(self, data: bytes, streamed: StreamedBody) -> None:
+        try:
+            rest = streamed.feed(data)
+        except ServiceError as error:
+            handler, self._handler = self._handler, None
+            if handler is not None:
+                handler.abandon()
+            self._reject(error)
+            return
+        self.deadline = monotonic() + BODY_TIMEOUT_SECS if rest is None else 0.0
+        if rest is not None:
+            self._body = None
+            self._ahead = rest
 
     def begin_tunnel(self, write: Callable[[bytes], None]) -> None:
         """From now on the bytes of the client go to `write` instead of being read as requests."""
@@ -333,6 +351,8 @@ class ClientConnection:
         if full == self._held_back or self.transport.is_closing():
             return
         self._held_back = full
+        if self._body is not None:
+            self.deadline = 0.0 if full else monotonic() + BODY_TIMEOUT_SECS
         if full:
             self.transport.pause_reading()
             self._look_after()
@@ -341,14 +361,15 @@ class ClientConnection:
 
     def _keep(self, data: bytes) -> None:
         """Stores pipelined requests until the current answer is complete."""
+        if self._body is not None and self._request is not None and self._request.streamed is not None:
+            self._stream(data, self._request.streamed)
+            return
         if self._tunnel is not None:
             self._tunnel(data)
             return
         self._ahead += data
-        if len(self._ahead) > MAX_AHEAD_BYTES and not self._held_back:
-            self._held_back = True
-            self.transport.pause_reading()
-            self._look_after()
+        if len(self._ahead) > MAX_AHEAD_BYTES:
+            self.hold_back(True)
 
     def _look_after(self) -> None:
         """While reading is paused, asyncio does not notice a disconnect: polls the kernel instead."""
@@ -367,9 +388,7 @@ class ClientConnection:
         self._state = _IDLE
         self.data_received(ahead)
         if self._held_back and (self._state != _WORKING or len(self._ahead) <= MAX_AHEAD_BYTES):
-            self._held_back = False
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
+            self.hold_back(False)
 
     def _reject(self, error: ServiceError) -> None:
         """Answers a request that cannot be read to its end and closes the connection, because the start of the next
@@ -379,21 +398,3 @@ class ClientConnection:
         self.transport.write(error_answer(error, request_id, request=request, keep_alive=False))
         self._linger()
         self._reader = self._request = self._body = None
-
-
-class OpenConnections:
-    """The open client connections; `empty` is set while there are none."""
-
-    def __init__(self) -> None:
-        self.all: set[ClientConnection] = set()
-        self.empty = asyncio.Event()
-        self.empty.set()
-
-    def opened(self, connection: ClientConnection) -> None:
-        self.all.add(connection)
-        self.empty.clear()
-
-    def closed(self, connection: ClientConnection) -> None:
-        self.all.discard(connection)
-        if not self.all:
-            self.empty.set()

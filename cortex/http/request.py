@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from cortex.http import headers as names
 from cortex.http.heads import BadHead, RequestHead
+from cortex.http.streamed_body import StreamedBody
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
@@ -40,6 +41,7 @@ class Request:
         "path",
         "peer",
         "received",
+        "streamed",
         "target",
         "upgrading",
     )
@@ -74,6 +76,7 @@ class Request:
             target = _path_of(head)
         self.target = target
         self.upgrading = False
+        self.streamed: StreamedBody | None = None
         path = target.partition(b"?")[0]
         self.path = path if _PERCENT not in path else _unquoted(path)
         self.anthropic = self.path.startswith(b"/v1/messages")
@@ -101,6 +104,11 @@ class Request:
     def upgrade(self) -> bytes | None:
         """The protocols that the client would like to switch to."""
         return self._named.get(names.UPGRADE)
+
+    @property
+    def replayable(self) -> bool:
+        """The request can be sent again."""
+        return self.streamed is None or not self.streamed.passed_on
 
     @property
     def request_id(self) -> bytes | None:
@@ -173,7 +181,7 @@ class Request:
             b"%b %b%b HTTP/1.1" % (self.method, prefix, self.target),
             b"host: " + host,
             *self._passed,
-            b"connection: Upgrade\r\nupgrade: websocket" if self.upgrading else b"content-length: %d" % len(self.body),
+            self._framing_line(),
             b"x-request-id: " + request_id,
             b"x-forwarded-for: " + forwarded,
             *credentials,
@@ -182,6 +190,15 @@ class Request:
             lines.append(b"content-type: " + self.content_type)
         lines += (b"", b"")
         return b"\r\n".join(lines)
+
+    def _framing_line(self) -> bytes:
+        streamed = self.streamed
+        if streamed is not None:
+            left = streamed.left
+            return b"transfer-encoding: chunked" if left is None else b"content-length: %d" % (len(self.body) + left)
+        if self.upgrading:
+            return b"connection: Upgrade\r\nupgrade: websocket"
+        return b"content-length: %d" % len(self.body)
 
     def refuse_encodings(self) -> None:
         """Asks the engine for an uncompressed answer."""

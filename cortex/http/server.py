@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
-from cortex.http.connection import ClientConnection, Dispatcher, OpenConnections
+from cortex.http.connection import ClientConnection, Dispatcher
 from shared.serve import BACKLOG, UNANSWERED_CHECK_SECS
 from shared.tasks import cancel_all, timeout
 
@@ -19,6 +19,24 @@ log = logging.getLogger(__name__)
 SWEEP_SECS = 1.0
 LAST_WORD_SECS = 1.0
 """How long clients have to receive their last error after the drain timeout."""
+
+
+class OpenConnections:
+    """Implements `connection.ConnectionSet`; `empty` is set while there are none."""
+
+    def __init__(self) -> None:
+        self.all: set[ClientConnection] = set()
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    def opened(self, connection: ClientConnection) -> None:
+        self.all.add(connection)
+        self.empty.clear()
+
+    def closed(self, connection: ClientConnection) -> None:
+        self.all.discard(connection)
+        if not self.all:
+            self.empty.set()
 
 
 @contextlib.asynccontextmanager
@@ -54,9 +72,7 @@ async def _sweep(connections: OpenConnections, secs: float) -> None:
         if check:
             checked = now
         for connection in list(connections.all):
-            connection.tick(now)
-            if check and not connection.transport.is_closing():
-                connection.check_client()
+            connection.tick(now, check_client=check)
 
 
 async def _drain(dispatcher: Dispatcher, connections: OpenConnections, timeout_secs: float) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 
 from cortex.config.settings import CortexConfig
-from cortex.http.connection import ClientConnection, Handler
+from cortex.http.connection import ClientConnection
+from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
+from cortex.proxy.body.model_field import form_names_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
@@ -70,6 +72,9 @@ class Gateway:
     @property
     def response_owners(self) -> ResponseOwners:
         return self._context.response_owners
+
+    def can_begin(self, request: Request, start: bytes) -> bool:
+        return request.method == b"POST" and form_names_model(start, request.content_type.decode("latin-1"))
 
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         refused = self._cross_site.refusal(request)

@@ -91,7 +91,8 @@ class Relay:
         self.silent_since = 0.0
 
     def start(self) -> None:
-        connection = self._pool.take(self._address)
+        # A kept connection may break and require a retry, for which the beginning of a streamed body is gone.
+        connection = None if self._request.streamed is not None else self._pool.take(self._address)
         if connection is None:
             self._connect()
         else:
@@ -100,6 +101,7 @@ class Relay:
     def abandon(self) -> None:
         """The client disconnected."""
         self._abandoned = True
+        self._close_body()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -179,11 +181,13 @@ class Relay:
 
     def ended(self) -> None:
         self._connection = None
+        self._close_body()
         self.status = self.answer.finish(self.status)
         self._listener.done()
 
     def lost(self, reason: str, *, stale: bool) -> None:
         self._connection = None
+        self._close_body()
         if stale:
             # The engine closed an idle connection at the moment it was used: retry on a new one.
             self._connect()
@@ -210,7 +214,26 @@ class Relay:
             connection.abandon()
             return
         self._connection = connection
-        connection.send(self, self._head, self._request.body, upgrading=self._request.upgrading)
+        request = self._request
+        streamed = request.streamed
+        if streamed is None:
+            connection.send(self, self._head, request.body, upgrading=request.upgrading)
+            return
+        connection.partial = True
+        connection.send(self, self._head, streamed.framed(request.body))
+        connection.on_full = self.answer.client.hold_back
+        streamed.open(self._pass_on)
+
+    def _pass_on(self, data: bytes) -> None:
+        """Sends more of a streamed body."""
+        connection, streamed = self._connection, self._request.streamed
+        if connection is not None and streamed is not None:
+            connection.partial = not streamed.ended
+            connection.transport.write(data)
+
+    def _close_body(self) -> None:
+        if self._request.streamed is not None:
+            self._request.streamed.close()
 
     def _goes_elsewhere(self, head: ResponseHead) -> bool:
         """True if the listener retries elsewhere after a 502 or 503, which only says that this engine does not serve
@@ -222,5 +245,6 @@ class Relay:
             return False
         connection, self._connection = self._connection, None
         assert connection is not None
+        self._close_body()
         connection.drop()
         return True

@@ -162,7 +162,7 @@ class RequestHandler:
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
-        if self._attempts >= MAX_ATTEMPTS:
+        if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             self._refuse(unreachable(self._model_id, self._failures))
             return
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
@@ -171,7 +171,7 @@ class RequestHandler:
     def refused(self, status: int, *, asleep: bool) -> bool:
         state = self._state
         assert isinstance(state, Sent)
-        if self._attempts >= MAX_ATTEMPTS:
+        if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
         others = () if asleep else self._untried()
         again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)

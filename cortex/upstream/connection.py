@@ -72,6 +72,7 @@ class EngineConnection:
         "address",
         "idle_since",
         "on_full",
+        "partial",
         "transport",
     )
 
@@ -91,6 +92,7 @@ class EngineConnection:
         self._paused = False
         self._to_head = False
         self._upgrading = False
+        self.partial = False  # the rest of the request's body is still to come
         self.on_full: Callable[[bool], None] | None = None  # the engine reads too slowly, or goes on
         self._straight = False
         self._between = False  # passing straight, and the next byte begins a chunk
@@ -257,7 +259,7 @@ class EngineConnection:
 
     def _release(self, body: Body) -> None:
         """The current answer is complete: returns the connection to its owner if it can be reused."""
-        self._exchange = self._body = None
+        self._exchange = self._body = self.on_full = None
         self._straight = self._between = False
         self._served += 1
         transport = self.transport
@@ -265,6 +267,7 @@ class EngineConnection:
         if (
             self._keep_alive
             and not body.excess
+            and not self.partial
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
         ):

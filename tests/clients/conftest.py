@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.clients.running import BROKEN, MODELS, SLOW, Bench, Outside, outside
+from tests.clients.running import BROKEN, MODELS, SLOW, SLOW_LOAD_SECS, Bench, Outside, outside
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.clients import NodeEnvironment, node_clients, old_python_clients, python_clients
 from tests.services import Fleet, running_fleet
@@ -18,17 +18,18 @@ Environment = TypeVar("Environment")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every test of this folder."""
+    """Marks every test of this folder. The first one builds the clients, unless `make test` has."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker("clients")
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """cortex and a neuron with simulated engines."""
-    engine = ["--load-secs", "0.8", "--ttft-ms", "300", "--tokens-per-sec", "400"]
+    engine = ["--ttft-ms", "300", "--tokens-per-sec", "400"]
     neuron: dict[str, Any] = {
         "harnesses": [{"name": "sim"}],
         "harness": {"sim": {"extra_args": engine}},
@@ -39,10 +40,17 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "waiting": {"first_comment_secs": 0.1, "comment_interval_secs": 0.1},
         "poll": {"interval_secs": 0.2},
     }
-    arguments = {SLOW: ["--load-secs", "3"], **{model: ["--fault", "unsupported-model"] for model in BROKEN.values()}}
+    load_secs = {**dict.fromkeys(MODELS, 0.8), **dict.fromkeys(BROKEN.values(), 0.8), SLOW: SLOW_LOAD_SECS}
+    faults = {model: ["--fault", "unsupported-model"] for model in BROKEN.values()}
     models = [
-        {"id": model, "harness": "sim", "vram_mb": 4000, "tools": True, "args": arguments.get(model, [])}
-        for model in (*MODELS, *arguments)
+        {
+            "id": model,
+            "harness": "sim",
+            "vram_mb": 4000,
+            "tools": True,
+            "args": ["--load-secs", f"{secs:g}", *faults.get(model, [])],
+        }
+        for model, secs in load_secs.items()
     ]
     with running_fleet(tmp_path_factory.mktemp("fleet"), neuron, cortex, {"models": models}) as fleet:
         yield fleet

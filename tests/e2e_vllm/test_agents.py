@@ -23,8 +23,9 @@ FEW = 32  # the model has random weights: it never stops
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _unloaded(fleet: Fleet) -> Iterator[None]:
-    """Leaves no engine of this size to the other tests."""
+def _loaded(fleet: Fleet) -> Iterator[None]:
+    """The model is loaded for these tests, and for no others."""
+    assert fleet.cortex.request("/v1/completions", {"model": ROOMY, "prompt": "a", "max_tokens": 1}).status == 200
     yield
     fleet.unload(ROOMY)
 

@@ -114,6 +114,16 @@ def _is_form(content_type: str) -> bool:
     return content_type != "application/json" and content_type.lower().startswith("multipart/form-data")
 
 
+def form_names_model(start: bytes, content_type: str) -> bool:
+    """True if the start of a multipart form contains its `model` completely."""
+    if not _is_form(content_type):
+        return False
+    try:
+        return bool(_model_of_form(start, content_type).model)
+    except InvalidRequest:
+        return False
+
+
 def with_model(body: bytes, content_type: str, model: str) -> bytes:
     """`body`, for which `find_model` raises MissingModel, with this model and otherwise unchanged."""
     if _is_form(content_type):

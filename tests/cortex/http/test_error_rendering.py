@@ -53,6 +53,9 @@ class RefusesAll:
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         raise AssertionError(error)
 
+    def can_begin(self, request: Request, start: bytes) -> bool:
+        return False
+
     def handle(self, client: ClientConnection, request: Request) -> RefusesAll:
         self._client = client
         return self

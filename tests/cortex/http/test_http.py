@@ -254,7 +254,7 @@ async def test_headers_of_one_connection_go_no_further(
 
 
 @pytest.mark.parametrize(
-    "target", ["/v1/responses", "/v1/realtime?model=org/small", "/v1/models", "/health", "/nowhere"]
+    "target", ["/v1/responses", "/v1/realtime/x?model=org/small", "/v1/models", "/health", "/nowhere"]
 )
 async def test_websocket_upgrade_is_426(client: RawClient, engine: RawEngine, target: str) -> None:
     """Codex probes for a WebSocket and uses HTTP after a 426. The connection stays usable."""
