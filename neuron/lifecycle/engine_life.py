@@ -13,6 +13,7 @@ from enum import Enum
 import aiohttp
 
 from neuron import errors as failures
+from neuron.engine.connections import connections_to, is_busy
 from neuron.engine.engine import Engine
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
@@ -145,12 +146,15 @@ class EngineLife:
             await cancel_all([health])
         self.served_secs = time.monotonic() - since
         if event is EngineEvent.STOP_REQUESTED:
-            await self._drain()
+            hangs = await self._drain() is EngineEvent.UNHEALTHY
         else:
+            hangs = False
             # Reported before the processes are cleaned up and the cause is searched for: cortex must reroute now.
             self._model.become(State.RECOVERING, self._fault or "engine exited unexpectedly")
             self.request.reopen()
         self._end(event)
+        if hangs:
+            self.engine.end_with(kill=True, leave=self.engine.leave)
 
     async def explain(self) -> tuple[ServiceError, bool]:
         """Why an engine that is gone failed; True when its port was taken by another process."""
@@ -274,22 +278,43 @@ class EngineLife:
         self._model.loaded(self.engine, "awake")
         self.request.settle(None)
 
-    async def _drain(self) -> None:
-        """Waits until the engine has finished its requests, or the drain time is over."""
-        request, exited = self.request, self.engine.process.main_exited
+    async def _drain(self) -> EngineEvent | None:
+        """Waits until the engine has finished its requests, hangs or has ended, or the drain time is over."""
+        request, engine = self.request, self.engine
         if not request.leave_engine:
-            await self.engine.record_stop()
-        idle_polls = 0  # two in a row: a request may have been on its way during the first
-        while not request.leave_engine and not exited.is_set() and time.monotonic() < request.drain_until:
-            sample = await self.engine.health.take_sample()
-            idle_polls = idle_polls + 1 if sample is not None and not sample.running and not sample.waiting else 0
-            if idle_polls == _IDLE_POLLS:
-                break
-            await asyncio.sleep(_DRAIN_POLL_SECS)
+            await engine.record_stop()
+        event = await first_of(
+            {
+                EngineEvent.STOP_REQUESTED: self._until_idle(),
+                EngineEvent.EXITED: engine.process.main_exited.wait(),
+                EngineEvent.UNHEALTHY: engine.health.until_unhealthy(),
+            }
+        )
         if self._model.state is State.DRAINING:
-            self._model.become(
-                State.STOPPING, "drained" if time.monotonic() < request.drain_until else "drain timed out"
-            )
+            in_time = time.monotonic() < request.drain_until
+            reason = "drained" if in_time else "drain timed out"
+            self._model.become(State.STOPPING, "unhealthy" if event is EngineEvent.UNHEALTHY else reason)
+        return event
+
+    async def _until_idle(self) -> None:
+        """Returns when the engine has no requests, is to be left, or the drain time is over."""
+        request = self.request
+        idle_polls = 0  # two in a row: a request may have been on its way during the first
+        while not request.leave_engine and time.monotonic() < request.drain_until:
+            idle_polls = idle_polls + 1 if await self._is_idle() else 0
+            if idle_polls == _IDLE_POLLS:
+                return
+            await asyncio.sleep(_DRAIN_POLL_SECS)
+
+    async def _is_idle(self) -> bool:
+        """By the engine's own figures, or by its connections when it tells none."""
+        engine = self.engine
+        # One that has told none so far is not asked again: its answer may take as long as a check.
+        sample = None if engine.health.sample is None else await engine.health.take_sample()
+        if sample is not None:
+            return not sample.running and not sample.waiting
+        found = await asyncio.to_thread(connections_to, engine.port)
+        return found is not None and not any(is_busy(each) for each in found)
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""

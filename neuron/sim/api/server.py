@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from neuron.sim.api import audio, chat, completions, errors, messages, pooling, 
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
 from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
+from neuron.sim.engine.faults import Fault
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,7 +50,13 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def exposition(request: web.Request) -> web.Response:
-    text = request.app[ENGINE].exposition()
+    engine = request.app[ENGINE]
+    faults = engine.settings.faults
+    if Fault.NO_METRICS in faults:
+        raise web.HTTPNotFound
+    if Fault.HANGING_METRICS in faults:
+        await asyncio.Event().wait()
+    text = "python_info 1\n" if Fault.BARE_METRICS in faults else engine.exposition()
     return web.Response(body=text.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 

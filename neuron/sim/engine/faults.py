@@ -25,6 +25,9 @@ class Fault(str, Enum):
     LOSE_EARLY_SIGTERM = "lose-early-sigterm"
     SLOW_PREFILL = "slow-prefill"
     LEAVE_FILES = "leave-files"
+    NO_METRICS = "no-metrics"  # 404
+    BARE_METRICS = "bare-metrics"  # none of vLLM's
+    HANGING_METRICS = "hanging-metrics"
 
 
 # Defaults of `--fault-after`.

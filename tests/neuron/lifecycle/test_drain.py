@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from tests.neuron.lasting import MODEL, config, leaving, streaming
-from tests.neuron.neurons import marked_processes, neuron_process
+import aiohttp
+import pytest
+
+from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
+from tests.neuron.neurons import marked_engines, marked_processes, neuron_process
 
 __all__ = ["config"]
 
@@ -74,3 +81,65 @@ async def test_drain_goes_on_when_engines_are_left(config: Path, mark: str) -> N
             assert events[-1] == b"[DONE]"
         assert (await unload).status == 200
     assert not marked_processes(mark)
+
+
+@pytest.mark.parametrize("fault", ["no-metrics", "bare-metrics", "hanging-metrics"])
+async def test_drain_without_figures_ends_when_idle(config: Path, mark: str, fault: str) -> None:
+    """An engine that tells no figures is drained in seconds when nobody is connected, not in `drain_secs`."""
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--fault", fault)
+        path = "/models/unload?drain_secs=1800"
+        answer = await asyncio.wait_for(neuron.call("POST", path, json={"model_id": MODEL}), 5)
+        assert answer.status == 200
+        assert "drained" in {step["reason"] for step in (await neuron.model(MODEL))["transitions"]}
+
+
+@pytest.mark.parametrize("fault", ["no-metrics", "bare-metrics", "hanging-metrics"])
+async def test_drain_without_figures_finishes_what_runs(config: Path, mark: str, fault: str) -> None:
+    """A stream of a client that went to such an engine directly finishes before the engine stops."""
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--tokens-per-sec", "20", "--fault", fault)
+        async with streaming(neuron, tokens=30) as stream:
+            path = "/models/unload?drain_secs=60"
+            unloading = asyncio.create_task(neuron.call("POST", path, json={"model_id": MODEL}))
+            await neuron.until_status(MODEL, "unloaded")
+            assert (await stream)[-1] == b"[DONE]"
+            assert len(await stream) >= 30
+        assert (await asyncio.wait_for(unloading, 5)).status == 200
+
+
+async def test_drain_without_figures_finishes_an_unanswered_request(config: Path, mark: str) -> None:
+    """A request whose first byte takes long is not cut: its client spoke last."""
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--ttft-ms", "1500", "--fault", "no-metrics")
+        found = (await neuron.endpoint(MODEL)).body
+        url, body = urlsplit(found["url"]), json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1})
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {found['api_key']}\r\n"
+        head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write((head + body).encode())
+        path = "/models/unload?drain_secs=60"
+        unloading = asyncio.create_task(neuron.call("POST", path, json={"model_id": MODEL}))
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b'"choices"' in answer
+        assert (await asyncio.wait_for(unloading, 5)).status == 200
+        assert "drained" in {step["reason"] for step in (await neuron.model(MODEL))["transitions"]}
+
+
+async def test_drain_ends_when_engine_hangs(config: Path, mark: str) -> None:
+    """An engine that answers nothing any more, its health check included, is not waited for."""
+    rewritten(config, "[simulate]", "[health]\ninterval_secs = 0.1\nunresponsive_secs = 1\n[simulate]")
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--tokens-per-sec", "20", "--fault", "no-metrics")
+        with contextlib.suppress(aiohttp.ClientError):  # the stream is cut
+            async with streaming(neuron, tokens=1000):
+                path = "/models/unload?drain_secs=1800"
+                unloading = asyncio.create_task(neuron.call("POST", path, json={"model_id": MODEL}))
+                await neuron.until_status(MODEL, "unloaded")
+                for pid in marked_engines(mark):
+                    os.kill(pid, signal.SIGSTOP)
+                assert (await asyncio.wait_for(unloading, 10)).status == 200
+        reasons = {step["reason"] for step in (await neuron.model(MODEL))["transitions"]}
+        assert "unhealthy" in reasons

@@ -1,0 +1,162 @@
+"""What the kernel knows of the connections to an engine, for one that does not say how many requests it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+QUIET_SECS = 30.0
+"""An answer that has begun may pause this long, for example while a streamed request's prompt is read."""
+
+# sock_diag(7), linux/inet_diag.h, struct tcp_info of linux/tcp.h. The kernel answers every user.
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST_DUMP = 0x301
+_ERROR, _DONE = 2, 3
+_ESTABLISHED, _LISTEN = 1, 10
+_TCP_INFO = 2
+_HEADER = struct.Struct("=IHHII")
+_QUERY = struct.Struct("=BBBBI")
+_QUEUES = struct.Struct("=II")
+_ATTRIBUTE = struct.Struct("=HH")
+_IDS_AT, _QUEUES_AT, _INODE_AT, _ATTRIBUTES_AT = 4, 56, 68, 72
+_LAST_SENT_AT, _LAST_RECEIVED_AT, _BYTES_RECEIVED_AT, _BYTES_SENT_AT = 44, 52, 128, 200
+_RECEIVE_BYTES = 1 << 16
+_MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address in an IPv6 one
+
+
+@dataclass(frozen=True)
+class EngineConnection:
+    """An established connection, seen from the engine's side. Ages are seconds."""
+
+    bytes_received: int
+    bytes_sent: int
+    last_received_age: float
+    last_sent_age: float
+    queued: int
+    """Bytes that the engine has not read, or that the client has not acknowledged."""
+
+
+@dataclass(frozen=True)
+class _Socket:
+    state: int
+    local: tuple[bytes, int]
+    remote: tuple[bytes, int]
+    inode: int
+    traffic: EngineConnection | None
+
+
+def is_busy(connection: EngineConnection, *, quiet_secs: float = QUIET_SECS) -> bool:
+    """True when a request may be under way. The client speaks first: without a byte of it there is no request. If it
+    spoke last, the engine owes it an answer, however long that takes. If the engine spoke last, the answer is complete
+    or pauses: after `quiet_secs` it counts as complete, and the connection as one that is kept for later."""
+    if connection.queued:
+        return True
+    if not connection.bytes_received:
+        return False
+    if not connection.bytes_sent or connection.last_received_age < connection.last_sent_age:
+        return True
+    return connection.last_sent_age < quiet_secs
+
+
+def connections_to(port: int) -> list[EngineConnection] | None:
+    """The established connections to the engine that listens on `port`, without those of this process.
+
+    None when the kernel does not tell, or nothing listens there in this network namespace. Blocks for some
+    milliseconds.
+    """
+    try:
+        served = list(_sockets(source_port=port))
+        clients = list(_sockets(destination_port=port))
+        inodes = _own_inodes() if clients else set()
+    except OSError:
+        return None
+    if not any(each.state == _LISTEN for each in served):
+        return None
+    own = {each.local for each in clients if each.inode in inodes}
+    return [each.traffic for each in served if each.traffic is not None and each.remote not in own]
+
+
+def _own_inodes() -> set[int]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            target = str(entry.readlink())
+            if target.startswith("socket:["):
+                found.add(int(target[8:-1]))
+    return found
+
+
+def _sockets(*, source_port: int = 0, destination_port: int = 0) -> Iterator[_Socket]:
+    """The established and listening TCP sockets with these ports. Raises OSError when the kernel does not tell."""
+    states = 1 << _ESTABLISHED | 1 << _LISTEN
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            query = _QUERY.pack(family, socket.IPPROTO_TCP, 1 << (_TCP_INFO - 1), 0, states)
+            query += struct.pack(">HH", source_port, destination_port) + bytes(36) + b"\xff" * 8
+            netlink.send(_HEADER.pack(_HEADER.size + len(query), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + query)
+            yield from _answers(netlink)
+
+
+def _answers(netlink: socket.socket) -> Iterator[_Socket]:
+    while True:
+        data = netlink.recv(_RECEIVE_BYTES)
+        offset = 0
+        while offset < len(data):
+            length, kind, *_ = _HEADER.unpack_from(data, offset)
+            body = data[offset + _HEADER.size : offset + length]
+            if kind == _DONE:
+                return
+            if kind == _ERROR:
+                code = -struct.unpack_from("=i", body)[0]
+                raise OSError(code, os.strerror(code))
+            yield _socket(body)
+            offset += _aligned(length)
+
+
+def _socket(body: bytes) -> _Socket:
+    """From an inet_diag_msg and its attributes."""
+    source_port, destination_port = struct.unpack_from(">HH", body, _IDS_AT)
+    source, destination = body[8:24], body[24:40]
+    state = body[1]
+    return _Socket(
+        state=state,
+        local=(_address(body[0], source), source_port),
+        remote=(_address(body[0], destination), destination_port),
+        inode=struct.unpack_from("=I", body, _INODE_AT)[0],
+        traffic=_traffic(body) if state == _ESTABLISHED else None,
+    )
+
+
+def _address(family: int, raw: bytes) -> bytes:
+    if family == socket.AF_INET:
+        return raw[:4]
+    return raw[12:] if raw.startswith(_MAPPED) else raw
+
+
+def _traffic(body: bytes) -> EngineConnection:
+    """Raises OSError when the kernel leaves out what `is_busy` needs (before Linux 4.19)."""
+    offset = _ATTRIBUTES_AT
+    while offset + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, offset)
+        info = body[offset + _ATTRIBUTE.size : offset + length]
+        if kind == _TCP_INFO and len(info) >= _BYTES_SENT_AT + 8:
+            return EngineConnection(
+                bytes_received=struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0],
+                bytes_sent=struct.unpack_from("=Q", info, _BYTES_SENT_AT)[0],
+                last_received_age=struct.unpack_from("=I", info, _LAST_RECEIVED_AT)[0] / 1000,
+                last_sent_age=struct.unpack_from("=I", info, _LAST_SENT_AT)[0] / 1000,
+                queued=sum(_QUEUES.unpack_from(body, _QUEUES_AT)),
+            )
+        offset += max(_aligned(length), _ATTRIBUTE.size)
+    raise OSError("the kernel tells nothing of its connections' traffic")
+
+
+def _aligned(length: int) -> int:
+    return (length + 3) & ~3
