@@ -31,7 +31,7 @@ _MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address in an IPv6 one
 
 
 @dataclass(frozen=True)
-class EngineConnection:
+class ConnectionTraffic:
     """An established connection, seen from the engine's side. Ages are seconds."""
 
     bytes_received: int
@@ -48,13 +48,16 @@ class _Socket:
     local: tuple[bytes, int]
     remote: tuple[bytes, int]
     inode: int
-    traffic: EngineConnection | None
+    traffic: ConnectionTraffic | None
 
 
-def is_busy(connection: EngineConnection, *, quiet_secs: float = QUIET_SECS) -> bool:
-    """True when a request may be under way. The client speaks first: without a byte of it there is no request. If it
-    spoke last, the engine owes it an answer, however long that takes. If the engine spoke last, the answer is complete
-    or pauses: after `quiet_secs` it counts as complete, and the connection as one that is kept for later."""
+def is_busy(connection: ConnectionTraffic, *, quiet_secs: float = QUIET_SECS) -> bool:
+    """True when a request may be under way.
+
+    A client that has sent nothing has no request. If the client sent last, the engine owes it an answer, however long
+    that takes. If the engine sent last, the answer is complete or pauses: after `quiet_secs` without traffic it counts
+    as complete, and the connection as idle.
+    """
     if connection.queued:
         return True
     if not connection.bytes_received:
@@ -64,7 +67,7 @@ def is_busy(connection: EngineConnection, *, quiet_secs: float = QUIET_SECS) -> 
     return connection.last_sent_age < quiet_secs
 
 
-def connections_to(port: int) -> list[EngineConnection] | None:
+def connections_to(port: int) -> list[ConnectionTraffic] | None:
     """The established connections to the engine that listens on `port`, without those of this process.
 
     None when the kernel does not tell, or nothing listens there in this network namespace. Blocks for some
@@ -140,14 +143,14 @@ def _address(family: int, raw: bytes) -> bytes:
     return raw[12:] if raw.startswith(_MAPPED) else raw
 
 
-def _traffic(body: bytes) -> EngineConnection:
+def _traffic(body: bytes) -> ConnectionTraffic:
     """Raises OSError when the kernel leaves out what `is_busy` needs (before Linux 4.19)."""
     offset = _ATTRIBUTES_AT
     while offset + _ATTRIBUTE.size <= len(body):
         length, kind = _ATTRIBUTE.unpack_from(body, offset)
         info = body[offset + _ATTRIBUTE.size : offset + length]
         if kind == _TCP_INFO and len(info) >= _BYTES_SENT_AT + 8:
-            return EngineConnection(
+            return ConnectionTraffic(
                 bytes_received=struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0],
                 bytes_sent=struct.unpack_from("=Q", info, _BYTES_SENT_AT)[0],
                 last_received_age=struct.unpack_from("=I", info, _LAST_RECEIVED_AT)[0] / 1000,

@@ -8,7 +8,7 @@ import socket
 import sys
 from asyncio.subprocess import PIPE
 
-from neuron.engine.connections import EngineConnection, connections_to, is_busy
+from neuron.engine.connections import ConnectionTraffic, connections_to, is_busy
 from tests.neuron.neurons import until
 
 _CLIENT = """
@@ -21,7 +21,7 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as sock:
 """
 
 
-def _only(port: int) -> EngineConnection:
+def _only(port: int) -> ConnectionTraffic:
     found = connections_to(port)
     assert found is not None
     (connection,) = found
@@ -63,7 +63,7 @@ async def test_connections_of_others() -> None:
 
 def test_busy_by_who_spoke_last() -> None:
     """An unanswered request is busy however old it is; an answered one until the engine has been quiet."""
-    unanswered = EngineConnection(bytes_received=9, bytes_sent=0, last_received_age=900, last_sent_age=900, queued=0)
+    unanswered = ConnectionTraffic(bytes_received=9, bytes_sent=0, last_received_age=900, last_sent_age=900, queued=0)
     assert is_busy(unanswered)
     again = dataclasses.replace(unanswered, bytes_sent=5, last_sent_age=901)
     assert is_busy(again)
@@ -71,5 +71,5 @@ def test_busy_by_who_spoke_last() -> None:
     assert is_busy(answered)
     assert not is_busy(dataclasses.replace(answered, last_sent_age=30))
     assert is_busy(dataclasses.replace(answered, last_sent_age=31, queued=1))
-    unused = EngineConnection(bytes_received=0, bytes_sent=0, last_received_age=0, last_sent_age=0, queued=0)
+    unused = ConnectionTraffic(bytes_received=0, bytes_sent=0, last_received_age=0, last_sent_age=0, queued=0)
     assert not is_busy(unused)

@@ -85,7 +85,7 @@ async def test_drain_goes_on_when_engines_are_left(config: Path, mark: str) -> N
 
 @pytest.mark.parametrize("fault", ["no-metrics", "bare-metrics", "hanging-metrics"])
 async def test_drain_without_figures_ends_when_idle(config: Path, mark: str, fault: str) -> None:
-    """An engine that tells no figures is drained in seconds when nobody is connected, not in `drain_secs`."""
+    """An engine that tells no figures is drained in seconds without a client, not in `drain_secs`."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--fault", fault)
         path = "/models/unload?drain_secs=1800"
@@ -109,7 +109,7 @@ async def test_drain_without_figures_finishes_what_runs(config: Path, mark: str,
 
 
 async def test_drain_without_figures_finishes_an_unanswered_request(config: Path, mark: str) -> None:
-    """A request whose first byte takes long is not cut: its client spoke last."""
+    """A request whose first byte takes long is not cut: its client sent last."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--ttft-ms", "1500", "--fault", "no-metrics")
         found = (await neuron.endpoint(MODEL)).body
