@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from shared.errors import Forbidden, InvalidRequest, ServiceError
 
-PRIVATE_DOMAINS = (".localhost", ".local", ".internal", ".home.arpa")
+PRIVATE_DOMAINS = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
 """Reserved for private use (RFC 6761, RFC 6762, RFC 8375, ICANN): no stranger can register a name below them."""
 
 _DEFAULT_PORTS = {"http": "80", "https": "443"}

@@ -6,8 +6,10 @@ Mistakes are found before anything starts; messages name the file or variable, t
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,13 +131,31 @@ def _describe(problem: dict[str, Any], source: str, sources: Mapping[tuple[str, 
     origin = next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), source)
     key = _dotted(problem["loc"]) or "(file)"
     if problem["type"] == "extra_forbidden":
-        return f"{origin}: {key}: unknown key (value {problem['input']!r})"
+        return f"{origin}: {key}: unknown key (value {_shown(key, problem['input'])})"
     if problem["type"] == "missing":
         return f"{origin}: {key}: required, but missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if isinstance(problem["input"], Mapping):  # a rule about a whole table: do not print the table
         return f"{origin}: {key}: {message}"
-    return f"{origin}: {key} = {problem['input']!r}: {message}"
+    return f"{origin}: {key} = {_shown(key, problem['input'])}: {message}"
+
+
+_SECRETS = ("token", "secret", "password", "api_key", "key")
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value for an error message, which logs and `/fleet` show too: without secrets, also those of a mistyped key."""
+    if value == "":
+        return "''"
+    name = key.rpartition(".")[2].lower()
+    if any(word in name for word in _SECRETS) or difflib.get_close_matches(name, _SECRETS, cutoff=0.7):
+        return "not shown"
+    if isinstance(value, Mapping):
+        return "a table"
+    return _USER_INFO.sub("//...@", repr(value))
+
+
+_USER_INFO = re.compile(r"//[^/@\s]*@")
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:

@@ -126,6 +126,7 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "draining": node.draining,
         "misses": node.misses,
         "last_error": node.last_error,
+        "ignored_fields": node.ignored_fields,
         "hostname": discovery and discovery.hostname,
         "version": discovery and discovery.version,
         "simulated": discovery and discovery.simulated,

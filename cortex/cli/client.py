@@ -26,6 +26,8 @@ def call(
     Raises:
         CallFailed: cortex is unreachable or answered with an error.
     """
+    # People paste what clients use: an address without a scheme, or OpenAI's base URL.
+    url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     if not _is_web_address(url):
         raise CallFailed(f"--url {url!r} must start with http:// or https://")
     headers = {"Content-Type": "application/json"}

@@ -53,7 +53,13 @@ def failure_of(plan: LoadPlan, refused: NeuronRefused) -> LoadFailure:
         return LoadFailure(reason, BackoffCause.TEMPORARY)
     if refused.code == ErrorCode.INSUFFICIENT_VRAM:
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
-        return LoadFailure(reason, BackoffCause.NODE, no_memory=True, needed_mb=max(needed, default=None))
+        return LoadFailure(
+            reason,
+            BackoffCause.NODE,
+            no_memory=True,
+            needed_mb=max(needed, default=None),
+            permanent=refused.permanent,
+        )
     if refused.code == ErrorCode.INVALID_REQUEST and refused.cause is None:
         return LoadFailure(reason, BackoffCause.MODEL)
     return LoadFailure(reason, _cause(refused.cause), permanent=refused.permanent)

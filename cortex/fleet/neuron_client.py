@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cortex.config.settings import NeuronEntry
+from cortex.fleet.answer_reader import AnswerReader
 from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
@@ -31,6 +32,7 @@ from shared.protocol import (
     SleepCommand,
     UnloadCommand,
     first_problem,
+    read_answer,
 )
 from shared.request_ids import current_request_id
 from shared.tasks import timeout
@@ -45,9 +47,7 @@ UPTIME_SLACK_SECS = 1.0
 """How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
 _UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
-_MODELS = TypeAdapter(list[ModelView])
-_FIGURES = TypeAdapter(list[DeviceFigures])
-Model = TypeVar("Model", bound=BaseModel)
+Wanted = TypeVar("Wanted")
 
 
 class NeuronUnreachable(Exception):
@@ -100,6 +100,7 @@ class NeuronClient:
 
     def __init__(self, entry: NeuronEntry, pool: EnginePool) -> None:
         self.name = entry.name
+        self.answers = AnswerReader(entry.name)
         self._base = entry.endpoint
         self._commands: set[asyncio.Task[Any]] = set()
         self._pool = pool
@@ -114,7 +115,7 @@ class NeuronClient:
         self._models: tuple[bytes, tuple[ModelView, ...]] | None = None
 
     async def discovery(self) -> Discovery:
-        return await self._get("/discovery", Discovery)
+        return self._valid("/discovery", Discovery, await self._call("GET", "/discovery"))
 
     async def health(self) -> NeuronHealth:
         """Returns the previous object if only the uptime has changed."""
@@ -128,7 +129,9 @@ class NeuronClient:
         if known is not None and known.body == rest and abs(known.started - started) < UPTIME_SLACK_SECS:
             return known.health
         data = self._json("GET", "/health", body)
-        health = self._valid("/health", NeuronHealth, data if known is None else _with_known(data, known))
+        # Entries parsed before do not show which of their fields were left out.
+        reusable = None if self.answers.ignores_fields_of("/health") else known
+        health = self._valid("/health", NeuronHealth, _with_known(data, reusable))
         self._health = _KnownHealth(rest, started, data, health)
         return health
 
@@ -136,11 +139,10 @@ class NeuronClient:
         """Returns the previous object if nothing has changed."""
         body = (await self._answer("GET", "/models", self._ask_models, b"")).body
         if self._models is None or self._models[0] != body:
-            try:
-                found = _MODELS.validate_python(self._json("GET", "/models", body))
-            except ValidationError as error:
-                raise NeuronRefused(200, f"{self.name}: invalid answer of /models: {_first(error)}") from error
-            self._models = body, tuple(found)
+            data = self._json("GET", "/models", body)
+            if data is None and body:  # null, as some write an empty list
+                data = []
+            self._models = body, tuple(self._valid("/models", list[ModelView], data))
         return self._models[1]
 
     async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
@@ -161,7 +163,7 @@ class NeuronClient:
                 raise
             return LoadReply(status=ModelStatus.LOADED.value)
         try:
-            return LoadReply.model_validate(answer)
+            return self.answers.read("/models/load", LoadReply, answer)
         except ValidationError:  # a protocol v1 neuron may answer 200 with anything
             return LoadReply(status=ModelStatus.LOADED.value)
 
@@ -184,7 +186,8 @@ class NeuronClient:
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
         path = f"/models/{quote(model_id, safe='')}/endpoint"
-        found = await self._get(path, EndpointReply, timeout_secs=ENDPOINT_TIMEOUT_SECS)
+        answer = await self._call("GET", path, timeout_secs=ENDPOINT_TIMEOUT_SECS)
+        found = self._valid("/models/{model_id}/endpoint", EndpointReply, answer)
         try:
             return reachable(found, self._base)
         except ValueError as error:
@@ -205,12 +208,9 @@ class NeuronClient:
         except (NoConnection, OSError, asyncio.TimeoutError, ValueError) as error:
             raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
 
-    async def _get(self, path: str, model: type[Model], *, timeout_secs: float | None = None) -> Model:
-        return self._valid(path, model, await self._call("GET", path, timeout_secs=timeout_secs))
-
-    def _valid(self, path: str, model: type[Model], data: Any) -> Model:
+    def _valid(self, path: str, wanted: type[Wanted], data: Any) -> Wanted:
         try:
-            return model.model_validate(data)
+            return self.answers.read(path, wanted, data)
         except ValidationError as error:
             raise NeuronRefused(200, f"{self.name}: invalid answer of {path}: {_first(error)}") from error
 
@@ -287,9 +287,9 @@ class NeuronClient:
             raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
 
 
-def _with_known(data: Any, known: _KnownHealth) -> Any:
+def _with_known(data: Any, known: _KnownHealth | None) -> Any:
     """The data with unchanged entries replaced by the objects already parsed from them."""
-    if not isinstance(data, dict) or not isinstance(known.data, dict):
+    if known is None or not isinstance(data, dict) or not isinstance(known.data, dict):
         return data
     kept = {}
     for name, made in (("devices", known.health.devices), ("models", known.health.models)):
@@ -384,7 +384,7 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
 
 def _figures(data: Any) -> list[DeviceFigures]:
     try:
-        return _FIGURES.validate_python([] if data is None else data)
+        return read_answer(list[DeviceFigures], data or [])[0]
     except ValidationError:
         return []
 

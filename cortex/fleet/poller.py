@@ -181,7 +181,14 @@ class NeuronPoller:
         if self._stopped:
             return
         self._discovery_known = True
-        self._fleet.record_poll(self.name, started=started, health=health, models=models, discovery=discovery)
+        self._fleet.record_poll(
+            self.name,
+            started=started,
+            health=health,
+            models=models,
+            discovery=discovery,
+            ignored_fields=self._client.answers.ignored_fields,
+        )
 
     def _models_due(self, health: NeuronHealth) -> bool:
         """Also true if health lists different engines than before: an event may have been lost."""
@@ -215,17 +222,21 @@ class NeuronPoller:
             self.poll_soon()
             await asyncio.sleep(EVENTS_RETRY_SECS * random.uniform(1.0, 1.5))  # noqa: S311 - spreads load, hides nothing
 
+    def _model(self, data: Any) -> ModelView:
+        """A model in an event. Raises ValidationError."""
+        return self._client.answers.read("/models", ModelView, data, partial=True)
+
     def _apply(self, name: str, data: Any) -> None:
         if self._stopped:
             return
         try:
             if name == "snapshot":
                 for item in data if isinstance(data, list) else data["models"]:
-                    self._fleet.update_model(self.name, ModelView.model_validate(item))
+                    self._fleet.update_model(self.name, self._model(item))
                 self._listening = True
                 self._model_polls_due = 1  # the snapshot does not name removed models
             elif name == "model":
-                view = ModelView.model_validate(data)
+                view = self._model(data)
                 known = self._fleet.node(self.name).models.get(view.id)
                 self._fleet.update_model(self.name, view)
                 if known is None or known.status != view.status:

@@ -44,6 +44,8 @@ class NodeSnapshot:
     health_at: float = 0.0
     """When `health` became known, in the fleet's time. Kept while only the uptime changes."""
     models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    ignored_fields: tuple[str, ...] = ()
+    """Fields of its answers that were left out because they do not read as expected, as "/health: models.id"."""
 
     @property
     def instance(self) -> str | None:

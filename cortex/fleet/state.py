@@ -187,6 +187,7 @@ class Fleet:
         health: NeuronHealth,
         models: Iterable[ModelView] | None,
         discovery: Discovery | None,
+        ignored_fields: tuple[str, ...] = (),
     ) -> None:
         """Records an answered poll that began at `started`. `models` or `discovery` None: as before. An answer that
         changes nothing wakes no waiter."""
@@ -198,7 +199,8 @@ class Fleet:
         known = node.models if models is None else self._merged(node, models, started)
         self._unseen.discard(name)
         answered = node.healthy and not node.misses and node.last_error is None
-        if answered and health is node.health and known is node.models and discovery is node.discovery:
+        same = health is node.health and known is node.models and discovery is node.discovery
+        if answered and same and ignored_fields == node.ignored_fields:
             return
         if not node.healthy:
             log.info("neuron %s is healthy", name)
@@ -212,6 +214,7 @@ class Fleet:
                 health=health,
                 health_at=node.health_at if health is node.health else self._clock(),
                 models=known,
+                ignored_fields=ignored_fields,
             )
         )
 

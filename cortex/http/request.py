@@ -177,11 +177,13 @@ class Request:
         given = self._named.get(names.FORWARDED_FOR)
         if given is not None:
             forwarded = b"%b, %b" % (given, forwarded)
+        usual = self.streamed is None and not self.upgrading
+        framing = b"content-length: %d" % len(self.body) if usual else self._framing_line()
         lines = [
             b"%b %b%b HTTP/1.1" % (self.method, prefix, self.target),
             b"host: " + host,
             *self._passed,
-            self._framing_line(),
+            framing,
             b"x-request-id: " + request_id,
             b"x-forwarded-for: " + forwarded,
             *credentials,
@@ -196,9 +198,7 @@ class Request:
         if streamed is not None:
             left = streamed.left
             return b"transfer-encoding: chunked" if left is None else b"content-length: %d" % (len(self.body) + left)
-        if self.upgrading:
-            return b"connection: Upgrade\r\nupgrade: websocket"
-        return b"content-length: %d" % len(self.body)
+        return b"connection: Upgrade\r\nupgrade: websocket"
 
     def refuse_encodings(self) -> None:
         """Asks the engine for an uncompressed answer."""

@@ -217,7 +217,9 @@ class Relay:
         request = self._request
         streamed = request.streamed
         if streamed is None:
-            connection.send(self, self._head, request.body, upgrading=request.upgrading)
+            if request.upgrading:
+                connection.expect_upgrade()
+            connection.send(self, self._head, request.body)
             return
         connection.partial = True
         connection.send(self, self._head, streamed.framed(request.body))

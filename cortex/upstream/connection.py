@@ -100,10 +100,12 @@ class EngineConnection:
         self._tail: UsageTail
         self._chunks: list[bytes]
 
-    def send(self, exchange: Exchange, head: bytes, body: bytes, *, upgrading: bool = False) -> None:
-        """Sends a request. Its answer goes to `exchange`. `upgrading`: it asks for another protocol, whose bytes follow
-        a 101."""
-        self._upgrading = upgrading
+    def expect_upgrade(self) -> None:
+        """The next request asks for another protocol, whose bytes follow a 101; then the connection is used up."""
+        self._upgrading = True
+
+    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        """Sends a request. Its answer goes to `exchange`."""
         self._to_head = head.startswith(b"HEAD ")
         self._exchange = exchange
         self._body = None
@@ -268,6 +270,7 @@ class EngineConnection:
             self._keep_alive
             and not body.excess
             and not self.partial
+            and not self._upgrading
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -253,7 +254,10 @@ class Launcher:
             return await EngineProcess.start(command.argv, command.env, directory.log)
         except (OSError, ValueError) as error:
             await asyncio.to_thread(directory.remove)
-            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=_NODE) from error
+            # A missing or unusable executable stays so until someone changes the host; a lack of memory does not.
+            permanent = isinstance(error, (FileNotFoundError, PermissionError, ValueError)) or _is_not_executable(error)
+            extra = because(FailureCause.NODE, permanent=permanent)
+            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=extra) from error
 
     async def _stop(self, engine: Engine) -> None:
         process = engine.process
@@ -289,6 +293,10 @@ class Launcher:
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
         )
+
+
+def _is_not_executable(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOEXEC
 
 
 def local_address(host: str) -> str:

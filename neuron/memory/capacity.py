@@ -87,8 +87,11 @@ class InsufficientVram(Conflict):
     The message and the error's `devices` field contain the figures of each device.
     """
 
-    def __init__(self, wanted: str, capacities: Sequence[GpuCapacity], needed_mb: Sequence[int] = ()) -> None:
-        """`needed_mb`: what the load needs on each of `capacities`, in MiB, if known."""
+    def __init__(
+        self, wanted: str, capacities: Sequence[GpuCapacity], needed_mb: Sequence[int] = (), *, permanent: bool = False
+    ) -> None:
+        """`needed_mb`: what the load needs on each of `capacities`, in MiB, if known. `permanent`: not even empty
+        devices would be large enough."""
         figures = [
             DeviceFigures(
                 index=device.index,
@@ -102,7 +105,8 @@ class InsufficientVram(Conflict):
             for device, needed in zip_longest(capacities, needed_mb)
         ]
         message = "; ".join([wanted, *map(str, capacities)])
-        super().__init__(message, code=ErrorCode.INSUFFICIENT_VRAM, extra={"devices": figures})
+        extra = {"devices": figures, **({"permanent": True} if permanent else {})}
+        super().__init__(message, code=ErrorCode.INSUFFICIENT_VRAM, extra=extra)
 
 
 def unusable_reason(device: Device) -> str | None:

@@ -62,10 +62,13 @@ class Ledger:
         if selection is None:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
+            needed = [requirement.on_device(device, device.total_mb) for device in capacities]
+            large_enough = [mb <= device.total_mb for device, mb in zip(capacities, needed, strict=True)]
             raise InsufficientVram(
                 f"{spec.model_id!r} needs {requirement} on {_devices_of(spec)}",
                 capacities,
-                [requirement.on_device(device, device.total_mb) for device in capacities],
+                needed,
+                permanent=large_enough.count(True) < spec.tensor_parallel,
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
         foreign = {device.index: device.foreign_mb for device in capacities}

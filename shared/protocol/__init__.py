@@ -1,10 +1,10 @@
 """The neuron protocol: messages between cortex and neuron as frozen pydantic models, and error codes. Both use it.
 
-Both sides ignore unknown fields, and every field that protocol v1 lacks is optional, so versions and other
-implementations mix.
+Both sides ignore unknown fields, every field that protocol v1 lacks is optional, and `read_answer` treats one that does
+not validate as absent, so versions and other implementations mix.
 """
 
-from shared.protocol.base import first_problem
+from shared.protocol.base import first_problem, read_answer
 from shared.protocol.commands import (
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
@@ -50,4 +50,5 @@ __all__ = [
     "UnloadCommand",
     "WakeCommand",
     "first_problem",
+    "read_answer",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from shared.protocol.base import Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, Mib, WireModel
 
 
 class DeviceHealth(WireModel):
@@ -50,7 +52,7 @@ class NeuronHealth(WireModel):
     """Reply to `GET /health`."""
 
     uptime_secs: float = 0
-    devices: list[DeviceHealth] = Field(default_factory=list)
+    devices: Annotated[list[DeviceHealth], PROTOCOL_V1] = Field(default_factory=list)
     instance_id: str | None = None
     activation: Activation | None = None
     models: list[ModelActivity] = Field(default_factory=list)

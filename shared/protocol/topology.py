@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
 from pydantic import Field
 
-from shared.protocol.base import Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, Mib, WireModel
 
 
 class LinkKind(str, Enum):
@@ -57,7 +58,7 @@ class Discovery(WireModel):
     kernel: str = ""
     cuda_version: str | None = None
     driver_version: str | None = None
-    devices: list[Device] = Field(default_factory=list)
+    devices: Annotated[list[Device], PROTOCOL_V1] = Field(default_factory=list)
     harnesses: list[str] = Field(default_factory=list)
     links: list[Link] = Field(default_factory=list)
     simulated: bool = False

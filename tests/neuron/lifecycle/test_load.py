@@ -179,12 +179,22 @@ async def test_load_that_takes_too_long(mark: str, tmp_path: Path) -> None:
 
 
 async def test_missing_executable(mark: str, tmp_path: Path) -> None:
-    """The error names what could not be started."""
+    """The error names what could not be started, and says that another try is useless."""
     async with neuron_here(config_of(tmp_path / "state", sim={"command": ["/nowhere/vllm"]})) as neuron:
         answer = await neuron.load(MODEL)
         assert (answer.status, answer.error["code"]) == (500, "load_failed")
         assert "/nowhere/vllm" in answer.error["message"]
+        assert answer.error["permanent"] is True
         assert not neuron.reserved_ports
+
+
+async def test_model_larger_than_any_device_is_refused_for_good(neuron: Neuron) -> None:
+    """What the devices lack only now is refused until later."""
+    too_large = await neuron.load(MODEL, vram_mb=900_000)
+    assert (too_large.status, too_large.error["code"], too_large.error["permanent"]) == (409, "insufficient_vram", True)
+    assert (await neuron.load("a", vram_mb=30_000)).status == 200
+    for_now = await neuron.load(MODEL, vram_mb=40_000, tensor_parallel=2)
+    assert (for_now.status, for_now.error.get("permanent")) == (409, None)
 
 
 # Takes the port itself the first time, between neuron's check and the engine's bind, so the engine's bind fails.
