@@ -83,3 +83,15 @@ def test_index_lists_every_document() -> None:
     for path in (TOP / "docs").glob("*.md"):
         assert path.name == "README.md" or f"({path.name})" in index
     assert "(docs/README.md)" in (TOP / "README.md").read_text(encoding="utf-8")
+
+
+def test_tests_of_the_compiled_modules_exist() -> None:
+    """`make test-compiled` names them; a renamed file would fail only there, at the end of CI."""
+    makefile = (TOP / "Makefile").read_text(encoding="utf-8")
+    match = re.search(
+        r"^COMPILED_TESTS := \$\(addprefix (\S+),(.*?)\\\n\s*\$\(addprefix (\S+),(.*?)\)\)$", makefile, re.M
+    )
+    assert match is not None
+    below, directories, prefix, files = match.groups()
+    named = [below + name for name in directories.split()] + [below + prefix + name for name in files.split()]
+    assert [path for path in named if not (TOP / path).exists()] == []
