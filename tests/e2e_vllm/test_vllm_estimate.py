@@ -53,9 +53,9 @@ def test_bytes_of_a_token_are_vllms(fleet: Fleet, model: str) -> None:
     assert body["max_model_len"] == length == 512
     assert line["device_mb"] == CACHE_BYTES >> 20
     assert line["total_mb"] == body["split_over"] * line["device_mb"]
-    room = re.search(r"room for ([\d.]+) sequences of 512 tokens", line["how"])
-    assert room is not None
-    assert float(room[1]) == concurrency
+    fits = re.search(r"fits ([\d.]+) sequences of 512 tokens", line["how"])
+    assert fits is not None, line["how"]
+    assert float(fits[1]) == concurrency
     assert tokens == concurrency * length
 
 
