@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import anthropic
 import openai
+import pytest
 
 from tests.e2e.dev import Dev
 from tests.processes import eventually
 
 LARGE, MIDDLE, SMALL = "Qwen/Qwen3.6-27B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
+
+
+@pytest.fixture
+def client(dev: Dev) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def get(dev: Dev, path: str) -> Any:
@@ -48,9 +56,8 @@ async def test_fifty_first_requests_load_once(dev: Dev) -> None:
     assert not nodes["benjy"]["models"]
 
 
-def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev) -> None:
+def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev, client: openai.OpenAI) -> None:
     """A chat with the openai client cold-loads it; the simulated GPUs fill up."""
-    client = openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0)
     answer = client.chat.completions.create(
         model="large", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
     )
@@ -73,9 +80,8 @@ def test_large_model_is_split_over_both_gpus_of_beast(dev: Dev) -> None:
     )
 
 
-def test_streams_of_both_client_libraries(dev: Dev) -> None:
+def test_streams_of_both_client_libraries(dev: Dev, client: openai.OpenAI) -> None:
     """The openai and anthropic packages stream answers with usage."""
-    client = openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0)
     chunks = list(
         client.chat.completions.create(
             model=SMALL,
@@ -87,15 +93,16 @@ def test_streams_of_both_client_libraries(dev: Dev) -> None:
     )
     assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) >= 8
     assert chunks[-1].usage is not None
-    messages = anthropic.Anthropic(base_url=dev.url, api_key="none", max_retries=0)
-    with messages.messages.stream(model=SMALL, max_tokens=8, messages=[{"role": "user", "content": "Hello"}]) as stream:
+    with (
+        anthropic.Anthropic(base_url=dev.url, api_key="none", max_retries=0) as claude,
+        claude.messages.stream(model=SMALL, max_tokens=8, messages=[{"role": "user", "content": "Hello"}]) as stream,
+    ):
         assert "".join(stream.text_stream)
         assert stream.get_final_message().usage.output_tokens == 8
 
 
-def test_embeddings_and_responses(dev: Dev) -> None:
+def test_embeddings_and_responses(client: openai.OpenAI) -> None:
     """The other dialects take the same path."""
-    client = openai.OpenAI(base_url=f"{dev.url}/v1", api_key="none", max_retries=0)
     assert client.embeddings.create(model=SMALL, input="a text").data[0].embedding
     assert client.responses.create(model=SMALL, input="Hello", max_output_tokens=4).output_text
 
