@@ -140,7 +140,7 @@ def _describe(problem: dict[str, Any], source: str, sources: Mapping[tuple[str, 
     return f"{origin}: {key} = {_shown(key, problem['input'])}: {message}"
 
 
-_SECRETS = ("token", "secret", "password", "api_key", "key")
+_SECRETS = ("token", "secret", "password", "key")
 
 
 def _shown(key: str, value: Any) -> str:
@@ -152,6 +152,8 @@ def _shown(key: str, value: Any) -> str:
         return "not shown"
     if isinstance(value, Mapping):
         return "a table"
+    if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+        return "a list of tables"
     return _USER_INFO.sub("//...@", repr(value))
 
 

@@ -66,6 +66,7 @@ def test_environment_without_a_file() -> None:
         ("API_KEY = 's3cret'", "{path}: API_KEY: unknown key (value not shown)"),
         ("url = 'http://me:s3cret@host/'", "{path}: url: unknown key (value 'http://...@host/')"),
         ("[more]\ntoken = 's3cret'", "{path}: more: unknown key (value a table)"),
+        ("[[entry]]\ntoken = 's3cret'", "{path}: entry: unknown key (value a list of tables)"),
         ("[[entries]]", "{path}: entries[0].name: required, but missing"),
         ("[inner]\nsize = 'much'", "{path}: inner.size = 'much': Input should be a valid integer"),
         ("[inner]\nsize = 0", "{path}: inner.size = 0: Input should be greater than or equal to 1"),
