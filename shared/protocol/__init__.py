@@ -4,7 +4,8 @@ Both sides ignore unknown fields, every field that protocol v1 lacks is optional
 not validate as absent, so versions and other implementations mix.
 """
 
-from shared.protocol.base import first_problem, read_answer
+from shared.protocol.answers import read_answer
+from shared.protocol.base import first_problem
 from shared.protocol.commands import (
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
