@@ -7,7 +7,7 @@ to read the answers. Three signs tell such a request from a client's:
 - a body that is not JSON: to send JSON a page needs a preflight, which only allowed origins pass;
 - a `Host` that is a public DNS name. With DNS rebinding a page's own name resolves to this machine, so to the browser
   the request is same-origin. Public DNS cannot answer for an IP address, `localhost`, a name without a dot or a name
-  below a private-use domain, so these are always accepted.
+  below a private domain, so these are always accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import NamedTuple
 from shared.errors import Forbidden, InvalidRequest, ServiceError
 
 PRIVATE_DOMAINS = (".localhost", ".local", ".lan", ".home", ".internal", ".home.arpa")
-"""Reserved for private use (RFC 6761, RFC 6762, RFC 8375, ICANN): no stranger can register a name below them."""
+"""Reserved for private use (RFC 6761, RFC 6762, RFC 8375, ICANN), but for .lan and .home, which routers use and public
+DNS does not delegate. Names below them cannot be registered."""
 
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _STATE_CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})

@@ -35,27 +35,19 @@ MODELS: Final = b"/v1/models"
 OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/openapi.json")
 """cortex answers these and everything below them itself."""
 
-_MANAGES_ENGINE: Final = frozenset(
-    (
-        # vLLM, in development mode and for reinforcement learning
-        *("abort_requests", "collective_rpc", "fault_tolerance", "finish_weight_update", "init_weight_transfer_engine"),
-        *("is_scaling_elastic_ep", "is_sleeping", "load_lora_adapter", "pause", "release_kv_cache_memory"),
-        *("reset_encoder_cache", "reset_mm_cache", "reset_prefix_cache", "resume", "scale_elastic_ep", "server_info"),
-        *("shutdown_weight_transfer_engine", "sleep", "start_draft_weight_update", "start_profile"),
-        *("start_weight_update", "stop_profile", "unload_lora_adapter", "update_weight_version", "update_weights"),
-        *("wake_up", "weight_checker"),
-        # SGLang and llama.cpp
-        *("flush_cache", "freeze_gc", "load_lora_adapter_from_tensors", "lora-adapters", "pause_generation"),
-        *(
-            "continue_generation",
-            "props",
-            "release_memory_occupation",
-            "resume_memory_occupation",
-            "set_internal_state",
-        ),
-        *("slots", "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor"),
-    )
-)
+_VLLM_MANAGEMENT: Final = """
+abort_requests collective_rpc fault_tolerance finish_weight_update init_weight_transfer_engine
+is_scaling_elastic_ep is_sleeping load_lora_adapter pause release_kv_cache_memory reset_encoder_cache
+reset_mm_cache reset_prefix_cache resume scale_elastic_ep server_info shutdown_weight_transfer_engine
+sleep start_draft_weight_update start_profile start_weight_update stop_profile unload_lora_adapter
+update_weight_version update_weights wake_up weight_checker
+"""
+_SGLANG_AND_LLAMA_CPP_MANAGEMENT: Final = """
+flush_cache freeze_gc load_lora_adapter_from_tensors lora-adapters pause_generation continue_generation
+props release_memory_occupation resume_memory_occupation set_internal_state slots
+update_weights_from_disk update_weights_from_distributed update_weights_from_tensor
+"""
+_MANAGES_ENGINE: Final = frozenset((_VLLM_MANAGEMENT + _SGLANG_AND_LLAMA_CPP_MANAGEMENT).split())
 """First segments, after a version, of routes that change an engine for all its users."""
 _VERSION: Final = re.compile(r"v\d+")
 

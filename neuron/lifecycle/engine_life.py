@@ -145,16 +145,14 @@ class EngineLife:
         finally:
             await cancel_all([health])
         self.served_secs = time.monotonic() - since
+        hung = False
         if event is EngineEvent.STOP_REQUESTED:
-            hangs = await self._drain() is EngineEvent.UNHEALTHY
+            hung = await self._drain() is EngineEvent.UNHEALTHY
         else:
-            hangs = False
             # Reported before the processes are cleaned up and the cause is searched for: cortex must reroute now.
             self._model.become(State.RECOVERING, self._fault or "engine exited unexpectedly")
             self.request.reopen()
-        self._end(event)
-        if hangs:
-            self.engine.end_with(kill=True, leave=self.engine.leave)
+        self._end(event, hung=hung)
 
     async def explain(self) -> tuple[ServiceError, bool]:
         """Why an engine that is gone failed; True when its port was taken by another process."""
@@ -181,10 +179,11 @@ class EngineLife:
             lines
         )
 
-    def _end(self, event: EngineEvent) -> None:
+    def _end(self, event: EngineEvent, *, hung: bool = False) -> None:
+        """`hung`: it stopped answering while it drained, so asking it to stop is useless."""
         self.ended_by = event
         self.engine.end_with(
-            kill=event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT),
+            kill=hung or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT),
             leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
         )
 

@@ -255,8 +255,8 @@ class Launcher:
         except (OSError, ValueError) as error:
             await asyncio.to_thread(directory.remove)
             # A missing or unusable executable stays so until someone changes the host; a lack of memory does not.
-            permanent = isinstance(error, (FileNotFoundError, PermissionError, ValueError)) or _is_not_executable(error)
-            extra = because(FailureCause.NODE, permanent=permanent)
+            lasting = isinstance(error, ValueError) or error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+            extra = because(FailureCause.NODE, permanent=lasting)
             raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=extra) from error
 
     async def _stop(self, engine: Engine) -> None:
@@ -293,10 +293,6 @@ class Launcher:
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
         )
-
-
-def _is_not_executable(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ENOEXEC
 
 
 def local_address(host: str) -> str:
