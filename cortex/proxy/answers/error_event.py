@@ -62,7 +62,7 @@ def _failed_response(body: dict[str, Any], number: int, *, permanent: bool) -> d
         "id": "resp_failed",
         "object": "response",
         "status": "failed",
-        "error": {"code": INVALID_PROMPT if permanent else _code(error), "message": str(error.get("message"))},
+        "error": {"code": INVALID_PROMPT if permanent else failure_code(error), "message": str(error.get("message"))},
         "incomplete_details": None,
         "output": [],
         "usage": None,
@@ -70,7 +70,7 @@ def _failed_response(body: dict[str, Any], number: int, *, permanent: bool) -> d
     return {"type": "response.failed", "sequence_number": number, "response": response, **body}
 
 
-def _code(error: dict[str, Any]) -> str:
+def failure_code(error: dict[str, Any]) -> str:
     """cortex's code, or for an engine's error, whose `code` is the status, what OpenAI's API would say: Codex shortens
     the conversation after a `context_length_exceeded`."""
     code = error.get("code")
