@@ -60,8 +60,9 @@ class ResponseObject:
             "incomplete_details": None if reason is None else {"reason": reason},
             "model": self._request.body.get("model"),
             "output": self.output.view(),
-            "usage": None if status == IN_PROGRESS else _usage(self.usage),
             **self._request.settings,
+            # Last, because `upstream.tail` keeps only an answer's end, and tools may be long.
+            "usage": None if status == IN_PROGRESS else _usage(self.usage),
         }
 
 

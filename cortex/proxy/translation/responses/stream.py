@@ -44,7 +44,8 @@ class ResponseStream:
         written = []
         for kind, fields in events:
             name = f"response.{kind}"
-            written.append(event(name, {"type": name, "sequence_number": self._number, **fields}))
+            # The number comes last: `answers.error_event` reads it from the end of what was sent.
+            written.append(event(name, {"type": name, **fields, "sequence_number": self._number}))
             self._number += 1
         return b"".join(written)
 

@@ -157,8 +157,13 @@ def _custom_function(tool: Json, param: str) -> Json:
     given = object_of(tool.get("format"), f"{param}.format")
     if given.get("type") == "grammar":
         lines.append(f"`{INPUT}` must match this {given.get('syntax')} grammar:\n{given.get('definition')}")
-    argument = {"type": "string", "description": "The tool's input, as plain text."}
-    schema = {"type": "object", "properties": {INPUT: argument}, "required": [INPUT], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {INPUT: {"type": "string"}},
+        "required": [INPUT],
+        "additionalProperties": False,
+    }
+    lines.append(f"Put the whole input, as plain text, into the argument `{INPUT}`.")
     return {"description": "\n\n".join(lines), "parameters": schema}
 
 

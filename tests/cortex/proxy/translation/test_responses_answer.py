@@ -10,8 +10,12 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.translation.responses.translation import ResponsesTranslation
 from cortex.routing.response_owners import UNSTORED
+from cortex.upstream.tail import KEPT_BYTES
+from cortex.upstream.usage import Usage, find_usage
+from shared.errors import UpstreamError
 
 FUNCTION = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 PATCH = {"type": "custom", "name": "apply_patch"}
@@ -315,6 +319,17 @@ def test_a_stream_begins_before_its_first_chunk() -> None:
     stream = translation(stream=True).stream()
     assert kinds(events_of(stream.feed(b""))) == ["created", "in_progress"]
     assert stream.feed(b": waiting\n") == b""
+
+
+def test_the_end_of_an_answer_tells_usage_and_number() -> None:
+    """cortex keeps only the last 2 KiB for its own counts and for the error event of a lost engine."""
+    long = {**FUNCTION, "description": "x" * 5000}
+    stream = translation(stream=True, tools=[long], instructions="y" * 5000).stream()
+    start = stream.feed(b"")
+    lost = error_event(b"/v1/responses", UpstreamError("gone"), sent=start[-KEPT_BYTES:])
+    assert b'"sequence_number": 2' in lost
+    end = stream.feed(chunk(content="z" * 5000) + chunk("stop") + END)
+    assert find_usage(end[-KEPT_BYTES:]) == Usage(prompt=7, completion=5, cached=3)
 
 
 def test_without_usage_there_are_no_counts() -> None:
