@@ -220,7 +220,7 @@ class Output:
             yield from self._begin_call(call)
 
     def _engine_call(self, index: Any, call_id: str, name: str) -> _EngineCall:
-        """The call that a piece belongs to. Not every engine numbers its calls, and some give all the same number."""
+        """The call that a piece belongs to. Not every engine numbers its calls; some use one number for all."""
         numbered = isinstance(index, int)
         calls = [call for call in self._calls if call.index == index] if numbered else self._calls
         last = calls[-1] if calls else None

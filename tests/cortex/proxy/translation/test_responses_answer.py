@@ -398,7 +398,7 @@ def test_errors_keep_their_status() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"x", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
-def test_a_success_that_is_no_completion_is_an_error(body: bytes) -> None:
+def test_a_success_without_a_completion_is_an_error(body: bytes) -> None:
     """Never an empty answer that looks complete."""
     status, found = translation().answer(200, body)
     assert (status, json.loads(found)["error"]["code"]) == (502, "upstream_error")
