@@ -7,7 +7,6 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
 
-from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
@@ -15,6 +14,7 @@ from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
+from shared.errors import ServiceError
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""
@@ -24,7 +24,7 @@ DOWN_SILENCE_SECS = 30.0
 
 
 class RelayListener(Protocol):
-    """Exactly one of the three ends a relay, unless it is abandoned."""
+    """Exactly one of `unreachable`, `refused` (True) and `done` ends a relay, unless it is abandoned."""
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         """The engine did not answer. Nothing was sent to the client; the request can go elsewhere."""
@@ -32,6 +32,9 @@ class RelayListener(Protocol):
     def refused(self, status: int, *, asleep: bool) -> bool:
         """The engine answered 502 or 503, perhaps because it is asleep. Nothing was sent to the client. Returns True if
         the request goes elsewhere, False if the client gets this answer."""
+
+    def lost(self, reason: str) -> None:
+        """The engine was lost while it answered. The listener has to call `Relay.end_lost`, now or later."""
 
     def done(self) -> None:
         """The client has its answer, or the beginning of it (`lost_because`)."""
@@ -171,10 +174,7 @@ class Relay:
 
     def _show_start(self) -> None:
         assert self.on_start is not None
-        start = self.answer.tail.start
-        if self._straight:
-            start = ChunkedBody().start_unpacking(start)
-        if self.on_start(start):
+        if self.on_start(self.answer.contents_start):
             self.on_start = None
             if self._straight:
                 self._pass_straight()
@@ -195,8 +195,12 @@ class Relay:
             self._listener.unreachable(reason, "reset")
         else:
             self.lost_because = reason
-            self.answer.lose(reason)
-            self._listener.done()
+            self._listener.lost(reason)
+
+    def end_lost(self, error: ServiceError, model: str = "") -> None:
+        """Ends the answer of an engine that was lost; arguments as of `Answer.lose`."""
+        self.answer.lose(error, model)
+        self._listener.done()
 
     def _connect(self) -> None:
         self._connecting = asyncio.get_running_loop().create_task(self._open())

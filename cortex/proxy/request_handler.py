@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -15,16 +17,14 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
-from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
+from cortex.proxy.body.model_field import ModelField, find_or_add_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
-from cortex.routing.choice import choose
-from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
-from cortex.routing.response_owners import SEARCHED_BYTES, response_id
+from cortex.routing.replica import Failure, FailureKind, Replica, lost, unreachable
 from cortex.upstream.address import engine_target
-from shared.errors import MAX_SHOWN_CHARS, ServiceError
+from shared.errors import ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
@@ -36,6 +36,8 @@ MAX_ATTEMPTS: Final = 3
 
 STORED: Final = b"/v1/responses"
 """Answers to it can be requested again by their id."""
+
+STOPPING: Final = "cortex is stopping"
 
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
@@ -99,12 +101,14 @@ class RequestHandler:
         control = self._context.control
         self._model_id = model_id
         replicas = control.table.get(model_id)
-        if replicas:
-            self._send_to_one_of(replicas)
-        else:
+        if not replicas:
             if control.knows(model_id):
                 self._label = model_id
             self._resolve()
+        elif len(replicas) == 1:
+            self._send(replicas[0], compared=False)
+        else:
+            self._send(self._context.least_busy(replicas, self._request), compared=True)
 
     def abandon(self) -> None:
         state = self._leave_state()
@@ -118,8 +122,11 @@ class RequestHandler:
     def stop(self) -> None:
         state = self._state
         if isinstance(state, Sent):
+            if state.ending is not None:
+                self._end_lost(state, None)
+                return
             if state.relay.status:
-                state.relay.cut_off("cortex is stopping")
+                state.relay.cut_off(STOPPING)
                 return
             state.relay.abandon()
         self._leave_state()
@@ -181,6 +188,26 @@ class RequestHandler:
         self._retry(others)
         return True
 
+    def lost(self, reason: str) -> None:
+        state = self._state
+        assert isinstance(state, Sent)
+        if state.relay.answer.events and reason != STOPPING:
+            state.ending = self._spawn(self._explain_end(state), "end")
+        else:
+            self._end_lost(state, None)
+
+    async def _explain_end(self, sent: Sent) -> None:
+        engine_end = await self._context.control.engine_end(sent.replica)
+        sent.ending = None
+        self._end_lost(sent, engine_end)
+
+    def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
+        """Ends an answer whose engine was lost."""
+        error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
+        with request_scope(self._request_id):
+            log.warning("%s", error.message)
+        sent.relay.end_lost(error, sent.replica.model_id)
+
     def done(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
@@ -192,32 +219,10 @@ class RequestHandler:
         self._client.finished()
 
     def _find_model(self) -> ModelField:
-        request, default = self._request, self._context.default_model
+        request = self._request
         content_type = request.content_type.decode("latin-1")
-        try:
-            return find_model(request.body, content_type)
-        except MissingModel:
-            if default is None:
-                raise
-        request.body = with_model(request.body, content_type, default)
-        return find_model(request.body, content_type)
-
-    def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
-        if len(replicas) == 1:
-            self._send(replicas[0], compared=False)
-        else:
-            self._send(self._least_busy(replicas), compared=True)
-
-    def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:
-        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
-        context, request, model_id = self._context, self._request, self._model_id
-        nodes: list[str] = []
-        outstanding: list[int] = []
-        for replica in replicas:
-            nodes.append(replica.node)
-            outstanding.append(context.in_flight.count((model_id, replica.node)) + replica.others)
-        key = context.affinity.key(request.path, request.passed, request.body)
-        return replicas[choose(nodes, outstanding, context.speeds.of(model_id, nodes), key, context.load_factor)]
+        field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
+        return field
 
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
@@ -247,7 +252,7 @@ class RequestHandler:
     def _retry(self, others: tuple[Replica, ...]) -> None:
         """Sends the request to one of `others`; without any, asks the control."""
         if others:
-            self._send(self._least_busy(others), compared=True)
+            self._send(self._context.least_busy(others, self._request), compared=True)
         else:
             self._resolve()
 
@@ -260,9 +265,11 @@ class RequestHandler:
 
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         """`work` finds an engine, then calls `_resolved` and goes on."""
+        self._state = Resolving(self._spawn(work, "resolve"))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         with request_scope(self._request_id):
-            task = self._context.tasks.spawn(work, name=f"resolve {self._request_id}")
-        self._state = Resolving(task)
+            return self._context.tasks.spawn(work, name=f"{name} {self._request_id}")
 
     async def _ask_control(self) -> None:
         try:
@@ -316,20 +323,12 @@ class RequestHandler:
         relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
         self._state = Sent(replica, relay, compared=compared)
         if request.path == STORED:
-            relay.on_start = self._learn_owner
+            relay.on_start = partial(context.learn_owner, replica)
         relay.start()
 
     def _new_answer(self, extra: bytes) -> Answer:
         """The form of the answer. `extra`: header lines, without the final CRLF."""
         return DirectAnswer(self._client, self._request, extra=extra)
-
-    def _learn_owner(self, start: bytes) -> bool:
-        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
-        state, found = self._state, response_id(start)
-        if found is not None and isinstance(state, Sent):
-            self._context.response_owners.add(found, state.replica)
-            self._context.control.tell_owner(found, state.replica)
-        return found is not None or len(start) >= SEARCHED_BYTES
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
@@ -344,6 +343,8 @@ class RequestHandler:
             self._context.in_flight.remove((state.replica.model_id, state.replica.node))
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
+            if state.ending is not None:
+                state.ending.cancel()
         elif state is not None:
             state.task.cancel()
             self._waited += monotonic() - state.since
@@ -391,10 +392,8 @@ class RequestHandler:
             if self._waited >= 0.001:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
-            path = request.path if len(request.path) <= MAX_SHOWN_CHARS else request.path[:MAX_SHOWN_CHARS]
-            target = f"{request.method.decode()} {path.decode('latin-1')}"
             context.access_log.line(
-                f"{target} {status} model={model} node={node}"
+                f"{request.shown} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )

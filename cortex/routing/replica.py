@@ -73,6 +73,13 @@ def untried_first(nodes: Sequence[str], failures: Sequence[Failure]) -> list[str
     return sorted(nodes, key=lambda node: node in tried)
 
 
+def lost(replica: Replica, reason: str, engine_end: str | None) -> UpstreamError:
+    """The error for an answer that began and whose engine was lost. `engine_end` is what the neuron says of it."""
+    why = reason if engine_end is None else f"{reason}; {replica.node} reports: {engine_end}"
+    message = f"{replica.model_id!r} on {replica.node} was lost while it answered: {why}"
+    return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
+
+
 def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:
     """The error when no replica is left to try."""
     reasons = {failure.replica.node: failure.reason for failure in failures}
