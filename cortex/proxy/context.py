@@ -7,11 +7,14 @@ import logging
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
+from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.routing.affinity import Affinity
+from cortex.routing.choice import choose
 from cortex.routing.control import Control
+from cortex.routing.replica import Replica
 from cortex.routing.response_owners import ResponseOwners
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -54,6 +57,17 @@ class ProxyContext:
             whitespace=waiting.plain_keepalive == "whitespace",
         )
         self.default_model = gateway.default_model  # for requests that name none
+
+    def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
+        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
+        model_id = replicas[0].model_id
+        nodes: list[str] = []
+        outstanding: list[int] = []
+        for replica in replicas:
+            nodes.append(replica.node)
+            outstanding.append(self.in_flight.count((model_id, replica.node)) + replica.others)
+        key = self.affinity.key(request.path, request.passed, request.body)
+        return replicas[choose(nodes, outstanding, self.speeds.of(model_id, nodes), key, self.load_factor)]
 
     def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
         """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""

@@ -20,8 +20,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
-from cortex.routing.choice import choose
-from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
+from cortex.routing.replica import UNAVAILABLE, Failure, FailureKind, Replica, may_have_moved, unreachable
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.upstream.address import engine_target
 from shared.errors import MAX_SHOWN_CHARS, ServiceError
@@ -173,6 +172,12 @@ class RequestHandler:
         assert isinstance(state, Sent)
         if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
+        if status not in UNAVAILABLE:
+            if not may_have_moved(state.replica, self._failures):
+                return False
+            self._fail(f"it answered {status}", "unknown")
+            self._resolve()
+            return True
         others = () if asleep else self._untried()
         again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)
         if again and not others and not asleep:
@@ -206,18 +211,7 @@ class RequestHandler:
         if len(replicas) == 1:
             self._send(replicas[0], compared=False)
         else:
-            self._send(self._least_busy(replicas), compared=True)
-
-    def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:
-        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
-        context, request, model_id = self._context, self._request, self._model_id
-        nodes: list[str] = []
-        outstanding: list[int] = []
-        for replica in replicas:
-            nodes.append(replica.node)
-            outstanding.append(context.in_flight.count((model_id, replica.node)) + replica.others)
-        key = context.affinity.key(request.path, request.passed, request.body)
-        return replicas[choose(nodes, outstanding, context.speeds.of(model_id, nodes), key, context.load_factor)]
+            self._send(self._context.least_busy(self._request, replicas), compared=True)
 
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
@@ -247,7 +241,7 @@ class RequestHandler:
     def _retry(self, others: tuple[Replica, ...]) -> None:
         """Sends the request to one of `others`; without any, asks the control."""
         if others:
-            self._send(self._least_busy(others), compared=True)
+            self._send(self._context.least_busy(self._request, others), compared=True)
         else:
             self._resolve()
 
