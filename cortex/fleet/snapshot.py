@@ -80,6 +80,19 @@ class NodeSnapshot:
     def activity(self) -> dict[str, ModelActivity]:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
+    @cached_property
+    def loaded_models(self) -> frozenset[str]:
+        """The ids of the models that are loaded here."""
+        return frozenset(m for m, view in self.models.items() if view.known_status is ModelStatus.LOADED)
+
+    def engine_version(self, model_id: str) -> object:
+        """Differs for another engine of the model; None if the model is not listed. An entry without `since` (protocol
+        v1) may look alike after a reload, so what else is loaded counts too: the port may be another model's now."""
+        view = self.models.get(model_id)
+        if view is None:
+            return None
+        return (view, self.loaded_models) if view.since is None else (view.since, self.instance)
+
     def requests_on(self, model_id: str) -> int:
         """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
@@ -111,7 +124,9 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
         changed |= before.models.keys() ^ after.models.keys()
         for model_id in before.models.keys() & after.models.keys():
             old, new = before.models[model_id], after.models[model_id]
-            if old is not new and (old.status != new.status or old.since != new.since):
+            if old is new and new.since is not None:
+                continue
+            if old.status != new.status or before.engine_version(model_id) != after.engine_version(model_id):
                 changed.add(model_id)
     if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()

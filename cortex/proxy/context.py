@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from time import monotonic
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
@@ -10,6 +11,7 @@ from cortex.http.access_log import AccessLog
 from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
@@ -18,6 +20,7 @@ from cortex.routing.replica import Replica
 from cortex.routing.response_owners import SEARCHED_BYTES, ResponseOwners, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
+from cortex.upstream.tail import UsageTail
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -58,16 +61,27 @@ class ProxyContext:
         )
         self.default_model = gateway.default_model  # for requests that name none
 
-    def least_busy(self, replicas: tuple[Replica, ...], request: Request) -> Replica:
+    def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
         """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
+        model_id = replicas[0].model_id
         nodes: list[str] = []
         outstanding: list[int] = []
         for replica in replicas:
             nodes.append(replica.node)
-            outstanding.append(self.in_flight.count((replica.model_id, replica.node)) + replica.others)
+            outstanding.append(self.in_flight.count((model_id, replica.node)) + replica.others)
         key = self.affinity.key(request.path, request.passed, request.body)
-        speeds = self.speeds.of(replicas[0].model_id, nodes)
-        return replicas[choose(nodes, outstanding, speeds, key, self.load_factor)]
+        return replicas[choose(nodes, outstanding, self.speeds.of(model_id, nodes), key, self.load_factor)]
+
+    def measure(self, model_id: str, node: str, request: Request, answer: Answer) -> None:
+        """Records the speed of the engine that gave this complete answer."""
+        kind = model_id, request.path, answer.events
+        self.speeds.learn(kind, node, monotonic() - request.received, answer.tail.fed_bytes)
+
+    def count_tokens(self, model: str, node: str, tail: UsageTail) -> None:
+        """Counts the tokens of an answer that says them. `model` and `node` are metric labels."""
+        usage = tail.usage()
+        if usage is not None:
+            self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
 
     def learn_owner(self, replica: Replica, start: bytes) -> bool:
         """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""

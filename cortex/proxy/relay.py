@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
@@ -10,7 +11,7 @@ from typing import Final, Protocol
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
-from cortex.routing.replica import FailureKind
+from cortex.routing.replica import STRANGE, UNAVAILABLE, FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
@@ -18,6 +19,14 @@ from shared.errors import ServiceError
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""
+
+REFUSALS: Final = UNAVAILABLE | STRANGE
+"""The statuses after which a request may go elsewhere."""
+
+_UNKNOWN_MODEL: Final = re.compile(
+    rb"model_not_found|model[^{}]{0,600}(?:not found|not exist|not loaded)", re.IGNORECASE
+)
+"""In an answer with 400: most engines answer 404 for a model that they do not have, some 400."""
 
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
@@ -30,8 +39,8 @@ class RelayListener(Protocol):
         """The engine did not answer. Nothing was sent to the client; the request can go elsewhere."""
 
     def refused(self, status: int, *, asleep: bool) -> bool:
-        """The engine answered 502 or 503, perhaps because it is asleep. Nothing was sent to the client. Returns True if
-        the request goes elsewhere, False if the client gets this answer."""
+        """The engine answered with one of REFUSALS, perhaps because it is asleep. Nothing was sent to the client.
+        Returns True if the request goes elsewhere, False if the client gets this answer."""
 
     def lost(self, reason: str) -> None:
         """The engine was lost while it answered. The listener has to call `Relay.end_lost`, now or later."""
@@ -141,7 +150,7 @@ class Relay:
             self.cut_off("its neuron is down and it has been silent since")
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
-        if head.status >= 502 and self._goes_elsewhere(head):
+        if head.status >= 400 and self._goes_elsewhere(head, first):
             return
         self.first_byte_at = monotonic()
         self.status = head.status
@@ -241,13 +250,14 @@ class Relay:
         if self._request.streamed is not None:
             self._request.streamed.close()
 
-    def _goes_elsewhere(self, head: ResponseHead) -> bool:
-        """True if the listener retries elsewhere after a 502 or 503, which only says that this engine does not serve
-        now."""
-        if head.status > 503:
+    def _goes_elsewhere(self, head: ResponseHead, first: bytes) -> bool:
+        """True if the listener retries elsewhere: a 502 or 503 only says that this engine does not serve now, and the
+        others may come from a server that is not the model's engine."""
+        status = head.status
+        if status not in REFUSALS or (status == 400 and _UNKNOWN_MODEL.search(first) is None):
             return False
         asleep = any(line[: len(_ASLEEP)].lower() == _ASLEEP for line in head.passed)
-        if not self._listener.refused(head.status, asleep=asleep):
+        if not self._listener.refused(status, asleep=asleep):
             return False
         connection, self._connection = self._connection, None
         assert connection is not None

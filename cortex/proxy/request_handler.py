@@ -17,12 +17,22 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
-from cortex.proxy.body.model_field import ModelField, find_or_add_model
+from cortex.proxy.body.model_field import find_or_add_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
-from cortex.routing.replica import Failure, FailureKind, Replica, lost, unreachable
+from cortex.routing.replica import (
+    UNAVAILABLE,
+    Failure,
+    FailureKind,
+    Replica,
+    lost,
+    may_have_moved,
+    stopped,
+    unreachable,
+    untried,
+)
 from cortex.upstream.address import engine_target
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode
@@ -87,7 +97,8 @@ class RequestHandler:
     def begin(self) -> None:
         request, control = self._request, self._context.control
         try:
-            field = self._find_model()
+            content_type = request.content_type.decode("latin-1")
+            field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
         except ServiceError as error:
             self._refuse(error if request.path in INFERENCE else no_route(request))
             return
@@ -108,7 +119,7 @@ class RequestHandler:
         elif len(replicas) == 1:
             self._send(replicas[0], compared=False)
         else:
-            self._send(self._context.least_busy(replicas, self._request), compared=True)
+            self._send(self._context.least_busy(self._request, replicas), compared=True)
 
     def abandon(self) -> None:
         state = self._leave_state()
@@ -180,6 +191,12 @@ class RequestHandler:
         assert isinstance(state, Sent)
         if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
+        if status not in UNAVAILABLE:
+            if not may_have_moved(state.replica, self._failures):
+                return False
+            self._fail(f"it answered {status}", "unknown")
+            self._resolve()
+            return True
         others = () if asleep else self._untried()
         again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)
         if again and not others and not asleep:
@@ -191,7 +208,9 @@ class RequestHandler:
     def lost(self, reason: str) -> None:
         state = self._state
         assert isinstance(state, Sent)
-        if state.relay.answer.events and reason != STOPPING:
+        if reason == STOPPING:
+            state.relay.end_lost(stopped(state.replica), state.replica.model_id)
+        elif state.relay.answer.events:
             state.ending = self._spawn(self._explain_end(state), "end")
         else:
             self._end_lost(state, None)
@@ -202,7 +221,6 @@ class RequestHandler:
         self._end_lost(sent, engine_end)
 
     def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
-        """Ends an answer whose engine was lost."""
         error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
         with request_scope(self._request_id):
             log.warning("%s", error.message)
@@ -218,27 +236,16 @@ class RequestHandler:
         self._stop_keep_alive()
         self._client.finished()
 
-    def _find_model(self) -> ModelField:
-        request = self._request
-        content_type = request.content_type.decode("latin-1")
-        field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
-        return field
-
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        request, answer = self._request, relay.answer
         comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
-        if comparable and request.path in INFERENCE:  # a client must not add kinds without limit
-            kind = self._model_id, request.path, answer.events
-            self._context.speeds.learn(kind, self._node, monotonic() - request.received, answer.tail.fed_bytes)
+        if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
+            self._context.measure(self._model_id, self._node, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
-        tried = {failure.replica.node for failure in self._failures}
-        state = self._state
-        if isinstance(state, Sent):
-            tried.add(state.replica.node)
-        return tuple(r for r in self._context.control.table.get(self._model_id, ()) if r.node not in tried)
+        replicas = self._context.control.table.get(self._model_id, ())
+        return untried(replicas, self._failures, self._state.replica if isinstance(self._state, Sent) else None)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
         """Gives up the current replica."""
@@ -252,7 +259,7 @@ class RequestHandler:
     def _retry(self, others: tuple[Replica, ...]) -> None:
         """Sends the request to one of `others`; without any, asks the control."""
         if others:
-            self._send(self._context.least_busy(others, self._request), compared=True)
+            self._send(self._context.least_busy(self._request, others), compared=True)
         else:
             self._resolve()
 
@@ -261,11 +268,7 @@ class RequestHandler:
         if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
             self._keep_alive = self._new_keep_alive(cold=True)
             self._keep_alive.begin_later()
-        self._wait_for(self._ask_control())
-
-    def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
-        """`work` finds an engine, then calls `_resolved` and goes on."""
-        self._state = Resolving(self._spawn(work, "resolve"))
+        self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         with request_scope(self._request_id):
@@ -378,9 +381,7 @@ class RequestHandler:
                 more = f" lost={relay.lost_because!r}"
                 context.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
             elif status != CLIENT_DISCONNECTED:
-                usage = tail.usage()
-                if usage is not None:
-                    context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+                context.count_tokens(model, node, tail)
                 if status == 400:
                     context.hint_at_tools(self._model_id, node, relay.answer.refusal())
         context.counters.request(model, node, status, took, first_byte_secs)
