@@ -78,7 +78,7 @@ async def _is_open(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:
             attempt.setblocking(False)
             async with timeout(_CONNECT_SECS):
                 await asyncio.get_running_loop().sock_connect(attempt, address)
-            # A port of the ephemeral range that nobody listens on may get connected to itself.
+            # Without a listener, an attempt on a port of the ephemeral range may connect to itself.
             if attempt.getsockname() != attempt.getpeername():
                 return True
     return False

@@ -210,7 +210,7 @@ class EngineLife:
             self._model.loaded(engine, reason, load_secs=load_secs)
 
     async def _account(self) -> None:
-        """Measures and records an engine that has just come up, then answers those who asked for the load."""
+        """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
         await asyncio.gather(self._measure(), engine.record_shared_files())
         if self._load_times is not None:
