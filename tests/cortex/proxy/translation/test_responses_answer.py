@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.translation.responses.translation import ResponsesTranslation
 from cortex.routing.response_owners import UNSTORED
-from cortex.upstream.tail import KEPT_BYTES
+from cortex.upstream.tail import HEAD_BYTES, KEPT_BYTES
 from cortex.upstream.usage import Usage, find_usage
 from shared.errors import UpstreamError
 
@@ -326,8 +326,8 @@ def test_the_end_of_an_answer_tells_usage_and_number() -> None:
     long = {**FUNCTION, "description": "x" * 5000}
     stream = translation(stream=True, tools=[long], instructions="y" * 5000).stream()
     start = stream.feed(b"")
-    lost = error_event(b"/v1/responses", UpstreamError("gone"), sent=start[-KEPT_BYTES:])
-    assert b'"sequence_number": 2' in lost
+    lost = error_event(b"/v1/responses", UpstreamError("gone"), start=start[:HEAD_BYTES], end=start[-KEPT_BYTES:])
+    assert [event["type"] for event in events_of(start + lost)][-1] == "response.failed"
     end = stream.feed(chunk(content="z" * 5000) + chunk("stop") + END)
     assert find_usage(end[-KEPT_BYTES:]) == Usage(prompt=7, completion=5, cached=3)
 
