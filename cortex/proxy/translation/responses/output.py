@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from cortex.proxy.translation.interface import Json
+from cortex.proxy.translation.interface import Json, to_json
 from cortex.proxy.translation.responses.tools import CalledTool, CustomInput, ToolSet
 
 OutputEvent = tuple[str, Json]
@@ -207,7 +207,9 @@ class Output:
     def _call(self, piece: Json) -> Iterator[OutputEvent]:
         given = piece.get("function")
         function: Json = given if isinstance(given, dict) else {}
-        call_id, name, arguments = _text(piece.get("id")), _text(function.get("name")), _text(function.get("arguments"))
+        call_id, name, arguments = _text(piece.get("id")), _text(function.get("name")), function.get("arguments")
+        # A few engines send the object itself.
+        arguments = to_json(arguments).decode() if isinstance(arguments, dict) else _text(arguments)
         call = self._engine_call(piece.get("index"), call_id, name)
         call.call_id = call.call_id or call_id
         call.name = call.name or name

@@ -290,10 +290,10 @@ def test_calls_as_engines_number_them(pieces: list[dict[str, Any]]) -> None:
 
 
 def test_calls_without_ids_get_some() -> None:
-    """The client answers by id. The function may be one that does not exist."""
-    calls = [{"function": {"name": "look", "arguments": "{}"}}, {"function": {"name": "nosuch", "arguments": "{}"}}]
+    """The client answers by id. The function may not exist, and the arguments may be an object instead of its JSON."""
+    calls = [{"function": {"name": "look", "arguments": "{}"}}, {"function": {"name": "nosuch", "arguments": {"a": 1}}}]
     output = whole({"content": None, "tool_calls": calls}, "tool_calls")["output"]
-    assert [item["name"] for item in output] == ["look", "nosuch"]
+    assert [(item["name"], item["arguments"]) for item in output] == [("look", "{}"), ("nosuch", '{"a":1}')]
     assert len({item["call_id"] for item in output}) == 2
 
 
