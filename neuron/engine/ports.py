@@ -9,6 +9,8 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import psutil
+
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import NO_FREE_PORT_SECS
@@ -89,14 +91,31 @@ def listens(pids: Iterable[int], port: int) -> bool:
     return any(_listens(pid, port) for pid in pids)
 
 
+def has_visible_listener(port: int) -> bool:
+    """True when a process whose open files may be read listens on the port in this network namespace. Blocks for some
+    hundredths of a second."""
+    sockets = _listening_sockets("self", port)
+    return bool(sockets) and any(_has_one_of(pid, sockets) for pid in psutil.pids())
+
+
 def _listens(pid: int, port: int) -> bool:
     """Not through psutil: it takes apart every connection of the host, 40 ms where there are 2,000."""
+    sockets = _listening_sockets(pid, port)
+    return bool(sockets) and _has_one_of(pid, sockets)
+
+
+def _listening_sockets(pid: int | str, port: int) -> set[str]:
+    """The sockets that listen on the port in the network namespace of a process, as links in /proc/PID/fd name them."""
     row = re.compile(_LISTENING % port, re.MULTILINE)
     with contextlib.suppress(OSError):  # it has exited, or may not be read
-        tables = (Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6"))
-        sockets = {f"socket:[{inode.decode()}]" for table in tables for inode in row.findall(table)}
-        if sockets:
-            return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
+        tables = [Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6")]
+        return {f"socket:[{inode.decode()}]" for table in tables for inode in row.findall(table)}
+    return set()
+
+
+def _has_one_of(pid: int, sockets: set[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
     return False
 
 

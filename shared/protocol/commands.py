@@ -14,6 +14,9 @@ def _listed(value: object) -> object:
 
 
 StringList = Annotated[list[str], BeforeValidator(_listed)]
+ENGINE_KEYS_HEADER = "x-cortex-engine-keys"
+"""Request header of a caller that sends an engine the `api_key` of its endpoint. A request without it comes from a
+caller that speaks only protocol v1, which has no keys."""
 MAX_VRAM_MB = 1 << 40
 MAX_DRAIN_SECS = 3600.0
 """The longest `drain_secs` of an unload."""

@@ -41,7 +41,7 @@ async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
         ready = asyncio.create_task(
-            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+            until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint)
         )
         await asyncio.wait_for(health.asked.wait(), 5)
         health.asked.clear()
@@ -65,7 +65,7 @@ async def test_every_line_since_the_first_hint_ends_the_pause(monkeypatch: pytes
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
         ready = asyncio.create_task(
-            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+            until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint)
         )
         for up in (False, False, True):
             await asyncio.wait_for(health.asked.wait(), 5)
@@ -85,6 +85,7 @@ async def test_a_hint_alone_is_not_enough() -> None:
         url = str(server.make_url("")).rstrip("/")
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(
-                until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint), 0.5
+                until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint),
+                0.5,
             )
     assert 2 <= health.questions <= 14
