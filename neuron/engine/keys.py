@@ -43,7 +43,7 @@ class EngineKeys:
 
     @property
     def required(self) -> bool:
-        """True when every engine gets a key, whoever loads it."""
+        """True when every engine gets a key, also when the caller cannot send it."""
         return gets_key(self._mode, has_token=self._has_token, carries_keys=False, v1_callers=True)
 
     @property

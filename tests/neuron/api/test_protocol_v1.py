@@ -248,7 +248,7 @@ async def test_a_model_that_another_cortex_loaded(mark: str, tmp_path: Path) -> 
                 assert "Retry-After" in refused.headers
             assert "[DONE]" in await stream.text()
         assert "chat.completion" in await cortex.forward(A)
-        # From now on this neuron's engines have no key, whoever loads them.
+        # From now on this neuron's engines have no key, also when this caller loads them.
         await neuron.unload(A)
         assert (await neuron.load(A)).body["api_key"] is None
 
