@@ -45,7 +45,6 @@ dead."""
 IDLE_SECS = 30.0
 """How long a connection to a neuron is kept between two polls."""
 UPTIME_SLACK_SECS = 1.0
-_SENDS_KEYS = ENGINE_KEYS_HEADER.encode() + b": 1"
 """How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
 _UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
@@ -107,10 +106,10 @@ class NeuronClient:
         self._commands: set[asyncio.Task[Any]] = set()
         self._pool = pool
         self._address, self._prefix = parse_url(entry.endpoint)
-        headers = [b"host: " + self._address.authority, b"accept-encoding: identity", _SENDS_KEYS]
-        token = entry.bearer_token
-        if token is not None:
-            headers.append(b"authorization: Bearer " + _header_value(token))
+        sends_keys = ENGINE_KEYS_HEADER.encode() + b": 1"
+        headers = [b"host: " + self._address.authority, b"accept-encoding: identity", sends_keys]
+        if entry.bearer_token is not None:
+            headers.append(b"authorization: Bearer " + _header_value(entry.bearer_token))
         self._headers = b"\r\n".join(headers)
         self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
         self._health: _KnownHealth | None = None

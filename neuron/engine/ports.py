@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from neuron.engine.connections import listening_inodes
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import NO_FREE_PORT_SECS
@@ -88,35 +89,33 @@ class PortPool:
 
 def listens(pids: Iterable[int], port: int) -> bool:
     """True when one of the processes listens on the port, on any address. Blocks for some milliseconds."""
-    return any(_listens(pid, port) for pid in pids)
+    here = listening_inodes(port)
+    return any(_listens(pid, port, here) for pid in pids)
 
 
 def has_visible_listener(port: int) -> bool:
-    """True when a process whose open files may be read listens on the port in this network namespace. Blocks for some
+    """True when a process whose open files may be read listens on the port in our network namespace. Blocks for some
     hundredths of a second."""
-    sockets = _listening_sockets("self", port)
-    return bool(sockets) and any(_has_one_of(pid, sockets) for pid in psutil.pids())
+    here = listening_inodes(port)
+    return bool(here) and any(_listens(pid, port, here) for pid in psutil.pids())
 
 
-def _listens(pid: int, port: int) -> bool:
-    """Not through psutil: it takes apart every connection of the host, 40 ms where there are 2,000."""
-    sockets = _listening_sockets(pid, port)
-    return bool(sockets) and _has_one_of(pid, sockets)
-
-
-def _listening_sockets(pid: int | str, port: int) -> set[str]:
-    """The sockets that listen on the port in the network namespace of a process, as links in /proc/PID/fd name them."""
-    row = re.compile(_LISTENING % port, re.MULTILINE)
+def _listens(pid: int, port: int, here: Collection[int]) -> bool:
+    """`here`: the sockets that listen on the port in our network namespace; without any, the process may be in another
+    one."""
     with contextlib.suppress(OSError):  # it has exited, or may not be read
-        tables = [Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6")]
-        return {f"socket:[{inode.decode()}]" for table in tables for inode in row.findall(table)}
-    return set()
-
-
-def _has_one_of(pid: int, sockets: set[str]) -> bool:
-    with contextlib.suppress(OSError):
-        return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
+        sockets = {f"socket:[{inode}]" for inode in here or _listening_inodes_seen_by(pid, port)}
+        if sockets:
+            return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
     return False
+
+
+def _listening_inodes_seen_by(pid: int, port: int) -> set[int]:
+    """Those in the network namespace of a process. Not through psutil: it takes apart every connection of the host, 40
+    ms where there are 2,000."""
+    row = re.compile(_LISTENING % port, re.MULTILINE)
+    tables = (Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6"))
+    return {int(inode) for table in tables for inode in row.findall(table)}
 
 
 def _link(path: Path) -> str:
