@@ -12,6 +12,7 @@ from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.routing.affinity import Affinity
 from cortex.routing.control import Control
+from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.response_owners import ResponseOwners
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -38,6 +39,7 @@ class ProxyContext:
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.response_owners = ResponseOwners()
+        self.missing_paths = MissingPaths()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()

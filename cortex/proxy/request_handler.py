@@ -22,8 +22,7 @@ from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
 from cortex.routing.choice import choose
 from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
-from cortex.routing.response_owners import SEARCHED_BYTES, response_id
-from cortex.upstream.address import engine_target
+from cortex.upstream.address import Address, engine_target
 from shared.errors import MAX_SHOWN_CHARS, ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
@@ -33,9 +32,6 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
-
-STORED: Final = b"/v1/responses"
-"""Answers to it can be requested again by their id."""
 
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
@@ -301,7 +297,6 @@ class RequestHandler:
         self._node = replica.node
         self._attempts += 1
         context.in_flight.add((replica.model_id, replica.node))
-        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
@@ -312,24 +307,18 @@ class RequestHandler:
         else:
             self._keep_alive.sent_to = replica.node
             answer = self._deferred(self._keep_alive)
-        head = request.head_for(host, prefix, request_id, credentials)
-        relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
+        relay = self._new_relay(address, request.head_for(host, prefix, request_id, credentials), answer)
         self._state = Sent(replica, relay, compared=compared)
-        if request.path == STORED:
-            relay.on_start = self._learn_owner
         relay.start()
+
+    def _new_relay(self, address: Address, head: bytes, answer: Answer) -> Relay:
+        """A relay that sends the request, with this `head`, to an engine."""
+        return Relay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
 
     def _new_answer(self, extra: bytes) -> Answer:
         """The form of the answer. `extra`: header lines, without the final CRLF."""
         return DirectAnswer(self._client, self._request, extra=extra)
-
-    def _learn_owner(self, start: bytes) -> bool:
-        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
-        state, found = self._state, response_id(start)
-        if found is not None and isinstance(state, Sent):
-            self._context.response_owners.add(found, state.replica)
-            self._context.control.tell_owner(found, state.replica)
-        return found is not None or len(start) >= SEARCHED_BYTES
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
