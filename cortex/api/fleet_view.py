@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -140,6 +141,8 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "models": [
             {
                 **view.model_dump(exclude={"endpoint"}),
+                **told_facts([view]),
+                **({} if view.servable is None else {"servable": view.servable.model_dump()}),
                 "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
             }
             for view in node.models.values()

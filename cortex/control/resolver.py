@@ -23,7 +23,7 @@ from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from shared.errors import ServiceError, Unavailable
-from shared.protocol import ErrorCode, ModelStatus
+from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import timeout
 
@@ -34,6 +34,11 @@ MAX_ROUNDS = 8
 
 ENGINE_END_SECS = 2.0
 """How long a neuron may take to notice the end of an engine that no longer listens."""
+
+
+END_NOTICED_SECS = 0.5
+END_EXPLAINED_SECS = 1.0
+"""How long the client of a lost stream waits until the neuron notices the engine's end, and then for its reason."""
 
 
 class Resolver:
@@ -91,6 +96,25 @@ class Resolver:
         except Exception as error:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
+
+    async def engine_end(self, replica: Replica) -> str | None:
+        """As `routing.control.Control.engine_end`. A protocol v1 neuron reports no reason, so it is not waited for."""
+        name, model_id = replica.node, replica.model_id
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None or not node.healthy:
+            return None if node is None else f"neuron is down: {node.last_error}"
+        if node.instance is None:
+            return None
+        with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
+            async with timeout(END_NOTICED_SECS):
+                await self._fleet.until(name, lambda now: now.status_of(model_id) is not ModelStatus.LOADED)
+            async with timeout(END_EXPLAINED_SECS):
+                await self._fleet.until(name, lambda now: _is_explained(now.models.get(model_id)))
+        node = self._fleet.snapshot().nodes.get(name)
+        view = None if node is None else node.models.get(model_id)
+        if view is None or view.known_status is ModelStatus.LOADED:
+            return None
+        return view.error or view.reason
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         """Does nothing: in one process there is no other worker."""
@@ -198,8 +222,11 @@ class Resolver:
 
     async def _check_failed(self, failure: Failure) -> None:
         """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
-        A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
+        A busy engine keeps its endpoint: other requests should not wait because this one timed out. An engine that does
+        not know the request has an endpoint, which is asked for next."""
         self._routes.invalidate(failure)
+        if failure.kind == "unknown":
+            return
         poller = self._pollers.get(failure.replica.node)
         if poller is not None:
             await poller.refresh()
@@ -219,3 +246,13 @@ class Resolver:
                         lambda node: node.status_of(model_id) is not ModelStatus.LOADED,
                     )
             lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+
+
+def _is_explained(view: ModelView | None) -> bool:
+    """The neuron has found out why the engine ended."""
+    return (
+        view is None
+        or view.error is not None
+        or view.retry_at is not None
+        or view.known_status is not ModelStatus.RECOVERING
+    )

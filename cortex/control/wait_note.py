@@ -30,7 +30,7 @@ def waiting_note(
             continue
         if status.coming:
             return _in_progress(model_id, node, status.value, None)
-        if status is ModelStatus.LOADED:
+        if node.can_serve(model_id):
             return WaitNote(text=f"{model_id} is loaded on {node.name}; looking up its address", node=node.name)
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 from cortex.http import headers as names
 from cortex.http.heads import BadHead, RequestHead
 from cortex.http.streamed_body import StreamedBody
+from shared.errors import shortened
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
@@ -87,6 +88,11 @@ class Request:
     def raw_path(self) -> bytes:
         """The path as received."""
         return self.target.partition(b"?")[0]
+
+    @property
+    def shown(self) -> str:
+        """Method and path for a message or a log line; a long path is shortened."""
+        return f"{self.method.decode('latin-1')} {shortened(self.path.decode('latin-1'))}"
 
     def use_path(self, path: bytes) -> None:
         """Replaces the path, also for the engine. The query stays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
@@ -47,7 +47,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
             retry_after=NEURON_DOWN_SECS,
         )
     reasons = "; ".join(f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names)
-    return Unavailable(
+    return _unservable(model_id, possible) or Unavailable(
         f"not enough memory for the model {model_id!r} now ({reasons})",
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=MEMORY_TAKEN_SECS,
@@ -76,7 +76,8 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
                 code=ErrorCode.COLD_LOAD_FAILED,
                 retry_after=NEURON_DOWN_SECS,
             )
-        return Unavailable(
+        unservable = _unservable(model_id, [node])
+        return unservable or Unavailable(
             f"the model {model_id!r} is {view.status!r} on {node.name}",
             code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=NEURON_DOWN_SECS,
@@ -84,6 +85,23 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
         return no_healthy_neurons_error()  # a neuron that has never answered may have the model
     return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+
+
+def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | None:
+    """The error for a model that is loaded on some of these nodes and cannot answer there now."""
+    reasons = [
+        f"{node.name}: {why}"
+        for node in nodes
+        if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
+        if (why := node.models[model_id].unservable_because) is not None
+    ]
+    if not reasons:
+        return None
+    return Unavailable(
+        f"the model {model_id!r} is loaded and cannot answer now ({'; '.join(reasons)})",
+        code=ErrorCode.NEURON_UNAVAILABLE,
+        retry_after=NEURON_DOWN_SECS,
+    )
 
 
 def no_healthy_neurons_error() -> ServiceError:

@@ -140,7 +140,7 @@ class Gateway:
             context.counters.error(UNKNOWN, UNKNOWN, error.code)
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
-            what = "-" if request is None else f"{request.method.decode()} {shortened(request.path.decode('latin-1'))}"
+            what = "-" if request is None else request.shown
             context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 

@@ -10,6 +10,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.request_state import Resolving
 from cortex.routing.replica import FailureKind, Replica
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
@@ -40,7 +41,7 @@ class StoredResponse(RequestHandler):
     def begin(self) -> None:
         owner = self._context.response_owners.find(self._response_id)
         if owner is None:
-            self._wait_for(self._await_owner())
+            self._state = Resolving(self._spawn(self._await_owner(), "owner for"))
         else:
             self._send_to_owner(owner)
 

@@ -30,6 +30,9 @@ class Control(Protocol):
             ServiceError: the request cannot be served.
         """
 
+    async def engine_end(self, replica: Replica) -> str | None:
+        """Why the engine has ended, as its neuron reports it; None if it reports nothing within about a second."""
+
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         """Tells the other workers which engine made a stored response."""
 

@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineEnd,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -88,7 +89,9 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
+                case (
+                    TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | EngineEnd() | Notes()
+                ):
                     control.receive(message)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))

@@ -82,6 +82,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     permanent: bool
 
 
+class EngineEnd(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
+
+    number: int
+    reason: str | None
+
+
 class Notes(msgspec.Struct, frozen=True, tag=True):
     """The progress of the models that the worker waits for."""
 
@@ -108,6 +115,7 @@ ToWorker = (
     | ResponseMade
     | Resolved
     | Refused
+    | EngineEnd
     | Notes
     | Collect
     | Stop
@@ -133,6 +141,13 @@ class CancelResolve(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
+    """Asks why the engine of a lost answer has ended."""
+
+    number: int
+    replica: Replica
+
+
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
 
@@ -148,7 +163,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | InFlightNow | ResponseMade | Counted
+FromWorker = Ready | Resolve | CancelResolve | AskEngineEnd | InFlightNow | ResponseMade | Counted
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

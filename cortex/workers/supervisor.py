@@ -26,12 +26,14 @@ from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AskEngineEnd,
     CancelResolve,
     CatalogueChanged,
     Collect,
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineEnd,
     FromWorker,
     InFlightNow,
     Notes,
@@ -128,8 +130,9 @@ class WorkerProcess:
                     case Resolve(number, model_id, failures, request_id):
                         self._resolve(number, model_id, failures, request_id)
                     case CancelResolve(number):
-                        if number in self._resolving:
-                            self._resolving[number].cancel()
+                        self._cancel_resolve(number)
+                    case AskEngineEnd(number, replica):
+                        self._explain_end(number, replica)
                     case InFlightNow(counts, begun):
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
@@ -161,6 +164,10 @@ class WorkerProcess:
         if self._noting is None:
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
+    def _cancel_resolve(self, number: int) -> None:
+        if number in self._resolving:
+            self._resolving[number].cancel()
+
     @property
     def _note_secs(self) -> float:
         """The first report arrives before the worker's first keep-alive comment."""
@@ -185,6 +192,12 @@ class WorkerProcess:
         else:
             self._granted[route.replica.model_id, route.replica.node] += 1
             self._channel.send(Resolved(number, route))
+
+    def _explain_end(self, number: int, replica: Replica) -> None:
+        async def explain() -> None:
+            self._channel.send(EngineEnd(number, await self._resolver.engine_end(replica)))
+
+        _task = self._tasks.spawn(explain(), name=f"end of {replica.model_id}")
 
     def _reported(self, counts: list[tuple[str, str, int]]) -> None:
         self._in_flight = counts_from_wire(counts)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from shared.tasks import timeout
 
-FIRST_PAUSE_SECS = 0.1
-LONGEST_PAUSE_SECS = 0.5
-HINTED_PAUSE_SECS = 0.02
+CONNECT_PAUSE_SECS = (0.005, 0.02)
+"""First and longest pause between two attempts to connect: the kernel refuses one in 0.1 ms of CPU."""
+HEALTH_PAUSE_SECS = (0.02, 0.1)
+"""First and longest pause between two health checks of an engine that is not healthy yet."""
+_GROWTH = 1.2
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
+_CONNECT_SECS = 5.0
 
 
 async def until_ready(
@@ -28,18 +35,53 @@ async def until_ready(
     requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
     of all connections of the host.
 
-    Retries after increasing pauses. The caller sets `hint` at each line of output since the engine said that it is up;
-    it ends the present pause and resets the pauses to a short one, because an engine may log this a few milliseconds
-    before it listens.
+    Tries to connect until the port is open, then checks the health at once and after increasing pauses. The caller sets
+    `hint` at each line of output since the engine said that it is up; it ends the present pause and resets the pauses
+    to the shortest, because an engine may log this a few milliseconds before it listens.
 
     Has no timeout: the caller watches the clock and the process.
     """
-    pause = FIRST_PAUSE_SECS
-    while not (
-        await _status(session, url + health_path) == 200
-        and (await knows_key(session, url, api_key) or await owns_port())
-    ):
-        pause = HINTED_PAUSE_SECS if await _hinted(hint, pause) else min(pause * 1.2, LONGEST_PAUSE_SECS)
+    addresses = await _addresses_of(URL(url))
+    if addresses:
+        await _retry(lambda: _is_open(addresses), CONNECT_PAUSE_SECS, hint)
+
+    async def serves() -> bool:
+        healthy = await _status(session, url + health_path) == 200
+        return healthy and (await knows_key(session, url, api_key) or await owns_port())
+
+    await _retry(serves, HEALTH_PAUSE_SECS, hint)
+
+
+async def _retry(
+    attempt: Callable[[], Awaitable[bool]], pauses: tuple[float, float], hint: asyncio.Event | None
+) -> None:
+    """Repeats `attempt` until it is true."""
+    shortest, longest = pauses
+    pause = shortest
+    while not await attempt():
+        pause = shortest if await _hinted(hint, pause) else min(pause * _GROWTH, longest)
+
+
+async def _addresses_of(url: URL) -> list[tuple[int, tuple[Any, ...]]]:
+    """Address families and socket addresses; empty if the name cannot be resolved."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [(family, address) for family, *_, address in found]
+
+
+async def _is_open(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:
+    """True when something listens on one of the addresses."""
+    for family, address in addresses:
+        with contextlib.suppress(OSError, asyncio.TimeoutError), socket.socket(family, socket.SOCK_STREAM) as attempt:
+            attempt.setblocking(False)
+            async with timeout(_CONNECT_SECS):
+                await asyncio.get_running_loop().sock_connect(attempt, address)
+            # Without a listener, an attempt on a port of the ephemeral range may connect to itself.
+            if attempt.getsockname() != attempt.getpeername():
+                return True
+    return False
 
 
 async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:

@@ -58,6 +58,7 @@ class V1Neuron:
         self.used_mb = [0] * len(vram_total_mb)
         self.harnesses = harnesses
         self.models: dict[str, str] = {}
+        self.entries: dict[str, dict[str, Any]] = {}  # further fields of a model's entry, by its id
         self.loads: list[dict[str, Any]] = []
         self.unloads: list[str] = []
         self.calls: list[str] = []
@@ -111,6 +112,7 @@ class V1Neuron:
         return web.json_response(
             [
                 {"id": model_id, "harness": "vllm", "status": status, "devices": [0], "vram_used_mb": 1}
+                | self.entries.get(model_id, {})
                 for model_id, status in self.models.items()
             ]
         )

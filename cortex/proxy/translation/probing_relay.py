@@ -7,10 +7,13 @@ from typing import Final, Protocol
 
 from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
+from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
-from cortex.proxy.relay import Relay
+from cortex.proxy.relay import Relay, RelayListener
 from cortex.proxy.translation.lacking import lacks_path
+from cortex.upstream.address import Address
 from cortex.upstream.connection import Body
+from cortex.upstream.pool import EnginePool
 
 MAX_HELD_BYTES: Final = 65536
 """Of an error; a longer one goes to the client."""
@@ -24,9 +27,22 @@ class ProbeListener(Protocol):
 class ProbingRelay(Relay):
     """Only the head of an answer and its end cost more than those of a Relay. `probe` must be set before `start`."""
 
-    __slots__ = ("probe",)
+    __slots__ = ("_released", "probe")
 
     probe: ProbeListener
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        request: Request,
+        listener: RelayListener,
+        *,
+        address: Address,
+        head: bytes,
+        answer: Answer,
+    ) -> None:
+        super().__init__(pool, request, listener, address=address, head=head, answer=answer)
+        self._released = False  # what was held back goes to the client
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status in (404, 405):
@@ -43,6 +59,8 @@ class ProbingRelay(Relay):
             if lacks_path(self.status, held.contents()):
                 self.probe.lacks_path()
                 return
+            if self._listener.refused(self.status, asleep=False):
+                return
             self._release()
         super().ended()
 
@@ -52,11 +70,14 @@ class ProbingRelay(Relay):
         super().lost(reason, stale=stale)
 
     def _release(self) -> None:
-        """The client gets the answer after all."""
         held = self.answer
         assert isinstance(held, HeldAnswer)
+        self._released = True
         self.answer = held.inner
         super().began(held.head, held.framing, b"".join(held.pieces))
+
+    def _goes_elsewhere(self, head: ResponseHead, first: bytes) -> bool:
+        return not self._released and super()._goes_elsewhere(head, first)
 
 
 class HeldAnswer(Answer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -19,7 +20,6 @@ from cortex.proxy.translation.interface import Translation
 from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
 from cortex.routing.replica import FailureKind, Replica
-from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.upstream.address import Address
 from shared.errors import ServiceError
 from shared.request_ids import request_scope
@@ -70,13 +70,13 @@ class TranslatableRequest(RequestHandler):
             request.translate(self._translation.path, self._translation.body)
         super()._send(replica, compared=compared)
 
-    def _new_relay(self, address: Address, head: bytes, answer: Answer) -> Relay:
+    def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         if self._translation is not None:
-            return super()._new_relay(address, head, answer)
+            return super()._new_relay(replica, address, head, answer)
         relay = ProbingRelay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
         relay.probe = self
         if self._request.path == STORED:
-            relay.on_start = self._learn_owner
+            relay.on_start = partial(self._context.learn_owner, replica)
         return relay
 
     def _new_answer(self, extra: bytes) -> Answer:
@@ -92,11 +92,3 @@ class TranslatableRequest(RequestHandler):
         if isinstance(self._state, Sent):
             self._context.missing_paths.forget(self._state.replica, self._request.path)  # it may come back changed
         super()._fail(reason, kind)
-
-    def _learn_owner(self, start: bytes) -> bool:
-        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
-        state, found = self._state, response_id(start)
-        if found is not None and isinstance(state, Sent):
-            self._context.response_owners.add(found, state.replica)
-            self._context.control.tell_owner(found, state.replica)
-        return found is not None or len(start) >= SEARCHED_BYTES

@@ -12,6 +12,7 @@ from cortex.http.heads import ResponseHead
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.translation.interface import StreamTranslation, Translation
 from cortex.upstream.connection import Body
+from shared.errors import ServiceError
 
 MAX_WHOLE_BYTES: Final = 64 << 20
 """Of an answer that is not a stream: it is collected before it is translated."""
@@ -72,8 +73,8 @@ class TranslatedAnswer(Answer):
         self._inner.begin(_head_of(self.head, status, named), framing, framing.feed(body))
         return self._inner.finish(status)
 
-    def lose(self, reason: str) -> None:
-        self._inner.lose(reason)
+    def lose(self, error: ServiceError, model: str) -> None:
+        self._inner.lose(error, model)
 
     def break_silence(self, text: str) -> None:
         self._inner.break_silence(text)
