@@ -17,7 +17,7 @@ _CUT_OFF: Final = {"length": "max_output_tokens", "content_filter": "content_fil
 _ABORTED: Final = ("abort", "error")
 
 
-class ResponseObject:
+class TranslatedResponse:
     """One response from its start to its end, with the same ids throughout."""
 
     def __init__(self, request: ChatRequest, unique: str, created_at: int) -> None:

@@ -11,7 +11,7 @@ from cortex.proxy.translation.responses.output import OutputEvent
 from cortex.proxy.translation.responses.response import (
     FAILED,
     IN_PROGRESS,
-    ResponseObject,
+    TranslatedResponse,
     choice_of,
     logprobs_of,
 )
@@ -22,7 +22,7 @@ from shared.protocol import ErrorCode
 class ResponseStream:
     """Implements `interface.StreamTranslation`. The first call returns `response.created`, whatever has come."""
 
-    def __init__(self, response: ResponseObject) -> None:
+    def __init__(self, response: TranslatedResponse) -> None:
         self._response = response
         self._reader = ChatStreamReader()
         self._number = 0

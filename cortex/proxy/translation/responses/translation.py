@@ -8,7 +8,7 @@ import uuid
 from cortex.proxy.translation.chat_stream import error_message
 from cortex.proxy.translation.interface import CHAT_PATH, StreamTranslation, WholeAnswer, engine_object, to_json
 from cortex.proxy.translation.responses.request import chat_request
-from cortex.proxy.translation.responses.response import FAILED, ResponseObject, choice_of, logprobs_of
+from cortex.proxy.translation.responses.response import FAILED, TranslatedResponse, choice_of, logprobs_of
 from cortex.proxy.translation.responses.stream import ResponseStream
 from shared.errors import InvalidRequest, UpstreamError
 from shared.protocol import ErrorCode
@@ -30,7 +30,7 @@ class ResponsesTranslation:
             raise InvalidRequest(message, param=error.param) from error
         self.path = CHAT_PATH
         self.body = to_json(request.body)
-        self._response = ResponseObject(request, uuid.uuid4().hex, int(time.time()))
+        self._response = TranslatedResponse(request, uuid.uuid4().hex, int(time.time()))
 
     def answer(self, status: int, body: bytes) -> WholeAnswer:
         found = engine_object(body)
