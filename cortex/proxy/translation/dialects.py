@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from cortex.proxy.translation.interface import Translation, Translator
+from cortex.proxy.translation.messages.token_count import TokenCount
 from cortex.proxy.translation.messages.translation import MessagesTranslation
 from shared.errors import InvalidRequest
 
@@ -16,6 +17,7 @@ def _no_responses(body: bytes, engine: str) -> Translation:
 
 TRANSLATORS: Final[Mapping[bytes, Translator]] = {
     b"/v1/messages": MessagesTranslation,
+    b"/v1/messages/count_tokens": TokenCount,
     b"/v1/responses": _no_responses,
 }
 """Path of a client's POST to what translates it."""
