@@ -201,17 +201,6 @@ async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex,
     assert 1 < len(benjy.loads) <= 4
 
 
-async def test_engine_of_a_protocol_v1_neuron_that_moved_is_found(
-    cortex: RunningCortex, benjy: V1Neuron, beast: V1Neuron
-) -> None:
-    """A protocol v1 neuron does not report reloads: cortex asks for its endpoint again after a poll interval."""
-    assert await _node_of(cortex) == "benjy"
-    benjy.engine_url = beast.engine.url
-    async with timeout(5):
-        while not beast.engine.requests:
-            assert await _node_of(cortex) == "benjy"
-
-
 async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, benjy: V1Neuron) -> None:
     """cortex decompresses the body to find the model, and drops Content-Encoding. A damaged body gets a 400."""
     body = b'{"model": "org/small"}'
