@@ -16,6 +16,7 @@ from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
 from cortex.routing.control import Control
+from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.replica import Replica
 from cortex.routing.response_owners import SEARCHED_BYTES, ResponseOwners, response_id
 from cortex.routing.speeds import Speeds
@@ -44,6 +45,7 @@ class ProxyContext:
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.response_owners = ResponseOwners()
+        self.missing_paths = MissingPaths()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()

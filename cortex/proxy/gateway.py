@@ -29,6 +29,8 @@ from cortex.proxy.paths import (
 from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.stored_response import StoredResponse, stored_response_id
+from cortex.proxy.translation.dialects import TRANSLATORS
+from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
 from cortex.routing.response_owners import ResponseOwners
 from cortex.upstream.address import Address
@@ -89,7 +91,7 @@ class Gateway:
         except ServiceError as error:
             return self._refuse(client, request, error)
         if request.method == b"POST" and request.path in INFERENCE:
-            return RequestHandler(self._context, client, request, caller)
+            return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
 
     def _handle_other(self, client: ClientConnection, request: Request, caller: str) -> Handler:
@@ -109,6 +111,11 @@ class Gateway:
             return self._refuse(client, request, no_route(request))
         if manages_engine(request.path):
             return self._refuse(client, request, not_for_clients(request))
+        return self._infer(client, request, caller)
+
+    def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        if request.path in TRANSLATORS:
+            return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)
 
     def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:

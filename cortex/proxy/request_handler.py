@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -33,7 +32,7 @@ from cortex.routing.replica import (
     unreachable,
     untried,
 )
-from cortex.upstream.address import engine_target
+from cortex.upstream.address import Address, engine_target
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
@@ -43,9 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
-
-STORED: Final = b"/v1/responses"
-"""Answers to it can be requested again by their id."""
 
 STOPPING: Final = "cortex is stopping"
 
@@ -309,7 +305,6 @@ class RequestHandler:
         self._node = replica.node
         self._attempts += 1
         context.in_flight.add((replica.model_id, replica.node))
-        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
@@ -320,12 +315,14 @@ class RequestHandler:
         else:
             self._keep_alive.sent_to = replica.node
             answer = self._deferred(self._keep_alive)
-        head = request.head_for(host, prefix, request_id, credentials)
-        relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
+        relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
         self._state = Sent(replica, relay, compared=compared)
-        if request.path == STORED:
-            relay.on_start = partial(context.learn_owner, replica)
         relay.start()
+
+    def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
+        """A relay that sends the request, with this `head`, to the engine at `address`."""
+        return Relay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
 
     def _new_answer(self, extra: bytes) -> Answer:
         """The form of the answer. `extra`: header lines, without the final CRLF."""
