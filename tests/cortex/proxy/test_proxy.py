@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
