@@ -20,6 +20,7 @@ from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
+    ENGINE_KEYS_HEADER,
     DeviceFigures,
     Discovery,
     EndpointReply,
@@ -113,10 +114,10 @@ class NeuronClient:
         self._commands: set[asyncio.Task[Any]] = set()
         self._pool = pool
         self._address, self._prefix = parse_url(entry.endpoint)
-        headers = [b"host: " + self._address.authority, b"accept-encoding: identity"]
-        token = entry.bearer_token
-        if token is not None:
-            headers.append(b"authorization: Bearer " + _header_value(token))
+        sends_keys = ENGINE_KEYS_HEADER.encode() + b": 1"
+        headers = [b"host: " + self._address.authority, b"accept-encoding: identity", sends_keys]
+        if entry.bearer_token is not None:
+            headers.append(b"authorization: Bearer " + _header_value(entry.bearer_token))
         self._headers = b"\r\n".join(headers)
         self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
         self._health: _KnownHealth | None = None

@@ -102,6 +102,11 @@ class NodeSnapshot:
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
 
+    def request_limit(self, model_id: str) -> int | None:
+        """How many requests the node allows at the model's engine at a time; None: any number."""
+        activity = self.activity.get(model_id)
+        return None if activity is None else activity.limit
+
     def is_loading(self, model_id: str) -> bool:
         """Whether the model is being loaded here."""
         status = self.status_of(model_id)

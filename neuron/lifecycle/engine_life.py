@@ -15,6 +15,7 @@ import aiohttp
 from neuron import errors as failures
 from neuron.engine.connections import connections_to, is_busy
 from neuron.engine.engine import Engine
+from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
@@ -59,6 +60,7 @@ class EngineTools:
     memory: EngineMemory
     sleep: EngineSleep
     history: LoadHistory
+    keys: EngineKeys
     http: aiohttp.ClientSession
 
 
@@ -101,6 +103,7 @@ class EngineLife:
             engine.url,
             health_path=engine.harness.health_path,
             api_key=engine.api_key,
+            model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
         )
