@@ -18,7 +18,7 @@ from shared.protocol.commands import (
 )
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
-from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
+from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
@@ -47,6 +47,7 @@ __all__ = [
     "NeuronHealth",
     "Progress",
     "SleepCommand",
+    "SpareView",
     "Transition",
     "UnloadCommand",
     "WakeCommand",
