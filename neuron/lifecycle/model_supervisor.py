@@ -252,10 +252,12 @@ class ModelSupervisor:
 
     async def _new_engine(self, request: LoadRequest, *, restart: bool) -> EngineResult:
         """One engine from its start to its end. `restart`: not the first of this request."""
-        if self._last_dir is not None:
-            directory, self._last_dir, self.model.output = self._last_dir, None, None
-            await asyncio.to_thread(directory.remove)
         async with contextlib.AsyncExitStack() as start_lock:
+            if self._last_dir is not None:
+                directory, self._last_dir, self.model.output = self._last_dir, None, None
+                # Beside the start: its log may be long.
+                removal = asyncio.create_task(asyncio.to_thread(directory.remove), name=f"remove {directory.path}")
+                start_lock.push_async_callback(asyncio.wait, [removal])
             try:
                 if restart:
                     await self._rebook(request)
