@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineRetired,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -90,6 +91,8 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
                     control.receive(message)
+                case EngineRetired(url):
+                    gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):

@@ -32,6 +32,7 @@ from cortex.workers.messages import (
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineRetired,
     FromWorker,
     InFlightNow,
     Notes,
@@ -239,6 +240,7 @@ class Supervisor:
         workers that do not start."""
         subscriptions = [
             self._routes.changes.subscribe(self._table_changed),
+            self._routes.retired.subscribe(self._engine_retired),
             self._live.changes.subscribe(self._configuration_changed),
             self._fleet.down_changes.subscribe(self._down_changed),
         ]
@@ -277,6 +279,10 @@ class Supervisor:
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
             worker.send(TableChanged(model_id, replicas))
+
+    def _engine_retired(self, url: str) -> None:
+        for worker in self._workers.values():
+            worker.send(EngineRetired(url))
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()

@@ -180,7 +180,7 @@ class ModelSupervisor:
         self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.model_id}")
 
     def _release(self, request: LoadRequest) -> None:
-        self._memory.ledger.release(request.placement.number)
+        self._memory.release(request.placement.number)
 
     async def _supervise(self, request: LoadRequest, found: FoundEngine | None) -> None:
         model = self.model
@@ -303,7 +303,7 @@ class ModelSupervisor:
 
     async def _lock_devices(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> None:
         await start_lock.enter_async_context(self._memory.start_locks.held(request.placement.indices))
-        await self._memory.until_available(request.placement.number)
+        await self._memory.until_available(request.placement.number, self.model.show_leaving)
 
     async def _live(self, life: EngineLife, start_lock: contextlib.AsyncExitStack) -> None:
         model, engine = self.model, life.engine
