@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineEnd,
     EngineRetired,
     InFlightNow,
     Notes,
@@ -89,7 +90,9 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
+                case (
+                    TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | EngineEnd() | Notes()
+                ):
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

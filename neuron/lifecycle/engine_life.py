@@ -15,6 +15,7 @@ import aiohttp
 from neuron import errors as failures
 from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
+from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
@@ -24,7 +25,7 @@ from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
-from neuron.progress.load_times import LoadKey
+from neuron.progress.load_times import LoadKey, LoadTimes
 from neuron.progress.progress import LoadProgress
 from shared.errors import ServiceError
 from shared.protocol import FailureCause, Progress
@@ -60,6 +61,7 @@ class EngineTools:
     memory: EngineMemory
     sleep: EngineSleep
     history: LoadHistory
+    keys: EngineKeys
     http: aiohttp.ClientSession
 
 
@@ -81,6 +83,7 @@ class EngineLife:
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
         self._log_says_ready = asyncio.Event()
+        self._load_times: LoadTimes | None = None
         self._progress = LoadProgress(
             engine.harness.first_reading(),
             started=time.monotonic() - (time.time() - engine.started_at),
@@ -101,6 +104,7 @@ class EngineLife:
             engine.url,
             health_path=engine.harness.health_path,
             api_key=engine.api_key,
+            model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
         )
@@ -136,6 +140,7 @@ class EngineLife:
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
+        await self._account()
         health = asyncio.create_task(self.engine.health.until_unhealthy(), name=f"health of {self.engine.engine_id}")
         try:
             event = await self._next_event(health)
@@ -193,14 +198,13 @@ class EngineLife:
         return max(self.engine.startup_timeout_secs - (time.time() - self.engine.started_at), ADOPT_SECS)
 
     async def _came_up(self, served_before: bool) -> None:
+        """Publishes that the engine serves; `_account` does the rest, because a request waits for this."""
         engine = self.engine
-        await asyncio.gather(self._first_measurement(), engine.record_shared_files())
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
             load_secs = engine.came_up()
-            await self._history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
-        await engine.save_record()
+            self._load_times = self._progress.times(time.monotonic())
         if self.request.stop_requested.is_set():
             return
         if served_before and await self._sleep.found_asleep(engine):
@@ -208,10 +212,20 @@ class EngineLife:
         else:
             reason = "adopted, engine ready" if served_before else "engine ready"
             self._model.loaded(engine, reason, load_secs=load_secs)
-        self.request.settle(None)
 
-    async def _first_measurement(self) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
+    async def _account(self) -> None:
+        """Measures and records an engine that has just come up, then answers the callers of the load."""
+        engine = self.engine
+        await asyncio.gather(self._measure(), engine.record_shared_files())
+        if self._load_times is not None:
+            await self._history.record(LoadKey.of(engine.spec), self._load_times)
+        await engine.save_record()
+        if not self.request.stop_requested.is_set():
+            self._model.publish()  # with the memory that it takes
+            self.request.settle(None)
+
+    async def _measure(self) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
             async with timeout(_MEASURE_SECS):
                 await self._memory.measure([self.engine])
 

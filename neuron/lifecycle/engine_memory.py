@@ -14,6 +14,7 @@ from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import HARNESSES
 from neuron.memory.host_memory import SleepBudget
 from neuron.memory.ledger import EnginePlacement, Ledger
+from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.protocol import Device, DeviceHealth
 from shared.tasks import timeout
@@ -98,11 +99,16 @@ class EngineMemory:
             InsufficientVram: the devices have not enough memory. InvalidRequest: as
             `neuron.memory.selection.check_devices`.
         """
-        # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
-        args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
-        requirement = HARNESSES[spec.harness].memory_requirement(spec, share_mb, args)
+        requirement = self._requirement(spec, share_mb)
         choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health)
         return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+
+    def to_displace(
+        self, candidates: Sequence[int], spec: EngineSpec, share_mb: int | None, reading: MemoryReading
+    ) -> list[int]:
+        """As `Ledger.to_displace`: which of the engines `candidates`, by booking number, must end for `spec`."""
+        requirement = self._requirement(spec, share_mb)
+        return self.ledger.to_displace(candidates, spec, requirement, reading.topology, reading.health)
 
     async def rebook(self, placement: EnginePlacement, spec: EngineSpec) -> EnginePlacement:
         """Replaces the booking of an engine that is gone by one for its successor. Raises as `book`; then nothing is
@@ -144,6 +150,11 @@ class EngineMemory:
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)
+
+    def _requirement(self, spec: EngineSpec, share_mb: int | None) -> MemoryRequirement:
+        # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
+        args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
+        return HARNESSES[spec.harness].memory_requirement(spec, share_mb, args)
 
     async def held_by(self, engine: Engine) -> dict[int, int]:
         """Measures one engine, without updating its booking: MiB by device index."""

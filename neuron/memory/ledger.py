@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neuron.gpu.topology import Topology
@@ -119,6 +119,36 @@ class Ledger:
             needs = ", ".join(f"{mb} MiB more on device {index}" for index, mb in sorted(more.items()))
             raise InsufficientVram(f"{booking.model_id!r} needs {needs} to wake", own)
         self._bookings[number] = replace(booking, promised_mb=booking.awake_mb, awake_mb=None)
+
+    def to_displace(
+        self,
+        candidates: Sequence[int],
+        spec: EngineSpec,
+        requirement: MemoryRequirement,
+        topology: Topology,
+        health: Sequence[DeviceHealth],
+    ) -> list[int]:
+        """The fewest of the bookings `candidates`, the first ones preferred, without which `book` succeeds; empty when
+        it fails without all of them too."""
+
+        def fits_without(numbers: Collection[int]) -> bool:
+            kept = [
+                replace(booking, stopping=True) if number in numbers else booking
+                for number, booking in self._bookings.items()
+            ]
+            capacities = gpu_capacities(topology, health, kept)
+            chosen = select_devices(spec.tensor_parallel, requirement, topology, capacities, named=spec.devices)
+            return chosen is not None
+
+        for count in range(1, len(candidates) + 1):
+            chosen = list(candidates[:count])
+            if fits_without(chosen):
+                # Those before the last one may be on other devices.
+                for number in candidates[: count - 1]:
+                    if fits_without([each for each in chosen if each != number]):
+                        chosen.remove(number)
+                return chosen
+        return []
 
     def mark_stopping(self, number: int) -> None:
         """The engine is being stopped: others can book its memory, and wait while `counts_on` names its model."""
