@@ -139,4 +139,5 @@ class RouteTable:
             others=others,
             fresh=endpoint.fresh,
             may_move=endpoint.may_move,
+            limit=None if activity is None else activity.limit,
         )

@@ -6,6 +6,8 @@ import asyncio
 import re
 from typing import Final
 
+import msgspec
+
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
@@ -66,10 +68,11 @@ class StoredResponse(RequestHandler):
             self._send_to_owner(owner)
 
     def _send_to_owner(self, owner: Replica) -> None:
-        """A published replica may be newer than the recorded one."""
+        """A published replica may be newer than the recorded one. A limit is for requests that generate."""
         self._model_id = owner.model_id
         replicas = self._context.control.table.get(owner.model_id, ())
-        self._send(next((r for r in replicas if r.node == owner.node), owner), compared=False)
+        replica = next((r for r in replicas if r.node == owner.node), owner)
+        self._send(msgspec.structs.replace(replica, limit=None), compared=False)
 
     def _unstored(self) -> NotFound:
         return NotFound(

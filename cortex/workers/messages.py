@@ -155,6 +155,12 @@ class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     begun: list[tuple[str, str, int]]
 
 
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """A request at a replica with a limit has ended, or was not sent."""
+
+    replica: Replica
+
+
 class Counted(msgspec.Struct, frozen=True, tag=True):
     """Everything counted since the worker started. `number` is that of the Collect, 0 for a worker's final report."""
 
@@ -163,7 +169,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | AskEngineEnd | InFlightNow | ResponseMade | Counted
+FromWorker = Ready | Resolve | CancelResolve | Released | AskEngineEnd | InFlightNow | ResponseMade | Counted
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

@@ -106,6 +106,7 @@ class ModelSupervisor:
         """A request that is served by an engine of an earlier neuron."""
         assert found.record is not None
         self.model.spec = spec = found.record.engine_spec
+        self._tools.keys.adopt(spec.model_id, found.record.api_key)
         request = LoadRequest(spec, placement, carries_keys=found.record.api_key is not None)
         self._last_dir = found.directory
         self._start(request, State.RECOVERING, "found when neuron started", found)
