@@ -178,7 +178,7 @@ def test_errors_keep_their_status(status: int, body: bytes, kind: str, message: 
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"choices": []}', b'{"choices": [1]}', b'{"error": "x"}'])
-def test_success_that_is_no_completion_is_an_error(body: bytes) -> None:
+def test_success_without_a_completion_is_an_error(body: bytes) -> None:
     answer = translation().answer(200, body)
     assert (answer.status, json.loads(answer.body)["type"]) == (502, "error")
 
