@@ -82,7 +82,7 @@ class EnginePool:
         except (asyncio.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
             raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
-            raise NoConnection(str(error) or type(error).__name__, "refused") from error
+            raise NoConnection(_no_connection(address, error), "refused") from error
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)
@@ -158,6 +158,20 @@ class EnginePool:
             if not self._idle[address]:
                 del self._idle[address]
         self._sweeping = self._loop.call_later(_SWEEP_SECS, self._sweep) if self._idle else None
+
+
+def _no_connection(address: Address, error: OSError | UnicodeError) -> str:
+    """Why a connection failed, in words that say what to check."""
+    where = f"{address.host}:{address.port}" if address.port else "the socket"
+    if isinstance(error, ConnectionRefusedError):
+        return f"connection refused: nothing listens on {where}"
+    if isinstance(error, socket.gaierror):
+        return f"the host name {address.host!r} cannot be resolved: {error.strerror}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the TLS certificate of {where} is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS fails with {where} ({error.reason}): does its address need http:// instead of https://?"
+    return str(error) or type(error).__name__
 
 
 def _is_ip(host: str) -> bool:
