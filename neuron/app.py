@@ -15,8 +15,11 @@ from aiohttp import web
 
 from neuron.api import estimate as estimate_api
 from neuron.api.app_keys import SERVICES, Services
+from neuron.api.protocol_v1 import ProtocolV1
 from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
+from neuron.engine.keys import FILE_NAME as V1_CALLERS_FILE
+from neuron.engine.keys import EngineKeys
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.discovery import topology_source
 from neuron.lifecycle.admission import Admission
@@ -92,12 +95,16 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
         memory = EngineMemory(config, source)
+        keys = EngineKeys(
+            config.engine_keys, has_token=config.bearer_token is not None, path=state.path / V1_CALLERS_FILE
+        )
+        await keys.read()
         launcher = Launcher(config, source, state, http, memory, first_number=first_number)
         new_supervisor = functools.partial(
             ModelSupervisor,
             config=config,
             launcher=launcher,
-            tools=EngineTools(memory, EngineSleep(config, memory, http), history, http),
+            tools=EngineTools(memory, EngineSleep(config, memory, http), history, keys, http),
             events=ModelEvents(hub, metrics),
         )
         registry = Registry(
@@ -121,6 +128,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             source=source,
             ledger=memory.ledger,
             registry=registry,
+            v1=ProtocolV1(registry, keys),
             hub=hub,
             default_models=default_models,
             metrics=metrics,

@@ -39,6 +39,8 @@ class NodeSnapshot:
     draining: bool = False
     misses: int = 0
     last_error: str | None = None
+    silent_since: float | None = None
+    """Unix time of the first of the `misses`; None if the last poll was answered."""
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     health_at: float = 0.0
@@ -99,6 +101,11 @@ class NodeSnapshot:
         """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
+
+    def request_limit(self, model_id: str) -> int | None:
+        """How many requests the node allows at the model's engine at a time; None: any number."""
+        activity = self.activity.get(model_id)
+        return None if activity is None else activity.limit
 
     def is_loading(self, model_id: str) -> bool:
         """Whether the model is being loaded here."""

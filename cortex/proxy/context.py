@@ -63,6 +63,12 @@ class ProxyContext:
         )
         self.default_model = gateway.default_model  # for requests that name none
 
+    def finished(self, replica: Replica) -> None:
+        """A request at this replica has ended, or is given up."""
+        self.in_flight.remove((replica.model_id, replica.node))
+        if replica.limit is not None:
+            self.control.release(replica)
+
     def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
         """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
         model_id = replicas[0].model_id

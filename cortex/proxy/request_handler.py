@@ -107,15 +107,10 @@ class RequestHandler:
         """Sends the request to an engine with the model, or asks the control for one."""
         control = self._context.control
         self._model_id = model_id
-        replicas = control.table.get(model_id)
-        if not replicas:
-            if control.knows(model_id):
-                self._label = model_id
-            self._resolve()
-        elif len(replicas) == 1:
-            self._send(replicas[0], compared=False)
-        else:
-            self._send(self._context.least_busy(self._request, replicas), compared=True)
+        replicas = control.table.get(model_id, ())
+        if not replicas and control.knows(model_id):
+            self._label = model_id
+        self._send_to_one_of(replicas)
 
     def abandon(self) -> None:
         state = self._leave_state()
@@ -180,7 +175,7 @@ class RequestHandler:
             self._refuse(unreachable(self._model_id, self._failures))
             return
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
-        self._retry(self._untried() if kind == "timeout" else ())
+        self._send_to_one_of(self._untried() if kind == "timeout" else ())
 
     def refused(self, status: int, *, asleep: bool) -> bool:
         state = self._state
@@ -198,7 +193,7 @@ class RequestHandler:
         if again and not others and not asleep:
             return False  # asked again, the control still names this engine: the client gets its answer
         self._fail(f"it answered {status}{', asleep' if asleep else ''}", "status")
-        self._retry(others)
+        self._send_to_one_of(others)
         return True
 
     def lost(self, reason: str) -> None:
@@ -252,17 +247,20 @@ class RequestHandler:
             log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
-    def _retry(self, others: tuple[Replica, ...]) -> None:
-        """Sends the request to one of `others`; without any, asks the control."""
-        if others:
-            self._send(self._context.least_busy(self._request, others), compared=True)
-        else:
-            self._resolve()
+    def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
+        """Without a replica, or if it has as many requests as its neuron allows, asks the control."""
+        if replicas:
+            compared = len(replicas) > 1
+            replica = self._context.least_busy(self._request, replicas) if compared else replicas[0]
+            if replica.limit is None or self._context.control.take(replica):
+                self._send(replica, compared=compared)
+                return
+        self._resolve()
 
     def _resolve(self) -> None:
         context, request = self._context, self._request
         if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
-            self._keep_alive = self._new_keep_alive(cold=True)
+            self._keep_alive = self._new_keep_alive(cold=self._model_id not in context.control.table)
             self._keep_alive.begin_later()
         self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
@@ -340,7 +338,7 @@ class RequestHandler:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, Sent):
-            self._context.in_flight.remove((state.replica.model_id, state.replica.node))
+            self._context.finished(state.replica)
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
             if state.ending is not None:

@@ -19,7 +19,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     neuron's last report (`choice.beyond_ours`).
 
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
-    the engine moves (protocol v1).
+    the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
     """
 
     model_id: str
@@ -29,6 +29,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     others: int = 0
     fresh: bool = False
     may_move: bool = False
+    limit: int | None = None
 
 
 FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "unknown"]

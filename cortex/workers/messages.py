@@ -30,6 +30,12 @@ class TableChanged(msgspec.Struct, frozen=True, tag=True):
     replicas: tuple[Replica, ...]
 
 
+class EngineRetired(msgspec.Struct, frozen=True, tag=True):
+    """The engine at this URL gets no requests any more: keep no connection to it."""
+
+    url: str
+
+
 class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     """The catalogue's ids and aliases from now on."""
 
@@ -108,6 +114,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 ToWorker = (
     Setup
     | TableChanged
+    | EngineRetired
     | CatalogueChanged
     | ConfigChanged
     | DownChanged
@@ -155,6 +162,12 @@ class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     begun: list[tuple[str, str, int]]
 
 
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """A request at a replica with a limit has ended, or was not sent."""
+
+    replica: Replica
+
+
 class Counted(msgspec.Struct, frozen=True, tag=True):
     """Everything counted since the worker started. `number` is that of the Collect, 0 for a worker's final report."""
 
@@ -163,7 +176,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | AskEngineEnd | InFlightNow | ResponseMade | Counted
+FromWorker = Ready | Resolve | CancelResolve | Released | AskEngineEnd | InFlightNow | ResponseMade | Counted
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

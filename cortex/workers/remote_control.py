@@ -17,6 +17,7 @@ from cortex.workers.messages import (
     EngineEnd,
     Notes,
     Refused,
+    Released,
     Resolve,
     Resolved,
     ResponseMade,
@@ -59,6 +60,10 @@ class RemoteControl:
         self._send(Resolve(number, model_id, list(failures), current_request_id()))
         try:
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_back(future.result())  # it came just before
+            raise
         finally:
             del self._waiting[number]
             if future.cancelled():
@@ -77,6 +82,25 @@ class RemoteControl:
             return await future
         finally:
             del self._asking[number]
+
+    def take(self, replica: Replica) -> bool:
+        """Never: only the control knows how many requests the other workers have there."""
+        return False
+
+    def release(self, replica: Replica) -> None:
+        self._send(Released(replica))
+
+    def _resolved(self, number: int, route: Route) -> None:
+        future = self._waiting.get(number)
+        if future is not None and not future.done():
+            future.set_result(route)
+        else:
+            self._give_back(route)
+
+    def _give_back(self, route: Route) -> None:
+        """A route that is not used."""
+        if route.replica.limit is not None:
+            self.release(route.replica)
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         self._send(ResponseMade(response_id, replica))
@@ -103,9 +127,7 @@ class RemoteControl:
                 self._models = frozenset(models)
                 self._aliases = aliases
             case Resolved(number, route):
-                future = self._waiting.get(number)
-                if future is not None and not future.done():
-                    future.set_result(route)
+                self._resolved(number, route)
             case Refused(number):
                 future = self._waiting.get(number)
                 if future is not None and not future.done():

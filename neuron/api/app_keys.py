@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from neuron.api.protocol_v1 import ProtocolV1
 from neuron.config import NeuronConfig
 from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
@@ -27,6 +28,7 @@ class Services:
     source: TopologySource
     ledger: Ledger
     registry: Registry
+    v1: ProtocolV1
     hub: EventHub
     default_models: DefaultModels
     metrics: NeuronMetrics

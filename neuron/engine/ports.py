@@ -9,6 +9,8 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import psutil
+
 from neuron.engine.connections import listening_inodes
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
@@ -89,6 +91,13 @@ def listens(pids: Iterable[int], port: int) -> bool:
     """True when one of the processes listens on the port, on any address. Blocks for some milliseconds."""
     here = listening_inodes(port)
     return any(_listens(pid, port, here) for pid in pids)
+
+
+def has_visible_listener(port: int) -> bool:
+    """True when a process whose open files may be read listens on the port in our network namespace. Blocks for some
+    hundredths of a second."""
+    here = listening_inodes(port)
+    return bool(here) and any(_listens(pid, port, here) for pid in psutil.pids())
 
 
 def _listens(pid: int, port: int, here: Collection[int]) -> bool:

@@ -27,13 +27,15 @@ async def until_ready(
     url: str,
     *,
     health_path: str,
-    api_key: str,
-    owns_port: Callable[[], Awaitable[bool]],
+    api_key: str | None,
+    model_id: str,
+    owns_port: Callable[[], Awaitable[bool | None]],
     hint: asyncio.Event | None = None,
 ) -> None:
     """Returns once the engine at `url` is healthy and is ours: it accepts `api_key` and nothing else, or, if it takes
     requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
-    of all connections of the host.
+    of all connections of the host. `owns_port` answers None when it cannot see who listens (an engine in a container);
+    then an engine without a key is ours if it serves `model_id`.
 
     Tries to connect until the port is open, then checks the health at once and after increasing pauses. The caller sets
     `hint` at each line of output since the engine said that it is up; it ends the present pause and resets the pauses
@@ -47,7 +49,7 @@ async def until_ready(
 
     async def serves() -> bool:
         healthy = await _status(session, url + health_path) == 200
-        return healthy and (await knows_key(session, url, api_key) or await owns_port())
+        return healthy and await _is_ours(session, url, api_key, model_id, owns_port)
 
     await _retry(serves, HEALTH_PAUSE_SECS, hint)
 
@@ -96,6 +98,29 @@ async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
         return False
     hint.clear()
     return True
+
+
+async def _is_ours(
+    session: aiohttp.ClientSession,
+    url: str,
+    api_key: str | None,
+    model_id: str,
+    owns_port: Callable[[], Awaitable[bool | None]],
+) -> bool:
+    if api_key is not None and await knows_key(session, url, api_key):
+        return True
+    owned = await owns_port()
+    return await _serves(session, url, model_id) if owned is None and api_key is None else bool(owned)
+
+
+async def _serves(session: aiohttp.ClientSession, url: str, model_id: str) -> bool:
+    """True when the server at `url` lists the model, as any OpenAI server does."""
+    try:
+        async with session.get(url + "/v1/models", timeout=_TIMEOUT, allow_redirects=False) as response:
+            listed = (await response.json(content_type=None))["data"]
+            return any(entry["id"] == model_id for entry in listed)
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+        return False
 
 
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:

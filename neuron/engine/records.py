@@ -38,7 +38,7 @@ class RunRecord(BaseModel):
     share_mb: int | None = None
     host: str
     port: int
-    api_key: str
+    api_key: str | None = None  # None: it serves without a key
     control_key: str = ""
     can_sleep: bool = False
     tmp_dir: Path

@@ -72,9 +72,11 @@ class Launcher:
         return self._ports.reserved
 
     @contextlib.asynccontextmanager
-    async def engine(self, spec: EngineSpec, placement: EnginePlacement) -> AsyncIterator[Engine]:
-        """Starts an engine; it is not ready yet. After the body it is stopped and only its log remains, unless
-        `engine.leave` is set.
+    async def engine(
+        self, spec: EngineSpec, placement: EnginePlacement, *, api_key: str | None
+    ) -> AsyncIterator[Engine]:
+        """Starts an engine; it is not ready yet. With `api_key` None it serves without a key. After the body it is
+        stopped and only its log remains, unless `engine.leave` is set.
 
         Raises:
             LoadFailed: its executable cannot be started, or its record cannot be written.
@@ -97,7 +99,7 @@ class Launcher:
                 host=self._config.host,
                 port=port,
                 tmp_dir=directory.tmp,
-                api_key=secrets.token_urlsafe(32),
+                api_key=api_key,
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=secrets.token_urlsafe(32),
             )

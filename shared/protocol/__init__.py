@@ -7,6 +7,7 @@ not validate as absent, so versions and other implementations mix.
 from shared.protocol.answers import read_answer
 from shared.protocol.base import first_problem
 from shared.protocol.commands import (
+    ENGINE_KEYS_HEADER,
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
     EndpointReply,
@@ -24,6 +25,7 @@ from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
+    "ENGINE_KEYS_HEADER",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",
     "Activation",

@@ -47,10 +47,13 @@ def _listed(value: Any) -> Any:
     return [] if value is None else value
 
 
-Mib = Annotated[int, BeforeValidator(_whole)]
+WHOLE: Final = BeforeValidator(_whole)
+"""Rounds a float for a field that holds a whole number."""
+
+Mib = Annotated[int, WHOLE]
 """Mebibytes. The protocol's `*_mb` fields count 2**20 bytes, as nvidia-smi does; fractions are rounded."""
 
-Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Tokens = Annotated[int, WHOLE, Field(ge=1)]
 """A limit in tokens."""
 
 NameList = Annotated[list[str], BeforeValidator(_listed)]

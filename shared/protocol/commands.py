@@ -8,6 +8,9 @@ from pydantic import Field, StringConstraints
 
 from shared.protocol.base import Mib, NameList, WireModel
 
+ENGINE_KEYS_HEADER = "x-cortex-engine-keys"
+"""Request header of a caller that sends an engine the `api_key` of its endpoint. A request without it comes from a
+caller that speaks only protocol v1, which has no keys."""
 MAX_VRAM_MB = 1 << 40
 MAX_DRAIN_SECS = 3600.0
 """The longest `drain_secs` of an unload."""

@@ -100,7 +100,7 @@ def _failed_response(body: dict[str, Any], begun: Mapping[str, Any], number: int
         **begun,
         "object": "response",
         "status": "failed",
-        "error": {"code": INVALID_PROMPT if permanent else _code(error), "message": str(error.get("message"))},
+        "error": {"code": INVALID_PROMPT if permanent else failure_code(error), "message": str(error.get("message"))},
         "incomplete_details": None,
         "output": [],
         "usage": None,
@@ -108,7 +108,7 @@ def _failed_response(body: dict[str, Any], begun: Mapping[str, Any], number: int
     return {"type": "response.failed", "sequence_number": number, "response": response, **body}
 
 
-def _code(error: dict[str, Any]) -> str:
+def failure_code(error: dict[str, Any]) -> str:
     """cortex's code, or for an engine's error, whose `code` is the status, what OpenAI's API would say: Codex shortens
     the conversation after a `context_length_exceeded`."""
     code = error.get("code")

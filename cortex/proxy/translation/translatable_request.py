@@ -21,7 +21,7 @@ from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
 from cortex.routing.replica import FailureKind, Replica
 from cortex.upstream.address import Address
-from shared.errors import ServiceError
+from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class TranslatableRequest(RequestHandler):
         self._translation = None
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
-                self._translation = TRANSLATORS[request.path](request.body, f"{replica.model_id} on {replica.node}")
+                self._translation = _translated(request, replica)
             except ServiceError as error:
                 self._label, self._node = self._model_id, replica.node
                 self._refuse(error)
@@ -92,3 +92,10 @@ class TranslatableRequest(RequestHandler):
         if isinstance(self._state, Sent):
             self._context.missing_paths.forget(self._state.replica, self._request.path)  # it may come back changed
         super()._fail(reason, kind)
+
+
+def _translated(request: Request, replica: Replica) -> Translation:
+    try:
+        return TRANSLATORS[request.path](request.body, f"{replica.model_id} on {replica.node}")
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error

@@ -43,7 +43,7 @@ async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
         ready = asyncio.create_task(
-            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+            until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint)
         )
         await asyncio.wait_for(health.asked.wait(), 5)
         health.asked.clear()
@@ -66,7 +66,7 @@ async def test_every_line_since_the_first_hint_ends_the_pause(monkeypatch: pytes
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
         ready = asyncio.create_task(
-            until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint)
+            until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint)
         )
         for up in (False, False, True):
             await asyncio.wait_for(health.asked.wait(), 5)
@@ -86,7 +86,8 @@ async def test_a_hint_alone_is_not_enough() -> None:
         url = str(server.make_url("")).rstrip("/")
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(
-                until_ready(session, url, health_path="/health", api_key="k", owns_port=owned, hint=hint), 0.5
+                until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned, hint=hint),
+                0.5,
             )
     assert 2 <= health.questions <= 14
 
@@ -105,7 +106,9 @@ async def test_an_engine_that_says_nothing_is_found_by_its_port(monkeypatch: pyt
         port = reserved.getsockname()[1]
         async with aiohttp.ClientSession() as session:
             url = f"http://127.0.0.1:{port}"
-            ready = asyncio.create_task(until_ready(session, url, health_path="/health", api_key="k", owns_port=owned))
+            ready = asyncio.create_task(
+                until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned)
+            )
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(ready), 0.3)
             async with TestServer(app, port=port, socket_factory=shared_port):
@@ -119,7 +122,9 @@ async def test_waiting_for_a_port_costs_little() -> None:
         reserved.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
         async with aiohttp.ClientSession() as session:
-            ready = asyncio.create_task(until_ready(session, url, health_path="/health", api_key="k", owns_port=owned))
+            ready = asyncio.create_task(
+                until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned)
+            )
             began = time.process_time()
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(ready, 2)
@@ -135,7 +140,7 @@ async def test_every_kind_of_address_is_tried(host: str) -> None:
     app.router.add_get("/health", health.answer)
     async with TestServer(app, host=host.strip("[]")) as server, aiohttp.ClientSession() as session:
         url = f"http://{host}:{server.port}"
-        ready = until_ready(session, url, health_path="/health", api_key="k", owns_port=owned)
+        ready = until_ready(session, url, health_path="/health", api_key="k", model_id="m", owns_port=owned)
         await asyncio.wait_for(ready, 5)
 
 
@@ -144,3 +149,32 @@ def shared_port(host: str, port: int, family: socket.AddressFamily) -> socket.so
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind((host, port))
     return sock
+
+
+@pytest.mark.parametrize(
+    ("owns_port", "listed", "ready"),
+    [(True, "other", True), (None, "m", True), (None, "other", False), (False, "m", False)],
+)
+async def test_an_engine_without_a_key_is_recognised(owns_port: bool | None, listed: str, ready: bool) -> None:
+    """By its port, or, where neuron cannot see who listens there (an engine in a container), by the model it lists."""
+
+    async def healthy(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": listed}]})
+
+    async def owner() -> bool | None:
+        return owns_port
+
+    app = web.Application()
+    app.router.add_get("/health", healthy)
+    app.router.add_get("/v1/models", models)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("")).rstrip("/")
+        waiting = until_ready(session, url, health_path="/health", api_key=None, model_id="m", owns_port=owner)
+        if ready:
+            await asyncio.wait_for(waiting, 5)
+        else:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(waiting, 0.3)

@@ -65,7 +65,7 @@ def _user_messages(content: Any, param: str, engine: str) -> list[Json]:
         else:
             parts += _parts(block, where, engine)
     if parts or not results:
-        return [*results, {"role": "user", "content": _joined(parts)}]
+        return [*results, {"role": "user", "content": _content(parts)}]
     return results
 
 
@@ -168,8 +168,8 @@ def _text(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def _joined(parts: list[Json]) -> Any:
-    """Text alone as a string, which every chat template understands."""
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
+def _content(parts: list[Json]) -> Any:
+    """A single text as a string, which every chat template understands. Engines join several in their own way."""
+    if not parts:
+        return ""
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
