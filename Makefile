@@ -64,7 +64,7 @@ bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
 bench-cold: $(DEV_STAMP)
-	$(BIN)/python -m benchmarks.cold_load $(ARGS)
+	$(BIN)/python -m benchmarks.cold_start $(ARGS)
 
 bench-fleet: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.fleet_size $(ARGS)

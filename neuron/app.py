@@ -16,8 +16,11 @@ from aiohttp import web
 
 from neuron.api import estimate as estimate_api
 from neuron.api.app_keys import SERVICES, Services
+from neuron.api.protocol_v1 import ProtocolV1
 from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
+from neuron.engine.keys import FILE_NAME as V1_CALLERS_FILE
+from neuron.engine.keys import EngineKeys
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.discovery import topology_source
 from neuron.lifecycle.admission import Admission
@@ -29,7 +32,7 @@ from neuron.lifecycle.events import EventHub, ModelEvents
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.registry import Registry
-from neuron.lifecycle.spares import Spares
+from neuron.lifecycle.spare.spares import Spares
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
@@ -94,6 +97,10 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
         memory = EngineMemory(config, source)
+        keys = EngineKeys(
+            config.engine_keys, has_token=config.bearer_token is not None, path=state.path / V1_CALLERS_FILE
+        )
+        await keys.read()
         numbers = itertools.count(first_number)
         spares = Spares(config, state, numbers, memory.sleep_budget)
         stack.push_async_callback(spares.close)
@@ -102,7 +109,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             ModelSupervisor,
             config=config,
             launcher=launcher,
-            tools=EngineTools(memory, EngineSleep(config, memory, http, spares), history, http, spares),
+            tools=EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares),
             events=ModelEvents(hub, metrics),
         )
         registry = Registry(
@@ -127,6 +134,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             source=source,
             ledger=memory.ledger,
             registry=registry,
+            v1=ProtocolV1(registry, keys),
             hub=hub,
             default_models=default_models,
             metrics=metrics,

@@ -16,6 +16,8 @@ from shared.settings import SettingsModel
 DEFAULT_HARNESS = "vllm"
 """What a neuron offers without `[[harnesses]]`."""
 DEFAULT_PORT_RANGE = (20000, 20999)
+KeyMode = Literal["auto", "always", "never"]
+"""`engine_keys`: see `neuron.engine.keys`."""
 
 
 class HarnessEntry(SettingsModel):
@@ -112,6 +114,7 @@ class NeuronConfig(SettingsModel):
     token_env: str | None = None
     allow_anonymous: bool = False  # True: it may listen on the network without a token
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that callers without a token may use
+    engine_keys: KeyMode = "auto"  # which engines get a key
     state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

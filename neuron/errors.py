@@ -86,6 +86,15 @@ def stopping() -> Unavailable:
     return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=SERVICE_STOPPING_SECS)
 
 
+def key_required(model_id: str, advice: str, *, retry_after: float | None = None) -> ServiceError:
+    """For a caller that speaks only protocol v1: 503 with `retry_after`, 409 without."""
+    message = f"the engine of {model_id} has a key, which a caller that speaks only protocol v1 cannot send: {advice}"
+    code = ErrorCode.ENGINE_KEY_REQUIRED
+    if retry_after is None:
+        return Conflict(message, code=code)
+    return Unavailable(message, code=code, retry_after=retry_after)
+
+
 def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
     return NotFound(f"the model {shortened(model_id)!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
 

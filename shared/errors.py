@@ -9,10 +9,10 @@
     ├── RequestTooLarge       413 request_too_large
     ├── TooManyRequests       429 (code given)
     ├── UpstreamError         502 (code given)
-    └── Unavailable           503 (code given), always with Retry-After
+    └── Unavailable           503 (code given), with Retry-After unless permanent
 
 Services raise these. `render` decides what the client gets; `shared.http` writes that through aiohttp and
-`cortex.http.responses` as bytes. `event_body` is for an error that ends a stream.
+`cortex.http.responses` as bytes. `event_body` is for an error of an answer that has begun.
 """
 
 from __future__ import annotations
@@ -79,9 +79,12 @@ class ServiceError(Exception):
 
 
 def event_body(error: ServiceError, *, anthropic: bool) -> dict[str, Any]:
-    """The body of an error that ends a stream: there is no header for `retry_after` (seconds), so it is a field."""
+    """The body of an error whose answer has begun with 200. What headers would say are fields of `error`: `retry_after`
+    (seconds), or `should_retry: false` for a permanent one."""
     body = error.anthropic_body() if anthropic else error.body()
-    if error.retry_after is not None:
+    if error.permanent:
+        body["error"]["should_retry"] = False
+    elif error.retry_after is not None:
         body["error"]["retry_after"] = error.retry_after
     return body
 
@@ -99,10 +102,10 @@ def render(error: ServiceError, request_id: str, *, anthropic: bool) -> Rendered
     headers = {"content-type": "application/json; charset=utf-8", "x-request-id": request_id, **error.headers}
     if anthropic:
         headers["request-id"] = request_id
-    if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
-    if error.permanent:
+    if error.permanent:  # a time to retry would contradict it
         headers["x-should-retry"] = "false"
+    elif error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error.anthropic_body() if anthropic else error.body()
@@ -191,7 +194,7 @@ class UpstreamError(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """A temporary failure, always with a Retry-After."""
+    """A temporary failure, with a Retry-After unless it is permanent."""
 
     status = 503
     default_code = ErrorCode.UNAVAILABLE

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -126,6 +127,7 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "draining": node.draining,
         "misses": node.misses,
         "last_error": node.last_error,
+        "silent_since": node.silent_since,
         "ignored_fields": node.ignored_fields,
         "hostname": discovery and discovery.hostname,
         "version": discovery and discovery.version,
@@ -140,6 +142,8 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "models": [
             {
                 **view.model_dump(exclude={"endpoint"}),
+                **told_facts([view]),
+                **({} if view.servable is None else {"servable": view.servable.model_dump()}),
                 "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
             }
             for view in node.models.values()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Final
 
 from shared.errors import InvalidRequest
+from shared.protocol import ModelFacts
+from shared.protocol.base import WireModel
 
 Entry = Mapping[str, Any]
 """An entry in OpenAI's shape (`cortex.api.models.model_entry`)."""
@@ -20,6 +22,32 @@ _CODEX_INSTRUCTIONS: Final = (
     "change only what the task requires, and check your work. Never undo changes that are not yours. Finish with a "
     "short summary of what you did."
 )
+
+
+def told_facts(views: Iterable[ModelFacts]) -> dict[str, Any]:
+    """What the neurons tell of a model, with only the fields that one of them tells. Where copies differ: the tightest
+    limits, everything that one of them can do, the first price."""
+    facts: dict[str, Any] = {}
+    for view in views:
+        for name in ModelFacts.model_fields:
+            told = getattr(view, name)
+            if isinstance(told, WireModel):
+                told = told.model_dump(exclude_none=True)
+            if told is not None and told != {}:
+                facts[name] = _combined(name, facts[name], told) if name in facts else told
+    return facts
+
+
+def _combined(name: str, before: Any, told: Any) -> Any:
+    if isinstance(before, bool):
+        return before or told
+    if isinstance(before, list):
+        return list(dict.fromkeys([*before, *told]))
+    if name == "limit":
+        return {key: min(each[key] for each in (before, told) if key in each) for key in {**before, **told}}
+    if name == "modalities":
+        return {key: _combined(key, before[key], told[key]) for key in before}
+    return before
 
 
 def anthropic_model(entry: Entry) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
-from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
+from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from shared.errors import NotFound, shortened
@@ -76,7 +76,9 @@ def model_entry(
     loaded = any(node.status_of(model_id) is ModelStatus.LOADED for node in present)
     if not feasible_on and not loaded:
         return None
-    limit = None if profile is None else profile.limit
+    told = told_facts(node.models[model_id] for node in present)
+    told_limit = told.pop("limit", {})
+    limit = told_limit if profile is None or profile.limit is None else {**told_limit, **_given(profile.limit)}
     return {
         "id": model_id,
         "object": "model",
@@ -85,18 +87,26 @@ def model_entry(
         "loaded": loaded,
         "feasible_on": feasible_on,
         "locations": [_location(model_id, profile, node) for node in present],
-        "limit": None if limit is None else limit.model_dump(exclude_none=True),
-        "max_model_len": length or (None if limit is None else limit.context),
+        "limit": limit or None,
+        "max_model_len": length or limit.get("context"),
         "harness": None if profile is None else profile.harness,
         "quant": None if profile is None else profile.quant,
         "pinned_on": [] if profile is None else list(profile.pinned_on),
+        **told,
     }
 
 
 def _location(model_id: str, profile: ModelProfile | None, node: NodeSnapshot) -> dict[str, Any]:
     view = node.models[model_id]
     estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
-    return {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+    location = {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+    if view.unservable_because is not None:
+        location |= {"servable": False, "reason": view.unservable_because}
+    return location
+
+
+def _given(limit: TokenLimit) -> dict[str, Any]:
+    return limit.model_dump(exclude_none=True)
 
 
 def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:

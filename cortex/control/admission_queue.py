@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cortex.config.live import LiveConfig
 from cortex.placement.inputs import WaitingRequests
@@ -37,6 +38,11 @@ class Ticket:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @property
+    def notified(self) -> bool:
+        """Whether a notification is waiting for it."""
+        return self._event.is_set()
 
     def notify(self, error: ServiceError | None = None) -> None:
         self._error = error
@@ -78,11 +84,18 @@ class AdmissionQueue:
         self._total += 1
         try:
             yield ticket
-        finally:
-            self._total -= 1
-            del queue.tickets[ticket]
-            if not queue.tickets:
-                del self._queues[model_id]
+        except BaseException:
+            self._remove(ticket, queue)
+            self.notify_first(model_id)  # the place that it may have been woken for goes to the next
+            raise
+        else:
+            self._remove(ticket, queue)
+
+    def _remove(self, ticket: Ticket, queue: _ModelQueue) -> None:
+        self._total -= 1
+        del queue.tickets[ticket]
+        if not queue.tickets:
+            del self._queues[ticket.model_id]
 
     def count(self, model_id: str) -> int:
         queue = self._queues.get(model_id)
@@ -101,6 +114,14 @@ class AdmissionQueue:
     def notify(self, model_id: str) -> None:
         """Something changed for the model: wakes every request that waits for it."""
         self._notify(model_id, None)
+
+    def notify_first(self, model_id: str, count: int = 1) -> None:
+        """There is room for some requests at the model: wakes those that have waited longest."""
+        queue = self._queues.get(model_id)
+        if queue is not None:
+            asleep = (ticket for ticket in queue.tickets if not ticket.notified)
+            for ticket in list(islice(asleep, count)):
+                ticket.notify()
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
         """Fails every request that waits for the model with this error."""

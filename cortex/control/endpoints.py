@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cortex.config.live import LiveConfig
+from cortex.fleet.engine_url import reachable
 from cortex.fleet.membership import NeuronCommands, Refreshable
-from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.routing.replica import Failure, ReplicaKey
@@ -23,46 +22,40 @@ PATIENCE_SECS = 10.0
 RETRY_SECS = 0.25
 """How long to retry a neuron that cannot be reached, unless it is down before that."""
 
-_Version = tuple[object, object]
-
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an engine answers. `fresh`: the neuron was just asked for it; a remembered one may have moved since. It is
-    known without asking again until `expires` (monotonic)."""
+    """Where an engine answers. `fresh`: the neuron was just asked for it. `may_move`: the neuron was asked earlier and
+    does not tell when its engines move (protocol v1)."""
 
     url: str
     api_key: str | None
     fresh: bool = False
-    expires: float = math.inf
+    may_move: bool = False
 
 
 class _Remembered(NamedTuple):
-    """A neuron's answer. It holds for the `version` of the model there, or until `expires` (monotonic)."""
+    """A neuron's answer. It holds for this `engine_version`."""
 
     reply: EndpointReply
-    version: _Version | None
-    expires: float
+    version: object
 
 
 class Endpoints:
     """The cached endpoints, by model id and node name.
 
     Our neurons send an endpoint with the model's status, so it is known the moment a load ends. Other neurons are asked
-    for it. A protocol v1 neuron gives no sign of a reload, so its answer is cached for one poll interval at most. A
-    failed request invalidates the endpoint it used.
+    once, and again when the model's entry changes (`engine_version`) or a request fails at the endpoint.
     """
 
     def __init__(
         self,
         *,
-        live: LiveConfig,
         fleet: Fleet,
         clients: Mapping[str, NeuronCommands],
         pollers: Mapping[str, Refreshable],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._live = live
         self._fleet = fleet
         self._clients = clients
         self._pollers = pollers
@@ -75,9 +68,10 @@ class Endpoints:
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""
         remembered = self._known.get(model_id, {}).get(node)
-        if remembered is not None and self._holds(remembered, version(fleet, model_id, node)):
-            return Endpoint(remembered.reply.url, remembered.reply.api_key, expires=remembered.expires)
         snapshot = fleet.nodes[node]
+        if remembered is not None and remembered.version == snapshot.engine_version(model_id):
+            reply = remembered.reply
+            return Endpoint(reply.url, reply.api_key, may_move=snapshot.instance is None)
         view = snapshot.models.get(model_id)
         told = None if view is None else view.endpoint
         if told is None or self._invalidated.get((model_id, node)) == told:
@@ -87,9 +81,6 @@ class Endpoints:
         except ValueError:
             return None
         return Endpoint(found.url, found.api_key)
-
-    def _holds(self, remembered: _Remembered, now: _Version | None) -> bool:
-        return remembered.version == now and self._clock() < remembered.expires
 
     async def fetch(self, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, asking the neuron unless it is known. None if the model has just left the neuron or the neuron
@@ -107,7 +98,7 @@ class Endpoints:
             known = self.known(fleet, model_id, node)
             if known is not None:
                 return known
-            asked = version(fleet, model_id, node)
+            asked = fleet.nodes[node].engine_version(model_id)
             client, poller = self._clients[node], self._pollers[node]
             try:
                 reply = await client.endpoint(model_id)
@@ -122,30 +113,27 @@ class Endpoints:
                 now = fleet.nodes[node]
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
-                if asked is not None and version(fleet, model_id, node) != asked:
-                    continue  # loaded again since
-                if refused or self._clock() >= deadline:
+                loaded_again = now.engine_version(model_id) != asked
+                if (refused and not loaded_again) or self._clock() >= deadline:
                     message = f"{node} gives no endpoint for {model_id!r}: {error}"
                     raise UpstreamError(message, code=ErrorCode.ENDPOINT_UNRESOLVED) from error
                 await asyncio.sleep(RETRY_SECS)
                 continue
             if self._clients.get(node) is not client:  # the reply came from a neuron of the previous configuration
                 continue
-            self._remember(model_id, node, asked, reply)
+            if asked is not None:
+                self._known.setdefault(model_id, {})[node] = _Remembered(reply, asked)
             return Endpoint(reply.url, reply.api_key, fresh=True)
-
-    def _remember(self, model_id: str, node: str, asked: _Version | None, reply: EndpointReply) -> None:
-        keep_secs = self._live.config.poll.interval_secs if asked is None else math.inf
-        self._known.setdefault(model_id, {})[node] = _Remembered(reply, asked, self._clock() + keep_secs)
 
     def invalidate(self, failure: Failure) -> bool:
         """A request failed at this replica: ask the neuron before the next request goes there. True if its URL was
-        the cached one. A busy engine keeps its endpoint, as other requests should not wait because one timed out."""
+        the cached one. A busy engine keeps its endpoint, as other requests should not wait because one timed out;
+        unless it may have moved."""
         model_id, node, fleet = failure.replica.model_id, failure.replica.node, self._fleet.snapshot()
         known = self.known(fleet, model_id, node) if node in fleet.nodes else None
         if known is None or known.url != failure.replica.url:
             return False
-        if failure.kind not in ("refused", "reset") and known.expires == math.inf:
+        if failure.kind not in ("refused", "reset") and not known.may_move:
             return False
         self._drop(model_id, node)
         view = fleet.nodes[node].models.get(model_id)
@@ -154,8 +142,8 @@ class Endpoints:
         return True
 
     def forget_unloaded(self, fleet: FleetSnapshot, model_id: str) -> None:
-        """Drops the endpoints of neurons where the model is no longer loaded: it may come back elsewhere on the host
-        within the time that an answer is kept."""
+        """Drops the endpoints of neurons where the model is no longer loaded: it may come back elsewhere on the host,
+        with an entry like the one before."""
         for node in list(self._known.get(model_id, ())):
             snapshot = fleet.nodes.get(node)
             if snapshot is None or snapshot.status_of(model_id) is not ModelStatus.LOADED:
@@ -175,13 +163,3 @@ class Endpoints:
         nodes.pop(node, None)
         if not nodes:
             self._known.pop(model_id, None)
-
-
-def version(fleet: FleetSnapshot, model_id: str, node: str) -> _Version | None:
-    """Identifies the engine that an endpoint belongs to; None if unknown. A protocol v1 neuron does not show a reload,
-    and an entry that cortex made itself after a load has no `since` until the neuron reports the model."""
-    snapshot = fleet.nodes[node]
-    view = snapshot.models.get(model_id)
-    if view is None or view.since is None:
-        return None
-    return view.since, snapshot.instance

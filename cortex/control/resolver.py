@@ -22,8 +22,9 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
+from cortex.routing.request_limits import RequestLimits
 from shared.errors import ServiceError, Unavailable
-from shared.protocol import ErrorCode, ModelStatus
+from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import timeout
 
@@ -34,6 +35,11 @@ MAX_ROUNDS = 8
 
 ENGINE_END_SECS = 2.0
 """How long a neuron may take to notice the end of an engine that no longer listens."""
+
+
+END_NOTICED_SECS = 0.5
+END_EXPLAINED_SECS = 1.0
+"""How long the client of a lost stream waits until the neuron notices the engine's end, and then for its reason."""
 
 
 class Resolver:
@@ -65,6 +71,7 @@ class Resolver:
         self._shutdown = shutdown
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
+        self._limits = RequestLimits()
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -92,6 +99,32 @@ class Resolver:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
 
+    async def engine_end(self, replica: Replica) -> str | None:
+        """As `routing.control.Control.engine_end`. A protocol v1 neuron reports no reason, so it is not waited for."""
+        name, model_id = replica.node, replica.model_id
+        node = self._fleet.snapshot().nodes.get(name)
+        if node is None or not node.healthy:
+            return None if node is None else f"neuron is down: {node.last_error}"
+        if node.instance is None:
+            return None
+        with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
+            async with timeout(END_NOTICED_SECS):
+                await self._fleet.until(name, lambda now: now.status_of(model_id) is not ModelStatus.LOADED)
+            async with timeout(END_EXPLAINED_SECS):
+                await self._fleet.until(name, lambda now: _is_explained(now.models.get(model_id)))
+        node = self._fleet.snapshot().nodes.get(name)
+        view = None if node is None else node.models.get(model_id)
+        if view is None or view.known_status is ModelStatus.LOADED:
+            return None
+        return view.error or view.reason
+
+    def take(self, replica: Replica) -> bool:
+        return not self._queue.count(replica.model_id) and self._limits.take(replica)
+
+    def release(self, replica: Replica, count: int = 1) -> None:
+        self._limits.release(replica, count)
+        self._queue.notify_first(replica.model_id, count)
+
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         """Does nothing: in one process there is no other worker."""
 
@@ -105,35 +138,41 @@ class Resolver:
         if failures:
             await self._check_failed(failures[-1])
             await self._until_noticed(model_id, failures, lost)
-        replica = await self._serving(model_id, failures, lost)
+        replica = await self._serving(model_id, failures, lost, queued=False)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_loaded(model_id, failures, lost)
+        return await self._when_served(model_id, failures, lost)
 
-    async def _when_loaded(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
-        """Waits in the queue until the model can be served. Runs in the caller's own task: another task that ran
-        between the decision and the in-flight count could evict the model as idle."""
+    async def _when_served(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
+        """Waits in the queue until the model can be served: it must be loaded, or has as many requests as its neurons
+        allow. Runs in the caller's own task: another task that ran between the decision and the in-flight count could
+        evict the model as idle."""
         if self._shutdown.begun:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
         self._demand.record_request(model_id)
         with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
-            self._scheduler.ensure_scheduled(model_id)
+            cold = False
             while True:
+                if not self._fleet.snapshot().serving(model_id):
+                    cold = True
+                    self._scheduler.ensure_scheduled(model_id)
                 try:
                     await ticket.wait(within_secs=deadline - self._clock())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
                 lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
-                replica = await self._serving(model_id, failures, lost)
+                replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
-                    return Route(replica=replica, cold=True)
+                    return Route(replica=replica, cold=cold)
                 if self._shutdown.begun:
                     raise shutting_down()
-                self._scheduler.ensure_scheduled(model_id)
 
-    async def _serving(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Replica | None:
-        """An engine that serves the model now; None if the request has to wait. Adds nodes to `lost`.
+    async def _serving(
+        self, model_id: str, failures: Sequence[Failure], lost: set[str], *, queued: bool
+    ) -> Replica | None:
+        """An engine that serves the model now, taken; None if the request has to wait. Adds nodes to `lost`. `queued`:
+        it is this request's turn.
 
         Raises:
             ServiceError: the model cannot be served.
@@ -147,19 +186,29 @@ class Resolver:
                     left = [node for node in untried_first(nodes, failures) if node not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
+                    left = [node for node in left if self._has_room(model_id, node, queued=queued)]
+                    if not left:
+                        return None
                     with self._choosing((model_id, left[0])):
                         replica = await self._routes.replica(model_id, left[0])
                     if replica is not None and self._is_failed_one(replica, failures):
                         lost.add(replica.node)
                         continue
                     # While its neuron was asked, the model may have been chosen for eviction.
-                    if replica is not None and self._is_serving(replica):
+                    if replica is not None and self._is_serving(replica) and self._limits.take(replica):
                         return replica
                 case Await() | Place():
                     return None
                 case Refuse(error):
                     raise error
         raise unreachable(model_id, failures)
+
+    def _has_room(self, model_id: str, node: str, *, queued: bool) -> bool:
+        """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
+        limit = self._fleet.snapshot().nodes[node].request_limit(model_id)
+        if limit is not None and not queued and self._queue.count(model_id):
+            return False
+        return self._limits.has_room((model_id, node), limit)
 
     @contextlib.contextmanager
     def _choosing(self, key: ReplicaKey) -> Iterator[None]:
@@ -190,6 +239,10 @@ class Resolver:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
     def _took_too_long(self, model_id: str) -> ServiceError:
+        if self._fleet.snapshot().serving(model_id):
+            secs = self._live.config.cold_load.timeout_secs
+            message = f"{model_id!r} has as many requests as its neurons allow; none ended within {secs:g} s"
+            return Unavailable(message, code=ErrorCode.UNAVAILABLE, retry_after=LOAD_TIMED_OUT_SECS)
         reason = self._scheduler.wait_reason(model_id)
         why = f" ({reason})" if reason else ""
         secs = self._live.config.cold_load.timeout_secs
@@ -198,8 +251,11 @@ class Resolver:
 
     async def _check_failed(self, failure: Failure) -> None:
         """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
-        A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
+        A busy engine keeps its endpoint: other requests should not wait because this one timed out. An engine that does
+        not know the request has an endpoint, which is asked for next."""
         self._routes.invalidate(failure)
+        if failure.kind == "unknown":
+            return
         poller = self._pollers.get(failure.replica.node)
         if poller is not None:
             await poller.refresh()
@@ -219,3 +275,13 @@ class Resolver:
                         lambda node: node.status_of(model_id) is not ModelStatus.LOADED,
                     )
             lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+
+
+def _is_explained(view: ModelView | None) -> bool:
+    """The neuron has found out why the engine ended."""
+    return (
+        view is None
+        or view.error is not None
+        or view.retry_at is not None
+        or view.known_status is not ModelStatus.RECOVERING
+    )

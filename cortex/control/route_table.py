@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from cortex.control.endpoints import Endpoint, Endpoints
 from cortex.fleet.snapshot import FleetSnapshot
@@ -31,18 +29,18 @@ class RouteTable:
         fleet: Fleet,
         endpoints: Endpoints,
         counts: CountTotals,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
         self._fleet = fleet
         self._endpoints = endpoints
         self._counts = counts
-        self._clock = clock
         self._wanted: set[str] = set()  # requested at least once: their endpoints are fetched ahead
         self._fetching: dict[tuple[str, str], asyncio.Task[Endpoint | UpstreamError | None]] = {}
-        self._expiring: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self.changes: Subscribers[[str, tuple[Replica, ...]]] = Subscribers()
+        self.retired: Subscribers[[str]] = Subscribers()
+        """Announces the URL of an engine that gets no requests any more. An idle connection to it would make it look
+        busy to a neuron that knows no more of its engine's requests than its connections."""
 
     async def replica(self, model_id: str, node: str) -> Replica | None:
         """The engine that serves the model on this node. None and errors as `Endpoints.fetch`."""
@@ -86,47 +84,31 @@ class RouteTable:
             self._update(model_id, fleet)
 
     def _update(self, model_id: str, fleet: FleetSnapshot) -> None:
-        replicas = self._replicas(model_id, fleet)
-        if replicas == self.table.get(model_id, ()):
+        replicas, before = self._replicas(model_id, fleet), self.table.get(model_id, ())
+        if replicas == before:
             return
         if replicas:
             self.table[model_id] = replicas
         else:
             del self.table[model_id]
         self.changes.announce(model_id, replicas)
+        serving = {node.name for node in fleet.serving(model_id)}
+        for replica in before:
+            if replica.node not in serving:
+                self.retired.announce(replica.url)
 
     async def close(self) -> None:
-        for timer in self._expiring.values():
-            timer.cancel()
         await self._tasks.close()
 
     def _replicas(self, model_id: str, fleet: FleetSnapshot) -> tuple[Replica, ...]:
         """All replicas of a model, or none while an endpoint is unknown: a partial list would leave the others idle."""
         replicas: list[Replica] = []
-        expires = math.inf
         for node in fleet.serving(model_id):
             known = self._endpoints.known(fleet, model_id, node.name)
             if known is None:
                 return ()
-            expires = min(expires, known.expires)
             replicas.append(self._as_replica(model_id, node.name, known, fleet))
-        if expires != math.inf:
-            self._expire(model_id, expires)
         return tuple(replicas)
-
-    def _expire(self, model_id: str, when: float) -> None:
-        """Takes the model off the table then. The neurons are asked again when the next request comes: an idle model
-        causes no traffic."""
-        timer = self._expiring.pop(model_id, None)
-        if timer is not None:
-            timer.cancel()
-
-        def expired() -> None:
-            del self._expiring[model_id]
-            self._update(model_id, self._fleet.snapshot())
-
-        delay = max(when - self._clock(), 0)
-        self._expiring[model_id] = asyncio.get_running_loop().call_later(delay, expired)
 
     def _fetch(self, model_id: str, node: str) -> asyncio.Task[Endpoint | UpstreamError | None]:
         """Asks for an endpoint; requests that need it meanwhile share the answer."""
@@ -163,4 +145,6 @@ class RouteTable:
             api_key=endpoint.api_key,
             others=others,
             fresh=endpoint.fresh,
+            may_move=endpoint.may_move,
+            limit=None if activity is None else activity.limit,
         )

@@ -30,8 +30,10 @@ def waiting_note(
             continue
         if status.coming:
             return _in_progress(model_id, node, status.value, None)
-        if status is ModelStatus.LOADED:
-            return WaitNote(text=f"{model_id} is loaded on {node.name}; looking up its address", node=node.name)
+        if node.can_serve(model_id):
+            limit = node.request_limit(model_id)
+            what = "looking up its address" if limit is None else f"it takes {limit} at a time, waiting for one to end"
+            return WaitNote(text=f"{model_id} is loaded on {node.name}; {what}", node=node.name)
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
 
 

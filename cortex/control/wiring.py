@@ -109,9 +109,9 @@ def build(
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
-    endpoints = Endpoints(live=live, fleet=fleet, clients=clients, pollers=pollers, clock=clock)
+    endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, clock=clock)
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     loader = Loader(
         live=live,
         fleet=fleet,

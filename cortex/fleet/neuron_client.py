@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import re
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
 from cortex.config.settings import NeuronEntry
 from cortex.fleet.answer_reader import AnswerReader
+from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
+    ENGINE_KEYS_HEADER,
     DeviceFigures,
     Discovery,
     EndpointReply,
@@ -46,12 +46,19 @@ IDLE_SECS = 30.0
 UPTIME_SLACK_SECS = 1.0
 """How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
+NO_CREDENTIALS = "it needs a token: set token or token_env of this neuron in cortex.toml to that of neuron.toml"
+WRONG_CREDENTIALS = "it refuses the token: token or token_env of this neuron in cortex.toml differs from neuron.toml"
+
 _UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 Wanted = TypeVar("Wanted")
 
 
 class NeuronUnreachable(Exception):
-    """No answer: refused, reset, timed out, or not HTTP."""
+    """No answer: refused, reset, timed out, or not HTTP. `reason` is the message without the neuron and the request."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class CommandAbandoned(Exception):
@@ -61,9 +68,9 @@ class CommandAbandoned(Exception):
 class NeuronRefused(Exception):
     """An error response, or one that breaks the protocol; `status` is its HTTP status.
 
-    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `permanent`: it would fail there again;
-    `devices` are the devices that lacked memory. They are None, False and empty if the neuron does not say; protocol v1
-    neurons never do.
+    `reason` is the message without the neuron and the request. `cause` says what made a load fail, as in
+    `shared.protocol.FailureCause`; `permanent`: it would fail there again; `devices` are the devices that lacked
+    memory. They are None, False and empty if the neuron does not say; protocol v1 neurons never do.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class NeuronRefused(Exception):
         message: str,
         code: str | None = None,
         *,
+        reason: str | None = None,
         cause: str | None = None,
         permanent: bool = False,
         devices: Sequence[DeviceFigures] = (),
@@ -79,6 +87,7 @@ class NeuronRefused(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+        self.reason = message if reason is None else reason
         self.code = code
         self.cause = cause
         self.permanent = permanent
@@ -105,10 +114,10 @@ class NeuronClient:
         self._commands: set[asyncio.Task[Any]] = set()
         self._pool = pool
         self._address, self._prefix = parse_url(entry.endpoint)
-        headers = [b"host: " + self._address.authority, b"accept-encoding: identity"]
-        token = entry.bearer_token
-        if token is not None:
-            headers.append(b"authorization: Bearer " + _header_value(token))
+        sends_keys = ENGINE_KEYS_HEADER.encode() + b": 1"
+        headers = [b"host: " + self._address.authority, b"accept-encoding: identity", sends_keys]
+        if entry.bearer_token is not None:
+            headers.append(b"authorization: Bearer " + _header_value(entry.bearer_token))
         self._headers = b"\r\n".join(headers)
         self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
         self._health: _KnownHealth | None = None
@@ -212,7 +221,8 @@ class NeuronClient:
         try:
             return self.answers.read(path, wanted, data)
         except ValidationError as error:
-            raise NeuronRefused(200, f"{self.name}: invalid answer of {path}: {_first(error)}") from error
+            reason = f"invalid answer of {path}: {_first(error)}"
+            raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
@@ -262,19 +272,24 @@ class NeuronClient:
             # Never send a load twice: when a kept connection breaks, the neuron may already have received it.
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
-            raise NeuronRefused(error.status, f"{context}: {error}") from error
+            raise NeuronRefused(error.status, f"{context}: {error}", reason=str(error)) from error
         except (
             NoConnection,
             OSError,
             UnicodeError,
             asyncio.TimeoutError,
         ) as error:  # UnicodeError: an invalid host name
-            raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
-        if 300 <= answer.status < 400:
-            raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
-        if answer.status >= 400:
+            reason = _reason(error)
+            raise NeuronUnreachable(f"{context}: {reason}", reason) from error
+        if answer.status < 300:
+            return answer
+        if answer.status < 400:
+            reason = f"HTTP {answer.status}: redirects are not followed"
+        elif answer.status == 401:
+            reason = WRONG_CREDENTIALS if b"authorization: " in self._headers else NO_CREDENTIALS
+        else:
             raise _refusal(answer.status, answer.body.decode("utf-8", "replace"), context)
-        return answer
+        raise NeuronRefused(answer.status, f"{context}: {reason}", reason=reason)
 
     def _json(self, method: str, path: str, body: bytes) -> Any:
         try:
@@ -284,7 +299,8 @@ class NeuronClient:
         try:  # Python's parser also accepts what some neurons send: NaN, invalid UTF-8
             return json.loads(body.decode("utf-8", "replace")) if body else None
         except (ValueError, RecursionError) as error:
-            raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
+            reason = f"the answer of {path} is not JSON"
+            raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
 
 
 def _with_known(data: Any, known: _KnownHealth | None) -> Any:
@@ -308,59 +324,6 @@ def _header_value(text: str) -> bytes:
     return text.strip().encode()
 
 
-@lru_cache(maxsize=4096)
-def reachable(endpoint: EndpointReply, neuron_url: str) -> EndpointReply:
-    """The endpoint with `reachable_url`. Raises ValueError if it cannot be connected to."""
-    url = reachable_url(endpoint.url, neuron_url)
-    parse_url(url)
-    return endpoint.model_copy(update={"url": url})
-
-
-def reachable_url(url: str, neuron_url: str) -> str:
-    """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
-
-    Raises:
-        ValueError: `url` is not an absolute http URL.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is not an absolute URL")
-    neuron_host = urlsplit(neuron_url).hostname or ""
-    if not _is_local(parts.hostname) or _reaches_itself(neuron_host, parts.hostname):
-        return url.rstrip("/")
-    host = f"[{neuron_host}]" if ":" in neuron_host else neuron_host
-    netloc = host if parts.port is None else f"{host}:{parts.port}"
-    return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
-
-
-def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
-    """True if the neuron is on this host under a name or another address family. The engine's own loopback address then
-    works, while it may not listen on the neuron's."""
-    if not _is_local(neuron_host) or _is_wildcard(engine_host):
-        return False
-    try:
-        return ipaddress.ip_address(neuron_host).version != ipaddress.ip_address(engine_host).version
-    except ValueError:
-        return neuron_host == "localhost"
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
-
-
-def _is_local(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
-
-
 def _refusal(status: int, text: str, context: str) -> NeuronRefused:
     """Parses our error envelope or a flat `{"error": "text"}`; treats anything else as text."""
     try:
@@ -379,7 +342,8 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
         )
     if isinstance(error, str):
         return NeuronRefused(status, error)
-    return NeuronRefused(status, f"{context}: HTTP {status}: {text[:500]}")
+    reason = f"HTTP {status}: {text[:500].strip()}"
+    return NeuronRefused(status, f"{context}: {reason}", reason=reason)
 
 
 def _figures(data: Any) -> list[DeviceFigures]:

@@ -39,6 +39,8 @@ class NodeSnapshot:
     draining: bool = False
     misses: int = 0
     last_error: str | None = None
+    silent_since: float | None = None
+    """Unix time of the first of the `misses`; None if the last poll was answered."""
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     health_at: float = 0.0
@@ -80,15 +82,40 @@ class NodeSnapshot:
     def activity(self) -> dict[str, ModelActivity]:
         return {} if self.health is None else {entry.id: entry for entry in self.health.models}
 
+    @cached_property
+    def loaded_models(self) -> frozenset[str]:
+        """The ids of the models that are loaded here."""
+        return frozenset(m for m, view in self.models.items() if view.known_status is ModelStatus.LOADED)
+
+    def engine_version(self, model_id: str) -> object:
+        """Differs for another engine of the model; None if the model is not listed. An entry without `since` (protocol
+        v1) may look alike after a reload, so what else is loaded counts too: the port may be another model's now."""
+        view = self.models.get(model_id)
+        if view is None:
+            return None
+        if view.since is not None:
+            return view.since, self.instance
+        return view.status, view.harness, view.devices, view.vram_used_mb, self.loaded_models
+
     def requests_on(self, model_id: str) -> int:
         """Requests in the model's engine by the node's last report, from all clients."""
         activity = self.activity.get(model_id)
         return 0 if activity is None else activity.in_flight + activity.queue_depth
 
+    def request_limit(self, model_id: str) -> int | None:
+        """How many requests the node allows at the model's engine at a time; None: any number."""
+        activity = self.activity.get(model_id)
+        return None if activity is None else activity.limit
+
     def is_loading(self, model_id: str) -> bool:
         """Whether the model is being loaded here."""
         status = self.status_of(model_id)
         return status is not None and status.coming
+
+    def can_serve(self, model_id: str) -> bool:
+        """Whether the model is loaded here, and the neuron does not say that it cannot answer now."""
+        view = self.models.get(model_id)
+        return view is not None and view.known_status is ModelStatus.LOADED and view.unservable_because is None
 
     def status_of(self, model_id: str) -> ModelStatus | None:
         """The model's status here; None when it is not listed, or with a status this version does not know."""
@@ -111,7 +138,11 @@ def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]
         changed |= before.models.keys() ^ after.models.keys()
         for model_id in before.models.keys() & after.models.keys():
             old, new = before.models[model_id], after.models[model_id]
-            if old is not new and (old.status != new.status or old.since != new.since):
+            if old is new and new.since is not None:
+                continue
+            if (old.status, old.servable) != (new.status, new.servable) or before.engine_version(
+                model_id
+            ) != after.engine_version(model_id):
                 changed.add(model_id)
     if before.health is not after.health and before.activity != after.activity:
         ids = before.activity.keys() | after.activity.keys()
@@ -154,9 +185,7 @@ class FleetSnapshot:
         loaded = [
             node
             for node in self.holders(model_id)
-            if node.healthy
-            and node.status_of(model_id) is ModelStatus.LOADED
-            and (model_id, node.name) not in self.evicting
+            if node.healthy and node.can_serve(model_id) and (model_id, node.name) not in self.evicting
         ]
         return [node for node in loaded if not node.draining] or loaded
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 from cortex.http import headers as names
 from cortex.http.heads import BadHead, RequestHead
 from cortex.http.streamed_body import StreamedBody
+from shared.errors import shortened
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
@@ -30,6 +31,7 @@ class Request:
     __slots__ = (
         "_named",
         "_passed",
+        "_untranslated",
         "anthropic",
         "body",
         "content_length",
@@ -57,6 +59,7 @@ class Request:
             raise BadHead(f"unsupported HTTP version {version.decode()}", 505)
         self._named = named
         self._passed = head.passed
+        self._untranslated: tuple[bytes, bytes] | None = None
         self.method = head.method
         self.modern = modern = version == b"HTTP/1.1"
         self.keep_alive = head.keep_alive
@@ -86,11 +89,30 @@ class Request:
         """The path as received."""
         return self.target.partition(b"?")[0]
 
+    @property
+    def shown(self) -> str:
+        """Method and path for a message or a log line; a long path is shortened."""
+        return f"{self.method.decode('latin-1')} {shortened(self.path.decode('latin-1'))}"
+
     def use_path(self, path: bytes) -> None:
         """Replaces the path, also for the engine. The query stays."""
         _, mark, query = self.target.partition(b"?")
         self.target = path + mark + query
         self.path = path
+
+    def translate(self, target: bytes, body: bytes) -> None:
+        """Sends this JSON body to another target of the engine, for an uncompressed answer. `path` stays: the client
+        gets its answer in that path's dialect."""
+        if self._untranslated is None:
+            self._untranslated = self.target, self.body
+        self.target, self.body = target, body
+        self.content_type = b"application/json"
+        self.refuse_encodings()
+
+    def restore(self) -> None:
+        """Undoes `translate`, but for the headers."""
+        if self._untranslated is not None:
+            self.target, self.body = self._untranslated
 
     def passed_value(self, name: bytes) -> bytes | None:
         """The value of the first header of this name (in lower case) that cortex does not read otherwise."""
@@ -208,6 +230,7 @@ class Request:
     def forget(self) -> None:
         """Frees body and headers. The request cannot be sent again afterwards."""
         self.body = b""
+        self._untranslated = None
         self._passed = []
         self._named = {}
 

@@ -76,8 +76,9 @@ def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSn
         return Rejection("is unloading it", temporary=True)
     if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
         return Rejection("is still draining it", temporary=True)
-    if node.status_of(profile.id) is ModelStatus.LOADED:
-        return Rejection("already serves it")
+    if entry is not None and entry.known_status is ModelStatus.LOADED:
+        why_not = entry.unservable_because
+        return Rejection("already serves it" if why_not is None else f"says that it cannot serve it now ({why_not})")
     if node.is_loading(profile.id):
         return Rejection("is already loading it", temporary=True)
     if backoff is not None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+from time import monotonic
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
+from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
 from cortex.routing.affinity import Affinity
+from cortex.routing.choice import choose
 from cortex.routing.control import Control
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.missing_paths import MissingPaths
+from cortex.routing.replica import Replica
+from cortex.routing.response_owners import SEARCHED_BYTES, ResponseOwners, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
+from cortex.upstream.tail import UsageTail
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,7 @@ class ProxyContext:
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.response_owners = ResponseOwners()
+        self.missing_paths = MissingPaths()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
@@ -54,6 +62,42 @@ class ProxyContext:
             whitespace=waiting.plain_keepalive == "whitespace",
         )
         self.default_model = gateway.default_model  # for requests that name none
+
+    def finished(self, replica: Replica) -> None:
+        """A request at this replica has ended, or is given up."""
+        self.in_flight.remove((replica.model_id, replica.node))
+        if replica.limit is not None:
+            self.control.release(replica)
+
+    def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
+        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
+        model_id = replicas[0].model_id
+        nodes: list[str] = []
+        outstanding: list[int] = []
+        for replica in replicas:
+            nodes.append(replica.node)
+            outstanding.append(self.in_flight.count((model_id, replica.node)) + replica.others)
+        key = self.affinity.key(request.path, request.passed, request.body)
+        return replicas[choose(nodes, outstanding, self.speeds.of(model_id, nodes), key, self.load_factor)]
+
+    def measure(self, model_id: str, node: str, request: Request, answer: Answer) -> None:
+        """Records the speed of the engine that gave this complete answer."""
+        kind = model_id, request.path, answer.events
+        self.speeds.learn(kind, node, monotonic() - request.received, answer.tail.fed_bytes)
+
+    def count_tokens(self, model: str, node: str, tail: UsageTail) -> None:
+        """Counts the tokens of an answer that says them. `model` and `node` are metric labels."""
+        usage = tail.usage()
+        if usage is not None:
+            self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+
+    def learn_owner(self, replica: Replica, start: bytes) -> bool:
+        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
+        found = response_id(start)
+        if found is not None:
+            self.response_owners.add(found, replica)
+            self.control.tell_owner(found, replica)
+        return found is not None or len(start) >= SEARCHED_BYTES
 
     def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
         """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""

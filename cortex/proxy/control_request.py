@@ -12,7 +12,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
-from shared.errors import Unavailable
+from shared.errors import Unavailable, UpstreamError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
@@ -71,6 +71,10 @@ class ControlRequest:
 
     def refused(self, status: int, *, asleep: bool) -> bool:
         return False
+
+    def lost(self, reason: str) -> None:
+        message = f"cortex's control process was lost while it answered: {reason}"
+        self._relay.end_lost(UpstreamError(message, code=ErrorCode.UPSTREAM_LOST))
 
     def done(self) -> None:
         self._client.finished()

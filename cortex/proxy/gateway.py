@@ -29,9 +29,11 @@ from cortex.proxy.paths import (
 from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.stored_response import StoredResponse, stored_response_id
+from cortex.proxy.translation.dialects import TRANSLATORS
+from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
 from cortex.routing.response_owners import ResponseOwners
-from cortex.upstream.address import Address
+from cortex.upstream.address import Address, parse_url
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
@@ -69,6 +71,10 @@ class Gateway:
         """Applies a reloaded configuration to requests that arrive from now on."""
         self._context.configure(config)
 
+    def retire(self, url: str) -> None:
+        """Keeps no connection to this engine: it gets no requests any more."""
+        self._context.pool.retire(parse_url(url)[0])
+
     @property
     def response_owners(self) -> ResponseOwners:
         return self._context.response_owners
@@ -89,7 +95,7 @@ class Gateway:
         except ServiceError as error:
             return self._refuse(client, request, error)
         if request.method == b"POST" and request.path in INFERENCE:
-            return RequestHandler(self._context, client, request, caller)
+            return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
 
     def _handle_other(self, client: ClientConnection, request: Request, caller: str) -> Handler:
@@ -109,6 +115,11 @@ class Gateway:
             return self._refuse(client, request, no_route(request))
         if manages_engine(request.path):
             return self._refuse(client, request, not_for_clients(request))
+        return self._infer(client, request, caller)
+
+    def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        if request.path in TRANSLATORS:
+            return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)
 
     def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
@@ -133,7 +144,7 @@ class Gateway:
             context.counters.error(UNKNOWN, UNKNOWN, error.code)
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
-            what = "-" if request is None else f"{request.method.decode()} {shortened(request.path.decode('latin-1'))}"
+            what = "-" if request is None else request.shown
             context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
 
-from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
-from cortex.routing.replica import FailureKind
+from cortex.routing.replica import STRANGE, UNAVAILABLE, FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
+from shared.errors import ServiceError
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""
+
+REFUSALS: Final = UNAVAILABLE | STRANGE
+"""The statuses after which a request may go elsewhere."""
+
+_UNKNOWN_MODEL: Final = re.compile(
+    rb"model_not_found|model[^{}]{0,600}(?:not found|not exist|not loaded)", re.IGNORECASE
+)
+"""In an answer with 400: most engines answer 404 for a model that they do not have, some 400."""
 
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
 
 
 class RelayListener(Protocol):
-    """Exactly one of the three ends a relay, unless it is abandoned."""
+    """Exactly one of `unreachable`, `refused` (True) and `done` ends a relay, unless it is abandoned."""
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         """The engine did not answer. Nothing was sent to the client; the request can go elsewhere."""
 
     def refused(self, status: int, *, asleep: bool) -> bool:
-        """The engine answered 502 or 503, perhaps because it is asleep. Nothing was sent to the client. Returns True if
-        the request goes elsewhere, False if the client gets this answer."""
+        """The engine answered with one of REFUSALS, perhaps because it is asleep. Nothing was sent to the client.
+        Returns True if the request goes elsewhere, False if the client gets this answer."""
+
+    def lost(self, reason: str) -> None:
+        """The engine was lost while it answered. The listener has to call `Relay.end_lost`, now or later."""
 
     def done(self) -> None:
         """The client has its answer, or the beginning of it (`lost_because`)."""
@@ -138,7 +150,7 @@ class Relay:
             self.cut_off("its neuron is down and it has been silent since")
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
-        if head.status >= 502 and self._goes_elsewhere(head):
+        if head.status >= 400 and self._goes_elsewhere(head, first):
             return
         self.first_byte_at = monotonic()
         self.status = head.status
@@ -171,10 +183,7 @@ class Relay:
 
     def _show_start(self) -> None:
         assert self.on_start is not None
-        start = self.answer.tail.start
-        if self._straight:
-            start = ChunkedBody().start_unpacking(start)
-        if self.on_start(start):
+        if self.on_start(self.answer.contents_start):
             self.on_start = None
             if self._straight:
                 self._pass_straight()
@@ -195,8 +204,12 @@ class Relay:
             self._listener.unreachable(reason, "reset")
         else:
             self.lost_because = reason
-            self.answer.lose(reason)
-            self._listener.done()
+            self._listener.lost(reason)
+
+    def end_lost(self, error: ServiceError, model: str = "") -> None:
+        """Ends the answer of an engine that was lost; arguments as of `Answer.lose`."""
+        self.answer.lose(error, model)
+        self._listener.done()
 
     def _connect(self) -> None:
         self._connecting = asyncio.get_running_loop().create_task(self._open())
@@ -237,13 +250,14 @@ class Relay:
         if self._request.streamed is not None:
             self._request.streamed.close()
 
-    def _goes_elsewhere(self, head: ResponseHead) -> bool:
-        """True if the listener retries elsewhere after a 502 or 503, which only says that this engine does not serve
-        now."""
-        if head.status > 503:
+    def _goes_elsewhere(self, head: ResponseHead, first: bytes) -> bool:
+        """True if the listener retries elsewhere: a 502 or 503 only says that this engine does not serve now, and the
+        others may come from a server that is not the model's engine."""
+        status = head.status
+        if status not in REFUSALS or (status == 400 and _UNKNOWN_MODEL.search(first) is None):
             return False
         asleep = any(line[: len(_ASLEEP)].lower() == _ASLEEP for line in head.passed)
-        if not self._listener.refused(head.status, asleep=asleep):
+        if not self._listener.refused(status, asleep=asleep):
             return False
         connection, self._connection = self._connection, None
         assert connection is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Coroutine
 from time import monotonic
@@ -15,16 +16,24 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
-from cortex.proxy.body.model_field import MissingModel, ModelField, find_model, with_model
+from cortex.proxy.body.model_field import find_or_add_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
-from cortex.routing.choice import choose
-from cortex.routing.replica import Failure, FailureKind, Replica, unreachable
-from cortex.routing.response_owners import SEARCHED_BYTES, response_id
-from cortex.upstream.address import engine_target
-from shared.errors import MAX_SHOWN_CHARS, ServiceError
+from cortex.routing.replica import (
+    UNAVAILABLE,
+    Failure,
+    FailureKind,
+    Replica,
+    lost,
+    may_have_moved,
+    stopped,
+    unreachable,
+    untried,
+)
+from cortex.upstream.address import Address, engine_target
+from shared.errors import ServiceError
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
@@ -34,8 +43,7 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
 
-STORED: Final = b"/v1/responses"
-"""Answers to it can be requested again by their id."""
+STOPPING: Final = "cortex is stopping"
 
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
@@ -85,7 +93,8 @@ class RequestHandler:
     def begin(self) -> None:
         request, control = self._request, self._context.control
         try:
-            field = self._find_model()
+            content_type = request.content_type.decode("latin-1")
+            field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
         except ServiceError as error:
             self._refuse(error if request.path in INFERENCE else no_route(request))
             return
@@ -98,13 +107,10 @@ class RequestHandler:
         """Sends the request to an engine with the model, or asks the control for one."""
         control = self._context.control
         self._model_id = model_id
-        replicas = control.table.get(model_id)
-        if replicas:
-            self._send_to_one_of(replicas)
-        else:
-            if control.knows(model_id):
-                self._label = model_id
-            self._resolve()
+        replicas = control.table.get(model_id, ())
+        if not replicas and control.knows(model_id):
+            self._label = model_id
+        self._send_to_one_of(replicas)
 
     def abandon(self) -> None:
         state = self._leave_state()
@@ -118,8 +124,11 @@ class RequestHandler:
     def stop(self) -> None:
         state = self._state
         if isinstance(state, Sent):
+            if state.ending is not None:
+                self._end_lost(state, None)
+                return
             if state.relay.status:
-                state.relay.cut_off("cortex is stopping")
+                state.relay.cut_off(STOPPING)
                 return
             state.relay.abandon()
         self._leave_state()
@@ -166,20 +175,47 @@ class RequestHandler:
             self._refuse(unreachable(self._model_id, self._failures))
             return
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
-        self._retry(self._untried() if kind == "timeout" else ())
+        self._send_to_one_of(self._untried() if kind == "timeout" else ())
 
     def refused(self, status: int, *, asleep: bool) -> bool:
         state = self._state
         assert isinstance(state, Sent)
         if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
+        if status not in UNAVAILABLE:
+            if not may_have_moved(state.replica, self._failures):
+                return False
+            self._fail(f"it answered {status}", "unknown")
+            self._resolve()
+            return True
         others = () if asleep else self._untried()
         again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)
         if again and not others and not asleep:
             return False  # asked again, the control still names this engine: the client gets its answer
         self._fail(f"it answered {status}{', asleep' if asleep else ''}", "status")
-        self._retry(others)
+        self._send_to_one_of(others)
         return True
+
+    def lost(self, reason: str) -> None:
+        state = self._state
+        assert isinstance(state, Sent)
+        if reason == STOPPING:
+            state.relay.end_lost(stopped(state.replica), state.replica.model_id)
+        elif state.relay.answer.events:
+            state.ending = self._spawn(self._explain_end(state), "end")
+        else:
+            self._end_lost(state, None)
+
+    async def _explain_end(self, sent: Sent) -> None:
+        engine_end = await self._context.control.engine_end(sent.replica)
+        sent.ending = None
+        self._end_lost(sent, engine_end)
+
+    def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
+        error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
+        with request_scope(self._request_id):
+            log.warning("%s", error.message)
+        sent.relay.end_lost(error, sent.replica.model_id)
 
     def done(self) -> None:
         state = self._leave_state()
@@ -191,49 +227,16 @@ class RequestHandler:
         self._stop_keep_alive()
         self._client.finished()
 
-    def _find_model(self) -> ModelField:
-        request, default = self._request, self._context.default_model
-        content_type = request.content_type.decode("latin-1")
-        try:
-            return find_model(request.body, content_type)
-        except MissingModel:
-            if default is None:
-                raise
-        request.body = with_model(request.body, content_type, default)
-        return find_model(request.body, content_type)
-
-    def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
-        if len(replicas) == 1:
-            self._send(replicas[0], compared=False)
-        else:
-            self._send(self._least_busy(replicas), compared=True)
-
-    def _least_busy(self, replicas: tuple[Replica, ...]) -> Replica:
-        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
-        context, request, model_id = self._context, self._request, self._model_id
-        nodes: list[str] = []
-        outstanding: list[int] = []
-        for replica in replicas:
-            nodes.append(replica.node)
-            outstanding.append(context.in_flight.count((model_id, replica.node)) + replica.others)
-        key = context.affinity.key(request.path, request.passed, request.body)
-        return replicas[choose(nodes, outstanding, context.speeds.of(model_id, nodes), key, context.load_factor)]
-
     def _measure(self, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        request, answer = self._request, relay.answer
         comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
-        if comparable and request.path in INFERENCE:  # a client must not add kinds without limit
-            kind = self._model_id, request.path, answer.events
-            self._context.speeds.learn(kind, self._node, monotonic() - request.received, answer.tail.fed_bytes)
+        if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
+            self._context.measure(self._model_id, self._node, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
-        tried = {failure.replica.node for failure in self._failures}
-        state = self._state
-        if isinstance(state, Sent):
-            tried.add(state.replica.node)
-        return tuple(r for r in self._context.control.table.get(self._model_id, ()) if r.node not in tried)
+        replicas = self._context.control.table.get(self._model_id, ())
+        return untried(replicas, self._failures, self._state.replica if isinstance(self._state, Sent) else None)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
         """Gives up the current replica."""
@@ -244,25 +247,26 @@ class RequestHandler:
             log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
-    def _retry(self, others: tuple[Replica, ...]) -> None:
-        """Sends the request to one of `others`; without any, asks the control."""
-        if others:
-            self._send(self._least_busy(others), compared=True)
-        else:
-            self._resolve()
+    def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
+        """Without a replica, or if it has as many requests as its neuron allows, asks the control."""
+        if replicas:
+            compared = len(replicas) > 1
+            replica = self._context.least_busy(self._request, replicas) if compared else replicas[0]
+            if replica.limit is None or self._context.control.take(replica):
+                self._send(replica, compared=compared)
+                return
+        self._resolve()
 
     def _resolve(self) -> None:
         context, request = self._context, self._request
         if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
-            self._keep_alive = self._new_keep_alive(cold=True)
+            self._keep_alive = self._new_keep_alive(cold=self._model_id not in context.control.table)
             self._keep_alive.begin_later()
-        self._wait_for(self._ask_control())
+        self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
-    def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
-        """`work` finds an engine, then calls `_resolved` and goes on."""
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         with request_scope(self._request_id):
-            task = self._context.tasks.spawn(work, name=f"resolve {self._request_id}")
-        self._state = Resolving(task)
+            return self._context.tasks.spawn(work, name=f"{name} {self._request_id}")
 
     async def _ask_control(self) -> None:
         try:
@@ -301,7 +305,6 @@ class RequestHandler:
         self._node = replica.node
         self._attempts += 1
         context.in_flight.add((replica.model_id, replica.node))
-        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
         request_id = self._request_id.encode()
         answer: Answer
         if self._keep_alive is None:
@@ -312,24 +315,18 @@ class RequestHandler:
         else:
             self._keep_alive.sent_to = replica.node
             answer = self._deferred(self._keep_alive)
-        head = request.head_for(host, prefix, request_id, credentials)
-        relay = Relay(context.pool, request, self, address=address, head=head, answer=answer)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
+        relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
         self._state = Sent(replica, relay, compared=compared)
-        if request.path == STORED:
-            relay.on_start = self._learn_owner
         relay.start()
+
+    def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
+        """A relay that sends the request, with this `head`, to the engine at `address`."""
+        return Relay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
 
     def _new_answer(self, extra: bytes) -> Answer:
         """The form of the answer. `extra`: header lines, without the final CRLF."""
         return DirectAnswer(self._client, self._request, extra=extra)
-
-    def _learn_owner(self, start: bytes) -> bool:
-        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
-        state, found = self._state, response_id(start)
-        if found is not None and isinstance(state, Sent):
-            self._context.response_owners.add(found, state.replica)
-            self._context.control.tell_owner(found, state.replica)
-        return found is not None or len(start) >= SEARCHED_BYTES
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
@@ -341,9 +338,11 @@ class RequestHandler:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, Sent):
-            self._context.in_flight.remove((state.replica.model_id, state.replica.node))
+            self._context.finished(state.replica)
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
+            if state.ending is not None:
+                state.ending.cancel()
         elif state is not None:
             state.task.cancel()
             self._waited += monotonic() - state.since
@@ -377,9 +376,7 @@ class RequestHandler:
                 more = f" lost={relay.lost_because!r}"
                 context.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
             elif status != CLIENT_DISCONNECTED:
-                usage = tail.usage()
-                if usage is not None:
-                    context.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+                context.count_tokens(model, node, tail)
                 if status == 400:
                     context.hint_at_tools(self._model_id, node, relay.answer.refusal())
         context.counters.request(model, node, status, took, first_byte_secs)
@@ -391,10 +388,8 @@ class RequestHandler:
             if self._waited >= 0.001:
                 more = f" waited={format(self._waited, '.3f')}{more}"
             secs = format(took, ".3f")
-            path = request.path if len(request.path) <= MAX_SHOWN_CHARS else request.path[:MAX_SHOWN_CHARS]
-            target = f"{request.method.decode()} {path.decode('latin-1')}"
             context.access_log.line(
-                f"{target} {status} model={model} node={node}"
+                f"{request.shown} {status} model={model} node={node}"
                 f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )

@@ -21,9 +21,10 @@ class Resolving:
 
 class Sent:
     """The state of a request at an engine. `compared`: the replica was chosen among several. `spoke_at` is when silence
-    was last broken. `plain`: the answer cannot begin before the engine's."""
+    was last broken. `plain`: the answer cannot begin before the engine's. `ending` asks why the engine was lost, before
+    the answer ends."""
 
-    __slots__ = ("compared", "plain", "relay", "replica", "spoke_at")
+    __slots__ = ("compared", "ending", "plain", "relay", "replica", "spoke_at")
 
     def __init__(self, replica: Replica, relay: Relay, *, compared: bool) -> None:
         self.replica = replica
@@ -31,3 +32,4 @@ class Sent:
         self.compared = compared
         self.spoke_at = 0.0
         self.plain = False
+        self.ending: asyncio.Task[None] | None = None

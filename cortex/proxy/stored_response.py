@@ -6,11 +6,15 @@ import asyncio
 import re
 from typing import Final
 
+import msgspec
+
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.request_state import Resolving
 from cortex.routing.replica import FailureKind, Replica
+from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
 
@@ -38,9 +42,12 @@ class StoredResponse(RequestHandler):
         self._response_id = response_id
 
     def begin(self) -> None:
+        if self._response_id.startswith(UNSTORED):
+            self._refuse(self._unstored())
+            return
         owner = self._context.response_owners.find(self._response_id)
         if owner is None:
-            self._wait_for(self._await_owner())
+            self._state = Resolving(self._spawn(self._await_owner(), "owner for"))
         else:
             self._send_to_owner(owner)
 
@@ -61,10 +68,18 @@ class StoredResponse(RequestHandler):
             self._send_to_owner(owner)
 
     def _send_to_owner(self, owner: Replica) -> None:
-        """A published replica may be newer than the recorded one."""
+        """A published replica may be newer than the recorded one. A limit is for requests that generate."""
         self._model_id = owner.model_id
         replicas = self._context.control.table.get(owner.model_id, ())
-        self._send(next((r for r in replicas if r.node == owner.node), owner), compared=False)
+        replica = next((r for r in replicas if r.node == owner.node), owner)
+        self._send(msgspec.structs.replace(replica, limit=None), compared=False)
+
+    def _unstored(self) -> NotFound:
+        return NotFound(
+            f"the response {shortened(self._response_id)!r} is not stored: its engine has only /v1/chat/completions and"
+            " stores nothing. Keep the answer yourself; to cancel a stream, close its connection",
+            code=ErrorCode.NOT_FOUND,
+        )
 
     def _unknown(self) -> NotFound:
         return NotFound(

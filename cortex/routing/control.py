@@ -30,6 +30,16 @@ class Control(Protocol):
             ServiceError: the request cannot be served.
         """
 
+    async def engine_end(self, replica: Replica) -> str | None:
+        """Why the engine has ended, as its neuron reports it; None if it reports nothing within about a second."""
+
+    def take(self, replica: Replica) -> bool:
+        """Whether a request may be sent to this replica of the table, which has a limit; it then counts until
+        `release`. A replica of `resolve` is taken already."""
+
+    def release(self, replica: Replica) -> None:
+        """A request at a replica with a limit has ended, or was not sent."""
+
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         """Tells the other workers which engine made a stored response."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -18,7 +18,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that has the model. `url` is its base URL; `others` is its work for other clients of the engine, by the
     neuron's last report (`choice.beyond_ours`).
 
-    `fresh`: the neuron has just been asked for the endpoint. A cached one may have moved since.
+    `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
+    the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
     """
 
     model_id: str
@@ -27,11 +28,20 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     others: int = 0
     fresh: bool = False
+    may_move: bool = False
+    limit: int | None = None
 
 
-FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status"]
+FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "unknown"]
 """refused: nothing listens there, the engine is dead. timeout: no connection in time, it may only be busy. reset: lost
-before a byte of its answer. status: it answered 502 or 503, and the answer was not passed on."""
+before a byte of its answer. status: it answered 502 or 503, and the answer was not passed on. unknown: it answered that
+it does not know the request or its model, and may not be the model's engine any more; likewise not passed on."""
+
+UNAVAILABLE: Final = frozenset({502, 503})
+"""The statuses of an engine that cannot serve now."""
+
+STRANGE: Final = frozenset({400, 401, 403, 404, 405, 501})
+"""The statuses of an engine that does not know the request or its model. Also those of any other server."""
 
 TIMEOUTS_BEFORE_GIVING_UP = 2
 
@@ -67,10 +77,38 @@ def given_up(failures: Sequence[Failure]) -> set[str]:
     return slow | lost
 
 
+def may_have_moved(replica: Replica, failures: Sequence[Failure]) -> bool:
+    """Whether a strange answer may come from another server than the model's engine. Not if its neuron named that URL
+    again after such an answer to the same request."""
+    confirmed = any(each.kind == "unknown" and each.replica.url == replica.url for each in failures)
+    return replica.may_move and not confirmed
+
+
 def untried_first(nodes: Sequence[str], failures: Sequence[Failure]) -> list[str]:
     """The neurons in their order, but those that this request has tried come last."""
     tried = {failure.replica.node for failure in failures}
     return sorted(nodes, key=lambda node: node in tried)
+
+
+def untried(replicas: tuple[Replica, ...], failures: Sequence[Failure], current: Replica | None) -> tuple[Replica, ...]:
+    """The replicas on other nodes than `current` and those that failed."""
+    tried = {failure.replica.node for failure in failures}
+    if current is not None:
+        tried.add(current.node)
+    return tuple(replica for replica in replicas if replica.node not in tried)
+
+
+def lost(replica: Replica, reason: str, engine_end: str | None) -> UpstreamError:
+    """The error for an answer that began and whose engine was lost. `engine_end` is what the neuron says of it."""
+    why = reason if engine_end is None else f"{reason}; {replica.node} reports: {engine_end}"
+    message = f"{replica.model_id!r} on {replica.node} was lost while it answered: {why}"
+    return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
+
+
+def stopped(replica: Replica) -> UpstreamError:
+    """The error for an answer that began and that cortex cannot wait for, because it stops."""
+    message = f"the answer of {replica.model_id!r} on {replica.node} was cut off: cortex is stopping"
+    return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
 
 
 def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:

@@ -12,6 +12,9 @@ MAX_IDS: Final = 20_000
 SEARCHED_BYTES: Final = 4096
 """Of an answer's start; engines write the id first."""
 
+UNSTORED: Final = "resp_chat_"
+"""How the id of a response begins that cortex made of a chat's answer: no engine has it."""
+
 _ID: Final = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,200})"')
 
 

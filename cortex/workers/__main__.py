@@ -24,6 +24,8 @@ from cortex.workers.messages import (
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineEnd,
+    EngineRetired,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -88,8 +90,12 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | Notes():
+                case (
+                    TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | EngineEnd() | Notes()
+                ):
                     control.receive(message)
+                case EngineRetired(url):
+                    gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):

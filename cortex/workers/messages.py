@@ -30,6 +30,12 @@ class TableChanged(msgspec.Struct, frozen=True, tag=True):
     replicas: tuple[Replica, ...]
 
 
+class EngineRetired(msgspec.Struct, frozen=True, tag=True):
+    """The engine at this URL gets no requests any more: keep no connection to it."""
+
+    url: str
+
+
 class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     """The catalogue's ids and aliases from now on."""
 
@@ -82,6 +88,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     permanent: bool
 
 
+class EngineEnd(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
+
+    number: int
+    reason: str | None
+
+
 class Notes(msgspec.Struct, frozen=True, tag=True):
     """The progress of the models that the worker waits for."""
 
@@ -101,6 +114,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 ToWorker = (
     Setup
     | TableChanged
+    | EngineRetired
     | CatalogueChanged
     | ConfigChanged
     | DownChanged
@@ -108,6 +122,7 @@ ToWorker = (
     | ResponseMade
     | Resolved
     | Refused
+    | EngineEnd
     | Notes
     | Collect
     | Stop
@@ -133,11 +148,24 @@ class CancelResolve(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
+    """Asks why the engine of a lost answer has ended."""
+
+    number: int
+    replica: Replica
+
+
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
 
     counts: list[tuple[str, str, int]]
     begun: list[tuple[str, str, int]]
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """A request at a replica with a limit has ended, or was not sent."""
+
+    replica: Replica
 
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
@@ -148,7 +176,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | InFlightNow | ResponseMade | Counted
+FromWorker = Ready | Resolve | CancelResolve | Released | AskEngineEnd | InFlightNow | ResponseMade | Counted
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

@@ -10,11 +10,14 @@ from typing import Any
 from cortex.http.errors import shutting_down
 from cortex.routing.replica import Failure, Replica, Route, WaitNote
 from cortex.workers.messages import (
+    AskEngineEnd,
     CancelResolve,
     CatalogueChanged,
     DownChanged,
+    EngineEnd,
     Notes,
     Refused,
+    Released,
     Resolve,
     Resolved,
     ResponseMade,
@@ -36,6 +39,7 @@ class RemoteControl:
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
+        self._asking: dict[int, asyncio.Future[str | None]] = {}  # for the end of an engine
         self._notes: dict[str, WaitNote] = {}
         self._gone = False
 
@@ -56,12 +60,47 @@ class RemoteControl:
         self._send(Resolve(number, model_id, list(failures), current_request_id()))
         try:
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_back(future.result())  # it came just before
+            raise
         finally:
             del self._waiting[number]
             if future.cancelled():
                 self._send(CancelResolve(number))
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
+
+    async def engine_end(self, replica: Replica) -> str | None:
+        if self._gone:
+            return None
+        number = next(self._numbers)
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._asking[number] = future
+        self._send(AskEngineEnd(number, replica))
+        try:
+            return await future
+        finally:
+            del self._asking[number]
+
+    def take(self, replica: Replica) -> bool:
+        """Never: only the control knows how many requests the other workers have there."""
+        return False
+
+    def release(self, replica: Replica) -> None:
+        self._send(Released(replica))
+
+    def _resolved(self, number: int, route: Route) -> None:
+        future = self._waiting.get(number)
+        if future is not None and not future.done():
+            future.set_result(route)
+        else:
+            self._give_back(route)
+
+    def _give_back(self, route: Route) -> None:
+        """A route that is not used."""
+        if route.replica.limit is not None:
+            self.release(route.replica)
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         self._send(ResponseMade(response_id, replica))
@@ -70,7 +109,9 @@ class RemoteControl:
         """The last reported progress of a model that this worker waits for."""
         return self._notes.get(model_id)
 
-    def receive(self, message: TableChanged | CatalogueChanged | DownChanged | Resolved | Refused | Notes) -> None:
+    def receive(
+        self, message: TableChanged | CatalogueChanged | DownChanged | Resolved | Refused | EngineEnd | Notes
+    ) -> None:
         """Applies a message from the control."""
         match message:
             case TableChanged(model_id, replicas):
@@ -86,17 +127,23 @@ class RemoteControl:
                 self._models = frozenset(models)
                 self._aliases = aliases
             case Resolved(number, route):
-                future = self._waiting.get(number)
-                if future is not None and not future.done():
-                    future.set_result(route)
+                self._resolved(number, route)
             case Refused(number):
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
 
+            case EngineEnd(number, reason):
+                asking = self._asking.get(number)
+                if asking is not None and not asking.done():
+                    asking.set_result(reason)
+
     def lost(self) -> None:
         """The control is gone: fails all waiting requests, and later ones."""
         self._gone = True
+        for asking in self._asking.values():
+            if not asking.done():
+                asking.set_result(None)
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(shutting_down())

@@ -26,17 +26,21 @@ from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AskEngineEnd,
     CancelResolve,
     CatalogueChanged,
     Collect,
     ConfigChanged,
     Counted,
     DownChanged,
+    EngineEnd,
+    EngineRetired,
     FromWorker,
     InFlightNow,
     Notes,
     OthersInFlight,
     Ready,
+    Released,
     Resolve,
     Resolved,
     ResponseMade,
@@ -87,6 +91,7 @@ class WorkerProcess:
         self._in_flight: Mapping[ReplicaKey, int] = {}
         # Routes sent since the last report, which does not have them yet.
         self._granted: Counter[ReplicaKey] = Counter()
+        self._taken: dict[ReplicaKey, list[Replica]] = {}  # requests at replicas with a limit
         self._begun: dict[ReplicaKey, int] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
@@ -128,8 +133,11 @@ class WorkerProcess:
                     case Resolve(number, model_id, failures, request_id):
                         self._resolve(number, model_id, failures, request_id)
                     case CancelResolve(number):
-                        if number in self._resolving:
-                            self._resolving[number].cancel()
+                        self._cancel_resolve(number)
+                    case AskEngineEnd(number, replica):
+                        self._explain_end(number, replica)
+                    case Released(replica):
+                        self._release(replica)
                     case InFlightNow(counts, begun):
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
@@ -144,13 +152,19 @@ class WorkerProcess:
                     case Ready():
                         self._ready.set()
         finally:
-            self._reported([])
-            for waiting in self._collecting.values():
-                _answered(waiting)  # no further report will come
-            if self._noting is not None:
-                self._noting.cancel()
-            await self._tasks.close()
-            await self._channel.close()
+            await self._end()
+
+    async def _end(self) -> None:
+        """The worker is gone."""
+        self._reported([])
+        for waiting in self._collecting.values():
+            _answered(waiting)  # no further report will come
+        if self._noting is not None:
+            self._noting.cancel()
+        await self._tasks.close()
+        for taken in self._taken.values():
+            self._resolver.release(taken[0], len(taken))
+        await self._channel.close()
 
     def _resolve(self, number: int, model_id: str, failures: list[Failure], request_id: str | None) -> None:
         with request_scope(request_id):
@@ -160,6 +174,10 @@ class WorkerProcess:
         task.add_done_callback(lambda _: self._resolved(number))
         if self._noting is None:
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
+
+    def _cancel_resolve(self, number: int) -> None:
+        if number in self._resolving:
+            self._resolving[number].cancel()
 
     @property
     def _note_secs(self) -> float:
@@ -183,8 +201,24 @@ class WorkerProcess:
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:
-            self._granted[route.replica.model_id, route.replica.node] += 1
+            replica = route.replica
+            self._granted[replica.model_id, replica.node] += 1
+            if replica.limit is not None:
+                self._taken.setdefault((replica.model_id, replica.node), []).append(replica)
             self._channel.send(Resolved(number, route))
+
+    def _release(self, replica: Replica) -> None:
+        taken = self._taken[replica.model_id, replica.node]
+        taken.pop()
+        if not taken:
+            del self._taken[replica.model_id, replica.node]
+        self._resolver.release(replica)
+
+    def _explain_end(self, number: int, replica: Replica) -> None:
+        async def explain() -> None:
+            self._channel.send(EngineEnd(number, await self._resolver.engine_end(replica)))
+
+        _task = self._tasks.spawn(explain(), name=f"end of {replica.model_id}")
 
     def _reported(self, counts: list[tuple[str, str, int]]) -> None:
         self._in_flight = counts_from_wire(counts)
@@ -239,6 +273,7 @@ class Supervisor:
         workers that do not start."""
         subscriptions = [
             self._routes.changes.subscribe(self._table_changed),
+            self._routes.retired.subscribe(self._engine_retired),
             self._live.changes.subscribe(self._configuration_changed),
             self._fleet.down_changes.subscribe(self._down_changed),
         ]
@@ -277,6 +312,10 @@ class Supervisor:
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
             worker.send(TableChanged(model_id, replicas))
+
+    def _engine_retired(self, url: str) -> None:
+        for worker in self._workers.values():
+            worker.send(EngineRetired(url))
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()

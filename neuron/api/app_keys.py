@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from neuron.api.protocol_v1 import ProtocolV1
 from neuron.config import NeuronConfig
 from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.registry import Registry
-from neuron.lifecycle.spares import Spares
+from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import Ledger
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Discovery
@@ -28,6 +29,7 @@ class Services:
     source: TopologySource
     ledger: Ledger
     registry: Registry
+    v1: ProtocolV1
     hub: EventHub
     default_models: DefaultModels
     metrics: NeuronMetrics

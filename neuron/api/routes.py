@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from aiohttp import web
 
 from neuron import errors as failures
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, stream_lines
+from neuron.api.protocol_v1 import carries_keys, plain_id
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
 from neuron.lifecycle.states import State
@@ -48,35 +49,53 @@ async def discovery(request: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     _, devices = await _figures(services)
-    return reply(
-        NeuronHealth(
-            uptime_secs=round(time.monotonic() - services.started, 3),
-            devices=devices,
-            instance_id=services.instance_id,
-            activation=services.default_models.progress,
-            models=services.registry.activity(),
-            spares=services.spares.views(),
-        )
+    figures = NeuronHealth(
+        uptime_secs=round(time.monotonic() - services.started, 3),
+        devices=devices,
+        instance_id=services.instance_id,
+        activation=services.default_models.progress,
+        models=services.registry.activity(),
+        spares=services.spares.views(),
     )
+    if carries_keys(request):
+        return reply(figures)
+    return web.json_response(services.v1.health(figures.model_dump(mode="json")))
 
 
 async def models(request: web.Request) -> web.Response:
-    views = await request.app[SERVICES].registry.views()
+    services = request.app[SERVICES]
+    views = await services.registry.views()
+    if not carries_keys(request):
+        views = services.v1.listed(views)
     return web.json_response([view.model_dump(mode="json") for view in views])
 
 
 async def load(request: web.Request) -> web.Response:
-    try:
+    services, keyed = request.app[SERVICES], carries_keys(request)
+    with _saying_whose_fault():
         wait = _flag(request, "wait", default=True)
         command = await read_model(request, LoadCommand)
-        load_request = await request.app[SERVICES].registry.load(command)
+        if not keyed:
+            command = command.model_copy(update={"model_id": plain_id(command.model_id)})
+        load_request = await services.registry.load(command, carries_keys=keyed)
+        if not keyed:
+            await services.v1.loads(command.model_id)
         if not wait:
             return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
         await load_request.loaded()
+        if not keyed:
+            await services.v1.drop_key(command.model_id)
+    return reply(_loaded(request, command.model_id))
+
+
+@contextlib.contextmanager
+def _saying_whose_fault() -> Iterator[None]:
+    """Adds `cause` and `permanent` to an error of a load."""
+    try:
+        yield
     except ServiceError as error:
         error.extra = {**error.extra, **because(cause_of(error), permanent=is_permanent(error))}
         raise
-    return reply(_loaded(request, command.model_id))
 
 
 async def unload(request: web.Request) -> web.Response:
@@ -99,7 +118,11 @@ async def wake(request: web.Request) -> web.Response:
 
 
 async def endpoint(request: web.Request) -> web.Response:
-    return reply(_endpoint_of(request, request.match_info["model_id"]))
+    model_id = request.match_info["model_id"]
+    if not carries_keys(request):
+        with _saying_whose_fault():
+            await request.app[SERVICES].v1.until_usable(model_id)
+    return reply(_endpoint_of(request, model_id))
 
 
 def _loaded(request: web.Request, model_id: str) -> LoadReply:

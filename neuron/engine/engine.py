@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from neuron.engine import records, session, shared_memory
 from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
-from neuron.engine.ports import listens
+from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
@@ -69,7 +69,8 @@ class Engine:
         return self.record.port
 
     @property
-    def api_key(self) -> str:
+    def api_key(self) -> str | None:
+        """None: it serves without a key."""
         return self.record.api_key
 
     @property
@@ -105,8 +106,8 @@ class Engine:
         """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
         self.kill, self.leave = kill, leave
 
-    async def owns_port(self) -> bool:
-        """True when one of its processes listens on its port, as far as neuron may see."""
+    async def owns_port(self) -> bool | None:
+        """True when one of its processes listens on its port; None when neuron may not see which process does."""
         return await asyncio.to_thread(self._owns_port)
 
     async def record_shared_files(self) -> None:
@@ -142,11 +143,13 @@ class Engine:
             self.stopping = True
             await self.save_record()
 
-    def _owns_port(self) -> bool:
+    def _owns_port(self) -> bool | None:
         leader = self.process.leader  # first: it is usually the one, and finding the others reads all of /proc
         if leader.alive and listens([leader.pid], self.port):
             return True
-        return listens((process.pid for process in session.members(leader)), self.port)
+        if listens((process.pid for process in session.members(leader)), self.port):
+            return True
+        return False if has_visible_listener(self.port) else None
 
     def _shared_files(self) -> frozenset[SharedFile]:
         return shared_memory.mapped_by(session.live_members(self.process.leader))

@@ -51,12 +51,19 @@ class HealthMonitor:
     ) -> None:
         self.sample: RequestCounts | None = None
         """The latest activity; None before the first. A failed reading does not change it."""
+        self.active_at = time.monotonic()
+        """When requests last ran or ended, as far as samples show; monotonic."""
         self._session = session
         self._health = url + health_path
         self._url = url
         self._probe = probe
         self._settings = settings
         self._timeout_secs = min(CHECK_TIMEOUT_SECS, settings.unresponsive_secs)
+
+    @property
+    def busy(self) -> bool:
+        """True when requests ran or waited in the latest sample."""
+        return self.sample is not None and (self.sample.running > 0 or self.sample.waiting > 0)
 
     async def until_unhealthy(self) -> str:
         """Returns the reason once the engine must be killed. Cancel it when the engine exits by itself.
@@ -83,7 +90,10 @@ class HealthMonitor:
             return sample is not None
 
         await self._get(self._url + probe.path, read)
-        self.sample = sample or self.sample
+        if sample is not None:
+            if sample.running or sample.waiting or (self.sample is not None and sample.ended != self.sample.ended):
+                self.active_at = time.monotonic()
+            self.sample = sample
         return sample
 
     async def _until_check_fails(self) -> str:

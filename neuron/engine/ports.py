@@ -9,6 +9,9 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import psutil
+
+from neuron.engine.connections import listening_inodes
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import NO_FREE_PORT_SECS
@@ -86,18 +89,33 @@ class PortPool:
 
 def listens(pids: Iterable[int], port: int) -> bool:
     """True when one of the processes listens on the port, on any address. Blocks for some milliseconds."""
-    return any(_listens(pid, port) for pid in pids)
+    here = listening_inodes(port)
+    return any(_listens(pid, port, here) for pid in pids)
 
 
-def _listens(pid: int, port: int) -> bool:
-    """Not through psutil: it takes apart every connection of the host, 40 ms where there are 2,000."""
-    row = re.compile(_LISTENING % port, re.MULTILINE)
+def has_visible_listener(port: int) -> bool:
+    """True when a process whose open files may be read listens on the port in our network namespace. Blocks for some
+    hundredths of a second."""
+    here = listening_inodes(port)
+    return bool(here) and any(_listens(pid, port, here) for pid in psutil.pids())
+
+
+def _listens(pid: int, port: int, here: Collection[int]) -> bool:
+    """`here`: the sockets that listen on the port in our network namespace; without any, the process may be in another
+    one."""
     with contextlib.suppress(OSError):  # it has exited, or may not be read
-        tables = (Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6"))
-        sockets = {f"socket:[{inode.decode()}]" for table in tables for inode in row.findall(table)}
+        sockets = {f"socket:[{inode}]" for inode in here or _listening_inodes_seen_by(pid, port)}
         if sockets:
             return any(_link(entry) in sockets for entry in Path(f"/proc/{pid}/fd").iterdir())
     return False
+
+
+def _listening_inodes_seen_by(pid: int, port: int) -> set[int]:
+    """Those in the network namespace of a process. Not through psutil: it takes apart every connection of the host, 40
+    ms where there are 2,000."""
+    row = re.compile(_LISTENING % port, re.MULTILINE)
+    tables = (Path(f"/proc/{pid}/net/{name}").read_bytes() for name in ("tcp", "tcp6"))
+    return {int(inode) for table in tables for inode in row.findall(table)}
 
 
 def _link(path: Path) -> str:

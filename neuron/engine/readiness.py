@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from shared.tasks import timeout
 
-FIRST_PAUSE_SECS = 0.1
-LONGEST_PAUSE_SECS = 0.5
-HINTED_PAUSE_SECS = 0.02
+CONNECT_PAUSE_SECS = (0.005, 0.02)
+"""First and longest pause between two attempts to connect: the kernel refuses one in 0.1 ms of CPU."""
+HEALTH_PAUSE_SECS = (0.02, 0.1)
+"""First and longest pause between two health checks of an engine that is not healthy yet."""
+_GROWTH = 1.2
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
+_CONNECT_SECS = 5.0
 
 
 async def until_ready(
@@ -20,26 +27,63 @@ async def until_ready(
     url: str,
     *,
     health_path: str,
-    api_key: str,
-    owns_port: Callable[[], Awaitable[bool]],
+    api_key: str | None,
+    model_id: str,
+    owns_port: Callable[[], Awaitable[bool | None]],
     hint: asyncio.Event | None = None,
 ) -> None:
     """Returns once the engine at `url` is healthy and is ours: it accepts `api_key` and nothing else, or, if it takes
     requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
-    of all connections of the host.
+    of all connections of the host. `owns_port` answers None when it cannot see who listens (an engine in a container);
+    then an engine without a key is ours if it serves `model_id`.
 
-    Retries after increasing pauses. The caller sets `hint` at each line of output since the engine said that it is up;
-    it ends the present pause and resets the pauses to a short one, because an engine may log this a few milliseconds
-    before it listens.
+    Tries to connect until the port is open, then checks the health at once and after increasing pauses. The caller sets
+    `hint` at each line of output since the engine said that it is up; it ends the present pause and resets the pauses
+    to the shortest, because an engine may log this a few milliseconds before it listens.
 
     Has no timeout: the caller watches the clock and the process.
     """
-    pause = FIRST_PAUSE_SECS
-    while not (
-        await _status(session, url + health_path) == 200
-        and (await knows_key(session, url, api_key) or await owns_port())
-    ):
-        pause = HINTED_PAUSE_SECS if await _hinted(hint, pause) else min(pause * 1.2, LONGEST_PAUSE_SECS)
+    addresses = await _addresses_of(URL(url))
+    if addresses:
+        await _retry(lambda: _is_open(addresses), CONNECT_PAUSE_SECS, hint)
+
+    async def serves() -> bool:
+        healthy = await _status(session, url + health_path) == 200
+        return healthy and await _is_ours(session, url, api_key, model_id, owns_port)
+
+    await _retry(serves, HEALTH_PAUSE_SECS, hint)
+
+
+async def _retry(
+    attempt: Callable[[], Awaitable[bool]], pauses: tuple[float, float], hint: asyncio.Event | None
+) -> None:
+    """Repeats `attempt` until it is true."""
+    shortest, longest = pauses
+    pause = shortest
+    while not await attempt():
+        pause = shortest if await _hinted(hint, pause) else min(pause * _GROWTH, longest)
+
+
+async def _addresses_of(url: URL) -> list[tuple[int, tuple[Any, ...]]]:
+    """Address families and socket addresses; empty if the name cannot be resolved."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [(family, address) for family, *_, address in found]
+
+
+async def _is_open(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:
+    """True when something listens on one of the addresses."""
+    for family, address in addresses:
+        with contextlib.suppress(OSError, asyncio.TimeoutError), socket.socket(family, socket.SOCK_STREAM) as attempt:
+            attempt.setblocking(False)
+            async with timeout(_CONNECT_SECS):
+                await asyncio.get_running_loop().sock_connect(attempt, address)
+            # Without a listener, an attempt on a port of the ephemeral range may connect to itself.
+            if attempt.getsockname() != attempt.getpeername():
+                return True
+    return False
 
 
 async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
@@ -56,11 +100,35 @@ async def _hinted(hint: asyncio.Event | None, secs: float) -> bool:
     return True
 
 
+async def _is_ours(
+    session: aiohttp.ClientSession,
+    url: str,
+    api_key: str | None,
+    model_id: str,
+    owns_port: Callable[[], Awaitable[bool | None]],
+) -> bool:
+    if api_key is not None and await knows_key(session, url, api_key):
+        return True
+    owned = await owns_port()
+    return await _serves(session, url, model_id) if owned is None and api_key is None else bool(owned)
+
+
+async def _serves(session: aiohttp.ClientSession, url: str, model_id: str) -> bool:
+    """True when the server at `url` lists the model, as any OpenAI server does."""
+    try:
+        async with session.get(url + "/v1/models", timeout=_TIMEOUT, allow_redirects=False) as response:
+            listed = (await response.json(content_type=None))["data"]
+            return any(entry["id"] == model_id for entry in listed)
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+        return False
+
+
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:
     """True when the server at `url` accepts this key and refuses requests without one, as only our engine does."""
     listing = url + "/v1/models"
-    with_key = await _status(session, listing, {"Authorization": f"Bearer {api_key}"})
-    return with_key == 200 and await _status(session, listing) == 401
+    key = {"Authorization": f"Bearer {api_key}"}
+    with_key, without = await asyncio.gather(_status(session, listing, key), _status(session, listing))
+    return (with_key, without) == (200, 401)
 
 
 async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:

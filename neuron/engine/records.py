@@ -38,7 +38,7 @@ class RunRecord(BaseModel):
     share_mb: int | None = None
     host: str
     port: int
-    api_key: str
+    api_key: str | None = None  # None: it serves without a key
     control_key: str = ""
     can_sleep: bool = False
     tmp_dir: Path
@@ -75,12 +75,12 @@ def boot_id() -> str:
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Replaces the record atomically and durably. Blocks.
+    """Replaces the record atomically. Not durably: after a power cut no engine of it runs. Blocks.
 
     Raises:
         OSError: the disk is full or not writable; the earlier record is unchanged.
     """
-    replace_file(path, record.model_dump_json().encode())
+    replace_file(path, record.model_dump_json().encode(), durable=False)
 
 
 def read(path: Path) -> RunRecord | None:

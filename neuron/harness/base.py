@@ -45,7 +45,7 @@ class LaunchPlan:
     host: str
     port: int
     tmp_dir: Path
-    api_key: str
+    api_key: str | None  # None: it serves without a key
     engine_id: str
     share_mb: int | None = None
     control_key: str | None = None

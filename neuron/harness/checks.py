@@ -19,6 +19,8 @@ _QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REMOTE = re.compile(r"(?:s3|gs)://.+")
 _SHELL = re.compile(r"[`;|&<>]|\$[({\w]")
 _CONTROL = frozenset(map(chr, (*range(32), 127)))
+_FOREIGN_HARNESS = "candle"
+"""Built into helexa's neuron. helexa's cortex names it in every load; as an engine it does the same as any of ours."""
 _MAX_ARGS = 256
 _MAX_SERVED_NAMES = 64
 
@@ -153,7 +155,7 @@ def _check_source(source: str, field: str) -> None:
 
 def _harness(name: str | None, harnesses: list[str]) -> str:
     for known in harnesses:
-        if name is None or name == known:
+        if name in (None, known, _FOREIGN_HARNESS):
             return known
     offered = ", ".join(harnesses) or "none"
     raise InvalidRequest(f"harness: {name!r} is not offered here (offered: {offered})", param="harness")

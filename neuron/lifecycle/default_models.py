@@ -26,7 +26,8 @@ class DefaultModels:
         for command in self._commands:
             self._update(in_progress=command.model_id, pending=self.progress.pending[1:])
             try:
-                await (await self._registry.load(command)).loaded()
+                # Who will use them is not known yet, and engines without a key serve everyone who may use this neuron.
+                await (await self._registry.load(command, carries_keys=False)).loaded()
             except ServiceError as error:
                 log.error("default model %s was not loaded: %s", command.model_id, error.message)  # noqa: TRY400
                 reason = error.message.partition("\n")[0]

@@ -13,8 +13,9 @@ from enum import Enum
 import aiohttp
 
 from neuron import errors as failures
-from neuron.engine.connections import connections_to, is_busy
+from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
+from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
 from neuron.engine.readiness import until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
@@ -22,10 +23,10 @@ from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
-from neuron.lifecycle.spares import Spares
+from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
-from neuron.progress.load_times import LoadKey
+from neuron.progress.load_times import LoadKey, LoadTimes
 from neuron.progress.progress import LoadProgress
 from shared.errors import ServiceError
 from shared.protocol import FailureCause, Progress
@@ -38,7 +39,8 @@ ADOPT_SECS = 5.0
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
-_DRAIN_POLL_SECS = 0.1
+_DRAIN_POLL_SECS = 0.05
+_DRAIN_NEWS_SECS = 1.0  # between two reports on what a drain waits for
 _IDLE_POLLS = 2
 
 
@@ -60,6 +62,7 @@ class EngineTools:
     memory: EngineMemory
     sleep: EngineSleep
     history: LoadHistory
+    keys: EngineKeys
     http: aiohttp.ClientSession
     spares: Spares
 
@@ -82,6 +85,7 @@ class EngineLife:
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
         self._log_says_ready = asyncio.Event()
+        self._load_times: LoadTimes | None = None
         self._progress = LoadProgress(
             engine.harness.first_reading(),
             started=time.monotonic() - (time.time() - engine.started_at),
@@ -102,6 +106,7 @@ class EngineLife:
             engine.url,
             health_path=engine.harness.health_path,
             api_key=engine.api_key,
+            model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
         )
@@ -137,6 +142,7 @@ class EngineLife:
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
+        await self._account()
         health = asyncio.create_task(self.engine.health.until_unhealthy(), name=f"health of {self.engine.engine_id}")
         try:
             event = await self._next_event(health)
@@ -194,14 +200,13 @@ class EngineLife:
         return max(self.engine.startup_timeout_secs - (time.time() - self.engine.started_at), ADOPT_SECS)
 
     async def _came_up(self, served_before: bool) -> None:
+        """Publishes that the engine serves; `_account` does the rest, because a request waits for this."""
         engine = self.engine
-        await asyncio.gather(self._first_figures(), engine.record_shared_files())
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
             load_secs = engine.came_up()
-            await self._history.record(LoadKey.of(engine.spec), self._progress.times(time.monotonic()))
-        await engine.save_record()
+            self._load_times = self._progress.times(time.monotonic())
         if self.request.stop_requested.is_set():
             return
         if served_before and await self._sleep.found_asleep(engine):
@@ -209,12 +214,22 @@ class EngineLife:
         else:
             reason = "adopted, engine ready" if served_before else "engine ready"
             self._model.loaded(engine, reason, load_secs=load_secs)
-        self.request.settle(None)
 
-    async def _first_figures(self) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay the load
+    async def _account(self) -> None:
+        """Measures and records an engine that has just come up, then answers the callers of the load."""
+        engine = self.engine
+        await asyncio.gather(self._measure(), engine.record_shared_files())
+        if self._load_times is not None:
+            await self._history.record(LoadKey.of(engine.spec), self._load_times)
+        await engine.save_record()
+        if not self.request.stop_requested.is_set():
+            self._model.publish()  # with the memory that it takes
+            self.request.settle(None)
+
+    async def _measure(self) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
             async with timeout(_MEASURE_SECS):
-                await asyncio.gather(self._memory.measure([self.engine]), self.engine.health.take_sample())
+                await self._memory.measure([self.engine])
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
@@ -275,7 +290,7 @@ class EngineLife:
 
     async def _wake(self) -> None:
         self._model.become(State.WAKING, "wake requested", progress=Progress(phase="waking"))
-        await self._sleep.wake_up(self.engine)
+        await self._sleep.wake_up(self.engine, self._model.show_leaving)
         self._model.loaded(self.engine, "awake")
         self.request.settle(None)
 
@@ -299,23 +314,21 @@ class EngineLife:
 
     async def _until_idle(self) -> None:
         """Returns when the engine has no requests, is to be left, or the drain time is over."""
-        request = self.request
+        request, watch = self.request, DrainWatch(self.engine)
         idle_polls = 0  # two in a row: a request may have been on its way during the first
+        told, told_at = "", 0.0
         while not request.leave_engine and time.monotonic() < request.drain_until:
-            idle_polls = idle_polls + 1 if await self._is_idle() else 0
+            waits_for = await watch.waits_for()
+            idle_polls = 0 if waits_for else idle_polls + 1
             if idle_polls == _IDLE_POLLS:
                 return
+            now = time.monotonic()
+            if waits_for and waits_for != told and now - told_at >= _DRAIN_NEWS_SECS:
+                if not told:
+                    log.info("%s: stops later: %s", self._model.model_id, waits_for)
+                told, told_at = waits_for, now
+                self._model.show(Progress(phase="draining", message=waits_for))
             await asyncio.sleep(_DRAIN_POLL_SECS)
-
-    async def _is_idle(self) -> bool:
-        """By the engine's own figures, or by its connections when it tells none."""
-        engine = self.engine
-        # One that has told none so far is not asked again: its answer may take as long as a check.
-        sample = None if engine.health.sample is None else await engine.health.take_sample()
-        if sample is not None:
-            return not sample.running and not sample.waiting
-        found = await asyncio.to_thread(connections_to, engine.port)
-        return found is not None and not any(is_busy(each) for each in found)
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""

@@ -23,7 +23,6 @@ from neuron.engine.ports import PortPool, lingering_ports
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
-from neuron.engine.spare.spare import Spare, SpareFailed, SpareRefused
 from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
 from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
@@ -32,7 +31,8 @@ from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
-from neuron.lifecycle.spares import Spares
+from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareRefused
+from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
@@ -88,10 +88,10 @@ class Launcher:
 
     @contextlib.asynccontextmanager
     async def engine(
-        self, spec: EngineSpec, placement: EnginePlacement, *, use_spare: bool = True
+        self, spec: EngineSpec, placement: EnginePlacement, *, api_key: str | None, use_spare: bool = True
     ) -> AsyncIterator[Engine]:
-        """Starts an engine, from a spare process if there is one; it is not ready yet. After the body it is stopped and
-        only its log remains, unless `engine.leave` is set.
+        """Starts an engine, from a spare process if there is one; it is not ready yet. With `api_key` None it serves
+        without a key. After the body it is stopped and only its log remains, unless `engine.leave` is set.
 
         Raises:
             LoadFailed: its executable cannot be started, or its record cannot be written.
@@ -103,7 +103,7 @@ class Launcher:
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
             facts = self._facts(topology)
-            made = await self._prepared(spec, placement, port, facts, use_spare=use_spare)
+            made = await self._prepared(spec, placement, port, facts, api_key=api_key, use_spare=use_spare)
             plan, directory = made.plan, made.directory
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             if made.spare is not None:
@@ -196,14 +196,21 @@ class Launcher:
             engine.process.kill_now()
 
     async def _prepared(
-        self, spec: EngineSpec, placement: EnginePlacement, port: int, facts: LaunchFacts, *, use_spare: bool
+        self,
+        spec: EngineSpec,
+        placement: EnginePlacement,
+        port: int,
+        facts: LaunchFacts,
+        *,
+        api_key: str | None,
+        use_spare: bool,
     ) -> _Preparation:
         """Decides what is started. A spare process comes with its number and directory.
 
         Raises:
             LoadFailed: the engine's directory cannot be created.
         """
-        keys = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        control_key = secrets.token_urlsafe(32)
 
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
@@ -214,9 +221,9 @@ class Launcher:
                 host=self._config.host,
                 port=port,
                 tmp_dir=directory.tmp,
-                api_key=keys[0],
+                api_key=api_key,
                 engine_id=f"{self._state.engine_id_prefix}{number}",
-                control_key=keys[1],
+                control_key=control_key,
             )
             return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
 

@@ -36,8 +36,10 @@ class LoadRequest:
     The outcome is a value, not an exception: an exception that no caller is left to receive would be reported as lost.
     """
 
-    def __init__(self, spec: EngineSpec, placement: EnginePlacement) -> None:
+    def __init__(self, spec: EngineSpec, placement: EnginePlacement, *, carries_keys: bool) -> None:
         self.spec = spec
+        self.carries_keys = carries_keys
+        """The caller can send a key to the engine."""
         self.placement = placement
         self.stop_requested = asyncio.Event()
         self.stop_reason: ServiceError | None = None

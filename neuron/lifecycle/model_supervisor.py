@@ -91,12 +91,12 @@ class ModelSupervisor:
                 request.sleep_request(0)
         return request
 
-    def begin(self, spec: EngineSpec, placement: EnginePlacement) -> LoadRequest:
+    def begin(self, spec: EngineSpec, placement: EnginePlacement, *, carries_keys: bool) -> LoadRequest:
         """Starts a new request; only when there is none to `join`. It waits until a stopping engine is gone."""
         assert self._joinable() is None
         self.model.spec = spec
         self.model.restarts = Restarts(self._config.recovery)
-        request = LoadRequest(spec, placement)
+        request = LoadRequest(spec, placement, carries_keys=carries_keys)
         if self.model.request is not None:
             self._next = request
         else:
@@ -107,7 +107,8 @@ class ModelSupervisor:
         """A request that is served by an engine of an earlier neuron."""
         assert found.record is not None
         self.model.spec = spec = found.record.engine_spec
-        request = LoadRequest(spec, placement)
+        self._tools.keys.adopt(spec.model_id, found.record.api_key)
+        request = LoadRequest(spec, placement, carries_keys=found.record.api_key is not None)
         self._last_dir = found.directory
         self._start(request, State.RECOVERING, "found when neuron started", found)
         return request
@@ -181,7 +182,7 @@ class ModelSupervisor:
         self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.model_id}")
 
     def _release(self, request: LoadRequest) -> None:
-        self._memory.ledger.release(request.placement.number)
+        self._memory.release(request.placement.number)
 
     async def _supervise(self, request: LoadRequest, found: FoundEngine | None) -> None:
         model = self.model
@@ -259,17 +260,22 @@ class ModelSupervisor:
 
     async def _new_engine(self, request: LoadRequest, *, restart: bool, use_spare: bool) -> EngineResult:
         """One engine from its start to its end. `restart`: not the first of this request."""
-        if self._last_dir is not None:
-            directory, self._last_dir, self.model.output = self._last_dir, None, None
-            await asyncio.to_thread(directory.remove)
         async with contextlib.AsyncExitStack() as start_lock:
+            if self._last_dir is not None:
+                directory, self._last_dir, self.model.output = self._last_dir, None, None
+                # Beside the start: its log may be long.
+                removal = asyncio.create_task(asyncio.to_thread(directory.remove), name=f"remove {directory.path}")
+                start_lock.push_async_callback(asyncio.wait, [removal])
             try:
                 if restart:
                     await self._rebook(request)
                 if not await self._may_start(request, start_lock):
                     return EngineResult()
                 start_lock.enter_context(self._tools.spares.loading())
-                async with self._launcher.engine(request.spec, request.placement, use_spare=use_spare) as engine:
+                api_key = self._tools.keys.new_key(carries_keys=request.carries_keys)
+                async with self._launcher.engine(
+                    request.spec, request.placement, api_key=api_key, use_spare=use_spare
+                ) as engine:
                     life = EngineLife(engine, request, self.model, self._tools)
                     await self._live(life, start_lock)
             except ServiceError as error:
@@ -311,7 +317,7 @@ class ModelSupervisor:
 
     async def _lock_devices(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> None:
         await start_lock.enter_async_context(self._memory.start_locks.held(request.placement.indices))
-        await self._memory.until_available(request.placement.number)
+        await self._memory.until_available(request.placement.number, self.model.show_leaving)
 
     async def _live(self, life: EngineLife, start_lock: contextlib.AsyncExitStack) -> None:
         model, engine = self.model, life.engine

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from neuron import errors as failures
 from neuron.config import NeuronConfig
 from neuron.engine import records, session
+from neuron.engine.engine import Engine
 from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
 from neuron.harness.checks import spec_of
 from neuron.lifecycle.admission import Admission
-from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.lifecycle.engine_memory import EngineMemory, MemoryReading
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest
 from neuron.lifecycle.model_state import ModelState, NeuronModelView
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.states import State
+from neuron.memory.capacity import InsufficientVram
 from neuron.memory.ledger import EnginePlacement
-from shared.protocol import LoadCommand, ModelActivity
+from neuron.spec import EngineSpec
+from shared.protocol import MAX_DRAIN_SECS, LoadCommand, ModelActivity
 
 
 class Registry:
@@ -56,8 +60,10 @@ class Registry:
         """Raises NotFound: the model is unknown."""
         return self._supervisor(model_id).model
 
-    async def load(self, command: LoadCommand) -> LoadRequest:
-        """The request that loads the model, joined or new; wait with `LoadRequest.loaded`.
+    async def load(self, command: LoadCommand, *, carries_keys: bool, displace: bool = False) -> LoadRequest:
+        """The request that loads the model, joined or new; wait with `LoadRequest.loaded`. `carries_keys`: the caller
+        can send a key to the engine. `displace`: where memory lacks, idle engines without a key end for it, the one
+        that has been idle for longest first.
 
         Raises:
             InvalidRequest: a value is refused. Conflict: loaded with another spec. NotFound: a command with only a
@@ -74,15 +80,17 @@ class Registry:
         await self._admission.check(spec)
         share_mb = await self._admission.share_of(spec)
         reading = await self._memory.read()
+        if displace:
+            await self._look_who_is_idle()
         # Nothing is awaited from here on, so the decision rests on the present state. During the awaits above another
         # caller may have begun this load, or a stop may have begun.
         self._refuse_when_stopping()
         supervisor = self._known_or_new(command.model_id)
         request = supervisor.join(wanted)
         if request is None:
-            placement = self._memory.book(next(self._numbers), spec, share_mb, reading)
+            placement = self._book(spec, share_mb, reading, displace=displace)
             self._supervisors[command.model_id] = supervisor
-            request = supervisor.begin(spec, placement)
+            request = supervisor.begin(spec, placement, carries_keys=carries_keys)
         return request
 
     async def unload(self, model_id: str, *, drain_secs: float = 0) -> None:
@@ -96,6 +104,19 @@ class Registry:
         request = self._supervisor(model_id).stop(cancelled, why="unload requested", drain_secs=drain_secs)
         if request is not None:
             await request.gone()
+
+    def room_may_come(self) -> bool:
+        """True while an engine without a key has requests or is not loaded yet: once it is idle, a load that displaces
+        may end it."""
+        return any(model.state is not State.LOADED or engine.health.busy for model, engine in self._without_key())
+
+    def restart(self, model_id: str, why: str) -> None:
+        """Begins to stop the model's engine once its requests have finished; the next `load` starts a new one.
+
+        Raises:
+            NotFound: the model is unknown.
+        """
+        self._supervisor(model_id).stop(failures.load_cancelled(model_id), why=why, drain_secs=MAX_DRAIN_SECS)
 
     async def sleep(self, model_id: str, level: int) -> None:
         """Returns when the model sleeps; at once when it already does.
@@ -188,6 +209,40 @@ class Registry:
         """For an exit that must not wait."""
         if self._config.on_stop == "stop_engines":
             self._launcher.kill_all_now()
+
+    def _book(
+        self, spec: EngineSpec, share_mb: int | None, reading: MemoryReading, *, displace: bool
+    ) -> EnginePlacement:
+        number = next(self._numbers)
+        try:
+            return self._memory.book(number, spec, share_mb, reading)
+        except InsufficientVram:
+            idle = {model.request.placement.number: model for model in self._idle_without_key() if model.request}
+            displaced = self._memory.to_displace(list(idle), spec, share_mb, reading) if displace else []
+            if not displaced:
+                raise
+        for each in displaced:
+            self.restart(idle[each].model_id, f"makes room for {spec.model_id}")
+        return self._memory.book(number, spec, share_mb, reading)
+
+    def _idle_without_key(self) -> list[ModelState]:
+        """Loaded models whose engine has no key and no requests, the one idle for longest first."""
+        found = [
+            (engine.health.active_at, model)
+            for model, engine in self._without_key()
+            if model.state is State.LOADED and not engine.health.busy
+        ]
+        return [model for _, model in sorted(found, key=itemgetter(0))]
+
+    def _without_key(self) -> list[tuple[ModelState, Engine]]:
+        return [
+            (model, model.engine) for model in self.models if model.engine is not None and model.engine.api_key is None
+        ]
+
+    async def _look_who_is_idle(self) -> None:
+        """Samples the engines that tell how many requests they have."""
+        health = [engine.health for _, engine in self._without_key()]
+        await asyncio.gather(*(each.take_sample() for each in health if each.sample is not None))
 
     def _supervisor(self, model_id: str) -> ModelSupervisor:
         supervisor = self._supervisors.get(model_id)

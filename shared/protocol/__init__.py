@@ -7,6 +7,7 @@ not validate as absent, so versions and other implementations mix.
 from shared.protocol.answers import read_answer
 from shared.protocol.base import first_problem
 from shared.protocol.commands import (
+    ENGINE_KEYS_HEADER,
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
     EndpointReply,
@@ -19,11 +20,12 @@ from shared.protocol.commands import (
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
-from shared.protocol.models import ModelStatus, ModelView, Progress, Transition
+from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
+    "ENGINE_KEYS_HEADER",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",
     "Activation",
@@ -42,6 +44,7 @@ __all__ = [
     "LoadCommand",
     "LoadReply",
     "ModelActivity",
+    "ModelFacts",
     "ModelStatus",
     "ModelView",
     "NeuronHealth",

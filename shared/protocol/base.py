@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 PROTOCOL_V1: Final = "protocol v1"
 """Marks a list that protocol v1 requires: `answers.read_answer` leaves out neither the list nor one of its entries."""
+
+
+READ_ONLY: Any = Field(default=None, exclude=True)
+"""A field that foreign neurons send and ours does not: never part of a dump."""
 
 
 class WireModel(BaseModel):
@@ -43,8 +47,17 @@ def _listed(value: Any) -> Any:
     return [] if value is None else value
 
 
-Mib = Annotated[int, BeforeValidator(_whole)]
+WHOLE: Final = BeforeValidator(_whole)
+"""Rounds a float for a field that holds a whole number."""
+
+Mib = Annotated[int, WHOLE]
 """Mebibytes. The protocol's `*_mb` fields count 2**20 bytes, as nvidia-smi does; fractions are rounded."""
+
+Tokens = Annotated[int, WHOLE, Field(ge=1)]
+"""A limit in tokens."""
+
+NameList = Annotated[list[str], BeforeValidator(_listed)]
+"""Names; null is an empty list."""
 
 IndexList = Annotated[list[int], BeforeValidator(_listed)]
 """Device indices; null is an empty list (protocol v1 neurons send null for a model without devices)."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
-from shared.protocol.base import Mib, WireModel
+from shared.protocol.base import Mib, NameList, WireModel
 
-
-def _listed(value: object) -> object:
-    return [] if value is None else value
-
-
-StringList = Annotated[list[str], BeforeValidator(_listed)]
+ENGINE_KEYS_HEADER = "x-cortex-engine-keys"
+"""Request header of a caller that sends an engine the `api_key` of its endpoint. A request without it comes from a
+caller that speaks only protocol v1, which has no keys."""
 MAX_VRAM_MB = 1 << 40
 MAX_DRAIN_SECS = 3600.0
 """The longest `drain_secs` of an unload."""
@@ -36,9 +33,9 @@ class LoadCommand(WireModel):
     tensor_parallel: int | None = Field(default=None, ge=1, le=64)
     devices: list[int] | None = None
     source: str | None = None
-    args: StringList = Field(default_factory=list)
+    args: NameList = Field(default_factory=list)
     vram_mb: Mib | None = Field(default=None, ge=1, le=MAX_VRAM_MB)
-    served_names: StringList = Field(default_factory=list)
+    served_names: NameList = Field(default_factory=list)
     tools: bool | None = None
 
     @property

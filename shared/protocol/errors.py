@@ -13,6 +13,7 @@ class ErrorCode(str, Enum):
     CORTEX_STOPPING = "cortex_stopping"
     CUDA_UNAVAILABLE = "cuda_unavailable"
     ENDPOINT_UNRESOLVED = "endpoint_unresolved"
+    ENGINE_KEY_REQUIRED = "engine_key_required"
     FORBIDDEN = "forbidden"
     INSUFFICIENT_RAM = "insufficient_ram"
     INSUFFICIENT_VRAM = "insufficient_vram"

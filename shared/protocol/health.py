@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.protocol.base import PROTOCOL_V1, Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, WireModel
 
 
 class DeviceHealth(WireModel):
@@ -40,12 +40,25 @@ class Activation(WireModel):
 
 
 class ModelActivity(WireModel):
-    """Requests of one engine: running, queued in the engine, and ended since its start; None: unknown."""
+    """Requests of one engine: running, queued in the engine, and ended since its start; None: unknown.
+
+    A foreign neuron may limit the requests that run at a time: `max_in_flight`, and `anon_max_in_flight` of those
+    without an account. 0 says that it does not know, or has no such limit.
+    """
 
     id: str
     in_flight: int = 0
     queue_depth: int = 0
     ended: int | None = None
+    max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
+    anon_max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
+
+    @property
+    def limit(self) -> int | None:
+        """How many requests may be sent there at a time; None: any number."""
+        return min(
+            (limit for limit in (self.max_in_flight, self.anon_max_in_flight) if limit and limit > 0), default=None
+        )
 
 
 class SpareView(WireModel):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from shared.protocol.base import IndexList, Mib, WireModel
+from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Tokens, WireModel
 from shared.protocol.commands import EndpointReply
 
 
@@ -59,14 +60,69 @@ class Transition(WireModel):
     reason: str
 
 
-class ModelView(WireModel):
+class ServedLimit(WireModel):
+    """What the neuron can serve of a model, in tokens: prompt and answer together, prompt, answer."""
+
+    context: Tokens | None = None
+    input: Tokens | None = None
+    output: Tokens | None = None
+
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TokenCost(WireModel):
+    """Prices in US dollars per million tokens, as in models.dev."""
+
+    input: Price | None = None
+    output: Price | None = None
+    cache_read: Price | None = None
+    cache_write: Price | None = None
+
+
+class Modalities(WireModel):
+    """What a model reads and writes: "text", "image" and the like."""
+
+    input: NameList = Field(default_factory=list)
+    output: NameList = Field(default_factory=list)
+
+
+class Servability(WireModel):
+    """Whether a loaded model can answer now, and if not, why."""
+
+    ok: bool
+    reason: str | None = None
+    detail: str | None = None
+
+
+def _as_table(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"ok": value}
+
+
+class ModelFacts(WireModel):
+    """What a neuron tells of a model itself, None if nothing. helexa's neuron does; ours tells none of it and must not
+    send null, which helexa's cortex does not accept."""
+
+    limit: ServedLimit | None = READ_ONLY
+    cost: TokenCost | None = READ_ONLY
+    capabilities: list[str] | None = READ_ONLY
+    modalities: Modalities | None = READ_ONLY
+    attachment: bool | None = READ_ONLY
+    reasoning: bool | None = READ_ONLY
+    structured_output: bool | None = READ_ONLY
+    temperature: bool | None = READ_ONLY
+    tool_call: bool | None = READ_ONLY
+
+
+class ModelView(ModelFacts):
     """One entry of `GET /models`. `since` is Unix time of the last change of status.
 
     A protocol v1 neuron omits the fields that default to None. `state` is a finer `status`, with its `reason`. `cause`
     classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
-    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`.
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `servable`: whether a loaded model can
+    answer now, also a bare boolean; None means that it can.
     """
 
     id: str
@@ -86,6 +142,14 @@ class ModelView(WireModel):
     vram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
+    servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
+
+    @property
+    def unservable_because(self) -> str | None:
+        """Why it cannot answer now, by its neuron; None if it can."""
+        if self.servable is None or self.servable.ok:
+            return None
+        return ": ".join(filter(None, (self.servable.reason, self.servable.detail))) or "no reason given"
 
     @property
     def known_status(self) -> ModelStatus | None:

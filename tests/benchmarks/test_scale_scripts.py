@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
-import pytest
-
-from benchmarks import cold_load, fleet_size
+from benchmarks import cold_start, fleet_size
 from benchmarks.scale.decisions import time_decisions
+from tests.benchmarks import llama_swap_stand_in
 
 
-async def test_a_cold_round_adds_up_and_a_crowd_starts_one_engine() -> None:
-    """The parts of the overhead add up to the whole, no event is missed, and the model is loaded once."""
-    rounds, crowd = await cold_load.measure(cold_load.engine_kind("sim", 0.1), rounds=1, crowd=5)
-    parts = rounds[0].parts()
-    pieces = ("added before the start", "added to the start", "added by detection", "added to the answer")
-    assert sum(parts[name] for name in pieces) == pytest.approx(parts["added, all"])
-    assert rounds[0].hand_start > 0.1
-    assert crowd.engines == 1
-    assert crowd.first <= crowd.last
-    assert "5 first requests at once: 1 engine started" in cold_load.table(
-        cold_load.result(cold_load.engine_kind("sim", 0.1), rounds, crowd)
-    )
+async def test_every_contender_is_measured_cold_and_in_a_swap(tmp_path: Path) -> None:
+    """Every figure is there for cortex, a start by hand and llama-swap's command line, and the table shows each."""
+    stand_in = tmp_path / "llama-swap"
+    words = shlex.join([sys.executable, llama_swap_stand_in.__file__])
+    stand_in.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
+    stand_in.chmod(0o700)
+    command = ["--load-secs", "0.1", "--rounds", "1", "--crowd", "3", "--llama-swap", str(stand_in)]
+    data = await cold_start.run(cold_start.parser().parse_args(command))
+    assert list(data["contenders"]) == ["by hand", "cortex", "llama-swap"]
+    for parts in data["contenders"].values():
+        assert list(parts) == list(cold_start.PARTS)
+        assert all(figures["median_ms"] > 0 for figures in parts.values())
+    assert data["crowd"]["requests"] == 3
+    assert cold_start.table(data).count("\n") == len(cold_start.PARTS) + 3
 
 
 async def test_a_pretended_fleet_is_measured_whole() -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.clients.running import BROKEN, MODELS, SLOW, SLOW_LOAD_SECS, Bench, Outside, outside
+from tests.clients.running import BROKEN, CHAT_ONLY, MODELS, SLOW, SLOW_LOAD_SECS, Bench, Outside, outside
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.clients import NodeEnvironment, node_clients, old_python_clients, python_clients
 from tests.services import Fleet, running_fleet
@@ -40,8 +40,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "waiting": {"first_comment_secs": 0.1, "comment_interval_secs": 0.1},
         "poll": {"interval_secs": 0.2},
     }
-    load_secs = {**dict.fromkeys(MODELS, 0.8), **dict.fromkeys(BROKEN.values(), 0.8), SLOW: SLOW_LOAD_SECS}
+    load_secs = {
+        **dict.fromkeys((*MODELS, *CHAT_ONLY), 0.8),
+        **dict.fromkeys(BROKEN.values(), 0.8),
+        SLOW: SLOW_LOAD_SECS,
+    }
     faults = {model: ["--fault", "unsupported-model"] for model in BROKEN.values()}
+    faults[CHAT_ONLY[0]] = ["--fault", "chat-only"]
+    faults[CHAT_ONLY[1]] = ["--fault", "chat-only-405", "--fault", "no-tokenize"]
     models = [
         {
             "id": model,

@@ -20,6 +20,8 @@ from tests.services import Fleet
 
 TOP = Path(__file__).parents[2]
 MODELS = ("sim/first", "sim/second")
+CHAT_ONLY = ("sim/chat-only", "sim/chat-only-405")
+"""Their engines answer 404 and 405 to everything but chat completions, which cortex translates to."""
 SLOW = "sim/slow"
 SLOW_LOAD_SECS = 5.0
 BROKEN = {agent: f"sim/broken-for-{agent}" for agent in ("claude", "codex", "opencode")}
@@ -71,6 +73,7 @@ class Bench:
     fleet: Fleet
     home: Path
     proxy: Outside
+    models: tuple[str, str] = MODELS
 
     @property
     def url(self) -> str:
@@ -79,7 +82,7 @@ class Bench:
 
     def cold(self, *models: str) -> None:
         """Unloads the models: the next request for one of them loads it."""
-        for model in models or MODELS:
+        for model in models or self.models:
             # A client that gave up leaves a load behind.
             eventually(partial(self._settled, model), f"{model} has been loaded", within_secs=20)
             if self._status(model) == "loaded":
@@ -140,6 +143,7 @@ class Report:
     """What a script of tests/clients/scripts printed: a result for each case."""
 
     results: Mapping[str, Any]
+    models: tuple[str, str] = MODELS
 
     def text(self, case: str) -> str:
         """The answer of a case; of a streamed one, after checking that it came in pieces."""
@@ -153,7 +157,7 @@ class Report:
 
     def check_text(self, case: str) -> None:
         """The whole answer of the simulated model that was asked."""
-        model = MODELS[1] if case in ("cold_plain", "warm_plain") else MODELS[0]
+        model = self.models[1] if case in ("cold_plain", "warm_plain") else self.models[0]
         text = self.text(case)
         assert text.startswith(f'{model} (simulated): "Who are you?" Every word'), text
         assert text.endswith("cuts it short."), text
@@ -163,7 +167,7 @@ class Report:
 
     def check_models(self) -> None:
         """The library found the model in the list of models."""
-        assert self._result("models") == [MODELS[0]]
+        assert self._result("models") == [self.models[0]]
 
     def _result(self, case: str) -> Any:
         result = self.results[case]
@@ -175,8 +179,8 @@ class Report:
 def report_of(bench: Bench, command: Sequence[str | Path], **environment: str) -> Report:
     """Runs a script, both models cold, and reads its report."""
     bench.cold()
-    output = bench.run([*command, bench.url, *MODELS], **environment)
-    return Report(json.loads(output.splitlines()[-1]))
+    output = bench.run([*command, bench.url, *bench.models], **environment)
+    return Report(json.loads(output.splitlines()[-1]), bench.models)
 
 
 def python_report(bench: Bench, python: Path, script: str, **environment: str) -> Report:

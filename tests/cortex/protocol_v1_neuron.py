@@ -58,6 +58,8 @@ class V1Neuron:
         self.used_mb = [0] * len(vram_total_mb)
         self.harnesses = harnesses
         self.models: dict[str, str] = {}
+        self.entries: dict[str, dict[str, Any]] = {}  # further fields of a model's entry, by its id
+        self.health: dict[str, Any] = {}  # further fields of `/health`
         self.loads: list[dict[str, Any]] = []
         self.unloads: list[str] = []
         self.calls: list[str] = []
@@ -105,12 +107,13 @@ class V1Neuron:
             {"index": i, "vram_used_mb": used, "vram_free_mb": mb - used, "utilization_pct": 0, "temp_c": 40}
             for i, (mb, used) in enumerate(zip(self.vram_total_mb, self.used_mb, strict=True))
         ]
-        return web.json_response({"uptime_secs": 5, "devices": devices})
+        return web.json_response({"uptime_secs": 5, "devices": devices, **self.health})
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(
             [
                 {"id": model_id, "harness": "vllm", "status": status, "devices": [0], "vram_used_mb": 1}
+                | self.entries.get(model_id, {})
                 for model_id, status in self.models.items()
             ]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,16 +45,82 @@ def test_no_process_is_left(number: signal.Signals) -> None:
     assert not state.exists()
 
 
-def test_killed_neuron_ends_the_fleet_with_its_engines() -> None:
-    """kill -9 of a neuron orphans its engines. They still end with the fleet, which names the neuron that exited."""
+def state_dirs(dev: Dev) -> list[Path]:
+    """Where the neurons of the fleet keep their state."""
+    with urllib.request.urlopen(f"{dev.url}/fleet", timeout=10) as response:
+        ports = [node["endpoint"].rpartition(":")[2] for node in json.loads(response.read())["nodes"]]
+    return [Path(tempfile.gettempdir(), f"neuron-{os.getuid()}-{port}") for port in ports]
+
+
+def processes_of(dev: Dev, module: str) -> list[int]:
+    """The processes that run `python -m MODULE serve`."""
+    command, found = f"\0{module}\0serve".encode(), []
+    for pid in alive(dev.family()):
+        with contextlib.suppress(OSError):
+            if command in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize("module", ["neuron", "cortex"])
+def test_killed_process_is_restarted(module: str) -> None:
+    """After kill -9 of a neuron or of cortex the fleet goes on at the same addresses: the output names what was killed,
+    a restarted neuron takes over its engines, and nothing is left in the end."""
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
+        states = state_dirs(dev)
+        for _ in range(2):
+            (killed,) = processes_of(dev, module)
+            os.kill(killed, signal.SIGKILL)
+            eventually(partial(_is_replaced, dev, module, killed), "its successor", within_secs=30)
+            eventually(lambda: _is_healthy(dev), "the fleet is healthy again", within_secs=30)
+            load_something(dev)
+        named = "neuron one" if module == "neuron" else "cortex"
+        assert f"cortex dev: {named} was killed by signal 9; restarting it" in dev.text()
         family = dev.family()
-        (neuron,) = [pid for pid in family if b"\0neuron\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(neuron, signal.SIGKILL)
-        assert dev.process.wait(30) == 1
+        os.kill(dev.process.pid, signal.SIGINT)
+        assert dev.process.wait(30) == 0
         eventually(lambda: not alive(family), "the end of every process", within_secs=30)
-        assert "one exited" in dev.text()
+    assert not any(state.exists() for state in states)
+
+
+def _is_replaced(dev: Dev, module: str, killed: int) -> bool:
+    return processes_of(dev, module) not in ([], [killed])
+
+
+def _is_healthy(dev: Dev) -> bool:
+    try:
+        with urllib.request.urlopen(f"{dev.url}/health", timeout=5) as response:
+            return bool(json.loads(response.read())["status"] == "ok")
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_killed_neuron_leaves_no_state(number: signal.Signals) -> None:
+    """A neuron that was killed cannot remove its state directory: the command does, also when it stops right then."""
+    with running_dev("--fleet", "one=1xRTX3060") as dev:
+        load_something(dev)
+        states = state_dirs(dev)
+        os.kill(processes_of(dev, "neuron")[0], signal.SIGKILL)
+        os.kill(dev.process.pid, number)
+        assert dev.process.wait(30) == 0
+    assert not any(state.exists() for state in states)
+
+
+def test_failed_start_leaves_no_state(tmp_path: Path) -> None:
+    """One host is wrong: the command names the neuron that exited and removes what the others have made so far."""
+    found = subprocess.run(
+        [sys.executable, "-m", "cortex", "dev", "--port", "0", "--fleet", "a=1xRTX3060,b=1xNoSuchCard"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert found.returncode == 1
+    assert "neuron b exited with status 1 before the fleet was ready" in found.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_port_in_use_is_said() -> None:

@@ -22,6 +22,7 @@ from neuron.api.app_keys import SERVICES
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.lifecycle.registry import Registry
+from shared.protocol import ENGINE_KEYS_HEADER
 from shared.serve import Site, bind, serving
 from tests.processes import EXITED
 
@@ -29,6 +30,8 @@ MARK_VARIABLE = "ENGINE_TEST_MARK"
 """Inherited by every process that a test starts, so that leftovers can be attributed to the test."""
 REPOSITORY = Path(__file__).parent.parent.parent
 TIMEOUT_SECS = 20.0
+OF_A_CORTEX = {ENGINE_KEYS_HEADER: "1"}
+"""Headers of a caller that sends engines their keys."""
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -152,9 +155,9 @@ async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
     sock = bind("127.0.0.1", 0)
     app = build_app(config, port=sock.getsockname()[1])
     site = Site(app, sock)
-    headers = {} if config.bearer_token is None else {"Authorization": f"Bearer {config.bearer_token}"}
+    headers = {"Authorization": f"Bearer {config.bearer_token}"} if config.bearer_token is not None else {}
     async with (
-        aiohttp.ClientSession(headers=headers) as session,
+        aiohttp.ClientSession(headers={**headers, **OF_A_CORTEX}) as session,
         serving([site], drain_timeout_secs=config.drain_timeout_secs),
     ):
         assert config.state_dir is not None
@@ -193,7 +196,7 @@ async def neuron_process(
     try:
         address = await until(lambda: process.returncode is not None or listening_address(log))
         assert isinstance(address, str), log.read_text()
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=OF_A_CORTEX) as session:
             yield NeuronProcess(session, address, process, log)
     finally:
         if process.returncode is None:

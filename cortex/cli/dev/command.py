@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shlex
 import signal
 import socket
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import tomli_w
 
 from cortex.cli.dev.fleet import (
     DevEngine,
@@ -22,21 +20,19 @@ from cortex.cli.dev.fleet import (
     neuron_table,
     parse_fleet,
 )
-from cortex.cli.dev.orphans import adopt_orphans, kill_adopted
+from cortex.cli.dev.processes import CORTEX, DevFleet, memory_file
 from cortex.config.catalogue import Catalogue, load_catalogue
 from shared.command_line import fail
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
 
-CORTEX = "cortex"  # a neuron of the same name stops together with cortex, instead of before it
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
-STOP_TIMEOUT_SECS = 40.0
 
 
 def run_dev(fleet: str, *, port: int, engine: str, model_dir: Path | None, vllm_command: str) -> int:
-    """Runs until a signal or until a child exits; the exit status."""
+    """Runs until a signal, or until a child exits before the fleet is ready; the exit status."""
     try:
         if not 0 <= port <= MAX_PORT:
             raise ValueError(f"--port must be from 0 to {MAX_PORT}, got {port}")
@@ -61,67 +57,6 @@ def example_catalogue() -> Catalogue:
     return load_catalogue(installed if installed.exists() else package.parent / "models.example.toml")
 
 
-def _memory_file(name: str, table: dict[str, Any]) -> int:
-    """A configuration as an anonymous memory file, which needs no cleanup."""
-    fd = os.memfd_create(name, 0)
-    os.write(fd, tomli_w.dumps(table).encode())
-    return fd
-
-
-class DevFleet:
-    """The child processes: each in its own session, so that Ctrl-C reaches only this process, and each holding the
-    read end of a pipe whose only writer is this process, so that they stop when it dies."""
-
-    def __init__(self) -> None:
-        adopt_orphans()
-        self._lifeline, self._writer = os.pipe()
-        self._processes: list[tuple[str, asyncio.subprocess.Process]] = []
-
-    async def start(self, name: str, module: str, config_fd: int, sock: socket.socket, *fds: int) -> None:
-        arguments = ["serve", "--config", f"/dev/fd/{config_fd}", "--fd", str(sock.fileno())]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", module, *arguments, "--lifeline-fd", str(self._lifeline)),
-            stdin=asyncio.subprocess.DEVNULL,
-            # The configuration is complete: no variable meant for a real cortex or neuron changes it.
-            env={key: value for key, value in os.environ.items() if not key.startswith(("CORTEX_", "NEURON_"))},
-            pass_fds=(config_fd, sock.fileno(), self._lifeline, *fds),
-            start_new_session=True,
-        )
-        self._processes.append((name, process))
-        sock.close()
-
-    async def _end(self, processes: list[asyncio.subprocess.Process]) -> None:
-        """SIGTERM, then SIGKILL after the time that draining and stopping engines may take."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            running = [process for process in processes if process.returncode is None]
-            for process in running:
-                process.send_signal(number)
-            if running:
-                await asyncio.wait(
-                    [asyncio.create_task(process.wait()) for process in running], timeout=STOP_TIMEOUT_SECS
-                )
-
-    async def first_exit(self) -> str:
-        """Waits for a child to exit; returns its name."""
-        name = await first_of({name: process.wait() for name, process in self._processes})
-        assert name is not None
-        return name
-
-    def signal_all(self, number: signal.Signals) -> None:
-        for _, process in self._processes:
-            if process.returncode is None:
-                process.send_signal(number)
-
-    async def stop(self) -> None:
-        """Cortex first, so that it does not see its neurons leave; then the neurons, which stop their engines."""
-        await self._end([process for name, process in self._processes if name == CORTEX])
-        await self._end([process for name, process in self._processes if name != CORTEX])
-        await asyncio.to_thread(kill_adopted)
-        os.close(self._writer)
-        os.close(self._lifeline)
-
-
 async def _dev(hosts: list[SimulatedHost], engine: DevEngine, port: int) -> int:
     gateway = bind("127.0.0.1", port)
     url = f"http://127.0.0.1:{gateway.getsockname()[1]}"
@@ -133,13 +68,13 @@ async def _dev(hosts: list[SimulatedHost], engine: DevEngine, port: int) -> int:
         ready = asyncio.create_task(_until_ready(url, len(hosts)))
         exited = asyncio.create_task(fleet.first_exit())
         first = await first_of({"stop": stop.wait(), "exit": exited, "ready": ready})
+        if first == "exit":
+            print(f"cortex dev: {exited.result()} before the fleet was ready; stopping the rest", file=sys.stderr)
+            return 1
         if first == "ready":
             _announce(url, neurons, ready.result())
-            exited = asyncio.create_task(fleet.first_exit())
-            first = await first_of({"stop": stop.wait(), "exit": exited})
-        if first == "exit":
-            print(f"cortex dev: {exited.result()} exited, stopping the rest", file=sys.stderr)
-            return 1
+            fleet.keep_running()
+            await stop.wait()
         return 0
     finally:
         await fleet.stop()
@@ -167,15 +102,12 @@ async def _start(
         sock = bind("127.0.0.1", 0)
         sock.listen()  # from now on callers wait instead of being refused
         neurons.append((host.name, sock.getsockname()[1]))
-        config_fd = _memory_file(f"{host.name}.toml", neuron_table(host, number, engine))
+        config_fd = memory_file(f"{host.name}.toml", neuron_table(host, number, engine))
         await fleet.start(host.name, "neuron", config_fd, sock)
-        os.close(config_fd)
-    models_fd = _memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
+    models_fd = memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
     table = cortex_table(neurons, models_config=f"/dev/fd/{models_fd}", metrics_listen=metrics_listen)
-    config_fd = _memory_file("cortex.toml", table)
-    await fleet.start(CORTEX, "cortex", config_fd, gateway, models_fd)
-    os.close(config_fd)
-    os.close(models_fd)
+    config_fd = memory_file("cortex.toml", table)
+    await fleet.start(CORTEX, CORTEX, config_fd, gateway, models_fd)
     return neurons
 
 

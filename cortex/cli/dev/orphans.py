@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -29,6 +30,14 @@ def kill_adopted() -> None:
         for pid in children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+
+
+def reap_adopted(own: Collection[int]) -> None:
+    """Collects the children that have exited, except `own`: otherwise they look like processes that still exist."""
+    for pid in _children():
+        if pid not in own:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def _children() -> list[int]:

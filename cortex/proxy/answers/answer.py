@@ -11,8 +11,7 @@ from cortex.http.request import Request
 from cortex.proxy.answers.error_event import error_event
 from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
-from shared.errors import UpstreamError, is_anthropic_path
-from shared.protocol import ErrorCode
+from shared.errors import ServiceError, is_anthropic_path
 
 
 class Answer:
@@ -50,10 +49,10 @@ class Answer:
         """Ends an answer that arrived completely with the engine's `status`. Returns the status to log."""
         return status
 
-    def lose(self, reason: str) -> None:
-        """Ends an answer whose engine was lost. It must not look complete: an event stream gets an error as its last
-        event, any other answer a reset connection."""
-        last = self.lost_event(reason) if self.events else None
+    def lose(self, error: ServiceError, model: str) -> None:
+        """Ends an answer whose engine was lost. It must not look complete: an event stream gets `error` as its last
+        event, any other answer a reset connection. `model` is what the engine was asked for."""
+        last = self.lost_event(error, model) if self.events else None
         if last is not None and not self.between_events:
             last = b"\n\n" + last  # ends the event that was cut off
         if last is not None and isinstance(self.body, ChunkedBody) and self.unpacked is None:
@@ -63,6 +62,14 @@ class Answer:
             self.client.cut()
         else:
             self.client.transport.write(last)
+
+    @property
+    def contents_start(self) -> bytes:
+        """The first bytes of the body, at least 512 of a longer one less the framing of chunks."""
+        start = self.tail.start
+        if self.unpacked is None and isinstance(self.body, ChunkedBody):
+            return ChunkedBody().start_unpacking(start)
+        return start
 
     @property
     def between_events(self) -> bool:
@@ -85,10 +92,11 @@ class Answer:
         """The end of an engine's error."""
         return b"".join(self.tail.chunks)
 
-    def lost_event(self, reason: str) -> bytes:
+    def lost_event(self, error: ServiceError, model: str) -> bytes:
         """The last event of a stream whose engine was lost."""
-        error = UpstreamError(f"the engine was lost while it answered: {reason}", code=ErrorCode.UPSTREAM_LOST)
-        return error_event(self.request.path, error, sent=b"".join(self.tail.chunks))
+        return error_event(
+            self.request.path, error, start=self.contents_start, end=b"".join(self.tail.chunks), model=model
+        )
 
 
 def own_lines(request: Request, request_id: bytes) -> bytes:

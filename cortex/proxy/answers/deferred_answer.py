@@ -14,7 +14,7 @@ from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.error_event import engine_error_event
 from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.upstream.connection import Body
-from shared.errors import UpstreamError
+from shared.errors import ServiceError, UpstreamError
 from shared.protocol import ErrorCode
 
 MAX_ERROR_BYTES: Final = 65536
@@ -69,13 +69,13 @@ class DeferredAnswer(Answer):
     def refusal(self) -> bytes:
         return bytes(self._error or b"")
 
-    def lose(self, reason: str) -> None:
+    def lose(self, error: ServiceError, model: str) -> None:
         if self._error is not None:
-            self._keep_alive.finish(self.lost_event(reason))
+            self._keep_alive.finish(self.lost_event(error, model))
         elif self._reframed:
-            self._keep_alive.finish((b"" if self.between_events else b"\n\n") + self.lost_event(reason))
+            self._keep_alive.finish((b"" if self.between_events else b"\n\n") + self.lost_event(error, model))
         else:
-            super().lose(reason)
+            super().lose(error, model)
 
     def _take(self, data: bytes) -> None:
         if self._error is not None:

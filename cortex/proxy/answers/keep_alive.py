@@ -8,6 +8,7 @@ event. A plain JSON answer may begin early as well, with white space, if the con
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.body.model_field import asks_for_stream
 from cortex.routing.replica import WaitNote
-from shared.errors import ServiceError, is_anthropic_path, render
+from shared.errors import ServiceError, event_body, is_anthropic_path
 
 STREAMED: Final = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
 """Paths whose answers may be event streams."""
@@ -95,7 +96,7 @@ class KeepAliveStream:
         if self.events:
             self.finish(error_event(self._request.path, error))
         else:
-            self.finish(render(error, self._request_id, anthropic=self._request.anthropic).body)
+            self.finish(json.dumps(event_body(error, anthropic=self._request.anthropic)).encode())
 
     def finish(self, data: bytes) -> None:
         """Ends the answer with `data`, which must not be empty."""

@@ -124,6 +124,17 @@ def form_names_model(start: bytes, content_type: str) -> bool:
         return False
 
 
+def find_or_add_model(body: bytes, content_type: str, default: str | None) -> tuple[ModelField, bytes]:
+    """The `model` of `body`, and the body, with the model `default` if it had none. Raises as `find_model`."""
+    try:
+        return find_model(body, content_type), body
+    except MissingModel:
+        if default is None:
+            raise
+    body = with_model(body, content_type, default)
+    return find_model(body, content_type), body
+
+
 def with_model(body: bytes, content_type: str, model: str) -> bytes:
     """`body`, for which `find_model` raises MissingModel, with this model and otherwise unchanged."""
     if _is_form(content_type):

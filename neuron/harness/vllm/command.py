@@ -115,7 +115,10 @@ def vllm_environment(
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
     # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
     # id stays readable in /proc/PID/environ of each.
-    return engine_environment(plan, inherited, defaults, {**fixed, "VLLM_API_KEY": plan.api_key, "SPT_NOENV": "1"})
+    made = engine_environment(plan, inherited, defaults, {**fixed, "SPT_NOENV": "1"})
+    # An operator's key in `env` would be unknown to neuron's callers.
+    made.pop("VLLM_API_KEY", None)
+    return made if plan.api_key is None else {**made, "VLLM_API_KEY": plan.api_key}
 
 
 def _memory_arguments(plan: LaunchPlan) -> list[str]:

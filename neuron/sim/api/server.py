@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -14,7 +14,7 @@ from neuron.sim.api import audio, chat, completions, errors, messages, pooling, 
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
 from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
-from neuron.sim.engine.faults import Fault
+from neuron.sim.engine.faults import Fault, Faults
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -87,6 +87,8 @@ WORK: dict[str, Handler] = {
 }
 """POST routes that need the model."""
 
+_NOT_CHAT = ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
+
 VIEWS: dict[str, Handler] = {
     "/health": health,
     "/ping": health,
@@ -110,6 +112,30 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
         if error.status < 400:
             raise
         return errors.response(errors.ApiError(error.status, error.reason, error.reason), anthropic=anthropic)
+
+
+def _without(paths: Container[str], status: int) -> Middleware:
+    """Answers as an engine that lacks some paths."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in paths:
+            return await handler(request)
+        detail = "Method Not Allowed" if status == 405 else "Not Found"
+        return web.json_response({"detail": detail}, status=status)
+
+    return check
+
+
+def _missing_routes(faults: Faults) -> list[Middleware]:
+    missing = []
+    if Fault.CHAT_ONLY in faults:
+        missing.append(_without(_NOT_CHAT, 404))
+    if Fault.CHAT_ONLY_405 in faults:
+        missing.append(_without(_NOT_CHAT, 405))
+    if Fault.NO_TOKENIZE in faults:
+        missing.append(_without(("/tokenize", "/detokenize"), 404))
+    return missing
 
 
 @web.middleware
@@ -148,6 +174,7 @@ def build_app(
     """
     guards: list[Middleware] = [] if sleeper is None else [guard(sleeper, control_digest)]
     guards += [] if api_key is None else [_require_key(api_key)]
+    guards += _missing_routes(engine.settings.faults)
     app = web.Application(middlewares=[*guards, _envelope, _count], client_max_size=_MAX_BODY)
     app[ENGINE] = engine
     app[_STARTED] = int(time.time())

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from neuron.sim.api.bodies import conversation, read_json, required, served_model, text_list
 from neuron.sim.api.errors import malformed
+from neuron.sim.api.tools import with_tools
 from neuron.sim.engine import tokens
 from neuron.sim.engine.engine import ENGINE
 
@@ -15,7 +16,7 @@ async def tokenize(request: web.Request) -> web.Response:
     body = await read_json(request)
     served_model(body.get("model"), settings)
     if body.get("prompt") is None and body.get("messages") is not None:
-        text = conversation(body["messages"]).text
+        text = with_tools(conversation(body["messages"]), body).text
     else:
         text = text_list(required(body, "prompt"), "prompt")[0]
     ids = tokens.token_ids(text)

@@ -28,6 +28,9 @@ class Fault(str, Enum):
     NO_METRICS = "no-metrics"  # 404
     BARE_METRICS = "bare-metrics"  # none of vLLM's
     HANGING_METRICS = "hanging-metrics"
+    CHAT_ONLY = "chat-only"  # 404 for Anthropic's messages and OpenAI's responses
+    CHAT_ONLY_405 = "chat-only-405"
+    NO_TOKENIZE = "no-tokenize"  # 404
 
 
 # Defaults of `--fault-after`.

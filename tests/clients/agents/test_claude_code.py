@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.clients.agents.commands import MODEL, claude, events_of, output_of
-from tests.clients.running import BROKEN, Bench
+from tests.clients.running import BROKEN, CHAT_ONLY, Bench
 from tests.environment.clients import NodeEnvironment
 from tests.services import NODE
 
@@ -33,6 +33,23 @@ def test_uses_a_tool(bench: Bench, node: NodeEnvironment) -> None:
     note = bench.home / "note.txt"
     note.write_text("the secret is 42\n", encoding="utf-8")
     assert "the secret is 42" in output_of(claude(bench, node, f'Use the Read tool on "{note}"'))
+
+
+@pytest.mark.parametrize("model", CHAT_ONLY)
+def test_answers_from_an_engine_without_messages(bench: Bench, node: NodeEnvironment, model: str) -> None:
+    """cold, so that the stream begins with pings, and then warm."""
+    bench.cold(model)
+    for _ in range(2):
+        answer = output_of(claude(bench, node, "Say hello", model=model))
+        assert answer.startswith(f'{model} (simulated): "Say hello" Every word'), answer
+
+
+def test_uses_a_tool_with_an_engine_without_messages(bench: Bench, node: NodeEnvironment) -> None:
+    """The call, its result and the answer are translated."""
+    note = bench.home / "note.txt"
+    note.write_text("the secret is 43\n", encoding="utf-8")
+    done = claude(bench, node, f'Use the Read tool on "{note}"', model=CHAT_ONLY[0])
+    assert "the secret is 43" in output_of(done)
 
 
 def test_shows_why_a_model_cannot_be_loaded(bench: Bench, node: NodeEnvironment) -> None:

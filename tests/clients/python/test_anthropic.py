@@ -1,18 +1,25 @@
-"""The anthropic library for Python, the current version and an old one."""
+"""The anthropic library for Python, the current version and an old one, on engines with `/v1/messages` and on engines
+that have only chat completions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.clients.running import TEXT_CASES, TOOL_CASES, Bench, Report, python_report
+from tests.clients.running import CHAT_ONLY, MODELS, TEXT_CASES, TOOL_CASES, Bench, Report, python_report
 
 
-@pytest.fixture(scope="module", params=["python", "old_python"])
+@pytest.fixture(
+    scope="module",
+    params=[("python", MODELS), ("old_python", MODELS), ("python", CHAT_ONLY), ("old_python", CHAT_ONLY)],
+    ids=["current", "old", "current, chat only", "old, chat only"],
+)
 def report(bench: Bench, request: pytest.FixtureRequest) -> Report:
-    python: Path = request.getfixturevalue(request.param)
-    return python_report(bench, python, "anthropic_sdk")
+    environment, models = request.param
+    python: Path = request.getfixturevalue(environment)
+    return python_report(replace(bench, models=models), python, "anthropic_sdk")
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
@@ -23,6 +30,11 @@ def test_text(report: Report, case: str) -> None:
 @pytest.mark.parametrize("case", TOOL_CASES)
 def test_tool_call(report: Report, case: str) -> None:
     report.check_tool(case)
+
+
+def test_token_count(report: Report) -> None:
+    """The old version cannot count."""
+    assert 40 < int(report.results.get("counted", 50)) < 200
 
 
 def test_models(report: Report) -> None:

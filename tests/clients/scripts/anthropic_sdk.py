@@ -37,6 +37,11 @@ def tool_plain(model: str) -> tuple[str, Any]:
     return called(api.create(**request(model, WEATHER_QUESTION), tools=[TOOL]))
 
 
+def counted(model: str) -> str:
+    messages = request(model, QUESTION)["messages"]
+    return str(api.count_tokens(model=model, messages=messages, system="Be brief.", tools=[TOOL]).input_tokens)
+
+
 def called(message: Any) -> tuple[str, Any]:
     assert message.stop_reason == "tool_use"
     (block,) = [block for block in message.content if block.type == "tool_use"]
@@ -48,4 +53,5 @@ def models(model: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    report(stream=stream, plain=plain, tool_stream=tool_stream, tool_plain=tool_plain, models=models)
+    counting = {"counted": counted} if hasattr(api, "count_tokens") else {}
+    report(stream=stream, plain=plain, tool_stream=tool_stream, tool_plain=tool_plain, models=models, **counting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
-from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.raw_http import connected, request
+from tests.cortex.protocol_v1_neuron import Answer, V1Neuron
+from tests.cortex.raw_engine import RawEngine, Received, plain
+from tests.cortex.raw_http import Wire, connected, request, until
 
 MODEL = "org/m"
 BODY = b'{"model":"org/m","prompt":"hi"}'
@@ -78,45 +80,72 @@ async def test_a_first_burst_is_spread_over_two_workers(pair: list[V1Neuron], tm
     assert min(held.arrived.values()) >= 7, held.arrived
 
 
-async def test_an_endpoint_is_kept_for_a_poll_interval(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
-    cortex = await start_cortex(pair, [{"id": MODEL}], poll={"interval_secs": 60})
+async def test_an_endpoint_is_asked_for_once(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
+    """Not for each request, and not for each poll."""
+    cortex = await start_cortex(pair, [{"id": MODEL}])  # polls 20 times a second
     for _ in range(30):
         assert await complete(cortex.url) == 200
+    polls = pair[0].calls.count("/models")
+    await until(lambda: pair[0].calls.count("/models") > polls + 2)
+    assert await complete(cortex.url) == 200
     assert [asked(neuron) for neuron in pair] == [1, 1]
 
 
-async def test_an_endpoint_is_not_kept_longer(start_cortex: StartCortex, pair: list[V1Neuron]) -> None:
-    """The old engine still answers, but the neuron has started another."""
+@pytest.mark.parametrize("change", ["its own entry", "another model"])
+async def test_an_endpoint_is_not_kept_when_an_entry_changes(
+    start_cortex: StartCortex, pair: list[V1Neuron], change: str
+) -> None:
+    """The old port still answers: it may be the other model's by now, and many engines serve any name."""
     one, other = pair
-    cortex = await start_cortex([one], [{"id": MODEL}])  # polls 20 times a second
+    cortex = await start_cortex([one], [{"id": MODEL}])
     assert await complete(cortex.url) == 200
     one.engine_url = other.engine.url
-    while not other.engine.requests:
-        assert await complete(cortex.url) == 200
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)
-    assert MODEL not in cortex.parts.routes.table, "no request asks for an idle model"
-    before = asked(one)
-    await asyncio.sleep(0.2)
-    assert asked(one) == before
+    if change == "another model":
+        one.models["org/other"] = "loaded"
+    else:
+        one.entries[MODEL] = {"devices": [1]}
+    await until(lambda: asked(one) == 2)
+    served = len(one.engine.requests)
+    assert await complete(cortex.url) == 200
+    assert (len(one.engine.requests), len(other.engine.requests)) == (served, 1)
 
 
-@pytest.mark.parametrize("failure", ["refused", "503"])
-async def test_an_endpoint_is_dropped_at_the_first_failure(
-    start_cortex: StartCortex, pair: list[V1Neuron], failure: str
+@pytest.mark.parametrize("now", ["closed", "banner", 400, 401, 403, 404, 405, 501, 502, 503])
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_an_engine_that_moved_between_two_polls(
+    pair: list[V1Neuron], tmp_path: Path, now: str | int, workers: int
 ) -> None:
-    """The engine moved within the poll interval: the neuron is asked again, and no client notices."""
+    """Its old port is closed, another process's, or another model's engine: the neuron is asked again, and no client
+    notices."""
     one, other = pair
-    async with moved(one, failure):
-        cortex = await start_cortex([one], [{"id": MODEL}], poll={"interval_secs": 60})
-        assert await complete(cortex.url) == 200
-    one.engine_url = other.engine.url
-    if failure == "503":
-        one.engine.answer = unavailable
-    for _ in range(3):
-        assert await complete(cortex.url) == 200
-    assert len(other.engine.requests) == 3
-    assert asked(one) == 2
+    old = OldPort()
+    async with (
+        old.running(),
+        cortex_process(tmp_path, [one], [{"id": MODEL}], poll_secs=60, workers=workers) as cortex,
+    ):
+        one.engine_url = old.url
+        for _ in range(8):  # every worker knows the endpoint
+            assert await complete(cortex.url) == 200
+        before = asked(one)
+        one.engine_url = other.engine.url
+        await old.becomes(now)
+        for _ in range(8):
+            assert await complete(cortex.url) == 200
+    assert len(other.engine.requests) == 8
+    assert asked(one) == before + 1
+
+
+@pytest.mark.parametrize("status", [401, 404, 405])
+async def test_an_engines_own_refusal_reaches_the_client(
+    start_cortex: StartCortex, pair: list[V1Neuron], status: int
+) -> None:
+    """The neuron names the same URL again, so the answer is the engine's."""
+    one, _ = pair
+    cortex = await start_cortex([one], [{"id": MODEL}], poll={"interval_secs": 60})
+    one.engine.answer = answering(status)
+    for number in range(1, 4):
+        assert await complete(cortex.url) == status
+        assert asked(one) == number, "once for each refusal that may come from another server"
 
 
 async def test_an_endpoint_is_dropped_when_its_model_is_unloaded(
@@ -133,17 +162,49 @@ async def test_an_endpoint_is_dropped_when_its_model_is_unloaded(
     assert (len(one.engine.requests), len(other.engine.requests)) == (1, 1)
 
 
-@contextlib.asynccontextmanager
-async def moved(neuron: V1Neuron, failure: str) -> AsyncIterator[None]:
-    """Inside the body, a neuron whose engine is gone afterwards if it then refuses."""
-    if failure != "refused":
-        yield
-        return
-    gone = V1Neuron("gone", 1)
-    async with gone.running():
-        neuron.engine_url = gone.engine.url
-        yield
+class OldPort:
+    """An engine's port, which becomes something else."""
+
+    def __init__(self) -> None:
+        self._engine = RawEngine()
+        self._engine.script = self._answer
+        self._now: str | int = "engine"
+        self._stack = contextlib.AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        return self._engine.url
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self._stack:
+            await self._stack.enter_async_context(self._engine.running())
+            yield
+
+    async def becomes(self, now: str | int) -> None:
+        self._now = now
+        if now == "closed":
+            await self._stack.aclose()
+        elif now == "banner":
+            self._engine.on_connect = greet
+            for wire in self._engine.open_connections:
+                wire.reset()
+
+    async def _answer(self, wire: Wire, received: Received) -> None:
+        if self._now == "engine":
+            await wire.send(plain(b"{}"))
+        else:
+            error = {"message": "The model `org/m` does not exist.", "type": "NotFoundError", "code": self._now}
+            await wire.send(plain(json.dumps({"error": error}).encode(), status=f"{self._now} Refused"))
 
 
-async def unavailable(_: web.Request) -> web.StreamResponse:
-    return web.Response(status=503)
+async def greet(wire: Wire) -> None:
+    await wire.send(b"SSH-2.0-OpenSSH_9.6\r\n")
+    await wire.gone.wait()
+
+
+def answering(status: int) -> Answer:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status)
+
+    return answer

@@ -88,12 +88,24 @@ async def test_changes_that_affect_routing_are_reported() -> None:
         assert await changes.next() == {"m"}
         fleet.set_draining("a", True)
         assert await changes.next() == {"m"}
-        fleet.update_model("a", ModelView(id="new", status="loaded"))
+        fleet.update_model("a", ModelView(id="new", status="loaded", since=1.0))
         assert await changes.next() == {"new"}
         fleet.remove_model("a", "m")
         assert await changes.next() == {"m"}
         fleet.record_miss("a", "gone")
         assert await changes.next() == {"new"}
+
+
+async def test_without_since_any_change_of_the_listing_may_be_a_reload() -> None:
+    """Protocol v1: the entry looks alike afterwards, and an engine's port may be another model's."""
+    fleet = make_fleet()
+    for model_id in ("m", "n"):
+        fleet.update_model("a", ModelView(id=model_id, status="loaded"))
+    with contextlib.closing(RouteChanges(fleet)) as changes:
+        fleet.update_model("a", ModelView(id="m", status="loaded", devices=[1]))
+        assert await changes.next() == {"m"}
+        fleet.update_model("a", ModelView(id="n", status="unloaded"))
+        assert await changes.next() == {"m", "n"}
 
 
 def test_holders_stay_true_as_models_come_and_go() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cortex.proxy.answers.error_event import engine_error_event, error_event
-from shared.errors import Unavailable
+from shared.errors import Unavailable, render
 
 FAILED = Unavailable("no such path", code="cold_load_failed", retry_after=7)
 
@@ -46,6 +46,17 @@ def test_messages_get_anthropics_error(permanent: bool, kind: str) -> None:
     assert data["error"]["message"] == "no such path"
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/messages", b"/v1/responses"])
+def test_permanent_errors_say_that_retrying_is_useless(path: bytes) -> None:
+    """The headers have been sent, so a field says it; a time to retry would contradict it."""
+    _, data = parsed(error_event(path, Unavailable("no such path", retry_after=7, permanent=True)))
+    assert data["error"]["should_retry"] is False
+    assert "retry_after" not in data["error"]
+    headers = render(Unavailable("no such path", retry_after=7, permanent=True), "r", anthropic=False).headers
+    assert headers["x-should-retry"] == "false"
+    assert "retry-after" not in headers
+
+
 def test_responses_fail() -> None:
     """Codex reads `response.error`; the openai packages raise for the `error` at the top."""
     name, data = parsed(error_event(b"/v1/responses", FAILED))
@@ -58,6 +69,40 @@ def test_responses_fail() -> None:
     assert (data["response"]["error"]["code"], data["error"]["code"]) == ("invalid_prompt", "cold_load_failed")
 
 
+CREATED = {
+    "type": "response.created",
+    "response": {
+        "id": "resp_1",
+        "created_at": 1700000000,
+        "instructions": 'model \\ "model": "x"',
+        "metadata": {"model": "y"},
+        "model": "org/small",
+        "object": "response",
+        "status": "in_progress",
+        "output": [],
+    },
+}
+
+
+def test_failed_response_is_the_one_that_began() -> None:
+    """Clients match events by the response's id, so `response.failed` repeats what `response.created` said."""
+    for start in (json.dumps(CREATED), json.dumps(CREATED, separators=(",", ":"))):
+        _, data = parsed(error_event(b"/v1/responses", FAILED, start=b"data: %b\n\n" % start.encode(), model="other"))
+        response = data["response"]
+        assert (response["id"], response["created_at"]) == ("resp_1", 1700000000)
+        assert (response["model"], response["status"], response["object"]) == ("org/small", "failed", "response")
+
+
+@pytest.mark.parametrize("kept", range(len(json.dumps(CREATED))))
+def test_failed_response_after_a_part_of_its_start(kept: int) -> None:
+    """Only the beginning of a long event is kept: the model is then the one that was asked for."""
+    start = json.dumps(CREATED).encode()[:kept]
+    _, data = parsed(error_event(b"/v1/responses", FAILED, start=start, model="org/small"))
+    if b'"created_at": 1700000000,' in start:
+        assert (data["response"]["id"], data["response"]["created_at"]) == ("resp_1", 1700000000)
+    assert data["response"].get("model", "org/small") == "org/small"
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -67,7 +112,7 @@ def test_responses_fail() -> None:
 )
 def test_sequence_numbers_continue_after_a_lost_response(sent: bytes) -> None:
     """The error event has the number after the last one that the client received."""
-    _, data = parsed(error_event(b"/v1/responses", FAILED, sent=sent))
+    _, data = parsed(error_event(b"/v1/responses", FAILED, end=sent))
     assert data["sequence_number"] == 42
 
 

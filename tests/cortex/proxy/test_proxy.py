@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
@@ -199,17 +198,6 @@ async def test_request_that_kills_engines_is_given_up(start_cortex: StartCortex,
         assert response.status == 502
         assert (await response.json())["error"]["code"] == "upstream_unreachable"
     assert 1 < len(benjy.loads) <= 4
-
-
-async def test_engine_of_a_protocol_v1_neuron_that_moved_is_found(
-    cortex: RunningCortex, benjy: V1Neuron, beast: V1Neuron
-) -> None:
-    """A protocol v1 neuron does not report reloads: cortex asks for its endpoint again after a poll interval."""
-    assert await _node_of(cortex) == "benjy"
-    benjy.engine_url = beast.engine.url
-    async with timeout(5):
-        while not beast.engine.requests:
-            assert await _node_of(cortex) == "benjy"
 
 
 async def test_compressed_request_arrives_decompressed(cortex: RunningCortex, benjy: V1Neuron) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cortex.routing.replica import Replica
-from cortex.routing.response_owners import MAX_IDS, ResponseOwners, response_id
+from cortex.routing.response_owners import MAX_IDS, UNSTORED, ResponseOwners, response_id
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -121,6 +121,16 @@ async def test_unknown_id(cortex: RunningCortex, engines: dict[str, Engine]) -> 
             status, answer = await ask(client, method, "/v1/responses/resp_none")
             assert status == 404
             assert "resp_none" in answer["error"]["message"]  # type: ignore[index]
+    assert not any(engine.requests for engine in engines.values())
+
+
+async def test_response_that_no_engine_stores(cortex: RunningCortex, engines: dict[str, Engine]) -> None:
+    """The error says so, and that waiting or asking elsewhere is useless."""
+    async with connected(cortex.url) as client:
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
+            status, answer = await ask(client, method, f"/v1/responses/{UNSTORED}0123{path}")
+            assert status == 404
+            assert "its engine has only /v1/chat/completions" in answer["error"]["message"]  # type: ignore[index]
     assert not any(engine.requests for engine in engines.values())
 
 

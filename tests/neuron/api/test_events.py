@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
+from neuron.gpu.simulated import SimulatedTopologySource
+from neuron.lifecycle import engine_life
 from neuron.lifecycle.events import QUEUE_LIMIT, EventHub
 from tests.neuron.neurons import Neuron, config_of, neuron_here
 
@@ -49,7 +52,7 @@ async def test_a_whole_life_in_events(neuron: Neuron) -> None:
                 states.append(model["state"])
             if model["progress"]:
                 phases.append(model["progress"]["phase"])
-            if model["state"] == "loaded" and task is not None:
+            if model["state"] == "loaded" and model["vram_used_mb"]:
                 assert model["vram_used_mb"] == 5000
                 assert (await task).status == 200
                 task = asyncio.create_task(neuron.unload(MODEL))
@@ -58,6 +61,32 @@ async def test_a_whole_life_in_events(neuron: Neuron) -> None:
         assert (await task).status == 200
         assert states == ["starting", "loading", "loaded", "stopping", "unloaded"]
         assert "loading weights" in phases
+
+
+async def test_loaded_is_told_before_its_memory_is_measured(neuron: Neuron, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request waits for this event: it comes with the endpoint while the driver still counts, and the memory
+    follows in another one."""
+    driver = asyncio.Event()
+    measure = SimulatedTopologySource.process_memory_mb
+
+    async def slowly(source: SimulatedTopologySource) -> Mapping[int, Mapping[int, int]]:
+        await driver.wait()
+        return await measure(source)
+
+    monkeypatch.setattr(SimulatedTopologySource, "process_memory_mb", slowly)
+    monkeypatch.setattr(engine_life, "_MEASURE_SECS", 60.0)
+    async with neuron.session.get(f"{neuron.base}/events") as response:
+        stream = sse(response)
+        await anext(stream)
+        load = asyncio.create_task(neuron.load(MODEL, vram_mb=5000))
+        loaded = (model async for _, _, model in stream if model["state"] == "loaded")
+        first = await asyncio.wait_for(anext(loaded), 20)
+        assert first["endpoint"]["url"]
+        assert first["vram_used_mb"] is None
+        driver.set()
+        assert (await asyncio.wait_for(anext(loaded), 20))["vram_used_mb"] == 5000
+        answer = await load
+        assert answer.body["url"] == first["endpoint"]["url"]
 
 
 async def test_failure_is_an_event(neuron: Neuron) -> None:

@@ -20,7 +20,7 @@ import aiohttp
 from neuron.engine import session
 from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
-from tests.neuron.neurons import REPOSITORY, marked_processes
+from tests.neuron.neurons import OF_A_CORTEX, REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port
 
 DEVICES, DEVICE_MB = 3, 8000
@@ -97,7 +97,7 @@ class Host:
     @property
     def http(self) -> aiohttp.ClientSession:
         if self._http is None:
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CALL_SECS))
+            self._http = aiohttp.ClientSession(headers=OF_A_CORTEX, timeout=aiohttp.ClientTimeout(total=CALL_SECS))
         return self._http
 
     @property

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from neuron.engine import session
-from neuron.engine.spare.program import NotPython, program_of
-from neuron.engine.spare.spare import Spare, SpareFailed, SpareOrigin, SpareRefused
 from neuron.engine.state_dir import EngineDir
 from neuron.harness.base import ENGINE_ID_VARIABLE, EarlyImports, EngineCommand
+from neuron.lifecycle.spare.program import NotPython, program_of
+from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareOrigin, SpareRefused
 from shared.protocol import Device
 from tests.neuron.neurons import until
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from neuron.engine.session import engine_id_of
-from neuron.lifecycle import spares
+from neuron.lifecycle.spare import spares
 from tests.neuron.neurons import (
     Client,
     Neuron,

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 
 from neuron.engine.process import EngineProcess
-from neuron.engine.spare import spare_process
-from neuron.engine.spare.program import NotPython, Program, program_of
 from neuron.engine.state_dir import EngineDir
 from neuron.harness.base import ENGINE_ID_VARIABLE, EarlyImports, EngineCommand
+from neuron.lifecycle.spare import spare_process
+from neuron.lifecycle.spare.program import NotPython, Program, program_of
 from shared.protocol import Device
 from shared.tasks import timeout
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine
-from neuron.engine.spare.program import NotPython
-from neuron.engine.spare.spare import Spare, SpareFailed, SpareOrigin, SpareState
 from neuron.engine.state_dir import StateDir
 from neuron.harness.registry import HARNESSES
+from neuron.lifecycle.spare.program import NotPython
+from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareOrigin, SpareState
 from neuron.memory.host_memory import SleepBudget, host_memory
 from shared.protocol import SpareView
 from shared.tasks import first_of

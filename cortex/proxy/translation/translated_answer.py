@@ -1,0 +1,113 @@
+"""Gives the client an engine's answer in the client's dialect."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Final
+
+from cortex.http import headers as names
+from cortex.http.event_stream import is_event_stream
+from cortex.http.framing import ChunkedBody, SizedBody
+from cortex.http.heads import ResponseHead
+from cortex.proxy.answers.answer import Answer
+from cortex.proxy.translation.interface import StreamTranslation, Translation
+from cortex.upstream.connection import Body
+from shared.errors import ServiceError
+
+MAX_WHOLE_BYTES: Final = 64 << 20
+"""Of an answer that is not a stream: it is collected before it is translated."""
+
+_EVENTS: Final = b"text/event-stream; charset=utf-8"
+_JSON: Final = b"application/json"
+
+
+class TranslatedAnswer(Answer):
+    """`inner` gets what an engine that speaks the dialect would have sent, in chunks of our own."""
+
+    __slots__ = ("_collected", "_framing", "_inner", "_size", "_stream", "_translation", "head")
+
+    def __init__(self, inner: Answer, translation: Translation) -> None:
+        super().__init__(inner.client, inner.request)
+        self.tail = inner.tail
+        self._inner = inner
+        self._translation = translation
+        self._stream: StreamTranslation | None = None
+        self._framing = ChunkedBody()
+        self._collected: list[bytes] = []
+        self._size = 0
+        self.head: ResponseHead
+
+    def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
+        self.request.forget()
+        self.head = head
+        self.body = body
+        if isinstance(body, ChunkedBody):
+            first = body.start_unpacking(first)
+            self.unpacked = body
+        if _streams(head):
+            self._stream = self._translation.stream()
+            events = self._framed(self._stream.feed(first))
+            self._inner.begin(_head_of(head, head.status, {names.CONTENT_TYPE: _EVENTS}), self._framing, events)
+            self.events = self._inner.events
+        else:
+            self._collect(first)
+        return False
+
+    def write(self, data: bytes) -> None:
+        if self.unpacked is not None:
+            data = self.unpacked.take()
+        if self._stream is None:
+            self._collect(data)
+        else:
+            events = self._framed(self._stream.feed(data))
+            if events:
+                self._inner.write(events)
+
+    def finish(self, status: int) -> int:
+        if self._stream is not None:
+            self._inner.write(self._framed(self._stream.finish()) + self._framing.feed(b"0\r\n\r\n"))
+            return self._inner.finish(status)
+        status, body = self._translation.answer(status, b"".join(self._collected))
+        named = {names.CONTENT_TYPE: _JSON, names.CONTENT_LENGTH: b"%d" % len(body)}
+        framing = SizedBody(len(body))
+        self._inner.begin(_head_of(self.head, status, named), framing, framing.feed(body))
+        return self._inner.finish(status)
+
+    def lose(self, error: ServiceError, model: str) -> None:
+        self._inner.lose(error, model)
+
+    def break_silence(self, text: str) -> None:
+        self._inner.break_silence(text)
+
+    def refusal(self) -> bytes:
+        return self._inner.refusal()
+
+    def _framed(self, events: bytes) -> bytes:
+        return self._framing.feed(b"%x\r\n%b\r\n" % (len(events), events)) if events else b""
+
+    def _collect(self, data: bytes) -> None:
+        """What exceeds the limit is dropped; then the rest is not valid JSON."""
+        self._collected.append(data[: MAX_WHOLE_BYTES - self._size])
+        self._size += len(self._collected[-1])
+
+
+def _streams(head: ResponseHead) -> bool:
+    content_type = head.named.get(names.CONTENT_TYPE)
+    return (
+        head.status == 200
+        and content_type is not None
+        and is_event_stream(content_type)
+        and names.CONTENT_ENCODING not in head.named
+    )
+
+
+def _head_of(head: ResponseHead, status: int, named: dict[int, bytes]) -> ResponseHead:
+    """The engine's head with another status and other headers for its body."""
+    translated = ResponseHead()
+    translated.version = head.version
+    translated.keep_alive = head.keep_alive
+    translated.status = status
+    translated.reason = head.reason if status == head.status else HTTPStatus(status).phrase.encode()
+    translated.passed = head.passed
+    translated.named = named
+    return translated

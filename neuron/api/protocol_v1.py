@@ -1,0 +1,149 @@
+"""Callers that speak only protocol v1: they cannot send engines a key, and count on `GET /models/{id}/endpoint` to load
+a model that is not loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from neuron import errors as failures
+from neuron.engine.keys import EngineKeys
+from neuron.lifecycle.model_state import ModelState, NeuronModelView
+from neuron.lifecycle.registry import Registry
+from neuron.lifecycle.states import State
+from neuron.memory.capacity import InsufficientVram
+from shared.errors import ServiceError, Unavailable
+from shared.protocol import ENGINE_KEYS_HEADER, ErrorCode, LoadCommand, ModelStatus
+
+ROOM_SECS = 60.0
+"""How long the endpoint of a model waits for others to become idle."""
+_ROOM_POLL_SECS = 0.25
+_ATTEMPTS = 3
+_BUSY_SECS = 10.0  # Retry-After
+_GONE_SECS = 1.0  # Retry-After
+_SCHEME = "huggingface:"
+_NOT_RUNNING = frozenset({ModelStatus.UNLOADED.value, ModelStatus.FAILED.value})
+_WHOLE = ("utilization_pct", "temp_c")
+
+
+def carries_keys(request: web.Request) -> bool:
+    """True when the caller sends engines their key; False for one that speaks only protocol v1."""
+    return ENGINE_KEYS_HEADER in request.headers
+
+
+def plain_id(model_id: str) -> str:
+    """The id without the registry's name: helexa's cortex puts it before the id in a load, and nowhere else."""
+    return model_id.removeprefix(_SCHEME)
+
+
+class ProtocolV1:
+    """What these callers get. Single owner of the models that are not listed to them."""
+
+    def __init__(self, registry: Registry, keys: EngineKeys) -> None:
+        self._registry = registry
+        self._keys = keys
+        self._unlisted: set[str] = set()
+
+    async def loads(self, model_id: str) -> None:
+        """Such a caller has loaded the model, which is then listed to it."""
+        self._unlisted.discard(model_id)
+        await self._keys.met_v1_caller(model_id)
+
+    async def until_usable(self, model_id: str) -> None:
+        """Returns when the model is loaded and its engine takes requests without a key, or, where every caller has sent
+        neuron's token, with one. Loads the model as it was last loaded; idle engines without a key make room for it. An
+        idle engine that has a key and need not have one is replaced.
+
+        If the load fails, the model is not listed to these callers until they load it: their cortex then chooses a host
+        for it, and evicts others, by its own rules.
+
+        Raises:
+            NotFound: the model was never asked for. ServiceError: the load failed, or the engine's key stays.
+        """
+        model = self._registry.get(model_id)
+        await self._keys.met_v1_caller(model_id)
+        if self._keys.required and not self._keys.sender_is_trusted:
+            raise failures.key_required(
+                model_id,
+                f'set engine_keys = "auto" in neuron.toml, or send the key and the header {ENGINE_KEYS_HEADER}',
+            )
+        for _ in range(_ATTEMPTS):
+            await self._drop_key(model)
+            if model.state is State.LOADED:
+                return
+            try:
+                await self._load(model)
+            except ServiceError as error:
+                if error.code == ErrorCode.LOAD_CANCELLED:
+                    continue  # unloaded meanwhile, perhaps to make room: it is wanted still
+                self._unlisted.add(model_id)
+                raise
+        raise Unavailable(f"{model_id} is unloaded again and again", retry_after=_GONE_SECS)
+
+    async def _load(self, model: ModelState) -> None:
+        """Loads or wakes it. Where memory lacks, waits for engines without a key to become idle, and ends them."""
+        deadline = time.monotonic() + ROOM_SECS
+        while True:
+            try:
+                command = LoadCommand(model_id=model.model_id)
+                await (await self._registry.load(command, carries_keys=False, displace=True)).loaded()
+            except InsufficientVram:
+                if model.state is State.SLEEPING:
+                    self._registry.restart(model.model_id, "no memory to wake: it is loaded again")
+                elif time.monotonic() >= deadline or not self._registry.room_may_come():
+                    raise
+                else:
+                    await asyncio.sleep(_ROOM_POLL_SECS)
+            else:
+                return
+
+    async def drop_key(self, model_id: str) -> None:
+        """Replaces the engine of a loaded model if it has a key and need not have one.
+
+        Raises:
+            Unavailable: it has requests. ServiceError: the load failed.
+        """
+        model = self._registry.get(model_id)
+        if _has_needless_key(model, self._keys):
+            await self.until_usable(model_id)
+
+    async def _drop_key(self, model: ModelState) -> None:
+        if not _has_needless_key(model, self._keys):
+            return
+        engine = model.engine
+        assert engine is not None
+        await engine.health.take_sample()
+        if engine.health.busy:
+            advice = (
+                "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
+                'a key. With engine_keys = "never" in neuron.toml no engine has one'
+            )
+            raise failures.key_required(model.model_id, advice, retry_after=_BUSY_SECS)
+        if model.engine is engine and model.state is State.LOADED:
+            self._registry.restart(model.model_id, "restarts without a key for a caller that cannot send one")
+
+    def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
+        """The entries of `/models` that such a caller gets."""
+        return [view for view in views if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+
+    def health(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The answer of `/health` as known implementations read it: whole numbers, and no `activation` of ours, for
+        which they have another type."""
+        devices = [_whole_figures(device) for device in figures["devices"]]
+        told = {**figures, "uptime_secs": int(figures["uptime_secs"]), "devices": devices}
+        return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
+
+
+def _has_needless_key(model: ModelState, keys: EngineKeys) -> bool:
+    if keys.required or model.state is not State.LOADED or model.engine is None:
+        return False
+    return model.engine.api_key is not None
+
+
+def _whole_figures(device: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {name: round(device[name]) for name in _WHOLE if device[name] is not None}
+    return {**device, **whole}

@@ -1,1 +1,0 @@
-"""Processes that have imported an engine's modules before a load asks for them. Used by `neuron/lifecycle`."""

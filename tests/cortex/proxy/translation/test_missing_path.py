@@ -1,0 +1,177 @@
+"""An engine that lacks `/v1/messages`: noticed before the client hears anything, remembered, and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from cortex.routing.missing_paths import KEPT_SECS, MAX_ENTRIES, MissingPaths
+from cortex.routing.replica import Replica
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.proxy.translation.chat_engine import NOT_FOUND, ChatEngine
+from tests.cortex.raw_engine import closing, plain, resetting
+from tests.cortex.raw_http import Answer, RawClient, Truncated, connected, request
+
+MODEL = "org/small"
+
+
+@pytest.fixture
+async def engine(benjy: V1Neuron) -> AsyncIterator[ChatEngine]:
+    async with ChatEngine().running() as engine:
+        benjy.models[MODEL], benjy.engine_url = "loaded", engine.url
+        yield engine  # type: ignore[misc]
+
+
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine) -> RunningCortex:
+    return await start_cortex([benjy], [{"id": MODEL}])
+
+
+async def ask(client: RawClient, **fields: Any) -> Answer:
+    body = {"model": MODEL, "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], **fields}
+    return await client.ask(request(json.dumps(body).encode(), target="/v1/messages?beta=true"))
+
+
+@pytest.mark.parametrize("missing", NOT_FOUND)
+async def test_is_translated_at_once(client: RawClient, engine: ChatEngine, missing: str) -> None:
+    """However the engine says that it lacks the path, the client gets an answer, and later requests go straight to
+    chat completions."""
+    engine.missing = NOT_FOUND[missing]
+    for _ in range(2):
+        answer = await ask(client)
+        assert answer.status == 200, answer.body
+        message = json.loads(answer.body)
+        assert message["content"] == [{"type": "text", "text": "Hi there"}]
+        assert answer.get("x-cortex-node") == "benjy"
+        assert answer.get("request-id")
+    assert engine.paths == ["/v1/messages", "/v1/chat/completions", "/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "chunked", "until close"])
+async def test_stream_is_translated(client: RawClient, engine: ChatEngine, missing: str) -> None:
+    engine.missing = NOT_FOUND[missing]
+    answer = await ask(client, stream=True)
+    assert (answer.status, answer.get("content-type")) == (200, "text/event-stream; charset=utf-8")
+    names = [line[7:] for line in answer.body.decode().splitlines() if line.startswith("event: ")]
+    assert names == [
+        "message_start",
+        "content_block_start",
+        *["content_block_delta"] * 2,
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+async def test_old_clients(cortex: RunningCortex, engine: ChatEngine, version: str) -> None:
+    """A client that does not know chunks gets the stream until the connection closes."""
+    body = {"model": MODEL, "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    async with connected(cortex.url) as client:
+        answer = await client.ask(request(json.dumps(body).encode(), target="/v1/messages", version=version))
+    assert answer.body.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error":{"message":"The model `org/small` does not exist.","type":"NotFoundError","param":"model"}}',
+        b'{"type":"error","error":{"type":"not_found_error","message":"model \'org/small\' not found"}}',
+        b'{"error":{"message":"unknown","code":"model_not_found"}}',
+    ],
+)
+async def test_unknown_model_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
+    """A 404 of an engine that has the path goes to the client byte for byte, with its status."""
+    engine.missing = plain(body, status="404 Not Found")
+    answer = await ask(client)
+    assert (answer.status, answer.body) == (404, body)
+    assert engine.paths == ["/v1/messages"]
+
+
+async def test_long_error_is_passed_on(client: RawClient, engine: ChatEngine) -> None:
+    """An error that is too long to be held back reaches the client whole."""
+    body = b"x" * 200_000
+    engine.missing = plain(body, status="404 Not Found", content_type="text/plain")
+    answer = await ask(client)
+    assert (answer.status, answer.body) == (404, body)
+
+
+async def test_engine_with_the_path_gets_bytes_unchanged(client: RawClient, engine: ChatEngine) -> None:
+    engine.lacks = set()
+    assert (await ask(client)).body == b'{"type": "message", "native": true}'
+    assert engine.requests[0].target == "/v1/messages?beta=true"
+
+
+async def test_model_that_chats_do_not_know_either_is_not_remembered(client: RawClient, engine: ChatEngine) -> None:
+    """The engine says 404 without a reason for an unknown model: its next request tries the client's path again."""
+    engine.missing = plain(b"", status="404 Not Found")
+    engine.completion = plain(b'{"error": {"message": "no such model"}}', status="404 Not Found")
+    answer = await ask(client)
+    assert (answer.status, json.loads(answer.body)["error"]["type"]) == (404, "not_found_error")
+    engine.lacks = set()
+    assert json.loads((await ask(client)).body)["native"]
+
+
+async def test_forgotten_when_the_engine_fails(client: RawClient, engine: ChatEngine) -> None:
+    """An engine that was lost may come back as another program."""
+    assert (await ask(client)).status == 200
+    engine.lacks = set()
+    engine.scripts.append(resetting())  # the kept connection
+    engine.scripts.append(closing())
+    assert (await ask(client)).status == 502
+    assert json.loads((await ask(client)).body)["native"]
+
+
+async def test_engine_lost_while_it_refuses_is_retried(client: RawClient, engine: ChatEngine) -> None:
+    """A 404 that breaks off decides nothing: the client sees it cut off, as any other answer."""
+    engine.scripts.append(closing(plain(b'{"detail":"Not Found"}', status="404 Not Found")[:-5]))
+    with pytest.raises(Truncated):
+        await ask(client)
+
+
+async def test_replicas_with_and_without_the_path(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
+) -> None:
+    """Each engine is asked in the way that it understands."""
+    async with ChatEngine().running() as other:
+        assert isinstance(other, ChatEngine)
+        other.lacks = set()
+        beast.models[MODEL], beast.engine_url = "loaded", other.url
+        cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+
+        async def native() -> bool:
+            async with connected(cortex.url) as client:
+                return bool(json.loads((await ask(client)).body).get("native", False))
+
+        assert set(await asyncio.gather(*(native() for _ in range(8)))) == {True, False}
+        assert set(engine.paths) == {"/v1/messages", "/v1/chat/completions"}
+        assert set(other.paths) == {"/v1/messages"}
+
+
+async def test_request_that_cannot_be_translated_is_refused(client: RawClient, engine: ChatEngine) -> None:
+    """The error has Anthropic's shape and names the engine; a native engine would have got the request."""
+    answer = await ask(client, tools=[{"type": "web_search_20250305", "name": "web_search"}])
+    error = json.loads(answer.body)["error"]
+    assert (answer.status, error["type"]) == (400, "invalid_request_error")
+    assert "tools[0]" in error["message"]
+    assert "org/small on benjy" in error["message"]
+    assert engine.paths == ["/v1/messages"]
+
+
+def test_memory_is_bounded_and_expires() -> None:
+    """A minute later the engine is asked again, and another address or key is another engine."""
+    paths = MissingPaths()
+    replica = Replica(model_id=MODEL, node="benjy", url="http://benjy:1", api_key="a")
+    paths.add(replica, b"/v1/messages", 0.0)
+    assert paths.lacks(replica, b"/v1/messages", KEPT_SECS - 1)
+    assert not paths.lacks(replica, b"/v1/messages", KEPT_SECS)
+    assert not paths.lacks(replica, b"/v1/responses", 1.0)
+    assert not paths.lacks(Replica(model_id=MODEL, node="benjy", url="http://benjy:1", api_key="b"), b"/v1/messages", 1)
+    for number in range(MAX_ENTRIES):
+        paths.add(Replica(model_id=MODEL, node="benjy", url=f"http://benjy:{number + 2}"), b"/v1/messages", 0.0)
+    assert not paths.lacks(replica, b"/v1/messages", 1.0)
