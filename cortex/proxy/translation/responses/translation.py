@@ -27,7 +27,7 @@ class ResponsesTranslation:
             request = chat_request(body)
         except InvalidRequest as error:
             message = f"{error.message} ({engine} has no {RESPONSES_PATH.decode()}, only {CHAT_PATH.decode()})"
-            raise InvalidRequest(message, param=error.param) from error
+            raise InvalidRequest(message, param=error.param, permanent=True) from error
         self.path = CHAT_PATH
         self.body = to_json(request.body)
         self._response = TranslatedResponse(request, uuid.uuid4().hex, int(time.time()))
