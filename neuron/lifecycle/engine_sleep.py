@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import aiohttp
 
 from neuron import errors as failures
@@ -62,8 +64,8 @@ class EngineSleep:
         memory.ledger.shrink_to_sleep(placement.number, await memory.held_by(engine), awake_mb=awake_mb)
         return True
 
-    async def wake_up(self, engine: Engine) -> None:
-        """Returns when the engine serves again.
+    async def wake_up(self, engine: Engine, waiting: Callable[[Sequence[str]], None]) -> None:
+        """Returns when the engine serves again. `waiting`: as `EngineMemory.until_available`.
 
         Raises:
             InsufficientVram: its device memory is booked by others now; it keeps sleeping.
@@ -74,7 +76,7 @@ class EngineSleep:
             reading = await memory.read()
             memory.ledger.book_wake(number, reading.topology, reading.health)
             engine.begin_to_wake()
-            await memory.until_available(number)
+            await memory.until_available(number, waiting)
             await control.wake(self._http, engine.url, engine.control_key)
             engine.woke()
             memory.sleep_budget.release(number)

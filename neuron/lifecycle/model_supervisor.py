@@ -181,7 +181,7 @@ class ModelSupervisor:
         self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.model_id}")
 
     def _release(self, request: LoadRequest) -> None:
-        self._memory.ledger.release(request.placement.number)
+        self._memory.release(request.placement.number)
 
     async def _supervise(self, request: LoadRequest, found: FoundEngine | None) -> None:
         model = self.model
@@ -253,10 +253,12 @@ class ModelSupervisor:
 
     async def _new_engine(self, request: LoadRequest, *, restart: bool) -> EngineResult:
         """One engine from its start to its end. `restart`: not the first of this request."""
-        if self._last_dir is not None:
-            directory, self._last_dir, self.model.output = self._last_dir, None, None
-            await asyncio.to_thread(directory.remove)
         async with contextlib.AsyncExitStack() as start_lock:
+            if self._last_dir is not None:
+                directory, self._last_dir, self.model.output = self._last_dir, None, None
+                # Beside the start: its log may be long.
+                removal = asyncio.create_task(asyncio.to_thread(directory.remove), name=f"remove {directory.path}")
+                start_lock.push_async_callback(asyncio.wait, [removal])
             try:
                 if restart:
                     await self._rebook(request)
@@ -305,7 +307,7 @@ class ModelSupervisor:
 
     async def _lock_devices(self, request: LoadRequest, start_lock: contextlib.AsyncExitStack) -> None:
         await start_lock.enter_async_context(self._memory.start_locks.held(request.placement.indices))
-        await self._memory.until_available(request.placement.number)
+        await self._memory.until_available(request.placement.number, self.model.show_leaving)
 
     async def _live(self, life: EngineLife, start_lock: contextlib.AsyncExitStack) -> None:
         model, engine = self.model, life.engine
