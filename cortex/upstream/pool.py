@@ -41,6 +41,7 @@ class EnginePool:
         self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
+        self._retired: set[EngineConnection] = set()  # of `_open`: not kept after their request
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
@@ -58,6 +59,9 @@ class EnginePool:
 
     def put(self, connection: EngineConnection) -> None:
         """Takes an idle connection back."""
+        if self._retired and connection in self._retired:
+            connection.transport.abort()
+            return
         connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
         if self._sweeping is None:
@@ -113,11 +117,21 @@ class EnginePool:
                 return
         raise failure or OSError(f"{address.host} has no address")
 
+    def retire(self, address: Address) -> None:
+        """Closes the idle connections there now, and the others once their requests have ended. Connections that are
+        opened later are kept as usual."""
+        for connection in list(self._open):
+            if connection.address == address:
+                self._retired.add(connection)
+        for connection in self._idle.pop(address, ()):
+            connection.transport.abort()
+
     def opened(self, connection: EngineConnection) -> None:
         self._open.add(connection)
 
     def closed(self, connection: EngineConnection) -> None:
         self._open.discard(connection)
+        self._retired.discard(connection)
         idle = self._idle.get(connection.address)
         if idle and connection in idle:
             idle.remove(connection)

@@ -20,6 +20,7 @@ from tests.neuron.v1_cortex import v1_cortex
 __all__ = ["mark"]
 
 OTHER = "org/other"
+NO_WAITING = {"min_residency_secs": 0, "patience_secs": 0.3, "pause_secs": 0.1}
 
 
 def model(model_id: str, *arguments: str) -> dict[str, Any]:
@@ -43,7 +44,7 @@ async def test_our_cortex_uses_engines_without_keys(mark: str, tmp_path: Path) -
         aiohttp.ClientSession() as session,
         neuron_process(config) as first,
         v1_cortex(first) as other,
-        cortex_process(tmp_path, [Neuron(port)], [model(MODEL), model(OTHER)]) as cortex,
+        cortex_process(tmp_path, [Neuron(port)], [model(MODEL), model(OTHER)], placement=NO_WAITING) as cortex,
     ):
         await other.forward(MODEL)
         assert await ask(session, cortex.url, stream=True) is None
