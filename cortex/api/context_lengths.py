@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.engine_url import reachable
+from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.fleet.neuron_http import AnswerTooLarge, fetch
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet, RouteChanges

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cortex.fleet.engine_url import reachable
 from cortex.fleet.membership import NeuronCommands, Refreshable
-from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable, reachable
+from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.routing.replica import Failure, ReplicaKey

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import codecs
 import json
 import re
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
 from cortex.config.settings import NeuronEntry
 from cortex.fleet.answer_reader import AnswerReader
+from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
@@ -244,7 +244,12 @@ class NeuronClient:
                 answer = await self._answer(method, path, head, body)
         except asyncio.TimeoutError as error:
             raise NeuronUnreachable(f"{self.name}: {method} {path}: {_reason(error)}") from error
-        return self._json(method, path, answer.body)
+        try:
+            return self._json(method, path, answer.body)
+        except NeuronRefused:
+            if method == "GET":
+                raise
+            return None  # the status says that the command was carried out
 
     def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
         line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
@@ -278,6 +283,7 @@ class NeuronClient:
         return answer
 
     def _json(self, method: str, path: str, body: bytes) -> Any:
+        body = body.removeprefix(codecs.BOM_UTF8)
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError):
@@ -309,65 +315,13 @@ def _header_value(text: str) -> bytes:
     return text.strip().encode()
 
 
-@lru_cache(maxsize=4096)
-def reachable(endpoint: EndpointReply, neuron_url: str) -> EndpointReply:
-    """The endpoint with `reachable_url`. Raises ValueError if it cannot be connected to."""
-    url = reachable_url(endpoint.url, neuron_url)
-    parse_url(url)
-    return endpoint.model_copy(update={"url": url})
-
-
-def reachable_url(url: str, neuron_url: str) -> str:
-    """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
-
-    Raises:
-        ValueError: `url` is not an absolute http URL.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is not an absolute URL")
-    neuron_host = urlsplit(neuron_url).hostname or ""
-    if not _is_local(parts.hostname) or _reaches_itself(neuron_host, parts.hostname):
-        return url.rstrip("/")
-    host = f"[{neuron_host}]" if ":" in neuron_host else neuron_host
-    netloc = host if parts.port is None else f"{host}:{parts.port}"
-    return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
-
-
-def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
-    """True if the neuron is on this host under a name or another address family. The engine's own loopback address then
-    works, while it may not listen on the neuron's."""
-    if not _is_local(neuron_host) or _is_wildcard(engine_host):
-        return False
-    try:
-        return ipaddress.ip_address(neuron_host).version != ipaddress.ip_address(engine_host).version
-    except ValueError:
-        return neuron_host == "localhost"
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
-
-
-def _is_local(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
-
-
 def _refusal(status: int, text: str, context: str) -> NeuronRefused:
     """Parses our error envelope or a flat `{"error": "text"}`; treats anything else as text."""
     try:
-        error = json.loads(text).get("error")
-    except (ValueError, AttributeError):
-        error = None
+        data = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        data = None
+    error = data.get("error") if isinstance(data, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         code, cause = error.get("code"), error.get("cause")
         return NeuronRefused(
@@ -379,7 +333,8 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
             devices=_figures(error.get("devices")),
         )
     if isinstance(error, str):
-        return NeuronRefused(status, error)
+        code = data.get("code")  # helexa's neuron puts it beside the text
+        return NeuronRefused(status, error, code if isinstance(code, str) else None)
     return NeuronRefused(status, f"{context}: HTTP {status}: {text[:500]}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cortex.fleet.neuron_client import reachable_url
+from cortex.fleet.engine_url import reachable_url
 from cortex.proxy.body.json_scan import MAX_STEPS
 from cortex.proxy.body.model_field import MAX_PARTS, find_model
 from shared.errors import InvalidRequest
