@@ -142,11 +142,15 @@ async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Ad
     """The only worker, in the control's own process."""
     async with working(parts.resolver, parts.config, socks, address) as gateway:
         parts.counts.attach(gateway)
-        unsubscribe = parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config))
+        subscriptions = [
+            parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config)),
+            parts.routes.retired.subscribe(gateway.retire),
+        ]
         try:
             yield gateway
         finally:
-            unsubscribe()
+            for unsubscribe in subscriptions:
+                unsubscribe()
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.shutdown.begin()
             parts.counts.detach(gateway)

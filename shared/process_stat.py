@@ -15,7 +15,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class ProcessStat:
     """`state` is the kernel's letter, `session` and `group` are the pids of the leaders, `start_ticks` is the start
-    time in clock ticks since boot."""
+    time in clock ticks since boot, `cpu_ticks` the CPU time that it has used."""
 
     pid: int
     state: str
@@ -23,6 +23,7 @@ class ProcessStat:
     group: int
     session: int
     start_ticks: int
+    cpu_ticks: int
 
     @property
     def alive(self) -> bool:
@@ -42,4 +43,12 @@ def parse_stat(text: str) -> ProcessStat:
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     pid = int(head.split(" ", 1)[0])
-    return ProcessStat(pid, fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+    return ProcessStat(
+        pid=pid,
+        state=fields[0],
+        parent=int(fields[1]),
+        group=int(fields[2]),
+        session=int(fields[3]),
+        start_ticks=int(fields[19]),
+        cpu_ticks=int(fields[11]) + int(fields[12]),
+    )

@@ -133,7 +133,12 @@ class ContextLengths:
         head = b"GET %b/v1/models HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\n" % (prefix, address.authority)
         if endpoint.api_key is not None:
             head += b"authorization: Bearer %b\r\n" % endpoint.api_key.encode()
-        answer = await fetch(self._pool, address, head + b"\r\n", again=True)
+        try:
+            answer = await fetch(self._pool, address, head + b"\r\n", again=False)
+        finally:
+            # A kept connection would make an engine without request figures look busy, and not every engine honours
+            # `connection: close`.
+            self._pool.retire(address)
         if answer.status != 200:
             raise ValueError(f"status {answer.status}")
         return length_in(model_id, json.loads(answer.body))

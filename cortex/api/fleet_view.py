@@ -127,6 +127,7 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "draining": node.draining,
         "misses": node.misses,
         "last_error": node.last_error,
+        "silent_since": node.silent_since,
         "ignored_fields": node.ignored_fields,
         "hostname": discovery and discovery.hostname,
         "version": discovery and discovery.version,

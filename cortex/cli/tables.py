@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from shared.tables import Coloured, table
@@ -11,7 +12,7 @@ def status_table(fleet: dict[str, Any]) -> str:
     """Each neuron with its GPUs and what is on them."""
     rows: list[list[object]] = []
     for node in fleet["nodes"]:
-        state = "healthy" if node["healthy"] else f"down ({node['last_error'] or 'not reached yet'})"
+        state = "healthy" if node["healthy"] else _down(node)
         state += ", draining" if node["draining"] else ""
         colour = ("yellow" if node["draining"] else "green") if node["healthy"] else "red"
         models = ", ".join(_model(model) for model in node["models"]) or "-"
@@ -67,6 +68,13 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
+
+
+def _down(node: dict[str, Any]) -> str:
+    since = node.get("silent_since")
+    if since is None:
+        return "not reached yet"
+    return f"down since {datetime.fromtimestamp(since):%Y-%m-%d %H:%M:%S}: {node['last_error']}"  # noqa: DTZ006 - shown in local time
 
 
 def _yes_or_no(yes: bool) -> str:

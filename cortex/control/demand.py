@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.metrics.worker_counts import CountTotals
@@ -15,6 +16,38 @@ from shared.protocol import ModelStatus
 MEMORY_SECS = 600.0
 """Request counts decay with this time constant."""
 SAMPLE_SECS = 1.0
+REPORT_AGE_SECS = 5.0
+"""How long an engine's report may still show, or lack, a request of ours that has ended: a poll of the neuron, which
+looks at its engines every second."""
+
+
+@dataclass
+class _OwnRequests:
+    """Ours at one replica, as far as they may explain what its engine reports. `used_at` is when there were any."""
+
+    in_flight: int = 0
+    peak: int = 0  # in flight at once
+    peak_at: float = float("-inf")
+    unended: int = 0  # begun, and not yet among those that the engine reports as ended
+    used_at: float = float("-inf")
+
+    def begin(self, more: int, in_flight: int, now: float) -> None:
+        """`more` have begun since the last call, and `in_flight` are in flight now."""
+        if now - self.used_at > REPORT_AGE_SECS:
+            self.unended = 0  # the engine does not count requests that it refuses
+        at_most = self.in_flight + more
+        if at_most >= self.peak or now - self.peak_at > REPORT_AGE_SECS:
+            self.peak, self.peak_at = at_most, now
+        self.in_flight = in_flight
+        self.unended += more
+        if more or in_flight:
+            self.used_at = now
+
+    def end(self, count: int) -> bool:
+        """The engine reports `count` more ended requests. True if some were not ours."""
+        others = count > self.unended
+        self.unended -= min(count, self.unended)
+        return others
 
 
 class Demand:
@@ -25,6 +58,7 @@ class Demand:
         self._clock = clock
         self._begun: Mapping[ReplicaKey, int] = {}
         self._ended: dict[ReplicaKey, int] = {}  # as last reported by the engines
+        self._own: dict[ReplicaKey, _OwnRequests] = {}
         self._last_used: dict[ReplicaKey, float] = {}
         self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
         self._rates: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
@@ -44,8 +78,10 @@ class Demand:
             for activity in () if node.health is None else node.health.models:
                 key, count = (activity.id, node.name), activity.ended or 0
                 ended[key] = count
+                own = self._own.setdefault(key, _OwnRequests())
+                running = activity.in_flight + activity.queue_depth
                 # Another cortex's requests may all be so short that no poll sees one running.
-                if activity.in_flight or activity.queue_depth or count > self._ended.get(key, count):
+                if own.end(max(0, count - self._ended.get(key, count))) or running > own.peak:
                     self._last_used[key] = now
         self._ended = ended
         self._update_overload(fleet, in_flight, replica_target, now)
@@ -65,7 +101,12 @@ class Demand:
         in_flight = self._collect(self._clock())
         loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
         return {
-            key: ReplicaUsage(in_flight.get(key, 0), self._last_used.get(key, 0.0), loaded_at.get(key, 0.0))
+            key: ReplicaUsage(
+                in_flight.get(key, 0),
+                self._last_used.get(key, 0.0),
+                loaded_at.get(key, 0.0),
+                peak=0 if (own := self._own.get(key)) is None else own.peak,
+            )
             for key in loaded_at.keys() | in_flight.keys()
         }
 
@@ -87,8 +128,11 @@ class Demand:
             if more > 0:
                 self._last_used[key] = now
                 self.record_request(key[0], more)
-        self._begun = begun
         in_flight = self._counts.all_in_flight()
+        for key in begun.keys() | in_flight.keys() | self._own.keys():
+            more = max(0, begun.get(key, 0) - self._begun.get(key, 0))
+            self._own.setdefault(key, _OwnRequests()).begin(more, in_flight.get(key, 0), now)
+        self._begun = begun
         self._last_used.update(dict.fromkeys(in_flight, now))
         return in_flight
 

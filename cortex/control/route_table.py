@@ -38,6 +38,9 @@ class RouteTable:
         self._fetching: dict[tuple[str, str], asyncio.Task[Endpoint | UpstreamError | None]] = {}
         self._tasks = TaskSet()
         self.changes: Subscribers[[str, tuple[Replica, ...]]] = Subscribers()
+        self.retired: Subscribers[[str]] = Subscribers()
+        """Announces the URL of an engine that gets no requests any more. An idle connection to it would make it look
+        busy to a neuron that knows no more of its engine's requests than its connections."""
 
     async def replica(self, model_id: str, node: str) -> Replica | None:
         """The engine that serves the model on this node. None and errors as `Endpoints.fetch`."""
@@ -81,14 +84,18 @@ class RouteTable:
             self._update(model_id, fleet)
 
     def _update(self, model_id: str, fleet: FleetSnapshot) -> None:
-        replicas = self._replicas(model_id, fleet)
-        if replicas == self.table.get(model_id, ()):
+        replicas, before = self._replicas(model_id, fleet), self.table.get(model_id, ())
+        if replicas == before:
             return
         if replicas:
             self.table[model_id] = replicas
         else:
             del self.table[model_id]
         self.changes.announce(model_id, replicas)
+        serving = {node.name for node in fleet.serving(model_id)}
+        for replica in before:
+            if replica.node not in serving:
+                self.retired.announce(replica.url)
 
     async def close(self) -> None:
         await self._tasks.close()

@@ -1,4 +1,4 @@
-"""The URL of an engine as seen from cortex. Pure."""
+"""Where an engine is, as seen from here. Pure."""
 
 from __future__ import annotations
 

@@ -47,12 +47,19 @@ IDLE_SECS = 30.0
 UPTIME_SLACK_SECS = 1.0
 """How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
+NO_CREDENTIALS = "it needs a token: set token or token_env of this neuron in cortex.toml to that of neuron.toml"
+WRONG_CREDENTIALS = "it refuses the token: token or token_env of this neuron in cortex.toml differs from neuron.toml"
+
 _UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 Wanted = TypeVar("Wanted")
 
 
 class NeuronUnreachable(Exception):
-    """No answer: refused, reset, timed out, or not HTTP."""
+    """No answer: refused, reset, timed out, or not HTTP. `reason` is the message without the neuron and the request."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class CommandAbandoned(Exception):
@@ -62,9 +69,9 @@ class CommandAbandoned(Exception):
 class NeuronRefused(Exception):
     """An error response, or one that breaks the protocol; `status` is its HTTP status.
 
-    `cause` says what made a load fail, as in `shared.protocol.FailureCause`; `permanent`: it would fail there again;
-    `devices` are the devices that lacked memory. They are None, False and empty if the neuron does not say; protocol v1
-    neurons never do.
+    `reason` is the message without the neuron and the request. `cause` says what made a load fail, as in
+    `shared.protocol.FailureCause`; `permanent`: it would fail there again; `devices` are the devices that lacked
+    memory. They are None, False and empty if the neuron does not say; protocol v1 neurons never do.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class NeuronRefused(Exception):
         message: str,
         code: str | None = None,
         *,
+        reason: str | None = None,
         cause: str | None = None,
         permanent: bool = False,
         devices: Sequence[DeviceFigures] = (),
@@ -80,6 +88,7 @@ class NeuronRefused(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+        self.reason = message if reason is None else reason
         self.code = code
         self.cause = cause
         self.permanent = permanent
@@ -213,7 +222,8 @@ class NeuronClient:
         try:
             return self.answers.read(path, wanted, data)
         except ValidationError as error:
-            raise NeuronRefused(200, f"{self.name}: invalid answer of {path}: {_first(error)}") from error
+            reason = f"invalid answer of {path}: {_first(error)}"
+            raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
@@ -268,19 +278,24 @@ class NeuronClient:
             # Never send a load twice: when a kept connection breaks, the neuron may already have received it.
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
-            raise NeuronRefused(error.status, f"{context}: {error}") from error
+            raise NeuronRefused(error.status, f"{context}: {error}", reason=str(error)) from error
         except (
             NoConnection,
             OSError,
             UnicodeError,
             asyncio.TimeoutError,
         ) as error:  # UnicodeError: an invalid host name
-            raise NeuronUnreachable(f"{context}: {_reason(error)}") from error
-        if 300 <= answer.status < 400:
-            raise NeuronRefused(answer.status, f"{context}: HTTP {answer.status}: redirects are not followed")
-        if answer.status >= 400:
+            reason = _reason(error)
+            raise NeuronUnreachable(f"{context}: {reason}", reason) from error
+        if answer.status < 300:
+            return answer
+        if answer.status < 400:
+            reason = f"HTTP {answer.status}: redirects are not followed"
+        elif answer.status == 401:
+            reason = WRONG_CREDENTIALS if b"authorization: " in self._headers else NO_CREDENTIALS
+        else:
             raise _refusal(answer.status, answer.body.decode("utf-8", "replace"), context)
-        return answer
+        raise NeuronRefused(answer.status, f"{context}: {reason}", reason=reason)
 
     def _json(self, method: str, path: str, body: bytes) -> Any:
         body = body.removeprefix(codecs.BOM_UTF8)
@@ -291,7 +306,8 @@ class NeuronClient:
         try:  # Python's parser also accepts what some neurons send: NaN, invalid UTF-8
             return json.loads(body.decode("utf-8", "replace")) if body else None
         except (ValueError, RecursionError) as error:
-            raise NeuronRefused(200, f"{self.name}: {method} {path}: not JSON") from error
+            reason = f"the answer of {path} is not JSON"
+            raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
 
 
 def _with_known(data: Any, known: _KnownHealth | None) -> Any:
@@ -335,7 +351,8 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
     if isinstance(error, str):
         code = data.get("code")  # helexa's neuron puts it beside the text
         return NeuronRefused(status, error, code if isinstance(code, str) else None)
-    return NeuronRefused(status, f"{context}: HTTP {status}: {text[:500]}")
+    reason = f"HTTP {status}: {text[:500].strip()}"
+    return NeuronRefused(status, f"{context}: {reason}", reason=reason)
 
 
 def _figures(data: Any) -> list[DeviceFigures]:

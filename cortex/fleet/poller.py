@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from cortex.config.settings import PollSettings
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.fleet.state import Fleet
+from cortex.upstream.connection import CLOSED
 from shared.protocol import Discovery, ModelView, NeuronHealth
 from shared.tasks import cancel_all, timeout
 
@@ -33,6 +34,7 @@ MEASURED_POLLS = 2
 POLL_SLOTS = 200
 """Polls start at this many points of an interval: grouped polls cost fewer wake-ups."""
 _GOLDEN = 0.6180339887498949
+_TLS_HINT = " without an answer; if this is a TLS port, the endpoint needs https://"
 _MISS_SPACING = 0.97  # of an interval: a poll sooner than this after a miss is an extra one
 
 
@@ -147,7 +149,8 @@ class NeuronPoller:
         except asyncio.TimeoutError:
             self._miss(f"no answer within {self._settings.timeout_secs:g} s")
         except (NeuronUnreachable, NeuronRefused) as error:
-            self._miss(str(error))
+            hint = _TLS_HINT if error.reason == CLOSED and not self._discovery_known else ""
+            self._miss(error.reason + hint)
         else:
             return
         self._model_polls_due = max(self._model_polls_due, 1)  # it may have been due in the poll that failed

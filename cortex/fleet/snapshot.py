@@ -39,6 +39,8 @@ class NodeSnapshot:
     draining: bool = False
     misses: int = 0
     last_error: str | None = None
+    silent_since: float | None = None
+    """Unix time of the first of the `misses`; None if the last poll was answered."""
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     health_at: float = 0.0

@@ -210,6 +210,7 @@ class Fleet:
                 healthy=True,
                 misses=0,
                 last_error=None,
+                silent_since=None,
                 discovery=discovery,
                 health=health,
                 health_at=node.health_at if health is node.health else self._clock(),
@@ -239,7 +240,8 @@ class Fleet:
             log.warning("neuron %s is unhealthy after %d failed polls: %s", name, misses, reason)
         elif node.last_error != reason:
             log.warning("neuron %s does not answer: %s", name, reason)
-        self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason))
+        since = time.time() if node.silent_since is None else node.silent_since
+        self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason, silent_since=since))
 
     def update_model(self, name: str, view: ModelView) -> None:
         """Records a model that a neuron reported outside a poll (an event, a finished load)."""

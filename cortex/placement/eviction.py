@@ -21,7 +21,6 @@ MAX_EXHAUSTIVE = 10
 PATIENCE_SWAPS = 4.0
 """A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
 PAUSE_SWAPS = 0.1
-MIN_PAUSE_SECS = 0.5
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
 """When to look again at a loaded model whose requests are still in the admission queue."""
@@ -108,7 +107,7 @@ def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     patient_until = since + min(rules.patience_secs, PATIENCE_SWAPS * swap_secs)
-    pause = min(rules.pause_secs, max(MIN_PAUSE_SECS, PAUSE_SWAPS * swap_secs))
+    pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key[0])
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)

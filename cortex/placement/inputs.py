@@ -16,12 +16,14 @@ from shared.protocol import ModelStatus
 class ReplicaUsage:
     """How one replica is used. Times are on the clock of `PlanningView.now`.
 
-    `in_flight` counts our own requests there. `last_used` and `loaded_at` are 0 when unknown.
+    `in_flight` counts our own requests there, `peak` the most that a report of the engine may still show.
+    `last_used` and `loaded_at` are 0 when unknown.
     """
 
     in_flight: int = 0
     last_used: float = 0.0
     loaded_at: float = 0.0
+    peak: int = 0
 
 
 UNUSED = ReplicaUsage()
@@ -76,8 +78,10 @@ class PlanningView:
         return self.usages.get((model_id, node), UNUSED)
 
     def requests_on(self, model_id: str, node: NodeSnapshot) -> int:
-        """Requests on the model's engine on the node from all clients: the larger of our count and the node's."""
-        return max(self.usage(model_id, node.name).in_flight, node.requests_on(model_id))
+        """Requests on the model's engine on the node from all clients: ours, and those in the node's last report that
+        were not ours."""
+        usage = self.usage(model_id, node.name)
+        return usage.in_flight + max(0, node.requests_on(model_id) - max(usage.in_flight, usage.peak))
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""

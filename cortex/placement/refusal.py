@@ -23,7 +23,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
     if profile is None and not backoffs:
         return unknown_model_error(model_id, fleet)
     if not fleet.healthy:
-        return no_healthy_neurons_error()
+        return no_healthy_neurons_error(fleet)
     possible = list(fleet.nodes.values())
     if profile is not None:
         possible = [node for node in possible if infeasible_reason(profile, node) is None]
@@ -40,9 +40,9 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
     names = {node.name for node in possible}
     present = [node for node in possible if node.healthy and node.discovery is not None and not node.draining]
     if not present:
-        away = ", ".join(f"{node.name} ({_absence(node)})" for node in possible)
+        away = "; ".join(f"{node.name}: {_absence(node)}" for node in possible)
         return Unavailable(
-            f"the model {model_id!r} can only run on neurons that are unavailable: {away}",
+            f"the model {model_id!r} can only run on neurons that are unavailable ({away})",
             code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=NEURON_DOWN_SECS,
         )
@@ -66,7 +66,7 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
         view = node.models[model_id]
         if not node.healthy:
             return Unavailable(
-                f"the model {model_id!r} is on {node.name}, which is down",
+                f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",
                 code=ErrorCode.NEURON_UNAVAILABLE,
                 retry_after=NEURON_DOWN_SECS,
             )
@@ -83,7 +83,7 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
             retry_after=NEURON_DOWN_SECS,
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
-        return no_healthy_neurons_error()  # a neuron that has never answered may have the model
+        return no_healthy_neurons_error(fleet)  # a neuron that has never answered may have the model
     return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
@@ -104,8 +104,10 @@ def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | 
     )
 
 
-def no_healthy_neurons_error() -> ServiceError:
-    return Unavailable("no neuron is healthy", code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=NEURON_DOWN_SECS)
+def no_healthy_neurons_error(fleet: FleetSnapshot) -> ServiceError:
+    why = "; ".join(f"{node.name}: {_absence(node)}" for node in fleet.nodes.values())
+    message = f"no neuron is healthy ({why})" if why else "no neuron is configured: add [[neurons]] to cortex.toml"
+    return Unavailable(message, code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=NEURON_DOWN_SECS)
 
 
 def _infeasible(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:
@@ -118,4 +120,6 @@ def _infeasible(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:
 def _absence(node: NodeSnapshot) -> str:
     if node.healthy:
         return "draining"
-    return "down" if node.discovery is not None else "not reached yet"
+    if node.last_error is None:
+        return "not reached yet"
+    return f"down: {node.last_error}"

@@ -33,7 +33,7 @@ from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
 from cortex.routing.response_owners import ResponseOwners
-from cortex.upstream.address import Address
+from cortex.upstream.address import Address, parse_url
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
@@ -70,6 +70,10 @@ class Gateway:
     def configure(self, config: CortexConfig) -> None:
         """Applies a reloaded configuration to requests that arrive from now on."""
         self._context.configure(config)
+
+    def retire(self, url: str) -> None:
+        """Keeps no connection to this engine: it gets no requests any more."""
+        self._context.pool.retire(parse_url(url)[0])
 
     @property
     def response_owners(self) -> ResponseOwners:

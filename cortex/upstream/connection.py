@@ -20,6 +20,10 @@ Body = SizedBody | ChunkedBody | BodyUntilClose
 MAX_INTERIM: Final = 32
 """Interim answers (100, 103) before the final one."""
 
+CLOSED: Final = "the connection was closed"
+SPEAKS_TLS: Final = "the answer is TLS: its address needs https:// instead of http://"
+_TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")  # an alert, a handshake
+
 
 class Exchange(Protocol):
     """Receives the answer to one request from an EngineConnection. Exactly one of `lost` and `ended` is called last."""
@@ -202,7 +206,7 @@ class EngineConnection:
         else:
             # Any other error says that the engine's host has vanished: a new connection would not reach it either.
             closed = exc is None or isinstance(exc, ConnectionError)
-            self.lose(str(exc) if exc else "the connection was closed", closed=closed)
+            self.lose(str(exc) if exc else CLOSED, closed=closed)
 
     def _read_head(self, data: bytes) -> None:
         while data:
@@ -217,7 +221,7 @@ class EngineConnection:
                     return
                 self._skip_interim(head)
             except BadHead as error:
-                self.lose(f"invalid HTTP answer: {error}")
+                self.lose(SPEAKS_TLS if data[:2] in _TLS_RECORDS else f"invalid HTTP answer: {error}")
                 return
             data = rest
 

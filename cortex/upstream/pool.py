@@ -41,6 +41,7 @@ class EnginePool:
         self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
+        self._retired: set[EngineConnection] = set()  # of `_open`: not kept after their request
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
@@ -58,6 +59,9 @@ class EnginePool:
 
     def put(self, connection: EngineConnection) -> None:
         """Takes an idle connection back."""
+        if self._retired and connection in self._retired:
+            connection.transport.abort()
+            return
         connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
         if self._sweeping is None:
@@ -82,7 +86,7 @@ class EnginePool:
         except (asyncio.TimeoutError, TimeoutError) as error:  # two classes before Python 3.11
             raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
-            raise NoConnection(str(error) or type(error).__name__, "refused") from error
+            raise NoConnection(_no_connection(address, error), "refused") from error
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)
@@ -113,11 +117,21 @@ class EnginePool:
                 return
         raise failure or OSError(f"{address.host} has no address")
 
+    def retire(self, address: Address) -> None:
+        """Closes the idle connections there now, and the others once their requests have ended. Connections that are
+        opened later are kept as usual."""
+        for connection in list(self._open):
+            if connection.address == address:
+                self._retired.add(connection)
+        for connection in self._idle.pop(address, ()):
+            connection.transport.abort()
+
     def opened(self, connection: EngineConnection) -> None:
         self._open.add(connection)
 
     def closed(self, connection: EngineConnection) -> None:
         self._open.discard(connection)
+        self._retired.discard(connection)
         idle = self._idle.get(connection.address)
         if idle and connection in idle:
             idle.remove(connection)
@@ -158,6 +172,20 @@ class EnginePool:
             if not self._idle[address]:
                 del self._idle[address]
         self._sweeping = self._loop.call_later(_SWEEP_SECS, self._sweep) if self._idle else None
+
+
+def _no_connection(address: Address, error: OSError | UnicodeError) -> str:
+    """Why a connection failed, in words that say what to check."""
+    where = f"{address.host}:{address.port}" if address.port else "the socket"
+    if isinstance(error, ConnectionRefusedError):
+        return f"connection refused: nothing listens on {where}"
+    if isinstance(error, socket.gaierror):
+        return f"the host name {address.host!r} cannot be resolved: {error.strerror}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the TLS certificate of {where} is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS fails with {where} ({error.reason}): does its address need http:// instead of https://?"
+    return str(error) or type(error).__name__
 
 
 def _is_ip(host: str) -> bool:

@@ -25,6 +25,7 @@ from cortex.workers.messages import (
     Counted,
     DownChanged,
     EngineEnd,
+    EngineRetired,
     InFlightNow,
     Notes,
     OthersInFlight,
@@ -93,6 +94,8 @@ async def listen(
                     TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | EngineEnd() | Notes()
                 ):
                     control.receive(message)
+                case EngineRetired(url):
+                    gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):

@@ -30,6 +30,12 @@ class TableChanged(msgspec.Struct, frozen=True, tag=True):
     replicas: tuple[Replica, ...]
 
 
+class EngineRetired(msgspec.Struct, frozen=True, tag=True):
+    """The engine at this URL gets no requests any more: keep no connection to it."""
+
+    url: str
+
+
 class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     """The catalogue's ids and aliases from now on."""
 
@@ -108,6 +114,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 ToWorker = (
     Setup
     | TableChanged
+    | EngineRetired
     | CatalogueChanged
     | ConfigChanged
     | DownChanged

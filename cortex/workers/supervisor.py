@@ -34,6 +34,7 @@ from cortex.workers.messages import (
     Counted,
     DownChanged,
     EngineEnd,
+    EngineRetired,
     FromWorker,
     InFlightNow,
     Notes,
@@ -272,6 +273,7 @@ class Supervisor:
         workers that do not start."""
         subscriptions = [
             self._routes.changes.subscribe(self._table_changed),
+            self._routes.retired.subscribe(self._engine_retired),
             self._live.changes.subscribe(self._configuration_changed),
             self._fleet.down_changes.subscribe(self._down_changed),
         ]
@@ -310,6 +312,10 @@ class Supervisor:
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
         for worker in self._workers.values():
             worker.send(TableChanged(model_id, replicas))
+
+    def _engine_retired(self, url: str) -> None:
+        for worker in self._workers.values():
+            worker.send(EngineRetired(url))
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()

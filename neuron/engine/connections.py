@@ -1,4 +1,10 @@
-"""What the kernel knows of the connections to an engine, for one that does not say how many requests it has."""
+"""What the kernel knows of the connections to an engine, for one that does not say how many requests it has.
+
+The kernel tells who sent last on a connection, how long ago, and how many bytes, but not where a request or an answer
+ends. An answer that is complete, on a connection that is kept open, looks the same as one that pauses; a request that
+waits for its first token looks the same as one that its client never completed. What tells them apart is whether the
+engine computes: that takes CPU time, also on a GPU. `is_busy` has the rule.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-QUIET_SECS = 30.0
-"""An answer that has begun may pause this long, for example while a streamed request's prompt is read."""
+QUIET_SECS = 5.0
+"""An answer that has begun may pause this long while the engine computes nothing. Servers that close idle connections
+do it after this time (vLLM, llama.cpp), so that those still open have a request."""
+PAUSE_SECS = 30.0
+"""An answer that has begun may pause this long while the engine computes, for example while it reads a streamed
+request's prompt; and a request may be unanswered this long while the engine computes nothing."""
 
 # sock_diag(7), linux/inet_diag.h, struct tcp_info of linux/tcp.h. The kernel answers every user.
 _NETLINK_SOCK_DIAG = 4
@@ -51,20 +61,24 @@ class _Socket:
     traffic: ConnectionTraffic | None
 
 
-def is_busy(connection: ConnectionTraffic, *, quiet_secs: float = QUIET_SECS) -> bool:
-    """True when a request may be under way.
+def is_busy(connection: ConnectionTraffic, *, idle_secs: float = 0.0) -> bool:
+    """True when a request may be under way. `idle_secs` is how long the engine has computed nothing, 0 if unknown.
 
-    A client that has sent nothing has no request. If the client sent last, the engine owes it an answer, however long
-    that takes. If the engine sent last, the answer is complete or pauses: after `quiet_secs` without traffic it counts
-    as complete, and the connection as idle.
+    A client that has sent nothing has no request. If the client sent last, or bytes are queued, the engine owes it an
+    answer: however long that takes while the engine computes, else for PAUSE_SECS without traffic. If the engine sent
+    last, the answer is complete or pauses: it counts as complete after PAUSE_SECS without traffic, and after QUIET_SECS
+    in which the engine computed nothing either.
     """
-    if connection.queued:
-        return True
-    if not connection.bytes_received:
+    if not connection.bytes_received and not connection.queued:
         return False
-    if not connection.bytes_sent or connection.last_received_age < connection.last_sent_age:
-        return True
-    return connection.last_sent_age < quiet_secs
+    silent_secs = connection.last_received_age
+    if connection.bytes_sent:
+        silent_secs = min(silent_secs, connection.last_sent_age)
+    both_secs = min(silent_secs, idle_secs)
+    answers = connection.bytes_sent and connection.last_received_age >= connection.last_sent_age
+    if connection.queued or not answers:
+        return both_secs < PAUSE_SECS
+    return silent_secs < PAUSE_SECS and both_secs < QUIET_SECS
 
 
 def connections_to(port: int) -> list[ConnectionTraffic] | None:

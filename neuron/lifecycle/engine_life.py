@@ -13,7 +13,7 @@ from enum import Enum
 import aiohttp
 
 from neuron import errors as failures
-from neuron.engine.connections import connections_to, is_busy
+from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
@@ -23,6 +23,7 @@ from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey, LoadTimes
@@ -38,7 +39,8 @@ ADOPT_SECS = 5.0
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
-_DRAIN_POLL_SECS = 0.1
+_DRAIN_POLL_SECS = 0.05
+_DRAIN_NEWS_SECS = 1.0  # between two reports on what a drain waits for
 _IDLE_POLLS = 2
 
 
@@ -62,6 +64,7 @@ class EngineTools:
     history: LoadHistory
     keys: EngineKeys
     http: aiohttp.ClientSession
+    spares: Spares
 
 
 class EngineLife:
@@ -287,7 +290,7 @@ class EngineLife:
 
     async def _wake(self) -> None:
         self._model.become(State.WAKING, "wake requested", progress=Progress(phase="waking"))
-        await self._sleep.wake_up(self.engine)
+        await self._sleep.wake_up(self.engine, self._model.show_leaving)
         self._model.loaded(self.engine, "awake")
         self.request.settle(None)
 
@@ -311,23 +314,21 @@ class EngineLife:
 
     async def _until_idle(self) -> None:
         """Returns when the engine has no requests, is to be left, or the drain time is over."""
-        request = self.request
+        request, watch = self.request, DrainWatch(self.engine)
         idle_polls = 0  # two in a row: a request may have been on its way during the first
+        told, told_at = "", 0.0
         while not request.leave_engine and time.monotonic() < request.drain_until:
-            idle_polls = idle_polls + 1 if await self._is_idle() else 0
+            waits_for = await watch.waits_for()
+            idle_polls = 0 if waits_for else idle_polls + 1
             if idle_polls == _IDLE_POLLS:
                 return
+            now = time.monotonic()
+            if waits_for and waits_for != told and now - told_at >= _DRAIN_NEWS_SECS:
+                if not told:
+                    log.info("%s: stops later: %s", self._model.model_id, waits_for)
+                told, told_at = waits_for, now
+                self._model.show(Progress(phase="draining", message=waits_for))
             await asyncio.sleep(_DRAIN_POLL_SECS)
-
-    async def _is_idle(self) -> bool:
-        """By the engine's own figures, or by its connections when it tells none."""
-        engine = self.engine
-        # One that has told none so far is not asked again: its answer may take as long as a check.
-        sample = None if engine.health.sample is None else await engine.health.take_sample()
-        if sample is not None:
-            return not sample.running and not sample.waiting
-        found = await asyncio.to_thread(connections_to, engine.port)
-        return found is not None and not any(is_busy(each) for each in found)
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from neuron.config import NeuronConfig
-from neuron.engine.engine import Engine, measure
+from neuron.engine.engine import VRAM_RELEASE_SECS, Engine, measure
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import HARNESSES
 from neuron.memory.host_memory import SleepBudget
@@ -16,6 +17,7 @@ from neuron.memory.ledger import EnginePlacement, Ledger
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.protocol import Device, DeviceHealth
+from shared.tasks import timeout
 
 _MEMORY_POLL_SECS = 0.1
 
@@ -61,6 +63,7 @@ class EngineMemory:
         self.sleep_budget = SleepBudget()
         self.start_locks = StartLocks()
         self._engines: dict[str, Engine] = {}
+        self._released = asyncio.Event()  # set, and replaced, when an engine is gone
         self._config = config
         self._source = source
 
@@ -111,16 +114,31 @@ class EngineMemory:
         """Replaces the booking of an engine that is gone by one for its successor. Raises as `book`; then nothing is
         booked."""
         reading = await self.read()
-        self.ledger.release(placement.number)
+        self.release(placement.number)
         return self.book(placement.number, spec, placement.share_mb, reading)
 
-    async def until_available(self, number: int) -> None:
-        """Waits until no stopping engine holds memory that booking `number` was promised."""
+    def release(self, number: int) -> None:
+        """The engine of this booking is gone. Starts that wait for it look again at once."""
+        self.ledger.release(number)
+        released, self._released = self._released, asyncio.Event()
+        released.set()
+
+    async def until_available(self, number: int, waiting: Callable[[Sequence[str]], None]) -> None:
+        """Waits until the stopping engines that booking `number` counts on are gone, and their memory is free where it
+        is measured. Calls `waiting` with their model ids while there are any."""
+        free_until: float | None = None  # when to stop waiting for memory whose engines are gone
         while True:
+            released = self._released
             topology, health = await asyncio.gather(self._source.discover(), self._source.health())
-            if not self.ledger.still_held(number, topology, health):
+            leaving, now = self.ledger.counts_on(number, topology, health), time.monotonic()
+            if leaving:
+                waiting(leaving)
+                free_until = now + VRAM_RELEASE_SECS
+            elif free_until is None or now >= free_until or not self.ledger.lacks_memory(number, topology, health):
                 return
-            await asyncio.sleep(_MEMORY_POLL_SECS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(_MEMORY_POLL_SECS):
+                    await released.wait()
 
     async def measure(self, engines: Collection[Engine]) -> None:
         """Measures `engines` with one call to the driver, and updates their bookings."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -14,8 +15,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.output import EngineOutput
 from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.load_request import LoadRequest
-from neuron.lifecycle.restart_backoff import Restarts
-from neuron.lifecycle.states import Condition, State
+from neuron.lifecycle.states import Condition, Restarts, State
 from neuron.memory.ledger import Ledger
 from neuron.spec import EngineSpec
 from shared.protocol import EndpointReply, FailureCause, ModelView, Progress, Transition
@@ -82,6 +82,13 @@ class ModelState:
         """Reports a step of a load: the state and its `since` stay."""
         self.condition = replace(self.condition, progress=progress)
         self.publish()
+
+    def show_leaving(self, others: Sequence[str]) -> None:
+        """Its engine starts, or wakes, once the engines of these models are gone."""
+        message = f"waiting until {', '.join(others)} is gone from the same device"
+        if self.condition.progress is None or self.condition.progress.message != message:
+            log.info("%s: %s", self.model_id, message)
+            self.show(Progress(phase="waiting", message=message))
 
     def loaded(self, engine: Engine, reason: str, *, load_secs: float | None = None) -> None:
         """The engine serves. `load_secs`: how long its load took; None when it was adopted or woken."""

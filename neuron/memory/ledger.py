@@ -151,25 +151,52 @@ class Ledger:
         return []
 
     def mark_stopping(self, number: int) -> None:
-        """The engine is being stopped: others can book its memory, and wait while `still_held` is not empty."""
+        """The engine is being stopped: others can book its memory, and wait while `counts_on` names its model."""
         booking = self._bookings.get(number)
         if booking is not None:
             self._bookings[number] = replace(booking, stopping=True)
 
-    def still_held(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
-        """MiB by device that stopping engines still hold of what was promised to booking `number`; empty when its
-        engine may start. Earlier bookings get freed memory first."""
+    def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
+        """The models that are being stopped and without whose memory booking `number` does not fit; empty when its
+        engine may start beside them. Earlier bookings get freed memory first. Where memory is not known (no devices, or
+        devices that share the host's memory) every stopping engine counts: room for two cannot be shown."""
         own = self._bookings.get(number)
         if own is None:
-            return {}
-        order = list(self._bookings)
-        earlier = order[: order.index(number) + 1]
-        counted = [booking for each, booking in self._bookings.items() if booking.stopping or each in earlier]
-        return {
-            device.index: missing
-            for device in gpu_capacities(topology, health, counted)
-            if device.index in own.promised_mb and (missing := device.stopping_mb - device.bookable_mb) > 0
-        }
+            return ()
+        stopping = [each for at, each in self._bookings.items() if each.stopping and at != number]
+        short = self._missing_mb(number, topology, health).keys()
+        return tuple(
+            each.model_id
+            for each in stopping
+            if not short.isdisjoint(each.promised_mb) or not (own.promised_mb or each.promised_mb)
+        )
+
+    def lacks_memory(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> bool:
+        """True while booking `number` does not fit into what the driver measures."""
+        own = self._bookings.get(number)
+        totals = {device.index: device.vram_total_mb for device in topology.devices}
+        return own is not None and any(totals[index] for index in self._missing_mb(number, topology, health))
+
+    def _missing_mb(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
+        """MiB by device that booking `number` lacks while stopping engines and earlier bookings keep what they have.
+        With a device of unknown size: 0 MiB there."""
+        own, order = self._bookings[number], list(self._bookings)
+        held = {index: own.held_mb.get(index, 0) for index in own.promised_mb}
+        earlier = order[: order.index(number)]
+        counted = [replace(own, promised_mb=held)]
+        counted += [
+            replace(each, stopping=False)
+            for at, each in self._bookings.items()
+            if at != number and (each.stopping or at in earlier)
+        ]
+        missing = {}
+        for device in gpu_capacities(topology, health, counted):
+            if device.index not in own.promised_mb:
+                continue
+            lacks = own.claim_mb(device.index) - held[device.index] - device.bookable_mb
+            if not device.total_mb or lacks > 0:
+                missing[device.index] = max(0, lacks)
+        return missing
 
     def promised_mb(self, number: int) -> int:
         """What is promised to booking `number` now, on all its devices together."""

@@ -19,7 +19,7 @@ from shared.protocol.commands import (
 )
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
-from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
+from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
@@ -50,6 +50,7 @@ __all__ = [
     "NeuronHealth",
     "Progress",
     "SleepCommand",
+    "SpareView",
     "Transition",
     "UnloadCommand",
     "WakeCommand",

@@ -61,6 +61,16 @@ class ModelActivity(WireModel):
         )
 
 
+class SpareView(WireModel):
+    """A process that has imported what engines of `harness` need, or still does (`importing`, `ready`), and waits to
+    become one. `memory_mb`: of the host, in MiB."""
+
+    harness: str
+    pid: int | None = None
+    state: str = ""
+    memory_mb: Mib | None = None
+
+
 class NeuronHealth(WireModel):
     """Reply to `GET /health`."""
 
@@ -69,3 +79,4 @@ class NeuronHealth(WireModel):
     instance_id: str | None = None
     activation: Activation | None = None
     models: list[ModelActivity] = Field(default_factory=list)
+    spares: list[SpareView] = Field(default_factory=list)

@@ -54,6 +54,13 @@ class RunningCortex:
 StartCortex = Callable[..., Awaitable[RunningCortex]]
 
 
+def _entry(neuron: Any) -> dict[str, str]:
+    """The neuron's entry in cortex.toml."""
+    entry = {"name": neuron.name, "endpoint": neuron.url}
+    token = getattr(neuron, "token", None)
+    return entry if token is None else {**entry, "token": token}
+
+
 @pytest.fixture
 async def start_cortex() -> AsyncIterator[StartCortex]:
     """Starts cortexes; waits until each neuron that runs is healthy."""
@@ -68,7 +75,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             host: str = "127.0.0.1",
             **settings: Any,
         ) -> RunningCortex:
-            entries = [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons]
+            entries = [_entry(neuron) for neuron in neurons]
             poll = {"interval_secs": 0.05, "timeout_secs": 0.5, **settings.pop("poll", {})}
             gateway_settings = {"drain_timeout_secs": 0, **settings.pop("gateway", {})}
             config = CortexConfig.model_validate(

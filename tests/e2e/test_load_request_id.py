@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_eviction import SmallFleet, fleet_of, model
+from tests.e2e.eviction.test_eviction import SmallFleet, fleet_of, model
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import until
 

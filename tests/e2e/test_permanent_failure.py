@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.cortex.cortex_process import cortex_process
-from tests.e2e.test_eviction_memory import Address
+from tests.e2e.eviction.test_eviction_memory import Address
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port

@@ -18,6 +18,7 @@ from neuron.engine import session
 from shared.process_stat import stat_of
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.neurons import Client, NeuronProcess, marked_processes, neuron_process, until
+from tests.neuron.v1_cortex import v1_cortex
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -132,3 +133,15 @@ async def test_engines_share_a_device_and_outlive_every_death(mark: str, real_vl
             assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
             assert await second.stop() == 0
     assert not marked_processes(mark)
+
+
+async def test_a_protocol_v1_cortex_needs_no_key(mark: str, real_vllm: RealVllm, tmp_path: Path) -> None:
+    """It loads a model, and what it forwards is answered, also after the model was unloaded."""
+    model, path = str(real_vllm.tiny), config(tmp_path, real_vllm)
+    # Protocol v1 has no field for the memory that the engine may take.
+    path.write_text(path.read_text().replace('"512"]', '"512", "--kv-cache-memory-bytes", "64M"]'))
+    async with neuron_process(path) as neuron, v1_cortex(neuron) as cortex:
+        assert (await cortex.load(model)).status == 200
+        assert "[DONE]" in await cortex.forward(model, stream=True)
+        await cortex.unload(model)
+        assert "chat.completion" in await cortex.forward(model)

@@ -14,8 +14,8 @@ from shared.process_stat import ProcessStat, parse_stat, stat_of
 @pytest.mark.parametrize("name", ["sh", "a) b (c", "((", "x y", ") S 1"])
 def test_any_process_name_is_parsed(name: str) -> None:
     """The name of a process may contain spaces and parentheses."""
-    stat = parse_stat(f"17 ({name}) S 4 5 6 " + "0 " * 15 + "4711 0")
-    assert stat == ProcessStat(17, "S", 4, 5, 6, 4711)
+    stat = parse_stat(f"17 ({name}) S 4 5 6 " + "0 " * 7 + "8 9 " + "0 " * 6 + "4711 0")
+    assert stat == ProcessStat(17, "S", 4, 5, 6, 4711, cpu_ticks=17)
 
 
 def test_zombie_is_not_alive_and_keeps_its_start_time() -> None:

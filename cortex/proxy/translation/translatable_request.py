@@ -21,7 +21,7 @@ from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
 from cortex.routing.replica import FailureKind, Replica
 from cortex.upstream.address import Address
-from shared.errors import ServiceError
+from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -34,16 +34,18 @@ class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
     path; one that turns out to lack it gets the translation at once, before the client hears anything."""
 
-    __slots__ = ("_translation",)
+    __slots__ = ("_probed", "_translation")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
+        self._probed = False
 
     def lacks_path(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
+        self._probed = True
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
@@ -60,9 +62,11 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
+        if self._cold and not self._probed:
+            self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
-                self._translation = TRANSLATORS[request.path](request.body, f"{replica.model_id} on {replica.node}")
+                self._translation = _translated(request, replica)
             except ServiceError as error:
                 self._label, self._node = self._model_id, replica.node
                 self._refuse(error)
@@ -92,3 +96,10 @@ class TranslatableRequest(RequestHandler):
         if isinstance(self._state, Sent):
             self._context.missing_paths.forget(self._state.replica, self._request.path)  # it may come back changed
         super()._fail(reason, kind)
+
+
+def _translated(request: Request, replica: Replica) -> Translation:
+    try:
+        return TRANSLATORS[request.path](request.body, f"{replica.model_id} on {replica.node}")
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error

@@ -48,12 +48,14 @@ def claude(
 
 
 def codex(
-    bench: Bench, node: NodeEnvironment, prompt: str, *, model: str = MODEL, more: str = ""
+    bench: Bench, node: NodeEnvironment, prompt: str, *, model: str = MODEL, more: str = "", catalog: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Codex, on `/v1/responses`, as JSON lines. `more` is added to the provider's table."""
+    """Codex, on `/v1/responses`, as JSON lines. `more` is added to the provider's table, `catalog` describes models."""
     home = bench.home / ".codex"
     home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(_CODEX.format(model=model, url=bench.url) + more, encoding="utf-8")
+    catalogued = "" if catalog is None else f'model_catalog_json = "{catalog}"\n'
+    settings = catalogued + _CODEX.format(model=model, url=bench.url) + more
+    (home / "config.toml").write_text(settings, encoding="utf-8")
     # No sandbox: it needs user namespaces, which containers lack.
     options = ["--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     return bench.attempt([node.command("codex"), "exec", *options, prompt])

@@ -1,17 +1,30 @@
-"""The openai library for Node.js, the current version and an old one."""
+"""The openai library for Node.js, the current version and an old one, on engines with `/v1/responses` and on engines
+that have only chat completions."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from tests.clients.node.scripts import node_report
-from tests.clients.running import TEXT_CASES, TOOL_CASES, Bench, Report
+from tests.clients.running import CHAT_ONLY, MODELS, TEXT_CASES, TOOL_CASES, Bench, Report
 from tests.environment.clients import NodeEnvironment, old_name
 
 
-@pytest.fixture(scope="module", params=["openai", old_name("openai")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("openai", MODELS),
+        (old_name("openai"), MODELS),
+        ("openai", CHAT_ONLY),
+        (old_name("openai"), CHAT_ONLY),
+    ],
+    ids=["current", "old", "current, chat only", "old, chat only"],
+)
 def report(bench: Bench, node: NodeEnvironment, request: pytest.FixtureRequest) -> Report:
-    return node_report(bench, node, "openai_sdk", CLIENT_PACKAGE=request.param)
+    package, models = request.param
+    return node_report(replace(bench, models=models), node, "openai_sdk", CLIENT_PACKAGE=package)
 
 
 @pytest.mark.parametrize("case", [*TEXT_CASES, "responses_stream", "responses_plain"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 
-from tests.clients.scripts.report import BASE_URL, QUESTION, TOOL, WEATHER_QUESTION, report
+from tests.clients.scripts.report import BASE_URL, QUESTION, TOOL, WEATHER, WEATHER_QUESTION, report
 
 client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="unused", max_retries=0)
 chat: Any = client.chat.completions  # typed differently in the old and the current version
@@ -54,6 +54,17 @@ def responses_plain(model: str) -> str:
     return client.responses.create(model=model, input=QUESTION).output_text
 
 
+def responses_tool(model: str) -> tuple[str, Any]:
+    tool: Any = {"type": "function", **WEATHER, "strict": False}
+    name = arguments = ""
+    for event in client.responses.create(model=model, input=WEATHER_QUESTION, tools=[tool], stream=True):
+        if event.type == "response.output_item.added" and event.item.type == "function_call":
+            name = event.item.name
+        elif event.type == "response.function_call_arguments.delta":
+            arguments += event.delta
+    return name, json.loads(arguments)
+
+
 def models(model: str) -> list[str]:
     return [entry.id for entry in client.models.list() if entry.id == model]
 
@@ -66,5 +77,6 @@ if __name__ == "__main__":
         tool_plain=tool_plain,
         responses_stream=responses_stream,
         responses_plain=responses_plain,
+        responses_tool=responses_tool,
         models=models,
     )

@@ -45,6 +45,12 @@ def responses_stream(model: str) -> Iterator[str]:
     return iter(loop.run_until_complete(streamed(Agent(OpenAIResponsesModel(model, provider=provider)), QUESTION)))
 
 
+def responses_tool(model: str) -> tuple[str, Any]:
+    return called(
+        Agent(OpenAIResponsesModel(model, provider=provider), tools=[get_weather]).run_sync(WEATHER_QUESTION).output
+    )
+
+
 def tool_stream(model: str) -> tuple[str, Any]:
     return called("".join(loop.run_until_complete(streamed(agent(model, get_weather), WEATHER_QUESTION))))
 
@@ -65,4 +71,5 @@ if __name__ == "__main__":
         tool_stream=tool_stream,
         tool_plain=tool_plain,
         responses_stream=responses_stream,
+        responses_tool=responses_tool,
     )

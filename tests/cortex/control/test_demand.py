@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from cortex.control.demand import MEMORY_SECS, Demand
+from cortex.config.catalogue import Catalogue
+from cortex.control.demand import MEMORY_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.inputs import PlanningView, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host
@@ -150,3 +152,33 @@ def test_requests_reported_by_engines_count_as_use(
     now = 200.0
     demand.sample(reported(**after), replica_target=8)
     assert (demand.usages()["m", "n"].last_used == 200.0) is used
+
+
+def test_own_requests_in_an_old_report_do_not_count_as_use(counts: CountTotals, clock: Moment) -> None:
+    """A report that still shows our last request, or counts it only now, does not make the model look busy."""
+    demand, worker, key = Demand(counts, clock), Worker(), ("m", "n")
+    counts.attach(worker)
+    demand.routes_changed(["m"], reported())
+    demand.sample(reported(ended=0), replica_target=8)
+    for report in (reported(ended=0, in_flight=1), reported(ended=1)):
+        worker.in_flight.add(key)
+        worker.in_flight.remove(key)
+        used_at = clock.now
+        assert demand.usages()[key].last_used == used_at
+        clock.now += 1
+        demand.sample(report, replica_target=8)
+        use = demand.usages()[key]
+        assert use.last_used == used_at
+        assert requests_on(use, report) == 0
+    # Neither hides the requests of others for long.
+    assert requests_on(demand.usages()[key], reported(in_flight=3)) == 2
+    demand.sample(reported(ended=3), replica_target=8)
+    assert demand.usages()[key].last_used == clock.now
+    clock.now += REPORT_AGE_SECS + 1
+    assert requests_on(demand.usages()[key], reported(ended=1, in_flight=1)) == 1
+
+
+def requests_on(use: ReplicaUsage, report: FleetSnapshot) -> int:
+    """As the planner counts them."""
+    view = PlanningView(now=0, catalogue=Catalogue(), fleet=report, usages={("m", "n"): use})
+    return view.requests_on("m", report.nodes["n"])

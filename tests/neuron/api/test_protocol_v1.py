@@ -1,17 +1,13 @@
-"""A cortex that speaks only protocol v1, such as helexa's: it uses six requests and the protocol's own fields, has no
-engine keys, and takes a model that is listed as unloaded for one that its endpoint loads."""
+"""What a cortex that speaks only protocol v1 gets from neuron: `tests.neuron.v1_cortex`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import aiohttp
 import psutil
@@ -21,66 +17,12 @@ from neuron.api import protocol_v1
 from neuron.config import NeuronConfig
 from neuron.engine.keys import gets_key
 from tests.neuron.lasting import leaving
-from tests.neuron.neurons import Answer, Client, Neuron, config_of, neuron_here, neuron_process, toml_config, until
+from tests.neuron.neurons import Neuron, config_of, neuron_here, neuron_process, toml_config, until
+from tests.neuron.v1_cortex import V1Cortex, v1_cortex
 
 A, B = "org/model-a", "org/model-b"
 WHOLE_CARD_MB = 30_000
 ONE_CARD = {"devices": ["RTX 5090"]}
-
-
-@dataclass
-class V1Cortex:
-    """Routes as helexa's cortex does: loaded, then unloaded, then its catalogue. `base`: the neuron's URL."""
-
-    session: aiohttp.ClientSession
-    base: str
-
-    async def call(self, method: str, path: str, body: Any = None) -> Answer:
-        async with self.session.request(method, self.base + path, json=body) as response:
-            return Answer(response.status, json.loads(await response.text()), response.headers)
-
-    async def listed(self) -> dict[str, str]:
-        """Status by model; one that it does not know counts as loaded."""
-        return {entry["id"]: entry["status"] for entry in (await self.call("GET", "/models")).body}
-
-    async def load(self, model: str, **changes: Any) -> Answer:
-        spec = {"model_id": model, "harness": "candle", "quant": None, "tensor_parallel": None, "devices": [0]}
-        return await self.call("POST", "/models/load", {**spec, **changes})
-
-    async def unload(self, model: str) -> Answer:
-        return await self.call("POST", "/models/unload", {"model_id": model})
-
-    async def endpoint(self, model: str) -> Answer:
-        return await self.call("GET", f"/models/{quote(model, safe='')}/endpoint")
-
-    async def route(self, model: str) -> str:
-        """The engine's URL; evicts the other models where the catalogue must place this one."""
-        listed = await self.listed()
-        if model not in listed or listed[model] == "loading":
-            for other, status in listed.items():
-                if status == "loaded":
-                    assert (await self.unload(other)).status == 200
-            answer = await self.load(model)
-            assert answer.status == 200 or "already loaded" in json.dumps(answer.body), answer.body
-        found = await self.endpoint(model)
-        assert found.status == 200, found.body
-        return str(found.body["url"])
-
-    async def forward(self, model: str, *, stream: bool = False, to: str | None = None) -> str:
-        """The answer to a chat of a client that has a key of this cortex's own."""
-        url = to or await self.route(model)
-        body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 8, "stream": stream}
-        headers = {"Authorization": "Bearer a client's key"}
-        async with self.session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
-            text = await response.text()
-            assert response.status == 200, text
-        return text
-
-
-@contextlib.asynccontextmanager
-async def v1_cortex(neuron: Client) -> AsyncIterator[V1Cortex]:
-    async with aiohttp.ClientSession() as session:
-        yield V1Cortex(session, neuron.base)
 
 
 @contextlib.asynccontextmanager
@@ -152,6 +94,20 @@ async def test_a_running_answer_is_not_cut(mark: str, tmp_path: Path) -> None:
             found = asyncio.create_task(cortex.endpoint(A))
             assert "[DONE]" in await stream.text()
         assert "chat.completion" in await cortex.forward(A, to=(await found).body["url"])
+
+
+async def test_both_models_at_once_on_one_card(cortex: V1Cortex) -> None:
+    """A model whose endpoint was told a moment ago stays until the request has come: every request is answered."""
+    for model in (A, B):
+        await cortex.forward(model)
+
+    async def ask(model: str) -> str:
+        found = await cortex.endpoint(model)
+        assert found.status == 200, found.body
+        return await cortex.forward(model, to=found.body["url"])
+
+    answers = await asyncio.gather(*(ask(model) for model in (A, B) * 3))
+    assert all("chat.completion" in answer for answer in answers)
 
 
 async def test_without_room_the_catalogue_decides(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,13 +192,14 @@ async def test_models_loaded_at_startup(mark: str, tmp_path: Path) -> None:
         await cortex.forward(A)
 
 
-async def test_a_model_that_another_cortex_loaded(mark: str, tmp_path: Path) -> None:
-    """Its engine has a key: while it answers the error says so, and when it is idle it starts without one."""
+async def test_a_model_that_another_cortex_loaded(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine has a key: when it is idle it starts without one, and the error of a wait that is too long says so."""
+    monkeypatch.setattr(protocol_v1, "ROOM_SECS", 0.3)
     async with neuron_here(config(tmp_path)) as neuron, v1_cortex(neuron) as cortex:
         found = (await neuron.load(A)).body
         assert found["api_key"]
         async with answering(neuron, A, found["url"], found["api_key"]) as stream:
-            for refused in (await cortex.endpoint(A), await cortex.load(A)):
+            for refused in await asyncio.gather(cortex.endpoint(A), cortex.load(A)):
                 assert (refused.status, refused.error["code"]) == (503, "engine_key_required")
                 assert "engine_keys" in refused.error["message"]
                 assert "Retry-After" in refused.headers

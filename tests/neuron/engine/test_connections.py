@@ -55,21 +55,27 @@ async def test_connections_of_others() -> None:
                 answered = await until(lambda: None if _only(port).queued else _only(port))  # acknowledged
                 assert (answered.bytes_received, answered.bytes_sent) == (8, 6)
                 assert is_busy(answered)  # it may go on
-                assert not is_busy(answered, quiet_secs=0)
             client.stdin.close()
             await client.wait()
     assert connections_to(port) is None
 
 
 def test_busy_by_who_spoke_last() -> None:
-    """An unanswered request is busy however old it is; an answered one until the engine has been quiet."""
+    """An unanswered request is busy however old it is while the engine computes. An answered one until both have been
+    quiet."""
     unanswered = ConnectionTraffic(bytes_received=9, bytes_sent=0, last_received_age=900, last_sent_age=900, queued=0)
-    assert is_busy(unanswered)
     again = dataclasses.replace(unanswered, bytes_sent=5, last_sent_age=901)
-    assert is_busy(again)
+    unread = dataclasses.replace(unanswered, bytes_sent=5, last_sent_age=900, queued=1)
+    for owed in (unanswered, again, unread):
+        assert is_busy(owed)
+        assert is_busy(owed, idle_secs=29)
+        assert not is_busy(owed, idle_secs=30)
+    assert is_busy(dataclasses.replace(unanswered, last_received_age=29), idle_secs=99)
     answered = dataclasses.replace(again, last_sent_age=29)
     assert is_busy(answered)
+    assert is_busy(answered, idle_secs=4)
+    assert not is_busy(answered, idle_secs=5)
+    assert is_busy(dataclasses.replace(answered, last_sent_age=4), idle_secs=99)
     assert not is_busy(dataclasses.replace(answered, last_sent_age=30))
-    assert is_busy(dataclasses.replace(answered, last_sent_age=31, queued=1))
     unused = ConnectionTraffic(bytes_received=0, bytes_sent=0, last_received_age=0, last_sent_age=0, queued=0)
     assert not is_busy(unused)

@@ -149,3 +149,32 @@ def shared_port(host: str, port: int, family: socket.AddressFamily) -> socket.so
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind((host, port))
     return sock
+
+
+@pytest.mark.parametrize(
+    ("owns_port", "listed", "ready"),
+    [(True, "other", True), (None, "m", True), (None, "other", False), (False, "m", False)],
+)
+async def test_an_engine_without_a_key_is_recognised(owns_port: bool | None, listed: str, ready: bool) -> None:
+    """By its port, or, where neuron cannot see who listens there (an engine in a container), by the model it lists."""
+
+    async def healthy(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": listed}]})
+
+    async def owner() -> bool | None:
+        return owns_port
+
+    app = web.Application()
+    app.router.add_get("/health", healthy)
+    app.router.add_get("/v1/models", models)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("")).rstrip("/")
+        waiting = until_ready(session, url, health_path="/health", api_key=None, model_id="m", owns_port=owner)
+        if ready:
+            await asyncio.wait_for(waiting, 5)
+        else:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(waiting, 0.3)

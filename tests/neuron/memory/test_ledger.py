@@ -120,21 +120,52 @@ def test_memory_of_a_stopping_engine_can_be_booked() -> None:
     assert (found.held_mb, found.foreign_mb, found.bookable_mb) == (300, 0, FULL - 18_000)
 
 
-def test_a_start_waits_for_memory_of_stopping_engines() -> None:
-    """Earlier bookings get freed memory first, and nothing waits longer than necessary."""
+def test_a_start_waits_for_stopping_engines() -> None:
+    """Until they are gone, even if they hold nothing any more. Earlier bookings get freed memory first, and nothing
+    waits longer than necessary."""
     ledger = Ledger()
-    book(ledger, 1, 20_000)
+    book(ledger, 1, 20_000, model_id="org/1")
     ledger.settle(1, {0: 20_000})
-    assert ledger.still_held(1, ONE, measured(ONE, {0: 20_000})) == {}
+    assert ledger.counts_on(1, ONE, measured(ONE, {0: 20_000})) == ()
     ledger.mark_stopping(1)
-    book(ledger, 2, 4000, used=20_000)
-    book(ledger, 3, 18_000, used=20_000)
+    book(ledger, 2, 4000, used=20_000, model_id="org/2")
+    book(ledger, 3, 18_000, used=20_000, model_id="org/3")
     used = measured(ONE, {0: 20_000})
-    assert [ledger.still_held(number, ONE, used) for number in (2, 3, 9)] == [{}, {0: 17_436}, {}]
+    assert [ledger.counts_on(number, ONE, used) for number in (1, 2, 3, 9)] == [(), (), ("org/1",), ()]
     ledger.update_held(2, {0: 4000})
-    assert ledger.still_held(3, ONE, measured(ONE, {0: 24_000})) == {0: 17_436}
+    for mb in (24_000, 4000):
+        assert ledger.counts_on(3, ONE, measured(ONE, {0: mb})) == ("org/1",)
     ledger.release(1)
-    assert ledger.still_held(3, ONE, measured(ONE, {0: 4000})) == {}
+    assert ledger.counts_on(3, ONE, measured(ONE, {0: 4000})) == ()
+    assert ledger.lacks_memory(3, ONE, measured(ONE, {0: 24_000}))
+    assert not ledger.lacks_memory(3, ONE, measured(ONE, {0: 4000}))
+
+
+def test_a_start_waits_where_nothing_is_measured() -> None:
+    """The bookings say that there is no room for both."""
+    ledger = Ledger()
+    book(ledger, 1, 20_000, model_id="org/1")
+    ledger.mark_stopping(1)
+    book(ledger, 2, 4000, model_id="org/2")
+    book(ledger, 3, 18_000, model_id="org/3")
+    assert [ledger.counts_on(number, ONE, measured(ONE, {0: 0})) for number in (2, 3)] == [(), ("org/1",)]
+    ledger.release(1)
+    assert ledger.counts_on(3, ONE, measured(ONE, {0: 0})) == ()
+    assert not ledger.lacks_memory(3, ONE, measured(ONE, {0: 0}))
+
+
+@pytest.mark.parametrize("where", [host(), host("4090", d0={"vram_total_mb": 0})], ids=["no device", "unified memory"])
+def test_a_start_waits_where_memory_is_unknown(where: Topology) -> None:
+    """Without a size nothing shows that there is room for two. A loaded engine is not waited for."""
+    ledger = Ledger()
+    for number in (1, 2):
+        book(ledger, number, 1000, where, model_id=f"org/{number}")
+    assert ledger.counts_on(2, where, measured(where)) == ()
+    ledger.mark_stopping(1)
+    assert ledger.counts_on(2, where, measured(where)) == ("org/1",)
+    ledger.release(1)
+    assert ledger.counts_on(2, where, measured(where)) == ()
+    assert not ledger.lacks_memory(2, where, measured(where))
 
 
 def test_stopping_engine_whose_processes_are_not_listed() -> None:

@@ -13,7 +13,6 @@ _SAME: Final = ("temperature", "top_p", "top_k")
 """Fields with the same meaning in both; `top_k` is an extension that all engines for local models have."""
 
 _ENGINE_OPTIONS: Final = (
-    "chat_template_kwargs",
     "frequency_penalty",
     "logit_bias",
     "min_p",
@@ -23,6 +22,8 @@ _ENGINE_OPTIONS: Final = (
 )
 """Options of chat completions that clients may add. Anthropic's other fields (`service_tier`, `context_management`,
 `container`, …) concern Anthropic's servers only and are left out."""
+
+_THINKING: Final = ("enabled", "adaptive", "disabled")
 
 _EFFORTS: Final = {"xhigh": "high", "max": "high"}
 """Efforts that chat completions do not have."""
@@ -67,15 +68,19 @@ def prompt_part(given: Json, engine: str) -> Json:
         # The answer continues this text. Engines with a template take these options, the others continue anyway.
         chat["continue_final_message"] = True
         chat["add_generation_prompt"] = False
-    thinking = given.get("thinking")
-    if isinstance(thinking, dict) and thinking.get("type") in ("enabled", "adaptive", "disabled"):
-        # The switch of the chat templates that have one; the others ignore it.
-        options = given.get("chat_template_kwargs")
-        chat["chat_template_kwargs"] = {
-            "enable_thinking": thinking["type"] != "disabled",
-            **(options if isinstance(options, dict) else {}),
-        }
+    options = _template_options(given)
+    if options:
+        chat["chat_template_kwargs"] = options
     return chat
+
+
+def _template_options(given: Json) -> Json:
+    """Arguments of the chat template: the client's own, and `enable_thinking`, which templates with such a switch have
+    and the others ignore."""
+    options, thinking = given.get("chat_template_kwargs"), given.get("thinking")
+    options = options if isinstance(options, dict) else {}
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    return {"enable_thinking": kind != "disabled", **options} if kind in _THINKING else options
 
 
 def _add_output(chat: Json, given: Json) -> None:

@@ -1,0 +1,1 @@
+"""Models that take turns on too little memory."""

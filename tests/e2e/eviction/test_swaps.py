@@ -1,0 +1,78 @@
+"""Two models by turns on one card: how long an exchange takes beside the engines' own start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.e2e.eviction.test_eviction import fleet_of, model
+from tests.neuron.conftest import mark
+from tests.neuron.neurons import until
+from tests.neuron.sim_process import free_port
+
+__all__ = ["mark"]
+
+pytestmark = pytest.mark.usefixtures("mark")
+
+EXCHANGES = 6
+SHARE_SECS = 0.3
+"""What cortex and neuron may add to an exchange."""
+SLOW_HOST_SECS = 0.3
+"""Added for one exchange on a busy host: the median must do without."""
+FAULTS = {"figures": [], **{name: ["--fault", name] for name in ("no-metrics", "bare-metrics", "hanging-metrics")}}
+
+
+async def own_secs(directory: Path) -> float:
+    """How long an engine takes by hand to start, to answer one request, and to stop."""
+    port = free_port()
+    began = time.monotonic()
+    with (directory / "by_hand.log").open("wb") as log:
+        engine = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "neuron.sim", "serve", "a", "--port", str(port), "--load-secs", "0.2"),
+            stdout=log,
+            stderr=log,
+        )
+    async with aiohttp.ClientSession() as http:
+
+        async def serves() -> bool:
+            try:
+                async with http.get(f"http://127.0.0.1:{port}/health") as answer:
+                    return answer.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        await until(serves)
+        body = {"model": "a", "prompt": "x", "max_tokens": 3, "ignore_eos": True}
+        async with http.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+            await answer.read()
+    engine.send_signal(signal.SIGTERM)
+    await engine.wait()
+    return time.monotonic() - began
+
+
+def turns(*args: str) -> list[dict[str, Any]]:
+    return [model(name, args=["--tokens-per-sec", "100", *args]) for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("args", FAULTS.values(), ids=FAULTS)
+async def test_exchanges_take_little_more_than_the_engines(tmp_path: Path, args: list[str]) -> None:
+    """With request figures, and without: cortex's own idle connections do not make an engine look busy."""
+    async with fleet_of(tmp_path, turns(*args)) as fleet:
+        own = [await own_secs(tmp_path) for _ in range(3)]
+        took = []
+        for number in range(EXCHANGES + 1):
+            began = time.monotonic()
+            status, text, _ = await fleet.ask("ab"[number % 2], stream=number % 3 == 0)
+            took.append(time.monotonic() - began)
+            assert status == 200, text
+        exchanges = took[1:]  # the first was no exchange
+        assert statistics.median(exchanges) < statistics.median(own) + SHARE_SECS, (own, took)
+        assert max(exchanges) < max(own) + SHARE_SECS + SLOW_HOST_SECS, (own, took)
