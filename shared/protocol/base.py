@@ -36,7 +36,48 @@ class WireModel(BaseModel):
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """The first invalid field, with dots between its levels ("" for the whole value), and what is wrong with it."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    return ".".join(map(str, problem["loc"])), problem["msg"]
+    return ".".join(map(str, problem["loc"])), plain_reason(problem)
+
+
+_PLAIN: Final = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "enum": "must be {expected}",
+    "finite_number": "must be a finite number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "required, but missing",
+    "model_attributes_type": "must be a table",
+    "model_type": "must be a table",
+    "path_type": "must be a string",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
+    "tuple_type": "must be a list",
+}
+
+
+def plain_reason(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, for people. `problem` is an entry of `ValidationError.errors()`."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "string_too_short":
+        least = context["min_length"]
+        return "must not be empty" if least == 1 else f"must have at least {least} characters"
+    if kind in _PLAIN:
+        return _PLAIN[kind].format(**context)
+    return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _whole(value: Any) -> Any:
