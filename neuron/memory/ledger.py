@@ -156,6 +156,10 @@ class Ledger:
         if booking is not None:
             self._bookings[number] = replace(booking, stopping=True)
 
+    def any_stops(self) -> bool:
+        """True while an engine with a booking is being stopped. Without one, `counts_on` is empty for all bookings."""
+        return any(each.stopping for each in self._bookings.values())
+
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
         """The models that are being stopped and without whose memory booking `number` does not fit; empty when its
         engine may start beside them. Earlier bookings get freed memory first. Where memory is not known (no devices, or

@@ -5,7 +5,7 @@ not validate as absent, so versions and other implementations mix.
 """
 
 from shared.protocol.answers import read_answer
-from shared.protocol.base import first_problem
+from shared.protocol.base import first_problem, plain_reason
 from shared.protocol.commands import (
     ENGINE_KEYS_HEADER,
     MAX_DRAIN_SECS,
@@ -55,5 +55,6 @@ __all__ = [
     "UnloadCommand",
     "WakeCommand",
     "first_problem",
+    "plain_reason",
     "read_answer",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from neuron.harness.base import EarlyImports, EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
-from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_argument
+from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
@@ -23,6 +23,7 @@ from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause
+from shared.protocol.reserved_arguments import refused_argument
 
 DEFAULT_COMMAND = ("vllm",)
 _DIGITS = 10_000  # the fraction on the command line has four
