@@ -81,7 +81,16 @@ def plain_reason(problem: Mapping[str, Any]) -> str:
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
     return round(value) if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _listed(value: Any) -> Any:
@@ -89,7 +98,10 @@ def _listed(value: Any) -> Any:
 
 
 WHOLE: Final = BeforeValidator(_whole)
-"""Rounds a float for a field that holds a whole number."""
+"""Reads a number in a string, and rounds a float, for a field that holds a whole number."""
+
+Text = Annotated[str, BeforeValidator(_text)]
+"""Text of protocol v1; a number is read as its digits (a model id `7`, a compute capability `8.9`)."""
 
 Mib = Annotated[int, WHOLE]
 """Mebibytes. The protocol's `*_mb` fields count 2**20 bytes, as nvidia-smi does; fractions are rounded."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, Text, WireModel
 
 
 class DeviceHealth(WireModel):
@@ -46,10 +46,10 @@ class ModelActivity(WireModel):
     without an account. 0 says that it does not know, or has no such limit.
     """
 
-    id: str
-    in_flight: int = 0
-    queue_depth: int = 0
-    ended: int | None = None
+    id: Text
+    in_flight: Annotated[int, WHOLE] = 0
+    queue_depth: Annotated[int, WHOLE] = 0
+    ended: Annotated[int, WHOLE] | None = None
     max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
     anon_max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Tokens, WireModel
+from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Text, Tokens, WireModel
 from shared.protocol.commands import EndpointReply
 
 
@@ -24,9 +24,9 @@ class ModelStatus(str, Enum):
 
     @classmethod
     def known(cls, text: str) -> ModelStatus | None:
-        """The status named `text`, or None if unknown."""
+        """The status named `text` in any case, or None if unknown."""
         try:
-            return cls(text)
+            return cls(text.strip().lower())
         except ValueError:
             return None
 
@@ -126,9 +126,9 @@ class ModelView(ModelFacts):
     answer now, also a bare boolean; None means that it can.
     """
 
-    id: str
-    harness: str | None = None
-    status: str
+    id: Text
+    harness: Text | None = None
+    status: Text
     devices: IndexList = Field(default_factory=list)
     vram_used_mb: Mib | None = None
     progress: Progress | None = None
