@@ -18,7 +18,7 @@ from pathlib import Path
 
 QUIET_SECS = 5.0
 """An answer that has begun may pause this long while the engine computes nothing. Servers that close idle connections
-do it after this time (vLLM, llama.cpp), so that those still open have a request."""
+do it after this time, so that those still open have a request."""
 PAUSE_SECS = 30.0
 """An answer that has begun may pause this long while the engine computes, for example while it reads a streamed
 request's prompt; and a request may be unanswered this long while the engine computes nothing."""
