@@ -119,7 +119,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
 
 
 def _of_another_kind(body: bytes, content_type: str) -> InvalidRequest | None:
-    """The error for a body that is no JSON object at all; None if it looks like one with a mistake."""
+    """The error for an empty body or a form; None for anything that could be JSON with a mistake."""
     if not body.strip():
         return InvalidRequest("the body is empty: send a JSON object that names a model")
     if content_type.lower().startswith(_FORM_ENCODED) and body.lstrip()[:1] not in b"{[":
