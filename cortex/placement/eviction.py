@@ -20,7 +20,7 @@ MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
 PATIENCE_SWAPS = 4.0
 """A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
-PAUSE_SWAPS = 0.1
+PAUSE_SWAPS = 0.05
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
 """When to look again at a loaded model whose requests are still in the admission queue."""

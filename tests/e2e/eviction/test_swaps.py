@@ -66,13 +66,14 @@ def turns(*args: str) -> list[dict[str, Any]]:
 async def test_exchanges_take_little_more_than_the_engines(tmp_path: Path, args: list[str]) -> None:
     """With request figures, and without: cortex's own idle connections do not make an engine look busy."""
     async with fleet_of(tmp_path, turns(*args)) as fleet:
-        own = [await own_secs(tmp_path) for _ in range(3)]
-        took = []
+        own, took = [], []
         for number in range(EXCHANGES + 1):
             began = time.monotonic()
             status, text, _ = await fleet.ask("ab"[number % 2], stream=number % 3 == 0)
             took.append(time.monotonic() - began)
             assert status == 200, text
+            if number % 2:
+                own.append(await own_secs(tmp_path))  # at the same time, as other programs slow the host down
         exchanges = took[1:]  # the first was no exchange
         assert statistics.median(exchanges) < statistics.median(own) + SHARE_SECS, (own, took)
         assert max(exchanges) < max(own) + SHARE_SECS + SLOW_HOST_SECS, (own, took)
