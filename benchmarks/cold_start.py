@@ -38,11 +38,13 @@ VLLM_ARGS = ["--dtype", "bfloat16", "--enforce-eager", "--kv-cache-memory-bytes"
 VLLM_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 PARTS = {
-    "to start": "from the request to the engine's first instruction; by hand: from its start",
+    "cold start": "from the request to the answer; no engine runs",
+    "swap": "the same, while the other model's engine runs and has just answered",
+    "cold start less load": "without the engine's own time to load",
+    "swap less load": "without the engine's own time to load",
+    "to start": "cold start: from the request to the engine's first instruction; by hand: from its start",
     "to first byte": "from the engine's open port to the first byte sent to it",
     "to request": "from the engine's open port to the request",
-    "cold start": "the whole cold start, without the engine's own time to load if it records that",
-    "swap": "the whole exchange of two models, without the engine's own time to load if it records that",
     "warm": "a request to the model that is loaded",
 }
 
@@ -85,11 +87,11 @@ class Measurement:
     async def _cold(self, contender: ColdStarter, model: str, part: str) -> None:
         answer = await contender.ask(model)
         series = self.series.setdefault(contender.name, Series())
+        series.add(part, answer.secs)
         stamps = self._last_stamps()
         if stamps is None:
-            series.add(part, answer.secs)
             return
-        series.add(part, answer.secs - (stamps["listening"] - stamps["started"]))
+        series.add(f"{part} less load", answer.secs - (stamps["listening"] - stamps["started"]))
         series.add("to first byte", stamps["first_byte"] - stamps["listening"])
         series.add("to request", stamps["first_request"] - stamps["listening"])
         if part == "cold start":
@@ -158,10 +160,10 @@ def result(kind: EngineKind, series: dict[str, Series], crowd: Crowd) -> dict[st
 
 
 def table(data: dict[str, Any]) -> str:
-    """The result as Markdown: medians, the 90th percentiles, and for each contender the median less that by hand."""
+    """The result as Markdown: medians, 90th percentiles, and by how much each contender is slower than by hand."""
     contenders = data["contenders"]
     others = [name for name in contenders if name != ByHand.name]
-    heads = [ByHand.name, *(f"{name} | added" for name in others)]
+    heads = [ByHand.name, *(f"{name} | added (ratio)" for name in others)]
     lines = [f"| {data['engine']} engine, {data['rounds']} rounds: median (p90) ms | {' | '.join(heads)} |"]
     lines.append("|---" * (2 + 2 * len(others)) + "|")
     for part, text in PARTS.items():
@@ -171,7 +173,8 @@ def table(data: dict[str, Any]) -> str:
         cells = [_cell(hand)]
         for name in others:
             row = contenders[name][part]
-            cells += [_cell(row), f"{row['median_ms'] - hand['median_ms']:+.1f}"]
+            added, ratio = row["median_ms"] - hand["median_ms"], row["median_ms"] / hand["median_ms"]
+            cells += [_cell(row), f"{added:+.1f} ({ratio:.2f}x)"]
         lines.append(f"| **{part}**: {text} | {' | '.join(cells)} |")
     crowd = data["crowd"]
     lines += [

@@ -38,10 +38,10 @@ def main() -> None:
     time.sleep(float(_option("--load-secs")) * (1 + time.monotonic_ns() // 1000 % 100 / 1000))
     listener = socket.create_server(("127.0.0.1", int(_option("--port"))), backlog=128)
     stamps = {"started": _STARTED, "listening": time.monotonic()}
-    serve(listener, float(_option("--unhealthy-secs", "0")), stamps)
+    serve(listener, stamps)
 
 
-def serve(listener: socket.socket, unhealthy_secs: float, stamps: dict[str, float]) -> None:
+def serve(listener: socket.socket, stamps: dict[str, float]) -> None:
     """Answers every connection until the process is killed."""
     received: dict[socket.socket, bytes] = {}
     with selectors.DefaultSelector() as waiting:
@@ -65,18 +65,16 @@ def serve(listener: socket.socket, unhealthy_secs: float, stamps: dict[str, floa
                 head, end, body = received[client].partition(b"\r\n\r\n")
                 if end and len(body) >= _length(head):
                     received[client] = b""
-                    client.sendall(_answer(head, time.monotonic() >= stamps["listening"] + unhealthy_secs, stamps))
+                    client.sendall(_answer(head, stamps))
 
 
-def _answer(head: bytes, healthy: bool, stamps: dict[str, float]) -> bytes:
-    if head.startswith(b"POST ") and "first_request" not in stamps:
-        stamps["first_request"] = time.monotonic()
-        _record(stamps)
-    if not healthy:
-        return b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+def _answer(head: bytes, stamps: dict[str, float]) -> bytes:
     if head.startswith(b"GET /health"):
         return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     if head.startswith(b"POST "):
+        if "first_request" not in stamps:
+            stamps["first_request"] = time.monotonic()
+            _record(stamps)
         size = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(_ANSWER)
         return b"HTTP/1.1 200 OK\r\n" + size + _ANSWER
     return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
@@ -102,11 +100,9 @@ def _length(head: bytes) -> int:
     return 0
 
 
-def _option(name: str, default: str | None = None) -> str:
+def _option(name: str) -> str:
     if name not in sys.argv:
-        if default is None:
-            sys.exit(f"{name} is missing")
-        return default
+        sys.exit(f"{name} is missing")
     return sys.argv[sys.argv.index(name) + 1]
 
 

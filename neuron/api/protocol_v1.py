@@ -11,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from neuron import errors as failures
+from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.lifecycle.model_state import ModelState, NeuronModelView
 from neuron.lifecycle.registry import Registry
@@ -20,7 +21,7 @@ from shared.errors import ServiceError, Unavailable
 from shared.protocol import ENGINE_KEYS_HEADER, ErrorCode, LoadCommand, ModelStatus
 
 ROOM_SECS = 60.0
-"""How long the endpoint of a model waits for others to become idle."""
+"""How long the endpoint of a model waits for engines to become idle."""
 _ROOM_POLL_SECS = 0.25
 _ATTEMPTS = 3
 _BUSY_SECS = 10.0  # Retry-After
@@ -73,14 +74,14 @@ class ProtocolV1:
             )
         for _ in range(_ATTEMPTS):
             await self._drop_key(model)
-            if model.state is State.LOADED:
+            if model.state is State.LOADED and model.engine is not None:
+                model.engine.health.expect_request()
                 return
             try:
                 await self._load(model)
             except ServiceError as error:
-                if error.code == ErrorCode.LOAD_CANCELLED:
-                    continue  # unloaded meanwhile, perhaps to make room: it is wanted still
-                self._unlisted.add(model_id)
+                if error.code != ErrorCode.LOAD_CANCELLED:
+                    self._unlisted.add(model_id)
                 raise
         raise Unavailable(f"{model_id} is unloaded again and again", retry_after=_GONE_SECS)
 
@@ -105,26 +106,29 @@ class ProtocolV1:
         """Replaces the engine of a loaded model if it has a key and need not have one.
 
         Raises:
-            Unavailable: it has requests. ServiceError: the load failed.
+            Unavailable: it still has requests after a minute. ServiceError: the load failed.
         """
         model = self._registry.get(model_id)
-        if _has_needless_key(model, self._keys):
+        if _with_needless_key(model, self._keys) is not None:
             await self.until_usable(model_id)
 
     async def _drop_key(self, model: ModelState) -> None:
-        if not _has_needless_key(model, self._keys):
-            return
-        engine = model.engine
-        assert engine is not None
-        await engine.health.take_sample()
-        if engine.health.busy:
-            advice = (
-                "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
-                'a key. With engine_keys = "never" in neuron.toml no engine has one'
-            )
-            raise failures.key_required(model.model_id, advice, retry_after=_BUSY_SECS)
-        if model.engine is engine and model.state is State.LOADED:
-            self._registry.restart(model.model_id, "restarts without a key for a caller that cannot send one")
+        """Waits until an engine with a needless key is idle, then stops it."""
+        deadline = time.monotonic() + ROOM_SECS
+        while (engine := _with_needless_key(model, self._keys)) is not None:
+            await engine.health.take_sample()
+            if _with_needless_key(model, self._keys) is not engine:
+                continue
+            if not engine.health.busy:
+                self._registry.restart(model.model_id, "restarts without a key for a caller that cannot send one")
+            elif time.monotonic() < deadline:
+                await asyncio.sleep(_ROOM_POLL_SECS)
+            else:
+                advice = (
+                    "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
+                    'a key. With engine_keys = "never" in neuron.toml no engine has one'
+                )
+                raise failures.key_required(model.model_id, advice, retry_after=_BUSY_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
         """The entries of `/models` that such a caller gets."""
@@ -138,10 +142,12 @@ class ProtocolV1:
         return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
 
 
-def _has_needless_key(model: ModelState, keys: EngineKeys) -> bool:
-    if keys.required or model.state is not State.LOADED or model.engine is None:
-        return False
-    return model.engine.api_key is not None
+def _with_needless_key(model: ModelState, keys: EngineKeys) -> Engine | None:
+    """The model's engine, if it has a key and another engine would get none."""
+    engine = model.engine
+    if keys.required or model.state is not State.LOADED or engine is None or engine.api_key is None:
+        return None
+    return engine
 
 
 def _whole_figures(device: Mapping[str, Any]) -> dict[str, Any]:

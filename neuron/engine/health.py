@@ -19,6 +19,8 @@ from shared.tasks import first_of
 RECHECK_SECS = 0.5
 CHECK_TIMEOUT_SECS = 5.0
 SAMPLE_EVERY = 2  # intervals
+EXPECT_SECS = 2.0
+"""How long a caller that was told the endpoint may take to send its request."""
 # Caused by the engine; any other error of the operating system is neuron's own, such as no free file descriptor.
 _CAUSED_BY_ENGINE = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
 
@@ -53,6 +55,8 @@ class HealthMonitor:
         """The latest activity; None before the first. A failed reading does not change it."""
         self.active_at = time.monotonic()
         """When requests last ran or ended, as far as samples show; monotonic."""
+        self._expecting_until = 0.0
+        self._ended_before = 0.0
         self._session = session
         self._health = url + health_path
         self._url = url
@@ -62,8 +66,17 @@ class HealthMonitor:
 
     @property
     def busy(self) -> bool:
-        """True when requests ran or waited in the latest sample."""
-        return self.sample is not None and (self.sample.running > 0 or self.sample.waiting > 0)
+        """True when requests ran or waited in the latest sample, or an expected one may still be on its way."""
+        sample = self.sample
+        if sample is not None and (sample.running or sample.waiting):
+            return True
+        came = sample is not None and sample.ended != self._ended_before
+        return not came and time.monotonic() < self._expecting_until
+
+    def expect_request(self) -> None:
+        """The endpoint was told to a caller, who is about to send a request."""
+        self._expecting_until = time.monotonic() + EXPECT_SECS
+        self._ended_before = 0.0 if self.sample is None else self.sample.ended
 
     async def until_unhealthy(self) -> str:
         """Returns the reason once the engine must be killed. Cancel it when the engine exits by itself.

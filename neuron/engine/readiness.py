@@ -126,8 +126,9 @@ async def _serves(session: aiohttp.ClientSession, url: str, model_id: str) -> bo
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:
     """True when the server at `url` accepts this key and refuses requests without one, as only our engine does."""
     listing = url + "/v1/models"
-    with_key = await _status(session, listing, {"Authorization": f"Bearer {api_key}"})
-    return with_key == 200 and await _status(session, listing) == 401
+    key = {"Authorization": f"Bearer {api_key}"}
+    with_key, without = await asyncio.gather(_status(session, listing, key), _status(session, listing))
+    return (with_key, without) == (200, 401)
 
 
 async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:

@@ -23,6 +23,7 @@ from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey, LoadTimes
@@ -63,6 +64,7 @@ class EngineTools:
     history: LoadHistory
     keys: EngineKeys
     http: aiohttp.ClientSession
+    spares: Spares
 
 
 class EngineLife:

@@ -96,6 +96,20 @@ async def test_a_running_answer_is_not_cut(mark: str, tmp_path: Path) -> None:
         assert "chat.completion" in await cortex.forward(A, to=(await found).body["url"])
 
 
+async def test_both_models_at_once_on_one_card(cortex: V1Cortex) -> None:
+    """A model whose endpoint was told a moment ago stays until the request has come: every request is answered."""
+    for model in (A, B):
+        await cortex.forward(model)
+
+    async def ask(model: str) -> str:
+        found = await cortex.endpoint(model)
+        assert found.status == 200, found.body
+        return await cortex.forward(model, to=found.body["url"])
+
+    answers = await asyncio.gather(*(ask(model) for model in (A, B) * 3))
+    assert all("chat.completion" in answer for answer in answers)
+
+
 async def test_without_room_the_catalogue_decides(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that waited for too long says that memory lacks. Then the model is not listed: this cortex places it
     itself and evicts others."""
@@ -178,13 +192,14 @@ async def test_models_loaded_at_startup(mark: str, tmp_path: Path) -> None:
         await cortex.forward(A)
 
 
-async def test_a_model_that_another_cortex_loaded(mark: str, tmp_path: Path) -> None:
-    """Its engine has a key: while it answers the error says so, and when it is idle it starts without one."""
+async def test_a_model_that_another_cortex_loaded(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine has a key: when it is idle it starts without one, and the error of a wait that is too long says so."""
+    monkeypatch.setattr(protocol_v1, "ROOM_SECS", 0.3)
     async with neuron_here(config(tmp_path)) as neuron, v1_cortex(neuron) as cortex:
         found = (await neuron.load(A)).body
         assert found["api_key"]
         async with answering(neuron, A, found["url"], found["api_key"]) as stream:
-            for refused in (await cortex.endpoint(A), await cortex.load(A)):
+            for refused in await asyncio.gather(cortex.endpoint(A), cortex.load(A)):
                 assert (refused.status, refused.error["code"]) == (503, "engine_key_required")
                 assert "engine_keys" in refused.error["message"]
                 assert "Retry-After" in refused.headers

@@ -13,7 +13,8 @@ be found in the engine's prefix cache."""
 
 
 def chat_messages(given: Json, engine: str) -> list[Json]:
-    """`system` and `messages` of a request; `engine` names the engine in errors.
+    """`system` and `messages` of a request; `engine` names the engine in errors. A system message that is not at the
+    beginning becomes the user's: many templates refuse it there.
 
     Raises:
         InvalidRequest: malformed, or with content that a chat cannot carry.
@@ -31,14 +32,45 @@ def chat_messages(given: Json, engine: str) -> list[Json]:
             raise invalid(param, "must be an object")
         role = message.get("role")
         if role == "user":
-            chat += _user_messages(message.get("content"), f"{param}.content", engine)
+            for part in _user_messages(message.get("content"), f"{param}.content", engine):
+                _add(chat, part)
         elif role == "assistant":
-            chat.append(_assistant_message(message.get("content"), f"{param}.content", engine))
+            _add(chat, _assistant_message(message.get("content"), f"{param}.content", engine))
         elif role == "system":
-            chat.append({"role": "system", "content": _system_text(message.get("content"), f"{param}.content")})
+            text = _system_text(message.get("content"), f"{param}.content")
+            began = any(before["role"] != "system" for before in chat)
+            _add(chat, {"role": "user" if began else "system", "content": text})
         else:
             raise invalid(f"{param}.role", f"must be user or assistant, got {role!r}")
     return chat
+
+
+def _add(chat: list[Json], message: Json) -> None:
+    """Adds a message, or to the last one of the same role: many templates want roles to alternate."""
+    last = chat[-1] if chat else None
+    if last is None or last["role"] != message["role"] or message["role"] == "tool":
+        chat.append(message)
+    elif message["role"] == "system":
+        last["content"] = "\n".join((last["content"], message["content"]))
+    elif message["role"] == "user":
+        last["content"] = _content(_content_parts(last) + _content_parts(message))
+    else:
+        _add_to_assistant(last, message)
+
+
+def _content_parts(message: Json) -> list[Json]:
+    content = message["content"]
+    if isinstance(content, list):
+        return content
+    return [_text(content)] if content else []
+
+
+def _add_to_assistant(last: Json, message: Json) -> None:
+    texts = [each["content"] for each in (last, message) if each["content"]]
+    for key in ("reasoning_content", "tool_calls"):
+        if key in message:
+            last[key] = last[key] + message[key] if key in last else message[key]
+    last["content"] = "".join(texts) if texts or "tool_calls" not in last else None
 
 
 def _system_text(content: Any, param: str) -> str:

@@ -91,8 +91,17 @@ def test_system(system: Any, expected: str) -> None:
     assert messages(USER, system=system) == [{"role": "system", "content": expected}, USER]
 
 
-def test_system_message_in_between_stays_there() -> None:
-    assert messages(USER, {"role": "system", "content": [text("Now")]}, USER)[1] == {"role": "system", "content": "Now"}
+def test_roles_alternate() -> None:
+    """Templates of several models refuse two messages of one role, and a system message that is not the first."""
+    late = {"role": "system", "content": [text("Be brief.")]}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "now", "input": {}}
+    assert messages(late, USER, late, {"role": "user", "content": [PNG]}, system="Be kind.") == [
+        {"role": "system", "content": "Be kind.\nBe brief."},
+        {"role": "user", "content": [text("hi"), text("Be brief."), PNG_PART]},
+    ]
+    answers = [{"role": "assistant", "content": content} for content in ("a", [text("b"), call], [call])]
+    merged = messages(USER, *answers)[1]
+    assert (merged["content"], len(merged["tool_calls"])) == ("ab", 2)
 
 
 def test_user_blocks() -> None:

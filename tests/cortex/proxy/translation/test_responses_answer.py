@@ -394,9 +394,25 @@ def test_errors_keep_their_status() -> None:
     given = b'{"error": {"message": "too long", "type": "BadRequestError", "param": "input_tokens", "code": 400}}'
     assert translation().answer(400, given) == (400, given)
     status, body = translation().answer(422, b'{"detail": "bad field"}')
-    assert (status, json.loads(body)["error"]["message"]) == (422, "the engine answered 422: bad field")
+    assert (status, json.loads(body)["error"]["message"]) == (422, "m on host answered 422: bad field")
     status, body = translation().answer(500, b"<html>oops")
-    assert (status, json.loads(body)["error"]["message"]) == (500, "the engine answered 500: <html>oops")
+    assert (status, json.loads(body)["error"]["message"]) == (500, "m on host answered 500: <html>oops")
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(404, b'{"detail": "Not Found"}'), (404, b""), (405, b"Method Not Allowed")]
+)
+def test_an_engine_without_chats_either_is_named(status: int, body: bytes) -> None:
+    """It serves embeddings, for example."""
+    found, answer = translation().answer(status, body)
+    assert (found, json.loads(answer)["error"]["type"]) == (status, "invalid_request_error")
+    assert "m on host has neither /v1/responses nor /v1/chat/completions" in json.loads(answer)["error"]["message"]
+
+
+def test_an_unknown_model_is_passed_on() -> None:
+    """The engine's own words say more."""
+    given = b'{"error": {"message": "The model `m` does not exist.", "type": "NotFoundError", "param": "model"}}'
+    assert translation().answer(404, given) == (404, given)
 
 
 @pytest.mark.parametrize("body", [b"", b"x", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
