@@ -32,6 +32,16 @@ def serve(
 
 
 @app.command()
+def check(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, neuron.toml.")],
+) -> int:
+    """Validate neuron.toml, and print every problem."""
+    from neuron.commands import run_check
+
+    return run_check(config)
+
+
+@app.command()
 def discover(config: Config = None, as_json: Json = False) -> int:
     """Print this host's GPU topology."""
     from neuron.commands import run_discover

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import socket
 import time
 import uuid
@@ -31,10 +32,11 @@ from neuron.lifecycle.events import EventHub, ModelEvents
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.registry import Registry
+from neuron.lifecycle.spare.spares import Spares
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
-from shared.http import error_middleware, refuse_cross_site, require_json, require_token
+from shared.http import error_middleware, hide_server, refuse_cross_site, require_json, require_token
 from shared.tasks import TaskSet
 
 
@@ -47,6 +49,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     authentication = [] if token is None else [require_token(token)]
     guards = [refuse_cross_site(cross_site_policy(config)), *authentication, require_json]
     app = web.Application(middlewares=[error_middleware, *guards])
+    app.on_response_prepare.append(hide_server)
     add_routes(app)
     estimate_api.add_routes(app)
 
@@ -99,12 +102,15 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             config.engine_keys, has_token=config.bearer_token is not None, path=state.path / V1_CALLERS_FILE
         )
         await keys.read()
-        launcher = Launcher(config, source, state, http, memory, first_number=first_number)
+        numbers = itertools.count(first_number)
+        spares = Spares(config, state, numbers, memory.sleep_budget)
+        stack.push_async_callback(spares.close)
+        launcher = Launcher(config, source, state, http, memory, spares=spares, numbers=numbers)
         new_supervisor = functools.partial(
             ModelSupervisor,
             config=config,
             launcher=launcher,
-            tools=EngineTools(memory, EngineSleep(config, memory, http), history, keys, http),
+            tools=EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares),
             events=ModelEvents(hub, metrics),
         )
         registry = Registry(
@@ -121,6 +127,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         tasks = TaskSet()
         stack.push_async_callback(tasks.close)
         _ = tasks.spawn(default_models.load_all(), name="default models")
+        _ = tasks.spawn(spares.run(), name="spare processes")
         yield Services(
             config=config,
             instance_id=instance_id,
@@ -132,4 +139,5 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             hub=hub,
             default_models=default_models,
             metrics=metrics,
+            spares=spares,
         )

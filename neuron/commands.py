@@ -1,4 +1,4 @@
-"""What the commands of `neuron` do: serve, discover and estimate."""
+"""What the commands of `neuron` do: serve, check, discover and estimate."""
 
 from __future__ import annotations
 
@@ -44,6 +44,23 @@ def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None)
         asyncio.run(_serve(config, fd, lifeline))
     except (SettingsError, ListenError, StateDirError, ServiceError) as error:
         fail("neuron", error)
+    return 0
+
+
+def run_check(config_file: Path) -> int:
+    """Prints the problems of a neuron.toml, or what it configures; the exit status."""
+    try:
+        config = _load_config(config_file)
+        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+            problem = _open_to_network(sock, config) if _bound_to(sock, config.host) else None
+        if problem is not None:
+            raise SettingsError([f"{config_file}: host = {config.host!r}: {problem}"])
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    harnesses = ", ".join(config.harness_names) or "no harness"
+    models = f"{len(config.default_models)} default model{'' if len(config.default_models) == 1 else 's'}"
+    print(f"ok: {config_file}: {config.host}:{config.port}; {harnesses}; {models}")
     return 0
 
 
@@ -117,14 +134,31 @@ def _site(config: NeuronConfig, fd: int | None) -> Site:
         except OSError as error:
             raise ListenError(f"--fd {fd} is not a socket: {error.strerror}") from error
         sock.setblocking(False)
-    if reaches_network(sock) and config.bearer_token is None and not config.allow_anonymous:
-        host = sock.getsockname()[0]
+    problem = _open_to_network(sock, config)
+    if problem is not None:
         sock.close()
-        raise ListenError(
-            f"refusing to listen on {host} without a token: anyone who can reach the port could run code on this host. "
-            "Set token_env (or token) in neuron.toml, or allow_anonymous = true if that is what you want"
-        )
+        raise ListenError(problem)
     return Site(build_app(config, port=int(sock.getsockname()[1])), sock)
+
+
+def _bound_to(sock: socket.socket, host: str) -> bool:
+    """Binds to any port of `host`. False if this machine does not have that address, as when its file is checked
+    elsewhere."""
+    try:
+        sock.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _open_to_network(sock: socket.socket, config: NeuronConfig) -> str | None:
+    """Why neuron does not listen on this bound socket; None if it does."""
+    if not reaches_network(sock) or config.bearer_token is not None or config.allow_anonymous:
+        return None
+    return (
+        f"refusing to listen on {sock.getsockname()[0]} without a token: anyone who can reach the port could run code"
+        " on this host. Set token_env (or token) in neuron.toml, or allow_anonymous = true if that is what you want"
+    )
 
 
 async def _discover(config: NeuronConfig) -> Discovery:

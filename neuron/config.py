@@ -37,6 +37,7 @@ class HarnessSettings(SettingsModel):
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
     allow_code: bool = False  # True: load commands may have arguments that make the engine run other code
     sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default
+    spare: bool | Literal["auto"] = "auto"  # keep a process that has imported the engine's modules
 
     @field_validator("port_range")
     @classmethod

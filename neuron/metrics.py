@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from neuron.lifecycle.model_state import ModelState
 from neuron.lifecycle.states import State
-from shared.protocol import Device, DeviceHealth
+from shared.protocol import Device, DeviceHealth, SpareView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 1800)
@@ -49,10 +49,16 @@ class NeuronMetrics:
         """Creates the model's counters, so that they start at zero instead of at their first event."""
         self._restarts.labels(model_id)
 
-    def render(self, models: Iterable[ModelState], devices: Sequence[Device], health: Sequence[DeviceHealth]) -> bytes:
-        """The metrics page: the counters, and the given state of models and devices."""
+    def render(
+        self,
+        models: Iterable[ModelState],
+        devices: Sequence[Device],
+        health: Sequence[DeviceHealth],
+        spares: Iterable[SpareView],
+    ) -> bytes:
+        """The metrics page: the counters, and the given state of models, devices and spare processes."""
         now = CollectorRegistry()
-        now.register(_Snapshot([*_engine_states(models), *_device_gauges(devices, health)]))
+        now.register(_Snapshot([*_engine_states(models), *_device_gauges(devices, health), _spare_gauge(spares)]))
         return generate_latest(self._registry) + generate_latest(now)
 
 
@@ -70,6 +76,15 @@ def _engine_states(models: Iterable[ModelState]) -> Iterator[Metric]:
         for state in State:
             states.add_metric([model.model_id, state.value], float(model.state is state))
     yield states
+
+
+def _spare_gauge(spares: Iterable[SpareView]) -> Metric:
+    memory = GaugeMetricFamily(
+        "neuron_spare_memory_bytes", "Host memory of the process that waits to become an engine.", labels=["harness"]
+    )
+    for spare in spares:
+        memory.add_metric([spare.harness], float((spare.memory_mb or 0) * _MIB))
+    return memory
 
 
 def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> Iterator[Metric]:

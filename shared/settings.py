@@ -11,11 +11,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.protocol import plain_reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,24 +120,86 @@ def validate_settings(
     Raises:
         SettingsError: naming `source` (or the variable a value came from), the key, the value and the reason.
     """
+    found = None
+    problems: list[dict[str, Any]] = []
     try:
-        return model.model_validate(data)
+        found = model.model_validate(data)
     except ValidationError as error:
-        raise SettingsError(
-            [_describe(dict(problem), source, sources or {}) for problem in error.errors(include_url=False)]
-        ) from error
+        problems = [dict(problem) for problem in error.errors(include_url=False)]
+    described = _described(data, [*problems, *_wrong_types(model, data, sources or {})], source, sources or {})
+    if found is None or described:
+        raise SettingsError(described)
+    return found
 
 
-def _describe(problem: dict[str, Any], source: str, sources: Mapping[tuple[str, ...], str]) -> str:
-    location = tuple(str(part) for part in problem["loc"])
-    origin = next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), source)
-    key = _dotted(problem["loc"]) or "(file)"
+_SCALAR_PROBLEMS = frozenset({"bool_type", "float_type", "int_from_float", "int_type", "literal_error", "string_type"})
+
+
+def _wrong_types(
+    model: type[BaseModel], data: Mapping[str, Any], sources: Mapping[tuple[str, ...], str]
+) -> list[dict[str, Any]]:
+    """The values of another type than their keys have, such as "5" for a number. Only values of the environment, which
+    are always strings, are converted."""
+    try:
+        model.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        return [
+            dict(problem)
+            for problem in error.errors(include_url=False)
+            if problem["type"] in _SCALAR_PROBLEMS
+            and not any(tuple(map(str, problem["loc"][: len(keys)])) == keys for keys in sources)
+        ]
+    return []
+
+
+def _described(
+    data: Mapping[str, Any],
+    problems: Sequence[dict[str, Any]],
+    source: str,
+    sources: Mapping[tuple[str, ...], str],
+) -> list[str]:
+    """One line for each key. A value that may have one of several types has a problem with each of them."""
+    by_key: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
+    for problem in problems:
+        by_key.setdefault(_real_location(data, problem), []).append(problem)
+    return [
+        _describe(location, found, source, sources)
+        for location, found in by_key.items()
+        if not location or not any(other[: len(location)] == location != other for other in by_key)
+    ]
+
+
+def _real_location(data: Any, problem: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """The keys of a problem's value, without the names of the types that were tried."""
+    keys: list[str | int] = []
+    *before, last = problem["loc"] or (None,)
+    for part in before:
+        inner = data.get(part) if isinstance(data, Mapping) else None
+        if isinstance(data, list) and isinstance(part, int) and part < len(data):
+            inner = data[part]
+        if inner is not None:
+            keys.append(part)
+            data = inner
+    absent = problem["type"] in ("missing", "extra_forbidden")
+    listed = isinstance(data, list) and isinstance(last, int)
+    if last is not None and (absent or listed or (isinstance(data, Mapping) and last in data)):
+        keys.append(last)
+    return tuple(keys)
+
+
+def _describe(
+    location: tuple[str | int, ...],
+    problems: Sequence[dict[str, Any]],
+    source: str,
+    sources: Mapping[tuple[str, ...], str],
+) -> str:
+    names, problem = tuple(map(str, location)), problems[0]
+    origin = next((sources[names[:n]] for n in range(len(names), 0, -1) if names[:n] in sources), source)
+    key = _dotted(location) or "(file)"
     if problem["type"] == "extra_forbidden":
         return f"{origin}: {key}: unknown key (value {_shown(key, problem['input'])})"
-    if problem["type"] == "missing":
-        return f"{origin}: {key}: required, but missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if isinstance(problem["input"], Mapping):  # a rule about a whole table: do not print the table
+    message = " or ".join(dict.fromkeys(map(plain_reason, problems)))
+    if problem["type"] == "missing" or isinstance(problem["input"], Mapping):  # a rule about a table: do not print it
         return f"{origin}: {key}: {message}"
     return f"{origin}: {key} = {_shown(key, problem['input'])}: {message}"
 

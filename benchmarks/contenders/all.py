@@ -20,6 +20,7 @@ def contenders(checkout: Path = REPOSITORY, baseline: Path | None = None) -> dic
         NGINX_2,
         cortex(checkout),
         cortex(checkout, "cortex-2", "cortex, two workers", workers=2),
+        cortex(checkout, "cortex-v1", "cortex, protocol v1 neuron", protocol_v1=True),
         cortex(checkout, "cortex-py", "cortex, not compiled", interpreted=True),
         *PACKAGES,
         AIOHTTP,

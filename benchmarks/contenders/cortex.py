@@ -28,7 +28,7 @@ harness = "vllm"
 """
 
 
-def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Place], Launch]:
+def _prepare(checkout: Path, workers: int, *, interpreted: bool, protocol_v1: bool) -> Callable[[Place], Launch]:
     def prepare(place: Place) -> Launch:
         packages = checkout if interpreted else compiled(checkout)
         neuron_port = free_port()
@@ -41,6 +41,7 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool) -> Callable[[Pl
         if workers > 1:
             command += ["--workers", str(workers)]
         neuron = [sys.executable, "-m", "benchmarks.contenders.protocol_v1_neuron", str(neuron_port), place.engine_url]
+        neuron += ["bare"] if protocol_v1 else []
         # -m prefers modules in the working directory to installed ones.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
         environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}
@@ -62,11 +63,17 @@ def cortex(
     *,
     workers: int = 1,
     interpreted: bool = False,
+    protocol_v1: bool = False,
 ) -> Contender:
-    """The cortex of a checkout, compiled as in the container image unless `interpreted`."""
+    """The cortex of a checkout, compiled as in the container image unless `interpreted`. `protocol_v1`: its neuron
+    sends only the fields of protocol v1."""
     on = _ON
     if interpreted:
         on = "the same, not compiled: as it runs from a checkout"
+    elif protocol_v1:
+        on = "the same; its neuron sends only the fields of protocol v1"
     elif workers > 1:
         on = f"the same in {workers} worker processes, all on the one CPU"
-    return Contender(name, title, on, _prepare(checkout, workers, interpreted=interpreted), workers=workers)
+    return Contender(
+        name, title, on, _prepare(checkout, workers, interpreted=interpreted, protocol_v1=protocol_v1), workers=workers
+    )

@@ -1,4 +1,4 @@
-"""A protocol v1 neuron with one loaded model, which the fake engine serves. `python -m ... PORT ENGINE_URL`."""
+"""A protocol v1 neuron with one loaded model, which the fake engine serves. `python -m ... PORT ENGINE_URL [bare]`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ INSTANCE = "bench-1"
 _VRAM_MB = 81920
 
 
-def build_app(engine_url: str) -> web.Application:
-    """The six endpoints of protocol v1. With `since` and `instance_id` cortex can cache where the engine is."""
+def build_app(engine_url: str, *, bare: bool = False) -> web.Application:
+    """The six endpoints of protocol v1. Unless `bare`, with `since` and `instance_id`, by which our neuron tells of a
+    reload."""
+    own = {} if bare else {"instance_id": INSTANCE}
     devices = [{"index": 0, "name": "GPU", "vram_total_mb": _VRAM_MB, "compute_capability": "9.0"}]
     used = [{"index": 0, "vram_used_mb": 1, "vram_free_mb": _VRAM_MB - 1, "utilization_pct": 0, "temp_c": 40}]
-    entry = {"id": MODEL, "harness": "vllm", "status": "loaded", "devices": [0], "vram_used_mb": 1, "since": CREATED}
+    entry = {"id": MODEL, "harness": "vllm", "status": "loaded", "devices": [0], "vram_used_mb": 1}
+    if not bare:
+        entry["since"] = CREATED
     answers = {
         "/discovery": {
             "hostname": "bench",
@@ -30,9 +34,9 @@ def build_app(engine_url: str) -> web.Application:
             "driver_version": "580.1",
             "devices": devices,
             "harnesses": ["vllm"],
-            "instance_id": INSTANCE,
+            **own,
         },
-        "/health": {"uptime_secs": 5, "devices": used, "instance_id": INSTANCE},
+        "/health": {"uptime_secs": 5, "devices": used, **own},
         "/models": [entry],
         "/models/{model_id}/endpoint": {"url": engine_url},
     }
@@ -51,11 +55,11 @@ def _answering(value: object) -> Callable[[web.Request], Awaitable[web.Response]
     return handler
 
 
-async def _serve(port: int, engine_url: str) -> None:
+async def _serve(port: int, engine_url: str, *, bare: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner = web.AppRunner(build_app(engine_url), access_log=None)
+    runner = web.AppRunner(build_app(engine_url, bare=bare), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     await stop.wait()
@@ -63,4 +67,4 @@ async def _serve(port: int, engine_url: str) -> None:
 
 
 if __name__ == "__main__":
-    run(_serve(int(sys.argv[1]), sys.argv[2]))
+    run(_serve(int(sys.argv[1]), sys.argv[2], bare="bare" in sys.argv[3:]))

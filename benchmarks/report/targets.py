@@ -41,6 +41,7 @@ def targets(results: Results) -> list[Target]:
     found.append(_memory(results))
     found.append(_no_error(results))
     found.append(_two_workers(results))
+    found.append(_protocol_v1(results))
     return found
 
 
@@ -100,3 +101,12 @@ def _two_workers(results: Results) -> Target:
     floor = results.ratio("paced", "nginx-2", "cpu_us", base=BASE)
     beside = "" if floor is None else f"; a second worker of nginx {(floor - 1) * 100:+.1f} %"
     return Target(text, f"{(ratio - 1) * 100:+.1f} %{beside}", ratio <= 1.10)
+
+
+def _protocol_v1(results: Results) -> Target:
+    text = "CPU per plain request to a protocol v1 neuron's engine ≤ 1.2 x that to ours"
+    ratio = results.ratio("plain", "cortex-v1", "cpu_us", base=US)
+    if ratio is None:
+        return Target(text, "-", None)
+    theirs, ours = (results.figure("plain", name, "cpu_us") for name in ("cortex-v1", US))
+    return Target(text, f"{ratio:.2f} x ({theirs:.1f} to {ours:.1f} µs)", ratio <= 1.2)

@@ -131,10 +131,14 @@ class ContextLengths:
         """Raises ValueError if the engine gives no length."""
         address, prefix = parse_url(endpoint.url)
         head = b"GET %b/v1/models HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\n" % (prefix, address.authority)
-        head += b"connection: close\r\n"  # a kept one would make an engine without request figures look busy
         if endpoint.api_key is not None:
             head += b"authorization: Bearer %b\r\n" % endpoint.api_key.encode()
-        answer = await fetch(self._pool, address, head + b"\r\n", again=False)
+        try:
+            answer = await fetch(self._pool, address, head + b"\r\n", again=False)
+        finally:
+            # A kept connection would make an engine without request figures look busy, and not every engine honours
+            # `connection: close`.
+            self._pool.retire(address)
         if answer.status != 200:
             raise ValueError(f"status {answer.status}")
         return length_in(model_id, json.loads(answer.body))

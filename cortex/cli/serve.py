@@ -19,7 +19,13 @@ from cortex.app import (
     serving_here,
 )
 from cortex.config.catalogue import Catalogue
-from cortex.config.files import ConfigurationFiles, configuration_warnings, read_configuration, state_directory
+from cortex.config.files import (
+    ConfigurationFiles,
+    catalogue_problems,
+    configuration_warnings,
+    read_configuration,
+    state_directory,
+)
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
@@ -61,6 +67,9 @@ def run_check(config_file: Path) -> int:
     """Prints the problems of the files, or how many neurons and models they have; the exit status."""
     try:
         config, catalogue = read_configuration(config_file)
+        problems = catalogue_problems(catalogue, config.models_path(config_file))
+        if problems:
+            raise SettingsError(problems)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -12,9 +13,14 @@ from pydantic import BaseModel, ValidationError
 from cortex.config.catalogue import Catalogue, load_catalogue
 from cortex.config.settings import CortexConfig, GatewaySettings
 from shared.protocol import first_problem
+from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings
 
 ENV_PREFIX = "CORTEX_"
+
+HARNESSES = ("vllm", "sim", "candle")
+"""Kinds of engines that neurons offer; the last one is that of helexa's neurons."""
+_KNOWN = ", ".join(HARNESSES)
 
 Stamp = tuple[int, ...]
 """Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
@@ -105,6 +111,22 @@ def _catalogue_named_in(path: Path) -> Path | None:
         return path.parent / load_settings(_CatalogueName, path, env_prefix=ENV_PREFIX, environ=named).models_config
     except SettingsError:
         return None
+
+
+def catalogue_problems(catalogue: Catalogue, path: Path) -> list[str]:
+    """What a neuron of ours would refuse when it is asked to load the models of the catalogue `path`. Other neurons may
+    have other harnesses and rules, so a cortex serves such a catalogue."""
+    problems = []
+    for number, profile in enumerate(catalogue.models):
+        where = f"{path}: models[{number}]"
+        if profile.harness not in HARNESSES:
+            close = difflib.get_close_matches(profile.harness, HARNESSES, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{where}.harness = {profile.harness!r}: unknown harness (known: {_KNOWN}){hint}")
+        reason = refused_argument(profile.args)
+        if reason is not None:
+            problems.append(f"{where}.args: {reason}")
+    return problems
 
 
 def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:

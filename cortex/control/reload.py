@@ -9,7 +9,7 @@ import threading
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
-from cortex.config.files import ConfigurationFiles, Stamp, configuration_warnings
+from cortex.config.files import ConfigurationFiles, Stamp, catalogue_problems, configuration_warnings
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from cortex.control.route_table import RouteTable
@@ -93,7 +93,10 @@ class Reloader:
     def _compare(self, config: CortexConfig, catalogue: Catalogue) -> tuple[Difference, list[str]]:
         """Runs off the event loop: a large catalogue takes a moment to read."""
         new_config, new_catalogue = self._files.read()
-        warnings = configuration_warnings(new_config, new_catalogue, self._files.path)
+        warnings = [
+            *configuration_warnings(new_config, new_catalogue, self._files.path),
+            *catalogue_problems(new_catalogue, new_config.models_path(self._files.path)),
+        ]
         return difference(config, catalogue, new_config, new_catalogue), warnings
 
     def _refuse(self, problems: list[str]) -> None:

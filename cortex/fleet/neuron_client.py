@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 import time
@@ -253,7 +254,12 @@ class NeuronClient:
                 answer = await self._answer(method, path, head, body)
         except asyncio.TimeoutError as error:
             raise NeuronUnreachable(f"{self.name}: {method} {path}: {_reason(error)}") from error
-        return self._json(method, path, answer.body)
+        try:
+            return self._json(method, path, answer.body)
+        except NeuronRefused:
+            if method == "GET":
+                raise
+            return None  # the status says that the command was carried out
 
     def _head(self, method: str, path: str, more: bytes = b"") -> bytes:
         line = b"%b %b%b HTTP/1.1" % (method.encode(), self._prefix, path.encode("ascii"))
@@ -292,6 +298,7 @@ class NeuronClient:
         raise NeuronRefused(answer.status, f"{context}: {reason}", reason=reason)
 
     def _json(self, method: str, path: str, body: bytes) -> Any:
+        body = body.removeprefix(codecs.BOM_UTF8)
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError):
@@ -327,9 +334,10 @@ def _header_value(text: str) -> bytes:
 def _refusal(status: int, text: str, context: str) -> NeuronRefused:
     """Parses our error envelope or a flat `{"error": "text"}`; treats anything else as text."""
     try:
-        error = json.loads(text).get("error")
-    except (ValueError, AttributeError):
-        error = None
+        data = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        data = None
+    error = data.get("error") if isinstance(data, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         code, cause = error.get("code"), error.get("cause")
         return NeuronRefused(
@@ -341,7 +349,8 @@ def _refusal(status: int, text: str, context: str) -> NeuronRefused:
             devices=_figures(error.get("devices")),
         )
     if isinstance(error, str):
-        return NeuronRefused(status, error)
+        code = data.get("code")  # helexa's neuron puts it beside the text
+        return NeuronRefused(status, error, code if isinstance(code, str) else None)
     reason = f"HTTP {status}: {text[:500].strip()}"
     return NeuronRefused(status, f"{context}: {reason}", reason=reason)
 

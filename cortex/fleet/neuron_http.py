@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from cortex.fleet.sse_reader import EventReader
 from cortex.http import headers as names
+from cortex.http.decompress import unpack
 from cortex.http.framing import ChunkedBody
 from cortex.http.heads import ResponseHead
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool
+from shared.errors import InvalidRequest, RequestTooLarge
 
 MAX_ANSWER_BYTES = 16 << 20
 """Limit for one answer. An entry of `/models` takes about half a KiB."""
@@ -21,7 +23,7 @@ OnEvent = Callable[[str, Any], None]
 
 
 class NeuronAnswer(NamedTuple):
-    """A complete answer, its body without the framing."""
+    """A complete answer, its body without the framing and uncompressed."""
 
     status: int
     body: bytes
@@ -55,6 +57,7 @@ class _Exchange:
         self._request = head, body
         self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
+        self.encoding: bytes | None = None
         self._connection: EngineConnection | None = None
         self._chunks: ChunkedBody | None = None
 
@@ -77,6 +80,7 @@ class _Exchange:
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         self.status = head.status
+        self.encoding = head.named.get(names.CONTENT_ENCODING)
         if isinstance(body, ChunkedBody):
             first = body.start_unpacking(first)
             self._chunks = body
@@ -124,6 +128,18 @@ class _Whole(_Exchange):
         else:
             self.pieces.append(data)
 
+    def content(self) -> bytes:
+        """The body. cortex asks for it uncompressed, which some servers and proxies ignore."""
+        body = b"".join(self.pieces)
+        if not self.encoding or self.encoding.strip().lower() == b"identity":
+            return body
+        try:
+            return unpack(body, self.encoding, MAX_ANSWER_BYTES)
+        except RequestTooLarge as error:
+            raise AnswerTooLarge(self.status) from error
+        except InvalidRequest as error:
+            raise ConnectionError(f"the answer's {error.message}") from error
+
 
 class _Events(_Exchange):
     def __init__(self, head: bytes, on_event: OnEvent) -> None:
@@ -153,7 +169,8 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
     """The answer to one request. `again` True: it may be sent twice, so a kept connection can be used.
 
     Raises:
-        OSError: no answer, or an incomplete one (asyncio.TimeoutError: no connection within the pool's time).
+        OSError: no answer, or one that is incomplete or cannot be decompressed. asyncio.TimeoutError: no connection
+            within the pool's time.
         AnswerTooLarge: the answer is too large.
     """
     kept = pool.take(address) if again else None
@@ -162,7 +179,7 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
         try:
             await exchange.begin(pool, address, kept)
             await exchange.outcome
-            return NeuronAnswer(exchange.status, b"".join(exchange.pieces))
+            return NeuronAnswer(exchange.status, exchange.content())
         except _Stale:
             kept = None
         finally:

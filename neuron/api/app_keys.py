@@ -13,6 +13,7 @@ from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.registry import Registry
+from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import Ledger
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Discovery
@@ -32,6 +33,7 @@ class Services:
     hub: EventHub
     default_models: DefaultModels
     metrics: NeuronMetrics
+    spares: Spares
 
     async def discovery(self) -> Discovery:
         return await discovery_of(self.config, self.source, instance_id=self.instance_id)

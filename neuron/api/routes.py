@@ -55,6 +55,7 @@ async def health(request: web.Request) -> web.Response:
         instance_id=services.instance_id,
         activation=services.default_models.progress,
         models=services.registry.activity(),
+        spares=services.spares.views(),
     )
     if carries_keys(request):
         return reply(figures)
@@ -162,7 +163,7 @@ async def logs(request: web.Request) -> web.StreamResponse:
 async def metrics(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     devices, live = await _figures(services)
-    page = services.metrics.render(services.registry.models, devices, live)
+    page = services.metrics.render(services.registry.models, devices, live, services.spares.views())
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
 
 

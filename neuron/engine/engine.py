@@ -17,7 +17,7 @@ from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
 from neuron.gpu.topology import TopologySource
-from neuron.harness.base import Harness
+from neuron.harness.base import EngineCommand, Harness
 from neuron.memory.capacity import held_by
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
@@ -57,6 +57,8 @@ class Engine:
     waking: bool = False  # its memory is booked again, and not all allocated yet
     stopping: bool = False
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
+    command: EngineCommand | None = None  # None: an earlier neuron started it
+    from_spare: bool = False  # its process imported its modules before the load
 
     @property
     def engine_id(self) -> str:

@@ -54,8 +54,11 @@ class EngineProcess:
         return self.leader.pid
 
     @classmethod
-    async def start(cls, argv: Sequence[str], env: Mapping[str, str], output: Path) -> EngineProcess:
-        """Starts `argv` with exactly `env` as its environment; appends standard output and error to `output`.
+    async def start(
+        cls, argv: Sequence[str], env: Mapping[str, str], output: Path, *, inherited: Sequence[int] = ()
+    ) -> EngineProcess:
+        """Starts `argv` with exactly `env` as its environment; appends standard output and error to `output`. It
+        inherits the file descriptors `inherited` and no others.
 
         A cancellation during the start kills the process first.
 
@@ -63,7 +66,7 @@ class EngineProcess:
             OSError: the process cannot be started.
         """
         # In a thread: Popen returns when the program is read, possibly from a network disk.
-        starting = asyncio.get_running_loop().run_in_executor(None, _start, argv, env, output)
+        starting = asyncio.get_running_loop().run_in_executor(None, _start, argv, env, output, inherited)
         cancelled: asyncio.CancelledError | None = None
         while not starting.done():
             try:
@@ -184,11 +187,19 @@ class EngineProcess:
         await asyncio.to_thread(session.reap_orphans, self.leader)
 
 
-def _start(argv: Sequence[str], env: Mapping[str, str], output: Path) -> tuple[Leader, int, subprocess.Popen[bytes]]:
+def _start(
+    argv: Sequence[str], env: Mapping[str, str], output: Path, inherited: Sequence[int]
+) -> tuple[Leader, int, subprocess.Popen[bytes]]:
     # A file, not a pipe: an engine may outlive this neuron, and a broken pipe would kill it.
     with output.open("ab") as sink:
         child = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=inherited,
         )
     found = stat_of(child.pid)
     leader = Leader(child.pid, 0 if found is None else found.start_ticks, env.get(ENGINE_ID_VARIABLE, ""))

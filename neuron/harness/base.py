@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,25 @@ class EngineCommand:
 
 
 @dataclass(frozen=True)
+class EarlyImports:
+    """What a spare process of an engine imports before a load asks for it. The engine must be a Python program.
+
+    `modules`: the first is required, the others are imported if they exist.
+    `late_variables`: the environment variables that change before an engine or a child of it starts, and that no import
+    reads; if any other changes, that process is started without the spare.
+    `spawns`: the engine starts children with multiprocessing's `spawn`, which would import all of it again.
+    `child_variables`: by the beginning of a child's name, variables that do not matter to it in addition.
+    `automatic`: a spare is worth its memory, so one is kept unless the configuration says otherwise.
+    """
+
+    modules: tuple[str, ...]
+    late_variables: frozenset[str]
+    spawns: bool = False
+    child_variables: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    automatic: bool = True
+
+
+@dataclass(frozen=True)
 class SilentLoad:
     """The reading of an engine whose output says nothing about its load: `starting` until it answers."""
 
@@ -93,12 +112,20 @@ class Harness(ABC):
     """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    missing_paths: tuple[str, ...] = ()
+    """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
+    requests. It also notices by itself where an engine answers 404 or 405."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 
     @abstractmethod
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         """The command line and environment of the engine, which must listen on `plan.host` and `plan.port`."""
+
+    def early_imports(self, env: Mapping[str, str]) -> EarlyImports | None:
+        """How a spare process of an engine with this environment is made; None: an engine is started only when a load
+        asks for it."""
+        return None
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""

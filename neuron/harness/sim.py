@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import neuron
 from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
-from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
+from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
+from neuron.harness.vllm.early_imports import LATE_VARIABLES
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm.tools import family_of
 from neuron.memory.requirement import MemoryRequirement
@@ -19,6 +20,14 @@ from neuron.spec import EngineSpec
 
 DEFAULT_COMMAND = (sys.executable, "-m", "neuron.sim")
 _PACKAGE_ROOT = str(Path(neuron.__file__).parent.parent)
+
+
+# Its start takes too little time to be worth a process.
+_IMPORTS = EarlyImports(
+    ("neuron.sim.process.lifecycle", "neuron.sim.engine.arguments"),
+    LATE_VARIABLES | {DEVICES_VARIABLE},
+    automatic=False,
+)
 
 
 class SimSleep(VllmSleep):
@@ -32,6 +41,9 @@ class SimHarness(VllmHarness):
 
     runs_on_gpu = False
     sleep = SimSleep()
+
+    def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
+        return _IMPORTS
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """`--vram-mb` over all devices, else `share_mb`, else the simulation's default."""

@@ -23,6 +23,7 @@ from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey, LoadTimes
@@ -38,7 +39,7 @@ ADOPT_SECS = 5.0
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
-_DRAIN_POLL_SECS = 0.05
+_DRAIN_POLL_SECS = 0.03
 _DRAIN_NEWS_SECS = 1.0  # between two reports on what a drain waits for
 _IDLE_POLLS = 2
 
@@ -63,6 +64,7 @@ class EngineTools:
     history: LoadHistory
     keys: EngineKeys
     http: aiohttp.ClientSession
+    spares: Spares
 
 
 class EngineLife:

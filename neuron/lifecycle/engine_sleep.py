@@ -11,7 +11,9 @@ from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine
 from neuron.harness.sleep import SleepControl
 from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.lifecycle.spare.spares import Spares
 from neuron.memory import host_memory
+from shared.errors import Conflict
 
 _LOG_LINES = 2000  # searched for the size of the weights
 
@@ -19,10 +21,11 @@ _LOG_LINES = 2000  # searched for the size of the weights
 class EngineSleep:
     """Sleep and wake of the engines of this host."""
 
-    def __init__(self, config: NeuronConfig, memory: EngineMemory, http: aiohttp.ClientSession) -> None:
+    def __init__(self, config: NeuronConfig, memory: EngineMemory, http: aiohttp.ClientSession, spares: Spares) -> None:
         self._config = config
         self._memory = memory
         self._http = http
+        self._spares = spares
 
     async def fall_asleep(self, engine: Engine, level: int) -> None:
         """Returns when the engine sleeps and its device memory can be booked by others.
@@ -37,20 +40,29 @@ class EngineSleep:
             before_mb = engine.vram_used_mb
             lines = await engine.output.tail(_LOG_LINES)
             weights_mb = control.weights_mb(lines, engine.spec.tensor_parallel)
-            await host_memory.check_sleep(
-                self._config,
-                engine.spec.model_id,
-                sleeps_in_ram=control.weights_in_ram,
-                weights_mb=weights_mb,
-                vram_used_mb=before_mb,
-                slept_mb=memory.sleep_budget.taken_mb,
-            )
+            try:
+                await self._check_host_memory(engine, control, weights_mb)
+            except Conflict:
+                if not await self._spares.drop_automatic():
+                    raise
+                await self._check_host_memory(engine, control, weights_mb)
             await control.sleep(self._http, engine.url, engine.control_key, level=level)
             held = await memory.held_by(engine)
             engine.fell_asleep(host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb))
             memory.sleep_budget.take(number, engine.slept_mb)
             memory.ledger.shrink_to_sleep(number, held)
         await engine.save_record()
+
+    async def _check_host_memory(self, engine: Engine, control: SleepControl, weights_mb: int | None) -> None:
+        """Raises Conflict: the host has not enough memory for the engine's weights."""
+        await host_memory.check_sleep(
+            self._config,
+            engine.spec.model_id,
+            sleeps_in_ram=control.weights_in_ram,
+            weights_mb=weights_mb,
+            vram_used_mb=engine.vram_used_mb,
+            taken_mb=self._memory.sleep_budget.taken_mb + self._spares.memory_mb,
+        )
 
     async def found_asleep(self, engine: Engine) -> bool:
         """True for an adopted engine that sleeps; its memory is accounted for then."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -31,6 +31,8 @@ from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
+from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareRefused
+from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
@@ -43,10 +45,21 @@ _KILL_SECS = 10.0
 _KILL_POLL_SECS = 0.05
 
 
+@dataclass(frozen=True)
+class _Preparation:
+    """Of a start: the engine's number, directory, plan and command; and the spare process that is to become it."""
+
+    number: int
+    directory: EngineDir
+    plan: LaunchPlan
+    command: EngineCommand
+    spare: Spare | None = None
+
+
 class Launcher:
     """Single owner of the engines' ports, directories and processes. Registers running engines in `memory`.
 
-    `first_number` is above the number of every engine directory that is still there.
+    `numbers` are above the number of every engine directory that is still there.
     """
 
     def __init__(
@@ -57,7 +70,8 @@ class Launcher:
         http: aiohttp.ClientSession,
         memory: EngineMemory,
         *,
-        first_number: int = 1,
+        spares: Spares,
+        numbers: Iterator[int],
     ) -> None:
         self._config = config
         self._source = source
@@ -65,7 +79,8 @@ class Launcher:
         self._http = http
         self._memory = memory
         self._ports = PortPool(config.host)
-        self._numbers = itertools.count(first_number)
+        self._spares = spares
+        self._numbers = numbers
 
     @property
     def reserved_ports(self) -> frozenset[int]:
@@ -73,40 +88,29 @@ class Launcher:
 
     @contextlib.asynccontextmanager
     async def engine(
-        self, spec: EngineSpec, placement: EnginePlacement, *, api_key: str | None
+        self, spec: EngineSpec, placement: EnginePlacement, *, api_key: str | None, use_spare: bool = True
     ) -> AsyncIterator[Engine]:
-        """Starts an engine; it is not ready yet. With `api_key` None it serves without a key. After the body it is
-        stopped and only its log remains, unless `engine.leave` is set.
+        """Starts an engine, from a spare process if there is one; it is not ready yet. With `api_key` None it serves
+        without a key. After the body it is stopped and only its log remains, unless `engine.leave` is set.
 
         Raises:
             LoadFailed: its executable cannot be started, or its record cannot be written.
             Unavailable: no port is free.
         """
         settings = self._config.harness_settings(spec.harness)
-        harness = HARNESSES[spec.harness]
-        number = next(self._numbers)
         async with contextlib.AsyncExitStack() as cleanup:
             topology = await self._source.discover()
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
-            directory = await self._directory(number)
-            cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
-            plan = LaunchPlan(
-                spec=spec,
-                settings=settings,
-                devices=placement.devices,
-                share_mb=placement.share_mb,
-                host=self._config.host,
-                port=port,
-                tmp_dir=directory.tmp,
-                api_key=api_key,
-                engine_id=f"{self._state.engine_id_prefix}{number}",
-                control_key=secrets.token_urlsafe(32),
-            )
             facts = self._facts(topology)
+            made = await self._prepared(spec, placement, port, facts, api_key=api_key, use_spare=use_spare)
+            plan, directory = made.plan, made.directory
+            cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
+            if made.spare is not None:
+                cleanup.push_async_callback(made.spare.close)
             record = RunRecord(
                 boot_id=records.boot_id(),
-                number=number,
+                number=made.number,
                 engine_id=plan.engine_id,
                 spec=records.spec_fields(spec),
                 devices=list(placement.indices),
@@ -116,18 +120,21 @@ class Launcher:
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
-                can_sleep=harness.can_sleep(plan, facts),
+                can_sleep=HARNESSES[spec.harness].can_sleep(plan, facts),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
             # Before the start too: the next neuron kills engines without a record.
             await self._write(directory, record)
-            process = await self._start(harness.command(plan, facts), directory)
+            from_spare = await self._from_spare(made)
+            process = from_spare or await self._start(made.command, directory)
             engine = self._engine(record, spec, placement, directory, process)
+            engine.command, engine.from_spare = made.command, from_spare is not None
             self._memory.add(engine)
             cleanup.push_async_callback(self._stop, engine)
             await self._write(directory, engine.current_record())
-            log.info("%s: engine process %d, port %d, on %s", spec.model_id, process.pid, port, placement.why)
+            how = "spare process" if engine.from_spare else "engine process"
+            log.info("%s: %s %d, port %d, on %s", spec.model_id, how, process.pid, port, placement.why)
             yield engine
             if engine.leave:
                 await self._leave(engine)
@@ -187,6 +194,67 @@ class Launcher:
         """Sends SIGKILL to every engine before it returns."""
         for engine in self._memory.engines:
             engine.process.kill_now()
+
+    async def _prepared(
+        self,
+        spec: EngineSpec,
+        placement: EnginePlacement,
+        port: int,
+        facts: LaunchFacts,
+        *,
+        api_key: str | None,
+        use_spare: bool,
+    ) -> _Preparation:
+        """Decides what is started. A spare process comes with its number and directory.
+
+        Raises:
+            LoadFailed: the engine's directory cannot be created.
+        """
+        control_key = secrets.token_urlsafe(32)
+
+        def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
+            plan = LaunchPlan(
+                spec=spec,
+                settings=self._config.harness_settings(spec.harness),
+                devices=placement.devices,
+                share_mb=placement.share_mb,
+                host=self._config.host,
+                port=port,
+                tmp_dir=directory.tmp,
+                api_key=api_key,
+                engine_id=f"{self._state.engine_id_prefix}{number}",
+                control_key=control_key,
+            )
+            return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
+
+        spare = self._spares.take(spec.harness) if use_spare else None
+        if spare is not None:
+            made = prepared(spare.number, spare.directory, spare)
+            mismatch = spare.origin.mismatch(made.command, placement.devices)
+            if mismatch is None:
+                return made
+            log.info("%s: started without the spare process: %s", spec.model_id, mismatch)
+            await spare.close()
+            await asyncio.to_thread(spare.directory.remove)
+        number = next(self._numbers)
+        return prepared(number, await self._directory(number))
+
+    async def _from_spare(self, made: _Preparation) -> EngineProcess | None:
+        """The engine's process, made from the spare one; None when there is none, or it does not work."""
+        if made.spare is None:
+            return None
+        try:
+            await made.spare.become(made.command)
+        except SpareFailed as error:
+            spec = made.plan.spec
+            if isinstance(error, SpareRefused):
+                log.info("%s: started without the spare process: %s", spec.model_id, error)
+            else:
+                self._spares.failed(spec.harness, str(error))
+            await made.spare.close()
+            await asyncio.to_thread(made.directory.log.unlink, missing_ok=True)
+            return None
+        return made.spare.process
 
     def _engine(
         self,

@@ -15,8 +15,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.output import EngineOutput
 from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.load_request import LoadRequest
-from neuron.lifecycle.restart_backoff import Restarts
-from neuron.lifecycle.states import Condition, State
+from neuron.lifecycle.states import Condition, Restarts, State
 from neuron.memory.ledger import Ledger
 from neuron.spec import EngineSpec
 from shared.protocol import EndpointReply, FailureCause, ModelView, Progress, Transition
@@ -130,6 +129,7 @@ class ModelState:
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED
             else None,
+            missing_paths=[] if engine is None else list(engine.harness.missing_paths),
             placement=None if placement is None else placement.why or None,
             transitions=list(reversed(self.transitions)),
         )

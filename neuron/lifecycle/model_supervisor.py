@@ -22,8 +22,7 @@ from neuron.lifecycle.failure_cause import cause_of, is_permanent
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.model_state import ModelState
-from neuron.lifecycle.restart_backoff import Restarts
-from neuron.lifecycle.states import State
+from neuron.lifecycle.states import Restarts, State
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec
 from shared.errors import ServiceError
@@ -40,11 +39,13 @@ PORT_ATTEMPTS = 3
 @dataclass(frozen=True)
 class EngineResult:
     """How an engine ended. `error` None: it was asked to stop. `served_secs` None: it never came up. `port_taken`:
-    nothing is wrong with it, so it is started again at once."""
+    nothing is wrong with it, so it is started again at once. `spare_failed`: it was a spare process and may be at fault
+    for that, so it is started again without one."""
 
     error: ServiceError | None = None
     served_secs: float | None = None
     port_taken: bool = False
+    spare_failed: bool = False
 
 
 class ModelSupervisor:
@@ -214,17 +215,23 @@ class ModelSupervisor:
         ended as asked."""
         starts = 0
         came_up = restart = found is not None
+        use_spare = True
         while True:
             starts += 1
             if found is not None:
                 result, found = await self._adopted_engine(request, found), None
             else:
                 with request_scope(None if restart else current_request_id()):
-                    result, restart = await self._new_engine(request, restart=restart), True
+                    result, restart = await self._new_engine(request, restart=restart, use_spare=use_spare), True
             if request.stop_requested.is_set():
                 return None
             came_up = came_up or result.served_secs is not None
             if result.port_taken and starts < PORT_ATTEMPTS:
+                continue
+            use_spare = not result.spare_failed
+            if result.spare_failed and result.error is not None:
+                reason = result.error.message.partition("\n")[0]
+                self._tools.spares.failed(request.spec.harness, f"{self.model.model_id}: {reason}")
                 continue
             assert result.error is not None
             if not came_up:
@@ -251,7 +258,7 @@ class ModelSupervisor:
                 async with timeout(pause):
                     await request.stop_requested.wait()
 
-    async def _new_engine(self, request: LoadRequest, *, restart: bool) -> EngineResult:
+    async def _new_engine(self, request: LoadRequest, *, restart: bool, use_spare: bool) -> EngineResult:
         """One engine from its start to its end. `restart`: not the first of this request."""
         async with contextlib.AsyncExitStack() as start_lock:
             if self._last_dir is not None:
@@ -264,8 +271,11 @@ class ModelSupervisor:
                     await self._rebook(request)
                 if not await self._may_start(request, start_lock):
                     return EngineResult()
+                start_lock.enter_context(self._tools.spares.loading())
                 api_key = self._tools.keys.new_key(carries_keys=request.carries_keys)
-                async with self._launcher.engine(request.spec, request.placement, api_key=api_key) as engine:
+                async with self._launcher.engine(
+                    request.spec, request.placement, api_key=api_key, use_spare=use_spare
+                ) as engine:
                     life = EngineLife(engine, request, self.model, self._tools)
                     await self._live(life, start_lock)
             except ServiceError as error:
@@ -318,6 +328,7 @@ class ModelSupervisor:
             model.publish()  # with the engine's devices and pid
         if await life.bring_up():
             await start_lock.aclose()  # other engines may start on its devices now
+            self._tools.spares.loaded(engine)
             with request_scope(None):  # the request that caused the load has its answer
                 await life.serve()
 
@@ -331,4 +342,6 @@ class ModelSupervisor:
         if life.ended_by is EngineEvent.STOP_REQUESTED:
             return EngineResult()
         error, port_taken = await life.explain()
-        return EngineResult(error, life.served_secs, port_taken=port_taken and life.served_secs is None)
+        early = life.served_secs is None
+        spare_failed = engine.from_spare and early and life.ended_by is EngineEvent.EXITED and not is_permanent(error)
+        return EngineResult(error, life.served_secs, port_taken=port_taken and early, spare_failed=spare_failed)

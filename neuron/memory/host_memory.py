@@ -1,4 +1,4 @@
-"""The host memory that sleeping engines take: how much is available, and whether one more engine fits."""
+"""The host memory that sleeping engines and spare processes take: how much is available, and whether more fits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from neuron.config import NeuronConfig
 
 @dataclass(frozen=True)
 class HostMemory:
-    """MiB. `available_mb` is what programs can allocate without swapping, now that some engines sleep; `reserve_mb` of
+    """MiB. `available_mb` is what programs can allocate without swapping, now that some is taken; `reserve_mb` of
     it stays free."""
 
     available_mb: int
     reserve_mb: int
+
+    def has_room(self, mb: int) -> bool:
+        """True if `mb` more can be taken without touching the reserve."""
+        return mb <= self.available_mb - self.reserve_mb
 
     def check_fits(self, model_id: str, needed_mb: int) -> None:
         """Checks that the weights of one more engine fit.
@@ -25,7 +29,7 @@ class HostMemory:
         Raises:
             Conflict: `insufficient_ram`, with the figures.
         """
-        if needed_mb > self.available_mb - self.reserve_mb:
+        if not self.has_room(needed_mb):
             raise failures.insufficient_ram(model_id, needed_mb, max(self.available_mb, 0), self.reserve_mb)
 
 
@@ -48,10 +52,10 @@ async def check_sleep(
     sleeps_in_ram: bool,
     weights_mb: int | None,
     vram_used_mb: int | None,
-    slept_mb: int = 0,
+    taken_mb: int = 0,
 ) -> int:
-    """MiB of this host's memory that an engine will take when it sleeps. `slept_mb` is what all sleeping engines take
-    already.
+    """MiB of this host's memory that an engine will take when it sleeps. `taken_mb` is what sleeping engines and
+    spare processes take already.
 
     Raises:
         Conflict: `insufficient_ram`.
@@ -59,14 +63,14 @@ async def check_sleep(
     if not sleeps_in_ram and config.simulate is None:
         return 0  # a simulated engine, and no simulated memory
     wanted_mb = needed_mb(weights_mb, vram_used_mb)
-    memory = await host_memory(config, slept_mb=slept_mb)
+    memory = await host_memory(config, taken_mb=taken_mb)
     if memory is not None:
         memory.check_fits(model_id, wanted_mb)
     return wanted_mb
 
 
-async def host_memory(config: NeuronConfig, *, slept_mb: int) -> HostMemory | None:
-    """This host's memory now. On a simulated host, where sleep moves no memory, it is `ram_mb` less `slept_mb`, or None
+async def host_memory(config: NeuronConfig, *, taken_mb: int) -> HostMemory | None:
+    """This host's memory now. On a simulated host, where sleep moves no memory, it is `ram_mb` less `taken_mb`, or None
     when `ram_mb` is not set."""
     reserve_mb = config.sleep.ram_reserve_mb
     if config.simulate is None:
@@ -74,7 +78,7 @@ async def host_memory(config: NeuronConfig, *, slept_mb: int) -> HostMemory | No
         return HostMemory(available // 2**20, reserve_mb)
     if config.simulate.ram_mb is None:
         return None
-    return HostMemory(config.simulate.ram_mb - slept_mb, reserve_mb)
+    return HostMemory(config.simulate.ram_mb - taken_mb, reserve_mb)
 
 
 @dataclass

@@ -5,7 +5,7 @@ not validate as absent, so versions and other implementations mix.
 """
 
 from shared.protocol.answers import read_answer
-from shared.protocol.base import first_problem
+from shared.protocol.base import first_problem, plain_reason
 from shared.protocol.commands import (
     ENGINE_KEYS_HEADER,
     MAX_DRAIN_SECS,
@@ -19,7 +19,7 @@ from shared.protocol.commands import (
 )
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
-from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth
+from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
@@ -50,9 +50,11 @@ __all__ = [
     "NeuronHealth",
     "Progress",
     "SleepCommand",
+    "SpareView",
     "Transition",
     "UnloadCommand",
     "WakeCommand",
     "first_problem",
+    "plain_reason",
     "read_answer",
 ]

@@ -36,11 +36,61 @@ class WireModel(BaseModel):
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """The first invalid field, with dots between its levels ("" for the whole value), and what is wrong with it."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    return ".".join(map(str, problem["loc"])), problem["msg"]
+    return ".".join(map(str, problem["loc"])), plain_reason(problem)
+
+
+_PLAIN: Final = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "enum": "must be {expected}",
+    "finite_number": "must be a finite number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "required, but missing",
+    "model_attributes_type": "must be a table",
+    "model_type": "must be a table",
+    "path_type": "must be a string",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
+    "tuple_type": "must be a list",
+}
+
+
+def plain_reason(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, for people. `problem` is an entry of `ValidationError.errors()`."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "string_too_short":
+        least = context["min_length"]
+        return "must not be empty" if least == 1 else f"must have at least {least} characters"
+    if kind in _PLAIN:
+        return _PLAIN[kind].format(**context)
+    return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
     return round(value) if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _listed(value: Any) -> Any:
@@ -48,7 +98,10 @@ def _listed(value: Any) -> Any:
 
 
 WHOLE: Final = BeforeValidator(_whole)
-"""Rounds a float for a field that holds a whole number."""
+"""Reads a number in a string, and rounds a float, for a field that holds a whole number."""
+
+Text = Annotated[str, BeforeValidator(_text)]
+"""Text of protocol v1; a number is read as its digits (a model id `7`, a compute capability `8.9`)."""
 
 Mib = Annotated[int, WHOLE]
 """Mebibytes. The protocol's `*_mb` fields count 2**20 bytes, as nvidia-smi does; fractions are rounded."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, Text, WireModel
 
 
 class DeviceHealth(WireModel):
@@ -46,10 +46,10 @@ class ModelActivity(WireModel):
     without an account. 0 says that it does not know, or has no such limit.
     """
 
-    id: str
-    in_flight: int = 0
-    queue_depth: int = 0
-    ended: int | None = None
+    id: Text
+    in_flight: Annotated[int, WHOLE] = 0
+    queue_depth: Annotated[int, WHOLE] = 0
+    ended: Annotated[int, WHOLE] | None = None
     max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
     anon_max_in_flight: Annotated[int, WHOLE] | None = READ_ONLY
 
@@ -61,6 +61,16 @@ class ModelActivity(WireModel):
         )
 
 
+class SpareView(WireModel):
+    """A process that has imported what engines of `harness` need, or still does (`importing`, `ready`), and waits to
+    become one. `memory_mb`: of the host, in MiB."""
+
+    harness: str
+    pid: int | None = None
+    state: str = ""
+    memory_mb: Mib | None = None
+
+
 class NeuronHealth(WireModel):
     """Reply to `GET /health`."""
 
@@ -69,3 +79,4 @@ class NeuronHealth(WireModel):
     instance_id: str | None = None
     activation: Activation | None = None
     models: list[ModelActivity] = Field(default_factory=list)
+    spares: list[SpareView] = Field(default_factory=list)

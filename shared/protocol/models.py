@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Tokens, WireModel
+from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Text, Tokens, WireModel
 from shared.protocol.commands import EndpointReply
 
 
@@ -24,9 +24,9 @@ class ModelStatus(str, Enum):
 
     @classmethod
     def known(cls, text: str) -> ModelStatus | None:
-        """The status named `text`, or None if unknown."""
+        """The status named `text` in any case, or None if unknown."""
         try:
-            return cls(text)
+            return cls(text.strip().lower())
         except ValueError:
             return None
 
@@ -121,13 +121,14 @@ class ModelView(ModelFacts):
     classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
-    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `servable`: whether a loaded model can
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
+    Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `servable`: whether a loaded model can
     answer now, also a bare boolean; None means that it can.
     """
 
-    id: str
-    harness: str | None = None
-    status: str
+    id: Text
+    harness: Text | None = None
+    status: Text
     devices: IndexList = Field(default_factory=list)
     vram_used_mb: Mib | None = None
     progress: Progress | None = None
@@ -142,6 +143,7 @@ class ModelView(ModelFacts):
     vram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
+    missing_paths: NameList = Field(default_factory=list)
     servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.protocol.base import PROTOCOL_V1, Mib, WireModel
+from shared.protocol.base import PROTOCOL_V1, Mib, Text, WireModel
 
 
 class LinkKind(str, Enum):
@@ -28,9 +28,9 @@ class Device(WireModel):
     """
 
     index: int
-    name: str = ""
+    name: Text = ""
     vram_total_mb: Mib = 0
-    compute_capability: str | None = None
+    compute_capability: Text | None = None
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
@@ -53,13 +53,13 @@ class Discovery(WireModel):
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause.
     """
 
-    hostname: str = ""
-    os: str = ""
-    kernel: str = ""
-    cuda_version: str | None = None
-    driver_version: str | None = None
+    hostname: Text = ""
+    os: Text = ""
+    kernel: Text = ""
+    cuda_version: Text | None = None
+    driver_version: Text | None = None
     devices: Annotated[list[Device], PROTOCOL_V1] = Field(default_factory=list)
-    harnesses: list[str] = Field(default_factory=list)
+    harnesses: list[Text] = Field(default_factory=list)
     links: list[Link] = Field(default_factory=list)
     simulated: bool = False
     instance_id: str | None = None

@@ -15,7 +15,7 @@ from cortex.metrics.exporter import Metrics
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
-from shared.protocol import Device, DeviceHealth, ErrorCode
+from shared.protocol import Device, DeviceHealth, ErrorCode, SpareView
 from tests.contract.documents import TOP
 
 NEURON_TABLE = {
@@ -151,7 +151,7 @@ def test_neuron_metrics_are_documented() -> None:
     metrics = NeuronMetrics()
     metrics.loaded("m", 1.0)
     metrics.known("m")
-    page = metrics.render([], [Device(index=0, uuid="GPU-0")], [DeviceHealth(index=0)])
+    page = metrics.render([], [Device(index=0, uuid="GPU-0")], [DeviceHealth(index=0)], [SpareView(harness="h")])
     names = sample_names(page)
     assert names >= NEURON_METRICS
     for name in names:

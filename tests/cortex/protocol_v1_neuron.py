@@ -72,6 +72,7 @@ class V1Neuron:
         self.load_error: tuple[int, Any] | None = None
         self.answers = asyncio.Event()  # calls are answered when it is set
         self.answers.set()
+        self.rewrite: Callable[[Any], Any] | None = None  # makes another answer of each JSON answer
         self.silent = False  # True: accepts calls and never answers
         self.url = ""
 
@@ -148,7 +149,10 @@ class V1Neuron:
         if self.silent:
             await asyncio.Event().wait()
         await self.answers.wait()
-        return await handler(request)
+        response = await handler(request)
+        if self.rewrite is None or not isinstance(response, web.Response) or response.text is None:
+            return response
+        return web.json_response(self.rewrite(json.loads(response.text)), status=response.status)
 
     @contextlib.asynccontextmanager
     async def running(self, port: int = 0) -> AsyncIterator[V1Neuron]:

@@ -22,7 +22,7 @@ class RawNeuron:
         self.wire.script = self._answer
         self.scripts: dict[str, Script] = {}
         self.models: dict[str, dict[str, Any]] = {}
-        self.instance = "one"
+        self.instance: str | None = "one"
         self.active: list[str] = []  # models in the health answer
         self.streams: list[Wire] = []
         self.streaming = asyncio.Event()

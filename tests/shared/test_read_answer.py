@@ -36,7 +36,7 @@ LINK = {"a": 0, "b": 1, "kind": "nvlink"}
         ),
         (
             Discovery,
-            {"cuda_version": 13.0, "harnesses": ["vllm", 5]},
+            {"cuda_version": [13], "harnesses": ["vllm", {}]},
             {"harnesses": ["vllm"]},
             ["cuda_version", "harnesses"],
         ),
@@ -63,7 +63,7 @@ LINK = {"a": 0, "b": 1, "kind": "nvlink"}
         (Discovery, {"links": [{**LINK, "nvlinks": "4x"}]}, {"links": [LINK]}, ["links.nvlinks"]),
         (
             NeuronHealth,
-            {"models": [{"in_flight": 1}, 7, {"id": "m", "in_flight": 0.5}]},
+            {"models": [{"in_flight": 1}, 7, {"id": "m", "in_flight": "few"}]},
             {"models": [{"id": "m"}]},
             ["models", "models.id", "models.in_flight"],
         ),

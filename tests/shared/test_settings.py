@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import Field
@@ -23,6 +24,10 @@ class Entry(SettingsModel):
 class Outer(SettingsModel):
     inner: Inner = Inner()
     level: str = "info"
+    on: bool = False
+    secs: float = 1
+    mode: bool | Literal["dev"] = False
+    either: list[str | Entry] = Field(default_factory=list)
     entries: list[Entry] = Field(default_factory=list)
     by_name: dict[str, Inner] = Field(default_factory=dict)
 
@@ -68,10 +73,10 @@ def test_environment_without_a_file() -> None:
         ("[more]\ntoken = 's3cret'", "{path}: more: unknown key (value a table)"),
         ("[[entry]]\ntoken = 's3cret'", "{path}: entry: unknown key (value a list of tables)"),
         ("[[entries]]", "{path}: entries[0].name: required, but missing"),
-        ("[inner]\nsize = 'much'", "{path}: inner.size = 'much': Input should be a valid integer"),
-        ("[inner]\nsize = 0", "{path}: inner.size = 0: Input should be greater than or equal to 1"),
-        ("inner = 5", "{path}: inner = 5: Input should be"),
-        ("[by_name.x]\nsize = -1", "{path}: by_name.x.size = -1: Input should be greater"),
+        ("[inner]\nsize = 'much'", "{path}: inner.size = 'much': must be a whole number"),
+        ("[inner]\nsize = 0", "{path}: inner.size = 0: must be at least 1"),
+        ("inner = 5", "{path}: inner = 5: must be a table"),
+        ("[by_name.x]\nsize = -1", "{path}: by_name.x.size = -1: must be at least"),
         ("level = ", "{path}: not valid TOML: "),
         ("level = 'a'\nlevel = 'b'", "{path}: not valid TOML: "),
     ],
@@ -81,6 +86,31 @@ def test_a_mistake_names_file_key_and_value(path: Path, text: str, expected: str
     found = problems(path, text)
     assert len(found) == 1
     assert found[0].startswith(expected.format(path=path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[inner]\nsize = '5'", "inner.size = '5': must be a whole number"),
+        ("[inner]\nsize = 5.0", "inner.size = 5.0: must be a whole number"),
+        ("[inner]\nsize = true", "inner.size = True: must be a whole number"),
+        ("on = 'yes'", "on = 'yes': must be true or false"),
+        ("on = 1", "on = 1: must be true or false"),
+        ("secs = '1.5'", "secs = '1.5': must be a number"),
+        ("level = 5", "level = 5: must be a string"),
+        ("mode = 'yes'", "mode = 'yes': must be true or false or must be 'dev'"),
+        ("[[either]]\nname = 1", "either[0].name = 1: must be a string"),
+    ],
+)
+def test_types_in_files_are_strict(path: Path, text: str, expected: str) -> None:
+    """TOML has types: a string is neither a number nor a truth value. One line for each key, in plain words."""
+    assert problems(path, text)[0] == f"{path}: {expected}"
+
+
+def test_values_of_variables_are_converted(path: Path) -> None:
+    """The environment has only strings."""
+    settings = load(path, "secs = 2", APP_ON="yes", APP_INNER__SIZE="5")
+    assert (settings.on, settings.inner.size, settings.secs) == (True, 5, 2.0)
 
 
 def test_all_mistakes_are_reported_at_once(path: Path) -> None:
@@ -130,12 +160,12 @@ def test_environment_value_that_only_looks_like_json(path: Path) -> None:
         (
             "APP_INNER__SIZE",
             "much",
-            "environment APP_INNER__SIZE: inner.size = 'much': Input should be a valid integer",
+            "environment APP_INNER__SIZE: inner.size = 'much': must be a whole number",
         ),
         ("APP_INNER__SICE", "1", "environment APP_INNER__SICE: inner.sice: unknown key"),
         ("APP_INER__SIZE", "1", "environment APP_INER__SIZE: no such key 'iner.size'"),
         ("APP_ENTRIES__0__NAME", "a", "environment APP_ENTRIES__0__NAME: 'entries' is not a table"),
-        ("APP_ENTRIES", "[{", "environment APP_ENTRIES: entries = '[{': Input should be a valid list"),
+        ("APP_ENTRIES", "[{", "environment APP_ENTRIES: entries = '[{': must be a list"),
         ("APP_ENTRIES", '[{"nam": 1}]', "environment APP_ENTRIES: entries[0].nam"),
     ],
 )

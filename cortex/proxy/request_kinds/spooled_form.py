@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of
-from cortex.proxy.body.model_field import form_part, form_value, missing_model
+from cortex.proxy.body.model_field import form_part, form_value, form_without_model
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 
@@ -57,7 +57,7 @@ class SpooledForm:
     def model(self) -> str:
         """The form's `model`. Raises InvalidRequest, MissingModel without one."""
         if self._scan.model is None:
-            raise missing_model()
+            raise form_without_model()
         start, end = self._scan.model
         return form_value(os.pread(self._file.fileno(), end - start, start))
 

@@ -34,16 +34,18 @@ class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
     path; one that turns out to lack it gets the translation at once, before the client hears anything."""
 
-    __slots__ = ("_translation",)
+    __slots__ = ("_probed", "_translation")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
+        self._probed = False
 
     def lacks_path(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
+        self._probed = True
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
@@ -60,6 +62,8 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
+        if self._cold and not self._probed:
+            self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
                 self._translation = _translated(request, replica)

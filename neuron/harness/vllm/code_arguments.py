@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from neuron.harness.vllm.argument_policy import flag_name
+from shared.protocol.reserved_arguments import flag_name
 
 CODE_FLAGS = (
     "--trust-remote-code",  # runs Python files of the model repository

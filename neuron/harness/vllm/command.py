@@ -6,11 +6,12 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
-from neuron.harness.base import EngineCommand, Harness, LaunchFacts, LaunchPlan
+from neuron.harness.base import EarlyImports, EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
-from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_argument
+from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.code_arguments import code_argument
+from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
@@ -22,10 +23,10 @@ from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause
+from shared.protocol.reserved_arguments import refused_argument
 
 DEFAULT_COMMAND = ("vllm",)
 _DIGITS = 10_000  # the fraction on the command line has four
-THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
 _NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
@@ -48,6 +49,9 @@ class VllmHarness(Harness):
         if share_mb is None:
             return MemoryRequirement(fraction=DEFAULT_ENGINE_SHARE)
         return MemoryRequirement(share_mb, one_fraction=not has_flag(args, *SIZES_MEMORY))
+
+    def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
+        return early_imports(env)
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ async def test_engine_is_asked_as_soon_as_it_has_loaded(start_cortex: StartCorte
         await cortex.until(lambda: not cortex.parts.fleet.snapshot().serving(MODEL))
         assert (await told(cortex.url))["max_model_len"] == 40960
         assert len(engine.listed) == 1
+
+
+async def test_no_connection_is_kept_to_an_engine_that_was_asked(start_cortex: StartCortex, engine: RawEngine) -> None:
+    """It would delay the engine's end when neuron judges by connections. The engine keeps its side open."""
+    async with RawNeuron().running() as neuron:
+        cortex = await start_cortex([neuron], [{"id": MODEL}])
+        await neuron.streaming.wait()
+        neuron.change(MODEL, "loaded", endpoint={"url": engine.url})
+        await neuron.tell("model", neuron.models[MODEL])
+        await until(lambda: bool(engine.listed))
+        began = time.monotonic()
+        await until(lambda: not engine.open_connections)
+        assert time.monotonic() - began < 1.5
+        assert (await told(cortex.url))["max_model_len"] == 40960
 
 
 async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine: RawEngine) -> None:

@@ -105,6 +105,29 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain.endpoint == "http://beast:13131"
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("args = ['--port', '1']", "models[0].args: '--port': --port is set by neuron"),
+        ("args = ['--max-model-len=9', '--api_key=x']", "models[0].args: '--api_key=x': --api-key is set by neuron"),
+        ("args = ['-tp', '2']", "models[0].args: '-tp': --tensor-parallel-size is set by neuron"),
+        ("harness = 'sim'\nargs = ['--hos=x']", "models[0].args: '--hos=x': --host is set by neuron"),
+        ("harness = 'vlm'", "harness = 'vlm': unknown harness (known: vllm, sim, candle), did you mean 'vllm'?"),
+        ("vram_mb = '5'", "models[0].vram_mb = '5': must be a whole number"),
+        ("tools = 'yes'", "models[0].tools = 'yes': must be true or false"),
+    ],
+)
+def test_check_finds_what_a_neuron_would_refuse(tmp_path: Path, model: str, expected: str) -> None:
+    """Otherwise the first request for the model finds it."""
+    (tmp_path / "models.toml").write_text(f"[[models]]\nid = 'm'\n{model}\n", encoding="utf-8")
+    (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
+    assert done.returncode == 1
+    assert f"{tmp_path}/models.toml: models[0]." in done.stderr
+    assert expected in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def cortex(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Runs the real command."""
     return subprocess.run(

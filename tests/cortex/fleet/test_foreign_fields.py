@@ -88,7 +88,6 @@ ODD: dict[str, tuple[dict[str, Any], set[str]]] = {
     "discovery": (
         {"/discovery": odd_discovery},
         {
-            "/discovery: devices.compute_capability",
             "/discovery: devices.numa_node",
             "/discovery: devices.uuid",
             "/discovery: instance_id",

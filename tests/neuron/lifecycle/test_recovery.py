@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from neuron.config import RecoverySettings
-from neuron.lifecycle.restart_backoff import Restarts
+from neuron.lifecycle.states import Restarts
 from tests.neuron.neurons import Neuron, config_of, marked_processes, neuron_here, until
 
 MODEL = "org/model"

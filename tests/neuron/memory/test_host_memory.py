@@ -52,7 +52,7 @@ def test_memory_taken_by_a_sleeping_engine(
 
 async def test_memory_of_a_real_host() -> None:
     """Available memory is at most the machine's, and the reserve is the configured one."""
-    real = await host_memory(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), slept_mb=0)
+    real = await host_memory(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), taken_mb=0)
     assert real is not None
     assert 0 < real.available_mb <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
     assert real.reserve_mb == 7
@@ -60,9 +60,9 @@ async def test_memory_of_a_real_host() -> None:
 
 async def test_memory_of_a_simulated_host_is_configured() -> None:
     simulated = {"simulate": {"devices": ["RTX 4090"]}}
-    assert await host_memory(NeuronConfig.model_validate(simulated), slept_mb=5) is None
+    assert await host_memory(NeuronConfig.model_validate(simulated), taken_mb=5) is None
     limited = NeuronConfig.model_validate({"simulate": {"devices": ["RTX 4090"], "ram_mb": 10_000}})
-    assert await host_memory(limited, slept_mb=2_000) == HostMemory(8_000, 4_096)
+    assert await host_memory(limited, taken_mb=2_000) == HostMemory(8_000, 4_096)
 
 
 async def test_check_before_a_sleep() -> None:
@@ -75,7 +75,7 @@ async def test_check_before_a_sleep() -> None:
     limited = NeuronConfig.model_validate({"simulate": simulate, "sleep": {"ram_reserve_mb": 1_000}})
     assert await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000) == 5_000
     with pytest.raises(Conflict):
-        await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, slept_mb=1)
+        await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, taken_mb=1)
 
 
 def test_size_of_the_weights_in_the_log() -> None:

@@ -480,3 +480,25 @@ def test_memory_is_never_promised_twice(seed: int) -> None:
         model.release(number, engine)
     model.check()
     assert not any(found.booked_mb for found in model.ledger.capacities(model.topology, model.health()))
+
+
+# --- displacing others
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices", "displaced"),
+    [
+        (20_000, None, [2]),  # the first that is enough
+        (20_000, (0,), [1]),  # 2 is on another device
+        (30_000, None, [3, 2]),
+        (30_000, (0,), []),  # 4 stays there
+        (40_000, None, []),
+    ],
+)
+def test_no_engine_is_displaced_needlessly(wanted: int, devices: tuple[int, ...] | None, displaced: list[int]) -> None:
+    """Candidates in the order of preference; one on another device, or too small to help, is left alone."""
+    ledger = Ledger()
+    for number, share, index in ((1, 20_000, 0), (2, 20_000, 1), (3, 10_000, 1), (4, 10_000, 0)):
+        book(ledger, number, share, TWO, devices=(index,))
+    found = ledger.to_displace([3, 2, 1], spec(devices=devices), MemoryRequirement(wanted), TWO, measured(TWO))
+    assert found == displaced

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cortex.routing.missing_paths import KEPT_SECS, MAX_ENTRIES, MissingPaths
 from cortex.routing.replica import Replica
@@ -127,6 +128,29 @@ async def test_forgotten_when_the_engine_fails(client: RawClient, engine: ChatEn
     assert json.loads((await ask(client)).body)["native"]
 
 
+async def test_forgotten_when_the_model_is_loaded_again(
+    cortex: RunningCortex, client: RawClient, benjy: V1Neuron, engine: ChatEngine
+) -> None:
+    """The new engine has the path, at the same address."""
+    assert (await ask(client)).status == 200
+    engine.lacks = set()
+    benjy.models[MODEL] = "unloaded"
+    await cortex.until(lambda: not cortex.parts.routes.table.get(MODEL))
+    answer = await ask(client)
+    assert answer.get("x-cortex-cold-start") == "true"
+    assert json.loads(answer.body)["native"]
+
+
+async def test_neuron_says_what_is_missing(start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine) -> None:
+    """Then the engine is not asked first, however it would answer."""
+    engine.lacks = set()
+    benjy.entries[MODEL] = {"missing_paths": ["/v1/messages"]}
+    cortex = await start_cortex([benjy], [{"id": MODEL}])
+    async with connected(cortex.url) as client:
+        assert json.loads((await ask(client)).body)["content"] == [{"type": "text", "text": "Hi there"}]
+    assert engine.paths == ["/v1/chat/completions"]
+
+
 async def test_engine_lost_while_it_refuses_is_retried(client: RawClient, engine: ChatEngine) -> None:
     """A 404 that breaks off decides nothing: the client sees it cut off, as any other answer."""
     engine.scripts.append(closing(plain(b'{"detail":"Not Found"}', status="404 Not Found")[:-5]))
@@ -171,7 +195,12 @@ def test_memory_is_bounded_and_expires() -> None:
     assert paths.lacks(replica, b"/v1/messages", KEPT_SECS - 1)
     assert not paths.lacks(replica, b"/v1/messages", KEPT_SECS)
     assert not paths.lacks(replica, b"/v1/responses", 1.0)
-    assert not paths.lacks(Replica(model_id=MODEL, node="benjy", url="http://benjy:1", api_key="b"), b"/v1/messages", 1)
+    for other in (
+        replace(replica, api_key="b"),
+        replace(replica, model_id="org/other"),
+        replace(replica, url="http://b:2"),
+    ):
+        assert not paths.lacks(other, b"/v1/messages", 1.0)
     for number in range(MAX_ENTRIES):
         paths.add(Replica(model_id=MODEL, node="benjy", url=f"http://benjy:{number + 2}"), b"/v1/messages", 0.0)
     assert not paths.lacks(replica, b"/v1/messages", 1.0)

@@ -1,0 +1,50 @@
+"""`neuron check` on valid and invalid files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neuron.__main__ import main
+
+
+def check(tmp_path: Path, text: str) -> int:
+    path = tmp_path / "neuron.toml"
+    path.write_text(text, encoding="utf-8")
+    return main(["check", "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("port = '13131'", "port = '13131': must be a whole number"),
+        ("prot = 13131", "prot: unknown key (value 13131)"),
+        ("[[harnesses]]\nname = 'vlm'", "unknown harness 'vlm' (known: vllm, sim)"),
+        ("[harness.vllm]\nextra_args = ['--port', '1']", "--port is set by neuron"),
+        ("[harness.vllm]\nsleep_mode = 'yes'", "sleep_mode = 'yes': must be true or false or must be 'dev'"),
+        ("[[default_models]]\nmodel_id = 'm'\nargs = ['--host', 'x']", "--host is set by neuron"),
+        ("[simulate]\ndevices = ['RTX 1']", "RTX 1"),
+        ("host = '0.0.0.0'", "host = '0.0.0.0': refusing to listen on 0.0.0.0 without a token"),
+    ],
+)
+def test_problems_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:
+    """Each problem names the file, the key and what is wrong; the exit status is 1."""
+    assert check(tmp_path, text) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/neuron.toml: " in error
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The summary says what neuron would do; an address of another machine is fine."""
+    text = "host = '192.0.2.7'\ntoken = 'x'\n[[harnesses]]\nname = 'sim'\n[[default_models]]\nmodel_id = 'm'\n"
+    assert check(tmp_path, text) == 0
+    assert capsys.readouterr().out == f"ok: {tmp_path}/neuron.toml: 192.0.2.7:13131; sim; 1 default model\n"
+
+
+def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The path is named."""
+    assert main(["check", "--config", str(tmp_path / "no.toml")]) == 1
+    assert f"{tmp_path}/no.toml: No such file" in capsys.readouterr().err
