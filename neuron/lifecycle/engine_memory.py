@@ -129,6 +129,8 @@ class EngineMemory:
         free_until: float | None = None  # when to stop waiting for memory whose engines are gone
         while True:
             released = self._released
+            if free_until is None and not self.ledger.any_stops():
+                return  # without asking the driver, which takes a while on a host with many GPUs
             topology, health = await asyncio.gather(self._source.discover(), self._source.health())
             leaving, now = self.ledger.counts_on(number, topology, health), time.monotonic()
             if leaving:

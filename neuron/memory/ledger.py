@@ -128,8 +128,8 @@ class Ledger:
         topology: Topology,
         health: Sequence[DeviceHealth],
     ) -> list[int]:
-        """The fewest of the bookings `candidates`, the first ones preferred, without which `book` succeeds; empty when
-        it fails without all of them too."""
+        """Those of the bookings `candidates` without which `book` succeeds, the first ones preferred and none of them
+        needlessly; empty when it fails without all of them too."""
 
         def fits_without(numbers: Collection[int]) -> bool:
             kept = [
@@ -155,6 +155,10 @@ class Ledger:
         booking = self._bookings.get(number)
         if booking is not None:
             self._bookings[number] = replace(booking, stopping=True)
+
+    def any_stops(self) -> bool:
+        """True while an engine with a booking is being stopped. Without one, `counts_on` is empty for all bookings."""
+        return any(each.stopping for each in self._bookings.values())
 
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
         """The models that are being stopped and without whose memory booking `number` does not fit; empty when its
