@@ -8,6 +8,7 @@ from typing import Any
 
 from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
+from cortex.control.wait_note import leaving_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.eviction import EvictionClass
@@ -60,23 +61,42 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
         case Serve(nodes):
             return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
         case Await(node):
-            return {"action": "wait", "node": node, "reason": "being loaded there"}
+            return {
+                "action": "wait",
+                "node": node,
+                "reason": _awaited(model_id, view, node, in_flight),
+            }
         case Refuse(error):
             return _refused(error)
         case Place():
-            return _placed(model_id, view, found)
+            return _placed(model_id, view, found, in_flight)
 
 
-def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict]) -> dict[str, Any]:
+def _awaited(model_id: str, view: PlanningView, node: str, in_flight: InFlight) -> str:
+    entry = view.fleet.nodes[node].models[model_id]
+    if entry.progress is not None and entry.progress.message:
+        return f"being loaded there: {entry.progress.message}"
+    return _with_leaving("being loaded there", view, node, in_flight)
+
+
+def _with_leaving(reason: str, view: PlanningView, node: str, in_flight: InFlight) -> str:
+    """With what the models that leave the node still have to do."""
+    leaving = leaving_text(view.fleet, view.fleet.nodes[node], in_flight)
+    return f"{reason}, but first: {leaving}" if leaving else reason
+
+
+def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flight: InFlight) -> dict[str, Any]:
     under_way = view.fleet.reservation_of(model_id)
     if under_way is not None:
-        return {"action": "wait", "node": under_way.node, "reason": "cortex is loading it there"}
+        reason = _with_leaving("cortex is loading it there", view, under_way.node, in_flight)
+        return {"action": "wait", "node": under_way.node, "reason": reason}
     plan = best_plan(found)
     if plan is not None:
+        because = plan.eviction_plan.waits_because(view.now)
         return {
             "action": "load",
             "node": plan.node,
-            "reason": plan.reason,
+            "reason": f"{plan.reason}; {because}" if because else plan.reason,
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,

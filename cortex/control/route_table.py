@@ -135,6 +135,7 @@ class RouteTable:
         replica is published again with each report."""
         snapshot = fleet.nodes.get(node)
         activity = None if snapshot is None else snapshot.activity.get(model_id)
+        view = None if snapshot is None else snapshot.models.get(model_id)
         others = 0
         if activity is not None:
             others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(model_id, node))
@@ -147,4 +148,5 @@ class RouteTable:
             fresh=endpoint.fresh,
             may_move=endpoint.may_move,
             limit=None if activity is None else activity.limit,
+            missing_paths=() if view is None else tuple(view.missing_paths),
         )

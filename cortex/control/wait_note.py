@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from cortex.control.decision import InFlight
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import WaitNote
 from shared.protocol import ModelStatus, ModelView, Progress
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _WAITING = "waiting"
 """The phase of a load that its neuron has not started yet."""
+_STOPPING = "stopping"
+"""The state of a model whose engine has finished its requests."""
 
 
 def waiting_note(
@@ -37,12 +40,31 @@ def waiting_note(
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
 
 
+def leaving_text(fleet: FleetSnapshot, node: NodeSnapshot, in_flight: InFlight) -> str:
+    """What the models that are leaving the node still have to do: `a has 2 requests of this cortex to finish`. "" when
+    none is leaving."""
+    return "; ".join(_leaving(name, node, in_flight) for name, at in sorted(fleet.evicting) if at == node.name)
+
+
+def _leaving(model_id: str, node: NodeSnapshot, in_flight: InFlight) -> str:
+    count, view = in_flight(model_id, node.name), node.models.get(model_id)
+    if count:
+        return f"{model_id} has {count} request{'' if count == 1 else 's'} of this cortex to finish"
+    if view is not None and view.progress is not None and view.progress.message:
+        return f"{model_id} has {view.progress.message}"
+    if view is not None and view.state == _STOPPING:
+        return f"the processes of {model_id} are ending"
+    return f"{model_id} is about to end"
+
+
 def _in_progress(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
     view = node.models.get(model_id)
     detail = "" if view is None or view.progress is None else _progress_text(view.progress)
     ahead = _starts_ahead(view, node)
     if ahead:
         detail = f": {ahead}"
+    elif view is not None and view.progress is not None and view.progress.phase == _WAITING and view.progress.message:
+        detail = f": {view.progress.message}"
     elif detail:
         detail = f": {detail}"
     elif view is not None and view.known_status is ModelStatus.RECOVERING and view.reason:

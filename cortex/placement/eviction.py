@@ -20,7 +20,7 @@ MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
 PATIENCE_SWAPS = 4.0
 """A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
-PAUSE_SWAPS = 0.1
+PAUSE_SWAPS = 0.05
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
 """When to look again at a loaded model whose requests are still in the admission queue."""
@@ -73,6 +73,10 @@ class EvictionPlan:
     def ready_at(self) -> float:
         return max((eviction.ready_at for eviction in self.evictions), default=float("-inf"))
 
+    def waits_because(self, now: float) -> str:
+        """Why it does not start yet, in words; "" when it can."""
+        return "; ".join(_wait_reason(each) for each in self.evictions if each.ready_at > now)
+
     @property
     def order(self) -> tuple[object, ...]:
         """Sort key, smaller is better; at equal cost the least recently used models go."""
@@ -86,6 +90,14 @@ class EvictionPlan:
 
 
 NO_EVICTIONS = EvictionPlan()
+
+
+def _wait_reason(eviction: Eviction) -> str:
+    model_id, count = eviction.resident.key[0], eviction.resident.in_flight
+    if count:
+        return f"{model_id} has {count} request{'' if count == 1 else 's'}"
+    was = "loaded" if eviction.eviction_class is EvictionClass.RECENTLY_LOADED else "used"
+    return f"{model_id} was {was} a moment ago"
 
 
 def protection_reason(resident: ResidentModel, priority: int) -> str | None:

@@ -59,7 +59,8 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
                 rejected[model_id] = placement_error(view, model_id, found)
         elif plan.ready_at > view.now:
             recheck_at.append(plan.ready_at)
-            wait_reasons[model_id] = f"waiting for its turn: {plan.reason}"
+            because = plan.eviction_plan.waits_because(view.now)
+            wait_reasons[model_id] = f"waiting for its turn: {plan.reason}{f'; {because}' if because else ''}"
             if _is_starving(view, model_id):
                 view = after_start(view, plan)
         else:

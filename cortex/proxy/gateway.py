@@ -112,7 +112,8 @@ class Gateway:
         if response_id is not None and method in _STORED_METHODS:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)
         if method != b"POST" or has_wrong_base(request.path):
-            return self._refuse(client, request, no_route(request))
+            realtime = method == b"GET" and request.path == REALTIME
+            return self._refuse(client, request, _needs_websocket() if realtime else no_route(request))
         if manages_engine(request.path):
             return self._refuse(client, request, not_for_clients(request))
         return self._infer(client, request, caller)
@@ -165,6 +166,12 @@ def _is_preflight(request: Request) -> bool:
     """True for the question of a browser, for a page that it may answer to, whether it may send a request."""
     asked = request.passed_value(b"access-control-request-method")
     return request.method == b"OPTIONS" and bool(request.cors) and asked is not None
+
+
+def _needs_websocket() -> ServiceError:
+    return InvalidRequest(
+        "/v1/realtime needs a WebSocket: send `Upgrade: websocket`", status=426, headers={"upgrade": "websocket"}
+    )
 
 
 def _no_websocket(request: Request) -> ServiceError:

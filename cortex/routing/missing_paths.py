@@ -34,6 +34,9 @@ class MissingPaths:
         self._until.pop(_key(replica, path), None)
 
     def lacks(self, replica: Replica, path: bytes, now: float) -> bool:
+        """By its neuron's word, or by its own answer."""
+        if replica.missing_paths and path.decode("latin-1") in replica.missing_paths:
+            return True
         return self._until.get(_key(replica, path), 0.0) > now
 
 

@@ -20,6 +20,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
     the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
+    `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`.
     """
 
     model_id: str
@@ -30,6 +31,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool = False
     may_move: bool = False
     limit: int | None = None
+    missing_paths: tuple[str, ...] = ()
 
 
 FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "unknown"]

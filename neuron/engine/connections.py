@@ -18,7 +18,9 @@ from pathlib import Path
 
 QUIET_SECS = 5.0
 """An answer that has begun may pause this long while the engine computes nothing. Servers that close idle connections
-do it after this time (vLLM, llama.cpp), so that those still open have a request."""
+do it after this time, so that those still open have a request."""
+HEAD_BYTES = 256
+"""An engine that has sent no more may have sent only the head of a streamed answer, before it reads the prompt."""
 PAUSE_SECS = 30.0
 """An answer that has begun may pause this long while the engine computes, for example while it reads a streamed
 request's prompt; and a request may be unanswered this long while the engine computes nothing."""
@@ -67,7 +69,7 @@ def is_busy(connection: ConnectionTraffic, *, idle_secs: float = 0.0) -> bool:
     A client that has sent nothing has no request. If the client sent last, or bytes are queued, the engine owes it an
     answer: however long that takes while the engine computes, else for PAUSE_SECS without traffic. If the engine sent
     last, the answer is complete or pauses: it counts as complete after PAUSE_SECS without traffic, and after QUIET_SECS
-    in which the engine computed nothing either.
+    in which the engine computed nothing either, unless so far it may have sent no more than a head.
     """
     if not connection.bytes_received and not connection.queued:
         return False
@@ -78,7 +80,7 @@ def is_busy(connection: ConnectionTraffic, *, idle_secs: float = 0.0) -> bool:
     answers = connection.bytes_sent and connection.last_received_age >= connection.last_sent_age
     if connection.queued or not answers:
         return both_secs < PAUSE_SECS
-    return silent_secs < PAUSE_SECS and both_secs < QUIET_SECS
+    return silent_secs < PAUSE_SECS and (both_secs < QUIET_SECS or connection.bytes_sent <= HEAD_BYTES)
 
 
 def connections_to(port: int) -> list[ConnectionTraffic] | None:

@@ -112,6 +112,9 @@ class Harness(ABC):
     """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    missing_paths: tuple[str, ...] = ()
+    """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
+    requests. It also notices by itself where an engine answers 404 or 405."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 

@@ -39,7 +39,7 @@ ADOPT_SECS = 5.0
 _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
-_DRAIN_POLL_SECS = 0.05
+_DRAIN_POLL_SECS = 0.03
 _DRAIN_NEWS_SECS = 1.0  # between two reports on what a drain waits for
 _IDLE_POLLS = 2
 

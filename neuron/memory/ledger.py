@@ -128,8 +128,8 @@ class Ledger:
         topology: Topology,
         health: Sequence[DeviceHealth],
     ) -> list[int]:
-        """The fewest of the bookings `candidates`, the first ones preferred, without which `book` succeeds; empty when
-        it fails without all of them too."""
+        """Those of the bookings `candidates` without which `book` succeeds, the first ones preferred and none of them
+        needlessly; empty when it fails without all of them too."""
 
         def fits_without(numbers: Collection[int]) -> bool:
             kept = [

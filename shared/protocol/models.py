@@ -121,7 +121,8 @@ class ModelView(ModelFacts):
     classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
-    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `servable`: whether a loaded model can
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
+    Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `servable`: whether a loaded model can
     answer now, also a bare boolean; None means that it can.
     """
 
@@ -142,6 +143,7 @@ class ModelView(ModelFacts):
     vram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
+    missing_paths: NameList = Field(default_factory=list)
     servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
 
     @property

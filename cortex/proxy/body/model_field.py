@@ -44,6 +44,7 @@ MAX_PARTS = 1000
 
 _MAX_PART_HEAD_BYTES = 4096
 _NO_MODEL = "the body must have a string 'model'"
+_FORM_ENCODED = "application/x-www-form-urlencoded"
 
 
 class MissingModel(InvalidRequest):
@@ -107,7 +108,23 @@ def find_model(body: bytes, content_type: str) -> ModelField:
         MissingModel: it has none, or an empty one.
         InvalidRequest: the body is neither, or its `model` is not a string.
     """
-    return _model_of_form(body, content_type) if _is_form(content_type) else _model_of_json(body)
+    if _is_form(content_type):
+        return _model_of_form(body, content_type)
+    try:
+        return _model_of_json(body)
+    except MissingModel:
+        raise
+    except InvalidRequest as error:
+        raise _of_another_kind(body, content_type) or error from None
+
+
+def _of_another_kind(body: bytes, content_type: str) -> InvalidRequest | None:
+    """The error for an empty body or a form; None for anything that could be JSON with a mistake."""
+    if not body.strip():
+        return InvalidRequest("the body is empty: send a JSON object that names a model")
+    if content_type.lower().startswith(_FORM_ENCODED) and body.lstrip()[:1] not in b"{[":
+        return InvalidRequest("the body is form-encoded: send JSON, with Content-Type: application/json")
+    return None
 
 
 def _is_form(content_type: str) -> bool:
@@ -169,13 +186,13 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
             raise _missing()
         place = place_of_member(body, "model")
     except msgspec.ValidationError:
-        raise _no_model() from None  # not an object
+        raise InvalidRequest(f"the body is {_json_kind(body)}: send a JSON object that names a model") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     except TooIntricateError as error:
         raise InvalidRequest(f"the body is too complex for JSON with NaN or other extensions: {error}") from error
     if body[place[0]] != ord('"'):
-        raise _no_model()
+        raise InvalidRequest(f"'model' must be a string, got {_json_kind(body[place[0] :])}", param="model")
     try:
         return JsonModel(_decode_text(memoryview(body)[slice(*place)]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -231,7 +248,7 @@ def _model_of_form(body: bytes, content_type: str) -> FormModel:
     else:
         raise InvalidRequest(f"the multipart body has more than {MAX_PARTS} parts")
     if found is None:
-        raise _missing()
+        raise MissingModel("the form has no complete part named 'model'", param="model")
     return found
 
 
@@ -260,8 +277,11 @@ def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:
     return b"".join((view[:start], value, view[end:]))
 
 
-def _no_model() -> InvalidRequest:
-    return InvalidRequest(_NO_MODEL, param="model")
+def _json_kind(text: bytes) -> str:
+    """What the JSON value that `text` begins with is."""
+    first = text.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    kinds = {b"[": "a list", b"{": "an object", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
+    return kinds.get(first, "a number")
 
 
 def _missing() -> MissingModel:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 
 from cortex.control.loader import LoadJob
-from cortex.control.wait_note import waiting_note
+from cortex.control.wait_note import leaving_text, waiting_note
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.routing.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
 from shared.protocol import ModelView, Progress
@@ -79,3 +79,33 @@ def test_given_up(failures: list[Failure], expected: set[str]) -> None:
 def test_untried_first() -> None:
     """Replicas that were not tried come first, otherwise in their old order."""
     assert untried_first(["a", "b", "c", "d"], [failure("a", "status"), failure("c", "reset")]) == ["b", "d", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("count", "view", "expected"),
+    [
+        (2, ModelView(id="old", status="loaded"), "old has 2 requests of this cortex to finish"),
+        (0, ModelView(id="old", status="loaded"), "old is about to end"),
+        (
+            0,
+            ModelView(
+                id="old",
+                status="unloaded",
+                state="draining",
+                progress=Progress(phase="draining", message="1 request to finish"),
+            ),
+            "old has 1 request to finish",
+        ),
+        (0, ModelView(id="old", status="unloaded", state="stopping"), "the processes of old are ending"),
+    ],
+)
+def test_a_swap_says_what_it_waits_for(count: int, view: ModelView, expected: str) -> None:
+    beast = replace(BEAST, models=MappingProxyType({"old": view}))
+    leaving = replace(fleet(beast, BENJY), evicting=frozenset({("old", "beast"), ("other", "benjy")}))
+    assert leaving_text(leaving, beast, lambda model, node: count) == expected
+    assert not leaving_text(fleet(beast), beast, lambda model, node: count)
+
+
+def test_a_load_says_which_model_must_be_gone() -> None:
+    message = "waiting until old is gone from the same device"
+    assert told("loading", Progress(phase="waiting", message=message)).text == f"loading org/m on beast: {message}"

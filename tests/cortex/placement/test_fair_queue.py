@@ -130,7 +130,7 @@ def test_peers_take_turns() -> None:
     box.ask("b")
     schedule = box.look()
     assert (schedule.loads, schedule.recheck_at) == ((), 40)
-    assert schedule.wait_reasons == {"b": "waiting for its turn: box: fits after evicting a"}
+    assert schedule.wait_reasons == {"b": "waiting for its turn: box: fits after evicting a; a has 2 requests"}
     box.pass_time(29.75)
     assert box.state() == ("a", None, None)  # still within its 30 s
     box.pass_time(0.25)

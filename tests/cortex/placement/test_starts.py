@@ -118,4 +118,6 @@ def test_waiting_clients_are_told_what_goes_first() -> None:
         "loading weights 20 %, about 380 s left"
     )
     alone = replace(node, models=MappingProxyType({"org/small": waits}))
-    assert waiting_note("org/small", fleet(alone), None, None, 0.0).text == "loading org/small on a: waiting"
+    assert (
+        waiting_note("org/small", fleet(alone), None, None, 0.0).text == "loading org/small on a: waiting for another"
+    )

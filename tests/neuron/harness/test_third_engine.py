@@ -40,6 +40,7 @@ async def test_a_new_engine_serves(mark: str, tmp_path: Path) -> None:
             assert (response.status, await response.read()) == (200, b"hello")
         first = await neuron.model(MODEL)
         assert (first["status"], first["vram_booked_mb"]) == ("loaded", 100)
+        assert first["missing_paths"] == ["/v1/messages"]
         neuron.registry.kill_all_now()
 
         async def restarted() -> bool:

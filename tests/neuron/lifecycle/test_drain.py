@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
-from tests.neuron.neurons import marked_engines, marked_processes, neuron_process
+from tests.neuron.neurons import NeuronProcess, marked_engines, marked_processes, neuron_process, until
 
 __all__ = ["config"]
 
@@ -108,24 +109,60 @@ async def test_drain_without_figures_finishes_what_runs(config: Path, mark: str,
         assert (await asyncio.wait_for(unloading, 5)).status == 200
 
 
+@contextlib.asynccontextmanager
+async def connection(neuron: NeuronProcess) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]]:
+    """A connection to the model's engine of a client that is not cortex, and a request for it that keeps it open."""
+    found = (await neuron.endpoint(MODEL)).body
+    url, body = urlsplit(found["url"]), json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {found['api_key']}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        yield reader, writer, (head + body).encode()
+    finally:
+        writer.close()
+
+
+async def answer_of(reader: asyncio.StreamReader) -> bytes:
+    """A complete answer with a Content-Length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+    return head + await reader.readexactly(length)
+
+
+async def drained(neuron: NeuronProcess, secs: float) -> bool:
+    """Unloads with a long drain; whether the model counts as drained within `secs`."""
+    path = "/models/unload?drain_secs=1800"
+    answer = await asyncio.wait_for(neuron.call("POST", path, json={"model_id": MODEL}), secs)
+    return answer.status == 200 and "drained" in {each["reason"] for each in (await neuron.model(MODEL))["transitions"]}
+
+
 async def test_drain_without_figures_finishes_an_unanswered_request(config: Path, mark: str) -> None:
-    """A request whose first byte takes long is not cut: its client sent last."""
+    """A request whose first byte takes long is not cut, since its client sent last. Until then neuron says what it
+    waits for. The connection that stays open afterwards delays the drain by seconds."""
     async with neuron_process(config) as neuron:
         await neuron.load(MODEL, "--ttft-ms", "1500", "--fault", "no-metrics")
-        found = (await neuron.endpoint(MODEL)).body
-        url, body = urlsplit(found["url"]), json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1})
-        reader, writer = await asyncio.open_connection(url.hostname, url.port)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {found['api_key']}\r\n"
-        head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write((head + body).encode())
-        path = "/models/unload?drain_secs=60"
-        unloading = asyncio.create_task(neuron.call("POST", path, json={"model_id": MODEL}))
-        answer = await reader.read()
-        writer.close()
-        assert answer.startswith(b"HTTP/1.1 200")
-        assert b'"choices"' in answer
-        assert (await asyncio.wait_for(unloading, 5)).status == 200
-        assert "drained" in {step["reason"] for step in (await neuron.model(MODEL))["transitions"]}
+        async with connection(neuron) as (reader, writer, request):
+            writer.write(request)
+            draining = asyncio.create_task(drained(neuron, 20))
+            waiting = await until(lambda: "stops later" in neuron.log.read_text() or draining.done())
+            assert waiting
+            progress = (await neuron.model(MODEL))["progress"]
+            assert progress["phase"] == "draining"
+            assert progress["message"].startswith("1 connection that may have a request")
+            answer = await answer_of(reader)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b'"choices"' in answer
+            assert not draining.done()
+            assert await draining
+
+
+async def test_drain_without_figures_ignores_idle_connections(config: Path, mark: str) -> None:
+    """One that was only opened does not count."""
+    async with neuron_process(config) as neuron:
+        await neuron.load(MODEL, "--fault", "no-metrics")
+        async with connection(neuron):
+            assert await drained(neuron, 5)
 
 
 async def test_drain_ends_when_engine_hangs(config: Path, mark: str) -> None:

@@ -127,7 +127,9 @@ def test_a_start_waits_for_stopping_engines() -> None:
     book(ledger, 1, 20_000, model_id="org/1")
     ledger.settle(1, {0: 20_000})
     assert ledger.counts_on(1, ONE, measured(ONE, {0: 20_000})) == ()
+    assert not ledger.any_stops()
     ledger.mark_stopping(1)
+    assert ledger.any_stops()
     book(ledger, 2, 4000, used=20_000, model_id="org/2")
     book(ledger, 3, 18_000, used=20_000, model_id="org/3")
     used = measured(ONE, {0: 20_000})
@@ -136,6 +138,7 @@ def test_a_start_waits_for_stopping_engines() -> None:
     for mb in (24_000, 4000):
         assert ledger.counts_on(3, ONE, measured(ONE, {0: mb})) == ("org/1",)
     ledger.release(1)
+    assert not ledger.any_stops()
     assert ledger.counts_on(3, ONE, measured(ONE, {0: 4000})) == ()
     assert ledger.lacks_memory(3, ONE, measured(ONE, {0: 24_000}))
     assert not ledger.lacks_memory(3, ONE, measured(ONE, {0: 4000}))
@@ -480,3 +483,25 @@ def test_memory_is_never_promised_twice(seed: int) -> None:
         model.release(number, engine)
     model.check()
     assert not any(found.booked_mb for found in model.ledger.capacities(model.topology, model.health()))
+
+
+# --- displacing others
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices", "displaced"),
+    [
+        (20_000, None, [2]),  # the first that is enough
+        (20_000, (0,), [1]),  # 2 is on another device
+        (30_000, None, [3, 2]),
+        (30_000, (0,), []),  # 4 stays there
+        (40_000, None, []),
+    ],
+)
+def test_no_engine_is_displaced_needlessly(wanted: int, devices: tuple[int, ...] | None, displaced: list[int]) -> None:
+    """Candidates in the order of preference; one on another device, or too small to help, is left alone."""
+    ledger = Ledger()
+    for number, share, index in ((1, 20_000, 0), (2, 20_000, 1), (3, 10_000, 1), (4, 10_000, 0)):
+        book(ledger, number, share, TWO, devices=(index,))
+    found = ledger.to_displace([3, 2, 1], spec(devices=devices), MemoryRequirement(wanted), TWO, measured(TWO))
+    assert found == displaced

@@ -15,6 +15,7 @@ class EchoHarness(Harness):
     """Answers every POST with its body."""
 
     health_path = "/healthz"
+    missing_paths = ("/v1/messages",)
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = (sys.executable, _SERVER, plan.host, str(plan.port), *plan.arguments)
