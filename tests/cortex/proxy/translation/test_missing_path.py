@@ -141,6 +141,17 @@ async def test_forgotten_when_the_model_is_loaded_again(
     assert json.loads(answer.body)["native"]
 
 
+async def test_engine_that_moved_is_found(client: RawClient, benjy: V1Neuron, engine: ChatEngine) -> None:
+    """Another server, which knows none of the paths, listens where the engine was: cortex asks the neuron again."""
+    assert (await ask(client)).status == 200
+    engine.lacks.add("/v1/chat/completions")
+    async with ChatEngine().running() as moved:
+        assert isinstance(moved, ChatEngine)
+        benjy.engine_url = moved.url
+        assert json.loads((await ask(client)).body)["content"] == [{"type": "text", "text": "Hi there"}]
+        assert moved.paths == ["/v1/messages", "/v1/chat/completions"]
+
+
 async def test_neuron_says_what_is_missing(start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine) -> None:
     """Then the engine is not asked first, however it would answer."""
     engine.lacks = set()
