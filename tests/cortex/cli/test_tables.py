@@ -34,7 +34,7 @@ def test_progress_in_the_table(status: str, progress: dict[str, Any] | None, sai
 def test_explain_does_not_repeat_itself() -> None:
     """A reason that the decision contains is not printed again in the table; a drained node says how to end that."""
     long = "needs 30000 MiB, has 24000 MiB free"
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node": name, "feasible": True, "status": None, "devices": [], "reason": reason}
         for name, reason in (("a", long), ("b", "draining"))
     ]
