@@ -28,7 +28,7 @@ from cortex.routing.control import Control
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
-from shared.http import Handler, error_middleware, refuse_cross_site, require_json
+from shared.http import Handler, error_middleware, hide_server, refuse_cross_site, require_json
 from shared.serve import BACKLOG
 
 TICKS_OF_SILENCE = 10
@@ -41,6 +41,7 @@ def build_control_app(parts: Parts) -> web.Application:
         middlewares=[error_middleware, _own_user_only, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
+    app.on_response_prepare.append(hide_server)
     app[LIVE] = parts.live
     app[FLEET] = parts.fleet
     app[STATE] = parts.state
@@ -68,6 +69,7 @@ def build_metrics_app(parts: Parts) -> web.Application:
     """What is served on `metrics_listen`."""
     policy = cross_site_policy(parts.config.gateway)
     app = web.Application(middlewares=[error_middleware, refuse_cross_site(policy)])
+    app.on_response_prepare.append(hide_server)
     app[COUNTS] = parts.counts
     app[METRICS] = parts.metrics
     app.add_routes(METRICS_ROUTES)

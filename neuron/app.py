@@ -36,7 +36,7 @@ from neuron.lifecycle.spare.spares import Spares
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
-from shared.http import error_middleware, refuse_cross_site, require_json, require_token
+from shared.http import error_middleware, hide_server, refuse_cross_site, require_json, require_token
 from shared.tasks import TaskSet
 
 
@@ -49,6 +49,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     authentication = [] if token is None else [require_token(token)]
     guards = [refuse_cross_site(cross_site_policy(config)), *authentication, require_json]
     app = web.Application(middlewares=[error_middleware, *guards])
+    app.on_response_prepare.append(hide_server)
     add_routes(app)
     estimate_api.add_routes(app)
 

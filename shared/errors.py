@@ -130,7 +130,12 @@ def error_type(status: int) -> str:
         return "authentication_error"
     if status == 429:
         return "rate_limit_error"
-    return "invalid_request_error" if status < 500 else "api_error"
+    return "invalid_request_error" if _is_clients_fault(status) else "api_error"
+
+
+def _is_clients_fault(status: int) -> bool:
+    """501 and 505 are said of requests: an unknown transfer encoding, an unsupported HTTP version."""
+    return status < 500 or status in (501, 505)
 
 
 _ANTHROPIC_TYPES = {
@@ -146,7 +151,7 @@ _ANTHROPIC_TYPES = {
 
 def anthropic_error_type(status: int) -> str:
     """Anthropic's name for an HTTP status."""
-    return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return _ANTHROPIC_TYPES.get(status, error_type(status))
 
 
 class InvalidRequest(ServiceError):

@@ -122,7 +122,16 @@ def _as_service_error(request: web.Request, error: web.HTTPException) -> Service
     code = codes.get(error.status, ErrorCode.INVALID_REQUEST)
     headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else None
     message = f"{request.method} {shortened(request.path)}: {error.reason}"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        headers = {"allow": allowed}
+        message = f"{request.method} is not allowed for {shortened(request.path)}; allowed: {allowed}"
     return ServiceError(message, status=error.status, code=code, headers=headers)
+
+
+async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: removes aiohttp's Server header, which names versions."""
+    response.headers.popall("Server", None)
 
 
 def bearer_token(headers: Mapping[str, str]) -> str | None:

@@ -103,13 +103,12 @@ class ColdFleet:
         return asked, sorted(answers, key=lambda answer: answer.ended_at)
 
     def engine_start(self) -> EngineStart:
-        """How the running engine was started, according to the kernel."""
-        (pid,) = children_of(self.neuron.pid)
+        """How the running engine was started, according to the kernel. Only of one that was no spare process."""
+        commands = {pid: _entries(Path(f"/proc/{pid}/cmdline")) for pid in children_of(self.neuron.pid)}
+        (pid,) = (pid for pid, argv in commands.items() if "--port" in argv)
         proc = Path(f"/proc/{pid}")
         pairs = (entry.partition("=") for entry in _entries(proc / "environ"))
-        return EngineStart(
-            _entries(proc / "cmdline"), {name: value for name, _, value in pairs}, str((proc / "cwd").readlink())
-        )
+        return EngineStart(commands[pid], {name: value for name, _, value in pairs}, str((proc / "cwd").readlink()))
 
 
 class ByHand:

@@ -15,9 +15,9 @@ from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model
 from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
-from shared.errors import NotFound, shortened
+from cortex.placement.refusal import no_such_model_error
 from shared.http import ANTHROPIC_VERSION
-from shared.protocol import ErrorCode, ModelStatus
+from shared.protocol import ModelStatus
 
 OWNER = "cortex"
 
@@ -151,9 +151,7 @@ class ModelList:
         model_id = self._catalogue.resolve(name)
         entry = self._entry(model_id)
         if entry is None:
-            raise NotFound(
-                f"the model {shortened(name)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model"
-            )
+            raise no_such_model_error(name, self.names)
         return entry if name == model_id else _alias(name, model_id, entry)
 
     def blocks(

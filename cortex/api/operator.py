@@ -19,6 +19,7 @@ from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUn
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.refusal import no_such_model_error
 from cortex.routing.replica import ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
@@ -108,7 +109,7 @@ def _serving(app: web.Application, model_id: str, node_name: str | None) -> str 
         return node.name
     if profile is None:
         if model_id not in node.models:
-            raise _no_model(model_id)
+            raise no_such_model_error(model_id, [profile.id for profile in catalogue.models])
         return None
     reason = infeasible_reason(profile, node)
     if reason is not None:
@@ -222,7 +223,3 @@ def _usable_node(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
             f"{name} is down: {node.last_error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS
         )
     return node
-
-
-def _no_model(model_id: str) -> ServiceError:
-    return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")

@@ -59,7 +59,7 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
         return Await(coming.name)
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
-    return Refuse(unknown_model_error(model_id, fleet))
+    return Refuse(unknown_model_error(model_id, catalogue, fleet))
 
 
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:

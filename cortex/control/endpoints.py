@@ -104,8 +104,6 @@ class Endpoints:
                 reply = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
                 refused = isinstance(error, NeuronRefused)
-                if refused:
-                    self.refusals.announce((model_id, node), str(error))
                 await poller.refresh()
                 if self._clients.get(node) is not client:
                     continue
@@ -115,6 +113,8 @@ class Endpoints:
                     return None
                 loaded_again = now.engine_version(model_id) != asked
                 if (refused and not loaded_again) or self._clock() >= deadline:
+                    if refused:
+                        self.refusals.announce((model_id, node), str(error))
                     message = f"{node} gives no endpoint for {model_id!r}: {error}"
                     raise UpstreamError(message, code=ErrorCode.ENDPOINT_UNRESOLVED) from error
                 await asyncio.sleep(RETRY_SECS)

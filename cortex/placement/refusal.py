@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Final
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
-from shared.errors import NotFound, ServiceError, Unavailable, shortened
+from shared.errors import MAX_SHOWN_CHARS, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
+
+MAX_COMPARED: Final = 300
+"""Names that an unknown one is compared with: a client must not keep cortex busy with guesses."""
 
 
 def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdict]) -> ServiceError:
@@ -21,7 +27,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         backoff for (model, _), backoff in view.backoffs.items() if model == model_id and backoff.until > view.now
     ]
     if profile is None and not backoffs:
-        return unknown_model_error(model_id, fleet)
+        return unknown_model_error(model_id, view.catalogue, fleet)
     if not fleet.healthy:
         return no_healthy_neurons_error(fleet)
     possible = list(fleet.nodes.values())
@@ -60,7 +66,7 @@ def _fails_everywhere(model_id: str, possible: Sequence[NodeSnapshot], view: Pla
     return bool(found) and all(backoff is not None and backoff.permanent for backoff in found)
 
 
-def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
+def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
     for node in fleet.holders(model_id):
         view = node.models[model_id]
@@ -84,7 +90,29 @@ def unknown_model_error(model_id: str, fleet: FleetSnapshot) -> ServiceError:
         )
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
         return no_healthy_neurons_error(fleet)  # a neuron that has never answered may have the model
-    return NotFound(f"the model {shortened(model_id)!r} does not exist", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    names = [*(profile.id for profile in catalogue.models), *catalogue.aliases, *fleet.listed_models]
+    return no_such_model_error(model_id, names)
+
+
+def no_such_model_error(model_id: str, names: Iterable[str]) -> NotFound:
+    """The error for a name that is not among the `names` of models, with those it may have meant."""
+    close = _close_names(model_id, islice(names, MAX_COMPARED))
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    message = f"the model {shortened(model_id)!r} does not exist{hint} GET /v1/models lists all models"
+    return NotFound(message, code=ErrorCode.MODEL_NOT_FOUND, param="model")
+
+
+def _close_names(wanted: str, names: Iterable[str]) -> list[str]:
+    """Up to three of `names` that look like `wanted`, with or without the owner before the slash."""
+    if len(wanted) > MAX_SHOWN_CHARS:
+        return []
+    by_form: dict[str, str] = {}
+    for name in names:
+        by_form.setdefault(name.lower().rpartition("/")[2], name)
+        by_form.setdefault(name.lower(), name)
+    forms = [*difflib.get_close_matches(wanted.lower(), by_form, n=3)]
+    forms += difflib.get_close_matches(wanted.lower().rpartition("/")[2], by_form, n=3)
+    return list(dict.fromkeys(by_form[form] for form in forms))[:3]
 
 
 def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | None:

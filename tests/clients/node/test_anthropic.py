@@ -1,17 +1,27 @@
-"""The anthropic library for Node.js, the current version and an old one."""
+"""The anthropic library for Node.js, the current version and an old one, on engines with `/v1/messages` and on engines
+that have only chat completions."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from tests.clients.node.scripts import node_report
-from tests.clients.running import TEXT_CASES, TOOL_CASES, Bench, Report
+from tests.clients.running import CHAT_ONLY, MODELS, TEXT_CASES, TOOL_CASES, Bench, Report
 from tests.environment.clients import NodeEnvironment, old_name
 
+PACKAGE = "@anthropic-ai/sdk"
 
-@pytest.fixture(scope="module", params=["@anthropic-ai/sdk", old_name("@anthropic-ai/sdk")])
+
+@pytest.fixture(
+    scope="module",
+    params=[(PACKAGE, MODELS), (old_name(PACKAGE), MODELS), (PACKAGE, CHAT_ONLY), (old_name(PACKAGE), CHAT_ONLY)],
+    ids=["current", "old", "current, chat only", "old, chat only"],
+)
 def report(bench: Bench, node: NodeEnvironment, request: pytest.FixtureRequest) -> Report:
-    return node_report(bench, node, "anthropic_sdk", CLIENT_PACKAGE=request.param)
+    package, models = request.param
+    return node_report(replace(bench, models=models), node, "anthropic_sdk", CLIENT_PACKAGE=package)
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)

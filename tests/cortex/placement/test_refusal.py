@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import Backoff
@@ -101,7 +102,7 @@ def test_the_error_names_the_models_that_hold_the_memory() -> None:
 )
 def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
     """The error says where they are and why they cannot serve now."""
-    assert unknown_model_error("own", where).code == code
+    assert unknown_model_error("own", Catalogue(), where).code == code
 
 
 @pytest.mark.parametrize(

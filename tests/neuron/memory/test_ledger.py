@@ -127,7 +127,9 @@ def test_a_start_waits_for_stopping_engines() -> None:
     book(ledger, 1, 20_000, model_id="org/1")
     ledger.settle(1, {0: 20_000})
     assert ledger.counts_on(1, ONE, measured(ONE, {0: 20_000})) == ()
+    assert not ledger.any_stops()
     ledger.mark_stopping(1)
+    assert ledger.any_stops()
     book(ledger, 2, 4000, used=20_000, model_id="org/2")
     book(ledger, 3, 18_000, used=20_000, model_id="org/3")
     used = measured(ONE, {0: 20_000})
@@ -136,6 +138,7 @@ def test_a_start_waits_for_stopping_engines() -> None:
     for mb in (24_000, 4000):
         assert ledger.counts_on(3, ONE, measured(ONE, {0: mb})) == ("org/1",)
     ledger.release(1)
+    assert not ledger.any_stops()
     assert ledger.counts_on(3, ONE, measured(ONE, {0: 4000})) == ()
     assert ledger.lacks_memory(3, ONE, measured(ONE, {0: 24_000}))
     assert not ledger.lacks_memory(3, ONE, measured(ONE, {0: 4000}))

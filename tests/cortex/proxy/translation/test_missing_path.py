@@ -84,6 +84,8 @@ async def test_old_clients(cortex: RunningCortex, engine: ChatEngine, version: s
         b'{"error":{"message":"The model `org/small` does not exist.","type":"NotFoundError","param":"model"}}',
         b'{"type":"error","error":{"type":"not_found_error","message":"model \'org/small\' not found"}}',
         b'{"error":{"message":"unknown","code":"model_not_found"}}',
+        b'{"error":"model \\"org/small\\" not found, try pulling it first"}',
+        b'{"detail":"Unknown model: org/small"}',
     ],
 )
 async def test_unknown_model_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
@@ -139,6 +141,17 @@ async def test_forgotten_when_the_model_is_loaded_again(
     answer = await ask(client)
     assert answer.get("x-cortex-cold-start") == "true"
     assert json.loads(answer.body)["native"]
+
+
+async def test_engine_that_moved_is_found(client: RawClient, benjy: V1Neuron, engine: ChatEngine) -> None:
+    """Another server, which knows none of the paths, listens where the engine was: cortex asks the neuron again."""
+    assert (await ask(client)).status == 200
+    engine.lacks.add("/v1/chat/completions")
+    async with ChatEngine().running() as moved:
+        assert isinstance(moved, ChatEngine)
+        benjy.engine_url = moved.url
+        assert json.loads((await ask(client)).body)["content"] == [{"type": "text", "text": "Hi there"}]
+        assert moved.paths == ["/v1/messages", "/v1/chat/completions"]
 
 
 async def test_neuron_says_what_is_missing(start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine) -> None:
