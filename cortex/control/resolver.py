@@ -251,11 +251,8 @@ class Resolver:
 
     async def _check_failed(self, failure: Failure) -> None:
         """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
-        A busy engine keeps its endpoint: other requests should not wait because this one timed out. An engine that does
-        not know the request has an endpoint, which is asked for next."""
+        A busy engine keeps its endpoint: other requests should not wait because this one timed out."""
         self._routes.invalidate(failure)
-        if failure.kind == "unknown":
-            return
         poller = self._pollers.get(failure.replica.node)
         if poller is not None:
             await poller.refresh()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 QUIET_SECS = 5.0
 """An answer that has begun may pause this long while the engine computes nothing. Servers that close idle connections
-do it after this time (vLLM, llama.cpp), so that those still open have a request."""
+do it after this time, so that those still open have a request."""
 HEAD_BYTES = 256
 """An engine that has sent no more may have sent only the head of a streamed answer, before it reads the prompt."""
 PAUSE_SECS = 30.0

@@ -36,6 +36,7 @@ from typing import Any
 
 _THREADS = "OMP_NUM_THREADS"
 _INHERITED = "neuron_inherited"
+_CONTEXTS = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, CUDA on WSL
 Snapshot = dict[str, tuple[int, int]]  # path -> inode, time of the last change in ns
 
 
@@ -182,11 +183,12 @@ def _changed(files: Snapshot) -> str | None:
 
 
 def _open_device() -> str | None:
-    """A GPU that the imports opened and did not close: the engine could no longer choose its device, nor fork."""
+    """A driver in which the imports have a context: the engine could no longer choose its device, nor fork. NVML opens
+    other files (/dev/nvidiactl, /dev/nvidia0) and has no context; torch leaves it open."""
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{entry}")
-            if path.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri/")):
+            if path.startswith(_CONTEXTS):
                 return f"its imports opened {path}"
     return None
 
@@ -284,8 +286,10 @@ def _serve_forks(command: str, passed: Sequence[int]) -> None:
 def _inherit(given: dict[str, Any]) -> None:
     """Gives a forked child what a spawned one has from its parent and from its imports."""
     threads = os.environ.get(_THREADS)
-    os.environ.clear()
-    os.environ.update(given["environ"])
+    for name in os.environ.keys() - given["environ"].keys():
+        del os.environ[name]
+    # Only what differs: setproctitle finds the memory of the arguments through the original environment before it.
+    os.environ.update({name: value for name, value in given["environ"].items() if os.environ.get(name) != value})
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, given["limits"])
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from cortex.proxy.translation.fields import invalid, text_of
 from cortex.proxy.translation.interface import Json, to_json
-from cortex.proxy.translation.messages.fields import blocks_of, invalid, text_of
 
 _BILLING: Final = "x-anthropic-billing-header"
 """Begins a block that Claude Code puts before its system prompt. It differs in each request, so with it no prompt would
@@ -73,9 +73,23 @@ def _add_to_assistant(last: Json, message: Json) -> None:
     last["content"] = "".join(texts) if texts or "tool_calls" not in last else None
 
 
+def _blocks_of(content: Any, param: str) -> list[Json]:
+    """Content as a list of blocks; a string is one block of text, null is none."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise invalid(param, "must be a string or a list of content blocks")
+    for index, block in enumerate(content):
+        if not isinstance(block, dict):
+            raise invalid(f"{param}[{index}]", "must be a content block")
+    return content
+
+
 def _system_text(content: Any, param: str) -> str:
     texts = []
-    for index, block in enumerate(blocks_of(content, param)):
+    for index, block in enumerate(_blocks_of(content, param)):
         if block.get("type") != "text":
             raise invalid(f"{param}[{index}]", "a system prompt can contain text only")
         text = text_of(block, "text", f"{param}[{index}]")
@@ -88,7 +102,7 @@ def _user_messages(content: Any, param: str, engine: str) -> list[Json]:
     """The results of tools, which must directly follow their calls, then one message with everything else."""
     results: list[Json] = []
     parts: list[Json] = []
-    for index, block in enumerate(blocks_of(content, param)):
+    for index, block in enumerate(_blocks_of(content, param)):
         where = f"{param}[{index}]"
         if block.get("type") == "tool_result":
             result, images = _tool_message(block, where, engine)
@@ -105,7 +119,7 @@ def _tool_message(block: Json, param: str, engine: str) -> tuple[Json, list[Json
     """The message with a tool's result, and parts for the user's message: only that can carry images."""
     called = text_of(block, "tool_use_id", param)
     parts: list[Json] = []
-    for index, inner in enumerate(blocks_of(block.get("content"), f"{param}.content")):
+    for index, inner in enumerate(_blocks_of(block.get("content"), f"{param}.content")):
         parts += _parts(inner, f"{param}.content[{index}]", engine)
     images = [part for part in parts if part["type"] != "text"]
     texts = [part["text"] for part in parts if part["type"] == "text"]
@@ -137,7 +151,7 @@ def _parts(block: Json, param: str, engine: str) -> list[Json]:
 
 def _inner_parts(content: Any, param: str, engine: str) -> list[Json]:
     parts: list[Json] = []
-    for index, block in enumerate(blocks_of(content, param)):
+    for index, block in enumerate(_blocks_of(content, param)):
         if block.get("type") not in ("text", "image"):
             raise invalid(f"{param}[{index}]", "must be text or an image")
         parts += _parts(block, f"{param}[{index}]", engine)
@@ -171,7 +185,7 @@ def _assistant_message(content: Any, param: str, engine: str) -> Json:
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[Json] = []
-    for index, block in enumerate(blocks_of(content, param)):
+    for index, block in enumerate(_blocks_of(content, param)):
         where, kind = f"{param}[{index}]", block.get("type")
         if kind == "text":
             texts.append(text_of(block, "text", where))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from cortex.proxy.translation.fields import invalid
 from cortex.proxy.translation.interface import Json
 from cortex.proxy.translation.messages.chat_messages import chat_messages
-from cortex.proxy.translation.messages.fields import invalid
 from cortex.proxy.translation.messages.tools import chat_tools
 
 _SAME: Final = ("temperature", "top_p", "top_k")

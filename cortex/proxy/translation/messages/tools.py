@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cortex.proxy.translation.fields import invalid, text_of
 from cortex.proxy.translation.interface import Json
-from cortex.proxy.translation.messages.fields import invalid, text_of
 
 
 def chat_tools(given: Json, engine: str) -> Json:

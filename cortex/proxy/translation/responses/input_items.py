@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from cortex.proxy.translation.fields import invalid, is_set, objects_of, text_of
 from cortex.proxy.translation.interface import Json
-from cortex.proxy.translation.responses.fields import invalid, is_set, objects_of, text_of
 from cortex.proxy.translation.responses.tools import ToolSet, custom_arguments
 
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}

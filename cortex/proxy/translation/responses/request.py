@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
+from cortex.proxy.translation.fields import invalid, is_set, object_of
 from cortex.proxy.translation.interface import Json, read_object
-from cortex.proxy.translation.responses.fields import invalid, is_set, object_of
 from cortex.proxy.translation.responses.input_items import messages_of
 from cortex.proxy.translation.responses.tools import ToolSet
 

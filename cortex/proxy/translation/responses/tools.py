@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cortex.proxy.translation.fields import invalid, object_of, objects_of, text_of
 from cortex.proxy.translation.interface import Json
-from cortex.proxy.translation.responses.fields import invalid, object_of, objects_of, text_of
 
 INPUT: Final = "input"
 """The argument of the function that stands for a custom tool."""
