@@ -67,6 +67,9 @@ UNANSWERED_CHECK_SECS = 5.0
 _INFO: Final = struct.Struct("=BBBB20xI28xI")
 """The start of struct tcp_info (linux/tcp.h): state, ca_state, retransmits, probes, then unacked and last_ack_recv."""
 
+_ESTABLISHED: Final = 1  # the first byte of struct tcp_info
+_RESET: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
+
 CLOSING = web.AppKey("closing", asyncio.Event)
 """Set when the service begins to stop. Event streams end then."""
 
@@ -132,6 +135,16 @@ def is_unanswered(sock: socket.socket) -> bool:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
     _, _, _, probes, unacknowledged, last_ack_ms = _INFO.unpack(info)
     return bool(probes or unacknowledged) and int(last_ack_ms) > UNANSWERED_SECS * 1000
+
+
+def is_established(sock: socket.socket) -> bool:
+    """True while neither side has closed or reset this TCP connection."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """The peer gets a reset when this connection is closed, so that it cannot take the close for a clean end."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
 def _probe(sock: socket.socket, times: ProbeTimes) -> None:

@@ -4,13 +4,11 @@ answer to `transport`."""
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol, cast
 
-from cortex.http.body_reader import IncomingBody
+from cortex.http.body_reader import BodySpool, IncomingBody
 from cortex.http.decompress import unpack
 from cortex.http.errors import shutting_down
 from cortex.http.handler import Handler
@@ -19,7 +17,7 @@ from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
 from cortex.http.streamed_body import StreamedBody
 from shared.errors import InvalidRequest, ServiceError
-from shared.serve import is_unanswered
+from shared.serve import is_established, is_unanswered, reset_on_close
 
 HEAD_TIMEOUT_SECS = 60.0
 """Limit from the first byte of a head to its end."""
@@ -28,8 +26,7 @@ BODY_TIMEOUT_SECS = 60.0
 KEEP_ALIVE_SECS = 75.0
 """How long an idle connection stays open."""
 LINGER_SECS = 5.0
-"""How long to read on from a client that is still sending when it is refused: an immediate close would discard the
-answer in flight."""
+"""How long to read on from a client that is refused while it sends: an immediate close would discard the answer."""
 UNREAD_SECS = 900.0
 """How long a client may take to read the rest of a complete answer."""
 MAX_AHEAD_BYTES: Final = 65536
@@ -37,9 +34,7 @@ MAX_AHEAD_BYTES: Final = 65536
 LOOK_SECS: Final = 0.05
 """How often to ask the kernel whether a client is still connected while reading is paused."""
 
-_ESTABLISHED: Final = 1  # the first byte of struct tcp_info of tcp(7)
 _LINE_ENDS: Final = b"\r\n"
-_RESET: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for no time
 
 
 class ConnectionSet(Protocol):
@@ -55,11 +50,13 @@ class Dispatcher(Protocol):
     draining: bool
 
     def rejected(self, request: Request | None, error: ServiceError) -> str:
-        """Records a request that was refused before it was complete (`request` None: without a valid head). Returns its
-        request id."""
+        """Records a request that was refused before it was complete, None without a valid head. Returns its id."""
 
     def can_begin(self, request: Request, start: bytes) -> bool:
         """True if a large request can be handled when only the `start` of its body has arrived."""
+
+    def spool(self, request: Request) -> BodySpool | None:
+        """Where to store the body of such a request until it is complete, None to keep it in memory."""
 
     def handle(self, client: ClientConnection, request: Request) -> Handler: ...
 
@@ -149,6 +146,8 @@ class ClientConnection:
         handler, self._handler = self._handler, None
         if handler is not None:
             handler.abandon()
+        if self._request is not None:
+            self._request.discard()
 
     def pause_writing(self) -> None:
         if self._handler is not None:
@@ -163,6 +162,8 @@ class ClientConnection:
         request = self._request
         assert request is not None
         self._request = self._handler = None
+        if request.streamed is not None:
+            request.discard()
         if self._body is not None:  # the answer came before the end of the request
             self._body = None
             self.hold_back(False)
@@ -182,8 +183,7 @@ class ClientConnection:
         request = self._request
         assert request is not None
         keep_alive = request.keep_alive = request.keep_alive and not self._dispatcher.draining
-        answer = error_answer(error, request_id, request=request, keep_alive=keep_alive, node=node)
-        self.transport.write(answer)
+        self.transport.write(error_answer(error, request_id, request=request, keep_alive=keep_alive, node=node))
         self.finished()
 
     def stop(self) -> None:
@@ -217,10 +217,9 @@ class ClientConnection:
         self._unanswered = unanswered
 
     def cut(self) -> None:
-        """Resets the connection: where an answer ends with its connection, an ordinary close would look like a clean
-        end."""
+        """Resets the connection: an ordinary close could look like a clean end of the answer."""
         self._state = _CLOSING
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        reset_on_close(self.transport.get_extra_info("socket"))
         self.transport.abort()
 
     def close(self) -> None:
@@ -288,18 +287,19 @@ class ClientConnection:
         assert body is not None
         try:
             rest = body.feed(data)
+            if rest is None:
+                self.deadline = monotonic() + BODY_TIMEOUT_SECS
+                if request.content_encoding is None and body.shows_start():
+                    request.body = body.take()
+                    if self._dispatcher.can_begin(request, request.body):
+                        request.streamed = StreamedBody(body, self.hold_back)
+                        self._work(request)
+                    else:
+                        request.streamed = self._dispatcher.spool(request) if body.shown else None
+                        body.put_back(request.body, request.streamed)
+                return
         except ServiceError as error:
             self._reject(error)
-            return
-        if rest is None:
-            self.deadline = monotonic() + BODY_TIMEOUT_SECS
-            if request.content_encoding is None and body.shows_start():
-                request.body = body.take()
-                if self._dispatcher.can_begin(request, request.body):
-                    request.streamed = StreamedBody(body, self.hold_back)
-                    self._work(request)
-                else:
-                    body.put_back(request.body)
             return
         request.body = body.whole()
         self._body = None
@@ -361,7 +361,7 @@ class ClientConnection:
 
     def _keep(self, data: bytes) -> None:
         """Stores pipelined requests until the current answer is complete."""
-        if self._body is not None and self._request is not None and self._request.streamed is not None:
+        if self._body is not None and self._request is not None and isinstance(self._request.streamed, StreamedBody):
             self._stream(data, self._request.streamed)
             return
         if self._tunnel is not None:
@@ -375,8 +375,7 @@ class ClientConnection:
         """While reading is paused, asyncio does not notice a disconnect: polls the kernel instead."""
         if not self._held_back or self._state == _CLOSING:
             return
-        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-        if info[0] == _ESTABLISHED:
+        if is_established(self.transport.get_extra_info("socket")):
             asyncio.get_running_loop().call_later(LOOK_SECS, self._look_after)
         else:
             self.transport.abort()
@@ -391,10 +390,11 @@ class ClientConnection:
             self.hold_back(False)
 
     def _reject(self, error: ServiceError) -> None:
-        """Answers a request that cannot be read to its end and closes the connection, because the start of the next
-        request is unknown."""
+        """Answers a request that cannot be read to its end, and closes: the start of the next one is unknown."""
         request = self._request
         request_id = self._dispatcher.rejected(request, error)
         self.transport.write(error_answer(error, request_id, request=request, keep_alive=False))
         self._linger()
+        if request is not None:
+            request.discard()
         self._reader = self._request = self._body = None

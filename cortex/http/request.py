@@ -8,8 +8,8 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from cortex.http import headers as names
+from cortex.http.body_reader import BodyRest
 from cortex.http.heads import BadHead, RequestHead
-from cortex.http.streamed_body import StreamedBody
 from shared.errors import shortened
 
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
@@ -79,7 +79,7 @@ class Request:
             target = _path_of(head)
         self.target = target
         self.upgrading = False
-        self.streamed: StreamedBody | None = None
+        self.streamed: BodyRest | None = None
         path = target.partition(b"?")[0]
         self.path = path if _PERCENT not in path else _unquoted(path)
         self.anthropic = self.path.startswith(b"/v1/messages")
@@ -226,6 +226,11 @@ class Request:
         """Asks the engine for an uncompressed answer."""
         self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
         self._passed.append(b"accept-encoding: identity")
+
+    def discard(self) -> None:
+        """The request has ended: frees what its body takes outside of memory."""
+        if self.streamed is not None:
+            self.streamed.discard()
 
     def forget(self) -> None:
         """Frees body and headers. The request cannot be sent again afterwards."""

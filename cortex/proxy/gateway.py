@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 
 from cortex.config.settings import CortexConfig
+from cortex.http.body_reader import BodySpool
 from cortex.http.connection import ClientConnection
 from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
+from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import form_names_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
@@ -26,9 +28,11 @@ from cortex.proxy.paths import (
     no_route,
     not_for_clients,
 )
-from cortex.proxy.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.stored_response import StoredResponse, stored_response_id
+from cortex.proxy.request_kinds.realtime import REALTIME, RealtimeRequest
+from cortex.proxy.request_kinds.spooled_form import SpooledForm
+from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
+from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
@@ -82,6 +86,12 @@ class Gateway:
     def can_begin(self, request: Request, start: bytes) -> bool:
         return request.method == b"POST" and form_names_model(start, request.content_type.decode("latin-1"))
 
+    def spool(self, request: Request) -> BodySpool | None:
+        content_type = request.content_type.decode("latin-1")
+        if request.method != b"POST" or is_own(request.path) or not is_form(content_type):
+            return None
+        return SpooledForm(content_type)
+
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         refused = self._cross_site.refusal(request)
         if refused is not None:
@@ -119,6 +129,8 @@ class Gateway:
         return self._infer(client, request, caller)
 
     def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+        if isinstance(request.streamed, SpooledForm):
+            return SpooledUpload(self._context, client, request, caller, form=request.streamed)
         if request.path in TRANSLATORS:
             return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)

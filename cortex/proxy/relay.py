@@ -236,7 +236,7 @@ class Relay:
             return
         connection.partial = True
         connection.send(self, self._head, streamed.framed(request.body))
-        connection.on_full = self.answer.client.hold_back
+        connection.on_full = streamed.hold_back
         streamed.open(self._pass_on)
 
     def _pass_on(self, data: bytes) -> None:

@@ -96,12 +96,16 @@ class RequestHandler:
             content_type = request.content_type.decode("latin-1")
             field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
         except ServiceError as error:
-            self._refuse(error if request.path in INFERENCE else no_route(request))
+            self._refuse_unnamed(error)
             return
         model_id = control.aliases.get(field.model, field.model)
         if model_id != field.model:
             request.body = field.replaced(request.body, model_id)
         self._route(model_id)
+
+    def _refuse_unnamed(self, error: ServiceError) -> None:
+        """The body names no model, for this reason. On an unknown path the path is probably wrong."""
+        self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
     def _route(self, model_id: str) -> None:
         """Sends the request to an engine with the model, or asks the control for one."""

@@ -15,13 +15,12 @@ NaN, Infinity, lone surrogates in other strings and a byte order mark are accept
 from __future__ import annotations
 
 import codecs
-import email.parser
-import email.policy
 import json
 from typing import TypeAlias
 
 import msgspec
 
+from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
 from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
 from shared.errors import InvalidRequest
 
@@ -39,10 +38,6 @@ _LENIENCIES = (
     (b"\\uD", b"\\ue"),
 )
 
-MAX_PARTS = 1000
-"""Limit for the parts of a form, as in Starlette, which vLLM uses. 32 MiB of empty parts would take half a minute."""
-
-_MAX_PART_HEAD_BYTES = 4096
 _NO_MODEL = "the body must have a string 'model'"
 _FORM_ENCODED = "application/x-www-form-urlencoded"
 
@@ -108,7 +103,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
         MissingModel: it has none, or an empty one.
         InvalidRequest: the body is neither, or its `model` is not a string.
     """
-    if _is_form(content_type):
+    if is_form(content_type):
         return _model_of_form(body, content_type)
     try:
         return _model_of_json(body)
@@ -127,13 +122,9 @@ def _of_another_kind(body: bytes, content_type: str) -> InvalidRequest | None:
     return None
 
 
-def _is_form(content_type: str) -> bool:
-    return content_type != "application/json" and content_type.lower().startswith("multipart/form-data")
-
-
 def form_names_model(start: bytes, content_type: str) -> bool:
     """True if the start of a multipart form contains its `model` completely."""
-    if not _is_form(content_type):
+    if not is_form(content_type):
         return False
     try:
         return bool(_model_of_form(start, content_type).model)
@@ -154,11 +145,10 @@ def find_or_add_model(body: bytes, content_type: str, default: str | None) -> tu
 
 def with_model(body: bytes, content_type: str, model: str) -> bytes:
     """`body`, for which `find_model` raises MissingModel, with this model and otherwise unchanged."""
-    if _is_form(content_type):
-        delimiter = _delimiter(content_type)
-        part = b'%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (delimiter, model.encode())
+    if is_form(content_type):
+        delimiter = delimiter_of(content_type)
         start = max(0, body.find(delimiter))
-        return b"".join((memoryview(body)[:start], part, memoryview(body)[start:]))
+        return _spliced(body, start, start, form_part(delimiter, model))
     end = body.rindex(b"}")
     comma = b"" if body[:end].rstrip(b" \t\r\n").endswith(b"{") else b","
     member = b'%b"model":%b' % (comma, json.dumps(model).encode())
@@ -173,7 +163,7 @@ def _model_of_json(body: bytes) -> JsonModel:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         field = _model_of_lenient_json(body)
     if not field.model:
-        raise _missing()
+        raise missing_model()
     return field
 
 
@@ -183,7 +173,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     strict = _made_strict(body)
     try:
         if bytes(_check_syntax(strict).model) in {b"", b"null"}:
-            raise _missing()
+            raise missing_model()
         place = place_of_member(body, "model")
     except msgspec.ValidationError:
         raise InvalidRequest(f"the body is {_json_kind(body)}: send a JSON object that names a model") from None
@@ -231,44 +221,34 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _model_of_form(body: bytes, content_type: str) -> FormModel:
-    """The part named `model` of a multipart form. The last of several counts, as in Starlette."""
-    delimiter = _delimiter(content_type)
-    found: FormModel | None = None
-    position = body.find(delimiter)
-    for _ in range(MAX_PARTS):
-        start = position + len(delimiter)
-        end = body.find(b"\r\n" + delimiter, start) if position >= 0 else -1
-        head, separator, _ = body[start : start + _MAX_PART_HEAD_BYTES].partition(b"\r\n\r\n")
-        if end < 0 or not separator:
-            break
-        part = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head.lstrip(b"\r\n") + b"\r\n\r\n")
-        if part.get_param("name", header="content-disposition") == "model":
-            found = _form_value(body, start + len(head) + len(separator), end)
-        position = end + 2
-    else:
-        raise InvalidRequest(f"the multipart body has more than {MAX_PARTS} parts")
-    if found is None:
-        raise MissingModel("the form has no complete part named 'model'", param="model")
-    return found
+    """The part named `model` of a multipart form."""
+    scan = FormScan(delimiter_of(content_type))
+    scan.feed(body)
+    if scan.model is None:
+        raise form_without_model()
+    start, end = scan.model
+    return FormModel(form_value(body[start:end]), start, end)
 
 
-def _delimiter(content_type: str) -> bytes:
-    """What parts of a form begin with."""
-    header = email.parser.HeaderParser(policy=email.policy.HTTP).parsestr(f"Content-Type: {content_type}\r\n\r\n")
-    boundary = header.get_boundary()
-    if not boundary:
-        raise InvalidRequest("the multipart Content-Type has no boundary")
-    return b"--" + boundary.encode("utf-8", "surrogateescape")
-
-
-def _form_value(body: bytes, begin: int, end: int) -> FormModel:
+def form_value(value: bytes) -> str:
+    """The name in the `model` of a form. Raises InvalidRequest if it is not UTF-8, MissingModel if it is empty."""
     try:
-        value = body[begin:end].decode("utf-8").strip()
+        name = value.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise InvalidRequest("the form's 'model' is not UTF-8", param="model") from error
-    if not value:
-        raise _missing()
-    return FormModel(value, begin, end)
+    if not name:
+        raise missing_model()
+    return name
+
+
+def form_without_model() -> MissingModel:
+    """The error for a form without a complete `model`."""
+    return MissingModel("the form has no complete part named 'model'", param="model")
+
+
+def form_part(delimiter: bytes, model: str) -> bytes:
+    """A part of a form, to be put before another one."""
+    return b'%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (delimiter, model.encode())
 
 
 def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:
@@ -284,5 +264,6 @@ def _json_kind(text: bytes) -> str:
     return kinds.get(first, "a number")
 
 
-def _missing() -> MissingModel:
+def missing_model() -> MissingModel:
+    """The error for a body without a model."""
     return MissingModel(_NO_MODEL, param="model")

@@ -53,6 +53,9 @@ class RefusesAll:
     def rejected(self, request: Request | None, error: ServiceError) -> str:
         raise AssertionError(error)
 
+    def spool(self, request: Request) -> None:
+        return None
+
     def can_begin(self, request: Request, start: bytes) -> bool:
         return False
 

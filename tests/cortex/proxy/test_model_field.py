@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cortex.fleet.engine_url import reachable_url
+from cortex.proxy.body.form_scan import MAX_PARTS
 from cortex.proxy.body.json_scan import MAX_STEPS
-from cortex.proxy.body.model_field import MAX_PARTS, find_model
+from cortex.proxy.body.model_field import find_model
 from shared.errors import InvalidRequest
 
 JSON = "application/json"

@@ -128,14 +128,6 @@ async def test_slow_engine_holds_the_client_back(tmp_path: Path, benjy: V1Neuron
         assert process.peak_rss_bytes() - before < 40 * MIB
 
 
-async def test_model_behind_the_file(cortex: RunningCortex, engine: Engine) -> None:
-    """Held until the model is known."""
-    body = form(MODEL, 3 * MIB, model_last=True)
-    async with connected(cortex.url) as client:
-        got = await client.ask(upload(body))
-    assert json.loads(got.body) == {"got": len(body)}
-
-
 async def test_load_holds_the_client_back(cortex: RunningCortex, benjy: V1Neuron, engine: Engine) -> None:
     """The rest of the upload waits with the client until the model is loaded."""
     del benjy.models[MODEL]
