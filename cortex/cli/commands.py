@@ -111,10 +111,10 @@ def simulate(
         bool, typer.Option("--compare", help="Compare the policies over seeds and loads of the workload.")
     ] = False,
     seeds: Annotated[
-        str | None, typer.Option(metavar="A-B", help="With --compare: every seed from A to B. Default: --seed.")
+        str | None, typer.Option(metavar="A-B", help="Compare, with every seed from A to B. Default: --seed.")
     ] = None,
     loads: Annotated[
-        str | None, typer.Option(metavar="X,Y,...", help="With --compare: each of these loads. Default: --load.")
+        str | None, typer.Option(metavar="X,Y,...", help="Compare, with each of these loads. Default: --load.")
     ] = None,
     make_trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the requests to this file and stop.")
@@ -132,16 +132,15 @@ def simulate(
     from cortex.cli.simulate import parsed_loads, parsed_seeds, run_comparison, run_simulate
 
     (load,) = parsed_loads("--load", f"{load}")
-    if compare:
+    if compare or seeds is not None or loads is not None:
+        comparing = "--compare" if compare else "--compare, which --seeds and --loads imply,"
         if workload is None:
-            raise typer.BadParameter("--compare needs --workload")
+            raise typer.BadParameter(f"{comparing} needs --workload")
         if make_trace is not None or by_model or policy != "all":
-            raise typer.BadParameter("--compare excludes --make-trace, --by-model and --policy")
+            raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model and --policy")
         each_seed = [seed] if seeds is None else parsed_seeds(seeds)
         each_load = [load] if loads is None else parsed_loads("--loads", loads)
         return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, as_json=as_json)
-    if seeds is not None or loads is not None:
-        raise typer.BadParameter("--seeds and --loads need --compare")
     return run_simulate(
         fleet,
         trace=trace,
@@ -187,7 +186,9 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 @app.command()
 def load(model: Model, node: On = None, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Load a model and wait until it is ready."""
-    return _act(url, "/fleet/load", {"model": model, "node": node}, as_json)
+    from cortex.cli.tables import loaded_line
+
+    return _act(url, "/fleet/load", {"model": model, "node": node}, as_json, loaded_line)
 
 
 @app.command()
@@ -199,31 +200,31 @@ def unload(
     as_json: Json = False,
 ) -> int:
     """Unload a model. Default: from every neuron, after its requests in flight have finished."""
-    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain}, as_json)
+    from cortex.cli.tables import unloaded_line
+
+    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain}, as_json, unloaded_line)
 
 
 @app.command()
 def drain(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Stop sending new loads to a neuron, and requests if another neuron can serve them."""
-    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json)
+    from cortex.cli.tables import draining_line
+
+    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/drain", {}, as_json, draining_line)
 
 
 @app.command()
 def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """End a drain."""
-    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json)
+    from cortex.cli.tables import draining_line
+
+    return _act(url, f"/fleet/nodes/{quote(node, safe='')}/resume", {}, as_json, draining_line)
 
 
-def _act(url: str, path: str, body: dict[str, Any], as_json: bool) -> int:
+def _act(url: str, path: str, body: dict[str, Any], as_json: bool, show: Callable[[Any], str]) -> int:
     answer = _call(url, "POST", path, body)
-    _print_answer(url, answer, as_json, _summary)
+    _print_answer(url, answer, as_json, show)
     return 0
-
-
-def _summary(done: dict[str, Any]) -> str:
-    """Fields of the answer on one line; `results` repeats per node what the others say."""
-    shown = {key: value for key, value in done.items() if key != "results"}
-    return ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in shown.items())
 
 
 def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

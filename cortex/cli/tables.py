@@ -7,6 +7,9 @@ from typing import Any
 
 from shared.tables import Coloured, table
 
+MAX_REPEATED = 24
+"""Characters of a reason that may stand both above a table and in it."""
+
 
 def status_table(fleet: dict[str, Any]) -> str:
     """Each neuron with its GPUs and what is on them."""
@@ -54,7 +57,7 @@ def explain_table(plan: dict[str, Any]) -> str:
             _yes_or_no(node["feasible"]),
             node["status"] or "-",
             " ".join(map(str, node["devices"])) or "-",
-            node["reason"],
+            _reason(node, decision["reason"]),
         ]
         for node in plan["nodes"]
     ]
@@ -70,11 +73,42 @@ def explain_table(plan: dict[str, Any]) -> str:
     return "\n\n".join([text, *plan.get("hints", ())])
 
 
+def loaded_line(done: dict[str, Any]) -> str:
+    """What `cortex load` prints."""
+    took = f" in {done['load_secs']:.1f} s" if "load_secs" in done else ", already before"
+    return f"{done['model']} is loaded on {done['node']}{took}"
+
+
+def unloaded_line(done: dict[str, Any]) -> str:
+    """What `cortex unload` prints."""
+    return f"{done['model']} is unloaded from {', '.join(done['nodes'])}"
+
+
+def draining_line(done: dict[str, Any]) -> str:
+    """What `cortex drain` and `cortex resume` print."""
+    node = done["node"]
+    text = f"{node} takes loads and requests as usual"
+    if done["draining"]:
+        text = (
+            f"{node} is draining: it gets no new loads, and requests only for models that no other neuron has loaded. "
+            f"`cortex resume {node}` ends this"
+        )
+    return f"{text}\nwarning: {done['warning']}" if "warning" in done else text
+
+
 def _down(node: dict[str, Any]) -> str:
     since = node.get("silent_since")
     if since is None:
         return "not reached yet"
     return f"down since {datetime.fromtimestamp(since):%Y-%m-%d %H:%M:%S}: {node['last_error']}"  # noqa: DTZ006 - shown in local time
+
+
+def _reason(node: dict[str, Any], decided: str) -> str:
+    """Why the node fits or not, unless the decision above the table says the same of it."""
+    reason = str(node["reason"])
+    if reason == "draining":
+        return f"draining: takes no new loads until `cortex resume {node['node']}`"
+    return "as above" if len(reason) > MAX_REPEATED and reason in decided else reason
 
 
 def _yes_or_no(yes: bool) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from cortex.proxy.translation.chat_stream import error_message
 from cortex.proxy.translation.interface import engine_object
+
+# "models" does not match: an engine without the path may list those that it has.
+_UNKNOWN_MODEL: Final = re.compile(
+    r"\bmodel\b.{0,400}\b(?:not|unknown|unavailable|missing|invalid)\b"
+    r"|\b(?:not|no|unknown|invalid|find)\b.{0,60}\bmodel\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def lacks_path(status: int, body: bytes) -> bool:
     """True unless the body is a JSON error about the model. `status` is 404 or 405.
 
     An unknown path: vLLM and SGLang `{"detail": "Not Found"}`, llama.cpp "File Not Found", Ollama `404 page not found`,
-    others HTML or nothing. An unknown model: vLLM "The model `x` does not exist", Ollama "model 'x' not found".
+    others HTML or nothing. An unknown model: vLLM "The model `x` does not exist", Ollama "model 'x' not found". In
+    doubt the path is missing: the engine's answer to the translated request then says what is wrong.
     """
     if status == 405:
         return True
@@ -20,4 +31,4 @@ def lacks_path(status: int, body: bytes) -> bool:
     error = found.get("error")
     if isinstance(error, dict) and (error.get("param") == "model" or error.get("code") == "model_not_found"):
         return False
-    return "model" not in error_message(found).lower()
+    return _UNKNOWN_MODEL.search(error_message(found)) is None

@@ -28,6 +28,11 @@ TOP = Path(__file__).parents[3]
 SMALL = {"id": "org/small", "vram_mb": 4000}
 LARGE = {"id": "org/large", "min_devices": 2, "vram_mb": 50000}
 
+DRAINING = (
+    "benjy is draining: it gets no new loads, and requests only for models that no other neuron has loaded. "
+    "`cortex resume benjy` ends this\n"
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -161,13 +166,13 @@ async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1
     """A model is loaded where the planner chooses or on the named neuron; an alias works too."""
     result = await run("load", "small", "--url", cortex.url)
     assert result.status == 0
-    assert result.out.startswith("status: loaded, model: org/small, node: benjy, load_secs: ")
+    assert re.fullmatch(r"org/small is loaded on benjy in \d+\.\d s\n", result.out)
     assert benjy.models == {"org/small": "loaded"}
     result = await run("load", "org/small", "--on", "beast", "--json", "--url", cortex.url)
     assert (result.status, result.json["node"]) == (0, "beast")
     assert beast.loads[0]["model_id"] == "org/small"
     result = await run("unload", "org/small", "--on", "benjy", "--url", cortex.url)
-    assert (result.status, result.out) == (0, "status: unloaded, model: org/small, nodes: benjy\n")
+    assert (result.status, result.out) == (0, "org/small is unloaded from benjy\n")
     assert (benjy.models, list(beast.models)) == ({}, ["org/small"])
     assert (await run("unload", "org/small", "--url", cortex.url)).status == 0
     assert beast.models == {}
@@ -214,7 +219,7 @@ async def test_failed_load_says_why(cortex: RunningCortex, benjy: V1Neuron) -> N
 async def test_drain_and_resume(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """A drained neuron gets no new model, its state shows, and resume undoes it."""
     result = await run("drain", "benjy", "--url", cortex.url)
-    assert (result.status, result.out) == (0, "node: benjy, draining: True\n")
+    assert (result.status, result.out) == (0, DRAINING)
     assert ["benjy", "healthy, draining", "0: GPU 0/24000 MiB", "-"] in (await run("status", "--url", cortex.url)).rows
     assert (await run("load", "org/small", "--url", cortex.url)).status == 0
     assert (len(beast.loads), benjy.loads) == (1, [])

@@ -1,4 +1,4 @@
-"""What `cortex status` prints."""
+"""What `cortex status` and `cortex explain` print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cortex.cli.tables import status_table
+from cortex.cli.tables import explain_table, status_table
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,17 @@ def test_progress_in_the_table(status: str, progress: dict[str, Any] | None, sai
     model = {"id": "m", "status": status, "progress": progress}
     node = {"name": "n", "healthy": True, "draining": False, "models": [model], "devices": []}
     assert said in status_table({"nodes": [node], "loads": []})
+
+
+def test_explain_does_not_repeat_itself() -> None:
+    """A reason that the decision contains is not printed again in the table; a drained node says how to end that."""
+    long = "needs 30000 MiB, has 24000 MiB free"
+    nodes: list[dict[str, Any]] = [
+        {"node": name, "feasible": True, "status": None, "devices": [], "reason": reason}
+        for name, reason in (("a", long), ("b", "draining"))
+    ]
+    decision = {"action": "refuse", "reason": f"not enough memory for the model 'm' now (a: {long})"}
+    text = explain_table({"model": "m", "decision": decision, "nodes": nodes})
+    assert text.count(long) == 1
+    assert "as above" in text
+    assert "draining: takes no new loads until `cortex resume b`" in text

@@ -52,7 +52,7 @@ def small(tmp_path: Path) -> list[str]:
 
 def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The JSON has one figure a seed for each load and policy, equal to those of single simulations."""
-    compare_all = [*small, "--seeds", "3-4", "--loads", "0.5,2", "--compare"]
+    compare_all = [*small, "--seeds", "3-4", "--loads", "0.5,2"]  # which imply --compare
     assert main([*compare_all, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["0.5", "2"]
@@ -81,7 +81,7 @@ def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.C
         (["--compare", "--seeds", "few"], "--seeds must be a range such as 1-10"),
         (["--compare", "--loads", "1,0"], "--loads must be above 0"),
         (["--compare", "--loads", "1,x"], "--loads must be above 0"),
-        (["--seeds", "1-3"], "--seeds and --loads need --compare"),
+        (["--seeds", "1-3", "--policy", "lru"], "--compare, which --seeds and --loads imply, excludes"),
         (["--compare", "--policy", "lru"], "--compare excludes --make-trace, --by-model and --policy"),
     ],
 )

@@ -18,6 +18,10 @@ NOT_FOUND = {
     ),
     "gin": plain(b"404 page not found", status="404 Not Found", content_type="text/plain"),
     "empty": plain(b"", status="404 Not Found"),
+    "with a list": plain(
+        b'{"error":{"message":"Unknown path /v1/messages. There are /v1/models and /v1/chat/completions, not more."}}',
+        status="404 Not Found",
+    ),
     "html": plain(b"<html>No such page, try another model</html>", status="404 Not Found", content_type="text/html"),
     "405": plain(b'{"detail":"Method Not Allowed"}', "Allow: GET", status="405 Method Not Allowed"),
     "chunked": b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -84,6 +84,8 @@ async def test_old_clients(cortex: RunningCortex, engine: ChatEngine, version: s
         b'{"error":{"message":"The model `org/small` does not exist.","type":"NotFoundError","param":"model"}}',
         b'{"type":"error","error":{"type":"not_found_error","message":"model \'org/small\' not found"}}',
         b'{"error":{"message":"unknown","code":"model_not_found"}}',
+        b'{"error":"model \\"org/small\\" not found, try pulling it first"}',
+        b'{"detail":"Unknown model: org/small"}',
     ],
 )
 async def test_unknown_model_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
