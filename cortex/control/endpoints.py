@@ -60,10 +60,11 @@ class Endpoints:
         self._clients = clients
         self._pollers = pollers
         self.refusals: Subscribers[[ReplicaKey, str]] = Subscribers()
-        """Announces a neuron's refusal to give the endpoint of a model that it lists as loaded, and its reason."""
+        """Announces a neuron's refusal to give the endpoint of a model that it says it has loaded, and its reason."""
         self._clock = clock
         self._known: dict[str, dict[str, _Remembered]] = {}
         self._invalidated: dict[ReplicaKey, EndpointReply] = {}
+        self._given: set[ReplicaKey] = set()  # neurons have given an endpoint since the last refusal
 
     def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""
@@ -90,7 +91,7 @@ class Endpoints:
         Raises:
             UpstreamError: the neuron lists the model as loaded but gives no endpoint.
         """
-        deadline = self._clock() + PATIENCE_SECS
+        deadline, refused_before = self._clock() + PATIENCE_SECS, False
         while True:
             fleet = self._fleet.snapshot()
             if node not in fleet.nodes:
@@ -104,6 +105,8 @@ class Endpoints:
                 reply = await client.endpoint(model_id)
             except (NeuronRefused, NeuronUnreachable) as error:
                 refused = isinstance(error, NeuronRefused)
+                if refused:
+                    self._refused((model_id, node), str(error))
                 await poller.refresh()
                 if self._clients.get(node) is not client:
                     continue
@@ -112,18 +115,26 @@ class Endpoints:
                 if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
                     return None
                 loaded_again = now.engine_version(model_id) != asked
-                if (refused and not loaded_again) or self._clock() >= deadline:
-                    if refused:
-                        self.refusals.announce((model_id, node), str(error))
+                if (refused_before and refused and not loaded_again) or self._clock() >= deadline:
                     message = f"{node} gives no endpoint for {model_id!r}: {error}"
                     raise UpstreamError(message, code=ErrorCode.ENDPOINT_UNRESOLVED) from error
-                await asyncio.sleep(RETRY_SECS)
+                if refused_before or not refused:
+                    await asyncio.sleep(RETRY_SECS)
+                refused_before = refused  # it may have been loaded again before the listing was asked for
                 continue
             if self._clients.get(node) is not client:  # the reply came from a neuron of the previous configuration
                 continue
+            self._given.add((model_id, node))
             if asked is not None:
                 self._known.setdefault(model_id, {})[node] = _Remembered(reply, asked)
             return Endpoint(reply.url, reply.api_key, fresh=True)
+
+    def _refused(self, key: ReplicaKey, reason: str) -> None:
+        """A neuron that gave an endpoint before may have unloaded the model by itself: only the next refusal counts."""
+        if key in self._given:
+            self._given.discard(key)
+        else:
+            self.refusals.announce(key, reason)
 
     def invalidate(self, failure: Failure) -> bool:
         """A request failed at this replica: ask the neuron before the next request goes there. True if its URL was
@@ -156,6 +167,7 @@ class Endpoints:
             self._drop(model_id, node)
         for key in [key for key in self._invalidated if key[1] in nodes]:
             del self._invalidated[key]
+        self._given = {key for key in self._given if key[1] not in nodes}
         return {model_id for model_id, _ in gone}
 
     def _drop(self, model_id: str, node: str) -> None:

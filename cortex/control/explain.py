@@ -72,11 +72,13 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
             return _placed(model_id, view, found, in_flight)
 
 
-def _awaited(model_id: str, view: PlanningView, node: str, in_flight: InFlight) -> str:
-    entry = view.fleet.nodes[node].models[model_id]
-    if entry.progress is not None and entry.progress.message:
-        return f"being loaded there: {entry.progress.message}"
-    return _with_leaving("being loaded there", view, node, in_flight)
+def _awaited(model_id: str, view: PlanningView, name: str, in_flight: InFlight) -> str:
+    """What a load under way is doing, or waits for."""
+    node = view.fleet.nodes[name]
+    progress = node.models[model_id].progress
+    message = "" if progress is None else progress.message
+    details = [text for text in (message, leaving_text(view.fleet, node, in_flight)) if text]
+    return ": ".join(["being loaded there", *(["; ".join(details)] if details else [])])
 
 
 def _with_leaving(reason: str, view: PlanningView, node: str, in_flight: InFlight) -> str:

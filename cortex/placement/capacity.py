@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
@@ -55,10 +55,29 @@ class ResidentModel:
 
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
-    """By device index. Free memory is what the node reports as bookable, or else what it measures, minus what
-    our loads in progress will take beyond those figures."""
+    """By device index. Free memory is what the node reports as bookable, or else what it measures, or else what the
+    models there leave, minus what our loads in progress will take beyond those figures."""
     ours = [(each, unreported_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
-    return {device.index: _memory_of(node, device, ours) for device in node.devices}
+    memory = {device.index: _memory_of(node, device, ours) for device in node.devices}
+    unmeasured = [device for device in node.devices if not _is_measured(node, device)]
+    if unmeasured:
+        reserved = {each.model_id for each, _ in ours}
+        for entry in node.models.values():
+            if entry.id not in reserved and (entry.known_status in _HOLDING or node.is_loading(entry.id)):
+                held = _resident(view, node, entry)
+                for device in unmeasured:
+                    if device.index in held.devices:
+                        known = memory[device.index]
+                        memory[device.index] = replace(known, free_mb=known.free_mb - held.frees_mb)
+    return memory
+
+
+def _is_measured(node: NodeSnapshot, device: Device) -> bool:
+    """Whether the node's figures of a device include what the models there hold."""
+    live = node.device_health.get(device.index)
+    if not device.vram_total_mb:
+        return True  # nothing is counted
+    return live is not None and bool(live.vram_bookable_mb is not None or live.vram_used_mb or live.vram_free_mb)
 
 
 def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:

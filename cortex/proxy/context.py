@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from time import monotonic
+from typing import Final
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
@@ -18,11 +20,15 @@ from cortex.routing.choice import choose
 from cortex.routing.control import Control
 from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.replica import Replica
-from cortex.routing.response_owners import SEARCHED_BYTES, ResponseOwners, response_id
+from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.tail import UsageTail
 from shared.tasks import TaskSet
+
+OTHER_WORKER_SECS: Final = 0.2
+"""How long it may take to learn which response another worker has just passed on."""
+OTHER_WORKER_CHECKS: Final = 10
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,6 @@ class ProxyContext:
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
-        self.response_owners = ResponseOwners()
         self.missing_paths = MissingPaths()
         self.speeds = Speeds()
         self.counters = Counters()
@@ -91,11 +96,26 @@ class ProxyContext:
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
 
+    def maker(self, response_id: str) -> Replica | None:
+        """The engine that made a response; None if it is unknown or cannot be used. A published replica may be newer
+        than the recorded one."""
+        owner = self.control.response_owners.find(response_id)
+        if owner is None:
+            return None
+        published = (r for r in self.control.table.get(owner.model_id, ()) if r.node == owner.node)
+        return next(published, owner if owner.url else None)
+
+    async def until_maker_known(self, response_id: str) -> None:
+        """Waits for OTHER_WORKER_SECS at most."""
+        for _ in range(OTHER_WORKER_CHECKS):
+            if self.control.response_owners.find(response_id) is not None:
+                return
+            await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
+
     def learn_owner(self, replica: Replica, start: bytes) -> bool:
         """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
         found = response_id(start)
         if found is not None:
-            self.response_owners.add(found, replica)
             self.control.tell_owner(found, replica)
         return found is not None or len(start) >= SEARCHED_BYTES
 

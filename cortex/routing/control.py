@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cortex.routing.replica import Failure, Replica, Route, WaitNote
+from cortex.routing.response_owners import ResponseOwners
 
 
 class Control(Protocol):
@@ -20,6 +21,10 @@ class Control(Protocol):
     @property
     def down(self) -> Collection[str]:
         """The neurons that count as down."""
+
+    @property
+    def response_owners(self) -> ResponseOwners:
+        """Which engines made stored responses."""
 
     def knows(self, model_id: str) -> bool: ...
 
@@ -41,7 +46,7 @@ class Control(Protocol):
         """A request at a replica with a limit has ended, or was not sent."""
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
-        """Tells the other workers which engine made a stored response."""
+        """Remembers which engine made a stored response, also for the other workers and after a restart."""
 
     def note(self, model_id: str) -> WaitNote | None:
         """Progress of the model, for clients that wait for it; None if unknown."""

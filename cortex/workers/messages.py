@@ -9,6 +9,7 @@ import msgspec
 
 from cortex.metrics.counters import Counters
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
+from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
 
 
@@ -21,6 +22,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     table: dict[str, tuple[Replica, ...]]
     control_host: str
     down: list[str]  # neurons
+    responses: OwnerList = OwnerList([], {})
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):

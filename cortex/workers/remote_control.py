@@ -9,6 +9,7 @@ from typing import Any
 
 from cortex.http.errors import shutting_down
 from cortex.routing.replica import Failure, Replica, Route, WaitNote
+from cortex.routing.response_owners import ResponseOwners
 from cortex.workers.messages import (
     AskEngineEnd,
     CancelResolve,
@@ -36,6 +37,7 @@ class RemoteControl:
         self._aliases = setup.aliases
         self._models = frozenset(setup.models)
         self.down: Collection[str] = frozenset(setup.down)
+        self.response_owners = ResponseOwners(setup.responses)
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
@@ -103,6 +105,7 @@ class RemoteControl:
             self.release(route.replica)
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
+        self.response_owners.add(response_id, replica)
         self._send(ResponseMade(response_id, replica))
 
     def note(self, model_id: str) -> WaitNote | None:
@@ -110,7 +113,8 @@ class RemoteControl:
         return self._notes.get(model_id)
 
     def receive(
-        self, message: TableChanged | CatalogueChanged | DownChanged | Resolved | Refused | EngineEnd | Notes
+        self,
+        message: TableChanged | CatalogueChanged | DownChanged | ResponseMade | Resolved | Refused | EngineEnd | Notes,
     ) -> None:
         """Applies a message from the control."""
         match message:
@@ -119,6 +123,8 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
+            case ResponseMade(response_id, replica):
+                self.response_owners.add(response_id, replica)
             case Notes(by_model):
                 self._notes = by_model
             case DownChanged(neurons):
@@ -132,7 +138,6 @@ class RemoteControl:
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
-
             case EngineEnd(number, reason):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():

@@ -142,7 +142,8 @@ class WorkerProcess:
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
-                    case ResponseMade():
+                    case ResponseMade(response_id, replica):
+                        self._resolver.tell_owner(response_id, replica)
                         for other in self._others():
                             other.send(message)
                     case Counted(number, counters, counts):
@@ -387,4 +388,5 @@ class Supervisor:
             table=dict(self._resolver.table),
             control_host=self._address.host,
             down=list(self._fleet.down),
+            responses=self._resolver.response_owners.listed(),
         )

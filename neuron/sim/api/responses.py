@@ -1,10 +1,11 @@
-"""POST /v1/responses, plain and as typed events."""
+"""POST /v1/responses, plain and as typed events, and GET and cancel of what it has made."""
 
 from __future__ import annotations
 
 import itertools
 import time
 import uuid
+from collections import OrderedDict
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -21,11 +22,16 @@ from neuron.sim.api.bodies import (
     served_model,
     wants_stream,
 )
+from neuron.sim.api.errors import ApiError
 from neuron.sim.api.sse import EventStream
 from neuron.sim.api.tools import call_id, reply_to, with_tools
 from neuron.sim.engine.engine import ENGINE, Generation
 from neuron.sim.engine.metrics import FinishReason
 from neuron.sim.engine.replies import Prompt
+
+STORED: web.AppKey[OrderedDict[str, dict[str, object]]] = web.AppKey("stored_responses", OrderedDict)
+"""The last finished responses by id."""
+_MAX_STORED = 1000
 
 _STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
@@ -121,12 +127,43 @@ async def responses(request: web.Request) -> web.StreamResponse:
     generation = Generation(model, (prompt,), limit, streamed=wants_stream(body), reply=reply)
     response = ResponseObject(body, generation)
     if generation.streamed:
-        return await _stream(request, generation, response)
+        return await _stream(request, body, generation, response)
     [answer] = await engine.answers(generation)
-    return web.json_response(response.view(answer.text, answer.token_count, answer.finish))
+    made = response.view(answer.text, answer.token_count, answer.finish)
+    _store(request, body, made)
+    return web.json_response(made)
 
 
-async def _stream(request: web.Request, generation: Generation, response: ResponseObject) -> web.StreamResponse:
+def _store(request: web.Request, body: Body, made: dict[str, object]) -> None:
+    if body.get("store") is not False:
+        stored = request.app[STORED]
+        stored[str(made["id"])] = made
+        if len(stored) > _MAX_STORED:
+            stored.popitem(last=False)
+
+
+async def show_response(request: web.Request) -> web.Response:
+    return web.json_response(_stored(request))
+
+
+async def cancel_response(request: web.Request) -> web.Response:
+    """A stored response is complete."""
+    _stored(request)
+    raise ApiError(400, "Cannot cancel a synchronous response.", "invalid_request_error", param="response_id")
+
+
+def _stored(request: web.Request) -> dict[str, object]:
+    name = request.match_info["response_id"]
+    found = request.app[STORED].get(name)
+    if found is None:
+        message = f"Response with id '{name}' not found."
+        raise ApiError(404, message, "invalid_request_error", param="response_id")
+    return found
+
+
+async def _stream(
+    request: web.Request, body: Body, generation: Generation, response: ResponseObject
+) -> web.StreamResponse:
     stream = EventStream(request)
     await stream.open()
     numbers = itertools.count()
@@ -151,7 +188,9 @@ async def _stream(request: web.Request, generation: Generation, response: Respon
                 await item.close(text)
                 done = response.item(text, "completed")
                 await send("response.output_item.done", output_index=0, item=done)
-                await send("response.completed", response=response.view(text, produced, step.finish))
+                made = response.view(text, produced, step.finish)
+                _store(request, body, made)
+                await send("response.completed", response=made)
     return await stream.close()
 
 

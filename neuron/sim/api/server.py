@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Container
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from neuron.sim.api import audio, chat, completions, errors, messages, pooling, responses, tokenization
+from neuron.sim.api import audio, chat, completions, errors, messages, pooling, realtime, responses, tokenization
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
 from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
@@ -181,6 +182,10 @@ def build_app(
     app.router.add_routes([web.get(path, handler) for path, handler in VIEWS.items()])
     app.router.add_routes([web.post(path, handler) for path, handler in WORK.items()])
     app.router.add_post("/ping", health)
+    app[responses.STORED] = OrderedDict()
+    app.router.add_get("/v1/responses/{response_id}", responses.show_response)
+    app.router.add_post("/v1/responses/{response_id}/cancel", responses.cancel_response)
+    app.router.add_get("/v1/realtime", realtime.realtime)
     if sleeper is not None:
         add_sleep_routes(app, sleeper)
     return app

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cortex.config.catalogue import DEFAULT_PRIORITY
-from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.inputs import Backoff
+from cortex.placement.node_plan import Fit
 from cortex.placement.planner import evaluate_node
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, plan_for, profile, view
@@ -72,3 +75,23 @@ def test_load_backoffs_end() -> None:
     moment = view(fleet(HERE), backoffs=backoffs)
     found = moment.backoff("m", "a"), moment.backoff("m", "b"), moment.backoff("n", "a")
     assert [backoff and backoff.reason for backoff in found] == ["every", "every", None]
+
+
+def unmeasured(*, used_mb: int | None, **models: On) -> NodeSnapshot:
+    """A protocol v1 neuron whose driver reports no memory, and whose models may tell what they use."""
+    there = host("n", 24000, models=models, protocol_v1=True)
+    assert there.health is not None
+    silent = [live.model_copy(update={"vram_used_mb": 0, "vram_free_mb": 0}) for live in there.health.devices]
+    told = {name: entry.model_copy(update={"vram_used_mb": used_mb}) for name, entry in there.models.items()}
+    return replace(there, health=there.health.model_copy(update={"devices": silent}), models=told)
+
+
+@pytest.mark.parametrize("used_mb", [14000, None])
+def test_models_count_where_no_memory_is_measured(used_mb: int | None) -> None:
+    """The model there is evicted first: without a figure the card does not look empty."""
+    models = [profile(vram_mb=14000), profile(id="x", vram_mb=14000), profile(id="small", vram_mb=9000)]
+    plan = plan_for(view(fleet(unmeasured(used_mb=used_mb, x=On(14000))), *models))
+    assert [each.resident.key[0] for each in plan.eviction_plan.evictions] == ["x"]
+    beside = plan_for(view(fleet(unmeasured(used_mb=used_mb, x=On(14000))), *models), "small")
+    assert not beside.eviction_plan.evictions
+    assert plan_for(view(fleet(unmeasured(used_mb=used_mb)), *models)).fit is Fit.NOW

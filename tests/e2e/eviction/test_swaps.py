@@ -75,3 +75,36 @@ async def test_exchanges_take_little_more_than_the_engines(tmp_path: Path, args:
         # The fastest: on a busy host any may take longer, by hand too.
         assert min(exchanges) < min(own) + SHARE_SECS, (own, took)
         assert "stops later" not in fleet.neurons[0].log.read_text()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("args", FAULTS.values(), ids=FAULTS)
+async def test_answers_of_other_clients_are_not_cut(tmp_path: Path, args: list[str], *, stream: bool) -> None:
+    """A client that goes to the engine directly has a request there when its model is evicted. Meanwhile `explain`
+    says what the swap waits for."""
+    async with fleet_of(tmp_path, turns(*args), placement={"min_residency_secs": 0}) as fleet:
+        await fleet.well("a")
+        found = (await fleet.neurons[0].endpoint("a")).body
+        headers = {"Authorization": f"Bearer {found['api_key']}"}
+        body = {"model": "a", "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": stream}
+
+        async def other() -> tuple[str, float]:
+            async with (
+                aiohttp.ClientSession(headers=headers) as http,
+                http.post(f"{found['url']}/v1/completions", json=body) as answer,
+            ):
+                return await answer.text(), time.monotonic()
+
+        async def waits() -> bool:
+            decision = (await fleet.get("/fleet/explain?model=b"))["decision"]
+            return "a has 1 " in decision["reason"]
+
+        direct = asyncio.create_task(other())
+        await asyncio.sleep(0.2)  # it is on its way; nothing tells when the engine has it
+        asking = asyncio.create_task(fleet.well("b"))
+        await until(waits)
+        assert not direct.done()
+        text, ended_at = await direct
+        assert text.rstrip().endswith("[DONE]") if stream else text.rstrip().endswith("}")
+        await asking
+        assert time.monotonic() - ended_at < 5

@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import AsyncIterator
 
+import aiohttp
 import openai
 import pytest
 import pytest_asyncio
@@ -133,6 +134,43 @@ async def test_responses_plain_and_streamed(client: AsyncOpenAI) -> None:
     assert kinds.count("response.output_text.delta") == plain.usage.output_tokens
     assert final.output_text == plain.output_text
     assert final.usage == plain.usage
+
+
+async def test_responses_are_stored(client: AsyncOpenAI) -> None:
+    """Until the engine ends, plain and streamed ones can be read again, unless the request says otherwise."""
+    plain = await client.responses.create(model=MODEL, input="Hello")
+    async with client.responses.stream(model=MODEL, input="Hello") as stream:
+        streamed = await stream.get_final_response()
+    for made in (plain, streamed):
+        again = await client.responses.retrieve(made.id)
+        assert (again.id, again.output_text, again.status) == (made.id, made.output_text, "completed")
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+        await client.responses.cancel(plain.id)
+    forgotten = await client.responses.create(model=MODEL, input="Hello", store=False)
+    with pytest.raises(openai.NotFoundError, match="not found"):
+        await client.responses.retrieve(forgotten.id)
+
+
+async def test_realtime_transcribes(engine: SimProcess) -> None:
+    """Audio goes in as base64; after the final commit its words come one by one. A wrong event is an error, not an
+    end."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession() as http:
+        async with http.ws_connect(f"{engine.url}/v1/realtime?model=large", headers=headers) as socket:
+            assert (await socket.receive_json())["type"] == "session.created"
+            await socket.send_json({"type": "nonsense"})
+            assert (await socket.receive_json())["type"] == "error"
+            await socket.send_json(
+                {"type": "input_audio_buffer.append", "audio": base64.b64encode(bytes(900)).decode()}
+            )
+            await socket.send_json({"type": "input_audio_buffer.commit", "final": True})
+            text, event = "", await socket.receive_json()
+            while event["type"] == "transcription.delta":
+                text, event = text + event["delta"], await socket.receive_json()
+            assert (event["type"], event["text"]) == ("transcription.done", text)
+            assert text == "large (simulated) heard 900 bytes."
+        async with http.get(f"{engine.url}/v1/realtime", headers=headers) as plain:
+            assert plain.status == 426
 
 
 async def test_responses_cut_short_are_incomplete(client: AsyncOpenAI) -> None:

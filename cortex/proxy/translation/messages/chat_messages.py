@@ -14,7 +14,7 @@ be found in the engine's prefix cache."""
 
 def chat_messages(given: Json, engine: str) -> list[Json]:
     """`system` and `messages` of a request; `engine` names the engine in errors. A system message that is not at the
-    beginning becomes the user's: many templates refuse it there.
+    beginning becomes a part of the user's, in a tag: many templates refuse it there.
 
     Raises:
         InvalidRequest: malformed, or with content that a chat cannot carry.
@@ -38,8 +38,10 @@ def chat_messages(given: Json, engine: str) -> list[Json]:
             _add(chat, _assistant_message(message.get("content"), f"{param}.content", engine))
         elif role == "system":
             text = _system_text(message.get("content"), f"{param}.content")
-            began = any(before["role"] != "system" for before in chat)
-            _add(chat, {"role": "user" if began else "system", "content": text})
+            if any(before["role"] != "system" for before in chat):
+                _add(chat, {"role": "user", "content": f"<system>\n{text}\n</system>"})
+            else:
+                _add(chat, {"role": "system", "content": text})
         else:
             raise invalid(f"{param}.role", f"must be user or assistant, got {role!r}")
     return chat

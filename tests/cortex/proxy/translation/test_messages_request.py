@@ -97,7 +97,7 @@ def test_roles_alternate() -> None:
     call = {"type": "tool_use", "id": "toolu_1", "name": "now", "input": {}}
     assert messages(late, USER, late, {"role": "user", "content": [PNG]}, system="Be kind.") == [
         {"role": "system", "content": "Be kind.\nBe brief."},
-        {"role": "user", "content": [text("hi"), text("Be brief."), PNG_PART]},
+        {"role": "user", "content": [text("hi"), text("<system>\nBe brief.\n</system>"), PNG_PART]},
     ]
     answers = [{"role": "assistant", "content": content} for content in ("a", [text("b"), call], [call])]
     merged = messages(USER, *answers)[1]
