@@ -167,12 +167,15 @@ class Spares:
         except OSError as error:
             self.failed(name, f"cannot create its directory: {error}")
             return
+        spare = None
         try:
-            kind.spare = await Spare.start(kind.origin, number, f"{self._state.engine_id_prefix}{number}", directory)
-            ready, load = kind.spare.until_ready(), self._load_began.wait()
+            spare = await Spare.start(kind.origin, number, f"{self._state.engine_id_prefix}{number}", directory)
+            kind.spare = spare
+            ready, load = spare.until_ready(), self._load_began.wait()
             if await first_of({"load": load, "ready": ready}) == "ready":
-                kind.size_mb = await asyncio.to_thread(kind.spare.memory_mb)
-                log.info("harness %s: spare process %d is ready (%d MiB)", name, kind.spare.process.pid, kind.size_mb)
+                # From here on a load may take it at any time, with its directory.
+                kind.size_mb = await asyncio.to_thread(spare.memory_mb) or kind.size_mb
+                log.info("harness %s: spare process %d is ready (%d MiB)", name, spare.process.pid, kind.size_mb)
                 return
             await self._drop(name, None)
         except NotPython as error:
@@ -182,7 +185,7 @@ class Spares:
             self.failed(name, str(error))
             await self._drop(name, None)
         finally:
-            if kind.spare is None:
+            if spare is None:
                 await asyncio.to_thread(directory.remove)
 
     async def _drop(self, name: str, why: str | None) -> bool:
