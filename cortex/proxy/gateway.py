@@ -29,6 +29,7 @@ from cortex.proxy.paths import (
     not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
 from cortex.proxy.request_kinds.realtime import REALTIME, RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
@@ -36,7 +37,6 @@ from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_re
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
-from cortex.routing.response_owners import ResponseOwners
 from cortex.upstream.address import Address, parse_url
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
@@ -78,10 +78,6 @@ class Gateway:
     def retire(self, url: str) -> None:
         """Keeps no connection to this engine: it gets no requests any more."""
         self._context.pool.retire(parse_url(url)[0])
-
-    @property
-    def response_owners(self) -> ResponseOwners:
-        return self._context.response_owners
 
     def can_begin(self, request: Request, start: bytes) -> bool:
         return request.method == b"POST" and form_names_model(start, request.content_type.decode("latin-1"))
@@ -131,6 +127,8 @@ class Gateway:
     def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
         if isinstance(request.streamed, SpooledForm):
             return SpooledUpload(self._context, client, request, caller, form=request.streamed)
+        if request.path == RESPONSES:
+            return NewResponse(self._context, client, request, caller)
         if request.path in TRANSLATORS:
             return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)

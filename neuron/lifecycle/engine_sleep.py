@@ -35,7 +35,7 @@ class EngineSleep:
             serving. SleepFailed: as `SleepControl.sleep`. WakeFailed: it neither sleeps nor serves.
         """
         control, memory, number = _control_of(engine), self._memory, engine.placement.number
-        async with memory.sleep_budget.lock:
+        async with memory.sleep_budget.lock, self._spares.paused():
             await memory.measure([engine])
             before_mb = engine.vram_used_mb
             lines = await engine.output.tail(_LOG_LINES)

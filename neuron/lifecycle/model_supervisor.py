@@ -271,7 +271,7 @@ class ModelSupervisor:
                     await self._rebook(request)
                 if not await self._may_start(request, start_lock):
                     return EngineResult()
-                start_lock.enter_context(self._tools.spares.loading())
+                await start_lock.enter_async_context(self._tools.spares.paused())
                 api_key = self._tools.keys.new_key(carries_keys=request.carries_keys)
                 async with self._launcher.engine(
                     request.spec, request.placement, api_key=api_key, use_spare=use_spare

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from time import monotonic
-from typing import Final
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
@@ -25,9 +23,6 @@ from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
-
-STORED: Final = b"/v1/responses"
-"""An engine that has this path stores its answers; they can be requested again by their id."""
 
 
 class TranslatableRequest(RequestHandler):
@@ -81,8 +76,6 @@ class TranslatableRequest(RequestHandler):
             return super()._new_relay(replica, address, head, answer)
         relay = ProbingRelay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
         relay.probe = self
-        if self._request.path == STORED:
-            relay.on_start = partial(self._context.learn_owner, replica)
         return relay
 
     def _new_answer(self, extra: bytes) -> Answer:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from neuron.config import NeuronConfig
@@ -54,8 +54,8 @@ class Spares:
         self._numbers = numbers
         self._sleep_budget = sleep_budget
         self._kinds: dict[str, _Kind] = {}
-        self._loads = 0
-        self._load_began = asyncio.Event()
+        self._pauses = 0
+        self._pause_began = asyncio.Event()
         self._changed = asyncio.Event()
 
     @property
@@ -71,18 +71,18 @@ class Spares:
             if (spare := kind.spare) is not None
         ]
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """In the body a load runs: no spare is made, and one that still imports is dropped, as it would slow the load
-        down."""
-        self._loads += 1
-        self._load_began.set()
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """In the body an engine loads or falls asleep: no spare is made, and one that still imports is dropped, as it
+        would slow the load down or take the memory."""
+        self._pauses += 1
+        self._pause_began.set()
         try:
             yield
         finally:
-            self._loads -= 1
-            if not self._loads:
-                self._load_began.clear()
+            self._pauses -= 1
+            if not self._pauses:
+                self._pause_began.clear()
                 self._changed.set()
 
     def take(self, harness: str) -> Spare | None:
@@ -151,7 +151,7 @@ class Spares:
                 kind.size_mb = await asyncio.to_thread(kind.spare.memory_mb) or kind.size_mb
             else:
                 await self._drop(name, "the host runs out of memory")
-        elif has_room and not kind.blocked and not self._loads and time.monotonic() >= kind.retry_at:
+        elif has_room and not kind.blocked and not self._pauses and time.monotonic() >= kind.retry_at:
             await self._make(name, kind)
 
     async def _has_room(self, name: str, size_mb: int) -> bool:
@@ -171,13 +171,13 @@ class Spares:
         try:
             spare = await Spare.start(kind.origin, number, f"{self._state.engine_id_prefix}{number}", directory)
             kind.spare = spare
-            ready, load = spare.until_ready(), self._load_began.wait()
-            if await first_of({"load": load, "ready": ready}) == "ready":
-                # From here on a load may take it at any time, with its directory.
-                kind.size_mb = await asyncio.to_thread(spare.memory_mb) or kind.size_mb
-                log.info("harness %s: spare process %d is ready (%d MiB)", name, spare.process.pid, kind.size_mb)
+            ready, pause = spare.until_ready(), self._pause_began.wait()
+            if await first_of({"pause": pause, "ready": ready}) == "pause":
+                await self._drop(name, None)
                 return
-            await self._drop(name, None)
+            # From here on a load may take it at any time, with its directory.
+            kind.size_mb = await asyncio.to_thread(spare.memory_mb) or kind.size_mb
+            log.info("harness %s: spare process %d is ready (%d MiB)", name, spare.process.pid, kind.size_mb)
         except NotPython as error:
             kind.blocked = True
             log.info("harness %s: no spare process is possible: %s", name, error)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import psutil
 import pytest
 
 from neuron.engine.session import engine_id_of
+from neuron.harness import sim
 from neuron.lifecycle.spare import spares
 from neuron.lifecycle.spare.spare import Spare
+from neuron.sim.process.loading import _WEIGHTS
 from tests.neuron.neurons import (
     Client,
     Neuron,
@@ -277,3 +280,22 @@ async def test_spare_that_still_imports_ends_with_a_killed_neuron(mark: str, tmp
 def _imports(pid: int) -> bool:
     """True while the spare process is in its imports: it sleeps there in this test, and its connection has a signal."""
     return "hrtimer_nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+
+
+async def test_automatic_spare_yields_its_memory_to_a_sleeping_engine(
+    mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spare counts as taken host memory. When a sleep needs that, the spare ends, and none is made while the memory
+    is short."""
+    monkeypatch.setattr(sim, "_IMPORTS", replace(sim._IMPORTS, automatic=True))
+    host = {"devices": ["RTX 5090"], "ram_mb": 1100}
+    weights_mb = 1080
+    config = config_of(tmp_path / "state", simulate=host, sleep={"ram_reserve_mb": 0})
+    async with neuron_here(config) as neuron:
+        await neuron.load("a", vram_mb=int(weights_mb / _WEIGHTS))
+        spare = await spare_of(neuron)
+        assert spare["memory_mb"] > 1100 - weights_mb
+        answer = await neuron.call("POST", "/models/sleep", json={"model_id": "a"})
+        assert answer.status == 200, answer.body
+        assert not psutil.pid_exists(spare["pid"])
+        assert (await neuron.call("GET", "/health")).body["spares"] == []
