@@ -19,11 +19,13 @@ from cortex.control.shutdown import Shutdown
 from cortex.control.wait_note import waiting_note
 from cortex.fleet.membership import Refreshable
 from cortex.fleet.state import Fleet, NodeRemoved
+from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
-from shared.errors import ServiceError, Unavailable
+from cortex.routing.response_owners import ResponseOwners
+from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import timeout
@@ -57,6 +59,7 @@ class Resolver:
         counts: CountTotals,
         demand: Demand,
         shutdown: Shutdown,
+        state: StateFile,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -69,6 +72,7 @@ class Resolver:
         self._counts = counts
         self._demand = demand
         self._shutdown = shutdown
+        self._state = state
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -80,6 +84,10 @@ class Resolver:
     @property
     def down(self) -> Collection[str]:
         return self._fleet.down
+
+    @property
+    def response_owners(self) -> ResponseOwners:
+        return self._state.response_owners
 
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue."""
@@ -98,6 +106,15 @@ class Resolver:
         except Exception as error:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
+
+    async def engine(self, model_id: str, node: str) -> Replica | None:
+        """As `routing.control.Control.engine`. Right after a start it waits until the neurons have been asked."""
+        await self._fleet.until_all_polled()
+        if not any(serving.name == node for serving in self._fleet.snapshot().serving(model_id)):
+            return None
+        with contextlib.suppress(UpstreamError):
+            return await self._routes.replica(model_id, node)
+        return None
 
     async def engine_end(self, replica: Replica) -> str | None:
         """As `routing.control.Control.engine_end`. A protocol v1 neuron reports no reason, so it is not waited for."""
@@ -126,7 +143,7 @@ class Resolver:
         self._queue.notify_first(replica.model_id, count)
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
-        """Does nothing: in one process there is no other worker."""
+        self._state.add_response(response_id, replica)
 
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""

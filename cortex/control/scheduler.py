@@ -167,7 +167,8 @@ class Scheduler:
             await self._fleet.until_all_polled()  # a replica may be on a neuron that has not answered yet
             rules = self._live.config.placement.rules()
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
-            profiles = self._reconciled_profiles()
+            fleet = self._fleet.snapshot()
+            profiles = [each for each in self._live.catalogue.models if needs_reconciliation(each, fleet)]
             if profiles:
                 steps = self._policy.reconcile_replicas(self.view(), profiles)
                 for plan, why in steps.loads:
@@ -332,12 +333,6 @@ class Scheduler:
             if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
         ]
         return view.profile_from_nodes(model_id, known)
-
-    def _reconciled_profiles(self) -> list[ModelProfile]:
-        drained = {
-            model_id for node in self._fleet.snapshot().nodes.values() if node.draining for model_id in node.models
-        }
-        return [each for each in self._live.catalogue.models if needs_reconciliation(each) or each.id in drained]
 
     def _start_removal(self, removal: ReplicaRemoval) -> None:
         key = removal.model_id, removal.node

@@ -143,6 +143,7 @@ def build(
         counts=counts,
         demand=demand,
         shutdown=shutdown,
+        state=state,
         clock=clock,
     )
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver)

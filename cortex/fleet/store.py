@@ -1,4 +1,4 @@
-"""State that survives a restart: a small file with the drained neurons, load times and context lengths."""
+"""State that survives a restart: drained neurons, load times, context lengths, and which engine made a response."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from cortex.routing.replica import Replica
+from cortex.routing.response_owners import OwnerList, ResponseOwners
 from shared.files import replace_file
 from shared.protocol import first_problem
 from shared.tasks import TaskSet
@@ -23,8 +25,17 @@ NAME = "state.json"
 WRITE_AFTER_SECS = 2.0
 """Changes within this time are written together."""
 RETRY_SECS = 10.0
+STORED_IDS = 5000
+"""Newest responses in the file: it is written whole."""
 
 Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Responses(BaseModel):
+    """Which neurons' engines made which responses: `made` has the place in `engines` (model and neuron) by id."""
+
+    engines: list[tuple[str, str]] = []
+    made: dict[str, int] = {}
 
 
 class _State(BaseModel):
@@ -34,6 +45,7 @@ class _State(BaseModel):
     drained: list[str] = []
     load_secs: dict[str, dict[str, Secs]] = {}
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
+    responses: _Responses = _Responses()
 
 
 class StateFile:
@@ -50,6 +62,7 @@ class StateFile:
         self._drained: set[str] = set()
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
+        self.response_owners = ResponseOwners()
         self._lock: int | None = None
         self._unwritten = False
         self._changed = asyncio.Event()
@@ -85,6 +98,11 @@ class StateFile:
 
     def set_max_model_len(self, model_id: str, tokens: int) -> None:
         self._max_model_len[model_id] = tokens
+        self._touch()
+
+    def add_response(self, response_id: str, replica: Replica) -> None:
+        """This engine made the response."""
+        self.response_owners.add(response_id, replica)
         self._touch()
 
     async def write_loop(self) -> None:
@@ -132,6 +150,9 @@ class StateFile:
         self._drained = set(state.drained)
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
+        engines = [Replica(model_id=model_id, node=node, url="") for model_id, node in state.responses.engines]
+        made = {made: place for made, place in state.responses.made.items() if 0 <= place < len(engines)}
+        self.response_owners = ResponseOwners(OwnerList(engines, made))
 
     async def _write_changes(self) -> None:
         async with self._writing:
@@ -139,8 +160,15 @@ class StateFile:
             if not self._unwritten or self._directory is None:
                 return
             self._unwritten = False
+            owners = self.response_owners.newest(STORED_IDS)
             state = _State(
-                version=1, drained=sorted(self._drained), load_secs=self._load_secs, max_model_len=self._max_model_len
+                version=1,
+                drained=sorted(self._drained),
+                load_secs=self._load_secs,
+                max_model_len=self._max_model_len,
+                responses=_Responses(
+                    engines=[(replica.model_id, replica.node) for replica in owners.engines], made=owners.responses
+                ),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None

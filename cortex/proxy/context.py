@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from time import monotonic
+from typing import Final
 
 from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
@@ -18,11 +20,15 @@ from cortex.routing.choice import choose
 from cortex.routing.control import Control
 from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.replica import Replica
-from cortex.routing.response_owners import SEARCHED_BYTES, ResponseOwners, response_id
+from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.tail import UsageTail
 from shared.tasks import TaskSet
+
+OTHER_WORKER_SECS: Final = 0.2
+"""How long it may take to learn which response another worker has just passed on."""
+OTHER_WORKER_CHECKS: Final = 10
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,6 @@ class ProxyContext:
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
-        self.response_owners = ResponseOwners()
         self.missing_paths = MissingPaths()
         self.speeds = Speeds()
         self.counters = Counters()
@@ -91,11 +96,28 @@ class ProxyContext:
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
 
+    def published_maker(self, response_id: str) -> Replica | None:
+        """The engine that made a response, if it is known and can be used without asking the control."""
+        owner = self.control.response_owners.find(response_id)
+        if owner is None:
+            return None
+        replicas = self.control.table.get(owner.model_id, ())
+        return next((replica for replica in replicas if replica.node == owner.node), None)
+
+    async def find_maker(self, response_id: str) -> Replica | None:
+        """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
+        may have just passed the response on."""
+        for _ in range(OTHER_WORKER_CHECKS):
+            owner = self.control.response_owners.find(response_id)
+            if owner is not None:
+                return self.published_maker(response_id) or await self.control.engine(owner.model_id, owner.node)
+            await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
+        return None
+
     def learn_owner(self, replica: Replica, start: bytes) -> bool:
         """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
         found = response_id(start)
         if found is not None:
-            self.response_owners.add(found, replica)
             self.control.tell_owner(found, replica)
         return found is not None or len(start) >= SEARCHED_BYTES
 

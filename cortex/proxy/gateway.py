@@ -20,6 +20,7 @@ from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    REALTIME,
     has_wrong_base,
     is_for_web_pages,
     is_own,
@@ -29,14 +30,14 @@ from cortex.proxy.paths import (
     not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.request_kinds.realtime import REALTIME, RealtimeRequest
+from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
+from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
 from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
-from cortex.routing.response_owners import ResponseOwners
 from cortex.upstream.address import Address, parse_url
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
@@ -78,10 +79,6 @@ class Gateway:
     def retire(self, url: str) -> None:
         """Keeps no connection to this engine: it gets no requests any more."""
         self._context.pool.retire(parse_url(url)[0])
-
-    @property
-    def response_owners(self) -> ResponseOwners:
-        return self._context.response_owners
 
     def can_begin(self, request: Request, start: bytes) -> bool:
         return request.method == b"POST" and form_names_model(start, request.content_type.decode("latin-1"))
@@ -131,12 +128,16 @@ class Gateway:
     def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
         if isinstance(request.streamed, SpooledForm):
             return SpooledUpload(self._context, client, request, caller, form=request.streamed)
+        if request.path == RESPONSES:
+            return NewResponse(self._context, client, request, caller)
         if request.path in TRANSLATORS:
             return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)
 
     def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
-        if request.path == REALTIME:
+        path = meant_path(request.raw_path, reads=False)
+        if path == REALTIME:
+            request.use_path(path)
             return RealtimeRequest(self._context, client, request, caller)
         return self._refuse(client, request, _no_websocket(request))
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cortex.routing.replica import Failure, Replica, Route, WaitNote
+from cortex.routing.response_owners import ResponseOwners
 
 
 class Control(Protocol):
@@ -21,6 +22,10 @@ class Control(Protocol):
     def down(self) -> Collection[str]:
         """The neurons that count as down."""
 
+    @property
+    def response_owners(self) -> ResponseOwners:
+        """Which engines made stored responses."""
+
     def knows(self, model_id: str) -> bool: ...
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
@@ -29,6 +34,10 @@ class Control(Protocol):
         Raises:
             ServiceError: the request cannot be served.
         """
+
+    async def engine(self, model_id: str, node: str) -> Replica | None:
+        """The engine with the model on this neuron, None without one. Does not load it, and takes no place of a
+        replica with a limit."""
 
     async def engine_end(self, replica: Replica) -> str | None:
         """Why the engine has ended, as its neuron reports it; None if it reports nothing within about a second."""
@@ -41,7 +50,7 @@ class Control(Protocol):
         """A request at a replica with a limit has ended, or was not sent."""
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
-        """Tells the other workers which engine made a stored response."""
+        """Remembers which engine made a stored response, also for the other workers and after a restart."""
 
     def note(self, model_id: str) -> WaitNote | None:
         """Progress of the model, for clients that wait for it; None if unknown."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final
+
+import msgspec
 
 from cortex.routing.replica import Replica
 
@@ -18,11 +21,20 @@ UNSTORED: Final = "resp_chat_"
 _ID: Final = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,200})"')
 
 
-class ResponseOwners:
-    """The engines of the last MAX_IDS answers."""
+class OwnerList(msgspec.Struct, frozen=True):
+    """ResponseOwners as a message. `responses` has the place in `engines` by response id, oldest first."""
 
-    def __init__(self) -> None:
+    engines: list[Replica]
+    responses: dict[str, int]
+
+
+class ResponseOwners:
+    """The engines of the last MAX_IDS answers. A replica without URL is known from before cortex's restart."""
+
+    def __init__(self, owners: OwnerList | None = None) -> None:
         self._owners: OrderedDict[str, Replica] = OrderedDict()
+        if owners is not None:
+            self._owners.update((made, owners.engines[place]) for made, place in owners.responses.items())
 
     def add(self, response_id: str, replica: Replica) -> None:
         self._owners[response_id] = replica
@@ -32,6 +44,28 @@ class ResponseOwners:
 
     def find(self, response_id: str) -> Replica | None:
         return self._owners.get(response_id)
+
+    def listed(self) -> OwnerList:
+        """All of them."""
+        return _listed(self._owners.items())
+
+    def newest(self, count: int) -> OwnerList:
+        """Model and neuron of the newest, for a file: URLs and keys may change until it is read."""
+        latest = list(self._owners.items())[-count:]
+        return _listed((made, Replica(model_id=r.model_id, node=r.node, url="")) for made, r in latest)
+
+
+def _listed(owners: Iterable[tuple[str, Replica]]) -> OwnerList:
+    engines: list[Replica] = []
+    places: dict[tuple[str, str, str], int] = {}
+    responses: dict[str, int] = {}
+    for made, replica in owners:
+        key = replica.model_id, replica.node, replica.url
+        if key not in places:
+            places[key] = len(engines)
+            engines.append(replica)
+        responses[made] = places[key]
+    return OwnerList(engines, responses)
 
 
 def response_id(start: bytes) -> str | None:

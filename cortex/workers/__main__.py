@@ -25,6 +25,7 @@ from cortex.workers.messages import (
     Counted,
     DownChanged,
     EngineEnd,
+    EngineFound,
     EngineRetired,
     InFlightNow,
     Notes,
@@ -90,9 +91,9 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case (
-                    TableChanged() | CatalogueChanged() | DownChanged() | Resolved() | Refused() | EngineEnd() | Notes()
-                ):
+                case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
+                    control.receive(message)
+                case Resolved() | Refused() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)
@@ -100,8 +101,6 @@ async def listen(
                     gateway.configure(CortexConfig.model_validate_json(config))
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
-                case ResponseMade(response_id, replica):
-                    gateway.response_owners.add(response_id, replica)
                 case Collect(number):
                     await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
                     channel.send(_counted(number, gateway))

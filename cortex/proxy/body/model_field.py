@@ -90,7 +90,12 @@ class _AnyStream(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")
 
 
+class _AnyPrevious(msgspec.Struct):
+    previous_response_id: msgspec.Raw = msgspec.Raw(b"")
+
+
 _decode_stream = msgspec.json.Decoder(_AnyStream).decode
+_decode_previous = msgspec.json.Decoder(_AnyPrevious).decode
 _decode_model = msgspec.json.Decoder(JsonModel).decode
 _check_syntax = msgspec.json.Decoder(_AnyModel).decode
 _decode_text = msgspec.json.Decoder(str).decode
@@ -197,6 +202,18 @@ def asks_for_stream(body: bytes) -> bool:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return False
+
+
+def previous_response_id(body: bytes) -> str | None:
+    """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
+    if b'"previous_response_id"' not in body:
+        return None
+    for read in (bytes, _made_strict):
+        try:
+            return _decode_text(memoryview(_decode_previous(read(body)).previous_response_id))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return None
 
 
 def _made_strict(body: bytes) -> bytes:

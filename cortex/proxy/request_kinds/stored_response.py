@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Final
 
@@ -17,9 +16,6 @@ from cortex.routing.replica import FailureKind, Replica
 from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
-
-OTHER_WORKER_SECS: Final = 0.2
-"""How long it may take to learn which response another worker has just passed on."""
 
 _PATH: Final = re.compile(rb"/v1/responses/([^/]+)(?:/(?:cancel|input_items))?")
 
@@ -45,11 +41,11 @@ class StoredResponse(RequestHandler):
         if self._response_id.startswith(UNSTORED):
             self._refuse(self._unstored())
             return
-        owner = self._context.response_owners.find(self._response_id)
-        if owner is None:
-            self._state = Resolving(self._spawn(self._await_owner(), "owner for"))
+        replica = self._context.published_maker(self._response_id)
+        if replica is None:
+            self._state = Resolving(self._spawn(self._find_owner(), "owner for"))
         else:
-            self._send_to_owner(owner)
+            self._send_to_owner(replica)
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
@@ -58,20 +54,19 @@ class StoredResponse(RequestHandler):
     def refused(self, status: int, *, asleep: bool) -> bool:
         return False
 
-    async def _await_owner(self) -> None:
-        await asyncio.sleep(OTHER_WORKER_SECS)
+    async def _find_owner(self) -> None:
+        replica = await self._context.find_maker(self._response_id)
         self._resolved()
-        owner = self._context.response_owners.find(self._response_id)
-        if owner is None:
+        if replica is None:  # an engine that is being drained still knows its responses
+            replica = self._context.control.response_owners.find(self._response_id)
+        if replica is None or not replica.url:
             self._refuse(self._unknown())
         else:
-            self._send_to_owner(owner)
+            self._send_to_owner(replica)
 
-    def _send_to_owner(self, owner: Replica) -> None:
-        """A published replica may be newer than the recorded one. A limit is for requests that generate."""
-        self._model_id = owner.model_id
-        replicas = self._context.control.table.get(owner.model_id, ())
-        replica = next((r for r in replicas if r.node == owner.node), owner)
+    def _send_to_owner(self, replica: Replica) -> None:
+        """A limit is for requests that generate."""
+        self._model_id = replica.model_id
         self._send(msgspec.structs.replace(replica, limit=None), compared=False)
 
     def _unstored(self) -> NotFound:
@@ -84,6 +79,6 @@ class StoredResponse(RequestHandler):
     def _unknown(self) -> NotFound:
         return NotFound(
             f"no engine has the response {shortened(self._response_id)!r}: engines forget responses when their model is"
-            " unloaded, and cortex forgets which engine has one when it restarts",
+            " unloaded, and cortex knows the makers of the latest ones only",
             code=ErrorCode.NOT_FOUND,
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from time import monotonic
-from typing import Final
 
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
@@ -26,9 +24,6 @@ from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
 
-STORED: Final = b"/v1/responses"
-"""An engine that has this path stores its answers; they can be requested again by their id."""
-
 
 class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
@@ -42,15 +37,17 @@ class TranslatableRequest(RequestHandler):
         self._probed = False
 
     def lacks_path(self) -> None:
-        state = self._leave_state()
+        state, self._state = self._state, None
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
+        # Its place at a replica with a limit is kept: the same engine gets the request again.
+        self._context.in_flight.remove((replica.model_id, replica.node))
         self._probed = True
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
         self._attempts -= 1  # it was the same engine
-        self._send(replica, compared=state.compared)
+        self._send_to_one_of((replica,))  # which takes a place there again, if it has a limit
 
     def done(self) -> None:
         state = self._state
@@ -68,7 +65,11 @@ class TranslatableRequest(RequestHandler):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
+                if replica.limit is not None:
+                    self._context.control.release(replica)
                 self._label, self._node = self._model_id, replica.node
+                if replica.limit is not None:
+                    self._context.control.release(replica)
                 self._refuse(error)
                 return
             request.translate(self._translation.path, self._translation.body)
@@ -79,8 +80,6 @@ class TranslatableRequest(RequestHandler):
             return super()._new_relay(replica, address, head, answer)
         relay = ProbingRelay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
         relay.probe = self
-        if self._request.path == STORED:
-            relay.on_start = partial(self._context.learn_owner, replica)
         return relay
 
     def _new_answer(self, extra: bytes) -> Answer:

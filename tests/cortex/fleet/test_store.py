@@ -13,7 +13,8 @@ import pytest
 
 from cortex.config.files import state_directory
 from cortex.config.settings import CortexConfig
-from cortex.fleet.store import StateFile
+from cortex.fleet.store import STORED_IDS, StateFile
+from cortex.routing.replica import Replica
 
 
 async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
@@ -33,6 +34,27 @@ async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
     assert again.drained == {"beast"}
     assert again.load_secs == {"org/small": {"beast": 12.5}}
     assert again.max_model_len == {"org/small": 40960}
+
+
+async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
+    """The newest of them. Their URLs and keys may have changed, and keys do not belong into the file."""
+    state = StateFile(tmp_path)
+    for number in range(STORED_IDS + 1):
+        made = Replica(model_id="org/small", node="beast", url="http://e", api_key="secret", others=number % 3)
+        state.add_response(f"resp_{number}", made)
+    await state.close()
+    assert "secret" not in (tmp_path / "state.json").read_text(encoding="utf-8")
+    owners = StateFile(tmp_path).response_owners
+    assert owners.find("resp_0") is None
+    assert owners.find(f"resp_{STORED_IDS}") == Replica(model_id="org/small", node="beast", url="")
+    assert len(owners.listed().engines) == 1
+
+
+def test_makers_that_do_not_exist_are_left_out(tmp_path: Path) -> None:
+    """The file was edited."""
+    responses = {"engines": [["m", "n"]], "made": {"resp_1": 0, "resp_2": 1, "resp_3": -1}}
+    (tmp_path / "state.json").write_text(json.dumps({"version": 1, "responses": responses}), encoding="utf-8")
+    assert StateFile(tmp_path).response_owners.listed().responses == {"resp_1": 0}
 
 
 async def test_flush_returns_when_a_drain_is_on_disk(tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from cortex.proxy.body.model_field import previous_response_id
 from cortex.routing.replica import Replica
 from cortex.routing.response_owners import MAX_IDS, UNSTORED, ResponseOwners, response_id
+from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
-from tests.cortex.raw_http import RawClient, Wire, bounded, chunked, connected, request
+from tests.cortex.raw_http import RawClient, Wire, bounded, chunked, connected, request, until
 
 MODEL = "org/small"
 
@@ -27,12 +33,16 @@ class Engine(RawEngine):
         super().__init__()
         self.name = name
         self.made = 0
+        self.busy = False
         self.go_on = asyncio.Event()
         self.script = self._answer
 
     async def _answer(self, wire: Wire, received: Received) -> None:
         if received.target != "/v1/responses":
             await wire.send(plain(json.dumps({"engine": self.name, "asked": received.target}).encode()))
+            return
+        if self.busy:
+            await wire.send(plain(b"{}", status="503 Busy"))
             return
         self.made += 1
         made = {"id": f"resp_{self.name}{self.made}", "object": "response", "output": [{"id": "_1"}]}
@@ -60,8 +70,8 @@ async def cortex(
     return await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
 
 
-def making(*, stream: bool = False) -> bytes:
-    body = {"model": MODEL, "input": "hi", "stream": stream}
+def making(*, stream: bool = False, previous: str | None = None) -> bytes:
+    body = {"model": MODEL, "input": "hi", "stream": stream, "previous_response_id": previous}
     return request(json.dumps(body).encode(), target="/v1/responses")
 
 
@@ -71,7 +81,8 @@ async def ask(client: RawClient, method: str, target: str) -> tuple[int, dict[st
 
 
 async def made_on_each(url: str, engines: dict[str, Engine]) -> dict[str, str]:
-    """An id of each engine, by the engine's name: two requests at a time take both."""
+    """An id of each engine, by the engine's name: the second one gets a request as soon as it is known and its worker
+    knows that the first one is busy."""
     made: dict[str, str] = {}
     async with connected(url) as held, connected(url) as client:
         await held.send(making(stream=True))
@@ -79,10 +90,12 @@ async def made_on_each(url: str, engines: dict[str, Engine]) -> dict[str, str]:
         await bounded(held.incoming.readuntil(b"_1"))
         (busy,) = [name for name, engine in engines.items() if engine.made]
         made[busy] = f"resp_{busy}1"
-        answer = json.loads((await client.ask(making())).body)
         (free,) = set(engines) - {busy}
-        assert answer["id"] == f"resp_{free}1"
-        made[free] = answer["id"]
+        async with timeout(10):
+            while free not in made:
+                answer = json.loads((await client.ask(making())).body)
+                if answer["id"].startswith(f"resp_{free}"):
+                    made[free] = answer["id"]
         for engine in engines.values():
             engine.go_on.set()
     return made
@@ -147,17 +160,131 @@ async def test_engine_that_is_gone(start_cortex: StartCortex, benjy: V1Neuron, b
             assert status == 404
 
 
+async def check_each(url: str, made: dict[str, str]) -> None:
+    """Asks often enough to reach each worker."""
+    for _ in range(8):
+        async with connected(url) as client:
+            for name, made_id in made.items():
+                status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
+                assert (status, answer["engine"]) == (200, name)
+
+
 async def test_other_workers_know(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]) -> None:
     """A client's next connection may reach another worker process."""
     async with cortex_process(
         tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
     ) as process:
         made = await made_on_each(process.url, engines)
-        for _ in range(8):
-            async with connected(process.url) as client:
-                for name, made_id in made.items():
-                    status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
-                    assert (status, answer["engine"]) == (200, name)
+        await check_each(process.url, made)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_known_after_a_restart(
+    tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine], workers: int
+) -> None:
+    """The engines still have the responses, also for requests that continue them."""
+    start = partial(
+        cortex_process,
+        tmp_path,
+        [benjy, beast],
+        [{"id": MODEL}],
+        state_dir="state",
+        routing={"prefix_chars": 0},
+        workers=workers,
+    )
+    async with start() as process:
+        made = await made_on_each(process.url, engines)
+        process.process.terminate()
+        await process.ended()
+    async with start() as process:
+        await continue_each(process.url, engines, made, 1)
+    async with start() as process, connected(process.url) as client:
+        for name, made_id in made.items():
+            status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
+            assert (status, answer["engine"]) == (200, name)
+
+
+async def test_a_new_worker_knows(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]) -> None:
+    """Those of the workers that were killed, too."""
+    async with cortex_process(
+        tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
+    ) as process:
+        made = await made_on_each(process.url, engines)
+        await check_each(process.url, made)  # the control knows them
+        for pid in re.findall(r"worker \d is process (\d+)", process.log()):
+            os.kill(int(pid), signal.SIGKILL)
+        await until(lambda: process.log().count("is process") == 4)
+        await check_each(process.url, made)
+
+
+async def continue_each(url: str, engines: dict[str, Engine], made: dict[str, str], count: int) -> None:
+    for _ in range(count):
+        async with connected(url) as client:
+            for name, made_id in made.items():
+                before = engines[name].made
+                status = (await client.ask(making(previous=made_id))).status
+                assert (status, engines[name].made) == (200, before + 1)
+
+
+async def test_continuation_goes_to_the_engine(cortex: RunningCortex, engines: dict[str, Engine]) -> None:
+    """No other engine has the previous response."""
+    await continue_each(cortex.url, engines, await made_on_each(cortex.url, engines), 4)
+
+
+async def test_continuation_at_another_worker(
+    tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]
+) -> None:
+    async with cortex_process(
+        tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
+    ) as process:
+        await continue_each(process.url, engines, await made_on_each(process.url, engines), 8)
+
+
+async def test_continuation_of_an_unknown_response(cortex: RunningCortex, engines: dict[str, Engine]) -> None:
+    """The engine says what it thinks of it."""
+    async with connected(cortex.url) as client:
+        assert (await client.ask(making(previous="resp_none"))).status == 200
+    assert sum(engine.made for engine in engines.values()) == 1
+
+
+async def test_continuation_when_the_engine_is_gone(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
+) -> None:
+    """Another engine answers."""
+    async with Engine("beast").running() as other:
+        async with Engine("benjy").running() as engine:
+            for neuron, running in ((benjy, engine), (beast, other)):
+                neuron.models[MODEL], neuron.engine_url = "loaded", running.url
+            cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+            engines = {"benjy": engine, "beast": other}
+            made = await made_on_each(cortex.url, engines)  # type: ignore[arg-type]
+        async with connected(cortex.url) as client:
+            assert (await client.ask(making(previous=made["benjy"]))).status == 200
+
+
+async def test_continuation_at_a_busy_engine(cortex: RunningCortex, engines: dict[str, Engine]) -> None:
+    """The client learns that it can retry, not that the response is unknown."""
+    made = await made_on_each(cortex.url, engines)
+    engines["benjy"].busy = True
+    async with connected(cortex.url) as client:
+        assert (await client.ask(making(previous=made["benjy"]))).status == 503
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"previous_response_id": "resp_1", "input": []}', "resp_1"),
+        (b'{"previous_response_id": "resp_1", "previous_response_id": "resp_2"}', "resp_2"),
+        (b'{"temperature": NaN, "previous_response_id": "resp_1"}', "resp_1"),
+        (b'{"previous_response_id": null}', None),
+        (b'{"input": [{"previous_response_id": "resp_1"}]}', None),
+        (b'{"input": "\\"previous_response_id\\""}', None),
+        (b'{"previous_response_id": "resp_1"', None),
+        (b"[]", None),
+    ],
+)
+def test_previous_response_of_a_body(body: bytes, expected: str | None) -> None:
+    assert previous_response_id(body) == expected
 
 
 def test_ids_are_bounded() -> None:

@@ -44,6 +44,7 @@ class TokenCount:
     """
 
     path = b"/tokenize"
+    streams = False
 
     def __init__(self, body: bytes, engine: str) -> None:
         """Raises as `interface.Translator`."""

@@ -17,6 +17,7 @@ class MessagesTranslation:
         """Raises as `interface.Translator`."""
         given = read_object(body)
         self.body = to_json(chat_request(given, engine))
+        self.streams = given.get("stream") is True
         self._settings = ClientSettings.of(given)
 
     def answer(self, status: int, body: bytes) -> WholeAnswer:

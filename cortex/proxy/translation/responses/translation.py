@@ -6,11 +6,12 @@ import time
 import uuid
 
 from cortex.proxy.answers.error_event import MAX_QUOTED
+from cortex.proxy.translation.chat_answer import choice_of, finish_reason_of, said_in
 from cortex.proxy.translation.chat_stream import error_message
 from cortex.proxy.translation.interface import CHAT_PATH, Json, StreamTranslation, WholeAnswer, engine_object, to_json
 from cortex.proxy.translation.lacking import lacks_path
 from cortex.proxy.translation.responses.request import chat_request
-from cortex.proxy.translation.responses.response import FAILED, TranslatedResponse, choice_of, logprobs_of
+from cortex.proxy.translation.responses.response import TranslatedResponse
 from cortex.proxy.translation.responses.stream import ResponseStream
 from shared.errors import InvalidRequest, UpstreamError
 from shared.protocol import ErrorCode
@@ -21,7 +22,7 @@ RESPONSES_PATH = b"/v1/responses"
 class ResponsesTranslation:
     """Implements `interface.Translation`."""
 
-    __slots__ = ("_engine", "_response", "body", "path")
+    __slots__ = ("_engine", "_response", "body", "path", "streams")
 
     def __init__(self, body: bytes, engine: str) -> None:
         """Raises InvalidRequest, which names the engine, for what a chat cannot express."""
@@ -33,6 +34,7 @@ class ResponsesTranslation:
         self._engine = engine
         self.path = CHAT_PATH
         self.body = to_json(request.body)
+        self.streams = request.body.get("stream") is True
         self._response = TranslatedResponse(request, uuid.uuid4().hex, int(time.time()))
 
     def answer(self, status: int, body: bytes) -> WholeAnswer:
@@ -40,17 +42,19 @@ class ResponsesTranslation:
         if status >= 400:
             return self._engine_error(status, body, found)
         choice = None if found is None else choice_of(found)
-        message = None if choice is None else choice.get("message")
-        if found is None or choice is None or not isinstance(message, dict):
+        if found is None or choice is None or said_in(choice) is None:
+            if found is not None and found.get("error"):
+                return _error(f"{self._engine} answered {status}: {error_message(found)}", None)
             return _error(f"{self._engine} answered {status} without a chat completion", None)
         response = self._response
         response.note(found)
-        reason = choice.get("finish_reason")
-        response.finish_reason = reason if isinstance(reason, str) else None
-        if response.status == FAILED:
-            return _error(response.failure(), None)
-        for _ in response.output.take(message, logprobs_of(choice)):
+        response.finish_reason = finish_reason_of(choice)
+        response.ended = True
+        for _ in response.output.take(choice):
             pass  # the events are for streams
+        failure = response.failure()
+        if failure is not None:
+            return _error(failure, None)
         for _ in response.output.close(response.status):
             pass
         return WholeAnswer(200, to_json(response.view(response.status)))
