@@ -47,7 +47,7 @@ class TranslatableRequest(RequestHandler):
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
         self._attempts -= 1  # it was the same engine
-        self._send_to_one_of((replica,))  # which takes a place there again, if it has a limit
+        self._send(replica, compared=state.compared)
 
     def done(self) -> None:
         state = self._state
@@ -68,8 +68,6 @@ class TranslatableRequest(RequestHandler):
                 if replica.limit is not None:
                     self._context.control.release(replica)
                 self._label, self._node = self._model_id, replica.node
-                if replica.limit is not None:
-                    self._context.control.release(replica)
                 self._refuse(error)
                 return
             request.translate(self._translation.path, self._translation.body)
