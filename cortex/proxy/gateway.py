@@ -20,6 +20,7 @@ from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    REALTIME,
     has_wrong_base,
     is_for_web_pages,
     is_own,
@@ -30,7 +31,7 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
-from cortex.proxy.request_kinds.realtime import REALTIME, RealtimeRequest
+from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
 from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
@@ -134,7 +135,9 @@ class Gateway:
         return RequestHandler(self._context, client, request, caller)
 
     def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
-        if request.path == REALTIME:
+        path = meant_path(request.raw_path, reads=False)
+        if path == REALTIME:
+            request.use_path(path)
             return RealtimeRequest(self._context, client, request, caller)
         return self._refuse(client, request, _no_websocket(request))
 

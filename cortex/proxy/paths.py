@@ -32,6 +32,8 @@ engine too if its body names a model."""
 INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
 
 MODELS: Final = b"/v1/models"
+REALTIME: Final = b"/v1/realtime"
+"""For WebSockets."""
 OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/openapi.json")
 """cortex answers these and everything below them itself."""
 
@@ -91,7 +93,7 @@ def meant_path(path: bytes, *, reads: bool) -> bytes:
         del segments[0]
     plain = b"/" + b"/".join(segments)
     for known in (plain, b"/v1" + plain):
-        if known in INFERENCE or known == MODELS:
+        if known in INFERENCE or known in (MODELS, REALTIME):
             return known
     return plain if is_own(plain) else path
 

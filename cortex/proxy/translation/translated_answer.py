@@ -46,7 +46,6 @@ class TranslatedAnswer(Answer):
         self.head: ResponseHead
 
     def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
-        self.request.forget()
         self.head = head
         self.body = body
         if isinstance(body, ChunkedBody):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -262,7 +263,22 @@ def test_output_format_and_effort() -> None:
         ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ("system", [PNG], "system[0]"),
         ("stop_sequences", "END", "stop_sequences"),
-        ("tools", {}, ""),
+        ("messages", [{"role": "user"}], "messages[0].content"),
+        ("messages", [{"role": "assistant", "content": None}], "messages[0].content"),
+        (
+            "messages",
+            [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "y", "input": "z"}]}],
+            "messages[0].content[0].input",
+        ),
+        ("stream", "yes", "stream"),
+        ("thinking", "yes", "thinking"),
+        ("metadata", "x", "metadata"),
+        ("output_config", "high", "output_config"),
+        ("output_config", {"effort": 3}, "output_config.effort"),
+        ("tool_choice", "auto", "tool_choice"),
+        ("tool_choice", {"type": "any"}, "tool_choice"),
+        ("tool_choice", {"type": "tool", "name": "x"}, "tool_choice.name"),
+        ("tools", {}, "tools"),
         ("tools", ["x"], "tools[0]"),
         ("tools", [{"name": "x"}], "tools[0].input_schema"),
         ("tools", [{"input_schema": {}}], "tools[0].name"),
@@ -272,10 +288,21 @@ def test_output_format_and_effort() -> None:
 )
 def test_malformed_request_is_refused(field: str, value: Any, where: str) -> None:
     """The error names the field."""
-    if where:
-        assert refusal(**{field: value}).param == where
-    else:
-        chat(**{field: value})
+    assert refusal(**{field: value}).param == where
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_many_messages_of_one_role(role: str) -> None:
+    """The event loop must not stand still for seconds: the cost grows with the body, not with its square."""
+    many = [{"role": role, "content": "x"}] * 40_000
+
+    def secs(count: int) -> float:
+        body = json.dumps({"model": "org/small", "max_tokens": 1, "messages": many[:count]}).encode()
+        began = time.process_time()
+        MessagesTranslation(body, ENGINE)
+        return time.process_time() - began
+
+    assert secs(40_000) < 40 * secs(4000) + 0.1
 
 
 JSON = st.recursive(
