@@ -227,7 +227,7 @@ async def test_waiting_requests_learn_that_their_model_is_held_back(start_cortex
     async def ask(model: str) -> int:
         async with cortex.chat(model) as response:
             await response.read()
-            return response.status
+            return int(response.status)
 
     working = asyncio.create_task(ask("org/busy"))
     await answer.entered.wait()
