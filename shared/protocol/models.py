@@ -68,7 +68,7 @@ class ServedLimit(WireModel):
     output: Tokens | None = None
 
 
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0)]
 
 
 class TokenCost(WireModel):
