@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from shared.protocol import Device, FailureCause
 
 ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 """In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
+# The system's words, asyncio's and Go's, Node's, and llama.cpp's.
+_PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|couldn't bind (?:HTTP )?server socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class Harness(ABC):
 
     def port_was_taken(self, lines: Sequence[str]) -> bool:
         """True if the last output lines say that another process listens on the engine's port."""
-        return any("Address already in use" in line for line in lines[-50:])
+        return any(_PORT_TAKEN.search(line) for line in lines[-50:])
 
     def is_permanent(self, error: str, *, path_missing: bool) -> bool:
         """True if the same engine would fail on this host again, whenever it is started. Arguments: see `cause_of`."""

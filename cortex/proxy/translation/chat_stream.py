@@ -44,9 +44,9 @@ class ChatStreamReader:
         if piece:
             self._pieces.append(piece)
             self._size += len(piece)
-            if self._size > MAX_EVENT_BYTES:
-                self._pieces, self._data, self._size = [], [], 0
-                yield ChatEvent("error", {}, f"an event of more than {MAX_EVENT_BYTES} bytes")
+        if self._size > MAX_EVENT_BYTES:
+            self._pieces, self._data, self._size = [], [], 0
+            yield ChatEvent("error", {}, f"an event of more than {MAX_EVENT_BYTES} bytes")
 
     def finish(self) -> Iterator[ChatEvent]:
         """The last event of a stream that ends without the empty line behind it."""

@@ -37,9 +37,11 @@ class TranslatableRequest(RequestHandler):
         self._probed = False
 
     def lacks_path(self) -> None:
-        state = self._leave_state()
+        state, self._state = self._state, None
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
+        # Its place at a replica with a limit is kept: the same engine gets the request again.
+        self._context.in_flight.remove((replica.model_id, replica.node))
         self._probed = True
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
@@ -63,6 +65,8 @@ class TranslatableRequest(RequestHandler):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
+                if replica.limit is not None:
+                    self._context.control.release(replica)
                 self._label, self._node = self._model_id, replica.node
                 self._refuse(error)
                 return
