@@ -14,10 +14,10 @@ from cortex.proxy.relay import Relay
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
-from cortex.proxy.translation.interface import Translation
+from cortex.proxy.translation.interface import CHAT_PATH, Translation
 from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
-from cortex.routing.replica import FailureKind, Replica
+from cortex.routing.replica import UNAVAILABLE, FailureKind, Replica
 from cortex.upstream.address import Address
 from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
@@ -48,6 +48,12 @@ class TranslatableRequest(RequestHandler):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
         self._attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
+
+    def refused(self, status: int, *, asleep: bool) -> bool:
+        translation = self._translation
+        if translation is not None and translation.path != CHAT_PATH and status not in UNAVAILABLE:
+            return False  # an engine without this path, such as `/tokenize`, is still the model's
+        return super().refused(status, asleep=asleep)
 
     def done(self) -> None:
         state = self._state
