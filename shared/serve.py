@@ -64,6 +64,13 @@ UNANSWERED_SECS = 90
 UNANSWERED_CHECK_SECS = 5.0
 """How often to ask `is_unanswered`. Two answers in a row count: a probe may just have left."""
 
+CLIENT_RETRY_SECS = 30
+"""Most time between two attempts to reach a client that owes us acknowledgements or has no room for more data. The
+kernel's own limit is 120 s, after which a client that stopped reading long ago would be noticed late."""
+
+TCP_RTO_MAX_MS: Final = 44
+"""Of linux/tcp.h, since Linux 6.15."""
+
 _INFO: Final = struct.Struct("=BBBB20xI28xI")
 """The start of struct tcp_info (linux/tcp.h): state, ca_state, retransmits, probes, then unacked and last_ack_recv."""
 
@@ -125,6 +132,8 @@ def detect_vanished_clients(listening: socket.socket) -> None:
     the kernel sends no keep-alive probes, so `is_unanswered` must be asked as well.
     """
     _probe(listening, CLIENT_TIMES)
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, CLIENT_RETRY_SECS * 1000)
 
 
 def is_unanswered(sock: socket.socket) -> bool:

@@ -20,7 +20,6 @@ ENV_PREFIX = "CORTEX_"
 
 HARNESSES = ("vllm", "sim", "candle")
 """Kinds of engines that neurons offer; the last one is that of helexa's neurons."""
-_KNOWN = ", ".join(HARNESSES)
 
 Stamp = tuple[int, ...]
 """Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
@@ -115,17 +114,20 @@ def _catalogue_named_in(path: Path) -> Path | None:
 
 def catalogue_problems(catalogue: Catalogue, path: Path) -> list[str]:
     """What a neuron of ours would refuse when it is asked to load the models of the catalogue `path`. Other neurons may
-    have other harnesses and rules, so a cortex serves such a catalogue."""
+    have other rules, so a cortex serves such a catalogue."""
     problems = []
     for number, profile in enumerate(catalogue.models):
         where = f"{path}: models[{number}]"
-        if profile.harness not in HARNESSES:
-            close = difflib.get_close_matches(profile.harness, HARNESSES, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
-            problems.append(f"{where}.harness = {profile.harness!r}: unknown harness (known: {_KNOWN}){hint}")
-        reason = refused_argument(profile.args)
-        if reason is not None:
-            problems.append(f"{where}.args: {reason}")
+        close = difflib.get_close_matches(profile.harness, HARNESSES, n=1)
+        if profile.harness in HARNESSES:
+            reason = refused_argument(profile.args)
+            if reason is not None:
+                problems.append(f"{where}.args: {reason}")
+        elif close:
+            known = ", ".join(HARNESSES)
+            problems.append(
+                f"{where}.harness = {profile.harness!r}: unknown harness (known: {known}), did you mean {close[0]!r}?"
+            )
     return problems
 
 
@@ -134,6 +136,11 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
     names = {entry.name for entry in config.neurons}
     warnings = [] if names else [f"{path}: neurons: empty, no model can be served"]
     for number, profile in enumerate(catalogue.models):
+        if profile.harness not in HARNESSES:  # one of other software's neurons may have it
+            warnings.append(
+                f"{config.models_path(path)}: models[{number}].harness: {profile.id!r} can only be loaded by neurons "
+                f"that list the harness {profile.harness!r}, and none of this version does"
+            )
         warnings += [
             f"{config.models_path(path)}: models[{number}].pinned_on: {profile.id!r} is pinned on {name!r}, "
             f"which is not listed in {path}"

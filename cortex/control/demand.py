@@ -87,11 +87,15 @@ class Demand:
         self._update_overload(fleet, in_flight, replica_target, now)
 
     def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:
-        """Records when these models became loaded on each node."""
+        """Records when these models became loaded on each node, or came back with a node that was down."""
         now = self._clock()
         for model_id in models:
             before = self._loaded_at.pop(model_id, {})
-            loaded = [node.name for node in fleet.holders(model_id) if node.status_of(model_id) is ModelStatus.LOADED]
+            loaded = [
+                node.name
+                for node in fleet.holders(model_id)
+                if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
+            ]
             if loaded:
                 self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
 

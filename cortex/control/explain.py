@@ -17,7 +17,8 @@ from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
-from cortex.placement.refusal import placement_error
+from cortex.placement.refusal import held_back_error, placement_error
+from cortex.placement.replicas import reconcile_replicas
 from cortex.placement.starts import starts_by_device
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
@@ -55,6 +56,31 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
         "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
     }
+
+
+def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
+    """What becomes of a model that an operator has just unloaded somewhere: `next` in words, `next_node` where it is
+    loaded again without a request or None, and its `replicas_min`."""
+    profile, fleet = view.catalogue.profile(model_id), view.fleet
+    minimum = 0 if profile is None else profile.replicas.min
+    serving = [node.name for node in fleet.serving(model_id)]
+    reserved, coming = fleet.reservation_of(model_id), fleet.loading_on(model_id)
+    node = reserved.node if reserved is not None else None if coming is None else coming.name
+    because, hint = f"because its replicas.min is {minimum}", f"`cortex unload {model_id} --for 2h` holds it back"
+    if not serving and node is None and held_back_error(view, model_id) is not None:
+        text = "requests for it get 503 unavailable until then, unless another cortex or its neuron loads it"
+    elif node is not None:
+        text = f"it is being loaded again on {node}{f', {because}; {hint}' if minimum else ''}"
+    elif len(serving) >= max(1, minimum):
+        text = f"{', '.join(serving)} still {'serves' if len(serving) == 1 else 'serve'} it"
+    elif profile is None or not minimum:
+        text = "the next request loads it again"
+    else:
+        loads = reconcile_replicas(view, [profile]).loads
+        node = loads[0][0].node if loads else None
+        when = "as soon as a neuron has room" if node is None else f"at once, on {node}"
+        text = f"it will be loaded again {when}, {because}; {hint}"
+    return {"next": text, "next_node": node, "replicas_min": minimum}
 
 
 def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flight: InFlight) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
-from shared.errors import ServiceError, Unavailable
+from shared.errors import ServiceError, Unavailable, UpstreamError
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import timeout
@@ -106,6 +106,15 @@ class Resolver:
         except Exception as error:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
+
+    async def engine(self, model_id: str, node: str) -> Replica | None:
+        """As `routing.control.Control.engine`. Right after a start it waits until the neurons have been asked."""
+        await self._fleet.until_all_polled()
+        if not any(serving.name == node for serving in self._fleet.snapshot().serving(model_id)):
+            return None
+        with contextlib.suppress(UpstreamError):
+            return await self._routes.replica(model_id, node)
+        return None
 
     async def engine_end(self, replica: Replica) -> str | None:
         """As `routing.control.Control.engine_end`. A protocol v1 neuron reports no reason, so it is not waited for."""

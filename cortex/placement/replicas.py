@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cortex.config.catalogue import ModelProfile
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
@@ -35,9 +35,12 @@ class ReplicaChanges:
     removals: tuple[ReplicaRemoval, ...] = ()
 
 
-def needs_reconciliation(profile: ModelProfile) -> bool:
-    """Whether the model's replicas change without requests."""
-    return profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None
+def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
+    """Whether the model's replicas may change without requests."""
+    if profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None:
+        return True
+    holders = fleet.holders(profile.id)
+    return len(holders) > 1 or any(node.draining for node in holders)
 
 
 def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
@@ -106,11 +109,24 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
         if ttl is not None and idle_secs >= ttl:
             left -= 1
             yield ReplicaRemoval(profile.id, name, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
+        elif left > profile.replicas.max and idle_secs >= _surplus_idle_secs(view, profile, serving):
+            why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
+            left -= 1
+            yield ReplicaRemoval(profile.id, name, False, why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
             if working > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
             yield ReplicaRemoval(profile.id, name, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
+
+
+def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[NodeSnapshot]) -> float:
+    """How long a replica above the maximum must be idle to be removed. Requests spread over all replicas: once all have
+    been there for `scale_down_secs`, a pause is enough. Before that, a neuron that goes down and comes back again and
+    again would cause a load each time."""
+    newest = max(view.usage(profile.id, node.name).loaded_at for node in serving)
+    settled = view.now - newest >= view.rules.scale_down_secs
+    return min(view.rules.pause_secs, view.rules.scale_down_secs) if settled else view.rules.scale_down_secs
 
 
 def _last_used_at(view: PlanningView, model_id: str, node: NodeSnapshot) -> float:

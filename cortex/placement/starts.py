@@ -58,7 +58,7 @@ def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
 
 def _remaining_secs(view: PlanningView, node: NodeSnapshot, model_id: str, entry: ModelView | None) -> float:
     progress = None if entry is None else entry.progress
-    if progress is not None and progress.remaining_secs is not None and math.isfinite(progress.remaining_secs):
+    if progress is not None and progress.remaining_secs is not None:
         return max(0.0, progress.remaining_secs)
     profile = view.profile(model_id)
     size_mb = 0 if profile is None else view.device_share_mb(profile) * profile.device_count

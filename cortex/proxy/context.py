@@ -96,21 +96,23 @@ class ProxyContext:
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
 
-    def maker(self, response_id: str) -> Replica | None:
-        """The engine that made a response; None if it is unknown or cannot be used. A published replica may be newer
-        than the recorded one."""
+    def published_maker(self, response_id: str) -> Replica | None:
+        """The engine that made a response, if it is known and can be used without asking the control."""
         owner = self.control.response_owners.find(response_id)
         if owner is None:
             return None
-        published = (r for r in self.control.table.get(owner.model_id, ()) if r.node == owner.node)
-        return next(published, owner if owner.url else None)
+        replicas = self.control.table.get(owner.model_id, ())
+        return next((replica for replica in replicas if replica.node == owner.node), None)
 
-    async def until_maker_known(self, response_id: str) -> None:
-        """Waits for OTHER_WORKER_SECS at most."""
+    async def find_maker(self, response_id: str) -> Replica | None:
+        """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
+        may have just passed the response on."""
         for _ in range(OTHER_WORKER_CHECKS):
-            if self.control.response_owners.find(response_id) is not None:
-                return
+            owner = self.control.response_owners.find(response_id)
+            if owner is not None:
+                return self.published_maker(response_id) or await self.control.engine(owner.model_id, owner.node)
             await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
+        return None
 
     def learn_owner(self, replica: Replica, start: bytes) -> bool:
         """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""

@@ -20,6 +20,7 @@ from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    REALTIME,
     has_wrong_base,
     is_for_web_pages,
     is_own,
@@ -30,7 +31,7 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
-from cortex.proxy.request_kinds.realtime import REALTIME, RealtimeRequest
+from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
 from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
@@ -41,8 +42,6 @@ from cortex.upstream.address import Address, parse_url
 from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
-
-_STORED_METHODS = (b"GET", b"POST", b"DELETE")
 
 
 class Gateway:
@@ -114,8 +113,8 @@ class Gateway:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
-        response_id = stored_response_id(request.path)
-        if response_id is not None and method in _STORED_METHODS:
+        response_id = stored_response_id(method, request.path)
+        if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)
         if method != b"POST" or has_wrong_base(request.path):
             realtime = method == b"GET" and request.path == REALTIME
@@ -134,7 +133,9 @@ class Gateway:
         return RequestHandler(self._context, client, request, caller)
 
     def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
-        if request.path == REALTIME:
+        path = meant_path(request.raw_path, reads=False)
+        if path == REALTIME:
+            request.use_path(path)
             return RealtimeRequest(self._context, client, request, caller)
         return self._refuse(client, request, _no_websocket(request))
 

@@ -35,6 +35,10 @@ class Control(Protocol):
             ServiceError: the request cannot be served.
         """
 
+    async def engine(self, model_id: str, node: str) -> Replica | None:
+        """The engine with the model on this neuron, None without one. Does not load it, and takes no place of a
+        replica with a limit."""
+
     async def engine_end(self, replica: Replica) -> str | None:
         """Why the engine has ended, as its neuron reports it; None if it reports nothing within about a second."""
 

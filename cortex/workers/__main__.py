@@ -25,6 +25,7 @@ from cortex.workers.messages import (
     Counted,
     DownChanged,
     EngineEnd,
+    EngineFound,
     EngineRetired,
     InFlightNow,
     Notes,
@@ -92,7 +93,7 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
-                case Resolved() | Refused() | EngineEnd() | Notes():
+                case Resolved() | Refused() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -90,6 +90,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     permanent: bool
 
 
+class EngineFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskEngine."""
+
+    number: int
+    replica: Replica | None
+
+
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
 
@@ -124,6 +131,7 @@ ToWorker = (
     | ResponseMade
     | Resolved
     | Refused
+    | EngineFound
     | EngineEnd
     | Notes
     | Collect
@@ -148,6 +156,14 @@ class CancelResolve(msgspec.Struct, frozen=True, tag=True):
     """The request of this Resolve is gone."""
 
     number: int
+
+
+class AskEngine(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.engine`."""
+
+    number: int
+    model_id: str
+    node: str
 
 
 class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -178,7 +194,9 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: list[tuple[str, str, int]]
 
 
-FromWorker = Ready | Resolve | CancelResolve | Released | AskEngineEnd | InFlightNow | ResponseMade | Counted
+FromWorker = (
+    Ready | Resolve | CancelResolve | Released | AskEngine | AskEngineEnd | InFlightNow | ResponseMade | Counted
+)
 
 
 def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:

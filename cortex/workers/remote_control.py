@@ -11,11 +11,13 @@ from cortex.http.errors import shutting_down
 from cortex.routing.replica import Failure, Replica, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 from cortex.workers.messages import (
+    AskEngine,
     AskEngineEnd,
     CancelResolve,
     CatalogueChanged,
     DownChanged,
     EngineEnd,
+    EngineFound,
     Notes,
     Refused,
     Released,
@@ -41,7 +43,7 @@ class RemoteControl:
         self._send = send
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Route]] = {}
-        self._asking: dict[int, asyncio.Future[str | None]] = {}  # for the end of an engine
+        self._asking: dict[int, asyncio.Future[Any]] = {}  # about an engine
         self._notes: dict[str, WaitNote] = {}
         self._gone = False
 
@@ -73,13 +75,22 @@ class RemoteControl:
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
 
+    async def engine(self, model_id: str, node: str) -> Replica | None:
+        found: Replica | None = await self._ask(AskEngine(next(self._numbers), model_id, node))
+        return found
+
     async def engine_end(self, replica: Replica) -> str | None:
+        reason: str | None = await self._ask(AskEngineEnd(next(self._numbers), replica))
+        return reason
+
+    async def _ask(self, question: AskEngine | AskEngineEnd) -> Any:
+        """The answer; None if the control is gone."""
         if self._gone:
             return None
-        number = next(self._numbers)
-        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        number = question.number
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asking[number] = future
-        self._send(AskEngineEnd(number, replica))
+        self._send(question)
         try:
             return await future
         finally:
@@ -114,7 +125,15 @@ class RemoteControl:
 
     def receive(
         self,
-        message: TableChanged | CatalogueChanged | DownChanged | ResponseMade | Resolved | Refused | EngineEnd | Notes,
+        message: TableChanged
+        | CatalogueChanged
+        | DownChanged
+        | ResponseMade
+        | Resolved
+        | Refused
+        | EngineFound
+        | EngineEnd
+        | Notes,
     ) -> None:
         """Applies a message from the control."""
         match message:
@@ -138,10 +157,10 @@ class RemoteControl:
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
-            case EngineEnd(number, reason):
+            case EngineFound(number, answer) | EngineEnd(number, answer):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():
-                    asking.set_result(reason)
+                    asking.set_result(answer)
 
     def lost(self) -> None:
         """The control is gone: fails all waiting requests, and later ones."""

@@ -26,6 +26,7 @@ from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AskEngine,
     AskEngineEnd,
     CancelResolve,
     CatalogueChanged,
@@ -34,6 +35,7 @@ from cortex.workers.messages import (
     Counted,
     DownChanged,
     EngineEnd,
+    EngineFound,
     EngineRetired,
     FromWorker,
     InFlightNow,
@@ -134,8 +136,8 @@ class WorkerProcess:
                         self._resolve(number, model_id, failures, request_id)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
-                    case AskEngineEnd(number, replica):
-                        self._explain_end(number, replica)
+                    case AskEngine() | AskEngineEnd():
+                        _task = self._tasks.spawn(self._tell_of_engine(message), name="worker's question")
                     case Released(replica):
                         self._release(replica)
                     case InFlightNow(counts, begun):
@@ -215,11 +217,12 @@ class WorkerProcess:
             del self._taken[replica.model_id, replica.node]
         self._resolver.release(replica)
 
-    def _explain_end(self, number: int, replica: Replica) -> None:
-        async def explain() -> None:
-            self._channel.send(EngineEnd(number, await self._resolver.engine_end(replica)))
-
-        _task = self._tasks.spawn(explain(), name=f"end of {replica.model_id}")
+    async def _tell_of_engine(self, asked: AskEngine | AskEngineEnd) -> None:
+        if isinstance(asked, AskEngine):
+            engine = await self._resolver.engine(asked.model_id, asked.node)
+            self._channel.send(EngineFound(asked.number, engine))
+        else:
+            self._channel.send(EngineEnd(asked.number, await self._resolver.engine_end(asked.replica)))
 
     def _reported(self, counts: list[tuple[str, str, int]]) -> None:
         self._in_flight = counts_from_wire(counts)

@@ -41,6 +41,7 @@ class RunRecord(BaseModel):
     api_key: str | None = None  # None: it serves without a key
     control_key: str = ""
     can_sleep: bool = False
+    keep_alive_secs: float | None = None  # how long it keeps an idle connection, if that is known
     tmp_dir: Path
     pid: int | None = None
     start_ticks: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from shared.protocol import Device, FailureCause
 
 ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 """In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
+# The system's words, asyncio's and Go's, Node's, and llama.cpp's.
+_PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|couldn't bind (?:HTTP )?server socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ class Harness(ABC):
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         """The command line and environment of the engine, which must listen on `plan.host` and `plan.port`."""
 
+    def keep_alive_secs(self, env: Mapping[str, str]) -> float | None:
+        """How long an engine with this environment keeps an idle connection open; None: unknown."""
+        return None
+
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports | None:
         """How a spare process of an engine with this environment is made; None: an engine is started only when a load
         asks for it."""
@@ -163,7 +170,7 @@ class Harness(ABC):
 
     def port_was_taken(self, lines: Sequence[str]) -> bool:
         """True if the last output lines say that another process listens on the engine's port."""
-        return any("Address already in use" in line for line in lines[-50:])
+        return any(_PORT_TAKEN.search(line) for line in lines[-50:])
 
     def is_permanent(self, error: str, *, path_missing: bool) -> bool:
         """True if the same engine would fail on this host again, whenever it is started. Arguments: see `cause_of`."""

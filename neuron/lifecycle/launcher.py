@@ -103,11 +103,12 @@ class Launcher:
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
             facts = self._facts(topology)
-            made = await self._prepared(spec, placement, port, facts, api_key=api_key, use_spare=use_spare)
+            spare = self._spares.take(spec.harness) if use_spare else None
+            if spare is not None:
+                cleanup.push_async_callback(spare.close)
+            made = await self._prepared(spec, placement, port, facts, api_key=api_key, spare=spare)
             plan, directory = made.plan, made.directory
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
-            if made.spare is not None:
-                cleanup.push_async_callback(made.spare.close)
             record = RunRecord(
                 boot_id=records.boot_id(),
                 number=made.number,
@@ -121,6 +122,7 @@ class Launcher:
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
                 can_sleep=HARNESSES[spec.harness].can_sleep(plan, facts),
+                keep_alive_secs=HARNESSES[spec.harness].keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
@@ -203,9 +205,9 @@ class Launcher:
         facts: LaunchFacts,
         *,
         api_key: str | None,
-        use_spare: bool,
+        spare: Spare | None,
     ) -> _Preparation:
-        """Decides what is started. A spare process comes with its number and directory.
+        """Decides what is started: `spare`, with its number and directory, if it fits.
 
         Raises:
             LoadFailed: the engine's directory cannot be created.
@@ -227,7 +229,6 @@ class Launcher:
             )
             return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
 
-        spare = self._spares.take(spec.harness) if use_spare else None
         if spare is not None:
             made = prepared(spare.number, spare.directory, spare)
             mismatch = spare.origin.mismatch(made.command, placement.devices)

@@ -130,6 +130,7 @@ class ModelState:
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED
             else None,
+            keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),
             placement=None if placement is None else placement.why or None,
             transitions=list(reversed(self.transitions)),

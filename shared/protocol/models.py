@@ -69,7 +69,7 @@ class ServedLimit(WireModel):
     output: Tokens | None = None
 
 
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0)]
 
 
 class TokenCost(WireModel):
@@ -124,7 +124,8 @@ class ModelView(ModelFacts):
     `parallel`: how it is split over its devices, None if `tensor_parallel` says all.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
-    Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `servable`: whether a loaded model can
+    Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine
+    keeps an idle connection open. `servable`: whether a loaded model can
     answer now, also a bare boolean; None means that it can.
     """
 
@@ -147,6 +148,7 @@ class ModelView(ModelFacts):
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
     missing_paths: NameList = Field(default_factory=list)
+    keep_alive_secs: float | None = None
     servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
 
     @property

@@ -38,25 +38,25 @@ class NewResponse(TranslatableRequest):
         return super().refused(status, asleep=asleep)
 
     def _route(self, model_id: str) -> None:
-        several = len(self._context.control.table.get(model_id, ())) > 1
-        previous = previous_response_id(self._request.body) if several else None
+        only_one = len(self._context.control.table.get(model_id, ())) == 1
+        previous = None if only_one else previous_response_id(self._request.body)
         if previous is None or previous.startswith(UNSTORED):
             super()._route(model_id)
-        elif self._context.control.response_owners.find(previous) is None:
-            self._state = Resolving(self._spawn(self._await_maker(previous, model_id), "maker for"))
+            return
+        maker = self._context.published_maker(previous)
+        if maker is None:
+            self._state = Resolving(self._spawn(self._find_maker(previous, model_id), "maker for"))
         else:
-            self._continue(previous, model_id)
+            self._continue(maker, model_id)
 
-    async def _await_maker(self, previous: str, model_id: str) -> None:
-        await self._context.until_maker_known(previous)
+    async def _find_maker(self, previous: str, model_id: str) -> None:
+        maker = await self._context.find_maker(previous)
         self._resolved()
-        self._continue(previous, model_id)
+        self._continue(maker, model_id)
 
-    def _continue(self, previous: str, model_id: str) -> None:
+    def _continue(self, maker: Replica | None, model_id: str) -> None:
         """Without the engine that made the previous response, any other says that it does not have it."""
-        maker = self._context.maker(previous)
-        replicas = self._context.control.table.get(model_id, ())
-        if maker is None or maker.node not in {replica.node for replica in replicas}:
+        if maker is None or maker.model_id != model_id:
             super()._route(model_id)
             return
         self._model_id, self._continues = model_id, True

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.upgrade import UpgradeAnswer
 from cortex.proxy.request_handler import RequestHandler
 from shared.errors import InvalidRequest
-
-REALTIME: Final = b"/v1/realtime"
 
 
 class RealtimeRequest(RequestHandler):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from time import monotonic
 from typing import Final
 
 import msgspec
@@ -19,17 +17,16 @@ from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
 
-RESTART_SECS: Final = 3.0
-"""How long it may take after cortex's start until it knows the engines."""
-_CHECK_SECS: Final = 0.02
-
-_PATH: Final = re.compile(rb"/v1/responses/([^/]+)(?:/(?:cancel|input_items))?")
+_REQUEST: Final = re.compile(
+    rb"(?:GET|DELETE) /v1/responses/([^/]+)(?:/(?:cancel|input_items))?|POST /v1/responses/([^/]+)/cancel"
+)
 
 
-def stored_response_id(path: bytes) -> str | None:
-    """The id that a path names, None for other paths."""
-    found = _PATH.fullmatch(path)
-    return None if found is None else found[1].decode("latin-1")
+def stored_response_id(method: bytes, path: bytes) -> str | None:
+    """The id that a request is about, None for other requests. A POST to `/v1/responses/compact` and the like is a new
+    request with a model."""
+    found = _REQUEST.fullmatch(b"%b %b" % (method, path))
+    return None if found is None else (found[1] or found[2]).decode("latin-1")
 
 
 class StoredResponse(RequestHandler):
@@ -47,9 +44,9 @@ class StoredResponse(RequestHandler):
         if self._response_id.startswith(UNSTORED):
             self._refuse(self._unstored())
             return
-        replica = self._context.maker(self._response_id)
+        replica = self._context.published_maker(self._response_id)
         if replica is None:
-            self._state = Resolving(self._spawn(self._await_owner(), "owner for"))
+            self._state = Resolving(self._spawn(self._find_owner(), "owner for"))
         else:
             self._send_to_owner(replica)
 
@@ -60,20 +57,15 @@ class StoredResponse(RequestHandler):
     def refused(self, status: int, *, asleep: bool) -> bool:
         return False
 
-    async def _await_owner(self) -> None:
-        await self._context.until_maker_known(self._response_id)
-        replica = self._context.maker(self._response_id)
-        while replica is None and self._is_known() and monotonic() < self._request.received + RESTART_SECS:
-            await asyncio.sleep(_CHECK_SECS)
-            replica = self._context.maker(self._response_id)
+    async def _find_owner(self) -> None:
+        replica = await self._context.find_maker(self._response_id)
         self._resolved()
-        if replica is None:
+        if replica is None:  # an engine that is being drained still knows its responses
+            replica = self._context.control.response_owners.find(self._response_id)
+        if replica is None or not replica.url:
             self._refuse(self._unknown())
         else:
             self._send_to_owner(replica)
-
-    def _is_known(self) -> bool:
-        return self._context.control.response_owners.find(self._response_id) is not None
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""

@@ -23,14 +23,15 @@ class ChatEvent(NamedTuple):
 
 
 class ChatStreamReader:
-    """Ignores comments, ids and event names. Lines may end in LF or CR LF."""
+    """Ignores comments, ids and event names but `error`. Lines may end in LF or CR LF."""
 
-    __slots__ = ("_data", "_pieces", "_size")
+    __slots__ = ("_data", "_failed", "_pieces", "_size")
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []  # of a line that is not complete yet
         self._size = 0  # of the current event
         self._data: list[bytes] = []
+        self._failed = False  # the current event is an error by its name
 
     def feed(self, piece: bytes) -> Iterator[ChatEvent]:
         """The events that this piece completes. An event that is too long is an error."""
@@ -43,9 +44,9 @@ class ChatStreamReader:
         if piece:
             self._pieces.append(piece)
             self._size += len(piece)
-            if self._size > MAX_EVENT_BYTES:
-                self._pieces, self._data, self._size = [], [], 0
-                yield ChatEvent("error", {}, f"an event of more than {MAX_EVENT_BYTES} bytes")
+        if self._size > MAX_EVENT_BYTES:
+            self._pieces, self._data, self._size = [], [], 0
+            yield ChatEvent("error", {}, f"an event of more than {MAX_EVENT_BYTES} bytes")
 
     def finish(self) -> Iterator[ChatEvent]:
         """The last event of a stream that ends without the empty line behind it."""
@@ -57,19 +58,25 @@ class ChatStreamReader:
     def _take(self, line: bytes) -> Iterator[ChatEvent]:
         if line.startswith(b"data:"):
             self._data.append(line[5:].strip())
-        elif not line and self._data:
+        elif line.startswith(b"error:"):  # older llama.cpp, instead of `data:`
+            self._data.append(line[6:].strip())
+            self._failed = True
+        elif line.startswith(b"event:"):
+            self._failed = line[6:].strip() == b"error"
+        elif not line:
             data, self._data = b"\n".join(self._data), []
+            failed, self._failed = self._failed, False
             if data:
-                yield _event_of(data)
+                yield _event_of(data, failed=failed)
 
 
-def _event_of(data: bytes) -> ChatEvent:
+def _event_of(data: bytes, *, failed: bool) -> ChatEvent:
     if data == _DONE:
         return ChatEvent("done", {})
     found = engine_object(data)
     if found is None:
         return ChatEvent("error", {}, f"the engine sent an event that is not a JSON object: {_quoted(data)}")
-    if found.get("error") or found.get("object") == "error":
+    if failed or found.get("error") or found.get("object") == "error":
         return ChatEvent("error", found, error_message(found))
     return ChatEvent("chunk", found)
 

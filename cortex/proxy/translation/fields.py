@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from cortex.proxy.translation.interface import Json
 from shared.errors import InvalidRequest
+
+_EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
+"""Efforts that many engines refuse."""
 
 
 def invalid(param: str, reason: str) -> InvalidRequest:
@@ -24,6 +27,22 @@ def text_of(holder: Json, key: str, param: str) -> str:
     if not isinstance(value, str):
         raise invalid(f"{param}.{key}", "must be a string")
     return value
+
+
+def wants_stream(body: Json) -> bool:
+    """The field `stream`. Raises InvalidRequest unless it is a boolean, null or missing."""
+    value = body.get("stream")
+    if value is not None and not isinstance(value, bool):
+        raise invalid("stream", "must be true or false")
+    return value is True
+
+
+def effort_of(holder: Json, param: str) -> Json:
+    """`effort` of the object at `param` as `reasoning_effort` of a chat, {} without one."""
+    if holder.get("effort") is None:
+        return {}
+    effort = text_of(holder, "effort", param)
+    return {"reasoning_effort": _EFFORTS.get(effort, effort)}
 
 
 def objects_of(value: Any, param: str) -> list[Json]:

@@ -58,8 +58,9 @@ class Translation(Protocol):
         """Translates a complete answer of the engine that is not a stream, an error included: that keeps its status and
         gets the dialect's shape. Never raises: a success that cannot be read becomes an error with status 502."""
 
-    def stream(self) -> StreamTranslation:
-        """Called at most once, when the engine answers 200 with an event stream."""
+    def stream(self) -> StreamTranslation | None:
+        """None unless the client has asked for a stream. Used instead of `answer` if the engine answers 200 with an
+        event stream or, although it was asked for one, with a complete answer."""
 
 
 Translator: TypeAlias = Callable[[bytes, str], Translation]

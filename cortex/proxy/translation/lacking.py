@@ -1,4 +1,4 @@
-"""Does an engine's 404 or 405 say that it lacks the path, or that it does not know the model? Pure."""
+"""Does an engine's answer say that it lacks the path, or that it does not know the model? Pure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ _UNKNOWN_MODEL: Final = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+_UNKNOWN_PATH: Final = "Unexpected endpoint"
+
 
 def lacks_path(status: int, body: bytes) -> bool:
-    """True unless the body is a JSON error about the model. `status` is 404 or 405.
+    """True unless the body is a JSON error about the model. `status` is 404, 405, or 200, with which LM Studio answers
+    any path: `{"error": "Unexpected endpoint or method. (POST /v1/messages)"}`.
 
     An unknown path: vLLM and SGLang `{"detail": "Not Found"}`, llama.cpp "File Not Found", Ollama `404 page not found`,
     others HTML or nothing. An unknown model: vLLM "The model `x` does not exist", Ollama "model 'x' not found". In
@@ -26,6 +29,9 @@ def lacks_path(status: int, body: bytes) -> bool:
     if status == 405:
         return True
     found = engine_object(body)
+    if status == 200:
+        said = None if found is None else found.get("error")
+        return isinstance(said, str) and said.startswith(_UNKNOWN_PATH)
     if found is None:
         return True
     error = found.get("error")

@@ -1,11 +1,11 @@
-"""A relay for paths that an engine may lack: holds a 404 or 405 back until it is clear what it means."""
+"""A relay for paths that an engine may lack: holds an answer back that may say so until it is clear what it means."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from cortex.http.framing import ChunkedBody
+from cortex.http.framing import ChunkedBody, SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
@@ -17,6 +17,8 @@ from cortex.upstream.pool import EnginePool
 
 MAX_HELD_BYTES: Final = 65536
 """Of an error; a longer one goes to the client."""
+MAX_EXCUSE_BYTES: Final = 512
+"""Of a 200 that says that the path is unknown; a message is rarely as short."""
 
 
 class ProbeListener(Protocol):
@@ -45,7 +47,9 @@ class ProbingRelay(Relay):
         self._released = False  # what was held back goes to the client
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
-        if head.status in (404, 405):
+        if head.status in (404, 405) or (
+            head.status == 200 and isinstance(body, SizedBody) and len(first) + body.left <= MAX_EXCUSE_BYTES
+        ):
             self.status = head.status
             self.answer = HeldAnswer(self.answer, head, body, self._release)
             self.answer.write(first)
@@ -59,7 +63,7 @@ class ProbingRelay(Relay):
             if lacks_path(self.status, held.contents()):
                 self.probe.lacks_path()
                 return
-            if self._listener.refused(self.status, asleep=False):
+            if self.status != 200 and self._listener.refused(self.status, asleep=False):
                 return
             self._release()
         super().ended()

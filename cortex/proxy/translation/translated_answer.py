@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
@@ -10,6 +12,7 @@ from cortex.http.event_stream import is_event_stream
 from cortex.http.framing import ChunkedBody, SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.proxy.answers.answer import Answer
+from cortex.proxy.translation.chat_answer import as_stream
 from cortex.proxy.translation.interface import StreamTranslation, Translation
 from cortex.upstream.connection import Body
 from shared.errors import ServiceError
@@ -19,12 +22,16 @@ MAX_WHOLE_BYTES: Final = 64 << 20
 
 _EVENTS: Final = b"text/event-stream; charset=utf-8"
 _JSON: Final = b"application/json"
+_UNTYPED: Final = (b"", b"text/plain", b"application/octet-stream")
+"""What servers call a stream that was given no type."""
+_ZLIB: Final = (b"gzip", b"x-gzip", b"deflate")
+_GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32
 
 
 class TranslatedAnswer(Answer):
     """`inner` gets what an engine that speaks the dialect would have sent, in chunks of our own."""
 
-    __slots__ = ("_collected", "_framing", "_inner", "_size", "_stream", "_translation", "head")
+    __slots__ = ("_collected", "_framing", "_inner", "_size", "_stream", "_translation", "_unzip", "head")
 
     def __init__(self, inner: Answer, translation: Translation) -> None:
         super().__init__(inner.client, inner.request)
@@ -35,20 +42,23 @@ class TranslatedAnswer(Answer):
         self._framing = ChunkedBody()
         self._collected: list[bytes] = []
         self._size = 0
+        self._unzip: Callable[[bytes], bytes] | None = None
         self.head: ResponseHead
 
     def begin(self, head: ResponseHead, body: Body, first: bytes) -> bool:
-        self.request.forget()
         self.head = head
         self.body = body
         if isinstance(body, ChunkedBody):
             first = body.start_unpacking(first)
             self.unpacked = body
-        if _streams(head):
-            self._stream = self._translation.stream()
-            events = self._framed(self._stream.feed(first))
-            self._inner.begin(_head_of(head, head.status, {names.CONTENT_TYPE: _EVENTS}), self._framing, events)
-            self.events = self._inner.events
+        encoding = head.named.get(names.CONTENT_ENCODING, b"identity").strip().lower()
+        if encoding in _ZLIB:
+            self._unzip = zlib.decompressobj(_GZIP_OR_ZLIB).decompress
+        first = self._plain(first)
+        readable = encoding == b"identity" or self._unzip is not None
+        stream = self._translation.stream() if readable and _may_stream(head) else None
+        if stream is not None:
+            self._begin_stream(stream, first)
         else:
             self._collect(first)
         return False
@@ -56,6 +66,7 @@ class TranslatedAnswer(Answer):
     def write(self, data: bytes) -> None:
         if self.unpacked is not None:
             data = self.unpacked.take()
+        data = self._plain(data)
         if self._stream is None:
             self._collect(data)
         else:
@@ -65,9 +76,14 @@ class TranslatedAnswer(Answer):
 
     def finish(self, status: int) -> int:
         if self._stream is not None:
-            self._inner.write(self._framed(self._stream.finish()) + self._framing.feed(b"0\r\n\r\n"))
-            return self._inner.finish(status)
-        status, body = self._translation.answer(status, b"".join(self._collected))
+            return self._finish_stream(self._stream, status)
+        body = b"".join(self._collected)
+        stream = self._translation.stream() if status == 200 else None
+        events = None if stream is None else as_stream(body)
+        if stream is not None and events is not None:  # the engine ignores `stream`
+            self._begin_stream(stream, events)
+            return self._finish_stream(stream, status)
+        status, body = self._translation.answer(status, body)
         named = {names.CONTENT_TYPE: _JSON, names.CONTENT_LENGTH: b"%d" % len(body)}
         framing = SizedBody(len(body))
         self._inner.begin(_head_of(self.head, status, named), framing, framing.feed(body))
@@ -82,6 +98,27 @@ class TranslatedAnswer(Answer):
     def refusal(self) -> bytes:
         return self._inner.refusal()
 
+    def _plain(self, data: bytes) -> bytes:
+        """`data` as the engine compressed it, although it was asked not to. What cannot be read is dropped: then the
+        answer is not complete, and the client learns that."""
+        if self._unzip is None:
+            return data
+        try:
+            return self._unzip(data)
+        except zlib.error:
+            return b""
+
+    def _begin_stream(self, stream: StreamTranslation, first: bytes) -> None:
+        """Begins the client's stream with the events for the first bytes of the engine's."""
+        self._stream = stream
+        head = _head_of(self.head, self.head.status, {names.CONTENT_TYPE: _EVENTS})
+        self._inner.begin(head, self._framing, self._framed(stream.feed(first)))
+        self.events = self._inner.events
+
+    def _finish_stream(self, stream: StreamTranslation, status: int) -> int:
+        self._inner.write(self._framed(stream.finish()) + self._framing.feed(b"0\r\n\r\n"))
+        return self._inner.finish(status)
+
     def _framed(self, events: bytes) -> bytes:
         return self._framing.feed(b"%x\r\n%b\r\n" % (len(events), events)) if events else b""
 
@@ -91,14 +128,11 @@ class TranslatedAnswer(Answer):
         self._size += len(self._collected[-1])
 
 
-def _streams(head: ResponseHead) -> bool:
-    content_type = head.named.get(names.CONTENT_TYPE)
-    return (
-        head.status == 200
-        and content_type is not None
-        and is_event_stream(content_type)
-        and names.CONTENT_ENCODING not in head.named
-    )
+def _may_stream(head: ResponseHead) -> bool:
+    """True for an event stream, also without its content type."""
+    content_type = head.named.get(names.CONTENT_TYPE, b"")
+    kind = content_type.partition(b";")[0].strip().lower()
+    return head.status == 200 and (is_event_stream(content_type) or kind in _UNTYPED)
 
 
 def _head_of(head: ResponseHead, status: int, named: dict[int, bytes]) -> ResponseHead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
@@ -29,6 +30,11 @@ DEFAULT_COMMAND = ("vllm",)
 _DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
+KEEP_ALIVE: Final = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+"""How long vLLM's server keeps an idle connection, in seconds."""
+KEEP_ALIVE_SECS: Final = 75
+"""vLLM's own default, 5, is shorter than the pauses between bursts of requests, each of which then waits for a new
+connection."""
 _NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
 
 
@@ -49,6 +55,11 @@ class VllmHarness(Harness):
         if share_mb is None:
             return MemoryRequirement(fraction=DEFAULT_ENGINE_SHARE)
         return MemoryRequirement(share_mb, one_fraction=not has_flag(args, *SIZES_MEMORY))
+
+    def keep_alive_secs(self, env: Mapping[str, str]) -> float | None:
+        with contextlib.suppress(ValueError):
+            return float(max(0, int(env.get(KEEP_ALIVE, ""))))
+        return None
 
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
         return early_imports(env)
@@ -125,6 +136,7 @@ def vllm_environment(
     `fixed`."""
     inherited = {name: value for name, value in facts.environ.items() if name not in _NOT_INHERITED}
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
+    defaults[KEEP_ALIVE] = facts.environ.get(KEEP_ALIVE, str(KEEP_ALIVE_SECS))
     # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
     # id stays readable in /proc/PID/environ of each.
     made = engine_environment(plan, inherited, defaults, {**fixed, "SPT_NOENV": "1"})

@@ -33,7 +33,7 @@ _NODE = re.compile(
     r"|compute capability|not supported (?:for|on) (?:the )?current (?:GPU|platform)|NUMA nodes"
     r"|No space left on device|Disk quota exceeded|Read-only file system|Input/output error|Stale file handle"
     r"|Too many open files|can't start new thread|Resource temporarily unavailable"
-    r"|Address already in use|ImportError|ModuleNotFoundError|cannot open shared object file"
+    r"|[Aa]ddress already in use|ImportError|ModuleNotFoundError|cannot open shared object file"
     # Its files are not in this host's cache, and the hub cannot be reached from it.
     r"|LocalEntryNotFoundError|OfflineMode|ConnectionError|ConnectTimeout|ReadTimeout|couldn't connect to"
     r"|Failed core proc\(s\): \{[^}]*: -9\b"  # the kernel's OOM killer took the core

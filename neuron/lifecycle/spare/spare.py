@@ -196,13 +196,13 @@ class Spare:
             async with timeout(secs):
                 self._writer.write(json.dumps(message).encode() + b"\n")
                 line = await self._reader.readline()
+            if not line:
+                raise SpareFailed("it ended")
+            answer = json.loads(line)
         except asyncio.TimeoutError as error:
             raise SpareFailed(f"no answer within {secs:g} s") from error
         except (OSError, ValueError) as error:
             raise SpareFailed(f"its connection failed: {error}") from error
-        if not line:
-            raise SpareFailed("it ended")
-        answer = json.loads(line)
         return answer if isinstance(answer, dict) else {}
 
 

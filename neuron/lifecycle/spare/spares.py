@@ -167,6 +167,7 @@ class Spares:
         except OSError as error:
             self.failed(name, f"cannot create its directory: {error}")
             return
+        spare = None
         try:
             spare = await Spare.start(kind.origin, number, f"{self._state.engine_id_prefix}{number}", directory)
             kind.spare = spare
@@ -174,6 +175,7 @@ class Spares:
             if await first_of({"pause": pause, "ready": ready}) == "pause":
                 await self._drop(name, None)
                 return
+            # From here on a load may take it at any time, with its directory.
             kind.size_mb = await asyncio.to_thread(spare.memory_mb) or kind.size_mb
             log.info("harness %s: spare process %d is ready (%d MiB)", name, spare.process.pid, kind.size_mb)
         except NotPython as error:
@@ -183,7 +185,7 @@ class Spares:
             self.failed(name, str(error))
             await self._drop(name, None)
         finally:
-            if kind.spare is None:
+            if spare is None:
                 await asyncio.to_thread(directory.remove)
 
     async def _drop(self, name: str, why: str | None) -> bool:

@@ -158,6 +158,15 @@ def test_check_of_good_files(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
 
 
+def test_check_accepts_a_harness_of_other_neurons(tmp_path: Path) -> None:
+    """cortex.service runs the command before it starts cortex, and a neuron of other software may have any harness."""
+    (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
+    (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\nharness = 'mistralrs'\nargs = ['--port', '1']")
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
+    assert done.returncode == 0
+    assert "'a' can only be loaded by neurons that list the harness 'mistralrs'" in done.stderr
+
+
 def test_check_names_every_problem_of_both_files(tmp_path: Path) -> None:
     """The command exits with 1; it also checks the catalogue that an invalid cortex.toml names, and no other."""
     (tmp_path / "cortex.toml").write_text(

@@ -124,6 +124,15 @@ def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
     assert {key: use.loaded_at for key, use in demand.usages().items()} == {KEY: began + 10, ("m", "b"): began + 5}
 
 
+def test_a_replica_on_a_neuron_that_was_down_is_new(demand: Demand, clock: Moment) -> None:
+    """Its idle time starts when the neuron is back."""
+    clock.now += 5
+    demand.routes_changed(["m"], fleet(host("a", 24000, models={"m": On(9000)}, healthy=False)))
+    assert demand.usages() == {}
+    demand.routes_changed(["m"], FLEET)
+    assert demand.usages()[KEY].loaded_at == clock.now
+
+
 def reported(**activity: int | None) -> FleetSnapshot:
     health = NeuronHealth(models=[ModelActivity(id="m", **activity)])
     models = {"m": ModelView(id="m", status="loaded")}

@@ -16,12 +16,15 @@ from aiohttp import web
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.proxy.translation.chat_engine import COMPLETION
 from tests.cortex.raw_http import bounded, connected, request, until
 from tests.processes import descendants
 
 MODEL = "org/m"
 BODY = b'{"model":"org/m","prompt":"hi"}'
 STREAM = b'{"model":"org/m","stream":true,"messages":[{"role":"user","content":"hi"}]}'
+MESSAGE = b'{"model":"org/m","max_tokens":5,"messages":[{"role":"user","content":"hi"}]}'
+UNTRANSLATABLE = b'{"model":"org/m","max_tokens":5,"messages":[{"role":"user","content":[{"type":"audio"}]}]}'
 LIMIT = 3
 
 
@@ -46,7 +49,12 @@ class LimitedNeuron(V1Neuron):
         finally:
             self.now -= 1
         self.served += 1
-        return web.json_response({})
+        return web.json_response(COMPLETION)
+
+    async def chat_only(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/messages":
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return await self._answer(request)
 
 
 @pytest.fixture
@@ -56,14 +64,16 @@ async def neuron() -> AsyncIterator[LimitedNeuron]:
         yield running
 
 
-async def complete(url: str) -> int:
+async def complete(url: str, body: bytes = BODY, *, path: str = "/v1/completions") -> int:
     async with connected(url) as client:
-        return (await client.ask(request(BODY, "Content-Type: application/json"))).status
+        return (await client.ask(request(body, "Content-Type: application/json", target=path))).status
 
 
 @contextlib.asynccontextmanager
-async def many(url: str, count: int) -> AsyncIterator[list[asyncio.Task[int]]]:
-    tasks = [asyncio.create_task(complete(url)) for _ in range(count)]
+async def many(
+    url: str, count: int, body: bytes = BODY, *, path: str = "/v1/completions"
+) -> AsyncIterator[list[asyncio.Task[int]]]:
+    tasks = [asyncio.create_task(complete(url, body, path=path)) for _ in range(count)]
     try:
         yield tasks
     finally:
@@ -172,6 +182,22 @@ async def test_a_failing_engine_gives_its_seats_back(start_cortex: StartCortex, 
     neuron.engine.answer = neuron._answer
     async with many(cortex.url, 10):
         await until(lambda: neuron.now == LIMIT)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_requests_that_are_translated(neuron: LimitedNeuron, tmp_path: Path, workers: int) -> None:
+    """One that is sent again, translated, counts once; one that cannot be translated gives its seat back."""
+    neuron.engine.answer = neuron.chat_only
+    async with cortex_process(tmp_path, [neuron], [{"id": MODEL}], workers=workers) as cortex:
+        for _ in range(2):
+            for _ in range(2 * LIMIT):
+                assert await complete(cortex.url, UNTRANSLATABLE, path="/v1/messages") == 400
+            async with many(cortex.url, 12, MESSAGE, path="/v1/messages") as tasks:
+                await until(lambda: neuron.now == LIMIT)
+                neuron.gate.set()
+                assert await bounded(asyncio.gather(*tasks)) == [200] * 12
+            neuron.gate.clear()
+        assert neuron.most == LIMIT
 
 
 async def test_a_waiting_stream_is_told_why(start_cortex: StartCortex, neuron: LimitedNeuron) -> None:

@@ -319,3 +319,26 @@ async def _status(request: Any) -> int:
 async def _until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 - what is looked at has no event
         await asyncio.sleep(0.01)
+
+
+async def test_a_neuron_that_comes_back_does_not_leave_a_model_loaded_twice(
+    start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron
+) -> None:
+    """Its model was loaded elsewhere meanwhile. With `replicas.max` 1 the copy used least recently goes, the other
+    serves."""
+    cortex = await start_cortex([beast, benjy], [{"id": "org/m"}], placement={"scale_down_secs": 0.5})
+    fleet = cortex.parts.fleet
+    async with cortex.chat("org/m") as response:
+        first = response.headers["x-cortex-node"]
+    lost, other = (beast, benjy) if first == "beast" else (benjy, beast)
+    lost.answers.clear()
+    await cortex.until(lambda: not fleet.node(lost.name).healthy)
+    async with cortex.chat("org/m") as response:
+        assert response.headers["x-cortex-node"] == other.name
+    lost.answers.set()
+    await cortex.until(lambda: len(fleet.snapshot().serving("org/m")) == 2)
+    await cortex.until(lambda: len(lost.unloads) + len(other.unloads) == 1)
+    await cortex.until(lambda: len(fleet.snapshot().serving("org/m")) == 1)
+    async with cortex.chat("org/m") as response:
+        assert (response.status, response.headers["x-cortex-cold-start"]) == (200, "false")
+    assert len(lost.loads) == len(other.loads) == 1

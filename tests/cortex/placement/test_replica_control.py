@@ -40,7 +40,20 @@ def loads(moment: PlanningView) -> list[tuple[str, str]]:
 )
 def test_which_models_need_reconciliation(fields: dict[str, Any], expected: bool) -> None:
     """Models loaded only on request need no reconciliation."""
-    assert needs_reconciliation(profile(**fields)) is expected
+    assert needs_reconciliation(profile(**fields), fleet(host("a", 16000, models={"m": M}))) is expected
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M})), True),
+        (fleet(host("a", 16000, models={"m": M}, draining=True)), True),
+        (fleet(host("a", 16000)), False),
+    ],
+)
+def test_where_any_model_needs_reconciliation(where: FleetSnapshot, expected: bool) -> None:
+    """A model that several neurons have may have too many replicas, and one on a drained neuron may have to move."""
+    assert needs_reconciliation(profile(), where) is expected
 
 
 @pytest.mark.parametrize(
@@ -155,6 +168,27 @@ def test_idle_replicas_are_removed(model: ModelProfile, idle: dict[str, float], 
     """Replicas beyond the minimum are removed, the least recently used first."""
     uses = {("m", name): used(idle=secs) for name, secs in idle.items()}
     assert [name for name, _ in removed(view(TWO, model, usages=uses))] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "uses", "expected"),
+    [
+        (kept(0), {"a": used(idle=310), "b": used(idle=2)}, ["a"]),
+        (kept(0), {"a": used(idle=310), "b": used(idle=400)}, ["b"]),  # one stays
+        (kept(1), {"a": used(idle=310), "b": used(idle=400)}, ["b"]),
+        (kept(0), {"a": used(idle=1.1), "b": used(idle=0.5)}, ["a"]),  # both were there for long: a pause is enough
+        (kept(0), {"a": used(idle=0.9), "b": used(idle=0.5)}, []),
+        (kept(0), {"a": used(idle=290), "b": used(idle=0.5, age=290)}, []),  # the neuron may go down again
+        (kept(0), {"a": used(idle=310), "b": used(idle=0.5, age=290)}, ["a"]),
+        (kept(0), {"a": used(1, idle=900), "b": used(1, idle=900)}, []),  # both work
+        (kept(0), {"a": used(20, idle=900), "b": used(idle=400)}, ["b"]),  # however much there is to do
+        (kept(2), {"a": used(idle=900), "b": used(idle=900)}, []),
+    ],
+)
+def test_replicas_above_the_maximum_are_removed(model: ModelProfile, uses: dict[str, Any], expected: list[str]) -> None:
+    """After a failover the first neuron may come back with its replica."""
+    moment = view(TWO, model, usages={("m", name): use for name, use in uses.items()})
+    assert [name for name, _ in removed(moment)] == expected
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,32 @@ async def test_model_is_required(cortex: RunningCortex) -> None:
     assert b"/v1/realtime?model=MODEL" in answer.body
 
 
+@pytest.mark.parametrize("default", [MODEL, "voice"])
+@pytest.mark.parametrize("query", ["", "?", "?intent=x", "?model="])
+async def test_default_model(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, default: str, query: str
+) -> None:
+    """A WebSocket without a model goes to `[gateway] default_model`, which may be an alias."""
+    benjy.models[MODEL], beast.models["org/other"] = "loaded", "loaded"
+    benjy.engine.answer = beast.engine.answer = repeat
+    models = [{"id": MODEL}, {"id": "org/other"}]
+    cortex = await start_cortex([benjy, beast], models, aliases={"voice": MODEL}, gateway={"default_model": default})
+    async with cortex.http.ws_connect(f"{cortex.url}/v1/realtime{query}") as socket:
+        assert await socket.receive_str(timeout=10) == "hello"
+    target, _, _ = benjy.engine.requests[-1]
+    assert target == f"/v1/realtime?{'intent=x&' if 'intent' in query else ''}model=org%2Fsmall"
+    async with cortex.http.ws_connect(f"{cortex.url}/v1/realtime?model=org/other") as socket:
+        assert await socket.receive_str(timeout=10) == "hello"
+    assert beast.engine.requests
+
+
+@pytest.mark.parametrize("path", ["/realtime", "/v1/v1/realtime", "//v1/realtime", "/v1/realtime/"])
+async def test_base_url_with_a_part_too_many_or_too_few(cortex: RunningCortex, benjy: V1Neuron, path: str) -> None:
+    async with cortex.http.ws_connect(f"{cortex.url}{path}?model={MODEL}") as socket:
+        assert await socket.receive_str(timeout=10) == "hello"
+    assert benjy.engine.requests[-1][0].startswith("/v1/realtime?model=")
+
+
 async def test_other_paths_are_not_upgraded(cortex: RunningCortex) -> None:
     async with connected(cortex.url) as client:
         answer = await client.ask(request(b"", *HANDSHAKE, method="GET", target="/v1/responses"), "GET")

@@ -160,29 +160,44 @@ async def test_engine_that_is_gone(start_cortex: StartCortex, benjy: V1Neuron, b
             assert status == 404
 
 
+async def check_each(url: str, made: dict[str, str]) -> None:
+    """Asks often enough to reach each worker."""
+    for _ in range(8):
+        async with connected(url) as client:
+            for name, made_id in made.items():
+                status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
+                assert (status, answer["engine"]) == (200, name)
+
+
 async def test_other_workers_know(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]) -> None:
     """A client's next connection may reach another worker process."""
     async with cortex_process(
         tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
     ) as process:
         made = await made_on_each(process.url, engines)
-        for _ in range(8):
-            async with connected(process.url) as client:
-                for name, made_id in made.items():
-                    status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
-                    assert (status, answer["engine"]) == (200, name)
+        await check_each(process.url, made)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 async def test_known_after_a_restart(
-    tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]
+    tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine], workers: int
 ) -> None:
-    """The engines still have the responses."""
-    models = [{"id": MODEL}]
-    start = partial(cortex_process, tmp_path, [benjy, beast], models, state_dir="state", routing={"prefix_chars": 0})
+    """The engines still have the responses, also for requests that continue them."""
+    start = partial(
+        cortex_process,
+        tmp_path,
+        [benjy, beast],
+        [{"id": MODEL}],
+        state_dir="state",
+        routing={"prefix_chars": 0},
+        workers=workers,
+    )
     async with start() as process:
         made = await made_on_each(process.url, engines)
         process.process.terminate()
         await process.ended()
+    async with start() as process:
+        await continue_each(process.url, engines, made, 1)
     async with start() as process, connected(process.url) as client:
         for name, made_id in made.items():
             status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
@@ -195,15 +210,11 @@ async def test_a_new_worker_knows(tmp_path: Path, benjy: V1Neuron, beast: V1Neur
         tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
     ) as process:
         made = await made_on_each(process.url, engines)
-        await until(lambda: "worker 1 is process" in process.log())
+        await check_each(process.url, made)  # the control knows them
         for pid in re.findall(r"worker \d is process (\d+)", process.log()):
             os.kill(int(pid), signal.SIGKILL)
         await until(lambda: process.log().count("is process") == 4)
-        for _ in range(4):
-            async with connected(process.url) as client:
-                for name, made_id in made.items():
-                    status, answer = await ask(client, "GET", f"/v1/responses/{made_id}")
-                    assert (status, answer["engine"]) == (200, name)
+        await check_each(process.url, made)
 
 
 async def continue_each(url: str, engines: dict[str, Engine], made: dict[str, str], count: int) -> None:

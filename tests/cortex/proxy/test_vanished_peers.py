@@ -45,6 +45,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers count as vanished after about two seconds."""
     monkeypatch.setattr(serve, "SERVER_TIMES", SCALED)
     monkeypatch.setattr(serve, "CLIENT_TIMES", SCALED)
+    monkeypatch.setattr(serve, "CLIENT_RETRY_SECS", 1)
     monkeypatch.setattr(serve, "UNANSWERED_SECS", 1.5)
     monkeypatch.setattr("cortex.http.server.UNANSWERED_CHECK_SECS", 0.3)
     monkeypatch.setattr("cortex.http.server.SWEEP_SECS", 0.1)
@@ -105,6 +106,13 @@ def times_of(sock: socket.socket) -> ProbeTimes:
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
     return ProbeTimes(*(sock.getsockopt(socket.IPPROTO_TCP, name) for name in names))
+
+
+def can_limit_retries() -> bool:
+    with socket.socket() as sock, contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, serve.TCP_RTO_MAX_MS, 1000)
+        return True
+    return False
 
 
 async def test_sockets_have_probes(start_cortex: StartCortex, benjy: V1Neuron) -> None:
@@ -211,6 +219,25 @@ class TestClient:
                 await asyncio.sleep(0.5)
                 far.vanish()
                 await bounded(engine.connections[-1].gone.wait())
+            await idle(cortex)
+
+    async def test_vanishes_after_it_has_not_read_for_long(
+        self, start_cortex: StartCortex, benjy: V1Neuron, far: FarHost
+    ) -> None:
+        """As soon as one that has just stopped reading, although the kernel doubles the time between its probes: after
+        eight seconds the next one would be due at 12.6 s."""
+        if not can_limit_retries():
+            pytest.skip("needs TCP_RTO_MAX_MS of Linux 6.15")
+        async with engine_of(benjy) as engine:
+            engine.script = flood
+            cortex = await start_cortex([benjy], [{"id": MODEL}], host=far.near_address)
+            async with connected(cortex.url, sock=far.new_socket(), receive_buffer=4096) as client:
+                client.stop_reading()
+                await client.send(ASK)
+                await engine.next_request()
+                await asyncio.sleep(8)
+                far.vanish()
+                await bounded(engine.connections[-1].gone.wait(), secs=3.5)
             await idle(cortex)
 
     async def test_that_does_not_read_is_not_cut(

@@ -203,6 +203,22 @@ def test_environment(harness: str) -> None:
     assert (made.env["X"], made.env["HF_TOKEN"]) == ("1", "hf")
 
 
+@pytest.mark.parametrize("harness", ["vllm", "sim"])
+@pytest.mark.parametrize(
+    ("environ", "env", "expected"),
+    [(None, None, 75), ("9", None, 9), ("9", "30", 30), (None, "-1", 0), (None, "soon", None)],
+)
+def test_how_long_idle_connections_are_kept(
+    harness: str, environ: str | None, env: str | None, expected: float | None
+) -> None:
+    """Longer than by default, unless the operator says otherwise; cortex learns what the engine is told."""
+    name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    settings = HarnessSettings(env={} if env is None else {name: env})
+    inherited = ENVIRON if environ is None else {**ENVIRON, name: environ}
+    made = command(replace(SPEC, harness=harness), settings=settings, environ=inherited)
+    assert HARNESSES[harness].keep_alive_secs(made.env) == expected
+
+
 def test_neurons_variables_are_not_inherited() -> None:
     """The engine gets neither neuron's token, under any name, nor its supervisor's sockets, nor another engine's
     key."""

@@ -80,3 +80,19 @@ def test_cause_of(lines: list[str], cause: str | None) -> None:
 def test_reason_of_an_exit(code: int, lines: list[str], reason: str) -> None:
     """A signal comes first: the log cannot mention it."""
     assert exit_reason(HARNESSES["vllm"], code, lines) == reason
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OSError: [Errno 98] Address already in use",
+        "OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 20000): address already in use",
+        "listen tcp 127.0.0.1:20000: bind: address already in use",
+        "Error: listen EADDRINUSE: address already in use 127.0.0.1:20000",
+        "main: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 20000",
+    ],
+)
+def test_other_words_for_a_port_that_is_taken(line: str) -> None:
+    """Whatever the engine is written in, it is started again on another port."""
+    assert HARNESSES["vllm"].port_was_taken(["INFO: starting", line])
+    assert not HARNESSES["vllm"].port_was_taken(["INFO: starting"])

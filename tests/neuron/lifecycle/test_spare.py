@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from neuron.engine.session import engine_id_of
 from neuron.harness import sim
 from neuron.lifecycle.spare import spares
+from neuron.lifecycle.spare.spare import Spare
 from neuron.sim.process.loading import _WEIGHTS
 from tests.neuron.neurons import (
     Client,
@@ -113,6 +115,24 @@ async def test_environment_that_imports_read_needs_a_plain_start(neuron: Neuron)
     second = await spare_of(neuron)
     await neuron.load("c", "--no-enable-sleep-mode")
     assert (await neuron.model("c"))["pid"] == second["pid"]
+
+
+async def test_load_takes_a_spare_the_moment_it_is_ready(neuron: Neuron, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its memory is measured for the first time."""
+    measured, measure = threading.Event(), Spare.memory_mb
+
+    def wait_and_measure(self: Spare) -> int:
+        assert measured.wait(30)
+        return measure(self)
+
+    monkeypatch.setattr(Spare, "memory_mb", wait_and_measure)
+    await neuron.load("a")
+    spare = await spare_of(neuron)
+    await neuron.load("b")
+    measured.set()
+    assert (await spare_of(neuron))["pid"] != spare["pid"]
+    assert (await neuron.model("b"))["pid"] == spare["pid"]
+    assert len(list((neuron.state_dir / "engines").glob("*/run.json"))) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

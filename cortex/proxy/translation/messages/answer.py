@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from cortex.proxy.translation.chat_answer import (
+    ChatCalls,
+    abort_message,
+    choice_of,
+    content_text,
+    finish_reason_of,
+    reasoning_of,
+    said_in,
+)
 from cortex.proxy.translation.chat_stream import error_message
 from cortex.proxy.translation.interface import Json, WholeAnswer, engine_object, to_json
 from shared.errors import anthropic_error_type
@@ -37,36 +45,38 @@ class ClientSettings(NamedTuple):
 def message_answer(body: bytes, settings: ClientSettings) -> WholeAnswer:
     """The message for a complete chat completion."""
     found = engine_object(body)
-    choices = None if found is None else found.get("choices")
-    if found is None or not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    choice = None if found is None else choice_of(found)
+    said = None if choice is None else said_in(choice)
+    if found is None or choice is None or said is None:
         if found is not None and found.get("error"):
             return error_answer(502, body)
         return _error(502, "the engine answered 200 without a chat completion")
-    said = choices[0].get("message")
-    said = said if isinstance(said, dict) else {}
+    reason = finish_reason_of(choice)
+    aborted = abort_message(reason)
+    if aborted is not None:
+        return _error(502, aborted)
     message_id = anthropic_id("msg", found.get("id"))
     content: list[Json] = []
     thought = reasoning_of(said)
     if thought and settings.thinks:
         content.append({"type": "thinking", "thinking": thought, "signature": ""})
-    text = said.get("content")
-    if isinstance(text, str) and text:
+    text = text_in(said)
+    if text:
         content.append({"type": "text", "text": text})
-    calls = said.get("tool_calls")
-    for index, call in enumerate(calls if isinstance(calls, list) else []):
-        block = _tool_use(call, f"{message_id}_{index}")
-        if block is None and choices[0].get("finish_reason") == "length":
-            block = _cut_call(call)
-        if block is None:
+    for index, call in enumerate(ChatCalls().take(choice)):
+        given = call.input()
+        if given is not None:
+            tool_id = anthropic_id("toolu", call.call_id, f"{message_id}_{index}")
+            content.append({"type": "tool_use", "id": tool_id, "name": call.name, "input": given})
+        elif reason == "length":  # cut off at the token limit: its arguments are not JSON
+            content.append({"type": "text", "text": f"{call.name}({call.arguments}"})
+        else:
             return _error(502, "the model called a tool with arguments that are not a JSON object")
-        content.append(block)
     called = any(block["type"] == "tool_use" for block in content)
     if not content:
         content.append({"type": "text", "text": ""})
     message = new_message(message_id, str(found.get("model") or settings.model))
-    message.update(
-        content=content, usage=usage_of(found.get("usage")), **ending_of(choices[0], settings, called=called)
-    )
+    message.update(content=content, usage=usage_of(found.get("usage")), **ending_of(choice, settings, called=called))
     return WholeAnswer(200, to_json(message))
 
 
@@ -120,55 +130,23 @@ def usage_of(given: Any) -> Json:
 def ending_of(choice: Json, settings: ClientSettings, *, called: bool) -> Json:
     """`stop_reason` and `stop_sequence`. `called`: the message calls tools. vLLM names the sequence in `stop_reason`,
     SGLang in `matched_stop`."""
-    finish = choice.get("finish_reason")
+    finish = finish_reason_of(choice)
     for matched in (choice.get("stop_reason"), choice.get("matched_stop")):
         if finish == "stop" and isinstance(matched, str) and matched in settings.stops:
             return {"stop_reason": "stop_sequence", "stop_sequence": matched}
-    reason = _STOP_REASONS.get(str(finish)) or ("tool_use" if called else "end_turn")
+    reason = _STOP_REASONS.get(finish or "") or ("tool_use" if called else "end_turn")
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def reasoning_of(said: Json) -> str:
-    """What the model thought: `reasoning_content`, or `reasoning` in vLLM and Ollama."""
-    for thought in (said.get("reasoning_content"), said.get("reasoning")):
-        if isinstance(thought, str) and thought:
-            return thought
-    return ""
+def text_in(said: Json) -> str:
+    """The model's words, a refusal included: Anthropic's API has no block for it."""
+    return content_text(said.get("content")) + content_text(said.get("refusal"))
 
 
 def anthropic_id(prefix: str, given: Any, otherwise: str | None = None) -> str:
     """An engine's id with Anthropic's prefix; of `otherwise`, or a new one, if the engine gave none."""
     known = given if isinstance(given, str) and given else otherwise or uuid.uuid4().hex
     return f"{prefix}_{_NOT_IN_IDS.sub('_', _OTHER_PREFIX.sub('', known))}"
-
-
-def _tool_use(call: Any, otherwise: str) -> Json | None:
-    """A call as a block, None if its arguments are not a JSON object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return None
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments)
-    if not isinstance(arguments, dict):
-        return None
-    tool_id = anthropic_id("toolu", call.get("id"), otherwise)
-    return {"type": "tool_use", "id": tool_id, "name": str(function.get("name")), "input": arguments}
-
-
-def _cut_call(call: Any) -> Json | None:
-    """A call that was cut off at the token limit, as text: its arguments are not JSON."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return None
-    return {"type": "text", "text": f"{function.get('name')}({function.get('arguments')}"}
-
-
-def _parsed(arguments: str) -> Any:
-    try:
-        return json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError):
-        return None
 
 
 def _count(value: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from cortex.proxy.translation.fields import invalid, text_of
+from cortex.proxy.translation.fields import invalid, object_of, text_of
 from cortex.proxy.translation.interface import Json, to_json
 
 _BILLING: Final = "x-anthropic-billing-header"
@@ -22,29 +22,31 @@ def chat_messages(given: Json, engine: str) -> list[Json]:
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise invalid("messages", "must be a list of at least one message")
-    chat: list[Json] = []
-    system = _system_text(given.get("system"), "system")
+    chat: list[Json] = []  # content and reasoning_content are lists until the end
+    system = _system_parts(given.get("system"), "system")
     if system:
         chat.append({"role": "system", "content": system})
     for index, message in enumerate(messages):
         param = f"messages[{index}]"
         if not isinstance(message, dict):
             raise invalid(param, "must be an object")
-        role = message.get("role")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant", "system"):
+            raise invalid(f"{param}.role", f"must be user or assistant, got {role!r}")
+        if content is None:
+            raise invalid(f"{param}.content", "required (a string or a list of content blocks)")
         if role == "user":
-            for part in _user_messages(message.get("content"), f"{param}.content", engine):
+            for part in _user_messages(content, f"{param}.content", engine):
                 _add(chat, part)
         elif role == "assistant":
-            _add(chat, _assistant_message(message.get("content"), f"{param}.content", engine))
-        elif role == "system":
-            text = _system_text(message.get("content"), f"{param}.content")
-            if any(before["role"] != "system" for before in chat):
-                _add(chat, {"role": "user", "content": f"<system>\n{text}\n</system>"})
-            else:
-                _add(chat, {"role": "system", "content": text})
+            _add(chat, _assistant_message(content, f"{param}.content", engine))
         else:
-            raise invalid(f"{param}.role", f"must be user or assistant, got {role!r}")
-    return chat
+            parts = _system_parts(content, f"{param}.content")
+            if chat and chat[-1]["role"] != "system":
+                _add(chat, {"role": "user", "content": [_text(f"<system>\n{_joined(parts)}\n</system>")]})
+            else:
+                _add(chat, {"role": "system", "content": parts})
+    return [_finished(message) for message in chat]
 
 
 def _add(chat: list[Json], message: Json) -> None:
@@ -52,27 +54,29 @@ def _add(chat: list[Json], message: Json) -> None:
     last = chat[-1] if chat else None
     if last is None or last["role"] != message["role"] or message["role"] == "tool":
         chat.append(message)
-    elif message["role"] == "system":
-        last["content"] = "\n".join((last["content"], message["content"]))
-    elif message["role"] == "user":
-        last["content"] = _content(_content_parts(last) + _content_parts(message))
     else:
-        _add_to_assistant(last, message)
+        for key in ("content", "reasoning_content", "tool_calls"):
+            if key in message:
+                last.setdefault(key, []).extend(message[key])
 
 
-def _content_parts(message: Json) -> list[Json]:
-    content = message["content"]
-    if isinstance(content, list):
-        return content
-    return [_text(content)] if content else []
+def _finished(message: Json) -> Json:
+    """The message as an engine gets it."""
+    role, content = message["role"], message["content"]
+    if role == "system":
+        message["content"] = _joined(content)
+    elif role == "user":
+        message["content"] = _content(content)
+    elif role == "assistant":
+        text = "".join(part["text"] for part in content)
+        message["content"] = text or (None if "tool_calls" in message else "")
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "".join(message["reasoning_content"])
+    return message
 
 
-def _add_to_assistant(last: Json, message: Json) -> None:
-    texts = [each["content"] for each in (last, message) if each["content"]]
-    for key in ("reasoning_content", "tool_calls"):
-        if key in message:
-            last[key] = last[key] + message[key] if key in last else message[key]
-    last["content"] = "".join(texts) if texts or "tool_calls" not in last else None
+def _joined(parts: list[Json]) -> str:
+    return "\n".join(part["text"] for part in parts)
 
 
 def _blocks_of(content: Any, param: str) -> list[Json]:
@@ -89,15 +93,15 @@ def _blocks_of(content: Any, param: str) -> list[Json]:
     return content
 
 
-def _system_text(content: Any, param: str) -> str:
-    texts = []
+def _system_parts(content: Any, param: str) -> list[Json]:
+    parts = []
     for index, block in enumerate(_blocks_of(content, param)):
         if block.get("type") != "text":
             raise invalid(f"{param}[{index}]", "a system prompt can contain text only")
         text = text_of(block, "text", f"{param}[{index}]")
         if not text.startswith(_BILLING):
-            texts.append(text)
-    return "\n".join(texts)
+            parts.append(_text(text))
+    return parts
 
 
 def _user_messages(content: Any, param: str, engine: str) -> list[Json]:
@@ -113,7 +117,7 @@ def _user_messages(content: Any, param: str, engine: str) -> list[Json]:
         else:
             parts += _parts(block, where, engine)
     if parts or not results:
-        return [*results, {"role": "user", "content": _content(parts)}]
+        return [*results, {"role": "user", "content": parts}]
     return results
 
 
@@ -184,30 +188,29 @@ def _document(block: Json, param: str, engine: str) -> list[Json]:
 
 
 def _assistant_message(content: Any, param: str, engine: str) -> Json:
-    texts: list[str] = []
+    texts: list[Json] = []
     thoughts: list[str] = []
     calls: list[Json] = []
     for index, block in enumerate(_blocks_of(content, param)):
         where, kind = f"{param}[{index}]", block.get("type")
         if kind == "text":
-            texts.append(text_of(block, "text", where))
+            texts.append(_text(text_of(block, "text", where)))
         elif kind == "thinking":
             thoughts.append(text_of(block, "thinking", where))
         elif kind == "tool_use":
             calls.append(_call(block, where))
         elif kind != "redacted_thinking":  # encrypted: no engine could read it
             raise invalid(where, f"{engine} cannot take content of type {kind!r} from an assistant")
-    message: Json = {"role": "assistant", "content": "".join(texts) if texts or not calls else None}
+    message: Json = {"role": "assistant", "content": texts}
     if thoughts:
-        message["reasoning_content"] = "".join(thoughts)
+        message["reasoning_content"] = thoughts
     if calls:
         message["tool_calls"] = calls
     return message
 
 
 def _call(block: Json, param: str) -> Json:
-    given = block.get("input")
-    arguments = to_json({} if given is None else given).decode()
+    arguments = to_json(object_of(block.get("input"), f"{param}.input")).decode()
     function = {"name": text_of(block, "name", param), "arguments": arguments}
     return {"id": text_of(block, "id", param), "type": "function", "function": function}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from cortex.proxy.translation.fields import invalid
+from cortex.proxy.translation.fields import effort_of, invalid, object_of, wants_stream
 from cortex.proxy.translation.interface import Json
 from cortex.proxy.translation.messages.chat_messages import chat_messages
 from cortex.proxy.translation.messages.tools import chat_tools
@@ -24,9 +24,6 @@ _ENGINE_OPTIONS: Final = (
 `container`, …) concern Anthropic's servers only and are left out."""
 
 _THINKING: Final = ("enabled", "adaptive", "disabled")
-
-_EFFORTS: Final = {"xhigh": "high", "max": "high"}
-"""Efforts that chat completions do not have."""
 
 
 def chat_request(given: Json, engine: str) -> Json:
@@ -48,10 +45,10 @@ def chat_request(given: Json, engine: str) -> Json:
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise invalid("stop_sequences", "must be a list of strings")
         chat["stop"] = stops
-    metadata = given.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
-        chat["user"] = metadata["user_id"]
-    if given.get("stream") is True:
+    user = object_of(given.get("metadata"), "metadata").get("user_id")
+    if isinstance(user, str):
+        chat["user"] = user
+    if wants_stream(given):
         chat["stream"] = True
         chat["stream_options"] = {"include_usage": True}
     _add_output(chat, given)
@@ -77,19 +74,15 @@ def prompt_part(given: Json, engine: str) -> Json:
 def _template_options(given: Json) -> Json:
     """Arguments of the chat template: the client's own, and `enable_thinking`, which templates with such a switch have
     and the others ignore."""
-    options, thinking = given.get("chat_template_kwargs"), given.get("thinking")
-    options = options if isinstance(options, dict) else {}
-    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    options = object_of(given.get("chat_template_kwargs"), "chat_template_kwargs")
+    kind = object_of(given.get("thinking"), "thinking").get("type")
     return {"enable_thinking": kind != "disabled", **options} if kind in _THINKING else options
 
 
 def _add_output(chat: Json, given: Json) -> None:
     """`output_config` (effort and format), and the older `output_format`."""
-    config: Any = given.get("output_config")
-    config = config if isinstance(config, dict) else {}
-    effort = config.get("effort")
-    if isinstance(effort, str):
-        chat["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    config = object_of(given.get("output_config"), "output_config")
+    chat |= effort_of(config, "output_config")
     wanted = config.get("format") or given.get("output_format")
     if not wanted:
         return

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from cortex.proxy.answers.error_event import engine_error_event, error_event
+from cortex.proxy.translation.chat_answer import (
+    UNFINISHED,
+    ChatCalls,
+    abort_message,
+    choice_of,
+    finish_reason_of,
+    reasoning_of,
+    said_in,
+)
 from cortex.proxy.translation.chat_stream import ChatEvent, ChatStreamReader
 from cortex.proxy.translation.interface import Json, event, to_json
 from cortex.proxy.translation.messages.answer import (
@@ -13,23 +21,13 @@ from cortex.proxy.translation.messages.answer import (
     anthropic_id,
     ending_of,
     new_message,
-    reasoning_of,
+    text_in,
     usage_of,
 )
 from shared.errors import UpstreamError
 from shared.protocol import ErrorCode
 
 _PATH = b"/v1/messages"
-
-
-@dataclass
-class _Call:
-    """A tool call as far as it has come. `waiting`: arguments that the client does not have yet."""
-
-    index: Any
-    given_id: str
-    name: str = ""
-    waiting: list[str] = field(default_factory=list)
 
 
 class MessageStream:
@@ -46,10 +44,11 @@ class MessageStream:
         self._message_id = ""  # until the first chunk
         self._open = ""  # type of the open block
         self._blocks = 0  # so far, with the open one
-        self._calls: list[_Call] = []
+        self._calls = ChatCalls()
         self._late_text: list[str] = []  # that came while a call was open
         self._last: Json | None = None  # the choice with the finish reason
         self._usage: Any = None
+        self._choices = 0  # so far
         self._ended = False
 
     def feed(self, data: bytes) -> bytes:
@@ -76,7 +75,7 @@ class MessageStream:
         if found.kind == "chunk":
             self._take_chunk(found.data)
         elif found.kind == "done":
-            self._end()
+            self._end(done=True)
         else:
             self._fail(found)
 
@@ -88,68 +87,52 @@ class MessageStream:
             message = new_message(self._message_id, str(chunk.get("model") or self._settings.model))
             message["usage"] = usage_of(self._usage)
             self._send("message_start", message=message)
-        choices = chunk.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(choice, dict) or self._last is not None:
+        choice = choice_of(chunk)
+        if choice is None or self._last is not None:
             return
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            self._take_delta(delta)
-        if choice.get("finish_reason"):
+        self._choices += 1
+        self._take_choice(choice)
+        reason = finish_reason_of(choice)
+        aborted = abort_message(reason)
+        if aborted is not None:
+            self._fail(ChatEvent("error", {}, aborted))
+        elif reason is not None:
             self._last = choice
             self._complete()
 
-    def _take_delta(self, delta: Json) -> None:
-        thought = reasoning_of(delta)
+    def _take_choice(self, choice: Json) -> None:
+        said = said_in(choice) or {}
+        thought = reasoning_of(said)
         if thought and self._settings.thinks and self._open != "tool_use":
             self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             self._send_delta("thinking_delta", thinking=thought)
-        text = delta.get("content")
-        if isinstance(text, str) and text:
+        text = text_in(said)
+        if text:
             if self._open == "tool_use":
                 self._late_text.append(text)
             else:
                 self._send_text(text)
-        calls = delta.get("tool_calls")
-        for call in calls if isinstance(calls, list) else []:
-            if isinstance(call, dict):
-                self._take_call(call)
+        for call in self._calls.take(choice):
+            if call is self._calls.found[0] and call.name:
+                self._send_call(0)
 
     def _send_text(self, text: str) -> None:
         self._open_block("text", {"type": "text", "text": ""})
         self._send_delta("text_delta", text=text)
 
-    def _take_call(self, delta: Json) -> None:
-        """More of a call. Some engines give all calls the same index and an id each, others no ids."""
-        given = delta.get("function")
-        function = given if isinstance(given, dict) else {}
-        name, index = function.get("name"), delta.get("index")
-        given_id = delta.get("id") if isinstance(delta.get("id"), str) else ""
-        call = next((call for call in reversed(self._calls) if call.index == index), None)
-        if call is None or (name and call.name and given_id and call.given_id != given_id):
-            call = _Call(index, given_id or "")
-            self._calls.append(call)
-        if name and not call.name:
-            call.name = str(name)
-        arguments = function.get("arguments")
-        if arguments:
-            call.waiting.append(arguments if isinstance(arguments, str) else to_json(arguments).decode())
-        if call is self._calls[0] and call.name:
-            self._send_call(0)
-
     def _send_call(self, number: int) -> None:
         """Sends what is new of a call, which the block for it may begin with."""
-        call = self._calls[number]
+        call = self._calls.found[number]
         if self._open != "tool_use":
-            tool_id = anthropic_id("toolu", call.given_id, f"{self._message_id}_{number}")
+            tool_id = anthropic_id("toolu", call.call_id, f"{self._message_id}_{number}")
             self._open_block("tool_use", {"type": "tool_use", "id": tool_id, "name": call.name, "input": {}})
-        waiting, call.waiting = "".join(call.waiting), []
-        if waiting:
-            self._send_delta("input_json_delta", partial_json=waiting)
+        arguments = call.more_arguments()
+        if arguments:
+            self._send_delta("input_json_delta", partial_json=arguments)
 
     def _complete(self) -> None:
         """Sends what has waited for the finish reason."""
-        for number in range(len(self._calls)):
+        for number in range(len(self._calls.found)):
             if number:
                 self._close_block()
             self._send_call(number)
@@ -157,15 +140,19 @@ class MessageStream:
             self._send_text("".join(self._late_text))
         self._close_block()
 
-    def _end(self) -> None:
+    def _end(self, *, done: bool = False) -> None:
+        """`done`: the engine has said `[DONE]`. That ends an answer too, for the engines that give no finish reason."""
         if self._ended:
             return
         self._ended = True
+        if self._last is None and done and self._choices and self._calls.complete:
+            self._last = {}
+            self._complete()
         if self._last is None:
-            error = UpstreamError("the engine ended its answer without a reason", code=ErrorCode.UPSTREAM_LOST)
+            error = UpstreamError(UNFINISHED, code=ErrorCode.UPSTREAM_LOST)
             self._out.append(error_event(_PATH, error))
             return
-        ending = ending_of(self._last, self._settings, called=bool(self._calls))
+        ending = ending_of(self._last, self._settings, called=bool(self._calls.found))
         self._send("message_delta", delta=ending, usage=usage_of(self._usage))
         self._send("message_stop")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from cortex.proxy.translation.fields import invalid, text_of
+from cortex.proxy.translation.fields import invalid, object_of, objects_of, text_of
 from cortex.proxy.translation.interface import Json
 
 
@@ -14,25 +15,22 @@ def chat_tools(given: Json, engine: str) -> Json:
     Raises:
         InvalidRequest: malformed, or a tool that Anthropic's servers or models define themselves.
     """
-    tools = given.get("tools")
+    tools = [
+        _function(tool, f"tools[{index}]", engine) for index, tool in enumerate(objects_of(given.get("tools"), "tools"))
+    ]
+    choice = object_of(given.get("tool_choice"), "tool_choice")
+    wanted = _choice(choice, {tool["function"]["name"] for tool in tools}) if choice else None
     if not tools:
         return {}
-    if not isinstance(tools, list):
-        raise invalid("tools", "must be a list")
-    chat: Json = {"tools": [_function(tool, f"tools[{index}]", engine) for index, tool in enumerate(tools)]}
-    choice = given.get("tool_choice")
-    if choice is not None:
-        if not isinstance(choice, dict):
-            raise invalid("tool_choice", "must be an object with a type")
-        chat["tool_choice"] = _choice(choice)
-        if choice.get("disable_parallel_tool_use") is True:
-            chat["parallel_tool_calls"] = False
+    chat: Json = {"tools": tools}
+    if wanted is not None:
+        chat["tool_choice"] = wanted
+    if choice.get("disable_parallel_tool_use") is True:
+        chat["parallel_tool_calls"] = False
     return chat
 
 
-def _function(tool: Any, param: str, engine: str) -> Json:
-    if not isinstance(tool, dict):
-        raise invalid(param, "must be an object")
+def _function(tool: Json, param: str, engine: str) -> Json:
     kind = tool.get("type")
     if kind not in (None, "custom"):
         raise invalid(
@@ -51,12 +49,17 @@ def _function(tool: Any, param: str, engine: str) -> Json:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: Json) -> Any:
+def _choice(choice: Json, offered: Collection[str]) -> Any:
     kind = choice.get("type")
     if kind in ("auto", "none"):
         return kind
     if kind == "any":
+        if not offered:
+            raise invalid("tool_choice", "any needs at least one tool in `tools`")
         return "required"
     if kind == "tool":
-        return {"type": "function", "function": {"name": text_of(choice, "name", "tool_choice")}}
+        name = text_of(choice, "name", "tool_choice")
+        if name not in offered:
+            raise invalid("tool_choice.name", f"no tool {name!r} in `tools`")
+        return {"type": "function", "function": {"name": name}}
     raise invalid("tool_choice.type", f"must be auto, any, tool or none, got {kind!r}")

@@ -59,7 +59,7 @@ class _Conversation:
             self._add_message(item, param)
         elif kind == "function_call":
             name = self._tools.function_name(text_of(item, "name", param), item.get("namespace"))
-            self._add_call(item, name, text_of(item, "arguments", param) or "{}", param)
+            self._add_call(item, name, _arguments(text_of(item, "arguments", param)), param)
         elif kind == "custom_tool_call":
             name = self._tools.function_name(text_of(item, "name", param), item.get("namespace"))
             self._add_call(item, name, custom_arguments(text_of(item, "input", param)), param)
@@ -81,8 +81,12 @@ class _Conversation:
     def finished(self) -> list[Json]:
         self._show_pictures()
         messages = [m for m in self._messages if m["content"] or m.get("tool_calls")]
+        if not messages:
+            raise invalid("input", "has no content")
         for message in messages:
             message["content"] = _content(message["role"], message["content"])
+            if "reasoning_content" in message:
+                message["reasoning_content"] = "\n".join(message["reasoning_content"])
         return messages
 
     def _last(self, role: str) -> Json:
@@ -94,7 +98,13 @@ class _Conversation:
         role = item.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise invalid(f"{param}.role", f"must be one of {', '.join(_ROLES)}, got {json.dumps(role)}")
-        self.say(_ROLES[role], _parts(item.get("content"), f"{param}.content"))
+        parts = _parts(item.get("content"), f"{param}.content")
+        if _ROLES[role] == "system" and self._messages and self._messages[-1]["role"] != "system":
+            # Many templates refuse a system message here.
+            texts = "\n".join(part["text"] for part in parts if part["type"] == "text")
+            self.say("user", [_text(f"<system>\n{texts}\n</system>"), *(p for p in parts if p["type"] != "text")])
+        else:
+            self.say(_ROLES[role], parts)
 
     def _add_call(self, item: Json, name: str, arguments: str, param: str) -> None:
         call = {
@@ -109,9 +119,7 @@ class _Conversation:
         parts = objects_of(item.get("content"), f"{param}.content")
         said = "\n".join(text_of(part, "text", f"{param}.content[{index}]") for index, part in enumerate(parts))
         if said:
-            message = self._last("assistant")
-            earlier = message.get("reasoning_content")
-            message["reasoning_content"] = f"{earlier}\n{said}" if earlier else said
+            self._last("assistant").setdefault("reasoning_content", []).append(said)
 
     def _add_output(self, item: Json, param: str) -> None:
         call_id, output = text_of(item, "call_id", param), item.get("output")
@@ -128,6 +136,16 @@ class _Conversation:
         if self._pictures:
             self.say("user", self._pictures)
             self._pictures = []
+
+
+def _arguments(text: str) -> str:
+    """A call's arguments, made an object if they are none: chat templates fail at anything else, so that a model's slip
+    would make the rest of the conversation impossible."""
+    try:
+        readable = isinstance(json.loads(text or "{}"), dict)
+    except (ValueError, RecursionError):
+        readable = False
+    return (text or "{}") if readable else custom_arguments(text)
 
 
 def _parts(content: Any, param: str) -> list[Json]:

@@ -6,10 +6,10 @@ An item for the model's reasoning, one for its words and one for each call, in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from cortex.proxy.translation.interface import Json, to_json
+from cortex.proxy.translation.chat_answer import ChatCall, ChatCalls, content_text, reasoning_of, said_in
+from cortex.proxy.translation.interface import Json
 from cortex.proxy.translation.responses.tools import CalledTool, CustomInput, ToolSet
 
 OutputEvent = tuple[str, Json]
@@ -137,17 +137,6 @@ class _CallItem:
             yield f"{kind}.delta", {"item_id": self.id, "output_index": self.index, "delta": text}
 
 
-@dataclass
-class _EngineCall:
-    """A call as the engine tells of it. Its item begins when its name is known."""
-
-    index: int | None
-    item: _CallItem | None = None
-    call_id: str = ""
-    name: str = ""
-    early_arguments: str = ""
-
-
 class Output:
     """All items. The methods that change it yield the events of the change."""
 
@@ -158,32 +147,37 @@ class Output:
         self._items: list[_Item] = []
         self._open: list[_Item] = []
         self._speaking: _TextItem | None = None
-        self._calls: list[_EngineCall] = []
+        self._calls = ChatCalls()
+        self._call_items: dict[ChatCall, _CallItem] = {}  # an item begins when its name is known
+
+    @property
+    def calls_are_complete(self) -> bool:
+        return self._calls.complete
 
     def view(self) -> list[Json]:
         return [item.view() for item in self._items]
 
-    def take(self, delta: Json, logprobs: list[Json]) -> Iterator[OutputEvent]:
-        """What a chunk's `delta`, or a complete message, adds. `logprobs` belong to its text."""
-        reasoning = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning"))
+    def take(self, choice: Json) -> Iterator[OutputEvent]:
+        """What the choice of a chunk, or of a whole answer, adds."""
+        said = said_in(choice) or {}
+        reasoning = reasoning_of(said)
         if reasoning:
             yield from self._say("reasoning_text", reasoning, [])
-        content = _text(delta.get("content"))
+        content = content_text(said.get("content"))
         if content:
-            yield from self._say("output_text", content, logprobs)
-        refusal = _text(delta.get("refusal"))
+            yield from self._say("output_text", content, _logprobs_of(choice))
+        refusal = content_text(said.get("refusal"))
         if refusal:
             yield from self._say("refusal", refusal, [])
-        calls = delta.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict):
-                yield from self._call(call)
+        for call in self._calls.take(choice):
+            if call in self._call_items or call.name:
+                yield from self._continue_call(call)
 
     def close(self, status: str) -> Iterator[OutputEvent]:
         """Ends all items. `status` is that of the last one: only that one can be incomplete."""
-        for call in self._calls:
-            if call.item is None:
-                yield from self._begin_call(call)
+        for call in self._calls.found:
+            if call not in self._call_items:
+                yield from self._continue_call(call)
         while self._open:
             item = self._open[0]
             yield from self._close(item, status if item is self._items[-1] else COMPLETED)
@@ -204,43 +198,18 @@ class Output:
             self._speaking = item
         yield from item.add(kind, text, logprobs)
 
-    def _call(self, piece: Json) -> Iterator[OutputEvent]:
-        given = piece.get("function")
-        function: Json = given if isinstance(given, dict) else {}
-        call_id, name, arguments = _text(piece.get("id")), _text(function.get("name")), function.get("arguments")
-        # A few engines send the object itself.
-        arguments = to_json(arguments).decode() if isinstance(arguments, dict) else _text(arguments)
-        call = self._engine_call(piece.get("index"), call_id, name)
-        call.call_id = call.call_id or call_id
-        call.name = call.name or name
-        if call.item is not None:
-            if arguments:
-                yield from call.item.add(arguments)
-            return
-        call.early_arguments += arguments
-        if call.name:
-            yield from self._begin_call(call)
-
-    def _engine_call(self, index: Any, call_id: str, name: str) -> _EngineCall:
-        """The call that a piece belongs to. Not every engine numbers its calls; some use one number for all."""
-        numbered = isinstance(index, int)
-        calls = [call for call in self._calls if call.index == index] if numbered else self._calls
-        last = calls[-1] if calls else None
-        if last is not None:
-            other_id = bool(call_id) and last.call_id not in ("", call_id)
-            if not (name and (other_id or not (call_id or numbered))):
-                return last
-        self._calls.append(_EngineCall(index if numbered else None))
-        return self._calls[-1]
-
-    def _begin_call(self, call: _EngineCall) -> Iterator[OutputEvent]:
-        yield from self._fall_silent()
-        tool = self._tools.called(call.name)
-        item_id = self._new_id("ctc" if tool.custom else "fc")
-        call.item = _CallItem(len(self._items), item_id, call.call_id or self._new_id("call"), tool)
-        yield self._begin(call.item)
-        if call.early_arguments:
-            yield from call.item.add(call.early_arguments)
+    def _continue_call(self, call: ChatCall) -> Iterator[OutputEvent]:
+        item = self._call_items.get(call)
+        if item is None:
+            yield from self._fall_silent()
+            tool = self._tools.called(call.name)
+            item_id = self._new_id("ctc" if tool.custom else "fc")
+            item = _CallItem(len(self._items), item_id, call.call_id or self._new_id("call"), tool)
+            self._call_items[call] = item
+            yield self._begin(item)
+        arguments = call.more_arguments()
+        if arguments:
+            yield from item.add(arguments)
 
     def _begin(self, item: _Item) -> OutputEvent:
         self._items.append(item)
@@ -261,10 +230,8 @@ class Output:
         return f"{prefix}_{self._unique}{len(self._items):02x}"
 
 
-def _text(value: Any) -> str:
-    """A string, or the texts of a list of parts; "" for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        return ""
-    return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+def _logprobs_of(choice: Json) -> list[Json]:
+    """The log probabilities of a choice's text, in the shape that both APIs share."""
+    given = choice.get("logprobs")
+    content = given.get("content") if isinstance(given, dict) else None
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from cortex.proxy.translation.fields import invalid, is_set, object_of
+from cortex.proxy.translation.fields import effort_of, invalid, is_set, object_of, wants_stream
 from cortex.proxy.translation.interface import Json, read_object
 from cortex.proxy.translation.responses.input_items import messages_of
 from cortex.proxy.translation.responses.tools import ToolSet
@@ -89,19 +89,17 @@ def chat_request(body: bytes) -> ChatRequest:
         if given.get("parallel_tool_calls") is not None:
             chat["parallel_tool_calls"] = given["parallel_tool_calls"]
     chat |= _limits(given) | _format(given) | _logprobs(given)
-    if given.get("stream") is True:
+    if wants_stream(given):
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
     return ChatRequest(chat, tools, _settings(given, tools))
 
 
 def _limits(given: Json) -> Json:
-    chat: Json = {}
-    if given.get("max_output_tokens") is not None:
-        chat["max_tokens"] = given["max_output_tokens"]
-    effort = object_of(given.get("reasoning"), "reasoning").get("effort")
-    if effort is not None:
-        chat["reasoning_effort"] = effort
-    return chat
+    limit = given.get("max_output_tokens")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise invalid("max_output_tokens", "must be a positive integer")
+    effort = effort_of(object_of(given.get("reasoning"), "reasoning"), "reasoning")
+    return effort if limit is None else {"max_tokens": limit, **effort}
 
 
 def _format(given: Json) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from cortex.proxy.translation.chat_answer import UNFINISHED, abort_message
 from cortex.proxy.translation.interface import Json
 from cortex.proxy.translation.responses.output import COMPLETED, Output
 from cortex.proxy.translation.responses.request import ChatRequest
@@ -14,7 +15,6 @@ INCOMPLETE: Final = "incomplete"
 FAILED: Final = "failed"
 
 _CUT_OFF: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_ABORTED: Final = ("abort", "error")
 
 
 class TranslatedResponse:
@@ -27,6 +27,7 @@ class TranslatedResponse:
         self._created_at = created_at
         self.output = Output(request.tools, unique)
         self.finish_reason: str | None = None
+        self.ended = False  # the engine has said that its answer is complete, perhaps without a reason
         self.usage: Json | None = None
 
     def note(self, answer: Json) -> None:
@@ -38,15 +39,15 @@ class TranslatedResponse:
     @property
     def status(self) -> str:
         """What the response ends as: completed, incomplete or failed."""
-        if self.finish_reason is None or self.finish_reason in _ABORTED:
+        if self.failure() is not None:
             return FAILED
         return INCOMPLETE if self.finish_reason in _CUT_OFF else COMPLETED
 
-    def failure(self) -> str:
-        """Why the status is failed, in words."""
-        if self.finish_reason is None:
-            return "the engine ended its answer without a finish_reason"
-        return f"the engine stopped in the middle of its answer (finish_reason {self.finish_reason!r})"
+    def failure(self) -> str | None:
+        """Why the answer is not complete, in words, None if it is."""
+        if self.finish_reason is None and not (self.ended and self.output.calls_are_complete):
+            return UNFINISHED
+        return abort_message(self.finish_reason)
 
     def view(self, status: str, error: Json | None = None) -> Json:
         """The object as a client gets it. `error`: `code` and `message`, for the status failed."""
@@ -64,20 +65,6 @@ class TranslatedResponse:
             # Last, because `upstream.tail` keeps only an answer's end, and tools may be long.
             "usage": None if status == IN_PROGRESS else _usage(self.usage),
         }
-
-
-def choice_of(answer: Json) -> Json | None:
-    """The only choice of a chunk or an answer, None without one: the last chunk may have only `usage`."""
-    choices = answer.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    return choice if isinstance(choice, dict) else None
-
-
-def logprobs_of(choice: Json) -> list[Json]:
-    """The log probabilities of a choice's text, in the shape that both APIs share."""
-    given = choice.get("logprobs")
-    content = given.get("content") if isinstance(given, dict) else None
-    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
 
 
 def _usage(usage: Json | None) -> Json | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from cortex.proxy.answers.error_event import failure_code
+from cortex.proxy.translation.chat_answer import choice_of, finish_reason_of
 from cortex.proxy.translation.chat_stream import ChatEvent, ChatStreamReader
 from cortex.proxy.translation.interface import Json, event
 from cortex.proxy.translation.responses.output import OutputEvent
@@ -12,8 +13,6 @@ from cortex.proxy.translation.responses.response import (
     FAILED,
     IN_PROGRESS,
     TranslatedResponse,
-    choice_of,
-    logprobs_of,
 )
 from shared.errors import UpstreamError
 from shared.protocol import ErrorCode
@@ -26,6 +25,7 @@ class ResponseStream:
         self._response = response
         self._reader = ChatStreamReader()
         self._number = 0
+        self._has_chunks = False
         self._ended = False
 
     def feed(self, data: bytes) -> bytes:
@@ -61,28 +61,27 @@ class ResponseStream:
                 yield from self._take(found.data)
             elif found.kind == "error":
                 yield from self._fail(found.message, found.data.get("error"))
-            elif self._response.finish_reason is not None:
+            else:
+                self._response.ended = self._has_chunks
                 yield from self._end()
 
     def _take(self, chunk: Json) -> Iterator[OutputEvent]:
         response = self._response
         response.note(chunk)
         choice = choice_of(chunk)
-        if choice is None:
-            return
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            yield from response.output.take(delta, logprobs_of(choice))
-        if isinstance(choice.get("finish_reason"), str):
-            response.finish_reason = choice["finish_reason"]
+        if choice is not None:
+            self._has_chunks = True
+            yield from response.output.take(choice)
+            response.finish_reason = finish_reason_of(choice) or response.finish_reason
 
     def _end(self) -> Iterator[OutputEvent]:
         """`usage` comes after the finish reason, so the end of the stream is the end of the response."""
         if self._ended:
             return
         status = self._response.status
-        if status == FAILED:
-            yield from self._fail(self._response.failure(), None)
+        failure = self._response.failure()
+        if failure is not None:
+            yield from self._fail(failure, None)
             return
         self._ended = True
         yield from self._response.output.close(status)

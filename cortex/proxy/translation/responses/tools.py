@@ -41,6 +41,7 @@ class ToolSet:
     functions: dict[str, Json] = field(default_factory=dict)
     kept: list[Json] = field(default_factory=list)
     _called: dict[str, CalledTool] = field(default_factory=dict)
+    _without_namespace: dict[str, list[str]] = field(default_factory=dict)  # functions by their tool's name
     _left_out: list[str] = field(default_factory=list)
 
     def add(self, tools: Any, param: str) -> None:
@@ -117,6 +118,8 @@ class ToolSet:
         name = text_of(tool, "name", param)
         flat = self.function_name(name, namespace)
         self.functions[flat] = {"type": "function", "function": {**function, "name": flat}}
+        if flat not in self._called:
+            self._without_namespace.setdefault(name, []).append(flat)
         self._called[flat] = CalledTool(name, namespace, custom)
 
     def _add_namespace(self, tool: Json, param: str) -> None:
@@ -132,7 +135,7 @@ class ToolSet:
             return flat
         if namespace:
             return None
-        found = [function for function, tool in self._called.items() if tool.name == name]
+        found = self._without_namespace.get(name, [])
         return found[0] if len(found) == 1 else None
 
     def _named(self, given: Json, param: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex.proxy.translation.interface import to_json
-from cortex.proxy.translation.messages.token_count import TOKENS_PER_IMAGE, TokenCount
-from cortex.proxy.translation.messages.translation import MessagesTranslation
+from cortex.proxy.translation.messages.translation import MessagesTranslation, MessageTokenCount
+from cortex.proxy.translation.token_count import TOKENS_PER_IMAGE
 from shared.errors import InvalidRequest
 
 ENGINE = "org/small on benjy"
@@ -262,7 +263,22 @@ def test_output_format_and_effort() -> None:
         ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ("system", [PNG], "system[0]"),
         ("stop_sequences", "END", "stop_sequences"),
-        ("tools", {}, ""),
+        ("messages", [{"role": "user"}], "messages[0].content"),
+        ("messages", [{"role": "assistant", "content": None}], "messages[0].content"),
+        (
+            "messages",
+            [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "y", "input": "z"}]}],
+            "messages[0].content[0].input",
+        ),
+        ("stream", "yes", "stream"),
+        ("thinking", "yes", "thinking"),
+        ("metadata", "x", "metadata"),
+        ("output_config", "high", "output_config"),
+        ("output_config", {"effort": 3}, "output_config.effort"),
+        ("tool_choice", "auto", "tool_choice"),
+        ("tool_choice", {"type": "any"}, "tool_choice"),
+        ("tool_choice", {"type": "tool", "name": "x"}, "tool_choice.name"),
+        ("tools", {}, "tools"),
         ("tools", ["x"], "tools[0]"),
         ("tools", [{"name": "x"}], "tools[0].input_schema"),
         ("tools", [{"input_schema": {}}], "tools[0].name"),
@@ -272,10 +288,21 @@ def test_output_format_and_effort() -> None:
 )
 def test_malformed_request_is_refused(field: str, value: Any, where: str) -> None:
     """The error names the field."""
-    if where:
-        assert refusal(**{field: value}).param == where
-    else:
-        chat(**{field: value})
+    assert refusal(**{field: value}).param == where
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_many_messages_of_one_role(role: str) -> None:
+    """The event loop must not stand still for seconds: the cost grows with the body, not with its square."""
+    many = [{"role": role, "content": "x"}] * 40_000
+
+    def secs(count: int) -> float:
+        body = json.dumps({"model": "org/small", "max_tokens": 1, "messages": many[:count]}).encode()
+        began = time.process_time()
+        MessagesTranslation(body, ENGINE)
+        return time.process_time() - began
+
+    assert secs(40_000) < 40 * secs(4000) + 0.1
 
 
 JSON = st.recursive(
@@ -311,7 +338,7 @@ def test_any_body_is_translated_or_refused(content: Any, system: Any, tools: Any
     bodies.append({"max_tokens": 1, "messages": other, "tool_choice": other, "thinking": other, "output_config": other})
     bodies.append({"max_tokens": 1, "messages": [USER], "tools": [WEATHER], "tool_choice": other, "metadata": other})
     for body in bodies:
-        for translator in (MessagesTranslation, TokenCount):
+        for translator in (MessagesTranslation, MessageTokenCount):
             with contextlib.suppress(InvalidRequest):
                 json.loads(translator(json.dumps(body).encode(), ENGINE).body)
 
@@ -336,7 +363,7 @@ COUNTED = {"model": "m", "messages": [{"role": "user", "content": [text("x" * 35
 
 def test_token_count_asks_as_vllm_and_as_llama_cpp() -> None:
     """vLLM counts the conversation with its tools, llama.cpp the text."""
-    count = TokenCount(json.dumps(COUNTED).encode(), ENGINE)
+    count = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE)
     asked = json.loads(count.body)
     assert (count.path, asked["tools"]) == (b"/tokenize", [FUNCTION])
     assert asked["messages"] == [{"role": "user", "content": [text("x" * 350), PNG_PART]}]
@@ -356,7 +383,7 @@ def test_token_count_asks_as_vllm_and_as_llama_cpp() -> None:
 )
 def test_token_count(status: int, body: Any, expected: range, estimated: bool) -> None:
     """Exact where the engine counts the conversation, otherwise an estimate that says so."""
-    answer = TokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(status, json.dumps(body).encode())
+    answer = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(status, json.dumps(body).encode())
     found = json.loads(answer.body)
     assert answer.status == 200
     assert found["input_tokens"] in expected
@@ -364,5 +391,5 @@ def test_token_count(status: int, body: Any, expected: range, estimated: bool) -
 
 
 def test_token_count_of_a_broken_engine_is_an_error() -> None:
-    answer = TokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(500, b'{"error": "boom"}')
+    answer = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(500, b'{"error": "boom"}')
     assert (answer.status, json.loads(answer.body)["error"]) == (500, {"type": "api_error", "message": "boom"})

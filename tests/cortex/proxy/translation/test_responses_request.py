@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -60,6 +61,46 @@ def test_leading_system_and_developer_messages_become_one() -> None:
         instructions="Be brief.",
     )
     assert found == [said("system", "Be brief.\n\nWork.\n\nWell."), said("user", "hi")]
+
+
+def test_later_developer_messages_are_part_of_the_users() -> None:
+    """In a tag, because many chat templates refuse a system message in the middle."""
+    found = messages(said("user", "a"), said("developer", "Be brief."), said("assistant", "b"), said("system", "Stop."))
+    assert found == [
+        {"role": "user", "content": [text("a"), text("<system>\nBe brief.\n</system>")]},
+        said("assistant", "b"),
+        said("user", "<system>\nStop.\n</system>"),
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["{broken", "[1]", "5"])
+def test_a_call_with_broken_arguments_does_not_end_the_conversation(arguments: str) -> None:
+    """Chat templates fail at arguments that are not an object."""
+    found = messages({"type": "function_call", "call_id": "c", "name": "look", "arguments": arguments})
+    assert json.loads(found[0]["tool_calls"][0]["function"]["arguments"]) == {"input": arguments}
+
+
+@pytest.mark.parametrize(
+    ("effort", "sent"), [("none", "none"), ("minimal", "low"), ("medium", "medium"), ("xhigh", "high")]
+)
+def test_effort_is_one_that_engines_know(effort: str, sent: str) -> None:
+    """The answer repeats what the client asked for."""
+    found = chat_request(json.dumps({"model": "m", "input": "a", "reasoning": {"effort": effort}}).encode())
+    assert found.body["reasoning_effort"] == sent
+    assert found.settings["reasoning"]["effort"] == effort
+
+
+def test_many_tools_and_thoughts_are_read_quickly() -> None:
+    """The cost grows with the body, not with its square."""
+    names = [f"f{number}" for number in range(20_000)]
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 20}]}
+    began = time.process_time()
+    chat(
+        input=[*[thought] * 50_000, said("assistant", "x")],
+        tools=[{"type": "namespace", "name": "n", "tools": [{**FUNCTION, "name": name} for name in names]}],
+        tool_choice={"type": "allowed_tools", "tools": [{"type": "function", "name": name} for name in names]},
+    )
+    assert time.process_time() - began < 3
 
 
 def test_consecutive_messages_of_the_user_become_one() -> None:
@@ -321,6 +362,10 @@ def test_tools_declared_in_the_input() -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"reasoning": "low"}, "reasoning"),
         ({"metadata": "x"}, "metadata"),
+        ({"stream": "yes"}, "stream"),
+        ({"max_output_tokens": "5"}, "max_output_tokens"),
+        ({"reasoning": {"effort": 3}}, "reasoning.effort"),
+        ({"input": [{"role": "user", "content": []}]}, "input"),
     ],
 )
 def test_what_a_chat_cannot_do_is_refused(fields: dict[str, Any], param: str) -> None:
