@@ -17,6 +17,7 @@ from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
+from cortex.routing.replica import ANY_NODE
 
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
@@ -68,6 +69,15 @@ class FleetView:
             "waiting": [
                 {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
                 for model, waiting in sorted(self._queue.waiting().items())
+            ],
+            "held": [
+                {
+                    "model": model,
+                    "node": None if node == ANY_NODE else node,
+                    "until": until,
+                    "remaining_secs": round(until - time.time(), 1),
+                }
+                for (model, node), until in sorted(self._scheduler.held_back.items())
             ],
             "configuration": {
                 "loaded_at": self._live.loaded_at,

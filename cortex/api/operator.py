@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Iterable
 from typing import Any, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.config.durations import MAX_SECS
 from cortex.control.decision import Refuse, Serve, decide
+from cortex.control.explain import after_unload
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loader import LoadJob
 from cortex.control.scheduler import Scheduler
@@ -20,7 +22,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.refusal import no_such_model_error
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
@@ -39,9 +41,11 @@ class LoadAction(BaseModel):
 
 
 class UnloadAction(LoadAction):
-    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: let requests in flight finish first."""
+    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: let requests in flight finish first.
+    `for_secs`: do not load it again before that time is over."""
 
     drain: bool = True
+    for_secs: float | None = Field(default=None, gt=0, le=MAX_SECS, allow_inf_nan=False)
 
 
 async def load_model(request: web.Request) -> web.Response:
@@ -50,6 +54,8 @@ async def load_model(request: web.Request) -> web.Response:
     action = await read_model(request, LoadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
     serving = _serving(app, model_id, action.node)
+    if app[STATE].end_holds(model_id, action.node):
+        app[FLEET].notify()
     if serving is not None:
         return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
@@ -121,10 +127,11 @@ def _serving(app: web.Application, model_id: str, node_name: str | None) -> str 
 
 async def unload_model(request: web.Request) -> web.Response:
     """Unloads a model from one neuron, or from all that have it. Requests in flight finish first, unless the body says
-    `"drain": false`. The answer lists every node's result, even if some failed."""
-    scheduler, fleet = request.app[SCHEDULER], request.app[FLEET].snapshot()
+    `"drain": false`. The answer lists every node's result, even if some failed, and says what becomes of the model."""
+    app = request.app
+    scheduler, fleet = app[SCHEDULER], app[FLEET].snapshot()
     action = await read_model(request, UnloadAction)
-    model_id = request.app[LIVE].catalogue.resolve(action.model)
+    model_id = app[LIVE].catalogue.resolve(action.model)
     if action.node is not None:
         nodes = [_usable_node(fleet, action.node)]
     else:
@@ -134,11 +141,12 @@ async def unload_model(request: web.Request) -> web.Response:
             if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
         ]
     nodes = [node for node in nodes if model_id in node.models]
-    if not nodes:
+    if not nodes and (action.for_secs is None or not _is_known(app, model_id)):
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
         raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    hold = await _hold_back(app, model_id, action)
     unloads = (_unload(scheduler, (model_id, node.name), drain=action.drain) for node in nodes)
-    errors = await request.app[SHUTDOWN].unless_begun(_all(unloads))
+    errors = await app[SHUTDOWN].unless_begun(_all(unloads))
     results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
@@ -147,10 +155,31 @@ async def unload_model(request: web.Request) -> web.Response:
             code=failed.code,
             status=failed.status,
             retry_after=failed.retry_after,
-            extra={"results": results},
+            extra={"results": results, **hold},
         )
     unloaded = [node.name for node in nodes]
-    return web.json_response({"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results})
+    answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
+    return web.json_response({**answer, **after_unload(model_id, scheduler.view()), **hold})
+
+
+def _is_known(app: web.Application, model_id: str) -> bool:
+    return app[LIVE].catalogue.profile(model_id) is not None or bool(app[FLEET].snapshot().holders(model_id))
+
+
+async def _hold_back(app: web.Application, model_id: str, action: UnloadAction) -> dict[str, Any]:
+    """Begins the hold that the action asks for, before anything is unloaded, so that nothing loads it meanwhile.
+    Returns the fields of the answer, once the state file is written."""
+    if action.for_secs is None:
+        return {"held_until": None}
+    state, until = app[STATE], time.time() + action.for_secs
+    state.hold_back((model_id, ANY_NODE if action.node is None else action.node), until)
+    app[FLEET].notify()
+    await state.flush()
+    return {"held_until": until, **({} if state.problem is None else {"warning": _not_saved(state.problem)})}
+
+
+def _not_saved(problem: str) -> str:
+    return f"will not survive a restart: {problem}"
 
 
 async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
@@ -204,7 +233,7 @@ async def _set_draining(app: web.Application, name: str, *, draining: bool) -> w
     await state.flush()
     answer: dict[str, Any] = {"node": name, "draining": draining}
     if state.problem is not None:
-        answer["warning"] = f"will not survive a restart: {state.problem}"
+        answer["warning"] = _not_saved(state.problem)
     return web.json_response(answer)
 
 

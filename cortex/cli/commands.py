@@ -194,15 +194,25 @@ def load(model: Model, node: On = None, url: Url = DEFAULT_URL, as_json: Json = 
 @app.command()
 def unload(
     model: Model,
+    *,
     node: On = None,
     drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
+    duration: Annotated[
+        str | None,
+        typer.Option("--for", metavar="DURATION", help="Do not load it again for this long: 2h, 90m, 1d, 45s."),
+    ] = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> int:
     """Unload a model. Default: from every neuron, after its requests in flight have finished."""
     from cortex.cli.tables import unloaded_line
+    from cortex.config.durations import parse_duration
 
-    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain}, as_json, unloaded_line)
+    try:
+        held = {} if duration is None else {"for_secs": parse_duration(duration)}
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--for") from error
+    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain, **held}, as_json, unloaded_line)
 
 
 @app.command()

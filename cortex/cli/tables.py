@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from cortex.config.durations import duration_text
+from shared.protocol import Parallelism
 from shared.tables import Coloured, table
 
 MAX_REPEATED = 24
@@ -27,6 +29,11 @@ def status_table(fleet: dict[str, Any]) -> str:
     text += "\n\n" + table([["LOADING", "ON", "PHASE", "REASON"], *loads]) if loads else ""
     waiting = [[entry["model"], str(entry["count"]), entry["for"] or "-"] for entry in fleet.get("waiting", ())]
     text += "\n\n" + table([["WAITING FOR", "REQUESTS", "STATUS"], *waiting]) if waiting else ""
+    held = [
+        [entry["model"], entry["node"] or "every neuron", duration_text(entry["remaining_secs"])]
+        for entry in fleet.get("held", ())
+    ]
+    text += "\n\n" + table([["HELD BACK", "ON", "FOR ANOTHER"], *held]) if held else ""
     error = fleet.get("configuration", {}).get("error")
     return text + (
         f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""
@@ -80,8 +87,15 @@ def loaded_line(done: dict[str, Any]) -> str:
 
 
 def unloaded_line(done: dict[str, Any]) -> str:
-    """What `cortex unload` prints."""
-    return f"{done['model']} is unloaded from {', '.join(done['nodes'])}"
+    """What `cortex unload` prints: where, and what becomes of the model unless that is left to the next request."""
+    model, held_until = done["model"], done.get("held_until")
+    text = f"{model} is unloaded from {', '.join(done['nodes'])}" if done["nodes"] else f"{model} is not loaded"
+    if held_until is not None:
+        until = datetime.fromtimestamp(held_until)  # noqa: DTZ006 - shown in local time
+        text += f"\nit is held back until {until:%Y-%m-%d %H:%M:%S}; `cortex load {model}` ends that sooner"
+    if held_until is not None or done.get("replicas_min"):
+        text += f"\n{done['next']}"
+    return f"{text}\nwarning: {done['warning']}" if "warning" in done else text
 
 
 def draining_line(done: dict[str, Any]) -> str:
@@ -126,9 +140,10 @@ def _device(device: dict[str, Any]) -> str:
 def _model(model: dict[str, Any]) -> str:
     status = model["status"]
     progress = model.get("progress") or {}
+    split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
     if status == "loaded" or not progress.get("phase"):
-        return f"{model['id']} ({status})"
-    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)})"
+        return f"{model['id']} ({status}{split})"
+    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)}{split})"
 
 
 def _progress(progress: dict[str, Any]) -> str:

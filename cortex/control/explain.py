@@ -11,12 +11,14 @@ from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decid
 from cortex.control.wait_note import leaving_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
+from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
-from cortex.placement.refusal import placement_error
+from cortex.placement.refusal import held_back_error, placement_error
+from cortex.placement.replicas import reconcile_replicas
 from cortex.placement.starts import starts_by_device
 from shared.errors import ServiceError
 from shared.protocol import LinkKind
@@ -54,6 +56,31 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
         "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
     }
+
+
+def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
+    """What becomes of a model that an operator has just unloaded somewhere: `next` in words, `next_node` where it is
+    loaded again without a request or None, and its `replicas_min`."""
+    profile, fleet = view.catalogue.profile(model_id), view.fleet
+    minimum = 0 if profile is None else profile.replicas.min
+    serving = [node.name for node in fleet.serving(model_id)]
+    reserved, coming = fleet.reservation_of(model_id), fleet.loading_on(model_id)
+    node = reserved.node if reserved is not None else None if coming is None else coming.name
+    because, hint = f"because its replicas.min is {minimum}", f"`cortex unload {model_id} --for 2h` holds it back"
+    if not serving and node is None and held_back_error(view, model_id) is not None:
+        text = "requests for it get 503 unavailable until then, unless another cortex or its neuron loads it"
+    elif node is not None:
+        text = f"it is being loaded again on {node}{f', {because}; {hint}' if minimum else ''}"
+    elif len(serving) >= max(1, minimum):
+        text = f"{', '.join(serving)} still {'serves' if len(serving) == 1 else 'serve'} it"
+    elif profile is None or not minimum:
+        text = "the next request loads it again"
+    else:
+        loads = reconcile_replicas(view, [profile]).loads
+        node = loads[0][0].node if loads else None
+        when = "as soon as a neuron has room" if node is None else f"at once, on {node}"
+        text = f"it will be loaded again {when}, {because}; {hint}"
+    return {"next": text, "next_node": node, "replicas_min": minimum}
 
 
 def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flight: InFlight) -> dict[str, Any]:
@@ -102,7 +129,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
-            "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
+            **_split(view.profile(model_id), plan),
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
@@ -110,6 +137,14 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
     if reasons:
         return {"action": "wait", "reason": "; ".join(reasons)}
     return _refused(placement_error(view, model_id, found))
+
+
+def _split(profile: ModelProfile | None, plan: LoadPlan) -> dict[str, Any]:
+    """How the model is split over the plan's devices; `parallel` only where the tensor-parallel size does not say
+    all."""
+    if profile is None or profile.parallelism.tensor_only:
+        return {"tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None}
+    return {"tensor_parallel": profile.tensor_parallel, "parallel": profile.parallelism.model_dump()}
 
 
 def _refused(error: ServiceError) -> dict[str, Any]:
@@ -157,9 +192,18 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     )
     if len(plan.devices) == 1:
         return free + busy
-    kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
+    profile = view.profile(plan.model_id)
+    split = None if profile is None else profile.parallelism
+    tensor = len(plan.devices) if split is None or split.tensor_only else split.tensor
+    groups = tensor_groups(plan.devices, tensor)
+    pairs = [tuple(sorted(pair)) for group in groups for pair in combinations(group, 2)]
+    if not pairs:
+        return free + busy
+    kinds = [node.links[a, b].kind if (a, b) in node.links else None for a, b in pairs]
     worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
-    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}{busy}"
+    listed = ", ".join("+".join(map(str, group)) for group in groups)
+    what = f"tensor groups {listed} connected" if len(groups) > 1 else "connected"
+    return f"{free}; {what} by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
 def _node(

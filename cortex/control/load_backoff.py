@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.placement.inputs import ANY_NODE, Backoff
-from cortex.routing.replica import ReplicaKey
+from cortex.placement.inputs import Backoff
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cortex.config.catalogue import ModelProfile
@@ -20,13 +20,14 @@ from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
+from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 from shared.errors import Conflict
 from shared.protocol import ErrorCode, ModelStatus
 from shared.request_ids import request_scope
@@ -71,6 +72,7 @@ class Scheduler:
         demand: Demand,
         backoffs: Backoffs,
         queue: AdmissionQueue,
+        state: StateFile,
         clock: Callable[[], float] = time.monotonic,
         policy: Policy = PLANNER,
     ) -> None:
@@ -80,6 +82,7 @@ class Scheduler:
         self._demand = demand
         self._backoffs = backoffs
         self._queue = queue
+        self._state = state
         self._clock = clock
         self._policy = policy
         self._observed_share_mb: dict[str, int] = {}
@@ -103,6 +106,7 @@ class Scheduler:
             observed_share_mb=self._observed_share_mb,
             backoffs=self._backoffs.current(),
             overloaded_since=self._demand.overloaded_since,
+            holds=self._holds(),
         )
 
     def ensure_scheduled(self, model_id: str) -> None:
@@ -147,6 +151,11 @@ class Scheduler:
     def job(self, model_id: str) -> LoadJob | None:
         """Our load of this model, if one is under way."""
         return self._loader.job(model_id)
+
+    @property
+    def held_back(self) -> Mapping[ReplicaKey, float]:
+        """Until when operators hold models back, in Unix time."""
+        return self._state.holds
 
     def wait_reason(self, model_id: str) -> str | None:
         """Why a model is not being loaded yet, as text."""
@@ -246,6 +255,8 @@ class Scheduler:
 
         def still_needed() -> bool:
             nonlocal checked_at
+            if self._state.holds.keys() & {(plan.model_id, ANY_NODE), (plan.model_id, plan.node)}:
+                return False
             if job.needed:
                 return True
             if not self._queue.count(plan.model_id):
@@ -258,6 +269,11 @@ class Scheduler:
         job = self._loader.start(plan, why, still_needed=still_needed, done=self._done)
         job.needed |= not for_waiters
         return job
+
+    def _holds(self) -> dict[ReplicaKey, float]:
+        """Until when operators hold models back, on our clock."""
+        offset = self._clock() - time.time()
+        return {key: until + offset for key, until in self._state.holds.items()}
 
     def _has_better_place(self, plan: LoadPlan) -> bool:
         """Whether the model could be loaded elsewhere now without waiting for requests, while the evictions of `plan`

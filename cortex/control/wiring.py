@@ -130,6 +130,7 @@ def build(
         demand=demand,
         backoffs=backoffs,
         queue=queue,
+        state=state,
         clock=clock,
         policy=policy,
     )

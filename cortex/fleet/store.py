@@ -1,4 +1,5 @@
-"""State that survives a restart: drained neurons, load times, context lengths, and which engine made a response."""
+"""State that survives a restart: drained neurons, models held back, load times, context lengths, and which engine made
+a response."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from cortex.routing.replica import Replica
+from cortex.routing.replica import ANY_NODE, Replica, ReplicaKey
 from cortex.routing.response_owners import OwnerList, ResponseOwners
 from shared.files import replace_file
 from shared.protocol import first_problem
@@ -39,10 +41,11 @@ class _Responses(BaseModel):
 
 
 class _State(BaseModel):
-    """The file's contents. Load times are by model and neuron, in seconds."""
+    """The file's contents. Load times, in seconds, and holds, until a Unix time, are by model and neuron."""
 
     version: Literal[1]
     drained: list[str] = []
+    holds: dict[str, dict[str, Secs]] = {}
     load_secs: dict[str, dict[str, Secs]] = {}
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
     responses: _Responses = _Responses()
@@ -60,6 +63,7 @@ class StateFile:
         """Reads the state in the directory, which is created on the first write. None: keeps no state. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
+        self._holds: dict[ReplicaKey, float] = {}
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
         self.response_owners = ResponseOwners()
@@ -81,6 +85,26 @@ class StateFile:
         if drained != (name in self._drained):
             (self._drained.add if drained else self._drained.discard)(name)
             self._touch()
+
+    @property
+    def holds(self) -> Mapping[ReplicaKey, float]:
+        """Until when operators hold models back, in Unix time, by model and neuron (or ANY_NODE)."""
+        now = time.time()
+        return {key: until for key, until in self._holds.items() if until > now} if self._holds else {}
+
+    def hold_back(self, key: ReplicaKey, until: float) -> None:
+        """The model is not to be loaded there before this Unix time."""
+        self._holds = {**self.holds, key: until}
+        self._touch()
+
+    def end_holds(self, model_id: str, node: str | None) -> bool:
+        """The model may be loaded on this neuron again, with None on all. False if it was not held back there."""
+        ended = [key for key in self._holds if key[0] == model_id and (node is None or key[1] in (node, ANY_NODE))]
+        for key in ended:
+            del self._holds[key]
+        if ended:
+            self._touch()
+        return bool(ended)
 
     @property
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
@@ -148,6 +172,7 @@ class StateFile:
             )
             return
         self._drained = set(state.drained)
+        self._holds = {(model, node): until for model, nodes in state.holds.items() for node, until in nodes.items()}
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
         engines = [Replica(model_id=model_id, node=node, url="") for model_id, node in state.responses.engines]
@@ -161,9 +186,13 @@ class StateFile:
                 return
             self._unwritten = False
             owners = self.response_owners.newest(STORED_IDS)
+            holds: dict[str, dict[str, float]] = {}
+            for (model_id, node), until in self.holds.items():
+                holds.setdefault(model_id, {})[node] = until
             state = _State(
                 version=1,
                 drained=sorted(self._drained),
+                holds=holds,
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
                 responses=_Responses(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
+from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, ParallelSettings
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 from shared.protocol import ModelStatus
 
 
@@ -49,17 +50,14 @@ class Backoff:
     permanent: bool = False
 
 
-ANY_NODE = "*"
-"""Node name in a key of `PlanningView.backoffs`: the model may not be loaded on any node. No neuron has this name."""
-
-
 @dataclass(frozen=True)
 class PlanningView:
     """The state at one moment, as the planner's input. `now` is in seconds, on the clock that all times here share.
 
     `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `observed_share_mb`
     is what neurons booked per device for models without a size in the catalogue. `overloaded_since` is when a model's
-    replicas began to exceed `Rules.replica_target` requests each.
+    replicas began to exceed `Rules.replica_target` requests each. `holds` is until when operators hold models back. A
+    backoff or a hold of ANY_NODE applies to every node.
     """
 
     now: float
@@ -73,6 +71,7 @@ class PlanningView:
     observed_share_mb: Mapping[str, int] = field(default_factory=dict)
     backoffs: Mapping[ReplicaKey, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
+    holds: Mapping[ReplicaKey, float] = field(default_factory=dict)
 
     def usage(self, model_id: str, node: str) -> ReplicaUsage:
         return self.usages.get((model_id, node), UNUSED)
@@ -90,6 +89,11 @@ class PlanningView:
             if backoff is not None and backoff.until > self.now:
                 return backoff
         return None
+
+    def held_until(self, model_id: str, node: str) -> float | None:
+        """When the operator's hold that currently forbids loading the model there ends, if there is one."""
+        until = max(self.holds.get((model_id, name), -math.inf) for name in (ANY_NODE, node))
+        return until if until > self.now else None
 
     def device_share_mb(self, profile: ModelProfile) -> int:
         """MiB needed on each device: from the catalogue, else as observed, else 0."""
@@ -119,11 +123,17 @@ class PlanningView:
         if not nodes:
             return None
         entry = nodes[0].models[model_id]
+        devices = max(1, len(entry.devices))
+        given = entry.parallel
+        parallel = None
+        if given is not None and given.devices == devices:
+            parallel = ParallelSettings.model_validate(given.model_dump())
         # Not validated: neurons may use model names that a catalogue may not.
         return ModelProfile.model_construct(
             id=model_id,
             harness=entry.harness or "vllm",
-            min_devices=max(1, len(entry.devices)),
+            min_devices=devices if parallel is None else parallel.tensor,
+            parallel=parallel,
             pinned_on=tuple(node.name for node in nodes),
             residency_priority=self.priority(model_id),
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cortex.config.catalogue import ModelProfile
+from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
 from cortex.placement.feasibility import infeasible_reason
@@ -71,7 +72,7 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
-    entry, backoff = node.models.get(profile.id), view.backoff(profile.id, node.name)
+    entry = node.models.get(profile.id)
     if (profile.id, node.name) in view.fleet.evicting:
         return Rejection("is unloading it", temporary=True)
     if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
@@ -81,6 +82,14 @@ def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSn
         return Rejection("already serves it" if why_not is None else f"says that it cannot serve it now ({why_not})")
     if node.is_loading(profile.id):
         return Rejection("is already loading it", temporary=True)
+    return _pause(view, profile.id, node.name)
+
+
+def _pause(view: PlanningView, model_id: str, node: str) -> Rejection | None:
+    """Why the model is not loaded on the node for some time: an operator's hold, or a failure."""
+    held_until, backoff = view.held_until(model_id, node), view.backoff(model_id, node)
+    if held_until is not None:
+        return Rejection(f"an operator holds it back for another {duration_text(held_until - view.now)}")
     if backoff is not None:
         return Rejection(
             f"not tried again for {backoff.until - view.now:.1f} s: {backoff.reason}", temporary=backoff.temporary

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Final
 
 from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
@@ -26,8 +27,9 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
     backoffs = [
         backoff for (model, _), backoff in view.backoffs.items() if model == model_id and backoff.until > view.now
     ]
-    if profile is None and not backoffs:
-        return unknown_model_error(model_id, view.catalogue, fleet)
+    held = held_back_error(view, model_id)
+    if held is not None or (profile is None and not backoffs):
+        return held or unknown_model_error(model_id, view.catalogue, fleet)
     if not fleet.healthy:
         return no_healthy_neurons_error(fleet)
     possible = list(fleet.nodes.values())
@@ -57,6 +59,28 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         f"not enough memory for the model {model_id!r} now ({reasons})",
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=MEMORY_TAKEN_SECS,
+    )
+
+
+def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:
+    """The error for a model that an operator holds back on every neuron that could load it now, else None."""
+    profile = view.profile(model_id)
+    if profile is None:
+        return None
+    usable = [
+        node
+        for node in view.fleet.nodes.values()
+        if node.healthy and not node.draining and infeasible_reason(profile, node) is None
+    ]
+    ends = [until for node in usable if (until := view.held_until(model_id, node.name)) is not None]
+    if not ends or len(ends) < len(usable):
+        return None
+    left = min(ends) - view.now
+    return Unavailable(
+        f"an operator has unloaded the model {model_id!r} and holds it back for another {duration_text(left)}; "
+        f"`cortex load {model_id}` ends that",
+        code=ErrorCode.UNAVAILABLE,
+        retry_after=left,
     )
 
 

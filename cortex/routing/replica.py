@@ -13,6 +13,9 @@ from shared.protocol import ErrorCode
 ReplicaKey: TypeAlias = tuple[str, str]
 """Identifies a replica: (model id, node name)."""
 
+ANY_NODE: Final = "*"
+"""As the node name of a key: every node. No neuron has this name."""
+
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that has the model. `url` is its base URL; `others` is its work for other clients of the engine, by the
@@ -31,6 +34,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool = False
     may_move: bool = False
     limit: int | None = None
+    keep_alive_secs: float | None = None
     missing_paths: tuple[str, ...] = ()
 
 

@@ -40,6 +40,8 @@ _HOUSEKEEPING_SECS = 60.0
 _MEASURE_SECS = 2.0
 _CAUSE_BYTES = 128 * 1024  # of the log's end, searched for the cause of an unexpected end
 _DRAIN_POLL_SECS = 0.03
+_LONG_DRAIN_SECS = 1.0  # after which a drain looks less often: each look takes the engine's own time
+_LONG_DRAIN_POLL_SECS = 0.1
 _DRAIN_NEWS_SECS = 1.0  # between two reports on what a drain waits for
 _IDLE_POLLS = 2
 
@@ -317,6 +319,7 @@ class EngineLife:
         request, watch = self.request, DrainWatch(self.engine)
         idle_polls = 0  # two in a row: a request may have been on its way during the first
         told, told_at = "", 0.0
+        long_since = time.monotonic() + _LONG_DRAIN_SECS
         while not request.leave_engine and time.monotonic() < request.drain_until:
             waits_for = await watch.waits_for()
             idle_polls = 0 if waits_for else idle_polls + 1
@@ -328,7 +331,7 @@ class EngineLife:
                     log.info("%s: stops later: %s", self._model.model_id, waits_for)
                 told, told_at = waits_for, now
                 self._model.show(Progress(phase="draining", message=waits_for))
-            await asyncio.sleep(_DRAIN_POLL_SECS)
+            await asyncio.sleep(_LONG_DRAIN_POLL_SECS if waits_for and now >= long_since else _DRAIN_POLL_SECS)
 
     async def _follow_output(self) -> None:
         """Turns the engine's output into progress while it loads."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
+from typing import Any
 
+import aiohttp
+import pytest
 from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = {"id": "org/small", "vram_mb": 4000}
@@ -114,3 +120,139 @@ async def test_every_nodes_result_is_reported(start_cortex: StartCortex, benjy: 
         {"node": "benjy", "status": "unloaded"},
     ]
     assert benjy.unloads == ["org/small"]
+
+
+KEPT = {**MODEL, "replicas": {"min": 1}}
+
+
+async def posted(cortex: RunningCortex, path: str, **body: object) -> Any:
+    async with cortex.http.post(f"{cortex.url}{path}", json=body) as response:
+        return await response.json()
+
+
+async def got(cortex: RunningCortex, path: str) -> Any:
+    async with cortex.http.get(f"{cortex.url}{path}") as response:
+        return await response.json()
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "node"),
+    [
+        (MODEL, "the next request loads it again", None),
+        (
+            KEPT,
+            "it will be loaded again at once, on benjy, because its replicas.min is 1; "
+            "`cortex unload org/small --for 2h` holds it back",
+            "benjy",
+        ),
+    ],
+)
+async def test_an_unload_says_what_becomes_of_the_model(
+    start_cortex: StartCortex, benjy: V1Neuron, model: dict[str, Any], text: str, node: str | None
+) -> None:
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [model])
+    body = (await unload(cortex))[1]
+    assert (body["next"], body["next_node"], body["held_until"]) == (text, node, None)
+
+
+async def test_a_model_with_other_replicas_goes_on(start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron) -> None:
+    """What is left is enough; or there is no room for another."""
+    benjy.models = {"org/small": "loaded"}
+    beast.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy, beast], [{**KEPT, "pinned_on": ["benjy", "beast"]}])
+    assert (await unload(cortex, node="benjy"))[1]["next"] == "beast still serves it"
+
+
+async def test_a_model_that_is_held_back_is_not_loaded(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """Neither for `replicas.min` nor for a request, until an operator loads it; everything shows for how long."""
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [KEPT])
+    status, body = await unload(cortex, for_secs=7200)
+    assert (status, body["next_node"]) == (200, None)
+    (held,) = (await got(cortex, "/fleet"))["held"]
+    assert (held["model"], held["node"], held["until"]) == ("org/small", None, body["held_until"])
+    assert 7100 < held["remaining_secs"] <= 7200
+    async with cortex.chat("org/small") as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (503, "unavailable")
+        assert 7100 < int(response.headers["retry-after"]) <= 7200
+    assert "holds it back for another 2 h; `cortex load org/small` ends that" in error["message"]
+    plan = await got(cortex, "/fleet/explain?model=org/small")
+    assert plan["decision"]["action"] == "refuse"
+    assert plan["nodes"][0]["reason"] == "an operator holds it back for another 2 h"
+    await asyncio.sleep(1.5)  # more than one round of replica control
+    assert benjy.loads == []
+    assert (await posted(cortex, "/fleet/load", model="org/small"))["status"] == "loaded"
+    assert (await got(cortex, "/fleet"))["held"] == []
+
+
+async def test_replicas_come_back_when_the_hold_is_over(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [KEPT])
+    await unload(cortex, for_secs=1.5)
+    await cortex.until(lambda: bool(benjy.loads))
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().serving("org/small")))
+
+
+async def test_a_model_may_be_held_back_on_one_neuron(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
+) -> None:
+    """It is loaded on another one."""
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy, beast], [MODEL])
+    assert (await unload(cortex, node="benjy", for_secs=3600))[0] == 200
+    async with cortex.chat("org/small") as response:
+        assert response.headers["x-cortex-node"] == "beast"
+    assert benjy.loads == []
+
+
+async def test_a_model_that_is_loaded_nowhere_can_be_held_back(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """An unknown model cannot; neither can one be held back for no time, or without an end."""
+    cortex = await start_cortex([benjy], [MODEL])
+    assert (await unload(cortex))[0] == 404
+    assert (await unload(cortex, for_secs=60))[1]["nodes"] == []
+    assert (await unload(cortex, model="org/none", for_secs=60))[0] == 404
+    for secs in (0, -1, 1e12):
+        assert (await unload(cortex, for_secs=secs))[0] == 400
+
+
+async def test_waiting_requests_learn_that_their_model_is_held_back(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """Their load waits for a busy model to finish: it is dropped, and the busy model stays."""
+    benjy.models, benjy.engine.answer = {"org/busy": "loaded"}, (answer := Gated())
+    benjy.used_mb, benjy.entries = [20000], {"org/busy": {"vram_used_mb": 20000}}
+    busy, wanted = {"id": "org/busy", "vram_mb": 20000}, {"id": "org/small", "vram_mb": 20000}
+    cortex = await start_cortex([benjy], [busy, wanted], placement={"patience_secs": 0, "min_residency_secs": 0})
+
+    async def ask(model: str) -> int:
+        async with cortex.chat(model) as response:
+            await response.read()
+            return int(response.status)
+
+    working = asyncio.create_task(ask("org/busy"))
+    await answer.entered.wait()
+    waiting = asyncio.create_task(ask("org/small"))
+    await cortex.until(lambda: ("org/busy", "benjy") in cortex.parts.fleet.snapshot().evicting)
+    assert (await unload(cortex, for_secs=60))[0] == 200
+    assert await waiting == 503
+    answer.gate.set()
+    assert await working == 200
+    assert benjy.unloads == []
+
+
+async def test_a_hold_survives_a_restart_of_cortex(tmp_path: Path, benjy: V1Neuron) -> None:
+    benjy.models = {"org/small": "loaded"}
+    state = str(tmp_path / "state")
+    async with aiohttp.ClientSession() as http:
+        async with cortex_process(tmp_path, [benjy], [KEPT], state_dir=state) as cortex:
+            body = {"model": "org/small", "for_secs": 3600}
+            async with http.post(f"{cortex.url}/fleet/unload", json=body) as response:
+                assert "warning" not in await response.json()
+            cortex.process.kill()  # right after the answer
+        async with cortex_process(tmp_path, [benjy], [KEPT], state_dir=state) as cortex:
+            async with http.get(f"{cortex.url}/fleet") as response:
+                assert [held["model"] for held in (await response.json())["held"]] == ["org/small"]
+            asked = json.dumps({"model": "org/small"}).encode()
+            async with http.post(f"{cortex.url}/v1/completions", data=asked) as response:
+                assert response.status == 503
+    assert benjy.loads == []

@@ -101,7 +101,7 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
-    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "models", "aliases", "configuration"}
+    assert set(result.json) == {"nodes", "loads", "in_flight", "waiting", "held", "models", "aliases", "configuration"}
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: V1Neuron) -> None:
@@ -176,6 +176,18 @@ async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1
     assert (benjy.models, list(beast.models)) == ({}, ["org/small"])
     assert (await run("unload", "org/small", "--url", cortex.url)).status == 0
     assert beast.models == {}
+
+
+async def test_unload_for_some_time(cortex: RunningCortex) -> None:
+    """The hold shows in status until the model is loaded again."""
+    result = await run("unload", "small", "--for", "1h30m", "--url", cortex.url)
+    assert result.status == 0
+    assert result.out.startswith("org/small is not loaded\nit is held back until ")
+    assert ["org/small", "every neuron", "1 h 30 min"] in (await run("status", "--url", cortex.url)).rows
+    assert (await run("load", "small", "--url", cortex.url)).status == 0
+    assert "HELD BACK" not in (await run("status", "--url", cortex.url)).out
+    result = await run("unload", "small", "--for", "2 weeks", "--url", cortex.url)
+    assert (result.status, "write it as 2h" in result.err) == (2, True)
 
 
 async def test_load_again_does_nothing(cortex: RunningCortex, benjy: V1Neuron) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from cortex.config.files import state_directory
 from cortex.config.settings import CortexConfig
 from cortex.fleet.store import STORED_IDS, StateFile
-from cortex.routing.replica import Replica
+from cortex.routing.replica import ANY_NODE, Replica
 
 
 async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
@@ -34,6 +35,22 @@ async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
     assert again.drained == {"beast"}
     assert again.load_secs == {"org/small": {"beast": 12.5}}
     assert again.max_model_len == {"org/small": 40960}
+
+
+async def test_models_held_back_survive_a_restart(tmp_path: Path) -> None:
+    """Until their time is over or an operator loads them."""
+    state, now = StateFile(tmp_path), time.time()
+    for key in (("a", "beast"), ("a", "benjy"), ("b", ANY_NODE), ("c", ANY_NODE)):
+        state.hold_back(key, now + 3600)
+    state.hold_back(("d", ANY_NODE), now - 1)
+    assert state.end_holds("a", "benjy")
+    assert state.end_holds("c", "beast")
+    assert not state.end_holds("e", None)
+    await state.close()
+    again = StateFile(tmp_path)
+    assert again.holds == {("a", "beast"): now + 3600, ("b", ANY_NODE): now + 3600}
+    assert again.end_holds("a", None)
+    assert list(again.holds) == [("b", ANY_NODE)]
 
 
 async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
