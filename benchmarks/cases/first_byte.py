@@ -58,7 +58,7 @@ FIRST_BYTE = Case("ttfb", "first byte of a stream, one request at a time", "adde
 _BURST = 200
 _BURST_SPEC = AnswerSpec(chunks=20, interval=0.02)
 _IDLE_SECS = 4.0
-"""Longer than cortex keeps idle connections to engines, so that each burst finds none."""
+"""Longer than cortex keeps idle connections to an engine that does not say how long it keeps them."""
 
 
 async def _burst(subject: Subject) -> Measured:

@@ -24,7 +24,7 @@ def build_app(engine_url: str, *, bare: bool = False) -> web.Application:
     used = [{"index": 0, "vram_used_mb": 1, "vram_free_mb": _VRAM_MB - 1, "utilization_pct": 0, "temp_c": 40}]
     entry = {"id": MODEL, "harness": "vllm", "status": "loaded", "devices": [0], "vram_used_mb": 1}
     if not bare:
-        entry["since"] = CREATED
+        entry |= {"since": CREATED, "keep_alive_secs": 75.0}
     answers = {
         "/discovery": {
             "hostname": "bench",

@@ -330,6 +330,10 @@ class Loader:
         )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+        if not self._has_extensions(plan.node):
+            # Its last figures are from before the load, and no event tells new ones: until then the memory stays
+            # reserved, or the next model would seem to fit. Requests for this one do not wait for that.
+            await self._refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
         view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))

@@ -148,5 +148,6 @@ class RouteTable:
             fresh=endpoint.fresh,
             may_move=endpoint.may_move,
             limit=None if activity is None else activity.limit,
+            keep_alive_secs=None if view is None else view.keep_alive_secs,
             missing_paths=() if view is None else tuple(view.missing_paths),
         )

@@ -235,9 +235,7 @@ class NeuronClient:
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
-        # A bare command sends only the model id: the neuron remembers the rest.
-        bare = isinstance(body, LoadCommand) and body.bare
-        data = body.model_dump(mode="json", exclude_defaults=bare)
+        data = body.body() if isinstance(body, LoadCommand) else body.model_dump(mode="json")
         call = asyncio.create_task(
             self._call("POST", path, json_body=data, timeout_secs=timeout_secs), name=f"{path} on {self.name}"
         )

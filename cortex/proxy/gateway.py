@@ -43,8 +43,6 @@ from shared.cross_site import CrossSitePolicy
 from shared.errors import InvalidRequest, ServiceError, shortened
 from shared.request_ids import request_id as make_request_id
 
-_STORED_METHODS = (b"GET", b"POST", b"DELETE")
-
 
 class Gateway:
     """A worker's entry point for requests. Implements `http.connection.Dispatcher` and
@@ -115,8 +113,8 @@ class Gateway:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address)
-        response_id = stored_response_id(request.path)
-        if response_id is not None and method in _STORED_METHODS:
+        response_id = stored_response_id(method, request.path)
+        if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)
         if method != b"POST" or has_wrong_base(request.path):
             realtime = method == b"GET" and request.path == REALTIME

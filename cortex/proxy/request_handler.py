@@ -319,7 +319,7 @@ class RequestHandler:
         else:
             self._keep_alive.sent_to = replica.node
             answer = self._deferred(self._keep_alive)
-        address, host, prefix, credentials = engine_target(replica.url, replica.api_key)
+        address, host, prefix, credentials = engine_target(replica.url, replica.api_key, replica.keep_alive_secs)
         relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
         self._state = Sent(replica, relay, compared=compared)
         relay.start()

@@ -34,6 +34,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool = False
     may_move: bool = False
     limit: int | None = None
+    keep_alive_secs: float | None = None
     missing_paths: tuple[str, ...] = ()
 
 

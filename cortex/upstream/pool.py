@@ -16,7 +16,8 @@ from shared.serve import detect_vanished_server
 from shared.tasks import timeout
 
 IDLE_SECS: Final = 3.0
-"""How long an idle connection to an engine is kept. vLLM's server closes it after 5 s."""
+"""How long an idle connection to an engine is kept, unless its neuron says how long the engine keeps it. uvicorn closes
+it after 5 s."""
 CONNECT_TIMEOUT_SECS: Final = 5.0
 RESOLVED_SECS: Final = 10.0
 """How long resolved host names are cached."""
@@ -49,13 +50,17 @@ class EnginePool:
     def take(self, address: Address) -> EngineConnection | None:
         """An idle connection that is still open, most recently used first; None without one."""
         idle = self._idle.get(address)
-        oldest = self._loop.time() - self._idle_secs
+        oldest = self._oldest(address)
         while idle:
             connection = idle.pop()
             if not connection.transport.is_closing() and connection.idle_since > oldest:
                 return connection
             connection.transport.abort()
         return None
+
+    def _oldest(self, address: Address) -> float:
+        """Connections there that are idle since an earlier time are not used again."""
+        return self._loop.time() - (self._idle_secs if address.idle_secs is None else address.idle_secs)
 
     def put(self, connection: EngineConnection) -> None:
         """Takes an idle connection back."""
@@ -121,10 +126,11 @@ class EnginePool:
         """Closes the idle connections there now, and the others once their requests have ended. Connections that are
         opened later are kept as usual."""
         for connection in list(self._open):
-            if connection.address == address:
+            if connection.address[:3] == address[:3]:
                 self._retired.add(connection)
-        for connection in self._idle.pop(address, ()):
-            connection.transport.abort()
+        for place in [place for place in self._idle if place[:3] == address[:3]]:
+            for connection in self._idle.pop(place):
+                connection.transport.abort()
 
     def opened(self, connection: EngineConnection) -> None:
         self._open.add(connection)
@@ -162,8 +168,8 @@ class EnginePool:
 
     def _sweep(self) -> None:
         """Closes what has been idle too long; runs again while anything is idle."""
-        oldest = self._loop.time() - self._idle_secs
         for address, idle in list(self._idle.items()):
+            oldest = self._oldest(address)
             for connection in idle:
                 if connection.idle_since > oldest:
                     break  # ordered by the time they became idle

@@ -125,6 +125,10 @@ class Harness(ABC):
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         """The command line and environment of the engine, which must listen on `plan.host` and `plan.port`."""
 
+    def keep_alive_secs(self, env: Mapping[str, str]) -> float | None:
+        """How long an engine with this environment keeps an idle connection open; None: unknown."""
+        return None
+
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports | None:
         """How a spare process of an engine with this environment is made; None: an engine is started only when a load
         asks for it."""

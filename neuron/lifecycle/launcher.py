@@ -122,6 +122,7 @@ class Launcher:
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
                 can_sleep=HARNESSES[spec.harness].can_sleep(plan, facts),
+                keep_alive_secs=HARNESSES[spec.harness].keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )

@@ -117,6 +117,7 @@ class ModelState:
             error=condition.error,
             since=condition.since,
             tensor_parallel=None if spec is None else spec.tensor_parallel,
+            parallel=None if spec is None or spec.parallel.tensor_only else spec.parallel,
             state=condition.state.value,
             reason=condition.reason,
             cause=None if condition.cause is None else condition.cause.value,
@@ -129,6 +130,7 @@ class ModelState:
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED
             else None,
+            keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),
             placement=None if placement is None else placement.why or None,
             transitions=list(reversed(self.transitions)),

@@ -24,6 +24,7 @@ from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
+from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
@@ -54,6 +55,7 @@ __all__ = [
     "ModelStatus",
     "ModelView",
     "NeuronHealth",
+    "Parallelism",
     "Progress",
     "SleepCommand",
     "SpareView",

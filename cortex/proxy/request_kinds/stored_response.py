@@ -17,13 +17,16 @@ from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
 
-_PATH: Final = re.compile(rb"/v1/responses/([^/]+)(?:/(?:cancel|input_items))?")
+_REQUEST: Final = re.compile(
+    rb"(?:GET|DELETE) /v1/responses/([^/]+)(?:/(?:cancel|input_items))?|POST /v1/responses/([^/]+)/cancel"
+)
 
 
-def stored_response_id(path: bytes) -> str | None:
-    """The id that a path names, None for other paths."""
-    found = _PATH.fullmatch(path)
-    return None if found is None else found[1].decode("latin-1")
+def stored_response_id(method: bytes, path: bytes) -> str | None:
+    """The id that a request is about, None for other requests. A POST to `/v1/responses/compact` and the like is a new
+    request with a model."""
+    found = _REQUEST.fullmatch(b"%b %b" % (method, path))
+    return None if found is None else (found[1] or found[2]).decode("latin-1")
 
 
 class StoredResponse(RequestHandler):

@@ -54,17 +54,13 @@ class Translation(Protocol):
         """The JSON body for the engine. It asks for a stream if the client's does, then with `usage`
         (`stream_options`)."""
 
-    @property
-    def streams(self) -> bool:
-        """The client has asked for a stream."""
-
     def answer(self, status: int, body: bytes) -> WholeAnswer:
         """Translates a complete answer of the engine that is not a stream, an error included: that keeps its status and
         gets the dialect's shape. Never raises: a success that cannot be read becomes an error with status 502."""
 
-    def stream(self) -> StreamTranslation:
-        """Called at most once and instead of `answer`: the engine answers 200 with an event stream, or with a complete
-        answer to a client that has asked for a stream."""
+    def stream(self) -> StreamTranslation | None:
+        """None unless the client has asked for a stream. Used instead of `answer` if the engine answers 200 with an
+        event stream or, although it was asked for one, with a complete answer."""
 
 
 Translator: TypeAlias = Callable[[bytes, str], Translation]

@@ -56,8 +56,9 @@ class TranslatedAnswer(Answer):
             self._unzip = zlib.decompressobj(_GZIP_OR_ZLIB).decompress
         first = self._plain(first)
         readable = encoding == b"identity" or self._unzip is not None
-        if readable and _streams(head, asked=self._translation.streams):
-            self._begin_stream(first)
+        stream = self._translation.stream() if readable and _may_stream(head) else None
+        if stream is not None:
+            self._begin_stream(stream, first)
         else:
             self._collect(first)
         return False
@@ -77,9 +78,11 @@ class TranslatedAnswer(Answer):
         if self._stream is not None:
             return self._finish_stream(self._stream, status)
         body = b"".join(self._collected)
-        events = as_stream(body) if status == 200 and self._translation.streams else None
-        if events is not None:  # the engine ignores `stream`
-            return self._finish_stream(self._begin_stream(events), status)
+        stream = self._translation.stream() if status == 200 else None
+        events = None if stream is None else as_stream(body)
+        if stream is not None and events is not None:  # the engine ignores `stream`
+            self._begin_stream(stream, events)
+            return self._finish_stream(stream, status)
         status, body = self._translation.answer(status, body)
         named = {names.CONTENT_TYPE: _JSON, names.CONTENT_LENGTH: b"%d" % len(body)}
         framing = SizedBody(len(body))
@@ -105,13 +108,12 @@ class TranslatedAnswer(Answer):
         except zlib.error:
             return b""
 
-    def _begin_stream(self, first: bytes) -> StreamTranslation:
+    def _begin_stream(self, stream: StreamTranslation, first: bytes) -> None:
         """Begins the client's stream with the events for the first bytes of the engine's."""
-        self._stream = stream = self._translation.stream()
+        self._stream = stream
         head = _head_of(self.head, self.head.status, {names.CONTENT_TYPE: _EVENTS})
         self._inner.begin(head, self._framing, self._framed(stream.feed(first)))
         self.events = self._inner.events
-        return stream
 
     def _finish_stream(self, stream: StreamTranslation, status: int) -> int:
         self._inner.write(self._framed(stream.finish()) + self._framing.feed(b"0\r\n\r\n"))
@@ -126,11 +128,11 @@ class TranslatedAnswer(Answer):
         self._size += len(self._collected[-1])
 
 
-def _streams(head: ResponseHead, *, asked: bool) -> bool:
-    """`asked`: for a stream. Then it may come without its content type."""
+def _may_stream(head: ResponseHead) -> bool:
+    """True for an event stream, also without its content type."""
     content_type = head.named.get(names.CONTENT_TYPE, b"")
     kind = content_type.partition(b";")[0].strip().lower()
-    return head.status == 200 and (is_event_stream(content_type) or (asked and kind in _UNTYPED))
+    return head.status == 200 and (is_event_stream(content_type) or kind in _UNTYPED)
 
 
 def _head_of(head: ResponseHead, status: int, named: dict[int, bytes]) -> ResponseHead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
@@ -29,6 +30,11 @@ DEFAULT_COMMAND = ("vllm",)
 _DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
+KEEP_ALIVE: Final = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+"""How long vLLM's server keeps an idle connection, in seconds."""
+KEEP_ALIVE_SECS: Final = 75
+"""vLLM's own default, 5, is shorter than the pauses between bursts of requests, each of which then waits for a new
+connection."""
 _NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
 
 
@@ -50,6 +56,11 @@ class VllmHarness(Harness):
             return MemoryRequirement(fraction=DEFAULT_ENGINE_SHARE)
         return MemoryRequirement(share_mb, one_fraction=not has_flag(args, *SIZES_MEMORY))
 
+    def keep_alive_secs(self, env: Mapping[str, str]) -> float | None:
+        with contextlib.suppress(ValueError):
+            return float(max(0, int(env.get(KEEP_ALIVE, ""))))
+        return None
+
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
         return early_imports(env)
 
@@ -62,7 +73,7 @@ class VllmHarness(Harness):
             own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
-            own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
+            own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
@@ -100,11 +111,22 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     argv = [*(plan.settings.command or default_command), "serve", spec.source]
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
     argv += ["--host", plan.host, "--port", str(plan.port)]
-    if spec.tensor_parallel > 1:
-        argv += ["--tensor-parallel-size", str(spec.tensor_parallel)]
+    argv += parallel_arguments(spec)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
     return argv
+
+
+def parallel_arguments(spec: EngineSpec) -> list[str]:
+    """Those that split the model over `spec.device_count` devices. On these vLLM's ranks are in the order copy,
+    pipeline stage, tensor rank."""
+    sizes = {
+        "--tensor-parallel-size": spec.tensor_parallel,
+        "--pipeline-parallel-size": spec.pipeline_parallel,
+        "--data-parallel-size": spec.data_parallel,
+    }
+    argv = [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
+    return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
 
 
 def vllm_environment(
@@ -114,6 +136,7 @@ def vllm_environment(
     `fixed`."""
     inherited = {name: value for name, value in facts.environ.items() if name not in _NOT_INHERITED}
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
+    defaults[KEEP_ALIVE] = facts.environ.get(KEEP_ALIVE, str(KEEP_ALIVE_SECS))
     # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
     # id stays readable in /proc/PID/environ of each.
     made = engine_environment(plan, inherited, defaults, {**fixed, "SPT_NOENV": "1"})
@@ -138,7 +161,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
 
 
 def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
-    """Cores for each rank of a tensor-parallel engine on a CPU host.
+    """Cores for each rank of a parallel engine on a CPU host, in the order of the ranks.
 
     vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
     vLLM anyway: ranks that share a core would wait for each other in spin locks.

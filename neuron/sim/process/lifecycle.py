@@ -31,6 +31,7 @@ from neuron.sim.process.loading import (
 
 # Time for aborted requests to write their last event; clients that do not read are dropped.
 _SHUTDOWN_TIMEOUT_SECS = 0.5
+_KEEP_ALIVE_SECS = 5  # as vLLM
 # From the death of the core to the exit of the server, as measured with vLLM 0.32.
 _AFTER_CORE_SECS = 1.0
 
@@ -119,7 +120,12 @@ async def _serve(
     )
     # handler_cancellation: a client that disconnects cancels its handler, and with it the generation.
     runner = web.AppRunner(
-        app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS, access_log=None, handle_signals=False
+        app,
+        handler_cancellation=True,
+        shutdown_timeout=_SHUTDOWN_TIMEOUT_SECS,
+        keepalive_timeout=float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", _KEEP_ALIVE_SECS)),
+        access_log=None,
+        handle_signals=False,
     )
     await runner.setup()
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from cortex.proxy.translation.fields import wants_stream
 from cortex.proxy.translation.interface import CHAT_PATH, StreamTranslation, WholeAnswer, read_object, to_json
 from cortex.proxy.translation.messages.answer import ClientSettings, error_answer, message_answer
-from cortex.proxy.translation.messages.chat_request import chat_request
+from cortex.proxy.translation.messages.chat_request import chat_request, prompt_part
 from cortex.proxy.translation.messages.stream import MessageStream
+from cortex.proxy.translation.token_count import TokenCount
 
 
 class MessagesTranslation:
@@ -17,7 +19,7 @@ class MessagesTranslation:
         """Raises as `interface.Translator`."""
         given = read_object(body)
         self.body = to_json(chat_request(given, engine))
-        self.streams = given.get("stream") is True
+        self._streams = wants_stream(given)
         self._settings = ClientSettings.of(given)
 
     def answer(self, status: int, body: bytes) -> WholeAnswer:
@@ -25,5 +27,17 @@ class MessagesTranslation:
             return message_answer(body, self._settings)
         return error_answer(status, body)
 
-    def stream(self) -> StreamTranslation:
-        return MessageStream(self._settings)
+    def stream(self) -> StreamTranslation | None:
+        return MessageStream(self._settings) if self._streams else None
+
+
+class MessageTokenCount(TokenCount):
+    """`/v1/messages/count_tokens`."""
+
+    def __init__(self, body: bytes, engine: str) -> None:
+        """Raises as `interface.Translator`."""
+        super().__init__(prompt_part(read_object(body), engine))
+
+    def answer(self, status: int, body: bytes) -> WholeAnswer:
+        found = self.count(status, body)
+        return error_answer(status, body) if found is None else WholeAnswer(200, to_json(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cortex.proxy.translation.interface import StreamTranslation, Translation
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
 from tests.cortex.raw_http import Wire, chunked
 
@@ -44,6 +45,13 @@ def chunk(delta: dict[str, Any] | None = None, finish: str | None = None, **more
     choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
     identity = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": "org/small"}
     return {**identity, "choices": choices, **more}
+
+
+def stream_of(translation: Translation) -> StreamTranslation:
+    """For a request that asks for a stream."""
+    stream = translation.stream()
+    assert stream is not None
+    return stream
 
 
 def events(*chunks: dict[str, Any] | str) -> bytes:

@@ -14,7 +14,7 @@ from cortex.proxy.translation.messages.translation import MessagesTranslation
 from cortex.proxy.translation.responses.translation import ResponsesTranslation
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.proxy.translation.chat_engine import COMPLETION, STREAM, ChatEngine, chunk, events
+from tests.cortex.proxy.translation.chat_engine import COMPLETION, STREAM, ChatEngine, chunk, events, stream_of
 from tests.cortex.raw_engine import closing, plain, stream_head
 from tests.cortex.raw_http import Answer, RawClient, chunked, request
 
@@ -61,7 +61,7 @@ def calls_of(found: list[dict[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def streamed(path: str, data: bytes) -> list[dict[str, Any]]:
-    stream = translation(path, stream=True).stream()
+    stream = stream_of(translation(path, stream=True))
     return parsed(stream.feed(data) + stream.finish())
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cortex.proxy.translation.chat_stream import MAX_EVENT_BYTES
 from cortex.proxy.translation.messages.translation import MessagesTranslation
-from tests.cortex.proxy.translation.chat_engine import COMPLETION, STREAM, chunk, events
+from tests.cortex.proxy.translation.chat_engine import COMPLETION, STREAM, chunk, events, stream_of
 from tests.cortex.raw_http import every_split
 
 
@@ -30,7 +30,7 @@ def whole(message: dict[str, Any], finish: str | None = "stop", *, asked: Any = 
 
 def streamed(data: bytes, size: int = 1 << 20, **fields: Any) -> list[dict[str, Any]]:
     """The events for a stream that arrives in pieces of `size` bytes and then ends."""
-    stream = translation(**fields).stream()
+    stream = stream_of(translation(stream=True, **fields))
     out = b"".join(stream.feed(data[start : start + size]) for start in range(0, len(data), size)) + stream.finish()
     return parsed(out)
 
@@ -234,7 +234,7 @@ def test_stream_split_anywhere(data: bytes) -> None:
     assert (message["content"], message["stop_reason"]) == (PARTS, "tool_use")
     assert streamed(data, 1) == expected
     for first, second in every_split(data):
-        stream = translation().stream()
+        stream = stream_of(translation(stream=True))
         assert parsed(stream.feed(first) + stream.feed(second) + stream.finish()) == expected
 
 
@@ -308,7 +308,7 @@ def test_error_in_the_stream(said: Any, kind: str, message: str) -> None:
 
 def test_event_without_end_is_an_error() -> None:
     """A line is not collected without limit."""
-    stream = translation().stream()
+    stream = stream_of(translation(stream=True))
     out = b"".join(stream.feed(b"x" * 65536) for _ in range(MAX_EVENT_BYTES // 65536 + 2))
     assert [event["type"] for event in parsed(out)] == ["error"]
 
@@ -337,5 +337,5 @@ def test_any_engine_is_survived(said: Any, finish: Any, usage: Any, other: Any) 
     for body in ({"id": other, "choices": [choice], "usage": usage}, {"choices": other}, {"error": other}, other):
         json.loads(translation().answer(200, json.dumps(body).encode()).body)
         json.loads(translation().answer(400, json.dumps(body).encode()).body)
-        parsed(translation().stream().feed(events(json.dumps(body), json.dumps(body))))
+        parsed(stream_of(translation(stream=True)).feed(events(json.dumps(body), json.dumps(body))))
         streamed(events(json.dumps(body)))

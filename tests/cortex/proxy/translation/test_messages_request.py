@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex.proxy.translation.interface import to_json
-from cortex.proxy.translation.messages.token_count import TOKENS_PER_IMAGE, TokenCount
-from cortex.proxy.translation.messages.translation import MessagesTranslation
+from cortex.proxy.translation.messages.translation import MessagesTranslation, MessageTokenCount
+from cortex.proxy.translation.token_count import TOKENS_PER_IMAGE
 from shared.errors import InvalidRequest
 
 ENGINE = "org/small on benjy"
@@ -338,7 +338,7 @@ def test_any_body_is_translated_or_refused(content: Any, system: Any, tools: Any
     bodies.append({"max_tokens": 1, "messages": other, "tool_choice": other, "thinking": other, "output_config": other})
     bodies.append({"max_tokens": 1, "messages": [USER], "tools": [WEATHER], "tool_choice": other, "metadata": other})
     for body in bodies:
-        for translator in (MessagesTranslation, TokenCount):
+        for translator in (MessagesTranslation, MessageTokenCount):
             with contextlib.suppress(InvalidRequest):
                 json.loads(translator(json.dumps(body).encode(), ENGINE).body)
 
@@ -363,7 +363,7 @@ COUNTED = {"model": "m", "messages": [{"role": "user", "content": [text("x" * 35
 
 def test_token_count_asks_as_vllm_and_as_llama_cpp() -> None:
     """vLLM counts the conversation with its tools, llama.cpp the text."""
-    count = TokenCount(json.dumps(COUNTED).encode(), ENGINE)
+    count = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE)
     asked = json.loads(count.body)
     assert (count.path, asked["tools"]) == (b"/tokenize", [FUNCTION])
     assert asked["messages"] == [{"role": "user", "content": [text("x" * 350), PNG_PART]}]
@@ -383,7 +383,7 @@ def test_token_count_asks_as_vllm_and_as_llama_cpp() -> None:
 )
 def test_token_count(status: int, body: Any, expected: range, estimated: bool) -> None:
     """Exact where the engine counts the conversation, otherwise an estimate that says so."""
-    answer = TokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(status, json.dumps(body).encode())
+    answer = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(status, json.dumps(body).encode())
     found = json.loads(answer.body)
     assert answer.status == 200
     assert found["input_tokens"] in expected
@@ -391,5 +391,5 @@ def test_token_count(status: int, body: Any, expected: range, estimated: bool) -
 
 
 def test_token_count_of_a_broken_engine_is_an_error() -> None:
-    answer = TokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(500, b'{"error": "boom"}')
+    answer = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(500, b'{"error": "boom"}')
     assert (answer.status, json.loads(answer.body)["error"]) == (500, {"type": "api_error", "message": "boom"})

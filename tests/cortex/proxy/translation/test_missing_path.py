@@ -14,7 +14,7 @@ from cortex.routing.missing_paths import KEPT_SECS, MAX_ENTRIES, MissingPaths
 from cortex.routing.replica import Replica
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.proxy.translation.chat_engine import NOT_FOUND, ChatEngine
+from tests.cortex.proxy.translation.chat_engine import COMPLETION, NOT_FOUND, ChatEngine
 from tests.cortex.raw_engine import Received, closing, plain, resetting
 from tests.cortex.raw_http import Answer, RawClient, Truncated, Wire, bounded, connected, request, until
 
@@ -219,6 +219,50 @@ async def test_places_at_an_engine_with_a_limit(start_cortex: StartCortex, benjy
     gate.set()
     assert await bounded(asyncio.gather(*asked)) == [200] * 6
     assert most == 2
+
+
+async def test_request_that_cannot_be_translated_goes_to_a_replica_with_the_path(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
+) -> None:
+    """Whichever replica is asked first. Without such a replica the client gets the error."""
+    async with ChatEngine().running() as other:
+        assert isinstance(other, ChatEngine)
+        other.lacks = set()
+        beast.models[MODEL], beast.engine_url = "loaded", other.url
+        cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+        search = {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}
+
+        async def status() -> int:
+            async with connected(cortex.url) as client:
+                return (await ask(client, **search)).status
+
+        assert await asyncio.gather(*(status() for _ in range(8))) == [200] * 8
+        assert set(engine.paths) == {"/v1/messages"}
+        assert len(other.paths) == 8
+        other.lacks = engine.lacks
+        assert await asyncio.gather(*(status() for _ in range(4))) == [400] * 4
+
+
+async def test_replica_that_fails_is_replaced_by_one_of_the_other_kind(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
+) -> None:
+    """The client's own request follows a translated one, and the other way round."""
+    async with ChatEngine().running() as other:
+        assert isinstance(other, ChatEngine)
+        other.lacks = set()
+        beast.models[MODEL], beast.engine_url = "loaded", other.url
+        cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+        busy = plain(b"{}", status="503 Service Unavailable")
+        native, engine.completion = other.native, busy
+        async with connected(cortex.url) as client:
+            for _ in range(4):
+                assert json.loads((await ask(client)).body)["native"]
+            engine.completion, other.native = plain(json.dumps(COMPLETION).encode()), busy
+            for _ in range(4):
+                assert json.loads((await ask(client)).body)["content"] == [{"type": "text", "text": "Hi there"}]
+            other.native = native
+        assert all(asked.target == "/v1/messages?beta=true" for asked in other.requests)
+        assert all("max_tokens" in json.loads(asked.body) for asked in other.requests)
 
 
 async def test_request_that_cannot_be_translated_is_refused(client: RawClient, engine: ChatEngine) -> None:

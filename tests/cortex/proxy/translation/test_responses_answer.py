@@ -16,6 +16,7 @@ from cortex.routing.response_owners import UNSTORED
 from cortex.upstream.tail import HEAD_BYTES, KEPT_BYTES
 from cortex.upstream.usage import Usage, find_usage
 from shared.errors import UpstreamError
+from tests.cortex.proxy.translation.chat_engine import stream_of
 
 FUNCTION = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 PATCH = {"type": "custom", "name": "apply_patch"}
@@ -81,7 +82,7 @@ def events_of(written: bytes) -> list[dict[str, Any]]:
 
 
 def streamed(pieces: Sequence[bytes], **fields: Any) -> list[dict[str, Any]]:
-    stream = translation(stream=True, **fields).stream()
+    stream = stream_of(translation(stream=True, **fields))
     return events_of(b"".join([stream.feed(piece) for piece in pieces]) + stream.finish())
 
 
@@ -318,7 +319,7 @@ def test_logprobs_are_passed_on() -> None:
 
 def test_a_stream_begins_before_its_first_chunk() -> None:
     """The client learns the response's id while the engine reads the prompt."""
-    stream = translation(stream=True).stream()
+    stream = stream_of(translation(stream=True))
     assert kinds(events_of(stream.feed(b""))) == ["created", "in_progress"]
     assert stream.feed(b": waiting\n") == b""
 
@@ -326,7 +327,7 @@ def test_a_stream_begins_before_its_first_chunk() -> None:
 def test_the_end_of_an_answer_tells_usage_and_number() -> None:
     """cortex keeps only the last 2 KiB for its own counts and for the error event of a lost engine."""
     long = {**FUNCTION, "description": "x" * 5000}
-    stream = translation(stream=True, tools=[long], instructions="y" * 5000).stream()
+    stream = stream_of(translation(stream=True, tools=[long], instructions="y" * 5000))
     start = stream.feed(b"")
     lost = error_event(b"/v1/responses", UpstreamError("gone"), start=start[:HEAD_BYTES], end=start[-KEPT_BYTES:])
     assert [event["type"] for event in events_of(start + lost)][-1] == "response.failed"

@@ -87,6 +87,33 @@ async def test_what_cannot_be_translated_is_refused(client: RawClient, engine: C
     assert engine.paths == ["/v1/responses"]
 
 
+async def test_input_tokens(client: RawClient, engine: ChatEngine) -> None:
+    """Estimated where `/tokenize` is missing, exact where it counts; the engine's error has OpenAI's shape."""
+    engine.lacks.add("/v1/responses/input_tokens")
+    ask = request(json.dumps({"model": MODEL, "input": "x" * 350}).encode(), target="/v1/responses/input_tokens")
+    assert json.loads((await client.ask(ask)).body) == {
+        "object": "response.input_tokens",
+        "input_tokens": 104,
+        "estimated": True,
+    }
+    engine.lacks.remove("/tokenize")
+    engine.native = plain(b'{"count": 42, "max_model_len": 100, "tokens": [1]}')
+    assert json.loads((await client.ask(ask)).body) == {"object": "response.input_tokens", "input_tokens": 42}
+    engine.native = plain(b"{}", status="500 Internal Server Error")
+    answer = await client.ask(ask)
+    assert (answer.status, json.loads(answer.body)["error"]["type"]) == (500, "api_error")
+
+
+async def test_compact(client: RawClient, engine: ChatEngine) -> None:
+    """Goes to an engine that has it; one with only chats is named in the error."""
+    ask = request(json.dumps({"model": MODEL, "input": "a"}).encode(), target="/v1/responses/compact")
+    assert json.loads((await client.ask(ask)).body)["native"]
+    engine.lacks.add("/v1/responses/compact")
+    answer = await client.ask(ask)
+    assert answer.status == 400
+    assert f"{MODEL} on benjy has only /v1/chat/completions" in json.loads(answer.body)["error"]["message"]
+
+
 async def test_a_stream_that_waited_is_refused_for_good(
     start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine
 ) -> None:

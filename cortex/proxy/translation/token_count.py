@@ -1,21 +1,11 @@
-"""`/v1/messages/count_tokens` by an engine's `/tokenize`, or estimated where it has none. Pure."""
+"""The tokens of a chat's prompt, counted by an engine's `/tokenize`, or estimated where it has none. Pure."""
 
 from __future__ import annotations
 
 from math import ceil
 from typing import Final
 
-from cortex.proxy.translation.interface import (
-    Json,
-    StreamTranslation,
-    WholeAnswer,
-    engine_object,
-    read_object,
-    to_json,
-)
-from cortex.proxy.translation.messages.answer import ClientSettings, error_answer
-from cortex.proxy.translation.messages.chat_request import prompt_part
-from cortex.proxy.translation.messages.stream import MessageStream
+from cortex.proxy.translation.interface import Json, engine_object, to_json
 
 BYTES_PER_TOKEN: Final = 3.5
 """Of UTF-8: English has 4 to 5, source code and Chinese have about 3."""
@@ -37,41 +27,34 @@ _OF_THE_PROMPT: Final = (
 
 
 class TokenCount:
-    """Implements `interface.Translation`.
+    """Implements `interface.Translation` but for `answer`.
 
     vLLM's `/tokenize` takes a conversation, applies the model's template and answers `count`: exact. llama.cpp's takes
     text as `content` and answers `tokens`. Everything but an exact count has `"estimated": true`, which clients ignore.
     """
 
     path = b"/tokenize"
-    streams = False
 
-    def __init__(self, body: bytes, engine: str) -> None:
-        """Raises as `interface.Translator`."""
-        given = read_object(body)
-        chat = prompt_part(given, engine)
+    def __init__(self, chat: Json) -> None:
+        """`chat` is the body for the engine's chat completions."""
         text, images = _text_of(chat)
-        self._settings = ClientSettings.of(given)
         self._beside_text = TOKENS_PER_MESSAGE * len(chat["messages"]) + TOKENS_PER_IMAGE * images
         self._estimate = ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + self._beside_text
         self.body = to_json({**{name: chat[name] for name in _OF_THE_PROMPT if name in chat}, "content": text})
 
-    def answer(self, status: int, body: bytes) -> WholeAnswer:
+    def count(self, status: int, body: bytes) -> Json | None:
+        """The client's answer for the engine's, None if that is an error for the client."""
         if status >= 400 and status not in _NO_COUNT:
-            return error_answer(status, body)
+            return None
         found = (engine_object(body) if status == 200 else None) or {}
         count, tokens = found.get("count"), found.get("tokens")
         if isinstance(count, int) and not isinstance(count, bool):
-            return _counted({"input_tokens": count})
+            return {"input_tokens": count}
         estimate = len(tokens) + self._beside_text if isinstance(tokens, list) and tokens else self._estimate
-        return _counted({"input_tokens": estimate, "estimated": True})
+        return {"input_tokens": estimate, "estimated": True}
 
-    def stream(self) -> StreamTranslation:
-        return MessageStream(self._settings)
-
-
-def _counted(answer: Json) -> WholeAnswer:
-    return WholeAnswer(200, to_json(answer))
+    def stream(self) -> None:
+        return None
 
 
 def _text_of(chat: Json) -> tuple[str, int]:
