@@ -72,7 +72,7 @@ class TranslatableRequest(RequestHandler):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
-                # The control counts it already: it has to hear that it has ended.
+                # The control counts it already, and must learn that it has ended.
                 self._context.in_flight.add((replica.model_id, replica.node))
                 self._context.finished(replica)
                 self._refuse_translation(replica, error)

@@ -213,7 +213,7 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
 
 
 async def test_a_route_whose_client_has_left_is_given_back() -> None:
-    """Before it arrives, or at that very moment: the control counts it until it hears of it."""
+    """Before it arrives, or at that moment: the control counts it until it is told."""
     replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
     setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
     sent: list[Any] = []
