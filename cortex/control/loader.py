@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
+from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
 from cortex.fleet.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -44,13 +45,16 @@ class NoLongerNeeded(Exception):
 @dataclass
 class LoadJob:
     """A load under way; `started` is Unix time, `phase` its current step. `needed`: it continues without waiting
-    requests, for an operator or as a replica."""
+    requests, for an operator or as a replica. `leased`: not at the same moment as another cortex. `elsewhere`: it ended
+    because another cortex loads the model on that node."""
 
     plan: LoadPlan
     why: str
     started: float
     phase: str = "starting"
     needed: bool = False
+    leased: bool = True
+    elsewhere: str | None = None
     task: asyncio.Task[LoadFailure | None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 
@@ -81,9 +85,11 @@ class Loader:
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,
+        leases: LoadLeases | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle_routes` returns when every worker has the current route table."""
+        """`settle_routes` returns when every worker has the current route table. Without `leases` other cortexes are
+        not asked."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
@@ -92,6 +98,7 @@ class Loader:
         self._metrics = metrics
         self._settle_routes = settle_routes
         self._state = state
+        self._leases = leases
         self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
@@ -120,6 +127,7 @@ class Loader:
         *,
         still_needed: Callable[[], bool],
         done: Callable[[LoadJob, LoadFailure | None], None],
+        leased: bool = True,
     ) -> LoadJob:
         """Starts to carry out a plan, or joins the load in progress there. Its reservation and evictions are in the
         fleet's snapshot when this returns: the next decision may be made before the task has started. `still_needed` is
@@ -127,10 +135,7 @@ class Loader:
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
-        log.info(
-            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), why, plan.reason
-        )
-        job = self._jobs[key] = LoadJob(plan, why, time.time())
+        job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
             self._fleet.begin_eviction(each.resident.key)
@@ -201,7 +206,12 @@ class Loader:
     ) -> LoadFailure | None:
         failure: LoadFailure | None = None
         try:
-            await self._carry_out(job, still_needed)
+            leases = self._leases if job.leased else None
+            async with contextlib.nullcontext() if leases is None else leases.held(job.model_id, job.node):
+                await self._carry_out(job, still_needed)
+        except LoadedElsewhere as found:
+            job.elsewhere = found.node
+            log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)
         except NoLongerNeeded:
             log.info("not loading %s on %s: no request waits for it any more", job.model_id, job.node)
         except (NodeRemoved, CommandAbandoned):
@@ -226,6 +236,10 @@ class Loader:
         return failure
 
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
+        plan = job.plan
+        log.info(
+            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), job.why, plan.reason
+        )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
             job.phase = f"evicting {', '.join(key[0] for key in evicting)} before loading"
