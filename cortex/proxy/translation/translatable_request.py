@@ -72,8 +72,9 @@ class TranslatableRequest(RequestHandler):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
-                if replica.limit is not None:
-                    self._context.control.release(replica)
+                # The control counts it already, and must learn that it has ended.
+                self._context.in_flight.add((replica.model_id, replica.node))
+                self._context.finished(replica)
                 self._refuse_translation(replica, error)
                 return
             request.translate(self._translation.path, self._translation.body)
