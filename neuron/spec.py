@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names"})
+from shared.protocol import Parallelism
+
+EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel"})
 """Fields of a load command that protocol v1 does not have."""
+_COMPARED = (
+    "harness",
+    "source",
+    "quant",
+    "tensor_parallel",
+    "parallel",
+    "devices",
+    "args",
+    "vram_mb",
+    "served_names",
+)
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A load command, checked and completed. `devices` None: neuron chooses; `vram_mb`: MiB on all devices together."""
+    """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
+    MiB on all devices together."""
 
     model_id: str
     harness: str
     source: str
     quant: str | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
     devices: tuple[int, ...] | None = None
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
@@ -25,9 +42,22 @@ class EngineSpec:
     """The fields beyond protocol v1 that the command set."""
 
     @property
+    def parallel(self) -> Parallelism:
+        return Parallelism(
+            tensor=self.tensor_parallel,
+            pipeline=self.pipeline_parallel,
+            data=self.data_parallel,
+            expert=self.expert_parallel,
+        )
+
+    @property
+    def device_count(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
     def share_mb(self) -> int | None:
         """`vram_mb` per device, rounded up; None when it is not given."""
-        return None if self.vram_mb is None else -(-self.vram_mb // self.tensor_parallel)
+        return None if self.vram_mb is None else -(-self.vram_mb // self.device_count)
 
     def difference(self, wanted: EngineSpec) -> str | None:
         """The first difference between this spec and `wanted`, in words; None when an engine of this spec will do.
@@ -36,10 +66,14 @@ class EngineSpec:
         """
         if wanted.devices is None:
             wanted = replace(wanted, devices=self.devices)
-        for name in ("harness", "source", "quant", "tensor_parallel", "devices", "args", "vram_mb", "served_names"):
+        for name in _COMPARED:
             if name in EXTENSIONS and name not in wanted.said:
                 continue
             mine, theirs = getattr(self, name), getattr(wanted, name)
             if mine != theirs:
-                return f"{name} is {mine!r}, asked for {theirs!r}"
+                return f"{name} is {_text(mine)}, asked for {_text(theirs)}"
         return None
+
+
+def _text(value: object) -> str:
+    return str(value) if isinstance(value, Parallelism) else repr(value)

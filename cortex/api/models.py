@@ -92,6 +92,7 @@ def model_entry(
         "harness": None if profile is None else profile.harness,
         "quant": None if profile is None else profile.quant,
         "pinned_on": [] if profile is None else list(profile.pinned_on),
+        **({} if profile is None or profile.parallel is None else {"parallel": profile.parallel.model_dump()}),
         **told,
     }
 
@@ -99,7 +100,9 @@ def model_entry(
 def _location(model_id: str, profile: ModelProfile | None, node: NodeSnapshot) -> dict[str, Any]:
     view = node.models[model_id]
     estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
-    location = {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+    location: dict[str, Any] = {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+    if view.parallel is not None:
+        location["parallel"] = view.parallel.model_dump()
     if view.unservable_because is not None:
         location |= {"servable": False, "reason": view.unservable_because}
     return location

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from cortex.config.durations import duration_text
+from shared.protocol import Parallelism
 from shared.tables import Coloured, table
 
 MAX_REPEATED = 24
@@ -139,9 +140,10 @@ def _device(device: dict[str, Any]) -> str:
 def _model(model: dict[str, Any]) -> str:
     status = model["status"]
     progress = model.get("progress") or {}
+    split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
     if status == "loaded" or not progress.get("phase"):
-        return f"{model['id']} ({status})"
-    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)})"
+        return f"{model['id']} ({status}{split})"
+    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)}{split})"
 
 
 def _progress(progress: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from shared.protocol import MAX_MODEL_ID_CHARS
+from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
 from shared.settings import SettingsModel, load_settings
 
 DEFAULT_PRIORITY = 100
@@ -53,6 +53,12 @@ class Replicas(SettingsModel):
         return self
 
 
+class ParallelSettings(Parallelism):
+    """How a model is split over the devices of one neuron."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class ModelProfile(SettingsModel):
     """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults."""
 
@@ -61,6 +67,7 @@ class ModelProfile(SettingsModel):
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
     min_devices: int = Field(default=1, ge=1, le=64)
+    parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
     pinned_on: tuple[str, ...] = ()
     residency_priority: int = DEFAULT_PRIORITY
@@ -80,10 +87,40 @@ class ModelProfile(SettingsModel):
             return {**data, "residency_priority": DEFAULT_PINNED_PRIORITY}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tensor_size_of_either(cls, data: object) -> object:
+        """`min_devices` and `parallel.tensor` are the same: each is what the other says."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("parallel"), Mapping):
+            return data
+        short, parallel = data.get("min_devices"), data["parallel"]
+        if isinstance(short, int) and "tensor" not in parallel:
+            return {**data, "parallel": {**parallel, "tensor": short}}
+        if "min_devices" not in data and isinstance(parallel.get("tensor"), int):
+            return {**data, "min_devices": parallel["tensor"]}
+        return data
+
+    @field_validator("parallel")
+    @classmethod
+    def _same_tensor_size(cls, value: ParallelSettings | None, info: ValidationInfo) -> ParallelSettings | None:
+        short = info.data.get("min_devices")
+        if value is not None and short is not None and short != value.tensor:
+            raise ValueError(f"tensor is {value.tensor}, but min_devices is {short}: remove one, or make them equal")
+        return value
+
+    @cached_property
+    def parallelism(self) -> Parallelism:
+        """How it is split: `parallel`, or `min_devices`, its short form."""
+        return self.parallel or Parallelism.model_construct(tensor=self.min_devices)
+
+    @cached_property
+    def device_count(self) -> int:
+        return self.parallelism.devices
+
     @property
     def tensor_parallel(self) -> int | None:
         """The value sent to a neuron; None means a single device."""
-        return self.min_devices if self.min_devices > 1 else None
+        return self.parallelism.tensor if self.parallelism.tensor > 1 else None
 
     @property
     def refuses_tools(self) -> bool:
@@ -94,7 +131,7 @@ class ModelProfile(SettingsModel):
     @property
     def device_share_mb(self) -> int:
         """What each device must give, in MiB; 0 when the footprint is unknown."""
-        return 0 if self.vram_mb is None else -(-self.vram_mb // self.min_devices)
+        return 0 if self.vram_mb is None else -(-self.vram_mb // self.device_count)
 
 
 class Catalogue(SettingsModel):

@@ -11,6 +11,7 @@ from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decid
 from cortex.control.wait_note import leaving_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
+from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
@@ -128,7 +129,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
-            "tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None,
+            **_split(view.profile(model_id), plan),
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
@@ -136,6 +137,14 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
     if reasons:
         return {"action": "wait", "reason": "; ".join(reasons)}
     return _refused(placement_error(view, model_id, found))
+
+
+def _split(profile: ModelProfile | None, plan: LoadPlan) -> dict[str, Any]:
+    """How the model is split over the plan's devices; `parallel` only where the tensor-parallel size does not say
+    all."""
+    if profile is None or profile.parallelism.tensor_only:
+        return {"tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None}
+    return {"tensor_parallel": profile.tensor_parallel, "parallel": profile.parallelism.model_dump()}
 
 
 def _refused(error: ServiceError) -> dict[str, Any]:
@@ -183,9 +192,18 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     )
     if len(plan.devices) == 1:
         return free + busy
-    kinds = [node.links[pair].kind if pair in node.links else None for pair in combinations(plan.devices, 2)]
+    profile = view.profile(plan.model_id)
+    split = None if profile is None else profile.parallelism
+    tensor = len(plan.devices) if split is None or split.tensor_only else split.tensor
+    groups = tensor_groups(plan.devices, tensor)
+    pairs = [tuple(sorted(pair)) for group in groups for pair in combinations(group, 2)]
+    if not pairs:
+        return free + busy
+    kinds = [node.links[a, b].kind if (a, b) in node.links else None for a, b in pairs]
     worst = max(kinds, key=lambda kind: len(LinkKind) if kind is None else list(LinkKind).index(kind))
-    return f"{free}; connected by {'an unknown path' if worst is None else worst.value}{busy}"
+    listed = ", ".join("+".join(map(str, group)) for group in groups)
+    what = f"tensor groups {listed} connected" if len(groups) > 1 else "connected"
+    return f"{free}; {what} by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
 def _node(

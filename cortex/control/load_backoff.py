@@ -66,6 +66,12 @@ class Backoffs:
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
         self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
 
+    def record_load_elsewhere(self, model_id: str, node: str) -> None:
+        """Another cortex is loading the model on this node: look again in a moment. Not a failure."""
+        key = model_id, ANY_NODE
+        backoff = Backoff(self._clock() + TEMPORARY_SECS, f"another cortex is loading it on {node}", temporary=True)
+        self._failures[key] = replace(self._failures.get(key, _NONE), backoff=backoff)
+
     def record_refused_endpoint(self, key: ReplicaKey, reason: str) -> None:
         """Notes that a neuron lists a model as loaded but gives no endpoint for it: it would be asked forever."""
         model_id, node = key

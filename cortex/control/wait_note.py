@@ -98,8 +98,8 @@ def _progress_text(progress: Progress) -> str:
     """`loading weights 40 %, about 35 s left`, as far as known; "" without any."""
     phase, fraction, left = progress.phase, progress.fraction, progress.remaining_secs
     parts = [phase] if phase else []
-    if phase and fraction is not None and math.isfinite(fraction):
+    if phase and fraction is not None:
         parts = [f"{phase} {100 * fraction:.0f} %"]
-    if left is not None and math.isfinite(left):
+    if left is not None:
         parts.append(f"about {math.ceil(left)} s left")
     return ", ".join(parts)

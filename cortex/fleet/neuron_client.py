@@ -25,6 +25,8 @@ from shared.protocol import (
     DeviceFigures,
     Discovery,
     EndpointReply,
+    LeaseCommand,
+    LeaseReply,
     LoadCommand,
     LoadReply,
     ModelStatus,
@@ -193,6 +195,12 @@ class NeuronClient:
         """Returns when the model sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
         await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
 
+    async def lease(self, command: LeaseCommand, *, timeout_secs: float) -> LeaseReply:
+        """Takes, renews or ends a lease on a load. Raises as `load`; NeuronRefused also if the neuron has no leases."""
+        path = "/models/lease"
+        answer = await self._call("POST", path, json_body=command.model_dump(mode="json"), timeout_secs=timeout_secs)
+        return self._valid(path, LeaseReply, answer)
+
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
         path = f"/models/{quote(model_id, safe='')}/endpoint"
@@ -227,9 +235,7 @@ class NeuronClient:
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
-        # A bare command sends only the model id: the neuron remembers the rest.
-        bare = isinstance(body, LoadCommand) and body.bare
-        data = body.model_dump(mode="json", exclude_defaults=bare)
+        data = body.body() if isinstance(body, LoadCommand) else body.model_dump(mode="json")
         call = asyncio.create_task(
             self._call("POST", path, json_body=data, timeout_secs=timeout_secs), name=f"{path} on {self.name}"
         )

@@ -29,7 +29,7 @@ def candidate_nodes(view: PlanningView, profile: ModelProfile) -> list[NodeSnaps
 
 
 def _by_free_memory(view: PlanningView, profile: ModelProfile) -> Iterator[NodeSnapshot]:
-    share, size, nodes = view.device_share_mb(profile), profile.min_devices, view.fleet.nodes
+    share, size, nodes = view.device_share_mb(profile), profile.device_count, view.fleet.nodes
     names = profile.pinned_on or nodes
     here = (nodes[name] for name in names if name in nodes)
     found = [

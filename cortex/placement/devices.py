@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, combinations
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
@@ -37,13 +38,48 @@ def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_
     return combinations(sorted(devices[:count]), size)
 
 
-def interconnect_rank(node: NodeSnapshot, indices: tuple[int, ...]) -> tuple[int, int]:
-    """How well the devices are connected; smaller is better. First the worst path between two of them (0 for NVLink,
-    higher for each level of the PCIe tree, unknown is worst), then the spread of their sizes in MiB."""
+def disjoint_groups(
+    devices: Sequence[int],
+    size: int,
+    count: int,
+    rank: Callable[[tuple[int, ...], tuple[int, ...]], tuple[object, ...]],
+) -> tuple[int, ...] | None:
+    """`count` groups of `size` of the devices, in ascending order; None if there are too few. One group after another
+    is chosen, the one with the smallest `rank` of those still possible; `rank` also gets the devices chosen before."""
+    if len(devices) < size * count:
+        return None
+    left = list(devices)
+    groups: list[tuple[int, ...]] = []
+    for _ in range(count):
+        before = tuple(chain.from_iterable(groups))
+        groups.append(min(device_sets(left, size), key=partial(rank, before)))
+        left = [index for index in left if index not in groups[-1]]
+    return tuple(chain.from_iterable(sorted(groups)))
+
+
+def interconnect_rank(node: NodeSnapshot, indices: tuple[int, ...], tensor: int) -> tuple[int, int]:
+    """How well the devices are connected; smaller is better. First the worst path within a tensor group, which are
+    `tensor` devices in a row, then `size_spread_mb`."""
+    worst = max((worst_path(node, group) for group in tensor_groups(indices, tensor)), default=0)
+    return worst, size_spread_mb(node, indices)
+
+
+def worst_path(node: NodeSnapshot, indices: tuple[int, ...]) -> int:
+    """The worst path between two of the devices: 0 for NVLink, higher for each level of the PCIe tree, unknown is
+    worst."""
     links = node.links
-    distance = max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
+    return max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
+
+
+def size_spread_mb(node: NodeSnapshot, indices: tuple[int, ...]) -> int:
+    """The spread of the devices' sizes."""
     totals = [device.vram_total_mb for device in node.devices if device.index in indices]
-    return distance, max(totals) - min(totals)
+    return max(totals) - min(totals)
+
+
+def tensor_groups(indices: tuple[int, ...], tensor: int) -> list[tuple[int, ...]]:
+    """The devices of an engine, in the order of its ranks, as groups of `tensor`."""
+    return [indices[start : start + tensor] for start in range(0, len(indices), tensor)]
 
 
 def best_fit_rank(indices: tuple[int, ...], memory: Mapping[int, DeviceCapacity], device_share_mb: int) -> int:
@@ -54,7 +90,7 @@ def best_fit_rank(indices: tuple[int, ...], memory: Mapping[int, DeviceCapacity]
 
 
 def _distance(links: Mapping[tuple[int, int], Link], a: int, b: int) -> int:
-    link = links.get((a, b))
+    link = links.get((a, b) if a < b else (b, a))
     return len(LinkKind) if link is None else _DISTANCE[link.kind]
 
 

@@ -19,18 +19,32 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
         return f"pinned on {', '.join(profile.pinned_on)}"
     if node.discovery is None:
         return None
-    if profile.harness not in node.discovery.harnesses:
-        offered = ", ".join(node.discovery.harnesses) or "none"
-        return f"harness {profile.harness!r} is not offered (offered: {offered})"
-    if len(node.devices) < profile.min_devices:
-        return f"needs {profile.min_devices} devices, has {len(node.devices)}"
+    unsupported = _unsupported_reason(profile, node.discovery)
+    if unsupported is not None:
+        return unsupported
+    if len(node.devices) < profile.device_count:
+        return f"needs {profile.device_count} devices, has {len(node.devices)}"
     enough = len(eligible_devices(profile, node))
-    if enough < profile.min_devices:
+    if enough < profile.device_count:
         return (
-            f"needs {profile.min_devices} devices with {profile.min_device_vram_mb} MiB in total, "
+            f"needs {profile.device_count} devices with {profile.min_device_vram_mb} MiB in total, "
             f"{enough} of {len(node.devices)} have that"
         )
     return None
+
+
+def _unsupported_reason(profile: ModelProfile, discovery: Discovery) -> str | None:
+    if profile.harness not in discovery.harnesses:
+        offered = ", ".join(discovery.harnesses) or "none"
+        return f"harness {profile.harness!r} is not offered (offered: {offered})"
+    if not profile.parallelism.tensor_only and not _knows_parallel(discovery):
+        return f"protocol v1 neurons can only split a model by tensor parallelism, not as {profile.parallelism}"
+    return None
+
+
+def _knows_parallel(discovery: Discovery) -> bool:
+    """A protocol v1 neuron knows only `tensor_parallel`, and would load the model in another way."""
+    return discovery.instance_id is not None
 
 
 def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
@@ -42,6 +56,7 @@ class _Topology(NamedTuple):
     """The properties of a neuron that the rule looks at. Neurons that share them can hold the same models."""
 
     harnesses: frozenset[str]
+    knows_parallel: bool
     totals_mb: tuple[int, ...]  # of the usable devices, ascending
 
 
@@ -49,7 +64,8 @@ class _Requirement(NamedTuple):
     """The properties of a model that the rule looks at, except `pinned_on`."""
 
     harness: str
-    min_devices: int
+    devices: int
+    tensor_only: bool
     min_device_vram_mb: int | None
 
 
@@ -72,7 +88,9 @@ class FeasibilityCache:
         the same object while the answer is the same."""
         if fleet.topology is None or fleet.topology is not self._followed:
             self._follow(fleet)
-        requirement = _Requirement(profile.harness, profile.min_devices, profile.min_device_vram_mb)
+        requirement = _Requirement(
+            profile.harness, profile.device_count, profile.parallelism.tensor_only, profile.min_device_vram_mb
+        )
         key = requirement, profile.pinned_on
         found = self._found.get(key)
         if found is None:
@@ -127,4 +145,4 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
     if node.discovery is None:
         return None
     totals = tuple(sorted(device.vram_total_mb for device in node.devices))
-    return _Topology(frozenset(node.discovery.harnesses), totals)
+    return _Topology(frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), totals)

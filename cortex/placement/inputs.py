@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
+from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, ParallelSettings
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ReplicaKey
@@ -123,11 +123,17 @@ class PlanningView:
         if not nodes:
             return None
         entry = nodes[0].models[model_id]
+        devices = max(1, len(entry.devices))
+        given = entry.parallel
+        parallel = None
+        if given is not None and given.devices == devices:
+            parallel = ParallelSettings.model_validate(given.model_dump())
         # Not validated: neurons may use model names that a catalogue may not.
         return ModelProfile.model_construct(
             id=model_id,
             harness=entry.harness or "vllm",
-            min_devices=max(1, len(entry.devices)),
+            min_devices=devices if parallel is None else parallel.tensor,
+            parallel=parallel,
             pinned_on=tuple(node.name for node in nodes),
             residency_priority=self.priority(model_id),
         )

@@ -28,6 +28,7 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         harness=profile.harness,
         quant=profile.quant,
         tensor_parallel=profile.tensor_parallel,
+        parallel=profile.parallel,
         devices=list(plan.devices),
         source=profile.source,
         args=list(profile.args),

@@ -24,7 +24,16 @@ from cortex.placement.capacity import (
     reports_bookable_memory,
     resident_models,
 )
-from cortex.placement.devices import MAX_EVICTION_SETS, best_fit_rank, device_sets, eligible_devices, interconnect_rank
+from cortex.placement.devices import (
+    MAX_EVICTION_SETS,
+    best_fit_rank,
+    device_sets,
+    disjoint_groups,
+    eligible_devices,
+    interconnect_rank,
+    size_spread_mb,
+    worst_path,
+)
 from cortex.placement.eviction import (
     NO_EVICTIONS,
     Eviction,
@@ -146,7 +155,7 @@ class _Candidate:
         return sorted(self.eligible, key=lambda i: (max(0, self.needed_mb[i] - self.memory[i].free_mb), i))
 
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
-        return device_sets(devices, self.profile.min_devices, **limit)
+        return device_sets(devices, self.profile.device_count, **limit)
 
     def fits_when_empty(self, indices: tuple[int, ...]) -> bool:
         """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
@@ -209,21 +218,23 @@ def _wake_mb(
     return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
 
 
-def _best_set(candidate: _Candidate, devices: list[int]) -> tuple[int, ...] | None:
+def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
     """The set of these devices with the shortest wait for other starts; ties by connection, tightest fit, then lowest
-    indices."""
-    memory, share, starts = candidate.memory, candidate.share, candidate.starts
-    devices.sort(key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
-    return min(
-        candidate.sets(devices),
-        key=lambda indices: (
-            longest(starts, indices).rank,
-            interconnect_rank(candidate.node, indices),
-            best_fit_rank(indices, memory, share),
-            indices,
-        ),
-        default=None,
-    )
+    indices. Chosen one tensor group after another, in the order of the ranks: only a tensor group needs fast paths."""
+    memory, share, starts, node = candidate.memory, candidate.share, candidate.starts, candidate.node
+    parallel = candidate.profile.parallelism
+
+    def rank(before: tuple[int, ...], group: tuple[int, ...]) -> tuple[object, ...]:
+        return (
+            longest(starts, group).rank,
+            worst_path(node, group),
+            size_spread_mb(node, (*before, *group)),
+            best_fit_rank(group, memory, share),
+            group,
+        )
+
+    ordered = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
+    return disjoint_groups(ordered, parallel.tensor, parallel.tensor_groups, rank)
 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
@@ -233,7 +244,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key[0] != model_id]
     load_secs = estimated_load_secs(
-        view, model_id, candidate.node.name, candidate.share * candidate.profile.min_devices
+        view, model_id, candidate.node.name, candidate.share * candidate.profile.device_count
     )
     assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
@@ -311,6 +322,8 @@ def _plan(
     wakes: bool = False,
 ) -> LoadPlan:
     profile, node, memory, share = candidate.profile, candidate.node, candidate.memory, candidate.share
+    if not wakes and profile.parallelism.tensor_groups > 1:
+        indices = _best_set(candidate, indices) or indices
     needed_mb = candidate.wake_mb if wakes else candidate.needed_mb
     freed = sum(
         each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in eviction_plan.evictions
@@ -320,7 +333,7 @@ def _plan(
     if not reserve and not wakes:
         reserve = max(0, *(memory[index].free_mb for index in indices))
     known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-    connected = interconnect_rank(node, indices)
+    connected = interconnect_rank(node, indices, profile.parallelism.tensor)
     starts = longest(candidate.starts, indices)
     return LoadPlan(
         model_id=profile.id,
@@ -352,7 +365,7 @@ def _plan(
 
 def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejection:
     free = ", ".join(f"{each.free_mb} MiB free on device {index}" for index, each in candidate.memory.items())
-    size = candidate.profile.min_devices
+    size = candidate.profile.device_count
     what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
     reasons = ((each.key[0], protection_reason(each, candidate.profile.residency_priority)) for each in residents)
     stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)

@@ -58,9 +58,9 @@ def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
 
 def _remaining_secs(view: PlanningView, node: NodeSnapshot, model_id: str, entry: ModelView | None) -> float:
     progress = None if entry is None else entry.progress
-    if progress is not None and progress.remaining_secs is not None and math.isfinite(progress.remaining_secs):
+    if progress is not None and progress.remaining_secs is not None:
         return max(0.0, progress.remaining_secs)
     profile = view.profile(model_id)
-    size_mb = 0 if profile is None else view.device_share_mb(profile) * profile.min_devices
+    size_mb = 0 if profile is None else view.device_share_mb(profile) * profile.device_count
     elapsed = 0.0 if progress is None or progress.elapsed_secs is None else progress.elapsed_secs
     return max(0.0, estimated_load_secs(view, model_id, node.name, size_mb) - elapsed)

@@ -107,6 +107,9 @@ def has_wrong_base(path: bytes) -> bool:
 _BELOW_V1: Final = tuple(path for path in INFERENCE if path.startswith(b"/v1/"))
 _BEGINNINGS: Final = frozenset({b"", b"/v1", b"/chat", b"/v1/chat", b"/audio", b"/v1/audio"})
 
+_STORED: Final = frozenset({"assistants", "batches", "conversations", "files", "threads", "vector_stores"})
+"""Segments of paths to what the servers of OpenAI and Anthropic store."""
+
 
 def not_for_clients(request: Request) -> Forbidden:
     path = shortened(request.raw_path.decode("latin-1"))
@@ -117,8 +120,11 @@ def no_route(request: Request) -> NotFound:
     """The error for an unknown path. It gives the base URLs, with https if a proxy in front says so."""
     scheme = "https" if (request.passed_value(b"x-forwarded-proto") or b"").lower() == b"https" else "http"
     base = f"{scheme}://{shortened((request.host or b'HOST').decode('latin-1'))}"
-    path = shortened(request.raw_path.decode("latin-1"))
+    method, path = request.method.decode("latin-1"), shortened(request.raw_path.decode("latin-1"))
+    segments = request.path.decode("latin-1").split("/")
+    stored = next((segment for segment in segments if segment in _STORED), None)
+    hint = "" if stored is None else f"cortex has no {stored}, so send each request by itself; "
     return NotFound(
-        f"no route for {request.method.decode('latin-1')} {path!r}: the base URL is {base}/v1 for OpenAI's clients and "
-        f"{base} for Anthropic's. A POST to any other path must name a model in its body"
+        f"no route for {method} {path!r}: {hint}the base URL is {base}/v1 for OpenAI's clients and {base} for "
+        "Anthropic's. A POST to any other path must name a model in its body"
     )

@@ -137,10 +137,10 @@ class _DeviceSet:
 
 def _device_sets(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Iterator[_DeviceSet]:
     indices = [device.index for device in eligible_devices(profile, node)]
-    for devices in device_sets(indices, profile.min_devices, at_most=MAX_EVICTION_SETS):
+    for devices in device_sets(indices, profile.device_count, at_most=MAX_EVICTION_SETS):
         yield _DeviceSet(view, profile, node, devices)
 
 
 def _could_hold(profile: ModelProfile, node: NodeSnapshot) -> bool:
     enough = [device for device in eligible_devices(profile, node) if device.vram_total_mb >= profile.device_share_mb]
-    return is_feasible(profile, node) and len(enough) >= profile.min_devices
+    return is_feasible(profile, node) and len(enough) >= profile.device_count

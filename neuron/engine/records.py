@@ -65,8 +65,13 @@ class RunRecord(BaseModel):
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
-    """A spec as JSON values."""
-    return {**asdict(spec), "said": sorted(spec.said)}
+    """A spec as JSON values. `parallel` beyond the tensor-parallel size is there only if the spec has it: an earlier
+    version of neuron reads no record with other fields."""
+    values = {**asdict(spec), "said": sorted(spec.said)}
+    if spec.parallel.tensor_only:
+        for name in ("pipeline_parallel", "data_parallel", "expert_parallel"):
+            del values[name]
+    return values
 
 
 @cache

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pydantic import field_validator
+from pydantic import ValidationError, field_validator
 
 from neuron.config import HarnessEntry, HarnessSettings, NeuronConfig
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
-from shared.protocol import LoadCommand
+from shared.protocol import LoadCommand, Parallelism, first_problem
+from shared.protocol.parallel import MAX_DEVICES
 
 # Model ids, paths and names; excludes flags, shell words and unprintable characters.
 _PLAIN_NAME = re.compile(r"/?\w[\w./:@+=,%-]*")
@@ -81,13 +82,17 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
     if command.tools:
         given = [*command.args, *config.harness_settings(harness).extra_args]
         tool_arguments = HARNESSES[harness].tool_arguments((source, command.model_id), given)
+    parallel = _parallel(command)
     said = {name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None}
     return EngineSpec(
         model_id=command.model_id,
         harness=harness,
         source=source,
         quant=command.quant,
-        tensor_parallel=_tensor_parallel(command),
+        tensor_parallel=parallel.tensor,
+        pipeline_parallel=parallel.pipeline,
+        data_parallel=parallel.data,
+        expert_parallel=parallel.expert,
         devices=tuple(command.devices or ()) or None,
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
@@ -161,15 +166,28 @@ def _harness(name: str | None, harnesses: list[str]) -> str:
     raise InvalidRequest(f"harness: {name!r} is not offered here (offered: {offered})", param="harness")
 
 
-def _tensor_parallel(command: LoadCommand) -> int:
-    devices = command.devices
-    if not devices:
-        return command.tensor_parallel or 1
+def _parallel(command: LoadCommand) -> Parallelism:
+    """How the command splits the model; without `parallel` and `tensor_parallel` over all its `devices`."""
+    devices = command.devices or []
     if len(set(devices)) != len(devices):
         raise InvalidRequest(f"devices: {devices} lists a device twice", param="devices")
-    wanted = command.tensor_parallel or len(devices)
-    if len(devices) != wanted:
-        raise InvalidRequest(
-            f"devices: {devices} has {len(devices)} entries, but tensor_parallel is {wanted}", param="devices"
-        )
+    if command.parallel is None:
+        if len(devices) > MAX_DEVICES:
+            raise InvalidRequest(
+                f"devices: {len(devices)} entries, at most {MAX_DEVICES} are possible", param="devices"
+            )
+        wanted = Parallelism(tensor=command.tensor_parallel or max(1, len(devices)))
+        needed = f"tensor_parallel is {wanted.tensor}"
+    else:
+        try:
+            wanted = command.parallel.with_tensor(command.tensor_parallel)
+        except ValueError as error:
+            raise InvalidRequest(f"tensor_parallel: {_reason(error)}", param="tensor_parallel") from error
+        needed = f"parallel needs {wanted.devices} ({wanted})"
+    if devices and len(devices) != wanted.devices:
+        raise InvalidRequest(f"devices: {devices} has {len(devices)} entries, but {needed}", param="devices")
     return wanted
+
+
+def _reason(error: ValueError) -> str:
+    return first_problem(error)[1] if isinstance(error, ValidationError) else str(error)

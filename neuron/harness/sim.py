@@ -49,7 +49,7 @@ class SimHarness(VllmHarness):
         """`--vram-mb` over all devices, else `share_mb`, else the simulation's default."""
         total = flag_value(args, "--vram-mb")
         if total is not None and total.isdecimal():
-            return MemoryRequirement(-(-int(total) // spec.tensor_parallel))
+            return MemoryRequirement(-(-int(total) // spec.device_count))
         return MemoryRequirement(DEFAULT_DEVICE_VRAM_MB if share_mb is None else share_mb)
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class SimHarness(VllmHarness):
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         total = plan.spec.vram_mb
         if total is None and plan.share_mb is not None:
-            total = plan.share_mb * plan.spec.tensor_parallel
+            total = plan.share_mb * plan.spec.device_count
         if total is not None and not has_flag(plan.arguments, "--vram-mb"):
             argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}

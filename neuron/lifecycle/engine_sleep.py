@@ -39,7 +39,7 @@ class EngineSleep:
             await memory.measure([engine])
             before_mb = engine.vram_used_mb
             lines = await engine.output.tail(_LOG_LINES)
-            weights_mb = control.weights_mb(lines, engine.spec.tensor_parallel)
+            weights_mb = control.weights_mb(lines, engine.spec.device_count)
             try:
                 await self._check_host_memory(engine, control, weights_mb)
             except Conflict:

@@ -18,7 +18,7 @@ _BY_CODE: dict[str, FailureCause] = {
     ErrorCode.VRAM_NOT_RELEASED: FailureCause.NODE,
     ErrorCode.INVALID_REQUEST: FailureCause.MODEL,
 }
-_HOST_FIELDS = ("devices", "harness", "tensor_parallel")
+_HOST_FIELDS = ("devices", "harness", "tensor_parallel", "parallel")
 """Fields of a load command whose valid values depend on the host."""
 _NOT_STARTED = (126, 127)  # a shell's exit codes: cannot execute, or command not found
 

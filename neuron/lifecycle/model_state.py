@@ -117,6 +117,7 @@ class ModelState:
             error=condition.error,
             since=condition.since,
             tensor_parallel=None if spec is None else spec.tensor_parallel,
+            parallel=None if spec is None or spec.parallel.tensor_only else spec.parallel,
             state=condition.state.value,
             reason=condition.reason,
             cause=None if condition.cause is None else condition.cause.value,

@@ -58,7 +58,7 @@ class Ledger:
         """
         check_devices(spec, topology)
         capacities = self.capacities(topology, health)
-        selection = select_devices(spec.tensor_parallel, requirement, topology, capacities, named=spec.devices)
+        selection = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
         if selection is None:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
@@ -68,7 +68,7 @@ class Ledger:
                 f"{spec.model_id!r} needs {requirement} on {_devices_of(spec)}",
                 capacities,
                 needed,
-                permanent=large_enough.count(True) < spec.tensor_parallel,
+                permanent=large_enough.count(True) < spec.device_count,
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
         foreign = {device.index: device.foreign_mb for device in capacities}
@@ -137,7 +137,7 @@ class Ledger:
                 for number, booking in self._bookings.items()
             ]
             capacities = gpu_capacities(topology, health, kept)
-            chosen = select_devices(spec.tensor_parallel, requirement, topology, capacities, named=spec.devices)
+            chosen = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
             return chosen is not None
 
         for count in range(1, len(candidates) + 1):
@@ -225,4 +225,4 @@ def _devices_of(spec: EngineSpec) -> str:
     if spec.devices is not None:
         listed = ", ".join(map(str, spec.devices))
         return f"device {listed}" if len(spec.devices) == 1 else f"each of the devices {listed}"
-    return "one device" if spec.tensor_parallel == 1 else f"each of {spec.tensor_parallel} devices"
+    return "one device" if spec.device_count == 1 else f"each of {spec.device_count} devices"

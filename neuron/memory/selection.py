@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from math import comb
 
 from neuron.gpu.topology import Topology
@@ -14,7 +14,7 @@ from neuron.memory.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_i
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
-from shared.protocol import Device
+from shared.protocol import Device, Parallelism
 
 MAX_SETS = 20_000
 """How many sets of devices are compared one by one: all sets of any size up to 16 devices. With more devices, see
@@ -25,6 +25,8 @@ not decide."""
 
 Group = tuple[int, ...]
 """Device indices, ascending."""
+Groups = tuple[Group, ...]
+"""The tensor groups of an engine."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def check_devices(spec: EngineSpec, topology: Topology) -> None:
     """Refuses a spec that this host's devices can never serve.
 
     Raises:
-        InvalidRequest: a device does not exist, is lost or in MIG mode, or there are fewer than `tensor_parallel`.
+        InvalidRequest: a device does not exist, is lost or in MIG mode, or there are fewer than the spec needs.
     """
     by_index = {device.index: device for device in topology.devices}
     for index in spec.devices or ():
@@ -52,29 +54,31 @@ def check_devices(spec: EngineSpec, topology: Topology) -> None:
             raise InvalidRequest(f"devices: device {index} cannot be used: {reason}", param="devices")
     reasons = {device.index: reason for device in topology.devices if (reason := unusable_reason(device)) is not None}
     usable = len(topology.devices) - len(reasons)
-    if topology.devices and usable < spec.tensor_parallel:
+    if topology.devices and usable < spec.device_count:
         why = "".join(f"; device {index}: {reason}" for index, reason in reasons.items())
+        field, split = ("tensor_parallel", "") if spec.parallel.tensor_only else ("parallel", f" for {spec.parallel}")
         raise InvalidRequest(
-            f"tensor_parallel: {spec.tensor_parallel} devices are needed, {usable} can be used here{why}",
-            param="tensor_parallel",
+            f"{field}: {spec.device_count} devices are needed{split}, {usable} can be used here{why}", param=field
         )
 
 
 def select_devices(
-    count: int,
+    parallel: Parallelism,
     requirement: MemoryRequirement,
     topology: Topology,
     capacities: Sequence[GpuCapacity],
     *,
     named: Sequence[int] | None = None,
 ) -> DeviceSelection | None:
-    """The devices `named`, or the best set of `count` devices; None when they have not enough memory, or no set has.
+    """The devices `named`, or the best set of `parallel.devices` devices, in the order of the ranks; None when they
+    have not enough memory, or no set has.
 
     Never selects a lost device or one in MIG mode. Of the sets in which every device has enough memory, the best is the
     one with, in this order:
 
     1. the better class of its worst path: NVLink (more links are better), PCIe switch, NUMA node, anything else. Every
-       layer of a tensor-parallel model waits for all devices;
+       layer of a tensor-parallel model waits for all devices of a tensor group. Only paths within one count: pipeline
+       stages and copies exchange little;
     2. fewer different cards: the slowest sets the pace, the smallest the cache;
     3. the better worst path within its class, in the order of `nvidia-smi topo -m`;
     4. less memory taken that sleeping engines need when they wake;
@@ -85,6 +89,8 @@ def select_devices(
     8. fewer paths cut between an idle device in the set and an idle one outside, NVLink before switches before NUMA
        nodes, so that well connected sets stay complete and an incomplete one is used first;
     9. lower indices.
+
+    With more than one tensor group, one after another is chosen in this way, with those before it in the set.
 
     Memory comes before complete sets: a card too large for its model costs every later model, a cut pair only those
     that need a pair.
@@ -99,11 +105,12 @@ def select_devices(
         fits = all(capacity_of[index].can_hold(mb) for index, mb in zip(named, shares, strict=True))
         return DeviceSelection(group, shares, f"{_listed(named)}, as the load command says") if fits else None
     scorer = _scorer(requirement, topology, capacities)
-    best = min(_candidates(count, scorer), key=scorer.cost, default=None)
+    best = min(_candidates(parallel, scorer), key=scorer.cost, default=None)
     if best is None:
         return None
-    group = tuple(by_index[index] for index in best)
-    return DeviceSelection(group, scorer.shares(best), _why(best, scorer, topology, capacities))
+    ranks = tuple(chain.from_iterable(sorted(best)))
+    devices = tuple(by_index[index] for index in ranks)
+    return DeviceSelection(devices, scorer.shares(ranks), _why(sorted(best), scorer, topology, capacities))
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,12 @@ class _Scorer:
     idle_weights: Mapping[int, int]  # of idle devices: the weights of all paths to other idle devices, added up
     weights: Mapping[Pair, int]  # of paths between idle devices
 
-    def cost(self, group: Group) -> tuple[object, ...]:
+    def cost(self, groups: Groups) -> tuple[object, ...]:
         """In the order of `select_devices`; the lowest is the best. No two sets have the same."""
+        group = groups[0] if len(groups) == 1 else tuple(sorted(chain.from_iterable(groups)))
         pairs = tuple(combinations(group, 2))
-        worst = max(map(self.paths.__getitem__, pairs), default=SINGLE_DEVICE)
+        within = pairs if len(groups) == 1 else [pair for each in groups for pair in combinations(each, 2)]
+        worst = max(map(self.paths.__getitem__, within), default=SINGLE_DEVICE)
         shares = self.shares(group)
         left = sum(map(self.left_over.__getitem__, group)) - sum(shares)
         asleep = sum(self.capacities[index].shortfall_on_wake(mb) for index, mb in zip(group, shares, strict=True))
@@ -137,7 +146,7 @@ class _Scorer:
             sum(len(self.capacities[index].booked_by) for index in group),
             sum(self.capacities[index].stopping_mb for index in group),
             cut,
-            group,
+            groups,
         )
 
     def shares(self, group: Group) -> tuple[int, ...]:
@@ -185,12 +194,26 @@ def _idle(capacities: Iterable[GpuCapacity]) -> frozenset[int]:
     )
 
 
-def _candidates(count: int, scorer: _Scorer) -> Iterator[Group]:
+def _candidates(parallel: Parallelism, scorer: _Scorer) -> Iterator[Groups]:
     for pool in scorer.pools():
-        if comb(len(pool), count) <= MAX_SETS:
-            yield from combinations(pool, count)
-        else:
-            yield from _greedy_sets(pool, count, scorer)
+        if len(pool) < parallel.devices:
+            continue
+        if parallel.tensor_groups == 1:
+            yield from ((group,) for group in _sets(pool, parallel.tensor, scorer))
+            continue
+        groups: Groups = ()
+        for _ in range(parallel.tensor_groups):
+            left = [index for index in pool if not any(index in group for group in groups)]
+            larger = ((*groups, group) for group in _sets(left, parallel.tensor, scorer))
+            groups = min(larger, key=scorer.cost)
+        yield groups
+
+
+def _sets(pool: Sequence[int], count: int, scorer: _Scorer) -> Iterator[Group]:
+    if comb(len(pool), count) <= MAX_SETS:
+        yield from combinations(pool, count)
+    else:
+        yield from _greedy_sets(pool, count, scorer)
 
 
 def _greedy_sets(pool: Sequence[int], count: int, scorer: _Scorer) -> Iterator[Group]:
@@ -199,16 +222,21 @@ def _greedy_sets(pool: Sequence[int], count: int, scorer: _Scorer) -> Iterator[G
     for seed in pool:
         group: Group = (seed,)
         while len(group) < count:
-            extended = (tuple(sorted((*group, index))) for index in pool if index not in group)
-            group = min(extended, key=scorer.cost)
+            extended = ((tuple(sorted((*group, index))),) for index in pool if index not in group)
+            (group,) = min(extended, key=scorer.cost)
         yield group
 
 
-def _why(group: Group, scorer: _Scorer, topology: Topology, capacities: Sequence[GpuCapacity]) -> str:
+def _why(groups: Sequence[Group], scorer: _Scorer, topology: Topology, capacities: Sequence[GpuCapacity]) -> str:
     possible = len({index for pool in scorer.pools() for index in pool})
+    group = tuple(chain.from_iterable(groups))
     reasons = [f"{len(group)} of {possible} devices with enough memory: {_listed(group)}"]
     if len(group) > 1:
-        reasons[0] += f", {max(scorer.paths[pair] for pair in combinations(group, 2)).described(len(group))}"
+        paths = [scorer.paths[pair] for each in groups for pair in combinations(each, 2)]
+        if len(groups) > 1 and paths:
+            reasons[0] += f", tensor groups {_listed(['+'.join(map(str, each)) for each in groups])}, each"
+        if paths:
+            reasons[0] += f"{'' if len(groups) > 1 else ','} {max(paths).described(len(groups[0]))}"
         cards = dict.fromkeys(scorer.cards[index][0] or f"{scorer.cards[index][1]} MiB" for index in group)
         if len(cards) > 1:
             reasons.append(f"cards differ ({', '.join(cards)})")
@@ -223,6 +251,6 @@ def _why(group: Group, scorer: _Scorer, topology: Topology, capacities: Sequence
     return "; ".join(reasons)
 
 
-def _listed(indices: Sequence[int]) -> str:
+def _listed(indices: Sequence[int | str]) -> str:
     *head, last = map(str, indices)
     return f"{', '.join(head)} and {last}" if head else last

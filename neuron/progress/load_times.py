@@ -24,10 +24,13 @@ class LoadKey:
     tensor_parallel: int
     quant: str | None
     source: str
+    parallel: str = ""
+    """Beyond the tensor-parallel size, in words."""
 
     @classmethod
     def of(cls, spec: EngineSpec) -> LoadKey:
-        return cls(spec.model_id, spec.harness, spec.tensor_parallel, spec.quant, spec.source)
+        parallel = "" if spec.parallel.tensor_only else str(spec.parallel)
+        return cls(spec.model_id, spec.harness, spec.tensor_parallel, spec.quant, spec.source, parallel)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def to_json(history: History) -> dict[str, Any]:
                 "tensor_parallel": key.tensor_parallel,
                 "quant": key.quant,
                 "source": key.source,
+                **({"parallel": key.parallel} if key.parallel else {}),
                 "loads": [{phase: round(secs, 3) for phase, secs in times.phases.items()} for times in loads],
             }
             for key, loads in history.loads.items()
@@ -115,8 +119,9 @@ def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...]]:
             "quant": (str() | None) as quant,
             "source": str(source),
             "loads": list(loads),
-        }:
-            key = LoadKey(model_id, harness, tensor_parallel, quant, source)
+            **rest,
+        } if isinstance(parallel := rest.get("parallel", ""), str):
+            key = LoadKey(model_id, harness, tensor_parallel, quant, source, parallel)
             return key, tuple(_times(times) for times in loads[-MAX_LOADS:])
         case _:
             raise ValueError(f"invalid entry {entry!r:.100}")

@@ -8,9 +8,12 @@ from shared.protocol.answers import read_answer
 from shared.protocol.base import first_problem, plain_reason
 from shared.protocol.commands import (
     ENGINE_KEYS_HEADER,
+    LEASE_SECS,
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
     EndpointReply,
+    LeaseCommand,
+    LeaseReply,
     LoadCommand,
     LoadReply,
     SleepCommand,
@@ -21,11 +24,13 @@ from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
+from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
 from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
     "ENGINE_KEYS_HEADER",
+    "LEASE_SECS",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",
     "Activation",
@@ -39,6 +44,8 @@ __all__ = [
     "EstimateOption",
     "EstimateReply",
     "FailureCause",
+    "LeaseCommand",
+    "LeaseReply",
     "Link",
     "LinkKind",
     "LoadCommand",
@@ -48,6 +55,7 @@ __all__ = [
     "ModelStatus",
     "ModelView",
     "NeuronHealth",
+    "Parallelism",
     "Progress",
     "SleepCommand",
     "SpareView",

@@ -17,9 +17,10 @@ READ_ONLY: Any = Field(default=None, exclude=True)
 
 
 class WireModel(BaseModel):
-    """Immutable; ignores unknown fields, which a newer or third-party peer may send."""
+    """Immutable; ignores unknown fields, which a newer or third-party peer may send. Numbers are finite: nothing that
+    computes with them can fail for NaN or an infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod

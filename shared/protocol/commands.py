@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
 from shared.protocol.base import Mib, NameList, WireModel
+from shared.protocol.parallel import Parallelism
 
 ENGINE_KEYS_HEADER = "x-cortex-engine-keys"
 """Request header of a caller that sends an engine the `api_key` of its endpoint. A request without it comes from a
@@ -14,6 +15,8 @@ caller that speaks only protocol v1, which has no keys."""
 MAX_VRAM_MB = 1 << 40
 MAX_DRAIN_SECS = 3600.0
 """The longest `drain_secs` of an unload."""
+LEASE_SECS = 5.0
+"""How long a lease on a load lasts unless it is renewed."""
 MAX_MODEL_ID_CHARS = 512
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
 
@@ -22,15 +25,17 @@ class LoadCommand(WireModel):
     """Body of `POST /models/load`.
 
     `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
-    one device. `devices` None lets the neuron choose. `vram_mb` (MiB, sum of all devices) is the engine's limit and
-    reservation; None leaves it to the engine. `tools`: neuron puts the arguments that the model's family needs for
-    tools before `args`. A body with only `model_id` repeats the spec of an earlier load.
+    one device. `parallel`, if given, says how the model is split; its `tensor` is `tensor_parallel`. `devices` None
+    lets the neuron choose, else they are in the order of the ranks. `vram_mb` (MiB, sum of all devices) is the engine's
+    limit and reservation; None leaves it to the engine. `tools`: neuron puts the arguments that the model's family
+    needs for tools before `args`. A body with only `model_id` repeats the spec of an earlier load.
     """
 
     model_id: ModelId
     harness: str | None = None
     quant: str | None = None
     tensor_parallel: int | None = Field(default=None, ge=1, le=64)
+    parallel: Parallelism | None = None
     devices: list[int] | None = None
     source: str | None = None
     args: NameList = Field(default_factory=list)
@@ -42,6 +47,11 @@ class LoadCommand(WireModel):
     def bare(self) -> bool:
         """True if the body has only a model id."""
         return not self.model_dump(exclude={"model_id"}, exclude_defaults=True)
+
+    def body(self) -> dict[str, Any]:
+        """As JSON: a bare command is only the model id, and `parallel` is there only if it is given."""
+        left_out = {"parallel"} if self.parallel is None else None
+        return self.model_dump(mode="json", exclude_defaults=self.bare, exclude=left_out)
 
 
 class UnloadCommand(WireModel):
@@ -61,6 +71,23 @@ class WakeCommand(WireModel):
     """Body of `POST /models/wake`."""
 
     model_id: ModelId
+
+
+class LeaseCommand(WireModel):
+    """Body of `POST /models/lease`. `holder` identifies the cortex, `node` the neuron that is to load the model, for
+    all cortexes: its `instance_id`, or its URL if it has none. None ends the lease."""
+
+    model_id: ModelId
+    holder: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    node: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+
+
+class LeaseReply(WireModel):
+    """Reply to `POST /models/lease`. `node`: where another cortex loads the model; if the lease is `granted`, where one
+    has loaded it, or failed to, a moment ago."""
+
+    granted: bool
+    node: str | None = None
 
 
 class EndpointReply(WireModel):

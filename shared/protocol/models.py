@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Text, Tokens, WireModel
 from shared.protocol.commands import EndpointReply
+from shared.protocol.parallel import Parallelism
 
 
 class ModelStatus(str, Enum):
@@ -68,7 +69,7 @@ class ServedLimit(WireModel):
     output: Tokens | None = None
 
 
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0)]
 
 
 class TokenCost(WireModel):
@@ -120,6 +121,7 @@ class ModelView(ModelFacts):
     A protocol v1 neuron omits the fields that default to None. `state` is a finer `status`, with its `reason`. `cause`
     classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
+    `parallel`: how it is split over its devices, None if `tensor_parallel` says all.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
     Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine
@@ -136,6 +138,7 @@ class ModelView(ModelFacts):
     error: str | None = None
     since: float | None = None
     tensor_parallel: int | None = None
+    parallel: Parallelism | None = None
     state: str | None = None
     reason: str | None = None
     cause: str | None = None

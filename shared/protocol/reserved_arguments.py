@@ -18,10 +18,28 @@ OWNED_FLAGS = (
     "--headless",
     "--model",
     "--served-model-name",
-    "--tensor-parallel-size",
     "--device-ids",
 )
 _OWNED_FAMILY = "--ssl-"  # with TLS neuron's health check over http would always fail
+PARALLEL_FLAGS = {
+    "--tensor-parallel-size": "-tp",
+    "--pipeline-parallel-size": "-pp",
+    "--prefill-context-parallel-size": "-pcp",
+    "--data-parallel-size": "-dp",
+    "--data-parallel-size-local": "-dpl",
+    "--data-parallel-rank": "-dpn",
+    "--data-parallel-start-rank": "-dpr",
+    "--data-parallel-hybrid-lb": "-dph",
+    "--data-parallel-external-lb": "-dpe",
+    "--data-parallel-multi-port-external-lb": "-dpm",
+    "--enable-expert-parallel": "-ep",
+    "--nnodes": "-n",
+    "--node-rank": "-r",
+}
+"""Flags that decide how many devices an engine has and which rank runs where, with their short forms. neuron builds
+them from `parallel`, which also decides how many devices it books."""
+_SWITCHES = ("--data-parallel-hybrid-lb", "--data-parallel-external-lb", "--enable-expert-parallel")
+"""Those with a `--no-` form."""
 
 
 def refused_argument(args: Sequence[str]) -> str | None:
@@ -34,6 +52,8 @@ def refused_argument(args: Sequence[str]) -> str | None:
         if arg == "--":
             return "'--' would turn flags into operands"
         flag = owned_flag(arg)
+        if flag in PARALLEL_FLAGS:
+            return f"{arg!r}: {flag} is set by neuron, use `parallel = {{ tensor, pipeline, data, expert }}`"
         if flag is not None:
             return f"{arg!r}: {flag} is set by neuron"
     return None
@@ -42,13 +62,25 @@ def refused_argument(args: Sequence[str]) -> str | None:
 def owned_flag(arg: str) -> str | None:
     """The owned flag that `arg` could be read as; None when it is another flag or a value."""
     name = flag_name(arg)
-    if name in ("-t", "-tp"):  # -t is an abbreviation of -tp
-        return "--tensor-parallel-size"
     if not name.startswith("--"):
-        return None
+        return _owned_short_flag(name)
     if name.startswith(_OWNED_FAMILY):
         return f"{_OWNED_FAMILY}*"
-    return next((flag for flag in OWNED_FLAGS if flag.startswith(name)), None)
+    for flag in (*OWNED_FLAGS, *PARALLEL_FLAGS):
+        if flag.startswith(name) or (flag in _SWITCHES and f"--no-{flag.removeprefix('--')}".startswith(name)):
+            return flag
+    return None
+
+
+def _owned_short_flag(name: str) -> str | None:
+    """For `-x`: argparse abbreviates short flags too, and takes the value of one with a single letter without a space
+    (`-n2`)."""
+    if len(name) < 2 or name[0] != "-":
+        return None
+    for flag, short in PARALLEL_FLAGS.items():
+        if short.startswith(name) or (len(short) == 2 and name.startswith(short) and name[2:].isdigit()):
+            return flag
+    return None
 
 
 def flag_name(arg: str) -> str:

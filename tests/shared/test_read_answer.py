@@ -81,6 +81,13 @@ LINK = {"a": 0, "b": 1, "kind": "nvlink"}
             {"devices": [{"index": 0}]},
             ["devices.vram_used_mb"],
         ),
+        # numbers that are not finite
+        (
+            ModelView,
+            {**LOADED, "since": float("nan"), "progress": {"elapsed_secs": float("-inf"), "remaining_secs": "1e999"}},
+            {**LOADED, "progress": {}},
+            ["progress.elapsed_secs", "progress.remaining_secs", "since"],
+        ),
         # floats for whole numbers, and null
         (
             NeuronHealth,

@@ -14,10 +14,10 @@ from cortex.proxy.relay import Relay
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
-from cortex.proxy.translation.interface import Translation
-from cortex.proxy.translation.probing_relay import ProbingRelay
+from cortex.proxy.translation.interface import CHAT_PATH, Translation
+from cortex.proxy.translation.probing_relay import HeldAnswer, ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
-from cortex.routing.replica import FailureKind, Replica
+from cortex.routing.replica import UNAVAILABLE, FailureKind, Replica, untried
 from cortex.upstream.address import Address
 from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
@@ -29,25 +29,32 @@ class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
     path; one that turns out to lack it gets the translation at once, before the client hears anything."""
 
-    __slots__ = ("_probed", "_translation")
+    __slots__ = ("_diverted", "_held", "_translation")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
-        self._probed = False
+        self._held: HeldAnswer | None = None  # of the first engine that lacked the path
+        self._diverted = False
 
-    def lacks_path(self) -> None:
+    def lacks_path(self, held: HeldAnswer) -> None:
         state, self._state = self._state, None
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
         self._context.in_flight.remove((replica.model_id, replica.node))
-        self._probed = True
+        self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
         self._attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
+
+    def refused(self, status: int, *, asleep: bool) -> bool:
+        translation = self._translation
+        if translation is not None and translation.path != CHAT_PATH and status not in UNAVAILABLE:
+            return False  # an engine without this path, such as `/tokenize`, is still the model's
+        return super().refused(status, asleep=asleep)
 
     def done(self) -> None:
         state = self._state
@@ -59,19 +66,31 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
-        if self._cold and not self._probed:
+        if self._cold and self._held is None:
             self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
-                if replica.limit is not None:
-                    self._context.control.release(replica)
-                self._label, self._node = self._model_id, replica.node
-                self._refuse(error)
+                # The control counts it already, and must learn that it has ended.
+                self._context.in_flight.add((replica.model_id, replica.node))
+                self._context.finished(replica)
+                self._refuse_translation(replica, error)
                 return
             request.translate(self._translation.path, self._translation.body)
         super()._send(replica, compared=compared)
+
+    def _refuse_translation(self, replica: Replica, error: ServiceError) -> None:
+        """The replica can only answer a translated request, and this one cannot be translated: another may do."""
+        context, path, now = self._context, self._request.path, monotonic()
+        others = untried(context.control.table.get(self._model_id, ()), self._failures, replica)
+        able = tuple(other for other in others if not context.missing_paths.lacks(other, path, now))
+        if able and not self._diverted:  # once: with limits, the control may name this replica again and again
+            self._diverted = True
+            self._send_to_one_of(able)
+        else:
+            self._label, self._node = self._model_id, replica.node
+            self._refuse(error)
 
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         if self._translation is not None:
@@ -87,7 +106,10 @@ class TranslatableRequest(RequestHandler):
         return self._translated(super()._deferred(keep_alive))
 
     def _translated(self, answer: Answer) -> Answer:
-        return answer if self._translation is None else TranslatedAnswer(answer, self._translation)
+        translation = self._translation
+        if translation is None:
+            return answer
+        return TranslatedAnswer(answer, translation, self._held if translation.path == CHAT_PATH else None)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
         if isinstance(self._state, Sent):

@@ -73,7 +73,7 @@ class VllmHarness(Harness):
             own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
-            own |= cpu_binding(plan.spec.tensor_parallel, facts.cpus)
+            own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
@@ -111,11 +111,22 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     argv = [*(plan.settings.command or default_command), "serve", spec.source]
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
     argv += ["--host", plan.host, "--port", str(plan.port)]
-    if spec.tensor_parallel > 1:
-        argv += ["--tensor-parallel-size", str(spec.tensor_parallel)]
+    argv += parallel_arguments(spec)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
     return argv
+
+
+def parallel_arguments(spec: EngineSpec) -> list[str]:
+    """Those that split the model over `spec.device_count` devices. On these vLLM's ranks are in the order copy,
+    pipeline stage, tensor rank."""
+    sizes = {
+        "--tensor-parallel-size": spec.tensor_parallel,
+        "--pipeline-parallel-size": spec.pipeline_parallel,
+        "--data-parallel-size": spec.data_parallel,
+    }
+    argv = [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
+    return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
 
 
 def vllm_environment(
@@ -150,7 +161,7 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
 
 
 def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
-    """Cores for each rank of a tensor-parallel engine on a CPU host.
+    """Cores for each rank of a parallel engine on a CPU host, in the order of the ranks.
 
     vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
     vLLM anyway: ranks that share a core would wait for each other in spin locks.

@@ -46,7 +46,7 @@ class Sleeper:
     def asleep_mb(self) -> int:
         """MiB that stay on the devices during a sleep."""
         held = self.engine.settings.vram_mb
-        return min(_CONTEXT_MB * self.engine.settings.tensor_parallel, held // 10)
+        return min(_CONTEXT_MB * self.engine.settings.devices, held // 10)
 
     async def sleep(self, level: int) -> None:
         """Raises asyncio.TimeoutError when requests are still running after 10 s."""

@@ -41,6 +41,9 @@ class EngineSettings:
     port: int
     served_names: tuple[str, ...]
     tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    expert_parallel: bool
     max_model_len: int  # tokens, prompt and answer together
     max_num_seqs: int  # sequences generated at once; others wait
     track_load: bool
@@ -54,6 +57,11 @@ class EngineSettings:
     embedding_dims: int
     wake_secs: float  # from /wake_up to awake
     faults: Faults
+
+    @property
+    def devices(self) -> int:
+        """How many it is split over."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @property
     def name(self) -> str:
@@ -102,6 +110,9 @@ def _add_vllm_flags(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME")
     serve.add_argument("--tensor-parallel-size", "-tp", type=positive_int, default=1)
+    serve.add_argument("--pipeline-parallel-size", "-pp", type=positive_int, default=1)
+    serve.add_argument("--data-parallel-size", "-dp", type=positive_int, default=1)
+    serve.add_argument("--enable-expert-parallel", "-ep", action=argparse.BooleanOptionalAction, default=False)
     serve.add_argument("--max-model-len", type=human_readable_int_or_auto, default=DEFAULT_MAX_MODEL_LEN)
     serve.add_argument("--max-num-seqs", type=positive_int, default=256)
     serve.add_argument("--enable-server-load-tracking", action="store_true")
@@ -159,12 +170,16 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> EngineSettings:
     """The settings of a command line. On an error it exits with status 2, as argparse does."""
     given = build_parser().parse_args(argv)
+    devices = given.tensor_parallel_size * given.pipeline_parallel_size * given.data_parallel_size
     return EngineSettings(
         model=given.model,
         host=given.host,
         port=given.port,
         served_names=tuple(given.served_model_name or [given.model]),
         tensor_parallel=given.tensor_parallel_size,
+        pipeline_parallel=given.pipeline_parallel_size,
+        data_parallel=given.data_parallel_size,
+        expert_parallel=given.enable_expert_parallel,
         max_model_len=given.max_model_len,
         max_num_seqs=given.max_num_seqs,
         track_load=given.enable_server_load_tracking,
@@ -173,7 +188,7 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         download_secs=given.download_secs,
         ttft_secs=given.ttft_ms / 1000,
         tokens_per_sec=given.tokens_per_sec,
-        vram_mb=given.vram_mb or DEFAULT_DEVICE_VRAM_MB * given.tensor_parallel_size,
+        vram_mb=given.vram_mb or DEFAULT_DEVICE_VRAM_MB * devices,
         answer_tokens=given.answer_tokens,
         embedding_dims=given.embedding_dims,
         wake_secs=given.wake_secs,

@@ -35,12 +35,23 @@ def _log(source: str, text: str) -> Announcement:
         source,
         text.format(
             model=settings.model,
+            parallel=_parallel(settings),
             secs=settings.load_secs,
             weights=settings.load_secs * 0.5,
             compiling=settings.load_secs * 0.02,
-            gib=_WEIGHTS * settings.vram_mb / settings.tensor_parallel / 1024,
+            gib=_WEIGHTS * settings.vram_mb / settings.devices / 1024,
         ),
         pid=None if from_server else core,
+    )
+
+
+def _parallel(settings: EngineSettings) -> str:
+    """vLLM's words for it; none for a model that is at most tensor-parallel."""
+    if settings.devices == settings.tensor_parallel and not settings.expert_parallel:
+        return ""
+    return (
+        f", tensor_parallel_size={settings.tensor_parallel}, pipeline_parallel_size={settings.pipeline_parallel}, "
+        f"data_parallel_size={settings.data_parallel}, enable_expert_parallel={settings.expert_parallel}"
     )
 
 
@@ -56,7 +67,9 @@ def _shard(done: int) -> Stage:
 _BEFORE_WEIGHTS = Stage(0.15, 0.00, _log("gpu_model_runner.py:4879", "Starting to load model {model}..."))
 STAGES = (
     Stage(0.00, 0.00, _log("model.py:617", "Resolved architecture: Qwen3ForCausalLM")),
-    Stage(0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'")),
+    Stage(
+        0.05, 0.00, _log("core.py:112", "Initializing a V1 LLM engine (v0.32.0) with config: model='{model}'{parallel}")
+    ),
     _BEFORE_WEIGHTS,
     *(_shard(done) for done in range(1, _SHARDS + 1)),
     Stage(0.66, _WEIGHTS, _log("default_loader.py:384", "Loading weights took {weights:.2f} seconds")),
@@ -126,8 +139,8 @@ async def _download(settings: EngineSettings) -> None:
 def simulated_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> OutOfMemory:
     """The fault's error: the first device has less memory left than the next layer needs."""
     total = next(iter(memory.totals_mb.values()), 24564)
-    held = next(iter(memory.held_mb.values()), settings.vram_mb // 2 // settings.tensor_parallel)
-    return OutOfMemory(0, max(settings.vram_mb // settings.tensor_parallel // 4, 1), total, 0, held)
+    held = next(iter(memory.held_mb.values()), settings.vram_mb // 2 // settings.devices)
+    return OutOfMemory(0, max(settings.vram_mb // settings.devices // 4, 1), total, 0, held)
 
 
 def report_out_of_memory(error: OutOfMemory, core: int) -> None:

@@ -65,6 +65,25 @@ def test_share_of_each_device(devices: int, vram_mb: int | None, share: int, par
     assert (profile.device_share_mb, profile.tensor_parallel) == (share, parallel)
 
 
+@pytest.mark.parametrize(
+    ("fields", "split", "devices", "short"),
+    [
+        ({}, "tensor 1 x pipeline 1 x data 1", 1, 1),
+        ({"min_devices": 4}, "tensor 4 x pipeline 1 x data 1", 4, 4),
+        ({"parallel": {"tensor": 2, "pipeline": 2, "data": 2}}, "tensor 2 x pipeline 2 x data 2", 8, 2),
+        ({"parallel": {"pipeline": 3}}, "tensor 1 x pipeline 3 x data 1", 3, 1),
+        ({"min_devices": 2, "parallel": {"data": 2, "expert": True}}, "tensor 2 x pipeline 1 x data 2, expert", 4, 2),
+        ({"min_devices": 2, "parallel": {"tensor": 2}}, "tensor 2 x pipeline 1 x data 1", 2, 2),
+    ],
+)
+def test_parallel(fields: dict[str, object], split: str, devices: int, short: int) -> None:
+    """The device count is the product; `min_devices` is the short form of `tensor`, and either may be given."""
+    profile = ModelProfile.model_validate({"id": "m", "vram_mb": 24000, **fields})
+    assert (str(profile.parallelism), profile.device_count, profile.min_devices) == (split, devices, short)
+    assert profile.device_share_mb == 24000 // devices
+    assert profile.tensor_parallel == (short if short > 1 else None)
+
+
 def test_aliases(tmp_path: Path) -> None:
     """An alias resolves to its model, any other name to itself."""
     catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'\n[aliases]\nlarge = 'org/model'"))
@@ -85,6 +104,18 @@ def test_aliases(tmp_path: Path) -> None:
         ("[[models]]\nid = 'a'\nvram_mb = 0", "models[0].vram_mb = 0: "),
         ("[[models]]\nid = 'a'\nvram_mb = 'big'", "models[0].vram_mb = 'big': "),
         ("[[models]]\nid = 'a'\nmin_devices = 0", "models[0].min_devices = 0: "),
+        (
+            "[[models]]\nid = 'a'\nmin_devices = 4\nparallel = { tensor = 2 }",
+            "models[0].parallel: tensor is 2, but min_devices is 4: remove one, or make them equal",
+        ),
+        ("[[models]]\nid = 'a'\nparallel = { tensor = 0 }", "models[0].parallel.tensor = 0: must be at least 1"),
+        ("[[models]]\nid = 'a'\nparallel = { tensr = 2 }", "models[0].parallel.tensr: unknown key (value 2)"),
+        ("[[models]]\nid = 'a'\nparallel = { expert = 1 }", "models[0].parallel.expert = 1: must be true or false"),
+        ("[[models]]\nid = 'a'\nparallel = 8", "models[0].parallel = 8: must be a table"),
+        (
+            "[[models]]\nid = 'a'\nparallel = { tensor = 8, pipeline = 8, data = 2 }",
+            "models[0].parallel: tensor 8 x pipeline 8 x data 2 needs 128 devices, at most 64 are possible",
+        ),
         ("[[models]]\nid = 'a'\nmin_device_vram_mb = -1", "models[0].min_device_vram_mb = -1: "),
         ("[[models]]\nid = 'a'\npinned_on = 'beast'", "models[0].pinned_on = 'beast': "),
         ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -35,7 +34,6 @@ def told(status: str, progress: Progress | None = None, *, loading: bool = False
         ),
         (Progress(phase="compiling", remaining_secs=3), ": compiling, about 3 s left"),
         (Progress(phase="compiling"), ": compiling"),
-        (Progress(phase="compiling", fraction=math.nan, remaining_secs=math.inf), ": compiling"),
         (Progress(remaining_secs=3), ": about 3 s left"),
         (Progress(), " for 12 s"),
         (None, " for 12 s"),

@@ -116,3 +116,45 @@ def test_devices_that_do_not_report_memory() -> None:
     silent = where.health.devices[0].model_copy(update={"vram_used_mb": 0, "vram_free_mb": 0})
     where = replace(where, health=where.health.model_copy(update={"devices": [silent]}))
     assert plan_for(view(fleet(where), profile(vram_mb=20000))).fit is Fit.NOW
+
+
+@pytest.mark.parametrize(
+    ("parallel", "links", "free_mb", "devices"),
+    [
+        ({"tensor": 2, "pipeline": 2, "data": 2}, {}, None, tuple(range(8))),
+        # Tensor groups are the NVLink pairs, whatever connects them.
+        ({"tensor": 2, "data": 4}, {(a, a + 4): LinkKind.NVLINK for a in range(4)}, None, (0, 4, 1, 5, 2, 6, 3, 7)),
+        ({"tensor": 2, "pipeline": 2}, {(6, 7): LinkKind.NVLINK, (1, 4): LinkKind.PIX}, None, (1, 4, 6, 7)),
+        # A device without enough memory breaks its pair.
+        (
+            {"tensor": 2, "pipeline": 2},
+            {(a, a + 1): LinkKind.NVLINK for a in (0, 2, 4, 6)},
+            (9000, *[24000] * 7),
+            (2, 3, 4, 5),
+        ),
+        # Stages without tensor parallelism need no pair: the tightest fit decides.
+        ({"pipeline": 2}, {(0, 1): LinkKind.NVLINK}, (*[24000] * 4, 12000, 24000, 12000, 24000), (4, 6)),
+    ],
+)
+def test_tensor_groups(
+    parallel: dict[str, int], links: Any, free_mb: tuple[int, ...] | None, devices: tuple[int, ...]
+) -> None:
+    """Only the devices of a tensor group need fast paths; the plan has one group after another."""
+    wanted = profile(vram_mb=10000 * len(devices), parallel=parallel)
+    where = host("n", *[24000] * 8, links=links, foreign_mb=tuple(24000 - mb for mb in free_mb or ()))
+    plan = plan_for(view(fleet(where), wanted))
+    assert (plan.devices, plan.fit, plan.device_share_mb) == (devices, Fit.NOW, 10000)
+
+
+def test_evicting_for_tensor_groups() -> None:
+    """What is evicted is chosen for all devices; they are then grouped as without an eviction."""
+    links = {(0, 2): LinkKind.NVLINK, (1, 3): LinkKind.NVLINK}
+    there = {f"m{index}": On(20000, (index,)) for index in range(4)}
+    plan = plan_for(
+        view(
+            fleet(host("n", *[24000] * 4, links=links, models=there)),
+            profile(vram_mb=40000, parallel={"tensor": 2, "data": 2}),
+            *(profile(id=name, vram_mb=20000) for name in there),
+        )
+    )
+    assert (plan.devices, plan.fit, evicted(plan)) == ((0, 2, 1, 3), Fit.AFTER_EVICTION, set(there))

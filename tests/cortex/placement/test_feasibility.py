@@ -7,15 +7,19 @@ from itertools import product
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.feasibility import FeasibilityCache, is_feasible
+from cortex.placement.feasibility import FeasibilityCache, infeasible_reason, is_feasible
 from shared.protocol import Discovery
-from tests.cortex.fleets import fleet, node
+from tests.cortex.fleets import fleet, host, node
 
 PROFILES = [
     ModelProfile(id="m", harness=harness, min_devices=devices, min_device_vram_mb=floor, pinned_on=pinned)
     for harness, devices, floor, pinned in product(
         ("vllm", "sim"), (1, 2, 3), (None, 12000, 24000, 48000), ((), ("a",), ("c", "a", "unlisted"))
     )
+]
+PROFILES += [
+    ModelProfile.model_validate({"id": "m", "parallel": split})
+    for split in ({"tensor": 2}, {"pipeline": 2}, {"data": 3}, {"expert": True}, {"tensor": 2, "pipeline": 2})
 ]
 
 
@@ -34,6 +38,8 @@ def test_cached_answers_match_the_rule() -> None:
         node("unknown", 24000, discovered=False),
         node("away", 48000, healthy=False),
         node("none"),
+        host("ours", 24000, 24000),
+        host("wide", *[24000] * 4),
     ]
     feasibility = FeasibilityCache()
     for snapshot in (fleet(*nodes), fleet(*nodes[:3]), fleet(*reversed(nodes)), fleet(), fleet(*nodes[2:])):
@@ -62,3 +68,14 @@ def test_neurons_are_evaluated_again_only_when_a_topology_changes() -> None:
     unseen = replace(fleet(node("a", 24000), node("b", 24000)), topology=topology)
     assert feasibility.nodes(profile, unseen) is found
     assert feasibility.nodes(profile, replace(unseen, topology=object())) == ("a", "b")
+
+
+def test_protocol_v1_neurons_take_tensor_parallel_models_only() -> None:
+    """They would ignore `parallel` and load the model in another way. The reason says so."""
+    old, new = (host("n", *[24000] * 4, protocol_v1=v1) for v1 in (True, False))
+    for split, fits in (({"tensor": 4}, True), ({"tensor": 2, "data": 2}, False), ({"expert": True}, False)):
+        profile = ModelProfile.model_validate({"id": "m", "parallel": split})
+        assert (is_feasible(profile, old), is_feasible(profile, new)) == (fits, True)
+        if not fits:
+            because = f"protocol v1 neurons can only split a model by tensor parallelism, not as {profile.parallelism}"
+            assert infeasible_reason(profile, old) == because

@@ -10,7 +10,7 @@ import pytest
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.load_command import load_command
-from shared.protocol import LoadCommand
+from shared.protocol import LinkKind, LoadCommand
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import plan_for, profile, view
 
@@ -41,6 +41,17 @@ def test_tensor_parallel_is_null_for_one_device(min_devices: int, tensor_paralle
     """The field is null for a single device, else the number of devices."""
     command = _command(profile(min_devices=min_devices, vram_mb=14000), host("n", 24000, 24000))
     assert (command.tensor_parallel, len(command.devices or [])) == (tensor_parallel, min_devices)
+
+
+def test_parallel_goes_beside_tensor_parallel() -> None:
+    """Devices are in the order of the ranks. A body without `parallel` does not mention it."""
+    links = {(0, 3): LinkKind.NVLINK, (1, 2): LinkKind.NVLINK}
+    split = profile(vram_mb=14000, parallel={"tensor": 2, "pipeline": 2, "expert": True})
+    body = _command(split, host("n", *[24000] * 4, links=links)).body()
+    assert body["parallel"] == {"tensor": 2, "pipeline": 2, "data": 1, "expert": True}
+    assert (body["tensor_parallel"], body["devices"]) == (2, [0, 3, 1, 2])
+    assert "parallel" not in _command(SPEC, host("n", 24000)).body()
+    assert LoadCommand(model_id="m").body() == {"model_id": "m"}
 
 
 ASLEEP = On(500, status="sleeping", wants_mb=13500)

@@ -108,3 +108,21 @@ async def test_no_answer_of_cortex_names_a_server(cortex: RunningCortex) -> None
         for url in (f"{cortex.url}/health", f"{cortex.url}/nothing", f"{cortex.url}/v1/models", cortex.metrics_url):
             async with http.get(url) as response:
                 assert "Server" not in response.headers, url
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "what"),
+    [
+        ("POST", "/v1/messages/batches", "batches"),
+        ("GET", "/v1/messages/batches/msgbatch_1/results", "batches"),
+        ("POST", "/v1/batches", "batches"),
+        ("GET", "/v1/files", "files"),
+        ("POST", "/v1/conversations", "conversations"),
+    ],
+)
+async def test_what_only_a_server_with_a_store_has(cortex: RunningCortex, method: str, path: str, what: str) -> None:
+    """The base URL alone would be no help."""
+    body = {"requests": [{"custom_id": "a", "params": {"model": "org/small"}}]} if method == "POST" else None
+    async with cortex.http.request(method, f"{cortex.url}{path}", json=body) as answer:
+        assert answer.status == 404
+        assert f"cortex has no {what}, so send each request by itself" in (await answer.json())["error"]["message"]

@@ -46,7 +46,7 @@ def planned(
     plan = LaunchPlan(
         spec=spec,
         settings=settings or HarnessSettings(),
-        devices=GPUS[: spec.tensor_parallel],
+        devices=GPUS[: spec.device_count],
         host="127.0.0.1",
         port=20001,
         tmp_dir=Path("/state/engines/1/tmp"),
@@ -324,3 +324,38 @@ def test_sim() -> None:
     ]
     assert json.loads(made.env["NEURON_SIM_DEVICES"]) == {"GPU-a": 32000, "GPU-b": 24000}
     assert made.env["NEURON_SIM_VRAM_DIR"] == "/state/vram"
+
+
+@pytest.mark.parametrize(
+    ("split", "flags"),
+    [
+        ({"pipeline_parallel": 2}, "--pipeline-parallel-size 2"),
+        ({"data_parallel": 3, "expert_parallel": True}, "--data-parallel-size 3 --enable-expert-parallel"),
+        (
+            {"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 2},
+            "--tensor-parallel-size 2 --pipeline-parallel-size 2 --data-parallel-size 2",
+        ),
+        ({"expert_parallel": True, "tensor_parallel": 2}, "--tensor-parallel-size 2 --enable-expert-parallel"),
+    ],
+)
+@pytest.mark.parametrize("harness", ["vllm", "sim"])
+def test_parallel_flags(split: dict[str, Any], flags: str, harness: str) -> None:
+    """Only what is more than one is a flag; the simulated engine accepts the same."""
+    made = command(replace(SPEC, harness=harness, **split), has_gpu=False)
+    start = made.argv.index("20001") + 1
+    assert list(made.argv[start : start + len(flags.split())]) == flags.split()
+    assert not any("parallel" in word for word in made.argv[start + len(flags.split()) :])
+
+
+def test_cores_for_every_rank() -> None:
+    """On a CPU host each rank of each copy has cores of its own, in the order of the ranks."""
+    made = command(replace(SPEC, tensor_parallel=2, data_parallel=2), has_gpu=False)
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0|1|2|3"
+
+
+def test_share_is_of_every_rank() -> None:
+    """`vram_mb` is the sum of all ranks, copies included."""
+    spec = replace(SPEC, vram_mb=32000, pipeline_parallel=2)
+    assert spec.share_mb == 16000
+    assert command(spec).argv[-2:] == ("--gpu-memory-utilization", "0.6666")
+    assert replace(SPEC, vram_mb=80000, tensor_parallel=2, pipeline_parallel=2, data_parallel=2).share_mb == 10000

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from neuron.config import HarnessSettings, NeuronConfig
+from neuron.engine import records
+from neuron.engine.records import RunRecord
 from neuron.harness.checks import spec_of
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
-from shared.protocol import LoadCommand
+from shared.protocol import LoadCommand, Parallelism
 
 CONFIG = NeuronConfig.model_validate({"harnesses": [{"name": "vllm"}, {"name": "sim"}]})
 TRUSTING = CONFIG.model_copy(update={"harness": {"vllm": HarnessSettings(allow_code=True)}})
@@ -65,6 +68,10 @@ def test_refused_quantization(quant: str) -> None:
         "--host", "--host=0.0.0.0", "--port", "--por", "--p", "--uds", "--root-path", "--root_path=/x", "--api-key",
         "--api_key", "--api", "--served-model-name", "--served_model_name=x", "--served", "--tensor-parallel-size",
         "--tensor_parallel_size=2", "--tensor", "-tp", "-tp=2", "-t", "--ssl-keyfile", "--ssl_certfile=x", "--ssl-",
+        "-pp", "-pp=1", "-p", "--pipeline-parallel-size=2", "--pipe", "-dp", "-d", "--data_parallel_size", "--data-par",
+        "-dpl", "--data-parallel-size-local=1", "-dpn", "-dpr", "-dph", "-dpe", "-dpm", "--data-parallel-rank", "-ep",
+        "-e", "--enable-expert-parallel", "--enable_expert", "--no-enable-expert-parallel", "--no-enable-exp", "-pcp",
+        "--no-data-parallel-hybrid-lb", "--data-parallel-external", "--nnodes", "-n", "-n2", "--node_rank=1", "-r1",
         "--config", "--config=x.yaml", "--conf", "--headless", "--model", "--device-ids", "--", "a\0b", "a\nb",
     ],
 )  # fmt: skip
@@ -94,7 +101,7 @@ def test_refused_arguments(arg: str) -> None:
         ["--compilation-config", '{"cudagraph_capture_sizes": [1, 2]}', "--compilation-config.mode", "3"],
         ["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'],
         ["--limit-mm-per-prompt.image", "2"],
-        ["-pp", "1"],
+        ["-dcp", "1"],
         ["--chat-template", "/srv/t.jinja"],
         ["--api-server-count", "2"],
         ["--tokenizer", "org/tok"],
@@ -219,3 +226,61 @@ def test_protocol_v1_command_matches_any_value_of_newer_fields() -> None:
     others: list[dict[str, Any]] = [{"args": []}, {"vram_mb": 2000}, {"quant": "fp8"}]
     for said in others:
         assert running.difference(spec(harness="sim", **said)) is not None
+
+
+def test_parallel_of_a_command() -> None:
+    """`parallel` says how a model is split; its tensor size may come from `tensor_parallel`."""
+    made = spec(parallel={"tensor": 2, "pipeline": 2, "data": 2}, devices=list(range(8)))
+    assert (made.tensor_parallel, made.pipeline_parallel, made.data_parallel, made.device_count) == (2, 2, 2, 8)
+    assert not made.expert_parallel
+    assert spec(tensor_parallel=4, parallel={"data": 2, "expert": True}).parallel == Parallelism(
+        tensor=4, data=2, expert=True
+    )
+    assert spec(tensor_parallel=2, parallel={"tensor": 2}).parallel == Parallelism(tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"tensor_parallel": 4, "parallel": {"tensor": 2}}, "tensor_parallel", "4, but parallel.tensor is 2"),
+        ({"tensor_parallel": 64, "parallel": {"data": 2}}, "tensor_parallel", "needs 128 devices, at most 64"),
+        ({"parallel": {"pipeline": 2}, "devices": [0]}, "devices", r"1 entries, but parallel needs 2 \(tensor 1 x"),
+        ({"parallel": {"pipeline": 2}, "devices": [1, 1]}, "devices", "lists a device twice"),
+        ({"devices": list(range(65))}, "devices", "65 entries, at most 64"),
+    ],
+)
+def test_contradicting_parallel(fields: dict[str, Any], param: str, message: str) -> None:
+    """The error names the field that contradicts, and both values."""
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        spec(**fields)
+    assert refused.value.param == param
+
+
+def test_another_split_is_another_spec() -> None:
+    """A command that says `parallel` must match the running engine's; one of protocol v1 does not say it."""
+    running = spec(parallel={"tensor": 2, "pipeline": 2})
+    assert running.difference(spec(parallel={"tensor": 2, "pipeline": 2})) is None
+    assert running.difference(spec(tensor_parallel=2)) is None
+    changed = running.difference(spec(parallel={"tensor": 2, "data": 2}))
+    assert changed == "parallel is tensor 2 x pipeline 2 x data 1, asked for tensor 2 x pipeline 1 x data 2"
+    assert spec(tensor_parallel=2).difference(spec(parallel={"tensor": 2, "expert": True})) is not None
+
+
+def test_records_hold_the_split() -> None:
+    """A later neuron reads the same spec; without a split the record is as an earlier version wrote it."""
+    split = spec(parallel={"tensor": 2, "pipeline": 2, "data": 2, "expert": True})
+    record = RunRecord.model_validate(
+        {**_RECORD, "spec": json.loads(json.dumps(records.spec_fields(split)))},
+    )
+    assert record.engine_spec == split
+    assert not records.spec_fields(spec(tensor_parallel=2)).keys() & {
+        "pipeline_parallel",
+        "data_parallel",
+        "expert_parallel",
+    }
+
+
+_RECORD = {
+    **{"boot_id": "b", "number": 1, "engine_id": "i/1", "devices": [0], "booked_mb": [1], "host": "127.0.0.1"},
+    **{"port": 20000, "tmp_dir": "/tmp/x", "started_at": 1.0},
+}

@@ -16,7 +16,7 @@ from neuron.memory.capacity import Booking, GpuCapacity, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement as Need
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from shared.errors import InvalidRequest
-from shared.protocol import Link, LinkKind
+from shared.protocol import Link, LinkKind, Parallelism
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
 
 HALF = Need(fraction=0.5)
@@ -31,7 +31,9 @@ def chosen(
 ) -> DeviceSelection | None:
     everything = {index: mb for booking in bookings for index, mb in booking.promised_mb.items()}
     health = measured(topology, {**everything, **(used or {})})
-    return select_devices(count, need, topology, gpu_capacities(topology, health, bookings), **named)
+    return select_devices(
+        Parallelism(tensor=count), need, topology, gpu_capacities(topology, health, bookings), **named
+    )
 
 
 def indices(selection: DeviceSelection | None) -> list[int] | None:
@@ -144,7 +146,9 @@ def test_lost_and_mig_devices_are_skipped() -> None:
     assert indices(chosen(topology, 3, Need(8000))) == [1, 3, 4]
     assert chosen(topology, 4, Need(8000)) is None
     silent = [figures for figures in measured(topology) if figures.index != 1]
-    assert indices(select_devices(2, Need(8000), topology, gpu_capacities(topology, silent, []))) == [3, 4]
+    assert indices(
+        select_devices(Parallelism(tensor=2), Need(8000), topology, gpu_capacities(topology, silent, []))
+    ) == [3, 4]
 
 
 def test_named_devices() -> None:
@@ -320,8 +324,8 @@ def test_no_set_is_better(seed: int) -> None:
     size = source.choice([1000, 8000, 14_000, 23_000])
     for need in (Need(size), Need(size, one_fraction=True), Need(fraction=0.6)):
         for count in range(1, len(everywhere) + 1):
-            selection = select_devices(count, need, topology, tuple(capacities.values()))
-            assert selection == select_devices(count, need, topology, tuple(capacities.values()))
+            selection = select_devices(Parallelism(tensor=count), need, topology, tuple(capacities.values()))
+            assert selection == select_devices(Parallelism(tensor=count), need, topology, tuple(capacities.values()))
             possible = [
                 group
                 for group in combinations(everywhere, count)
@@ -349,3 +353,46 @@ def test_large_hosts() -> None:
     full = booked(*range(12), mb=60_000)
     assert indices(chosen(many, 12, Need(60_000), full)) == list(range(12, 24))
     assert chosen(many, 13, Need(60_000), full) is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "parallel", "bookings", "expected"),
+    [
+        (MESH, Parallelism(tensor=2, pipeline=2, data=2), [], list(range(8))),
+        (MESH, Parallelism(tensor=2, pipeline=2), [booked(1, mb=75_000)], [0, 2, 3, 4]),
+        # Pipeline stages may cross between islands, tensor groups do not.
+        (ISLANDS, Parallelism(tensor=2, pipeline=2), [booked(0, 1, 4, 6, mb=60_000)], [2, 3, 5, 7]),
+        (ISLANDS, Parallelism(tensor=4, data=2), [], list(range(8))),
+        (ISLANDS, Parallelism(tensor=2, data=3), [booked(1, 6, mb=60_000)], [0, 2, 3, 7, 4, 5]),
+        # Both pairs, before the two devices without NVLink.
+        (PAIRS, Parallelism(tensor=2, pipeline=2), [], [0, 1, 4, 5]),
+        (PAIRS, Parallelism(tensor=2, data=3), [], [0, 1, 2, 3, 4, 5]),
+        (PAIRS, Parallelism(pipeline=2), [], [2, 3]),  # needs no pair, so it takes none
+        (SWITCHES, Parallelism(tensor=2, data=2), [], [0, 1, 2, 3]),
+        # The first two and the last two are closest here: the order of the ranks is not that of the indices.
+        (
+            host(*["H100"] * 4, links=linked([(0, 3), (1, 2)], LinkKind.NVLINK, 4)),
+            Parallelism(tensor=2, pipeline=2),
+            [],
+            [0, 3, 1, 2],
+        ),
+        (MESH, Parallelism(tensor=2, pipeline=2, data=2), [booked(3, mb=75_000)], None),
+        (MESH, Parallelism(tensor=4, data=2, expert=True), [], list(range(8))),
+    ],
+)
+def test_tensor_groups_stay_together(
+    topology: Topology, parallel: Parallelism, bookings: list[Booking], expected: list[int] | None
+) -> None:
+    """Devices come in the order of the ranks, tensor group after tensor group, and only these need fast paths."""
+    health = measured(topology, {index: mb for each in bookings for index, mb in each.promised_mb.items()})
+    selection = select_devices(parallel, Need(24_500), topology, gpu_capacities(topology, health, bookings))
+    assert indices(selection) == expected
+    if selection is not None:
+        assert selection.booked_mb == (24_500,) * parallel.devices
+        assert parallel.tensor == 1 or "tensor groups " in selection.why
+
+
+def test_parallel_that_needs_more_devices_than_there_are() -> None:
+    """Refused with the number that the product needs."""
+    with pytest.raises(InvalidRequest, match="parallel: 16 devices are needed for tensor 2 x pipeline 4 x data 2, 8 c"):
+        check_devices(spec(2, pipeline_parallel=4, data_parallel=2), MESH)

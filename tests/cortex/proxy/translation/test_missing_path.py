@@ -14,7 +14,7 @@ from cortex.routing.missing_paths import KEPT_SECS, MAX_ENTRIES, MissingPaths
 from cortex.routing.replica import Replica
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.proxy.translation.chat_engine import NOT_FOUND, ChatEngine
+from tests.cortex.proxy.translation.chat_engine import COMPLETION, NOT_FOUND, ChatEngine
 from tests.cortex.raw_engine import Received, closing, plain, resetting
 from tests.cortex.raw_http import Answer, RawClient, Truncated, Wire, bounded, connected, request, until
 
@@ -86,9 +86,13 @@ async def test_old_clients(cortex: RunningCortex, engine: ChatEngine, version: s
         b'{"error":{"message":"unknown","code":"model_not_found"}}',
         b'{"error":"model \\"org/small\\" not found, try pulling it first"}',
         b'{"detail":"Unknown model: org/small"}',
+        b'{"error":{"message":"Response with id \'resp_1\' not found.","param":"response_id","code":404}}',
+        b'{"error":{"message":"Previous response with id \'resp_1\' not found.","type":"invalid_request_error"}}',
+        b'{"error":{"message":"No conversation found with id conv_1"}}',
+        b'{"error":{"message":"Not here","param":"file_id"}}',
     ],
 )
-async def test_unknown_model_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
+async def test_unknown_thing_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
     """A 404 of an engine that has the path goes to the client byte for byte, with its status."""
     engine.missing = plain(body, status="404 Not Found")
     answer = await ask(client)
@@ -108,6 +112,24 @@ async def test_engine_with_the_path_gets_bytes_unchanged(client: RawClient, engi
     engine.lacks = set()
     assert (await ask(client)).body == b'{"type": "message", "native": true}'
     assert engine.requests[0].target == "/v1/messages?beta=true"
+
+
+@pytest.mark.parametrize("missing", NOT_FOUND)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_engine_that_lacks_chats_too_answers_itself(
+    cortex: RunningCortex, engine: ChatEngine, missing: str, path: str
+) -> None:
+    """Such as one for embeddings: the client gets the bytes that it would get without cortex, each time."""
+    engine.missing = NOT_FOUND[missing]
+    engine.lacks |= {"/v1/chat/completions", "/v1/responses"}
+    body = {"model": MODEL, "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+    asking = request(json.dumps(body).encode(), target=path)
+    async with connected(engine.url) as direct:
+        expected = await direct.ask(asking)
+    for _ in range(2):
+        async with connected(cortex.url) as client:
+            answer = await client.ask(asking)
+        assert (answer.status, answer.body) == (expected.status, expected.body)
 
 
 async def test_model_that_chats_do_not_know_either_is_not_remembered(client: RawClient, engine: ChatEngine) -> None:
@@ -219,6 +241,50 @@ async def test_places_at_an_engine_with_a_limit(start_cortex: StartCortex, benjy
     gate.set()
     assert await bounded(asyncio.gather(*asked)) == [200] * 6
     assert most == 2
+
+
+async def test_request_that_cannot_be_translated_goes_to_a_replica_with_the_path(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
+) -> None:
+    """Whichever replica is asked first. Without such a replica the client gets the error."""
+    async with ChatEngine().running() as other:
+        assert isinstance(other, ChatEngine)
+        other.lacks = set()
+        beast.models[MODEL], beast.engine_url = "loaded", other.url
+        cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+        search = {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}
+
+        async def status() -> int:
+            async with connected(cortex.url) as client:
+                return (await ask(client, **search)).status
+
+        assert await asyncio.gather(*(status() for _ in range(8))) == [200] * 8
+        assert set(engine.paths) == {"/v1/messages"}
+        assert len(other.paths) == 8
+        other.lacks = engine.lacks
+        assert await asyncio.gather(*(status() for _ in range(4))) == [400] * 4
+
+
+async def test_replica_that_fails_is_replaced_by_one_of_the_other_kind(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
+) -> None:
+    """The client's own request follows a translated one, and the other way round."""
+    async with ChatEngine().running() as other:
+        assert isinstance(other, ChatEngine)
+        other.lacks = set()
+        beast.models[MODEL], beast.engine_url = "loaded", other.url
+        cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
+        busy = plain(b"{}", status="503 Service Unavailable")
+        native, engine.completion = other.native, busy
+        async with connected(cortex.url) as client:
+            for _ in range(4):
+                assert json.loads((await ask(client)).body)["native"]
+            engine.completion, other.native = plain(json.dumps(COMPLETION).encode()), busy
+            for _ in range(4):
+                assert json.loads((await ask(client)).body)["content"] == [{"type": "text", "text": "Hi there"}]
+            other.native = native
+        assert all(asked.target == "/v1/messages?beta=true" for asked in other.requests)
+        assert all("max_tokens" in json.loads(asked.body) for asked in other.requests)
 
 
 async def test_request_that_cannot_be_translated_is_refused(client: RawClient, engine: ChatEngine) -> None:

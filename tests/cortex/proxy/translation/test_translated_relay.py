@@ -137,6 +137,24 @@ async def test_silence_is_broken(client: RawClient, engine: ChatEngine) -> None:
     assert answer.body.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_engine_that_ignores_stream_after_a_ping(client: RawClient, engine: ChatEngine, path: str) -> None:
+    """The stream has begun by the time the engine answers with JSON."""
+    await client.ask(asking(path, input="hi"))
+
+    async def late(wire: Wire, received: Received) -> None:
+        await asyncio.sleep(0.8)
+        await wire.send(engine.completion)
+
+    engine.scripts.append(late)
+    answer = await client.ask(asking(path, input="hi", stream=True))
+    assert b": request sent to org/small on benjy" in answer.body
+    assert b'"Hi there"' in answer.body
+    assert b'"error":{' not in answer.body
+    last = b"message_stop" if path == "/v1/messages" else b"response.completed"
+    assert answer.body.split(b"\n\n")[-2].startswith(b"event: " + last)
+
+
 async def test_error_after_a_ping_is_an_event(client: RawClient, engine: ChatEngine) -> None:
     """The status has been sent by then."""
     await known(client)
@@ -195,13 +213,14 @@ async def test_access_line(cortex: RunningCortex, engine: ChatEngine, caplog: py
 
 
 async def test_token_count(client: RawClient, engine: ChatEngine) -> None:
-    """Estimated where `/tokenize` is missing, exact where it counts."""
+    """Estimated where `/tokenize` is missing, exact where it counts. The engine is asked once for each."""
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x" * 350}]}).encode()
     ask = request(body, target="/v1/messages/count_tokens")
-    estimated = json.loads((await client.ask(ask)).body)
-    assert estimated == {"input_tokens": 104, "estimated": True}
+    for _ in range(3):
+        estimated = json.loads((await client.ask(ask)).body)
+        assert estimated == {"input_tokens": 104, "estimated": True}
     engine.lacks.remove("/tokenize")
     engine.native = plain(b'{"count": 42, "max_model_len": 100, "tokens": [1]}')
     answer = await client.ask(ask)
     assert (answer.status, json.loads(answer.body)) == (200, {"input_tokens": 42})
-    assert engine.paths == ["/v1/messages/count_tokens", "/tokenize", "/tokenize"]
+    assert engine.paths == ["/v1/messages/count_tokens", *["/tokenize"] * 4]
