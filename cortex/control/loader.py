@@ -22,6 +22,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
 from cortex.routing.replica import ReplicaKey
@@ -330,9 +331,9 @@ class Loader:
         )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
-        if not self._has_extensions(plan.node):
-            # Its last figures are from before the load, and no event tells new ones: until then the memory stays
-            # reserved, or the next model would seem to fit. Requests for this one do not wait for that.
+        if not reports_bookable_memory(self._node(plan.node)):
+            # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next
+            # model would seem to fit. Requests for this one do not wait for that.
             await self._refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
