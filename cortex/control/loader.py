@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
+from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
 from cortex.fleet.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -21,6 +22,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
 from cortex.routing.replica import ReplicaKey
@@ -43,13 +45,16 @@ class NoLongerNeeded(Exception):
 @dataclass
 class LoadJob:
     """A load under way; `started` is Unix time, `phase` its current step. `needed`: it continues without waiting
-    requests, for an operator or as a replica."""
+    requests, for an operator or as a replica. `leased`: not at the same moment as another cortex. `elsewhere`: it ended
+    because another cortex loads the model on that node."""
 
     plan: LoadPlan
     why: str
     started: float
     phase: str = "starting"
     needed: bool = False
+    leased: bool = True
+    elsewhere: str | None = None
     task: asyncio.Task[LoadFailure | None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 
@@ -80,9 +85,11 @@ class Loader:
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,
+        leases: LoadLeases | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle_routes` returns when every worker has the current route table."""
+        """`settle_routes` returns when every worker has the current route table. Without `leases` other cortexes are
+        not asked."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
@@ -91,6 +98,7 @@ class Loader:
         self._metrics = metrics
         self._settle_routes = settle_routes
         self._state = state
+        self._leases = leases
         self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
@@ -119,6 +127,7 @@ class Loader:
         *,
         still_needed: Callable[[], bool],
         done: Callable[[LoadJob, LoadFailure | None], None],
+        leased: bool = True,
     ) -> LoadJob:
         """Starts to carry out a plan, or joins the load in progress there. Its reservation and evictions are in the
         fleet's snapshot when this returns: the next decision may be made before the task has started. `still_needed` is
@@ -126,10 +135,7 @@ class Loader:
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
-        log.info(
-            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), why, plan.reason
-        )
-        job = self._jobs[key] = LoadJob(plan, why, time.time())
+        job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
             self._fleet.begin_eviction(each.resident.key)
@@ -200,7 +206,12 @@ class Loader:
     ) -> LoadFailure | None:
         failure: LoadFailure | None = None
         try:
-            await self._carry_out(job, still_needed)
+            leases = self._leases if job.leased else None
+            async with contextlib.nullcontext() if leases is None else leases.held(job.model_id, job.node):
+                await self._carry_out(job, still_needed)
+        except LoadedElsewhere as found:
+            job.elsewhere = found.node
+            log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)
         except NoLongerNeeded:
             log.info("not loading %s on %s: no request waits for it any more", job.model_id, job.node)
         except (NodeRemoved, CommandAbandoned):
@@ -225,6 +236,10 @@ class Loader:
         return failure
 
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
+        plan = job.plan
+        log.info(
+            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), job.why, plan.reason
+        )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
             job.phase = f"evicting {', '.join(key[0] for key in evicting)} before loading"
@@ -316,6 +331,10 @@ class Loader:
         )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+        if not reports_bookable_memory(self._node(plan.node)):
+            # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next
+            # model would seem to fit. Requests for this one do not wait for that.
+            await self._refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
         view = ModelView(id=plan.model_id, status=ModelStatus.LOADING.value, devices=list(plan.devices))

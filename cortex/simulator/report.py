@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from cortex.simulator.comparison import Comparison
+from cortex.simulator.comparison import Comparison, waits
 from cortex.simulator.outcome import Figures, Outcome
+from cortex.simulator.statistics import wait_ratio
 from shared.tables import table
 
 _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
@@ -53,8 +54,8 @@ def by_model(outcome: Outcome) -> str:
 
 
 def comparison(compared: Comparison) -> str:
-    """One line per load and policy: means over the seeds, the ratio of the waits to the planner's (above 1 the planner
-    is better), and in how many seeds the planner's wait was shorter."""
+    """One line per load and policy: means over the seeds, the ratio of the waits to the planner's with its 95 %
+    interval (above 1 the planner is better), and in how many seeds the planner's wait was shorter."""
     head = [
         "LOAD",
         "POLICY",
@@ -71,6 +72,7 @@ def comparison(compared: Comparison) -> str:
     for load, policies in compared.items():
         ours = policies["planner"]
         for name, outcomes in policies.items():
+            is_planner = outcomes is ours
             rows.append(
                 [
                     f"{load:g}",
@@ -80,14 +82,20 @@ def comparison(compared: Comparison) -> str:
                     f"{average(outcomes, lambda f: f.unserved):.0f}",
                     f"{average(outcomes, _mean):.2f} s",
                     f"{average(outcomes, _p99):.1f} s",
-                    ratio(outcomes, ours, _mean),
-                    ratio(outcomes, ours, _p99),
-                    ""
-                    if name == "planner"
-                    else f"mean {_better(ours, outcomes, _mean)}, p99 {_better(ours, outcomes, _p99)}",
+                    "" if is_planner else _ratio_with_interval(outcomes, ours, "mean"),
+                    "" if is_planner else _ratio_with_interval(outcomes, ours, "p99"),
+                    "" if is_planner else f"mean {_better(ours, outcomes, _mean)}, p99 {_better(ours, outcomes, _p99)}",
                 ]
             )
-    return table(rows, right={2, 3, 4, 5, 6, 7, 8})
+    return table(rows, right={2, 3, 4, 5, 6})
+
+
+def _ratio_with_interval(outcomes: Sequence[Outcome], base: Sequence[Outcome], what: str) -> str:
+    """Such as `1.04 (0.98 to 1.10)`; "-" when the base is 0."""
+    ratio = wait_ratio(waits(outcomes)[what], waits(base)[what])
+    if ratio is None:
+        return "-"
+    return f"{ratio.value:.2f}" + (f" ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})" if ratio.interval else "")
 
 
 def average(outcomes: Sequence[Outcome], figure: Callable[[Figures], float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,26 @@ async def test_entry_counts_as_loaded_before_the_next_poll(start_cortex: StartCo
         async with cortex.chat("org/small") as response:
             assert response.status == 200
     assert len(benjy.loads) == 1
+
+
+async def test_the_next_model_does_not_count_on_memory_that_the_last_load_took(
+    start_cortex: StartCortex, benjy: V1Neuron
+) -> None:
+    """Two models by turns on a card with room for one: each evicts the other, although polls are an hour apart here."""
+
+    def memory_of_loaded(answer: Any) -> Any:
+        if "uptime_secs" in answer:
+            answer["devices"][0] |= {"vram_used_mb": 20000 * len(benjy.models)}
+            answer["devices"][0] |= {"vram_free_mb": 24000 - 20000 * len(benjy.models)}
+        return answer
+
+    benjy.rewrite = memory_of_loaded
+    models = [{"id": name, "vram_mb": 20000, "min_residency_secs": 0} for name in ("org/a", "org/b")]
+    cortex = await start_cortex([benjy], models, poll={"interval_secs": 3600})
+    for name in ("org/a", "org/b", "org/a", "org/b"):
+        assert await _status(cortex.chat(name)) == 200
+        assert list(benjy.models) == [name]
+    assert benjy.unloads == ["org/a", "org/b", "org/a"]
 
 
 async def test_unloaded_model_of_the_neuron_is_loaded_again_there(

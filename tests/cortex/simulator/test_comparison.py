@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -63,10 +64,13 @@ def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.C
         simulate(fleet, make_trace(workload, fleet.catalogue, seed=seed, load=2), "lru").total.waiting
         for seed in (3, 4)
     ]
-    assert found["2"]["lru"] == {
-        "mean_wait_secs": [each.mean for each in waits],
-        "p99_wait_secs": [each.p99 for each in waits],
-    }
+    lru, planner = found["2"]["lru"], found["2"]["planner"]
+    assert lru["mean_wait_secs"] == [each.mean for each in waits]
+    assert lru["p99_wait_secs"] == [each.p99 for each in waits]
+    assert lru["mean_ratio"] == pytest.approx(fmean(lru["mean_wait_secs"]) / fmean(planner["mean_wait_secs"]))
+    low, high = lru["p99_ratio_interval_95"]
+    assert low <= lru["p99_ratio"] <= high
+    assert (planner["mean_ratio"], planner["mean_ratio_interval_95"]) == (1, [1, 1])
     assert main(compare_all) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["LOAD", "POLICY"]
