@@ -1,7 +1,7 @@
-"""A process that has imported an engine's modules and waits to become the engine. Run by path as `python FILE FD PADDING`.
+"""A process that has imported an engine's modules and waits to become the engine.
 
-Runs under the engine's interpreter, whose Python and packages may differ from neuron's: standard library only. FD is a
-stream socket to neuron, with one JSON object a line:
+Run by path as `python FILE FD PADDING` under the engine's interpreter, whose Python and packages may differ from
+neuron's: standard library only. FD is a stream socket to neuron, with one JSON object a line:
 
     neuron -> spare  {"program": PATH, "module": NAME or null, "imports": [MODULE, ...], "spawns": BOOL,
                       "late": [NAME, ...], "children": {CHILD: [NAME, ...]}}
