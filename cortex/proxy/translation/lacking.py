@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from cortex.proxy.translation.chat_stream import error_message
-from cortex.proxy.translation.interface import engine_object
+from cortex.proxy.translation.interface import CHAT_PATH, engine_object
 
 # "models" does not match: an engine without the path may list those that it has.
 _OBJECT: Final = r"\b(?:model|adapter|response|conversation|prompt)\b"
@@ -17,6 +17,11 @@ _UNKNOWN_OBJECT: Final = re.compile(
 )
 
 _UNKNOWN_PATH: Final = "Unexpected endpoint"
+
+
+def lacks_chats(engine: str, path: str) -> str:
+    """What to tell the client of an engine that has neither `path` nor chat completions."""
+    return f"{engine} has neither {path} nor {CHAT_PATH.decode()}: this model does not answer such requests"
 
 
 def lacks_path(status: int, body: bytes) -> bool:

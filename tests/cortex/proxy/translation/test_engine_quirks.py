@@ -171,6 +171,15 @@ def test_whole_answer_that_is_an_error(path: str) -> None:
     assert "out of memory" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("status", "body"), [(404, b"404 page not found"), (405, b'{"detail": "Method Not Allowed"}')])
+def test_engine_without_chats(path: str, status: int, body: bytes) -> None:
+    """A model for embeddings, for example: its engine's own words say little."""
+    found, answer = translation(path).answer(status, body)
+    said = f"{MODEL} on benjy has neither {path} nor /v1/chat/completions"
+    assert (found, json.loads(answer)["error"]["message"].startswith(said)) == (status, True)
+
+
 @pytest.fixture
 async def engine(benjy: V1Neuron) -> AsyncIterator[ChatEngine]:
     async with ChatEngine().running() as engine:
