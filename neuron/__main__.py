@@ -60,8 +60,10 @@ def estimate(
         str | None, typer.Option(metavar="N", help="Sequences of that length at once. Default: 1.")
     ] = None,
     tensor_parallel: Annotated[
-        str | None, typer.Option(metavar="N", help="Devices. Default: the fewest that it fits on.")
+        str | None, typer.Option(metavar="N", help="Devices of a tensor group. Default: the fewest that it fits on.")
     ] = None,
+    pipeline_parallel: Annotated[str | None, typer.Option(metavar="N", help="Pipeline stages. Default: 1.")] = None,
+    data_parallel: Annotated[str | None, typer.Option(metavar="N", help="Copies in one engine. Default: 1.")] = None,
     quant: Annotated[str | None, typer.Option(metavar="Q", help="Quantization while loading, such as fp8.")] = None,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(metavar="T", help="Data type of the KV cache, such as fp8.")
@@ -76,6 +78,8 @@ def estimate(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "data_parallel": data_parallel,
         "quant": quant,
         "kv_cache_dtype": kv_cache_dtype,
     }

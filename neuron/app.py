@@ -16,6 +16,7 @@ from aiohttp import web
 
 from neuron.api import estimate as estimate_api
 from neuron.api.app_keys import SERVICES, Services
+from neuron.api.leases import LeaseTable
 from neuron.api.protocol_v1 import ProtocolV1
 from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
@@ -140,4 +141,5 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             default_models=default_models,
             metrics=metrics,
             spares=spares,
+            leases=LeaseTable(),
         )

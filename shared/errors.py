@@ -9,7 +9,7 @@
     ├── RequestTooLarge       413 request_too_large
     ├── TooManyRequests       429 (code given)
     ├── UpstreamError         502 (code given)
-    └── Unavailable           503 (code given), with Retry-After unless permanent
+    └── Unavailable           503 (code given), with Retry-After
 
 Services raise these. `render` decides what the client gets; `shared.http` writes that through aiohttp and
 `cortex.http.responses` as bytes. `event_body` is for an error of an answer that has begun.
@@ -80,11 +80,11 @@ class ServiceError(Exception):
 
 def event_body(error: ServiceError, *, anthropic: bool) -> dict[str, Any]:
     """The body of an error whose answer has begun with 200. What headers would say are fields of `error`: `retry_after`
-    (seconds), or `should_retry: false` for a permanent one."""
+    (seconds), and `should_retry: false` for a permanent one."""
     body = error.anthropic_body() if anthropic else error.body()
     if error.permanent:
         body["error"]["should_retry"] = False
-    elif error.retry_after is not None:
+    if error.retry_after is not None:
         body["error"]["retry_after"] = error.retry_after
     return body
 
@@ -102,9 +102,9 @@ def render(error: ServiceError, request_id: str, *, anthropic: bool) -> Rendered
     headers = {"content-type": "application/json; charset=utf-8", "x-request-id": request_id, **error.headers}
     if anthropic:
         headers["request-id"] = request_id
-    if error.permanent:  # a time to retry would contradict it
+    if error.permanent:  # client libraries read it before Retry-After, which says when a load is tried again at all
         headers["x-should-retry"] = "false"
-    elif error.retry_after is not None:
+    if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -14,12 +14,13 @@ from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN
 from cortex.config.durations import MAX_SECS
 from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.explain import after_unload
+from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loader import LoadJob
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.fleet.state import NodeRemoved
+from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.refusal import no_such_model_error
 from cortex.routing.replica import ANY_NODE, ReplicaKey
@@ -28,6 +29,10 @@ from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
 from shared.protocol.commands import ModelId
 from shared.retry_after import NEURON_DOWN_SECS, until_retry
+from shared.tasks import timeout
+
+BEGUN_WITHIN_SECS = 30.0
+"""How long a load waits for that of another cortex, which may have to drain a model first."""
 
 Result = TypeVar("Result")
 
@@ -64,13 +69,13 @@ async def load_model(request: web.Request) -> web.Response:
     node = action.node or (job.node if job is not None else None if coming is None else coming.name)
     if request.query.get("wait") == "false":
         return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
+    node = await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
 
-async def _until_loaded(app: web.Application, model_id: str, node: str | None, job: LoadJob | None) -> None:
-    """Waits for our load, or for the load of another caller on this node.
+async def _until_loaded(app: web.Application, model_id: str, node: str | None, job: LoadJob | None) -> str | None:
+    """Waits for our load, or for the load of another caller on this node. Returns where the model is loaded.
 
     Raises:
         Unavailable: the load failed or timed out.
@@ -79,8 +84,11 @@ async def _until_loaded(app: web.Application, model_id: str, node: str | None, j
     if job is not None and job.task is not None:
         failure = await asyncio.shield(job.task)
     if node is None:
-        return
+        return None
     try:
+        if job is not None and job.elsewhere is not None:  # another cortex was faster, and may not have begun yet
+            node = job.elsewhere
+            await _until_begun(app[FLEET], model_id, node)
         if failure is not None:
             raise failure
         await app[LOADER].until_loaded(model_id, node)  # ours may have found a load of another caller there
@@ -90,6 +98,21 @@ async def _until_loaded(app: web.Application, model_id: str, node: str | None, j
         backoff = app[SCHEDULER].view().backoff(model_id, node)
         wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
+    return node
+
+
+async def _until_begun(fleet: Fleet, model_id: str, name: str) -> None:
+    """Waits until another cortex's load shows on this node. Raises LoadFailure."""
+
+    def begun(node: NodeSnapshot) -> bool:
+        return node.is_loading(model_id) or node.can_serve(model_id)
+
+    try:
+        async with timeout(BEGUN_WITHIN_SECS):
+            await fleet.until(name, begun)
+    except asyncio.TimeoutError:
+        reason = f"loading {model_id!r} failed: another cortex wants to load it on {name} and has not begun"
+        raise LoadFailure(reason, BackoffCause.TEMPORARY) from None
 
 
 def _serving(app: web.Application, model_id: str, node_name: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from cortex.config.durations import duration_text
@@ -76,6 +76,7 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
+    head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
 
@@ -108,6 +109,18 @@ def draining_line(done: dict[str, Any]) -> str:
             f"`cortex resume {node}` ends this"
         )
     return f"{text}\nwarning: {done['warning']}" if "warning" in done else text
+
+
+def _pauses(nodes: list[dict[str, Any]]) -> list[str]:
+    """Until when a model is not loaded on these nodes."""
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        secs = node.get("retry_in_secs")
+        if secs is not None:
+            until = datetime.now().astimezone() + timedelta(seconds=secs)
+            text = f"until {until:%Y-%m-%d %H:%M:%S}, for another {duration_text(secs)}"
+            found.setdefault(text, []).append(node["node"])
+    return [f"not loaded on {', '.join(names)} {text}" for text, names in found.items()]
 
 
 def _down(node: dict[str, Any]) -> str:

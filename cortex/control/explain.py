@@ -206,6 +206,14 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     return f"{free}; {what} by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
+def _pause_secs(model_id: str, view: PlanningView, node: str) -> float | None:
+    """For how long the model is not loaded on the node after a failure, or because an operator holds it back."""
+    backoff, held_until = view.backoff(model_id, node), view.held_until(model_id, node)
+    ends = [] if backoff is None else [backoff.until]
+    ends += [] if held_until is None else [held_until]
+    return round(max(ends) - view.now, 1) if ends else None
+
+
 def _node(
     model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot, verdict: NodeVerdict | None
 ) -> dict[str, Any]:
@@ -225,5 +233,6 @@ def _node(
         "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
         "evict": [] if plan is None else [each.resident.key[0] for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
+        "retry_in_secs": _pause_secs(model_id, view, node.name),
         "reason": "not in the catalogue" if verdict is None else verdict.reason,
     }

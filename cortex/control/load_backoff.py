@@ -13,6 +13,8 @@ from cortex.routing.replica import ANY_NODE, ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
+QUIET_SECS = 3600.0
+"""A failure is forgotten after this time without another one. Longer than a load may take to fail."""
 TEMPORARY_SECS = 1.0
 """For a temporary cause: a neuron restarts, or memory was just given to another load."""
 MAX_TEMPORARY = 5
@@ -36,13 +38,15 @@ class _Failure:
     count: int = 0  # consecutive, temporary ones excluded
     temporary: int = 0  # consecutive, since the last one that was not temporary
     cause: BackoffCause = BackoffCause.TEMPORARY  # of the last failure that was not temporary
+    at: float = -math.inf  # when it was recorded
 
 
 _NONE = _Failure(Backoff(-math.inf, ""))
 
 
 class Backoffs:
-    """Failures by model and node. The first pause is 10 s; it doubles with each consecutive failure, up to 5 min."""
+    """Failures by model and node. The first pause is 10 s; it doubles with each consecutive failure, up to 5 min, and
+    is 10 s again after an hour without a failure."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -52,6 +56,7 @@ class Backoffs:
         self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
     ) -> None:
         """Notes a failed load. `permanent`: another one there would fail too."""
+        self._forget_old()
         key = model_id, node
         if cause is BackoffCause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = BackoffCause.MODEL
@@ -60,11 +65,19 @@ class Backoffs:
         now, before = self._clock(), self._failures.get(key, _NONE)
         if cause is BackoffCause.TEMPORARY and before.temporary < MAX_TEMPORARY:
             backoff = Backoff(now + TEMPORARY_SECS, reason, temporary=True)
-            self._failures[key] = replace(before, backoff=backoff, temporary=before.temporary + 1)
+            self._failures[key] = replace(before, backoff=backoff, temporary=before.temporary + 1, at=now)
             return
         pause = min(FIRST_SECS * 2 ** min(before.count, 10), MAX_SECS)
         cause = BackoffCause.NODE if cause is BackoffCause.TEMPORARY else cause
-        self._failures[key] = _Failure(Backoff(now + pause, reason, permanent=permanent), before.count + 1, 0, cause)
+        backoff = Backoff(now + pause, reason, permanent=permanent)
+        self._failures[key] = _Failure(backoff, before.count + 1, 0, cause, now)
+
+    def record_load_elsewhere(self, model_id: str, node: str) -> None:
+        """Another cortex is loading the model on this node: look again in a moment. Not a failure."""
+        key = model_id, ANY_NODE
+        backoff = Backoff(self._clock() + TEMPORARY_SECS, f"another cortex is loading it on {node}", temporary=True)
+        before = self._failures.get(key, replace(_NONE, at=self._clock()))
+        self._failures[key] = replace(before, backoff=backoff)
 
     def record_refused_endpoint(self, key: ReplicaKey, reason: str) -> None:
         """Notes that a neuron lists a model as loaded but gives no endpoint for it: it would be asked forever."""
@@ -88,6 +101,10 @@ class Backoffs:
         """The backoffs in effect now."""
         now = self._clock()
         return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}
+
+    def _forget_old(self) -> None:
+        oldest = self._clock() - QUIET_SECS
+        self._failures = {key: failure for key, failure in self._failures.items() if failure.at > oldest}
 
     def _failed_on(self, model_id: str) -> set[str]:
         """Where it failed recently for what may be its own fault. A load may take longer to fail than the

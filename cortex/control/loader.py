@@ -14,13 +14,17 @@ from typing import Literal, TypeAlias
 from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
+from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
 from cortex.fleet.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
+from cortex.fleet.unless_down import unless_down
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.capacity import reports_bookable_memory
+from cortex.placement.feasibility import is_feasible_elsewhere
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
 from cortex.routing.replica import ReplicaKey
@@ -43,13 +47,16 @@ class NoLongerNeeded(Exception):
 @dataclass
 class LoadJob:
     """A load under way; `started` is Unix time, `phase` its current step. `needed`: it continues without waiting
-    requests, for an operator or as a replica."""
+    requests, for an operator or as a replica. `leased`: not at the same moment as another cortex. `elsewhere`: it ended
+    because another cortex loads the model on that node."""
 
     plan: LoadPlan
     why: str
     started: float
     phase: str = "starting"
     needed: bool = False
+    leased: bool = True
+    elsewhere: str | None = None
     task: asyncio.Task[LoadFailure | None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
 
@@ -80,9 +87,11 @@ class Loader:
         metrics: Metrics,
         settle_routes: Callable[[], Awaitable[None]],
         state: StateFile,
+        leases: LoadLeases | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle_routes` returns when every worker has the current route table."""
+        """`settle_routes` returns when every worker has the current route table. Without `leases` other cortexes are
+        not asked."""
         self._fleet = fleet
         self._live = live
         self._clients = clients
@@ -91,6 +100,7 @@ class Loader:
         self._metrics = metrics
         self._settle_routes = settle_routes
         self._state = state
+        self._leases = leases
         self._clock = clock
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
@@ -119,6 +129,7 @@ class Loader:
         *,
         still_needed: Callable[[], bool],
         done: Callable[[LoadJob, LoadFailure | None], None],
+        leased: bool = True,
     ) -> LoadJob:
         """Starts to carry out a plan, or joins the load in progress there. Its reservation and evictions are in the
         fleet's snapshot when this returns: the next decision may be made before the task has started. `still_needed` is
@@ -126,10 +137,7 @@ class Loader:
         key = plan.model_id, plan.node
         if key in self._jobs:
             return self._jobs[key]
-        log.info(
-            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), why, plan.reason
-        )
-        job = self._jobs[key] = LoadJob(plan, why, time.time())
+        job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
             self._fleet.begin_eviction(each.resident.key)
@@ -174,7 +182,8 @@ class Loader:
     async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node = key
         try:
-            await self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
+            unload = self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
+            await unless_down(self._fleet, node, unload)
         except NeuronRefused as refused:
             if refused.status != 404:  # already gone
                 raise
@@ -185,7 +194,7 @@ class Loader:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
         model_id, node = key
         try:
-            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
+            await unless_down(self._fleet, node, self._client(node).sleep(model_id, timeout_secs=self.timeout_secs))
         except NeuronRefused as refused:
             if if_idle and refused.code == ErrorCode.MODEL_BUSY:
                 raise NoLongerNeeded from refused
@@ -200,7 +209,12 @@ class Loader:
     ) -> LoadFailure | None:
         failure: LoadFailure | None = None
         try:
-            await self._carry_out(job, still_needed)
+            leases = self._leases if job.leased else None
+            async with contextlib.nullcontext() if leases is None else leases.held(job.model_id, job.node):
+                await self._carry_out(job, still_needed)
+        except LoadedElsewhere as found:
+            job.elsewhere = found.node
+            log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)
         except NoLongerNeeded:
             log.info("not loading %s on %s: no request waits for it any more", job.model_id, job.node)
         except (NodeRemoved, CommandAbandoned):
@@ -225,6 +239,10 @@ class Loader:
         return failure
 
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
+        plan = job.plan
+        log.info(
+            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), job.why, plan.reason
+        )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
             job.phase = f"evicting {', '.join(key[0] for key in evicting)} before loading"
@@ -285,14 +303,19 @@ class Loader:
         plan, started = job.plan, self._clock()
         job.loading_since = started
         node, client = self._node(plan.node), self._client(plan.node)
-        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
+        command = load_command(plan, profile, node)
         asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
         wait = (asleep and plan.wakes) or not self._has_extensions(plan.node)
         try:
-            if asleep and not plan.wakes:
-                await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
-            reply = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+            if asleep and not plan.wakes:  # it would wake where it sleeps
+                await unless_down(fleet, plan.node, client.unload(plan.model_id, timeout_secs=self.timeout_secs))
+            load = client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+            # A neuron may be too busy with the load to answer polls: wait for it unless there is another.
+            reply = await unless_down(
+                fleet, plan.node, load, give_up=lambda: is_feasible_elsewhere(profile, fleet.snapshot(), plan.node)
+            )
         except NeuronRefused as refused:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
                 await self._refresh(plan.node)  # our view of it is out of date
@@ -316,9 +339,9 @@ class Loader:
         )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
-        if not self._has_extensions(plan.node):
-            # Its last figures are from before the load, and no event tells new ones: until then the memory stays
-            # reserved, or the next model would seem to fit. Requests for this one do not wait for that.
+        if not reports_bookable_memory(self._node(plan.node)):
+            # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next
+            # model would seem to fit. Requests for this one do not wait for that.
             await self._refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:

@@ -232,7 +232,7 @@ class Scheduler:
                     param="node",
                 )
             plan = placed
-        return self._start(plan, "an operator asked", for_waiters=False)
+        return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
@@ -250,7 +250,7 @@ class Scheduler:
     async def close(self) -> None:
         await self._tasks.close()
 
-    def _start(self, plan: LoadPlan, why: str, *, for_waiters: bool = True) -> LoadJob:
+    def _start(self, plan: LoadPlan, why: str, *, for_waiters: bool = True, leased: bool = True) -> LoadJob:
         checked_at = self._clock()
 
         def still_needed() -> bool:
@@ -266,7 +266,7 @@ class Scheduler:
             checked_at = self._clock()
             return not self._has_better_place(plan)
 
-        job = self._loader.start(plan, why, still_needed=still_needed, done=self._done)
+        job = self._loader.start(plan, why, still_needed=still_needed, done=self._done, leased=leased)
         job.needed |= not for_waiters
         return job
 
@@ -293,6 +293,8 @@ class Scheduler:
         try:
             if failure is not None:
                 self._note_failure(job, failure)
+            elif job.elsewhere is not None:
+                self._backoffs.record_load_elsewhere(job.model_id, job.elsewhere)
             elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
                 self._backoffs.record_success(job.model_id, job.node)
         finally:

@@ -21,6 +21,7 @@ from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.load_leases import LoadLeases
 from cortex.fleet.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
@@ -100,9 +101,10 @@ def build(
     *,
     clock: Callable[[], float] = time.monotonic,
     policy: Policy = PLANNER,
+    leases: LoadLeases | None = None,
 ) -> ControlCore:
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
-    `clock` is monotonic, in seconds."""
+    `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = Demand(counts, clock=clock)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
@@ -121,6 +123,7 @@ def build(
         metrics=metrics,
         state=state,
         settle_routes=routes.settle,
+        leases=leases,
         clock=clock,
     )
     scheduler = Scheduler(
@@ -165,7 +168,8 @@ async def running_control(
     live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
-        core = build(live, state, fleet, membership.clients, membership.pollers)
+        leases = LoadLeases(fleet, membership.clients, membership.pollers)
+        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases)
         membership.configure(config.neurons, config.poll)
         try:
             async with running({**core.loops, "state file": state.write_loop}):

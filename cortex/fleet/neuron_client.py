@@ -25,6 +25,8 @@ from shared.protocol import (
     DeviceFigures,
     Discovery,
     EndpointReply,
+    LeaseCommand,
+    LeaseReply,
     LoadCommand,
     LoadReply,
     ModelStatus,
@@ -192,6 +194,12 @@ class NeuronClient:
     async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
         """Returns when the model sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
         await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
+
+    async def lease(self, command: LeaseCommand, *, timeout_secs: float) -> LeaseReply:
+        """Takes, renews or ends a lease on a load. Raises as `load`; NeuronRefused also if the neuron has no leases."""
+        path = "/models/lease"
+        answer = await self._call("POST", path, json_body=command.model_dump(mode="json"), timeout_secs=timeout_secs)
+        return self._valid(path, LeaseReply, answer)
 
     async def endpoint(self, model_id: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""

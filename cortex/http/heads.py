@@ -124,10 +124,13 @@ class HeadReader:
         Raises:
             BadHead: it is malformed or too long.
         """
-        # The empty line may be split over two pieces.
-        before = b"" if not self._size else b"".join(self._pieces[-3:])[-3:]
-        end = (before + data).find(_SEPARATOR) + 4 - len(before) if before else data.find(_SEPARATOR) + 4
-        whole = end > 3 - len(before)
+        if self._size:  # the empty line may be split over two pieces
+            before = b"".join(self._pieces[-3:])[-3:]
+            end = (before + data).find(_SEPARATOR) + 4 - len(before)
+            whole = end > 3 - len(before)
+        else:
+            end = data.find(_SEPARATOR) + 4
+            whole = end > 3
         piece = data[:end] if whole else data
         self._size += len(piece)
         if self._size > MAX_HEAD_BYTES:

@@ -124,7 +124,7 @@ class Gateway:
         return self._infer(client, request, caller)
 
     def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
-        if isinstance(request.streamed, SpooledForm):
+        if request.streamed is not None and isinstance(request.streamed, SpooledForm):
             return SpooledUpload(self._context, client, request, caller, form=request.streamed)
         if request.path == RESPONSES:
             return NewResponse(self._context, client, request, caller)

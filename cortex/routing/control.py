@@ -47,7 +47,7 @@ class Control(Protocol):
         `release`. A replica of `resolve` is taken already."""
 
     def release(self, replica: Replica) -> None:
-        """A request at a replica with a limit has ended, or was not sent."""
+        """A request at a replica with a limit has ended."""
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         """Remembers which engine made a stored response, also for the other workers and after a restart."""

@@ -50,6 +50,8 @@ class EnginePool:
     def take(self, address: Address) -> EngineConnection | None:
         """An idle connection that is still open, most recently used first; None without one."""
         idle = self._idle.get(address)
+        if not idle:
+            return None
         oldest = self._oldest(address)
         while idle:
             connection = idle.pop()

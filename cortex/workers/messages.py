@@ -181,7 +181,13 @@ class InFlightNow(msgspec.Struct, frozen=True, tag=True):
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
-    """A request at a replica with a limit has ended, or was not sent."""
+    """A request at a replica with a limit has ended."""
+
+    replica: Replica
+
+
+class RouteUnused(msgspec.Struct, frozen=True, tag=True):
+    """The request for which this replica was resolved has ended before: it is never reported in flight."""
 
     replica: Replica
 
@@ -195,7 +201,16 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 
 
 FromWorker = (
-    Ready | Resolve | CancelResolve | Released | AskEngine | AskEngineEnd | InFlightNow | ResponseMade | Counted
+    Ready
+    | Resolve
+    | CancelResolve
+    | Released
+    | RouteUnused
+    | AskEngine
+    | AskEngineEnd
+    | InFlightNow
+    | ResponseMade
+    | Counted
 )
 
 

@@ -24,6 +24,7 @@ from cortex.workers.messages import (
     Resolve,
     Resolved,
     ResponseMade,
+    RouteUnused,
     Setup,
     TableChanged,
     error_from_wire,
@@ -112,8 +113,7 @@ class RemoteControl:
 
     def _give_back(self, route: Route) -> None:
         """A route that is not used."""
-        if route.replica.limit is not None:
-            self.release(route.replica)
+        self._send(RouteUnused(route.replica))
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         self.response_owners.add(response_id, replica)

@@ -46,6 +46,7 @@ from cortex.workers.messages import (
     Resolve,
     Resolved,
     ResponseMade,
+    RouteUnused,
     Setup,
     Stop,
     TableChanged,
@@ -140,6 +141,8 @@ class WorkerProcess:
                         _task = self._tasks.spawn(self._tell_of_engine(message), name="worker's question")
                     case Released(replica):
                         self._release(replica)
+                    case RouteUnused(replica):
+                        self._take_back(replica)
                     case InFlightNow(counts, begun):
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
@@ -216,6 +219,12 @@ class WorkerProcess:
         if not taken:
             del self._taken[replica.model_id, replica.node]
         self._resolver.release(replica)
+
+    def _take_back(self, replica: Replica) -> None:
+        """Counts a route no more for which the worker has no request."""
+        self._granted -= Counter({(replica.model_id, replica.node): 1})
+        if replica.limit is not None:
+            self._release(replica)
 
     async def _tell_of_engine(self, asked: AskEngine | AskEngineEnd) -> None:
         if isinstance(asked, AskEngine):

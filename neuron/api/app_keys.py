@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from neuron.api.leases import LeaseTable
 from neuron.api.protocol_v1 import ProtocolV1
 from neuron.config import NeuronConfig
 from neuron.gpu.discovery import discovery_of
@@ -34,6 +35,7 @@ class Services:
     default_models: DefaultModels
     metrics: NeuronMetrics
     spares: Spares
+    leases: LeaseTable
 
     async def discovery(self) -> Discovery:
         return await discovery_of(self.config, self.source, instance_id=self.instance_id)

@@ -26,6 +26,7 @@ from shared.protocol import (
     Device,
     DeviceHealth,
     EndpointReply,
+    LeaseCommand,
     LoadCommand,
     LoadReply,
     NeuronHealth,
@@ -115,6 +116,10 @@ async def wake(request: web.Request) -> web.Response:
     command = await read_model(request, WakeCommand)
     await request.app[SERVICES].registry.wake(command.model_id)
     return reply(_loaded(request, command.model_id))
+
+
+async def lease(request: web.Request) -> web.Response:
+    return reply(request.app[SERVICES].leases.apply(await read_model(request, LeaseCommand)))
 
 
 async def endpoint(request: web.Request) -> web.Response:
@@ -231,6 +236,7 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post("/models/unload", unload)
     app.router.add_post("/models/sleep", sleep)
     app.router.add_post("/models/wake", wake)
+    app.router.add_post("/models/lease", lease)
     app.router.add_get("/models/{model_id:.+}/endpoint", endpoint)
     app.router.add_get("/models/{model_id:.+}/logs", logs)
     app.router.add_get("/events", events)

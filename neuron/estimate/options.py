@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from neuron.estimate.files.number_types import KV_BITS
 from shared.errors import InvalidRequest
+from shared.protocol.parallel import MAX_DEVICES
 
-OPTIONS = ("max_model_len", "max_num_seqs", "tensor_parallel", "quant", "kv_cache_dtype")
-_MAX_TENSOR_PARALLEL = 64
+_SIZES = ("tensor_parallel", "pipeline_parallel", "data_parallel")
+OPTIONS = ("max_model_len", "max_num_seqs", *_SIZES, "quant", "kv_cache_dtype")
 _MAX_SEQUENCES = 1 << 20
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _MOST = 1 << 50
@@ -35,6 +36,9 @@ class EngineOptions:
     revision: str | None = None
     download_dir: str | None = None
     tensor_parallel: int | None = None  # None: the smallest that fits
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
     not_counted: tuple[str, ...] = field(default=())  # arguments whose effect the estimate ignores
 
 
@@ -50,10 +54,12 @@ def with_options(served: EngineOptions, options: Mapping[str, str]) -> EngineOpt
     if "max_num_seqs" in options:
         count = _number(options["max_num_seqs"], "max_num_seqs", _MAX_SEQUENCES)
         changed = replace(changed, max_num_seqs=count, full_sequences=count)
-    if "tensor_parallel" in options:
-        changed = replace(
-            changed, tensor_parallel=_number(options["tensor_parallel"], "tensor_parallel", _MAX_TENSOR_PARALLEL)
-        )
+    sizes = {name: _number(options[name], name, MAX_DEVICES) for name in _SIZES if name in options}
+    changed = replace(changed, **sizes)  # type: ignore[arg-type]
+    devices = (changed.tensor_parallel or 1) * changed.pipeline_parallel * changed.data_parallel
+    if devices > MAX_DEVICES:
+        name = next(iter(sizes), "model")
+        raise InvalidRequest(f"{name}: {devices} devices in all, at most {MAX_DEVICES} are possible", param=name)
     if "kv_cache_dtype" in options:
         name = options["kv_cache_dtype"]
         if name != "auto" and name not in KV_BITS:

@@ -17,10 +17,11 @@ def reply_of(model: str, estimate: Estimate) -> EstimateReply:
         max_model_len=estimate.max_model_len,
         sequences=estimate.sequences,
         split_over=estimate.split_over,
+        parallel=None if estimate.parallel.tensor_only else estimate.parallel,
         host_devices=estimate.host_devices,
         tensor_parallel=estimate.tensor_parallel,
         total_mb=estimate.total_mb,
-        device_mb=estimate.per_device_mb(estimate.split_over),
+        device_mb=estimate.per_device_mb(estimate.parallel.tensor),
         lines=[
             EstimateLine(what=line.what, device_mb=line.device_mb, total_mb=line.total_mb, how=line.how)
             for line in estimate.lines
@@ -46,11 +47,12 @@ def table_of(reply: EstimateReply) -> str:
 
 
 def _head(reply: EstimateReply) -> list[str]:
+    split = "" if reply.parallel is None else f" ({reply.parallel})"
     length = f"{reply.sequences} sequence{'' if reply.sequences == 1 else 's'} of {reply.max_model_len:,} tokens"
     return [
         f"model    {reply.model}  ({reply.architecture or 'unknown architecture'})",
         f"weights  {reply.basis}",
-        f"context  {length} at once, on {_devices(reply.split_over)}",
+        f"context  {length} at once, on {_devices(reply.split_over)}{split}",
     ]
 
 
@@ -70,11 +72,11 @@ def _total(reply: EstimateReply) -> EstimateLine:
 
 
 def _options(reply: EstimateReply) -> list[str]:
-    lines = []
+    lines, groups = [], 1 if reply.parallel is None else reply.parallel.tensor_groups
     for option in reply.options:
         text = f"{option.device_mb:>9,} MiB on each" if option.possible else f"{'impossible':>21}"
         said = "fits" if option.fits else option.reason or ""
-        lines.append(f"{_devices(option.tensor_parallel):>10}  {text}  {said}".rstrip())
+        lines.append(f"{_devices(option.tensor_parallel * groups):>10}  {text}  {said}".rstrip())
     if not reply.host_devices:
         return [*lines, "This host has no GPU to compare with."]
     if reply.tensor_parallel is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from shared.protocol import Parallelism
+
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -21,7 +23,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Option:
-    """The model split over `tensor_parallel` devices. `reason`: why that is impossible or too large; None: fits."""
+    """The model with tensor groups of `tensor_parallel` devices. `reason`: why that is impossible or too large; None:
+    it fits."""
 
     tensor_parallel: int
     device_mb: int
@@ -35,18 +38,24 @@ class Option:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The lines are for `split_over` devices. `basis` names the source of the weights' sizes."""
+    """The lines are for the devices of `parallel`, those of each option for the same stages and copies. `basis` names
+    the source of the weights' sizes."""
 
     source: str
     architecture: str
     basis: str
     max_model_len: int  # tokens
     sequences: int  # of that length, at once
-    split_over: int
+    parallel: Parallelism
     host_devices: int  # that can be used
     lines: tuple[Line, ...]
     options: tuple[Option, ...]  # from 1 on without a gap
     notes: tuple[str, ...] = ()
+
+    @property
+    def split_over(self) -> int:
+        """The number of devices."""
+        return self.parallel.devices
 
     @property
     def total_mb(self) -> int:
@@ -55,7 +64,8 @@ class Estimate:
 
     @property
     def tensor_parallel(self) -> int | None:
-        """The smallest number of this host's devices that the model fits on; None when it does not fit."""
+        """The smallest tensor-parallel size with which the model fits on this host's devices; None when it does not
+        fit."""
         return next((option.tensor_parallel for option in self.options if option.fits), None)
 
     @property
@@ -74,7 +84,7 @@ class Estimate:
         return tuple(line.what for line in self.lines if line.total_mb is None)
 
     def per_device_mb(self, tensor_parallel: int) -> int:
-        """On each of `tensor_parallel` devices.
+        """On each device with this tensor-parallel size.
 
         Raises:
             ValueError: fewer than 1, or more than the estimate looked at.

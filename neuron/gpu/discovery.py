@@ -63,4 +63,5 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         instance_id=instance_id,
         version=__version__,
         cuda_unavailable_reason=topology.cuda_unavailable_reason,
+        leases=True,
     )

@@ -8,9 +8,12 @@ from shared.protocol.answers import read_answer
 from shared.protocol.base import first_problem, plain_reason
 from shared.protocol.commands import (
     ENGINE_KEYS_HEADER,
+    LEASE_SECS,
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
     EndpointReply,
+    LeaseCommand,
+    LeaseReply,
     LoadCommand,
     LoadReply,
     SleepCommand,
@@ -27,6 +30,7 @@ from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
     "ENGINE_KEYS_HEADER",
+    "LEASE_SECS",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",
     "Activation",
@@ -40,6 +44,8 @@ __all__ = [
     "EstimateOption",
     "EstimateReply",
     "FailureCause",
+    "LeaseCommand",
+    "LeaseReply",
     "Link",
     "LinkKind",
     "LoadCommand",

@@ -15,6 +15,8 @@ caller that speaks only protocol v1, which has no keys."""
 MAX_VRAM_MB = 1 << 40
 MAX_DRAIN_SECS = 3600.0
 """The longest `drain_secs` of an unload."""
+LEASE_SECS = 5.0
+"""How long a lease on a load lasts unless it is renewed."""
 MAX_MODEL_ID_CHARS = 512
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
 
@@ -69,6 +71,23 @@ class WakeCommand(WireModel):
     """Body of `POST /models/wake`."""
 
     model_id: ModelId
+
+
+class LeaseCommand(WireModel):
+    """Body of `POST /models/lease`. `holder` identifies the cortex, `node` the neuron that is to load the model, for
+    all cortexes: its `instance_id`, or its URL if it has none. None ends the lease."""
+
+    model_id: ModelId
+    holder: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    node: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+
+
+class LeaseReply(WireModel):
+    """Reply to `POST /models/lease`. `node`: where another cortex loads the model; if the lease is `granted`, where one
+    has loaded it, or failed to, a moment ago."""
+
+    granted: bool
+    node: str | None = None
 
 
 class EndpointReply(WireModel):

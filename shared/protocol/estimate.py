@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from shared.protocol.base import Mib, WireModel
+from shared.protocol.parallel import Parallelism
 
 
 class EstimateLine(WireModel):
@@ -17,7 +18,7 @@ class EstimateLine(WireModel):
 
 
 class EstimateOption(WireModel):
-    """The model split over `tensor_parallel` devices. `reason`: why that is impossible or does not fit."""
+    """The model with tensor groups of `tensor_parallel` devices. `reason`: why that is impossible or does not fit."""
 
     tensor_parallel: int
     device_mb: Mib = 0
@@ -29,8 +30,9 @@ class EstimateOption(WireModel):
 class EstimateReply(WireModel):
     """Reply to `GET /estimate`.
 
-    The lines and sums are for `split_over` devices; `tensor_parallel` is the smallest number of this host's devices
-    that the model fits on, None if it does not fit.
+    The lines and sums are for `split_over` devices, split as in `parallel` (None: by tensor parallelism alone);
+    `tensor_parallel` is the smallest number of this host's devices that the model, or each of its stages, fits on,
+    None if it does not fit.
     """
 
     model: str
@@ -40,6 +42,7 @@ class EstimateReply(WireModel):
     max_model_len: int = 0
     sequences: int = 0
     split_over: int = 1
+    parallel: Parallelism | None = None
     host_devices: int = 0  # usable ones
     tensor_parallel: int | None = None
     total_mb: Mib = 0

@@ -65,3 +65,4 @@ class Discovery(WireModel):
     instance_id: str | None = None
     version: str | None = None
     cuda_unavailable_reason: str | None = None
+    leases: bool = False

@@ -23,6 +23,8 @@ from shared.protocol import (
     EstimateOption,
     EstimateReply,
     FailureCause,
+    LeaseCommand,
+    LeaseReply,
     Link,
     LinkKind,
     LoadCommand,
@@ -54,6 +56,7 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
     "POST /models/unload": ((UnloadCommand,), "model_id"),
     "POST /models/sleep": ((SleepCommand,), ""),
     "POST /models/wake": ((WakeCommand,), ""),
+    "POST /models/lease": ((LeaseCommand, LeaseReply), ""),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
     "GET /estimate": ((EstimateReply, EstimateLine, EstimateOption), ""),
 }

@@ -26,6 +26,7 @@ NEURON_TABLE = {
     ("POST", "/models/unload"),
     ("POST", "/models/sleep"),
     ("POST", "/models/wake"),
+    ("POST", "/models/lease"),
     ("GET", "/models/{model_id}/endpoint"),
     ("GET", "/models/{model_id}/logs"),
     ("GET", "/estimate"),

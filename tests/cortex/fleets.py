@@ -96,7 +96,9 @@ def host(
     activity = [ModelActivity(id=model_id, in_flight=each.working) for model_id, each in there.items() if each.working]
     return replace(
         bare,
-        discovery=bare.discovery.model_copy(update={"instance_id": None if protocol_v1 else f"{name}-1"}),
+        discovery=bare.discovery.model_copy(
+            update={"instance_id": None if protocol_v1 else f"{name}-1", "leases": not protocol_v1}
+        ),
         health=bare.health.model_copy(update={"devices": devices, "models": activity}),
         models={model_id: _entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()},
     )

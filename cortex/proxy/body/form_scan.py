@@ -15,7 +15,8 @@ _HEAD_END: Final = b"\r\n\r\n"
 
 
 def is_form(content_type: str) -> bool:
-    return content_type != "application/json" and content_type.lower().startswith("multipart/form-data")
+    """True for the content type of a multipart form."""
+    return content_type.lower().startswith("multipart/form-data")
 
 
 def delimiter_of(content_type: str) -> bytes:

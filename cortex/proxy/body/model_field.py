@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -38,6 +38,7 @@ _LENIENCIES = (
     (b"\\uD", b"\\ue"),
 )
 
+JSON_TYPE: Final = "application/json"
 _NO_MODEL = "the body must have a string 'model'"
 _FORM_ENCODED = "application/x-www-form-urlencoded"
 
@@ -108,7 +109,7 @@ def find_model(body: bytes, content_type: str) -> ModelField:
         MissingModel: it has none, or an empty one.
         InvalidRequest: the body is neither, or its `model` is not a string.
     """
-    if is_form(content_type):
+    if content_type != JSON_TYPE and is_form(content_type):
         return _model_of_form(body, content_type)
     try:
         return _model_of_json(body)

@@ -22,8 +22,9 @@ MAX_EXCUSE_BYTES: Final = 512
 
 
 class ProbeListener(Protocol):
-    def lacks_path(self) -> None:
-        """The engine does not know the request's path. Ends the relay; nothing was sent to the client."""
+    def lacks_path(self, held: HeldAnswer) -> None:
+        """The engine does not know the request's path, says the answer `held`. Ends the relay; nothing was sent to the
+        client."""
 
 
 class ProbingRelay(Relay):
@@ -61,7 +62,7 @@ class ProbingRelay(Relay):
         if isinstance(held, HeldAnswer):
             self._connection = None
             if lacks_path(self.status, held.contents()):
-                self.probe.lacks_path()
+                self.probe.lacks_path(held)
                 return
             if self.status != 200 and self._listener.refused(self.status, asleep=False):
                 return
@@ -104,6 +105,11 @@ class HeldAnswer(Answer):
         self._size += len(data)
         if self._size > MAX_HELD_BYTES:
             self._on_full()
+
+    def pass_to(self, answer: Answer) -> int:
+        """Ends `answer` with the complete one that was held back. Returns the status to log."""
+        answer.begin(self.head, self.framing, b"".join(self.pieces))
+        return answer.finish(self.head.status)
 
     def contents(self) -> bytes:
         """What has come, without its framing."""

@@ -15,7 +15,7 @@ from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.interface import CHAT_PATH, Translation
-from cortex.proxy.translation.probing_relay import ProbingRelay
+from cortex.proxy.translation.probing_relay import HeldAnswer, ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
 from cortex.routing.replica import UNAVAILABLE, FailureKind, Replica, untried
 from cortex.upstream.address import Address
@@ -29,21 +29,21 @@ class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
     path; one that turns out to lack it gets the translation at once, before the client hears anything."""
 
-    __slots__ = ("_diverted", "_probed", "_translation")
+    __slots__ = ("_diverted", "_held", "_translation")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
-        self._probed = False
+        self._held: HeldAnswer | None = None  # of the first engine that lacked the path
         self._diverted = False
 
-    def lacks_path(self) -> None:
+    def lacks_path(self, held: HeldAnswer) -> None:
         state, self._state = self._state, None
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
         self._context.in_flight.remove((replica.model_id, replica.node))
-        self._probed = True
+        self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
@@ -66,14 +66,15 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
-        if self._cold and not self._probed:
+        if self._cold and self._held is None:
             self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
-                if replica.limit is not None:
-                    self._context.control.release(replica)
+                # The control counts it already, and must learn that it has ended.
+                self._context.in_flight.add((replica.model_id, replica.node))
+                self._context.finished(replica)
                 self._refuse_translation(replica, error)
                 return
             request.translate(self._translation.path, self._translation.body)
@@ -105,7 +106,10 @@ class TranslatableRequest(RequestHandler):
         return self._translated(super()._deferred(keep_alive))
 
     def _translated(self, answer: Answer) -> Answer:
-        return answer if self._translation is None else TranslatedAnswer(answer, self._translation)
+        translation = self._translation
+        if translation is None:
+            return answer
+        return TranslatedAnswer(answer, translation, self._held if translation.path == CHAT_PATH else None)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
         if isinstance(self._state, Sent):

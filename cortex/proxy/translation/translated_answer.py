@@ -14,6 +14,8 @@ from cortex.http.heads import ResponseHead
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.translation.chat_answer import as_stream
 from cortex.proxy.translation.interface import StreamTranslation, Translation
+from cortex.proxy.translation.lacking import lacks_path
+from cortex.proxy.translation.probing_relay import HeldAnswer
 from cortex.upstream.connection import Body
 from shared.errors import ServiceError
 
@@ -31,13 +33,16 @@ _GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32
 class TranslatedAnswer(Answer):
     """`inner` gets what an engine that speaks the dialect would have sent, in chunks of our own."""
 
-    __slots__ = ("_collected", "_framing", "_inner", "_size", "_stream", "_translation", "_unzip", "head")
+    __slots__ = ("_collected", "_framing", "_held", "_inner", "_size", "_stream", "_translation", "_unzip", "head")
 
-    def __init__(self, inner: Answer, translation: Translation) -> None:
+    def __init__(self, inner: Answer, translation: Translation, held: HeldAnswer | None) -> None:
+        """`held`: what the engine answered to the client's own request. The client gets that if the engine lacks chat
+        completions too, as those of embedding models do."""
         super().__init__(inner.client, inner.request)
         self.tail = inner.tail
         self._inner = inner
         self._translation = translation
+        self._held = held
         self._stream: StreamTranslation | None = None
         self._framing = ChunkedBody()
         self._collected: list[bytes] = []
@@ -83,6 +88,8 @@ class TranslatedAnswer(Answer):
         if stream is not None and events is not None:  # the engine ignores `stream`
             self._begin_stream(stream, events)
             return self._finish_stream(stream, status)
+        if self._held is not None and status in (404, 405) and lacks_path(status, body):
+            return self._held.pass_to(self._inner)
         status, body = self._translation.answer(status, body)
         named = {names.CONTENT_TYPE: _JSON, names.CONTENT_LENGTH: b"%d" % len(body)}
         framing = SizedBody(len(body))

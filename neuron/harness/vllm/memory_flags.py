@@ -25,9 +25,6 @@ _NOT_COUNTED = (
     "--speculative-config",
     "--enable-lora",
     "--hf-overrides",
-    "--pipeline-parallel-size",
-    "--data-parallel-size",
-    "--enable-expert-parallel",
     "--decode-context-parallel-size",
 )
 
@@ -55,6 +52,9 @@ def options_of(spec: EngineSpec) -> EngineOptions:
         revision=given.get("--revision"),
         download_dir=given.get("--download-dir"),
         tensor_parallel=spec.tensor_parallel,
+        pipeline_parallel=spec.pipeline_parallel,
+        data_parallel=spec.data_parallel,
+        expert_parallel=spec.expert_parallel,
         not_counted=tuple(flag for flag in _NOT_COUNTED if flag in given),
     )
 

@@ -169,6 +169,7 @@ class Spare:
         order = {
             "arguments": list(program.arguments),
             "title": _title(program),
+            "name": program.name,
             "set": {name: wanted[name] for name in change if name in wanted},
             "unset": sorted(name for name in change if name not in wanted),
         }

@@ -1,16 +1,16 @@
-"""A process that has imported an engine's modules and waits to become the engine. Run by path as `python FILE FD NAME`.
+"""A process that has imported an engine's modules and waits to become the engine.
 
-Runs under the engine's interpreter, whose Python and packages may differ from neuron's: standard library only. FD is a
-stream socket to neuron, with one JSON object a line:
+Run by path as `python FILE FD PADDING` under the engine's interpreter, whose Python and packages may differ from
+neuron's: standard library only. FD is a stream socket to neuron, with one JSON object a line:
 
     neuron -> spare  {"program": PATH, "module": NAME or null, "imports": [MODULE, ...], "spawns": BOOL,
                       "late": [NAME, ...], "children": {CHILD: [NAME, ...]}}
     spare -> neuron  {"ready": true}  or  {"failed": REASON}
-    neuron -> spare  {"arguments": [...], "title": [...], "set": {NAME: VALUE}, "unset": [NAME, ...]}
+    neuron -> spare  {"arguments": [...], "title": [...], "name": NAME, "set": {NAME: VALUE}, "unset": [NAME, ...]}
     spare -> neuron  {"taken": true}  or  {"refused": REASON}
 
 After `taken` it runs the program with the arguments, as the interpreter would have done. It ends when neuron closes the
-socket, or dies, before that. NAME is padding: the command line of /proc is replaced, and cannot grow.
+socket, or dies, before that. PADDING makes room: the command line of /proc is replaced, and cannot grow.
 """
 
 from __future__ import annotations
@@ -201,6 +201,8 @@ def _take(setup: dict[str, Any], order: dict[str, Any]) -> None:
         _fork_children_from_copy(setup["late"], setup["children"])
     with contextlib.suppress(OSError):  # after the fork: a child may set its own title
         _set_title(order["title"])
+        with open("/proc/self/comm", "w") as file:
+            file.write(order["name"])
 
 
 def _set_title(title: Sequence[str]) -> None:

@@ -30,7 +30,8 @@ _FIRST_GUESS_MB = 1024  # of a spare of which none was measured yet
 
 @dataclass
 class _Kind:
-    """The spare of one harness, and what is known for the next. `blocked`: it can have none."""
+    """The spare of one harness, and what is known for the next. `blocked`: it can have none, as the log says
+    (`told`), until the next load: its program may change."""
 
     origin: SpareOrigin
     spare: Spare | None = None
@@ -38,6 +39,7 @@ class _Kind:
     failures: int = 0
     retry_at: float = 0.0  # monotonic
     blocked: bool = False
+    told: str = ""
 
 
 class Spares:
@@ -102,7 +104,7 @@ class Spares:
             return
         origin = SpareOrigin(engine.command, engine.placement.devices, imports)
         kind = self._kinds.setdefault(name, _Kind(origin))
-        kind.origin = origin
+        kind.origin, kind.blocked = origin, False
         if engine.from_spare:
             kind.failures = 0
         self._changed.set()
@@ -180,7 +182,9 @@ class Spares:
             log.info("harness %s: spare process %d is ready (%d MiB)", name, spare.process.pid, kind.size_mb)
         except NotPython as error:
             kind.blocked = True
-            log.info("harness %s: no spare process is possible: %s", name, error)
+            if kind.told != str(error):
+                kind.told = str(error)
+                log.info("harness %s: no spare process is possible: %s", name, error)
         except SpareFailed as error:
             self.failed(name, str(error))
             await self._drop(name, None)

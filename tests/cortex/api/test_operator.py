@@ -181,6 +181,7 @@ async def test_a_model_that_is_held_back_is_not_loaded(start_cortex: StartCortex
     plan = await got(cortex, "/fleet/explain?model=org/small")
     assert plan["decision"]["action"] == "refuse"
     assert plan["nodes"][0]["reason"] == "an operator holds it back for another 2 h"
+    assert 7100 < plan["nodes"][0]["retry_in_secs"] <= 7200
     await asyncio.sleep(1.5)  # more than one round of replica control
     assert benjy.loads == []
     assert (await posted(cortex, "/fleet/load", model="org/small"))["status"] == "loaded"
@@ -256,3 +257,15 @@ async def test_a_hold_survives_a_restart_of_cortex(tmp_path: Path, benjy: V1Neur
             async with http.post(f"{cortex.url}/v1/completions", data=asked) as response:
                 assert response.status == 503
     assert benjy.loads == []
+
+
+async def test_explain_says_until_when_a_failed_load_is_not_tried_again(
+    start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron
+) -> None:
+    benjy.load_error = 500, {"error": {"message": "no memory", "code": "load_failed", "cause": "node"}}
+    cortex = await start_cortex([benjy, beast], [{**MODEL, "pinned_on": ["benjy"]}])
+    async with cortex.chat("org/small") as response:
+        assert response.status == 503
+    nodes = {node["node"]: node for node in (await got(cortex, "/fleet/explain?model=org/small"))["nodes"]}
+    assert 8 < nodes["benjy"]["retry_in_secs"] <= 10
+    assert nodes["beast"]["retry_in_secs"] is None

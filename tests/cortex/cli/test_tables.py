@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -43,3 +44,15 @@ def test_explain_does_not_repeat_itself() -> None:
     assert text.count(long) == 1
     assert "as above" in text
     assert "draining: takes no new loads until `cortex resume b`" in text
+
+
+def test_explain_says_until_when_a_model_is_not_loaded() -> None:
+    """After a failed load, and while an operator holds it back."""
+    nodes: list[dict[str, Any]] = [
+        {"node": name, "feasible": True, "status": None, "devices": [], "reason": "no", "retry_in_secs": secs}
+        for name, secs in (("a", 299.5), ("b", 299.5), ("c", None), ("d", 7200))
+    ]
+    decision = {"action": "refuse", "reason": "loading 'm' on a failed"}
+    text = explain_table({"model": "m", "decision": decision, "nodes": nodes})
+    assert re.search(r"\n  not loaded on a, b until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, for another 5 min\n", text)
+    assert re.search(r"\n  not loaded on d until .*, for another 2 h\n", text)

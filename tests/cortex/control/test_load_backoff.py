@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from cortex.control.load_backoff import MAX_TEMPORARY, BackoffCause, Backoffs
+from cortex.control.load_backoff import MAX_TEMPORARY, QUIET_SECS, BackoffCause, Backoffs
 
 
 class Clock:
@@ -130,6 +130,48 @@ def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
     assert not backoffs.current()
     assert _pauses(backoffs, clock, [BackoffCause.NODE]) == [10]
     assert _pauses(backoffs, clock, [BackoffCause.NODE], "b") == [80]
+
+
+@pytest.mark.parametrize("cause", list(BackoffCause))
+@pytest.mark.parametrize("quiet_secs", [3600, 86400])
+def test_pauses_are_short_again_after_a_quiet_time(
+    backoffs: Backoffs, clock: Clock, cause: BackoffCause, quiet_secs: float
+) -> None:
+    """A model that failed yesterday has its first failure today; temporary failures are counted from zero too."""
+    first = _pauses(backoffs, clock, [cause] * 7)
+    clock.now += quiet_secs
+    assert not backoffs.current()
+    assert _pauses(backoffs, clock, [cause] * 7) == first
+
+
+def test_a_load_that_takes_long_to_fail_does_not_count_as_quiet(backoffs: Backoffs, clock: Clock) -> None:
+    """By default it may take half an hour."""
+    pauses = []
+    for _ in range(4):
+        pauses += _pauses(backoffs, clock, [BackoffCause.NODE])
+        clock.now += 1800
+    assert pauses == [10, 20, 40, 80]
+
+
+def test_old_failures_of_other_models_are_forgotten(backoffs: Backoffs, clock: Clock) -> None:
+    """Clients may name any number of models."""
+    for number in range(100):
+        backoffs.record_failure(f"m{number}", "a", BackoffCause.NODE, "no")
+    clock.now += QUIET_SECS
+    backoffs.record_failure("m", "a", BackoffCause.NODE, "no")
+    assert len(backoffs._failures) == 1
+
+
+def test_a_load_of_another_cortex_does_not_count_as_a_failure(backoffs: Backoffs, clock: Clock) -> None:
+    """It pauses for a moment, everywhere, and leaves the count as it was."""
+    backoffs.record_load_elsewhere("m", "b")
+    (backoff,) = backoffs.current().values()
+    assert (backoff.temporary, backoff.until - clock.now) == (True, 1)
+    clock.now += 1
+    assert _pauses(backoffs, clock, [BackoffCause.MODEL]) == [10]
+    backoffs.record_load_elsewhere("m", "b")
+    clock.now += 1
+    assert _pauses(backoffs, clock, [BackoffCause.MODEL]) == [20]
 
 
 def test_an_operator_clears_the_backoffs_of_a_model(backoffs: Backoffs, clock: Clock) -> None:

@@ -48,13 +48,13 @@ def test_messages_get_anthropics_error(permanent: bool, kind: str) -> None:
 
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/messages", b"/v1/responses"])
 def test_permanent_errors_say_that_retrying_is_useless(path: bytes) -> None:
-    """The headers have been sent, so a field says it; a time to retry would contradict it."""
+    """The headers have been sent, so a field says it."""
     _, data = parsed(error_event(path, Unavailable("no such path", retry_after=7, permanent=True)))
     assert data["error"]["should_retry"] is False
-    assert "retry_after" not in data["error"]
+    assert data["error"]["retry_after"] == 7
     headers = render(Unavailable("no such path", retry_after=7, permanent=True), "r", anthropic=False).headers
     assert headers["x-should-retry"] == "false"
-    assert "retry-after" not in headers
+    assert headers["retry-after"] == "7"
 
 
 def test_responses_fail() -> None:

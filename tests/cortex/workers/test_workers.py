@@ -21,7 +21,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.routing.replica import Replica, Route
 from cortex.workers import __main__ as worker_process
-from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, Setup, ToWorker
+from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, RouteUnused, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import bounded
@@ -210,6 +210,26 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     await going
     (counted,) = (message for message in sent if isinstance(message, Counted))
     assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])
+
+
+async def test_a_route_whose_client_has_left_is_given_back() -> None:
+    """Before it arrives, or at that moment: the control counts it until it is told."""
+    replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
+    setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
+    sent: list[Any] = []
+    control = RemoteControl(setup, sent.append)
+    for arrives_first in (False, True):
+        going = asyncio.create_task(control.resolve(MODEL))
+        await asyncio.sleep(0)
+        asked = sent[-1].number
+        if arrives_first:
+            control.receive(Resolved(asked, Route(replica=replica)))
+        going.cancel()
+        await asyncio.wait([going])
+        if not arrives_first:
+            control.receive(Resolved(asked, Route(replica=replica)))
+        assert sent[-1] == RouteUnused(replica)
+    assert sent.count(RouteUnused(replica)) == 2
 
 
 async def test_a_worker_learns_which_neurons_are_down() -> None:

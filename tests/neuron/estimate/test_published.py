@@ -16,7 +16,7 @@ from neuron.harness.vllm.estimate.context_length import default_length, longest
 from neuron.harness.vllm.estimate.estimator import estimate
 from neuron.harness.vllm.estimate.kv_cache import Sequences, cached_of, grouped_layers, token_bytes
 from neuron.harness.vllm.estimate.parallel import obstacle
-from shared.protocol import Device
+from shared.protocol import Device, Parallelism
 from tests.neuron.estimate import published
 from tests.neuron.estimate.published import MODELS, Published
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_may_define_an_8_bit_cache() -> None:
 )
 def test_sizes_that_divide(model: Published, possible: list[int]) -> None:
     """Heads, key-value heads (or their repetition), widths and the padded vocabulary, as vLLM's layers check."""
-    assert [size for size in range(1, 9) if obstacle(model.architecture, size) is None] == possible
+    assert [size for size in range(1, 9) if obstacle(model.architecture, Parallelism(tensor=size)) is None] == possible
 
 
 def test_blocks_of_a_quantized_checkpoint_are_not_split() -> None:
@@ -199,9 +199,9 @@ def test_blocks_of_a_quantized_checkpoint_are_not_split() -> None:
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }
     quantised = Published("Qwen/Qwen3-30B-A3B-FP8", config, 30.5, 0).architecture
-    assert obstacle(published.QWEN3_30B_A3B.architecture, 4) is None
-    assert obstacle(quantised, 2) is None
-    assert "not a multiple of the quantization's 128" in (obstacle(quantised, 4) or "")
+    assert obstacle(published.QWEN3_30B_A3B.architecture, Parallelism(tensor=4)) is None
+    assert obstacle(quantised, Parallelism(tensor=2)) is None
+    assert "not a multiple of the quantization's 128" in (obstacle(quantised, Parallelism(tensor=4)) or "")
 
 
 @pytest.mark.parametrize(

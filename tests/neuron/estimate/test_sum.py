@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from neuron.estimate.estimator import estimate_of
-from neuron.estimate.options import EngineOptions, human_number, length_of
+from neuron.estimate.options import EngineOptions, human_number, length_of, with_options
+from neuron.estimate.reply import reply_of, table_of
 from neuron.estimate.result import Estimate
 from neuron.estimate.weights import ModelFiles
 from neuron.gpu.topology import Topology
@@ -18,7 +20,7 @@ from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import Device
 from tests.neuron.estimate import published
-from tests.neuron.estimate.published import LLAMA_8B, Published
+from tests.neuron.estimate.published import LLAMA_8B, QWEN3_30B_A3B, Published
 from tests.neuron.estimate.safetensors import write_model
 
 RTX_4090 = Device(index=0, name="RTX 4090", vram_total_mb=24_564)
@@ -231,3 +233,74 @@ async def test_only_the_specs_devices_count(tmp_path: Path) -> None:
     assert (await estimate_of(VllmEstimator(), spec, topology, {})).tensor_parallel == 1
     named = EngineSpec("m", "vllm", str(tmp_path), args=("--max-model-len", "1k"), devices=(1,))
     assert (await estimate_of(VllmEstimator(), named, topology, {})).tensor_parallel is None
+
+
+def split_over(model: Published, **split: Any) -> Estimate:
+    spec = EngineSpec("m", "vllm", "m", **split)
+    cards = [H100.model_copy(update={"index": index}) for index in range(8)]
+    return estimate(ModelFiles(model.name, model.architecture, None), options_of(spec), cards)
+
+
+@pytest.mark.parametrize(
+    ("split", "experts", "attention", "cache"),
+    [
+        ({"tensor_parallel": 2}, 2, 2, 2),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, 4, 4, 4),
+        ({"tensor_parallel": 2, "data_parallel": 2}, 4, 2, 2),  # the experts are split over both copies
+        ({"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": True}, 4, 2, 2),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 2}, 8, 4, 4),
+    ],
+)
+def test_parallel_weights_and_cache(split: dict[str, Any], experts: int, attention: int, cache: int) -> None:
+    """Layers are split over the tensor group and the stages, and repeated for each copy; each copy has a cache."""
+    one, made = split_over(QWEN3_30B_A3B, tensor_parallel=1), split_over(QWEN3_30B_A3B, **split)
+    devices = EngineSpec("m", "vllm", "m", **split).device_count
+    for what, parts in (("weights: experts", experts), ("weights: attention", attention), ("KV cache", cache)):
+        whole, part = line(one, what), line(made, what)
+        assert whole is not None
+        assert part is not None
+        assert abs(part * parts - whole) <= parts, what
+    assert made.split_over == devices
+    assert made.total_mb == pytest.approx(made.per_device_mb(2) * devices, abs=devices * len(made.lines))
+    reply = reply_of("m", made)
+    assert (reply.parallel is None) == (devices == 2)
+    assert f"on {devices} devices" in table_of(reply)
+
+
+def test_uneven_stages_count_the_largest() -> None:
+    """Of 32 layers in 3 stages the largest has 11; embeddings and output head are on two stages."""
+    one, made = split_over(LLAMA_8B, tensor_parallel=1), split_over(LLAMA_8B, pipeline_parallel=3)
+    assert line(made, "weights: feed-forward") == pytest.approx(
+        (line(one, "weights: feed-forward") or 0) * 11 / 32, 0.01
+    )
+    assert line(made, "weights: embeddings") == pytest.approx((line(one, "weights: embeddings") or 0) / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "split", "reason"),
+    [
+        (LLAMA_8B, {"expert_parallel": True}, "expert parallelism needs a mixture of experts"),
+        (LLAMA_8B, {"pipeline_parallel": 33}, "32 layers are too few for 33 pipeline stages"),
+        (LLAMA_8B, {"pipeline_parallel": 2, "data_parallel": 8}, "this host has 8 usable devices"),
+        (QWEN3_30B_A3B, {"data_parallel": 5}, "the expert's width 768 cannot be divided by 5"),
+        (QWEN3_30B_A3B, {"data_parallel": 5, "expert_parallel": True}, None),
+        (LLAMA_8B, {"data_parallel": 8}, None),
+    ],
+)
+def test_what_cannot_be_split(model: Published, split: dict[str, Any], reason: str | None) -> None:
+    """The reason is in the option with one device in a tensor group."""
+    assert split_over(model, **split).options[0].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"pipeline_parallel": "0"}, "pipeline_parallel"),
+        ({"tensor_parallel": "8", "data_parallel": "9"}, "tensor_parallel"),
+    ],
+)
+def test_invalid_sizes(given: dict[str, str], param: str) -> None:
+    """The error names the option; the product is limited too."""
+    with pytest.raises(InvalidRequest) as caught:
+        with_options(EngineOptions(), given)
+    assert caught.value.param == param

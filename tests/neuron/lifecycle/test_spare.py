@@ -216,7 +216,7 @@ async def test_changed_program_needs_a_plain_start(mark: str, tmp_path: Path) ->
 async def test_command_that_is_not_python_has_no_spare(
     mark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A wrapper in shell, for example."""
+    """A wrapper in shell, for example. Once it is a Python script, after an upgrade, the next load brings one."""
     caplog.set_level("INFO")
     wrapper = tmp_path / "engine"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m neuron.sim "$@"\n')
@@ -226,6 +226,10 @@ async def test_command_that_is_not_python_has_no_spare(
         await until(lambda: "no spare process is possible" in caplog.text)
         assert "is not a Python script" in caplog.text
         assert (await neuron.load("b")).status == 200
+        wrapper.write_text(f"#!{sys.executable}\nfrom neuron.sim.__main__ import main\nraise SystemExit(main())\n")
+        assert (await neuron.load("c")).status == 200
+        assert (await spare_of(neuron))["harness"] == "sim"
+    assert caplog.text.count("no spare process is possible") == 1
 
 
 async def test_spare_ends_with_a_killed_neuron(mark: str, tmp_path: Path) -> None:

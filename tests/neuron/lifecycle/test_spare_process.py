@@ -54,7 +54,8 @@ if __name__ == "__main__":
     core = queue.get()
     named.join()
     print(json.dumps({"core": core[:2], "child": told, "fresh": fresh[:2], "exit": process.exitcode, "argv": sys.argv,
-                      "path": sys.path[0], "late": os.environ.get("LATE"), "pid": os.getpid()}))
+                      "path": sys.path[0], "late": os.environ.get("LATE"), "pid": os.getpid(),
+                      "name": open("/proc/self/comm").read().strip()}))
     sys.exit(5)
 """
 
@@ -105,6 +106,7 @@ async def test_it_becomes_the_program_and_its_children_have_the_imports(mark: st
         "path": str(tmp_path),
         "late": "new",
         "pid": pid,
+        "name": "serve",
     }
 
 
@@ -206,12 +208,15 @@ def test_program_of(tmp_path: Path) -> None:
     assert program_of(["vllm", "serve", "m"], env).interpreter == (python,)
     assert program_of(["vllm", "serve", "m"], env).path == path
     assert program_of(["vllm", "serve", "m"], env).arguments == ("serve", "m")
+    assert program_of(["vllm", "serve", "m"], env).name == "vllm"
     script(f"#!{python} -s")
     assert program_of(["vllm"], env).interpreter == (python, "-s")
     script(f"#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''")
     assert program_of(["vllm"], env).interpreter == (python,)
+    assert program_of(["vllm"], env).name == Path(python).name
     script("#!/usr/bin/env python3")
     assert program_of(["vllm"], env).interpreter[0].endswith("python3")
+    assert program_of(["vllm"], env).name == "python3"
     module = program_of([python, "-u", "-m", "vllm.entrypoints.cli.main", "serve"], env)
     assert (module.interpreter, module.module, module.arguments) == (
         (python, "-u"),

@@ -123,7 +123,7 @@ def _user_messages(content: Any, param: str, engine: str) -> list[Json]:
 
 def _tool_message(block: Json, param: str, engine: str) -> tuple[Json, list[Json]]:
     """The message with a tool's result, and parts for the user's message: only that can carry images."""
-    called = text_of(block, "tool_use_id", param)
+    called = _engine_id(block, "tool_use_id", param)
     parts: list[Json] = []
     for index, inner in enumerate(_blocks_of(block.get("content"), f"{param}.content")):
         parts += _parts(inner, f"{param}.content[{index}]", engine)
@@ -212,7 +212,14 @@ def _assistant_message(content: Any, param: str, engine: str) -> Json:
 def _call(block: Json, param: str) -> Json:
     arguments = to_json(object_of(block.get("input"), f"{param}.input")).decode()
     function = {"name": text_of(block, "name", param), "arguments": arguments}
-    return {"id": text_of(block, "id", param), "type": "function", "function": function}
+    return {"id": _engine_id(block, "id", param), "type": "function", "function": function}
+
+
+def _engine_id(block: Json, key: str, param: str) -> str:
+    """A call's id without the prefix that `answer.anthropic_id` gave it: some chat templates accept only ids in their
+    own form, such as Mistral's nine letters and digits."""
+    given = text_of(block, key, param)
+    return given.removeprefix("toolu_") or given
 
 
 def _text(text: str) -> Json:

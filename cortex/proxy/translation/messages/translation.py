@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cortex.proxy.translation.fields import wants_stream
 from cortex.proxy.translation.interface import CHAT_PATH, StreamTranslation, WholeAnswer, read_object, to_json
-from cortex.proxy.translation.messages.answer import ClientSettings, error_answer, message_answer
+from cortex.proxy.translation.lacking import lacks_chats, lacks_path
+from cortex.proxy.translation.messages.answer import ClientSettings, error_answer, error_body, message_answer
 from cortex.proxy.translation.messages.chat_request import chat_request, prompt_part
 from cortex.proxy.translation.messages.stream import MessageStream
 from cortex.proxy.translation.token_count import TokenCount
@@ -19,12 +20,15 @@ class MessagesTranslation:
         """Raises as `interface.Translator`."""
         given = read_object(body)
         self.body = to_json(chat_request(given, engine))
+        self._engine = engine
         self._streams = wants_stream(given)
         self._settings = ClientSettings.of(given)
 
     def answer(self, status: int, body: bytes) -> WholeAnswer:
         if status == 200:
             return message_answer(body, self._settings)
+        if status in (404, 405) and lacks_path(status, body):
+            return WholeAnswer(status, to_json(error_body(status, lacks_chats(self._engine, "/v1/messages"))))
         return error_answer(status, body)
 
     def stream(self) -> StreamTranslation | None:

@@ -17,7 +17,7 @@ from cortex.proxy.translation.interface import (
     engine_object,
     to_json,
 )
-from cortex.proxy.translation.lacking import lacks_path
+from cortex.proxy.translation.lacking import lacks_chats, lacks_path
 from cortex.proxy.translation.responses.request import ChatRequest, chat_request
 from cortex.proxy.translation.responses.response import TranslatedResponse
 from cortex.proxy.translation.responses.stream import ResponseStream
@@ -106,8 +106,7 @@ def _chat_request(body: bytes, engine: str) -> ChatRequest:
 
 def _engine_error(engine: str, status: int, body: bytes, found: Json | None) -> WholeAnswer:
     if status in (404, 405) and lacks_path(status, body):
-        paths = f"neither {RESPONSES_PATH.decode()} nor {CHAT_PATH.decode()}"
-        return _error(f"{engine} has {paths}: this model does not answer such requests", status)
+        return _error(lacks_chats(engine, RESPONSES_PATH.decode()), status)
     if found is not None and isinstance(found.get("error"), dict):
         return WholeAnswer(status, body)
     said = error_message(found) if found is not None else body[:MAX_QUOTED].decode("utf-8", "replace").strip()

@@ -16,7 +16,7 @@ from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.proxy.translation.chat_engine import COMPLETION, STREAM, ChatEngine, chunk, events, stream_of
 from tests.cortex.raw_engine import closing, plain, stream_head
-from tests.cortex.raw_http import Answer, RawClient, chunked, request
+from tests.cortex.raw_http import Answer, RawClient, chunked, connected, read_body, request
 
 MODEL = "org/small"
 PATHS = ["/v1/messages", "/v1/responses"]
@@ -171,6 +171,15 @@ def test_whole_answer_that_is_an_error(path: str) -> None:
     assert "out of memory" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("status", "body"), [(404, b"404 page not found"), (405, b'{"detail": "Method Not Allowed"}')])
+def test_engine_without_chats(path: str, status: int, body: bytes) -> None:
+    """A model for embeddings, for example: its engine's own words say little."""
+    found, answer = translation(path).answer(status, body)
+    said = f"{MODEL} on benjy has neither {path} nor /v1/chat/completions"
+    assert (found, json.loads(answer)["error"]["message"].startswith(said)) == (status, True)
+
+
 @pytest.fixture
 async def engine(benjy: V1Neuron) -> AsyncIterator[ChatEngine]:
     async with ChatEngine().running() as engine:
@@ -213,6 +222,42 @@ async def test_stream_in_any_form(client: RawClient, engine: ChatEngine, path: s
     found = parsed(answer.body)
     assert (text_of(found), found[-1]["type"]) == ("Hi there", LAST[path][0])
     assert answer.get("content-encoding") is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_old_client_of_an_engine_that_ignores_stream(
+    cortex: RunningCortex, engine: ChatEngine, path: str
+) -> None:
+    """The stream ends with the connection."""
+    engine.stream = engine.completion
+    async with connected(cortex.url) as client:
+        answer = await client.ask(request(asked(path, stream=True), target=path, version="HTTP/1.0"))
+    found = parsed(answer.body)
+    assert (text_of(found), found[-1]["type"]) == ("Hi there", LAST[path][0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("failing", [False, True])
+async def test_white_space_before_a_translated_answer(
+    start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine, path: str, failing: bool
+) -> None:
+    """A plain request that waits gets white space, then the answer or the error in its dialect."""
+    if failing:
+        engine.completion = plain(b'{"error": {"message": "too long"}}', status="400 Bad Request")
+    benjy.models.clear()
+    benjy.load_gate.clear()
+    cortex = await start_cortex(
+        [benjy], [{"id": MODEL}], waiting={"plain_keepalive": "whitespace", "first_comment_secs": 0.01}
+    )
+    async with connected(cortex.url) as client:
+        await client.send(request(asked(path), target=path))
+        assert (await client.head()).start == "HTTP/1.1 200 OK"
+        benjy.load_gate.set()
+        found = json.loads(await read_body(client.incoming, "chunked", 0))
+    if failing:
+        assert found["error"]["message"] == "too long"
+    else:
+        assert "Hi there" in json.dumps(found.get("content") or found.get("output"))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -161,12 +161,12 @@ def test_conversation_with_tools() -> None:
     )
     calls = [
         {"id": name, "type": "function", "function": {"name": "weather", "arguments": '{"city":"Köln"}'}}
-        for name in ("toolu_1", "toolu_2")
+        for name in ("1", "2")
     ]
     assert found[1:] == [
         {"role": "assistant", "content": "Let me see.", "reasoning_content": "Hm.", "tool_calls": calls},
-        {"role": "tool", "tool_call_id": "toolu_1", "content": "sunny\n22 C"},
-        {"role": "tool", "tool_call_id": "toolu_2", "content": "Error: no such city"},
+        {"role": "tool", "tool_call_id": "1", "content": "sunny\n22 C"},
+        {"role": "tool", "tool_call_id": "2", "content": "Error: no such city"},
         {"role": "user", "content": "And?"},
     ]
 
@@ -179,7 +179,7 @@ def test_call_without_text_and_empty_result() -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1"}]},
     )
     assert found[1]["content"] is None
-    assert found[2:] == [{"role": "tool", "tool_call_id": "toolu_1", "content": ""}]
+    assert found[2:] == [{"role": "tool", "tool_call_id": "1", "content": ""}]
 
 
 def test_images_of_a_result_follow_in_the_users_message() -> None:
@@ -187,7 +187,7 @@ def test_images_of_a_result_follow_in_the_users_message() -> None:
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [text("shot"), PNG]}
     tool, user = messages({"role": "user", "content": [result, text("Well?")]})
     assert tool["content"].startswith("shot\n")
-    assert user["content"] == [text("Images of the result of toolu_1:"), PNG_PART, text("Well?")]
+    assert user["content"] == [text("Images of the result of 1:"), PNG_PART, text("Well?")]
 
 
 def test_begun_answer_is_continued() -> None:
@@ -393,3 +393,15 @@ def test_token_count(status: int, body: Any, expected: range, estimated: bool) -
 def test_token_count_of_a_broken_engine_is_an_error() -> None:
     answer = MessageTokenCount(json.dumps(COUNTED).encode(), ENGINE).answer(500, b'{"error": "boom"}')
     assert (answer.status, json.loads(answer.body)["error"]) == (500, {"type": "api_error", "message": "boom"})
+
+
+@pytest.mark.parametrize("given", ["a1B2c3D4e", "0"])
+def test_ids_of_calls_return_to_the_engine(given: str) -> None:
+    """Mistral's templates fail at ids that are not nine letters and digits."""
+    call = {"id": given, "function": {"name": "now", "arguments": "{}"}}
+    completion = {"choices": [{"message": {"content": None, "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    body = json.dumps({"model": "org/small", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}).encode()
+    answer = json.loads(MessagesTranslation(body, ENGINE).answer(200, json.dumps(completion).encode()).body)
+    result = {"type": "tool_result", "tool_use_id": answer["content"][0]["id"], "content": "ok"}
+    found = chat(messages=[{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [result]}])
+    assert found["messages"][0]["tool_calls"][0]["id"] == found["messages"][1]["tool_call_id"] == given

@@ -86,9 +86,13 @@ async def test_old_clients(cortex: RunningCortex, engine: ChatEngine, version: s
         b'{"error":{"message":"unknown","code":"model_not_found"}}',
         b'{"error":"model \\"org/small\\" not found, try pulling it first"}',
         b'{"detail":"Unknown model: org/small"}',
+        b'{"error":{"message":"Response with id \'resp_1\' not found.","param":"response_id","code":404}}',
+        b'{"error":{"message":"Previous response with id \'resp_1\' not found.","type":"invalid_request_error"}}',
+        b'{"error":{"message":"No conversation found with id conv_1"}}',
+        b'{"error":{"message":"Not here","param":"file_id"}}',
     ],
 )
-async def test_unknown_model_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
+async def test_unknown_thing_is_passed_on(client: RawClient, engine: ChatEngine, body: bytes) -> None:
     """A 404 of an engine that has the path goes to the client byte for byte, with its status."""
     engine.missing = plain(body, status="404 Not Found")
     answer = await ask(client)
@@ -108,6 +112,24 @@ async def test_engine_with_the_path_gets_bytes_unchanged(client: RawClient, engi
     engine.lacks = set()
     assert (await ask(client)).body == b'{"type": "message", "native": true}'
     assert engine.requests[0].target == "/v1/messages?beta=true"
+
+
+@pytest.mark.parametrize("missing", NOT_FOUND)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_engine_that_lacks_chats_too_answers_itself(
+    cortex: RunningCortex, engine: ChatEngine, missing: str, path: str
+) -> None:
+    """Such as one for embeddings: the client gets the bytes that it would get without cortex, each time."""
+    engine.missing = NOT_FOUND[missing]
+    engine.lacks |= {"/v1/chat/completions", "/v1/responses"}
+    body = {"model": MODEL, "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+    asking = request(json.dumps(body).encode(), target=path)
+    async with connected(engine.url) as direct:
+        expected = await direct.ask(asking)
+    for _ in range(2):
+        async with connected(cortex.url) as client:
+            answer = await client.ask(asking)
+        assert (answer.status, answer.body) == (expected.status, expected.body)
 
 
 async def test_model_that_chats_do_not_know_either_is_not_remembered(client: RawClient, engine: ChatEngine) -> None:
