@@ -1,4 +1,4 @@
-"""Starts the worker processes, tells them what changes, replaces those that die, and stops them."""
+"""The control's side of its workers: starts them, replaces those that die, and stops them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from cortex.workers.messages import (
     Setup,
     Stop,
     TableChanged,
-    ToWorker,
 )
 from cortex.workers.worker_process import WorkerProcess
 from shared.tasks import cancel_all, first_of
@@ -95,7 +94,8 @@ class Supervisor:
             self._stopping = True
             for sock in self._socks:
                 sock.close()
-            self._tell_all(Stop())
+            for worker in self._workers.values():
+                worker.send(Stop())
             await self._counts.refresh()  # they know of it before requests are refused
             self._shutdown.begin()
             timeout_secs = self._live.config.gateway.drain_timeout_secs + STOP_MARGIN_SECS
@@ -116,22 +116,23 @@ class Supervisor:
                 worker.process.send_signal(signal.SIGKILL)
 
     def _table_changed(self, model_id: str, replicas: tuple[Replica, ...]) -> None:
-        self._tell_all(TableChanged(model_id, replicas))
+        for worker in self._workers.values():
+            worker.send(TableChanged(model_id, replicas))
 
     def _engine_retired(self, url: str) -> None:
-        self._tell_all(EngineRetired(url))
+        for worker in self._workers.values():
+            worker.send(EngineRetired(url))
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
-        self._tell_all(CatalogueChanged(models, aliases))
-        self._tell_all(ConfigChanged(self._live.config.model_dump_json()))
+        config = self._live.config.model_dump_json()
+        for worker in self._workers.values():
+            worker.send(CatalogueChanged(models, aliases))
+            worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
-        self._tell_all(DownChanged(list(self._fleet.down)))
-
-    def _tell_all(self, message: ToWorker) -> None:
         for worker in self._workers.values():
-            worker.send(message)
+            worker.send(DownChanged(list(self._fleet.down)))
 
     def _catalogue(self) -> tuple[list[str], dict[str, str]]:
         catalogue = self._live.catalogue

@@ -1,4 +1,4 @@
-"""One worker process as the control sees it: answers its questions and keeps its last report."""
+"""One worker process, as the control sees it: answers its questions and keeps its last report."""
 
 from __future__ import annotations
 
