@@ -34,7 +34,7 @@ def main() -> None:
     fleet = load_fleet(EXAMPLE / "fleet.toml")
     workload = load_workload(EXAMPLE / "workload.toml", fleet.catalogue)
     seeds = range(1, args.seeds + 1)
-    compared = compare(fleet, workload, seeds, args.loads)
+    compared = compare(fleet, workload, seeds, args.loads).outcomes
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     lines += [_row(load, name, each) for load, policies in compared.items() for name, each in policies.items()]
     lines += [

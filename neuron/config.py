@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from shared.cross_site import checked_hosts
 from shared.protocol import LoadCommand
+from shared.protocol.parallel import ParallelSettings
 from shared.settings import SettingsModel
 
 DEFAULT_HARNESS = "vllm"
@@ -102,6 +103,8 @@ class DefaultModel(LoadCommand):
     """An entry of `[[default_models]]`: a load command in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+    parallel: ParallelSettings | None = None
 
 
 class NeuronConfig(SettingsModel):

@@ -116,6 +116,7 @@ def simulate(
     loads: Annotated[
         str | None, typer.Option(metavar="X,Y,...", help="Compare, with each of these loads. Default: --load.")
     ] = None,
+    bound: Annotated[bool, typer.Option("--bound", help="Compare, also with a wait that no policy can beat.")] = False,
     make_trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the requests to this file and stop.")
     ] = None,
@@ -132,15 +133,15 @@ def simulate(
     from cortex.cli.simulate import parsed_loads, parsed_seeds, run_comparison, run_simulate
 
     (load,) = parsed_loads("--load", f"{load}")
-    if compare or seeds is not None or loads is not None:
-        comparing = "--compare" if compare else "--compare, which --seeds and --loads imply,"
+    if compare or bound or seeds is not None or loads is not None:
+        comparing = "--compare" if compare else "--compare, which --seeds, --loads and --bound imply,"
         if workload is None:
             raise typer.BadParameter(f"{comparing} needs --workload")
         if make_trace is not None or by_model or policy != "all":
             raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model and --policy")
         each_seed = [seed] if seeds is None else parsed_seeds(seeds)
         each_load = [load] if loads is None else parsed_loads("--loads", loads)
-        return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, as_json=as_json)
+        return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, bound=bound, as_json=as_json)
     return run_simulate(
         fleet,
         trace=trace,

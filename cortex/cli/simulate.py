@@ -54,16 +54,17 @@ def parsed_loads(option: str, text: str) -> list[float]:
 
 
 def run_comparison(
-    fleet_file: Path, workload_file: Path, *, seeds: Sequence[int], loads: Sequence[float], as_json: bool
+    fleet_file: Path, workload_file: Path, *, seeds: Sequence[int], loads: Sequence[float], bound: bool, as_json: bool
 ) -> int:
-    """Simulates every policy for every seed and load and prints the comparison; the exit status."""
+    """Simulates every policy for every seed and load and prints the comparison, with the bound if wanted; the exit
+    status."""
     try:
         fleet = load_fleet(fleet_file)
         workload = load_workload(workload_file, fleet.catalogue)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
-    compared = compare(fleet, workload, seeds, loads)
+    compared = compare(fleet, workload, seeds, loads, bound=bound)
     print(json.dumps(comparison_as_json(compared), indent=2) if as_json else comparison(compared))
     return 0
 

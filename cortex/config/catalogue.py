@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
 from shared.settings import SettingsModel, load_settings
 
 DEFAULT_PRIORITY = 100
@@ -53,12 +54,6 @@ class Replicas(SettingsModel):
         return self
 
 
-class ParallelSettings(Parallelism):
-    """How a model is split over the devices of one neuron."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class ModelProfile(SettingsModel):
     """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults."""
 
@@ -66,7 +61,7 @@ class ModelProfile(SettingsModel):
     harness: str = "vllm"
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
-    min_devices: int = Field(default=1, ge=1, le=64)
+    min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
     pinned_on: tuple[str, ...] = ()

@@ -20,9 +20,11 @@ from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUn
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
+from cortex.fleet.unless_down import unless_down
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.capacity import reports_bookable_memory
+from cortex.placement.feasibility import is_feasible_elsewhere
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import LoadPlan
 from cortex.routing.replica import ReplicaKey
@@ -180,7 +182,8 @@ class Loader:
     async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node = key
         try:
-            await self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
+            unload = self._client(node).unload(model_id, timeout_secs=self.timeout_secs, drain_secs=drain_secs)
+            await unless_down(self._fleet, node, unload)
         except NeuronRefused as refused:
             if refused.status != 404:  # already gone
                 raise
@@ -191,7 +194,7 @@ class Loader:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
         model_id, node = key
         try:
-            await self._client(node).sleep(model_id, timeout_secs=self.timeout_secs)
+            await unless_down(self._fleet, node, self._client(node).sleep(model_id, timeout_secs=self.timeout_secs))
         except NeuronRefused as refused:
             if if_idle and refused.code == ErrorCode.MODEL_BUSY:
                 raise NoLongerNeeded from refused
@@ -300,14 +303,19 @@ class Loader:
         plan, started = job.plan, self._clock()
         job.loading_since = started_at = started
         node, client = self._node(plan.node), self._client(plan.node)
-        command = load_command(plan, self._live.catalogue.profile(plan.model_id), node)
+        fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
+        command = load_command(plan, profile, node)
         asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
         wait = (asleep and plan.wakes) or not self._has_extensions(plan.node)
         try:
-            if asleep and not plan.wakes:
-                await client.unload(plan.model_id, timeout_secs=self.timeout_secs)  # it would wake where it sleeps
-            reply = await client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+            if asleep and not plan.wakes:  # it would wake where it sleeps
+                await unless_down(fleet, plan.node, client.unload(plan.model_id, timeout_secs=self.timeout_secs))
+            load = client.load(command, timeout_secs=self.timeout_secs, wait=wait)
+            # A neuron may be too busy with the load to answer polls: wait for it unless there is another.
+            reply = await unless_down(
+                fleet, plan.node, load, give_up=lambda: is_feasible_elsewhere(profile, fleet.snapshot(), plan.node)
+            )
         except NeuronRefused as refused:
             if refused.code != ErrorCode.LOAD_IN_PROGRESS:
                 await self._refresh(plan.node)  # our view of it is out of date

@@ -52,6 +52,14 @@ def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
     return node.discovery is not None and infeasible_reason(profile, node) is None
 
 
+def is_feasible_elsewhere(profile: ModelProfile | None, fleet: FleetSnapshot, name: str) -> bool:
+    """True when a usable node other than this one can hold the model. False for a model outside the catalogue."""
+    return profile is not None and any(
+        node.healthy and not node.draining and node.name != name and is_feasible(profile, node)
+        for node in fleet.nodes.values()
+    )
+
+
 class _Topology(NamedTuple):
     """The properties of a neuron that the rule looks at. Neurons that share them can hold the same models."""
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, ParallelSettings
+from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ReplicaKey
 from shared.protocol import ModelStatus
+from shared.protocol.parallel import ParallelSettings
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,36 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from cortex.simulator.bound import wait_bound
 from cortex.simulator.fleet_file import SimulatedFleet
-from cortex.simulator.outcome import Outcome
+from cortex.simulator.outcome import Outcome, WaitFigures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.simulation import simulate
 from cortex.simulator.statistics import wait_ratio
 from cortex.simulator.workload import Workload, make_trace
 
-Comparison = dict[float, dict[str, list[Outcome]]]
-"""By load and policy, one outcome a seed."""
-
 NICE = 10
 """Added to the niceness of the processes: a comparison uses all CPUs, and other work on the host goes first."""
+
+BOUND = "bound"
+"""The name of the bound beside the policies."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """By load and policy, one outcome a seed; by load, one bound a seed, if bounds were asked for."""
+
+    outcomes: dict[float, dict[str, list[Outcome]]]
+    bounds: dict[float, list[WaitFigures]]
+
+    def waits(self, load: float) -> dict[str, list[WaitFigures]]:
+        """By policy, the planner first, and last under `BOUND` if there is one: the figures, one of each for a seed."""
+        found = {name: [each.total.waiting for each in outcomes] for name, outcomes in self.outcomes[load].items()}
+        return {**found, BOUND: self.bounds[load]} if self.bounds else found
 
 
 def compare(
@@ -30,6 +45,7 @@ def compare(
     loads: Sequence[float],
     *,
     processes: int | None = None,
+    bound: bool = False,
 ) -> Comparison:
     """Simulates every policy with the same requests: those of each seed, at each load.
 
@@ -39,6 +55,7 @@ def compare(
         seeds: one simulation each.
         loads: each multiplies the workload's sessions.
         processes: how many simulations run at once; by default one for each CPU of this process.
+        bound: also finds what no policy can beat.
     """
     cases = list(product(loads, seeds, POLICIES))
     # Most requests first, so that no process is left with a long simulation at the end.
@@ -47,34 +64,37 @@ def compare(
     with ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=_set_up, initargs=(fleet, workload)
     ) as pool:
-        outcomes = dict(zip(order, pool.map(_simulate, order), strict=True))
-    return {load: {name: [outcomes[load, seed, name] for seed in seeds] for name in POLICIES} for load in loads}
+        found = dict(zip(order, pool.map(_simulate, order), strict=True))
+        outcomes = {load: {name: [found[load, seed, name] for seed in seeds] for name in POLICIES} for load in loads}
+        bounds: dict[float, list[WaitFigures]] = {}
+        for load in loads if bound else ():
+            means = [min(found[load, seed, name].total.waiting.mean for name in POLICIES) for seed in seeds]
+            bounds[load] = list(pool.map(_find_bound, [load] * len(seeds), seeds, means))
+    return Comparison(outcomes, bounds)
 
 
 def as_json(compared: Comparison) -> dict[str, Any]:
     """By load and policy: the mean and the 99th percentile of the wait in seconds, one of each for a seed; and the
     ratio of their averages to the planner's with its 95 % interval, null where there is none."""
-    return {
-        f"{load:g}": {name: _policy_json(outcomes, policies["planner"]) for name, outcomes in policies.items()}
-        for load, policies in compared.items()
+    found: dict[str, Any] = {}
+    for load in compared.outcomes:
+        waits = compared.waits(load)
+        found[f"{load:g}"] = {name: _waits_json(each, waits["planner"]) for name, each in waits.items()}
+    return found
+
+
+def _waits_json(waits: Sequence[WaitFigures], planner: Sequence[WaitFigures]) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "mean_wait_secs": [each.mean for each in waits],
+        "p99_wait_secs": [each.p99 for each in waits],
     }
-
-
-def waits(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
-    """The mean and the 99th percentile of the wait, in seconds, one of each for a seed."""
-    return {
-        "mean": [each.total.waiting.mean for each in outcomes],
-        "p99": [each.total.waiting.p99 for each in outcomes],
-    }
-
-
-def _policy_json(outcomes: Sequence[Outcome], planner: Sequence[Outcome]) -> dict[str, Any]:
-    ours, theirs = waits(planner), waits(outcomes)
-    fields: dict[str, Any] = {f"{what}_wait_secs": secs for what, secs in theirs.items()}
-    for what, secs in theirs.items():
-        ratio = wait_ratio(secs, ours[what])
-        fields[f"{what}_ratio"] = None if ratio is None else ratio.value
-        fields[f"{what}_ratio_interval_95"] = None if ratio is None else ratio.interval
+    ratios = (
+        ("mean_ratio", wait_ratio([each.mean for each in waits], [each.mean for each in planner])),
+        ("p99_ratio", wait_ratio([each.p99 for each in waits], [each.p99 for each in planner])),
+    )
+    for key, ratio in ratios:
+        fields[key] = None if ratio is None else ratio.value
+        fields[f"{key}_interval_95"] = None if ratio is None else ratio.interval
     return fields
 
 
@@ -91,3 +111,8 @@ def _set_up(fleet: SimulatedFleet, workload: Workload) -> None:
 def _simulate(case: tuple[float, int, str]) -> Outcome:
     (load, seed, policy), (fleet, workload) = case, _shared
     return simulate(fleet, make_trace(workload, fleet.catalogue, seed=seed, load=load), policy)
+
+
+def _find_bound(load: float, seed: int, reached_secs: float) -> WaitFigures:
+    fleet, workload = _shared
+    return wait_bound(fleet, make_trace(workload, fleet.catalogue, seed=seed, load=load), aim_secs=reached_secs)

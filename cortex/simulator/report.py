@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from cortex.simulator.comparison import Comparison, waits
-from cortex.simulator.outcome import Figures, Outcome
+from cortex.simulator.comparison import Comparison
+from cortex.simulator.outcome import Figures, Outcome, WaitFigures
 from cortex.simulator.statistics import wait_ratio
 from shared.tables import table
 
@@ -22,6 +22,12 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("  p95", lambda f: f"{f.waiting.p95:.1f} s"),
     ("  p99", lambda f: f"{f.waiting.p99:.1f} s"),
     ("  max", lambda f: f"{f.waiting.max:.1f} s"),
+)
+
+_COUNTS: tuple[Callable[[Figures], float], ...] = (
+    lambda f: f.cold_starts,
+    lambda f: f.loads,
+    lambda f: f.unserved,
 )
 
 
@@ -69,30 +75,31 @@ def comparison(compared: Comparison) -> str:
         "PLANNER BETTER",
     ]
     rows: list[list[object]] = [list(head)]
-    for load, policies in compared.items():
-        ours = policies["planner"]
-        for name, outcomes in policies.items():
-            is_planner = outcomes is ours
+    for load, policies in compared.outcomes.items():
+        waits = compared.waits(load)
+        ours = waits["planner"]
+        for name, theirs in waits.items():
+            outcomes, is_planner = policies.get(name), theirs is ours
             rows.append(
                 [
                     f"{load:g}",
                     name,
-                    f"{average(outcomes, lambda f: f.cold_starts):.0f}",
-                    f"{average(outcomes, lambda f: f.loads):.0f}",
-                    f"{average(outcomes, lambda f: f.unserved):.0f}",
-                    f"{average(outcomes, _mean):.2f} s",
-                    f"{average(outcomes, _p99):.1f} s",
-                    "" if is_planner else _ratio_with_interval(outcomes, ours, "mean"),
-                    "" if is_planner else _ratio_with_interval(outcomes, ours, "p99"),
-                    "" if is_planner else f"mean {_better(ours, outcomes, _mean)}, p99 {_better(ours, outcomes, _p99)}",
+                    *("" if outcomes is None else f"{average(outcomes, count):.0f}" for count in _COUNTS),
+                    f"{statistics.fmean(each.mean for each in theirs):.2f} s",
+                    f"{statistics.fmean(each.p99 for each in theirs):.1f} s",
+                    "" if is_planner else _ratio_with_interval(theirs, ours, _mean),
+                    "" if is_planner else _ratio_with_interval(theirs, ours, _p99),
+                    "" if is_planner else f"mean {_better(ours, theirs, _mean)}, p99 {_better(ours, theirs, _p99)}",
                 ]
             )
     return table(rows, right={2, 3, 4, 5, 6})
 
 
-def _ratio_with_interval(outcomes: Sequence[Outcome], base: Sequence[Outcome], what: str) -> str:
+def _ratio_with_interval(
+    waits: Sequence[WaitFigures], base: Sequence[WaitFigures], figure: Callable[[WaitFigures], float]
+) -> str:
     """Such as `1.04 (0.98 to 1.10)`; "-" when the base is 0."""
-    ratio = wait_ratio(waits(outcomes)[what], waits(base)[what])
+    ratio = wait_ratio([figure(each) for each in waits], [figure(each) for each in base])
     if ratio is None:
         return "-"
     return f"{ratio.value:.2f}" + (f" ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})" if ratio.interval else "")
@@ -109,15 +116,15 @@ def ratio(outcomes: Sequence[Outcome], base: Sequence[Outcome], figure: Callable
     return f"{average(outcomes, figure) / below:.2f}" if below else "-"
 
 
-def _mean(figures: Figures) -> float:
-    return figures.waiting.mean
+def _mean(waits: WaitFigures) -> float:
+    return waits.mean
 
 
-def _p99(figures: Figures) -> float:
-    return figures.waiting.p99
+def _p99(waits: WaitFigures) -> float:
+    return waits.p99
 
 
-def _better(ours: Sequence[Outcome], theirs: Sequence[Outcome], figure: Callable[[Figures], float]) -> str:
+def _better(ours: Sequence[WaitFigures], theirs: Sequence[WaitFigures], figure: Callable[[WaitFigures], float]) -> str:
     """In how many seeds ours is smaller, as `7 of 10`."""
-    better = sum(figure(one.total) < figure(other.total) for one, other in zip(ours, theirs, strict=True))
+    better = sum(figure(one) < figure(other) for one, other in zip(ours, theirs, strict=True))
     return f"{better} of {len(ours)}"

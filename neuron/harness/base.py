@@ -44,7 +44,7 @@ class LaunchPlan:
 
     spec: EngineSpec
     settings: HarnessSettings
-    devices: tuple[Device, ...]  # empty on a host without GPUs
+    devices: tuple[Device, ...]  # in the order of the ranks; empty on a host without GPUs
     host: str
     port: int
     tmp_dir: Path

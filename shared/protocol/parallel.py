@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from shared.protocol.base import WireModel
 
@@ -57,3 +57,9 @@ class Parallelism(WireModel):
     def __str__(self) -> str:
         parts = [f"tensor {self.tensor}", f"pipeline {self.pipeline}", f"data {self.data}"]
         return " x ".join(parts) + (", expert" if self.expert else "")
+
+
+class ParallelSettings(Parallelism):
+    """The same in a configuration file, where an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")

@@ -6,10 +6,12 @@ from dataclasses import replace
 from itertools import product
 
 from cortex.config.catalogue import ModelProfile
+from cortex.control.explain import explain
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.feasibility import FeasibilityCache, infeasible_reason, is_feasible
 from shared.protocol import Discovery
 from tests.cortex.fleets import fleet, host, node
+from tests.cortex.views import view
 
 PROFILES = [
     ModelProfile(id="m", harness=harness, min_devices=devices, min_device_vram_mb=floor, pinned_on=pinned)
@@ -79,3 +81,15 @@ def test_protocol_v1_neurons_take_tensor_parallel_models_only() -> None:
         if not fits:
             because = f"protocol v1 neurons can only split a model by tensor parallelism, not as {profile.parallelism}"
             assert infeasible_reason(profile, old) == because
+
+
+def test_explain_says_why_a_protocol_v1_neuron_gets_no_split_model() -> None:
+    """For a fleet of such neurons the refusal of a request has the reason too."""
+    split = ModelProfile.model_validate({"id": "m", "vram_mb": 8000, "parallel": {"pipeline": 2}})
+    told = explain("m", view(fleet(host("old", 24000, 24000, protocol_v1=True)), split), lambda *_: 0)
+    [node_told] = told["nodes"]
+    assert not node_told["feasible"]
+    for text in (node_told["reason"], told["decision"]["reason"]):
+        assert "protocol v1 neurons can only split a model by tensor parallelism" in text
+    both = fleet(host("old", 24000, 24000, protocol_v1=True), host("new", 24000, 24000))
+    assert explain("m", view(both, split), lambda *_: 0)["decision"]["node"] == "new"

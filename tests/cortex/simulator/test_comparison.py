@@ -32,7 +32,7 @@ def compared() -> Comparison:
 def test_over_several_seeds_the_planner_waits_less(compared: Comparison, policy: str) -> None:
     """Fewer cold starts, fewer loads and a shorter mean wait, every request served. The 99th percentile may be a little
     longer: docs/simulate.md says by how much."""
-    ours, theirs = compared[1.0]["planner"], compared[1.0][policy]
+    ours, theirs = compared.outcomes[1.0]["planner"], compared.outcomes[1.0][policy]
     assert average(ours, lambda f: f.unserved) == average(theirs, lambda f: f.unserved) == 0
     assert average(ours, lambda f: f.cold_starts) < average(theirs, lambda f: f.cold_starts)
     assert average(ours, lambda f: f.loads) < average(theirs, lambda f: f.loads)
@@ -77,6 +77,19 @@ def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.C
     assert [row.split()[:2] for row in rows] == [[load, name] for load in ("0.5", "2") for name in POLICIES]
 
 
+def test_the_bound_stands_beside_the_policies(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No policy waits less, in any seed; the JSON has the bound in the policies' form."""
+    assert main([*small, "--seeds", "3-4", "--bound", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["1"]
+    bound = found.pop("bound")
+    for policy in found.values():
+        for figure in ("mean_wait_secs", "p99_wait_secs"):
+            assert all(low <= secs for low, secs in zip(bound[figure], policy[figure], strict=True))
+    assert 0 < bound["mean_ratio"] <= 1
+    assert main([*small, "--bound"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["1", "bound"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -85,7 +98,7 @@ def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.C
         (["--compare", "--seeds", "few"], "--seeds must be a range such as 1-10"),
         (["--compare", "--loads", "1,0"], "--loads must be above 0"),
         (["--compare", "--loads", "1,x"], "--loads must be above 0"),
-        (["--seeds", "1-3", "--policy", "lru"], "--compare, which --seeds and --loads imply, excludes"),
+        (["--seeds", "1-3", "--policy", "lru"], "--compare, which --seeds, --loads and --bound imply, excludes"),
         (["--compare", "--policy", "lru"], "--compare excludes --make-trace, --by-model and --policy"),
     ],
 )

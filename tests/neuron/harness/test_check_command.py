@@ -24,6 +24,15 @@ def check(tmp_path: Path, text: str) -> int:
         ("[harness.vllm]\nextra_args = ['--port', '1']", "--port is set by neuron"),
         ("[harness.vllm]\nsleep_mode = 'yes'", "sleep_mode = 'yes': must be true or false or must be 'dev'"),
         ("[[default_models]]\nmodel_id = 'm'\nargs = ['--host', 'x']", "--host is set by neuron"),
+        (
+            "[[default_models]]\nmodel_id = 'm'\nparallel = { tensr = 2 }",
+            "default_models[0].parallel.tensr: unknown key",
+        ),
+        (
+            "[[default_models]]\nmodel_id = 'm'\ntensor_parallel = 2\nparallel = { tensor = 4 }",
+            "default_models[0].tensor_parallel: 2, but parallel.tensor is 4: remove one, or make them equal",
+        ),
+        ("[harness.vllm]\nextra_args = ['--enable-expert-parallel']", "--enable-expert-parallel is set by neuron"),
         ("[simulate]\ndevices = ['RTX 1']", "RTX 1"),
         ("host = '0.0.0.0'", "host = '0.0.0.0': refusing to listen on 0.0.0.0 without a token"),
     ],

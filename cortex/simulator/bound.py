@@ -1,0 +1,250 @@
+"""A wait that no policy can beat, even one that knows the future, by Lagrangian relaxation. Pure.
+
+It holds for every policy that loads a model only when a request waits for it and refuses no request. All
+simplifications favour the policy: a load always takes its shortest time, unloading none, an engine serves any number of
+requests at full speed, and models can be split over the devices they may use, apart from `_counted` below.
+
+What remains: between two requests a model either stays loaded, which takes memory, or the later request waits for a
+load. Loaded models must fit the memory at every moment. Charging for the memory instead of limiting it gives, at any
+prices of 0 or more, a bound: the cheapest behaviour of each model alone, minus the price of all the memory. Subgradient
+steps look for prices that make it large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cortex.config.catalogue import ModelProfile
+from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
+from cortex.simulator.outcome import WaitFigures, waiting
+from cortex.simulator.trace import Ask
+from shared.gpus import DEVICE_MARGIN_MB
+
+BIN_SECS = 30.0
+"""Prices are constant for this long."""
+STEPS = 150
+PATIENT_STEPS = 8
+"""After this many steps without a better bound, steps get half as long."""
+
+_Device = tuple[str, int]
+_Held = tuple[float, float, float]
+"""A model is loaded from the first time to the second, where the price does not exceed the third."""
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """At every moment, the loaded models' `shares` of what is limited add up to at most 1."""
+
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """One model's arrivals and seconds of work, in order, and how long its load takes at least, not more than a request
+    waits at most (`timeout_secs`). `cold_secs` is what the i-th request and those after it wait if it starts a load at
+    once."""
+
+    at: Sequence[float]
+    work_secs: Sequence[float]
+    load_secs: float
+    cold_secs: Sequence[float]
+    timeout_secs: float
+
+    @property
+    def delay_price(self) -> float:
+        """What a second's delay of a load costs at least: the request waits that second, unless it times out during the
+        load."""
+        return 1 - self.load_secs / self.timeout_secs
+
+    def patient(self, index: int) -> bool:
+        """Whether delaying the load until the request times out would cost more than its memory can."""
+        return self.timeout_secs >= 2 * self.load_secs + self.work_secs[index]
+
+
+def wait_bound(fleet: SimulatedFleet, asks: Sequence[Ask], *, aim_secs: float) -> WaitFigures:
+    """A mean and a p99 in seconds that no such policy's waits are below; the other figures are those of the first loads
+    alone, which also give the p99.
+
+    Args:
+        fleet: the hosts and models.
+        asks: the requests, in order of arrival.
+        aim_secs: a mean wait that some policy reaches. It guides the search; any value gives a valid bound.
+    """
+    models = _by_model(fleet, asks)
+    first = waiting([secs for model in _by_request(models, asks) for secs in model])
+    best = _best_bound(models, _limits(fleet, models), aim_secs * len(asks))
+    mean = max(first.mean, best / max(1, len(asks)))
+    return WaitFigures(mean, first.p50, first.p95, first.p99, first.max)
+
+
+def _by_request(models: dict[str, _Requests], asks: Sequence[Ask]) -> Iterator[list[float]]:
+    """What each request waits at least for the first load of its model."""
+    for ask in asks:
+        model = models.get(ask.model)
+        yield [0.0 if model is None else max(0.0, model.at[0] + model.load_secs - ask.at)]
+
+
+def _by_model(fleet: SimulatedFleet, asks: Iterable[Ask]) -> dict[str, _Requests]:
+    """Without models that fit nowhere, whose requests no policy can serve."""
+    listed: defaultdict[str, list[Ask]] = defaultdict(list)
+    for ask in asks:
+        listed[ask.model].append(ask)
+    found: dict[str, _Requests] = {}
+    for model_id, each in listed.items():
+        profile = fleet.catalogue.profile(model_id)
+        nodes = [] if profile is None else [node for node in fleet.file.nodes if _usable(profile, node)]
+        if profile is None or not nodes:
+            continue
+        secs = min(fleet.load_secs(model_id, node) for node in nodes)
+        # With `replicas.min` it may be loaded before anyone asks.
+        timeout_secs = fleet.file.serving.timeout_secs
+        secs = 0.0 if profile.replicas.min else min(secs, timeout_secs)
+        at = [ask.at for ask in each]
+        found[model_id] = _Requests(at, [ask.secs for ask in each], secs, _cold_secs(at, secs), timeout_secs)
+    return found
+
+
+def _cold_secs(at: Sequence[float], load_secs: float) -> list[float]:
+    found: list[float] = []
+    end = 0
+    until = [0.0, *accumulate(at)]
+    for index, begin in enumerate(at):
+        end = max(end, index)
+        while end < len(at) and at[end] < begin + load_secs:
+            end += 1
+        found.append((end - index) * (begin + load_secs) - (until[end] - until[index]))
+    return found
+
+
+def _usable(profile: ModelProfile, node: SimulatedNode) -> list[_Device]:
+    """The devices of the node that the model may use; none when they are too few."""
+    if profile.harness not in node.harnesses or (profile.pinned_on and node.name not in profile.pinned_on):
+        return []
+    floor = profile.min_device_vram_mb or 0
+    found = [
+        (node.name, gpu.index)
+        for gpu in node.gpus
+        if gpu.vram_total_mb >= floor and gpu.vram_total_mb - DEVICE_MARGIN_MB >= profile.device_share_mb
+    ]
+    return found if len(found) >= profile.device_count else []
+
+
+def _limits(fleet: SimulatedFleet, models: Iterable[str]) -> list[_Limit]:
+    """For each set of devices to which some models are confined: their memory, and how many large models fit."""
+    profiles = [profile for model_id in models if (profile := fleet.catalogue.profile(model_id)) is not None]
+    capacity = {
+        (node.name, gpu.index): gpu.vram_total_mb - DEVICE_MARGIN_MB for node in fleet.file.nodes for gpu in node.gpus
+    }
+    usable = {
+        each.id: frozenset(device for node in fleet.file.nodes for device in _usable(each, node)) for each in profiles
+    }
+    limits: list[_Limit] = []
+    for devices in set(usable.values()):
+        confined = [each for each in profiles if usable[each.id] <= devices]
+        total = sum(capacity[device] for device in devices)
+        limits.append(_Limit({each.id: each.device_share_mb * each.device_count / total for each in confined}))
+        limits.append(_Limit(_counted(confined, max(capacity[device] for device in devices), len(devices))))
+    return limits
+
+
+def _counted(confined: Iterable[ModelProfile], largest_mb: int, devices: int) -> dict[str, float]:
+    """Each device holds one model that takes more than half of the largest device."""
+    return {each.id: each.device_count / devices for each in confined if 2 * each.device_share_mb > largest_mb}
+
+
+def _best_bound(models: dict[str, _Requests], limits: Sequence[_Limit], aim_secs: float) -> float:
+    """The largest bound found, in seconds of waiting of all requests together."""
+    bins = 1 + int(max((each.at[-1] for each in models.values()), default=0.0) / BIN_SECS)
+    prices = [[0.0] * bins for _ in limits]
+    best, length, stale = 0.0, 1.0, 0
+    for _ in range(STEPS):
+        found = -BIN_SECS * math.fsum(map(math.fsum, prices))
+        excess = [[-BIN_SECS] * bins for _ in limits]
+        for model_id, requests in models.items():
+            shares = [(index, limit.shares[model_id]) for index, limit in enumerate(limits) if model_id in limit.shares]
+            price = [sum(share * prices[index][each] for index, share in shares) for each in range(bins)]
+            cost, held = _cheapest(requests, price)
+            found += cost
+            for index, share in shares:
+                _add(excess[index], held, price, share)
+        stale = 0 if found > best else stale + 1
+        best = max(best, found)
+        if stale >= PATIENT_STEPS:
+            length, stale = length / 2, 0
+        # Unused memory lowers a price, but not below 0.
+        slopes = [
+            [over if over > 0 or price > 0 else 0.0 for over, price in zip(*pair, strict=True)]
+            for pair in zip(excess, prices, strict=True)
+        ]
+        square = math.fsum(slope * slope for row in slopes for slope in row)
+        if not square:
+            break
+        step = length * max(aim_secs - found, 0.01 * aim_secs) / square
+        prices = [
+            [max(0.0, price + step * slope) for price, slope in zip(*pair, strict=True)]
+            for pair in zip(prices, slopes, strict=True)
+        ]
+    return best
+
+
+def _cheapest(requests: _Requests, price: Sequence[float]) -> tuple[float, list[_Held]]:
+    """The least that one model costs, in waiting and memory, and when it is loaded on the way there.
+
+    Each request finds the model loaded (warm) or not (cold). After a warm one, the model stays until the next request
+    or leaves once it has served. After a cold one, its load starts before the next request, and again the model stays
+    or leaves; or the next one waits as well. A load that starts later needs no memory until then, but its request waits
+    that much longer: memory costs at most `delay_price` a second until the load starts.
+    """
+    paid, paid_at_most = _paid_until(price), _paid_until([min(each, requests.delay_price) for each in price])
+    at, secs, load_secs = requests.at, requests.work_secs, requests.load_secs
+    warm, cold = math.inf, 0.0
+    choices: list[tuple[tuple[bool, float], tuple[bool, float]]] = []
+    for index in range(len(at) - 1):
+        begin, end, loaded = at[index], at[index + 1], cold + requests.cold_secs[index]
+        served, reloaded = (min(end, begin + each) for each in (secs[index], load_secs + secs[index]))
+        if not requests.patient(index):
+            reloaded = begin
+        # (cost, after a warm request, held until)
+        be_warm = min(
+            (warm + paid(end) - paid(begin), True, end),
+            (loaded + paid_at_most(end) - paid_at_most(begin), False, end),
+        )
+        be_cold = min(
+            (warm + paid(served) - paid(begin), True, served),
+            (loaded + paid_at_most(reloaded) - paid_at_most(begin), False, reloaded),
+            (cold + min(requests.timeout_secs, end - begin + load_secs), False, begin),
+        )
+        choices.append((be_warm[1:], be_cold[1:]))
+        warm, cold = be_warm[0], be_cold[0]
+    held: list[_Held] = []
+    loaded = cold + requests.cold_secs[-1]
+    is_warm = warm < loaded
+    for index in range(len(at) - 2, -1, -1):
+        was_warm, end = choices[index][0 if is_warm else 1]
+        held.append((at[index], end, math.inf if was_warm else requests.delay_price))
+        is_warm = was_warm
+    return min(warm, loaded), held
+
+
+def _paid_until(price: Sequence[float]) -> Callable[[float], float]:
+    """What a model pays that is loaded from 0 until a time."""
+    paid = [0.0, *accumulate(each * BIN_SECS for each in price)]
+
+    def until(when: float) -> float:
+        index = min(int(when / BIN_SECS), len(price) - 1)
+        return paid[index] + (when - index * BIN_SECS) * price[index]
+
+    return until
+
+
+def _add(used: list[float], held: Iterable[_Held], price: Sequence[float], share: float) -> None:
+    """Adds the share to each bin, for the seconds in it that the model is loaded."""
+    for begin, end, at_most in held:
+        first, last = int(begin / BIN_SECS), int(end / BIN_SECS)
+        for index in range(first, min(last + 1, len(used))):
+            if price[index] <= at_most:
+                used[index] += share * (min(end, (index + 1) * BIN_SECS) - max(begin, index * BIN_SECS))

@@ -1,0 +1,226 @@
+"""One worker process, as the control sees it: answers its questions and keeps its last report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from cortex.config.live import LiveConfig
+from cortex.control.resolver import Resolver
+from cortex.metrics.counters import Counters
+from cortex.metrics.worker_counts import CountTotals
+from cortex.routing.replica import Failure, Replica, ReplicaKey
+from cortex.workers.channel import Channel
+from cortex.workers.messages import (
+    AskEngine,
+    AskEngineEnd,
+    CancelResolve,
+    Collect,
+    Counted,
+    EngineEnd,
+    EngineFound,
+    FromWorker,
+    InFlightNow,
+    Notes,
+    OthersInFlight,
+    Ready,
+    Released,
+    Resolve,
+    Resolved,
+    ResponseMade,
+    RouteUnused,
+    counts_from_wire,
+    counts_to_wire,
+    error_to_wire,
+)
+from shared.errors import ServiceError
+from shared.request_ids import request_scope
+from shared.tasks import TaskSet, timeout
+
+COLLECT_TIMEOUT_SECS = 1.0
+NOTES_SECS = 1.0
+"""Between two reports on the models that a worker waits for."""
+
+
+class WorkerProcess:
+    """One worker process and its channel. Implements `metrics.worker_counts.WorkerCounts` with its last report."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        channel: Channel[FromWorker],
+        ready: asyncio.Event,
+        *,
+        live: LiveConfig,
+        resolver: Resolver,
+        counts: CountTotals,
+    ) -> None:
+        """Sets `ready` once the worker serves."""
+        self.process = process
+        self._ready = ready
+        self._live = live
+        self._resolver = resolver
+        self._counts = counts
+        self._channel = channel
+        self._counters = Counters()
+        self._in_flight: Mapping[ReplicaKey, int] = {}
+        # Routes sent since the last report, which does not have them yet.
+        self._granted: Counter[ReplicaKey] = Counter()
+        self._taken: dict[ReplicaKey, list[Replica]] = {}  # requests at replicas with a limit
+        self._begun: dict[ReplicaKey, int] = {}
+        self._resolving: dict[int, asyncio.Task[None]] = {}
+        self._resolving_models: dict[int, str] = {}  # by the same numbers
+        self._noting: asyncio.TimerHandle | None = None
+        self._collecting: dict[int, asyncio.Future[None]] = {}
+        self._tasks = TaskSet()
+        self._numbers = 0
+
+    def collect(self) -> Counters:
+        return self._counters
+
+    def in_flight_here(self) -> Mapping[ReplicaKey, int]:
+        return Counter(self._in_flight) + self._granted if self._granted else self._in_flight
+
+    def begun_here(self) -> Mapping[ReplicaKey, int]:
+        return self._begun
+
+    async def refresh(self) -> None:
+        """Asks for the latest counts. Without an answer in time the last ones stay."""
+        self._numbers += 1
+        number, future = self._numbers, asyncio.get_running_loop().create_future()
+        self._collecting[number] = future
+        self._channel.send(Collect(number))
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(COLLECT_TIMEOUT_SECS):
+                    await future
+        finally:
+            del self._collecting[number]
+
+    def send(self, message: Any) -> None:
+        self._channel.send(message)
+
+    async def listen(self) -> None:
+        """Handles the worker's messages until it is gone."""
+        try:
+            async for message in self._channel.messages():
+                match message:
+                    case Resolve(number, model_id, failures, request_id):
+                        self._resolve(number, model_id, failures, request_id)
+                    case CancelResolve(number):
+                        self._cancel_resolve(number)
+                    case AskEngine() | AskEngineEnd():
+                        _task = self._tasks.spawn(self._tell_of_engine(message), name="worker's question")
+                    case Released(replica):
+                        self._release(replica)
+                    case RouteUnused(replica):
+                        self._take_back(replica)
+                    case InFlightNow(counts, begun):
+                        self._reported(counts)
+                        self._begun.update(counts_from_wire(begun))
+                        self._update_others()
+                    case ResponseMade(response_id, replica):
+                        self._resolver.tell_owner(response_id, replica)
+                        for other in self._others():
+                            other.send(message)
+                    case Counted(number, counters, counts):
+                        self._counters = counters
+                        self._reported(counts)
+                        _answered(self._collecting.get(number))
+                    case Ready():
+                        self._ready.set()
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """The worker is gone."""
+        self._reported([])
+        for waiting in self._collecting.values():
+            _answered(waiting)  # no further report will come
+        if self._noting is not None:
+            self._noting.cancel()
+        await self._tasks.close()
+        for taken in self._taken.values():
+            self._resolver.release(taken[0], len(taken))
+        await self._channel.close()
+
+    def _resolve(self, number: int, model_id: str, failures: list[Failure], request_id: str | None) -> None:
+        with request_scope(request_id):
+            task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
+        self._resolving[number] = task
+        self._resolving_models[number] = model_id
+        task.add_done_callback(lambda _: self._resolved(number))
+        if self._noting is None:
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
+
+    def _cancel_resolve(self, number: int) -> None:
+        if number in self._resolving:
+            self._resolving[number].cancel()
+
+    @property
+    def _note_secs(self) -> float:
+        """The first report arrives before the worker's first keep-alive comment."""
+        return min(NOTES_SECS, self._live.config.waiting.first_comment_secs / 2)
+
+    def _resolved(self, number: int) -> None:
+        del self._resolving[number], self._resolving_models[number]
+
+    def _note(self) -> None:
+        """Sends the progress of the models that the worker waits for; repeats while there are any."""
+        self._noting = None
+        models = set(self._resolving_models.values())
+        if models:
+            self._channel.send(Notes({model_id: self._resolver.note(model_id) for model_id in models}))
+            self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
+
+    async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
+        try:
+            route = await self._resolver.resolve(model_id, failures)
+        except ServiceError as error:
+            self._channel.send(error_to_wire(number, error))
+        else:
+            replica = route.replica
+            self._granted[replica.model_id, replica.node] += 1
+            if replica.limit is not None:
+                self._taken.setdefault((replica.model_id, replica.node), []).append(replica)
+            self._channel.send(Resolved(number, route))
+
+    def _release(self, replica: Replica) -> None:
+        taken = self._taken[replica.model_id, replica.node]
+        taken.pop()
+        if not taken:
+            del self._taken[replica.model_id, replica.node]
+        self._resolver.release(replica)
+
+    def _take_back(self, replica: Replica) -> None:
+        """Counts a route no more for which the worker has no request."""
+        self._granted -= Counter({(replica.model_id, replica.node): 1})
+        if replica.limit is not None:
+            self._release(replica)
+
+    async def _tell_of_engine(self, asked: AskEngine | AskEngineEnd) -> None:
+        if isinstance(asked, AskEngine):
+            engine = await self._resolver.engine(asked.model_id, asked.node)
+            self._channel.send(EngineFound(asked.number, engine))
+        else:
+            self._channel.send(EngineEnd(asked.number, await self._resolver.engine_end(asked.replica)))
+
+    def _reported(self, counts: list[tuple[str, str, int]]) -> None:
+        self._in_flight = counts_from_wire(counts)
+        self._granted.clear()
+
+    def _update_others(self) -> None:
+        for other in self._others():
+            other.send(OthersInFlight(counts_to_wire(self._counts.in_flight_beside(other))))
+
+    def _others(self) -> list[WorkerProcess]:
+        workers = self._counts.workers
+        return [worker for worker in workers if isinstance(worker, WorkerProcess) and worker is not self]
+
+
+def _answered(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
