@@ -223,9 +223,8 @@ class Loader:
             failure = error
             log.warning("%s", failure)
         except (NeuronRefused, NeuronUnreachable) as error:
-            failure = LoadFailure(
-                f"evicting models for {job.model_id!r} on {job.node} failed: {error}", BackoffCause.TEMPORARY
-            )
+            reason = f"evicting models for {job.model_id!r} on {job.node} failed: {error}"
+            failure = LoadFailure(reason, BackoffCause.TEMPORARY)
             log.warning("%s", failure)
         except Exception as error:  # waiting requests must learn of any failure
             failure = LoadFailure(f"loading {job.model_id!r} on {job.node} failed: {error!r}", BackoffCause.NODE)
@@ -324,9 +323,8 @@ class Loader:
             self._count_as_loading(plan)
             return
         except NeuronUnreachable as error:
-            raise LoadFailure(
-                f"loading {plan.model_id!r} on {plan.node} failed: {error}", BackoffCause.TEMPORARY
-            ) from error
+            reason = f"loading {plan.model_id!r} on {plan.node} failed: {error}"
+            raise LoadFailure(reason, BackoffCause.TEMPORARY) from error
         if reply.status == ModelStatus.LOADING:
             if self._node(plan.node).models.get(plan.model_id) is node.models.get(plan.model_id):
                 self._count_as_loading(plan)  # its event has not arrived yet, so our view predates the load
@@ -380,20 +378,17 @@ class Loader:
         return started_at
 
     def _node(self, name: str) -> NodeSnapshot:
-        node = self._fleet.snapshot().nodes.get(name)
-        if node is None:
+        if (node := self._fleet.snapshot().nodes.get(name)) is None:
             raise NodeRemoved(name)
         return node
 
     def _client(self, name: str) -> NeuronCommands:
-        client = self._clients.get(name)
-        if client is None:
+        if (client := self._clients.get(name)) is None:
             raise NodeRemoved(name)
         return client
 
     async def _refresh(self, name: str) -> None:
-        poller = self._pollers.get(name)
-        if poller is not None:
+        if (poller := self._pollers.get(name)) is not None:
             await poller.refresh()
 
     def _sleeps_when_idle(self, model_id: str) -> bool:
