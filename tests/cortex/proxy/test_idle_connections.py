@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from cortex.upstream.pool import IDLE_SECS
 from tests.cortex.conftest import StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
@@ -17,9 +18,7 @@ ASK = request(b'{"model":"org/small","n":1}')
 
 
 @pytest.fixture
-async def engine(benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RawEngine]:
-    monkeypatch.setattr("cortex.upstream.pool.EnginePool.__init__.__defaults__", (0.2,))
-    monkeypatch.setattr("cortex.upstream.pool._SWEEP_SECS", 0.05)
+async def engine(benjy: V1Neuron) -> AsyncIterator[RawEngine]:
     async with RawEngine().running() as engine:
         benjy.models[MODEL], benjy.engine_url = "loaded", engine.url
         yield engine
@@ -40,7 +39,7 @@ async def test_as_long_as_the_neuron_says(
         if told != 60:
             await bounded(engine.connections[0].gone.wait())
         else:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(IDLE_SECS + 1.5)
         assert (await client.ask(ASK)).status == 200
     assert len(engine.connections) == (1 if told == 60 else 2)
 
