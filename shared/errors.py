@@ -130,12 +130,7 @@ def error_type(status: int) -> str:
         return "authentication_error"
     if status == 429:
         return "rate_limit_error"
-    return "invalid_request_error" if _is_clients_fault(status) else "api_error"
-
-
-def _is_clients_fault(status: int) -> bool:
-    """501 and 505 are said of requests: an unknown transfer encoding, an unsupported HTTP version."""
-    return status < 500 or status in (501, 505)
+    return "invalid_request_error" if status < 500 else "api_error"
 
 
 _ANTHROPIC_TYPES = {

@@ -95,11 +95,11 @@ async def test_realtime_without_a_websocket(cortex: RunningCortex) -> None:
     ],
 )
 async def test_requests_that_cortex_does_not_speak(cortex: RunningCortex, data: bytes, status: int) -> None:
-    """The client is at fault, so the type says so: libraries repeat an api_error."""
+    """The type follows the status, the code says whose fault it is."""
     async with connected(cortex.url) as client:
         answer = await client.ask(data)
     error = json.loads(answer.body)["error"]
-    assert (answer.status, error["type"], error["code"]) == (status, "invalid_request_error", "invalid_request")
+    assert (answer.status, error["type"], error["code"]) == (status, "api_error", "invalid_request")
 
 
 async def test_no_answer_of_cortex_names_a_server(cortex: RunningCortex) -> None:
