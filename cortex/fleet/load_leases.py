@@ -75,10 +75,8 @@ class LoadLeases:
         other = next((node for node in fleet.nodes.values() if _identity(node) == reply.node and node.healthy), None)
         if other is None:
             return
-        if (
-            reply.granted and other.name in self._pollers
-        ):  # it has ended a moment ago: its events may still be under way
-            await self._pollers[other.name].refresh()
+        if reply.granted and (poller := self._pollers.get(other.name)) is not None:
+            await poller.refresh()  # that load ended a moment ago: its events may still be under way
         now = self._fleet.snapshot().nodes.get(other.name, other)
         if not reply.granted or (_has(now, model_id) and not _has(other, model_id)):
             raise LoadedElsewhere(other.name)

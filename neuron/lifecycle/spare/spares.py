@@ -25,7 +25,7 @@ CHECK_SECS = 5.0
 """Between two looks at the host's memory."""
 FIRST_PAUSE_SECS = 30.0
 LONGEST_PAUSE_SECS = 3600.0
-_FIRST_GUESS_MB = 1024  # of a spare of which none was measured yet
+_FIRST_GUESS_MB = 1024  # until a harness's first spare has been measured
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -31,6 +32,16 @@ async def engine(benjy: V1Neuron) -> AsyncIterator[ChatEngine]:
 @pytest.fixture
 async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: ChatEngine) -> RunningCortex:
     return await start_cortex([benjy], [{"id": MODEL}])
+
+
+@asynccontextmanager
+async def with_the_path(neuron: V1Neuron) -> AsyncIterator[ChatEngine]:
+    """An engine of this neuron that has every path."""
+    async with ChatEngine().running() as engine:
+        assert isinstance(engine, ChatEngine)
+        engine.lacks = set()
+        neuron.models[MODEL], neuron.engine_url = "loaded", engine.url
+        yield engine
 
 
 async def ask(client: RawClient, **fields: Any) -> Answer:
@@ -197,10 +208,7 @@ async def test_replicas_with_and_without_the_path(
     start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
 ) -> None:
     """Each engine is asked in the way that it understands."""
-    async with ChatEngine().running() as other:
-        assert isinstance(other, ChatEngine)
-        other.lacks = set()
-        beast.models[MODEL], beast.engine_url = "loaded", other.url
+    async with with_the_path(beast) as other:
         cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
 
         async def native() -> bool:
@@ -247,10 +255,7 @@ async def test_request_that_cannot_be_translated_goes_to_a_replica_with_the_path
     start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
 ) -> None:
     """Whichever replica is asked first. Without such a replica the client gets the error."""
-    async with ChatEngine().running() as other:
-        assert isinstance(other, ChatEngine)
-        other.lacks = set()
-        beast.models[MODEL], beast.engine_url = "loaded", other.url
+    async with with_the_path(beast) as other:
         cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
         search = {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}
 
@@ -269,10 +274,7 @@ async def test_replica_that_fails_is_replaced_by_one_of_the_other_kind(
     start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron, engine: ChatEngine
 ) -> None:
     """The client's own request follows a translated one, and the other way round."""
-    async with ChatEngine().running() as other:
-        assert isinstance(other, ChatEngine)
-        other.lacks = set()
-        beast.models[MODEL], beast.engine_url = "loaded", other.url
+    async with with_the_path(beast) as other:
         cortex = await start_cortex([benjy, beast], [{"id": MODEL}], routing={"prefix_chars": 0})
         busy = plain(b"{}", status="503 Service Unavailable")
         native, engine.completion = other.native, busy
