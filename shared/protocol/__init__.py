@@ -8,6 +8,7 @@ from shared.protocol.answers import read_answer
 from shared.protocol.base import first_problem, plain_reason
 from shared.protocol.commands import (
     ENGINE_KEYS_HEADER,
+    FIRST_INSTANCE,
     LEASE_SECS,
     MAX_DRAIN_SECS,
     MAX_MODEL_ID_CHARS,
@@ -30,6 +31,7 @@ from shared.protocol.topology import Device, Discovery, Link, LinkKind
 
 __all__ = [
     "ENGINE_KEYS_HEADER",
+    "FIRST_INSTANCE",
     "LEASE_SECS",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",

@@ -19,6 +19,10 @@ LEASE_SECS = 5.0
 """How long a lease on a load lasts unless it is renewed."""
 MAX_MODEL_ID_CHARS = 512
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
+FIRST_INSTANCE = "0"
+"""The instance that a load without `instance` makes when the neuron has none of the model."""
+InstanceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Names one engine of a model on its neuron."""
 
 
 class LoadCommand(WireModel):
@@ -29,9 +33,14 @@ class LoadCommand(WireModel):
     lets the neuron choose, else they are in the order of the ranks. `vram_mb` (MiB, sum of all devices) is the engine's
     limit and reservation; None leaves it to the engine. `tools`: neuron puts the arguments that the model's family
     needs for tools before `args`. A body with only `model_id` repeats the spec of an earlier load.
+
+    `instance` names one of several engines of the model on this neuron; None means any that has this spec. `variant`
+    labels the spec: the name of a variant in the catalogue.
     """
 
     model_id: ModelId
+    instance: InstanceName | None = None
+    variant: str | None = None
     harness: str | None = None
     quant: str | None = None
     tensor_parallel: int | None = Field(default=None, ge=1, le=64)
@@ -45,32 +54,36 @@ class LoadCommand(WireModel):
 
     @property
     def bare(self) -> bool:
-        """True if the body has only a model id."""
-        return not self.model_dump(exclude={"model_id"}, exclude_defaults=True)
+        """True if the body only names a model, or an instance of it."""
+        return not self.model_dump(exclude={"model_id", "instance"}, exclude_defaults=True)
 
     def body(self) -> dict[str, Any]:
-        """As JSON: a bare command is only the model id, and `parallel` is there only if it is given."""
-        left_out = {"parallel"} if self.parallel is None else None
+        """As JSON: a bare command has only names, and fields of later versions are there only if they are given."""
+        left_out = {name for name in ("parallel", "instance", "variant") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude_defaults=self.bare, exclude=left_out)
 
 
 class UnloadCommand(WireModel):
-    """Body of `POST /models/unload`."""
+    """Body of `POST /models/unload`. `instance` None: every instance of the model."""
 
     model_id: ModelId
+    instance: InstanceName | None = None
 
 
 class SleepCommand(WireModel):
-    """Body of `POST /models/sleep`. Level 1, the only one supported, moves the weights to host memory."""
+    """Body of `POST /models/sleep`. Level 1, the only one supported, moves the weights to host memory.
+    `instance` None: every instance of the model."""
 
     model_id: ModelId
+    instance: InstanceName | None = None
     level: Literal[1] = 1
 
 
 class WakeCommand(WireModel):
-    """Body of `POST /models/wake`."""
+    """Body of `POST /models/wake`. `instance` None: every instance of the model."""
 
     model_id: ModelId
+    instance: InstanceName | None = None
 
 
 class LeaseCommand(WireModel):
@@ -99,10 +112,11 @@ class EndpointReply(WireModel):
 
 class LoadReply(WireModel):
     """Reply to load, unload, sleep and wake: the status reached, or with 202 the target status. `url` and `api_key`:
-    the endpoint of a loaded model."""
+    the endpoint of a loaded model, `instance` the one that was loaded."""
 
     status: str
     model_id: str | None = None
+    instance: str | None = None
     url: str | None = None
     api_key: str | None = None
 

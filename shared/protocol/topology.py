@@ -50,7 +50,8 @@ class Link(WireModel):
 class Discovery(WireModel):
     """Reply to `GET /discovery`.
 
-    Without an `instance_id` (protocol v1) a restart cannot be told from a pause.
+    Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
+    `POST /models/lease`. `instances`: it can run several engines of one model.
     """
 
     hostname: Text = ""
@@ -66,3 +67,4 @@ class Discovery(WireModel):
     version: str | None = None
     cuda_unavailable_reason: str | None = None
     leases: bool = False
+    instances: bool = False

@@ -83,7 +83,7 @@ def test_every_status_and_link_is_documented() -> None:
     assert all(f"`{status.value}`" in section("GET /models") for status in ModelStatus)
     assert all(f"`{kind.value}`" in section("GET /discovery") for kind in LinkKind)
     assert all(f"`{cause.value}`" in section("POST /models/load") for cause in FailureCause)
-    assert set(LoadReply.model_fields) == {"status", "model_id", "url", "api_key"}
+    assert set(LoadReply.model_fields) == {"status", "model_id", "instance", "url", "api_key"}
 
 
 def test_every_field_of_the_models_list_is_documented() -> None:
