@@ -158,19 +158,14 @@ class FeasibilityCache:
         self._followed = fleet.topology
 
     def _find(self, key: _Question, profile: ModelProfile) -> tuple[str, ...]:
-        options = [(*each, choice) for each, choice in zip(key, profile.choices, strict=True)]
-        pinned = frozenset(name for _, names, _ in options for name in names)
-        everywhere = not all(names for _, names, _ in options)
-        here = self._position.keys() if everywhere else self._position.keys() & pinned
-        candidates = sorted(here, key=self._position.__getitem__)
-        return tuple(
-            name
-            for name in candidates
-            if any(
-                (not names or name in names) and self._holds(requirement, choice, name)
-                for requirement, names, choice in options
-            )
-        )
+        holders: set[str] = set()
+        for (requirement, pinned_on), choice in zip(key, profile.choices, strict=True):
+            names = [name for name in pinned_on if name in self._position] if pinned_on else self._position
+            found = [name for name in names if self._holds(requirement, choice, name)]
+            if len(key) == 1 and not pinned_on:
+                return tuple(found)  # in order already
+            holders.update(found)
+        return tuple(sorted(holders, key=self._position.__getitem__))
 
     def _holds(self, requirement: _Requirement, choice: ModelProfile, name: str) -> bool:
         topology = self._topologies[name]
