@@ -156,6 +156,7 @@ class ModelProfile(SettingsModel):
     limit: TokenLimit | None = None
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
+    _place: int = PrivateAttr(default=0)
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
@@ -196,6 +197,11 @@ class ModelProfile(SettingsModel):
         return self._variant
 
     @property
+    def place(self) -> int:
+        """The place of this variant among those of the model, from 0, the best."""
+        return self._place
+
+    @property
     def requested(self) -> RequestedModel:
         """What it is: the model, or one variant of it."""
         return RequestedModel(self.id, self._variant)
@@ -207,19 +213,19 @@ class ModelProfile(SettingsModel):
 
     @cached_property
     def _of_variants(self) -> tuple[ModelProfile, ...]:
-        return tuple(self._with(variant) for variant in self.variants)
+        return tuple(self._with(variant, place) for place, variant in enumerate(self.variants))
 
     def choice(self, variant: str | None) -> ModelProfile | None:
         """The profile of the variant; for a model without variants itself. None if there is none of that name."""
         return next((each for each in self.choices if each.variant == variant), None)
 
-    def _with(self, variant: Variant) -> ModelProfile:
+    def _with(self, variant: Variant, place: int) -> ModelProfile:
         given = variant.model_dump(exclude_none=True, exclude={"name"})
         own = self.model_dump(exclude_none=True, exclude={"variants"})
         if not given.keys().isdisjoint(("parallel", "min_devices")):
             own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
         found = ModelProfile.model_validate({**own, **given})
-        found._variant = variant.name
+        found._variant, found._place = variant.name, place
         return found
 
     @cached_property
@@ -320,6 +326,11 @@ class Catalogue(SettingsModel):
         """What an id or `id@variant` stands for. A name that the catalogue does not have is an id."""
         choice = self._variants.get(name)
         return RequestedModel(name) if choice is None else choice.requested
+
+    def running(self, model_id: str, variant: str | None) -> RequestedModel:
+        """What a neuron runs that reports this variant: without it if the catalogue has no such variant."""
+        found = RequestedModel(model_id, variant)
+        return found if found.name in self._variants else RequestedModel(model_id)
 
     def names_of(self, model_id: str) -> tuple[str, ...]:
         """The id, and `id@variant` for each variant."""

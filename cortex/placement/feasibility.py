@@ -26,9 +26,14 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     return "; ".join(f"{variant} {reason}" for variant, reason in reasons.items())
 
 
-def feasible_choices(profile: ModelProfile, node: NodeSnapshot) -> list[ModelProfile]:
-    """The variants that the node's topology can hold, in the catalogue's order; without variants the model itself."""
-    return [choice for choice in profile.choices if _infeasible_reason(choice, node) is None]
+def oversize_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
+    """Why a feasible node could not hold the model in one of its `choices` even if it were empty, by the catalogue's
+    figures; None when it could."""
+    share, size = profile.device_share_mb, profile.device_count
+    totals = sorted((each.vram_total_mb or share for each in eligible_devices(profile, node)), reverse=True)
+    if size <= len(totals) and totals[size - 1] < share:
+        return f"needs {share} MiB on each device, more than the {totals[size - 1]} MiB in total"
+    return None
 
 
 def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
@@ -67,6 +72,19 @@ def _unsupported_reason(profile: ModelProfile, discovery: Discovery) -> str | No
 def _knows_parallel(discovery: Discovery) -> bool:
     """A protocol v1 neuron knows only `tensor_parallel`, and would load the model in another way."""
     return discovery.instance_id is not None
+
+
+def reports_variants(node: NodeSnapshot) -> bool:
+    """Whether the node says which variant of a model it has loaded."""
+    return node.discovery is not None and node.discovery.instances
+
+
+def inferred_variant(profile: ModelProfile, node: NodeSnapshot) -> str | None:
+    """The variant that a node has which does not report it: the first that it can hold, as it gets no other one. None
+    for a model without variants, or if there is no such variant."""
+    feasible = [choice for choice in profile.choices if _infeasible_reason(choice, node) is None]
+    feasible.sort(key=lambda choice: oversize_reason(choice, node) is not None)
+    return feasible[0].variant if feasible else None
 
 
 def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
