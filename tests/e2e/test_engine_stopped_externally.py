@@ -24,7 +24,7 @@ MODEL = "org/model"
 EVERY_SECS, SECS = 0.03, 1.5
 
 
-_PLAIN = {
+_PLAIN: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/responses": {"input": "x", "max_output_tokens": 1},
