@@ -9,8 +9,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
+from neuron.spec import InstanceKey
 from shared.protocol import Device, DeviceHealth, SpareView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,7 +34,7 @@ class NeuronMetrics:
         self._restarts = Counter(
             "neuron_engine_restarts",
             "Engines started again after they ended unexpectedly.",
-            ["model"],
+            ["model", "instance"],
             registry=self._registry,
         )
 
@@ -41,17 +42,21 @@ class NeuronMetrics:
         """Counts a load that took `seconds`."""
         self._load_seconds.labels(model_id).observe(seconds)
 
-    def restarted(self, model_id: str) -> None:
+    def restarted(self, key: InstanceKey) -> None:
         """Counts an engine that is started again after it died."""
-        self._restarts.labels(model_id).inc()
+        self._restarts.labels(*key).inc()
 
-    def known(self, model_id: str) -> None:
-        """Creates the model's counters, so that they start at zero instead of at their first event."""
-        self._restarts.labels(model_id)
+    def known(self, key: InstanceKey) -> None:
+        """Creates the instance's counters, so that they start at zero instead of at their first event."""
+        self._restarts.labels(*key)
+
+    def removed(self, key: InstanceKey) -> None:
+        """Drops the instance's counters: names of instances come and go."""
+        self._restarts.remove(*key)
 
     def render(
         self,
-        models: Iterable[ModelState],
+        models: Iterable[InstanceState],
         devices: Sequence[Device],
         health: Sequence[DeviceHealth],
         spares: Iterable[SpareView],
@@ -70,11 +75,12 @@ class _Snapshot(Collector):
         return self._families
 
 
-def _engine_states(models: Iterable[ModelState]) -> Iterator[Metric]:
-    states = GaugeMetricFamily("neuron_engine_state", "1 for the state a model is in.", labels=["model", "state"])
+def _engine_states(models: Iterable[InstanceState]) -> Iterator[Metric]:
+    labels = ["model", "instance", "state"]
+    states = GaugeMetricFamily("neuron_engine_state", "1 for the state an engine is in.", labels=labels)
     for model in models:
         for state in State:
-            states.add_metric([model.model_id, state.value], float(model.state is state))
+            states.add_metric([*model.key, state.value], float(model.state is state))
     yield states
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from neuron.spec import InstanceKey
 from shared.protocol import ModelView
 
 QUEUE_LIMIT = 1000
@@ -84,24 +86,31 @@ class LifecycleMetrics(Protocol):
 
     def loaded(self, model_id: str, seconds: float) -> None: ...
 
-    def restarted(self, model_id: str) -> None: ...
+    def restarted(self, key: InstanceKey) -> None: ...
 
-    def known(self, model_id: str) -> None: ...
+    def known(self, key: InstanceKey) -> None: ...
+
+    def removed(self, key: InstanceKey) -> None: ...
 
 
 @dataclass(frozen=True)
 class ModelEvents:
-    """Reports what happens to models: state changes to the hub, loads and restarts to the metrics."""
+    """Reports what happens to instances: state changes to the hub, loads and restarts to the metrics."""
 
     hub: EventHub
     metrics: LifecycleMetrics
 
-    def changed(self, view: ModelView) -> None:
-        self.metrics.known(view.id)
+    def changed(self, key: InstanceKey, view: ModelView) -> None:
+        self.metrics.known(key)
         self.hub.publish("model", view.model_dump_json())
 
     def loaded(self, model_id: str, seconds: float) -> None:
         self.metrics.loaded(model_id, seconds)
 
-    def restarted(self, model_id: str) -> None:
-        self.metrics.restarted(model_id)
+    def restarted(self, key: InstanceKey) -> None:
+        self.metrics.restarted(key)
+
+    def removed(self, key: InstanceKey) -> None:
+        """The instance has left the list of models."""
+        self.metrics.removed(key)
+        self.hub.publish("removed", json.dumps({"id": key.model_id, "instance": key.instance}))
