@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
-from neuron.spec import InstanceKey
 from shared.protocol import Device, DeviceHealth, SpareView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,10 +32,10 @@ class NeuronMetrics:
             buckets=_LOAD_BUCKETS,
             registry=self._registry,
         )
-        self._restarts = Counter(
+        self._restarts = prometheus_client.Counter(
             "neuron_engine_restarts",
             "Engines started again after they ended unexpectedly.",
-            ["model", "instance"],
+            ["model"],
             registry=self._registry,
         )
 
@@ -42,21 +43,17 @@ class NeuronMetrics:
         """Counts a load that took `seconds`."""
         self._load_seconds.labels(model_id).observe(seconds)
 
-    def restarted(self, key: InstanceKey) -> None:
+    def restarted(self, model_id: str) -> None:
         """Counts an engine that is started again after it died."""
-        self._restarts.labels(*key).inc()
+        self._restarts.labels(model_id).inc()
 
-    def known(self, key: InstanceKey) -> None:
-        """Creates the instance's counters, so that they start at zero instead of at their first event."""
-        self._restarts.labels(*key)
-
-    def removed(self, key: InstanceKey) -> None:
-        """Drops the instance's counters: names of instances come and go."""
-        self._restarts.remove(*key)
+    def known(self, model_id: str) -> None:
+        """Creates the model's counters, so that they start at zero instead of at their first event."""
+        self._restarts.labels(model_id)
 
     def render(
         self,
-        models: Iterable[InstanceState],
+        models: Sequence[InstanceState],
         devices: Sequence[Device],
         health: Sequence[DeviceHealth],
         spares: Iterable[SpareView],
@@ -75,13 +72,22 @@ class _Snapshot(Collector):
         return self._families
 
 
-def _engine_states(models: Iterable[InstanceState]) -> Iterator[Metric]:
-    labels = ["model", "instance", "state"]
-    states = GaugeMetricFamily("neuron_engine_state", "1 for the state an engine is in.", labels=labels)
+def _engine_states(models: Sequence[InstanceState]) -> Iterator[Metric]:
+    states = GaugeMetricFamily(
+        "neuron_engine_state", "How many engines of a model are in a state.", labels=["model", "state"]
+    )
+    counts = Counter((model.model_id, model.state) for model in models)
+    for model_id in dict.fromkeys(model.model_id for model in models):
+        for state in State:
+            states.add_metric([model_id, state.value], counts[model_id, state])
+    yield states
+    engines = GaugeMetricFamily(
+        "neuron_instance_state", "1 for the state an engine is in.", labels=["model", "engine", "state"]
+    )
     for model in models:
         for state in State:
-            states.add_metric([*model.key, state.value], float(model.state is state))
-    yield states
+            engines.add_metric([*model.key, state.value], float(model.state is state))
+    yield engines
 
 
 def _spare_gauge(spares: Iterable[SpareView]) -> Metric:

@@ -86,11 +86,9 @@ class LifecycleMetrics(Protocol):
 
     def loaded(self, model_id: str, seconds: float) -> None: ...
 
-    def restarted(self, key: InstanceKey) -> None: ...
+    def restarted(self, model_id: str) -> None: ...
 
-    def known(self, key: InstanceKey) -> None: ...
-
-    def removed(self, key: InstanceKey) -> None: ...
+    def known(self, model_id: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,16 @@ class ModelEvents:
     hub: EventHub
     metrics: LifecycleMetrics
 
-    def changed(self, key: InstanceKey, view: ModelView) -> None:
-        self.metrics.known(key)
+    def changed(self, view: ModelView) -> None:
+        self.metrics.known(view.id)
         self.hub.publish("model", view.model_dump_json())
 
     def loaded(self, model_id: str, seconds: float) -> None:
         self.metrics.loaded(model_id, seconds)
 
-    def restarted(self, key: InstanceKey) -> None:
-        self.metrics.restarted(key)
+    def restarted(self, model_id: str) -> None:
+        self.metrics.restarted(model_id)
 
     def removed(self, key: InstanceKey) -> None:
         """The instance has left the list of models."""
-        self.metrics.removed(key)
         self.hub.publish("removed", json.dumps({"id": key.model_id, "instance": key.instance}))

@@ -125,14 +125,14 @@ class InstanceState:
         self.become(State.LOADED, reason)
 
     def restarted(self) -> None:
-        self._events.restarted(self.key)
+        self._events.restarted(self.model_id)
 
     def remove(self) -> None:
         """It leaves the list of models."""
         self._events.removed(self.key)
 
     def publish(self) -> None:
-        self._events.changed(self.key, self.view())
+        self._events.changed(self.view())
 
     def view(self) -> NeuronModelView:
         """`vram_used_mb` is as last measured."""

@@ -15,7 +15,6 @@ from cortex.metrics.exporter import Metrics
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
-from neuron.spec import InstanceKey
 from shared.protocol import Device, DeviceHealth, ErrorCode, SpareView
 from tests.contract.documents import TOP
 
@@ -152,7 +151,7 @@ def test_neuron_metrics_are_documented() -> None:
     """Every family on a neuron's page is explained in docs/protocol.md; those of the contract are among them."""
     metrics = NeuronMetrics()
     metrics.loaded("m", 1.0)
-    metrics.known(InstanceKey("m"))
+    metrics.known("m")
     page = metrics.render([], [Device(index=0, uuid="GPU-0")], [DeviceHealth(index=0)], [SpareView(harness="h")])
     names = sample_names(page)
     assert names >= NEURON_METRICS

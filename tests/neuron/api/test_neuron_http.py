@@ -145,12 +145,13 @@ async def test_metrics(neuron: Neuron) -> None:
     samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
     uuid = (await neuron.call("GET", "/discovery")).body["devices"][0]["uuid"]
     used = (await neuron.call("GET", "/health")).body["devices"][0]["vram_used_mb"]
-    model = {"model": "org/model", "instance": "0"}
+    model = {"model": "org/model"}
     for name, labels, value in (
         ("neuron_engine_state", {**model, "state": "loaded"}, 1),
         ("neuron_engine_state", {**model, "state": "failed"}, 0),
         ("neuron_engine_restarts_total", model, 0),
-        ("neuron_model_load_seconds_count", {"model": "org/model"}, 1),
+        ("neuron_instance_state", {**model, "engine": "0", "state": "loaded"}, 1),
+        ("neuron_model_load_seconds_count", model, 1),
         ("neuron_device_memory_used_bytes", {"index": "0", "uuid": uuid}, used * 2**20),
         ("neuron_device_memory_total_bytes", {"index": "0", "uuid": uuid}, 32607 * 2**20),
     ):

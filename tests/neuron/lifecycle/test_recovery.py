@@ -69,7 +69,7 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
     assert "killed by signal 9" in (await neuron.model(MODEL))["transitions"][1]["reason"] or view["reason"]
     assert len(neuron.reserved_ports) == 1
     metrics = (await neuron.call("GET", "/metrics")).body
-    assert f'neuron_engine_restarts_total{{instance="0",model="{MODEL}"}} 1.0' in metrics
+    assert f'neuron_engine_restarts_total{{model="{MODEL}"}} 1.0' in metrics
 
 
 async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
