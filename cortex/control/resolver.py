@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from cortex.config.catalogue import RequestedModel
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Await, Place, Refuse, Serve, decide
@@ -81,8 +82,8 @@ class Resolver:
         self._limits = RequestLimits()
 
     @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._live.catalogue.aliases
+    def aliases(self) -> Mapping[str, RequestedModel]:
+        return self._live.catalogue.renamed
 
     @property
     def down(self) -> Collection[str]:
@@ -93,7 +94,7 @@ class Resolver:
         return self._state.response_owners
 
     def knows(self, model_id: str) -> bool:
-        """True for models of the catalogue."""
+        """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
