@@ -46,7 +46,7 @@ def models_table(models: dict[str, Any]) -> str:
             entry["id"],
             _yes_or_no(entry["loaded"]),
             ", ".join(entry["feasible_on"]) or "-",
-            ", ".join(f"{place['node']} ({place['status']})" for place in entry["locations"]) or "-",
+            ", ".join(f"{place['node']} ({_status(place)})" for place in entry["locations"]) or "-",
             f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
         ]
         for entry in models["data"]
@@ -58,13 +58,15 @@ def explain_table(plan: dict[str, Any]) -> str:
     decision = plan["decision"]
     where = f" on {decision['node']}" if "node" in decision else ""
     devices = f", devices {decision['devices']}" if decision.get("devices") else ""
+    with_variants = any("variant" in node for node in plan["nodes"])
     rows = [
         [
             node["node"],
             _yes_or_no(node["feasible"]),
             node["status"] or "-",
+            *([node["variant"] or "-"] if with_variants else []),
             " ".join(map(str, node["devices"])) or "-",
-            _reason(node, decision["reason"]),
+            "; ".join([_reason(node, decision["reason"]), *_passed_over(node)]),
         ]
         for node in plan["nodes"]
     ]
@@ -77,7 +79,8 @@ def explain_table(plan: dict[str, Any]) -> str:
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
     head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
-    text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
+    variant = ["VARIANT"] if with_variants else []
+    text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
 
 
@@ -109,6 +112,11 @@ def draining_line(done: dict[str, Any]) -> str:
             f"`cortex resume {node}` ends this"
         )
     return f"{text}\nwarning: {done['warning']}" if "warning" in done else text
+
+
+def _passed_over(node: dict[str, Any]) -> list[str]:
+    """The better variants of a model that its node does not get."""
+    return [f"not {better['variant']}: {better['reason']}" for better in node.get("passed_over", ())]
 
 
 def _pauses(nodes: list[dict[str, Any]]) -> list[str]:
@@ -151,12 +159,18 @@ def _device(device: dict[str, Any]) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
-    status = model["status"]
+    status = _status(model)
     progress = model.get("progress") or {}
     split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
-    if status == "loaded" or not progress.get("phase"):
+    if model["status"] == "loaded" or not progress.get("phase"):
         return f"{model['id']} ({status}{split})"
-    return f"{model['id']} ({'' if status == 'loading' else status + ', '}{_progress(progress)}{split})"
+    shown = status.removeprefix("loading").removeprefix(", ")
+    return f"{model['id']} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
+
+
+def _status(place: dict[str, Any]) -> str:
+    """The status of a model on a node, with its variant if it has one."""
+    return ", ".join(filter(None, (place["status"], place.get("variant"))))
 
 
 def _progress(progress: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
-from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.feasibility import feasible_choices, infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
@@ -125,11 +125,12 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
         return {
             "action": "load",
             "node": plan.node,
+            **({} if plan.variant is None else {"variant": plan.variant}),
             "reason": f"{plan.reason}; {because}" if because else plan.reason,
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
-            **_split(view.profile(model_id), plan),
+            **_split(_choice(view, plan), plan),
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
@@ -137,6 +138,12 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
     if reasons:
         return {"action": "wait", "reason": "; ".join(reasons)}
     return _refused(placement_error(view, model_id, found))
+
+
+def _choice(view: PlanningView, plan: LoadPlan) -> ModelProfile | None:
+    """The model as the plan loads it: in one of its variants."""
+    profile = view.profile(plan.model_id)
+    return None if profile is None else profile.choice(plan.variant)
 
 
 def _split(profile: ModelProfile | None, plan: LoadPlan) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     )
     if len(plan.devices) == 1:
         return free + busy
-    profile = view.profile(plan.model_id)
+    profile = _choice(view, plan)
     split = None if profile is None else profile.parallelism
     tensor = len(plan.devices) if split is None or split.tensor_only else split.tensor
     groups = tensor_groups(plan.devices, tensor)
@@ -206,12 +213,26 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     return f"{free}; {what} by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
-def _pause_secs(model_id: str, view: PlanningView, node: str) -> float | None:
+def _pause_secs(model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot) -> float | None:
     """For how long the model is not loaded on the node after a failure, or because an operator holds it back."""
-    backoff, held_until = view.backoff(model_id, node), view.held_until(model_id, node)
+    backoff, held_until = view.backoff(model_id, node.name), view.held_until(model_id, node.name)
     ends = [] if backoff is None else [backoff.until]
     ends += [] if held_until is None else [held_until]
+    names = [] if profile is None else [each.requested.name for each in feasible_choices(profile, node)]
+    of_variants = [view.backoff(name, node.name) for name in names]
+    failed = [each.until for each in of_variants if each is not None]
+    ends += [min(failed)] if failed and len(failed) == len(names) else []
     return round(max(ends) - view.now, 1) if ends else None
+
+
+def _variant(profile: ModelProfile | None, verdict: NodeVerdict | None) -> dict[str, Any]:
+    """For a model with variants: the one that the node would get, and the better ones with the reasons against them."""
+    if profile is None or verdict is None or (profile.variant is None and not profile.variants):
+        return {}
+    return {
+        "variant": None if verdict.plan is None else verdict.plan.variant,
+        "passed_over": [{"variant": variant, "reason": reason} for variant, reason in verdict.passed_over],
+    }
 
 
 def _node(
@@ -226,6 +247,7 @@ def _node(
         "draining": node.draining,
         "status": None if entry is None else entry.status,
         "feasible": feasible,
+        **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
@@ -233,6 +255,6 @@ def _node(
         "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
         "evict": [] if plan is None else [each.resident.key[0] for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
-        "retry_in_secs": _pause_secs(model_id, view, node.name),
+        "retry_in_secs": _pause_secs(model_id, profile, view, node),
         "reason": "not in the catalogue" if verdict is None else verdict.reason,
     }
