@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
@@ -60,9 +61,15 @@ class ResidentModel:
     reload_secs: float
     cost: float
     asleep: bool = False
-    held_by_min_replicas: bool = False
-    """Held by `replicas.min`: only a model with a higher priority may evict it."""
+    spare_replicas: int | None = None
+    """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
+    None: any number."""
     protected: str | None = None
+
+    @property
+    def held_by_min_replicas(self) -> bool:
+        """Whether only a model with a higher priority may evict it."""
+        return self.spare_replicas is not None and self.spare_replicas <= 0
 
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
@@ -179,8 +186,8 @@ def models_in_transition(view: PlanningView, node: NodeSnapshot) -> list[Residen
 
 
 def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: int) -> float:
-    """Expected duration of a load: measured there or on another node, else the median of all loads, else estimated
-    from the size."""
+    """Expected duration of a load of a model, or of `id@variant`: measured there or on another node, else the median of
+    all loads, else estimated from the size."""
     known = view.expected_load_secs(model_id, node)
     if known is None and view.load_secs:
         known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())
@@ -189,17 +196,19 @@ def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: i
 
 def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> ResidentModel:
     profile = view.catalogue.profile(entry.id)
+    choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
     use = view.usage(entry.id, node.name)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
-    declared = 0 if profile is None else profile.vram_mb or 0
+    declared = 0 if choice is None else choice.vram_mb or 0
     holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
     share = holds // max(1, len(devices))
     if not share and not asleep:  # size unknown: assume the whole device
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
-    secs = estimated_load_secs(view, entry.id, node.name, size)
+    secs = estimated_load_secs(view, entry.id if choice is None else choice.requested.name, node.name, size)
+    pinned = choice or profile
     return ResidentModel(
         key=(entry.id, node.name),
         devices=devices,
@@ -211,11 +220,14 @@ def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> Resid
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
-        held_by_min_replicas=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
-        protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
+        spare_replicas=None if profile is None else _spare_replicas(view, profile, node),
+        protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )
 
 
-def _others_serving(view: PlanningView, node: NodeSnapshot, model_id: str) -> int:
-    """Replicas that would remain without the one on this node."""
-    return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))
+def _spare_replicas(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> int | None:
+    """How many replicas of the model may go, this one being one of them."""
+    if not profile.replicas.min:
+        return None
+    others = sum(each.name != node.name and not each.draining for each in view.fleet.serving(profile.id))
+    return others + 1 - profile.replicas.min

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
+from neuron.spec import InstanceKey
 from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
@@ -21,14 +22,15 @@ class Booking:
 
     A device that `held_mb` lacks is one whose driver does not report what the engine's processes hold. `foreign_mb`,
     what other processes held when the engine was booked, helps to estimate it. `awake_mb` is what a sleeping engine
-    needs when it wakes.
+    needs when it wakes. `alone`: no other engine of its model is to be on its devices, as no load named them.
     """
 
-    model_id: str
+    key: InstanceKey
     promised_mb: Mapping[int, int]
     held_mb: Mapping[int, int] = field(default_factory=dict)
     foreign_mb: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
+    alone: bool = False
     awake_mb: Mapping[int, int] | None = None
 
     def claim_mb(self, index: int) -> int:
@@ -58,7 +60,7 @@ class GpuCapacity:
     bookable_mb: int = 0
     stopping_mb: int = 0
     asleep_mb: int = 0
-    booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; without stopping engines
+    booked_by: tuple[tuple[str, int], ...] = ()  # engine, MiB promised; without stopping engines
     unusable: str | None = None
 
     def shortfall_on_wake(self, needed_mb: int) -> int:
@@ -74,7 +76,7 @@ class GpuCapacity:
         label = f"device {self.index} ({self.name})" if self.name else f"device {self.index}"
         if self.unusable is not None:
             return f"{label} cannot be used: {self.unusable}"
-        uses = [f"{mb} booked for {model_id!r}" for model_id, mb in self.booked_by]
+        uses = [f"{mb} booked for {name!r}" for name, mb in self.booked_by]
         if self.foreign_mb:
             uses.append(f"{self.foreign_mb} used by other processes")
         details = f" ({', '.join(uses)})" if uses else ""
@@ -151,7 +153,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
         asleep_mb=sum(
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
-        booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in lasting),
+        booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
         unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
     )
 

@@ -9,7 +9,7 @@ from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
-from neuron.spec import EngineSpec
+from neuron.spec import EngineSpec, InstanceKey
 from shared.protocol import Device, DeviceHealth
 
 
@@ -57,28 +57,28 @@ class Ledger:
             InvalidRequest: as `check_devices`; a device may have been lost since the spec was checked.
         """
         check_devices(spec, topology)
-        capacities = self.capacities(topology, health)
-        selection = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+        bookings = list(self._bookings.values())
+        capacities, selection = _select(spec, requirement, topology, health, bookings)
         if selection is None:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
             needed = [requirement.on_device(device, device.total_mb) for device in capacities]
             large_enough = [mb <= device.total_mb for device, mb in zip(capacities, needed, strict=True)]
             raise InsufficientVram(
-                f"{spec.model_id!r} needs {requirement} on {_devices_of(spec)}",
+                f"{str(spec.key)!r} needs {requirement} on {_devices_of(spec)}",
                 capacities,
                 needed,
                 permanent=large_enough.count(True) < spec.device_count,
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
         foreign = {device.index: device.foreign_mb for device in capacities}
-        self._bookings[number] = Booking(spec.model_id, promised, foreign_mb=foreign)
+        self._bookings[number] = Booking(spec.key, promised, foreign_mb=foreign, alone=spec.devices is None)
         return selection
 
-    def adopt(self, number: int, model_id: str, devices: Sequence[int], share_mb: int | None) -> None:
+    def adopt(self, number: int, key: InstanceKey, devices: Sequence[int], share_mb: int | None) -> None:
         """Books for a running engine of an earlier neuron, without a check: it has its memory. With `share_mb` None it
         books nothing until the engine is measured; until then its memory counts as foreign."""
-        self._bookings[number] = Booking(model_id, dict.fromkeys(devices, share_mb or 0))
+        self._bookings[number] = Booking(key, dict.fromkeys(devices, share_mb or 0))
 
     def update_held(self, number: int, by_device: Mapping[int, int]) -> None:
         """Records what an engine that still allocates (it loads or wakes) holds now; its promise does not change. Call
@@ -117,7 +117,7 @@ class Ledger:
         more = {index: max(0, mb - booking.claim_mb(index)) for index, mb in booking.awake_mb.items()}
         if not all(device.can_hold(more[device.index]) for device in own):
             needs = ", ".join(f"{mb} MiB more on device {index}" for index, mb in sorted(more.items()))
-            raise InsufficientVram(f"{booking.model_id!r} needs {needs} to wake", own)
+            raise InsufficientVram(f"{str(booking.key)!r} needs {needs} to wake", own)
         self._bookings[number] = replace(booking, promised_mb=booking.awake_mb, awake_mb=None)
 
     def to_displace(
@@ -136,9 +136,7 @@ class Ledger:
                 replace(booking, stopping=True) if number in numbers else booking
                 for number, booking in self._bookings.items()
             ]
-            capacities = gpu_capacities(topology, health, kept)
-            chosen = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
-            return chosen is not None
+            return _select(spec, requirement, topology, health, kept)[1] is not None
 
         for count in range(1, len(candidates) + 1):
             chosen = list(candidates[:count])
@@ -151,7 +149,7 @@ class Ledger:
         return []
 
     def mark_stopping(self, number: int) -> None:
-        """The engine is being stopped: others can book its memory, and wait while `counts_on` names its model."""
+        """The engine is being stopped: others can book its memory, and wait while `counts_on` names it."""
         booking = self._bookings.get(number)
         if booking is not None:
             self._bookings[number] = replace(booking, stopping=True)
@@ -161,18 +159,21 @@ class Ledger:
         return any(each.stopping for each in self._bookings.values())
 
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
-        """The models that are being stopped and without whose memory booking `number` does not fit; empty when its
-        engine may start beside them. Earlier bookings get freed memory first. Where memory is not known (no devices, or
-        devices that share the host's memory) every stopping engine counts: room for two cannot be shown."""
+        """The engines that are being stopped and without whose memory booking `number` does not fit, or with which it
+        may not share a device; empty when its engine may start beside them. Earlier bookings get freed memory first.
+        Where memory is not known (no devices, or devices that share the host's memory) every stopping engine counts:
+        room for two cannot be shown."""
         own = self._bookings.get(number)
         if own is None:
             return ()
         stopping = [each for at, each in self._bookings.items() if each.stopping and at != number]
         short = self._missing_mb(number, topology, health).keys()
         return tuple(
-            each.model_id
+            str(each.key)
             for each in stopping
-            if not short.isdisjoint(each.promised_mb) or not (own.promised_mb or each.promised_mb)
+            if not short.isdisjoint(each.promised_mb)
+            or not (own.promised_mb or each.promised_mb)
+            or (own.alone and own.key.model_id == each.key.model_id and own.promised_mb.keys() & each.promised_mb)
         )
 
     def lacks_memory(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> bool:
@@ -218,6 +219,40 @@ class Ledger:
         held = {index: mb for index, mb in by_device.items() if index in booking.promised_mb}
         promised = {**booking.promised_mb, **held} if settled else booking.promised_mb
         self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held)
+
+
+def _select(
+    spec: EngineSpec,
+    requirement: MemoryRequirement,
+    topology: Topology,
+    health: Sequence[DeviceHealth],
+    bookings: Sequence[Booking],
+) -> tuple[tuple[GpuCapacity, ...], DeviceSelection | None]:
+    """The devices for `spec`, and the capacities that they were chosen by. Without named devices none that holds
+    another instance of the model: one that holds a stopping instance only if there is no other."""
+    capacities = gpu_capacities(topology, health, bookings)
+    if spec.devices is None:
+        others = [each for each in bookings if each.key.model_id == spec.model_id and each.key != spec.key]
+        lasting = [each for each in others if not each.stopping]
+        if len(lasting) < len(others):
+            free = _without_holders(capacities, others)
+            selection = select_devices(spec.parallel, requirement, topology, free)
+            if selection is not None:
+                return free, selection
+        capacities = _without_holders(capacities, lasting)
+    return capacities, select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+
+
+def _without_holders(capacities: tuple[GpuCapacity, ...], bookings: Sequence[Booking]) -> tuple[GpuCapacity, ...]:
+    """The capacities, with the devices of the bookings marked unusable."""
+    holders = {index: each.key.instance for each in bookings for index in each.promised_mb}
+    advice = "of this model: name the device in the load to share it"
+    return tuple(
+        replace(device, unusable=f"it holds instance {holders[device.index]} {advice}")
+        if device.unusable is None and device.index in holders
+        else device
+        for device in capacities
+    )
 
 
 def _devices_of(spec: EngineSpec) -> str:
