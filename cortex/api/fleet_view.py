@@ -58,7 +58,7 @@ class FleetView:
                     "reason": job.reason,
                     "because": job.why,
                     "phase": job.phase,
-                    "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
+                    "evict": [each.resident.key.model_id for each in job.plan.eviction_plan.evictions],
                 }
                 for job in self._loader.jobs()
             ],

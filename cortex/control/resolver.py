@@ -38,6 +38,9 @@ MAX_ROUNDS = 8
 ENGINE_END_SECS = 2.0
 """How long a neuron may take to notice the end of an engine that no longer listens."""
 
+DEAD_ENGINE_SECS = 10.0
+"""The same for an engine that says that its core is dead: vLLM's server exits within a second of most answers with that
+error, within 5 s of the others."""
 
 END_NOTICED_SECS = 0.5
 END_EXPLAINED_SECS = 1.0
@@ -259,6 +262,11 @@ class Resolver:
     def _serving_keys(self, model_id: str) -> set[ReplicaKey]:
         return {engine.key for engine in self._fleet.snapshot().serving(model_id)}
 
+    def _is_elsewhere(self, replica: Replica) -> bool:
+        """The engine has another URL by now: it was started again."""
+        table = self.table.get(replica.model_id, ())
+        return any(each.key == replica.key and each.url != replica.url for each in table)
+
     def _took_too_long(self, model_id: str) -> ServiceError:
         if self._fleet.snapshot().serving(model_id):
             secs = self._live.config.cold_load.timeout_secs
@@ -280,17 +288,18 @@ class Resolver:
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey]) -> None:
         """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
-        stopping engine closes its port some time before it exits. Removes the engines that ended from `lost`. (A
-        protocol v1 neuron reports nothing by itself.)"""
+        stopping engine closes its port some time before it exits, and the server of a dead core still listens. Removes
+        the engines that ended from `lost`. (A protocol v1 neuron reports nothing by itself.)"""
         serving = {
             engine.key: engine.node.instance_id is not None for engine in self._fleet.snapshot().serving(model_id)
         }
         gone = Counter(failure.replica.key for failure in failures if failure.kind in ("refused", "reset"))
-        unanswering = lost | {key for key, times in gone.items() if times > 1}
+        dead = {f.replica.key for f in failures if f.kind == "dead" and not self._is_elsewhere(f.replica)}
+        unanswering = lost | dead | {key for key, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
             _, name, instance = min(key for key, reports in serving.items() if reports)
             with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
-                async with timeout(ENGINE_END_SECS):
+                async with timeout(DEAD_ENGINE_SECS if dead else ENGINE_END_SECS):
                     await self._fleet.until(name, lambda node: _has_ended(node.view(model_id, instance)))
             lost &= self._serving_keys(model_id)
 

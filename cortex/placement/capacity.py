@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
+from shared.gpus import in_memory_steps
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30
@@ -30,6 +33,15 @@ class DeviceCapacity:
     free_mb: int
     sleeping_mb: int = 0
 
+    @property
+    def in_steps(self) -> int:
+        """MiB available beside sleeping models, for comparisons: what is taken counts in whole GiB."""
+        return in_memory_steps(self.free_mb - self.sleeping_mb, self.total_mb)
+
+    @property
+    def mostly_free(self) -> bool:
+        return 2 * self.free_mb >= self.total_mb
+
 
 @dataclass(frozen=True)
 class ResidentModel:
@@ -49,9 +61,15 @@ class ResidentModel:
     reload_secs: float
     cost: float
     asleep: bool = False
-    held_by_min_replicas: bool = False
-    """Held by `replicas.min`: only a model with a higher priority may evict it."""
+    spare_replicas: int | None = None
+    """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
+    None: any number."""
     protected: str | None = None
+
+    @property
+    def held_by_min_replicas(self) -> bool:
+        """Whether only a model with a higher priority may evict it."""
+        return self.spare_replicas is not None and self.spare_replicas <= 0
 
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
@@ -88,6 +106,13 @@ def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     if entry.vram_booked_mb:
         return 0
     return max(0, reservation.device_share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
+
+
+def engines_by_device(view: PlanningView, node: NodeSnapshot) -> dict[int, int]:
+    """How many engines are on each device: loaded, asleep, starting, or about to be started by us."""
+    there = {engine.key: engine.view.devices for engine in node.every_engine() if engine.view.holds_devices}
+    ours = [each.devices for each in view.fleet.reservations if each.node == node.name and each.key not in there]
+    return Counter(index for devices in (*there.values(), *ours) for index in devices)
 
 
 def reports_bookable_memory(node: NodeSnapshot) -> bool:
@@ -183,11 +208,14 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
-        held_by_min_replicas=profile is not None and _others_serving(view, key) < profile.replicas.min,
+        spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
         protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
     )
 
 
-def _others_serving(view: PlanningView, key: ReplicaKey) -> int:
-    """Replicas that would remain without this one."""
-    return sum(each.key != key and not each.node.draining for each in view.fleet.serving(key.model_id))
+def _spare_replicas(view: PlanningView, profile: ModelProfile, key: ReplicaKey) -> int | None:
+    """How many replicas of the model may go, this one being one of them."""
+    if not profile.replicas.min:
+        return None
+    others = sum(each.key != key and not each.node.draining for each in view.fleet.serving(profile.id))
+    return others + 1 - profile.replicas.min

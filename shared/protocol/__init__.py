@@ -24,10 +24,11 @@ from shared.protocol.commands import (
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
+from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
-from shared.protocol.topology import Device, Discovery, Link, LinkKind
+from shared.protocol.topology import Device, Discovery
 
 __all__ = [
     "ENGINE_KEYS_HEADER",
