@@ -47,8 +47,9 @@ def verdicts(moment: PlanningView, model: ModelProfile = MODEL) -> dict[str, Nod
 
 def labelled(entry: NodeSnapshot, variant: str | None, model_id: str = "m") -> NodeSnapshot:
     """The node, reporting this variant of the model."""
-    told = entry.models[model_id].model_copy(update={"variant": variant})
-    return replace(entry, models={**entry.models, model_id: told})
+    [told] = entry.models[model_id].values()
+    told = told.model_copy(update={"variant": variant, "instance": "0"})
+    return replace(entry, models={**entry.models, model_id: {"0": told}})
 
 
 def plan_of(verdict: NodeVerdict) -> LoadPlan:
