@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from shared.protocol import Parallelism
+from shared.protocol import GroupPart, Parallelism
+from shared.protocol.group import split_over
 
 EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel"})
 """Fields of a load command that protocol v1 does not have."""
@@ -14,6 +15,7 @@ _COMPARED = (
     "quant",
     "tensor_parallel",
     "parallel",
+    "group",
     "devices",
     "args",
     "vram_mb",
@@ -24,7 +26,10 @@ _COMPARED = (
 @dataclass(frozen=True)
 class EngineSpec:
     """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
-    MiB on all devices together."""
+    MiB on all devices together.
+
+    With `group` it is one part of an engine that spans several neurons: `parallel` describes the whole engine,
+    `devices` and `vram_mb` this part."""
 
     model_id: str
     harness: str
@@ -34,6 +39,7 @@ class EngineSpec:
     pipeline_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: bool = False
+    group: GroupPart | None = None
     devices: tuple[int, ...] | None = None
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
@@ -51,8 +57,19 @@ class EngineSpec:
         )
 
     @property
+    def local_parallel(self) -> Parallelism:
+        """How it is split over this host's devices."""
+        return self.parallel if self.group is None else split_over(self.parallel, self.group.size)
+
+    @property
     def device_count(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        """Of this host."""
+        return self.local_parallel.devices
+
+    @property
+    def serves(self) -> bool:
+        """False for a part of a group that takes no requests."""
+        return self.group is None or self.group.serves
 
     @property
     def share_mb(self) -> int | None:

@@ -68,6 +68,10 @@ def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     """A spec as JSON values. `parallel` beyond the tensor-parallel size is there only if the spec has it: an earlier
     version of neuron reads no record with other fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
+    if spec.group is None:
+        del values["group"]
+    else:
+        values["group"] = spec.group.model_dump(mode="json")
     if spec.parallel.tensor_only:
         for name in ("pipeline_parallel", "data_parallel", "expert_parallel"):
             del values[name]

@@ -58,7 +58,7 @@ class Ledger:
         """
         check_devices(spec, topology)
         capacities = self.capacities(topology, health)
-        selection = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+        selection = select_devices(spec.local_parallel, requirement, topology, capacities, named=spec.devices)
         if selection is None:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
@@ -137,7 +137,7 @@ class Ledger:
                 for number, booking in self._bookings.items()
             ]
             capacities = gpu_capacities(topology, health, kept)
-            chosen = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+            chosen = select_devices(spec.local_parallel, requirement, topology, capacities, named=spec.devices)
             return chosen is not None
 
         for count in range(1, len(candidates) + 1):

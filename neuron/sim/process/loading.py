@@ -47,7 +47,7 @@ def _log(source: str, text: str) -> Announcement:
 
 def _parallel(settings: EngineSettings) -> str:
     """vLLM's words for it; none for a model that is at most tensor-parallel."""
-    if settings.devices == settings.tensor_parallel and not settings.expert_parallel:
+    if settings.pipeline_parallel == settings.data_parallel == 1 and not settings.expert_parallel:
         return ""
     return (
         f", tensor_parallel_size={settings.tensor_parallel}, pipeline_parallel_size={settings.pipeline_parallel}, "
@@ -161,6 +161,12 @@ def report_out_of_memory(error: OutOfMemory, core: int) -> None:
         level="ERROR",
         pid=core,
     )
+    report_failed_start(1)
+
+
+def report_lost_part(error: Exception, core: int) -> None:
+    """Prints torch's error for a part of a group that did not come or ended, and vLLM's after it."""
+    console.log("EngineCore", "core.py:1140", f"torch.distributed.DistNetworkError: {error}", level="ERROR", pid=core)
     report_failed_start(1)
 
 
