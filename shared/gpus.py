@@ -13,6 +13,10 @@ DEVICE_MARGIN_MB: Final = 512
 """MiB that neuron leaves unbooked on every real device: an engine's CUDA context, which vLLM does not count into its
 fraction, and the few MiB by which NVML and CUDA disagree. Simulated devices have neither."""
 
+MEMORY_STEP_MB: Final = 1024
+"""Free memory counts in whole GiB when sets of devices are compared, so that the few MiB by which two idle cards differ
+do not decide."""
+
 
 @dataclass(frozen=True)
 class GpuPreset:
@@ -56,3 +60,8 @@ def _spelling(name: str) -> str:
 
 
 _BY_SPELLING = {_spelling(name): preset for preset in PRESETS for name in (preset.name, *preset.aliases)}
+
+
+def in_memory_steps(free_mb: int, total_mb: int) -> int:
+    """The free memory of a device with what is taken rounded to whole steps."""
+    return total_mb - MEMORY_STEP_MB * round((total_mb - free_mb) / MEMORY_STEP_MB)

@@ -35,10 +35,12 @@ class TokenLimit(SettingsModel):
 
 
 class Replicas(SettingsModel):
-    """How many copies of a model to run: at least `min` stay loaded, up to `max` are added under load."""
+    """How many instances of a model to run: at least `min` stay loaded, up to `max` are added under load; at most
+    `per_node` on one node."""
 
     min: int = Field(default=0, ge=0, le=1000)
     max: int = Field(default=1, ge=1, le=1000)
+    per_node: int | None = Field(default=None, ge=1, le=1000)
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from cortex.fleet.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
-from cortex.routing.replica import Failure, ReplicaKey
+from cortex.routing.replica import LOST, Failure, ReplicaKey
 from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode, ModelStatus
@@ -144,7 +144,7 @@ class Endpoints:
         known = self.known(fleet, model_id, node) if node in fleet.nodes else None
         if known is None or known.url != failure.replica.url:
             return False
-        if failure.kind not in ("refused", "reset") and not known.may_move:
+        if failure.kind not in LOST and not known.may_move:
             return False
         self._drop(model_id, node)
         view = fleet.nodes[node].models.get(model_id)

@@ -38,6 +38,9 @@ MAX_ROUNDS = 8
 ENGINE_END_SECS = 2.0
 """How long a neuron may take to notice the end of an engine that no longer listens."""
 
+DEAD_ENGINE_SECS = 10.0
+"""The same for an engine that says that its core is dead: vLLM's server exits within a second of most answers with that
+error, within 5 s of the others."""
 
 END_NOTICED_SECS = 0.5
 END_EXPLAINED_SECS = 1.0
@@ -252,6 +255,11 @@ class Resolver:
             for failure in failures
         )
 
+    def _is_elsewhere(self, replica: Replica) -> bool:
+        """The node's engine of the model has another URL by now: it was started again."""
+        table = self.table.get(replica.model_id, ())
+        return any(each.node == replica.node and each.url != replica.url for each in table)
+
     def _is_serving(self, replica: Replica) -> bool:
         return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
 
@@ -276,14 +284,15 @@ class Resolver:
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
         """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
-        stopping engine closes its port some time before it exits. Removes the nodes that reported it from `lost`. (A
-        protocol v1 neuron reports nothing by itself.)"""
+        stopping engine closes its port some time before it exits, and the server of a dead core still listens. Removes
+        the nodes that reported it from `lost`. (A protocol v1 neuron reports nothing by itself.)"""
         serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
         gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
-        unanswering = lost | {node for node, times in gone.items() if times > 1}
+        dead = {f.replica.node for f in failures if f.kind == "dead" and not self._is_elsewhere(f.replica)}
+        unanswering = lost | dead | {node for node, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
             with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
-                async with timeout(ENGINE_END_SECS):
+                async with timeout(DEAD_ENGINE_SECS if dead else ENGINE_END_SECS):
                     await self._fleet.until(
                         min(name for name, reports in serving.items() if reports),
                         lambda node: node.status_of(model_id) is not ModelStatus.LOADED,

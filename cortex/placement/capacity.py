@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -9,6 +10,7 @@ from statistics import median
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
+from shared.gpus import in_memory_steps
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30
@@ -29,6 +31,15 @@ class DeviceCapacity:
     total_mb: int
     free_mb: int
     sleeping_mb: int = 0
+
+    @property
+    def in_steps(self) -> int:
+        """MiB available beside sleeping models, for comparisons: what is taken counts in whole GiB."""
+        return in_memory_steps(self.free_mb - self.sleeping_mb, self.total_mb)
+
+    @property
+    def mostly_free(self) -> bool:
+        return 2 * self.free_mb >= self.total_mb
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,17 @@ def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     if entry.vram_booked_mb:
         return 0
     return max(0, reservation.device_share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
+
+
+def engines_by_device(view: PlanningView, node: NodeSnapshot) -> dict[int, int]:
+    """How many engines are on each device: loaded, asleep, starting, or about to be started by us."""
+    there = {
+        entry.id: entry.devices
+        for entry in node.models.values()
+        if entry.known_status in _HOLDING or node.is_loading(entry.id)
+    }
+    ours = [each.devices for each in view.fleet.reservations if each.node == node.name and each.model_id not in there]
+    return Counter(index for devices in (*there.values(), *ours) for index in devices)
 
 
 def reports_bookable_memory(node: NodeSnapshot) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain, combinations
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import DeviceCapacity
-from shared.protocol import Device, Link, LinkKind
+from shared.protocol import Device
+from shared.protocol.interconnect import SINGLE_DEVICE, DevicePath, Pair
 
 MAX_DEVICE_SETS = 20_000
 """Limit on the sets compared on one node where the model fits; a host with more than 16 GPUs is cut to its best
@@ -18,8 +20,6 @@ MAX_DEVICE_PAIRS = 400_000
 """Limit on the device pairs examined across all these sets: large sets mean fewer of them."""
 MAX_EVICTION_SETS = 70
 """Limit on the sets compared when models must be evicted: enough for every set on a host with eight GPUs."""
-
-_DISTANCE = {kind: rank for rank, kind in enumerate(LinkKind)}
 
 
 def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
@@ -57,41 +57,75 @@ def disjoint_groups(
     return tuple(chain.from_iterable(sorted(groups)))
 
 
-def interconnect_rank(node: NodeSnapshot, indices: tuple[int, ...], tensor: int) -> tuple[int, int]:
-    """How well the devices are connected; smaller is better. First the worst path within a tensor group, which are
-    `tensor` devices in a row, then `size_spread_mb`."""
-    worst = max((worst_path(node, group) for group in tensor_groups(indices, tensor)), default=0)
-    return worst, size_spread_mb(node, indices)
-
-
-def worst_path(node: NodeSnapshot, indices: tuple[int, ...]) -> int:
-    """The worst path between two of the devices: 0 for NVLink, higher for each level of the PCIe tree, unknown is
-    worst."""
-    links = node.links
-    return max((_distance(links, a, b) for a, b in combinations(indices, 2)), default=0)
-
-
-def size_spread_mb(node: NodeSnapshot, indices: tuple[int, ...]) -> int:
-    """The spread of the devices' sizes."""
-    totals = [device.vram_total_mb for device in node.devices if device.index in indices]
-    return max(totals) - min(totals)
-
-
 def tensor_groups(indices: tuple[int, ...], tensor: int) -> list[tuple[int, ...]]:
     """The devices of an engine, in the order of its ranks, as groups of `tensor`."""
     return [indices[start : start + tensor] for start in range(0, len(indices), tensor)]
 
 
+@dataclass(frozen=True)
+class DeviceLayout:
+    """How the devices of a node are connected, and how many engines are on each. By device index."""
+
+    cards: Mapping[int, tuple[str, int]]  # name and total MiB
+    paths: Mapping[Pair, DevicePath]
+    path_weights: Mapping[int, Mapping[int, int]]
+    memory: Mapping[int, DeviceCapacity]
+    engines: Mapping[int, int]
+
+    def connection(self, groups: Iterable[tuple[int, ...]], others: tuple[int, ...] = ()) -> tuple[object, ...]:
+        """How well tensor groups are connected; smaller is better: the class of the worst path within a group, then the
+        number of different cards in these groups and `others`, then the worst path within its class."""
+        listed = list(groups)
+        paths = (self.paths[pair] for group in listed for pair in combinations(group, 2))
+        worst = max(paths, default=SINGLE_DEVICE)
+        cards = {self.cards[index] for index in chain(others, *listed)}
+        return worst.link_class, worst.negated_nvlinks, len(cards), worst.rank
+
+    def packing(self, indices: tuple[int, ...]) -> tuple[int, int]:
+        """How well the devices fill up a node; smaller is better: first the engines on them, then the weights of the
+        paths between an idle one of them and an idle other one. So a device whose NVLinked neighbours are in use goes
+        before one of a complete island, and one NUMA node is filled before the next."""
+        return sum(self.engines.get(index, 0) for index in indices), self._cut(indices)
+
+    @cached_property
+    def _idle_weights(self) -> Mapping[int, Mapping[int, int]]:
+        """Of the paths between idle devices."""
+        idle = {
+            index
+            for index in self.path_weights
+            if (known := self.memory.get(index)) and not self.engines.get(index) and known.mostly_free
+        }
+        return {a: {b: mb for b, mb in self.path_weights[a].items() if b in idle} for a in idle}
+
+    @cached_property
+    def _total_weights(self) -> Mapping[int, int]:
+        return {index: sum(weights.values()) for index, weights in self._idle_weights.items()}
+
+    def _cut(self, indices: tuple[int, ...]) -> int:
+        if not self._idle_weights:
+            return 0
+        weights = self._idle_weights
+        inside = sum(weights[a].get(b, 0) for a, b in combinations(indices, 2) if a in weights)
+        return sum(self._total_weights.get(index, 0) for index in indices) - 2 * inside
+
+
+def device_layout(node: NodeSnapshot, memory: Mapping[int, DeviceCapacity], engines: Mapping[int, int]) -> DeviceLayout:
+    """The layout of a node's usable devices; `engines` counts those on each."""
+    discovery = node.discovery
+    return DeviceLayout(
+        cards={device.index: (device.name, device.vram_total_mb) for device in node.devices},
+        paths={} if discovery is None else discovery.paths,
+        path_weights={} if discovery is None else discovery.path_weights,
+        memory=memory,
+        engines=engines,
+    )
+
+
 def best_fit_rank(indices: tuple[int, ...], memory: Mapping[int, DeviceCapacity], device_share_mb: int) -> int:
     """Free memory on the devices, smaller is better, so that large gaps stay free. For a model of unknown size, more
     free memory is better."""
-    free = sum(memory[index].free_mb - memory[index].sleeping_mb for index in indices)
+    free = sum(memory[index].in_steps for index in indices)
     return free if device_share_mb else -free
-
-
-def _distance(links: Mapping[tuple[int, int], Link], a: int, b: int) -> int:
-    link = links.get((a, b) if a < b else (b, a))
-    return len(LinkKind) if link is None else _DISTANCE[link.kind]
 
 
 def _binomial(n: int, k: int) -> int:

@@ -19,6 +19,7 @@ from cortex.placement.capacity import (
     DeviceCapacity,
     ResidentModel,
     device_memory,
+    engines_by_device,
     estimated_load_secs,
     models_in_transition,
     reports_bookable_memory,
@@ -26,13 +27,13 @@ from cortex.placement.capacity import (
 )
 from cortex.placement.devices import (
     MAX_EVICTION_SETS,
+    DeviceLayout,
     best_fit_rank,
+    device_layout,
     device_sets,
     disjoint_groups,
     eligible_devices,
-    interconnect_rank,
-    size_spread_mb,
-    worst_path,
+    tensor_groups,
 )
 from cortex.placement.eviction import (
     NO_EVICTIONS,
@@ -47,7 +48,7 @@ from cortex.placement.eviction import (
 )
 from cortex.placement.inputs import PlanningView
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
-from shared.gpus import DEFAULT_ENGINE_SHARE
+from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
 from shared.protocol import ModelStatus
 
 
@@ -144,6 +145,7 @@ class _Candidate:
     wake_mb: Mapping[int, int]
     eligible: list[int]
     starts: Mapping[int, Starts]
+    layout: DeviceLayout
 
     @property
     def asleep_on(self) -> tuple[int, ...]:
@@ -196,7 +198,8 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     wake_mb = _wake_mb(profile, node, share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
-    return _Candidate(view, profile, node, share, memory, needed_mb, wake_mb, eligible, starts)
+    layout = device_layout(node, memory, engines_by_device(view, node))
+    return _Candidate(view, profile, node, share, memory, needed_mb, wake_mb, eligible, starts, layout)
 
 
 def _wake_mb(
@@ -219,17 +222,18 @@ def _wake_mb(
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
-    """The set of these devices with the shortest wait for other starts; ties by connection, tightest fit, then lowest
-    indices. Chosen one tensor group after another, in the order of the ranks: only a tensor group needs fast paths."""
-    memory, share, starts, node = candidate.memory, candidate.share, candidate.starts, candidate.node
+    """The set of these devices with the shortest wait for other starts; ties by connection, tightest fit, how well it
+    fills up the node, then lowest indices. Chosen one tensor group after another, in the order of the ranks: only a
+    tensor group needs fast paths."""
+    memory, share, starts, layout = candidate.memory, candidate.share, candidate.starts, candidate.layout
     parallel = candidate.profile.parallelism
 
     def rank(before: tuple[int, ...], group: tuple[int, ...]) -> tuple[object, ...]:
         return (
             longest(starts, group).rank,
-            worst_path(node, group),
-            size_spread_mb(node, (*before, *group)),
+            layout.connection((group,), before),
             best_fit_rank(group, memory, share),
+            layout.packing(group),
             group,
         )
 
@@ -333,7 +337,7 @@ def _plan(
     if not reserve and not wakes:
         reserve = max(0, *(memory[index].free_mb for index in indices))
     known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-    connected = interconnect_rank(node, indices, profile.parallelism.tensor)
+    layout, spare_steps = candidate.layout, spare // MEMORY_STEP_MB
     starts = longest(candidate.starts, indices)
     return LoadPlan(
         model_id=profile.id,
@@ -354,8 +358,9 @@ def _plan(
             starts.rank,
             not wakes,
             not known,
-            spare if share else -spare,
-            *connected,
+            spare_steps if share else -spare_steps,
+            layout.connection(tensor_groups(indices, profile.parallelism.tensor)),
+            layout.packing(indices),
             node.name,
             indices,
             eviction_plan.names,

@@ -10,7 +10,7 @@ from cortex.http.request import Request
 from cortex.proxy.answers.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import FailureKind
+from cortex.routing.replica import FailureKind, Refusal
 from cortex.upstream.address import Address
 from shared.errors import Unavailable, UpstreamError
 from shared.protocol import ErrorCode
@@ -69,7 +69,7 @@ class ControlRequest:
         )
         self._client.refuse(error, self._request_id)
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
+    def refused(self, status: int, refusal: Refusal) -> bool:
         return False
 
     def lost(self, reason: str) -> None:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from time import monotonic
-from typing import Final, Protocol
+from typing import Protocol
 
+from cortex.http.framing import SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
-from cortex.routing.replica import STRANGE, UNAVAILABLE, FailureKind
+from cortex.proxy.answers.held_answer import MAX_HELD_BYTES, HeldAnswer
+from cortex.proxy.refusal import TOLD_BY_BODY, refusal_of
+from cortex.routing.replica import FailureKind, Refusal
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.errors import ServiceError
-
-_ASLEEP: Final = b"x-neuron-sleeping:"
-"""The header of the 503 from an engine that sleeps and could answer once woken."""
-
-REFUSALS: Final = UNAVAILABLE | STRANGE
-"""The statuses after which a request may go elsewhere."""
-
-_UNKNOWN_MODEL: Final = re.compile(
-    rb"model_not_found|model[^{}]{0,600}(?:not found|not exist|not loaded)", re.IGNORECASE
-)
-"""In an answer with 400: most engines answer 404 for a model that they do not have, some 400."""
 
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
@@ -38,8 +29,8 @@ class RelayListener(Protocol):
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         """The engine did not answer. Nothing was sent to the client; the request can go elsewhere."""
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
-        """The engine answered with one of REFUSALS, perhaps because it is asleep. Nothing was sent to the client.
+    def refused(self, status: int, refusal: Refusal) -> bool:
+        """The engine answered with an error that says that another engine may answer. Nothing was sent to the client.
         Returns True if the request goes elsewhere, False if the client gets this answer."""
 
     def lost(self, reason: str) -> None:
@@ -150,8 +141,12 @@ class Relay:
             self.cut_off("its neuron is down and it has been silent since")
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
-        if head.status >= 400 and self._goes_elsewhere(head, first):
+        if head.status >= 400 and (self._must_hold(head, body, first) or self._goes_elsewhere(head, first)):
             return
+        self._begin(head, body, first)
+
+    def _begin(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        """The client gets this answer."""
         self.first_byte_at = monotonic()
         self.status = head.status
         self._head = b""
@@ -191,10 +186,17 @@ class Relay:
     def ended(self) -> None:
         self._connection = None
         self._close_body()
+        held = self.answer
+        if isinstance(held, HeldAnswer):
+            if self._goes_elsewhere(held.head, held.contents()):
+                return
+            self._release()
         self.status = self.answer.finish(self.status)
         self._listener.done()
 
     def lost(self, reason: str, *, stale: bool) -> None:
+        if isinstance(self.answer, HeldAnswer):
+            self._release()
         self._connection = None
         self._close_body()
         if stale:
@@ -250,17 +252,39 @@ class Relay:
         if self._request.streamed is not None:
             self._request.streamed.close()
 
-    def _goes_elsewhere(self, head: ResponseHead, first: bytes) -> bool:
-        """True if the listener retries elsewhere: a 502 or 503 only says that this engine does not serve now, and the
-        others may come from a server that is not the model's engine."""
-        status = head.status
-        if status not in REFUSALS or (status == 400 and _UNKNOWN_MODEL.search(first) is None):
-            return False
-        asleep = any(line[: len(_ASLEEP)].lower() == _ASLEEP for line in head.passed)
-        if not self._listener.refused(status, asleep=asleep):
+    def _must_hold(self, head: ResponseHead, body: Body, first: bytes) -> bool:
+        """Holds an error back if the rest of its body is needed to know what it means."""
+        if (
+            head.status in TOLD_BY_BODY
+            and isinstance(body, SizedBody)
+            and not body.ended
+            and len(first) + body.left <= MAX_HELD_BYTES
+        ):
+            self._hold(head, body, first)
+            return True
+        return False
+
+    def _hold(self, head: ResponseHead, body: Body, first: bytes) -> None:
+        """Nothing of this answer goes to the client until it is complete."""
+        self.status = head.status
+        self.answer = HeldAnswer(self.answer, head, body, self._release)
+        self.answer.write(first)
+
+    def _release(self) -> None:
+        """The client gets what was held back, and the rest."""
+        held = self.answer
+        assert isinstance(held, HeldAnswer)
+        self.answer = held.inner
+        self._begin(held.head, held.framing, b"".join(held.pieces))
+
+    def _goes_elsewhere(self, head: ResponseHead, body: bytes) -> bool:
+        """True if the listener retries elsewhere: the answer only says that this engine does not serve now, or that it
+        may not be the model's engine. `body`: what there is of it."""
+        refusal = refusal_of(head, body)
+        if refusal is None or not self._listener.refused(head.status, refusal):
             return False
         connection, self._connection = self._connection, None
-        assert connection is not None
         self._close_body()
-        connection.drop()
+        if connection is not None:  # the answer is not complete
+            connection.drop()
         return True

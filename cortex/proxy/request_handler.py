@@ -22,12 +22,12 @@ from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving, Sent
 from cortex.routing.replica import (
-    UNAVAILABLE,
     Failure,
     FailureKind,
+    Refusal,
     Replica,
+    failure_of,
     lost,
-    may_have_moved,
     stopped,
     unreachable,
     untried,
@@ -181,22 +181,16 @@ class RequestHandler:
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
         self._send_to_one_of(self._untried() if kind == "timeout" else ())
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
+    def refused(self, status: int, refusal: Refusal) -> bool:
         state = self._state
         assert isinstance(state, Sent)
         if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
-        if status not in UNAVAILABLE:
-            if not may_have_moved(state.replica, self._failures):
-                return False
-            self._fail(f"it answered {status}", "unknown")
-            self._resolve()
-            return True
-        others = () if asleep else self._untried()
-        again = any(f.replica.node == state.replica.node and f.kind == "status" for f in self._failures)
-        if again and not others and not asleep:
-            return False  # asked again, the control still names this engine: the client gets its answer
-        self._fail(f"it answered {status}{', asleep' if asleep else ''}", "status")
+        others = self._untried() if refusal == "unavailable" else ()
+        kind = failure_of(refusal, state.replica, self._failures, others)
+        if kind is None:
+            return False
+        self._fail(f"it answered {status}{f', {refusal}' if refusal in ('asleep', 'dead') else ''}", kind)
         self._send_to_one_of(others)
         return True
 
@@ -282,7 +276,7 @@ class RequestHandler:
         self._resolved()
         if route.cold:
             self._cold = True
-            self._failures = [f for f in self._failures if f.replica.node != route.replica.node]
+            self._failures = [f for f in self._failures if f.replica.node != route.replica.node or f.kind == "dead"]
         self._send(route.replica, compared=False)
 
     def _resolved(self) -> None:

@@ -38,10 +38,18 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     missing_paths: tuple[str, ...] = ()
 
 
-FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "unknown"]
+FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "dead", "unknown"]
 """refused: nothing listens there, the engine is dead. timeout: no connection in time, it may only be busy. reset: lost
-before a byte of its answer. status: it answered 502 or 503, and the answer was not passed on. unknown: it answered that
-it does not know the request or its model, and may not be the model's engine any more; likewise not passed on."""
+before a byte of its answer. The others gave an answer that was not passed on. status: 502 or 503. dead: its core is
+dead, and its server is about to exit. unknown: it does not know the request or its model, and may not be the model's
+engine any more."""
+
+LOST: Final = frozenset({"refused", "reset", "dead"})
+"""The kinds after which the engine has to be asked for again."""
+
+Refusal: TypeAlias = Literal["unavailable", "asleep", "dead", "strange"]
+"""An engine's error that is not about the request. unavailable: it cannot serve now. asleep: it could once woken.
+dead, strange: as the failures `dead` and `unknown`."""
 
 UNAVAILABLE: Final = frozenset({502, 503})
 """The statuses of an engine that cannot serve now."""
@@ -83,11 +91,23 @@ def given_up(failures: Sequence[Failure]) -> set[str]:
     return slow | lost
 
 
-def may_have_moved(replica: Replica, failures: Sequence[Failure]) -> bool:
-    """Whether a strange answer may come from another server than the model's engine. Not if its neuron named that URL
-    again after such an answer to the same request."""
-    confirmed = any(each.kind == "unknown" and each.replica.url == replica.url for each in failures)
-    return replica.may_move and not confirmed
+def failure_of(
+    refusal: Refusal, replica: Replica, failures: Sequence[Failure], others: Sequence[Replica]
+) -> FailureKind | None:
+    """The kind of failure if the request is to be retried after this answer, None if the client gets it. `others`: the
+    replicas that the request has not been sent to.
+
+    Dead: once per request, because the request may be what kills the core. Strange: it may come from another server
+    than the model's engine, unless its neuron named that URL again after such an answer. Unavailable: not again from
+    the only engine left, which the control named again after such an answer.
+    """
+    if refusal == "dead":
+        return None if any(each.kind == "dead" for each in failures) else "dead"
+    if refusal == "strange":
+        confirmed = any(each.kind == "unknown" and each.replica.url == replica.url for each in failures)
+        return "unknown" if replica.may_move and not confirmed else None
+    again = any(each.replica.node == replica.node and each.kind == "status" for each in failures)
+    return None if again and not others and refusal == "unavailable" else "status"
 
 
 def untried_first(nodes: Sequence[str], failures: Sequence[Failure]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.protocol import Device, DeviceHealth, Link
+from shared.protocol.interconnect import DevicePath, Pair, paths_between
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Topology:
     def has_gpu(self) -> bool:
         """True when engines run on real GPUs; False on a CPU host and on a simulated one."""
         return bool(self.devices) and not self.simulated
+
+    @property
+    def paths(self) -> Mapping[Pair, DevicePath]:
+        """The path of each pair of devices, in both orders."""
+        return paths_between({device.index: device.numa_node for device in self.devices}, self.links)
 
 
 class TopologySource(Protocol):

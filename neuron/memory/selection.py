@@ -10,18 +10,16 @@ from math import comb
 
 from neuron.gpu.topology import Topology
 from neuron.memory.capacity import GpuCapacity, unusable_reason
-from neuron.memory.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands, paths_between
 from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
+from shared.gpus import in_memory_steps
 from shared.protocol import Device, Parallelism
+from shared.protocol.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands
 
 MAX_SETS = 20_000
 """How many sets of devices are compared one by one: all sets of any size up to 16 devices. With more devices, see
 `_greedy_sets`."""
-_STEP_MB = 1024
-"""Memory left over counts in whole GiB when sets are compared, so that the few MiB by which two idle cards differ do
-not decide."""
 
 Group = tuple[int, ...]
 """Device indices, ascending."""
@@ -166,7 +164,7 @@ class _Scorer:
 
 
 def _scorer(requirement: MemoryRequirement, topology: Topology, capacities: Sequence[GpuCapacity]) -> _Scorer:
-    paths, idle = paths_between(topology), _idle(capacities)
+    paths, idle = topology.paths, _idle(capacities)
     weights = {pair: path.weight for pair, path in paths.items() if idle.issuperset(pair)}
     idle_weights: Counter[int] = Counter()
     for (a, _), weight in weights.items():  # each pair is in the mapping in both orders
@@ -175,10 +173,7 @@ def _scorer(requirement: MemoryRequirement, topology: Topology, capacities: Sequ
         requirement=requirement,
         capacities={device.index: device for device in capacities},
         cards={device.index: (device.name, device.vram_total_mb) for device in topology.devices},
-        left_over={
-            device.index: device.total_mb - _STEP_MB * round((device.total_mb - device.bookable_mb) / _STEP_MB)
-            for device in capacities
-        },
+        left_over={device.index: in_memory_steps(device.bookable_mb, device.total_mb) for device in capacities},
         paths=paths,
         idle_weights=idle_weights,
         weights=weights,
@@ -244,7 +239,7 @@ def _why(groups: Sequence[Group], scorer: _Scorer, topology: Topology, capacitie
         left = sum(scorer.capacities[index].bookable_mb for index in group) - sum(scorer.shares(group))
         fit = "closest fit" if scorer.requirement.size_known else "most free memory, as the model's size is unknown"
         reasons.append(f"{fit}, {left} MiB left over")
-        complete = [island for island in nvlink_islands(topology, _idle(capacities)) if island.isdisjoint(group)]
+        complete = [island for island in nvlink_islands(topology.paths, _idle(capacities)) if island.isdisjoint(group)]
         names = ["+".join(map(str, sorted(island))) for island in complete]
         if names:
             reasons.append(f"keeps NVLinked {', '.join(names)} free")

@@ -32,10 +32,11 @@ from shared.protocol.group import (
     ReachReply,
 )
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
+from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
-from shared.protocol.topology import Device, Discovery, Link, LinkKind
+from shared.protocol.topology import Device, Discovery
 
 __all__ = [
     "ENGINE_KEYS_HEADER",

@@ -40,7 +40,8 @@ class Activation(WireModel):
 
 
 class ModelActivity(WireModel):
-    """Requests of one engine, `instance` as in `ModelView`: running, queued in the engine, and ended since its start; None: unknown.
+    """Requests of one engine, `instance` as in `ModelView`: running, queued in the engine, and ended since its start;
+    None: unknown.
 
     A foreign neuron may limit the requests that run at a time: `max_in_flight`, and `anon_max_in_flight` of those
     without an account. 0 says that it does not know, or has no such limit.

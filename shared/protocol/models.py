@@ -119,9 +119,10 @@ class ModelFacts(WireModel):
 class ModelView(ModelFacts):
     """One entry of `GET /models`. `since` is Unix time of the last change of status.
 
-    A protocol v1 neuron omits the fields that default to None. `instance`: the engine's name among those of the model on
-    that neuron; a neuron that sends none has one engine for each model. `variant`: the label of the load. `state` is a finer `status`, with its `reason`. `cause`
-    classifies a failure (`FailureCause`). `retry_at`: Unix time of the next start of a recovering model.
+    A protocol v1 neuron omits the fields that default to None. `instance`: the engine's name among those of the model
+    on that neuron; a neuron that sends none has one engine for each model. `variant`: the label of the load. `state` is
+    a finer `status`, with its `reason`. `cause` classifies a failure (`FailureCause`). `retry_at`: Unix time of the
+    next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
     `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an engine
     that spans several neurons.

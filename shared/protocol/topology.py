@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import Field
 
 from shared.protocol.base import PROTOCOL_V1, Mib, Text, WireModel
-
-
-class LinkKind(str, Enum):
-    """How two devices reach each other, best first (the legend of `nvidia-smi topo -m`)."""
-
-    NVLINK = "nvlink"  # direct NVLink
-    PIX = "pix"  # same board or at most one PCIe switch
-    PXB = "pxb"  # several PCIe switches, no host bridge
-    PHB = "phb"  # through a PCIe host bridge
-    NODE = "node"  # through host bridges of one NUMA node
-    SYS = "sys"  # between NUMA nodes
+from shared.protocol.interconnect import DevicePath, Link, Pair, paths_between
 
 
 class Device(WireModel):
@@ -36,15 +27,6 @@ class Device(WireModel):
     numa_node: int | None = None
     mig_mode: bool | None = None  # None: the device does not support MIG
     lost: str | None = None  # why the device is unusable, None if it is usable
-
-
-class Link(WireModel):
-    """The path between the devices with the indices `a` < `b`; `nvlinks` is the number of active NVLinks."""
-
-    a: int
-    b: int
-    kind: LinkKind
-    nvlinks: int = 0
 
 
 class Discovery(WireModel):
@@ -70,3 +52,17 @@ class Discovery(WireModel):
     leases: bool = False
     instances: bool = False
     groups: bool = False
+
+    @cached_property
+    def paths(self) -> Mapping[Pair, DevicePath]:
+        """The path of each pair of devices, in both orders."""
+        return paths_between({device.index: device.numa_node for device in self.devices}, self.links)
+
+    @cached_property
+    def path_weights(self) -> Mapping[int, Mapping[int, int]]:
+        """By device, the `DevicePath.weight` of its path to each other device, without those of 0."""
+        found: dict[int, dict[int, int]] = {}
+        for (a, b), path in self.paths.items():
+            if path.weight:
+                found.setdefault(a, {})[b] = path.weight
+        return found

@@ -18,6 +18,7 @@ from tests.contract.documents import TOP
 PACKAGES = {"cortex": {"neuron"}, "neuron": {"cortex"}, "shared": {"cortex", "neuron"}}
 SOURCES = {package: sorted((TOP / package).rglob("*.py")) for package in PACKAGES}
 ALL_SOURCES = [path for paths in SOURCES.values() for path in paths]
+PURE_LIBRARIES = {"__future__", "collections", "enum", "functools", "itertools", "math", "typing"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
 _DECLARED = re.compile(r"\bPure\b|\bNo I/O\b")
@@ -99,7 +100,7 @@ def test_decisions_are_pure(path: Path) -> None:
 def test_wire_models_import_no_server() -> None:
     """The protocol can be used without a server."""
     for path in (TOP / "shared" / "protocol").glob("*.py"):
-        assert imported(path) <= {"__future__", "typing", "enum", "collections", "math", "pydantic", "shared"}, path
+        assert imported(path) <= {*PURE_LIBRARIES, "pydantic", "shared"}, path
 
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(TOP)))

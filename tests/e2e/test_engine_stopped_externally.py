@@ -1,19 +1,22 @@
-"""An engine gets SIGTERM from outside its neuron: it closes its socket before it exits."""
+"""An engine is stopped, or its core is killed, from outside its neuron: requests wait for the next engine."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.cortex.cortex_process import cortex_process
 from tests.e2e.eviction.test_eviction_memory import Address
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
-from tests.neuron.sim_process import free_port
+from tests.neuron.sim_process import core_of, free_port
 
 __all__ = ["mark"]
 
@@ -21,8 +24,21 @@ MODEL = "org/model"
 EVERY_SECS, SECS = 0.03, 1.5
 
 
-async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path) -> None:
-    """Connections are refused while the neuron still reports the model as loaded: requests wait for the next engine."""
+_PLAIN: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+}
+_LONG = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("core", [False, True])
+async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path, core: bool) -> None:
+    """The neuron still reports the model as loaded. After SIGTERM the engine closes its port before it exits; the
+    server of a killed core answers every request with 500 first. Requests that have heard nothing yet wait for the next
+    engine."""
     port = free_port()
     config = toml_config(tmp_path, f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"')
     async with (
@@ -31,18 +47,25 @@ async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path) -> N
         cortex_process(tmp_path, [Address(port)], [{"id": MODEL, "harness": "sim", "vram_mb": 4000}]) as cortex,
     ):
 
-        async def ask(tokens: int = 1, *, stream: bool = False) -> tuple[int, str]:
-            body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
-            async with http.post(f"{cortex.url}/v1/completions", json=body) as response:
-                return response.status, await response.text() if response.status != 200 else ""
+        async def ask(path: str, fields: dict[str, Any], *, stream: bool = False) -> tuple[int, str]:
+            async with http.post(cortex.url + path, json={"model": MODEL, "stream": stream, **fields}) as response:
+                text = await response.text()
+                return response.status, text if response.status != 200 or re.search('"error": ?{', text) else ""
 
-        assert await ask() == (200, "")
-        under_way = [asyncio.create_task(ask(2000, stream=True)) for _ in range(20)]
+        assert await ask("/v1/completions", _PLAIN["/v1/completions"]) == (200, "")
+        under_way = [asyncio.create_task(ask("/v1/completions", _LONG, stream=True)) for _ in range(20)]
+        plain = [asyncio.create_task(ask("/v1/completions", _LONG)) for _ in range(20 if core else 0)]
         await asyncio.sleep(EVERY_SECS)
-        os.kill((await neuron.model(MODEL))["pid"], signal.SIGTERM)
+        engine = (await neuron.model(MODEL))["pid"]
+        if core:
+            os.kill(core_of(engine), signal.SIGKILL)
+        else:
+            os.kill(engine, signal.SIGTERM)
         asked = []
-        for _ in range(int(SECS / EVERY_SECS)):
+        for number in range(int(SECS / EVERY_SECS)):
             await asyncio.sleep(EVERY_SECS)  # paces the load
-            asked.append(asyncio.create_task(ask()))
-        assert [answer for answer in await asyncio.gather(*asked) if answer != (200, "")] == []
+            path = list(_PLAIN)[number % len(_PLAIN)]
+            streamed = path != "/v1/messages/count_tokens" and number % 2 == 0
+            asked.append(asyncio.create_task(ask(path, _PLAIN[path], stream=streamed)))
+        assert [answer for answer in await asyncio.gather(*plain, *asked) if answer != (200, "")] == []
         await asyncio.gather(*under_way)

@@ -15,7 +15,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_state import Resolving
 from cortex.proxy.translation.translatable_request import TranslatableRequest
-from cortex.routing.replica import UNAVAILABLE, Replica
+from cortex.routing.replica import Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
 from cortex.upstream.address import Address
 
@@ -31,11 +31,11 @@ class NewResponse(TranslatableRequest):
         super().__init__(context, client, request, caller)
         self._continues = False  # sent to the engine that has the previous response
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
+    def refused(self, status: int, refusal: Refusal) -> bool:
         """Another engine would only say that it does not have the previous response: the client can retry."""
-        if self._continues and not self._failures and status in UNAVAILABLE and not asleep:
+        if self._continues and not self._failures and refusal in ("unavailable", "dead"):
             return False
-        return super().refused(status, asleep=asleep)
+        return super().refused(status, refusal)
 
     def _route(self, model_id: str) -> None:
         only_one = len(self._context.control.table.get(model_id, ())) == 1

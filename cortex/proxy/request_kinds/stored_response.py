@@ -12,7 +12,7 @@ from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_state import Resolving
-from cortex.routing.replica import FailureKind, Replica
+from cortex.routing.replica import FailureKind, Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
@@ -54,7 +54,7 @@ class StoredResponse(RequestHandler):
         self._fail(reason, kind)
         self._refuse(self._unknown())
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
+    def refused(self, status: int, refusal: Refusal) -> bool:
         return False
 
     async def _find_owner(self) -> None:

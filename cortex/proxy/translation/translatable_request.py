@@ -8,6 +8,7 @@ from time import monotonic
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
+from cortex.proxy.answers.held_answer import HeldAnswer
 from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
@@ -15,9 +16,9 @@ from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.interface import CHAT_PATH, Translation
-from cortex.proxy.translation.probing_relay import HeldAnswer, ProbingRelay
+from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
-from cortex.routing.replica import UNAVAILABLE, FailureKind, Replica, untried
+from cortex.routing.replica import FailureKind, Refusal, Replica, untried
 from cortex.upstream.address import Address
 from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
@@ -50,11 +51,11 @@ class TranslatableRequest(RequestHandler):
         self._attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
 
-    def refused(self, status: int, *, asleep: bool) -> bool:
+    def refused(self, status: int, refusal: Refusal) -> bool:
         translation = self._translation
-        if translation is not None and translation.path != CHAT_PATH and status not in UNAVAILABLE:
+        if translation is not None and translation.path != CHAT_PATH and refusal == "strange":
             return False  # an engine without this path, such as `/tokenize`, is still the model's
-        return super().refused(status, asleep=asleep)
+        return super().refused(status, refusal)
 
     def done(self) -> None:
         state = self._state

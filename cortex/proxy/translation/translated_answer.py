@@ -12,10 +12,10 @@ from cortex.http.event_stream import is_event_stream
 from cortex.http.framing import ChunkedBody, SizedBody
 from cortex.http.heads import ResponseHead
 from cortex.proxy.answers.answer import Answer
+from cortex.proxy.answers.held_answer import HeldAnswer
 from cortex.proxy.translation.chat_answer import as_stream
 from cortex.proxy.translation.interface import StreamTranslation, Translation
 from cortex.proxy.translation.lacking import lacks_path
-from cortex.proxy.translation.probing_relay import HeldAnswer
 from cortex.upstream.connection import Body
 from shared.errors import ServiceError
 

@@ -88,6 +88,9 @@ WORK: dict[str, Handler] = {
 }
 """POST routes that need the model."""
 
+_WORK_OF_THE_CORE = frozenset(WORK) - {"/tokenize", "/detokenize"}
+"""With a dead core vLLM answers these with 500, streams too."""
+
 _NOT_CHAT = ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
 
 VIEWS: dict[str, Handler] = {
@@ -104,6 +107,8 @@ VIEWS: dict[str, Handler] = {
 async def _envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
     anthropic = request.path.startswith("/v1/messages")
     try:
+        if request.path in _WORK_OF_THE_CORE:
+            request.app[ENGINE].check_core()
         return await handler(request)
     except errors.ApiError as error:
         return errors.response(error, anthropic=anthropic)

@@ -208,7 +208,7 @@ class SimEngine:
             answer.token_count += 1 if step.text else 0
             if step.finish is not None:
                 answer.finish = step.finish
-        self._check_core()
+        self.check_core()
         return whole
 
     async def read(self, texts: list[str]) -> int:
@@ -224,7 +224,7 @@ class SimEngine:
                 if Fault.HANG in self.settings.faults:
                     await self._pause_until(float("inf"))
                 await self._pause_until(clock.time() + self._prompt_secs)
-                self._check_core()
+                self.check_core()
                 read = sum(tokens.count(text) for text in texts)
                 self.metrics.prompt_tokens += read
                 outcome = "stop"
@@ -262,7 +262,11 @@ class SimEngine:
         slow = faults.threshold(Fault.SLOW_PREFILL) if Fault.SLOW_PREFILL in faults else 0.0
         return self.settings.ttft_secs + slow
 
-    def _check_core(self) -> None:
+    def check_core(self) -> None:
+        """
+        Raises:
+            CoreDied: the core is dead.
+        """
         if self.core_dead:
             raise CoreDied(self.abort_message)
 

@@ -116,6 +116,8 @@ def test_aliases(tmp_path: Path) -> None:
             "[[models]]\nid = 'a'\nparallel = { tensor = 8, pipeline = 8, data = 2 }",
             "models[0].parallel: tensor 8 x pipeline 8 x data 2 needs 128 devices, at most 64 are possible",
         ),
+        ("[[models]]\nid = 'a'\nreplicas = { per_node = 0 }", "models[0].replicas.per_node = 0: must be at least 1"),
+        ("[[models]]\nid = 'a'\nreplicas = { min = 3, max = 2 }", "max (2) is below min (3)"),
         ("[[models]]\nid = 'a'\nmin_device_vram_mb = -1", "models[0].min_device_vram_mb = -1: "),
         ("[[models]]\nid = 'a'\npinned_on = 'beast'", "models[0].pinned_on = 'beast': "),
         ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),

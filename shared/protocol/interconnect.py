@@ -1,17 +1,36 @@
-"""How well devices are connected, for the choice of devices that work together. Pure."""
+"""How well the devices of a host are connected, for the choice of devices that work together. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from enum import IntEnum
+from collections.abc import Collection, Iterable, Mapping
+from enum import Enum, IntEnum
 from itertools import combinations
 from typing import NamedTuple
 
-from neuron.gpu.topology import Topology
-from shared.protocol import Link, LinkKind
+from shared.protocol.base import WireModel
 
 Pair = tuple[int, int]
 _CLASS_FACTOR = 100_000  # more than the paths of any host: one path of a better class weighs more than all of a worse
+
+
+class LinkKind(str, Enum):
+    """How two devices reach each other, best first (the legend of `nvidia-smi topo -m`)."""
+
+    NVLINK = "nvlink"  # direct NVLink
+    PIX = "pix"  # same board or at most one PCIe switch
+    PXB = "pxb"  # several PCIe switches, no host bridge
+    PHB = "phb"  # through a PCIe host bridge
+    NODE = "node"  # through host bridges of one NUMA node
+    SYS = "sys"  # between NUMA nodes
+
+
+class Link(WireModel):
+    """The path between the devices with the indices `a` < `b`; `nvlinks` is the number of active NVLinks."""
+
+    a: int
+    b: int
+    kind: LinkKind
+    nvlinks: int = 0
 
 
 class LinkClass(IntEnum):
@@ -70,15 +89,16 @@ _CLASSES = {
 }
 
 
-def paths_between(topology: Topology) -> Mapping[Pair, DevicePath]:
-    """The path of each pair of devices by their indices, in both orders."""
-    links = {(link.a, link.b): link for link in topology.links}
+def paths_between(numa_nodes: Mapping[int, int | None], links: Iterable[Link]) -> Mapping[Pair, DevicePath]:
+    """The path of each pair of devices by their indices, in both orders. `numa_nodes` is by device index; None:
+    unknown."""
+    known = {(link.a, link.b): link for link in links}
     found: dict[Pair, DevicePath] = {}
-    for a, b in combinations(topology.devices, 2):
-        path = _path_of(links.get((min(a.index, b.index), max(a.index, b.index))))
-        if path.link_class is LinkClass.UNKNOWN and a.numa_node is not None and a.numa_node == b.numa_node:
+    for a, b in combinations(numa_nodes, 2):
+        path = _path_of(known.get((min(a, b), max(a, b))))
+        if path.link_class is LinkClass.UNKNOWN and numa_nodes[a] is not None and numa_nodes[a] == numa_nodes[b]:
             path = path._replace(link_class=LinkClass.NUMA_NODE)
-        found[a.index, b.index] = found[b.index, a.index] = path
+        found[a, b] = found[b, a] = path
     return found
 
 
@@ -88,11 +108,11 @@ def _path_of(link: Link | None) -> DevicePath:
     return DevicePath(_CLASSES.get(link.kind, LinkClass.UNKNOWN), -link.nvlinks, _KINDS.index(link.kind))
 
 
-def nvlink_islands(topology: Topology, among: Collection[int]) -> list[frozenset[int]]:
+def nvlink_islands(paths: Mapping[Pair, DevicePath], among: Collection[int]) -> list[frozenset[int]]:
     """The sets of two or more devices of `among` that are connected by NVLink, directly or through other devices of the
     set."""
     found = [frozenset((index,)) for index in sorted(among)]
-    for pair, path in paths_between(topology).items():
+    for pair, path in paths.items():
         if path.link_class is LinkClass.NVLINK and set(among).issuperset(pair):
             joined = [island for island in found if not island.isdisjoint(pair)]
             found = [*(island for island in found if island not in joined), frozenset().union(*joined)]
