@@ -79,6 +79,8 @@ async def load(request: web.Request) -> web.Response:
         if not keyed:
             command = command.model_copy(update={"model_id": plain_id(command.model_id)})
         load_request = await services.registry.load(command, carries_keys=keyed)
+        if command.group is not None:
+            services.group_listeners.close(command.group.id)
         if not keyed:
             await services.v1.loads(command.model_id)
         if not wait:
