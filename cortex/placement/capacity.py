@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
@@ -60,9 +61,15 @@ class ResidentModel:
     reload_secs: float
     cost: float
     asleep: bool = False
-    held_by_min_replicas: bool = False
-    """Held by `replicas.min`: only a model with a higher priority may evict it."""
+    spare_replicas: int | None = None
+    """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
+    None: any number."""
     protected: str | None = None
+
+    @property
+    def held_by_min_replicas(self) -> bool:
+        """Whether only a model with a higher priority may evict it."""
+        return self.spare_replicas is not None and self.spare_replicas <= 0
 
 
 def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCapacity]:
@@ -211,11 +218,14 @@ def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> Resid
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
-        held_by_min_replicas=profile is not None and _others_serving(view, node, entry.id) < profile.replicas.min,
+        spare_replicas=None if profile is None else _spare_replicas(view, profile, node),
         protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
     )
 
 
-def _others_serving(view: PlanningView, node: NodeSnapshot, model_id: str) -> int:
-    """Replicas that would remain without the one on this node."""
-    return sum(each.name != node.name and not each.draining for each in view.fleet.serving(model_id))
+def _spare_replicas(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> int | None:
+    """How many replicas of the model may go, this one being one of them."""
+    if not profile.replicas.min:
+        return None
+    others = sum(each.name != node.name and not each.draining for each in view.fleet.serving(profile.id))
+    return others + 1 - profile.replicas.min

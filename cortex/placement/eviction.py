@@ -8,8 +8,9 @@ freed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from cortex.placement.capacity import ResidentModel
@@ -111,6 +112,15 @@ def protection_reason(resident: ResidentModel, priority: int) -> str | None:
     return None
 
 
+def evictable_residents(residents: Iterable[ResidentModel], priority: int) -> list[ResidentModel]:
+    """Those that a newcomer with this priority may evict; of models with a lower one it may evict every replica."""
+    return [
+        each if each.priority == priority else replace(each, spare_replicas=None)
+        for each in residents
+        if protection_reason(each, priority) is None
+    ]
+
+
 def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float, load_secs: float) -> Eviction:
     """What evicting this resident takes, for a model that has waited since `since` and loads in `load_secs`.
 
@@ -174,8 +184,9 @@ def plan_evictions(missing_mb: Mapping[int, int], evictable: Sequence[Eviction])
         return None
     if len(holders) <= MAX_EXHAUSTIVE:
         plans = (EvictionPlan(chosen) for chosen in _minimal(missing_mb, holders))
-        return min(plans, key=lambda plan: (plan.order, plan.names))
-    return EvictionPlan(_cheapest_first(missing_mb, holders))
+        return min(plans, key=lambda plan: (plan.order, plan.names), default=None)
+    cheapest = _cheapest_first(missing_mb, holders)
+    return None if cheapest is None else EvictionPlan(cheapest)
 
 
 def _minimal(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> Iterator[tuple[Eviction, ...]]:
@@ -185,15 +196,28 @@ def _minimal(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> It
         if any(bits & smaller == smaller for smaller in sufficient):
             continue
         chosen = tuple(each for position, each in enumerate(evictable) if bits >> position & 1)
-        if free_enough(missing_mb, chosen):
+        if free_enough(missing_mb, chosen) and len(_within_minimums(chosen)) == len(chosen):
             sufficient.append(bits)
             yield chosen
 
 
-def _cheapest_first(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> tuple[Eviction, ...]:
+def _within_minimums(evictions: Sequence[Eviction]) -> list[Eviction]:
+    """The first of them that may be evicted together: each model keeps its `replicas.min`."""
+    gone: Counter[str] = Counter()
+    kept: list[Eviction] = []
+    for each in evictions:
+        model_id, spare = each.resident.key[0], each.resident.spare_replicas
+        if spare is None or gone[model_id] < spare:
+            gone[model_id] += 1
+            kept.append(each)
+    return kept
+
+
+def _cheapest_first(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> tuple[Eviction, ...] | None:
     alone = [(each, EvictionPlan((each,))) for each in evictable]
     alone.sort(key=lambda pair: (pair[1].eviction_class, pair[1].cost_per_mb, pair[1].order, pair[1].names))
-    return first_sufficient(missing_mb, [each for each, _ in alone])
+    together = _within_minimums([each for each, _ in alone])
+    return first_sufficient(missing_mb, together) if free_enough(missing_mb, together) else None
 
 
 def first_sufficient(missing_mb: Mapping[int, int], ordered: Iterable[Eviction]) -> tuple[Eviction, ...]:

@@ -41,6 +41,7 @@ from cortex.placement.eviction import (
     EvictionClass,
     EvictionPlan,
     assess_eviction,
+    evictable_residents,
     free_enough,
     plan_evictions,
     plan_evictions_each,
@@ -252,7 +253,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     )
     assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
-    evictable = [assess(each) for each in others if protection_reason(each, priority) is None]
+    evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
     own = [
         Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.key[0] == model_id and each.asleep

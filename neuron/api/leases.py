@@ -10,7 +10,8 @@ from shared.errors import Unavailable
 from shared.protocol import LEASE_SECS, LeaseCommand, LeaseReply
 
 MAX_LEASES = 10_000
-"""A lease takes about a KiB at most."""
+MAX_NODES = 32
+"""The latest ones of a lease. A lease takes about 2 KiB, at most 10."""
 REMEMBERED_SECS = 5.0
 """How long the end of a lease is remembered: another cortex may not have heard yet what was loaded under it."""
 
@@ -18,7 +19,7 @@ REMEMBERED_SECS = 5.0
 @dataclass
 class _Lease:
     holder: str
-    node: str
+    nodes: tuple[str, ...]  # where it loads the model, the latest first
     until: float  # monotonic
 
 
@@ -42,14 +43,22 @@ class LeaseTable:
                 known.until = min(known.until, now)
             return LeaseReply(granted=False)
         if known is not None and others and known.until > now:
-            return LeaseReply(granted=False, node=known.node)
+            return _reply(known, granted=False)
         if known is None and len(self._leases) >= MAX_LEASES:
             self._forget(now)
-        self._leases[command.model_id] = _Lease(command.holder, command.node, now + LEASE_SECS)
-        recent = known is not None and others and known.until + REMEMBERED_SECS > now
-        return LeaseReply(granted=True, node=known.node if known is not None and recent else None)
+        recent = known is not None and known.until + REMEMBERED_SECS > now
+        before = known.nodes if known is not None and recent and not others else ()
+        nodes = (command.node, *(node for node in before if node != command.node))[:MAX_NODES]
+        self._leases[command.model_id] = _Lease(command.holder, nodes, now + LEASE_SECS)
+        if known is not None and recent and others:
+            return _reply(known, granted=True)
+        return LeaseReply(granted=True)
 
     def _forget(self, now: float) -> None:
         self._leases = {model: lease for model, lease in self._leases.items() if lease.until + REMEMBERED_SECS > now}
         if len(self._leases) >= MAX_LEASES:
             raise Unavailable("too many leases on loads", retry_after=LEASE_SECS)
+
+
+def _reply(lease: _Lease, *, granted: bool) -> LeaseReply:
+    return LeaseReply(granted=granted, node=lease.nodes[0], nodes=list(lease.nodes))

@@ -64,5 +64,6 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         version=__version__,
         cuda_unavailable_reason=topology.cuda_unavailable_reason,
         leases=True,
+        instances=True,
         groups=True,
     )

@@ -108,10 +108,11 @@ class LeaseCommand(WireModel):
 
 class LeaseReply(WireModel):
     """Reply to `POST /models/lease`. `node`: where another cortex loads the model; if the lease is `granted`, where one
-    has loaded it, or failed to, a moment ago."""
+    has loaded it, or failed to, a moment ago. `nodes`: all of them, if it loads several instances."""
 
     granted: bool
     node: str | None = None
+    nodes: list[str] = Field(default_factory=list)
 
 
 class EndpointReply(WireModel):

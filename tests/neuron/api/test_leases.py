@@ -44,6 +44,27 @@ def test_the_first_gets_the_lease_and_others_learn_where_it_loads(table: LeaseTa
     assert asked(table, "two", "b") == (False, "c")
 
 
+def test_one_lease_is_for_loads_on_several_neurons(table: LeaseTable) -> None:
+    """The next holder learns of all of them, the latest first, and of none of an earlier lease."""
+    for node in "abac":
+        assert asked(table, "one", node) == (True, None)
+    two = LeaseCommand(model_id="m", holder="two", node="d")
+    assert table.apply(two) == LeaseReply(granted=False, node="c", nodes=["c", "a", "b"])
+    asked(table, "one", None)
+    assert table.apply(two) == LeaseReply(granted=True, node="c", nodes=["c", "a", "b"])
+    asked(table, "two", None)
+    asked(table, "one", "e")
+    assert table.apply(two) == LeaseReply(granted=False, node="e", nodes=["e"])
+
+
+def test_a_lease_remembers_a_bounded_number_of_neurons(table: LeaseTable) -> None:
+    """The latest."""
+    for number in range(leases.MAX_NODES + 2):
+        asked(table, "one", f"n{number}")
+    nodes = table.apply(LeaseCommand(model_id="m", holder="two", node="x")).nodes
+    assert (len(nodes), nodes[-1]) == (leases.MAX_NODES, "n2")
+
+
 def test_a_lease_ends_with_its_time_unless_it_is_renewed(table: LeaseTable, clock: Clock) -> None:
     """The holder may have died."""
     asked(table, "one", "a")
