@@ -102,10 +102,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
         memory = EngineMemory(config, source)
-        keys = EngineKeys(
-            config.engine_keys, has_token=config.bearer_token is not None, path=state.path / V1_CALLERS_FILE
-        )
-        await keys.read()
+        keys = await _engine_keys(config, state)
         numbers = itertools.count(first_number)
         spares = Spares(config, state, numbers, memory.sleep_budget)
         stack.push_async_callback(spares.close)
@@ -149,3 +146,10 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             leases=LeaseTable(),
             group_listeners=group_listeners,
         )
+
+
+async def _engine_keys(config: NeuronConfig, state: StateDir) -> EngineKeys:
+    has_token = config.bearer_token is not None
+    keys = EngineKeys(config.engine_keys, has_token=has_token, path=state.path / V1_CALLERS_FILE)
+    await keys.read()
+    return keys

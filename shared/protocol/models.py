@@ -124,8 +124,8 @@ class ModelView(ModelFacts):
     a finer `status`, with its `reason`. `cause` classifies a failure (`FailureCause`). `retry_at`: Unix time of the
     next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
-    `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an engine
-    that spans several neurons.
+    `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an
+    engine that spans several neurons.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
     Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine

@@ -24,11 +24,11 @@ class PartLost(Exception):
 
 class GroupLink:
     """The connections of one part: rank 0 has one to each other part, the others one to rank 0. `lost` is set when one
-    of them ends."""
+    of them ends. An engine on one host has none."""
 
-    def __init__(self, node: NodeOfGroup) -> None:
+    def __init__(self, node: NodeOfGroup | None) -> None:
         self.lost = asyncio.Event()
-        self._node = node
+        self._node = node or NodeOfGroup(1, 0, "", 0)
         self._server: asyncio.Server | None = None
         self._peers: dict[int, asyncio.StreamWriter] = {}
         self._complete = asyncio.Event()
@@ -36,6 +36,19 @@ class GroupLink:
         self._all_ready = asyncio.Event()
         self._watching: set[asyncio.Task[None]] = set()
         self._on_lost: Callable[[], None] | None = None
+
+    async def __aenter__(self) -> GroupLink:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Ends the connections."""
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        for writer in self._peers.values():
+            writer.close()
+        if self._server is not None:
+            self._server.close()
 
     async def meet(self) -> None:
         """Returns when all parts are there.
@@ -45,6 +58,8 @@ class GroupLink:
             PartLost: a part did not come within ten minutes.
         """
         node = self._node
+        if node.count == 1:
+            return
         world = f"world_size={node.count} rank={node.rank} distributed_init_method=tcp://{node.address}:{node.port}"
         console.log("EngineCore", "parallel_state.py:1906", f"{world} backend=gloo")
         if node.rank == 0:
@@ -56,7 +71,7 @@ class GroupLink:
         """This part has loaded. Rank 0 returns when all have."""
         if self._node.rank:
             self._peers[0].write(_READY)
-        else:
+        elif self._node.count > 1:
             await self._all_ready.wait()
 
     def when_lost(self, call: Callable[[], None]) -> None:
@@ -64,16 +79,6 @@ class GroupLink:
         self._on_lost = call
         if self.lost.is_set():
             call()
-
-    async def close(self) -> None:
-        """Ends the connections."""
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
-        for writer in self._peers.values():
-            writer.close()
-        if self._server is not None:
-            self._server.close()
 
     async def _receive_all(self) -> None:
         self._server = await asyncio.start_server(self._receive, self._node.address, self._node.port)

@@ -83,28 +83,19 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
     if Fault.SPAWN_CHILD in settings.faults:
         spawn_stubborn_child()
     if Fault.UNSUPPORTED_MODEL in settings.faults:
-        report_unsupported_model()
-        return 1
+        return report_unsupported_model()
     async with contextlib.AsyncExitStack() as cleanup:
         sock = None if settings.headless else cleanup.enter_context(bind(settings.host, settings.port))
         memory = DeviceMemory.from_environment(os.environ, holder=core.pid)
-        link = None if settings.group is None else GroupLink(settings.group)
-        if link is not None:
-            cleanup.push_async_callback(link.close)
+        link = await cleanup.enter_async_context(GroupLink(settings.group))
         try:
             if not await _unless(ended, _load(settings, memory, core, link)):
-                if stop.is_set():
-                    return 0
-                report_failed_start(-signal.SIGKILL)
-                return 1
+                return 0 if stop.is_set() else report_failed_start(-signal.SIGKILL)
         except OutOfMemory as error:
-            report_out_of_memory(error, core.pid)
-            return 1
+            return report_out_of_memory(error, core.pid)
         except PartLost as error:
-            report_lost_part(error, core.pid)
-            return 1
-        if link is not None:
-            link.when_lost(engine.hang)
+            return report_lost_part(error, core.pid)
+        link.when_lost(engine.hang)
         if Fault.LOSE_EARLY_SIGTERM in settings.faults:
             loop.add_signal_handler(signal.SIGTERM, stop_now)
         loop.add_signal_handler(signal.SIGUSR1, engine.hang)
@@ -116,11 +107,8 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
     return 0
 
 
-async def _load(settings: EngineSettings, memory: DeviceMemory, core: EngineCore, link: GroupLink | None) -> None:
+async def _load(settings: EngineSettings, memory: DeviceMemory, core: EngineCore, link: GroupLink) -> None:
     """Raises OutOfMemory, or PartLost."""
-    if link is None:
-        await load(settings, memory, core.pid)
-        return
     await link.meet()
     if not await _unless(link.lost, load(settings, memory, core.pid)) or not await _unless(link.lost, link.finish()):
         raise PartLost("Connection closed by peer")
