@@ -303,7 +303,7 @@ class Loader:
         job.loading_since = started_at = started
         node, client = self._node(plan.node), self._client(plan.node)
         fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
-        command = load_command(plan, profile, node)
+        command = load_command(plan, self._live.catalogue.profile(plan.requested.name), node)
         asleep = node.status_of(plan.model_id) is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
         wait = (asleep and plan.wakes) or not self._has_extensions(plan.node)
@@ -332,7 +332,7 @@ class Loader:
             started_at = await self.until_loaded(plan.model_id, plan.node) or started
         took = self._clock() - started
         # Without the wait for another engine's last requests: the next exchange need not be as slow.
-        self._state.set_load_secs(plan.model_id, plan.node, self._clock() - started_at)
+        self._state.set_load_secs(plan.requested.name, plan.node, self._clock() - started_at)
         self._fleet.loaded(
             plan.node, plan.model_id, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint
         )

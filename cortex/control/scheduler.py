@@ -23,8 +23,8 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
-from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
-from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
+from cortex.placement.node_plan import LoadPlan
+from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from cortex.routing.replica import ANY_NODE, ReplicaKey
@@ -203,7 +203,7 @@ class Scheduler:
         Raises:
             ServiceError: it cannot be placed.
         """
-        self._backoffs.clear(model_id)
+        self._backoffs.clear(self._live.catalogue.names_of(model_id))
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -224,14 +224,14 @@ class Scheduler:
             node = view.fleet.nodes[node_name]
             if node.is_loading(model_id):
                 return None
-            placed = plan_on_node(view, profile, node)
-            if isinstance(placed, Rejection):
+            verdict = plan_variant(view, profile, node)
+            if verdict.plan is None:
                 raise Conflict(
-                    f"{node_name} cannot load {model_id!r} now: {placed.reason}",
+                    f"{node_name} cannot load {model_id!r} now: {verdict.reason}",
                     code=ErrorCode.INSUFFICIENT_VRAM,
                     param="node",
                 )
-            plan = placed
+            plan = verdict.plan
         return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
@@ -296,7 +296,7 @@ class Scheduler:
             elif job.elsewhere is not None:
                 self._backoffs.record_load_elsewhere(job.model_id, job.elsewhere)
             elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
-                self._backoffs.record_success(job.model_id, job.node)
+                self._backoffs.record_success(job.plan.requested, job.node)
         finally:
             self._queue.notify(job.model_id)
             self._wake.set()
@@ -305,24 +305,26 @@ class Scheduler:
         cause = failure.cause
         if failure.no_memory:
             if failure.needed_mb is not None and failure.needed_mb != job.plan.device_share_mb:
-                self._observed_share_mb[job.model_id] = failure.needed_mb
+                self._observed_share_mb[job.plan.requested.name] = failure.needed_mb
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
-        self._backoffs.record_failure(job.model_id, job.node, cause, str(failure), permanent=failure.permanent)
+        name = job.plan.requested.name
+        self._backoffs.record_failure(name, job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""
         view = self.view()
-        profile = view.profile(job.model_id)
+        profile = view.profile(job.plan.requested.name)
         node = view.fleet.nodes.get(job.node)
-        found = None if profile is None or node is None else plan_on_node(view, profile, node)
-        return not isinstance(found, LoadPlan) or found.rank != job.plan.rank
+        found = None if profile is None or node is None else plan_variant(view, profile, node).plan
+        return found is None or found.rank != job.plan.rank
 
     def _record_size(self, node: NodeSnapshot, model_id: str) -> None:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
         profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
-        if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
-            self._observed_share_mb[model_id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
+        choice = None if profile is None else profile.choice(view.variant if profile.variants else None)
+        if choice is not None and choice.vram_mb is None and view.vram_booked_mb:
+            self._observed_share_mb[choice.requested.name] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
     def _track_foreign_load(self, node: NodeSnapshot, model_id: str) -> None:
         """Records how a load ends that others started and our requests wait for."""
@@ -333,11 +335,13 @@ class Scheduler:
             return
         if key in self._foreign_loads:
             self._foreign_loads.discard(key)
+            requested = self._live.catalogue.running(model_id, view.variant)
             if view.known_status is ModelStatus.LOADED:
-                self._backoffs.record_success(model_id, node.name)
+                self._backoffs.record_success(requested, node.name)
             elif view.known_status is ModelStatus.FAILED:
-                reason = f"loading {model_id!r} on {node.name} failed: {view.error or 'no reason given'}"
-                self._backoffs.record_failure(model_id, node.name, cause_of(view), reason, permanent=is_permanent(view))
+                reason = f"loading {requested.name!r} on {node.name} failed: {view.error or 'no reason given'}"
+                cause, permanent = cause_of(view), is_permanent(view)
+                self._backoffs.record_failure(requested.name, node.name, cause, reason, permanent=permanent)
 
     def _expect_foreign_load(self, model_id: str, node: str) -> None:
         if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):

@@ -21,12 +21,14 @@ from shared.protocol import (
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM reserved for a load in progress: `device_share_mb` MiB on each of the devices."""
+    """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
+    devices."""
 
     model_id: str
     node: str
     devices: tuple[int, ...]
     device_share_mb: int
+    variant: str | None = None
 
 
 @dataclass(frozen=True)

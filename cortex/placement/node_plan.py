@@ -1,8 +1,9 @@
 """What one node can do for a model: on which devices it fits, what to evict for it, or why it does not fit. Pure.
 
 Preferences in order: waking it where it sleeps; free memory; memory freed by evictions, cheapest first (see
-`eviction`); devices where no other engine is starting, else the shortest wait (see `starts`); a neuron that already
-knows the model; the tightest fit, so that large cards stay free for large models; the best connected devices; the name.
+`eviction`); devices where no other engine is starting, else the shortest wait (see `starts`); the better variant; a
+neuron that already knows the model; the tightest fit, so that large cards stay free for large models; the best
+connected devices; the name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import ModelProfile, RequestedModel
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.capacity import (
     DeviceCapacity,
@@ -65,7 +66,7 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where to load a model, and what to evict for it.
+    """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
 
     `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
     until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
@@ -80,6 +81,7 @@ class LoadPlan:
     fit: Fit
     spare_mb: int
     reserve_mb: int
+    variant: str | None = None
     eviction_plan: EvictionPlan = NO_EVICTIONS
     ready_at: float = float("-inf")
     expected_secs: float | None = None
@@ -89,7 +91,11 @@ class LoadPlan:
 
     @property
     def reason(self) -> str:
-        return f"{self.node}: {self.fit_reason}"
+        return (
+            f"{self.node}: {self.fit_reason}"
+            if self.variant is None
+            else f"{self.node}: {self.variant} {self.fit_reason}"
+        )
 
     @property
     def fit_reason(self) -> str:
@@ -115,9 +121,14 @@ class LoadPlan:
         return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
 
     @property
+    def requested(self) -> RequestedModel:
+        """The model, or the variant of it that is loaded."""
+        return RequestedModel(self.model_id, self.variant)
+
+    @property
     def reservation(self) -> Reservation:
         """The memory reserved while the plan is carried out."""
-        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb)
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.variant)
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,8 @@ class _Candidate:
 
 
 def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
-    """The best a feasible node can do for the model, or why it can do nothing now. Ignores health."""
+    """The best a feasible node can do for the model in one of its `choices`, or why it can do nothing now. Ignores
+    health."""
     candidate = _candidate(view, profile, node)
     memory, needed_mb = candidate.memory, candidate.needed_mb
     if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
@@ -215,6 +227,8 @@ def _wake_mb(
     entry = node.models.get(profile.id)
     if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
         return {}
+    if profile.variant is not None and entry.variant != profile.variant:
+        return {}
     if reports_bookable_memory(node) and not share:
         return {index: memory[index].sleeping_mb for index in entry.devices}
     held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
@@ -249,7 +263,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key[0] != model_id]
     load_secs = estimated_load_secs(
-        view, model_id, candidate.node.name, candidate.share * candidate.profile.device_count
+        view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
     assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
@@ -348,9 +362,10 @@ def _plan(
         fit=fit,
         spare_mb=spare,
         reserve_mb=reserve,
+        variant=profile.variant,
         eviction_plan=eviction_plan,
         ready_at=eviction_plan.ready_at,
-        expected_secs=candidate.view.expected_load_secs(profile.id, node.name),
+        expected_secs=candidate.view.expected_load_secs(profile.requested.name, node.name),
         wakes=wakes,
         starts=starts,
         rank=(
@@ -358,6 +373,7 @@ def _plan(
             eviction_plan.order,
             starts.rank,
             not wakes,
+            profile.place,
             not known,
             spare_steps if share else -spare_steps,
             layout.connection(tensor_groups(indices, profile.parallelism.tensor)),
