@@ -128,7 +128,7 @@ class Harness(ABC):
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
     spans_hosts: bool = False
-    """True: several of its engines on several hosts can be parts of one."""
+    """True: engines on several hosts can be parts of one."""
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""

@@ -206,7 +206,7 @@ class EngineLife:
         """`hung`: it stopped answering while it drained, so asking it to stop is useless."""
         self.ended_by = event
         self.engine.end_with(
-            # A part without a server has nothing to finish, and vLLM's takes ten seconds to end when asked to.
+            # A part without a server has nothing to finish, and may take ten seconds to end when asked to.
             kill=hung or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT) or not self.engine.spec.serves,
             leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
         )
