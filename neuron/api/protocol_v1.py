@@ -30,6 +30,14 @@ _GONE_SECS = 1.0  # Retry-After
 _SCHEME = "huggingface:"
 _NOT_RUNNING = frozenset({ModelStatus.UNLOADED.value, ModelStatus.FAILED.value})
 _WHOLE = ("utilization_pct", "temp_c")
+_COUNTS = ("in_flight", "queue_depth", "ended")
+_ENDPOINT_HELPS = 2
+_USE = {
+    ModelStatus.LOADING.value: 0,  # helexa's cortex loads such a model by its catalogue, and evicts others for it
+    ModelStatus.RECOVERING.value: 1,  # it tells its client to retry
+    ModelStatus.LOADED.value: 3,
+}
+"""What such a cortex does with a status, the best last. With any other it asks for the endpoint."""
 
 
 def carries_keys(request: web.Request) -> bool:
@@ -148,14 +156,18 @@ class ProtocolV1:
                 raise failures.key_required(str(model.key), advice, retry_after=_BUSY_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
-        """The entries of `/models` that such a caller gets."""
-        return [view for view in views if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+        """The entries of `/models` that such a caller gets. Where a model has several, known implementations keep the
+        last one's status, which is therefore that of the instance to use."""
+        listed = [view for view in views if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+        first = {view.id: number for number, view in reversed(list(enumerate(listed)))}
+        return sorted(listed, key=lambda view: (first[view.id], _USE.get(view.status, _ENDPOINT_HELPS)))
 
     def health(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The answer of `/health` as known implementations read it: whole numbers, and no `activation` of ours, for
-        which they have another type."""
+        """The answer of `/health` as known implementations read it: whole numbers, one entry for each model, and no
+        `activation` of ours, for which they have another type."""
         devices = [_whole_figures(device) for device in figures["devices"]]
-        told = {**figures, "uptime_secs": int(figures["uptime_secs"]), "devices": devices}
+        uptime_secs, models = int(figures["uptime_secs"]), _summed(figures["models"])
+        told = {**figures, "uptime_secs": uptime_secs, "devices": devices, "models": models}
         return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
 
 
@@ -165,6 +177,17 @@ def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:
     if keys.required or model.state is not State.LOADED or engine is None or engine.api_key is None:
         return None
     return engine
+
+
+def _summed(activity: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of all instances of a model together, without `instance`."""
+    models: dict[str, dict[str, Any]] = {}
+    for engine in activity:
+        total = models.setdefault(engine["id"], {**engine, **dict.fromkeys(_COUNTS, 0)})
+        total.pop("instance", None)
+        for name in _COUNTS:
+            total[name] += engine[name] or 0
+    return list(models.values())
 
 
 def _whole_figures(device: Mapping[str, Any]) -> dict[str, Any]:
