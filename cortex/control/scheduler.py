@@ -239,8 +239,7 @@ class Scheduler:
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
-        model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded.
-        """
+        model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded."""
         deadline = self._clock() + self._loader.timeout_secs
         evicting_already = key in self._fleet.snapshot().evicting
         self._fleet.begin_eviction(key)
@@ -332,20 +331,19 @@ class Scheduler:
     def _track_foreign_load(self, engine: EngineSnapshot) -> None:
         """Records how a load ends that others started and our requests wait for."""
         key, view = engine.key, engine.view
-        model_id, node, _ = key
         if view.coming:
-            if self._queue.count(model_id):
+            if self._queue.count(key.model_id):
                 self._expect_foreign_load(key)
             return
         if key in self._foreign_loads:
             self._foreign_loads.discard(key)
-            requested = self._live.catalogue.running(model_id, view.variant)
+            requested = self._live.catalogue.running(key.model_id, view.variant)
             if view.loaded:
-                self._backoffs.record_success(requested, node)
+                self._backoffs.record_success(requested, key.node)
             elif view.known_status is ModelStatus.FAILED:
-                reason = f"loading {requested.name!r} on {node} failed: {view.error or 'no reason given'}"
+                reason = f"loading {requested.name!r} on {key.node} failed: {view.error or 'no reason given'}"
                 cause, permanent = cause_of(view), is_permanent(view)
-                self._backoffs.record_failure(requested.name, node, cause, reason, permanent=permanent)
+                self._backoffs.record_failure(requested.name, key.node, cause, reason, permanent=permanent)
 
     def _expect_foreign_load(self, key: ReplicaKey) -> None:
         if all(job.plan.key != key for job in self._loader.jobs()):

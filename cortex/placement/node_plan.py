@@ -99,11 +99,7 @@ class LoadPlan:
 
     @property
     def reason(self) -> str:
-        return (
-            f"{self.node}: {self.fit_reason}"
-            if self.variant is None
-            else f"{self.node}: {self.variant} {self.fit_reason}"
-        )
+        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
 
     @property
     def fit_reason(self) -> str:
@@ -136,9 +132,7 @@ class LoadPlan:
     @property
     def reservation(self) -> Reservation:
         """The memory reserved while the plan is carried out."""
-        return Reservation(
-            self.model_id, self.node, self.devices, self.reserve_mb, instance=self.instance, variant=self.variant
-        )
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 
 @dataclass(frozen=True)
@@ -221,9 +215,9 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node, profile.variant)
-    known = node.view(profile.id, instance)
-    other = known is not None and profile.variant is not None and known.variant != profile.variant
-    wake_mb = _wake_mb(node, None if other else known, share, memory, needed_mb)
+    entry = node.view(profile.id, instance)
+    wakes = entry is not None and profile.variant in (None, entry.variant)
+    wake_mb = _wake_mb(node, entry, share, memory, needed_mb) if wakes else {}
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
     return _Candidate(view, profile, node, instance, share, memory, needed_mb, wake_mb, eligible, starts, layout)
@@ -236,8 +230,7 @@ def _wake_mb(
     memory: Mapping[int, DeviceCapacity],
     needed_mb: Mapping[int, int],
 ) -> dict[int, int]:
-    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
-    need."""
+    """By device, what a sleeping engine needs beyond what it holds, at most what all sleeping models there need."""
     if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
         return {}
     if reports_bookable_memory(node) and not share:
@@ -280,11 +273,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     priority = candidate.profile.residency_priority
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
-    own = [
-        Eviction(each, EvictionClass.IDLE, view.now)
-        for each in residents
-        if each.key.model_id == model_id and each.asleep
-    ]
+    own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]
     sets = candidate.sets(candidate.by_shortage, at_most=MAX_EVICTION_SETS)
     shortages = [(indices, candidate.missing_mb(indices)) for indices in sets]
     plans = _cheapest_plans(candidate, shortages, evictable, own)
