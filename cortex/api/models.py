@@ -153,7 +153,7 @@ class ModelList:
         model_id = self._catalogue.resolve(name)
         entry = self._entry(model_id)
         if entry is None:
-            raise no_such_model_error(name, self.names)
+            raise no_such_model_error(name, self.names, self._catalogue)
         return entry if name == model_id else _alias(name, model_id, entry)
 
     def blocks(

@@ -143,7 +143,7 @@ def _serving(app: web.Application, model_id: str, node_name: str | None) -> str 
         return node.name
     if profile is None:
         if model_id not in node.models:
-            raise no_such_model_error(model_id, [profile.id for profile in catalogue.models])
+            raise no_such_model_error(model_id, [profile.id for profile in catalogue.models], catalogue)
         return None
     reason = infeasible_reason(profile, node)
     if reason is not None:

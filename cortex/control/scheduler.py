@@ -134,7 +134,7 @@ class Scheduler:
             return
         self._schedule = schedule = self._policy.schedule_loads(self.view())
         for plan in schedule.loads:
-            with request_scope(self._queue.first_request_id(plan.model_id)):
+            with request_scope(self._queue.first_request_id(*plan.requested.names)):
                 self._start(plan, "requests wait for it")
         for model_id, error in schedule.rejected.items():
             self._queue.refuse(model_id, error)
@@ -196,7 +196,7 @@ class Scheduler:
                 self._track_foreign_load(engine)
                 if engine.view.loaded:
                     self._record_size(engine.view)
-            self._queue.notify(model_id)
+            self._queue.notify(*self._live.catalogue.names_of(model_id))
         self._wake.set()
 
     def load(self, model_id: str, node_name: str | None) -> LoadJob | None:
@@ -261,7 +261,7 @@ class Scheduler:
                 return False
             if job.needed:
                 return True
-            if not self._queue.count(plan.model_id):
+            if not self._queue.count(*plan.requested.names):
                 return False
             if self._clock() - checked_at < BETTER_PLACE_SECS:
                 return True
@@ -287,7 +287,7 @@ class Scheduler:
         reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
         fleet = replace(view.fleet, reservations=reservations, evicting=view.fleet.evicting.difference(evicting))
         view = replace(view, fleet=fleet)
-        profile = view.profile(plan.model_id)
+        profile = view.profile(plan.model_id if self._queue.count(plan.model_id) else plan.requested.name)
         other = None if profile is None else best_plan(candidate_verdicts(view, profile))
         return other is not None and not other.eviction_plan.busy and other.ready_at <= view.now
 
@@ -300,7 +300,7 @@ class Scheduler:
             elif any(engine.key == job.plan.key for engine in self._fleet.snapshot().serving(job.model_id)):
                 self._backoffs.record_success(job.plan.requested, job.node)
         finally:
-            self._queue.notify(job.model_id)
+            self._queue.notify(*job.plan.requested.names)
             self._wake.set()
 
     def _note_failure(self, job: LoadJob, failure: LoadFailure) -> None:

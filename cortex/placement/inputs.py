@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
+from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
@@ -80,6 +80,16 @@ class PlanningView:
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
 
+    def waiting_for(self, requested: RequestedModel) -> WaitingRequests | None:
+        """The requests that wait for the model, or for this variant of it; None if none does."""
+        if not self.waiting:
+            return None
+        names = {requested.model_id, requested.name}
+        found = [waiting for name in names if (waiting := self.waiting.get(name)) is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        return WaitingRequests(sum(each.count for each in found), min(each.since for each in found))
+
     def usage(self, key: ReplicaKey) -> ReplicaUsage:
         return self.usages.get(key, UNUSED)
 
@@ -113,6 +123,12 @@ class PlanningView:
             if backoff is not None and backoff.until > self.now:
                 return backoff
         return None
+
+    def backoffs_of(self, name: str) -> list[Backoff]:
+        """The backoffs that currently forbid loading the model, or a variant that a request for this name may get."""
+        profile = self.catalogue.profile(name)
+        names = {name} if profile is None else {profile.id, *(each.requested.name for each in profile.choices)}
+        return [each for (model, _), each in self.backoffs.items() if model in names and each.until > self.now]
 
     def held_until(self, model_id: str, node: str) -> float | None:
         """When the operator's hold that currently forbids loading the model there ends, if there is one."""

@@ -262,7 +262,7 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     view, model_id = candidate.view, candidate.profile.id
-    waiting = view.waiting.get(model_id)
+    waiting = view.waiting_for(candidate.profile.requested)
     since = view.now if waiting is None else waiting.since
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key.model_id != model_id]
