@@ -29,6 +29,7 @@ from cortex.placement.devices import (
     MAX_EVICTION_SETS,
     DeviceLayout,
     best_fit_rank,
+    comparable_devices,
     device_layout,
     device_sets,
     disjoint_groups,
@@ -238,8 +239,9 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
             group,
         )
 
-    ordered = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
-    return disjoint_groups(ordered, parallel.tensor, parallel.tensor_groups, rank)
+    if comparable_devices(len(devices), parallel.tensor) < len(devices):
+        devices = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
+    return disjoint_groups(devices, parallel.tensor, parallel.tensor_groups, rank)
 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
