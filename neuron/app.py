@@ -30,8 +30,8 @@ from neuron.lifecycle.engine_life import EngineTools
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.events import EventHub, ModelEvents
+from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
-from neuron.lifecycle.model_supervisor import ModelSupervisor
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
 from neuron.metrics import NeuronMetrics
@@ -108,7 +108,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         stack.push_async_callback(spares.close)
         launcher = Launcher(config, source, state, http, memory, spares=spares, numbers=numbers)
         new_supervisor = functools.partial(
-            ModelSupervisor,
+            InstanceSupervisor,
             config=config,
             launcher=launcher,
             tools=EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares),

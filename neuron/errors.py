@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from neuron.spec import InstanceKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode
 from shared.retry_after import SERVICE_STOPPING_SECS
@@ -69,34 +70,44 @@ def insufficient_ram(model_id: str, needed_mb: int, available_mb: int, reserve_m
     )
 
 
-def already_loaded(model_id: str, difference: str) -> Conflict:
-    return Conflict(f"{model_id} is already loaded with another spec: {difference}", code=ErrorCode.ALREADY_LOADED)
+def already_loaded(key: InstanceKey, difference: str) -> Conflict:
+    return Conflict(f"{key} is already loaded with another spec: {difference}", code=ErrorCode.ALREADY_LOADED)
 
 
-def load_in_progress(model_id: str, difference: str) -> Conflict:
+def load_in_progress(key: InstanceKey, difference: str) -> Conflict:
     # Not the words "already loaded": to a cortex they mean that the model can be used now.
-    return Conflict(f"{model_id} is being loaded with another spec: {difference}", code=ErrorCode.LOAD_IN_PROGRESS)
+    return Conflict(f"{key} is being loaded with another spec: {difference}", code=ErrorCode.LOAD_IN_PROGRESS)
 
 
-def load_cancelled(model_id: str) -> Conflict:
-    return Conflict(f"the load of {model_id} was cancelled: it was unloaded meanwhile", code=ErrorCode.LOAD_CANCELLED)
+def load_cancelled(key: InstanceKey) -> Conflict:
+    return Conflict(f"the load of {key} was cancelled: it was unloaded meanwhile", code=ErrorCode.LOAD_CANCELLED)
 
 
 def stopping() -> Unavailable:
     return Unavailable("this neuron is stopping", code=ErrorCode.NEURON_STOPPING, retry_after=SERVICE_STOPPING_SECS)
 
 
-def key_required(model_id: str, advice: str, *, retry_after: float | None = None) -> ServiceError:
+def key_required(model: str, advice: str, *, retry_after: float | None = None) -> ServiceError:
     """For a caller that speaks only protocol v1: 503 with `retry_after`, 409 without."""
-    message = f"the engine of {model_id} has a key, which a caller that speaks only protocol v1 cannot send: {advice}"
+    message = f"the engine of {model} has a key, which a caller that speaks only protocol v1 cannot send: {advice}"
     code = ErrorCode.ENGINE_KEY_REQUIRED
     if retry_after is None:
         return Conflict(message, code=code)
     return Unavailable(message, code=code, retry_after=retry_after)
 
 
-def unknown_model(model_id: str, what: str = "is not known here") -> NotFound:
-    return NotFound(f"the model {shortened(model_id)!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
+def unknown_model(model: str, what: str = "is not known here") -> NotFound:
+    return NotFound(f"the model {shortened(model)!r} {what}", code=ErrorCode.MODEL_NOT_FOUND)
+
+
+def unknown_instance(key: InstanceKey, known: Sequence[str]) -> NotFound:
+    """`known`: the instances of the model that there are."""
+    name, plural = shortened(key.instance), "" if len(known) == 1 else "s"
+    return unknown_model(key.model_id, f"has no instance {name!r} here (instance{plural}: {', '.join(known)})")
+
+
+def not_loaded(key: InstanceKey, state: str) -> NotFound:
+    return unknown_model(str(key), f"is not loaded: it is {state}")
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from neuron.lifecycle.model_state import ModelState
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
 from shared.protocol import Device, DeviceHealth, SpareView
 
@@ -30,7 +32,7 @@ class NeuronMetrics:
             buckets=_LOAD_BUCKETS,
             registry=self._registry,
         )
-        self._restarts = Counter(
+        self._restarts = prometheus_client.Counter(
             "neuron_engine_restarts",
             "Engines started again after they ended unexpectedly.",
             ["model"],
@@ -51,7 +53,7 @@ class NeuronMetrics:
 
     def render(
         self,
-        models: Iterable[ModelState],
+        models: Sequence[InstanceState],
         devices: Sequence[Device],
         health: Sequence[DeviceHealth],
         spares: Iterable[SpareView],
@@ -70,12 +72,22 @@ class _Snapshot(Collector):
         return self._families
 
 
-def _engine_states(models: Iterable[ModelState]) -> Iterator[Metric]:
-    states = GaugeMetricFamily("neuron_engine_state", "1 for the state a model is in.", labels=["model", "state"])
+def _engine_states(models: Sequence[InstanceState]) -> Iterator[Metric]:
+    states = GaugeMetricFamily(
+        "neuron_engine_state", "How many engines of a model are in a state.", labels=["model", "state"]
+    )
+    counts = Counter((model.model_id, model.state) for model in models)
+    for model_id in dict.fromkeys(model.model_id for model in models):
+        for state in State:
+            states.add_metric([model_id, state.value], counts[model_id, state])
+    yield states
+    engines = GaugeMetricFamily(
+        "neuron_instance_state", "1 for the state an engine is in.", labels=["model", "engine", "state"]
+    )
     for model in models:
         for state in State:
-            states.add_metric([model.model_id, state.value], float(model.state is state))
-    yield states
+            engines.add_metric([*model.key, state.value], float(model.state is state))
+    yield engines
 
 
 def _spare_gauge(spares: Iterable[SpareView]) -> Metric:

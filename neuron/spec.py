@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from shared.protocol import Parallelism
+from shared.protocol import FIRST_INSTANCE, Parallelism
 
 EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel"})
 """Fields of a load command that protocol v1 does not have."""
@@ -21,10 +22,26 @@ _COMPARED = (
 )
 
 
+class InstanceKey(NamedTuple):
+    """Identifies one engine of this host. As text it is the model's id, and the instance unless that is the first."""
+
+    model_id: str
+    instance: str = FIRST_INSTANCE
+
+    def __str__(self) -> str:
+        return self.model_id if self.instance == FIRST_INSTANCE else f"{self.model_id} instance {self.instance}"
+
+    @property
+    def order(self) -> tuple[bool, int, str]:
+        """Sorts the instances of a model: numbers by their value, then other names."""
+        number = self.instance.isdecimal()
+        return not number, int(self.instance) if number else 0, self.instance
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
-    MiB on all devices together."""
+    MiB on all devices together. `instance` and the label `variant` change nothing about the engine itself."""
 
     model_id: str
     harness: str
@@ -38,8 +55,14 @@ class EngineSpec:
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
     served_names: tuple[str, ...] = ()
+    instance: str = FIRST_INSTANCE
+    variant: str | None = None
     said: frozenset[str] = field(default=EXTENSIONS, compare=False)
     """The fields beyond protocol v1 that the command set."""
+
+    @property
+    def key(self) -> InstanceKey:
+        return InstanceKey(self.model_id, self.instance)
 
     @property
     def parallel(self) -> Parallelism:

@@ -16,6 +16,7 @@ from neuron.estimate.reply import reply_of
 from neuron.harness.checks import spec_of
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.admission import check_model_roots
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.http import reply
@@ -58,7 +59,8 @@ def _spec_of(query: Mapping[str, str], services: Services) -> tuple[EngineSpec, 
     The harness's `extra_args` are appended, as on the command line.
     """
     name = query["model"]
-    remembered = next((model.spec for model in services.registry.models if model.model_id == name), None)
+    known = [model for model in services.registry.models if model.model_id == name]
+    remembered = min(known, key=InstanceState.preference).spec if known else None
     quant = query.get("quant")
     try:
         command = LoadCommand(model_id=name, quant=quant, harness=None)

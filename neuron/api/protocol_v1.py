@@ -13,10 +13,11 @@ from aiohttp import web
 from neuron import errors as failures
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
-from neuron.lifecycle.model_state import ModelState, NeuronModelView
+from neuron.lifecycle.instance_state import InstanceState, NeuronModelView
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.states import State
 from neuron.memory.capacity import InsufficientVram
+from neuron.spec import InstanceKey
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ENGINE_KEYS_HEADER, ErrorCode, LoadCommand, ModelStatus
 
@@ -54,10 +55,10 @@ class ProtocolV1:
         self._unlisted.discard(model_id)
         await self._keys.met_v1_caller(model_id)
 
-    async def until_usable(self, model_id: str) -> None:
-        """Returns when the model is loaded and its engine takes requests without a key, or, where every caller has sent
-        neuron's token, with one. Loads the model as it was last loaded; idle engines without a key make room for it. An
-        idle engine that has a key and need not have one is replaced.
+    async def until_usable(self, model_id: str, instance: str | None = None) -> InstanceState:
+        """The named or any instance of the model, when it is loaded and its engine takes requests without a key, or,
+        where every caller has sent neuron's token, with one. Loads the model as it was last loaded; idle engines
+        without a key make room for it. An idle engine that has a key and need not have one is replaced.
 
         If the load fails, the model is not listed to these callers until they load it: their cortex then chooses a host
         for it, and evicts others, by its own rules.
@@ -65,7 +66,7 @@ class ProtocolV1:
         Raises:
             NotFound: the model was never asked for. ServiceError: the load failed, or the engine's key stays.
         """
-        model = self._registry.get(model_id)
+        self._best(model_id, instance)  # refuses an unknown one
         await self._keys.met_v1_caller(model_id)
         if self._keys.required and not self._keys.sender_is_trusted:
             raise failures.key_required(
@@ -73,28 +74,41 @@ class ProtocolV1:
                 f'set engine_keys = "auto" in neuron.toml, or send the key and the header {ENGINE_KEYS_HEADER}',
             )
         for _ in range(_ATTEMPTS):
-            await self._drop_key(model)
+            model = await self._without_key(model_id, instance)
             if model.state is State.LOADED and model.engine is not None:
-                model.engine.health.expect_request()
-                return
+                return model
             try:
-                await self._load(model)
+                await self._load(model_id, instance)
             except ServiceError as error:
                 if error.code != ErrorCode.LOAD_CANCELLED:
                     self._unlisted.add(model_id)
                 raise
         raise Unavailable(f"{model_id} is unloaded again and again", retry_after=_GONE_SECS)
 
-    async def _load(self, model: ModelState) -> None:
+    def _best(self, model_id: str, instance: str | None) -> InstanceState:
+        """The instance to use: rather one without a needless key.
+
+        Raises:
+            NotFound: the model or the instance is unknown.
+        """
+
+        def preference(model: InstanceState) -> tuple[object, ...]:
+            first, *rest = model.preference()
+            return first, _with_needless_key(model, self._keys) is not None, *rest
+
+        return min(self._registry.instances(model_id, instance), key=preference)
+
+    async def _load(self, model_id: str, instance: str | None) -> None:
         """Loads or wakes it. Where memory lacks, waits for engines without a key to become idle, and ends them."""
         deadline = time.monotonic() + ROOM_SECS
         while True:
+            key = self._best(model_id, instance).key
             try:
-                command = LoadCommand(model_id=model.model_id)
+                command = LoadCommand(model_id=key.model_id, instance=key.instance)
                 await (await self._registry.load(command, carries_keys=False, displace=True)).loaded()
             except InsufficientVram:
-                if model.state is State.SLEEPING:
-                    self._registry.restart(model.model_id, "no memory to wake: it is loaded again")
+                if self._registry.get(*key).state is State.SLEEPING:
+                    self._registry.restart(key, "no memory to wake: it is loaded again")
                 elif time.monotonic() >= deadline or not self._registry.room_may_come():
                     raise
                 else:
@@ -102,25 +116,28 @@ class ProtocolV1:
             else:
                 return
 
-    async def drop_key(self, model_id: str) -> None:
-        """Replaces the engine of a loaded model if it has a key and need not have one.
+    async def drop_key(self, key: InstanceKey) -> None:
+        """Replaces the engine of a loaded instance if it has a key and need not have one.
 
         Raises:
             Unavailable: it still has requests after a minute. ServiceError: the load failed.
         """
-        model = self._registry.get(model_id)
-        if _with_needless_key(model, self._keys) is not None:
-            await self.until_usable(model_id)
+        if _with_needless_key(self._registry.get(*key), self._keys) is not None:
+            await self.until_usable(*key)
 
-    async def _drop_key(self, model: ModelState) -> None:
-        """Waits until an engine with a needless key is idle, then stops it."""
+    async def _without_key(self, model_id: str, instance: str | None) -> InstanceState:
+        """The instance to use. If it has a needless key, waits until it is idle, then stops its engine."""
         deadline = time.monotonic() + ROOM_SECS
-        while (engine := _with_needless_key(model, self._keys)) is not None:
+        while True:
+            model = self._best(model_id, instance)
+            engine = _with_needless_key(model, self._keys)
+            if engine is None:
+                return model
             await engine.health.take_sample()
             if _with_needless_key(model, self._keys) is not engine:
                 continue
             if not engine.health.busy:
-                self._registry.restart(model.model_id, "restarts without a key for a caller that cannot send one")
+                self._registry.restart(model.key, "restarts without a key for a caller that cannot send one")
             elif time.monotonic() < deadline:
                 await asyncio.sleep(_ROOM_POLL_SECS)
             else:
@@ -128,7 +145,7 @@ class ProtocolV1:
                     "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
                     'a key. With engine_keys = "never" in neuron.toml no engine has one'
                 )
-                raise failures.key_required(model.model_id, advice, retry_after=_BUSY_SECS)
+                raise failures.key_required(str(model.key), advice, retry_after=_BUSY_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
         """The entries of `/models` that such a caller gets."""
@@ -142,8 +159,8 @@ class ProtocolV1:
         return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
 
 
-def _with_needless_key(model: ModelState, keys: EngineKeys) -> Engine | None:
-    """The model's engine, if it has a key and another engine would get none."""
+def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:
+    """The instance's engine, if it has a key and another engine would get none."""
     engine = model.engine
     if keys.required or model.state is not State.LOADED or engine is None or engine.api_key is None:
         return None

@@ -16,6 +16,7 @@ from neuron.api.logs import last_lines, stream_lines
 from neuron.api.protocol_v1 import carries_keys, plain_id
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
 from neuron.memory.capacity import with_capacities
 from neuron.metrics import CONTENT_TYPE
@@ -79,14 +80,15 @@ async def load(request: web.Request) -> web.Response:
         if not keyed:
             command = command.model_copy(update={"model_id": plain_id(command.model_id)})
         load_request = await services.registry.load(command, carries_keys=keyed)
+        key = load_request.spec.key
         if not keyed:
             await services.v1.loads(command.model_id)
         if not wait:
-            return reply(LoadReply(status="loading", model_id=command.model_id), status=202)
+            return reply(LoadReply(status="loading", model_id=key.model_id, instance=key.instance), status=202)
         await load_request.loaded()
         if not keyed:
-            await services.v1.drop_key(command.model_id)
-    return reply(_loaded(request, command.model_id))
+            await services.v1.drop_key(key)
+    return reply(_loaded(request, *key))
 
 
 @contextlib.contextmanager
@@ -102,20 +104,20 @@ def _saying_whose_fault() -> Iterator[None]:
 async def unload(request: web.Request) -> web.Response:
     drain_secs = _seconds(request, "drain_secs", default=0.0)
     command = await read_model(request, UnloadCommand)
-    await request.app[SERVICES].registry.unload(command.model_id, drain_secs=drain_secs)
-    return reply(LoadReply(status="unloaded", model_id=command.model_id))
+    await request.app[SERVICES].registry.unload(command.model_id, command.instance, drain_secs=drain_secs)
+    return reply(LoadReply(status="unloaded", model_id=command.model_id, instance=command.instance))
 
 
 async def sleep(request: web.Request) -> web.Response:
     command = await read_model(request, SleepCommand)
-    await request.app[SERVICES].registry.sleep(command.model_id, command.level)
-    return reply(LoadReply(status="sleeping", model_id=command.model_id))
+    await request.app[SERVICES].registry.sleep(command.model_id, command.instance, level=command.level)
+    return reply(LoadReply(status="sleeping", model_id=command.model_id, instance=command.instance))
 
 
 async def wake(request: web.Request) -> web.Response:
     command = await read_model(request, WakeCommand)
-    await request.app[SERVICES].registry.wake(command.model_id)
-    return reply(_loaded(request, command.model_id))
+    await request.app[SERVICES].registry.sleep(command.model_id, command.instance, level=0)
+    return reply(_loaded(request, command.model_id, command.instance))
 
 
 async def lease(request: web.Request) -> web.Response:
@@ -123,31 +125,36 @@ async def lease(request: web.Request) -> web.Response:
 
 
 async def endpoint(request: web.Request) -> web.Response:
-    model_id = request.match_info["model_id"]
-    if not carries_keys(request):
-        with _saying_whose_fault():
-            await request.app[SERVICES].v1.until_usable(model_id)
-    return reply(_endpoint_of(request, model_id))
+    services = request.app[SERVICES]
+    model_id, instance = request.match_info["model_id"], request.query.get("instance")
+    if carries_keys(request):
+        return reply(_endpoint_of(request, services.registry.get(model_id, instance)))
+    with _saying_whose_fault():
+        return reply(_endpoint_of(request, await services.v1.until_usable(model_id, instance)))
 
 
-def _loaded(request: web.Request, model_id: str) -> LoadReply:
+def _loaded(request: web.Request, model_id: str, instance: str | None) -> LoadReply:
+    """`instance` None: any."""
     try:
-        engine = _endpoint_of(request, model_id)
+        model = request.app[SERVICES].registry.get(model_id, instance)
+        engine = _endpoint_of(request, model)
     except NotFound:  # it has ended since it was loaded
-        return LoadReply(status="loaded", model_id=model_id)
-    return LoadReply(status="loaded", model_id=model_id, url=engine.url, api_key=engine.api_key)
+        return LoadReply(status="loaded", model_id=model_id, instance=instance)
+    return LoadReply(
+        status="loaded", model_id=model_id, instance=model.key.instance, url=engine.url, api_key=engine.api_key
+    )
 
 
-def _endpoint_of(request: web.Request, model_id: str) -> EndpointReply:
-    """Where a loaded model answers, as the caller can reach it.
+def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
+    """Where a loaded instance answers, as the caller can reach it.
 
     Raises:
-        NotFound: it is unknown, or not loaded.
+        NotFound: it is not loaded.
     """
-    model = request.app[SERVICES].registry.get(model_id)
     engine = model.engine
     if engine is None or model.state is not State.LOADED:
-        raise failures.unknown_model(model.model_id, f"is not loaded: it is {model.state.value}")
+        raise failures.not_loaded(model.key, model.state.value)
+    engine.health.expect_request()
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # an invalid Host header
@@ -156,7 +163,7 @@ def _endpoint_of(request: web.Request, model_id: str) -> EndpointReply:
 
 
 async def logs(request: web.Request) -> web.StreamResponse:
-    model = request.app[SERVICES].registry.get(request.match_info["model_id"])
+    model = request.app[SERVICES].registry.get(request.match_info["model_id"], request.query.get("instance"))
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: must be an integer from 0 to {MAX_TAIL}, got {text!r}", param="tail")

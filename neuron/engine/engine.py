@@ -135,7 +135,7 @@ class Engine:
         try:
             await asyncio.to_thread(records.write, self.directory.record, self.current_record())
         except OSError as error:
-            log.warning("%s: its run record cannot be written: %s", self.spec.model_id, error)
+            log.warning("%s: its run record cannot be written: %s", self.spec.key, error)
 
     async def record_stop(self) -> None:
         """Records that it is to stop, so that the next neuron does not adopt or restart it."""

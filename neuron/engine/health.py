@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import time
 from collections.abc import Awaitable, Callable
 from enum import Enum
@@ -55,7 +56,8 @@ class HealthMonitor:
         """The latest activity; None before the first. A failed reading does not change it."""
         self.active_at = time.monotonic()
         """When requests last ran or ended, as far as samples show; monotonic."""
-        self._expecting_until = 0.0
+        self.told_at = -math.inf
+        """When a caller was last told the endpoint; monotonic."""
         self._ended_before = 0.0
         self._session = session
         self._health = url + health_path
@@ -71,11 +73,16 @@ class HealthMonitor:
         if sample is not None and (sample.running or sample.waiting):
             return True
         came = sample is not None and sample.ended != self._ended_before
-        return not came and time.monotonic() < self._expecting_until
+        return not came and time.monotonic() < self.told_at + EXPECT_SECS
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that run or wait, as far as the latest sample shows."""
+        return 0 if self.sample is None else self.sample.running + self.sample.waiting
 
     def expect_request(self) -> None:
         """The endpoint was told to a caller, who is about to send a request."""
-        self._expecting_until = time.monotonic() + EXPECT_SECS
+        self.told_at = time.monotonic()
         self._ended_before = 0.0 if self.sample is None else self.sample.ended
 
     async def until_unhealthy(self) -> str:

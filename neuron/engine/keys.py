@@ -65,11 +65,11 @@ class EngineKeys:
         wanted = gets_key(self._mode, has_token=self._has_token, carries_keys=carries_keys, v1_callers=self.v1_callers)
         return secrets.token_urlsafe(32) if wanted else None
 
-    def adopt(self, model_id: str, api_key: str | None) -> None:
+    def adopt(self, engine: str, api_key: str | None) -> None:
         """An engine of an earlier neuron keeps the key that it has, or none."""
         if api_key is None and self.required:
             log.warning(
-                "%s: its engine was started without a key and keeps serving everyone until it is loaded again", model_id
+                "%s: its engine was started without a key and keeps serving everyone until it is loaded again", engine
             )
 
     async def met_v1_caller(self, model_id: str) -> None:

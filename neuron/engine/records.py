@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
 from shared.files import replace_file
+from shared.protocol import FIRST_INSTANCE
 
 VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -33,6 +34,8 @@ class RunRecord(BaseModel):
     number: int
     engine_id: str
     spec: dict[str, Any]
+    instance: str = FIRST_INSTANCE
+    variant: str | None = None
     devices: list[int]
     booked_mb: list[int]
     share_mb: int | None = None
@@ -58,16 +61,18 @@ class RunRecord(BaseModel):
         """Raises ValueError when another version wrote it, with other fields or values."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
             raise ValueError(f"unknown fields of a spec: {sorted(unknown)}")
-        spec = _SPEC.validate_python(self.spec)
+        spec = _SPEC.validate_python({**self.spec, "instance": self.instance, "variant": self.variant})
         if spec.harness not in HARNESSES:
             raise ValueError(f"unknown harness {spec.harness!r}")
         return spec
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
-    """A spec as JSON values. `parallel` beyond the tensor-parallel size is there only if the spec has it: an earlier
-    version of neuron reads no record with other fields."""
+    """A spec as JSON values, without `instance` and `variant`, which the record itself has. `parallel` beyond the
+    tensor-parallel size is there only if the spec has it: an earlier version of neuron reads no record with other
+    fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
+    del values["instance"], values["variant"]
     if spec.parallel.tensor_only:
         for name in ("pipeline_parallel", "data_parallel", "expert_parallel"):
             del values[name]

@@ -64,4 +64,5 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         version=__version__,
         cuda_unavailable_reason=topology.cuda_unavailable_reason,
         leases=True,
+        instances=True,
     )

@@ -11,7 +11,7 @@ from neuron.config import HarnessEntry, HarnessSettings, NeuronConfig
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
-from shared.protocol import LoadCommand, Parallelism, first_problem
+from shared.protocol import FIRST_INSTANCE, LoadCommand, Parallelism, first_problem
 from shared.protocol.parallel import MAX_DEVICES
 
 # Model ids, paths and names; excludes flags, shell words and unprintable characters.
@@ -97,6 +97,8 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
+        instance=command.instance or FIRST_INSTANCE,
+        variant=command.variant,
         said=frozenset(said | {"args"} if tool_arguments else said),
     )
 

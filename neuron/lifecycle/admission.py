@@ -56,7 +56,7 @@ class Admission:
         try:
             found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
         except ServiceError as error:
-            log.info("%s: its memory cannot be estimated: %s", spec.model_id, error.message)
+            log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
         largest = max(device.vram_total_mb for device in topology.devices)

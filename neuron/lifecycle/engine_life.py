@@ -21,8 +21,8 @@ from neuron.engine.readiness import until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState
 from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
@@ -75,7 +75,7 @@ class EngineLife:
     `ended_by` is why it ended, `served_secs` how long it served (None: it never came up).
     """
 
-    def __init__(self, engine: Engine, request: LoadRequest, model: ModelState, tools: EngineTools) -> None:
+    def __init__(self, engine: Engine, request: LoadRequest, model: InstanceState, tools: EngineTools) -> None:
         self.engine = engine
         self.request = request
         self.ended_by = EngineEvent.STOP_REQUESTED
@@ -328,7 +328,7 @@ class EngineLife:
             now = time.monotonic()
             if waits_for and waits_for != told and now - told_at >= _DRAIN_NEWS_SECS:
                 if not told:
-                    log.info("%s: stops later: %s", self._model.model_id, waits_for)
+                    log.info("%s: stops later: %s", self._model.key, waits_for)
                 told, told_at = waits_for, now
                 self._model.show(Progress(phase="draining", message=waits_for))
             await asyncio.sleep(_LONG_DRAIN_POLL_SECS if waits_for and now >= long_since else _DRAIN_POLL_SECS)

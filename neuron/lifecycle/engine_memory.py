@@ -125,7 +125,7 @@ class EngineMemory:
 
     async def until_available(self, number: int, waiting: Callable[[Sequence[str]], None]) -> None:
         """Waits until the stopping engines that booking `number` counts on are gone, and their memory is free where it
-        is measured. Calls `waiting` with their model ids while there are any."""
+        is measured. Calls `waiting` with their names while there are any."""
         free_until: float | None = None  # when to stop waiting for memory whose engines are gone
         while True:
             released = self._released

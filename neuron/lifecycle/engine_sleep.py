@@ -57,7 +57,7 @@ class EngineSleep:
         """Raises Conflict: the host has not enough memory for the engine's weights."""
         await host_memory.check_sleep(
             self._config,
-            engine.spec.model_id,
+            str(engine.spec.key),
             sleeps_in_ram=control.weights_in_ram,
             weights_mb=weights_mb,
             vram_used_mb=engine.vram_used_mb,
@@ -109,5 +109,5 @@ def _control_of(engine: Engine) -> SleepControl:
     """Raises Conflict: `sleep_unsupported`."""
     if engine.harness.sleep is None or not engine.can_sleep:
         why = "it was started without sleep mode, which this host or its configuration does not offer"
-        raise failures.sleep_unsupported(engine.spec.model_id, why)
+        raise failures.sleep_unsupported(str(engine.spec.key), why)
     return engine.harness.sleep

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from neuron.spec import InstanceKey
 from shared.protocol import ModelView
 
 QUEUE_LIMIT = 1000
@@ -91,7 +93,7 @@ class LifecycleMetrics(Protocol):
 
 @dataclass(frozen=True)
 class ModelEvents:
-    """Reports what happens to models: state changes to the hub, loads and restarts to the metrics."""
+    """Reports what happens to instances: state changes to the hub, loads and restarts to the metrics."""
 
     hub: EventHub
     metrics: LifecycleMetrics
@@ -105,3 +107,7 @@ class ModelEvents:
 
     def restarted(self, model_id: str) -> None:
         self.metrics.restarted(model_id)
+
+    def removed(self, key: InstanceKey) -> None:
+        """The instance has left the list of models."""
+        self.hub.publish("removed", json.dumps({"id": key.model_id, "instance": key.instance}))

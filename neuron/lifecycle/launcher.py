@@ -114,6 +114,8 @@ class Launcher:
                 number=made.number,
                 engine_id=plan.engine_id,
                 spec=records.spec_fields(spec),
+                instance=spec.instance,
+                variant=spec.variant,
                 devices=list(placement.indices),
                 booked_mb=list(placement.booked_mb),
                 share_mb=placement.share_mb,
@@ -136,7 +138,7 @@ class Launcher:
             cleanup.push_async_callback(self._stop, engine)
             await self._write(directory, engine.current_record())
             how = "spare process" if engine.from_spare else "engine process"
-            log.info("%s: %s %d, port %d, on %s", spec.model_id, how, process.pid, port, placement.why)
+            log.info("%s: %s %d, port %d, on %s", spec.key, how, process.pid, port, placement.why)
             yield engine
             if engine.leave:
                 await self._leave(engine)
@@ -234,7 +236,7 @@ class Launcher:
             mismatch = spare.origin.mismatch(made.command, placement.devices)
             if mismatch is None:
                 return made
-            log.info("%s: started without the spare process: %s", spec.model_id, mismatch)
+            log.info("%s: started without the spare process: %s", spec.key, mismatch)
             await spare.close()
             await asyncio.to_thread(spare.directory.remove)
         number = next(self._numbers)
@@ -249,7 +251,7 @@ class Launcher:
         except SpareFailed as error:
             spec = made.plan.spec
             if isinstance(error, SpareRefused):
-                log.info("%s: started without the spare process: %s", spec.model_id, error)
+                log.info("%s: started without the spare process: %s", spec.key, error)
             else:
                 self._spares.failed(spec.harness, str(error))
             await made.spare.close()
@@ -346,7 +348,7 @@ class Launcher:
         await asyncio.to_thread(shared_memory.remove, engine.shared_files)
         engine.vram_released = await until_released(self._source, process.pids_seen)
         if not engine.vram_released:
-            log.error("%s: its processes ended, but the driver still counts their memory", engine.spec.model_id)
+            log.error("%s: its processes ended, but the driver still counts their memory", engine.spec.key)
 
     async def _leave(self, engine: Engine) -> None:
         self._state.keep = True
@@ -354,7 +356,7 @@ class Launcher:
         await engine.process.detach()
         await engine.output.close()
         self._memory.remove(engine)
-        log.info("%s: engine process %d is left running", engine.spec.model_id, engine.process.pid)
+        log.info("%s: engine process %d is left running", engine.spec.key, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
         hidden = frozenset({self._config.token_env} if self._config.token_env else ())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from neuron.gpu.topology import Topology
+from neuron.spec import InstanceKey
 from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
@@ -24,7 +25,7 @@ class Booking:
     needs when it wakes.
     """
 
-    model_id: str
+    key: InstanceKey
     promised_mb: Mapping[int, int]
     held_mb: Mapping[int, int] = field(default_factory=dict)
     foreign_mb: Mapping[int, int] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class GpuCapacity:
     bookable_mb: int = 0
     stopping_mb: int = 0
     asleep_mb: int = 0
-    booked_by: tuple[tuple[str, int], ...] = ()  # model id, MiB promised; without stopping engines
+    booked_by: tuple[tuple[str, int], ...] = ()  # engine, MiB promised; without stopping engines
     unusable: str | None = None
 
     def shortfall_on_wake(self, needed_mb: int) -> int:
@@ -74,7 +75,7 @@ class GpuCapacity:
         label = f"device {self.index} ({self.name})" if self.name else f"device {self.index}"
         if self.unusable is not None:
             return f"{label} cannot be used: {self.unusable}"
-        uses = [f"{mb} booked for {model_id!r}" for model_id, mb in self.booked_by]
+        uses = [f"{mb} booked for {name!r}" for name, mb in self.booked_by]
         if self.foreign_mb:
             uses.append(f"{self.foreign_mb} used by other processes")
         details = f" ({', '.join(uses)})" if uses else ""
@@ -151,7 +152,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
         asleep_mb=sum(
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
-        booked_by=tuple((booking.model_id, booking.claim_mb(index)) for booking in lasting),
+        booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
         unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
     )
 

@@ -9,7 +9,7 @@ from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
-from neuron.spec import EngineSpec
+from neuron.spec import EngineSpec, InstanceKey
 from shared.protocol import Device, DeviceHealth
 
 
@@ -57,7 +57,7 @@ class Ledger:
             InvalidRequest: as `check_devices`; a device may have been lost since the spec was checked.
         """
         check_devices(spec, topology)
-        capacities = self.capacities(topology, health)
+        capacities = _for_spec(spec, topology, health, list(self._bookings.values()))
         selection = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
         if selection is None:
             if spec.devices is not None:
@@ -65,20 +65,20 @@ class Ledger:
             needed = [requirement.on_device(device, device.total_mb) for device in capacities]
             large_enough = [mb <= device.total_mb for device, mb in zip(capacities, needed, strict=True)]
             raise InsufficientVram(
-                f"{spec.model_id!r} needs {requirement} on {_devices_of(spec)}",
+                f"{str(spec.key)!r} needs {requirement} on {_devices_of(spec)}",
                 capacities,
                 needed,
                 permanent=large_enough.count(True) < spec.device_count,
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
         foreign = {device.index: device.foreign_mb for device in capacities}
-        self._bookings[number] = Booking(spec.model_id, promised, foreign_mb=foreign)
+        self._bookings[number] = Booking(spec.key, promised, foreign_mb=foreign)
         return selection
 
-    def adopt(self, number: int, model_id: str, devices: Sequence[int], share_mb: int | None) -> None:
+    def adopt(self, number: int, key: InstanceKey, devices: Sequence[int], share_mb: int | None) -> None:
         """Books for a running engine of an earlier neuron, without a check: it has its memory. With `share_mb` None it
         books nothing until the engine is measured; until then its memory counts as foreign."""
-        self._bookings[number] = Booking(model_id, dict.fromkeys(devices, share_mb or 0))
+        self._bookings[number] = Booking(key, dict.fromkeys(devices, share_mb or 0))
 
     def update_held(self, number: int, by_device: Mapping[int, int]) -> None:
         """Records what an engine that still allocates (it loads or wakes) holds now; its promise does not change. Call
@@ -117,7 +117,7 @@ class Ledger:
         more = {index: max(0, mb - booking.claim_mb(index)) for index, mb in booking.awake_mb.items()}
         if not all(device.can_hold(more[device.index]) for device in own):
             needs = ", ".join(f"{mb} MiB more on device {index}" for index, mb in sorted(more.items()))
-            raise InsufficientVram(f"{booking.model_id!r} needs {needs} to wake", own)
+            raise InsufficientVram(f"{str(booking.key)!r} needs {needs} to wake", own)
         self._bookings[number] = replace(booking, promised_mb=booking.awake_mb, awake_mb=None)
 
     def to_displace(
@@ -136,7 +136,7 @@ class Ledger:
                 replace(booking, stopping=True) if number in numbers else booking
                 for number, booking in self._bookings.items()
             ]
-            capacities = gpu_capacities(topology, health, kept)
+            capacities = _for_spec(spec, topology, health, kept)
             chosen = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
             return chosen is not None
 
@@ -151,7 +151,7 @@ class Ledger:
         return []
 
     def mark_stopping(self, number: int) -> None:
-        """The engine is being stopped: others can book its memory, and wait while `counts_on` names its model."""
+        """The engine is being stopped: others can book its memory, and wait while `counts_on` names it."""
         booking = self._bookings.get(number)
         if booking is not None:
             self._bookings[number] = replace(booking, stopping=True)
@@ -161,7 +161,7 @@ class Ledger:
         return any(each.stopping for each in self._bookings.values())
 
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
-        """The models that are being stopped and without whose memory booking `number` does not fit; empty when its
+        """The engines that are being stopped and without whose memory booking `number` does not fit; empty when its
         engine may start beside them. Earlier bookings get freed memory first. Where memory is not known (no devices, or
         devices that share the host's memory) every stopping engine counts: room for two cannot be shown."""
         own = self._bookings.get(number)
@@ -170,7 +170,7 @@ class Ledger:
         stopping = [each for at, each in self._bookings.items() if each.stopping and at != number]
         short = self._missing_mb(number, topology, health).keys()
         return tuple(
-            each.model_id
+            str(each.key)
             for each in stopping
             if not short.isdisjoint(each.promised_mb) or not (own.promised_mb or each.promised_mb)
         )
@@ -218,6 +218,28 @@ class Ledger:
         held = {index: mb for index, mb in by_device.items() if index in booking.promised_mb}
         promised = {**booking.promised_mb, **held} if settled else booking.promised_mb
         self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held)
+
+
+def _for_spec(
+    spec: EngineSpec, topology: Topology, health: Sequence[DeviceHealth], bookings: Sequence[Booking]
+) -> tuple[GpuCapacity, ...]:
+    """The devices as `spec` may use them: neuron chooses none that holds another instance of the model."""
+    capacities = gpu_capacities(topology, health, bookings)
+    if spec.devices is not None:
+        return capacities
+    holders = {
+        index: each.key
+        for each in bookings
+        if each.key.model_id == spec.model_id and not each.stopping
+        for index in each.promised_mb
+    }
+    advice = "of this model: name the device in the load to share it"
+    return tuple(
+        replace(device, unusable=f"it holds instance {holders[device.index].instance} {advice}")
+        if device.unusable is None and device.index in holders
+        else device
+        for device in capacities
+    )
 
 
 def _devices_of(spec: EngineSpec) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from neuron.lifecycle.model_state import NeuronModelView
+from neuron.lifecycle.instance_state import NeuronModelView
 from shared.protocol import (
     Activation,
     Device,

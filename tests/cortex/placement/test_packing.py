@@ -14,6 +14,7 @@ from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
 from neuron.memory.selection import select_devices
+from neuron.spec import InstanceKey
 from shared.protocol import Link, LinkKind, Parallelism
 from tests.cortex.fleets import On, fleet
 from tests.cortex.fleets import host as node_of
@@ -118,7 +119,7 @@ def test_cortex_and_neuron_choose_the_same_devices(seed: int) -> None:
     if source.random() < 0.3:
         taken.append(tuple(source.sample(devices, 2)))
     mb, size = source.choice((2000, 4000)), source.choice((1, 1, 2, 3))
-    bookings = [Booking(f"x{i}", dict.fromkeys(each, 3000)) for i, each in enumerate(taken)]
+    bookings = [Booking(InstanceKey(f"x{i}"), dict.fromkeys(each, 3000)) for i, each in enumerate(taken)]
     used = {index: sum(3000 for each in taken if index in each) for index in devices}
     theirs = select_devices(
         Parallelism(tensor=size),

@@ -150,6 +150,7 @@ async def test_metrics(neuron: Neuron) -> None:
         ("neuron_engine_state", {**model, "state": "loaded"}, 1),
         ("neuron_engine_state", {**model, "state": "failed"}, 0),
         ("neuron_engine_restarts_total", model, 0),
+        ("neuron_instance_state", {**model, "engine": "0", "state": "loaded"}, 1),
         ("neuron_model_load_seconds_count", model, 1),
         ("neuron_device_memory_used_bytes", {"index": "0", "uuid": uuid}, used * 2**20),
         ("neuron_device_memory_total_bytes", {"index": "0", "uuid": uuid}, 32607 * 2**20),

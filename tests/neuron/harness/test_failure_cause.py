@@ -16,6 +16,7 @@ from neuron.harness.registry import HARNESSES
 from neuron.harness.vllm.errors import root_cause
 from neuron.lifecycle.failure_cause import cause_of, cause_of_end, is_permanent_end
 from neuron.memory.capacity import InsufficientVram
+from neuron.spec import InstanceKey
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import FailureCause
 from tests.neuron.neurons import Neuron, config_of, marked_engines, neuron_here, until
@@ -106,7 +107,7 @@ def test_exits(code: int | None, lines: list[str], path_missing: bool, cause: st
         (Unavailable("none", code="no_free_port", retry_after=1), "node"),
         (InvalidRequest("no device 7", param="devices"), "node"),
         (InvalidRequest("refused", param="args"), "model"),
-        (load_cancelled(MODEL), "unknown"),
+        (load_cancelled(InstanceKey(MODEL)), "unknown"),
         (ServiceError("internal error"), "unknown"),
         (ServiceError("said", code="load_timeout", extra={"cause": "model"}), "model"),
     ],

@@ -15,6 +15,7 @@ from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, GpuCapacity, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement as Need
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
+from neuron.spec import InstanceKey
 from shared.errors import InvalidRequest
 from shared.protocol import Link, LinkKind, Parallelism
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
@@ -23,7 +24,7 @@ HALF = Need(fraction=0.5)
 
 
 def booked(*devices: int, mb: int = 8000) -> Booking:
-    return Booking("org/other", dict.fromkeys(devices, mb))
+    return Booking(InstanceKey("org/other"), dict.fromkeys(devices, mb))
 
 
 def chosen(

@@ -13,7 +13,7 @@ from neuron.harness.registry import HARNESSES
 from neuron.memory.capacity import GpuCapacity, InsufficientVram, held_by, with_capacities
 from neuron.memory.ledger import Ledger
 from neuron.memory.requirement import MemoryRequirement
-from neuron.spec import EngineSpec
+from neuron.spec import EngineSpec, InstanceKey
 from shared.errors import InvalidRequest
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import DeviceHealth
@@ -35,7 +35,7 @@ def need(wanted: EngineSpec, share: int | None = None, *extra_args: str) -> Memo
 def book(
     ledger: Ledger, number: int, share: int | None, topology: Topology = ONE, used: int = 0, **of: Any
 ) -> list[int]:
-    wanted = spec(**of)
+    wanted = spec(**{"model_id": f"org/m{number}", **of})
     choice = ledger.book(number, wanted, need(wanted, share), topology, measured(topology, {0: used}))
     return [device.index for device in choice.devices]
 
@@ -262,13 +262,13 @@ def test_what_is_booked_when_nothing_is_known() -> None:
     ledger = Ledger()
     book(ledger, 1, None, harness="vllm")
     assert capacity(ledger).booked_mb == 22_599  # 92%
-    with pytest.raises(InsufficientVram, match="'org/m' needs 92% of the memory on one device"):
+    with pytest.raises(InsufficientVram, match="'org/m2' needs 92% of the memory on one device"):
         book(ledger, 2, None, harness="vllm")
     assert book(ledger, 3, None) == [0]
     assert capacity(ledger).booked_mb == 22_599 + 1024
     ledger = Ledger()
     for number in (1, 2):
-        wanted = spec(harness="vllm", args=("--gpu-memory-utilization", "0.9"))
+        wanted = spec(model_id=f"org/m{number}", harness="vllm", args=("--gpu-memory-utilization", "0.9"))
         choice = ledger.book(number, wanted, need(wanted, None, "--gpu-memory-utilization=0.5"), ONE, measured(ONE))
         assert choice.booked_mb == (12_282,)
     assert capacity(ledger).bookable_mb == 0
@@ -322,7 +322,7 @@ def test_sleeping_engine_keeps_only_what_it_holds() -> None:
     assert capacity(ledger, used=900).bookable_mb == FULL - 900
     ledger.settle(1, {0: 950})
     book(ledger, 2, 10_000, used=950)
-    with pytest.raises(InsufficientVram, match=r"needs 19550 MiB more on device 0 to wake.*10000 booked for 'org/m'"):
+    with pytest.raises(InsufficientVram, match=r"needs 19550 MiB more on device 0 to wake.*10000 booked for 'org/m2'"):
         ledger.book_wake(1, ONE, measured(ONE, {0: 950}))
     assert capacity(ledger, used=950).booked_mb == 10_950
     ledger.release(2)
@@ -348,11 +348,11 @@ def test_sleeping_engine_without_figures_keeps_its_promise() -> None:
 def test_adopted_engine() -> None:
     """It is booked without a check, even beyond what the device has."""
     ledger = Ledger()
-    ledger.adopt(1, "org/a", (0,), 30_000)
+    ledger.adopt(1, InstanceKey("org/a"), (0,), 30_000)
     assert capacity(ledger, used=20_000).bookable_mb == 0
     ledger.settle(1, {0: 20_000})
     assert capacity(ledger, used=20_000).bookable_mb == FULL - 20_000
-    ledger.adopt(2, "org/b", (0,), None)
+    ledger.adopt(2, InstanceKey("org/b"), (0,), None)
     found = capacity(ledger, used=22_000)
     assert (found.foreign_mb, found.bookable_mb) == (2000, FULL - 22_000)
     ledger.settle(2, {0: 2000})
@@ -378,6 +378,7 @@ def test_late_calls_for_engines_that_are_gone() -> None:
 class Held:
     """What is promised to an engine and what it really holds, in MiB by device."""
 
+    model_id: str
     promised: dict[int, int]
     held: dict[int, int]
     stopping: bool = False
@@ -413,15 +414,23 @@ class Model:
 
     def book(self, number: int) -> None:
         share, count = self.source.randint(200, 14_000), self.source.randint(1, len(self.totals))
-        spare = {index: self.spare(index) for index in self.totals}
+        model_id = f"org/{self.source.choice('abc')}"
+        named = tuple(self.source.sample(list(self.totals), count)) if self.source.random() < 0.2 else None
+        wanted = spec(count, model_id=model_id, instance=str(number), devices=named)
+        spare = {index: self.spare(index) for index in named or self._without(model_id)}
         try:
-            choice = self.ledger.book(number, spec(count), MemoryRequirement(share), self.topology, self.health())
+            choice = self.ledger.book(number, wanted, MemoryRequirement(share), self.topology, self.health())
         except InsufficientVram:
             assert sum(mb >= share for mb in spare.values()) < count
             return
         assert all(spare[device.index] >= share for device in choice.devices)
         promised = {device.index: share for device in choice.devices}
-        self.engines[number] = Held(promised, dict.fromkeys(promised, 0))
+        self.engines[number] = Held(model_id, promised, dict.fromkeys(promised, 0))
+
+    def _without(self, model_id: str) -> set[int]:
+        """The devices without a lasting engine of the model."""
+        lasting = [each for each in self.engines.values() if each.model_id == model_id and not each.stopping]
+        return set(self.totals).difference(*(each.promised for each in lasting))
 
     def fill(self, number: int, engine: Held) -> None:
         if not engine.settled:
@@ -472,8 +481,9 @@ class Model:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_memory_is_never_promised_twice(seed: int) -> None:
-    """Bookings, allocations, measurements, stops and other processes in any order: what is booked fits beside
-    everything in use or promised, what is refused does not fit, and in the end all memory is free."""
+    """Bookings of three models' instances, allocations, measurements, stops and other processes in any order: what is
+    booked fits beside everything in use or promised, no device gets a second instance of a model unless it is named,
+    what is refused does not fit, and in the end all memory is free."""
     model = Model(random.Random(seed))
     for number in range(200):
         model.step(number)

@@ -1,4 +1,4 @@
-"""Supervises one model of this host: starts, restarts, adopts and stops its engine.
+"""Supervises one instance of a model: starts, restarts, adopts and stops its engine.
 
 Decisions are made without an `await` between reading the state and acting on it, so a decision never rests on a stale
 state. Everything that takes time happens in one task, `_supervise`; other callers only record what was asked for: a
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from neuron import errors as failures
@@ -19,12 +20,12 @@ from neuron.engine.state_dir import EngineDir, FoundEngine
 from neuron.lifecycle.engine_life import EngineEvent, EngineLife, EngineTools
 from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.failure_cause import cause_of, is_permanent
+from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
-from neuron.lifecycle.model_state import ModelState
 from neuron.lifecycle.states import Restarts, State
 from neuron.memory.ledger import EnginePlacement
-from neuron.spec import EngineSpec
+from neuron.spec import EngineSpec, InstanceKey
 from shared.errors import ServiceError
 from shared.protocol import Progress
 from shared.request_ids import current_request_id, request_scope
@@ -48,13 +49,22 @@ class EngineResult:
     spare_failed: bool = False
 
 
-class ModelSupervisor:
-    """Single owner of one model's engine. `model` is its visible state."""
+class InstanceSupervisor:
+    """Single owner of one engine. `model` is its visible state. `unloaded` is called each time the engine is gone and
+    no other follows."""
 
     def __init__(
-        self, model_id: str, *, config: NeuronConfig, launcher: Launcher, tools: EngineTools, events: ModelEvents
+        self,
+        key: InstanceKey,
+        unloaded: Callable[[], None],
+        *,
+        config: NeuronConfig,
+        launcher: Launcher,
+        tools: EngineTools,
+        events: ModelEvents,
     ) -> None:
-        self.model = ModelState(model_id, config.recovery, tools.memory.ledger, events)
+        self.model = InstanceState(key, config.recovery, tools.memory.ledger, events)
+        self._unloaded = unloaded
         self._config = config
         self._launcher = launcher
         self._tools = tools
@@ -63,17 +73,10 @@ class ModelSupervisor:
         self._task: asyncio.Task[None] | None = None  # a strong reference: the event loop keeps only weak ones
         self._last_dir: EngineDir | None = None
 
-    def remembered_spec(self) -> EngineSpec:
-        """The spec for a command that has only a model id.
-
-        Raises:
-            NotFound: the model was never loaded here.
-        """
-        request = self._joinable()
-        spec = request.spec if request is not None else self.model.proven_spec or self.model.spec
-        if spec is None:
-            raise failures.unknown_model(self.model.model_id, "was never loaded here; specify a harness")
-        return spec
+    @property
+    def is_unloaded(self) -> bool:
+        """True if it has no engine, none is to come, and it did not fail."""
+        return self.model.state is State.UNLOADED and self.model.request is None
 
     def join(self, spec: EngineSpec | None) -> LoadRequest | None:
         """The request that a load for `spec` (None: any) joins; None when a new one must `begin`. Joining a sleeping
@@ -107,11 +110,18 @@ class ModelSupervisor:
         """A request that is served by an engine of an earlier neuron."""
         assert found.record is not None
         self.model.spec = spec = found.record.engine_spec
-        self._tools.keys.adopt(spec.model_id, found.record.api_key)
+        self._tools.keys.adopt(str(spec.key), found.record.api_key)
         request = LoadRequest(spec, placement, carries_keys=found.record.api_key is not None)
         self._last_dir = found.directory
         self._start(request, State.RECOVERING, "found when neuron started", found)
         return request
+
+    @property
+    def can_change_sleep(self) -> bool:
+        """True if its engine serves or sleeps, so that it can be asked to sleep or to wake."""
+        awake_or_asleep = (State.LOADED, State.SLEEPING, State.WAKING)
+        request = self.model.request
+        return request is not None and request.joinable and self.model.state in awake_or_asleep
 
     def sleep_request(self, level: int) -> SleepRequest:
         """Asks the engine to sleep (`level` 1) or to wake up (0).
@@ -119,11 +129,10 @@ class ModelSupervisor:
         Raises:
             NotFound: the model is not loaded.
         """
-        model, request = self.model, self._joinable()
-        asleep_or_awake = (State.LOADED, State.SLEEPING, State.WAKING)
-        if request is None or request is not model.request or model.state not in asleep_or_awake:
-            raise failures.unknown_model(model.model_id, f"is not loaded: it is {model.state.value}")
-        return request.sleep_request(level)
+        model = self.model
+        if not self.can_change_sleep or model.request is None:
+            raise failures.not_loaded(model.key, model.state.value)
+        return model.request.sleep_request(level)
 
     def stop(self, reason: ServiceError, *, why: str | None = None, drain_secs: float = 0) -> LoadRequest | None:
         """Stops the engine and cancels waiting loads; clears a failure. Returns the request to wait for, if there is
@@ -140,6 +149,7 @@ class ModelSupervisor:
         if request is None:
             if model.state is State.FAILED:
                 model.become(State.UNLOADED, "unloaded after a failure")
+                self._unloaded()
             return None
         request.stop(reason, drain_secs=drain_secs)
         self._memory.ledger.mark_stopping(request.placement.number)
@@ -148,6 +158,13 @@ class ModelSupervisor:
         elif model.state is not State.STOPPING and not (model.state is State.DRAINING and drain_secs > 0):
             model.become(State.STOPPING, why)
         return request
+
+    def remove(self) -> EngineDir | None:
+        """An unloaded instance leaves the list; it is not used again. Returns the directory of its last engine, which
+        the caller removes."""
+        directory, self._last_dir = self._last_dir, None
+        self.model.remove()
+        return directory
 
     def leave(self, reason: ServiceError) -> None:
         """Ends supervision and leaves the engine running for the next neuron. The state does not change, since the
@@ -174,12 +191,12 @@ class ModelSupervisor:
         if difference is not None:
             loaded = current and self.model.state is State.LOADED
             conflict = failures.already_loaded if loaded else failures.load_in_progress
-            raise conflict(self.model.model_id, difference)
+            raise conflict(self.model.key, difference)
 
     def _start(self, request: LoadRequest, state: State, reason: str, found: FoundEngine | None = None) -> None:
         self.model.request = request
         self.model.become(state, reason, progress=Progress(phase="starting"))
-        self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.model_id}")
+        self._task = asyncio.create_task(self._supervise(request, found), name=f"engine of {self.model.key}")
 
     def _release(self, request: LoadRequest) -> None:
         self._memory.release(request.placement.number)
@@ -192,7 +209,7 @@ class ModelSupervisor:
         except ServiceError as failure:
             error = failure
         except Exception:
-            log.exception("%s: its engine could not be supervised", model.model_id)
+            log.exception("%s: its engine could not be supervised", model.key)
             error = ServiceError("internal error; neuron's log has the details")
         model.engine = None
         self._release(request)
@@ -209,6 +226,8 @@ class ModelSupervisor:
             model.become(State.FAILED, why, error=reason, cause=cause_of(error), permanent=is_permanent(error))
         request.settle(error or request.stop_reason)
         request.finish()
+        if self.is_unloaded:
+            self._unloaded()
 
     async def _run_engines(self, request: LoadRequest, found: FoundEngine | None) -> ServiceError | None:
         """Runs the request's engine, and its successors after crashes. Returns why the request failed, None when it
@@ -231,7 +250,7 @@ class ModelSupervisor:
             use_spare = not result.spare_failed
             if result.spare_failed and result.error is not None:
                 reason = result.error.message.partition("\n")[0]
-                self._tools.spares.failed(request.spec.harness, f"{self.model.model_id}: {reason}")
+                self._tools.spares.failed(request.spec.harness, f"{self.model.key}: {reason}")
                 continue
             assert result.error is not None
             if not came_up:
@@ -337,7 +356,7 @@ class ModelSupervisor:
         engine, request = life.engine, life.request
         self.model.engine = None  # its pid may be reused before the next engine starts
         if not engine.vram_released:
-            message = f"{self.model.model_id}: its memory is still in use after its end"
+            message = f"{self.model.key}: its memory is still in use after its end"
             request.vram_error = failures.VramNotReleased(message)
         if life.ended_by is EngineEvent.STOP_REQUESTED:
             return EngineResult()

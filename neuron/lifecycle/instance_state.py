@@ -1,4 +1,4 @@
-"""The state of one model on this host, as `/models` and the events show it."""
+"""The state of one instance of a model, as `/models` and the events show it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,31 @@ from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.load_request import LoadRequest
 from neuron.lifecycle.states import Condition, Restarts, State
 from neuron.memory.ledger import Ledger
-from neuron.spec import EngineSpec
+from neuron.spec import EngineSpec, InstanceKey
 from shared.protocol import EndpointReply, FailureCause, ModelView, Progress, Transition
 
 log = logging.getLogger(__name__)
 
 TRANSITIONS_KEPT = 20
+_STOPPING = 5
+_PREFERENCE = {
+    State.LOADED: 0,
+    State.WAKING: 1,
+    State.LOADING: 1,
+    State.RECOVERING: 1,
+    State.STARTING: 2,
+    State.SLEEPING: 3,
+    State.FAILED: 4,
+    State.UNLOADED: 4,
+    State.DRAINING: _STOPPING,
+    State.STOPPING: _STOPPING,
+}
+"""How soon an instance in this state can serve, in ranks."""
 
 
 class NeuronModelView(ModelView):
-    """A model in `/models` and the events, with what only operators read: the engine's `pid`, consecutive `failures`,
-    `placement` (why it is on these devices), and `transitions` (its last states, newest first)."""
+    """An instance in `/models` and the events, with what only operators read: the engine's `pid`, consecutive
+    `failures`, `placement` (why it is on these devices), and `transitions` (its last states, newest first)."""
 
     pid: int | None = None
     failures: int = 0
@@ -35,11 +49,11 @@ class NeuronModelView(ModelView):
     transitions: list[Transition] = Field(default_factory=list)
 
 
-class ModelState:
-    """Written only by the model's supervisor and by the engine life that it runs. Every change is published."""
+class InstanceState:
+    """Written only by the instance's supervisor and by the engine life that it runs. Every change is published."""
 
-    def __init__(self, model_id: str, recovery: RecoverySettings, ledger: Ledger, events: ModelEvents) -> None:
-        self.model_id = model_id
+    def __init__(self, key: InstanceKey, recovery: RecoverySettings, ledger: Ledger, events: ModelEvents) -> None:
+        self.key = key
         self.condition = Condition(State.UNLOADED, time.time(), "not loaded yet")
         self.transitions: deque[Transition] = deque(maxlen=TRANSITIONS_KEPT)
         self.request: LoadRequest | None = None
@@ -51,14 +65,27 @@ class ModelState:
         self.spec: EngineSpec | None = None
         """The last spec that was asked for."""
         self.proven_spec: EngineSpec | None = None
-        """The last spec that was loaded: a command with only a model id asks for it again."""
+        """The last spec that was loaded: a command without a spec asks for it again."""
         self.restarts = Restarts(recovery)
         self._ledger = ledger
         self._events = events
 
     @property
+    def model_id(self) -> str:
+        return self.key.model_id
+
+    @property
     def state(self) -> State:
         return self.condition.state
+
+    def preference(self) -> tuple[int, int, float]:
+        """Sorts the instances of a model, the one to use first: by how soon it serves, then by its requests, then by
+        when it was last chosen."""
+        if self.request is not None and not self.request.joinable:
+            return _STOPPING, 0, 0.0
+        health = None if self.engine is None else self.engine.health
+        outstanding, told_at = (0, 0.0) if health is None else (health.outstanding, health.told_at)
+        return _PREFERENCE[self.state], outstanding, told_at
 
     def become(
         self,
@@ -73,7 +100,7 @@ class ModelState:
     ) -> None:
         now = time.time()
         if state is not self.state:
-            log.info("%s: %s (%s)%s", self.model_id, state.value, reason, f": {error}" if error else "")
+            log.info("%s: %s (%s)%s", self.key, state.value, reason, f": {error}" if error else "")
             self.transitions.append(Transition(state=state.value, at=now, reason=reason))
         self.condition = Condition(state, now, reason, progress, error, cause, retry_at, permanent)
         self.publish()
@@ -84,10 +111,10 @@ class ModelState:
         self.publish()
 
     def show_leaving(self, others: Sequence[str]) -> None:
-        """Its engine starts, or wakes, once the engines of these models are gone."""
+        """Its engine starts, or wakes, once these engines are gone."""
         message = f"waiting until {', '.join(others)} is gone from the same device"
         if self.condition.progress is None or self.condition.progress.message != message:
-            log.info("%s: %s", self.model_id, message)
+            log.info("%s: %s", self.key, message)
             self.show(Progress(phase="waiting", message=message))
 
     def loaded(self, engine: Engine, reason: str, *, load_secs: float | None = None) -> None:
@@ -100,6 +127,10 @@ class ModelState:
     def restarted(self) -> None:
         self._events.restarted(self.model_id)
 
+    def remove(self) -> None:
+        """It leaves the list of models."""
+        self._events.removed(self.key)
+
     def publish(self) -> None:
         self._events.changed(self.view())
 
@@ -109,6 +140,8 @@ class ModelState:
         placement = None if self.request is None else self.request.placement
         return NeuronModelView(
             id=self.model_id,
+            instance=self.key.instance,
+            variant=None if spec is None else spec.variant,
             harness=None if spec is None else spec.harness,
             status=condition.state.status.value,
             devices=[] if placement is None else list(placement.indices),
