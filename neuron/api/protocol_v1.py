@@ -155,9 +155,11 @@ class ProtocolV1:
             await asyncio.sleep(_ROOM_POLL_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
-        """The entries of `/models` that such a caller gets. Where a model has several, known implementations keep the
-        last one's status, which is therefore that of the instance to use."""
-        listed = [view for view in views if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+        """The entries of `/models` that such a caller gets: without parts of a group that have no server, since it
+        would send requests to each that is loaded. Where a model has several, known implementations keep the last one's
+        status, which is therefore that of the instance to use."""
+        serving = [view for view in views if view.group is None or view.group.serves]
+        listed = [view for view in serving if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
         first = {view.id: number for number, view in reversed(list(enumerate(listed)))}
         return sorted(listed, key=lambda view: (first[view.id], _USE.get(view.status, _ENDPOINT_HELPS)))
 
