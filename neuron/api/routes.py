@@ -80,6 +80,8 @@ async def load(request: web.Request) -> web.Response:
         if not keyed:
             command = command.model_copy(update={"model_id": plain_id(command.model_id)})
         load_request = await services.registry.load(command, carries_keys=keyed)
+        if command.group is not None:
+            services.group_listeners.close(command.group.id)
         key = load_request.spec.key
         if not keyed:
             await services.v1.loads(command.model_id)
@@ -149,11 +151,14 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     """Where a loaded instance answers, as the caller can reach it.
 
     Raises:
-        NotFound: it is not loaded.
+        NotFound: it is not loaded, or a part of a group without a server.
     """
     engine = model.engine
     if engine is None or model.state is not State.LOADED:
         raise failures.not_loaded(model.key, model.state.value)
+    part = engine.spec.group
+    if part is not None and not part.serves:
+        raise failures.no_endpoint(model.key, part)
     engine.health.expect_request()
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
