@@ -214,7 +214,7 @@ async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
 
 
 def _result(key: ReplicaKey, error: ServiceError | None) -> dict[str, Any]:
-    where = {"node": key.node, "instance": key.instance or None}
+    where = {"node": key.node, **({"instance": key.instance} if key.instance else {})}
     if error is None:
         return {**where, "status": "unloaded"}
     return {**where, "status": "failed", "code": error.code, "error": error.message}

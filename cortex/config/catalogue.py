@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
@@ -25,6 +33,35 @@ TOOLS_HINT = (
 )
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS, pattern=r"^[^\s\x00-\x1f]+$")]
+
+
+MAX_VARIANT_NAME_CHARS = 64
+VariantName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_VARIANT_NAME_CHARS, pattern=r"^[^\s\x00-\x1f@]+$")
+]
+
+
+def _as_capability(value: Any) -> Any:
+    """8.9, 9 and "9" are written as "8.9" and "9.0"."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return f"{value}.0" if isinstance(value, str) and value.isdecimal() else value
+
+
+ComputeCapability = Annotated[str, BeforeValidator(_as_capability), StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}$")]
+"""NVIDIA's name for what a GPU can do, such as "8.6" (RTX 3060), "8.9" (RTX 4090), "12.0" (RTX 5090)."""
+
+
+class RequestedModel(NamedTuple):
+    """What a client's name for a model stands for. `variant`: only that one; None for any."""
+
+    model_id: str
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The id, with the variant if there is one, as in `id@variant`."""
+        return self.model_id if self.variant is None else f"{self.model_id}@{self.variant}"
 
 
 class TokenLimit(SettingsModel):
@@ -56,8 +93,50 @@ class Replicas(SettingsModel):
         return self
 
 
+def _with_tensor_size(data: object) -> object:
+    """`min_devices` and `parallel.tensor` are the same: each is what the other says."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("parallel"), Mapping):
+        return data
+    short, parallel = data.get("min_devices"), data["parallel"]
+    if isinstance(short, int) and "tensor" not in parallel:
+        return {**data, "parallel": {**parallel, "tensor": short}}
+    if "min_devices" not in data and isinstance(parallel.get("tensor"), int):
+        return {**data, "min_devices": parallel["tensor"]}
+    return data
+
+
+def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> ParallelSettings | None:
+    short = info.data.get("min_devices")
+    if value is not None and short is not None and short != value.tensor:
+        raise ValueError(f"tensor is {value.tensor}, but min_devices is {short}: remove one, or make them equal")
+    return value
+
+
+class Variant(SettingsModel):
+    """One of several ways to run a model. None: as the model's own entry says. `name` defaults to `quant`, or else to
+    its number from 1."""
+
+    name: VariantName | None = None
+    harness: str | None = None
+    quant: str | None = None
+    vram_mb: int | None = Field(default=None, gt=0)
+    min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
+    parallel: ParallelSettings | None = None
+    min_device_vram_mb: int | None = Field(default=None, gt=0)
+    min_compute_capability: ComputeCapability | None = None
+    pinned_on: tuple[str, ...] | None = None
+    source: str | None = None
+    args: tuple[str, ...] | None = None
+
+    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
+    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+
+
 class ModelProfile(SettingsModel):
-    """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults."""
+    """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults.
+
+    With `variants`, only its `choices` say how an engine runs.
+    """
 
     id: ModelName
     harness: str = "vllm"
@@ -66,6 +145,7 @@ class ModelProfile(SettingsModel):
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
+    min_compute_capability: ComputeCapability | None = None
     pinned_on: tuple[str, ...] = ()
     residency_priority: int = DEFAULT_PRIORITY
     replicas: Replicas = Replicas()
@@ -76,6 +156,12 @@ class ModelProfile(SettingsModel):
     args: tuple[str, ...] = ()
     tools: bool = False
     limit: TokenLimit | None = None
+    variants: tuple[Variant, ...] = ()
+    _variant: str | None = PrivateAttr(default=None)
+    _place: int = PrivateAttr(default=0)
+
+    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
+    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
 
     @model_validator(mode="before")
     @classmethod
@@ -84,26 +170,65 @@ class ModelProfile(SettingsModel):
             return {**data, "residency_priority": DEFAULT_PINNED_PRIORITY}
         return data
 
-    @model_validator(mode="before")
+    @field_validator("variants", mode="before")
     @classmethod
-    def _tensor_size_of_either(cls, data: object) -> object:
-        """`min_devices` and `parallel.tensor` are the same: each is what the other says."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("parallel"), Mapping):
-            return data
-        short, parallel = data.get("min_devices"), data["parallel"]
-        if isinstance(short, int) and "tensor" not in parallel:
-            return {**data, "parallel": {**parallel, "tensor": short}}
-        if "min_devices" not in data and isinstance(parallel.get("tensor"), int):
-            return {**data, "min_devices": parallel["tensor"]}
-        return data
+    def _named(cls, value: object) -> object:
+        """Each variant gets its name: by default its `quant`, or else its number."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [
+            {**each, "name": quant if isinstance(quant := each.get("quant"), str) else str(number)}
+            if isinstance(each, Mapping) and each.get("name") is None
+            else each
+            for number, each in enumerate(value, 1)
+        ]
 
-    @field_validator("parallel")
+    @field_validator("variants")
     @classmethod
-    def _same_tensor_size(cls, value: ParallelSettings | None, info: ValidationInfo) -> ParallelSettings | None:
-        short = info.data.get("min_devices")
-        if value is not None and short is not None and short != value.tensor:
-            raise ValueError(f"tensor is {value.tensor}, but min_devices is {short}: remove one, or make them equal")
+    def _distinct_names(cls, value: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        seen: set[str | None] = set()
+        for each in value:
+            if each.name in seen:
+                raise ValueError(f"two variants are named {each.name!r}: give each a `name` of its own")
+            seen.add(each.name)
         return value
+
+    @property
+    def variant(self) -> str | None:
+        """The name of the variant that this is one of the `choices` for; None for a model itself."""
+        return self._variant
+
+    @property
+    def place(self) -> int:
+        """The place of this variant among those of the model, from 0, the best."""
+        return self._place
+
+    @property
+    def requested(self) -> RequestedModel:
+        """What it is: the model, or one variant of it."""
+        return RequestedModel(self.id, self._variant)
+
+    @property
+    def choices(self) -> tuple[ModelProfile, ...]:
+        """How an engine of it may run, best first: one profile for each variant, or this one without variants."""
+        return self._of_variants or (self,)
+
+    @cached_property
+    def _of_variants(self) -> tuple[ModelProfile, ...]:
+        return tuple(self._with(variant, place) for place, variant in enumerate(self.variants))
+
+    def choice(self, variant: str | None) -> ModelProfile | None:
+        """The profile of the variant; for a model without variants itself. None if there is none of that name."""
+        return next((each for each in self.choices if each.variant == variant), None)
+
+    def _with(self, variant: Variant, place: int) -> ModelProfile:
+        given = variant.model_dump(exclude_none=True, exclude={"name"})
+        own = self.model_dump(exclude_none=True, exclude={"variants"})
+        if not given.keys().isdisjoint(("parallel", "min_devices")):
+            own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
+        found = ModelProfile.model_validate({**own, **given})
+        found._variant, found._place = variant.name, place
+        return found
 
     @cached_property
     def parallelism(self) -> Parallelism:
@@ -131,6 +256,13 @@ class ModelProfile(SettingsModel):
         return 0 if self.vram_mb is None else -(-self.vram_mb // self.device_count)
 
 
+def _names_of_variants(models: Sequence[ModelProfile]) -> dict[str, ModelProfile]:
+    """Each variant by what a request for it says, `id@variant`."""
+    return {
+        choice.requested.name: choice for profile in models for choice in profile.choices if choice.variant is not None
+    }
+
+
 class Catalogue(SettingsModel):
     """The whole of models.toml."""
 
@@ -145,6 +277,12 @@ class Catalogue(SettingsModel):
             if profile.id in seen:
                 raise ValueError(f"the model {profile.id!r} is listed twice")
             seen.add(profile.id)
+        for name, choice in _names_of_variants(value).items():
+            if name in seen:
+                raise ValueError(
+                    f"{name!r} is the id of a model and also stands for the variant {choice.variant!r} of "
+                    f"{choice.id!r}: rename one"
+                )
         return value
 
     @model_validator(mode="after")
@@ -153,21 +291,65 @@ class Catalogue(SettingsModel):
         for alias, target in self.aliases.items():
             if alias in ids:
                 raise ValueError(f"aliases: {alias!r} is also the id of a model")
-            if target not in ids:
-                raise ValueError(f"aliases: {alias!r} points to {target!r}, which is not in this catalogue")
+            if alias in self._variants:
+                raise ValueError(f"aliases: {alias!r} is also a variant of {self._variants[alias].id!r}")
+            if self.profile(target) is None:
+                known = self.variants_meant_by(target)
+                hint = f" (it has the variants {', '.join(known)})" if known else ""
+                raise ValueError(f"aliases: {alias!r} points to {target!r}, which is not in this catalogue{hint}")
         return self
 
     @cached_property
     def _by_id(self) -> dict[str, ModelProfile]:
         return {profile.id: profile for profile in self.models}
 
-    def profile(self, model_id: str) -> ModelProfile | None:
-        """The model with this id; None when the catalogue does not have it."""
-        return self._by_id.get(model_id)
+    @cached_property
+    def _variants(self) -> dict[str, ModelProfile]:
+        return _names_of_variants(self.models)
+
+    @cached_property
+    def renamed(self) -> Mapping[str, RequestedModel]:
+        """The names that engines do not know, with what each stands for: aliases, `id@variant` and `alias@variant`."""
+        found = {name: choice.requested for name, choice in self._variants.items()}
+        for alias, target in self.aliases.items():
+            found[alias] = self.requested(target)
+            profile = self._by_id.get(target)
+            for choice in () if profile is None else profile.choices:
+                if choice.variant is not None and f"{alias}@{choice.variant}" not in self._by_id:
+                    found.setdefault(f"{alias}@{choice.variant}", choice.requested)
+        return found
+
+    def profile(self, name: str) -> ModelProfile | None:
+        """The model with this id, or for `id@variant` the profile of that variant; None when the catalogue does not
+        have it."""
+        return self._by_id.get(name) or self._variants.get(name)
+
+    def requested(self, name: str) -> RequestedModel:
+        """What an id or `id@variant` stands for. A name that the catalogue does not have is an id."""
+        choice = self._variants.get(name)
+        return RequestedModel(name) if choice is None else choice.requested
+
+    def running(self, model_id: str, variant: str | None) -> RequestedModel:
+        """What a neuron runs that reports this variant: without it if the catalogue has no such variant."""
+        found = RequestedModel(model_id, variant)
+        return found if found.name in self._variants else RequestedModel(model_id)
+
+    def names_of(self, model_id: str) -> tuple[str, ...]:
+        """The id, and `id@variant` for each variant."""
+        profile = self._by_id.get(model_id)
+        variants = () if profile is None or not profile.variants else profile.choices
+        return model_id, *(choice.requested.name for choice in variants)
+
+    def variants_meant_by(self, name: str) -> tuple[str, ...]:
+        """For `id@something`: the names of the variants of that model. Empty for any other name."""
+        prefix, _, wanted = name.rpartition("@")
+        profile = self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
+        return () if profile is None else tuple(str(each.name) for each in profile.variants)
 
     def resolve(self, name: str) -> str:
-        """The model id for a name that may be an alias."""
-        return self.aliases.get(name, name)
+        """The id, or `id@variant`, for a name that may be an alias."""
+        found = self.renamed.get(name)
+        return name if found is None else found.name
 
 
 def load_catalogue(path: Path) -> Catalogue:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from cortex.config.catalogue import Catalogue
+from cortex.config.catalogue import Catalogue, Variant
 from cortex.config.settings import CortexConfig
 
 
@@ -156,7 +156,16 @@ def _changes(key: str, before: object, after: object) -> list[str]:
             for inner in type(before).model_fields
             for line in _changes(f"{key}.{inner}", getattr(before, inner), getattr(after, inner))
         ]
+    if key == "variants" and isinstance(before, tuple) and isinstance(after, tuple):
+        return _variant_changes(before, after)
     return [f"{key} {_shown(before)} -> {_shown(after)}"]
+
+
+def _variant_changes(before: tuple[Variant, ...], after: tuple[Variant, ...]) -> list[str]:
+    old, new = ({str(each.name): each for each in every} for every in (before, after))
+    order = [] if list(old) == list(new) else [f"variants {list(old)} -> {list(new)}"]
+    kept = [name for name in old if name in new]
+    return order + [line for name in kept for line in _changes(f"variants.{name}", old[name], new[name])]
 
 
 def _shown(value: object) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.catalogue import Catalogue, ModelProfile, load_catalogue
 from cortex.config.settings import CortexConfig, GatewaySettings
 from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
@@ -116,38 +117,50 @@ def catalogue_problems(catalogue: Catalogue, path: Path) -> list[str]:
     """What a neuron of ours would refuse when it is asked to load the models of the catalogue `path`. Other neurons may
     have other rules, so a cortex serves such a catalogue."""
     problems = []
-    for number, profile in enumerate(catalogue.models):
-        where = f"{path}: models[{number}]"
+    for where, profile in _entries(catalogue, path):
         close = difflib.get_close_matches(profile.harness, HARNESSES, n=1)
         if profile.harness in HARNESSES:
             reason = refused_argument(profile.args)
             if reason is not None:
-                problems.append(f"{where}.args: {reason}")
+                problems.append(f"{where('args')}: {reason}")
         elif close:
             known = ", ".join(HARNESSES)
             problems.append(
-                f"{where}.harness = {profile.harness!r}: unknown harness (known: {known}), did you mean {close[0]!r}?"
+                f"{where('harness')} = {profile.harness!r}: unknown harness (known: {known}), "
+                f"did you mean {close[0]!r}?"
             )
-    return problems
+    return list(dict.fromkeys(problems))
+
+
+def _entries(catalogue: Catalogue, path: Path) -> Iterator[tuple[Callable[[str], str], ModelProfile]]:
+    """Each model, or each of its variants, with a function that says where a key of it is set."""
+    for number, profile in enumerate(catalogue.models):
+        model = f"{path}: models[{number}]"
+        for place, choice in enumerate(profile.choices):
+            given = profile.variants[place].model_dump(exclude_none=True) if profile.variants else {}
+            yield partial(_place_of, model, f"{model}.variants[{place}]", frozenset(given)), choice
+
+
+def _place_of(model: str, variant: str, given: frozenset[str], key: str) -> str:
+    return f"{variant if key in given else model}.{key}"
 
 
 def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:
     """Settings that are valid but probably unintended."""
     names = {entry.name for entry in config.neurons}
     warnings = [] if names else [f"{path}: neurons: empty, no model can be served"]
-    for number, profile in enumerate(catalogue.models):
+    for where, profile in _entries(catalogue, config.models_path(path)):
         if profile.harness not in HARNESSES:  # one of other software's neurons may have it
             warnings.append(
-                f"{config.models_path(path)}: models[{number}].harness: {profile.id!r} can only be loaded by neurons "
-                f"that list the harness {profile.harness!r}, and none of this version does"
+                f"{where('harness')}: {profile.id!r} can only be loaded by neurons that list the harness "
+                f"{profile.harness!r}, and none of this version does"
             )
         warnings += [
-            f"{config.models_path(path)}: models[{number}].pinned_on: {profile.id!r} is pinned on {name!r}, "
-            f"which is not listed in {path}"
-            for name in profile.pinned_on
-            if name not in names
+            f"{where('pinned_on')}: {profile.id!r} is pinned on {neuron!r}, which is not listed in {path}"
+            for neuron in profile.pinned_on
+            if neuron not in names
         ]
-    return warnings
+    return list(dict.fromkeys(warnings))
 
 
 def with_workers(config: CortexConfig, workers: int) -> CortexConfig:

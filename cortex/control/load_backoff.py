@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from cortex.config.catalogue import RequestedModel
 from cortex.placement.inputs import Backoff
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 
@@ -45,8 +46,8 @@ _NONE = _Failure(Backoff(-math.inf, ""))
 
 
 class Backoffs:
-    """Failures by model and node. The first pause is 10 s; it doubles with each consecutive failure, up to 5 min, and
-    is 10 s again after an hour without a failure."""
+    """Failures by model, or `id@variant`, and node. The first pause is 10 s; it doubles with each consecutive failure,
+    up to 5 min, and is 10 s again after an hour without a failure."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -84,14 +85,15 @@ class Backoffs:
         model_id, node, _ = key
         self.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
-    def record_success(self, model_id: str, node: str) -> None:
+    def record_success(self, requested: RequestedModel, node: str) -> None:
         """The model is up on this node: forgets its failures there, and those blamed on the model itself."""
-        self._failures.pop((model_id, node), None)
-        self._failures.pop((model_id, ANY_NODE), None)
+        for name in (requested.model_id, requested.name):
+            self._failures.pop((name, node), None)
+            self._failures.pop((name, ANY_NODE), None)
 
-    def clear(self, model_id: str) -> None:
-        """Ends all backoffs of a model: an operator wants it tried now."""
-        for key in [key for key in self._failures if key[0] == model_id]:
+    def clear(self, names: Collection[str]) -> None:
+        """Ends all backoffs of a model, given with its variants: an operator wants it tried now."""
+        for key in [key for key in self._failures if key[0] in names]:
             failure = self._failures[key]
             self._failures[key] = replace(
                 failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=BackoffCause.NODE

@@ -24,8 +24,8 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
-from cortex.placement.node_plan import LoadPlan, Rejection, plan_on_node
-from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
+from cortex.placement.node_plan import LoadPlan
+from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
@@ -206,7 +206,7 @@ class Scheduler:
         Raises:
             ServiceError: it cannot be placed.
         """
-        self._backoffs.clear(model_id)
+        self._backoffs.clear(self._live.catalogue.names_of(model_id))
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -227,20 +227,19 @@ class Scheduler:
             node = view.fleet.nodes[node_name]
             if node.is_loading(model_id):
                 return None
-            placed = plan_on_node(view, profile, node)
-            if isinstance(placed, Rejection):
+            verdict = plan_variant(view, profile, node)
+            if verdict.plan is None:
                 raise Conflict(
-                    f"{node_name} cannot load {model_id!r} now: {placed.reason}",
+                    f"{node_name} cannot load {model_id!r} now: {verdict.reason}",
                     code=ErrorCode.INSUFFICIENT_VRAM,
                     param="node",
                 )
-            plan = placed
+            plan = verdict.plan
         return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
-        model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded.
-        """
+        model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded."""
         deadline = self._clock() + self._loader.timeout_secs
         evicting_already = key in self._fleet.snapshot().evicting
         self._fleet.begin_eviction(key)
@@ -299,7 +298,7 @@ class Scheduler:
             elif job.elsewhere is not None:
                 self._backoffs.record_load_elsewhere(job.model_id, job.elsewhere)
             elif any(engine.key == job.plan.key for engine in self._fleet.snapshot().serving(job.model_id)):
-                self._backoffs.record_success(job.model_id, job.node)
+                self._backoffs.record_success(job.plan.requested, job.node)
         finally:
             self._queue.notify(job.model_id)
             self._wake.set()
@@ -308,40 +307,43 @@ class Scheduler:
         cause = failure.cause
         if failure.no_memory:
             if failure.needed_mb is not None and failure.needed_mb != job.plan.device_share_mb:
-                self._observed_share_mb[job.model_id] = failure.needed_mb
+                self._observed_share_mb[job.plan.requested.name] = failure.needed_mb
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
-        self._backoffs.record_failure(job.model_id, job.node, cause, str(failure), permanent=failure.permanent)
+        name = job.plan.requested.name
+        self._backoffs.record_failure(name, job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""
         view = self.view()
-        profile = view.profile(job.model_id)
+        profile = view.profile(job.plan.requested.name)
         node = view.fleet.nodes.get(job.node)
-        found = None if profile is None or node is None else plan_on_node(view, profile, node)
-        return not isinstance(found, LoadPlan) or found.rank != job.plan.rank
+        found = None if profile is None or node is None else plan_variant(view, profile, node).plan
+        return found is None or found.rank != job.plan.rank
 
     def _record_size(self, view: ModelView) -> None:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
         profile = self._live.catalogue.profile(view.id)
-        if profile is not None and profile.vram_mb is None and view.vram_booked_mb:
-            self._observed_share_mb[view.id] = -(-view.vram_booked_mb // max(1, len(view.devices)))
+        choice = None if profile is None else profile.choice(view.variant if profile.variants else None)
+        if choice is not None and choice.vram_mb is None and view.vram_booked_mb:
+            self._observed_share_mb[choice.requested.name] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
     def _track_foreign_load(self, engine: EngineSnapshot) -> None:
         """Records how a load ends that others started and our requests wait for."""
         key, view = engine.key, engine.view
-        model_id, node, _ = key
         if view.coming:
-            if self._queue.count(model_id):
+            if self._queue.count(key.model_id):
                 self._expect_foreign_load(key)
             return
         if key in self._foreign_loads:
             self._foreign_loads.discard(key)
+            requested = self._live.catalogue.running(key.model_id, view.variant)
             if view.loaded:
-                self._backoffs.record_success(model_id, node)
+                self._backoffs.record_success(requested, key.node)
             elif view.known_status is ModelStatus.FAILED:
-                reason = f"loading {model_id!r} on {node} failed: {view.error or 'no reason given'}"
-                self._backoffs.record_failure(model_id, node, cause_of(view), reason, permanent=is_permanent(view))
+                reason = f"loading {requested.name!r} on {key.node} failed: {view.error or 'no reason given'}"
+                cause, permanent = cause_of(view), is_permanent(view)
+                self._backoffs.record_failure(requested.name, key.node, cause, reason, permanent=permanent)
 
     def _expect_foreign_load(self, key: ReplicaKey) -> None:
         if all(job.plan.key != key for job in self._loader.jobs()):

@@ -44,13 +44,15 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM reserved for a load in progress: `device_share_mb` MiB on each of the devices."""
+    """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
+    devices."""
 
     model_id: str
     node: str
     devices: tuple[int, ...]
     device_share_mb: int
     instance: str = ""
+    variant: str | None = None
 
     @property
     def key(self) -> ReplicaKey:

@@ -20,11 +20,13 @@ def candidate_nodes(view: PlanningView, profile: ModelProfile) -> list[NodeSnaps
     if len(fleet.nodes) <= MAX_CANDIDATES:
         return list(fleet.nodes.values())
     chosen = {node.name: node for node in fleet.holders(profile.id)}
-    for node in _by_free_memory(view, profile):
-        if len(chosen) >= MAX_CANDIDATES:
-            break
-        if is_feasible(profile, node):
-            chosen[node.name] = node
+    for position, choice in enumerate(profile.choices):  # each variant gets its share of the rest
+        limit = len(chosen) + (MAX_CANDIDATES - len(chosen)) // (len(profile.choices) - position)
+        for node in _by_free_memory(view, choice):
+            if len(chosen) >= limit:
+                break
+            if is_feasible(choice, node):
+                chosen[node.name] = node
     return list(chosen.values())
 
 

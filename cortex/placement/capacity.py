@@ -175,8 +175,8 @@ def models_in_transition(view: PlanningView, node: NodeSnapshot) -> list[Residen
 
 
 def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: int) -> float:
-    """Expected duration of a load: measured there or on another node, else the median of all loads, else estimated
-    from the size."""
+    """Expected duration of a load of a model, or of `id@variant`: measured there or on another node, else the median of
+    all loads, else estimated from the size."""
     known = view.expected_load_secs(model_id, node)
     if known is None and view.load_secs:
         known = median(secs for by_node in view.load_secs.values() for secs in by_node.values())
@@ -186,17 +186,19 @@ def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: i
 def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
     node, entry, key = engine.node, engine.view, engine.key
     profile = view.catalogue.profile(entry.id)
+    choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
     use = view.usage(key)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
-    declared = 0 if profile is None else profile.vram_mb or 0
+    declared = 0 if choice is None else choice.vram_mb or 0
     holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
     share = holds // max(1, len(devices))
     if not share and not asleep:  # size unknown: assume the whole device
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
-    secs = estimated_load_secs(view, entry.id, node.name, size)
+    secs = estimated_load_secs(view, entry.id if choice is None else choice.requested.name, node.name, size)
+    pinned = choice or profile
     return ResidentModel(
         key=key,
         devices=devices,
@@ -209,7 +211,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
-        protected=f"pinned on {node.name}" if profile is not None and node.name in profile.pinned_on else None,
+        protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )
 
 

@@ -23,9 +23,17 @@ MAX_EVICTION_SETS = 70
 
 
 def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
-    """Devices with at least the profile's minimum memory; on a feasible node there are enough of them."""
-    floor = profile.min_device_vram_mb or 0
-    return [device for device in node.devices if device.vram_total_mb >= floor]
+    """Devices with at least the profile's minimum memory and compute capability; on a feasible node there are enough
+    of them."""
+    floor, capability = profile.min_device_vram_mb or 0, as_version(profile.min_compute_capability)
+    large = [device for device in node.devices if device.vram_total_mb >= floor]
+    return [device for device in large if as_version(device.compute_capability) >= capability] if capability else large
+
+
+def as_version(capability: str | None) -> tuple[int, ...]:
+    """A compute capability such as "8.9", for comparison. One that is absent or does not read so is the lowest."""
+    parts = (capability or "").split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
 
 
 def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:

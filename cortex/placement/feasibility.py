@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.devices import eligible_devices
+from cortex.placement.devices import as_version, eligible_devices
 from shared.protocol import Discovery
 
 
 def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
-    """Why the node's topology can never hold the model; None when it can, or when it is not known yet.
+    """Why the node's topology can never hold the model, in any of its variants; None when it can, or when it is not
+    known yet.
 
     `vram_mb` and the node's health play no part.
     """
+    if not profile.variants:
+        return _infeasible_reason(profile, node)
+    reasons = {choice.variant: _infeasible_reason(choice, node) for choice in profile.choices}
+    if None in reasons.values():
+        return None
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{variant} {reason}" for variant, reason in reasons.items())
+
+
+def oversize_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
+    """Why a feasible node could not hold the model in one of its `choices` even if it were empty, by the catalogue's
+    figures; None when it could."""
+    share, size = profile.device_share_mb, profile.device_count
+    totals = sorted((each.vram_total_mb or share for each in eligible_devices(profile, node)), reverse=True)
+    if size <= len(totals) and totals[size - 1] < share:
+        return f"needs {share} MiB on each device, more than the {totals[size - 1]} MiB in total"
+    return None
+
+
+def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     if profile.pinned_on and node.name not in profile.pinned_on:
         return f"pinned on {', '.join(profile.pinned_on)}"
     if node.discovery is None:
@@ -26,11 +48,16 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
         return f"needs {profile.device_count} devices, has {len(node.devices)}"
     enough = len(eligible_devices(profile, node))
     if enough < profile.device_count:
-        return (
-            f"needs {profile.device_count} devices with {profile.min_device_vram_mb} MiB in total, "
-            f"{enough} of {len(node.devices)} have that"
-        )
+        return f"needs {_needed_devices(profile)}, {enough} of {len(node.devices)} have that"
     return None
+
+
+def _needed_devices(profile: ModelProfile) -> str:
+    memory = "" if profile.min_device_vram_mb is None else f"{profile.min_device_vram_mb} MiB in total"
+    capability = profile.min_compute_capability
+    parts = [memory, "" if capability is None else f"compute capability {capability}"]
+    count = profile.device_count
+    return f"{count} device{'' if count == 1 else 's'} with {' and '.join(filter(None, parts))}"
 
 
 def _unsupported_reason(profile: ModelProfile, discovery: Discovery) -> str | None:
@@ -45,6 +72,19 @@ def _unsupported_reason(profile: ModelProfile, discovery: Discovery) -> str | No
 def _knows_parallel(discovery: Discovery) -> bool:
     """A protocol v1 neuron knows only `tensor_parallel`, and would load the model in another way."""
     return discovery.instance_id is not None
+
+
+def reports_variants(node: NodeSnapshot) -> bool:
+    """Whether the node says which variant of a model it has loaded."""
+    return node.discovery is not None and node.discovery.instances
+
+
+def inferred_variant(profile: ModelProfile, node: NodeSnapshot) -> str | None:
+    """The variant that a node has which does not report it: the first that it can hold, as it gets no other one. None
+    for a model without variants, or if there is no such variant."""
+    feasible = [choice for choice in profile.choices if _infeasible_reason(choice, node) is None]
+    feasible.sort(key=lambda choice: oversize_reason(choice, node) is not None)
+    return feasible[0].variant if feasible else None
 
 
 def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
@@ -65,7 +105,7 @@ class _Topology(NamedTuple):
 
     harnesses: frozenset[str]
     knows_parallel: bool
-    totals_mb: tuple[int, ...]  # of the usable devices, ascending
+    devices: tuple[tuple[int, tuple[int, ...]], ...]  # memory and compute capability of the usable ones, ascending
 
 
 class _Requirement(NamedTuple):
@@ -75,6 +115,11 @@ class _Requirement(NamedTuple):
     devices: int
     tensor_only: bool
     min_device_vram_mb: int | None
+    min_compute_capability: str | None
+
+
+_Question: TypeAlias = tuple[tuple[_Requirement, tuple[str, ...]], ...]
+"""Each variant's requirement and `pinned_on`."""
 
 
 class FeasibilityCache:
@@ -88,21 +133,21 @@ class FeasibilityCache:
         self._position: dict[str, int] = {}
         self._examples: dict[_Topology, NodeSnapshot] = {}
         self._verdicts: dict[tuple[_Requirement, _Topology], bool] = {}
-        self._found: dict[tuple[_Requirement, tuple[str, ...]], tuple[str, ...]] = {}
-        self._outdated: dict[tuple[_Requirement, tuple[str, ...]], tuple[str, ...]] = {}
+        self._found: dict[_Question, tuple[str, ...]] = {}
+        self._outdated: dict[_Question, tuple[str, ...]] = {}
 
     def nodes(self, profile: ModelProfile, fleet: FleetSnapshot) -> tuple[str, ...]:
         """The neurons whose topology is known and can hold the model, healthy or not, in configuration order. Returns
         the same object while the answer is the same."""
         if fleet.topology is None or fleet.topology is not self._followed:
             self._follow(fleet)
-        requirement = _Requirement(
-            profile.harness, profile.device_count, profile.parallelism.tensor_only, profile.min_device_vram_mb
-        )
-        key = requirement, profile.pinned_on
+        if profile.variants:
+            key = tuple((_requirement(choice), choice.pinned_on) for choice in profile.choices)
+        else:
+            key = ((_requirement(profile), profile.pinned_on),)
         found = self._found.get(key)
         if found is None:
-            found, before = self._find(requirement, profile), self._outdated.pop(key, None)
+            found, before = self._find(key, profile), self._outdated.pop(key, None)
             found = self._found[key] = before if before == found else found
         return found
 
@@ -130,27 +175,40 @@ class FeasibilityCache:
             self._found = {}
         self._followed = fleet.topology
 
-    def _find(self, requirement: _Requirement, profile: ModelProfile) -> tuple[str, ...]:
-        names = sorted(self._position.keys() & profile.pinned_on, key=self._position.__getitem__)
-        return tuple(name for name in names or self._unpinned(profile) if self._holds(requirement, profile, name))
+    def _find(self, key: _Question, profile: ModelProfile) -> tuple[str, ...]:
+        holders: set[str] = set()
+        for (requirement, pinned_on), choice in zip(key, profile.choices, strict=True):
+            names = [name for name in pinned_on if name in self._position] if pinned_on else self._position
+            found = [name for name in names if self._holds(requirement, choice, name)]
+            if len(key) == 1 and not pinned_on:
+                return tuple(found)  # in order already
+            holders.update(found)
+        return tuple(sorted(holders, key=self._position.__getitem__))
 
-    def _unpinned(self, profile: ModelProfile) -> list[str]:
-        return [] if profile.pinned_on else list(self._position)
-
-    def _holds(self, requirement: _Requirement, profile: ModelProfile, name: str) -> bool:
+    def _holds(self, requirement: _Requirement, choice: ModelProfile, name: str) -> bool:
         topology = self._topologies[name]
         if topology is None:
             return False
         verdict = self._verdicts.get((requirement, topology))
         if verdict is None:
-            anywhere = profile.model_copy(update={"pinned_on": ()})
-            verdict = infeasible_reason(anywhere, self._examples[topology]) is None
+            anywhere = choice.model_copy(update={"pinned_on": ()})
+            verdict = _infeasible_reason(anywhere, self._examples[topology]) is None
             self._verdicts[requirement, topology] = verdict
         return verdict
+
+
+def _requirement(profile: ModelProfile) -> _Requirement:
+    return _Requirement(
+        profile.harness,
+        profile.device_count,
+        profile.parallelism.tensor_only,
+        profile.min_device_vram_mb,
+        profile.min_compute_capability,
+    )
 
 
 def _topology(node: NodeSnapshot) -> _Topology | None:
     if node.discovery is None:
         return None
-    totals = tuple(sorted(device.vram_total_mb for device in node.devices))
-    return _Topology(frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), totals)
+    devices = tuple(sorted((each.vram_total_mb, as_version(each.compute_capability)) for each in node.devices))
+    return _Topology(frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), devices)

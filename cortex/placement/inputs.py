@@ -61,7 +61,8 @@ class PlanningView:
     """The state at one moment, as the planner's input. `now` is in seconds, on the clock that all times here share.
 
     `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `observed_share_mb`
-    is what neurons booked per device for models without a size in the catalogue. `overloaded_since` is when a model's
+    is what neurons booked per device for models without a size in the catalogue. In both a variant of a model counts
+    as a model of its own, named `id@variant`; in `backoffs` and `waiting` it may. `overloaded_since` is when a model's
     replicas began to exceed `Rules.replica_target` requests each. `holds` is until when operators hold models back. A
     backoff or a hold of ANY_NODE applies to every node.
     """
@@ -117,7 +118,7 @@ class PlanningView:
 
     def device_share_mb(self, profile: ModelProfile) -> int:
         """MiB needed on each device: from the catalogue, else as observed, else 0."""
-        return profile.device_share_mb or self.observed_share_mb.get(profile.id, 0)
+        return profile.device_share_mb or self.observed_share_mb.get(profile.requested.name, 0)
 
     def expected_load_secs(self, model_id: str, node: str) -> float | None:
         """How long a load took there, else the longest on any other node; None when it was never loaded."""

@@ -11,7 +11,7 @@ from shared.protocol import LoadCommand
 def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
     """The command for a plan. A sleeping model, or one that only neurons know, is sent by id alone: its neuron
     remembers the spec and devices, and refuses to wake it with different ones. A protocol v1 neuron remembers nothing,
-    so the command repeats what it listed."""
+    so the command repeats what it listed. `profile` is the plan's choice among the model's variants."""
     remembers = node.discovery is None or node.discovery.instance_id is not None
     instance = plan.instance or None
     if remembers and (plan.wakes or profile is None):
@@ -27,6 +27,7 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
     return LoadCommand(
         model_id=profile.id,
         instance=instance,
+        variant=profile.variant,
         harness=profile.harness,
         quant=profile.quant,
         tensor_parallel=profile.tensor_parallel,

@@ -1,8 +1,9 @@
 """What one node can do for a model: on which devices it fits, what to evict for it, or why it does not fit. Pure.
 
 Preferences in order: waking it where it sleeps; free memory; memory freed by evictions, cheapest first (see
-`eviction`); devices where no other engine is starting, else the shortest wait (see `starts`); a neuron that already
-knows the model; the tightest fit, so that large cards stay free for large models; the best connected devices; the name.
+`eviction`); devices where no other engine is starting, else the shortest wait (see `starts`); the better variant; a
+neuron that already knows the model; the tightest fit, so that large cards stay free for large models; the best
+connected devices; the name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import ModelProfile, RequestedModel
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.capacity import (
     DeviceCapacity,
@@ -67,7 +68,7 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where to load a model, and what to evict for it.
+    """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
 
     `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
     until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
@@ -83,6 +84,7 @@ class LoadPlan:
     fit: Fit
     spare_mb: int
     reserve_mb: int
+    variant: str | None = None
     eviction_plan: EvictionPlan = NO_EVICTIONS
     ready_at: float = float("-inf")
     expected_secs: float | None = None
@@ -98,7 +100,7 @@ class LoadPlan:
 
     @property
     def reason(self) -> str:
-        return f"{self.node}: {self.fit_reason}"
+        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
 
     @property
     def fit_reason(self) -> str:
@@ -124,9 +126,14 @@ class LoadPlan:
         return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
 
     @property
+    def requested(self) -> RequestedModel:
+        """The model, or the variant of it that is loaded."""
+        return RequestedModel(self.model_id, self.variant)
+
+    @property
     def reservation(self) -> Reservation:
         """The memory reserved while the plan is carried out."""
-        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance)
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,8 @@ class _Candidate:
 
 
 def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
-    """The best a feasible node can do for the model, or why it can do nothing now. Ignores health."""
+    """The best a feasible node can do for the model in one of its `choices`, or why it can do nothing now. Ignores
+    health."""
     candidate = _candidate(view, profile, node)
     memory, needed_mb = candidate.memory, candidate.needed_mb
     if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
@@ -208,7 +216,9 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node)
-    wake_mb = _wake_mb(node, node.view(profile.id, instance), share, memory, needed_mb)
+    entry = node.view(profile.id, instance)
+    wakes = entry is not None and profile.variant in (None, entry.variant)
+    wake_mb = _wake_mb(node, entry, share, memory, needed_mb) if wakes else {}
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
     return _Candidate(view, profile, node, instance, share, memory, needed_mb, wake_mb, eligible, starts, layout)
@@ -221,8 +231,7 @@ def _wake_mb(
     memory: Mapping[int, DeviceCapacity],
     needed_mb: Mapping[int, int],
 ) -> dict[int, int]:
-    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
-    need."""
+    """By device, what a sleeping engine needs beyond what it holds, at most what all sleeping models there need."""
     if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
         return {}
     if reports_bookable_memory(node) and not share:
@@ -260,17 +269,13 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key.model_id != model_id]
     load_secs = estimated_load_secs(
-        view, model_id, candidate.node.name, candidate.share * candidate.profile.device_count
+        view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
     assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
-    own = [
-        Eviction(each, EvictionClass.IDLE, view.now)
-        for each in residents
-        if each.key.model_id == model_id and each.asleep
-    ]
+    own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]
     sets = candidate.sets(candidate.by_shortage, at_most=MAX_EVICTION_SETS)
     shortages = [(indices, candidate.missing_mb(indices)) for indices in sets]
     plans = _cheapest_plans(candidate, shortages, evictable, own)
@@ -361,9 +366,10 @@ def _plan(
         fit=fit,
         spare_mb=spare,
         reserve_mb=reserve,
+        variant=profile.variant,
         eviction_plan=eviction_plan,
         ready_at=eviction_plan.ready_at,
-        expected_secs=candidate.view.expected_load_secs(profile.id, node.name),
+        expected_secs=candidate.view.expected_load_secs(profile.requested.name, node.name),
         wakes=wakes,
         instance=candidate.instance,
         starts=starts,
@@ -372,6 +378,7 @@ def _plan(
             eviction_plan.order,
             starts.rank,
             not wakes,
+            profile.place,
             not known,
             spare_steps if share else -spare_steps,
             layout.connection(tensor_groups(indices, profile.parallelism.tensor)),

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cortex.config.catalogue import ModelProfile
 from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
-from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason, reports_variants
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
+from shared.protocol import ModelStatus
 
 
 @dataclass(frozen=True)
 class NodeVerdict:
-    """The result for one node: its best plan, or why it has none."""
+    """The result for one node: its best plan, or why it has none. `passed_over`: the better variants of the model with
+    the reason against each."""
 
     node: str
     plan: LoadPlan | None
     reason: str
     temporary: bool = False
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 def candidate_verdicts(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
@@ -48,10 +51,77 @@ def best_plan(found: Iterable[NodeVerdict]) -> LoadPlan | None:
 def evaluate_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> NodeVerdict:
     """What one node could do for the model."""
     rejection = _rejection(view, profile, node)
-    found = plan_on_node(view, profile, node) if rejection is None else rejection
+    if rejection is not None:
+        return NodeVerdict(node.name, None, rejection.reason, rejection.temporary)
+    return plan_variant(view, profile, node)
+
+
+def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> NodeVerdict:
+    """What a feasible node could do for the model, and in which variant. Ignores health.
+
+    It is the first variant that the node could hold if it were empty, so a busy node gets its best one too. If nothing
+    can be done for that one now, because models that may not be evicted are in the way or it failed there, it is the
+    next one. One that sleeps there is woken.
+    """
+    if profile.variant is None and not profile.variants:
+        return _verdict(node, plan_on_node(view, profile, node))
+    awake = _awake(view, profile, node)
+    if awake is not None:
+        return _verdict(node, awake)
+    found: list[tuple[ModelProfile, LoadPlan | Rejection]] = []
+    for choice in sorted(profile.choices, key=lambda each: oversize_reason(each, node) is not None):
+        unsuitable = _unsuitable_reason(view, choice, node)
+        pause = _backoff(view, choice.requested.name, node.name)
+        result = Rejection(unsuitable) if unsuitable is not None else pause or plan_on_node(view, choice, node)
+        found.append((choice, result))
+        if result.temporary if isinstance(result, Rejection) else result.fit is not Fit.TOO_LARGE:
+            break
+    else:
+        plans = [each for each in found if isinstance(each[1], LoadPlan)]
+        if not plans:
+            reason = "; ".join(f"{choice.variant} {_against(choice, node, result)}" for choice, result in found)
+            return NodeVerdict(node.name, None, reason)
+        choice, result = plans[0]
+    better = [each for each in profile.choices if each.place < choice.place]
+    results = {each.place: result for each, result in found}
+    passed_over = [(str(each.variant), _against(each, node, results.get(each.place))) for each in better]
+    return replace(_verdict(node, result), passed_over=tuple(passed_over))
+
+
+def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
     if isinstance(found, Rejection):
         return NodeVerdict(node.name, None, found.reason, found.temporary)
     return NodeVerdict(node.name, found, found.fit_reason)
+
+
+def _awake(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | None:
+    """The plan that wakes the variant that sleeps on the node, if there is one and its memory is available."""
+    entry = node.view(profile.id, view.instance_to_load(profile.id, node))
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING:
+        return None
+    choice = profile.choice(entry.variant)
+    if choice is None or _backoff(view, choice.requested.name, node.name) is not None:
+        return None
+    plan = plan_on_node(view, choice, node)
+    return plan if isinstance(plan, LoadPlan) and plan.fit is Fit.AWAKE else None
+
+
+def _unsuitable_reason(view: PlanningView, choice: ModelProfile, node: NodeSnapshot) -> str | None:
+    """Why the node never gets this variant."""
+    reason = infeasible_reason(choice, node)
+    if reason is not None or reports_variants(node):
+        return reason
+    only = inferred_variant(view.catalogue.profile(choice.id) or choice, node)
+    if only in (None, choice.variant):
+        return None
+    return f"is not loaded there: the neuron does not report variants, so it gets {only} only"
+
+
+def _against(choice: ModelProfile, node: NodeSnapshot, found: LoadPlan | Rejection | None) -> str:
+    """Why another variant is preferred, or none can be loaded."""
+    if isinstance(found, Rejection):
+        return found.reason
+    return oversize_reason(choice, node) or ("" if found is None else found.fit_reason)
 
 
 def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
@@ -73,6 +143,8 @@ def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSn
             return Rejection("is unloading it", temporary=True)
         if entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
             return Rejection("is still draining it", temporary=True)
+        if profile.variant is not None and entry.variant != profile.variant and (entry.loaded or entry.coming):
+            return Rejection(f"has it as {entry.variant or 'another variant'}")
         if entry.loaded:
             why = entry.unservable_because
             return Rejection("already serves it" if why is None else f"says that it cannot serve it now ({why})")
@@ -83,11 +155,15 @@ def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSn
 
 def _pause(view: PlanningView, model_id: str, node: str) -> Rejection | None:
     """Why the model is not loaded on the node for some time: an operator's hold, or a failure."""
-    held_until, backoff = view.held_until(model_id, node), view.backoff(model_id, node)
+    held_until = view.held_until(model_id, node)
     if held_until is not None:
         return Rejection(f"an operator holds it back for another {duration_text(held_until - view.now)}")
-    if backoff is not None:
-        return Rejection(
-            f"not tried again for {backoff.until - view.now:.1f} s: {backoff.reason}", temporary=backoff.temporary
-        )
-    return None
+    return _backoff(view, model_id, node)
+
+
+def _backoff(view: PlanningView, name: str, node: str) -> Rejection | None:
+    """After a failure of the model, or of `id@variant`."""
+    backoff = view.backoff(name, node)
+    if backoff is None:
+        return None
+    return Rejection(f"not tried again for {backoff.until - view.now:.1f} s: {backoff.reason}", backoff.temporary)

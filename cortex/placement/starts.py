@@ -65,6 +65,9 @@ def _remaining_secs(view: PlanningView, node: NodeSnapshot, model_id: str, entry
     if progress is not None and progress.remaining_secs is not None:
         return max(0.0, progress.remaining_secs)
     profile = view.profile(model_id)
+    if profile is not None and profile.variants:
+        profile = profile.choice(None if entry is None else entry.variant) or profile
     size_mb = 0 if profile is None else view.device_share_mb(profile) * profile.device_count
+    name = model_id if profile is None else profile.requested.name
     elapsed = 0.0 if progress is None or progress.elapsed_secs is None else progress.elapsed_secs
-    return max(0.0, estimated_load_secs(view, model_id, node.name, size_mb) - elapsed)
+    return max(0.0, estimated_load_secs(view, name, node.name, size_mb) - elapsed)

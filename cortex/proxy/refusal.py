@@ -19,12 +19,32 @@ _UNKNOWN_MODEL: Final = re.compile(
 )
 """In an answer with 400: most engines answer 404 for a model that they do not have, some 400."""
 
-_DEAD: Final = re.compile(
-    rb'"message": ?"(?:EngineCore encountered an issue\.|cannot schedule new futures after (?:interpreter )?shutdown)'
+_DEAD_TEXT: Final = (
+    rb"(?:EngineCore encountered an issue\.|cannot schedule new futures after (?:interpreter )?shutdown)"
 )
-"""In an answer with 500: vLLM's API server outlives its core by a second or more and answers every request with the
-first; while it stops, with the second (both seen with 0.32, and on all paths). SGLang and llama.cpp end with their
-engine, so a connection is lost instead."""
+"""vLLM's API server outlives its core by a second or more and answers every request with the first; while it stops,
+with the second (both seen with 0.32, on all paths). SGLang and llama.cpp end with their engine: a connection is lost
+instead."""
+
+_DEAD: Final = re.compile(rb'"message": ?"' + _DEAD_TEXT)
+_DEAD_STREAM: Final = re.compile(
+    rb"(?:[0-9a-fA-F]+\r\n)?(?:event: error\n)?data: "
+    rb'\{(?:"type": ?"error", ?)?"error": ?\{(?:"type": ?"[a-z_]*", ?)?"message": ?"(?:'
+    + _DEAD_TEXT
+    # vLLM 0.32's `/v1/messages` fails to read its own error, which pydantic shortens.
+    + rb"|\d+ validation errors? for ChatCompletionStreamResponse.{0,200}\{'error': \{'message': 'En\.\.\.)",
+    re.DOTALL,
+)
+"""The same as the first event of a stream, with or without the framing of its chunk."""
+
+_ERROR_WITHIN: Final = 48
+"""An event that is an error says so in its first bytes."""
+
+
+def starts_dead(body: bytes) -> bool:
+    """True if a successful answer begins with an event that says that the engine is dead: it died after the head, while
+    the request waited for its first token. `body`: the first bytes, as they came."""
+    return b"error" in body[:_ERROR_WITHIN] and _DEAD_STREAM.match(body) is not None
 
 
 def refusal_of(head: ResponseHead, body: bytes) -> Refusal | None:

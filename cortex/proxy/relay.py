@@ -12,7 +12,7 @@ from cortex.http.heads import ResponseHead
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.held_answer import MAX_HELD_BYTES, HeldAnswer
-from cortex.proxy.refusal import TOLD_BY_BODY, refusal_of
+from cortex.proxy.refusal import TOLD_BY_BODY, refusal_of, starts_dead
 from cortex.routing.replica import FailureKind, Refusal
 from cortex.upstream.address import Address
 from cortex.upstream.connection import Body, EngineConnection
@@ -30,8 +30,9 @@ class RelayListener(Protocol):
         """The engine did not answer. Nothing was sent to the client; the request can go elsewhere."""
 
     def refused(self, status: int, refusal: Refusal) -> bool:
-        """The engine answered with an error that says that another engine may answer. Nothing was sent to the client.
-        Returns True if the request goes elsewhere, False if the client gets this answer."""
+        """The engine answered with an error that says that another engine may answer. Nothing was sent to the client,
+        except perhaps the head of an event stream (`Relay.only_head`). Returns True if the request goes elsewhere,
+        False if the client gets this answer."""
 
     def lost(self, reason: str) -> None:
         """The engine was lost while it answered. The listener has to call `Relay.end_lost`, now or later."""
@@ -42,6 +43,7 @@ class RelayListener(Protocol):
 
 class Relay:
     """Implements `upstream.connection.Exchange`. `status` is 0 until the head of the answer has arrived.
+    `only_head`: the client has the head of an event stream and nothing else; the request can still go elsewhere.
     `silent_since` is the time of the first tick after the engine's last byte. Times are monotonic seconds."""
 
     __slots__ = (
@@ -60,6 +62,7 @@ class Relay:
         "first_byte_at",
         "lost_because",
         "on_start",
+        "only_head",
         "silent_since",
         "status",
     )
@@ -86,6 +89,7 @@ class Relay:
         self._abandoned = False
         self._straight = False  # the engine's chunks can pass to the client as they are
         self.status = 0
+        self.only_head = False
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
         self.on_start: Callable[[bytes], bool] | None = None  # gets the body so far, until it returns True
@@ -143,6 +147,8 @@ class Relay:
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status >= 400 and (self._must_hold(head, body, first) or self._goes_elsewhere(head, first)):
             return
+        if starts_dead(first) and self._refused("dead", head.status):
+            return
         self._begin(head, body, first)
 
     def _begin(self, head: ResponseHead, body: Body, first: bytes) -> None:
@@ -150,9 +156,12 @@ class Relay:
         self.first_byte_at = monotonic()
         self.status = head.status
         self._head = b""
-        self._request.forget()
         answer = self.answer
         self._straight = answer.begin(head, body, first) and not body.ended
+        if answer.events and not first:
+            self.only_head = True
+            return
+        self._request.forget()
         if head.status == 101:
             self._open_tunnel()
         if self.on_start is not None:
@@ -168,9 +177,24 @@ class Relay:
         client.begin_tunnel(connection.transport.write)
 
     def passed(self, data: bytes) -> None:
+        if self.only_head:
+            self._pass_first(data)
+            return
         self.answer.write(data)
         if self.on_start is not None:
             self._show_start()
+
+    def _pass_first(self, data: bytes) -> None:
+        """The first bytes of an event stream that came after its head."""
+        if starts_dead(data) and self._refused("dead", self.status):
+            return
+        self.only_head = False
+        self._request.forget()
+        self.answer.write(data)
+        if self.on_start is not None:
+            self._show_start()
+        elif self._straight:
+            self._pass_straight()
 
     def _pass_straight(self) -> None:
         assert self._connection is not None
@@ -281,7 +305,11 @@ class Relay:
         """True if the listener retries elsewhere: the answer only says that this engine does not serve now, or that it
         may not be the model's engine. `body`: what there is of it."""
         refusal = refusal_of(head, body)
-        if refusal is None or not self._listener.refused(head.status, refusal):
+        return refusal is not None and self._refused(refusal, head.status)
+
+    def _refused(self, refusal: Refusal, status: int) -> bool:
+        """True if the listener retries elsewhere, which ends the relay."""
+        if not self._listener.refused(status, refusal):
             return False
         connection, self._connection = self._connection, None
         self._close_body()

@@ -188,7 +188,7 @@ class RequestHandler:
             return False
         others = self._untried() if refusal == "unavailable" else ()
         kind = failure_of(refusal, state.replica, self._failures, others)
-        if kind is None:
+        if kind is None or (state.relay.only_head and not self._can_follow(state.relay.answer)):
             return False
         self._fail(f"it answered {status}{f', {refusal}' if refusal in ('asleep', 'dead') else ''}", kind)
         self._send_to_one_of(others)
@@ -203,6 +203,14 @@ class RequestHandler:
             state.ending = self._spawn(self._explain_end(state), "end")
         else:
             self._end_lost(state, None)
+
+    def _can_follow(self, answer: Answer) -> bool:
+        """Prepares to continue an event stream of which the client has the head. False if that is impossible."""
+        if not answer.can_follow:
+            return False
+        self._keep_alive = self._keep_alive or self._new_keep_alive(cold=True)
+        self._keep_alive.follow()
+        return True
 
     async def _explain_end(self, sent: Sent) -> None:
         engine_end = await self._context.control.engine_end(sent.replica)
@@ -305,7 +313,6 @@ class RequestHandler:
         self._attempts += 1
         context.in_flight.add(key)
         request_id = self._request_id.encode()
-        answer: Answer
         if self._keep_alive is None:
             answer = self._new_answer(
                 b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
@@ -350,13 +357,12 @@ class RequestHandler:
     def _refuse(self, error: ServiceError) -> None:
         self._context.counters.error(self._label, self._node, error.code)
         self._account(error.status, None)
-        keep_alive, self._keep_alive = self._keep_alive, None
+        keep_alive = self._keep_alive
+        self._stop_keep_alive()
         if keep_alive is not None and keep_alive.begun:
             keep_alive.fail(error)
             self._client.finished()
         else:
-            if keep_alive is not None:
-                keep_alive.stop()
             self._client.refuse(error, self._request_id, self._node if self._failures else None)
 
     def _account(self, status: int, relay: Relay | None) -> None:

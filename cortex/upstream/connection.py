@@ -169,6 +169,8 @@ class EngineConnection:
             return
         if data:
             exchange.passed(data)
+            if self._exchange is not exchange:  # it dropped the answer
+                return
         if body.ended:
             self._end()
         elif self._straight:

@@ -1,43 +1,76 @@
-"""Answers `GET /models/{model_id}/logs`: the last lines, or those and all that follow."""
+"""Answers `GET /models/{model_id}/logs`: the last lines, or those and all that follow, of one engine or of several."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
 from neuron.engine.output import EngineOutput
+from neuron.lifecycle.instance_state import InstanceState
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
+from shared.tasks import cancel_all
 
 KEEP_ALIVE_SECS = 15.0
 _PAUSE_SECS = 0.25
 
 
-async def last_lines(model_id: str, output: EngineOutput | None, tail: int) -> web.Response:
-    """`{"id", "lines"}`; no lines for a model that has no engine and had none."""
-    lines = [] if output is None else await output.tail(tail)
+def outputs_of(models: Sequence[InstanceState]) -> dict[str, EngineOutput]:
+    """The outputs of a model's instances by what their lines begin with: the instance's name if there are several. None
+    of one that has no engine and had none."""
+    prefixes = [f"[{model.key.instance}] " if len(models) > 1 else "" for model in models]
+    return {prefix: model.output for prefix, model in zip(prefixes, models, strict=True) if model.output is not None}
+
+
+async def last_lines(model_id: str, outputs: Mapping[str, EngineOutput], tail: int) -> web.Response:
+    """`{"id", "lines"}`: the last `tail` lines of each engine, one engine after the other. `outputs`: see
+    `outputs_of`."""
+    tails = await asyncio.gather(*(output.tail(tail) for output in outputs.values()))
+    lines = [prefix + line for prefix, found in zip(outputs, tails, strict=True) for line in found]
     return web.json_response({"id": model_id, "lines": lines})
 
 
 async def stream_lines(
-    request: web.Request, output: EngineOutput | None, tail: int, closing: asyncio.Event
+    request: web.Request, outputs: Mapping[str, EngineOutput], tail: int, closing: asyncio.Event
 ) -> web.StreamResponse:
-    """Server-sent events, a line in each: the last `tail` in memory, then each that comes, until the engine is gone,
-    `closing` is set, or the client leaves."""
+    """Server-sent events, a line in each: of each engine the last `tail` in memory, then each line that comes, until
+    all engines are gone, `closing` is set, or the client leaves."""
     response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
-    if output is None:
-        return response
-    with output.listening() as listener:
-        lines: list[str] | None = await listener.start(tail)
-        written = time.monotonic()
-        while lines is not None and not closing.is_set():
-            if lines:
-                await response.write("".join(f"data: {line}\n\n" for line in lines).encode())
-                written = time.monotonic()
-            elif time.monotonic() - written >= KEEP_ALIVE_SECS:
-                await response.write(KEEP_ALIVE_COMMENT)
-                written = time.monotonic()
-            lines = await listener.next(_PAUSE_SECS)
+    stream = _LineStream(response, closing)
+    tasks = [
+        asyncio.create_task(stream.follow(output, tail, prefix), name=f"follow {output.file.path}")
+        for prefix, output in outputs.items()
+    ]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await cancel_all(tasks)
     return response
+
+
+class _LineStream:
+    """Writes the lines of several engines to one response."""
+
+    def __init__(self, response: web.StreamResponse, closing: asyncio.Event) -> None:
+        self._response = response
+        self._closing = closing
+        self._written = time.monotonic()
+        self._writing = asyncio.Lock()
+
+    async def follow(self, output: EngineOutput, tail: int, prefix: str) -> None:
+        with output.listening() as listener:
+            lines: list[str] | None = await listener.start(tail)
+            while lines is not None and not self._closing.is_set():
+                if lines:
+                    await self._write("".join(f"data: {prefix}{line}\n\n" for line in lines).encode())
+                elif time.monotonic() - self._written >= KEEP_ALIVE_SECS:
+                    await self._write(KEEP_ALIVE_COMMENT)
+                lines = await listener.next(_PAUSE_SECS)
+
+    async def _write(self, data: bytes) -> None:
+        async with self._writing:
+            await self._response.write(data)
+            self._written = time.monotonic()

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from neuron import errors as failures
 from neuron.api.app_keys import SERVICES, Services
-from neuron.api.logs import last_lines, stream_lines
+from neuron.api.logs import last_lines, outputs_of, stream_lines
 from neuron.api.protocol_v1 import carries_keys, plain_id
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
@@ -80,6 +80,8 @@ async def load(request: web.Request) -> web.Response:
         if not keyed:
             command = command.model_copy(update={"model_id": plain_id(command.model_id)})
         load_request = await services.registry.load(command, carries_keys=keyed)
+        if command.group is not None:
+            services.group_listeners.close(command.group.id)
         key = load_request.spec.key
         if not keyed:
             await services.v1.loads(command.model_id)
@@ -149,11 +151,14 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     """Where a loaded instance answers, as the caller can reach it.
 
     Raises:
-        NotFound: it is not loaded.
+        NotFound: it is not loaded, or a part of a group without a server.
     """
     engine = model.engine
     if engine is None or model.state is not State.LOADED:
         raise failures.not_loaded(model.key, model.state.value)
+    part = engine.spec.group
+    if part is not None and not part.serves:
+        raise failures.no_endpoint(model.key, part)
     engine.health.expect_request()
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
@@ -163,13 +168,14 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
 
 
 async def logs(request: web.Request) -> web.StreamResponse:
-    model = request.app[SERVICES].registry.get(request.match_info["model_id"], request.query.get("instance"))
+    model_id, instance = request.match_info["model_id"], request.query.get("instance")
+    outputs = outputs_of(request.app[SERVICES].registry.instances(model_id, instance))
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: must be an integer from 0 to {MAX_TAIL}, got {text!r}", param="tail")
     if not _flag(request, "follow", default=False):
-        return await last_lines(model.model_id, model.output, int(text))
-    return await stream_lines(request, model.output, int(text), request.app[CLOSING])
+        return await last_lines(model_id, outputs, int(text))
+    return await stream_lines(request, outputs, int(text), request.app[CLOSING])
 
 
 async def metrics(request: web.Request) -> web.Response:

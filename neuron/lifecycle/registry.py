@@ -302,10 +302,12 @@ class Registry:
         all_ = [model, *(each.model for each in self._instances.get(model.model_id, {}).values())]
         loaded = [*(each.proven_spec for each in all_), self._specs.get(model.model_id)]
         asked_for = [each.spec for each in all_]
-        spec = next((spec for spec in (*loaded, *asked_for) if spec is not None), None)
-        if spec is None:
-            raise failures.unknown_model(str(model.key), "was never loaded here; specify a harness")
-        return spec
+        specs = [spec for spec in (*loaded, *asked_for) if spec is not None]
+        alone = next((spec for spec in specs if spec.group is None), None)
+        if alone is None:
+            why = "was never loaded here" if not specs else "is not loaded, and spans several neurons"
+            raise failures.unknown_model(str(model.key), f"{why}; specify a harness")
+        return alone
 
     @property
     def _supervisors(self) -> list[InstanceSupervisor]:

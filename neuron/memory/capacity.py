@@ -22,7 +22,7 @@ class Booking:
 
     A device that `held_mb` lacks is one whose driver does not report what the engine's processes hold. `foreign_mb`,
     what other processes held when the engine was booked, helps to estimate it. `awake_mb` is what a sleeping engine
-    needs when it wakes.
+    needs when it wakes. `alone`: no other engine of its model is to be on its devices, as no load named them.
     """
 
     key: InstanceKey
@@ -30,6 +30,7 @@ class Booking:
     held_mb: Mapping[int, int] = field(default_factory=dict)
     foreign_mb: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
+    alone: bool = False
     awake_mb: Mapping[int, int] | None = None
 
     def claim_mb(self, index: int) -> int:

@@ -57,8 +57,8 @@ class Ledger:
             InvalidRequest: as `check_devices`; a device may have been lost since the spec was checked.
         """
         check_devices(spec, topology)
-        capacities = _for_spec(spec, topology, health, list(self._bookings.values()))
-        selection = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+        bookings = list(self._bookings.values())
+        capacities, selection = _select(spec, requirement, topology, health, bookings)
         if selection is None:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
@@ -72,7 +72,7 @@ class Ledger:
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
         foreign = {device.index: device.foreign_mb for device in capacities}
-        self._bookings[number] = Booking(spec.key, promised, foreign_mb=foreign)
+        self._bookings[number] = Booking(spec.key, promised, foreign_mb=foreign, alone=spec.devices is None)
         return selection
 
     def adopt(self, number: int, key: InstanceKey, devices: Sequence[int], share_mb: int | None) -> None:
@@ -136,9 +136,7 @@ class Ledger:
                 replace(booking, stopping=True) if number in numbers else booking
                 for number, booking in self._bookings.items()
             ]
-            capacities = _for_spec(spec, topology, health, kept)
-            chosen = select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
-            return chosen is not None
+            return _select(spec, requirement, topology, health, kept)[1] is not None
 
         for count in range(1, len(candidates) + 1):
             chosen = list(candidates[:count])
@@ -161,9 +159,10 @@ class Ledger:
         return any(each.stopping for each in self._bookings.values())
 
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
-        """The engines that are being stopped and without whose memory booking `number` does not fit; empty when its
-        engine may start beside them. Earlier bookings get freed memory first. Where memory is not known (no devices, or
-        devices that share the host's memory) every stopping engine counts: room for two cannot be shown."""
+        """The engines that are being stopped and without whose memory booking `number` does not fit, or with which it
+        may not share a device; empty when its engine may start beside them. Earlier bookings get freed memory first.
+        Where memory is not known (no devices, or devices that share the host's memory) every stopping engine counts:
+        room for two cannot be shown."""
         own = self._bookings.get(number)
         if own is None:
             return ()
@@ -172,7 +171,9 @@ class Ledger:
         return tuple(
             str(each.key)
             for each in stopping
-            if not short.isdisjoint(each.promised_mb) or not (own.promised_mb or each.promised_mb)
+            if not short.isdisjoint(each.promised_mb)
+            or not (own.promised_mb or each.promised_mb)
+            or (own.alone and own.key.model_id == each.key.model_id and own.promised_mb.keys() & each.promised_mb)
         )
 
     def lacks_memory(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> bool:
@@ -220,22 +221,34 @@ class Ledger:
         self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held)
 
 
-def _for_spec(
-    spec: EngineSpec, topology: Topology, health: Sequence[DeviceHealth], bookings: Sequence[Booking]
-) -> tuple[GpuCapacity, ...]:
-    """The devices as `spec` may use them: neuron chooses none that holds another instance of the model."""
+def _select(
+    spec: EngineSpec,
+    requirement: MemoryRequirement,
+    topology: Topology,
+    health: Sequence[DeviceHealth],
+    bookings: Sequence[Booking],
+) -> tuple[tuple[GpuCapacity, ...], DeviceSelection | None]:
+    """The devices for `spec`, and the capacities that they were chosen by. Without named devices none that holds
+    another instance of the model: one that holds a stopping instance only if there is no other."""
     capacities = gpu_capacities(topology, health, bookings)
-    if spec.devices is not None:
-        return capacities
-    holders = {
-        index: each.key
-        for each in bookings
-        if each.key.model_id == spec.model_id and not each.stopping
-        for index in each.promised_mb
-    }
+    if spec.devices is None:
+        others = [each for each in bookings if each.key.model_id == spec.model_id and each.key != spec.key]
+        lasting = [each for each in others if not each.stopping]
+        if len(lasting) < len(others):
+            free = _without_holders(capacities, others)
+            selection = select_devices(spec.local_parallel, requirement, topology, free)
+            if selection is not None:
+                return free, selection
+        capacities = _without_holders(capacities, lasting)
+    return capacities, select_devices(spec.local_parallel, requirement, topology, capacities, named=spec.devices)
+
+
+def _without_holders(capacities: tuple[GpuCapacity, ...], bookings: Sequence[Booking]) -> tuple[GpuCapacity, ...]:
+    """The capacities, with the devices of the bookings marked unusable."""
+    holders = {index: each.key.instance for each in bookings for index in each.promised_mb}
     advice = "of this model: name the device in the load to share it"
     return tuple(
-        replace(device, unusable=f"it holds instance {holders[device.index].instance} {advice}")
+        replace(device, unusable=f"it holds instance {holders[device.index]} {advice}")
         if device.unusable is None and device.index in holders
         else device
         for device in capacities

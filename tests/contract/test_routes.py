@@ -28,6 +28,8 @@ NEURON_TABLE = {
     ("POST", "/models/sleep"),
     ("POST", "/models/wake"),
     ("POST", "/models/lease"),
+    ("POST", "/groups/listen"),
+    ("POST", "/groups/reach"),
     ("GET", "/models/{model_id}/endpoint"),
     ("GET", "/models/{model_id}/logs"),
     ("GET", "/estimate"),

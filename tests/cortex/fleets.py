@@ -23,6 +23,7 @@ def node(
     healthy: bool = True,
     draining: bool = False,
     discovered: bool = True,
+    capability: str | None = None,
 ) -> NodeSnapshot:
     """A neuron with devices of these totals, by default all free; `models` is id -> status."""
     free = free_mb if free_mb is not None else total_mb
@@ -32,6 +33,7 @@ def node(
                 index=i,
                 name="GPU",
                 vram_total_mb=mb,
+                compute_capability=capability,
                 lost="gone" if i in lost else None,
                 mig_mode=i in mig if mig else None,
             )

@@ -181,7 +181,7 @@ class Loader:
         job.loading_since = started_at = started
         node, client = self._neurons.node(plan.node), self._neurons.client(plan.node)
         fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
-        command = load_command(plan, profile, node)
+        command = load_command(plan, self._live.catalogue.profile(plan.requested.name), node)
         before = node.view(plan.model_id, plan.instance)
         asleep = before is not None and before.known_status is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
@@ -212,7 +212,7 @@ class Loader:
             started_at = await self.until_loaded(plan.key) or started
         took = self._clock() - started
         # Without the wait for another engine's last requests: the next exchange need not be as slow.
-        self._state.set_load_secs(plan.model_id, plan.node, self._clock() - started_at)
+        self._state.set_load_secs(plan.requested.name, plan.node, self._clock() - started_at)
         self._fleet.loaded(plan.key, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)

@@ -64,6 +64,11 @@ class Answer:
             self.client.transport.write(last)
 
     @property
+    def can_follow(self) -> bool:
+        """An event stream that `KeepAliveStream` frames can follow the head that this answer has sent."""
+        return self.events and (self.in_chunks or not self.request.modern)
+
+    @property
     def contents_start(self) -> bytes:
         """The first bytes of the body, at least 512 of a longer one less the framing of chunks."""
         start = self.tail.start

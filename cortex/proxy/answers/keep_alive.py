@@ -85,6 +85,12 @@ class KeepAliveStream:
         """Begins the answer after `first_secs`, unless stopped."""
         self._timer = asyncio.get_running_loop().call_later(self._policy.first_secs, self.begin)
 
+    def follow(self) -> None:
+        """The client has the head of an event stream from an engine that was lost before its first event."""
+        self.begun = True
+        self._request.refuse_encodings()
+        self._schedule()
+
     def stop(self) -> None:
         """Sends no more signs of life."""
         if self._timer is not None:

@@ -120,7 +120,7 @@ class TranslatedAnswer(Answer):
         self._stream = stream
         head = _head_of(self.head, self.head.status, {names.CONTENT_TYPE: _EVENTS})
         self._inner.begin(head, self._framing, self._framed(stream.feed(first)))
-        self.events = self._inner.events
+        self.events, self.in_chunks = self._inner.events, self._inner.in_chunks
 
     def _finish_stream(self, stream: StreamTranslation, status: int) -> int:
         self._inner.write(self._framed(stream.finish()) + self._framing.feed(b"0\r\n\r\n"))

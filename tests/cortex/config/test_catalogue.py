@@ -9,6 +9,9 @@ import pytest
 from cortex.config.catalogue import Catalogue, ModelProfile, load_catalogue
 from shared.settings import SettingsError
 
+TWO = "[[models]]\nid = 'a'\n[[models.variants]]\nquant = 'fp8'\n[[models.variants]]\n"
+"""The beginning of a model with two variants; the keys of the second one follow."""
+
 
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "models.toml"
@@ -84,6 +87,84 @@ def test_parallel(fields: dict[str, object], split: str, devices: int, short: in
     assert profile.tensor_parallel == (short if short > 1 else None)
 
 
+def test_variants_inherit_what_they_do_not_set() -> None:
+    """Each is a profile of the one id, in the order of the catalogue, named by its `name`, `quant` or number."""
+    profile = ModelProfile.model_validate(
+        {
+            "id": "m",
+            "quant": "bf16",
+            "vram_mb": 40000,
+            "parallel": {"tensor": 2, "pipeline": 2},
+            "pinned_on": ["beast"],
+            "args": ["--x"],
+            "tools": True,
+            "replicas": {"min": 2},
+            "variants": [
+                {"quant": "fp8", "min_compute_capability": 8.9},
+                {"min_devices": 1, "vram_mb": 9000, "pinned_on": [], "source": "org/small", "args": []},
+                {"name": "wide", "parallel": {"data": 3}, "harness": "sim", "min_device_vram_mb": 9000},
+            ],
+        }
+    )
+    fp8, small, wide = profile.choices
+    assert [each.variant for each in profile.choices] == ["fp8", "2", "wide"]
+    assert {(each.id, each.tools, each.replicas.min, each.residency_priority) for each in profile.choices} == {
+        ("m", True, 2, 1000)
+    }
+    assert (fp8.quant, fp8.vram_mb, fp8.device_count, fp8.min_compute_capability) == ("fp8", 40000, 4, "8.9")
+    assert (fp8.pinned_on, fp8.args, fp8.source, fp8.harness) == (("beast",), ("--x",), None, "vllm")
+    assert (small.quant, small.vram_mb, small.device_count, small.parallel) == ("bf16", 9000, 1, None)
+    assert (small.pinned_on, small.args, small.source) == ((), (), "org/small")
+    assert (wide.device_count, wide.tensor_parallel, wide.harness, wide.min_device_vram_mb) == (3, None, "sim", 9000)
+    assert profile.choice("2") is small
+    assert profile.choice("3") is None
+    assert profile.choice(None) is None
+
+
+def test_without_variants_a_model_is_its_own_choice() -> None:
+    """Also when it is copied with another value."""
+    profile = ModelProfile(id="m")
+    assert profile.choices == (profile,)
+    assert profile.choice(None) is profile
+    assert profile.variant is None
+    copy = profile.model_copy(update={"vram_mb": 5})
+    assert copy.choices[0].vram_mb == 5
+
+
+@pytest.mark.parametrize(("given", "expected"), [(8.9, "8.9"), (9, "9.0"), ("9", "9.0"), ("12.0", "12.0")])
+def test_compute_capability_may_be_a_number(given: object, expected: str) -> None:
+    assert ModelProfile.model_validate({"id": "m", "min_compute_capability": given}).min_compute_capability == expected
+
+
+def test_names_of_variants(tmp_path: Path) -> None:
+    """A variant has a name of its own, an alias may stand for one, and an id may contain an `@`."""
+    text = f"{TWO}quant = 'awq'\n[[models]]\nid = 'b@c'\n[aliases]\nx = 'a'\ny = 'a@awq'\nz = 'b@c'"
+    catalogue = load_catalogue(write(tmp_path, text))
+    assert catalogue.names_of("a") == ("a", "a@fp8", "a@awq")
+    assert catalogue.names_of("b@c") == ("b@c",)
+    assert catalogue.names_of("unknown") == ("unknown",)
+    for name, expected in {
+        "a": "a",
+        "a@fp8": "a@fp8",
+        "x": "a",
+        "x@fp8": "a@fp8",
+        "y": "a@awq",
+        "y@fp8": "y@fp8",
+        "z": "b@c",
+        "b@c": "b@c",
+        "a@int4": "a@int4",
+    }.items():
+        assert catalogue.resolve(name) == expected
+    assert catalogue.requested("a@fp8") == ("a", "fp8")
+    assert catalogue.requested("b@c") == ("b@c", None)
+    awq = catalogue.profile("a@awq")
+    assert awq is not None
+    assert (awq.id, awq.variant, awq.requested.name) == ("a", "awq", "a@awq")
+    assert catalogue.profile("a@int4") is None
+    assert catalogue.variants_meant_by("a@int4") == catalogue.variants_meant_by("x@int4") == ("fp8", "awq")
+    assert catalogue.variants_meant_by("b@x") == catalogue.variants_meant_by("@fp8") == ()
+
+
 def test_aliases(tmp_path: Path) -> None:
     """An alias resolves to its model, any other name to itself."""
     catalogue = load_catalogue(write(tmp_path, "[[models]]\nid = 'org/model'\n[aliases]\nlarge = 'org/model'"))
@@ -127,6 +208,33 @@ def test_aliases(tmp_path: Path) -> None:
         ("[[models]]\nid = 'a'\n[aliases]\na = 'a'", "'a' is also the id of a model"),
         ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' points to 'b', which is not in this catalogue"),
         ("[model]\nid = 'a'", "model: unknown key"),
+        ("[[models]]\nid = 'a'\nmin_compute_capability = 'ada'", "models[0].min_compute_capability = 'ada': "),
+        (
+            f"{TWO}name = 'fp8'",
+            "models[0].variants = a list of tables: two variants are named 'fp8': give each a `name` of its own",
+        ),
+        (f"{TWO}name = 'a b'", "models[0].variants[1].name = 'a b': "),
+        (f"{TWO}name = 'a@b'", "models[0].variants[1].name = 'a@b': "),
+        (f"{TWO}quant = 'a b'", "models[0].variants[1]"),
+        (f"{TWO}name = ''", "models[0].variants[1].name = '': "),
+        (f"{TWO}vram_mb = 0", "models[0].variants[1].vram_mb = 0: "),
+        (f"{TWO}replicas = 2", "models[0].variants[1].replicas: unknown key (value 2)"),
+        (f"{TWO}pinned_on = 'beast'", "models[0].variants[1].pinned_on = 'beast': "),
+        (
+            f"{TWO}min_devices = 2\nparallel = {{ tensor = 4 }}",
+            "models[0].variants[1].parallel: tensor is 4, but min_devices is 2: remove one, or make them equal",
+        ),
+        ("[[models]]\nid = 'a'\nvariants = 2", "models[0].variants = 2: "),
+        ("[[models]]\nid = 'a'\nvariants = [2]", "models[0].variants[0] = 2: "),
+        (
+            f"{TWO}quant = 'awq'\n[[models]]\nid = 'a@awq'",
+            "'a@awq' is the id of a model and also stands for the variant 'awq' of 'a': rename one",
+        ),
+        (f"{TWO}quant = 'awq'\n[aliases]\n'a@awq' = 'a'", "aliases: 'a@awq' is also a variant of 'a'"),
+        (
+            f"{TWO}quant = 'awq'\n[aliases]\nx = 'a@int4'",
+            "aliases: 'x' points to 'a@int4', which is not in this catalogue (it has the variants fp8, awq)",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:

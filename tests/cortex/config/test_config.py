@@ -119,6 +119,14 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("harness = 'sim'\nargs = ['--hos=x']", "models[0].args: '--hos=x': --host is set by neuron"),
         ("harness = 'vlm'", "harness = 'vlm': unknown harness (known: vllm, sim, candle), did you mean 'vllm'?"),
         ("vram_mb = '5'", "models[0].vram_mb = '5': must be a whole number"),
+        (
+            "variants = [{}, { args = ['--port', '1'] }]",
+            "models[0].variants[1].args: '--port': --port is set by neuron",
+        ),
+        ("args = ['--port', '1']\nvariants = [{}, {}]", "models[0].args: '--port': --port is set by neuron"),
+        ("variants = [{ harness = 'vlm' }]", "models[0].variants[0].harness = 'vlm': unknown harness"),
+        ("variants = [{ quant = 'a' }, { quant = 'a' }]", "two variants are named 'a': give each a `name` of its own"),
+        ("variants = [{ quant = 5 }]", "models[0].variants[0].quant = 5: must be a string"),
         ("tools = 'yes'", "models[0].tools = 'yes': must be true or false"),
     ],
 )
@@ -156,6 +164,21 @@ def test_check_of_good_files(tmp_path: Path) -> None:
         f"ok: {tmp_path}/cortex.toml: 1 neuron; {tmp_path}/models.toml: 1 model\n",
     )
     assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
+
+
+def test_check_warns_of_a_variant_pinned_to_an_unlisted_neuron(tmp_path: Path) -> None:
+    """It names the variant's entry; what variants inherit is named once."""
+    (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
+    (tmp_path / "models.toml").write_text(
+        "[[models]]\nid = 'a'\nvariants = [{}, { pinned_on = ['benjy'] }]\n"
+        "[[models]]\nid = 'b'\npinned_on = ['quadbrat']\nvariants = [{}, {}]"
+    )
+    done = cortex("check", "--config", str(tmp_path / "cortex.toml"))
+    assert done.returncode == 0
+    assert [line.partition(", which")[0] for line in done.stderr.splitlines()] == [
+        f"warning: {tmp_path}/models.toml: models[0].variants[1].pinned_on: 'a' is pinned on 'benjy'",
+        f"warning: {tmp_path}/models.toml: models[1].pinned_on: 'b' is pinned on 'quadbrat'",
+    ]
 
 
 def test_check_accepts_a_harness_of_other_neurons(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import tomli_w
 
+from cortex.config.catalogue import Catalogue
 from cortex.config.diff import difference
 from cortex.config.files import ConfigurationFiles
+from cortex.config.settings import CortexConfig
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, stream_head
@@ -545,6 +547,22 @@ async def test_a_drain_that_cannot_be_kept_says_so(tmp_path: Path, benjy: V1Neur
         answer = await cortex.post("/fleet/nodes/benjy/drain")
         assert (answer["draining"], answer["warning"]) == (True, "will not survive a restart: Not a directory")
         assert (await cortex.get("/fleet"))["nodes"][0]["draining"]
+
+
+def test_a_changed_variant_is_named() -> None:
+    """With its keys, as those of a model are."""
+    before, after = (
+        Catalogue.model_validate({"models": [{**SMALL, "variants": variants}]})
+        for variants in (
+            [{"quant": "fp8", "vram_mb": 4000}, {"quant": "awq"}],
+            [{"quant": "gptq"}, {"quant": "fp8", "vram_mb": 5000, "args": ["-x"]}],
+        )
+    )
+    found = difference(CortexConfig(), before, CortexConfig(), after)
+    assert str(found) == (
+        "model org/small: variants ['fp8', 'awq'] -> ['gptq', 'fp8'], variants.fp8.vram_mb 4000 -> 5000, "
+        "variants.fp8.args None -> ['-x']"
+    )
 
 
 def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:

@@ -20,20 +20,6 @@ from tests.cortex.raw_http import Answer, Wire, bounded, connected, request, unt
 
 MODEL = "org/small"
 FULL = plain(b'{"error": {"message": "full"}}', "Retry-After: 7", status="503 Full")
-DEAD = plain(
-    b'{"error":{"message":"EngineCore encountered an issue. See stack trace (above) for the root cause.",'
-    b'"type":"InternalServerError","param":null,"code":500}}',
-    status="500 Internal Server Error",
-)  # vLLM 0.32, whose core was killed
-DEAD_MESSAGES = plain(
-    b'{"type":"error","error":{"type":"InternalServerError",'
-    b'"message":"EngineCore encountered an issue. See stack trace (above) for the root cause."}}',
-    status="500 Internal Server Error",
-)
-STOPPING = plain(
-    b'{"error":{"message":"cannot schedule new futures after shutdown","type":"InternalServerError","code":500}}',
-    status="500 Internal Server Error",
-)  # vLLM 0.32 after a SIGTERM
 ASLEEP = plain(b"{}", "x-neuron-sleeping: 1", status="503 Service Unavailable")
 
 
@@ -124,64 +110,6 @@ async def test_other_errors_are_passed_on(two: RunningCortex, engine: RawEngine,
     """They may be the request's own fault, or follow from work on it."""
     engine.script = answering(plain(b"{}", status=status))
     assert (await ask(two)).start == f"HTTP/1.1 {status}"
-    assert (len(engine.requests), len(other.requests)) == (1, 0)
-
-
-def in_two(answer: bytes) -> tuple[bytes, bytes]:
-    """Head and body, which uvicorn writes one after the other."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    return head + end, body
-
-
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("answer", [DEAD, DEAD_MESSAGES, STOPPING])
-async def test_other_replica_when_the_core_of_the_first_is_dead(
-    two: RunningCortex, engine: RawEngine, other: RawEngine, answer: bytes, apart: bool
-) -> None:
-    """vLLM's server outlives its core for a while, and answers with a 500 that says so."""
-    engine.script = answering(*(in_two(answer) if apart else (answer,)))
-    await answered_by(two, "benjy")
-    assert (len(engine.requests), len(other.requests)) == (1, 1)
-
-
-async def test_a_request_is_sent_on_from_one_dead_core_only(
-    two: RunningCortex, engine: RawEngine, other: RawEngine
-) -> None:
-    """It may be what kills them. The client gets the second engine's answer unchanged."""
-    engine.script = other.script = answering(*in_two(DEAD))
-    answer = await ask(two)
-    assert (answer.status, answer.get("x-cortex-node")) == (500, "benjy")
-    assert DEAD.endswith(answer.body)
-    assert (len(engine.requests), len(other.requests)) == (1, 1)
-
-
-@pytest.mark.parametrize("beast", [V1Neuron], indirect=True)
-async def test_only_replica_that_stays_dead(one: RunningCortex, engine: RawEngine) -> None:
-    """A neuron that tells nothing by itself is asked, and the engine once more."""
-    engine.script = answering(DEAD)
-    assert DEAD.endswith((await ask(one)).body)
-    assert len(engine.requests) == 2
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"Internal Server Error",
-        b'{"error":{"message":"list index out of range","type":"InternalServerError","param":null,"code":500}}',
-        b'{"error":{"message":"unknown field \'EngineCore encountered an issue.\'","type":"x","code":500}}',
-    ],
-)
-@pytest.mark.parametrize("apart", [False, True])
-async def test_other_500_is_passed_unchanged(
-    two: RunningCortex, engine: RawEngine, other: RawEngine, body: bytes, apart: bool
-) -> None:
-    """The request may be at fault, and another engine would do no better."""
-    answer = plain(body, "x-of-the-engine: 1", status="500 Internal Server Error")
-    engine.script = answering(*(in_two(answer) if apart and body else (answer,)))
-    got = await ask(two)
-    assert (got.status, got.body, got.get("x-of-the-engine")) == (500, body, "1")
-    assert got.get("content-length") == str(len(body))
     assert (len(engine.requests), len(other.requests)) == (1, 0)
 
 

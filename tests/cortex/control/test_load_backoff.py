@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from cortex.config.catalogue import RequestedModel
 from cortex.control.load_backoff import MAX_TEMPORARY, QUIET_SECS, BackoffCause, Backoffs
 
 
@@ -95,7 +96,7 @@ def test_a_backoff_for_all_nodes_lasts_until_the_model_serves(backoffs: Backoffs
     clock.now += 10
     backoffs.record_failure("m", "c", BackoffCause.UNKNOWN, "exit 1")
     assert backoffs.current()["m", "*"].until == clock.now + 20
-    backoffs.record_success("m", "c")
+    backoffs.record_success(RequestedModel("m"), "c")
     assert ("m", "*") not in backoffs.current()
 
 
@@ -126,7 +127,7 @@ def test_a_success_resets_the_backoff(backoffs: Backoffs, clock: Clock) -> None:
     for node in "ab":
         assert _pauses(backoffs, clock, [BackoffCause.NODE] * 3, node) == [10, 20, 40]
     backoffs.record_failure("m", "a", BackoffCause.MODEL, "no")
-    backoffs.record_success("m", "a")
+    backoffs.record_success(RequestedModel("m"), "a")
     assert not backoffs.current()
     assert _pauses(backoffs, clock, [BackoffCause.NODE]) == [10]
     assert _pauses(backoffs, clock, [BackoffCause.NODE], "b") == [80]

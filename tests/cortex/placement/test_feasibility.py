@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 
 from cortex.config.catalogue import ModelProfile
 from cortex.control.explain import explain
@@ -23,10 +23,27 @@ PROFILES += [
     ModelProfile.model_validate({"id": "m", "parallel": split})
     for split in ({"tensor": 2}, {"pipeline": 2}, {"data": 3}, {"expert": True}, {"tensor": 2, "pipeline": 2})
 ]
+PROFILES += [ModelProfile(id="m", min_compute_capability=lowest) for lowest in ("8.6", "8.9", "12.0")]
+VARIANTS: tuple[dict[str, object], ...] = (
+    {"quant": "fp8", "min_compute_capability": "8.9"},
+    {"quant": "fp4", "min_compute_capability": "12.0", "min_devices": 2},
+    {"quant": "awq", "min_device_vram_mb": 12000, "pinned_on": ["c", "a", "unlisted"]},
+    {"name": "wide", "parallel": {"data": 3}},
+    {"name": "other", "harness": "sim", "pinned_on": ["twin"]},
+)
+PROFILES += [
+    ModelProfile.model_validate({"id": "m", "variants": order, "pinned_on": pinned})
+    for count in (1, 2, 3)
+    for order in permutations(VARIANTS, count)
+    for pinned in ([], ["a", "twin"])
+]
 
 
 def asked_one_by_one(profile: ModelProfile, snapshot: FleetSnapshot) -> tuple[str, ...]:
-    return tuple(entry.name for entry in snapshot.nodes.values() if is_feasible(profile, entry))
+    """A plain loop over neurons and variants."""
+    return tuple(
+        entry.name for entry in snapshot.nodes.values() if any(is_feasible(choice, entry) for choice in profile.choices)
+    )
 
 
 def test_cached_answers_match_the_rule() -> None:
@@ -42,11 +59,16 @@ def test_cached_answers_match_the_rule() -> None:
         node("none"),
         host("ours", 24000, 24000),
         host("wide", *[24000] * 4),
+        node("ada", 24000, 24000, capability="8.9"),
+        node("blackwell", 32000, 32000, capability="12.0"),
+        node("odd", 24000, capability="?"),
     ]
     feasibility = FeasibilityCache()
     for snapshot in (fleet(*nodes), fleet(*nodes[:3]), fleet(*reversed(nodes)), fleet(), fleet(*nodes[2:])):
         for profile in PROFILES:
-            assert feasibility.nodes(profile, snapshot) == asked_one_by_one(profile, snapshot)
+            found = asked_one_by_one(profile, snapshot)
+            assert feasibility.nodes(profile, snapshot) == found
+            assert tuple(name for name, entry in snapshot.nodes.items() if is_feasible(profile, entry)) == found
 
 
 def test_a_neuron_that_starts_again_with_the_same_devices_changes_no_list() -> None:
@@ -81,6 +103,18 @@ def test_protocol_v1_neurons_take_tensor_parallel_models_only() -> None:
         if not fits:
             because = f"protocol v1 neurons can only split a model by tensor parallelism, not as {profile.parallelism}"
             assert infeasible_reason(profile, old) == because
+
+
+def test_a_neuron_that_can_hold_no_variant_says_why_for_each() -> None:
+    """One reason is enough where it is the same for all."""
+    profile = ModelProfile.model_validate({"id": "m", "variants": VARIANTS[:2]})
+    assert infeasible_reason(profile, node("n", 24000, capability="8.9")) is None
+    assert infeasible_reason(profile, node("n", 24000, capability="8.6")) == (
+        "fp8 needs 1 device with compute capability 8.9, 0 of 1 have that; fp4 needs 2 devices, has 1"
+    )
+    assert infeasible_reason(profile, node("n", 24000, harnesses=("sim",))) == (
+        "harness 'vllm' is not offered (offered: sim)"
+    )
 
 
 def test_explain_says_why_a_protocol_v1_neuron_gets_no_split_model() -> None:

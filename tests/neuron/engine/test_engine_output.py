@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -362,11 +362,13 @@ async def test_a_simulated_engine_passes_all_phases(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving_logs(output: EngineOutput | None, closing: asyncio.Event) -> AsyncIterator[aiohttp.ClientSession]:
+async def serving_logs(
+    outputs: Mapping[str, EngineOutput], closing: asyncio.Event
+) -> AsyncIterator[aiohttp.ClientSession]:
     async def logs(request: web.Request) -> web.StreamResponse:
         if "follow" in request.query:
-            return await stream_lines(request, output, int(request.query["tail"]), closing)
-        return await last_lines("m", output, int(request.query["tail"]))
+            return await stream_lines(request, outputs, int(request.query["tail"]), closing)
+        return await last_lines("m", outputs, int(request.query["tail"]))
 
     app = web.Application()
     app.router.add_get("/logs", logs)
@@ -390,7 +392,7 @@ async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
     path = tmp_path / "engine.log"
     path.write_bytes(encoded(numbered(0, 10)))
     output, closing = EngineOutput(path), asyncio.Event()
-    async with serving_logs(output, closing) as session:
+    async with serving_logs({"": output}, closing) as session:
         async with session.get("/logs?tail=2&follow=true") as response:
             assert response.content_type == "text/event-stream"
             assert await read_events(response, 2) == numbered(8, 10)
@@ -410,8 +412,28 @@ async def test_logs_can_be_followed(tmp_path: Path, ends: str) -> None:
 
 async def test_logs_without_an_engine(tmp_path: Path) -> None:
     """The answer has no lines, and a stream ends immediately."""
-    async with serving_logs(None, asyncio.Event()) as session:
+    async with serving_logs({}, asyncio.Event()) as session:
         async with session.get("/logs?tail=2") as answer:
             assert await answer.json() == {"id": "m", "lines": []}
         async with session.get("/logs?tail=2&follow=true") as response:
             assert await response.read() == b""
+
+
+async def test_logs_of_several_engines(tmp_path: Path) -> None:
+    """Each line begins with its engine's name; a stream goes on until the last engine is gone."""
+    paths = [tmp_path / "0.log", tmp_path / "1.log"]
+    for path in paths:
+        path.write_bytes(encoded([f"of {path.stem}", "old"]))
+    outputs = {f"[{path.stem}] ": EngineOutput(path) for path in paths}
+    async with serving_logs(outputs, asyncio.Event()) as session:
+        async with session.get("/logs?tail=2") as answer:
+            assert (await answer.json())["lines"] == ["[0] of 0", "[0] old", "[1] of 1", "[1] old"]
+        async with session.get("/logs?tail=1&follow=true") as response:
+            assert sorted(await read_events(response, 2)) == ["[0] old", "[1] old"]
+            append(paths[1], encoded(["new"]))
+            assert await read_events(response, 1) == ["[1] new"]
+            await outputs["[1] "].close()
+            append(paths[0], encoded(["still here"]))
+            assert await read_events(response, 1) == ["[0] still here"]
+            await outputs["[0] "].close()
+            assert await asyncio.wait_for(response.content.read(), 5) == b"\n"

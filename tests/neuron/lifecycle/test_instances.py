@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neuron.config import NeuronConfig
-from tests.neuron.neurons import Client, Neuron, config_of, marked_engines, neuron_here, until
+from tests.neuron.neurons import (
+    Client,
+    Neuron,
+    config_of,
+    marked_engines,
+    neuron_here,
+    neuron_process,
+    toml_config,
+    until,
+)
 
 MODEL = "Qwen/Qwen3-8B"
 EIGHT = [str(number) for number in range(8)]
@@ -35,9 +44,10 @@ async def entries(neuron: Client, model: str = MODEL) -> dict[str, dict[str, Any
     return {entry["instance"]: entry for entry in listed if entry["id"] == model}
 
 
-async def load(neuron: Client, *instances: str, **fields: Any) -> None:
+async def load(neuron: Client, *instances: str, args: Sequence[str] = (), **fields: Any) -> None:
     """Loads the instances at the same time."""
-    answers = await asyncio.gather(*(neuron.load(MODEL, vram_mb=20_000, instance=each, **fields) for each in instances))
+    loads = (neuron.load(MODEL, *args, vram_mb=20_000, instance=each, **fields) for each in instances)
+    answers = await asyncio.gather(*loads)
     assert [answer.status for answer in answers] == [200] * len(instances), [answer.body for answer in answers]
     assert [answer.body["instance"] for answer in answers] == list(instances)
 
@@ -121,3 +131,114 @@ async def test_endpoints_take_turns(host: Neuron) -> None:
     unknown = await host.call("GET", f"{path}?instance=9")
     assert (unknown.status, unknown.error["code"]) == (404, "model_not_found")
     assert "has no instance '9' here (instances: 0, 1, 2, 3, 4, 5, 6, 7)" in unknown.error["message"]
+
+
+async def test_logs_of_one_and_of_all(host: Neuron) -> None:
+    """The log of one instance is as that of a model; all together have the instance before each line."""
+    await load(host, "0", "1")
+    path = f"/models/{MODEL}/logs"
+    own = (await host.call("GET", f"{path}?instance=1")).body["lines"]
+    assert own[0].startswith("(")
+    lines = (await host.call("GET", path)).body["lines"]
+    assert [line for line in lines if line.startswith("[1] ")] == [f"[1] {line}" for line in own]
+    assert {line[:4] for line in lines} == {"[0] ", "[1] "}
+
+
+async def test_sleep_and_wake_of_one_and_of_all(host: Neuron) -> None:
+    """One named instance sleeps and wakes while the others serve; without a name all do."""
+    await load(host, "0", "1", "2")
+
+    async def ask(what: str, **fields: Any) -> int:
+        return (await host.call("POST", f"/models/{what}", json={"model_id": MODEL, **fields})).status
+
+    async def statuses() -> list[str]:
+        return [entry["status"] for entry in (await entries(host)).values()]
+
+    assert await ask("sleep", instance="1") == 200
+    assert await statuses() == ["loaded", "sleeping", "loaded"]
+    assert await ask("sleep") == 200
+    assert await statuses() == ["sleeping"] * 3
+    assert await ask("wake", instance="2") == 200
+    assert await statuses() == ["sleeping", "sleeping", "loaded"]
+    assert await ask("wake") == 200
+    assert await statuses() == ["loaded"] * 3
+    assert await ask("wake", instance="3") == 404
+
+
+async def test_loads_at_the_same_time(host: Neuron, mark: str) -> None:
+    """Loads of the same instance join; loads of different instances never get the same device, and no more are
+    accepted than there are devices."""
+    names = [str(number) for number in range(12)]
+    answers = await asyncio.gather(*(host.load(MODEL, vram_mb=50_000, instance=each) for each in names + names))
+    statuses = [answer.status for answer in answers]
+    assert statuses[:12] == statuses[12:]
+    assert statuses.count(200) == 16
+    found = await entries(host)
+    assert sorted(index for entry in found.values() for index in entry["devices"]) == list(range(8))
+    assert len(marked_engines(mark)) == 8
+
+
+async def test_stopping_instance(host: Neuron) -> None:
+    """A load of the same instance waits until it is gone; a load of another does not, unless it needs its device."""
+    await load(host, *EIGHT, args=["--tokens-per-sec", "5"])
+    url = (await host.call("GET", f"/models/{MODEL}/endpoint?instance=5")).body
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 10_000, "stream": True}
+    headers = {"Authorization": f"Bearer {url['api_key']}"}
+    async with host.session.post(f"{url['url']}/v1/chat/completions", json=body, headers=headers) as stream:
+        await stream.content.readline()
+        draining = asyncio.create_task(
+            host.call("POST", "/models/unload?drain_secs=60", json={"model_id": MODEL, "instance": "5"})
+        )
+
+        async def drains() -> bool:
+            return bool((await entries(host))["5"]["state"] == "draining")
+
+        await until(drains)
+        await unload(host, "6")
+        assert (await host.load(MODEL, vram_mb=20_000, instance="8")).status == 200  # on the device of 6
+        assert (await host.load(MODEL, vram_mb=20_000, instance="9", wait=False)).status == 202
+
+        async def waits() -> bool:
+            progress = (await entries(host))["9"]["progress"]
+            return progress is not None and progress["message"] == (
+                f"waiting until {MODEL} instance 5 is gone from the same device"
+            )
+
+        await until(waits)
+        assert (await entries(host))["9"]["devices"] == (await entries(host))["5"]["devices"]
+    assert (await draining).status == 200
+    await until_loaded(host, "9")
+    assert list(await entries(host)) == ["0", "1", "2", "3", "4", "7", "8", "9"]
+
+
+async def until_loaded(neuron: Client, *instances: str) -> dict[str, dict[str, Any]]:
+    async def loaded() -> dict[str, dict[str, Any]] | None:
+        found = await entries(neuron)
+        return found if all(found.get(each, {}).get("status") == "loaded" for each in instances) else None
+
+    found: dict[str, dict[str, Any]] = await until(loaded)
+    return found
+
+
+async def test_all_are_adopted(tmp_path: Path, mark: str) -> None:
+    """After kill -9 of neuron the next one adopts every instance under its name, and restarts the one that died
+    meanwhile."""
+    config = toml_config(tmp_path, f'state_dir = "{tmp_path / "state"}"')
+    config.write_text(config.read_text().replace('["RTX 4090"]', '["H100", "H100", "H100", "H100"]'))
+    async with neuron_process(config) as first:
+        await load(first, "0", "1", "2", "3", variant="fp8")
+        before = await entries(first)
+        await first.stop(signal.SIGKILL)
+    os.kill(before["2"]["pid"], signal.SIGKILL)
+    async with neuron_process(config) as second:
+        after = await until_loaded(second, "0", "1", "2", "3")
+        assert {entry["variant"] for entry in after.values()} == {"fp8"}
+        assert {name: entry["devices"] for name, entry in after.items()} == {
+            name: entry["devices"] for name, entry in before.items()
+        }
+        for name, entry in after.items():
+            assert (entry["pid"] == before[name]["pid"]) is (name != "2")
+        await unload(second, "1")
+        assert list(await entries(second)) == ["0", "2", "3"]
+        assert await second.stop() == 0
+    assert not marked_engines(mark)
