@@ -219,5 +219,4 @@ def _spare_replicas(view: PlanningView, profile: ModelProfile, key: ReplicaKey) 
     """How many replicas of the model may go, this one being one of them."""
     if not profile.replicas.min:
         return None
-    others = sum(each.key != key and not each.node.draining for each in view.fleet.serving(profile.id))
-    return others + 1 - profile.replicas.min
+    return len(view.replicas(profile.id) | {key}) - profile.replicas.min

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from functools import cached_property
+from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
@@ -80,6 +81,18 @@ class PlanningView:
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
 
+    @cached_property
+    def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
+        return {}
+
+    def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
+        """The model's replicas that serve on nodes that are not draining."""
+        found = self._replicas.get(model_id)
+        if found is None:
+            serving = self.fleet.serving(model_id)
+            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+        return found
+
     def usage(self, key: ReplicaKey) -> ReplicaUsage:
         return self.usages.get(key, UNUSED)
 
@@ -100,8 +113,7 @@ class PlanningView:
         taken |= {name for name, entry in there.items() if entry.loaded or entry.coming or entry.state == DRAINING}
         taken |= {key.instance for key in self.fleet.evicting if key[:2] == (model_id, node.name)}
         asleep = [name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING]
-        free = (name for name in map(str, count()) if name not in taken)
-        return next((name for name in asleep if name not in taken), None) or next(free)
+        return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""

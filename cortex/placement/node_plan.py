@@ -50,6 +50,7 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import InstancesOnNode, instances_on
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
@@ -157,6 +158,7 @@ class _Candidate:
     profile: ModelProfile
     node: NodeSnapshot
     instance: str
+    others: int
     share: int
     memory: Mapping[int, DeviceCapacity]
     needed_mb: Mapping[int, int]
@@ -210,18 +212,27 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
 
 def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    eligible = [device.index for device in eligible_devices(profile, node)]
+    here = instances_on(view, profile.id, node)
+    eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node)
-    entry = node.view(profile.id, instance)
-    wakes = entry is not None and profile.variant in (None, entry.variant)
-    wake_mb = _wake_mb(node, entry, share, memory, needed_mb) if wakes else {}
+    wake_mb = _wake_mb(node, _sleeping(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(view, profile, node, instance, share, memory, needed_mb, wake_mb, eligible, starts, layout)
+    return _Candidate(
+        view, profile, node, instance, here.count, share, memory, needed_mb, wake_mb, eligible, starts, layout
+    )
+
+
+def _sleeping(profile: ModelProfile, node: NodeSnapshot, instance: str, here: InstancesOnNode) -> ModelView | None:
+    """The instance if it sleeps here in this variant, and no other instance is on its devices."""
+    entry = node.view(profile.id, instance)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not here.devices.isdisjoint(entry.devices):
+        return None
+    return entry if profile.variant in (None, entry.variant) else None
 
 
 def _wake_mb(
@@ -231,8 +242,9 @@ def _wake_mb(
     memory: Mapping[int, DeviceCapacity],
     needed_mb: Mapping[int, int],
 ) -> dict[int, int]:
-    """By device, what a sleeping engine needs beyond what it holds, at most what all sleeping models there need."""
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
+    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
+    need."""
+    if entry is None or not memory.keys() >= set(entry.devices):
         return {}
     if reports_bookable_memory(node) and not share:
         return {index: memory[index].sleeping_mb for index in entry.devices}
@@ -377,6 +389,7 @@ def _plan(
             fit,
             eviction_plan.order,
             starts.rank,
+            candidate.others,
             not wakes,
             profile.place,
             not known,
