@@ -9,6 +9,7 @@ from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
 from cortex.placement.devices import eligible_devices
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.routing.replica import ReplicaKey
+from shared.protocol import ModelStatus, ModelView
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,13 @@ def coming(view: PlanningView, model_id: str) -> set[ReplicaKey]:
             if usable.issuperset(engine.view.devices):
                 starting.add(engine.key)
     return starting
+
+
+def sleeping_instance(
+    profile: ModelProfile, node: NodeSnapshot, instance: str, here: InstancesOnNode
+) -> ModelView | None:
+    """The instance if it sleeps here in this variant, and no other instance is on its devices."""
+    entry = node.view(profile.id, instance)
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not here.devices.isdisjoint(entry.devices):
+        return None
+    return entry if profile.variant in (None, entry.variant) else None

@@ -25,6 +25,7 @@ from cortex.placement.capacity import (
     models_in_transition,
     reports_bookable_memory,
     resident_models,
+    wake_mb,
 )
 from cortex.placement.devices import (
     MAX_EVICTION_SETS,
@@ -50,11 +51,11 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
-from cortex.placement.instances import InstancesOnNode, instances_on
+from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import ModelStatus
 
 
 class Fit(IntEnum):
@@ -219,38 +220,12 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node)
-    wake_mb = _wake_mb(node, _sleeping(profile, node, instance, here), share, memory, needed_mb)
+    waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
     return _Candidate(
-        view, profile, node, instance, here.count, share, memory, needed_mb, wake_mb, eligible, starts, layout
+        view, profile, node, instance, here.count, share, memory, needed_mb, waking, eligible, starts, layout
     )
-
-
-def _sleeping(profile: ModelProfile, node: NodeSnapshot, instance: str, here: InstancesOnNode) -> ModelView | None:
-    """The instance if it sleeps here in this variant, and no other instance is on its devices."""
-    entry = node.view(profile.id, instance)
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not here.devices.isdisjoint(entry.devices):
-        return None
-    return entry if profile.variant in (None, entry.variant) else None
-
-
-def _wake_mb(
-    node: NodeSnapshot,
-    entry: ModelView | None,
-    share: int,
-    memory: Mapping[int, DeviceCapacity],
-    needed_mb: Mapping[int, int],
-) -> dict[int, int]:
-    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
-    need."""
-    if entry is None or not memory.keys() >= set(entry.devices):
-        return {}
-    if reports_bookable_memory(node) and not share:
-        return {index: memory[index].sleeping_mb for index in entry.devices}
-    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
-    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
-    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
