@@ -318,7 +318,8 @@ COLUMNS = {
 
 
 DECISION_COLUMNS = {
-    "nodes": "neurons", "devices": "devices of each", "models": "models", "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
+    "nodes": "neurons", "devices": "devices of each", "models": "models",
+    "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
     "placement_p50_us": "cold placement p50 µs", "placement_p99_us": "p99 µs",
     "list_changed_ms": "`/v1/models` made ms", "list_same_ms": "kept ms", "list_mib": "MiB",
 }  # fmt: skip
