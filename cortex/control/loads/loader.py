@@ -178,7 +178,12 @@ class Loader:
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
         plan = job.plan
         log.info(
-            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), job.why, plan.reason
+            "loading %s on %s, devices %s (%s); %s",
+            plan.model_id,
+            plan.key.name,
+            list(plan.devices),
+            job.why,
+            plan.reason,
         )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
@@ -226,7 +231,7 @@ class Loader:
         self._state.set_load_secs(plan.requested.name, plan.node, self._clock() - started_at)
         self._fleet.loaded(plan.key, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint)
         self._metrics.cold_start(plan.model_id, plan.node, took)
-        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
             # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next
             # model would seem to fit. Requests for this one do not wait for that.

@@ -97,11 +97,11 @@ async def test_the_larger_model_takes_instances_above_the_minimum(mark: str, tmp
 
 async def _reload(hosts: Hosts, models: list[dict[str, Any]]) -> None:
     """Until cortex has read the new catalogue."""
-    before = hosts.cortex.log().count("models.toml")
+    before = hosts.cortex.log().count("configuration reloaded")
     path = hosts.directory / "models.toml"
     path.with_suffix(".new").write_text(tomli_w.dumps({"models": models}), encoding="utf-8")
     path.with_suffix(".new").replace(path)
-    await until(lambda: hosts.cortex.log().count("models.toml") > before)
+    await until(lambda: hosts.cortex.log().count("configuration reloaded") > before)
 
 
 async def test_two_hosts_share_the_instances(mark: str, tmp_path: Path) -> None:
