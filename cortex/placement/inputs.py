@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
@@ -99,9 +99,8 @@ class PlanningView:
         }
         taken |= {name for name, entry in there.items() if entry.loaded or entry.coming or entry.state == DRAINING}
         taken |= {key.instance for key in self.fleet.evicting if key[:2] == (model_id, node.name)}
-        asleep = [name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING]
-        free = (name for name in map(str, count()) if name not in taken)
-        return next((name for name in asleep if name not in taken), None) or next(free)
+        asleep = (name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING)
+        return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""
