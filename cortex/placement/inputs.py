@@ -112,7 +112,7 @@ class PlanningView:
         }
         taken |= {name for name, entry in there.items() if entry.loaded or entry.coming or entry.state == DRAINING}
         taken |= {key.instance for key in self.fleet.evicting if key[:2] == (model_id, node.name)}
-        asleep = [name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING]
+        asleep = (name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING)
         return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:

@@ -86,7 +86,7 @@ class Hosts:
         return listed
 
     async def stays_loaded(self, model: str, count: int, *, secs: float, name: str = "a") -> None:
-        """Looks for so long that the count does not change."""
+        """Fails the test if the count changes within this time."""
         deadline = asyncio.get_running_loop().time() + secs
         while asyncio.get_running_loop().time() < deadline:
             assert len(await self.loaded(model, name)) == count
