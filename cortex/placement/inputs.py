@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from functools import cached_property
+from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
 from cortex.config.settings import Rules
@@ -90,6 +91,18 @@ class PlanningView:
             return found[0] if found else None
         return WaitingRequests(sum(each.count for each in found), min(each.since for each in found))
 
+    @cached_property
+    def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
+        return {}
+
+    def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
+        """The model's replicas that serve on nodes that are not draining."""
+        found = self._replicas.get(model_id)
+        if found is None:
+            serving = self.fleet.serving(model_id)
+            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+        return found
+
     def usage(self, key: ReplicaKey) -> ReplicaUsage:
         return self.usages.get(key, UNUSED)
 
@@ -113,8 +126,7 @@ class PlanningView:
         asleep = [name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING]
         if variant is not None:  # another variant keeps its name
             taken |= {name for name in asleep if there[name].variant != variant}
-        free = (name for name in map(str, count()) if name not in taken)
-        return next((name for name in asleep if name not in taken), None) or next(free)
+        return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""

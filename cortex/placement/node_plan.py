@@ -25,11 +25,13 @@ from cortex.placement.capacity import (
     models_in_transition,
     reports_bookable_memory,
     resident_models,
+    wake_mb,
 )
 from cortex.placement.devices import (
     MAX_EVICTION_SETS,
     DeviceLayout,
     best_fit_rank,
+    comparable_devices,
     device_layout,
     device_sets,
     disjoint_groups,
@@ -49,10 +51,11 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import ModelStatus
 
 
 class Fit(IntEnum):
@@ -155,7 +158,9 @@ class _Candidate:
     view: PlanningView
     profile: ModelProfile
     node: NodeSnapshot
+    only_variant: bool
     instance: str
+    others: int
     share: int
     memory: Mapping[int, DeviceCapacity]
     needed_mb: Mapping[int, int]
@@ -176,6 +181,10 @@ class _Candidate:
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.device_count, **limit)
 
+    def may_replace(self, resident: ResidentModel) -> bool:
+        """Whether an engine of the same model may be evicted: it is of another variant, which will not do."""
+        return self.only_variant and not resident.asleep and resident.variant != self.profile.variant
+
     def fits_when_empty(self, indices: tuple[int, ...]) -> bool:
         """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
         return reports_bookable_memory(self.node) and all(
@@ -188,10 +197,12 @@ class _Candidate:
         return {i: needed_mb[i] - self.memory[i].free_mb for i in indices if self.memory[i].free_mb < needed_mb[i]}
 
 
-def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
+def plan_on_node(
+    view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool = False
+) -> LoadPlan | Rejection:
     """The best a feasible node can do for the model in one of its `choices`, or why it can do nothing now. Ignores
-    health."""
-    candidate = _candidate(view, profile, node)
+    health. `only_variant`: no other one will do, so engines of other variants are as those of other models."""
+    candidate = _candidate(view, profile, node, only_variant=only_variant)
     memory, needed_mb = candidate.memory, candidate.needed_mb
     if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
         return _plan(candidate, candidate.asleep_on, Fit.AWAKE, wakes=True)
@@ -207,37 +218,20 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     return _after_eviction(candidate)
 
 
-def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
+def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    eligible = [device.index for device in eligible_devices(profile, node)]
+    here = instances_on(view, profile.id, node, profile.variant if only_variant else None)
+    eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node, profile.variant)
-    entry = node.view(profile.id, instance)
-    wakes = entry is not None and profile.variant in (None, entry.variant)
-    wake_mb = _wake_mb(node, entry, share, memory, needed_mb) if wakes else {}
+    waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(view, profile, node, instance, share, memory, needed_mb, wake_mb, eligible, starts, layout)
-
-
-def _wake_mb(
-    node: NodeSnapshot,
-    entry: ModelView | None,
-    share: int,
-    memory: Mapping[int, DeviceCapacity],
-    needed_mb: Mapping[int, int],
-) -> dict[int, int]:
-    """By device, what a sleeping engine needs beyond what it holds, at most what all sleeping models there need."""
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
-        return {}
-    if reports_bookable_memory(node) and not share:
-        return {index: memory[index].sleeping_mb for index in entry.devices}
-    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
-    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
-    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
+    candidate = partial(_Candidate, view, profile, node, only_variant, instance, here.count, share, memory)
+    return candidate(needed_mb, waking, eligible, starts, layout)
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -256,8 +250,9 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
             group,
         )
 
-    ordered = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
-    return disjoint_groups(ordered, parallel.tensor, parallel.tensor_groups, rank)
+    if comparable_devices(len(devices), parallel.tensor) < len(devices):
+        devices = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
+    return disjoint_groups(devices, parallel.tensor, parallel.tensor_groups, rank)
 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
@@ -265,7 +260,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     waiting = view.waiting_for(candidate.profile.requested)
     since = view.now if waiting is None else waiting.since
     residents = resident_models(view, candidate.node)
-    others = [each for each in residents if each.key.model_id != model_id]
+    others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
@@ -375,6 +370,7 @@ def _plan(
             fit,
             eviction_plan.order,
             starts.rank,
+            candidate.others,
             not wakes,
             profile.place,
             not known,
