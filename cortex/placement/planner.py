@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cortex.config.catalogue import ModelProfile
 from cortex.config.durations import duration_text
@@ -67,7 +66,7 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     """
     if profile.variant is None and not profile.variants:
         return _verdict(node, plan_on_node(view, profile, node))
-    planned = partial(plan_on_node, view, node=node, only_variant=profile.variant is not None)
+    only = profile.variant is not None
     awake = _awake(view, profile, node)
     if awake is not None:
         return _verdict(node, awake)
@@ -75,7 +74,7 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     for choice in sorted(profile.choices, key=lambda each: oversize_reason(each, node) is not None):
         unsuitable = _unsuitable_reason(view, choice, node)
         pause = _backoff(view, choice.requested.name, node.name)
-        result = Rejection(unsuitable) if unsuitable is not None else pause or planned(choice)
+        result = Rejection(unsuitable) if unsuitable is not None else pause or _planned(view, choice, node, only)
         found.append((choice, result))
         if result.temporary if isinstance(result, Rejection) else result.fit is not Fit.TOO_LARGE:
             break
@@ -89,6 +88,18 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     results = {each.place: result for each, result in found}
     passed_over = [(str(each.variant), _against(each, node, results.get(each.place))) for each in better]
     return replace(_verdict(node, result), passed_over=tuple(passed_over))
+
+
+def _planned(view: PlanningView, choice: ModelProfile, node: NodeSnapshot, only: bool) -> LoadPlan | Rejection:
+    """`only`: no other variant will do. If there is no free memory apart from the model's other engines, it shares
+    their devices, or takes the place of other variants."""
+    apart = plan_on_node(view, choice, node)
+    if not only or (isinstance(apart, LoadPlan) and apart.fit <= Fit.OVER_SLEEPERS):
+        return apart
+    beside = plan_on_node(view, choice, node, only_variant=True)
+    if isinstance(apart, LoadPlan) and isinstance(beside, LoadPlan):
+        return min(apart, beside, key=lambda plan: plan.rank)
+    return apart if isinstance(apart, LoadPlan) else beside
 
 
 def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
