@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 
 from cortex.fleet.membership import Refreshable
@@ -42,10 +43,11 @@ class LoadLeases:
         self._clients = clients
         self._pollers = pollers
         self._holder = secrets.token_hex(8)
+        self._held: Counter[tuple[str, str]] = Counter()  # loads under way, by keeper and model: one lease is for all
 
     @contextlib.asynccontextmanager
     async def held(self, model_id: str, name: str) -> AsyncIterator[None]:
-        """Inside the body no other cortex begins to load the model.
+        """Inside the body no other cortex begins to load the model; we may begin to load more instances of it.
 
         Raises, before the body:
             LoadedElsewhere: another cortex was faster.
@@ -60,26 +62,32 @@ class LoadLeases:
         if reply is None:
             yield
             return
-        if reply.node is not None:
-            await self._check(model_id, fleet, reply)
+        await self._check(model_id, fleet, reply)
+        held = keeper, model_id
+        self._held[held] += 1
         renewing = asyncio.create_task(self._renew(keeper, command), name=f"lease of {model_id}")
         try:
             yield
         finally:
             await cancel_all([renewing])
-            await self._send(keeper, command.model_copy(update={"node": None}))
+            self._held[held] -= 1
+            if not self._held[held]:
+                del self._held[held]
+                await self._send(keeper, command.model_copy(update={"node": None}))
 
     async def _check(self, model_id: str, fleet: FleetSnapshot, reply: LeaseReply) -> None:
         """Raises LoadedElsewhere if the other cortex loads the model, or has loaded it since `fleet` was seen, on a
         neuron that we can use too."""
-        other = next((node for node in fleet.nodes.values() if _identity(node) == reply.node and node.healthy), None)
-        if other is None:
-            return
-        if reply.granted and (poller := self._pollers.get(other.name)) is not None:
-            await poller.refresh()  # that load ended a moment ago: its events may still be under way
-        now = self._fleet.snapshot().nodes.get(other.name, other)
-        if not reply.granted or (_has(now, model_id) and not _has(other, model_id)):
-            raise LoadedElsewhere(other.name)
+        named = {*reply.nodes, *([] if reply.node is None else [reply.node])}
+        others = [node for node in fleet.nodes.values() if node.healthy and _identity(node) in named]
+        if others and not reply.granted:
+            raise LoadedElsewhere(others[0].name)
+        for other in others:
+            if (poller := self._pollers.get(other.name)) is not None:
+                await poller.refresh()  # that load ended a moment ago: its events may still be under way
+            now = self._fleet.snapshot().nodes.get(other.name, other)
+            if _usable(now, model_id) - _usable(other, model_id):
+                raise LoadedElsewhere(other.name)
 
     async def _renew(self, keeper: str, command: LeaseCommand) -> None:
         while True:
@@ -116,5 +124,6 @@ def _identity(node: NodeSnapshot) -> str:
     return node.instance_id or node.endpoint
 
 
-def _has(node: NodeSnapshot, model_id: str) -> bool:
-    return node.is_loading(model_id) or node.can_serve(model_id)
+def _usable(node: NodeSnapshot, model_id: str) -> set[str]:
+    """The instances of the model that serve there or start."""
+    return {name for name, view in node.instances(model_id).items() if view.coming or view.servable_now}
