@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
@@ -81,6 +82,18 @@ class PlanningView:
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
     named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
     """The instances that an operator has named for the next load."""
+
+    @cached_property
+    def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
+        return {}
+
+    def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
+        """The model's replicas that serve on nodes that are not draining."""
+        found = self._replicas.get(model_id)
+        if found is None:
+            serving = self.fleet.serving(model_id)
+            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+        return found
 
     def usage(self, key: ReplicaKey) -> ReplicaUsage:
         return self.usages.get(key, UNUSED)
