@@ -91,7 +91,7 @@ def test_removing_a_model_removes_all_its_instances() -> None:
     assert not fleet.snapshot().holders("m")
 
 
-def test_followers_hear_of_each_instance() -> None:
+def test_followers_are_told_about_each_instance() -> None:
     """An instance that comes, goes or fails may change where requests go; one that stays as it is does not."""
     fleet = fleet_at([10.0])
     heard: list[set[str]] = []
