@@ -77,7 +77,7 @@ def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placemen
 
 def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
     """Cost of a request outside the routing tables, before anything is sent."""
-    decide(model_id, catalogue, snapshot, lambda _model, _node: 0)
+    decide(model_id, catalogue, snapshot, lambda _: 0)
 
 
 def placement(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:

@@ -12,7 +12,7 @@ from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.loader import Loader
+from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet
@@ -58,13 +58,13 @@ class FleetView:
                     "reason": job.reason,
                     "because": job.why,
                     "phase": job.phase,
-                    "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
+                    "evict": [each.resident.key.model_id for each in job.plan.eviction_plan.evictions],
                 }
                 for job in self._loader.jobs()
             ],
             "in_flight": [
-                {"model": model, "node": node, "count": count}
-                for (model, node), count in sorted(self._counts.all_in_flight().items())
+                {"model": key.model_id, "node": key.node, "count": count}
+                for key, count in sorted(self._counts.all_in_flight().items())
             ],
             "waiting": [
                 {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
@@ -151,12 +151,12 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
         "models": [
             {
-                **view.model_dump(exclude={"endpoint"}),
-                **told_facts([view]),
-                **({} if view.servable is None else {"servable": view.servable.model_dump()}),
-                "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
+                **engine.view.model_dump(exclude={"endpoint"}),
+                **told_facts([engine.view]),
+                **({} if engine.view.servable is None else {"servable": engine.view.servable.model_dump()}),
+                "activity": activity.model_dump(exclude={"id"}) if (activity := engine.activity) else None,
             }
-            for view in node.models.values()
+            for engine in node.every_engine()
         ],
         "activation": node.health.activation.model_dump() if node.health and node.health.activation else None,
     }

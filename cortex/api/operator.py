@@ -16,7 +16,7 @@ from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.explain import after_unload
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
-from cortex.control.loader import LoadJob
+from cortex.control.loads.loader import LoadJob
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
@@ -65,17 +65,25 @@ async def load_model(request: web.Request) -> web.Response:
         return web.json_response({"status": "loaded", "model": model_id, "node": serving})
     started = time.monotonic()
     job = app[SCHEDULER].load(model_id, action.node)
-    coming = app[FLEET].snapshot().loading_on(model_id)
-    node = action.node or (job.node if job is not None else None if coming is None else coming.name)
+    key = job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action.node)
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    node = await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
+        return web.json_response({"status": "loading", "model": model_id, "node": key.node}, status=202)
+    node = await app[SHUTDOWN].unless_begun(_until_loaded(app, key, job))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
 
 
-async def _until_loaded(app: web.Application, model_id: str, node: str | None, job: LoadJob | None) -> str | None:
-    """Waits for our load, or for the load of another caller on this node. Returns where the model is loaded.
+def _coming(fleet: FleetSnapshot, model_id: str, node_name: str | None) -> ReplicaKey:
+    """The engine that another caller is loading, on this neuron if one is named."""
+    return next(
+        engine.key
+        for engine in fleet.engines(model_id)
+        if engine.view.coming and engine.node.healthy and node_name in (None, engine.node.name)
+    )
+
+
+async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> str:
+    """Waits for our load of this engine, or for that of another caller. Returns where the model is loaded.
 
     Raises:
         Unavailable: the load failed or timed out.
@@ -83,15 +91,14 @@ async def _until_loaded(app: web.Application, model_id: str, node: str | None, j
     failure: LoadFailure | None = None
     if job is not None and job.task is not None:
         failure = await asyncio.shield(job.task)
-    if node is None:
-        return None
+    model_id, node, _ = key
     try:
         if job is not None and job.elsewhere is not None:  # another cortex was faster, and may not have begun yet
             node = job.elsewhere
-            await _until_begun(app[FLEET], model_id, node)
+            key = await _until_begun(app[FLEET], model_id, node)
         if failure is not None:
             raise failure
-        await app[LOADER].until_loaded(model_id, node)  # ours may have found a load of another caller there
+        await app[LOADER].until_loaded(key)  # ours may have found a load of another caller there
     except NodeRemoved:
         raise _removed(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
@@ -101,15 +108,15 @@ async def _until_loaded(app: web.Application, model_id: str, node: str | None, j
     return node
 
 
-async def _until_begun(fleet: Fleet, model_id: str, name: str) -> None:
+async def _until_begun(fleet: Fleet, model_id: str, name: str) -> ReplicaKey:
     """Waits until another cortex's load shows on this node. Raises LoadFailure."""
 
-    def begun(node: NodeSnapshot) -> bool:
-        return node.is_loading(model_id) or node.can_serve(model_id)
+    def begun(node: NodeSnapshot) -> list[ReplicaKey]:
+        return [each.key for each in node.engines(model_id) if each.view.coming or each.view.servable_now]
 
     try:
         async with timeout(BEGUN_WITHIN_SECS):
-            await fleet.until(name, begun)
+            return begun(await fleet.until(name, lambda node: bool(begun(node))))[0]
     except asyncio.TimeoutError:
         reason = f"loading {model_id!r} failed: another cortex wants to load it on {name} and has not begun"
         raise LoadFailure(reason, BackoffCause.TEMPORARY) from None
@@ -126,15 +133,13 @@ def _serving(app: web.Application, model_id: str, node_name: str | None) -> str 
     if node_name is None:
         decision = decide(model_id, catalogue, fleet, app[COUNTS].in_flight)
         if isinstance(decision, Serve):
-            return decision.nodes[0]
-        failed = any(
-            node.healthy and node.status_of(model_id) is ModelStatus.FAILED for node in fleet.holders(model_id)
-        )
+            return decision.replicas[0].node
+        failed = any(node.healthy and node.has_status(model_id, ModelStatus.FAILED) for node in fleet.holders(model_id))
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
     node = _usable_node(fleet, node_name)
-    if node.status_of(model_id) is ModelStatus.LOADED:
+    if node.is_loaded(model_id):
         return node.name
     if profile is None:
         if model_id not in node.models:
@@ -156,21 +161,20 @@ async def unload_model(request: web.Request) -> web.Response:
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
     if action.node is not None:
-        nodes = [_usable_node(fleet, action.node)]
+        engines = list(_usable_node(fleet, action.node).engines(model_id))
     else:
-        nodes = [
-            node
-            for node in fleet.holders(model_id)
-            if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
+        engines = [
+            engine
+            for engine in fleet.engines(model_id)
+            if engine.node.healthy and engine.view.known_status is not ModelStatus.UNLOADED
         ]
-    nodes = [node for node in nodes if model_id in node.models]
-    if not nodes and (action.for_secs is None or not _is_known(app, model_id)):
+    if not engines and (action.for_secs is None or not _is_known(app, model_id)):
         where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
         raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
     hold = await _hold_back(app, model_id, action)
-    unloads = (_unload(scheduler, (model_id, node.name), drain=action.drain) for node in nodes)
+    unloads = (_unload(scheduler, engine.key, drain=action.drain) for engine in engines)
     errors = await app[SHUTDOWN].unless_begun(_all(unloads))
-    results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
+    results = [_result(engine.key, error) for engine, error in zip(engines, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
         raise ServiceError(
@@ -180,7 +184,7 @@ async def unload_model(request: web.Request) -> web.Response:
             retry_after=failed.retry_after,
             extra={"results": results, **hold},
         )
-    unloaded = [node.name for node in nodes]
+    unloaded = list(dict.fromkeys(engine.node.name for engine in engines))
     answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
     return web.json_response({**answer, **after_unload(model_id, scheduler.view()), **hold})
 
@@ -209,15 +213,16 @@ async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
     return await asyncio.gather(*works)
 
 
-def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
+def _result(key: ReplicaKey, error: ServiceError | None) -> dict[str, Any]:
+    where = {"node": key.node, **({"instance": key.instance} if key.instance else {})}
     if error is None:
-        return {"node": node, "status": "unloaded"}
-    return {"node": node, "status": "failed", "code": error.code, "error": error.message}
+        return {**where, "status": "unloaded"}
+    return {**where, "status": "failed", "code": error.code, "error": error.message}
 
 
 async def _unload(scheduler: Scheduler, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
-    """None once the model is gone from the node, else the error."""
-    model_id, node = key
+    """None once the engine is gone, else the error."""
+    model_id, node, _ = key
     try:
         await scheduler.unload(key, drain=drain)
     except NeuronRefused as error:

@@ -16,7 +16,9 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
-from cortex.control.loader import Loader
+from cortex.control.loads.evictor import Evictor
+from cortex.control.loads.loader import Loader
+from cortex.control.loads.neurons import NeuronAccess
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
@@ -114,22 +116,16 @@ def build(
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    neurons = NeuronAccess(fleet, clients, pollers)
+    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
-        live=live,
-        fleet=fleet,
-        clients=clients,
-        pollers=pollers,
-        counts=counts,
-        metrics=metrics,
-        state=state,
-        settle_routes=routes.settle,
-        leases=leases,
-        clock=clock,
+        neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
     scheduler = Scheduler(
         live=live,
         fleet=fleet,
         loader=loader,
+        evictor=evictor,
         demand=demand,
         backoffs=backoffs,
         queue=queue,

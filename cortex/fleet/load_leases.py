@@ -104,16 +104,16 @@ def keeper_of(model_id: str, fleet: FleetSnapshot) -> str | None:
     if len(fleet.healthy) < 2:
         return None
     ranks = {
-        zlib.crc32(f"{model_id}\n{node.instance}".encode()): node.name
+        zlib.crc32(f"{model_id}\n{node.instance_id}".encode()): node.name
         for node in fleet.healthy
-        if node.instance is not None and node.discovery is not None and node.discovery.leases
+        if node.instance_id is not None and node.discovery is not None and node.discovery.leases
     }
     return ranks[min(ranks)] if ranks else None
 
 
 def _identity(node: NodeSnapshot) -> str:
     """Tells other cortexes which neuron is meant: they may call it by another name."""
-    return node.instance or node.endpoint
+    return node.instance_id or node.endpoint
 
 
 def _has(node: NodeSnapshot, model_id: str) -> bool:

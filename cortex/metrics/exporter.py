@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ModelOnNode, ReplicaKey
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")
@@ -29,7 +29,7 @@ class Metrics:
         in_flight: Callable[[], Mapping[ReplicaKey, int]],
         counters: Callable[[], Iterable[Counters]],
     ) -> None:
-        self._cold_starts: dict[ReplicaKey, Histogram] = {}
+        self._cold_starts: dict[ModelOnNode, Histogram] = {}
         self._registry = CollectorRegistry()
         self._registry.register(_Requests(counters))
         self._registry.register(_ColdStarts(self._cold_starts))
@@ -74,7 +74,7 @@ class _Requests(Collector):
 class _ColdStarts(Collector):
     """Counted by the control process."""
 
-    def __init__(self, cold_starts: Mapping[ReplicaKey, Histogram]) -> None:
+    def __init__(self, cold_starts: Mapping[ModelOnNode, Histogram]) -> None:
         self._cold_starts = cold_starts
 
     def collect(self) -> Iterator[Metric]:
@@ -107,7 +107,7 @@ def _family(name: str, text: str) -> HistogramMetricFamily:
     return HistogramMetricFamily(name, text, labels=_LABELS)
 
 
-def _add(family: HistogramMetricFamily, key: ReplicaKey, buckets: tuple[float, ...], histogram: Histogram) -> None:
+def _add(family: HistogramMetricFamily, key: ModelOnNode, buckets: tuple[float, ...], histogram: Histogram) -> None:
     """Adds the samples of one series, unless it is empty."""
     if not any(histogram.counts):
         return

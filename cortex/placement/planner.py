@@ -10,13 +10,9 @@ from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason, reports_variants
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
 from shared.protocol import ModelStatus
-
-DRAINING = "draining"
-"""`ModelView.state` of an engine that accepts no new requests and exits after its current ones. Its status is
-`unloaded`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
 
 def _awake(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | None:
     """The plan that wakes the variant that sleeps on the node, if there is one and its memory is available."""
-    entry = node.models.get(profile.id)
+    entry = node.view(profile.id, view.instance_to_load(profile.id, node))
     if entry is None or entry.known_status is not ModelStatus.SLEEPING:
         return None
     choice = profile.choice(entry.variant)
@@ -141,17 +137,17 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
-    entry = node.models.get(profile.id)
-    if (profile.id, node.name) in view.fleet.evicting:
-        return Rejection("is unloading it", temporary=True)
-    if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
-        return Rejection("is still draining it", temporary=True)
-    other = entry is not None and profile.variant is not None and entry.variant != profile.variant
-    if entry is not None and other and (entry.known_status is ModelStatus.LOADED or node.is_loading(profile.id)):
-        return Rejection(f"has it as {entry.variant or 'another variant'}")
-    if entry is not None and entry.known_status is ModelStatus.LOADED:
-        why_not = entry.unservable_because
-        return Rejection("already serves it" if why_not is None else f"says that it cannot serve it now ({why_not})")
+    for engine in node.engines(profile.id):
+        entry = engine.view
+        if engine.key in view.fleet.evicting:
+            return Rejection("is unloading it", temporary=True)
+        if entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
+            return Rejection("is still draining it", temporary=True)
+        if profile.variant is not None and entry.variant != profile.variant and (entry.loaded or entry.coming):
+            return Rejection(f"has it as {entry.variant or 'another variant'}")
+        if entry.loaded:
+            why = entry.unservable_because
+            return Rejection("already serves it" if why is None else f"says that it cannot serve it now ({why})")
     if node.is_loading(profile.id):
         return Rejection("is already loading it", temporary=True)
     return _pause(view, profile.id, node.name)

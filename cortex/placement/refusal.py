@@ -92,8 +92,7 @@ def _fails_everywhere(model_id: str, possible: Sequence[NodeSnapshot], view: Pla
 
 def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
-    for node in fleet.holders(model_id):
-        view = node.models[model_id]
+    for node, view in fleet.engines(model_id):
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",
@@ -144,8 +143,9 @@ def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | 
     reasons = [
         f"{node.name}: {why}"
         for node in nodes
-        if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
-        if (why := node.models[model_id].unservable_because) is not None
+        if node.healthy
+        for view in node.instances(model_id).values()
+        if view.loaded and (why := view.unservable_because) is not None
     ]
     if not reasons:
         return None

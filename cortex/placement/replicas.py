@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cortex.config.catalogue import ModelProfile
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
 from cortex.placement.node_plan import Fit, LoadPlan
 from cortex.placement.planner import best_plan, candidate_verdicts
+from cortex.routing.replica import ReplicaKey
 
 IN_USE_SECS = 60.0
 """A model used this recently moves to another neuron when its own is drained."""
@@ -23,8 +24,13 @@ class ReplicaRemoval:
 
     model_id: str
     node: str
+    instance: str
     sleep: bool
     reason: str
+
+    @property
+    def key(self) -> ReplicaKey:
+        return ReplicaKey(self.model_id, self.node, self.instance)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def _replica_to_add(view: PlanningView, profile: ModelProfile) -> tuple[LoadPlan
     coming = [node for node in _available_holders(view, profile) if node.is_loading(profile.id)]
     if coming or view.fleet.reservation_of(profile.id) is not None:
         return None
-    serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
+    serving = [engine for engine in view.fleet.serving(profile.id) if not engine.node.draining]
     if len(serving) < profile.replicas.min:
         return _plan_over_idle(view, profile, f"replicas.min is {profile.replicas.min}, {len(serving)} serving")
     if not serving:
@@ -77,10 +83,9 @@ def _replacement_for_drained(view: PlanningView, profile: ModelProfile) -> tuple
     """A new place for a model in use that only drained neurons serve, so that those can empty."""
     drained = view.fleet.serving(profile.id)
     in_use = any(
-        view.requests_on(profile.id, node) or view.now - view.usage(profile.id, node.name).last_used < IN_USE_SECS
-        for node in drained
+        view.requests_on(engine) or view.now - view.usage(engine.key).last_used < IN_USE_SECS for engine in drained
     )
-    names = ", ".join(sorted(node.name for node in drained))
+    names = ", ".join(sorted({engine.node.name for engine in drained}))
     return _plan_over_idle(view, profile, f"in use on drained neurons only ({names})") if in_use else None
 
 
@@ -99,38 +104,38 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
     if profile.id in view.waiting:
         return
     serving = view.fleet.serving(profile.id)
-    idle = sorted((view.now - _last_used_at(view, profile.id, node), node.name) for node in serving)[::-1]
+    idle = sorted((view.now - _last_used_at(view, engine.key), engine.key) for engine in serving)[::-1]
     left = len(serving)
-    working = sum(view.requests_on(profile.id, node) for node in serving)
-    for idle_secs, name in idle:
-        if left <= profile.replicas.min or view.requests_on(profile.id, view.fleet.nodes[name]):
+    working = {engine.key: view.requests_on(engine) for engine in serving}
+    for idle_secs, key in idle:
+        if left <= profile.replicas.min or working[key]:
             continue
         ttl = profile.idle_ttl_secs
         if ttl is not None and idle_secs >= ttl:
             left -= 1
-            yield ReplicaRemoval(profile.id, name, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
         elif left > profile.replicas.max and idle_secs >= _surplus_idle_secs(view, profile, serving):
             why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
             left -= 1
-            yield ReplicaRemoval(profile.id, name, False, why)
+            yield ReplicaRemoval(*key, False, why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
-            if working > view.rules.replica_target * (left - 1):
+            if sum(working.values()) > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
-            yield ReplicaRemoval(profile.id, name, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
 
-def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[NodeSnapshot]) -> float:
+def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[EngineSnapshot]) -> float:
     """How long a replica above the maximum must be idle to be removed. Requests spread over all replicas: once all have
     been there for `scale_down_secs`, a pause is enough. Before that, a neuron that goes down and comes back again and
     again would cause a load each time."""
-    newest = max(view.usage(profile.id, node.name).loaded_at for node in serving)
+    newest = max(view.usage(engine.key).loaded_at for engine in serving)
     settled = view.now - newest >= view.rules.scale_down_secs
     return min(view.rules.pause_secs, view.rules.scale_down_secs) if settled else view.rules.scale_down_secs
 
 
-def _last_used_at(view: PlanningView, model_id: str, node: NodeSnapshot) -> float:
-    use = view.usage(model_id, node.name)
+def _last_used_at(view: PlanningView, key: ReplicaKey) -> float:
+    use = view.usage(key)
     return max(use.last_used, use.loaded_at)
 
 

@@ -86,7 +86,7 @@ class ProtocolV1:
             if model.state is State.LOADED and model.engine is not None:
                 return model
             try:
-                await self._load(model_id, instance)
+                await self._load(model)
             except ServiceError as error:
                 if error.code != ErrorCode.LOAD_CANCELLED:
                     self._unlisted.add(model_id)
@@ -106,17 +106,16 @@ class ProtocolV1:
 
         return min(self._registry.instances(model_id, instance), key=preference)
 
-    async def _load(self, model_id: str, instance: str | None) -> None:
+    async def _load(self, model: InstanceState) -> None:
         """Loads or wakes it. Where memory lacks, waits for engines without a key to become idle, and ends them."""
         deadline = time.monotonic() + ROOM_SECS
         while True:
-            key = self._best(model_id, instance).key
             try:
-                command = LoadCommand(model_id=key.model_id, instance=key.instance)
+                command = LoadCommand(model_id=model.model_id, instance=model.key.instance)
                 await (await self._registry.load(command, carries_keys=False, displace=True)).loaded()
             except InsufficientVram:
-                if self._registry.get(*key).state is State.SLEEPING:
-                    self._registry.restart(key, "no memory to wake: it is loaded again")
+                if model.state is State.SLEEPING:
+                    self._registry.restart(model.key, "no memory to wake: it is loaded again")
                 elif time.monotonic() >= deadline or not self._registry.room_may_come():
                     raise
                 else:
@@ -134,7 +133,7 @@ class ProtocolV1:
             await self.until_usable(*key)
 
     async def _without_key(self, model_id: str, instance: str | None) -> InstanceState:
-        """The instance to use. If it has a needless key, waits until it is idle, then stops its engine."""
+        """The instance to use. If it has a needless key, waits until one is idle, then stops its engine."""
         deadline = time.monotonic() + ROOM_SECS
         while True:
             model = self._best(model_id, instance)
@@ -146,14 +145,14 @@ class ProtocolV1:
                 continue
             if not engine.health.busy:
                 self._registry.restart(model.key, "restarts without a key for a caller that cannot send one")
-            elif time.monotonic() < deadline:
-                await asyncio.sleep(_ROOM_POLL_SECS)
-            else:
+                return model
+            if time.monotonic() >= deadline:
                 advice = (
                     "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
                     'a key. With engine_keys = "never" in neuron.toml no engine has one'
                 )
                 raise failures.key_required(str(model.key), advice, retry_after=_BUSY_SECS)
+            await asyncio.sleep(_ROOM_POLL_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
         """The entries of `/models` that such a caller gets: without parts of a group that have no server, since it

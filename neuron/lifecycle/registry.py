@@ -28,7 +28,7 @@ from neuron.memory.capacity import InsufficientVram
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec, InstanceKey
 from shared.errors import Conflict
-from shared.protocol import MAX_DRAIN_SECS, LoadCommand, ModelActivity
+from shared.protocol import FIRST_INSTANCE, MAX_DRAIN_SECS, LoadCommand, ModelActivity
 from shared.tasks import TaskSet
 
 
@@ -290,7 +290,8 @@ class Registry:
                     return supervisor, request
         if conflict is not None:
             raise conflict
-        return ranked[0] if ranked else self._new(InstanceKey(command.model_id)), None
+        first = next((each for each in ranked if each.model.state is State.FAILED), known.get(FIRST_INSTANCE))
+        return first or self._new(InstanceKey(command.model_id)), None
 
     def _remembered_spec(self, model: InstanceState) -> EngineSpec:
         """The spec for a command that has none: the instance's, else the model's; rather one that was loaded than one

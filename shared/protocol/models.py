@@ -168,3 +168,23 @@ class ModelView(ModelFacts):
     @property
     def known_status(self) -> ModelStatus | None:
         return ModelStatus.known(self.status)
+
+    @property
+    def loaded(self) -> bool:
+        return self.known_status is ModelStatus.LOADED
+
+    @property
+    def servable_now(self) -> bool:
+        """It is loaded, and its neuron does not say that it cannot answer now."""
+        return self.known_status is ModelStatus.LOADED and self.unservable_because is None
+
+    @property
+    def coming(self) -> bool:
+        """Its engine starts."""
+        status = self.known_status
+        return status is not None and status.coming
+
+    @property
+    def holds_devices(self) -> bool:
+        """Its engine uses its devices, or will once it has started or woken."""
+        return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from neuron.lifecycle.instance_state import NeuronModelView
 from shared.protocol import (
     Activation,
@@ -99,7 +99,7 @@ def test_every_field_of_the_models_list_is_documented() -> None:
     catalogue = Catalogue.model_validate({"models": [{"id": "m", "limit": {"context": 1}}], "aliases": {"a": "m"}})
     discovery = Discovery(devices=[Device(index=0)], harnesses=["vllm"])
     node = NodeSnapshot(
-        "n", "http://n", healthy=True, discovery=discovery, models={"m": ModelView(id="m", status="loaded")}
+        "n", "http://n", healthy=True, discovery=discovery, models=by_instance([ModelView(id="m", status="loaded")])
     )
     blocks = ModelList().blocks(catalogue, FleetSnapshot({"n": node}), created=0)
     entries = {entry["id"]: entry for entry in json.loads(b"".join(blocks))["data"]}

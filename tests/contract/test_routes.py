@@ -17,6 +17,7 @@ from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Device, DeviceHealth, ErrorCode, SpareView
 from tests.contract.documents import TOP
+from tests.cortex.fleets import replica_key
 
 NEURON_TABLE = {
     ("GET", "/discovery"),
@@ -133,7 +134,7 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
     fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [counters])
+    metrics = Metrics(fleet, lambda: {replica_key("m", "beast"): 1}, lambda: [counters])
     counters.request("m", "beast", 200, 1.0, 0.1)
     counters.error("m", "beast", "code")
     counters.tokens("m", "beast", prompt=1, completion=1, cached=0)

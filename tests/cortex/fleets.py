@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, by_instance
+from cortex.routing.replica import Replica, ReplicaKey
 from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelActivity, ModelView, NeuronHealth
 
 
@@ -53,7 +55,7 @@ def node(
         draining=draining,
         discovery=discovery if discovered else None,
         health=health if discovered else None,
-        models={model_id: ModelView(id=model_id, status=status) for model_id, status in (models or {}).items()},
+        models=by_instance(ModelView(id=model_id, status=status) for model_id, status in (models or {}).items()),
     )
 
 
@@ -102,7 +104,7 @@ def host(
             update={"instance_id": None if protocol_v1 else f"{name}-1", "leases": not protocol_v1}
         ),
         health=bare.health.model_copy(update={"devices": devices, "models": activity}),
-        models={model_id: _entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()},
+        models=by_instance(_entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()),
     )
 
 
@@ -117,10 +119,29 @@ def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
     )
 
 
+def replica_key(model_id: str, node: str, instance: str = "") -> ReplicaKey:
+    """Of the only engine of the model on the node, unless an instance is given."""
+    return ReplicaKey(model_id, node, instance)
+
+
+def replica(model_id: str, node: str, url: str, instance: str = "", **fields: Any) -> Replica:
+    """A replica with this key."""
+    key = replica_key(model_id, node, instance)
+    return Replica(key=key, name=key.name, url=url, **fields)
+
+
+def with_entry(node: NodeSnapshot, entry: ModelView) -> NodeSnapshot:
+    """The node with this entry instead of the one that it has, or in addition."""
+    rest = [view for view in node.views if (view.id, view.instance) != (entry.id, entry.instance)]
+    return replace(node, models=by_instance([*rest, entry]))
+
+
 def fleet(
-    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, str], ...] = ()
+    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, ...], ...] = ()
 ) -> FleetSnapshot:
-    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(evicting))
+    """`evicting` are model ids and node names, with an instance where there are several."""
+    leaving = frozenset(replica_key(*each) for each in evicting)
+    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, leaving)
 
 
 BEAST = node("beast", 32607, 32607)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -240,5 +241,81 @@ async def test_all_are_adopted(tmp_path: Path, mark: str) -> None:
             assert (entry["pid"] == before[name]["pid"]) is (name != "2")
         await unload(second, "1")
         assert list(await entries(second)) == ["0", "2", "3"]
+        assert await second.stop() == 0
+    assert not marked_engines(mark)
+
+
+async def test_a_load_of_the_model_after_all_are_unloaded(host: Neuron) -> None:
+    """It makes the first instance, with the model's spec, whichever was unloaded last; but starts one that failed."""
+    await load(host, "0", "1", "2")
+    for instance in ("0", "2", "1"):
+        await unload(host, instance)
+    assert list(await entries(host)) == ["1"]
+    answer = await host.call("POST", "/models/load", json={"model_id": MODEL})
+    assert answer.body["instance"] == "0"
+    assert list(await entries(host)) == ["0"]
+    await unload(host)
+    assert (await host.load(MODEL, "--fail-at", "weights", instance="4")).status == 500
+    assert {name: entry["status"] for name, entry in (await entries(host)).items()} == {"4": "failed"}
+    assert (await host.load(MODEL)).body["instance"] == "4"
+
+
+async def test_events_and_figures_by_instance(host: Neuron) -> None:
+    """Every event names the instance; one that leaves the list is reported as removed."""
+    async with host.session.get(f"{host.base}/events") as stream:
+        await load(host, "0", "1")
+        await unload(host, "1")
+        told: list[tuple[str, dict[str, Any]]] = []
+        while "removed" not in [name for name, _ in told]:
+            name = (await stream.content.readline()).decode().strip()
+            if name.startswith("event: "):
+                await stream.content.readline()
+                data = json.loads((await stream.content.readline()).decode().removeprefix("data: "))
+                told.append((name.removeprefix("event: "), data))
+    of_one = [data["status"] for name, data in told if name == "model" and data["instance"] == "1"]
+    assert (of_one[0], of_one[-1]) == ("loading", "unloaded")
+    assert told[-1] == ("removed", {"id": MODEL, "instance": "1"})
+
+    async def both_have_figures() -> bool:
+        told = (await host.call("GET", "/health")).body["models"]
+        return [(each["id"], each["instance"]) for each in told] == [(MODEL, "0"), (MODEL, "1")]
+
+    await load(host, "1")
+    await until(both_have_figures)
+    page = (await host.call("GET", "/metrics")).body
+    assert f'neuron_engine_state{{model="{MODEL}",state="loaded"}} 2.0' in page
+    assert f'neuron_instance_state{{engine="1",model="{MODEL}",state="loaded"}} 1.0' in page
+
+
+async def test_default_models(tmp_path: Path, mark: str) -> None:
+    """neuron loads the named instances when it starts, and tells each in its progress."""
+    wanted = [{"model_id": MODEL, "instance": each, "vram_mb": 20_000} for each in ("0", "1")]
+    async with neuron_here(config_of(tmp_path / "state", harnesses=[{"name": "sim"}], default_models=wanted)) as neuron:
+        found = await until_loaded(neuron, "0", "1")
+        assert sorted(entry["devices"] for entry in found.values()) == [[0], [1]]
+
+        async def done() -> dict[str, Any] | None:
+            activation: dict[str, Any] = (await neuron.call("GET", "/health")).body["activation"]
+            return activation if activation["state"] == "done" else None
+
+        assert (await until(done))["completed"] == [MODEL, f"{MODEL} instance 1"]
+
+
+async def test_engines_that_are_left_are_adopted(tmp_path: Path, mark: str) -> None:
+    """on_stop = "leave_engines" leaves all instances; a record of a neuron that knew none is of the first."""
+    config = toml_config(tmp_path, f'state_dir = "{tmp_path / "state"}"', 'on_stop = "leave_engines"')
+    config.write_text(config.read_text().replace('["RTX 4090"]', '["H100", "H100"]'))
+    async with neuron_process(config) as first:
+        await load(first, "3", "4")
+        before = await entries(first)
+        assert await first.stop() == 0
+    for path in (tmp_path / "state" / "engines").glob("*/run.json"):
+        record = json.loads(path.read_text())
+        if record.pop("instance") == "3":
+            path.write_text(json.dumps(record))
+    async with neuron_process(config) as second:
+        after = await until_loaded(second, "0", "4")
+        assert [after["0"]["pid"], after["4"]["pid"]] == [before["3"]["pid"], before["4"]["pid"]]
+        await unload(second)
         assert await second.stop() == 0
     assert not marked_engines(mark)
