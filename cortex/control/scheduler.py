@@ -284,7 +284,7 @@ class Scheduler:
         evicting = [each.resident.key for each in plan.eviction_plan.evictions]
         if not any(view.usage(key).in_flight for key in evicting):
             return False
-        reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
+        reservations = tuple(each for each in view.fleet.reservations if each.key != plan.key)
         fleet = replace(view.fleet, reservations=reservations, evicting=view.fleet.evicting.difference(evicting))
         view = replace(view, fleet=fleet)
         profile = view.profile(plan.model_id)

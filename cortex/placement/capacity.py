@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -122,6 +122,24 @@ def reports_bookable_memory(node: NodeSnapshot) -> bool:
     return any(live.vram_bookable_mb is not None for live in node.device_health.values())
 
 
+def wake_mb(
+    node: NodeSnapshot,
+    entry: ModelView | None,
+    share: int,
+    memory: Mapping[int, DeviceCapacity],
+    needed_mb: Mapping[int, int],
+) -> dict[int, int]:
+    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
+    need."""
+    if entry is None or not memory.keys() >= set(entry.devices):
+        return {}
+    if reports_bookable_memory(node) and not share:
+        return {index: memory[index].sleeping_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
+    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
+
+
 def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> DeviceCapacity:
     if not device.vram_total_mb:
         return DeviceCapacity(UNCOUNTED_MEMORY_MB, UNCOUNTED_MEMORY_MB)
@@ -220,5 +238,4 @@ def _spare_replicas(view: PlanningView, profile: ModelProfile, key: ReplicaKey) 
     """How many replicas of the model may go, this one being one of them."""
     if not profile.replicas.min:
         return None
-    others = sum(each.key != key and not each.node.draining for each in view.fleet.serving(profile.id))
-    return others + 1 - profile.replicas.min
+    return len(view.replicas(profile.id) | {key}) - profile.replicas.min

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
@@ -80,6 +81,18 @@ class PlanningView:
     backoffs: Mapping[ModelOnNode, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
+
+    @cached_property
+    def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
+        return {}
+
+    def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
+        """The model's replicas that serve on nodes that are not draining."""
+        found = self._replicas.get(model_id)
+        if found is None:
+            serving = self.fleet.serving(model_id)
+            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+        return found
 
     def usage(self, key: ReplicaKey) -> ReplicaUsage:
         return self.usages.get(key, UNUSED)

@@ -25,11 +25,13 @@ from cortex.placement.capacity import (
     models_in_transition,
     reports_bookable_memory,
     resident_models,
+    wake_mb,
 )
 from cortex.placement.devices import (
     MAX_EVICTION_SETS,
     DeviceLayout,
     best_fit_rank,
+    comparable_devices,
     device_layout,
     device_sets,
     disjoint_groups,
@@ -49,10 +51,11 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import ModelStatus
 
 
 class Fit(IntEnum):
@@ -156,6 +159,7 @@ class _Candidate:
     profile: ModelProfile
     node: NodeSnapshot
     instance: str
+    others: int
     share: int
     memory: Mapping[int, DeviceCapacity]
     needed_mb: Mapping[int, int]
@@ -209,35 +213,19 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
 
 def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    eligible = [device.index for device in eligible_devices(profile, node)]
+    here = instances_on(view, profile.id, node)
+    eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
     instance = view.instance_to_load(profile.id, node)
-    entry = node.view(profile.id, instance)
-    wakes = entry is not None and profile.variant in (None, entry.variant)
-    wake_mb = _wake_mb(node, entry, share, memory, needed_mb) if wakes else {}
+    waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(view, profile, node, instance, share, memory, needed_mb, wake_mb, eligible, starts, layout)
-
-
-def _wake_mb(
-    node: NodeSnapshot,
-    entry: ModelView | None,
-    share: int,
-    memory: Mapping[int, DeviceCapacity],
-    needed_mb: Mapping[int, int],
-) -> dict[int, int]:
-    """By device, what a sleeping engine needs beyond what it holds, at most what all sleeping models there need."""
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
-        return {}
-    if reports_bookable_memory(node) and not share:
-        return {index: memory[index].sleeping_mb for index in entry.devices}
-    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
-    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
-    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
+    return _Candidate(
+        view, profile, node, instance, here.count, share, memory, needed_mb, waking, eligible, starts, layout
+    )
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -256,8 +244,9 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
             group,
         )
 
-    ordered = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
-    return disjoint_groups(ordered, parallel.tensor, parallel.tensor_groups, rank)
+    if comparable_devices(len(devices), parallel.tensor) < len(devices):
+        devices = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
+    return disjoint_groups(devices, parallel.tensor, parallel.tensor_groups, rank)
 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
@@ -375,6 +364,7 @@ def _plan(
             fit,
             eviction_plan.order,
             starts.rank,
+            candidate.others,
             not wakes,
             profile.place,
             not known,

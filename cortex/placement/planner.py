@@ -11,6 +11,7 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason, reports_variants
 from cortex.placement.inputs import DRAINING, PlanningView
+from cortex.placement.instances import has_room, instances_on
 from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
 from shared.protocol import ModelStatus
 
@@ -137,20 +138,27 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
-    for engine in node.engines(profile.id):
-        entry = engine.view
-        if engine.key in view.fleet.evicting:
-            return Rejection("is unloading it", temporary=True)
-        if entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
-            return Rejection("is still draining it", temporary=True)
-        if profile.variant is not None and entry.variant != profile.variant and (entry.loaded or entry.coming):
-            return Rejection(f"has it as {entry.variant or 'another variant'}")
-        if entry.loaded:
-            why = entry.unservable_because
-            return Rejection("already serves it" if why is None else f"says that it cannot serve it now ({why})")
-    if node.is_loading(profile.id):
-        return Rejection("is already loading it", temporary=True)
-    return _pause(view, profile.id, node.name)
+    here = instances_on(view, profile.id, node)
+    return _pause(view, profile.id, node.name) if has_room(profile, node, here) else _occupied(view, profile, node)
+
+
+def _occupied(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection:
+    """Why the node gets no instance beside those that it has."""
+    engines = list(node.engines(profile.id))
+    if any(engine.key in view.fleet.evicting for engine in engines):
+        return Rejection("is unloading it", temporary=True)
+    if any(engine.view.state == DRAINING for engine in engines):  # by another cortex; a load would wait for its end
+        return Rejection("is still draining it", temporary=True)
+    others = [each.view for each in engines if profile.variant is not None and each.view.variant != profile.variant]
+    if any(entry.loaded or entry.coming for entry in others):
+        return Rejection(f"has it as {others[0].variant or 'another variant'}")
+    loaded = [engine.view for engine in engines if engine.view.loaded]
+    unservable = [entry.unservable_because for entry in loaded if entry.unservable_because is not None]
+    if unservable:
+        return Rejection(f"says that it cannot serve it now ({unservable[0]})")
+    if loaded:
+        return Rejection("already serves it" if len(loaded) == 1 else f"already serves it with {len(loaded)} instances")
+    return Rejection("is already loading it", temporary=True)
 
 
 def _pause(view: PlanningView, model_id: str, node: str) -> Rejection | None:

@@ -54,6 +54,8 @@ def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> d
 
 def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
     """What an engine on all these devices waits for the longest."""
+    if not starts:  # the usual case, for each of many sets
+        return NO_STARTS
     found = (starts.get(index, NO_STARTS) for index in indices)
     return max(found, key=lambda each: (each.rank, each.remaining_secs), default=NO_STARTS)
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, by_instance
 from cortex.routing.replica import Replica, ReplicaKey
-from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelActivity, ModelView, NeuronHealth
+from shared.protocol import (
+    FIRST_INSTANCE,
+    Device,
+    DeviceHealth,
+    Discovery,
+    Link,
+    LinkKind,
+    ModelActivity,
+    ModelView,
+    NeuronHealth,
+)
 
 
 def node(
@@ -82,9 +92,11 @@ def host(
     lost: tuple[int, ...] = (),
     healthy: bool = True,
     draining: bool = False,
+    instances: bool = False,
 ) -> NodeSnapshot:
     """A neuron whose figures follow from what is on it. `foreign_mb` is held by unknown processes; a `protocol_v1`
-    neuron tells what its devices measure and what its models use, and nothing of bookings."""
+    neuron tells what its devices measure and what its models use, and nothing of bookings. With `instances` it may run
+    several engines of one model: "m" is instance "0" of m, "m#1" its instance "1"."""
     there = dict(models or {})
     held = [sum(each.mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
     asleep = [sum(each.wants_mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
@@ -97,21 +109,35 @@ def host(
         live if protocol_v1 else live.model_copy(update={"vram_bookable_mb": free[i], "vram_asleep_mb": asleep[i]})
         for i, live in enumerate(bare.health.devices)
     ]
-    activity = [ModelActivity(id=model_id, in_flight=each.working) for model_id, each in there.items() if each.working]
+    activity = [
+        ModelActivity(**_names(key, instances), in_flight=each.working) for key, each in there.items() if each.working
+    ]
     return replace(
         bare,
         discovery=bare.discovery.model_copy(
-            update={"instance_id": None if protocol_v1 else f"{name}-1", "leases": not protocol_v1}
+            update={
+                "instance_id": None if protocol_v1 else f"{name}-1",
+                "leases": not protocol_v1,
+                "instances": instances,
+            }
         ),
         health=bare.health.model_copy(update={"devices": devices, "models": activity}),
-        models=by_instance(_entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()),
+        models=by_instance(
+            _entry(_names(key, instances), each, protocol_v1=protocol_v1) for key, each in there.items()
+        ),
     )
 
 
-def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
+def _names(key: str, instances: bool) -> dict[str, Any]:
+    """`id` and `instance` for a key of `host`'s models."""
+    model_id, _, instance = key.partition("#")
+    return {"id": model_id, "instance": (instance or FIRST_INSTANCE) if instances else None}
+
+
+def _entry(names: Mapping[str, Any], on: On, *, protocol_v1: bool) -> ModelView:
     held = on.mb * len(on.devices) if on.known else None
     return ModelView(
-        id=model_id,
+        **names,
         status=on.status,
         devices=list(on.devices),
         vram_used_mb=held,

@@ -121,23 +121,34 @@ class Loader:
         if key in self._jobs:
             return self._jobs[key]
         job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
+        lease = self._lease(job)
         self._fleet.reserve(plan.reservation)
         for each in plan.eviction_plan.evictions:
             self._fleet.begin_eviction(each.resident.key)
-        job.task = self._tasks.spawn(self._run(job, still_needed, done), name=f"load {plan.model_id} on {plan.node}")
+        run = self._run(job, lease, still_needed, done)
+        job.task = self._tasks.spawn(run, name=f"load {plan.model_id} on {plan.node}")
         return job
+
+    def _lease(self, job: LoadJob) -> contextlib.AbstractAsyncContextManager[None]:
+        """For a plan of this moment: another cortex may load the model before the job's task starts."""
+        if self._leases is None or not job.leased:
+            return contextlib.nullcontext()
+        return self._leases.held(job.model_id, job.node, self._fleet.snapshot())
 
     async def close(self) -> None:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
 
     async def _run(
-        self, job: LoadJob, still_needed: Callable[[], bool], done: Callable[[LoadJob, LoadFailure | None], None]
+        self,
+        job: LoadJob,
+        lease: contextlib.AbstractAsyncContextManager[None],
+        still_needed: Callable[[], bool],
+        done: Callable[[LoadJob, LoadFailure | None], None],
     ) -> LoadFailure | None:
         failure: LoadFailure | None = None
         try:
-            leases = self._leases if job.leased else None
-            async with contextlib.nullcontext() if leases is None else leases.held(job.model_id, job.node):
+            async with lease:
                 await self._carry_out(job, still_needed)
         except LoadedElsewhere as found:
             job.elsewhere = found.node
@@ -167,7 +178,12 @@ class Loader:
     async def _carry_out(self, job: LoadJob, still_needed: Callable[[], bool]) -> None:
         plan = job.plan
         log.info(
-            "loading %s on %s, devices %s (%s); %s", plan.model_id, plan.node, list(plan.devices), job.why, plan.reason
+            "loading %s on %s, devices %s (%s); %s",
+            plan.model_id,
+            plan.key.name,
+            list(plan.devices),
+            job.why,
+            plan.reason,
         )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
@@ -215,7 +231,7 @@ class Loader:
         self._state.set_load_secs(plan.requested.name, plan.node, self._clock() - started_at)
         self._fleet.loaded(plan.key, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint)
         self._metrics.cold_start(plan.model_id, plan.node, took)
-        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.node, took)
+        log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
             # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next
             # model would seem to fit. Requests for this one do not wait for that.
