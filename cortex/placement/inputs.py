@@ -81,6 +81,8 @@ class PlanningView:
     backoffs: Mapping[ModelOnNode, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
+    named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
+    """The instances that an operator has named for the next load."""
 
     @cached_property
     def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
@@ -108,6 +110,9 @@ class PlanningView:
         that no engine there uses; "" on a node that has one engine for each model."""
         if not node.has_instances:
             return ""
+        named = self.named_instances.get((model_id, node.name))
+        if named is not None:
+            return named
         there = node.instances(model_id)
         taken = {
             each.instance for each in self.fleet.reservations if (each.model_id, each.node) == (model_id, node.name)
