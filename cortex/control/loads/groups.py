@@ -26,7 +26,7 @@ _UNLOAD_SECS = 60.0
 
 
 class GroupKeeper:
-    """Watches the groups of the fleet, whoever loaded them. Keeps nothing that another cortex, or this one after a
+    """Watches all groups of the fleet, those of other cortexes too. Keeps nothing that another cortex, or this one after a
     restart, could not find out from the neurons."""
 
     def __init__(self, neurons: NeuronAccess, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""What cortex does with an engine that spans two neurons, whoever loaded it."""
+"""What cortex does with an engine that spans two neurons, also if another one loaded it."""
 
 from __future__ import annotations
 
