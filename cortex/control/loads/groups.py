@@ -26,8 +26,8 @@ _UNLOAD_SECS = 60.0
 
 
 class GroupKeeper:
-    """Watches all groups of the fleet, those of other cortexes too. Keeps nothing that another cortex, or this one after a
-    restart, could not find out from the neurons."""
+    """Watches all groups of the fleet, those of other cortexes too. Keeps nothing that another cortex, or this one
+    after a restart, could not find out from the neurons."""
 
     def __init__(self, neurons: NeuronAccess, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._neurons = neurons
