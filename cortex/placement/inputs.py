@@ -10,6 +10,7 @@ from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus
@@ -100,6 +101,7 @@ class PlanningView:
 
     def requests_on(self, engine: EngineSnapshot) -> int:
         """Requests on the engine from all clients: ours, and those in its node's last report that were not ours."""
+        engine = serving_engine(self.fleet, engine)
         usage = self.usage(engine.key)
         return usage.in_flight + max(0, engine.requests - max(usage.in_flight, usage.peak))
 
