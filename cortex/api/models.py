@@ -11,6 +11,7 @@ from aiohttp import web
 
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
+from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
@@ -99,7 +100,7 @@ def model_entry(
 def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str, Any]:
     view = engine.view
     estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
-    location: dict[str, Any] = {"node": engine.node.name, "status": view.status, "vram_estimate_mb": estimate}
+    location: dict[str, Any] = {**place(engine.key), "status": view.status, "vram_estimate_mb": estimate}
     if view.parallel is not None:
         location["parallel"] = view.parallel.model_dump()
     if view.unservable_because is not None:

@@ -171,11 +171,6 @@ class NodeSnapshot:
         """Whether an engine of the model here has one of these statuses."""
         return any(view.known_status in statuses for view in self.instances(model_id).values())
 
-    def devices_used_by(self, model_id: str) -> frozenset[int]:
-        """The devices that engines of the model hold or are starting on."""
-        held = (view for view in self.instances(model_id).values() if view.holds_devices)
-        return frozenset(index for view in held for index in view.devices)
-
 
 class EngineSnapshot(NamedTuple):
     """One engine on a node, as the node lists it."""

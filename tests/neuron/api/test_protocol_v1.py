@@ -311,7 +311,7 @@ async def test_several_instances(mark: str, tmp_path: Path) -> None:
         for url in urls:
             await cortex.forward(A, to=url)
         assert (await neuron.call("POST", "/models/sleep", json={"model_id": A, "instance": "2"})).status == 200
-        await neuron.load(A, "--load-secs", "3", wait=False, instance="3", devices=[0])
+        await neuron.load(A, "--load-secs", "60", wait=False, instance="3", devices=[0])
         listed = [each for each in (await cortex.call("GET", "/models")).body if each["id"] == A]
         assert [each["instance"] for each in listed] == ["3", "2", "0", "1"]
         assert len({await cortex.route(A) for _ in range(4)}) == 2
