@@ -318,7 +318,8 @@ COLUMNS = {
 
 
 DECISION_COLUMNS = {
-    "nodes": "neurons", "models": "models", "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
+    "nodes": "neurons", "devices": "devices of each", "models": "models",
+    "decision_p50_us": "decision p50 µs", "decision_p99_us": "p99 µs",
     "placement_p50_us": "cold placement p50 µs", "placement_p99_us": "p99 µs",
     "list_changed_ms": "`/v1/models` made ms", "list_same_ms": "kept ms", "list_mib": "MiB",
 }  # fmt: skip
@@ -351,8 +352,8 @@ def main() -> None:
     options = {"protocol_v1": given.protocol_v1, "idle_secs": given.idle_secs, "requests": given.requests}
     for size in given.sizes:
         rows.append(run(one_size(size, cpus, catalogue=given.catalogue, **options)))
-        decisions.append(time_decisions(size, max(given.catalogue, CATALOGUE)))
-        sys.stderr.write(f"{rows[-1]}\n{decisions[-1]}\n")
+        decisions += [time_decisions(size, max(given.catalogue, CATALOGUE), devices=devices) for devices in (2, 8)]
+        sys.stderr.write(f"{rows[-1]}\n{decisions[-2]}\n{decisions[-1]}\n")
     sys.stdout.write(
         f"load average {os.getloadavg()[0]:.1f}\n\n{table(COLUMNS, rows)}\n\n{table(DECISION_COLUMNS, decisions)}\n"
     )

@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 
 from neuron.api import estimate as estimate_api
+from neuron.api import groups as group_api
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.leases import LeaseTable
 from neuron.api.protocol_v1 import ProtocolV1
@@ -30,6 +31,7 @@ from neuron.lifecycle.engine_life import EngineTools
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.events import EventHub, ModelEvents
+from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
@@ -53,6 +55,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     app.on_response_prepare.append(hide_server)
     add_routes(app)
     estimate_api.add_routes(app)
+    group_api.add_routes(app)
 
     async def services(app: web.Application) -> AsyncIterator[None]:
         async with _services(config, port) as made:
@@ -99,14 +102,13 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
         memory = EngineMemory(config, source)
-        keys = EngineKeys(
-            config.engine_keys, has_token=config.bearer_token is not None, path=state.path / V1_CALLERS_FILE
-        )
-        await keys.read()
+        keys = await _engine_keys(config, state)
         numbers = itertools.count(first_number)
         spares = Spares(config, state, numbers, memory.sleep_budget)
         stack.push_async_callback(spares.close)
-        launcher = Launcher(config, source, state, http, memory, spares=spares, numbers=numbers)
+        group_listeners = GroupListeners(config.group)
+        stack.callback(group_listeners.close_all)
+        launcher = Launcher(config, source, state, http, memory, spares=spares, groups=group_listeners, numbers=numbers)
         new_supervisor = functools.partial(
             InstanceSupervisor,
             config=config,
@@ -142,4 +144,12 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             metrics=metrics,
             spares=spares,
             leases=LeaseTable(),
+            group_listeners=group_listeners,
         )
+
+
+async def _engine_keys(config: NeuronConfig, state: StateDir) -> EngineKeys:
+    has_token = config.bearer_token is not None
+    keys = EngineKeys(config.engine_keys, has_token=has_token, path=state.path / V1_CALLERS_FILE)
+    await keys.read()
+    return keys

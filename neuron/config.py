@@ -10,15 +10,23 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from shared.cross_site import checked_hosts
-from shared.protocol import LoadCommand
+from shared.protocol import FIRST_INSTANCE, LoadCommand
+from shared.protocol.commands import WantedModel
 from shared.protocol.parallel import ParallelSettings
 from shared.settings import SettingsModel
 
 DEFAULT_HARNESS = "vllm"
 """What a neuron offers without `[[harnesses]]`."""
 DEFAULT_PORT_RANGE = (20000, 20999)
+DEFAULT_GROUP_PORT_RANGE = (21000, 21999)
 KeyMode = Literal["auto", "always", "never"]
 """`engine_keys`: see `neuron.engine.keys`."""
+
+
+def _ordered_ports(value: tuple[int, int]) -> tuple[int, int]:
+    if not 1 <= value[0] <= value[1] <= 65535:
+        raise ValueError("must be [first, last] with 1 <= first <= last <= 65535")
+    return value
 
 
 class HarnessEntry(SettingsModel):
@@ -40,12 +48,18 @@ class HarnessSettings(SettingsModel):
     sleep_mode: bool | Literal["dev"] | None = None  # None: the harness's own default
     spare: bool | Literal["auto"] = "auto"  # keep a process that has imported the engine's modules
 
-    @field_validator("port_range")
-    @classmethod
-    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 1 <= value[0] <= value[1] <= 65535:
-            raise ValueError("must be [first, last] with 1 <= first <= last <= 65535")
-        return value
+    _ports = field_validator("port_range")(_ordered_ports)
+
+
+class GroupSettings(SettingsModel):
+    """`[group]`: how engines that span several hosts reach this one."""
+
+    address: str | None = Field(default=None, min_length=1)  # None: the one at which cortex reaches neuron
+    interface: str | None = Field(default=None, min_length=1)  # None: the one that has the address
+    port_range: tuple[int, int] = DEFAULT_GROUP_PORT_RANGE  # where the parts of an engine meet, first and last
+    env: dict[str, str] = Field(default_factory=dict)  # added to the environment of a part
+
+    _ports = field_validator("port_range")(_ordered_ports)
 
 
 class SimulatedDevice(SettingsModel):
@@ -99,7 +113,7 @@ class RecoverySettings(SettingsModel):
     stable_secs: float = Field(default=300, ge=0)  # after serving this long, an engine's failures are forgotten
 
 
-class DefaultModel(LoadCommand):
+class DefaultModel(WantedModel):
     """An entry of `[[default_models]]`: a load command in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
@@ -126,6 +140,7 @@ class NeuronConfig(SettingsModel):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name=DEFAULT_HARNESS)])
     harness: dict[str, HarnessSettings] = Field(default_factory=dict)
+    group: GroupSettings = Field(default_factory=GroupSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
     simulate: SimulateSettings | None = None
@@ -143,6 +158,13 @@ class NeuronConfig(SettingsModel):
             if model.harness is not None and model.harness not in names:
                 raise ValueError(
                     f"default_models: {model.model_id}: harness {model.harness!r} is not among [[harnesses]]"
+                )
+        loads = [(model.model_id, model.instance or FIRST_INSTANCE) for model in self.default_models]
+        for model_id, instance in loads:
+            if loads.count((model_id, instance)) > 1:
+                raise ValueError(
+                    f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
+                    "of its own"
                 )
         for root in self.model_roots:
             if not root.is_absolute():
@@ -167,7 +189,8 @@ class NeuronConfig(SettingsModel):
     def default_commands(self) -> list[LoadCommand]:
         """`default_models` with the harness filled in: a bare model id would ask for its remembered spec."""
         first = self.harness_names[0] if self.harnesses else None
-        return [model.model_copy(update={"harness": model.harness or first}) for model in self.default_models]
+        given = (model.model_dump(exclude_unset=True) for model in self.default_models)
+        return [LoadCommand.model_validate({"harness": first, **each}) for each in given]
 
     @property
     def bearer_token(self) -> str | None:

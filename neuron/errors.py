@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from neuron.spec import InstanceKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, shortened
-from shared.protocol import ErrorCode
+from shared.protocol import ErrorCode, GroupPart
 from shared.retry_after import SERVICE_STOPPING_SECS
 
 LAST_LINES = 20
@@ -108,6 +108,10 @@ def unknown_instance(key: InstanceKey, known: Sequence[str]) -> NotFound:
 
 def not_loaded(key: InstanceKey, state: str) -> NotFound:
     return unknown_model(str(key), f"is not loaded: it is {state}")
+
+
+def no_endpoint(key: InstanceKey, part: GroupPart) -> NotFound:
+    return unknown_model(str(key), f"has no endpoint here: this is {part}, ask the neuron of part 0")
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

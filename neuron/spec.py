@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from shared.protocol import FIRST_INSTANCE, Parallelism
+from shared.protocol import FIRST_INSTANCE, GroupPart, Parallelism
+from shared.protocol.group import split_over
 
 EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel"})
 """Fields of a load command that protocol v1 does not have."""
@@ -15,6 +16,7 @@ _COMPARED = (
     "quant",
     "tensor_parallel",
     "parallel",
+    "group",
     "devices",
     "args",
     "vram_mb",
@@ -41,7 +43,10 @@ class InstanceKey(NamedTuple):
 @dataclass(frozen=True)
 class EngineSpec:
     """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
-    MiB on all devices together. `instance` and the label `variant` change nothing about the engine itself."""
+    MiB on all devices together. `instance` and the label `variant` change nothing about the engine itself.
+
+    With `group` it is one part of an engine that spans several neurons: `parallel` describes the whole engine,
+    `devices` and `vram_mb` this part."""
 
     model_id: str
     harness: str
@@ -51,6 +56,7 @@ class EngineSpec:
     pipeline_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: bool = False
+    group: GroupPart | None = None
     devices: tuple[int, ...] | None = None
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
@@ -74,8 +80,19 @@ class EngineSpec:
         )
 
     @property
+    def local_parallel(self) -> Parallelism:
+        """How it is split over this host's devices."""
+        return self.parallel if self.group is None else split_over(self.parallel, self.group.size)
+
+    @property
     def device_count(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        """Of this host."""
+        return self.local_parallel.devices
+
+    @property
+    def serves(self) -> bool:
+        """False for a part of a group that takes no requests."""
+        return self.group is None or self.group.serves
 
     @property
     def share_mb(self) -> int | None:

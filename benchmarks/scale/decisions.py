@@ -30,6 +30,7 @@ class DecisionTimes:
     loaded."""
 
     nodes: int
+    devices: int
     models: int
     decision_p50_us: float
     decision_p99_us: float
@@ -40,13 +41,20 @@ class DecisionTimes:
     list_mib: float
 
 
-def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placements: int = 200) -> DecisionTimes:
-    """Measures everything. Each decision is timed on its own."""
+def time_decisions(
+    nodes: int, models: int, *, devices: int = 2, decisions: int = 20_000, placements: int = 200
+) -> DecisionTimes:
+    """Measures everything. Each decision is timed on its own. `devices` are those of each neuron."""
     catalogue = Catalogue.model_validate({"models": [{"id": name(n), "vram_mb": 6000} for n in range(models)]})
     fleet = Fleet([(f"n{node:04d}", f"http://n{node}") for node in range(nodes)], unhealthy_after=3)
     loaded = max(1, int(models * LOADED_SHARE))
     for node in range(nodes):
-        poll(fleet, node, {*range(node, loaded, nodes), *(range(min(REPLICATED, loaded)) if node % 50 == 0 else ())})
+        poll(
+            fleet,
+            node,
+            devices,
+            {*range(node, loaded, nodes), *(range(min(REPLICATED, loaded)) if node % 50 == 0 else ())},
+        )
     snapshot = fleet.snapshot()
     served = timed(lambda n: decision(name(n * 7919 % loaded), catalogue, snapshot), range(decisions))
     placed = timed(lambda n: placement(name(loaded + n % (models - loaded)), catalogue, snapshot), range(placements))
@@ -59,11 +67,12 @@ def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placemen
             f"n{number % nodes:04d}", ModelView(id=name(number % nodes), status=status, vram_used_mb=number + 1)
         )
         changed += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
-        poll(fleet, 0, None)
+        poll(fleet, 0, devices, None)
         same += timed(lambda _: listing.blocks(catalogue, fleet.snapshot(), created=0), [number], warm_up=0)
         size = sum(map(len, listing.blocks(catalogue, fleet.snapshot(), created=0)))
     return DecisionTimes(
         nodes=nodes,
+        devices=devices,
         models=models,
         decision_p50_us=statistics.median(served) * 1e6,
         decision_p99_us=p99(served) * 1e6,
@@ -77,7 +86,7 @@ def time_decisions(nodes: int, models: int, *, decisions: int = 20_000, placemen
 
 def decision(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
     """Cost of a request outside the routing tables, before anything is sent."""
-    decide(model_id, catalogue, snapshot, lambda _model, _node: 0)
+    decide(model_id, catalogue, snapshot, lambda _: 0)
 
 
 def placement(model_id: str, catalogue: Catalogue, snapshot: FleetSnapshot) -> None:
@@ -91,9 +100,9 @@ def name(number: int) -> str:
     return f"bench/model-{number:04d}"
 
 
-def poll(fleet: Fleet, node: int, models: Iterable[int] | None) -> None:
+def poll(fleet: Fleet, node: int, devices: int, models: Iterable[int] | None) -> None:
     """One successful poll; with `models` None, of the health only."""
-    pretended = PretendedNeuron(node, 0, protocol_v1=False)
+    pretended = PretendedNeuron(node, 0, protocol_v1=False, devices=devices)
     views = None if models is None else [ModelView(id=name(n), status="loaded", since=1.0) for n in sorted(models)]
     fleet.record_poll(
         f"n{node:04d}",

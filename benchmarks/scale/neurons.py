@@ -15,6 +15,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -91,10 +92,11 @@ def completion(model: str) -> dict[str, Any]:
 class PretendedNeuron:
     """The state of one neuron."""
 
-    def __init__(self, index: int, port: int, *, protocol_v1: bool) -> None:
+    def __init__(self, index: int, port: int, *, protocol_v1: bool, devices: int = 2) -> None:
         """`protocol_v1`: speaks only protocol v1."""
         self.index = index
         self._protocol_v1 = protocol_v1
+        self._devices = devices
         self._port = port
         self._started = time.time()
         self._answers = 0
@@ -102,7 +104,7 @@ class PretendedNeuron:
         self._connections: set[Exchange] = set()
         self._listeners: set[Exchange] = set()
         self._models = {name: self._view(name) for name in map(model_name, range(index * 4, index * 4 + MODELS_EACH))}
-        uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(2)]
+        uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(devices)]
         self._pages: dict[str, Callable[[], Any]] = {
             "/discovery": lambda: self.discovery,
             "/health": self.health,
@@ -117,7 +119,7 @@ class PretendedNeuron:
                      "compute_capability": "12.0", "pci_bus_id": f"0000:0{device + 1}:00.0", "numa_node": 0}
                     for device, uuid in enumerate(uuids)
                 ],
-                "links": [{"a": 0, "b": 1, "kind": "phb", "nvlinks": 0}],
+                "links": [{"a": a, "b": b, "kind": "phb", "nvlinks": 0} for a, b in combinations(range(devices), 2)],
                 "simulated": False, **({} if protocol_v1 else {"instance_id": f"instance-{index}", "version": "0.1.0"}),
             }
         )  # fmt: skip
@@ -187,7 +189,8 @@ class PretendedNeuron:
                     "index": device, "vram_used_mb": 24000, "vram_free_mb": 8607,
                     "utilization_pct": float(figure % 101), "temp_c": 40 + figure % 41, "power_w": 80 + figure / 7,
                 }
-                for device, figure in enumerate((self._answers * 37 % 3301, self._answers * 53 % 3307))
+                for device in range(self._devices)
+                for figure in [self._answers * (37 + 16 * device) % 3301]
             ],
         }  # fmt: skip
         if self._protocol_v1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.config.live import LiveConfig
-from cortex.control.loader import Loader
+from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet

@@ -16,7 +16,7 @@ from aiohttp import web
 from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.fleet.neuron_http import AnswerTooLarge, fetch
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.routing.replica import ReplicaKey
@@ -88,44 +88,44 @@ class ContextLengths:
         fleet, now = self._fleet.snapshot(), self._clock()
         begun: list[asyncio.Task[None]] = []
         for model_id in models:
-            serving = {node.name: node for node in fleet.serving(model_id)}
-            for node in fleet.holders(model_id):
-                key = model_id, node.name
-                if node.name not in serving:
+            serving = {engine.key for engine in fleet.serving(model_id)}
+            for engine in fleet.engines(model_id):
+                key, (node, view) = engine.key, engine
+                if key not in serving:
                     self._asked.pop(key, None)
                     continue
-                view = node.models[model_id]
                 load, again_at = self._asked.get(key, (None, 0.0))
-                if (told_only and view.endpoint is None) or (load == (view.since, node.instance) and now < again_at):
+                if (told_only and view.endpoint is None) or (load == (view.since, node.instance_id) and now < again_at):
                     continue
-                self._asked[key] = (view.since, node.instance), now + RETRY_SECS
-                begun.append(self._tasks.spawn(self._learn(model_id, node), name=f"context length of {model_id}"))
+                self._asked[key] = (view.since, node.instance_id), now + RETRY_SECS
+                begun.append(self._tasks.spawn(self._learn(engine), name=f"context length of {model_id}"))
         return begun
 
-    async def _learn(self, model_id: str, node: NodeSnapshot) -> None:
+    async def _learn(self, engine: EngineSnapshot) -> None:
+        key, model_id = engine.key, engine.key.model_id
         try:
             async with self._slots, timeout(ANSWER_SECS):
-                length = await self._told_by_engine(model_id, await self._endpoint(model_id, node))
+                length = await self._told_by_engine(model_id, await self._endpoint(engine))
         except (OSError, ValueError, asyncio.TimeoutError, NoConnection, AnswerTooLarge) as error:
-            log.debug("context length of %s on %s: %r", model_id, node.name, error)
+            log.debug("context length of %s on %s: %r", model_id, key.name, error)
             return
         except (NeuronRefused, NeuronUnreachable) as error:
             log.debug("context length of %s: %s", model_id, error)
             return
-        load, _ = self._asked.get((model_id, node.name), (None, 0.0))
-        self._asked[model_id, node.name] = load, float("inf")
+        load, _ = self._asked.get(key, (None, 0.0))
+        self._asked[key] = load, float("inf")
         if self.known.get(model_id) != length:
             self.known = MappingProxyType({**self.known, model_id: length})
             self._state.set_max_model_len(model_id, length)
 
-    async def _endpoint(self, model_id: str, node: NodeSnapshot) -> EndpointReply:
-        told = node.models[model_id].endpoint
-        if told is not None:
-            return reachable(told, node.endpoint)
-        client = self._clients.get(node.name)
+    async def _endpoint(self, engine: EngineSnapshot) -> EndpointReply:
+        model_id, node, instance = engine.key
+        if engine.view.endpoint is not None:
+            return reachable(engine.view.endpoint, engine.node.endpoint)
+        client = self._clients.get(node)
         if client is None:
             raise ValueError("the neuron was removed from the configuration")
-        return await client.endpoint(model_id)
+        return await client.endpoint(model_id, instance)
 
     async def _told_by_engine(self, model_id: str, endpoint: EndpointReply) -> int:
         """Raises ValueError if the engine gives no length."""

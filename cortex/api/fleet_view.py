@@ -12,12 +12,12 @@ from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.loader import Loader
+from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.replica import ANY_NODE
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
@@ -53,18 +53,18 @@ class FleetView:
             "loads": [
                 {
                     "model": job.model_id,
-                    "node": job.node,
+                    **place(job.plan.key),
                     "started": job.started,
                     "reason": job.reason,
                     "because": job.why,
                     "phase": job.phase,
-                    "evict": [each.resident.key[0] for each in job.plan.eviction_plan.evictions],
+                    "evict": [each.resident.key.model_id for each in job.plan.eviction_plan.evictions],
                 }
                 for job in self._loader.jobs()
             ],
             "in_flight": [
-                {"model": model, "node": node, "count": count}
-                for (model, node), count in sorted(self._counts.all_in_flight().items())
+                {"model": key.model_id, **place(key), "count": count}
+                for key, count in sorted(self._counts.all_in_flight().items())
             ],
             "waiting": [
                 {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
@@ -114,6 +114,11 @@ class FleetView:
 FLEET_VIEW = web.AppKey("fleet_view", FleetView)
 
 
+def place(key: ReplicaKey) -> dict[str, str]:
+    """Where an engine is, for an answer. A neuron with one engine for each model has no names for them."""
+    return {"node": key.node, **({"instance": key.instance} if key.instance else {})}
+
+
 def _encoded(fields: dict[str, Any]) -> dict[str, msgspec.Raw]:
     return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
 
@@ -151,12 +156,12 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
         "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
         "models": [
             {
-                **view.model_dump(exclude={"endpoint"}),
-                **told_facts([view]),
-                **({} if view.servable is None else {"servable": view.servable.model_dump()}),
-                "activity": activity.model_dump(exclude={"id"}) if (activity := node.activity.get(view.id)) else None,
+                **engine.view.model_dump(exclude={"endpoint"}),
+                **told_facts([engine.view]),
+                **({} if engine.view.servable is None else {"servable": engine.view.servable.model_dump()}),
+                "activity": activity.model_dump(exclude={"id"}) if (activity := engine.activity) else None,
             }
-            for view in node.models.values()
+            for engine in node.every_engine()
         ],
         "activation": node.health.activation.model_dump() if node.health and node.health.activation else None,
     }

@@ -11,13 +11,13 @@ from aiohttp import web
 
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
+from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error
 from shared.http import ANTHROPIC_VERSION
-from shared.protocol import ModelStatus
 
 OWNER = "cortex"
 
@@ -73,10 +73,10 @@ def model_entry(
     profile = catalogue.profile(model_id)
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
     present = [node for node in fleet.holders(model_id) if node.healthy]
-    loaded = any(node.status_of(model_id) is ModelStatus.LOADED for node in present)
+    loaded = any(node.is_loaded(model_id) for node in present)
     if not feasible_on and not loaded:
         return None
-    told = told_facts(node.models[model_id] for node in present)
+    told = told_facts(view for node in present for view in node.instances(model_id).values())
     told_limit = told.pop("limit", {})
     limit = told_limit if profile is None or profile.limit is None else {**told_limit, **_given(profile.limit)}
     return {
@@ -86,7 +86,7 @@ def model_entry(
         "owned_by": OWNER,
         "loaded": loaded,
         "feasible_on": feasible_on,
-        "locations": [_location(model_id, profile, node) for node in present],
+        "locations": [_location(profile, engine) for node in present for engine in node.engines(model_id)],
         "limit": limit or None,
         "max_model_len": length or limit.get("context"),
         "harness": None if profile is None else profile.harness,
@@ -97,10 +97,10 @@ def model_entry(
     }
 
 
-def _location(model_id: str, profile: ModelProfile | None, node: NodeSnapshot) -> dict[str, Any]:
-    view = node.models[model_id]
+def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str, Any]:
+    view = engine.view
     estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
-    location: dict[str, Any] = {"node": node.name, "status": view.status, "vram_estimate_mb": estimate}
+    location: dict[str, Any] = {**place(engine.key), "status": view.status, "vram_estimate_mb": estimate}
     if view.parallel is not None:
         location["parallel"] = view.parallel.model_dump()
     if view.unservable_because is not None:

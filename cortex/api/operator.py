@@ -11,23 +11,24 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.fleet_view import place
 from cortex.config.durations import MAX_SECS
 from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.explain import after_unload
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
-from cortex.control.loader import LoadJob
+from cortex.control.loads.loader import LoadJob
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.refusal import no_such_model_error
 from cortex.routing.replica import ANY_NODE, ReplicaKey
-from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
+from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
-from shared.protocol.commands import ModelId
+from shared.protocol.commands import InstanceName, ModelId
 from shared.retry_after import NEURON_DOWN_SECS, until_retry
 from shared.tasks import timeout
 
@@ -38,16 +39,18 @@ Result = TypeVar("Result")
 
 
 class LoadAction(BaseModel):
-    """Body of `POST /fleet/load`. Without `node` the planner chooses."""
+    """Body of `POST /fleet/load`. Without `node` the planner chooses. `instance` names one of several engines of the
+    model on that node."""
 
     model_config = ConfigDict(extra="forbid")
     model: ModelId
     node: str | None = None
+    instance: InstanceName | None = None
 
 
 class UnloadAction(LoadAction):
-    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: let requests in flight finish first.
-    `for_secs`: do not load it again before that time is over."""
+    """Body of `POST /fleet/unload`. Without `node`: from every node; without `instance`: all of the model's there.
+    `drain`: let requests in flight finish first. `for_secs`: do not load it again before that time is over."""
 
     drain: bool = True
     for_secs: float | None = Field(default=None, gt=0, le=MAX_SECS, allow_inf_nan=False)
@@ -58,24 +61,44 @@ async def load_model(request: web.Request) -> web.Response:
     app = request.app
     action = await read_model(request, LoadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
-    serving = _serving(app, model_id, action.node)
+    _check_instance(app[FLEET].snapshot(), action)
+    serving = _serving(app, model_id, action)
     if app[STATE].end_holds(model_id, action.node):
         app[FLEET].notify()
     if serving is not None:
-        return web.json_response({"status": "loaded", "model": model_id, "node": serving})
+        return web.json_response({"status": "loaded", "model": model_id, **place(serving)})
     started = time.monotonic()
-    job = app[SCHEDULER].load(model_id, action.node)
-    coming = app[FLEET].snapshot().loading_on(model_id)
-    node = action.node or (job.node if job is not None else None if coming is None else coming.name)
+    job = app[SCHEDULER].load(model_id, action.node, action.instance)
+    key = job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, "node": node}, status=202)
-    node = await app[SHUTDOWN].unless_begun(_until_loaded(app, model_id, node, job))
+        return web.json_response({"status": "loading", "model": model_id, **place(key)}, status=202)
+    key = await app[SHUTDOWN].unless_begun(_until_loaded(app, key, job))
     took = round(time.monotonic() - started, 3)
-    return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
+    return web.json_response({"status": "loaded", "model": model_id, **place(key), "load_secs": took})
 
 
-async def _until_loaded(app: web.Application, model_id: str, node: str | None, job: LoadJob | None) -> str | None:
-    """Waits for our load, or for the load of another caller on this node. Returns where the model is loaded.
+def _check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
+    """Raises InvalidRequest if there can be no such instance."""
+    if action.instance is None:
+        return
+    if action.node is None:
+        raise InvalidRequest("each neuron names its own instances: give node too", param="node")
+    if not _usable_node(fleet, action.node).has_instances:
+        raise InvalidRequest(f"{action.node} has one engine for each model, leave instance out", param="instance")
+
+
+def _is_meant(action: LoadAction, engine: EngineSnapshot) -> bool:
+    return action.node in (None, engine.node.name) and action.instance in (None, engine.instance)
+
+
+def _coming(fleet: FleetSnapshot, model_id: str, action: LoadAction) -> ReplicaKey:
+    """The engine that another caller is loading, where the action wants one."""
+    coming = (each for each in fleet.engines(model_id) if each.view.coming and each.node.healthy)
+    return next(engine.key for engine in coming if _is_meant(action, engine))
+
+
+async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> ReplicaKey:
+    """Waits for our load of this engine, or for that of another caller. Returns what is loaded.
 
     Raises:
         Unavailable: the load failed or timed out.
@@ -83,59 +106,57 @@ async def _until_loaded(app: web.Application, model_id: str, node: str | None, j
     failure: LoadFailure | None = None
     if job is not None and job.task is not None:
         failure = await asyncio.shield(job.task)
-    if node is None:
-        return None
+    model_id, node, _ = key
     try:
         if job is not None and job.elsewhere is not None:  # another cortex was faster, and may not have begun yet
             node = job.elsewhere
-            await _until_begun(app[FLEET], model_id, node)
+            key = await _until_begun(app[FLEET], model_id, node)
         if failure is not None:
             raise failure
-        await app[LOADER].until_loaded(model_id, node)  # ours may have found a load of another caller there
+        await app[LOADER].until_loaded(key)  # ours may have found a load of another caller there
     except NodeRemoved:
         raise _removed(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
         backoff = app[SCHEDULER].view().backoff(model_id, node)
         wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
-    return node
+    return key
 
 
-async def _until_begun(fleet: Fleet, model_id: str, name: str) -> None:
+async def _until_begun(fleet: Fleet, model_id: str, name: str) -> ReplicaKey:
     """Waits until another cortex's load shows on this node. Raises LoadFailure."""
 
-    def begun(node: NodeSnapshot) -> bool:
-        return node.is_loading(model_id) or node.can_serve(model_id)
+    def begun(node: NodeSnapshot) -> list[ReplicaKey]:
+        return [each.key for each in node.engines(model_id) if each.view.coming or each.view.servable_now]
 
     try:
         async with timeout(BEGUN_WITHIN_SECS):
-            await fleet.until(name, begun)
+            return begun(await fleet.until(name, lambda node: bool(begun(node))))[0]
     except asyncio.TimeoutError:
         reason = f"loading {model_id!r} failed: another cortex wants to load it on {name} and has not begun"
         raise LoadFailure(reason, BackoffCause.TEMPORARY) from None
 
 
-def _serving(app: web.Application, model_id: str, node_name: str | None) -> str | None:
-    """A neuron that has the model loaded (only the named one, if given); None if the model must be loaded.
+def _serving(app: web.Application, model_id: str, action: LoadAction) -> ReplicaKey | None:
+    """An engine of the model that is loaded where the action wants one; None if one must be loaded.
 
     Raises:
         ServiceError: the model cannot be loaded.
     """
     fleet, catalogue = app[FLEET].snapshot(), app[LIVE].catalogue
     profile = catalogue.profile(model_id)
-    if node_name is None:
+    if action.node is None:
         decision = decide(model_id, catalogue, fleet, app[COUNTS].in_flight)
         if isinstance(decision, Serve):
-            return decision.nodes[0]
-        failed = any(
-            node.healthy and node.status_of(model_id) is ModelStatus.FAILED for node in fleet.holders(model_id)
-        )
+            return decision.replicas[0]
+        failed = any(node.healthy and node.has_status(model_id, ModelStatus.FAILED) for node in fleet.holders(model_id))
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
-    node = _usable_node(fleet, node_name)
-    if node.status_of(model_id) is ModelStatus.LOADED:
-        return node.name
+    node = _usable_node(fleet, action.node)
+    loaded = next((each for each in node.engines(model_id) if each.view.loaded and _is_meant(action, each)), None)
+    if loaded is not None:
+        return loaded.key
     if profile is None:
         if model_id not in node.models:
             raise no_such_model_error(model_id, [profile.id for profile in catalogue.models])
@@ -155,22 +176,23 @@ async def unload_model(request: web.Request) -> web.Response:
     scheduler, fleet = app[SCHEDULER], app[FLEET].snapshot()
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
+    _check_instance(fleet, action)
+    if action.instance is not None and action.for_secs is not None:
+        raise InvalidRequest("for_secs holds back the model, not one instance: leave one of them out", param="for_secs")
     if action.node is not None:
-        nodes = [_usable_node(fleet, action.node)]
+        engines = [each for each in _usable_node(fleet, action.node).engines(model_id) if _is_meant(action, each)]
     else:
-        nodes = [
-            node
-            for node in fleet.holders(model_id)
-            if node.healthy and node.status_of(model_id) is not ModelStatus.UNLOADED
+        engines = [
+            engine
+            for engine in fleet.engines(model_id)
+            if engine.node.healthy and engine.view.known_status is not ModelStatus.UNLOADED
         ]
-    nodes = [node for node in nodes if model_id in node.models]
-    if not nodes and (action.for_secs is None or not _is_known(app, model_id)):
-        where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
-        raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+    if not engines and (action.for_secs is None or not _is_known(app, model_id)):
+        raise _nothing_to_unload(fleet, model_id, action)
     hold = await _hold_back(app, model_id, action)
-    unloads = (_unload(scheduler, (model_id, node.name), drain=action.drain) for node in nodes)
+    unloads = (_unload(scheduler, engine.key, drain=action.drain) for engine in engines)
     errors = await app[SHUTDOWN].unless_begun(_all(unloads))
-    results = [_result(node.name, error) for node, error in zip(nodes, errors, strict=True)]
+    results = [_result(engine.key, error) for engine, error in zip(engines, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
         raise ServiceError(
@@ -180,9 +202,20 @@ async def unload_model(request: web.Request) -> web.Response:
             retry_after=failed.retry_after,
             extra={"results": results, **hold},
         )
-    unloaded = [node.name for node in nodes]
+    unloaded = list(dict.fromkeys(engine.node.name for engine in engines))
     answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
     return web.json_response({**answer, **after_unload(model_id, scheduler.view()), **hold})
+
+
+def _nothing_to_unload(fleet: FleetSnapshot, model_id: str, action: UnloadAction) -> NotFound:
+    where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
+    there = [] if action.node is None or action.instance is None else list(fleet.nodes[action.node].instances(model_id))
+    if there:
+        message = (
+            f"{action.node} has no instance {action.instance!r} of {shortened(model_id)!r}, only {', '.join(there)}"
+        )
+        return NotFound(message, code=ErrorCode.MODEL_NOT_FOUND, param="instance")
+    return NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
 def _is_known(app: web.Application, model_id: str) -> bool:
@@ -209,15 +242,16 @@ async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
     return await asyncio.gather(*works)
 
 
-def _result(node: str, error: ServiceError | None) -> dict[str, Any]:
+def _result(key: ReplicaKey, error: ServiceError | None) -> dict[str, Any]:
+    where = place(key)
     if error is None:
-        return {"node": node, "status": "unloaded"}
-    return {"node": node, "status": "failed", "code": error.code, "error": error.message}
+        return {**where, "status": "unloaded"}
+    return {**where, "status": "failed", "code": error.code, "error": error.message}
 
 
 async def _unload(scheduler: Scheduler, key: ReplicaKey, *, drain: bool) -> ServiceError | None:
-    """None once the model is gone from the node, else the error."""
-    model_id, node = key
+    """None once the engine is gone, else the error."""
+    model_id, node, _ = key
     try:
         await scheduler.unload(key, drain=drain)
     except NeuronRefused as error:

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cortex.config.catalogue import Catalogue
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.refusal import unknown_model_error
 from cortex.routing.choice import beyond_ours, work
+from cortex.routing.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
 
 
 @dataclass(frozen=True)
 class Serve:
-    """The model is loaded on these neurons, least busy first."""
+    """The model is served by these replicas, least busy first."""
 
-    nodes: tuple[str, ...]
+    replicas: tuple[ReplicaKey, ...]
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,20 @@ class Refuse:
 
 
 Decision = Serve | Await | Place | Refuse
-InFlight = Callable[[str, str], int]
-"""Requests of ours that a model on a node is working on: (model id, node name) -> count."""
+InFlight = Callable[[ReplicaKey], int]
+"""Requests of ours that a replica is working on."""
 
 _LOADABLE = (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
 
 
 def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> Decision:
     """What a request for `model_id` (an id, not an alias) needs now."""
-    nodes = fleet.serving(model_id)
-    if nodes:
-        return Serve(_least_busy(model_id, nodes, in_flight))
+    engines = fleet.serving(model_id)
+    if engines:
+        return Serve(_least_busy(engines, in_flight))
     coming = fleet.loading_on(model_id)
     if coming is not None:
-        return Await(coming.name)
+        return Await(coming.node.name)
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
     return Refuse(unknown_model_error(model_id, catalogue, fleet))
@@ -65,18 +66,18 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:
     """For a model outside the catalogue: a healthy neuron can load it again, now or after its eviction."""
     return any(
-        node.healthy and (node.status_of(model_id) in _LOADABLE or (model_id, node.name) in fleet.evicting)
-        for node in fleet.holders(model_id)
+        engine.node.healthy and (engine.view.known_status in _LOADABLE or engine.key in fleet.evicting)
+        for engine in fleet.engines(model_id)
     )
 
 
-def _least_busy(model_id: str, nodes: list[NodeSnapshot], in_flight: InFlight) -> tuple[str, ...]:
+def _least_busy(engines: list[EngineSnapshot], in_flight: InFlight) -> tuple[ReplicaKey, ...]:
     """In the order in which a worker chooses for a request without a key. Only workers measure engines' speed."""
 
-    def order(node: NodeSnapshot) -> tuple[float, str]:
-        outstanding, activity = in_flight(model_id, node.name), node.activity.get(model_id)
+    def order(engine: EngineSnapshot) -> tuple[float, str]:
+        outstanding, activity = in_flight(engine.key), engine.activity
         if activity is not None:
             outstanding += beyond_ours(activity.in_flight, activity.queue_depth, outstanding)
-        return work(outstanding, 1.0), node.name
+        return work(outstanding, 1.0), engine.key.name
 
-    return tuple(node.name for node in sorted(nodes, key=order))
+    return tuple(engine.key for engine in sorted(engines, key=order))

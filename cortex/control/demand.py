@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, instance_of
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import ReplicaUsage
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import ModelStatus
 
 MEMORY_SECS = 600.0
 """Request counts decay with this time constant."""
@@ -60,7 +59,7 @@ class Demand:
         self._ended: dict[ReplicaKey, int] = {}  # as last reported by the engines
         self._own: dict[ReplicaKey, _OwnRequests] = {}
         self._last_used: dict[ReplicaKey, float] = {}
-        self._loaded_at: dict[str, dict[str, float]] = {}  # by model and node
+        self._loaded_at: dict[str, dict[ReplicaKey, float]] = {}  # by model
         self._rates: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
         self._overloaded_since: dict[str, float] = {}
 
@@ -76,7 +75,7 @@ class Demand:
         ended: dict[ReplicaKey, int] = {}
         for node in fleet.nodes.values():
             for activity in () if node.health is None else node.health.models:
-                key, count = (activity.id, node.name), activity.ended or 0
+                key, count = ReplicaKey(activity.id, node.name, instance_of(activity)), activity.ended or 0
                 ended[key] = count
                 own = self._own.setdefault(key, _OwnRequests())
                 running = activity.in_flight + activity.queue_depth
@@ -87,23 +86,19 @@ class Demand:
         self._update_overload(fleet, in_flight, replica_target, now)
 
     def routes_changed(self, models: Iterable[str], fleet: FleetSnapshot) -> None:
-        """Records when these models became loaded on each node, or came back with a node that was down."""
+        """Records when the engines of these models became loaded, or came back with a node that was down."""
         now = self._clock()
         for model_id in models:
             before = self._loaded_at.pop(model_id, {})
-            loaded = [
-                node.name
-                for node in fleet.holders(model_id)
-                if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
-            ]
+            loaded = [each.key for each in fleet.engines(model_id) if each.node.healthy and each.view.loaded]
             if loaded:
-                self._loaded_at[model_id] = {name: before.get(name, now) for name in loaded}
+                self._loaded_at[model_id] = {key: before.get(key, now) for key in loaded}
 
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
-        """How each model is used on each node. Requests that came and went since the last sample count too: a model
+        """How each replica is used. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
         in_flight = self._collect(self._clock())
-        loaded_at = {(model_id, node): at for model_id, nodes in self._loaded_at.items() for node, at in nodes.items()}
+        loaded_at = {key: at for replicas in self._loaded_at.values() for key, at in replicas.items()}
         return {
             key: ReplicaUsage(
                 in_flight.get(key, 0),
@@ -131,7 +126,7 @@ class Demand:
             more = count - self._begun.get(key, 0)
             if more > 0:
                 self._last_used[key] = now
-                self.record_request(key[0], more)
+                self.record_request(key.model_id, more)
         in_flight = self._counts.all_in_flight()
         for key in begun.keys() | in_flight.keys() | self._own.keys():
             more = max(0, begun.get(key, 0) - self._begun.get(key, 0))
@@ -147,10 +142,10 @@ class Demand:
     def _update_overload(
         self, fleet: FleetSnapshot, in_flight: Mapping[ReplicaKey, int], target: int, now: float
     ) -> None:
-        for model_id in {key[0] for key in in_flight} | self._overloaded_since.keys():
-            nodes = fleet.serving(model_id)
-            working = sum(max(in_flight.get((model_id, node.name), 0), node.requests_on(model_id)) for node in nodes)
-            if nodes and working > target * len(nodes):
+        for model_id in {key.model_id for key in in_flight} | self._overloaded_since.keys():
+            engines = fleet.serving(model_id)
+            working = sum(max(in_flight.get(engine.key, 0), engine.requests) for engine in engines)
+            if engines and working > target * len(engines):
                 self._overloaded_since.setdefault(model_id, now)
             else:
                 self._overloaded_since.pop(model_id, None)

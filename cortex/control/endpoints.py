@@ -16,7 +16,7 @@ from cortex.fleet.state import Fleet
 from cortex.routing.replica import LOST, Failure, ReplicaKey
 from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
-from shared.protocol import EndpointReply, ErrorCode, ModelStatus
+from shared.protocol import EndpointReply, ErrorCode
 
 PATIENCE_SECS = 10.0
 RETRY_SECS = 0.25
@@ -42,7 +42,7 @@ class _Remembered(NamedTuple):
 
 
 class Endpoints:
-    """The cached endpoints, by model id and node name.
+    """The cached endpoints, by model id and replica.
 
     Our neurons send an endpoint with the model's status, so it is known the moment a load ends. Other neurons are asked
     once, and again when the model's entry changes (`engine_version`) or a request fails at the endpoint.
@@ -62,20 +62,21 @@ class Endpoints:
         self.refusals: Subscribers[[ReplicaKey, str]] = Subscribers()
         """Announces a neuron's refusal to give the endpoint of a model that it says it has loaded, and its reason."""
         self._clock = clock
-        self._known: dict[str, dict[str, _Remembered]] = {}
+        self._known: dict[str, dict[ReplicaKey, _Remembered]] = {}
         self._invalidated: dict[ReplicaKey, EndpointReply] = {}
         self._given: set[ReplicaKey] = set()  # neurons have given an endpoint since the last refusal
 
-    def known(self, fleet: FleetSnapshot, model_id: str, node: str) -> Endpoint | None:
+    def known(self, fleet: FleetSnapshot, key: ReplicaKey) -> Endpoint | None:
         """The endpoint, if it is known without asking the neuron."""
-        remembered = self._known.get(model_id, {}).get(node)
+        model_id, node, instance = key
+        remembered = self._known.get(model_id, {}).get(key)
         snapshot = fleet.nodes[node]
-        if remembered is not None and remembered.version == snapshot.engine_version(model_id):
+        if remembered is not None and remembered.version == snapshot.engine_version(model_id, instance):
             reply = remembered.reply
-            return Endpoint(reply.url, reply.api_key, may_move=snapshot.instance is None)
-        view = snapshot.models.get(model_id)
+            return Endpoint(reply.url, reply.api_key, may_move=snapshot.instance_id is None)
+        view = snapshot.view(model_id, instance)
         told = None if view is None else view.endpoint
-        if told is None or self._invalidated.get((model_id, node)) == told:
+        if told is None or self._invalidated.get(key) == told:
             return None
         try:
             found = reachable(told, snapshot.endpoint)
@@ -83,40 +84,42 @@ class Endpoints:
             return None
         return Endpoint(found.url, found.api_key)
 
-    async def fetch(self, model_id: str, node: str) -> Endpoint | None:
-        """The endpoint, asking the neuron unless it is known. None if the model has just left the neuron or the neuron
+    async def fetch(self, key: ReplicaKey) -> Endpoint | None:
+        """The endpoint, asking the neuron unless it is known. None if the engine has just left the neuron or the neuron
         is down. A neuron that cannot be reached but is not down yet may be restarting while its engines continue to
         serve: it is asked again.
 
         Raises:
             UpstreamError: the neuron lists the model as loaded but gives no endpoint.
         """
+        model_id, node, instance = key
         deadline, refused_before = self._clock() + PATIENCE_SECS, False
         while True:
             fleet = self._fleet.snapshot()
             if node not in fleet.nodes:
                 return None
-            known = self.known(fleet, model_id, node)
+            known = self.known(fleet, key)
             if known is not None:
                 return known
-            asked = fleet.nodes[node].engine_version(model_id)
+            asked = fleet.nodes[node].engine_version(model_id, instance)
             client, poller = self._clients[node], self._pollers[node]
             try:
-                reply = await client.endpoint(model_id)
+                reply = await client.endpoint(model_id, instance)
             except (NeuronRefused, NeuronUnreachable) as error:
                 refused = isinstance(error, NeuronRefused)
                 if refused:
-                    self._refused((model_id, node), str(error))
+                    self._refused(key, str(error))
                 await poller.refresh()
                 if self._clients.get(node) is not client:
                     continue
                 fleet = self._fleet.snapshot()
                 now = fleet.nodes[node]
-                if not now.healthy or now.status_of(model_id) is not ModelStatus.LOADED:
+                view = now.view(model_id, instance)
+                if not now.healthy or view is None or not view.loaded:
                     return None
-                loaded_again = now.engine_version(model_id) != asked
+                loaded_again = now.engine_version(model_id, instance) != asked
                 if (refused_before and refused and not loaded_again) or self._clock() >= deadline:
-                    message = f"{node} gives no endpoint for {model_id!r}: {error}"
+                    message = f"{key.name} gives no endpoint for {model_id!r}: {error}"
                     raise UpstreamError(message, code=ErrorCode.ENDPOINT_UNRESOLVED) from error
                 if refused_before or not refused:
                     await asyncio.sleep(RETRY_SECS)
@@ -124,9 +127,9 @@ class Endpoints:
                 continue
             if self._clients.get(node) is not client:  # the reply came from a neuron of the previous configuration
                 continue
-            self._given.add((model_id, node))
+            self._given.add(key)
             if asked is not None:
-                self._known.setdefault(model_id, {})[node] = _Remembered(reply, asked)
+                self._known.setdefault(model_id, {})[key] = _Remembered(reply, asked)
             return Endpoint(reply.url, reply.api_key, fresh=True)
 
     def _refused(self, key: ReplicaKey, reason: str) -> None:
@@ -140,38 +143,38 @@ class Endpoints:
         """A request failed at this replica: ask the neuron before the next request goes there. True if its URL was
         the cached one. A busy engine keeps its endpoint, as other requests should not wait because one timed out;
         unless it may have moved."""
-        model_id, node, fleet = failure.replica.model_id, failure.replica.node, self._fleet.snapshot()
-        known = self.known(fleet, model_id, node) if node in fleet.nodes else None
+        key, fleet = failure.replica.key, self._fleet.snapshot()
+        known = self.known(fleet, key) if key.node in fleet.nodes else None
         if known is None or known.url != failure.replica.url:
             return False
         if failure.kind not in LOST and not known.may_move:
             return False
-        self._drop(model_id, node)
-        view = fleet.nodes[node].models.get(model_id)
-        if view is not None and view.endpoint is not None:
-            self._invalidated[model_id, node] = view.endpoint
+        self._drop(key)
+        engine = fleet.engine(key)
+        if engine is not None and engine.view.endpoint is not None:
+            self._invalidated[key] = engine.view.endpoint
         return True
 
     def forget_unloaded(self, fleet: FleetSnapshot, model_id: str) -> None:
-        """Drops the endpoints of neurons where the model is no longer loaded: it may come back elsewhere on the host,
-        with an entry like the one before."""
-        for node in list(self._known.get(model_id, ())):
-            snapshot = fleet.nodes.get(node)
-            if snapshot is None or snapshot.status_of(model_id) is not ModelStatus.LOADED:
-                self._drop(model_id, node)
+        """Drops the endpoints of engines that are no longer loaded: the model may come back elsewhere on the host, with
+        an entry like the one before."""
+        for key in list(self._known.get(model_id, ())):
+            engine = fleet.engine(key)
+            if engine is None or not engine.view.loaded:
+                self._drop(key)
 
     def forget(self, nodes: Collection[str]) -> set[str]:
         """Drops the endpoints of neurons that were removed or moved. Returns the models that had one there."""
-        gone = [(model_id, node) for model_id, known in self._known.items() for node in known if node in nodes]
-        for model_id, node in gone:
-            self._drop(model_id, node)
-        for key in [key for key in self._invalidated if key[1] in nodes]:
+        gone = [key for known in self._known.values() for key in known if key.node in nodes]
+        for key in gone:
+            self._drop(key)
+        for key in [key for key in self._invalidated if key.node in nodes]:
             del self._invalidated[key]
-        self._given = {key for key in self._given if key[1] not in nodes}
-        return {model_id for model_id, _ in gone}
+        self._given = {key for key in self._given if key.node not in nodes}
+        return {key.model_id for key in gone}
 
-    def _drop(self, model_id: str, node: str) -> None:
-        nodes = self._known.get(model_id, {})
-        nodes.pop(node, None)
-        if not nodes:
-            self._known.pop(model_id, None)
+    def _drop(self, key: ReplicaKey) -> None:
+        known = self._known.get(key.model_id, {})
+        known.pop(key, None)
+        if not known:
+            self._known.pop(key.model_id, None)

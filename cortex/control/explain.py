@@ -63,15 +63,15 @@ def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
     loaded again without a request or None, and its `replicas_min`."""
     profile, fleet = view.catalogue.profile(model_id), view.fleet
     minimum = 0 if profile is None else profile.replicas.min
-    serving = [node.name for node in fleet.serving(model_id)]
+    serving = list(dict.fromkeys(engine.node.name for engine in fleet.serving(model_id)))
     reserved, coming = fleet.reservation_of(model_id), fleet.loading_on(model_id)
-    node = reserved.node if reserved is not None else None if coming is None else coming.name
+    node = reserved.node if reserved is not None else None if coming is None else coming.node.name
     because, hint = f"because its replicas.min is {minimum}", f"`cortex unload {model_id} --for 2h` holds it back"
     if not serving and node is None and held_back_error(view, model_id) is not None:
         text = "requests for it get 503 unavailable until then, unless another cortex or its neuron loads it"
     elif node is not None:
         text = f"it is being loaded again on {node}{f', {because}; {hint}' if minimum else ''}"
-    elif len(serving) >= max(1, minimum):
+    elif len(fleet.serving(model_id)) >= max(1, minimum):
         text = f"{', '.join(serving)} still {'serves' if len(serving) == 1 else 'serve'} it"
     elif profile is None or not minimum:
         text = "the next request loads it again"
@@ -85,8 +85,9 @@ def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
 
 def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flight: InFlight) -> dict[str, Any]:
     match decide(model_id, view.catalogue, view.fleet, in_flight):
-        case Serve(nodes):
-            return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": list(nodes)}
+        case Serve(replicas):
+            nodes = list(dict.fromkeys(key.node for key in replicas))
+            return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": nodes}
         case Await(node):
             return {
                 "action": "wait",
@@ -102,7 +103,7 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
 def _awaited(model_id: str, view: PlanningView, name: str, in_flight: InFlight) -> str:
     """What a load under way is doing, or waits for."""
     node = view.fleet.nodes[name]
-    progress = node.models[model_id].progress
+    progress = next((view.progress for view in node.instances(model_id).values() if view.coming), None)
     message = "" if progress is None else progress.message
     details = [text for text in (message, leaving_text(view.fleet, node, in_flight)) if text]
     return ": ".join(["being loaded there", *(["; ".join(details)] if details else [])])
@@ -161,10 +162,10 @@ def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
     """Expected time and evictions of the plan."""
     return {
         "expected_load_secs": None if plan.expected_secs is None else round(plan.expected_secs, 1),
-        "evict": [each.resident.key[0] for each in plan.eviction_plan.evictions],
+        "evict": [each.resident.key.model_id for each in plan.eviction_plan.evictions],
         "evictions": [
             {
-                "model": each.resident.key[0],
+                "model": each.resident.key.model_id,
                 "frees_mb_per_device": each.resident.frees_mb,
                 "devices": sorted(each.resident.devices),
                 "priority": each.resident.priority,
@@ -214,24 +215,31 @@ def _pause_secs(model_id: str, view: PlanningView, node: str) -> float | None:
     return round(max(ends) - view.now, 1) if ends else None
 
 
+def _status(node: NodeSnapshot, model_id: str) -> str | None:
+    """The status of the model's engine there; of several, one that serves, else one that may serve soon."""
+    views = sorted(
+        node.instances(model_id).values(), key=lambda view: (not view.loaded, not view.coming, not view.holds_devices)
+    )
+    return views[0].status if views else None
+
+
 def _node(
     model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot, verdict: NodeVerdict | None
 ) -> dict[str, Any]:
-    entry = node.models.get(model_id)
     plan = None if verdict is None else verdict.plan
     feasible = profile is not None and node.discovery is not None and infeasible_reason(profile, node) is None
     return {
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
-        "status": None if entry is None else entry.status,
+        "status": _status(node, model_id),
         "feasible": feasible,
         "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
         "spare_mb": None if plan is None else plan.spare_mb,
         "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
-        "evict": [] if plan is None else [each.resident.key[0] for each in plan.eviction_plan.evictions],
+        "evict": [] if plan is None else [each.resident.key.model_id for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
         "retry_in_secs": _pause_secs(model_id, view, node.name),
         "reason": "not in the catalogue" if verdict is None else verdict.reason,

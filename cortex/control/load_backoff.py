@@ -10,7 +10,7 @@ from enum import Enum
 
 from cortex.config.catalogue import RequestedModel
 from cortex.placement.inputs import Backoff
-from cortex.routing.replica import ANY_NODE, ReplicaKey
+from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 
 FIRST_SECS = 10.0
 MAX_SECS = 300.0
@@ -51,7 +51,7 @@ class Backoffs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[ReplicaKey, _Failure] = {}
+        self._failures: dict[ModelOnNode, _Failure] = {}
 
     def record_failure(
         self, model_id: str, node: str, cause: BackoffCause, reason: str, *, permanent: bool = False
@@ -82,7 +82,7 @@ class Backoffs:
 
     def record_refused_endpoint(self, key: ReplicaKey, reason: str) -> None:
         """Notes that a neuron lists a model as loaded but gives no endpoint for it: it would be asked forever."""
-        model_id, node = key
+        model_id, node, _ = key
         self.record_failure(model_id, node, BackoffCause.TEMPORARY, f"{node} has lost {model_id!r}: {reason}")
 
     def record_success(self, requested: RequestedModel, node: str) -> None:
@@ -99,7 +99,7 @@ class Backoffs:
                 failure, backoff=Backoff(-math.inf, failure.backoff.reason), cause=BackoffCause.NODE
             )
 
-    def current(self) -> Mapping[ReplicaKey, Backoff]:
+    def current(self) -> Mapping[ModelOnNode, Backoff]:
         """The backoffs in effect now."""
         now = self._clock()
         return {key: failure.backoff for key, failure in self._failures.items() if failure.backoff.until > now}

@@ -110,33 +110,32 @@ class Resolver:
             log.exception("bug while finding an engine for %s", model_id)
             raise ServiceError("internal error; see cortex's log") from error
 
-    async def engine(self, model_id: str, node: str) -> Replica | None:
+    async def engine(self, key: ReplicaKey) -> Replica | None:
         """As `routing.control.Control.engine`. Right after a start it waits until the neurons have been asked."""
         await self._fleet.until_all_polled()
-        if not any(serving.name == node for serving in self._fleet.snapshot().serving(model_id)):
+        if key not in self._serving_keys(key.model_id):
             return None
         with contextlib.suppress(UpstreamError):
-            return await self._routes.replica(model_id, node)
+            return await self._routes.replica(key)
         return None
 
     async def engine_end(self, replica: Replica) -> str | None:
         """As `routing.control.Control.engine_end`. A protocol v1 neuron reports no reason, so it is not waited for."""
-        name, model_id = replica.node, replica.model_id
+        model_id, name, instance = replica.key
         node = self._fleet.snapshot().nodes.get(name)
         if node is None or not node.healthy:
             return None if node is None else f"neuron is down: {node.last_error}"
-        if node.instance is None:
+        if node.instance_id is None:
             return None
         with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
             async with timeout(END_NOTICED_SECS):
-                await self._fleet.until(name, lambda now: now.status_of(model_id) is not ModelStatus.LOADED)
+                await self._fleet.until(name, lambda now: _has_ended(now.view(model_id, instance)))
             async with timeout(END_EXPLAINED_SECS):
-                await self._fleet.until(name, lambda now: _is_explained(now.models.get(model_id)))
-        node = self._fleet.snapshot().nodes.get(name)
-        view = None if node is None else node.models.get(model_id)
-        if view is None or view.known_status is ModelStatus.LOADED:
+                await self._fleet.until(name, lambda now: _is_explained(now.view(model_id, instance)))
+        engine = self._fleet.snapshot().engine(replica.key)
+        if engine is None or engine.view.loaded:
             return None
-        return view.error or view.reason
+        return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
         return not self._queue.count(replica.model_id) and self._limits.take(replica)
@@ -163,7 +162,7 @@ class Resolver:
             return Route(replica=replica)
         return await self._when_served(model_id, failures, lost)
 
-    async def _when_served(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> Route:
+    async def _when_served(self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey]) -> Route:
         """Waits in the queue until the model can be served: it must be loaded, or has as many requests as its neurons
         allow. Runs in the caller's own task: another task that ran between the decision and the in-flight count could
         evict the model as idle."""
@@ -181,7 +180,7 @@ class Resolver:
                     await ticket.wait(within_secs=deadline - self._clock())
                 except asyncio.TimeoutError:
                     raise self._took_too_long(model_id) from None
-                lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                lost &= self._serving_keys(model_id)
                 replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
                     return Route(replica=replica, cold=cold)
@@ -189,10 +188,10 @@ class Resolver:
                     raise shutting_down()
 
     async def _serving(
-        self, model_id: str, failures: Sequence[Failure], lost: set[str], *, queued: bool
+        self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey], *, queued: bool
     ) -> Replica | None:
-        """An engine that serves the model now, taken; None if the request has to wait. Adds nodes to `lost`. `queued`:
-        it is this request's turn.
+        """An engine that serves the model now, taken; None if the request has to wait. Adds engines to `lost`.
+        `queued`: it is this request's turn.
 
         Raises:
             ServiceError: the model cannot be served.
@@ -202,20 +201,24 @@ class Resolver:
                 # Right after a start, cortex would load what is loaded somewhere already.
                 await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
-                case Serve(nodes):
-                    left = [node for node in untried_first(nodes, failures) if node not in lost]
+                case Serve(replicas):
+                    left = [key for key in untried_first(replicas, failures) if key not in lost]
                     if not left:
                         raise unreachable(model_id, failures)
-                    left = [node for node in left if self._has_room(model_id, node, queued=queued)]
+                    left = [key for key in left if self._has_room(key, queued=queued)]
                     if not left:
                         return None
-                    with self._choosing((model_id, left[0])):
-                        replica = await self._routes.replica(model_id, left[0])
+                    with self._choosing(left[0]):
+                        replica = await self._routes.replica(left[0])
                     if replica is not None and self._is_failed_one(replica, failures):
-                        lost.add(replica.node)
+                        lost.add(replica.key)
                         continue
                     # While its neuron was asked, the model may have been chosen for eviction.
-                    if replica is not None and self._is_serving(replica) and self._limits.take(replica):
+                    if (
+                        replica is not None
+                        and replica.key in self._serving_keys(model_id)
+                        and self._limits.take(replica)
+                    ):
                         return replica
                 case Await() | Place():
                     return None
@@ -223,17 +226,18 @@ class Resolver:
                     raise error
         raise unreachable(model_id, failures)
 
-    def _has_room(self, model_id: str, node: str, *, queued: bool) -> bool:
+    def _has_room(self, key: ReplicaKey, *, queued: bool) -> bool:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
-        limit = self._fleet.snapshot().nodes[node].request_limit(model_id)
-        if limit is not None and not queued and self._queue.count(model_id):
+        engine = self._fleet.snapshot().engine(key)
+        limit = None if engine is None else engine.limit
+        if limit is not None and not queued and self._queue.count(key.model_id):
             return False
-        return self._limits.has_room((model_id, node), limit)
+        return self._limits.has_room(key, limit)
 
     @contextlib.contextmanager
     def _choosing(self, key: ReplicaKey) -> Iterator[None]:
-        """Counts a request from the choice of its node, while its endpoint is awaited: the next request of a burst
-        chooses another node."""
+        """Counts a request from the choice of its engine, while its endpoint is awaited: the next request of a burst
+        chooses another one."""
         self._chosen[key] += 1
         try:
             yield
@@ -242,26 +246,26 @@ class Resolver:
             if not self._chosen[key]:
                 del self._chosen[key]
 
-    def _assigned(self, model_id: str, node: str) -> int:
-        return self._counts.in_flight(model_id, node) + self._chosen[model_id, node]
+    def _assigned(self, key: ReplicaKey) -> int:
+        return self._counts.in_flight(key) + self._chosen[key]
 
     def _is_failed_one(self, replica: Replica, failures: Sequence[Failure]) -> bool:
         """Whether the engine is one that this request was lost at. A protocol v1 neuron does not show a reload, but it
         was asked after the failure and gave the same URL again."""
         node = self._fleet.snapshot().nodes.get(replica.node)
-        return (node is None or node.instance is None) and any(
+        return (node is None or node.instance_id is None) and any(
             failure.kind in ("refused", "reset")
-            and (failure.replica.node, failure.replica.url) == (replica.node, replica.url)
+            and (failure.replica.key, failure.replica.url) == (replica.key, replica.url)
             for failure in failures
         )
 
-    def _is_elsewhere(self, replica: Replica) -> bool:
-        """The node's engine of the model has another URL by now: it was started again."""
-        table = self.table.get(replica.model_id, ())
-        return any(each.node == replica.node and each.url != replica.url for each in table)
+    def _serving_keys(self, model_id: str) -> set[ReplicaKey]:
+        return {engine.key for engine in self._fleet.snapshot().serving(model_id)}
 
-    def _is_serving(self, replica: Replica) -> bool:
-        return any(node.name == replica.node for node in self._fleet.snapshot().serving(replica.model_id))
+    def _is_elsewhere(self, replica: Replica) -> bool:
+        """The engine has another URL by now: it was started again."""
+        table = self.table.get(replica.model_id, ())
+        return any(each.key == replica.key and each.url != replica.url for each in table)
 
     def _took_too_long(self, model_id: str) -> ServiceError:
         if self._fleet.snapshot().serving(model_id):
@@ -282,22 +286,26 @@ class Resolver:
         if poller is not None:
             await poller.refresh()
 
-    async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[str]) -> None:
+    async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey]) -> None:
         """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a
         stopping engine closes its port some time before it exits, and the server of a dead core still listens. Removes
-        the nodes that reported it from `lost`. (A protocol v1 neuron reports nothing by itself.)"""
-        serving = {node.name: node.instance is not None for node in self._fleet.snapshot().serving(model_id)}
-        gone = Counter(failure.replica.node for failure in failures if failure.kind in ("refused", "reset"))
-        dead = {f.replica.node for f in failures if f.kind == "dead" and not self._is_elsewhere(f.replica)}
-        unanswering = lost | dead | {node for node, times in gone.items() if times > 1}
+        the engines that ended from `lost`. (A protocol v1 neuron reports nothing by itself.)"""
+        serving = {
+            engine.key: engine.node.instance_id is not None for engine in self._fleet.snapshot().serving(model_id)
+        }
+        gone = Counter(failure.replica.key for failure in failures if failure.kind in ("refused", "reset"))
+        dead = {f.replica.key for f in failures if f.kind == "dead" and not self._is_elsewhere(f.replica)}
+        unanswering = lost | dead | {key for key, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
+            _, name, instance = min(key for key, reports in serving.items() if reports)
             with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
                 async with timeout(DEAD_ENGINE_SECS if dead else ENGINE_END_SECS):
-                    await self._fleet.until(
-                        min(name for name, reports in serving.items() if reports),
-                        lambda node: node.status_of(model_id) is not ModelStatus.LOADED,
-                    )
-            lost.intersection_update(node.name for node in self._fleet.snapshot().serving(model_id))
+                    await self._fleet.until(name, lambda node: _has_ended(node.view(model_id, instance)))
+            lost &= self._serving_keys(model_id)
+
+
+def _has_ended(view: ModelView | None) -> bool:
+    return view is None or not view.loaded
 
 
 def _is_explained(view: ModelView | None) -> bool:

@@ -11,7 +11,7 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.choice import beyond_ours
-from cortex.routing.replica import Failure, Replica
+from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.tasks import TaskSet
@@ -35,28 +35,29 @@ class RouteTable:
         self._endpoints = endpoints
         self._counts = counts
         self._wanted: set[str] = set()  # requested at least once: their endpoints are fetched ahead
-        self._fetching: dict[tuple[str, str], asyncio.Task[Endpoint | UpstreamError | None]] = {}
+        self._fetching: dict[ReplicaKey, asyncio.Task[Endpoint | UpstreamError | None]] = {}
         self._tasks = TaskSet()
         self.changes: Subscribers[[str, tuple[Replica, ...]]] = Subscribers()
         self.retired: Subscribers[[str]] = Subscribers()
         """Announces the URL of an engine that gets no requests any more. An idle connection to it would make it look
         busy to a neuron that knows no more of its engine's requests than its connections."""
 
-    async def replica(self, model_id: str, node: str) -> Replica | None:
-        """The engine that serves the model on this node. None and errors as `Endpoints.fetch`."""
+    async def replica(self, key: ReplicaKey) -> Replica | None:
+        """This engine and where it answers. None and errors as `Endpoints.fetch`."""
+        model_id = key.model_id
         self._wanted.add(model_id)
         if model_id not in self.table:
             self.publish([model_id])  # asks for the endpoints of all its replicas, not only of this one
         fleet = self._fleet.snapshot()
-        endpoint = self._endpoints.known(fleet, model_id, node) if node in fleet.nodes else None
+        endpoint = self._endpoints.known(fleet, key) if key.node in fleet.nodes else None
         if endpoint is None:
-            found = await asyncio.shield(self._fetch(model_id, node))
+            found = await asyncio.shield(self._fetch(key))
             if isinstance(found, UpstreamError):
                 raise found
             if found is None:
                 return None
             endpoint = found
-        return self._as_replica(model_id, node, endpoint, self._fleet.snapshot())
+        return self._as_replica(key, endpoint, self._fleet.snapshot())
 
     def invalidate(self, failure: Failure) -> None:
         """A request failed at this replica."""
@@ -78,9 +79,9 @@ class RouteTable:
         fleet = self._fleet.snapshot()
         for model_id in list(self._wanted) if models is None else self._wanted.intersection(models):
             self._endpoints.forget_unloaded(fleet, model_id)
-            for node in fleet.serving(model_id):
-                if self._endpoints.known(fleet, model_id, node.name) is None:
-                    _ = self._fetch(model_id, node.name)
+            for engine in fleet.serving(model_id):
+                if self._endpoints.known(fleet, engine.key) is None:
+                    _ = self._fetch(engine.key)
             self._update(model_id, fleet)
 
     def _update(self, model_id: str, fleet: FleetSnapshot) -> None:
@@ -92,9 +93,9 @@ class RouteTable:
         else:
             del self.table[model_id]
         self.changes.announce(model_id, replicas)
-        serving = {node.name for node in fleet.serving(model_id)}
+        serving = {engine.key for engine in fleet.serving(model_id)}
         for replica in before:
-            if replica.node not in serving:
+            if replica.key not in serving:
                 self.retired.announce(replica.url)
 
     async def close(self) -> None:
@@ -103,51 +104,49 @@ class RouteTable:
     def _replicas(self, model_id: str, fleet: FleetSnapshot) -> tuple[Replica, ...]:
         """All replicas of a model, or none while an endpoint is unknown: a partial list would leave the others idle."""
         replicas: list[Replica] = []
-        for node in fleet.serving(model_id):
-            known = self._endpoints.known(fleet, model_id, node.name)
+        for engine in fleet.serving(model_id):
+            known = self._endpoints.known(fleet, engine.key)
             if known is None:
                 return ()
-            replicas.append(self._as_replica(model_id, node.name, known, fleet))
+            replicas.append(self._as_replica(engine.key, known, fleet))
         return tuple(replicas)
 
-    def _fetch(self, model_id: str, node: str) -> asyncio.Task[Endpoint | UpstreamError | None]:
+    def _fetch(self, key: ReplicaKey) -> asyncio.Task[Endpoint | UpstreamError | None]:
         """Asks for an endpoint; requests that need it meanwhile share the answer."""
-        key = model_id, node
         if key not in self._fetching:
-            task = self._tasks.spawn(self._ask(model_id, node), name=f"endpoint of {model_id} on {node}")
+            task = self._tasks.spawn(self._ask(key), name=f"endpoint of {key.model_id} on {key.name}")
             self._fetching[key] = task
             task.add_done_callback(lambda _: self._fetching.pop(key))
         return self._fetching[key]
 
-    async def _ask(self, model_id: str, node: str) -> Endpoint | UpstreamError | None:
+    async def _ask(self, key: ReplicaKey) -> Endpoint | UpstreamError | None:
         """The error is a value: there may be no request to raise it in."""
         try:
-            endpoint = await self._endpoints.fetch(model_id, node)
+            endpoint = await self._endpoints.fetch(key)
         except UpstreamError as error:
             log.info("%s", error.message)
             return error
         if endpoint is not None:
-            self._update(model_id, self._fleet.snapshot())
+            self._update(key.model_id, self._fleet.snapshot())
         return endpoint
 
-    def _as_replica(self, model_id: str, node: str, endpoint: Endpoint, fleet: FleetSnapshot) -> Replica:
+    def _as_replica(self, key: ReplicaKey, endpoint: Endpoint, fleet: FleetSnapshot) -> Replica:
         """`others` is what the neuron last reported beyond our own requests, which are counted at that same moment: a
         replica is published again with each report."""
-        snapshot = fleet.nodes.get(node)
-        activity = None if snapshot is None else snapshot.activity.get(model_id)
-        view = None if snapshot is None else snapshot.models.get(model_id)
+        engine = fleet.engine(key)
+        activity = None if engine is None else engine.activity
         others = 0
         if activity is not None:
-            others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(model_id, node))
+            others = beyond_ours(activity.in_flight, activity.queue_depth, self._counts.in_flight(key))
         return Replica(
-            model_id=model_id,
-            node=node,
+            key=key,
+            name=key.name,
             url=endpoint.url,
             api_key=endpoint.api_key,
             others=others,
             fresh=endpoint.fresh,
             may_move=endpoint.may_move,
             limit=None if activity is None else activity.limit,
-            keep_alive_secs=None if view is None else view.keep_alive_secs,
-            missing_paths=() if view is None else tuple(view.missing_paths),
+            keep_alive_secs=None if engine is None else engine.view.keep_alive_secs,
+            missing_paths=() if engine is None else tuple(engine.view.missing_paths),
         )

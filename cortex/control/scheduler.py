@@ -16,20 +16,20 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
-from cortex.control.loader import Loader, LoadJob, NoLongerNeeded
+from cortex.control.loads.evictor import Evictor, NoLongerNeeded
+from cortex.control.loads.loader import Loader, LoadJob
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
-from cortex.placement.refusal import placement_error
+from cortex.placement.refusal import node_refusal_error, placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
-from cortex.routing.replica import ANY_NODE, ReplicaKey
-from shared.errors import Conflict
-from shared.protocol import ErrorCode, ModelStatus
+from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
+from shared.protocol import ModelStatus, ModelView
 from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
@@ -69,6 +69,7 @@ class Scheduler:
         live: LiveConfig,
         fleet: Fleet,
         loader: Loader,
+        evictor: Evictor,
         demand: Demand,
         backoffs: Backoffs,
         queue: AdmissionQueue,
@@ -79,6 +80,7 @@ class Scheduler:
         self._fleet = fleet
         self._live = live
         self._loader = loader
+        self._evictor = evictor
         self._demand = demand
         self._backoffs = backoffs
         self._queue = queue
@@ -113,7 +115,7 @@ class Scheduler:
         """A request waits for a model: plans for it now unless that has been done."""
         coming = self._fleet.snapshot().loading_on(model_id)
         if coming is not None:
-            self._expect_foreign_load(model_id, coming.name)
+            self._expect_foreign_load(coming.key)
         elif self._loader.job(model_id) is None and model_id not in self._schedule.wait_reasons:
             self.schedule()
             self._wake.set()  # so that `run` knows when to decide again
@@ -140,8 +142,8 @@ class Scheduler:
         """Estimated seconds until the model is loaded."""
         job = self._loader.job(model_id)
         fleet, now = self._fleet.snapshot(), self._clock()
-        node = fleet.loading_on(model_id)
-        progress = None if node is None else node.models[model_id].progress
+        coming = fleet.loading_on(model_id)
+        progress = None if coming is None else coming.view.progress
         return until_loaded(
             remaining_secs=None if progress is None else progress.remaining_secs,
             expected_secs=None if job is None else job.plan.expected_secs,
@@ -153,7 +155,7 @@ class Scheduler:
         return self._loader.job(model_id)
 
     @property
-    def held_back(self) -> Mapping[ReplicaKey, float]:
+    def held_back(self) -> Mapping[ModelOnNode, float]:
         """Until when operators hold models back, in Unix time."""
         return self._state.holds
 
@@ -189,16 +191,16 @@ class Scheduler:
         """These models may have moved, become available or failed."""
         fleet = self._fleet.snapshot()
         for model_id in models:
-            for node in fleet.holders(model_id):
-                self._track_foreign_load(node, model_id)
-                if node.status_of(model_id) is ModelStatus.LOADED:
-                    self._record_size(node, model_id)
+            for engine in fleet.engines(model_id):
+                self._track_foreign_load(engine)
+                if engine.view.loaded:
+                    self._record_size(engine.view)
             self._queue.notify(model_id)
         self._wake.set()
 
-    def load(self, model_id: str, node_name: str | None) -> LoadJob | None:
-        """An operator's load, on this neuron or the best one: started at once, despite a backoff and without waiting
-        for a schedule. None if another caller is already loading it there.
+    def load(self, model_id: str, node_name: str | None, instance: str | None = None) -> LoadJob | None:
+        """An operator's load, on this neuron or the best one, of this instance or any: started at once, despite a
+        backoff and without waiting for a schedule. None if another caller is already loading it there.
 
         Raises:
             ServiceError: it cannot be placed.
@@ -222,27 +224,24 @@ class Scheduler:
                 raise placement_error(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            if node.is_loading(model_id):
+            if any(entry.coming and instance in (None, name) for name, entry in node.instances(model_id).items()):
                 return None
+            if instance is not None:
+                view = replace(view, named_instances={(model_id, node_name): instance})
             verdict = plan_variant(view, profile, node)
             if verdict.plan is None:
-                raise Conflict(
-                    f"{node_name} cannot load {model_id!r} now: {verdict.reason}",
-                    code=ErrorCode.INSUFFICIENT_VRAM,
-                    param="node",
-                )
+                raise node_refusal_error(model_id, verdict)
             plan = verdict.plan
         return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
         """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
-        model gets no new requests meanwhile. Raises as `Loader.evict`, except NoLongerNeeded.
-        """
+        model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded."""
         deadline = self._clock() + self._loader.timeout_secs
         evicting_already = key in self._fleet.snapshot().evicting
         self._fleet.begin_eviction(key)
         try:
-            await self._loader.evict(key, method="unload", patient=lambda: drain and self._clock() < deadline)
+            await self._evictor.evict(key, method="unload", patient=lambda: drain and self._clock() < deadline)
         finally:
             if not evicting_already:
                 self._fleet.end_eviction(key)
@@ -270,7 +269,7 @@ class Scheduler:
         job.needed |= not for_waiters
         return job
 
-    def _holds(self) -> dict[ReplicaKey, float]:
+    def _holds(self) -> dict[ModelOnNode, float]:
         """Until when operators hold models back, on our clock."""
         offset = self._clock() - time.time()
         return {key: until + offset for key, until in self._state.holds.items()}
@@ -280,9 +279,9 @@ class Scheduler:
         still wait for some."""
         view = self.view()
         evicting = [each.resident.key for each in plan.eviction_plan.evictions]
-        if not any(view.usage(*key).in_flight for key in evicting):
+        if not any(view.usage(key).in_flight for key in evicting):
             return False
-        reservations = tuple(each for each in view.fleet.reservations if each.model_id != plan.model_id)
+        reservations = tuple(each for each in view.fleet.reservations if each.key != plan.key)
         fleet = replace(view.fleet, reservations=reservations, evicting=view.fleet.evicting.difference(evicting))
         view = replace(view, fleet=fleet)
         profile = view.profile(plan.model_id)
@@ -295,7 +294,7 @@ class Scheduler:
                 self._note_failure(job, failure)
             elif job.elsewhere is not None:
                 self._backoffs.record_load_elsewhere(job.model_id, job.elsewhere)
-            elif any(node.name == job.node for node in self._fleet.snapshot().serving(job.model_id)):
+            elif any(engine.key == job.plan.key for engine in self._fleet.snapshot().serving(job.model_id)):
                 self._backoffs.record_success(job.plan.requested, job.node)
         finally:
             self._queue.notify(job.model_id)
@@ -319,66 +318,66 @@ class Scheduler:
         found = None if profile is None or node is None else plan_variant(view, profile, node).plan
         return found is None or found.rank != job.plan.rank
 
-    def _record_size(self, node: NodeSnapshot, model_id: str) -> None:
+    def _record_size(self, view: ModelView) -> None:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
-        profile, view = self._live.catalogue.profile(model_id), node.models[model_id]
+        profile = self._live.catalogue.profile(view.id)
         choice = None if profile is None else profile.choice(view.variant if profile.variants else None)
         if choice is not None and choice.vram_mb is None and view.vram_booked_mb:
             self._observed_share_mb[choice.requested.name] = -(-view.vram_booked_mb // max(1, len(view.devices)))
 
-    def _track_foreign_load(self, node: NodeSnapshot, model_id: str) -> None:
+    def _track_foreign_load(self, engine: EngineSnapshot) -> None:
         """Records how a load ends that others started and our requests wait for."""
-        key, view = (model_id, node.name), node.models[model_id]
-        if node.is_loading(model_id):
-            if self._queue.count(model_id):
-                self._expect_foreign_load(model_id, node.name)
+        key, view = engine.key, engine.view
+        if view.coming:
+            if self._queue.count(key.model_id):
+                self._expect_foreign_load(key)
             return
         if key in self._foreign_loads:
             self._foreign_loads.discard(key)
-            requested = self._live.catalogue.running(model_id, view.variant)
-            if view.known_status is ModelStatus.LOADED:
-                self._backoffs.record_success(requested, node.name)
+            requested = self._live.catalogue.running(key.model_id, view.variant)
+            if view.loaded:
+                self._backoffs.record_success(requested, key.node)
             elif view.known_status is ModelStatus.FAILED:
-                reason = f"loading {requested.name!r} on {node.name} failed: {view.error or 'no reason given'}"
+                reason = f"loading {requested.name!r} on {key.node} failed: {view.error or 'no reason given'}"
                 cause, permanent = cause_of(view), is_permanent(view)
-                self._backoffs.record_failure(requested.name, node.name, cause, reason, permanent=permanent)
+                self._backoffs.record_failure(requested.name, key.node, cause, reason, permanent=permanent)
 
-    def _expect_foreign_load(self, model_id: str, node: str) -> None:
-        if all((job.model_id, job.node) != (model_id, node) for job in self._loader.jobs()):
-            self._foreign_loads.add((model_id, node))
+    def _expect_foreign_load(self, key: ReplicaKey) -> None:
+        if all(job.plan.key != key for job in self._loader.jobs()):
+            self._foreign_loads.add(key)
 
     def _failed_profile(self, view: PlanningView, model_id: str, node_name: str | None) -> ModelProfile | None:
         """For an operator: a model known only to neurons may be loaded again after a failure."""
         known = [
             node
             for node in view.fleet.holders(model_id)
-            if node.healthy and node_name in (None, node.name) and node.status_of(model_id) is ModelStatus.FAILED
+            if node.healthy and node_name in (None, node.name) and node.has_status(model_id, ModelStatus.FAILED)
         ]
         return view.profile_from_nodes(model_id, known)
 
     def _start_removal(self, removal: ReplicaRemoval) -> None:
-        key = removal.model_id, removal.node
+        key = removal.key
         if key not in self._removing:
             self._removing.add(key)
             self._fleet.begin_eviction(key)  # now: the next decision may be made before the task starts
-            task = self._tasks.spawn(self._remove(removal), name=f"remove {key[0]} on {key[1]}")
+            task = self._tasks.spawn(self._remove(removal), name=f"remove {key.model_id} on {key.name}")
             task.add_done_callback(lambda _: self._removing.discard(key))
 
     async def _remove(self, removal: ReplicaRemoval) -> None:
-        key, retry_secs = (removal.model_id, removal.node), 0.0
-        log.info("removing %s from %s: %s", *key, removal.reason)
+        key, retry_secs = removal.key, 0.0
+        log.info("removing %s from %s: %s", key.model_id, key.name, removal.reason)
         try:
-            await self._loader.evict(
+            await self._evictor.evict(
                 key,
                 method="sleep_if_idle" if removal.sleep else "unload",
                 still_needed=lambda: not self._queue.count(removal.model_id),
             )
         except NoLongerNeeded:
-            log.info("keeping %s on %s: it was requested again", *key)
+            log.info("keeping %s on %s: it was requested again", key.model_id, key.name)
         except (NodeRemoved, CommandAbandoned):
-            log.info("%s was removed from the configuration", key[1])
+            log.info("%s was removed from the configuration", key.node)
         except (NeuronRefused, NeuronUnreachable) as error:
-            log.warning("removing %s from %s failed, it continues to serve: %s", *key, error)
+            log.warning("removing %s from %s failed, it continues to serve: %s", key.model_id, key.name, error)
             retry_secs = REMOVAL_RETRY_SECS
         finally:
             self._fleet.end_eviction(key)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from cortex.control.decision import InFlight
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.routing.replica import WaitNote
+from cortex.routing.replica import ReplicaKey, WaitNote
 from shared.protocol import ModelStatus, ModelView, Progress
 
 if TYPE_CHECKING:
-    from cortex.control.loader import LoadJob
+    from cortex.control.loads.loader import LoadJob
 
 _WAITING = "waiting"
 """The phase of a load that its neuron has not started yet."""
@@ -26,15 +26,15 @@ def waiting_note(
     why the planner has not started one; `now` is Unix time."""
     if job is not None and job.node in fleet.nodes:
         what = job.phase if job.loading_since is None else "loading"
-        return _in_progress(model_id, fleet.nodes[job.node], what, now - job.started)
-    for node in fleet.holders(model_id):
-        status = node.status_of(model_id)
-        if status is None or not node.healthy or (model_id, node.name) in fleet.evicting:
+        return _in_progress(job.plan.key, fleet.nodes[job.node], what, now - job.started)
+    for engine in fleet.engines(model_id):
+        node, status = engine.node, engine.view.known_status
+        if status is None or not node.healthy or engine.key in fleet.evicting:
             continue
         if status.coming:
-            return _in_progress(model_id, node, status.value, None)
-        if node.can_serve(model_id):
-            limit = node.request_limit(model_id)
+            return _in_progress(engine.key, node, status.value, None)
+        if engine.view.servable_now:
+            limit = engine.limit
             what = "looking up its address" if limit is None else f"it takes {limit} at a time, waiting for one to end"
             return WaitNote(text=f"{model_id} is loaded on {node.name}; {what}", node=node.name)
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
@@ -43,11 +43,11 @@ def waiting_note(
 def leaving_text(fleet: FleetSnapshot, node: NodeSnapshot, in_flight: InFlight) -> str:
     """What the models that are leaving the node still have to do: `a has 2 requests of this cortex to finish`. "" when
     none is leaving."""
-    return "; ".join(_leaving(name, node, in_flight) for name, at in sorted(fleet.evicting) if at == node.name)
+    return "; ".join(_leaving(key, node, in_flight) for key in sorted(fleet.evicting) if key.node == node.name)
 
 
-def _leaving(model_id: str, node: NodeSnapshot, in_flight: InFlight) -> str:
-    count, view = in_flight(model_id, node.name), node.models.get(model_id)
+def _leaving(key: ReplicaKey, node: NodeSnapshot, in_flight: InFlight) -> str:
+    model_id, count, view = key.model_id, in_flight(key), node.view(key.model_id, key.instance)
     if count:
         return f"{model_id} has {count} request{'' if count == 1 else 's'} of this cortex to finish"
     if view is not None and view.progress is not None and view.progress.message:
@@ -57,8 +57,8 @@ def _leaving(model_id: str, node: NodeSnapshot, in_flight: InFlight) -> str:
     return f"{model_id} is about to end"
 
 
-def _in_progress(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
-    view = node.models.get(model_id)
+def _in_progress(key: ReplicaKey, node: NodeSnapshot, what: str, elapsed_secs: float | None) -> WaitNote:
+    view = node.view(key.model_id, key.instance)
     detail = "" if view is None or view.progress is None else _progress_text(view.progress)
     ahead = _starts_ahead(view, node)
     if ahead:
@@ -71,7 +71,7 @@ def _in_progress(model_id: str, node: NodeSnapshot, what: str, elapsed_secs: flo
         detail = f": {view.reason}"
     elif elapsed_secs is not None:
         detail = f" for {max(elapsed_secs, 0):.0f} s"
-    return WaitNote(text=f"{what} {model_id} on {node.name}{detail}", node=node.name)
+    return WaitNote(text=f"{what} {key.model_id} on {node.name}{detail}", node=node.name)
 
 
 def _starts_ahead(view: ModelView | None, node: NodeSnapshot) -> str:
@@ -81,9 +81,9 @@ def _starts_ahead(view: ModelView | None, node: NodeSnapshot) -> str:
         return ""
     ahead = [
         other
-        for other in node.models.values()
-        if other.id != view.id
-        and node.is_loading(other.id)
+        for other in node.views
+        if other is not view
+        and other.coming
         and not set(other.devices).isdisjoint(view.devices)
         and not (other.progress is not None and other.progress.phase == _WAITING)
     ]

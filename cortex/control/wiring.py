@@ -16,7 +16,10 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
-from cortex.control.loader import Loader
+from cortex.control.loads.evictor import Evictor
+from cortex.control.loads.groups import GroupKeeper
+from cortex.control.loads.loader import Loader
+from cortex.control.loads.neurons import NeuronAccess
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
@@ -48,6 +51,7 @@ class ControlCore:
     loader: Loader
     scheduler: Scheduler
     resolver: Resolver
+    groups: GroupKeeper
 
     @property
     def config(self) -> CortexConfig:
@@ -65,12 +69,13 @@ class ControlCore:
         return {
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
+            "groups": self.groups.run,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
 
     async def close(self) -> None:
         """Ends its background tasks. The loops must have ended before."""
-        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close())
+        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close(), self.groups.close())
 
 
 @dataclass(frozen=True)
@@ -114,22 +119,16 @@ def build(
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    neurons = NeuronAccess(fleet, clients, pollers)
+    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
-        live=live,
-        fleet=fleet,
-        clients=clients,
-        pollers=pollers,
-        counts=counts,
-        metrics=metrics,
-        state=state,
-        settle_routes=routes.settle,
-        leases=leases,
-        clock=clock,
+        neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
     scheduler = Scheduler(
         live=live,
         fleet=fleet,
         loader=loader,
+        evictor=evictor,
         demand=demand,
         backoffs=backoffs,
         queue=queue,
@@ -150,7 +149,10 @@ def build(
         state=state,
         clock=clock,
     )
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver)
+    groups = GroupKeeper(neurons, clock=clock)
+    return ControlCore(
+        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups
+    )
 
 
 @contextlib.asynccontextmanager

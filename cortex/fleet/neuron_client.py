@@ -185,15 +185,15 @@ class NeuronClient:
         for call in self._commands:
             call.cancel()
 
-    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
-        """Returns when the model's process is gone. Our neurons let it finish other clients' requests first, for at
+    async def unload(self, model_id: str, instance: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
+        """Returns when the engine's process is gone. Our neurons let it finish other clients' requests first, for at
         most `drain_secs`. Raises as `load`."""
         path = f"/models/unload?drain_secs={drain_secs:g}" if drain_secs else "/models/unload"
-        await self._command(path, UnloadCommand(model_id=model_id), timeout_secs)
+        await self._command(path, UnloadCommand(model_id=model_id, instance=instance or None), timeout_secs)
 
-    async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
-        """Returns when the model sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
-        await self._command("/models/sleep", SleepCommand(model_id=model_id), timeout_secs)
+    async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None:
+        """Returns when the engine sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
+        await self._command("/models/sleep", SleepCommand(model_id=model_id, instance=instance or None), timeout_secs)
 
     async def lease(self, command: LeaseCommand, *, timeout_secs: float) -> LeaseReply:
         """Takes, renews or ends a lease on a load. Raises as `load`; NeuronRefused also if the neuron has no leases."""
@@ -201,9 +201,11 @@ class NeuronClient:
         answer = await self._call("POST", path, json_body=command.model_dump(mode="json"), timeout_secs=timeout_secs)
         return self._valid(path, LeaseReply, answer)
 
-    async def endpoint(self, model_id: str) -> EndpointReply:
+    async def endpoint(self, model_id: str, instance: str) -> EndpointReply:
         """The engine's base URL as seen from here: a loopback host is replaced by the neuron's own."""
         path = f"/models/{quote(model_id, safe='')}/endpoint"
+        if instance:
+            path += f"?instance={quote(instance, safe='')}"
         answer = await self._call("GET", path, timeout_secs=ENDPOINT_TIMEOUT_SECS)
         found = self._valid("/models/{model_id}/endpoint", EndpointReply, answer)
         try:
@@ -235,7 +237,7 @@ class NeuronClient:
 
     async def _command(self, path: str, body: BaseModel, timeout_secs: float) -> Any:
         """Sends a command that may take long. Raises as `load`."""
-        data = body.body() if isinstance(body, LoadCommand) else body.model_dump(mode="json")
+        data = body.body() if isinstance(body, LoadCommand) else body.model_dump(mode="json", exclude_none=True)
         call = asyncio.create_task(
             self._call("POST", path, json_body=data, timeout_secs=timeout_secs), name=f"{path} on {self.name}"
         )

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cortex.config.settings import PollSettings
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.fleet.snapshot import EngineName, instance_of
 from cortex.fleet.state import Fleet
 from cortex.upstream.connection import CLOSED
 from shared.protocol import Discovery, ModelView, NeuronHealth
@@ -64,13 +65,14 @@ class NeuronPoller:
         self._polling: asyncio.Future[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
+        self._devices: frozenset[int] = frozenset()  # that answered when the discovery was requested
         # The known discovery came from here, and not from a watch of another endpoint before.
         self._discovery_known = False
         self._stopped = False
         self._listening = False  # events arrive, and the first one listed all models
         self._model_polls_due = 0  # polls to come that request the models even while events arrive
         self._polls_without_models = 0  # since the last poll that requested them
-        self._active: frozenset[str] = frozenset()  # models in the last health answer
+        self._active: frozenset[EngineName] = frozenset()  # in the last health answer
 
     async def poll_loop(self) -> None:
         """Polls. Never returns."""
@@ -166,13 +168,16 @@ class NeuronPoller:
             self._fleet.record_miss(self.name, reason)
 
     async def _request_state(self) -> None:
-        """Requests health, models unless events report them, and discovery once per process and after recovery."""
+        """Requests health, models unless events report them, and discovery once per process, after recovery, and when
+        a device is lost or comes back."""
         started = self._clock()
         if self._stopped:
             return
         node = self._fleet.node(self.name)
         health = await self._client.health()
-        changed = not self._discovery_known or not node.healthy or health.instance_id != self._instance
+        devices = frozenset(device.index for device in health.devices)
+        known = self._discovery_known and (health.instance_id, devices) == (self._instance, self._devices)
+        changed = not known or not node.healthy
         models: Sequence[ModelView] | None = None
         if self._models_due(health) or changed:
             self._polls_without_models = 0
@@ -180,7 +185,7 @@ class NeuronPoller:
         discovery: Discovery | None = None
         if changed:
             discovery = await self._client.discovery()
-            self._instance = discovery.instance_id or health.instance_id
+            self._instance, self._devices = discovery.instance_id or health.instance_id, devices
         if self._stopped:
             return
         self._discovery_known = True
@@ -195,7 +200,7 @@ class NeuronPoller:
 
     def _models_due(self, health: NeuronHealth) -> bool:
         """Also true if health lists different engines than before: an event may have been lost."""
-        active = frozenset(entry.id for entry in health.models)
+        active = frozenset((entry.id, instance_of(entry)) for entry in health.models)
         due = (
             not self._listening
             or self._model_polls_due > 0
@@ -240,12 +245,12 @@ class NeuronPoller:
                 self._model_polls_due = 1  # the snapshot does not name removed models
             elif name == "model":
                 view = self._model(data)
-                known = self._fleet.node(self.name).models.get(view.id)
+                known = self._fleet.node(self.name).view(view.id, instance_of(view))
                 self._fleet.update_model(self.name, view)
                 if known is None or known.status != view.status:
                     self._model_polls_due = MEASURED_POLLS
                     self.poll_soon()  # VRAM has changed with it
             elif name == "removed":
-                self._fleet.remove_model(self.name, str(data["id"]))
+                self._fleet.remove_model(self.name, str(data["id"]), data.get("instance"))
         except (ValidationError, LookupError, TypeError) as error:
             log.warning("neuron %s sent an invalid event: %s", self.name, error)

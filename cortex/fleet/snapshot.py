@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import (
     Device,
     DeviceHealth,
@@ -18,6 +20,27 @@ from shared.protocol import (
     NeuronHealth,
 )
 
+EngineName: TypeAlias = tuple[str, str]
+"""Names an engine on its node: (model id, instance)."""
+
+Instances: TypeAlias = Mapping[str, ModelView]
+"""The engines of one model on one node, by instance."""
+
+_NONE: Instances = MappingProxyType({})
+
+
+def instance_of(entry: ModelView | ModelActivity) -> str:
+    """The instance that an entry of a neuron is about: "" if its neuron has one engine for each model."""
+    return entry.instance or ""
+
+
+def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
+    """A neuron's list of models as `NodeSnapshot.models`."""
+    found: dict[str, dict[str, ModelView]] = {}
+    for view in views:
+        found.setdefault(view.id, {})[instance_of(view)] = view
+    return found
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -28,7 +51,13 @@ class Reservation:
     node: str
     devices: tuple[int, ...]
     device_share_mb: int
+    instance: str = ""
     variant: str | None = None
+
+    @property
+    def key(self) -> ReplicaKey:
+        """Of the engine that is being loaded."""
+        return ReplicaKey(self.model_id, self.node, self.instance)
 
 
 @dataclass(frozen=True)
@@ -47,14 +76,20 @@ class NodeSnapshot:
     health: NeuronHealth | None = None
     health_at: float = 0.0
     """When `health` became known, in the fleet's time. Kept while only the uptime changes."""
-    models: Mapping[str, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    models: Mapping[str, Instances] = field(default_factory=lambda: MappingProxyType({}))
+    """Model id to the engines of it that the neuron lists, at least one."""
     ignored_fields: tuple[str, ...] = ()
     """Fields of its answers that were left out because they do not read as expected, as "/health: models.id"."""
 
     @property
-    def instance(self) -> str | None:
+    def instance_id(self) -> str | None:
         """Identifies the neuron's process; None if the neuron does not report it."""
         return None if self.discovery is None else self.discovery.instance_id
+
+    @property
+    def has_instances(self) -> bool:
+        """Whether it can run several engines of one model."""
+        return self.discovery is not None and self.discovery.instances
 
     @cached_property
     def devices(self) -> list[Device]:
@@ -81,48 +116,92 @@ class NodeSnapshot:
         return {} if self.discovery is None else {(link.a, link.b): link for link in self.discovery.links}
 
     @cached_property
-    def activity(self) -> dict[str, ModelActivity]:
-        return {} if self.health is None else {entry.id: entry for entry in self.health.models}
+    def activity(self) -> dict[EngineName, ModelActivity]:
+        return {} if self.health is None else {(entry.id, instance_of(entry)): entry for entry in self.health.models}
 
     @cached_property
-    def loaded_models(self) -> frozenset[str]:
-        """The ids of the models that are loaded here."""
-        return frozenset(m for m, view in self.models.items() if view.known_status is ModelStatus.LOADED)
+    def views(self) -> tuple[ModelView, ...]:
+        """Every engine that the neuron lists."""
+        return tuple(view for instances in self.models.values() for view in instances.values())
 
-    def engine_version(self, model_id: str) -> object:
-        """Differs for another engine of the model; None if the model is not listed. An entry without `since` (protocol
-        v1) may look alike after a reload, so what else is loaded counts too: the port may be another model's now."""
-        view = self.models.get(model_id)
+    @cached_property
+    def loaded(self) -> frozenset[EngineName]:
+        """The engines that are loaded here."""
+        return frozenset((view.id, instance_of(view)) for view in self.views if view.loaded)
+
+    def every_engine(self) -> Iterator[EngineSnapshot]:
+        """Every engine that the neuron lists, in any status."""
+        return (EngineSnapshot(self, view) for view in self.views)
+
+    def instances(self, model_id: str) -> Instances:
+        """The engines of the model that the neuron lists, in any status."""
+        return self.models.get(model_id, _NONE)
+
+    def view(self, model_id: str, instance: str) -> ModelView | None:
+        """What the neuron says of one engine; None if it does not list it."""
+        return self.instances(model_id).get(instance)
+
+    def engines(self, model_id: str) -> Iterator[EngineSnapshot]:
+        """The engines of the model here, in any status."""
+        return (EngineSnapshot(self, view) for view in self.instances(model_id).values())
+
+    def engine_version(self, model_id: str, instance: str) -> object:
+        """Differs for another engine of this name; None if it is not listed. An entry without `since` (protocol v1) may
+        look alike after a reload, so what else is loaded counts too: the port may be another model's now."""
+        view = self.view(model_id, instance)
         if view is None:
             return None
         if view.since is not None:
-            return view.since, self.instance
-        return view.status, view.harness, view.devices, view.vram_used_mb, self.loaded_models
-
-    def requests_on(self, model_id: str) -> int:
-        """Requests in the model's engine by the node's last report, from all clients."""
-        activity = self.activity.get(model_id)
-        return 0 if activity is None else activity.in_flight + activity.queue_depth
-
-    def request_limit(self, model_id: str) -> int | None:
-        """How many requests the node allows at the model's engine at a time; None: any number."""
-        activity = self.activity.get(model_id)
-        return None if activity is None else activity.limit
+            return view.since, self.instance_id
+        return view.status, view.harness, view.devices, view.vram_used_mb, self.loaded
 
     def is_loading(self, model_id: str) -> bool:
-        """Whether the model is being loaded here."""
-        status = self.status_of(model_id)
-        return status is not None and status.coming
+        """Whether an engine of the model is being loaded here."""
+        return any(view.coming for view in self.instances(model_id).values())
+
+    def is_loaded(self, model_id: str) -> bool:
+        """Whether an engine of the model is loaded here."""
+        return any(view.loaded for view in self.instances(model_id).values())
 
     def can_serve(self, model_id: str) -> bool:
-        """Whether the model is loaded here, and the neuron does not say that it cannot answer now."""
-        view = self.models.get(model_id)
-        return view is not None and view.known_status is ModelStatus.LOADED and view.unservable_because is None
+        """Whether an engine of the model is loaded here that the neuron does not say to be unable to answer."""
+        return any(view.servable_now for view in self.instances(model_id).values())
 
-    def status_of(self, model_id: str) -> ModelStatus | None:
-        """The model's status here; None when it is not listed, or with a status this version does not know."""
-        view = self.models.get(model_id)
-        return None if view is None else view.known_status
+    def has_status(self, model_id: str, *statuses: ModelStatus) -> bool:
+        """Whether an engine of the model here has one of these statuses."""
+        return any(view.known_status in statuses for view in self.instances(model_id).values())
+
+
+class EngineSnapshot(NamedTuple):
+    """One engine on a node, as the node lists it."""
+
+    node: NodeSnapshot
+    view: ModelView
+
+    @property
+    def instance(self) -> str:
+        return instance_of(self.view)
+
+    @property
+    def key(self) -> ReplicaKey:
+        return ReplicaKey(self.view.id, self.node.name, instance_of(self.view))
+
+    @property
+    def activity(self) -> ModelActivity | None:
+        """Its requests by the node's last report."""
+        return self.node.activity.get((self.view.id, instance_of(self.view)))
+
+    @property
+    def requests(self) -> int:
+        """Requests there by the node's last report, from all clients."""
+        activity = self.activity
+        return 0 if activity is None else activity.in_flight + activity.queue_depth
+
+    @property
+    def limit(self) -> int | None:
+        """How many requests the node allows there at a time; None: any number."""
+        activity = self.activity
+        return None if activity is None else activity.limit
 
 
 def _free_mb(device: Device, live: DeviceHealth | None) -> int:
@@ -133,23 +212,32 @@ def _free_mb(device: Device, live: DeviceHealth | None) -> int:
 
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
     """Models whose routing is affected by the change from `before` to `after`. Usually none."""
-    if before.healthy != after.healthy or before.draining != after.draining or before.instance != after.instance:
+    if before.healthy != after.healthy or before.draining != after.draining or before.instance_id != after.instance_id:
         return {*before.models, *after.models}
     changed: set[str] = set()
     if before.models is not after.models:
         changed |= before.models.keys() ^ after.models.keys()
-        for model_id in before.models.keys() & after.models.keys():
-            old, new = before.models[model_id], after.models[model_id]
-            if old is new and new.since is not None:
-                continue
-            if (old.status, old.servable) != (new.status, new.servable) or before.engine_version(
-                model_id
-            ) != after.engine_version(model_id):
-                changed.add(model_id)
+        changed.update(m for m in before.models.keys() & after.models.keys() if _moved(m, before, after))
     if before.health is not after.health and before.activity != after.activity:
-        ids = before.activity.keys() | after.activity.keys()
-        changed |= {model_id for model_id in ids if before.activity.get(model_id) != after.activity.get(model_id)}
+        names = before.activity.keys() | after.activity.keys()
+        changed |= {name[0] for name in names if before.activity.get(name) != after.activity.get(name)}
     return changed
+
+
+def _moved(model_id: str, before: NodeSnapshot, after: NodeSnapshot) -> bool:
+    """Whether an engine of the model has come, gone, or changed in a way that matters to its requests."""
+    older, newer = before.models[model_id], after.models[model_id]
+    if older.keys() != newer.keys():
+        return True
+    for instance, new in newer.items():
+        old = older[instance]
+        if old is new and new.since is not None:
+            continue
+        if (old.status, old.servable) != (new.status, new.servable):
+            return True
+        if before.engine_version(model_id, instance) != after.engine_version(model_id, instance):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -158,7 +246,7 @@ class FleetSnapshot:
 
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
     reservations: tuple[Reservation, ...] = ()
-    evicting: frozenset[tuple[str, str]] = frozenset()  # (model id, node): being evicted, no new requests
+    evicting: frozenset[ReplicaKey] = frozenset()  # being evicted, no new requests
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
     topology: object = None
     """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
@@ -181,21 +269,33 @@ class FleetSnapshot:
         """The neurons that list the model, in any status."""
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
-    def serving(self, model_id: str) -> list[NodeSnapshot]:
-        """The neurons whose engine may get a request for the model now. A draining node gets none while another can
-        serve; otherwise it still answers. A model that is being evicted gets none."""
-        loaded = [
-            node
-            for node in self.holders(model_id)
-            if node.healthy and node.can_serve(model_id) and (model_id, node.name) not in self.evicting
-        ]
-        return [node for node in loaded if not node.draining] or loaded
+    def engines(self, model_id: str) -> Iterator[EngineSnapshot]:
+        """The engines of the model on every neuron, in any status."""
+        return (engine for node in self.holders(model_id) for engine in node.engines(model_id))
 
-    def loading_on(self, model_id: str) -> NodeSnapshot | None:
-        """A healthy neuron that is loading the model."""
-        for node in self.holders(model_id):
-            if node.healthy and node.is_loading(model_id):
-                return node
+    def engine(self, key: ReplicaKey) -> EngineSnapshot | None:
+        """This engine; None if its neuron does not list it."""
+        node = self.nodes.get(key.node)
+        view = None if node is None else node.view(key.model_id, key.instance)
+        return None if node is None or view is None else EngineSnapshot(node, view)
+
+    def serving(self, model_id: str) -> list[EngineSnapshot]:
+        """The engines that may get a request for the model now. Those on a draining node get none while another can
+        serve; otherwise they still answer. One that is being evicted gets none."""
+        loaded = [
+            engine
+            for node in self.holders(model_id)
+            if node.healthy
+            for engine in node.engines(model_id)
+            if engine.view.servable_now and not (self.evicting and engine.key in self.evicting)
+        ]
+        return [engine for engine in loaded if not engine.node.draining] or loaded
+
+    def loading_on(self, model_id: str) -> EngineSnapshot | None:
+        """An engine of the model that a healthy neuron is loading."""
+        for engine in self.engines(model_id):
+            if engine.node.healthy and engine.view.coming:
+                return engine
         return None
 
     def reservation_of(self, model_id: str) -> Reservation | None:
@@ -207,6 +307,6 @@ class FleetSnapshot:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def with_load(self, reservation: Reservation, evicting: Iterable[tuple[str, str]]) -> FleetSnapshot:
+    def with_load(self, reservation: Reservation, evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
         """The fleet after this load and its evictions have started."""
         return replace(self, reservations=(*self.reservations, reservation), evicting=self.evicting.union(evicting))

@@ -12,7 +12,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, with_different_routes
+from cortex.fleet.snapshot import (
+    EngineName,
+    FleetSnapshot,
+    Instances,
+    NodeSnapshot,
+    Reservation,
+    by_instance,
+    instance_of,
+    with_different_routes,
+)
+from cortex.routing.replica import ReplicaKey
 from cortex.subscribers import Subscribers
 from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, NeuronHealth
 
@@ -62,10 +72,10 @@ class Fleet:
         self._unhealthy_after = unhealthy_after
         self._clock = clock
         self._reservations: list[Reservation] = []
-        self._evicting: frozenset[tuple[str, str]] = frozenset()
-        # When something other than a poll last reported a model, by node and model id. A poll that began before that is
+        self._evicting: frozenset[ReplicaKey] = frozenset()
+        # When something other than a poll last reported an engine, by node and engine. A poll that began before that is
         # out of date and must not undo it.
-        self._reported_at: dict[str, dict[str, float]] = {name: {} for name in self._nodes}
+        self._reported_at: dict[str, dict[EngineName, float]] = {name: {} for name in self._nodes}
         self._unseen = set(self._nodes)  # not polled yet
         self._version = 0
         self._snapshot: FleetSnapshot | None = None
@@ -219,14 +229,20 @@ class Fleet:
             )
         )
 
-    def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, ModelView]:
-        """The models of a poll, except those with newer reports."""
+    def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, Instances]:
+        """The engines of a poll, except those with newer reports."""
         reported = self._reported_at[node.name] = {
-            m: when for m, when in self._reported_at[node.name].items() if when > started
+            name: when for name, when in self._reported_at[node.name].items() if when > started
         }
-        merged = {view.id: view for view in models if view.id not in reported}
-        merged |= {model_id: node.models[model_id] for model_id in reported if model_id in node.models}
-        return node.models if merged == node.models else MappingProxyType(merged)
+        merged = by_instance(view for view in models if (view.id, instance_of(view)) not in reported)
+        for model_id, instance in reported:
+            known = node.view(model_id, instance)
+            if known is not None:
+                merged.setdefault(model_id, {})[instance] = known
+        if merged == node.models:
+            return node.models
+        # What is unchanged stays the same object, so that followers need not compare it.
+        return MappingProxyType({m: node.models[m] if node.models.get(m) == new else new for m, new in merged.items()})
 
     def record_miss(self, name: str, reason: str) -> None:
         """Records a failed poll."""
@@ -244,45 +260,52 @@ class Fleet:
         self._replace(replace(node, healthy=healthy, misses=misses, last_error=reason, silent_since=since))
 
     def update_model(self, name: str, view: ModelView) -> None:
-        """Records a model that a neuron reported outside a poll (an event, a finished load)."""
+        """Records an engine that a neuron reported outside a poll (an event, a finished load)."""
         node = self._nodes.get(name)
         if node is None:
             return
-        self._reported_at[name][view.id] = self._clock()
-        if node.models.get(view.id) != view:
-            self._replace(replace(node, models=MappingProxyType({**node.models, view.id: view})))
+        instance = instance_of(view)
+        self._reported_at[name][view.id, instance] = self._clock()
+        if node.view(view.id, instance) != view:
+            there = {**node.instances(view.id), instance: view}
+            self._replace(replace(node, models=MappingProxyType({**node.models, view.id: there})))
 
-    def remove_model(self, name: str, model_id: str) -> None:
-        """Records that a neuron no longer lists a model."""
+    def remove_model(self, name: str, model_id: str, instance: str | None = None) -> None:
+        """Records that a neuron no longer lists an engine, or any engine of the model without `instance`."""
         node = self._nodes.get(name)
         if node is None:
             return
-        self._reported_at[name][model_id] = self._clock()
-        if model_id in node.models:
-            rest = {key: view for key, view in node.models.items() if key != model_id}
-            self._replace(replace(node, models=MappingProxyType(rest)))
+        there = node.instances(model_id)
+        gone = tuple(there) or ("",) if instance is None else (instance,)
+        for each in gone:
+            self._reported_at[name][model_id, each] = self._clock()
+        if any(each in there for each in gone):
+            rest = {each: view for each, view in there.items() if each not in gone}
+            others = {other: views for other, views in node.models.items() if other != model_id}
+            self._replace(replace(node, models=MappingProxyType({**others, model_id: rest} if rest else others)))
 
     def loaded(
         self,
-        name: str,
-        model_id: str,
+        key: ReplicaKey,
         *,
         harness: str | None,
         devices: Iterable[int],
         endpoint: EndpointReply | None = None,
     ) -> None:
-        """Records a finished load: the model counts as loaded before the next poll."""
+        """Records a finished load: the engine counts as loaded before the next poll."""
+        model_id, name, instance = key
         node = self._nodes.get(name)
         if node is None:
             return
-        known = node.models.get(model_id)
-        if known is not None and known.known_status is ModelStatus.LOADED:
-            self._reported_at[name][model_id] = self._clock()
+        known = node.view(model_id, instance)
+        if known is not None and known.loaded:
+            self._reported_at[name][model_id, instance] = self._clock()
             return
         self.update_model(
             name,
             ModelView(
                 id=model_id,
+                instance=instance or None,
                 harness=harness,
                 status=ModelStatus.LOADED.value,
                 devices=list(devices),
@@ -303,15 +326,15 @@ class Fleet:
         self._reservations.remove(reservation)
         self._mark_changed()
 
-    def begin_eviction(self, key: tuple[str, str]) -> None:
-        """A model (id, node) is being evicted: it gets no new requests until `end_eviction`."""
-        self._set_evicting(self._evicting | {key}, key[0])
+    def begin_eviction(self, key: ReplicaKey) -> None:
+        """An engine is being evicted: it gets no new requests until `end_eviction`."""
+        self._set_evicting(self._evicting | {key}, key.model_id)
 
-    def end_eviction(self, key: tuple[str, str]) -> None:
+    def end_eviction(self, key: ReplicaKey) -> None:
         """The eviction is over, done or cancelled."""
-        self._set_evicting(self._evicting - {key}, key[0])
+        self._set_evicting(self._evicting - {key}, key.model_id)
 
-    def _set_evicting(self, evicting: frozenset[tuple[str, str]], model_id: str) -> None:
+    def _set_evicting(self, evicting: frozenset[ReplicaKey], model_id: str) -> None:
         self._evicting = evicting
         self._mark_changed()
         self._notify_routes({model_id})

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from cortex.routing.replica import ANY_NODE, Replica, ReplicaKey
+from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey
 from cortex.routing.response_owners import OwnerList, ResponseOwners
 from shared.files import replace_file
 from shared.protocol import first_problem
@@ -34,9 +34,10 @@ Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Responses(BaseModel):
-    """Which neurons' engines made which responses: `made` has the place in `engines` (model and neuron) by id."""
+    """Which engines made which responses: `made` has the place in `engines` (model, neuron and instance, which files of
+    earlier versions lack) by id."""
 
-    engines: list[tuple[str, str]] = []
+    engines: list[tuple[str, str] | tuple[str, str, str]] = []
     made: dict[str, int] = {}
 
 
@@ -63,7 +64,7 @@ class StateFile:
         """Reads the state in the directory, which is created on the first write. None: keeps no state. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
-        self._holds: dict[ReplicaKey, float] = {}
+        self._holds: dict[ModelOnNode, float] = {}
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
         self.response_owners = ResponseOwners()
@@ -87,12 +88,12 @@ class StateFile:
             self._touch()
 
     @property
-    def holds(self) -> Mapping[ReplicaKey, float]:
+    def holds(self) -> Mapping[ModelOnNode, float]:
         """Until when operators hold models back, in Unix time, by model and neuron (or ANY_NODE)."""
         now = time.time()
         return {key: until for key, until in self._holds.items() if until > now} if self._holds else {}
 
-    def hold_back(self, key: ReplicaKey, until: float) -> None:
+    def hold_back(self, key: ModelOnNode, until: float) -> None:
         """The model is not to be loaded there before this Unix time."""
         self._holds = {**self.holds, key: until}
         self._touch()
@@ -175,7 +176,10 @@ class StateFile:
         self._holds = {(model, node): until for model, nodes in state.holds.items() for node, until in nodes.items()}
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
-        engines = [Replica(model_id=model_id, node=node, url="") for model_id, node in state.responses.engines]
+        keys = [
+            ReplicaKey(model_id, node, *(instance or [""])) for model_id, node, *instance in state.responses.engines
+        ]
+        engines = [Replica(key=key, name=key.name, url="") for key in keys]
         made = {made: place for made, place in state.responses.made.items() if 0 <= place < len(engines)}
         self.response_owners = ResponseOwners(OwnerList(engines, made))
 
@@ -195,9 +199,7 @@ class StateFile:
                 holds=holds,
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
-                responses=_Responses(
-                    engines=[(replica.model_id, replica.node) for replica in owners.engines], made=owners.responses
-                ),
+                responses=_Responses(engines=[tuple(replica.key) for replica in owners.engines], made=owners.responses),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ModelOnNode
 
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -97,7 +97,7 @@ class Counters(msgspec.Struct):
         if cached:
             tokens["cached"] = tokens.get("cached", 0) + cached
 
-    def items(self) -> Iterator[tuple[ReplicaKey, Series]]:
+    def items(self) -> Iterator[tuple[ModelOnNode, Series]]:
         """Each series with its model and neuron."""
         for model, nodes in self.series.items():
             for node, series in nodes.items():

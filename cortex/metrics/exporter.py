@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
@@ -11,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ModelOnNode, ReplicaKey
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")
@@ -29,7 +30,7 @@ class Metrics:
         in_flight: Callable[[], Mapping[ReplicaKey, int]],
         counters: Callable[[], Iterable[Counters]],
     ) -> None:
-        self._cold_starts: dict[ReplicaKey, Histogram] = {}
+        self._cold_starts: dict[ModelOnNode, Histogram] = {}
         self._registry = CollectorRegistry()
         self._registry.register(_Requests(counters))
         self._registry.register(_ColdStarts(self._cold_starts))
@@ -74,7 +75,7 @@ class _Requests(Collector):
 class _ColdStarts(Collector):
     """Counted by the control process."""
 
-    def __init__(self, cold_starts: Mapping[ReplicaKey, Histogram]) -> None:
+    def __init__(self, cold_starts: Mapping[ModelOnNode, Histogram]) -> None:
         self._cold_starts = cold_starts
 
     def collect(self) -> Iterator[Metric]:
@@ -98,16 +99,24 @@ class _FleetGauges(Collector):
         for node in self._fleet.snapshot().nodes.values():
             healthy.add_metric([node.name], float(node.healthy))
         working = GaugeMetricFamily("cortex_requests_in_flight", "Requests at engines", labels=_LABELS)
+        engines = GaugeMetricFamily(
+            "cortex_instance_requests_in_flight", "Requests at each engine", labels=[*_LABELS, "engine"]
+        )
+        total: Counter[ModelOnNode] = Counter()
         for key, count in self._in_flight().items():
-            working.add_metric(key, count)
-        yield from (healthy, working)
+            total[key.model_id, key.node] += count
+            if key.instance:
+                engines.add_metric(key, count)
+        for place, count in total.items():
+            working.add_metric(place, count)
+        yield from (healthy, working, engines)
 
 
 def _family(name: str, text: str) -> HistogramMetricFamily:
     return HistogramMetricFamily(name, text, labels=_LABELS)
 
 
-def _add(family: HistogramMetricFamily, key: ReplicaKey, buckets: tuple[float, ...], histogram: Histogram) -> None:
+def _add(family: HistogramMetricFamily, key: ModelOnNode, buckets: tuple[float, ...], histogram: Histogram) -> None:
     """Adds the samples of one series, unless it is empty."""
     if not any(histogram.counts):
         return

@@ -1,4 +1,4 @@
-"""Requests at engines, by model and neuron."""
+"""Requests at engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Count:
 
 
 class InFlight:
-    """One worker's exact counts: a request counts from the choice of its neuron to the last byte of its answer.
+    """One worker's exact counts: a request counts from the choice of its engine to the last byte of its answer.
     `elsewhere` are the counts that the other workers last reported."""
 
     def __init__(self) -> None:

@@ -45,8 +45,7 @@ class CountTotals:
     def counters(self) -> list[Counters]:
         return [self._ended, *(worker.collect() for worker in self.workers)]
 
-    def in_flight(self, model_id: str, node: str) -> int:
-        key = model_id, node
+    def in_flight(self, key: ReplicaKey) -> int:
         return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)
 
     def begun(self) -> dict[ReplicaKey, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import islice
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import instances_on
 
 MAX_CANDIDATES = 64
 """Fleets up to this size are evaluated in full; in larger ones at most this many nodes are."""
@@ -15,14 +17,17 @@ MAX_CANDIDATES = 64
 
 def candidate_nodes(view: PlanningView, profile: ModelProfile) -> list[NodeSnapshot]:
     """The nodes to evaluate in full: all of a small fleet. In a large one, the nodes that know the model, then those
-    with memory for it, tightest first, then those that lack the least."""
+    with memory for it, without an instance of it first, tightest first, then those that lack the least."""
     fleet = view.fleet
     if len(fleet.nodes) <= MAX_CANDIDATES:
         return list(fleet.nodes.values())
-    chosen = {node.name: node for node in fleet.holders(profile.id)}
+    occupied = {node.name for node in fleet.holders(profile.id) if instances_on(view, profile.id, node).count}
+    occupied |= {each.node for each in fleet.reservations if each.model_id == profile.id}
+    known = (node for node in fleet.holders(profile.id) if node.name not in occupied)
+    chosen = {node.name: node for node in islice(known, MAX_CANDIDATES)}
     for position, choice in enumerate(profile.choices):  # each variant gets its share of the rest
         limit = len(chosen) + (MAX_CANDIDATES - len(chosen)) // (len(profile.choices) - position)
-        for node in _by_free_memory(view, choice):
+        for node in _by_free_memory(view, choice, occupied):
             if len(chosen) >= limit:
                 break
             if is_feasible(choice, node):
@@ -30,15 +35,15 @@ def candidate_nodes(view: PlanningView, profile: ModelProfile) -> list[NodeSnaps
     return list(chosen.values())
 
 
-def _by_free_memory(view: PlanningView, profile: ModelProfile) -> Iterator[NodeSnapshot]:
+def _by_free_memory(view: PlanningView, profile: ModelProfile, occupied: Container[str]) -> Iterator[NodeSnapshot]:
     share, size, nodes = view.device_share_mb(profile), profile.device_count, view.fleet.nodes
     names = profile.pinned_on or nodes
     here = (nodes[name] for name in names if name in nodes)
     found = [
-        (free_mb, position, node)
+        (free_mb, node.name in occupied, position, node)
         for position, node in enumerate(here)
         if node.healthy and not node.draining and (free_mb := node.free_mb_on_each_of(size)) is not None
     ]
     # Unknown size: most memory first. Nodes that lack memory come after all that have it.
-    found.sort(key=lambda each: (each[0] < share, each[0] if 0 < share <= each[0] else -each[0], each[1]))
-    return (node for _, _, node in found)
+    found.sort(key=lambda each: (each[0] < share, each[1], each[0] if 0 < share <= each[0] else -each[0], each[2]))
+    return (node for _, _, _, node in found)

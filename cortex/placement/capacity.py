@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from cortex.config.catalogue import ModelProfile
-from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.fleet.groups import serving_engine
+from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import in_memory_steps
@@ -79,10 +80,10 @@ def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCap
     memory = {device.index: _memory_of(node, device, ours) for device in node.devices}
     unmeasured = [device for device in node.devices if not _is_measured(node, device)]
     if unmeasured:
-        reserved = {each.model_id for each, _ in ours}
-        for entry in node.models.values():
-            if entry.id not in reserved and (entry.known_status in _HOLDING or node.is_loading(entry.id)):
-                held = _resident(view, node, entry)
+        reserved = {each.key for each, _ in ours}
+        for engine in node.every_engine():
+            if engine.key not in reserved and engine.view.holds_devices:
+                held = _resident(view, engine)
                 for device in unmeasured:
                     if device.index in held.devices:
                         known = memory[device.index]
@@ -100,8 +101,8 @@ def _is_measured(node: NodeSnapshot, device: Device) -> bool:
 
 def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     """What one of our loads will still take on each of its devices, beyond what the node's figures already include."""
-    entry = node.models.get(reservation.model_id)
-    if entry is None or not _is_loaded_or_loading(entry):
+    entry = node.view(reservation.model_id, reservation.instance)
+    if entry is None or not (entry.loaded or entry.coming):
         return reservation.device_share_mb
     if entry.vram_booked_mb:
         return 0
@@ -110,12 +111,8 @@ def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
 
 def engines_by_device(view: PlanningView, node: NodeSnapshot) -> dict[int, int]:
     """How many engines are on each device: loaded, asleep, starting, or about to be started by us."""
-    there = {
-        entry.id: entry.devices
-        for entry in node.models.values()
-        if entry.known_status in _HOLDING or node.is_loading(entry.id)
-    }
-    ours = [each.devices for each in view.fleet.reservations if each.node == node.name and each.model_id not in there]
+    there = {engine.key: engine.view.devices for engine in node.every_engine() if engine.view.holds_devices}
+    ours = [each.devices for each in view.fleet.reservations if each.node == node.name and each.key not in there]
     return Counter(index for devices in (*there.values(), *ours) for index in devices)
 
 
@@ -123,6 +120,24 @@ def reports_bookable_memory(node: NodeSnapshot) -> bool:
     """Whether the node reports bookable memory. Such a node refuses a load that does not fit at once; on others the
     engine fails later, when it runs out of memory."""
     return any(live.vram_bookable_mb is not None for live in node.device_health.values())
+
+
+def wake_mb(
+    node: NodeSnapshot,
+    entry: ModelView | None,
+    share: int,
+    memory: Mapping[int, DeviceCapacity],
+    needed_mb: Mapping[int, int],
+) -> dict[int, int]:
+    """By device, what a sleeping engine needs on top of what it holds, capped at what all sleeping models there
+    need."""
+    if entry is None or not memory.keys() >= set(entry.devices):
+        return {}
+    if reports_bookable_memory(node) and not share:
+        return {index: memory[index].sleeping_mb for index in entry.devices}
+    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
+    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
+    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
 
 
 def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> DeviceCapacity:
@@ -142,8 +157,8 @@ def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservat
 def _booked_since_poll_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
     """Memory on a device that loading models have booked since its figures were polled: a starting load is reported
     at once, device figures only with the next poll."""
-    there = [entry for entry in node.models.values() if device.index in (entry.devices or ())]
-    coming = sum(_booked_share_mb(entry) for entry in there if entry.known_status is not ModelStatus.LOADED)
+    there = [entry for entry in node.views if device.index in (entry.devices or ())]
+    coming = sum(_booked_share_mb(entry) for entry in there if not entry.loaded)
     if not coming or live.vram_booked_mb is None:
         return 0
     return min(coming, max(0, sum(map(_booked_share_mb, there)) - live.vram_booked_mb))
@@ -151,34 +166,27 @@ def _booked_since_poll_mb(node: NodeSnapshot, device: Device, live: DeviceHealth
 
 def _booked_share_mb(entry: ModelView) -> int:
     """What a loaded or loading model has booked on each of its devices."""
-    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if _is_loaded_or_loading(entry) else 0
-
-
-def _is_loaded_or_loading(entry: ModelView) -> bool:
-    status = entry.known_status
-    return status is not None and (status.coming or status is ModelStatus.LOADED)
+    return (entry.vram_booked_mb or 0) // max(1, len(entry.devices)) if entry.loaded or entry.coming else 0
 
 
 def resident_models(view: PlanningView, node: NodeSnapshot) -> list[ResidentModel]:
     """Every model on the node that holds memory and is neither being loaded nor being evicted."""
     return [
-        _resident(view, node, entry)
-        for entry in node.models.values()
-        if entry.known_status in _HOLDING and (entry.id, node.name) not in view.fleet.evicting
+        _resident(view, engine)
+        for engine in node.every_engine()
+        if engine.view.known_status in _HOLDING and engine.key not in view.fleet.evicting
     ]
 
 
 def models_in_transition(view: PlanningView, node: NodeSnapshot) -> list[ResidentModel]:
     """Models being loaded or evicted on the node: their memory is unavailable now but may free up later."""
     changing = [
-        _resident(view, node, entry)
-        for entry in node.models.values()
-        if node.is_loading(entry.id) or (entry.id, node.name) in view.fleet.evicting
+        _resident(view, engine)
+        for engine in node.every_engine()
+        if engine.view.coming or engine.key in view.fleet.evicting
     ]
     requested = [
-        ResidentModel(
-            (each.model_id, node.name), frozenset(each.devices), unreported_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0
-        )
+        ResidentModel(each.key, frozenset(each.devices), unreported_mb(node, each), 0, 0, 0.0, 0.0, 0.0, 0.0)
         for each in view.fleet.reservations
         if each.node == node.name
     ]
@@ -194,10 +202,11 @@ def estimated_load_secs(view: PlanningView, model_id: str, node: str, size_mb: i
     return LOAD_SECS_BASE + LOAD_SECS_PER_MB * size_mb if known is None else known
 
 
-def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> ResidentModel:
+def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
+    node, entry, key = engine.node, engine.view, engine.key
     profile = view.catalogue.profile(entry.id)
     choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
-    use = view.usage(entry.id, node.name)
+    use = view.usage(serving_engine(view.fleet, engine).key)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
@@ -210,24 +219,23 @@ def _resident(view: PlanningView, node: NodeSnapshot, entry: ModelView) -> Resid
     secs = estimated_load_secs(view, entry.id if choice is None else choice.requested.name, node.name, size)
     pinned = choice or profile
     return ResidentModel(
-        key=(entry.id, node.name),
+        key=key,
         devices=devices,
         frees_mb=share,
         priority=view.priority(entry.id),
-        in_flight=view.requests_on(entry.id, node),
+        in_flight=view.requests_on(engine),
         last_used=use.last_used,
         loaded_at=use.loaded_at,
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
-        spare_replicas=None if profile is None else _spare_replicas(view, profile, node),
+        spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )
 
 
-def _spare_replicas(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> int | None:
+def _spare_replicas(view: PlanningView, profile: ModelProfile, key: ReplicaKey) -> int | None:
     """How many replicas of the model may go, this one being one of them."""
     if not profile.replicas.min:
         return None
-    others = sum(each.name != node.name and not each.draining for each in view.fleet.serving(profile.id))
-    return others + 1 - profile.replicas.min
+    return len(view.replicas(profile.id) | {key}) - profile.replicas.min

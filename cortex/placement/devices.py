@@ -39,11 +39,15 @@ def as_version(capability: str | None) -> tuple[int, ...]:
 def device_sets(devices: Sequence[int], size: int, *, at_most: int = MAX_DEVICE_SETS) -> Iterator[tuple[int, ...]]:
     """Every set of `size` devices, each in ascending order. Trailing devices are dropped until there are at most
     `at_most` sets with at most `MAX_DEVICE_PAIRS` device pairs in total."""
-    count = len(devices)
+    return combinations(sorted(devices[: comparable_devices(len(devices), size, at_most=at_most)]), size)
+
+
+def comparable_devices(count: int, size: int, *, at_most: int = MAX_DEVICE_SETS) -> int:
+    """How many of `count` devices `device_sets` combines."""
     at_most = min(at_most, MAX_DEVICE_PAIRS // max(1, _binomial(size, 2)))
     while count > size and _binomial(count, size) > at_most:
         count -= 1
-    return combinations(sorted(devices[:count]), size)
+    return count
 
 
 def disjoint_groups(
@@ -70,6 +74,9 @@ def tensor_groups(indices: tuple[int, ...], tensor: int) -> list[tuple[int, ...]
     return [indices[start : start + tensor] for start in range(0, len(indices), tensor)]
 
 
+_SINGLE = (SINGLE_DEVICE.link_class, SINGLE_DEVICE.negated_nvlinks, 1, SINGLE_DEVICE.rank)
+
+
 @dataclass(frozen=True)
 class DeviceLayout:
     """How the devices of a node are connected, and how many engines are on each. By device index."""
@@ -84,6 +91,8 @@ class DeviceLayout:
         """How well tensor groups are connected; smaller is better: the class of the worst path within a group, then the
         number of different cards in these groups and `others`, then the worst path within its class."""
         listed = list(groups)
+        if not others and len(listed) == 1 and len(listed[0]) == 1:
+            return _SINGLE
         paths = (self.paths[pair] for group in listed for pair in combinations(group, 2))
         worst = max(paths, default=SINGLE_DEVICE)
         cards = {self.cards[index] for index in chain(others, *listed)}
@@ -93,7 +102,8 @@ class DeviceLayout:
         """How well the devices fill up a node; smaller is better: first the engines on them, then the weights of the
         paths between an idle one of them and an idle other one. So a device whose NVLinked neighbours are in use goes
         before one of a complete island, and one NUMA node is filled before the next."""
-        return sum(self.engines.get(index, 0) for index in indices), self._cut(indices)
+        engines = sum(self.engines.get(index, 0) for index in indices) if self.engines else 0
+        return engines, self._cut(indices)
 
     @cached_property
     def _idle_weights(self) -> Mapping[int, Mapping[int, int]]:
@@ -110,9 +120,9 @@ class DeviceLayout:
         return {index: sum(weights.values()) for index, weights in self._idle_weights.items()}
 
     def _cut(self, indices: tuple[int, ...]) -> int:
-        if not self._idle_weights:
-            return 0
         weights = self._idle_weights
+        if not weights or len(indices) == 1:
+            return self._total_weights.get(indices[0], 0)
         inside = sum(weights[a].get(b, 0) for a, b in combinations(indices, 2) if a in weights)
         return sum(self._total_weights.get(index, 0) for index in indices) - 2 * inside
 

@@ -94,7 +94,7 @@ NO_EVICTIONS = EvictionPlan()
 
 
 def _wait_reason(eviction: Eviction) -> str:
-    model_id, count = eviction.resident.key[0], eviction.resident.in_flight
+    model_id, count = eviction.resident.key.model_id, eviction.resident.in_flight
     if count:
         return f"{model_id} has {count} request{'' if count == 1 else 's'}"
     was = "loaded" if eviction.eviction_class is EvictionClass.RECENTLY_LOADED else "used"
@@ -130,11 +130,11 @@ def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     patient_until = since + min(rules.patience_secs, PATIENCE_SWAPS * swap_secs)
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
-    profile = view.catalogue.profile(resident.key[0])
+    profile = view.catalogue.profile(resident.key.model_id)
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
     recently_loaded = view.now < residency_ends_at and not resident.asleep
-    requested = resident.key[0] in view.waiting
+    requested = resident.key.model_id in view.waiting
     if resident.in_flight or requested:
         if requested:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
             patient_until = max(patient_until, view.now + HANDOVER_SECS)
@@ -206,7 +206,7 @@ def _within_minimums(evictions: Sequence[Eviction]) -> list[Eviction]:
     gone: Counter[str] = Counter()
     kept: list[Eviction] = []
     for each in evictions:
-        model_id, spare = each.resident.key[0], each.resident.spare_replicas
+        model_id, spare = each.resident.key.model_id, each.resident.spare_replicas
         if spare is None or gone[model_id] < spare:
             gone[model_id] += 1
             kept.append(each)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
 from cortex.config.settings import Rules
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.routing.replica import ANY_NODE, ReplicaKey
+from cortex.fleet.groups import serving_engine
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
+from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus
 from shared.protocol.parallel import ParallelSettings
 
@@ -27,6 +30,10 @@ class ReplicaUsage:
     loaded_at: float = 0.0
     peak: int = 0
 
+
+DRAINING = "draining"
+"""`ModelView.state` of an engine that accepts no new requests and exits after its current ones. Its status is
+`unloaded`."""
 
 UNUSED = ReplicaUsage()
 DEFAULT_RULES = Rules()
@@ -71,18 +78,49 @@ class PlanningView:
     demand: Mapping[str, float] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     observed_share_mb: Mapping[str, int] = field(default_factory=dict)
-    backoffs: Mapping[ReplicaKey, Backoff] = field(default_factory=dict)
+    backoffs: Mapping[ModelOnNode, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
-    holds: Mapping[ReplicaKey, float] = field(default_factory=dict)
+    holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
+    named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
+    """The instances that an operator has named for the next load."""
 
-    def usage(self, model_id: str, node: str) -> ReplicaUsage:
-        return self.usages.get((model_id, node), UNUSED)
+    @cached_property
+    def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
+        return {}
 
-    def requests_on(self, model_id: str, node: NodeSnapshot) -> int:
-        """Requests on the model's engine on the node from all clients: ours, and those in the node's last report that
-        were not ours."""
-        usage = self.usage(model_id, node.name)
-        return usage.in_flight + max(0, node.requests_on(model_id) - max(usage.in_flight, usage.peak))
+    def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
+        """The model's replicas that serve on nodes that are not draining."""
+        found = self._replicas.get(model_id)
+        if found is None:
+            serving = self.fleet.serving(model_id)
+            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+        return found
+
+    def usage(self, key: ReplicaKey) -> ReplicaUsage:
+        return self.usages.get(key, UNUSED)
+
+    def requests_on(self, engine: EngineSnapshot) -> int:
+        """Requests on the engine from all clients: ours, and those in its node's last report that were not ours."""
+        engine = serving_engine(self.fleet, engine)
+        usage = self.usage(engine.key)
+        return usage.in_flight + max(0, engine.requests - max(usage.in_flight, usage.peak))
+
+    def instance_to_load(self, model_id: str, node: NodeSnapshot) -> str:
+        """How the next load of the model on the node names its engine: as one that sleeps there, else the lowest number
+        that no engine there uses; "" on a node that has one engine for each model."""
+        if not node.has_instances:
+            return ""
+        named = self.named_instances.get((model_id, node.name))
+        if named is not None:
+            return named
+        there = node.instances(model_id)
+        taken = {
+            each.instance for each in self.fleet.reservations if (each.model_id, each.node) == (model_id, node.name)
+        }
+        taken |= {name for name, entry in there.items() if entry.loaded or entry.coming or entry.state == DRAINING}
+        taken |= {key.instance for key in self.fleet.evicting if key[:2] == (model_id, node.name)}
+        asleep = (name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING)
+        return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
         """The backoff that currently forbids loading the model there, if any."""
@@ -115,8 +153,8 @@ class PlanningView:
         known = [
             node
             for node in self.fleet.holders(model_id)
-            if node.status_of(model_id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
-            or (model_id, node.name) in self.fleet.evicting
+            if node.has_status(model_id, ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+            or any(engine.key in self.fleet.evicting for engine in node.engines(model_id))
         ]
         return self.profile_from_nodes(model_id, known)
 
@@ -124,7 +162,7 @@ class PlanningView:
         """A profile built from the nodes that list the model, to load it on one of them again; None without nodes."""
         if not nodes:
             return None
-        entry = nodes[0].models[model_id]
+        entry = next(iter(nodes[0].models[model_id].values()))
         devices = max(1, len(entry.devices))
         given = entry.parallel
         parallel = None

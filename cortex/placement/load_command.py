@@ -13,10 +13,11 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
     remembers the spec and devices, and refuses to wake it with different ones. A protocol v1 neuron remembers nothing,
     so the command repeats what it listed. `profile` is the plan's choice among the model's variants."""
     remembers = node.discovery is None or node.discovery.instance_id is not None
+    instance = plan.instance or None
     if remembers and (plan.wakes or profile is None):
-        return LoadCommand(model_id=plan.model_id)
+        return LoadCommand(model_id=plan.model_id, instance=instance)
     if profile is None:
-        view = node.models[plan.model_id]
+        view = node.models[plan.model_id][plan.instance]
         return LoadCommand(
             model_id=plan.model_id,
             harness=view.harness,
@@ -25,6 +26,7 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         )
     return LoadCommand(
         model_id=profile.id,
+        instance=instance,
         variant=profile.variant,
         harness=profile.harness,
         quant=profile.quant,

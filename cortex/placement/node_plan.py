@@ -25,11 +25,13 @@ from cortex.placement.capacity import (
     models_in_transition,
     reports_bookable_memory,
     resident_models,
+    wake_mb,
 )
 from cortex.placement.devices import (
     MAX_EVICTION_SETS,
     DeviceLayout,
     best_fit_rank,
+    comparable_devices,
     device_layout,
     device_sets,
     disjoint_groups,
@@ -49,7 +51,9 @@ from cortex.placement.eviction import (
     protection_reason,
 )
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
+from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
 from shared.protocol import ModelStatus
 
@@ -71,7 +75,8 @@ class LoadPlan:
     `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
     until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
     `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
-    the model sleeps there and is woken. `starts` are those of other engines that the neuron finishes first.
+    the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
+    that has one for each model. `starts` are those of other engines that the neuron finishes first.
     """
 
     model_id: str
@@ -86,16 +91,18 @@ class LoadPlan:
     ready_at: float = float("-inf")
     expected_secs: float | None = None
     wakes: bool = False
+    instance: str = ""
     starts: Starts = NO_STARTS
     rank: tuple[object, ...] = field(default=(), compare=False)
 
     @property
+    def key(self) -> ReplicaKey:
+        """Of the engine to load."""
+        return ReplicaKey(self.model_id, self.node, self.instance)
+
+    @property
     def reason(self) -> str:
-        return (
-            f"{self.node}: {self.fit_reason}"
-            if self.variant is None
-            else f"{self.node}: {self.variant} {self.fit_reason}"
-        )
+        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
 
     @property
     def fit_reason(self) -> str:
@@ -113,7 +120,7 @@ class LoadPlan:
             return f"fits now with {self.spare_mb} MiB to spare"
         if self.fit is Fit.OVER_SLEEPERS:
             return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
-        names = ", ".join(each.resident.key[0] for each in self.eviction_plan.evictions)
+        names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
         if self.fit is Fit.AFTER_EVICTION:
             return f"fits after evicting {names}"
         after = f" even after evicting {names}" if names else ""
@@ -128,7 +135,7 @@ class LoadPlan:
     @property
     def reservation(self) -> Reservation:
         """The memory reserved while the plan is carried out."""
-        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.variant)
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 
 @dataclass(frozen=True)
@@ -143,14 +150,16 @@ class Rejection:
 class _Candidate:
     """A feasible node, evaluated for one model.
 
-    `needed_mb` is what each device must give. `wake_mb` is what each device the model sleeps on must give, empty when
-    it does not sleep here. `eligible` are the indices of the devices that are large enough. `share` is 0 for a model of
-    unknown size. All in MiB. `starts` are those of other engines, by device.
+    `instance` names the engine. `needed_mb` is what each device must give. `wake_mb` is what each device the model
+    sleeps on must give, empty when it does not sleep here. `eligible` are the indices of the devices that are large
+    enough. `share` is 0 for a model of unknown size. All in MiB. `starts` are those of other engines, by device.
     """
 
     view: PlanningView
     profile: ModelProfile
     node: NodeSnapshot
+    instance: str
+    others: int
     share: int
     memory: Mapping[int, DeviceCapacity]
     needed_mb: Mapping[int, int]
@@ -204,36 +213,19 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
 
 def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    eligible = [device.index for device in eligible_devices(profile, node)]
+    here = instances_on(view, profile.id, node)
+    eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
-    wake_mb = _wake_mb(profile, node, share, memory, needed_mb)
+    instance = view.instance_to_load(profile.id, node)
+    waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(view, profile, node, share, memory, needed_mb, wake_mb, eligible, starts, layout)
-
-
-def _wake_mb(
-    profile: ModelProfile,
-    node: NodeSnapshot,
-    share: int,
-    memory: Mapping[int, DeviceCapacity],
-    needed_mb: Mapping[int, int],
-) -> dict[int, int]:
-    """By device, what the sleeping model needs on top of what it holds, capped at what all sleeping models there
-    need."""
-    entry = node.models.get(profile.id)
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not memory.keys() >= set(entry.devices):
-        return {}
-    if profile.variant is not None and entry.variant != profile.variant:
-        return {}
-    if reports_bookable_memory(node) and not share:
-        return {index: memory[index].sleeping_mb for index in entry.devices}
-    held = (entry.vram_booked_mb or entry.vram_used_mb or 0) // max(1, len(entry.devices))
-    wanted = {index: max(0, needed_mb[index] - held) for index in entry.devices}
-    return {i: min(mb, memory[i].sleeping_mb) if memory[i].sleeping_mb else mb for i, mb in wanted.items()}
+    return _Candidate(
+        view, profile, node, instance, here.count, share, memory, needed_mb, waking, eligible, starts, layout
+    )
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -252,8 +244,9 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
             group,
         )
 
-    ordered = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
-    return disjoint_groups(ordered, parallel.tensor, parallel.tensor_groups, rank)
+    if comparable_devices(len(devices), parallel.tensor) < len(devices):
+        devices = sorted(devices, key=lambda i: (longest(starts, (i,)).rank, best_fit_rank((i,), memory, share), i))
+    return disjoint_groups(devices, parallel.tensor, parallel.tensor_groups, rank)
 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
@@ -261,7 +254,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     waiting = view.waiting.get(model_id)
     since = view.now if waiting is None else waiting.since
     residents = resident_models(view, candidate.node)
-    others = [each for each in residents if each.key[0] != model_id]
+    others = [each for each in residents if each.key.model_id != model_id]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
@@ -269,9 +262,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     priority = candidate.profile.residency_priority
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
-    own = [
-        Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.key[0] == model_id and each.asleep
-    ]
+    own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]
     sets = candidate.sets(candidate.by_shortage, at_most=MAX_EVICTION_SETS)
     shortages = [(indices, candidate.missing_mb(indices)) for indices in sets]
     plans = _cheapest_plans(candidate, shortages, evictable, own)
@@ -282,7 +273,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
         if in_transition and any(
             candidate.fits_when_empty(indices) or free_enough(missing, later) for indices, missing in shortages
         ):
-            names = ", ".join(sorted({each.key[0] for each in in_transition}))
+            names = ", ".join(sorted({each.key.model_id for each in in_transition}))
             return Rejection(f"waiting for {names} to finish loading or unloading", temporary=True)
         last_resorts = ((indices, _last_resort(candidate, indices, others, evictable)) for indices, _ in shortages)
         plans = [
@@ -351,7 +342,7 @@ def _plan(
     reserve = max(needed_mb[index] for index in indices)
     if not reserve and not wakes:
         reserve = max(0, *(memory[index].free_mb for index in indices))
-    known = node.status_of(profile.id) in (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
+    known = node.has_status(profile.id, ModelStatus.UNLOADED, ModelStatus.SLEEPING)
     layout, spare_steps = candidate.layout, spare // MEMORY_STEP_MB
     starts = longest(candidate.starts, indices)
     return LoadPlan(
@@ -367,11 +358,13 @@ def _plan(
         ready_at=eviction_plan.ready_at,
         expected_secs=candidate.view.expected_load_secs(profile.requested.name, node.name),
         wakes=wakes,
+        instance=candidate.instance,
         starts=starts,
         rank=(
             fit,
             eviction_plan.order,
             starts.rank,
+            candidate.others,
             not wakes,
             profile.place,
             not known,
@@ -389,6 +382,6 @@ def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejecti
     free = ", ".join(f"{each.free_mb} MiB free on device {index}" for index, each in candidate.memory.items())
     size = candidate.profile.device_count
     what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
-    reasons = ((each.key[0], protection_reason(each, candidate.profile.residency_priority)) for each in residents)
+    reasons = ((each.key.model_id, protection_reason(each, candidate.profile.residency_priority)) for each in residents)
     stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)
     return Rejection(f"{what}, {free}" + (f"; {stays}" if stays else ""))

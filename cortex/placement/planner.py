@@ -10,13 +10,10 @@ from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason, reports_variants
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import DRAINING, PlanningView
+from cortex.placement.instances import has_room, instances_on
 from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
 from shared.protocol import ModelStatus
-
-DRAINING = "draining"
-"""`ModelView.state` of an engine that accepts no new requests and exits after its current ones. Its status is
-`unloaded`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
 
 def _awake(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | None:
     """The plan that wakes the variant that sleeps on the node, if there is one and its memory is available."""
-    entry = node.models.get(profile.id)
+    entry = node.view(profile.id, view.instance_to_load(profile.id, node))
     if entry is None or entry.known_status is not ModelStatus.SLEEPING:
         return None
     choice = profile.choice(entry.variant)
@@ -141,20 +138,27 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
-    entry = node.models.get(profile.id)
-    if (profile.id, node.name) in view.fleet.evicting:
+    here = instances_on(view, profile.id, node)
+    return _pause(view, profile.id, node.name) if has_room(profile, node, here) else _occupied(view, profile, node)
+
+
+def _occupied(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection:
+    """Why the node gets no instance beside those that it has."""
+    engines = list(node.engines(profile.id))
+    if any(engine.key in view.fleet.evicting for engine in engines):
         return Rejection("is unloading it", temporary=True)
-    if entry is not None and entry.state == DRAINING:  # by another cortex; a load would wait until it is gone
+    if any(engine.view.state == DRAINING for engine in engines):  # by another cortex; a load would wait for its end
         return Rejection("is still draining it", temporary=True)
-    other = entry is not None and profile.variant is not None and entry.variant != profile.variant
-    if entry is not None and other and (entry.known_status is ModelStatus.LOADED or node.is_loading(profile.id)):
-        return Rejection(f"has it as {entry.variant or 'another variant'}")
-    if entry is not None and entry.known_status is ModelStatus.LOADED:
-        why_not = entry.unservable_because
-        return Rejection("already serves it" if why_not is None else f"says that it cannot serve it now ({why_not})")
-    if node.is_loading(profile.id):
-        return Rejection("is already loading it", temporary=True)
-    return _pause(view, profile.id, node.name)
+    others = [each.view for each in engines if profile.variant is not None and each.view.variant != profile.variant]
+    if any(entry.loaded or entry.coming for entry in others):
+        return Rejection(f"has it as {others[0].variant or 'another variant'}")
+    loaded = [engine.view for engine in engines if engine.view.loaded]
+    unservable = [entry.unservable_because for entry in loaded if entry.unservable_because is not None]
+    if unservable:
+        return Rejection(f"says that it cannot serve it now ({unservable[0]})")
+    if loaded:
+        return Rejection("already serves it" if len(loaded) == 1 else f"already serves it with {len(loaded)} instances")
+    return Rejection("is already loading it", temporary=True)
 
 
 def _pause(view: PlanningView, model_id: str, node: str) -> Rejection | None:

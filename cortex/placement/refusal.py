@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
-from shared.errors import MAX_SHOWN_CHARS, NotFound, ServiceError, Unavailable, shortened
+from shared.errors import MAX_SHOWN_CHARS, Conflict, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
 
@@ -62,6 +62,12 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
     )
 
 
+def node_refusal_error(model_id: str, verdict: NodeVerdict) -> Conflict:
+    """The error for an operator who wants the model on this node."""
+    message = f"{verdict.node} cannot load {model_id!r} now: {verdict.reason}"
+    return Conflict(message, code=ErrorCode.INSUFFICIENT_VRAM, param="node")
+
+
 def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:
     """The error for a model that an operator holds back on every neuron that could load it now, else None."""
     profile = view.profile(model_id)
@@ -92,8 +98,7 @@ def _fails_everywhere(model_id: str, possible: Sequence[NodeSnapshot], view: Pla
 
 def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
-    for node in fleet.holders(model_id):
-        view = node.models[model_id]
+    for node, view in fleet.engines(model_id):
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",
@@ -144,8 +149,9 @@ def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | 
     reasons = [
         f"{node.name}: {why}"
         for node in nodes
-        if node.healthy and node.status_of(model_id) is ModelStatus.LOADED
-        if (why := node.models[model_id].unservable_because) is not None
+        if node.healthy
+        for view in node.instances(model_id).values()
+        if view.loaded and (why := view.unservable_because) is not None
     ]
     if not reasons:
         return None

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cortex.config.catalogue import ModelProfile
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import coming
 from cortex.placement.node_plan import Fit, LoadPlan
-from cortex.placement.planner import best_plan, candidate_verdicts
+from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
+from cortex.routing.replica import ReplicaKey
 
+MAX_AT_ONCE = 64
+"""How many replicas of a model are added in one pass; a pass follows every second."""
 IN_USE_SECS = 60.0
 """A model used this recently moves to another neuron when its own is drained."""
 
@@ -23,8 +27,13 @@ class ReplicaRemoval:
 
     model_id: str
     node: str
+    instance: str
     sleep: bool
     reason: str
+
+    @property
+    def key(self) -> ReplicaKey:
+        return ReplicaKey(self.model_id, self.node, self.instance)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
     if profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None:
         return True
     holders = fleet.holders(profile.id)
-    return len(holders) > 1 or any(node.draining for node in holders)
+    return len(holders) > 1 or any(node.draining or len(node.instances(profile.id)) > 1 for node in holders)
 
 
 def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
@@ -48,50 +57,67 @@ def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> 
     loads: list[tuple[LoadPlan, str]] = []
     removals: list[ReplicaRemoval] = []
     for profile in profiles:
-        addition = _replica_to_add(view, profile)
-        if addition is not None:
-            loads.append(addition)
-            view = after_start(view, addition[0])
+        additions = _replicas_to_add(view, profile)
+        for plan, _ in additions:
+            view = after_start(view, plan)
+        loads += additions
         removals += _replicas_to_remove(view, profile)
     return ReplicaChanges(tuple(loads), tuple(removals))
 
 
-def _replica_to_add(view: PlanningView, profile: ModelProfile) -> tuple[LoadPlan, str] | None:
-    """Another replica where one is missing or would help; one at a time per model."""
-    coming = [node for node in _available_holders(view, profile) if node.is_loading(profile.id)]
-    if coming or view.fleet.reservation_of(profile.id) is not None:
-        return None
-    serving = [node for node in view.fleet.serving(profile.id) if not node.draining]
-    if len(serving) < profile.replicas.min:
-        return _plan_over_idle(view, profile, f"replicas.min is {profile.replicas.min}, {len(serving)} serving")
+def _replicas_to_add(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:
+    """Replicas where some are missing or another would help: all that are missing at once, else one at a time."""
+    serving = view.replicas(profile.id)
+    starting = coming(view, profile.id) - serving
+    missing = profile.replicas.min - len(serving) - len(starting)
+    if missing > 0:
+        why = f"replicas.min is {profile.replicas.min}, {len(serving)} serving"
+        return _over_idle(view, profile, why, count=min(missing, MAX_AT_ONCE))
+    if starting:
+        return []
     if not serving:
         return _replacement_for_drained(view, profile)
     since = view.overloaded_since.get(profile.id)
     if len(serving) < profile.replicas.max and since is not None and view.now - since >= view.rules.scale_up_secs:
         why = f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"
-        return _plan_over_idle(view, profile, why, worst=Fit.NOW)
-    return None
+        return _over_idle(view, profile, why, worst=Fit.NOW)
+    return []
 
 
-def _replacement_for_drained(view: PlanningView, profile: ModelProfile) -> tuple[LoadPlan, str] | None:
+def _replacement_for_drained(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:
     """A new place for a model in use that only drained neurons serve, so that those can empty."""
     drained = view.fleet.serving(profile.id)
     in_use = any(
-        view.requests_on(profile.id, node) or view.now - view.usage(profile.id, node.name).last_used < IN_USE_SECS
-        for node in drained
+        view.requests_on(engine) or view.now - view.usage(engine.key).last_used < IN_USE_SECS for engine in drained
     )
-    names = ", ".join(sorted(node.name for node in drained))
-    return _plan_over_idle(view, profile, f"in use on drained neurons only ({names})") if in_use else None
+    names = ", ".join(sorted({engine.node.name for engine in drained}))
+    return _over_idle(view, profile, f"in use on drained neurons only ({names})") if in_use else []
 
 
-def _plan_over_idle(
-    view: PlanningView, profile: ModelProfile, why: str, *, worst: Fit = Fit.AFTER_EVICTION
-) -> tuple[LoadPlan, str] | None:
-    """The best place that evicts only idle models: none in use, none recently loaded."""
-    plan = best_plan(candidate_verdicts(view, profile))
-    if plan is None or plan.fit > worst or plan.eviction_plan.eviction_class is not EvictionClass.IDLE:
-        return None
-    return plan, why
+def _over_idle(
+    view: PlanningView, profile: ModelProfile, why: str, *, count: int = 1, worst: Fit = Fit.AFTER_EVICTION
+) -> list[tuple[LoadPlan, str]]:
+    """The best places for up to `count` replicas, each after those before it, that evict only idle models: none in use,
+    none recently loaded."""
+    found: list[tuple[LoadPlan, str]] = []
+    verdicts: dict[str, NodeVerdict] = {}
+    while len(found) < count:
+        known = bool(verdicts)
+        if not known:
+            verdicts = {verdict.node: verdict for verdict in candidate_verdicts(view, profile)}
+        plan = best_plan(verdicts.values())
+        if plan is None or plan.fit > worst or plan.eviction_plan.eviction_class is not EvictionClass.IDLE:
+            if not known:
+                break
+            verdicts = {}  # other candidates of a large fleet may still do
+            continue
+        found.append((plan, why))
+        view = after_start(view, plan)
+        if plan.eviction_plan.evictions:  # what it leaves of a model may protect others of it elsewhere
+            verdicts = {}
+        else:
+            verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])
+    return found
 
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:
@@ -99,40 +125,36 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
     if profile.id in view.waiting:
         return
     serving = view.fleet.serving(profile.id)
-    idle = sorted((view.now - _last_used_at(view, profile.id, node), node.name) for node in serving)[::-1]
+    idle = sorted((view.now - _last_used_at(view, engine.key), engine.key) for engine in serving)[::-1]
     left = len(serving)
-    working = sum(view.requests_on(profile.id, node) for node in serving)
-    for idle_secs, name in idle:
-        if left <= profile.replicas.min or view.requests_on(profile.id, view.fleet.nodes[name]):
+    working = {engine.key: view.requests_on(engine) for engine in serving}
+    for idle_secs, key in idle:
+        if left <= profile.replicas.min or working[key]:
             continue
         ttl = profile.idle_ttl_secs
         if ttl is not None and idle_secs >= ttl:
             left -= 1
-            yield ReplicaRemoval(profile.id, name, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
         elif left > profile.replicas.max and idle_secs >= _surplus_idle_secs(view, profile, serving):
             why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
             left -= 1
-            yield ReplicaRemoval(profile.id, name, False, why)
+            yield ReplicaRemoval(*key, False, why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
-            if working > view.rules.replica_target * (left - 1):
+            if sum(working.values()) > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
-            yield ReplicaRemoval(profile.id, name, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
 
-def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[NodeSnapshot]) -> float:
+def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[EngineSnapshot]) -> float:
     """How long a replica above the maximum must be idle to be removed. Requests spread over all replicas: once all have
     been there for `scale_down_secs`, a pause is enough. Before that, a neuron that goes down and comes back again and
     again would cause a load each time."""
-    newest = max(view.usage(profile.id, node.name).loaded_at for node in serving)
+    newest = max(view.usage(engine.key).loaded_at for engine in serving)
     settled = view.now - newest >= view.rules.scale_down_secs
     return min(view.rules.pause_secs, view.rules.scale_down_secs) if settled else view.rules.scale_down_secs
 
 
-def _last_used_at(view: PlanningView, model_id: str, node: NodeSnapshot) -> float:
-    use = view.usage(model_id, node.name)
+def _last_used_at(view: PlanningView, key: ReplicaKey) -> float:
+    use = view.usage(key)
     return max(use.last_used, use.loaded_at)
-
-
-def _available_holders(view: PlanningView, profile: ModelProfile) -> Iterator[NodeSnapshot]:
-    return (node for node in view.fleet.holders(profile.id) if node.healthy and not node.draining)

@@ -38,20 +38,24 @@ NO_STARTS = Starts()
 def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> dict[int, Starts]:
     """By device index, the starts that `model_id` would wait for there; devices without any are left out."""
     found: dict[int, Starts] = {}
-    reported = {entry.id: entry for entry in node.models.values() if node.is_loading(entry.id)}
-    ours = {each.model_id: each for each in view.fleet.reservations if each.node == node.name}
-    for other in sorted((reported.keys() | ours.keys()) - {model_id}):
-        entry = reported.get(other)
-        devices = entry.devices if entry is not None and entry.devices else ours[other].devices if other in ours else ()
-        remaining = _remaining_secs(view, node, other, entry)
+    reported = {engine.key: engine.view for engine in node.every_engine() if engine.view.coming}
+    ours = {each.key: each for each in view.fleet.reservations if each.node == node.name}
+    for key in sorted(reported.keys() | ours.keys()):
+        if key.model_id == model_id:
+            continue
+        entry = reported.get(key)
+        devices = entry.devices if entry is not None and entry.devices else ours[key].devices if key in ours else ()
+        remaining = _remaining_secs(view, node, key.model_id, entry)
         for index in devices:
             before = found.get(index, NO_STARTS)
-            found[index] = Starts((*before.models, other), before.remaining_secs + remaining)
+            found[index] = Starts((*before.models, key.model_id), before.remaining_secs + remaining)
     return found
 
 
 def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
     """What an engine on all these devices waits for the longest."""
+    if not starts:  # the usual case, for each of many sets
+        return NO_STARTS
     found = (starts.get(index, NO_STARTS) for index in indices)
     return max(found, key=lambda each: (each.rank, each.remaining_secs), default=NO_STARTS)
 

@@ -19,7 +19,7 @@ from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
 from cortex.routing.control import Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Replica
+from cortex.routing.replica import Replica, ReplicaKey
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -70,25 +70,27 @@ class ProxyContext:
 
     def finished(self, replica: Replica) -> None:
         """A request at this replica has ended, or is given up."""
-        self.in_flight.remove((replica.model_id, replica.node))
+        self.in_flight.remove(replica.key)
         if replica.limit is not None:
             self.control.release(replica)
 
     def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
         """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
-        model_id = replicas[0].model_id
-        nodes: list[str] = []
+        keys: list[ReplicaKey] = []
+        names: list[str] = []
         outstanding: list[int] = []
         for replica in replicas:
-            nodes.append(replica.node)
-            outstanding.append(self.in_flight.count((model_id, replica.node)) + replica.others)
+            keys.append(replica.key)
+            names.append(replica.name)
+            outstanding.append(self.in_flight.count(replica.key) + replica.others)
         key = self.affinity.key(request.path, request.passed, request.body)
-        return replicas[choose(nodes, outstanding, self.speeds.of(model_id, nodes), key, self.load_factor)]
+        return replicas[choose(names, outstanding, self.speeds.of(keys), key, self.load_factor)]
 
-    def measure(self, model_id: str, node: str, request: Request, answer: Answer) -> None:
+    def measure(self, replica: Replica, request: Request, answer: Answer) -> None:
         """Records the speed of the engine that gave this complete answer."""
-        kind = model_id, request.path, answer.events
-        self.speeds.learn(kind, node, monotonic() - request.received, answer.tail.fed_bytes)
+        key = replica.key
+        kind = key.model_id, request.path, answer.events
+        self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
     def count_tokens(self, model: str, node: str, tail: UsageTail) -> None:
         """Counts the tokens of an answer that says them. `model` and `node` are metric labels."""
@@ -102,7 +104,7 @@ class ProxyContext:
         if owner is None:
             return None
         replicas = self.control.table.get(owner.model_id, ())
-        return next((replica for replica in replicas if replica.node == owner.node), None)
+        return next((replica for replica in replicas if replica.key == owner.key), None)
 
     async def find_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
@@ -110,7 +112,7 @@ class ProxyContext:
         for _ in range(OTHER_WORKER_CHECKS):
             owner = self.control.response_owners.find(response_id)
             if owner is not None:
-                return self.published_maker(response_id) or await self.control.engine(owner.model_id, owner.node)
+                return self.published_maker(response_id) or await self.control.engine(owner.key)
             await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
         return None
 

@@ -229,15 +229,15 @@ class RequestHandler:
         relay = state.relay
         self._account(relay.status, relay)
         if state.compared:
-            self._measure(relay)
+            self._measure(state.replica, relay)
         self._stop_keep_alive()
         self._client.finished()
 
-    def _measure(self, relay: Relay) -> None:
+    def _measure(self, replica: Replica, relay: Relay) -> None:
         """Records the engine's speed. Only complete answers at the first attempt are comparable."""
         comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
         if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
-            self._context.measure(self._model_id, self._node, self._request, relay.answer)
+            self._context.measure(replica, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
@@ -250,7 +250,7 @@ class RequestHandler:
         assert isinstance(state, Sent)
         replica = state.replica
         with request_scope(self._request_id):
-            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
+            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
@@ -284,7 +284,7 @@ class RequestHandler:
         self._resolved()
         if route.cold:
             self._cold = True
-            self._failures = [f for f in self._failures if f.replica.node != route.replica.node or f.kind == "dead"]
+            self._failures = [f for f in self._failures if f.replica.key != route.replica.key or f.kind == "dead"]
         self._send(route.replica, compared=False)
 
     def _resolved(self) -> None:
@@ -307,18 +307,19 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
+        key, node = replica.key, replica.key.node
         self._label = self._model_id
-        self._node = replica.node
+        self._node = node
         self._attempts += 1
-        context.in_flight.add((replica.model_id, replica.node))
+        context.in_flight.add(key)
         request_id = self._request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(
                 b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (own_lines(request, request_id), replica.node.encode(), b"true" if self._cold else b"false")
+                % (own_lines(request, request_id), node.encode(), b"true" if self._cold else b"false")
             )
         else:
-            self._keep_alive.sent_to = replica.node
+            self._keep_alive.sent_to = node
             answer = self._deferred(self._keep_alive)
         address, host, prefix, credentials = engine_target(replica.url, replica.api_key, replica.keep_alive_secs)
         relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from cortex.routing.replica import Failure, Replica, Route, WaitNote
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 
 
@@ -35,9 +35,8 @@ class Control(Protocol):
             ServiceError: the request cannot be served.
         """
 
-    async def engine(self, model_id: str, node: str) -> Replica | None:
-        """The engine with the model on this neuron, None without one. Does not load it, and takes no place of a
-        replica with a limit."""
+    async def engine(self, key: ReplicaKey) -> Replica | None:
+        """This engine, None if it serves no more. Does not load it, and takes no place of a replica with a limit."""
 
     async def engine_end(self, replica: Replica) -> str | None:
         """Why the engine has ended, as its neuron reports it; None if it reports nothing within about a second."""

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from shared.errors import UpstreamError
-from shared.protocol import ErrorCode
+from shared.protocol import FIRST_INSTANCE, ErrorCode
 
-ReplicaKey: TypeAlias = tuple[str, str]
-"""Identifies a replica: (model id, node name)."""
+
+class ReplicaKey(NamedTuple):
+    """Identifies a replica: one engine of the model on the node. `instance` is its name among those of the model there,
+    "" on a neuron that has one engine for each model (`Discovery.instances`)."""
+
+    model_id: str
+    node: str
+    instance: str
+
+    @property
+    def name(self) -> str:
+        """Tells it from the model's other replicas. The node's name where a single instance runs, so that a cache is
+        found again after an upgrade of the neuron."""
+        return self.node if self.instance in ("", FIRST_INSTANCE) else f"{self.node}#{self.instance}"
+
+
+ModelOnNode: TypeAlias = tuple[str, str]
+"""A model on a node, whatever its instances: (model id, node name)."""
 
 ANY_NODE: Final = "*"
 """As the node name of a key: every node. No neuron has this name."""
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine that has the model. `url` is its base URL; `others` is its work for other clients of the engine, by the
-    neuron's last report (`choice.beyond_ours`).
+    """An engine that has the model. `name` is that of its `key`, made once and not for each request. `url` is its base
+    URL; `others` is its work for other clients of the engine, by the neuron's last report (`choice.beyond_ours`).
 
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
     the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
     `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`.
     """
 
-    model_id: str
-    node: str
+    key: ReplicaKey
+    name: str
     url: str
     api_key: str | None = None
     others: int = 0
@@ -36,6 +52,18 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     keep_alive_secs: float | None = None
     missing_paths: tuple[str, ...] = ()
+
+    @property
+    def model_id(self) -> str:
+        return self.key.model_id
+
+    @property
+    def node(self) -> str:
+        return self.key.node
+
+    @property
+    def instance(self) -> str:
+        return self.key.instance
 
 
 FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "dead", "unknown"]
@@ -82,12 +110,12 @@ class WaitNote(msgspec.Struct, frozen=True, kw_only=True):
     node: str | None = None
 
 
-def given_up(failures: Sequence[Failure]) -> set[str]:
-    """The neurons that a request is not sent to again: no answer at a fresh endpoint, or two connection timeouts. A
-    neuron whose engine answered 502 or 503 is alive."""
-    nodes = [failure.replica.node for failure in failures if failure.kind == "timeout"]
-    slow = {node for node in nodes if nodes.count(node) >= TIMEOUTS_BEFORE_GIVING_UP}
-    lost = {f.replica.node for f in failures if f.replica.fresh and f.kind in ("refused", "reset")}
+def given_up(failures: Sequence[Failure]) -> set[ReplicaKey]:
+    """The engines that a request is not sent to again: no answer at a fresh endpoint, or two connection timeouts. One
+    that answered 502 or 503 is alive."""
+    keys = [failure.replica.key for failure in failures if failure.kind == "timeout"]
+    slow = {key for key in keys if keys.count(key) >= TIMEOUTS_BEFORE_GIVING_UP}
+    lost = {f.replica.key for f in failures if f.replica.fresh and f.kind in ("refused", "reset")}
     return slow | lost
 
 
@@ -106,39 +134,39 @@ def failure_of(
     if refusal == "strange":
         confirmed = any(each.kind == "unknown" and each.replica.url == replica.url for each in failures)
         return "unknown" if replica.may_move and not confirmed else None
-    again = any(each.replica.node == replica.node and each.kind == "status" for each in failures)
+    again = any(each.replica.key == replica.key and each.kind == "status" for each in failures)
     return None if again and not others and refusal == "unavailable" else "status"
 
 
-def untried_first(nodes: Sequence[str], failures: Sequence[Failure]) -> list[str]:
-    """The neurons in their order, but those that this request has tried come last."""
-    tried = {failure.replica.node for failure in failures}
-    return sorted(nodes, key=lambda node: node in tried)
+def untried_first(keys: Sequence[ReplicaKey], failures: Sequence[Failure]) -> list[ReplicaKey]:
+    """The replicas in their order, but those that this request has tried come last."""
+    tried = {failure.replica.key for failure in failures}
+    return sorted(keys, key=lambda key: key in tried)
 
 
 def untried(replicas: tuple[Replica, ...], failures: Sequence[Failure], current: Replica | None) -> tuple[Replica, ...]:
-    """The replicas on other nodes than `current` and those that failed."""
-    tried = {failure.replica.node for failure in failures}
+    """The replicas except `current` and those that failed."""
+    tried = {failure.replica.key for failure in failures}
     if current is not None:
-        tried.add(current.node)
-    return tuple(replica for replica in replicas if replica.node not in tried)
+        tried.add(current.key)
+    return tuple(replica for replica in replicas if replica.key not in tried)
 
 
 def lost(replica: Replica, reason: str, engine_end: str | None) -> UpstreamError:
     """The error for an answer that began and whose engine was lost. `engine_end` is what the neuron says of it."""
     why = reason if engine_end is None else f"{reason}; {replica.node} reports: {engine_end}"
-    message = f"{replica.model_id!r} on {replica.node} was lost while it answered: {why}"
+    message = f"{replica.model_id!r} on {replica.name} was lost while it answered: {why}"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
 
 
 def stopped(replica: Replica) -> UpstreamError:
     """The error for an answer that began and that cortex cannot wait for, because it stops."""
-    message = f"the answer of {replica.model_id!r} on {replica.node} was cut off: cortex is stopping"
+    message = f"the answer of {replica.model_id!r} on {replica.name} was cut off: cortex is stopping"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
 
 
 def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:
     """The error when no replica is left to try."""
-    reasons = {failure.replica.node: failure.reason for failure in failures}
-    tried = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "the fleet keeps changing"
+    reasons = {failure.replica.name: failure.reason for failure in failures}
+    tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "the fleet keeps changing"
     return UpstreamError(f"no engine with {model_id!r} can be reached ({tried})", code=ErrorCode.UPSTREAM_UNREACHABLE)

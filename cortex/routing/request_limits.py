@@ -19,16 +19,14 @@ class RequestLimits:
 
     def take(self, replica: Replica) -> bool:
         """Counts one more request there; False if that exceeds the limit."""
-        key = replica.model_id, replica.node
-        if not self.has_room(key, replica.limit):
+        if not self.has_room(replica.key, replica.limit):
             return False
         if replica.limit is not None:
-            self._taken[key] += 1
+            self._taken[replica.key] += 1
         return True
 
     def release(self, replica: Replica, count: int = 1) -> None:
         """Requests that were taken for this replica have ended."""
-        key = replica.model_id, replica.node
-        self._taken[key] -= count
-        if not self._taken[key]:
-            del self._taken[key]
+        self._taken[replica.key] -= count
+        if not self._taken[replica.key]:
+            del self._taken[replica.key]

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from cortex.routing.replica import Replica
+from cortex.routing.replica import Replica, ReplicaKey
 
 MAX_IDS: Final = 20_000
 SEARCHED_BYTES: Final = 4096
@@ -50,17 +50,17 @@ class ResponseOwners:
         return _listed(self._owners.items())
 
     def newest(self, count: int) -> OwnerList:
-        """Model and neuron of the newest, for a file: URLs and keys may change until it is read."""
+        """The keys of the newest, for a file: URLs and keys may change until it is read."""
         latest = list(self._owners.items())[-count:]
-        return _listed((made, Replica(model_id=r.model_id, node=r.node, url="")) for made, r in latest)
+        return _listed((made, Replica(key=each.key, name=each.name, url="")) for made, each in latest)
 
 
 def _listed(owners: Iterable[tuple[str, Replica]]) -> OwnerList:
     engines: list[Replica] = []
-    places: dict[tuple[str, str, str], int] = {}
+    places: dict[tuple[ReplicaKey, str], int] = {}
     responses: dict[str, int] = {}
     for made, replica in owners:
-        key = replica.model_id, replica.node, replica.url
+        key = replica.key, replica.url
         if key not in places:
             places[key] = len(engines)
             engines.append(replica)

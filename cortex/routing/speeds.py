@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from cortex.routing.replica import ReplicaKey
+
 _WEIGHT: Final = 0.05  # of an answer in its replica's average: about the last 20 count
 _USUAL_WEIGHT: Final = 0.02
 _MOST: Final = math.log(4)
@@ -16,7 +18,8 @@ times as many bytes in an event as in a plain answer."""
 
 
 class Speeds:
-    """One worker's measurements. They make configuring the speeds of mismatched GPUs unnecessary.
+    """One worker's measurements, of each engine: those of one host may run on different cards. They make configuring
+    the speeds of mismatched GPUs unnecessary.
 
     Each answer's seconds per byte are compared with the average of its kind; the mean ratio, within a factor of 4, is
     the replica's speed. Means are of logarithms and clipped, so an answer that took a hundred times as long counts as
@@ -28,28 +31,27 @@ class Speeds:
 
     def __init__(self) -> None:
         self._usual: dict[Kind, tuple[float, int]] = {}  # log of seconds per byte, answers seen
-        self._slowness: dict[tuple[str, str], tuple[float, int]] = {}  # (model id, node): log of a factor, answers
+        self._slowness: dict[ReplicaKey, tuple[float, int]] = {}  # log of a factor, answers
 
-    def learn(self, kind: Kind, node: str, secs: float, sent_bytes: int) -> None:
-        """Records that a complete answer of `sent_bytes` took `secs`."""
+    def learn(self, kind: Kind, key: ReplicaKey, secs: float, sent_bytes: int) -> None:
+        """Records that a complete answer of `sent_bytes` from this replica took `secs`."""
         if secs <= 0 or sent_bytes <= 0:
             return
         took = math.log(secs / sent_bytes)
         usual, seen = self._usual.get(kind, (took, 0))
         usual += (took - usual) * max(_USUAL_WEIGHT, 1 / (seen + 1))
         self._usual[kind] = usual, seen + 1
-        key = kind[0], node
         slowness, answers = self._slowness.get(key, (0.0, 0))
         beside = max(-_MOST, min(_MOST, took - usual))
         self._slowness[key] = slowness + (beside - slowness) * max(_WEIGHT, 1 / (answers + 1)), answers + 1
 
-    def of(self, model_id: str, nodes: Sequence[str]) -> list[float]:
-        """The speed of the model on each node: 1/4 to 4; 1 is average, and also means no measurements."""
+    def of(self, keys: Sequence[ReplicaKey]) -> list[float]:
+        """The speed of each replica: 1/4 to 4; 1 is average, and also means no measurements."""
         slowness = self._slowness
         if not slowness:
-            return [1.0] * len(nodes)
+            return [1.0] * len(keys)
         speeds: list[float] = []
-        for node in nodes:
-            known = slowness.get((model_id, node))
+        for key in keys:
+            known = slowness.get(key)
             speeds.append(1.0 if known is None else math.exp(-known[0]))
         return speeds

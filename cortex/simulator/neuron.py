@@ -74,18 +74,18 @@ class SimulatedNeuron:
         asyncio.get_running_loop().call_later(secs, self._set_status, engine, ModelStatus.LOADED)
         return LoadReply(status=ModelStatus.LOADING.value)
 
-    async def unload(self, model_id: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
+    async def unload(self, model_id: str, instance: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
         """Frees the memory after the fleet file's `unload` seconds."""
         await asyncio.sleep(self._simulated.file.load_secs.unload)
         engine = self.engines.pop(model_id)
         self._on_memory(-engine.booked_mb)
         self._set_status(engine, ModelStatus.UNLOADED)
 
-    async def sleep(self, model_id: str, *, timeout_secs: float) -> None:
+    async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None:
         """Always refuses, so that the loader unloads instead."""
         raise NeuronRefused(409, "simulated engines do not sleep", ErrorCode.SLEEP_UNSUPPORTED)
 
-    async def endpoint(self, model_id: str) -> EndpointReply:
+    async def endpoint(self, model_id: str, instance: str) -> EndpointReply:
         return EndpointReply(url=f"http://{self.node.name}")
 
     async def refresh(self) -> None:

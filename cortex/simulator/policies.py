@@ -39,7 +39,7 @@ def _first_come_first_served(choose: Choose) -> Policy:
             if not nodes:
                 rejected[model_id] = placement_error(view, model_id, all_verdicts(view, profile))
                 continue
-            here = [node for node in nodes if (model_id, node.name) not in view.fleet.evicting]
+            here = [node for node in nodes if not _is_evicting(view, model_id, node)]
             options = [option for node in here for option in _device_sets(view, profile, node)]
             plan = choose(view, options)
             if plan is None:
@@ -104,6 +104,7 @@ class _DeviceSet:
         self.devices = devices
         self._model_id = profile.id
         self._share_mb = view.device_share_mb(profile)
+        self._instance = view.instance_to_load(profile.id, node)
         memory = device_memory(view, node)
         free = {index: memory[index].free_mb for index in devices}
         self.missing_mb = {index: self._share_mb - mb for index, mb in free.items() if mb < self._share_mb}
@@ -131,6 +132,7 @@ class _DeviceSet:
             fit=Fit.AFTER_EVICTION if evicting else Fit.NOW,
             spare_mb=self.spare_mb,
             reserve_mb=self._share_mb,
+            instance=self._instance,
             eviction_plan=EvictionPlan(evicting),
         )
 
@@ -139,6 +141,10 @@ def _device_sets(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     indices = [device.index for device in eligible_devices(profile, node)]
     for devices in device_sets(indices, profile.device_count, at_most=MAX_EVICTION_SETS):
         yield _DeviceSet(view, profile, node, devices)
+
+
+def _is_evicting(view: PlanningView, model_id: str, node: NodeSnapshot) -> bool:
+    return any(engine.key in view.fleet.evicting for engine in node.engines(model_id))
 
 
 def _could_hold(profile: ModelProfile, node: NodeSnapshot) -> bool:

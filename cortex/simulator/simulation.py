@@ -95,7 +95,7 @@ class ObservedPolicy:
     def _count(self, view: PlanningView, plans: Sequence[LoadPlan]) -> None:
         for plan in plans:
             for each in plan.eviction_plan.evictions:
-                model_id, use = each.resident.key[0], view.usage(*each.resident.key)
+                model_id, use = each.resident.key.model_id, view.usage(each.resident.key)
                 self._counts.evictions[model_id] += 1
                 if use.in_flight or view.now - use.last_used < RECENT_SECS:
                     self._counts.hot_evictions[model_id] += 1
@@ -108,8 +108,8 @@ def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
     for waiting in view.waiting.values():
         moments += [waiting.since + rules.patience_secs, waiting.since + rules.starvation_secs]
     moments += [backoff.until for backoff in view.backoffs.values()]
-    for (model, _), use in view.usages.items():
-        profile = view.catalogue.profile(model)
+    for key, use in view.usages.items():
+        profile = view.catalogue.profile(key.model_id)
         own = None if profile is None else profile.min_residency_secs
         moments.append(use.loaded_at + (rules.min_residency_secs if own is None else own))
         moments.append(max(use.last_used, use.loaded_at) + rules.pause_secs)
@@ -209,7 +209,7 @@ class Simulation:
                 self._finish(request)
             return
         request.cold = route.cold
-        self._begin(request, (request.model, route.replica.node))
+        self._begin(request, route.replica.key)
 
     def _begin(self, request: SimulatedRequest, key: ReplicaKey) -> None:
         engine = self._engine(key)
@@ -245,7 +245,7 @@ class Simulation:
             self._finished.set_result(None)
 
     def _engine(self, key: ReplicaKey) -> SimulatedEngine:
-        return self.neurons[key[1]].engines[key[0]]
+        return self.neurons[key.node].engines[key.model_id]
 
 
 def simulate(

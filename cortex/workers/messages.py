@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -11,6 +11,9 @@ from cortex.metrics.counters import Counters
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
+
+Counts: TypeAlias = list[tuple[ReplicaKey, int]]
+"""Requests by replica. Keys of a JSON object could only be strings."""
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
@@ -67,7 +70,7 @@ class ResponseMade(msgspec.Struct, frozen=True, tag=True):
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
     """The requests that the other workers have in flight."""
 
-    counts: list[tuple[str, str, int]]
+    counts: Counts
 
 
 class Resolved(msgspec.Struct, frozen=True, tag=True):
@@ -162,8 +165,7 @@ class AskEngine(msgspec.Struct, frozen=True, tag=True):
     """Asks for `routing.control.Control.engine`."""
 
     number: int
-    model_id: str
-    node: str
+    key: ReplicaKey
 
 
 class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -176,8 +178,8 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
 
-    counts: list[tuple[str, str, int]]
-    begun: list[tuple[str, str, int]]
+    counts: Counts
+    begun: Counts
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
@@ -197,7 +199,7 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     counters: Counters
-    in_flight: list[tuple[str, str, int]]
+    in_flight: Counts
 
 
 FromWorker = (
@@ -214,12 +216,12 @@ FromWorker = (
 )
 
 
-def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> list[tuple[str, str, int]]:
-    return [(model_id, node, count) for (model_id, node), count in counts.items()]
+def counts_to_wire(counts: Mapping[ReplicaKey, int]) -> Counts:
+    return list(counts.items())
 
 
-def counts_from_wire(counts: list[tuple[str, str, int]]) -> dict[ReplicaKey, int]:
-    return {(model_id, node): count for model_id, node, count in counts}
+def counts_from_wire(counts: Counts) -> dict[ReplicaKey, int]:
+    return dict(counts)
 
 
 def error_to_wire(number: int, error: ServiceError) -> Refused:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cortex.http.errors import shutting_down
-from cortex.routing.replica import Failure, Replica, Route, WaitNote
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 from cortex.workers.messages import (
     AskEngine,
@@ -76,8 +76,8 @@ class RemoteControl:
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
 
-    async def engine(self, model_id: str, node: str) -> Replica | None:
-        found: Replica | None = await self._ask(AskEngine(next(self._numbers), model_id, node))
+    async def engine(self, key: ReplicaKey) -> Replica | None:
+        found: Replica | None = await self._ask(AskEngine(next(self._numbers), key))
         return found
 
     async def engine_end(self, replica: Replica) -> str | None:

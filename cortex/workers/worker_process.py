@@ -20,6 +20,7 @@ from cortex.workers.messages import (
     CancelResolve,
     Collect,
     Counted,
+    Counts,
     EngineEnd,
     EngineFound,
     FromWorker,
@@ -183,32 +184,32 @@ class WorkerProcess:
             self._channel.send(error_to_wire(number, error))
         else:
             replica = route.replica
-            self._granted[replica.model_id, replica.node] += 1
+            self._granted[replica.key] += 1
             if replica.limit is not None:
-                self._taken.setdefault((replica.model_id, replica.node), []).append(replica)
+                self._taken.setdefault(replica.key, []).append(replica)
             self._channel.send(Resolved(number, route))
 
     def _release(self, replica: Replica) -> None:
-        taken = self._taken[replica.model_id, replica.node]
+        taken = self._taken[replica.key]
         taken.pop()
         if not taken:
-            del self._taken[replica.model_id, replica.node]
+            del self._taken[replica.key]
         self._resolver.release(replica)
 
     def _take_back(self, replica: Replica) -> None:
         """Counts a route no more for which the worker has no request."""
-        self._granted -= Counter({(replica.model_id, replica.node): 1})
+        self._granted -= Counter({replica.key: 1})
         if replica.limit is not None:
             self._release(replica)
 
     async def _tell_of_engine(self, asked: AskEngine | AskEngineEnd) -> None:
         if isinstance(asked, AskEngine):
-            engine = await self._resolver.engine(asked.model_id, asked.node)
+            engine = await self._resolver.engine(asked.key)
             self._channel.send(EngineFound(asked.number, engine))
         else:
             self._channel.send(EngineEnd(asked.number, await self._resolver.engine_end(asked.replica)))
 
-    def _reported(self, counts: list[tuple[str, str, int]]) -> None:
+    def _reported(self, counts: Counts) -> None:
         self._in_flight = counts_from_wire(counts)
         self._granted.clear()
 

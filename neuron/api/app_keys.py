@@ -13,6 +13,7 @@ from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
+from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import Ledger
@@ -36,6 +37,7 @@ class Services:
     metrics: NeuronMetrics
     spares: Spares
     leases: LeaseTable
+    group_listeners: GroupListeners
 
     async def discovery(self) -> Discovery:
         return await discovery_of(self.config, self.source, instance_id=self.instance_id)

@@ -30,6 +30,14 @@ _GONE_SECS = 1.0  # Retry-After
 _SCHEME = "huggingface:"
 _NOT_RUNNING = frozenset({ModelStatus.UNLOADED.value, ModelStatus.FAILED.value})
 _WHOLE = ("utilization_pct", "temp_c")
+_COUNTS = ("in_flight", "queue_depth", "ended")
+_ENDPOINT_HELPS = 2
+_USE = {
+    ModelStatus.LOADING.value: 0,  # helexa's cortex loads such a model by its catalogue, and evicts others for it
+    ModelStatus.RECOVERING.value: 1,  # it tells its client to retry
+    ModelStatus.LOADED.value: 3,
+}
+"""What such a cortex does with a status, the best last. With any other it asks for the endpoint."""
 
 
 def carries_keys(request: web.Request) -> bool:
@@ -78,7 +86,7 @@ class ProtocolV1:
             if model.state is State.LOADED and model.engine is not None:
                 return model
             try:
-                await self._load(model_id, instance)
+                await self._load(model)
             except ServiceError as error:
                 if error.code != ErrorCode.LOAD_CANCELLED:
                     self._unlisted.add(model_id)
@@ -98,17 +106,16 @@ class ProtocolV1:
 
         return min(self._registry.instances(model_id, instance), key=preference)
 
-    async def _load(self, model_id: str, instance: str | None) -> None:
+    async def _load(self, model: InstanceState) -> None:
         """Loads or wakes it. Where memory lacks, waits for engines without a key to become idle, and ends them."""
         deadline = time.monotonic() + ROOM_SECS
         while True:
-            key = self._best(model_id, instance).key
             try:
-                command = LoadCommand(model_id=key.model_id, instance=key.instance)
+                command = LoadCommand(model_id=model.model_id, instance=model.key.instance)
                 await (await self._registry.load(command, carries_keys=False, displace=True)).loaded()
             except InsufficientVram:
-                if self._registry.get(*key).state is State.SLEEPING:
-                    self._registry.restart(key, "no memory to wake: it is loaded again")
+                if model.state is State.SLEEPING:
+                    self._registry.restart(model.key, "no memory to wake: it is loaded again")
                 elif time.monotonic() >= deadline or not self._registry.room_may_come():
                     raise
                 else:
@@ -126,7 +133,7 @@ class ProtocolV1:
             await self.until_usable(*key)
 
     async def _without_key(self, model_id: str, instance: str | None) -> InstanceState:
-        """The instance to use. If it has a needless key, waits until it is idle, then stops its engine."""
+        """The instance to use. If it has a needless key, waits until one is idle, then stops its engine."""
         deadline = time.monotonic() + ROOM_SECS
         while True:
             model = self._best(model_id, instance)
@@ -138,25 +145,33 @@ class ProtocolV1:
                 continue
             if not engine.health.busy:
                 self._registry.restart(model.key, "restarts without a key for a caller that cannot send one")
-            elif time.monotonic() < deadline:
-                await asyncio.sleep(_ROOM_POLL_SECS)
-            else:
+                return model
+            if time.monotonic() >= deadline:
                 advice = (
                     "another cortex loaded it and uses it now. Retry when it is idle: neuron then restarts it without "
                     'a key. With engine_keys = "never" in neuron.toml no engine has one'
                 )
                 raise failures.key_required(str(model.key), advice, retry_after=_BUSY_SECS)
+            await asyncio.sleep(_ROOM_POLL_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
-        """The entries of `/models` that such a caller gets."""
-        return [view for view in views if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+        """The entries of `/models` that such a caller gets: without parts of a group that have no server, since it
+        would send requests to each that is loaded. Where a model has several, known implementations keep the last one's
+        status, which is therefore that of the instance to use."""
+        serving = [view for view in views if view.group is None or view.group.serves]
+        listed = [view for view in serving if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
+        first = {view.id: number for number, view in reversed(list(enumerate(listed)))}
+        return sorted(listed, key=lambda view: (first[view.id], _USE.get(view.status, _ENDPOINT_HELPS)))
 
     def health(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The answer of `/health` as known implementations read it: whole numbers, and no `activation` of ours, for
-        which they have another type."""
+        """The answer of `/health` as known implementations read it: whole numbers and, once there is such a caller, one
+        entry for each model, and no `activation` of ours, for which they have another type."""
         devices = [_whole_figures(device) for device in figures["devices"]]
         told = {**figures, "uptime_secs": int(figures["uptime_secs"]), "devices": devices}
-        return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
+        if self._keys.v1_callers:
+            del told["activation"]
+            told["models"] = _summed(figures["models"])
+        return told
 
 
 def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:
@@ -165,6 +180,17 @@ def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:
     if keys.required or model.state is not State.LOADED or engine is None or engine.api_key is None:
         return None
     return engine
+
+
+def _summed(activity: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of all instances of a model together, without `instance`."""
+    models: dict[str, dict[str, Any]] = {}
+    for engine in activity:
+        total = models.setdefault(engine["id"], {**engine, **dict.fromkeys(_COUNTS, 0)})
+        total.pop("instance", None)
+        for name in _COUNTS:
+            total[name] += engine[name] or 0
+    return list(models.values())
 
 
 def _whole_figures(device: Mapping[str, Any]) -> dict[str, Any]:

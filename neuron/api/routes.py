@@ -80,6 +80,8 @@ async def load(request: web.Request) -> web.Response:
         if not keyed:
             command = command.model_copy(update={"model_id": plain_id(command.model_id)})
         load_request = await services.registry.load(command, carries_keys=keyed)
+        if command.group is not None:
+            services.group_listeners.close(command.group.id)
         key = load_request.spec.key
         if not keyed:
             await services.v1.loads(command.model_id)
@@ -128,9 +130,14 @@ async def endpoint(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     model_id, instance = request.match_info["model_id"], request.query.get("instance")
     if carries_keys(request):
-        return reply(_endpoint_of(request, services.registry.get(model_id, instance)))
-    with _saying_whose_fault():
-        return reply(_endpoint_of(request, await services.v1.until_usable(model_id, instance)))
+        model = services.registry.get(model_id, instance)
+    else:
+        with _saying_whose_fault():
+            model = await services.v1.until_usable(model_id, instance)
+    found = _endpoint_of(request, model)
+    if model.engine is not None:
+        model.engine.health.expect_request()
+    return reply(found)
 
 
 def _loaded(request: web.Request, model_id: str, instance: str | None) -> LoadReply:
@@ -149,12 +156,14 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     """Where a loaded instance answers, as the caller can reach it.
 
     Raises:
-        NotFound: it is not loaded.
+        NotFound: it is not loaded, or a part of a group without a server.
     """
     engine = model.engine
     if engine is None or model.state is not State.LOADED:
         raise failures.not_loaded(model.key, model.state.value)
-    engine.health.expect_request()
+    part = engine.spec.group
+    if part is not None and not part.serves:
+        raise failures.no_endpoint(model.key, part)
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # an invalid Host header

@@ -40,7 +40,8 @@ class HealthMonitor:
     """Monitors one engine while `until_unhealthy` runs.
 
     `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` its
-    requests are unknown and no hang is detected.
+    requests are unknown and no hang is detected. `serves` False: it has no server, and counts as healthy while its
+    process runs.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class HealthMonitor:
         health_path: str,
         probe: ActivityProbe[Any] | None,
         settings: HealthSettings,
+        serves: bool = True,
     ) -> None:
         self.sample: RequestCounts | None = None
         """The latest activity; None before the first. A failed reading does not change it."""
@@ -62,7 +64,8 @@ class HealthMonitor:
         self._session = session
         self._health = url + health_path
         self._url = url
-        self._probe = probe
+        self._serves = serves
+        self._probe = probe if serves else None
         self._settings = settings
         self._timeout_secs = min(CHECK_TIMEOUT_SECS, settings.unresponsive_secs)
 
@@ -91,6 +94,8 @@ class HealthMonitor:
         The reasons: two health checks in a row that are refused or answered with a status other than 200; no answer for
         `unresponsive_secs`; a hang (`neuron.harness.activity`).
         """
+        if not self._serves:
+            await asyncio.get_running_loop().create_future()
         watches = [asyncio.ensure_future(self._until_check_fails())]
         if self._probe is not None:
             watches.append(asyncio.ensure_future(self._until_hung(self._probe)))

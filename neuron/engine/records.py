@@ -73,6 +73,10 @@ def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
     del values["instance"], values["variant"]
+    if spec.group is None:
+        del values["group"]
+    else:
+        values["group"] = spec.group.model_dump(mode="json")
     if spec.parallel.tensor_only:
         for name in ("pipeline_parallel", "data_parallel", "expert_parallel"):
             del values[name]

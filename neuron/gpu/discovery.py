@@ -65,4 +65,5 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         cuda_unavailable_reason=topology.cuda_unavailable_reason,
         leases=True,
         instances=True,
+        groups=True,
     )

@@ -35,6 +35,16 @@ class LaunchFacts:
 
 
 @dataclass(frozen=True)
+class GroupNetwork:
+    """How a part of a group reaches the other parts: this host's address among them, the network interface that has it
+    (None: unknown), and further variables for the engine's environment."""
+
+    address: str
+    interface: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """Everything decided about one engine before it starts.
 
@@ -53,6 +63,8 @@ class LaunchPlan:
     share_mb: int | None = None
     control_key: str | None = None
     """Secret that neuron sends to the engine to put it to sleep, different for each engine; None: it cannot sleep."""
+    network: GroupNetwork | None = None
+    """Of a part of a group."""
 
     @property
     def arguments(self) -> list[str]:
@@ -115,6 +127,8 @@ class Harness(ABC):
     """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    spans_hosts: bool = False
+    """True: engines on several hosts can be parts of one."""
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""
@@ -136,6 +150,10 @@ class Harness(ABC):
 
     def refused_argument(self, args: Sequence[str]) -> str | None:
         """Why one of `args` must not be passed to the engine, naming it; None when all may."""
+        return None
+
+    def refused_in_group(self, args: Sequence[str]) -> str | None:
+        """Why an engine with `args` cannot be a part of a group, naming one; None when it can."""
         return None
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from neuron.config import HarnessEntry, HarnessSettings, NeuronConfig
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
-from shared.protocol import FIRST_INSTANCE, LoadCommand, Parallelism, first_problem
+from shared.protocol import FIRST_INSTANCE, GroupPart, LoadCommand, Parallelism, first_problem
+from shared.protocol.group import split_over
 from shared.protocol.parallel import MAX_DEVICES
 
 # Model ids, paths and names; excludes flags, shell words and unprintable characters.
@@ -83,6 +84,8 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         given = [*command.args, *config.harness_settings(harness).extra_args]
         tool_arguments = HARNESSES[harness].tool_arguments((source, command.model_id), given)
     parallel = _parallel(command)
+    if command.group is not None:
+        _check_group(command.group, harness, [*command.args, *config.harness_settings(harness).extra_args])
     said = {name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None}
     return EngineSpec(
         model_id=command.model_id,
@@ -93,6 +96,7 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         pipeline_parallel=parallel.pipeline,
         data_parallel=parallel.data,
         expert_parallel=parallel.expert,
+        group=command.group,
         devices=tuple(command.devices or ()) or None,
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
@@ -186,9 +190,25 @@ def _parallel(command: LoadCommand) -> Parallelism:
         except ValueError as error:
             raise InvalidRequest(f"tensor_parallel: {_reason(error)}", param="tensor_parallel") from error
         needed = f"parallel needs {wanted.devices} ({wanted})"
-    if devices and len(devices) != wanted.devices:
+    count = wanted.devices
+    if command.group is not None:
+        try:
+            count = split_over(wanted, command.group.size).devices
+        except ValueError as error:
+            raise InvalidRequest(f"parallel: {error}", param="parallel") from error
+        needed = f"{command.group} has {count} of {wanted}"
+    if devices and len(devices) != count:
         raise InvalidRequest(f"devices: {devices} has {len(devices)} entries, but {needed}", param="devices")
     return wanted
+
+
+def _check_group(part: GroupPart, harness: str, args: Sequence[str]) -> None:
+    """Raises InvalidRequest: engines of this kind cannot span hosts, or not with `args`."""
+    if not HARNESSES[harness].spans_hosts:
+        raise InvalidRequest(f"group: engines of the harness {harness!r} cannot span hosts", param="group")
+    reason = HARNESSES[harness].refused_in_group(args)
+    if reason is not None:
+        raise InvalidRequest(f"args: {reason}, but this is {part}", param="args")
 
 
 def _reason(error: ValueError) -> str:

@@ -87,6 +87,7 @@ class EngineLife:
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
         self._log_says_ready = asyncio.Event()
+        self._weights_loaded = asyncio.Event()
         self._load_times: LoadTimes | None = None
         self._progress = LoadProgress(
             engine.harness.first_reading(),
@@ -103,15 +104,7 @@ class EngineLife:
             self._end(EngineEvent.STOP_REQUESTED)
             return False
         served_before = engine.ready_at is not None
-        ready = until_ready(
-            self._http,
-            engine.url,
-            health_path=engine.harness.health_path,
-            api_key=engine.api_key,
-            model_id=engine.spec.model_id,
-            owns_port=engine.owns_port,
-            hint=self._log_says_ready,
-        )
+        ready = self._until_ready() if engine.spec.serves else self._until_part_is_loaded()
         try:
             event = await first_of(
                 {
@@ -141,6 +134,24 @@ class EngineLife:
             return False
         return True
 
+    async def _until_ready(self) -> None:
+        engine = self.engine
+        await until_ready(
+            self._http,
+            engine.url,
+            health_path=engine.harness.health_path,
+            api_key=engine.api_key,
+            model_id=engine.spec.model_id,
+            owns_port=engine.owns_port,
+            hint=self._log_says_ready,
+        )
+
+    async def _until_part_is_loaded(self) -> None:
+        """A part of a group without a server tells only by its output how far it is. Whether the whole engine works is
+        rank 0's to say."""
+        if self.engine.ready_at is None:
+            await self._weights_loaded.wait()
+
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
@@ -160,7 +171,9 @@ class EngineLife:
             hung = await self._drain() is EngineEvent.UNHEALTHY
         else:
             # Reported before the processes are cleaned up and the cause is searched for: cortex must reroute now.
-            self._model.become(State.RECOVERING, self._fault or "engine exited unexpectedly")
+            # A part of a group does not come back alone.
+            state = State.RECOVERING if self.engine.spec.group is None else State.STOPPING
+            self._model.become(state, self._fault or "engine exited unexpectedly")
             self.request.reopen()
         self._end(event, hung=hung)
 
@@ -193,7 +206,8 @@ class EngineLife:
         """`hung`: it stopped answering while it drained, so asking it to stop is useless."""
         self.ended_by = event
         self.engine.end_with(
-            kill=hung or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT),
+            # A part without a server has nothing to finish, and may take ten seconds to end when asked to.
+            kill=hung or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT) or not self.engine.spec.serves,
             leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
         )
 
@@ -350,6 +364,8 @@ class EngineLife:
         changed = self._progress.feed(lines, now)
         if lines and self._progress.serving:
             self._log_says_ready.set()
+        if self._progress.weights_loaded:
+            self._weights_loaded.set()
         if changed:
             self._model.show(self._progress.view(now))
 

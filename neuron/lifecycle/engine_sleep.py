@@ -108,6 +108,8 @@ class EngineSleep:
 def _control_of(engine: Engine) -> SleepControl:
     """Raises Conflict: `sleep_unsupported`."""
     if engine.harness.sleep is None or not engine.can_sleep:
+        if engine.spec.group is not None:
+            raise failures.sleep_unsupported(str(engine.spec.key), "it spans several neurons")
         why = "it was started without sleep mode, which this host or its configuration does not offer"
         raise failures.sleep_unsupported(str(engine.spec.key), why)
     return engine.harness.sleep

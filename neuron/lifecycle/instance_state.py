@@ -81,7 +81,7 @@ class InstanceState:
     def preference(self) -> tuple[int, int, float]:
         """Sorts the instances of a model, the one to use first: by how soon it serves, then by its requests, then by
         when it was last chosen."""
-        if self.request is not None and not self.request.joinable:
+        if self.request is not None and not (self.request.joinable and self.request.spec.serves):
             return _STOPPING, 0, 0.0
         health = None if self.engine is None else self.engine.health
         outstanding, told_at = (0, 0.0) if health is None else (health.outstanding, health.told_at)
@@ -151,6 +151,7 @@ class InstanceState:
             since=condition.since,
             tensor_parallel=None if spec is None else spec.tensor_parallel,
             parallel=None if spec is None or spec.parallel.tensor_only else spec.parallel,
+            group=None if spec is None or condition.state is State.UNLOADED else spec.group,
             state=condition.state.value,
             reason=condition.reason,
             cause=None if condition.cause is None else condition.cause.value,
@@ -161,7 +162,7 @@ class InstanceState:
             vram_booked_mb=0 if placement is None else self._ledger.promised_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
             endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
-            if engine is not None and condition.state is State.LOADED
+            if engine is not None and condition.state is State.LOADED and engine.spec.serves
             else None,
             keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),

@@ -220,7 +220,8 @@ class InstanceSupervisor:
             model.become(State.UNLOADED, "left running for the next neuron" if request.leave_engine else "stopped")
         else:
             reason = error.message.partition("\n")[0]
-            why = "engine failed to start"
+            group = request.spec.group
+            why = "engine failed to start" if group is None else f"{group} ended"
             if model.restarts.given_up:
                 why = f"given up after {model.restarts.failures} failures in a row"
             model.become(State.FAILED, why, error=reason, cause=cause_of(error), permanent=is_permanent(error))
@@ -244,6 +245,8 @@ class InstanceSupervisor:
                     result, restart = await self._new_engine(request, restart=restart, use_spare=use_spare), True
             if request.stop_requested.is_set():
                 return None
+            if request.spec.group is not None:  # its other parts must start again too
+                return result.error
             came_up = came_up or result.served_secs is not None
             if result.port_taken and starts < PORT_ATTEMPTS:
                 continue

@@ -26,11 +26,12 @@ from neuron.engine.session import Leader
 from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
 from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
-from neuron.harness.base import EngineCommand, LaunchFacts, LaunchPlan
+from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
+from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareRefused
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import EnginePlacement
@@ -71,6 +72,7 @@ class Launcher:
         memory: EngineMemory,
         *,
         spares: Spares,
+        groups: GroupListeners,
         numbers: Iterator[int],
     ) -> None:
         self._config = config
@@ -80,6 +82,7 @@ class Launcher:
         self._memory = memory
         self._ports = PortPool(config.host)
         self._spares = spares
+        self._groups = groups
         self._numbers = numbers
 
     @property
@@ -95,7 +98,7 @@ class Launcher:
 
         Raises:
             LoadFailed: its executable cannot be started, or its record cannot be written.
-            Unavailable: no port is free.
+            Unavailable: no port is free, or rank 0 of its group has no address.
         """
         settings = self._config.harness_settings(spec.harness)
         async with contextlib.AsyncExitStack() as cleanup:
@@ -103,10 +106,11 @@ class Launcher:
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
             facts = self._facts(topology)
+            network = None if spec.group is None else await self._groups.network_of(spec.group)
             spare = self._spares.take(spec.harness) if use_spare else None
             if spare is not None:
                 cleanup.push_async_callback(spare.close)
-            made = await self._prepared(spec, placement, port, facts, api_key=api_key, spare=spare)
+            made = await self._prepared(spec, placement, port, facts, api_key=api_key, spare=spare, network=network)
             plan, directory = made.plan, made.directory
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             record = RunRecord(
@@ -208,6 +212,7 @@ class Launcher:
         *,
         api_key: str | None,
         spare: Spare | None,
+        network: GroupNetwork | None,
     ) -> _Preparation:
         """Decides what is started: `spare`, with its number and directory, if it fits.
 
@@ -228,6 +233,7 @@ class Launcher:
                 api_key=api_key,
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=control_key,
+                network=network,
             )
             return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
 
@@ -280,6 +286,7 @@ class Launcher:
                 health_path=harness.health_path,
                 probe=harness.activity,
                 settings=self._config.health,
+                serves=spec.serves,
             ),
             record=record,
             url=url,

@@ -28,7 +28,7 @@ from neuron.memory.capacity import InsufficientVram
 from neuron.memory.ledger import EnginePlacement
 from neuron.spec import EngineSpec, InstanceKey
 from shared.errors import Conflict
-from shared.protocol import MAX_DRAIN_SECS, LoadCommand, ModelActivity
+from shared.protocol import FIRST_INSTANCE, MAX_DRAIN_SECS, LoadCommand, ModelActivity
 from shared.tasks import TaskSet
 
 
@@ -290,7 +290,8 @@ class Registry:
                     return supervisor, request
         if conflict is not None:
             raise conflict
-        return ranked[0] if ranked else self._new(InstanceKey(command.model_id)), None
+        first = next((each for each in ranked if each.model.state is State.FAILED), known.get(FIRST_INSTANCE))
+        return first or self._new(InstanceKey(command.model_id)), None
 
     def _remembered_spec(self, model: InstanceState) -> EngineSpec:
         """The spec for a command that has none: the instance's, else the model's; rather one that was loaded than one
@@ -302,10 +303,12 @@ class Registry:
         all_ = [model, *(each.model for each in self._instances.get(model.model_id, {}).values())]
         loaded = [*(each.proven_spec for each in all_), self._specs.get(model.model_id)]
         asked_for = [each.spec for each in all_]
-        spec = next((spec for spec in (*loaded, *asked_for) if spec is not None), None)
-        if spec is None:
-            raise failures.unknown_model(str(model.key), "was never loaded here; specify a harness")
-        return spec
+        specs = [spec for spec in (*loaded, *asked_for) if spec is not None]
+        alone = next((spec for spec in specs if spec.group is None), None)
+        if alone is None:
+            why = "was never loaded here" if not specs else "is not loaded, and spans several neurons"
+            raise failures.unknown_model(str(model.key), f"{why}; specify a harness")
+        return alone
 
     @property
     def _supervisors(self) -> list[InstanceSupervisor]:

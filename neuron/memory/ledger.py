@@ -236,11 +236,11 @@ def _select(
         lasting = [each for each in others if not each.stopping]
         if len(lasting) < len(others):
             free = _without_holders(capacities, others)
-            selection = select_devices(spec.parallel, requirement, topology, free)
+            selection = select_devices(spec.local_parallel, requirement, topology, free)
             if selection is not None:
                 return free, selection
         capacities = _without_holders(capacities, lasting)
-    return capacities, select_devices(spec.parallel, requirement, topology, capacities, named=spec.devices)
+    return capacities, select_devices(spec.local_parallel, requirement, topology, capacities, named=spec.devices)
 
 
 def _without_holders(capacities: tuple[GpuCapacity, ...], bookings: Sequence[Booking]) -> tuple[GpuCapacity, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from neuron.progress.eta import Moment, remaining_secs, share_done
 from neuron.progress.load_times import LoadTimes
-from neuron.progress.phases import DOWNLOADING, STARTING, LoadReading
+from neuron.progress.phases import DOWNLOADING, LOADING, STARTING, LoadReading, rank
 from shared.protocol import Progress
 
 STEP = 0.01  # of a phase: smaller changes are not reported
@@ -32,6 +32,12 @@ class LoadProgress:
     def serving(self) -> bool:
         """The engine says that it answers: check its health now."""
         return self._reading.serving
+
+    @property
+    def weights_loaded(self) -> bool:
+        """The engine has loaded all weights: it compiles or warms up, or is about to."""
+        reading = self._reading
+        return rank(reading.phase) > rank(LOADING) or (reading.phase == LOADING and reading.fraction == 1.0)
 
     def feed(self, lines: Sequence[str], now: float) -> bool:
         """Takes new lines, or none. True when it is time for an event: a new phase, 1% of a phase, or one second since

@@ -23,6 +23,14 @@ from shared.protocol.commands import (
 )
 from shared.protocol.errors import ErrorCode
 from shared.protocol.estimate import EstimateLine, EstimateOption, EstimateReply
+from shared.protocol.group import (
+    GroupPart,
+    GroupPeer,
+    ListenCommand,
+    ListenReply,
+    ReachCommand,
+    ReachReply,
+)
 from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
@@ -47,10 +55,14 @@ __all__ = [
     "EstimateOption",
     "EstimateReply",
     "FailureCause",
+    "GroupPart",
+    "GroupPeer",
     "LeaseCommand",
     "LeaseReply",
     "Link",
     "LinkKind",
+    "ListenCommand",
+    "ListenReply",
     "LoadCommand",
     "LoadReply",
     "ModelActivity",
@@ -60,6 +72,8 @@ __all__ = [
     "NeuronHealth",
     "Parallelism",
     "Progress",
+    "ReachCommand",
+    "ReachReply",
     "SleepCommand",
     "SpareView",
     "Transition",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from shared.protocol.base import Mib, NameList, WireModel
+from shared.protocol.group import GroupPart
 from shared.protocol.parallel import Parallelism
 
 ENGINE_KEYS_HEADER = "x-cortex-engine-keys"
@@ -25,8 +26,8 @@ InstanceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9
 """Names one engine of a model on its neuron."""
 
 
-class LoadCommand(WireModel):
-    """Body of `POST /models/load`.
+class WantedModel(WireModel):
+    """A model to load, and how: what a load command and an entry of `[[default_models]]` say.
 
     `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
     one device. `parallel`, if given, says how the model is split; its `tensor` is `tensor_parallel`. `devices` None
@@ -52,6 +53,16 @@ class LoadCommand(WireModel):
     served_names: NameList = Field(default_factory=list)
     tools: bool | None = None
 
+
+class LoadCommand(WantedModel):
+    """Body of `POST /models/load`.
+
+    `group`: the engine spans several neurons, and this is one part of it. `parallel` then describes the whole engine,
+    `devices` and `vram_mb` this part.
+    """
+
+    group: GroupPart | None = None
+
     @property
     def bare(self) -> bool:
         """True if the body only names a model, or an instance of it."""
@@ -59,7 +70,7 @@ class LoadCommand(WireModel):
 
     def body(self) -> dict[str, Any]:
         """As JSON: a bare command has only names, and fields of later versions are there only if they are given."""
-        left_out = {name for name in ("parallel", "instance", "variant") if getattr(self, name) is None}
+        left_out = {name for name in ("parallel", "instance", "variant", "group") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude_defaults=self.bare, exclude=left_out)
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Text, Tokens, WireModel
 from shared.protocol.commands import EndpointReply
+from shared.protocol.group import GroupPart
 from shared.protocol.parallel import Parallelism
 
 
@@ -123,7 +124,8 @@ class ModelView(ModelFacts):
     a finer `status`, with its `reason`. `cause` classifies a failure (`FailureCause`). `retry_at`: Unix time of the
     next start of a recovering model.
     `permanent`: true for a failure that another start there would not heal.
-    `parallel`: how it is split over its devices, None if `tensor_parallel` says all.
+    `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an
+    engine that spans several neurons.
     `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
     Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine
@@ -143,6 +145,7 @@ class ModelView(ModelFacts):
     since: float | None = None
     tensor_parallel: int | None = None
     parallel: Parallelism | None = None
+    group: GroupPart | None = None
     state: str | None = None
     reason: str | None = None
     cause: str | None = None
@@ -165,3 +168,29 @@ class ModelView(ModelFacts):
     @property
     def known_status(self) -> ModelStatus | None:
         return ModelStatus.known(self.status)
+
+    @property
+    def loaded(self) -> bool:
+        return self.known_status is ModelStatus.LOADED
+
+    @property
+    def servable_now(self) -> bool:
+        """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
+        serves = self.group is None or self.group.serves
+        return serves and self.known_status is ModelStatus.LOADED and self.unservable_because is None
+
+    @property
+    def coming(self) -> bool:
+        """Its engine starts."""
+        status = self.known_status
+        return status is not None and status.coming
+
+    @property
+    def drains(self) -> bool:
+        """It takes no new requests, and ends after its present ones. Its status is `unloaded`."""
+        return self.state == "draining"
+
+    @property
+    def holds_devices(self) -> bool:
+        """Its engine uses its devices, or will once it has started or woken."""
+        return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)

@@ -19,6 +19,8 @@ OWNED_FLAGS = (
     "--model",
     "--served-model-name",
     "--device-ids",
+    "--master-addr",
+    "--master-port",
 )
 _OWNED_FAMILY = "--ssl-"  # with TLS neuron's health check over http would always fail
 PARALLEL_FLAGS = {

@@ -33,7 +33,8 @@ class Discovery(WireModel):
     """Reply to `GET /discovery`.
 
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
-    `POST /models/lease`. `instances`: it can run several engines of one model.
+    `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
+    that spans several neurons.
     """
 
     hostname: Text = ""
@@ -50,6 +51,7 @@ class Discovery(WireModel):
     cuda_unavailable_reason: str | None = None
     leases: bool = False
     instances: bool = False
+    groups: bool = False
 
     @cached_property
     def paths(self) -> Mapping[Pair, DevicePath]:

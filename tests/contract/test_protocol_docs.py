@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from neuron.lifecycle.instance_state import NeuronModelView
 from shared.protocol import (
     Activation,
@@ -23,10 +23,14 @@ from shared.protocol import (
     EstimateOption,
     EstimateReply,
     FailureCause,
+    GroupPart,
+    GroupPeer,
     LeaseCommand,
     LeaseReply,
     Link,
     LinkKind,
+    ListenCommand,
+    ListenReply,
     LoadCommand,
     LoadReply,
     ModelActivity,
@@ -34,6 +38,8 @@ from shared.protocol import (
     ModelView,
     NeuronHealth,
     Progress,
+    ReachCommand,
+    ReachReply,
     SleepCommand,
     Transition,
     UnloadCommand,
@@ -52,10 +58,12 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
         "uptime_secs devices index vram_used_mb vram_free_mb utilization_pct temp_c",
     ),
     "GET /models": ((ModelView, NeuronModelView, Progress, Transition), "id harness status devices vram_used_mb"),
-    "POST /models/load": ((LoadCommand, DeviceFigures), "model_id harness quant tensor_parallel devices"),
+    "POST /models/load": ((LoadCommand, GroupPart, DeviceFigures), "model_id harness quant tensor_parallel devices"),
     "POST /models/unload": ((UnloadCommand,), "model_id"),
     "POST /models/sleep": ((SleepCommand,), ""),
     "POST /models/wake": ((WakeCommand,), ""),
+    "POST /groups/listen": ((ListenCommand, ListenReply), ""),
+    "POST /groups/reach": ((ReachCommand, GroupPeer, ReachReply), ""),
     "POST /models/lease": ((LeaseCommand, LeaseReply), ""),
     "GET /models/{model_id}/endpoint": ((EndpointReply,), "url"),
     "GET /estimate": ((EstimateReply, EstimateLine, EstimateOption), ""),
@@ -91,7 +99,7 @@ def test_every_field_of_the_models_list_is_documented() -> None:
     catalogue = Catalogue.model_validate({"models": [{"id": "m", "limit": {"context": 1}}], "aliases": {"a": "m"}})
     discovery = Discovery(devices=[Device(index=0)], harnesses=["vllm"])
     node = NodeSnapshot(
-        "n", "http://n", healthy=True, discovery=discovery, models={"m": ModelView(id="m", status="loaded")}
+        "n", "http://n", healthy=True, discovery=discovery, models=by_instance([ModelView(id="m", status="loaded")])
     )
     blocks = ModelList().blocks(catalogue, FleetSnapshot({"n": node}), created=0)
     entries = {entry["id"]: entry for entry in json.loads(b"".join(blocks))["data"]}

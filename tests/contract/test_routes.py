@@ -17,6 +17,7 @@ from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Device, DeviceHealth, ErrorCode, SpareView
 from tests.contract.documents import TOP
+from tests.cortex.fleets import replica_key
 
 NEURON_TABLE = {
     ("GET", "/discovery"),
@@ -27,6 +28,8 @@ NEURON_TABLE = {
     ("POST", "/models/sleep"),
     ("POST", "/models/wake"),
     ("POST", "/models/lease"),
+    ("POST", "/groups/listen"),
+    ("POST", "/groups/reach"),
     ("GET", "/models/{model_id}/endpoint"),
     ("GET", "/models/{model_id}/logs"),
     ("GET", "/estimate"),
@@ -73,6 +76,7 @@ CORTEX_METRICS = {
     "cortex_time_to_first_byte_seconds": {"model", "node"},
     "cortex_cold_start_seconds": {"model", "node"},
     "cortex_requests_in_flight": {"model", "node"},
+    "cortex_instance_requests_in_flight": {"model", "node", "engine"},
     "cortex_node_healthy": {"node"},
     "cortex_tokens_total": {"model", "node", "kind"},
 }
@@ -131,7 +135,7 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
     fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {("m", "beast"): 1}, lambda: [counters])
+    metrics = Metrics(fleet, lambda: {replica_key("m", "beast", "1"): 1}, lambda: [counters])
     counters.request("m", "beast", 200, 1.0, 0.1)
     counters.error("m", "beast", "code")
     counters.tokens("m", "beast", prompt=1, completion=1, cached=0)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
-from shared.protocol import Device, DeviceHealth, Discovery, Link, LinkKind, ModelActivity, ModelView, NeuronHealth
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation, by_instance
+from cortex.routing.replica import Replica, ReplicaKey
+from shared.protocol import (
+    FIRST_INSTANCE,
+    Device,
+    DeviceHealth,
+    Discovery,
+    Link,
+    LinkKind,
+    ModelActivity,
+    ModelView,
+    NeuronHealth,
+)
 
 
 def node(
@@ -53,7 +65,7 @@ def node(
         draining=draining,
         discovery=discovery if discovered else None,
         health=health if discovered else None,
-        models={model_id: ModelView(id=model_id, status=status) for model_id, status in (models or {}).items()},
+        models=by_instance(ModelView(id=model_id, status=status) for model_id, status in (models or {}).items()),
     )
 
 
@@ -80,9 +92,11 @@ def host(
     lost: tuple[int, ...] = (),
     healthy: bool = True,
     draining: bool = False,
+    instances: bool = False,
 ) -> NodeSnapshot:
     """A neuron whose figures follow from what is on it. `foreign_mb` is held by unknown processes; a `protocol_v1`
-    neuron tells what its devices measure and what its models use, and nothing of bookings."""
+    neuron tells what its devices measure and what its models use, and nothing of bookings. With `instances` it may run
+    several engines of one model: "m" is instance "0" of m, "m#1" its instance "1"."""
     there = dict(models or {})
     held = [sum(each.mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
     asleep = [sum(each.wants_mb for each in there.values() if i in each.devices) for i in range(len(total_mb))]
@@ -95,21 +109,35 @@ def host(
         live if protocol_v1 else live.model_copy(update={"vram_bookable_mb": free[i], "vram_asleep_mb": asleep[i]})
         for i, live in enumerate(bare.health.devices)
     ]
-    activity = [ModelActivity(id=model_id, in_flight=each.working) for model_id, each in there.items() if each.working]
+    activity = [
+        ModelActivity(**_names(key, instances), in_flight=each.working) for key, each in there.items() if each.working
+    ]
     return replace(
         bare,
         discovery=bare.discovery.model_copy(
-            update={"instance_id": None if protocol_v1 else f"{name}-1", "leases": not protocol_v1}
+            update={
+                "instance_id": None if protocol_v1 else f"{name}-1",
+                "leases": not protocol_v1,
+                "instances": instances,
+            }
         ),
         health=bare.health.model_copy(update={"devices": devices, "models": activity}),
-        models={model_id: _entry(model_id, each, protocol_v1=protocol_v1) for model_id, each in there.items()},
+        models=by_instance(
+            _entry(_names(key, instances), each, protocol_v1=protocol_v1) for key, each in there.items()
+        ),
     )
 
 
-def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
+def _names(key: str, instances: bool) -> dict[str, Any]:
+    """`id` and `instance` for a key of `host`'s models."""
+    model_id, _, instance = key.partition("#")
+    return {"id": model_id, "instance": (instance or FIRST_INSTANCE) if instances else None}
+
+
+def _entry(names: Mapping[str, Any], on: On, *, protocol_v1: bool) -> ModelView:
     held = on.mb * len(on.devices) if on.known else None
     return ModelView(
-        id=model_id,
+        **names,
         status=on.status,
         devices=list(on.devices),
         vram_used_mb=held,
@@ -117,10 +145,29 @@ def _entry(model_id: str, on: On, *, protocol_v1: bool) -> ModelView:
     )
 
 
+def replica_key(model_id: str, node: str, instance: str = "") -> ReplicaKey:
+    """Of the only engine of the model on the node, unless an instance is given."""
+    return ReplicaKey(model_id, node, instance)
+
+
+def replica(model_id: str, node: str, url: str, instance: str = "", **fields: Any) -> Replica:
+    """A replica with this key."""
+    key = replica_key(model_id, node, instance)
+    return Replica(key=key, name=key.name, url=url, **fields)
+
+
+def with_entry(node: NodeSnapshot, entry: ModelView) -> NodeSnapshot:
+    """The node with this entry instead of the one that it has, or in addition."""
+    rest = [view for view in node.views if (view.id, view.instance) != (entry.id, entry.instance)]
+    return replace(node, models=by_instance([*rest, entry]))
+
+
 def fleet(
-    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, str], ...] = ()
+    *nodes: NodeSnapshot, reservations: tuple[Reservation, ...] = (), evicting: tuple[tuple[str, ...], ...] = ()
 ) -> FleetSnapshot:
-    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, frozenset(evicting))
+    """`evicting` are model ids and node names, with an instance where there are several."""
+    leaving = frozenset(replica_key(*each) for each in evicting)
+    return FleetSnapshot({entry.name: entry for entry in nodes}, reservations, leaving)
 
 
 BEAST = node("beast", 32607, 32607)

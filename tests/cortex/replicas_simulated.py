@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from cortex.routing.choice import beyond_ours, choose, least_work
+from cortex.routing.replica import ReplicaKey
 from cortex.routing.speeds import Speeds
 
 NODES = ["a", "b", "c"]
@@ -34,6 +35,7 @@ MEAN_BYTES = 8000.0
 TURNS = 6
 """Of a conversation."""
 MODEL = "m"
+KEYS = [ReplicaKey(MODEL, name, "") for name in NODES]
 PATH = b"/v1/chat/completions"
 
 
@@ -161,7 +163,7 @@ class Simulation:
         job = self.engines[place].finish()
         self.waits.append(job.started - job.arrived)
         self.times.append(now - job.arrived)
-        self.speeds.learn((MODEL, PATH, True), NODES[place], now - job.arrived, int(job.size) + 1)
+        self.speeds.learn((MODEL, PATH, True), KEYS[place], now - job.arrived, int(job.size) + 1)
 
 
 def least_in_flight(simulation: Simulation, key: int) -> int:
@@ -180,12 +182,12 @@ def _outstanding(simulation: Simulation) -> list[int]:
 
 def learned(simulation: Simulation, key: int) -> int:
     """Cortex, for requests without a key."""
-    return choose(NODES, _outstanding(simulation), simulation.speeds.of(MODEL, NODES), None)
+    return choose(NODES, _outstanding(simulation), simulation.speeds.of(KEYS), None)
 
 
 def with_affinity(simulation: Simulation, key: int) -> int:
     """Cortex, for conversations."""
-    return choose(NODES, _outstanding(simulation), simulation.speeds.of(MODEL, NODES), key)
+    return choose(NODES, _outstanding(simulation), simulation.speeds.of(KEYS), key)
 
 
 POLICIES = {

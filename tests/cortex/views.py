@@ -11,7 +11,8 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ModelOnNode
+from tests.cortex.fleets import replica_key
 
 NOW = 10_000.0
 RULES = Rules(min_residency_secs=30, patience_secs=15, starvation_secs=60, pause_secs=1)
@@ -31,22 +32,22 @@ def view(
     where: FleetSnapshot,
     *models: ModelProfile,
     waiting: Mapping[str, float] | None = None,
-    usages: Mapping[ReplicaKey, ReplicaUsage] | None = None,
-    backoffs: Mapping[ReplicaKey, Backoff] | None = None,
+    usages: Mapping[Any, ReplicaUsage] | None = None,
+    backoffs: Mapping[ModelOnNode, Backoff] | None = None,
     overloaded_secs: Mapping[str, float] | None = None,
     rules: Rules | None = None,
     now: float = NOW,
     **fields: Any,
 ) -> PlanningView:
-    """`waiting` and `overloaded_secs` are seconds by model: for how long requests wait, or the load has
-    been too high."""
+    """`usages` are by model id and node name, with an instance where there are several. `waiting` and
+    `overloaded_secs` are seconds by model: for how long requests wait, or the load has been too high."""
     return PlanningView(
         now=now,
         catalogue=Catalogue(models=models),
         fleet=where,
         rules=rules or RULES,
         waiting={model_id: WaitingRequests(1, now - secs) for model_id, secs in (waiting or {}).items()},
-        usages=usages or {},
+        usages={replica_key(*key): usage for key, usage in (usages or {}).items()},
         backoffs=backoffs or {},
         overloaded_since={model_id: now - secs for model_id, secs in (overloaded_secs or {}).items()},
         **fields,
@@ -67,4 +68,4 @@ def plan_for(moment: PlanningView, model_id: str = "m") -> LoadPlan:
 
 
 def evicted(plan: LoadPlan) -> set[str]:
-    return {each.resident.key[0] for each in plan.eviction_plan.evictions}
+    return {each.resident.key.model_id for each in plan.eviction_plan.evictions}

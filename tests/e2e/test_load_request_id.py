@@ -15,7 +15,7 @@ __all__ = ["mark"]
 
 pytestmark = pytest.mark.usefixtures("mark")
 
-CORTEX = (" cortex.control.loader: loading {} on ", " cortex.control.loader: loaded {} ")
+CORTEX = (" cortex.control.loads.loader: loading {} on ", " cortex.control.loads.loader: loaded {} ")
 NEURON = (" neuron.lifecycle.launcher: {}: engine process ",)
 
 

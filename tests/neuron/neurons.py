@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,10 @@ class Neuron(Client):
 
     def activity(self) -> dict[str, int]:
         """Requests running in the loaded models' engines, as last reported."""
-        return {each.id: each.in_flight for each in self.registry.activity()}
+        running: Counter[str] = Counter()
+        for each in self.registry.activity():
+            running[each.id] += each.in_flight
+        return running
 
     @property
     def reserved_ports(self) -> frozenset[int]:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from neuron.harness.base import EarlyImports, EngineCommand, Harness, LaunchFacts, LaunchPlan
+from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
 from neuron.harness.environment import engine_environment
 from neuron.harness.vllm.activity import VllmActivity
-from neuron.harness.vllm.argument_policy import flag_value, has_flag
+from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
@@ -23,7 +23,7 @@ from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
-from shared.protocol import FailureCause
+from shared.protocol import FailureCause, GroupPart
 from shared.protocol.reserved_arguments import refused_argument
 
 DEFAULT_COMMAND = ("vllm",)
@@ -42,6 +42,7 @@ class VllmHarness(Harness):
     """Real vLLM, from an executable that may live in another virtual environment."""
 
     runs_on_gpu = True
+    spans_hosts = True
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
@@ -89,6 +90,9 @@ class VllmHarness(Harness):
     def refused_argument(self, args: Sequence[str]) -> str | None:
         return refused_argument(args)
 
+    def refused_in_group(self, args: Sequence[str]) -> str | None:
+        return refused_in_group(args)
+
     def code_argument(self, args: Sequence[str]) -> str | None:
         return code_argument(args)
 
@@ -110,16 +114,18 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     spec = plan.spec
     argv = [*(plan.settings.command or default_command), "serve", spec.source]
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
-    argv += ["--host", plan.host, "--port", str(plan.port)]
+    argv += ["--host", plan.host, "--port", str(plan.port)] if spec.serves else ["--headless"]
     argv += parallel_arguments(spec)
+    if spec.group is not None:
+        argv += group_arguments(spec.group)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
     return argv
 
 
 def parallel_arguments(spec: EngineSpec) -> list[str]:
-    """Those that split the model over `spec.device_count` devices. On these vLLM's ranks are in the order copy,
-    pipeline stage, tensor rank."""
+    """Those that split the model over its devices, in a group those of all parts. On these vLLM's ranks are in the
+    order copy, pipeline stage, tensor rank."""
     sizes = {
         "--tensor-parallel-size": spec.tensor_parallel,
         "--pipeline-parallel-size": spec.pipeline_parallel,
@@ -129,6 +135,20 @@ def parallel_arguments(spec: EngineSpec) -> list[str]:
     return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
 
 
+def group_arguments(part: GroupPart) -> list[str]:
+    """Those of vLLM's own multi-node engine. Its ranks on the nodes follow one another."""
+    master = ["--master-addr", part.master_addr, "--master-port", str(part.master_port)]
+    return ["--nnodes", str(part.size), "--node-rank", str(part.rank), *master]
+
+
+def network_environment(network: GroupNetwork, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Which address and interface vLLM, NCCL and gloo use between the parts of a group. neuron's own environment goes
+    before the interface that neuron found."""
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    found = {} if network.interface is None else {name: inherited.get(name, network.interface) for name in names}
+    return {"VLLM_HOST_IP": network.address, **found, **network.env}
+
+
 def vllm_environment(
     plan: LaunchPlan, facts: LaunchFacts, own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
@@ -136,6 +156,8 @@ def vllm_environment(
     `fixed`."""
     inherited = {name: value for name, value in facts.environ.items() if name not in _NOT_INHERITED}
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **own}
+    if plan.network is not None:
+        defaults |= network_environment(plan.network, inherited)
     defaults[KEEP_ALIVE] = facts.environ.get(KEEP_ALIVE, str(KEEP_ALIVE_SECS))
     # vLLM's processes overwrite their environment when they set their title, unless SPT_NOENV is set: then the engine's
     # id stays readable in /proc/PID/environ of each.

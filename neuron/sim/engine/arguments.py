@@ -33,6 +33,16 @@ _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30
 
 
 @dataclass(frozen=True)
+class NodeOfGroup:
+    """One process of an engine on several hosts: its `rank` among `count`, and where rank 0 listens."""
+
+    count: int
+    rank: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """How one simulated engine behaves. Times in seconds, memory in MiB."""
 
@@ -44,6 +54,8 @@ class EngineSettings:
     pipeline_parallel: int
     data_parallel: int
     expert_parallel: bool
+    group: NodeOfGroup | None
+    headless: bool  # it has no HTTP server
     max_model_len: int  # tokens, prompt and answer together
     max_num_seqs: int  # sequences generated at once; others wait
     track_load: bool
@@ -60,8 +72,9 @@ class EngineSettings:
 
     @property
     def devices(self) -> int:
-        """How many it is split over."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        """How many of this host it is split over."""
+        everywhere = self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return everywhere // (1 if self.group is None else self.group.count)
 
     @property
     def name(self) -> str:
@@ -112,6 +125,11 @@ def _add_vllm_flags(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tensor-parallel-size", "-tp", type=positive_int, default=1)
     serve.add_argument("--pipeline-parallel-size", "-pp", type=positive_int, default=1)
     serve.add_argument("--data-parallel-size", "-dp", type=positive_int, default=1)
+    serve.add_argument("--nnodes", "-n", type=positive_int, default=1)
+    serve.add_argument("--node-rank", "-r", type=int, default=0)
+    serve.add_argument("--master-addr", default="127.0.0.1")
+    serve.add_argument("--master-port", type=int, default=29501)
+    serve.add_argument("--headless", action="store_true")
     serve.add_argument("--enable-expert-parallel", "-ep", action=argparse.BooleanOptionalAction, default=False)
     serve.add_argument("--max-model-len", type=human_readable_int_or_auto, default=DEFAULT_MAX_MODEL_LEN)
     serve.add_argument("--max-num-seqs", type=positive_int, default=256)
@@ -170,7 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> EngineSettings:
     """The settings of a command line. On an error it exits with status 2, as argparse does."""
     given = build_parser().parse_args(argv)
-    devices = given.tensor_parallel_size * given.pipeline_parallel_size * given.data_parallel_size
+    devices = given.tensor_parallel_size * given.pipeline_parallel_size * given.data_parallel_size // given.nnodes
+    group = NodeOfGroup(given.nnodes, given.node_rank, given.master_addr, given.master_port)
     return EngineSettings(
         model=given.model,
         host=given.host,
@@ -180,6 +199,8 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         pipeline_parallel=given.pipeline_parallel_size,
         data_parallel=given.data_parallel_size,
         expert_parallel=given.enable_expert_parallel,
+        group=None if given.nnodes == 1 else group,
+        headless=given.headless,
         max_model_len=given.max_model_len,
         max_num_seqs=given.max_num_seqs,
         track_load=given.enable_server_load_tracking,

@@ -21,10 +21,12 @@ from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.faults import Fault, spawn_stubborn_child
 from neuron.sim.engine.memory import DeviceMemory, OutOfMemory
 from neuron.sim.process.core import CoreState, EngineCore
+from neuron.sim.process.group import GroupLink, PartLost
 from neuron.sim.process.loading import (
     load,
     report_dead_core,
     report_failed_start,
+    report_lost_part,
     report_out_of_memory,
     report_unsupported_model,
 )
@@ -81,25 +83,35 @@ async def run(settings: EngineSettings, core: EngineCore) -> int:
     if Fault.SPAWN_CHILD in settings.faults:
         spawn_stubborn_child()
     if Fault.UNSUPPORTED_MODEL in settings.faults:
-        report_unsupported_model()
-        return 1
-    with bind(settings.host, settings.port) as sock:
+        return report_unsupported_model()
+    async with contextlib.AsyncExitStack() as cleanup:
+        sock = None if settings.headless else cleanup.enter_context(bind(settings.host, settings.port))
         memory = DeviceMemory.from_environment(os.environ, holder=core.pid)
+        link = await cleanup.enter_async_context(GroupLink(settings.group))
         try:
-            if not await _unless(ended, load(settings, memory, core.pid)):
-                if stop.is_set():
-                    return 0
-                report_failed_start(-signal.SIGKILL)
-                return 1
+            if not await _unless(ended, _load(settings, memory, core, link)):
+                return 0 if stop.is_set() else report_failed_start(-signal.SIGKILL)
         except OutOfMemory as error:
-            report_out_of_memory(error, core.pid)
-            return 1
+            return report_out_of_memory(error, core.pid)
+        except PartLost as error:
+            return report_lost_part(error, core.pid)
+        link.when_lost(engine.hang)
         if Fault.LOSE_EARLY_SIGTERM in settings.faults:
             loop.add_signal_handler(signal.SIGTERM, stop_now)
         loop.add_signal_handler(signal.SIGUSR1, engine.hang)
         loop.add_signal_handler(signal.SIGUSR2, engine.turn_unhealthy)
-        await _serve(engine, core, memory, sock, stop=stop, ended=ended)
+        if sock is None:
+            await ended.wait()
+        else:
+            await _serve(engine, core, memory, sock, stop=stop, ended=ended)
     return 0
+
+
+async def _load(settings: EngineSettings, memory: DeviceMemory, core: EngineCore, link: GroupLink) -> None:
+    """Raises OutOfMemory, or PartLost."""
+    await link.meet()
+    if not await _unless(link.lost, load(settings, memory, core.pid)) or not await _unless(link.lost, link.finish()):
+        raise PartLost("Connection closed by peer")
 
 
 async def _serve(

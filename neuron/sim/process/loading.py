@@ -47,7 +47,7 @@ def _log(source: str, text: str) -> Announcement:
 
 def _parallel(settings: EngineSettings) -> str:
     """vLLM's words for it; none for a model that is at most tensor-parallel."""
-    if settings.devices == settings.tensor_parallel and not settings.expert_parallel:
+    if settings.pipeline_parallel == settings.data_parallel == 1 and not settings.expert_parallel:
         return ""
     return (
         f", tensor_parallel_size={settings.tensor_parallel}, pipeline_parallel_size={settings.pipeline_parallel}, "
@@ -143,8 +143,9 @@ def simulated_out_of_memory(settings: EngineSettings, memory: DeviceMemory) -> O
     return OutOfMemory(0, max(settings.vram_mb // settings.devices // 4, 1), total, 0, held)
 
 
-def report_out_of_memory(error: OutOfMemory, core: int) -> None:
-    """Prints vLLM's report: the root cause well above the end, within tracebacks of two processes."""
+def report_out_of_memory(error: OutOfMemory, core: int) -> int:
+    """Prints vLLM's report: the root cause well above the end, within tracebacks of two processes. This and the other
+    reports of a failed start return the process's exit status."""
     console.log(
         "EngineCore",
         "core.py:1140",
@@ -161,10 +162,16 @@ def report_out_of_memory(error: OutOfMemory, core: int) -> None:
         level="ERROR",
         pid=core,
     )
-    report_failed_start(1)
+    return report_failed_start(1)
 
 
-def report_unsupported_model() -> None:
+def report_lost_part(error: Exception, core: int) -> int:
+    """Prints torch's error for a part of a group that did not come or ended, and vLLM's after it."""
+    console.log("EngineCore", "core.py:1140", f"torch.distributed.DistNetworkError: {error}", level="ERROR", pid=core)
+    return report_failed_start(1)
+
+
+def report_unsupported_model() -> int:
     """Prints vLLM's error for a model that it does not implement, before anything is loaded."""
     console.raw(
         "APIServer",
@@ -176,9 +183,10 @@ def report_unsupported_model() -> None:
         "dict_keys(['LlamaForCausalLM', 'Qwen3ForCausalLM']) [type=value_error, input_value=ArgsKwargs((), {}), "
         "input_type=ArgsKwargs]",
     )
+    return 1
 
 
-def report_failed_start(core_status: int) -> None:
+def report_failed_start(core_status: int) -> int:
     """Prints the server's error when its core exits during the load with `core_status` (negative: a signal)."""
     console.raw(
         "APIServer",
@@ -190,6 +198,7 @@ def report_failed_start(core_status: int) -> None:
         "RuntimeError: Engine core initialization failed. See root cause above. "
         f"Failed core proc(s): {{'EngineCore': {core_status}}}",
     )
+    return 1
 
 
 def report_dead_core() -> None:

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
+from tests.cortex.fleets import replica_key
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = {"id": "org/small", "vram_mb": 4000}
@@ -86,7 +87,7 @@ async def test_a_model_gets_no_requests_while_it_is_unloaded(start_cortex: Start
         slow.models = {"org/small": "loaded"}
         cortex = await start_cortex([slow], [MODEL])
         unloading = asyncio.create_task(unload(cortex, drain=False))
-        await cortex.until(lambda: ("org/small", "slow") in cortex.parts.fleet.snapshot().evicting)
+        await cortex.until(lambda: replica_key("org/small", "slow") in cortex.parts.fleet.snapshot().evicting)
         assert not cortex.parts.fleet.snapshot().serving("org/small")
         slow.unload_gate.set()
         assert (await unloading)[0] == 200
@@ -233,7 +234,7 @@ async def test_waiting_requests_learn_that_their_model_is_held_back(start_cortex
     working = asyncio.create_task(ask("org/busy"))
     await answer.entered.wait()
     waiting = asyncio.create_task(ask("org/small"))
-    await cortex.until(lambda: ("org/busy", "benjy") in cortex.parts.fleet.snapshot().evicting)
+    await cortex.until(lambda: replica_key("org/busy", "benjy") in cortex.parts.fleet.snapshot().evicting)
     assert (await unload(cortex, for_secs=60))[0] == 200
     assert await waiting == 503
     answer.gate.set()

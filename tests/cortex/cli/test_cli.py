@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from shared.protocol import ModelStatus
 from shared.serve import Site, bind, serving
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -316,7 +315,7 @@ async def test_ctrl_c_leaves_a_load_alone(cortex: RunningCortex, benjy: V1Neuron
     assert (process.returncode, out, err) == (130, b"", b"")
     benjy.load_gate.set()
     snapshot = cortex.parts.fleet.snapshot
-    await cortex.until(lambda: snapshot().nodes["benjy"].status_of("org/small") is ModelStatus.LOADED)
+    await cortex.until(lambda: snapshot().nodes["benjy"].is_loaded("org/small"))
 
 
 async def test_closed_output_pipe(cortex: RunningCortex) -> None:

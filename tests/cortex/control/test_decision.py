@@ -10,8 +10,9 @@ import pytest
 from cortex.config.catalogue import Catalogue
 from cortex.control.decision import Await, Decision, Place, Refuse, Serve, decide
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelActivity, NeuronHealth
-from tests.cortex.fleets import fleet, node
+from tests.cortex.fleets import fleet, node, replica_key
 
 CATALOGUE = Catalogue.model_validate({"models": [{"id": "m", "vram_mb": 4000}, {"id": "pinned", "pinned_on": ["a"]}]})
 
@@ -24,24 +25,28 @@ def b(status: str | None = None) -> NodeSnapshot:
     return node("b", 12000, models={"m": status} if status else {})
 
 
-def decision(model: str, where: FleetSnapshot, busy: Callable[[str, str], int] = lambda m, n: 0) -> Decision:
+def served(*nodes: str) -> Serve:
+    return Serve(tuple(replica_key("m", name) for name in nodes))
+
+
+def decision(model: str, where: FleetSnapshot, busy: Callable[[ReplicaKey], int] = lambda key: 0) -> Decision:
     return decide(model, CATALOGUE, where, busy)
 
 
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        (fleet(a("loaded"), b()), Serve(("a",))),
-        (fleet(a("loaded"), b("loaded")), Serve(("a", "b"))),
-        (fleet(a("loaded", draining=True), b("loaded")), Serve(("b",))),
-        (fleet(a("loaded", draining=True), b()), Serve(("a",))),  # no other neuron has it
+        (fleet(a("loaded"), b()), served("a")),
+        (fleet(a("loaded"), b("loaded")), served("a", "b")),
+        (fleet(a("loaded", draining=True), b("loaded")), served("b")),
+        (fleet(a("loaded", draining=True), b()), served("a")),  # no other neuron has it
         (
             fleet(a("loaded"), b("loaded"), evicting=(("m", "a"),)),
-            Serve(("b",)),
+            served("b"),
         ),  # no requests during eviction
         (fleet(a("loading"), b()), Await("a")),
         (fleet(a("reloading"), b()), Await("a")),
-        (fleet(a("recovering"), b("loaded")), Serve(("b",))),
+        (fleet(a("recovering"), b("loaded")), served("b")),
     ],
 )
 def test_a_loaded_model_is_served(where: FleetSnapshot, expected: Decision) -> None:
@@ -106,7 +111,7 @@ def test_refusals(where: FleetSnapshot, code: str) -> None:
 def test_least_busy_replica_comes_first() -> None:
     """Our own requests decide, then names."""
     where = fleet(a("loaded"), b("loaded"))
-    assert decision("m", where, lambda model, name: {"a": 3, "b": 1}[name]) == Serve(("b", "a"))
+    assert decision("m", where, lambda key: {"a": 3, "b": 1}[key.node]) == served("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -124,12 +129,12 @@ def test_work_of_others_counts(ours: tuple[int, int], reported: tuple[int, int],
         replace(entry, health=NeuronHealth(models=[ModelActivity(id="m", in_flight=running)]))
         for entry, running in zip((a("loaded"), b("loaded")), reported, strict=True)
     ]
-    found = decision("m", fleet(*nodes), lambda model, name: ours["ab".index(name)])
+    found = decision("m", fleet(*nodes), lambda key: ours["ab".index(key.node)])
     assert isinstance(found, Serve)
-    assert found.nodes[0] == first
+    assert found.replicas[0].node == first
 
 
 def test_a_lost_neuron_serves_nothing() -> None:
     """What a lost neuron last reported does not count."""
     lost = replace(a("loaded"), healthy=False)
-    assert decision("m", fleet(lost, b("loaded"))) == Serve(("b",))
+    assert decision("m", fleet(lost, b("loaded"))) == served("b")

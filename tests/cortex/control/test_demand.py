@@ -8,16 +8,16 @@ import pytest
 
 from cortex.config.catalogue import Catalogue
 from cortex.control.demand import MEMORY_SECS, REPORT_AGE_SECS, Demand
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import PlanningView, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, replica_key
 
-KEY = "m", "a"
+KEY = replica_key("m", "a")
 FLEET = fleet(host("a", 24000, models={"m": On(9000)}))
 
 
@@ -113,15 +113,21 @@ def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotal
 
 def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:
     """It starts from zero if the model was unloaded from that node meanwhile."""
-    began = clock.now
+    began, other = clock.now, replica_key("m", "b")
     clock.now += 5
     here, there = host("a", 24000, models={"m": On(9000)}), host("b", 24000, models={"m": On(9000)})
     demand.routes_changed(["m"], fleet(here, there))
-    assert {key: use.loaded_at for key, use in demand.usages().items()} == {KEY: began, ("m", "b"): began + 5}
+    assert {key: use.loaded_at for key, use in demand.usages().items()} == {
+        KEY: began,
+        other: began + 5,
+    }
     demand.routes_changed(["m"], fleet(there))
     clock.now += 5
     demand.routes_changed(["m"], fleet(here, there))
-    assert {key: use.loaded_at for key, use in demand.usages().items()} == {KEY: began + 10, ("m", "b"): began + 5}
+    assert {key: use.loaded_at for key, use in demand.usages().items()} == {
+        KEY: began + 10,
+        other: began + 5,
+    }
 
 
 def test_a_replica_on_a_neuron_that_was_down_is_new(demand: Demand, clock: Moment) -> None:
@@ -135,7 +141,7 @@ def test_a_replica_on_a_neuron_that_was_down_is_new(demand: Demand, clock: Momen
 
 def reported(**activity: int | None) -> FleetSnapshot:
     health = NeuronHealth(models=[ModelActivity(id="m", **activity)])
-    models = {"m": ModelView(id="m", status="loaded")}
+    models = by_instance([ModelView(id="m", status="loaded")])
     return FleetSnapshot({"n": NodeSnapshot("n", "http://n", healthy=True, health=health, models=models)})
 
 
@@ -160,12 +166,12 @@ def test_requests_reported_by_engines_count_as_use(
     demand.sample(reported(**before), replica_target=8)
     now = 200.0
     demand.sample(reported(**after), replica_target=8)
-    assert (demand.usages()["m", "n"].last_used == 200.0) is used
+    assert (demand.usages()[replica_key("m", "n")].last_used == 200.0) is used
 
 
 def test_own_requests_in_an_old_report_do_not_count_as_use(counts: CountTotals, clock: Moment) -> None:
     """A report that still shows our last request, or counts it only now, does not make the model look busy."""
-    demand, worker, key = Demand(counts, clock), Worker(), ("m", "n")
+    demand, worker, key = Demand(counts, clock), Worker(), replica_key("m", "n")
     counts.attach(worker)
     demand.routes_changed(["m"], reported())
     demand.sample(reported(ended=0), replica_target=8)
@@ -189,5 +195,7 @@ def test_own_requests_in_an_old_report_do_not_count_as_use(counts: CountTotals, 
 
 def requests_on(use: ReplicaUsage, report: FleetSnapshot) -> int:
     """As the planner counts them."""
-    view = PlanningView(now=0, catalogue=Catalogue(), fleet=report, usages={("m", "n"): use})
-    return view.requests_on("m", report.nodes["n"])
+    key = replica_key("m", "n")
+    engine = report.engine(key)
+    assert engine is not None
+    return PlanningView(now=0, catalogue=Catalogue(), fleet=report, usages={key: use}).requests_on(engine)

@@ -10,6 +10,7 @@ import pytest
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved, RouteChanges
 from shared.protocol import Discovery, ModelView, NeuronHealth
+from tests.cortex.fleets import replica_key
 
 
 def fleet_of(*names: str) -> Fleet:
@@ -62,7 +63,7 @@ def test_reports_about_a_removed_neuron_are_ignored() -> None:
     fleet.record_miss("a", "gone")
     fleet.update_model("a", ModelView(id="m", status="loaded"))
     fleet.remove_model("a", "m")
-    fleet.loaded("a", "m", harness=None, devices=[])
+    fleet.loaded(replica_key("m", "a"), harness=None, devices=[])
     assert fleet.version == version
     assert not fleet.snapshot().nodes
 

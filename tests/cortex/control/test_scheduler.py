@@ -12,11 +12,12 @@ from aiohttp import web
 
 from cortex.config.settings import NeuronEntry
 from cortex.control import scheduler
-from cortex.control.loader import DRAIN_POLL_SECS
+from cortex.control.loads.evictor import DRAIN_POLL_SECS
 from cortex.control.scheduler import PLANNER, Policy
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from tests.cortex.conftest import StartCortex
+from tests.cortex.fleets import replica_key
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import Received, plain
 from tests.cortex.raw_http import Wire, bounded
@@ -51,7 +52,7 @@ async def test_a_bug_in_a_load_fails_the_waiting_requests(
     def broken(*_: Any) -> Any:
         raise KeyError("broken")
 
-    monkeypatch.setattr("cortex.control.loader.load_command", broken)
+    monkeypatch.setattr("cortex.control.loads.loader.load_command", broken)
     cortex = await start_cortex([benjy], [LOW])
     async with cortex.chat("org/low") as response:
         error = (await response.json())["error"]
@@ -116,7 +117,7 @@ async def test_an_eviction_does_not_wait_for_requests_on_a_dead_neuron(start_cor
         busy = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(_until(lambda: bool(benjy.engine.requests)))
         waiting = asyncio.create_task(_status(cortex.chat("org/high")))
-        await bounded(cortex.until(lambda: ("org/low", "benjy") in cortex.parts.fleet.snapshot().evicting))
+        await bounded(cortex.until(lambda: replica_key("org/low", "benjy") in cortex.parts.fleet.snapshot().evicting))
         if end == "it goes down":
             benjy.silent = True
         else:

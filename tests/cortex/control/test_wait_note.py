@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 
-from cortex.control.loader import LoadJob
+from cortex.control.loads.loader import LoadJob
 from cortex.control.wait_note import leaving_text, waiting_note
+from cortex.fleet.snapshot import by_instance
 from cortex.placement.node_plan import Fit, LoadPlan
-from cortex.routing.replica import Failure, FailureKind, Replica, WaitNote, given_up, untried_first
+from cortex.routing.replica import Failure, FailureKind, WaitNote, given_up, untried_first
 from shared.protocol import ModelView, Progress
-from tests.cortex.fleets import BEAST, BENJY, fleet
+from tests.cortex.fleets import BEAST, BENJY, fleet, replica, replica_key
 
 MODEL = "org/m"
 
@@ -20,7 +20,7 @@ MODEL = "org/m"
 def told(status: str, progress: Progress | None = None, *, loading: bool = False, healthy: bool = True) -> WaitNote:
     """The note while beast lists the model with these fields."""
     view = ModelView(id=MODEL, status=status, progress=progress)
-    beast = replace(BEAST, models=MappingProxyType({MODEL: view}), healthy=healthy)
+    beast = replace(BEAST, models=by_instance([view]), healthy=healthy)
     job = LoadJob(LoadPlan(MODEL, "beast", (0,), 0, Fit.NOW, 0, 0), "", 88.0, loading_since=1.0)
     return waiting_note(MODEL, fleet(beast, BENJY), job if loading else None, None, 100.0)
 
@@ -56,7 +56,7 @@ def test_other_waits() -> None:
 
 
 def failure(node: str, kind: FailureKind, *, fresh: bool = False) -> Failure:
-    return Failure(replica=Replica(model_id=MODEL, node=node, url="http://x", fresh=fresh), reason="", kind=kind)
+    return Failure(replica=replica(MODEL, node, "http://x", fresh=fresh), reason="", kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,14 @@ def failure(node: str, kind: FailureKind, *, fresh: bool = False) -> Failure:
 )
 def test_given_up(failures: list[Failure], expected: set[str]) -> None:
     """A dead engine at an address that was just asked for, and one that was busy twice; never one that answered."""
-    assert given_up(failures) == expected
+    assert {key.node for key in given_up(failures)} == expected
 
 
 def test_untried_first() -> None:
     """Replicas that were not tried come first, otherwise in their old order."""
-    assert untried_first(["a", "b", "c", "d"], [failure("a", "status"), failure("c", "reset")]) == ["b", "d", "a", "c"]
+    keys = [replica_key(MODEL, node) for node in "abcd"]
+    left = untried_first(keys, [failure("a", "status"), failure("c", "reset")])
+    assert [key.node for key in left] == ["b", "d", "a", "c"]
 
 
 @pytest.mark.parametrize(
@@ -98,10 +100,10 @@ def test_untried_first() -> None:
     ],
 )
 def test_a_swap_says_what_it_waits_for(count: int, view: ModelView, expected: str) -> None:
-    beast = replace(BEAST, models=MappingProxyType({"old": view}))
-    leaving = replace(fleet(beast, BENJY), evicting=frozenset({("old", "beast"), ("other", "benjy")}))
-    assert leaving_text(leaving, beast, lambda model, node: count) == expected
-    assert not leaving_text(fleet(beast), beast, lambda model, node: count)
+    beast = replace(BEAST, models=by_instance([view]))
+    leaving = fleet(beast, BENJY, evicting=(("old", "beast"), ("other", "benjy")))
+    assert leaving_text(leaving, beast, lambda key: count) == expected
+    assert not leaving_text(fleet(beast), beast, lambda key: count)
 
 
 def test_a_load_says_which_model_must_be_gone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cortex.fleet.state import Fleet
 from shared.protocol import Discovery, ModelView, NeuronHealth
 from tests.cortex.conftest import StartCortex
+from tests.cortex.fleets import replica_key
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import until
 
@@ -65,11 +66,11 @@ def test_an_old_poll_does_not_undo_a_newer_report() -> None:
     now = 10.0
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: now)
     observed(fleet, started=1)
-    fleet.loaded("n", "m", harness="vllm", devices=[0])
+    fleet.loaded(replica_key("m", "n"), harness="vllm", devices=[0])
     observed(fleet, started=9)
-    assert fleet.snapshot().nodes["n"].models["m"].status == "loaded"
+    assert fleet.snapshot().nodes["n"].models["m"][""].status == "loaded"
     observed(fleet, started=9, m="loading")
-    assert fleet.snapshot().nodes["n"].models["m"].status == "loaded"
+    assert fleet.snapshot().nodes["n"].models["m"][""].status == "loaded"
     observed(fleet, started=11)
     assert not fleet.snapshot().nodes["n"].models
 

@@ -44,7 +44,7 @@ def node(cortex: RunningCortex) -> NodeSnapshot:
 
 
 def status(cortex: RunningCortex) -> str | None:
-    view = node(cortex).models.get(MODEL)
+    view = node(cortex).view(MODEL, "")
     return None if view is None else view.status
 
 
@@ -86,7 +86,7 @@ async def test_an_event_takes_effect_at_once_and_causes_a_poll(neuron: RawNeuron
     await until(lambda: status(cortex) == "sleeping")
     neuron.change(MODEL, "sleeping", since=1.0, vram_used_mb=77)
     await until(lambda: neuron.asked[begun:].count("/models") >= poller.MEASURED_POLLS)
-    await until(lambda: node(cortex).models[MODEL].vram_used_mb == 77)
+    await until(lambda: node(cortex).models[MODEL][""].vram_used_mb == 77)
 
 
 async def test_a_poll_requests_the_models_after_the_events_break(neuron: RawNeuron, start_cortex: StartCortex) -> None:
@@ -128,9 +128,22 @@ async def test_a_restarted_neuron_is_polled_in_full(neuron: RawNeuron, start_cor
     begun = await in_step(neuron)
     neuron.instance = "two"
     neuron.change(MODEL, "unloaded")
-    await until(lambda: node(cortex).instance == "two")
+    await until(lambda: node(cortex).instance_id == "two")
     assert status(cortex) == "unloaded"
     assert {"/models", "/discovery"} <= set(neuron.asked[begun:])
+
+
+async def test_a_lost_device_is_noticed(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+    """The health lacks it: cortex asks for the discovery again, once, and does not place models there."""
+    neuron.answering_devices = [0, 1]
+    cortex = await start_cortex([neuron], [])
+    await in_step(neuron)
+    for left in ([1], [0, 1]):
+        neuron.answering_devices = left
+        await until(lambda: [device.index for device in node(cortex).devices] == neuron.answering_devices)
+    polls = neuron.asked.count("/health")
+    await until(lambda: neuron.asked.count("/health") > polls + 2)
+    assert neuron.asked.count("/discovery") == 3
 
 
 async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(

@@ -15,7 +15,8 @@ import pytest
 from cortex.config.files import state_directory
 from cortex.config.settings import CortexConfig
 from cortex.fleet.store import STORED_IDS, StateFile
-from cortex.routing.replica import ANY_NODE, Replica
+from cortex.routing.replica import ANY_NODE
+from tests.cortex.fleets import replica
 
 
 async def test_the_state_survives_a_restart(tmp_path: Path) -> None:
@@ -57,13 +58,13 @@ async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
     """The newest of them. Their URLs and keys may have changed, and keys do not belong into the file."""
     state = StateFile(tmp_path)
     for number in range(STORED_IDS + 1):
-        made = Replica(model_id="org/small", node="beast", url="http://e", api_key="secret", others=number % 3)
+        made = replica("org/small", "beast", "http://e", api_key="secret", others=number % 3)
         state.add_response(f"resp_{number}", made)
     await state.close()
     assert "secret" not in (tmp_path / "state.json").read_text(encoding="utf-8")
     owners = StateFile(tmp_path).response_owners
     assert owners.find("resp_0") is None
-    assert owners.find(f"resp_{STORED_IDS}") == Replica(model_id="org/small", node="beast", url="")
+    assert owners.find(f"resp_{STORED_IDS}") == replica("org/small", "beast", "")
     assert len(owners.listed().engines) == 1
 
 

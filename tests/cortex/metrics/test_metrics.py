@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
+from tests.cortex.fleets import replica_key
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -19,7 +20,7 @@ def samples(metrics: Metrics) -> Samples:
 
 def made(*counted: Counters) -> Metrics:
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
-    return Metrics(fleet, lambda: {("m", "beast"): 2}, lambda: counted)
+    return Metrics(fleet, lambda: {replica_key("m", "beast"): 2}, lambda: counted)
 
 
 def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:

@@ -8,6 +8,7 @@ import pytest
 
 from cortex.placement.candidates import MAX_CANDIDATES, candidate_nodes
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
+from cortex.placement.replicas import reconcile_replicas
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import profile, view
 
@@ -53,3 +54,15 @@ def test_all_nodes_are_evaluated_when_no_candidate_can_load_it() -> None:
     plan = best_plan(candidate_verdicts(moment, wanted))
     assert plan is not None
     assert plan.node == "full"
+
+
+def test_nodes_without_an_instance_are_candidates_first() -> None:
+    """However many nodes have one, and however tight it would be there."""
+    there = [host(f"n{i:03}", 16000, 16000, models={"m": On(4000)}, instances=True) for i in range(150)]
+    empty = [host(f"z{i}", 32000, instances=True) for i in range(3)]
+    wanted = profile(vram_mb=4000, replicas={"min": 155})
+    found = candidate_nodes(view(fleet(*there, *empty), wanted), wanted)
+    assert [node.name for node in found[:3]] == ["z0", "z1", "z2"]
+    assert len(found) == MAX_CANDIDATES
+    added = reconcile_replicas(view(fleet(*there, *empty), wanted), [wanted]).loads
+    assert [plan.node for plan, _ in added] == ["z0", "z1", "z2", "n000", "n001"]

@@ -14,7 +14,7 @@ from cortex.placement.capacity import ResidentModel
 from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, free_enough, plan_evictions
 from cortex.placement.inputs import ReplicaUsage
 from cortex.placement.node_plan import Fit
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, replica_key
 from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view
 
 M = profile(vram_mb=20000)
@@ -233,12 +233,12 @@ def _eviction(
     name: str, mb: int, *devices: int, eviction_class: EvictionClass = EvictionClass.IDLE, cost: float = 0.0
 ) -> Eviction:
     return Eviction(
-        ResidentModel((name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, 0.0, cost), eviction_class, NOW
+        ResidentModel(replica_key(name, "n"), frozenset(devices), mb, 100, 0, 0.0, 0.0, 0.0, cost), eviction_class, NOW
     )
 
 
 def _names(found: EvictionPlan | None) -> set[str] | None:
-    return None if found is None else {each.resident.key[0] for each in found.evictions}
+    return None if found is None else {each.resident.key.model_id for each in found.evictions}
 
 
 def test_no_eviction_when_all_together_free_too_little() -> None:

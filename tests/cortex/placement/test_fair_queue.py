@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
 from cortex.placement.node_plan import Fit, LoadPlan
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, replica_key
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 
 A, B, C = (profile(id=name, vram_mb=20000) for name in "abc")
@@ -44,13 +44,13 @@ class Box:
         there = {name: On(20000) for name in (self.loaded,) if name}
         reserved = (Reservation(self.loading, "box", (0,), 20000),) if self.loading else ()
         gone = ((self.evicting, "box"),) if self.evicting else ()
-        uses = {(self.loaded, "box"): ReplicaUsage(self.working, self.last_used, self.loaded_at)} if self.loaded else {}
+        use = ReplicaUsage(self.working, self.last_used, self.loaded_at)
         return PlanningView(
             now=self.now,
             catalogue=Catalogue(models=self.models),
             fleet=fleet(host("box", 24000, models=there), reservations=reserved, evicting=gone),
             rules=self.rules,
-            usages=uses,
+            usages={replica_key(self.loaded, "box"): use} if self.loaded else {},
             waiting=dict(self.waiting),
         )
 
@@ -304,7 +304,7 @@ def test_a_split_model_gets_its_turn_among_small_ones() -> None:
             catalogue=Catalogue(models=(*small, PAIR)),
             fleet=fleet(host("box", 24000, 24000, models=there)),
             rules=rules,
-            usages={(name, "box"): ReplicaUsage(1, now, since[i]) for i, name in enumerate(holds) if name},
+            usages={replica_key(name, "box"): ReplicaUsage(1, now, since[i]) for i, name in enumerate(holds) if name},
             waiting={m: each for m, each in waiting.items() if m not in there and each.since <= now},
         )
         for plan in schedule_loads(moment).loads:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.config.catalogue import DEFAULT_PRIORITY
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.placement.inputs import Backoff
 from cortex.placement.node_plan import Fit
 from cortex.placement.planner import evaluate_node
@@ -82,7 +82,7 @@ def unmeasured(*, used_mb: int | None, **models: On) -> NodeSnapshot:
     there = host("n", 24000, models=models, protocol_v1=True)
     assert there.health is not None
     silent = [live.model_copy(update={"vram_used_mb": 0, "vram_free_mb": 0}) for live in there.health.devices]
-    told = {name: entry.model_copy(update={"vram_used_mb": used_mb}) for name, entry in there.models.items()}
+    told = by_instance(entry.model_copy(update={"vram_used_mb": used_mb}) for entry in there.views)
     return replace(there, health=there.health.model_copy(update={"devices": silent}), models=told)
 
 

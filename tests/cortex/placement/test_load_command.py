@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.load_command import load_command
 from shared.protocol import LinkKind, LoadCommand
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import plan_for, profile, view
 
 SPEC = profile(vram_mb=14000, quant="fp8", args=["--x"], source="/srv/m")
@@ -85,6 +84,5 @@ def test_a_sleeping_model(models: dict[str, On], protocol_v1: bool, expected: di
 def test_a_model_outside_the_catalogue(protocol_v1: bool, devices: tuple[int, ...], expected: dict[str, Any]) -> None:
     """Its neuron remembers its spec; a protocol v1 neuron is sent what it listed."""
     where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, protocol_v1=protocol_v1)
-    entry = where.models["own"].model_copy(update={"harness": "vllm"})
-    where = replace(where, models={"own": entry})
+    where = with_entry(where, where.views[0].model_copy(update={"harness": "vllm"}))
     assert _command(None, where, "own").model_dump(exclude_defaults=True) == expected

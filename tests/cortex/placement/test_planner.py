@@ -15,7 +15,7 @@ from cortex.placement.feasibility import infeasible_reason, is_feasible
 from cortex.placement.inputs import Backoff, PlanningView
 from cortex.placement.node_plan import Fit
 from cortex.placement.planner import all_verdicts, best_plan, evaluate_node
-from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node
+from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node, with_entry
 from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view
 
 
@@ -59,7 +59,7 @@ def test_a_model_is_not_loaded_where_it_is_being_drained() -> None:
         profile(vram_mb=8000),
     )
     assert plan_for(view(fleet(known, other), wanted)).node == "a"
-    drained = replace(known, models={"m": known.models["m"].model_copy(update={"state": "draining"})})
+    drained = with_entry(known, known.views[0].model_copy(update={"state": "draining"}))
     assert plan_for(view(fleet(drained, other), wanted)).node == "b"
     verdict = evaluate_node(view(fleet(drained)), wanted, drained)
     assert (verdict.plan, verdict.temporary) == (None, True)
@@ -167,8 +167,7 @@ def test_memory_booked_for_our_load_is_not_counted_twice(protocol_v1: bool) -> N
     """While a load is under way, the rest of its device stays available."""
     loading = host("n", 24000, models={"other": On(16000, status="loading")}, protocol_v1=protocol_v1)
     if not protocol_v1:  # booked at once, used gradually
-        entry = loading.models["other"].model_copy(update={"vram_used_mb": 3000})
-        loading = replace(loading, models={"other": entry})
+        loading = with_entry(loading, loading.views[0].model_copy(update={"vram_used_mb": 3000}))
     where = fleet(loading, reservations=(Reservation("other", "n", (0,), 16000),))
     plan = plan_for(view(where, profile(vram_mb=7000)))
     assert (plan.fit, plan.spare_mb) == (Fit.NOW, 1000)

@@ -50,15 +50,15 @@ def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
     assert not profile.pinned_on or node.name in profile.pinned_on, seed
     assert len(set(plan.devices)) == profile.min_devices, seed
     for each in plan.eviction_plan.evictions:
-        model_id, where = each.resident.key
+        model_id, where, _ = key = each.resident.key
         shielded = moment.catalogue.profile(model_id)
         assert where == node.name, seed
-        assert (model_id, where) not in moment.fleet.evicting, seed
-        assert node.status_of(model_id) in (ModelStatus.LOADED, ModelStatus.SLEEPING), seed
+        assert key not in moment.fleet.evicting, seed
+        assert node.has_status(model_id, ModelStatus.LOADED, ModelStatus.SLEEPING), seed
         if model_id != profile.id and shielded is not None:
             assert node.name not in shielded.pinned_on, seed
             assert shielded.residency_priority <= profile.residency_priority, seed
-        use = moment.usage(model_id, where)
+        use = moment.usage(key)
         assert each.ready_at > moment.now or not use.in_flight or moment.waiting.get(plan.model_id) is not None, seed
     keys = [each.resident.key for each in plan.eviction_plan.evictions]
     assert len(set(keys)) == len(keys), seed

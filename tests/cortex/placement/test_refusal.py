@@ -12,7 +12,7 @@ from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import Backoff
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error, unknown_model_error
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ModelOnNode
 from shared.errors import ServiceError, render
 from tests.cortex.fleets import On, fleet, host, node
 from tests.cortex.views import NOW, profile, view
@@ -23,7 +23,7 @@ TOP = profile(id="top", vram_mb=20000, residency_priority=500)
 FULL = host("a", 24000, models={"top": On(20000)})
 
 
-def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff]) -> ServiceError:
+def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ModelOnNode, Backoff]) -> ServiceError:
     moment = view(where, M, PINNED, TOP, backoffs=backoffs)
     wanted = moment.profile(model_id)
     return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
@@ -46,7 +46,7 @@ def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, 
         ("own", fleet(host("a", 24000)), {("own", "a"): Backoff(NOW + 7, "no")}, "cold_load_failed"),
     ],
 )
-def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[ReplicaKey, Backoff], code: str) -> None:
+def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[ModelOnNode, Backoff], code: str) -> None:
     """Each has its own code; temporary ones say when to retry."""
     error = _refused(model_id, where, backoffs)
     assert error.code == code
@@ -67,7 +67,7 @@ def test_refusals(model_id: str, where: FleetSnapshot, backoffs: Mapping[Replica
     ],
 )
 def test_a_model_that_cannot_load_anywhere_is_refused_permanently(
-    backoffs: Mapping[ReplicaKey, Backoff], permanent: bool
+    backoffs: Mapping[ModelOnNode, Backoff], permanent: bool
 ) -> None:
     """Client libraries then report the failure at once."""
     error = _refused("m", fleet(host("a", 24000), host("b", 24000)), backoffs)
@@ -113,7 +113,7 @@ def test_models_outside_the_catalogue(where: FleetSnapshot, code: str) -> None:
         (("m", "*"), fleet(host("a", 24000), host("b", 40000)), "refused"),  # the model failed: try nowhere
     ],
 )
-def test_a_backoff_decides_where_the_load_is_retried(backoff: ReplicaKey, where: FleetSnapshot, outcome: str) -> None:
+def test_a_backoff_decides_where_the_load_is_retried(backoff: ModelOnNode, where: FleetSnapshot, outcome: str) -> None:
     """After a fault of one node the load is retried on another; after a fault of the model the request is refused."""
     schedule = schedule_loads(view(where, M, waiting={"m": 1}, backoffs={backoff: Backoff(NOW + 7, "no")}))
     assert [plan.node for plan in schedule.loads] == ([outcome] if outcome != "refused" else [])

@@ -69,7 +69,8 @@ def test_where_any_model_needs_reconciliation(where: FleetSnapshot, expected: bo
         (1, fleet(host("a", 16000, models={"m": On(500, status="sleeping", wants_mb=13500)})), "a"),  # woken
         (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}), host("b", 24000)), None),
         (1, fleet(host("a", 16000, models={"m": On(14000, status="loading")}, healthy=False), host("b", 24000)), "b"),
-        (2, fleet(host("a", 16000), reservations=(Reservation("m", "b", (0,), 14000),)), None),  # one at a time
+        (2, fleet(host("a", 16000), host("b", 16000), reservations=(Reservation("m", "b", (0,), 14000),)), "a"),
+        (1, fleet(host("a", 16000), host("b", 16000), reservations=(Reservation("m", "b", (0,), 14000),)), None),
         (1, fleet(host("a", 12000)), None),  # too large by the figures: not tried without waiting requests
         (1, fleet(host("a", 16000, models={"m": On(status="failed")}), host("b", 24000)), "a"),
     ],

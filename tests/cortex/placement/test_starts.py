@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from cortex.control.explain import explain
 from cortex.control.wait_note import waiting_note
-from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.fleet.snapshot import NodeSnapshot, Reservation, by_instance
 from cortex.placement.node_plan import Fit
 from cortex.placement.starts import starts_by_device
 from shared.protocol import LinkKind, ModelView, Progress
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import plan_for, profile, view
 
 BIG, SMALL = profile(id="org/big", vram_mb=20_000), profile(id="org/small", vram_mb=4_000)
@@ -25,8 +24,7 @@ def starting(*devices: int, mb: int = 10_000, status: str = "loading") -> On:
 
 
 def with_progress(node: NodeSnapshot, model_id: str, **progress: Any) -> NodeSnapshot:
-    entry = node.models[model_id].model_copy(update={"progress": Progress(**progress)})
-    return replace(node, models=MappingProxyType({**node.models, model_id: entry}))
+    return with_entry(node, node.models[model_id][""].model_copy(update={"progress": Progress(**progress)}))
 
 
 @pytest.mark.parametrize("status", ["loading", "reloading", "recovering"])
@@ -111,13 +109,13 @@ def test_waiting_clients_are_told_what_goes_first() -> None:
     waits = ModelView(
         id="org/small", status="loading", devices=[0], progress=Progress(phase="waiting", message="waiting for another")
     )
-    node = replace(node, models=MappingProxyType({**node.models, "org/small": waits}))
+    node = with_entry(node, waits)
     note = waiting_note("org/small", fleet(node), None, None, 0.0)
     assert note.text == (
         "loading org/small on a: waiting for org/big to start on the same device: "
         "loading weights 20 %, about 380 s left"
     )
-    alone = replace(node, models=MappingProxyType({"org/small": waits}))
+    alone = replace(node, models=by_instance([waits]))
     assert (
         waiting_note("org/small", fleet(alone), None, None, 0.0).text == "loading org/small on a: waiting for another"
     )

@@ -16,7 +16,7 @@ from cortex.placement.inputs import Backoff, PlanningView
 from cortex.placement.load_command import load_command
 from cortex.placement.node_plan import Fit, LoadPlan, plan_on_node
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan, candidate_verdicts, plan_variant
-from tests.cortex.fleets import On, fleet, host
+from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import NOW, profile, used, view
 
 FP8 = {"quant": "fp8", "vram_mb": 14000, "min_compute_capability": "8.9", "args": ["--kv-cache-dtype", "fp8"]}
@@ -47,8 +47,7 @@ def verdicts(moment: PlanningView, model: ModelProfile = MODEL) -> dict[str, Nod
 
 def labelled(entry: NodeSnapshot, variant: str | None, model_id: str = "m") -> NodeSnapshot:
     """The node, reporting this variant of the model."""
-    told = entry.models[model_id].model_copy(update={"variant": variant})
-    return replace(entry, models={**entry.models, model_id: told})
+    return with_entry(entry, entry.models[model_id][""].model_copy(update={"variant": variant}))
 
 
 def plan_of(verdict: NodeVerdict) -> LoadPlan:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from cortex.proxy.body.model_field import previous_response_id
-from cortex.routing.replica import Replica
 from cortex.routing.response_owners import MAX_IDS, UNSTORED, ResponseOwners, response_id
 from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
+from tests.cortex.fleets import replica
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
 from tests.cortex.raw_http import RawClient, Wire, bounded, chunked, connected, request, until
@@ -289,11 +289,11 @@ def test_previous_response_of_a_body(body: bytes, expected: str | None) -> None:
 
 def test_ids_are_bounded() -> None:
     """The oldest is forgotten first."""
-    owners, replica = ResponseOwners(), Replica(model_id=MODEL, node="benjy", url="http://x")
+    owners, maker = ResponseOwners(), replica(MODEL, "benjy", "http://x")
     for number in range(MAX_IDS + 1):
-        owners.add(f"resp_{number}", replica)
+        owners.add(f"resp_{number}", maker)
     assert owners.find("resp_0") is None
-    assert owners.find(f"resp_{MAX_IDS}") is replica
+    assert owners.find(f"resp_{MAX_IDS}") is maker
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,18 @@ from statistics import fmean
 import pytest
 
 from cortex.routing.choice import beyond_ours, choose, least_work
+from cortex.routing.replica import ReplicaKey
 from cortex.routing.speeds import Speeds
+from tests.cortex.fleets import replica_key
 from tests.cortex.replicas_simulated import Simulation, ideal, learned, least_in_flight, with_affinity
 
 NODES = ["a", "b", "c"]
 EQUAL = [1.0, 1.0, 1.0]
 KIND = ("m", b"/v1/chat/completions", True)
+
+
+def keys(model_id: str, *nodes: str) -> list[ReplicaKey]:
+    return [replica_key(model_id, name) for name in nodes]
 
 
 @pytest.mark.parametrize(
@@ -149,24 +155,24 @@ def test_all_processes_agree() -> None:
 def test_an_unmeasured_replica_is_average() -> None:
     """A replica without measurements counts as average."""
     speeds = Speeds()
-    assert speeds.of("m", NODES) == EQUAL
+    assert speeds.of(keys("m", *NODES)) == EQUAL
     for _ in range(50):
-        speeds.learn(KIND, "a", 4.0, 1000)
-        speeds.learn(KIND, "b", 1.0, 1000)
-    slow, fast, unknown = speeds.of("m", NODES)
+        speeds.learn(KIND, replica_key("m", "a"), 4.0, 1000)
+        speeds.learn(KIND, replica_key("m", "b"), 1.0, 1000)
+    slow, fast, unknown = speeds.of(keys("m", *NODES))
     assert unknown == 1.0
     assert slow < unknown < fast
     assert fast / slow == pytest.approx(4, rel=0.2)
-    assert speeds.of("other", NODES) == EQUAL
+    assert speeds.of(keys("other", *NODES)) == EQUAL
 
 
 def test_speeds_are_bounded() -> None:
     """A replica that is a thousand times slower still gets a few requests, so its recovery is noticed."""
     speeds = Speeds()
     for _ in range(200):
-        speeds.learn(KIND, "a", 1000.0, 1000)
-        speeds.learn(KIND, "b", 1.0, 1000)
-    for speed in speeds.of("m", ["a", "b"]):
+        speeds.learn(KIND, replica_key("m", "a"), 1000.0, 1000)
+        speeds.learn(KIND, replica_key("m", "b"), 1.0, 1000)
+    for speed in speeds.of(keys("m", "a", "b")):
         assert 0.25 - 1e-9 <= speed <= 4 + 1e-9
 
 
@@ -175,11 +181,11 @@ def test_kinds_of_answers_are_not_compared() -> None:
     speeds = Speeds()
     plain = (*KIND[:2], False)
     for _ in range(50):
-        speeds.learn(KIND, "a", 1.0, 50_000)
-        speeds.learn(plain, "b", 1.0, 1000)
+        speeds.learn(KIND, replica_key("m", "a"), 1.0, 50_000)
+        speeds.learn(plain, replica_key("m", "b"), 1.0, 1000)
     for _ in range(50):
-        speeds.learn(KIND, "b", 1.0, 50_000)
-    assert speeds.of("m", ["a", "b"]) == pytest.approx([1.0, 1.0])
+        speeds.learn(KIND, replica_key("m", "b"), 1.0, 50_000)
+    assert speeds.of(keys("m", "a", "b")) == pytest.approx([1.0, 1.0])
 
 
 def test_a_replica_that_has_become_slow_is_noticed() -> None:
@@ -187,22 +193,22 @@ def test_a_replica_that_has_become_slow_is_noticed() -> None:
     speeds = Speeds()
     for _ in range(500):
         for node in ("a", "b"):
-            speeds.learn(KIND, node, 1.0, 1000)
-    speeds.learn(KIND, "a", 100.0, 1000)
-    assert speeds.of("m", ["a"])[0] > 0.9
+            speeds.learn(KIND, replica_key("m", node), 1.0, 1000)
+    speeds.learn(KIND, replica_key("m", "a"), 100.0, 1000)
+    assert speeds.of(keys("m", "a"))[0] > 0.9
     for _ in range(30):
-        speeds.learn(KIND, "a", 4.0, 1000)
-        speeds.learn(KIND, "b", 1.0, 1000)
-    slow, fast = speeds.of("m", ["a", "b"])
+        speeds.learn(KIND, replica_key("m", "a"), 4.0, 1000)
+        speeds.learn(KIND, replica_key("m", "b"), 1.0, 1000)
+    slow, fast = speeds.of(keys("m", "a", "b"))
     assert slow < 0.6 * fast
 
 
 def test_an_empty_answer_teaches_nothing() -> None:
     """An answer that took no time does not change the speed either."""
     speeds = Speeds()
-    speeds.learn(KIND, "a", 1.0, 0)
-    speeds.learn(KIND, "a", 0.0, 10)
-    assert speeds.of("m", ["a"]) == [1.0]
+    speeds.learn(KIND, replica_key("m", "a"), 1.0, 0)
+    speeds.learn(KIND, replica_key("m", "a"), 0.0, 10)
+    assert speeds.of(keys("m", "a")) == [1.0]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -19,10 +19,11 @@ import tomli_w
 
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.routing.replica import Replica, Route
+from cortex.routing.replica import Route
 from cortex.workers import __main__ as worker_process
 from cortex.workers.messages import Collect, Counted, DownChanged, Resolved, RouteUnused, Setup, ToWorker
 from cortex.workers.remote_control import RemoteControl
+from tests.cortex.fleets import replica as made_replica
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import bounded
 from tests.processes import alive, descendants
@@ -190,14 +191,14 @@ async def test_port_of_another_cortex_is_not_shared(workers: Workers, tmp_path: 
 
 async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     """The control asks for counts before it evicts a model; the answer includes requests routed before."""
-    replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
+    replica = made_replica(MODEL, "benjy", "http://127.0.0.1:1")
     setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
     sent: list[Any] = []
     control, in_flight = RemoteControl(setup, sent.append), InFlight()
 
     async def request() -> None:
         route = await control.resolve(MODEL)
-        in_flight.add((MODEL, route.replica.node))
+        in_flight.add(route.replica.key)
 
     async def messages() -> AsyncIterator[ToWorker]:
         yield Resolved(1, Route(replica=replica))
@@ -209,12 +210,12 @@ async def test_request_that_was_just_given_an_engine_is_counted() -> None:
     await worker_process.listen(messages(), channel, control, gateway, asyncio.Event())
     await going
     (counted,) = (message for message in sent if isinstance(message, Counted))
-    assert (counted.number, counted.in_flight) == (7, [(MODEL, "benjy", 1)])
+    assert (counted.number, counted.in_flight) == (7, [(replica.key, 1)])
 
 
 async def test_a_route_whose_client_has_left_is_given_back() -> None:
     """Before it arrives, or at that moment: the control counts it until it is told."""
-    replica = Replica(model_id=MODEL, node="benjy", url="http://127.0.0.1:1")
+    replica = made_replica(MODEL, "benjy", "http://127.0.0.1:1")
     setup = Setup(config="{}", models=[MODEL], aliases={}, table={}, control_host="", down=[])
     sent: list[Any] = []
     control = RemoteControl(setup, sent.append)

@@ -76,7 +76,7 @@ class SmallFleet:
 
     def loads(self, name: str) -> int:
         """How often cortex has loaded a model."""
-        return self.log.read_text().count(f"INFO    cortex.control.loader: loaded {name} on ")
+        return self.log.read_text().count(f"INFO    cortex.control.loads.loader: loaded {name} on ")
 
 
 def neuron_toml(directory: Path, number: int, *, sleep: bool = False, fault: str | None = None) -> Path:

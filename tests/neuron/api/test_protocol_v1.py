@@ -27,10 +27,10 @@ ONE_CARD = {"devices": ["RTX 5090"]}
 
 @contextlib.asynccontextmanager
 async def answering(
-    neuron: Neuron, model: str, url: str, key: str | None = None
+    neuron: Neuron, model: str, url: str, key: str | None = None, *, tokens: int = 400
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """An answer of two seconds that has begun."""
-    body = {"model": model, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    """An answer of two seconds that has begun; more `tokens` take longer."""
+    body = {"model": model, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     async with (
         aiohttp.ClientSession(headers=headers) as session,
@@ -297,3 +297,42 @@ async def test_the_longest_idle_engine_ends(mark: str, tmp_path: Path) -> None:
         await cortex.forward("wanted")
         listed = await cortex.listed()
         assert listed == {"keyed": "loaded", "wanted": "loaded", "early": "unloaded", "late": "loaded"}
+
+
+async def test_several_instances(mark: str, tmp_path: Path) -> None:
+    """The entry that such a cortex keeps, the last, is of an instance that it can use; its requests go to the instances
+    by turns; its unload ends all of them, and its endpoint loads the model again."""
+    shared = config(tmp_path, vram_mb=5000, engine_keys="never")
+    async with neuron_here(shared) as neuron, v1_cortex(neuron) as cortex:
+        for instance in ("0", "1", "2"):
+            assert (await neuron.load(A, instance=instance, devices=[0])).status == 200
+        urls = {await cortex.route(A) for _ in range(6)}
+        assert len(urls) == 3
+        for url in urls:
+            await cortex.forward(A, to=url)
+        assert (await neuron.call("POST", "/models/sleep", json={"model_id": A, "instance": "2"})).status == 200
+        await neuron.load(A, "--load-secs", "60", wait=False, instance="3", devices=[0])
+        listed = [each for each in (await cortex.call("GET", "/models")).body if each["id"] == A]
+        assert [each["instance"] for each in listed] == ["3", "2", "0", "1"]
+        assert len({await cortex.route(A) for _ in range(4)}) == 2
+
+        async def ended() -> list[dict[str, Any]] | None:
+            models: list[dict[str, Any]] = (await cortex.call("GET", "/health")).body["models"]
+            return models if [each["ended"] for each in models] == [2] else None
+
+        assert await until(ended) == [{"id": A, "in_flight": 0, "queue_depth": 0, "ended": 2}]
+        assert (await cortex.unload(A)).status == 200
+        assert await cortex.listed() == {A: "unloaded"}
+        await cortex.forward(A)
+        assert await cortex.listed() == {A: "loaded"}
+
+
+async def test_an_idle_instance_starts_without_its_key(mark: str, tmp_path: Path) -> None:
+    """Of several instances with a key the idle one starts again without it, and the others keep theirs."""
+    async with neuron_here(config(tmp_path, vram_mb=5000)) as neuron, v1_cortex(neuron) as cortex:
+        loaded = [(await neuron.load(A, instance=each, devices=[0])).body for each in ("0", "1")]
+        async with answering(neuron, A, loaded[0]["url"], loaded[0]["api_key"], tokens=1000) as stream:
+            await cortex.forward(A)
+            assert "[DONE]" in await stream.text()
+        keys = {each["instance"]: each["endpoint"]["api_key"] for each in (await neuron.call("GET", "/models")).body}
+        assert keys == {"0": loaded[0]["api_key"], "1": None}

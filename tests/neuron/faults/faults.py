@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from neuron.gpu import simulated_vram as vram
+from neuron.spec import InstanceKey
 from shared.serve import ListenError, bind
 from tests.neuron.faults.host import DEVICE_MB, DEVICES, EngineProcess, Host, engine_processes, send
 
@@ -31,16 +32,29 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class FaultModel:
-    """A model of the host. They do not all fit at once."""
+    """A model of the host, or one instance of it. They do not all fit at once."""
 
     id: str
     vram_mb: int  # all devices together
     tensor_parallel: int = 1
+    instance: str | None = None
+
+    def __str__(self) -> str:
+        return self.id if self.instance is None else f"{self.id} instance {self.instance}"
+
+    @property
+    def names(self) -> dict[str, object]:
+        """As in a command."""
+        return {"model_id": self.id, **({} if self.instance is None else {"instance": self.instance})}
 
 
 MODELS = (
     FaultModel("small/a", 1500),
     FaultModel("small/b", 2500),
+    FaultModel("several", 1000, instance="0"),
+    FaultModel("several", 1000, instance="1"),
+    FaultModel("several", 1000, instance="2"),
+    FaultModel("several", 1000),
     FaultModel("middle", 5000),
     FaultModel("large", 7500),
     FaultModel("wide", 8000, tensor_parallel=2),
@@ -68,14 +82,15 @@ class Faults:
     async def load_in_passing(self, pick: float) -> str:
         """Does not wait for the load to finish."""
         self._in_passing(self.load(pick))
-        return f"load of {_chosen(MODELS, pick).id} begun"
+        return f"load of {_chosen(MODELS, pick)} begun"
 
     async def unload(self, pick: float) -> str:
-        return await self.unload_model(_chosen(MODELS, pick).id)
+        model = _chosen(MODELS, pick)
+        return f"unload {model}: {await self.host.post('/models/unload', model.names)}"
 
     async def unload_in_passing(self, pick: float) -> str:
         self._in_passing(self.unload(pick))
-        return f"unload of {_chosen(MODELS, pick).id} begun"
+        return f"unload of {_chosen(MODELS, pick)} begun"
 
     async def unload_model(self, model_id: str) -> str:
         return f"unload {model_id}: {await self.host.post('/models/unload', {'model_id': model_id})}"
@@ -108,11 +123,11 @@ class Faults:
         loaded = await self._loaded()
         if not loaded:
             return "no engine to be hung"
-        model_id = _chosen(sorted(loaded), pick)
-        send(loaded[model_id], signal.SIGUSR1)
-        self._in_passing(self._ask(model_id))
-        await self._until_loaded(lambda now: now.get(model_id) != loaded[model_id], f"{model_id} hangs, and is ended")
-        return f"{model_id} hung, with a request, and found out"
+        key = _chosen(sorted(loaded), pick)
+        send(loaded[key], signal.SIGUSR1)
+        self._in_passing(self._ask(key))
+        await self._until_loaded(lambda now: now.get(key) != loaded[key], f"{key} hangs, and is ended")
+        return f"{key} hung, with a request, and found out"
 
     async def steal_port(self, pick: float) -> str:
         """Kills an engine with all its processes, and takes its port at once."""
@@ -152,7 +167,7 @@ class Faults:
         await self.host.kill()
         await self.host.start()
         await self._until_loaded(lambda now: kept.items() <= now.items(), f"{kept} are adopted")
-        return f"kill -9 of neuron, and a new one, which adopts {sorted(kept)}"
+        return f"kill -9 of neuron, and a new one, which adopts {sorted(map(str, kept))}"
 
     async def kill_neuron_as_it_loads(self, pick: float) -> str:
         """Kills it at a random moment between the command and the engine's readiness."""
@@ -161,7 +176,7 @@ class Faults:
         await asyncio.sleep(pick * _LOAD_SECS)
         await self.host.kill()
         await self.host.start()
-        return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model.id}, and a new one"
+        return f"kill -9 of neuron {pick * _LOAD_SECS:.3f} s after a load of {model}, and a new one"
 
     async def kill_neuron_as_it_begins(self, pick: float) -> str:
         """Kills it twice; the second time at a random moment of its start, while it looks for engines."""
@@ -216,22 +231,22 @@ class Faults:
     # Helpers.
 
     async def _load(self, model: FaultModel) -> str:
-        body: dict[str, object] = {"model_id": model.id, "harness": "sim", "vram_mb": model.vram_mb}
+        body: dict[str, object] = {**model.names, "harness": "sim", "vram_mb": model.vram_mb}
         if model.tensor_parallel > 1:
             body["tensor_parallel"] = model.tensor_parallel
-        return f"load {model.id}: {await self.host.post('/models/load', body)}"
+        return f"load {model}: {await self.host.post('/models/load', body)}"
 
-    async def _ask(self, model_id: str) -> str:
+    async def _ask(self, key: InstanceKey) -> str:
         """A request to an engine. It may fail; it must not hang."""
         try:
-            endpoint = await self.host.endpoint(model_id)
+            endpoint = await self.host.endpoint(key)
             headers = {"Authorization": f"Bearer {endpoint['api_key']}"}
             async with self.host.http.post(
-                endpoint["url"] + "/v1/chat/completions", json={**_CHAT, "model": model_id}, headers=headers
+                endpoint["url"] + "/v1/chat/completions", json={**_CHAT, "model": key.model_id}, headers=headers
             ) as response:
-                return f"request to {model_id}: {response.status}"
+                return f"request to {key}: {response.status}"
         except (aiohttp.ClientError, AssertionError) as error:
-            return f"request to {model_id}: {type(error).__name__}"
+            return f"request to {key}: {type(error).__name__}"
 
     def _in_passing(self, call: Coroutine[Any, Any, str]) -> None:
         task = asyncio.create_task(call)
@@ -243,12 +258,16 @@ class Faults:
         send(pid, number)
         return f"{number.name} to {name}"
 
-    async def _loaded(self) -> dict[str, int]:
-        """The processes of the loaded models, by model."""
-        return {model["id"]: model["pid"] for model in await self.host.models() if model["status"] == "loaded"}
+    async def _loaded(self) -> dict[InstanceKey, int]:
+        """The processes of the loaded engines."""
+        return {
+            InstanceKey(model["id"], model["instance"]): model["pid"]
+            for model in await self.host.models()
+            if model["status"] == "loaded"
+        }
 
-    async def _until_loaded(self, wanted: Callable[[Mapping[str, int]], bool], what: str) -> None:
-        """Waits until the loaded models are `wanted`; `what` is that in words."""
+    async def _until_loaded(self, wanted: Callable[[Mapping[InstanceKey, int]], bool], what: str) -> None:
+        """Waits until the loaded engines are `wanted`; `what` is that in words."""
         deadline = time.monotonic() + SEEN_SECS
         while not wanted(now := await self._loaded()):
             assert time.monotonic() < deadline, f"{what}: not within {SEEN_SECS:g} s; loaded are {now}"

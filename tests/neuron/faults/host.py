@@ -20,6 +20,7 @@ import aiohttp
 from neuron.engine import session
 from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
+from neuron.spec import InstanceKey
 from tests.neuron.neurons import OF_A_CORTEX, REPOSITORY, marked_processes
 from tests.neuron.sim_process import free_port
 
@@ -176,14 +177,15 @@ class Host:
         listed: list[dict[str, Any]] = await self.get("/models")
         return listed
 
-    async def endpoint(self, model_id: str) -> dict[str, str]:
-        found: dict[str, str] = await self.get(f"/models/{quote(model_id, safe='')}/endpoint")
+    async def endpoint(self, key: InstanceKey) -> dict[str, str]:
+        path = f"/models/{quote(key.model_id, safe='')}/endpoint?instance={key.instance}"
+        found: dict[str, str] = await self.get(path)
         return found
 
-    async def answers(self, model_id: str) -> bool:
-        """True when a client finds a loaded model's engine healthy."""
+    async def answers(self, key: InstanceKey) -> bool:
+        """True when a client finds a loaded engine healthy."""
         try:
-            url = (await self.endpoint(model_id))["url"]
+            url = (await self.endpoint(key))["url"]
             async with self.http.get(f"{url}/health", timeout=_ANSWER) as response:
                 return response.status == 200
         except (aiohttp.ClientError, asyncio.TimeoutError, AssertionError):

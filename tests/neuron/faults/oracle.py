@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neuron.gpu import simulated_vram as vram
+from neuron.spec import InstanceKey
 from tests.neuron.faults.host import DEVICE_MB, EngineProcess, Host, engine_processes
 
 AGREE_SECS = 5.0
@@ -46,12 +47,13 @@ async def look(host: Host) -> list[str]:
     processes = await asyncio.to_thread(engine_processes, host.mark)
     usage = await asyncio.to_thread(vram.usage_by_process, host.vram_dir)
     held = {pid: {host.uuids.index(uuid): mb for uuid, mb in each.items()} for pid, each in usage.items()}
-    silent = [model["id"] for model in before if model["status"] == "loaded" and not await host.answers(model["id"])]
+    loaded = [_key(model) for model in before if model["status"] == "loaded"]
+    silent = [key for key in loaded if not await host.answers(key)]
     after = await host.models()
     if _outline(before) != _outline(after):
         return [f"still moving: {_outline(before)} -> {_outline(after)}"]
     found = differences(Sight(after, health["devices"], processes, held, host.foreign_mb))
-    return found + [f"{model_id} is loaded and does not answer" for model_id in silent]
+    return found + [f"{key} is loaded and does not answer" for key in silent]
 
 
 def differences(sight: Sight) -> list[str]:
@@ -64,9 +66,9 @@ def _processes(sight: Sight) -> list[str]:
     owners: dict[int, list[str]] = {}
     for model in sight.models:
         if model.get("pid") is not None:
-            owners.setdefault(model["pid"], []).append(model["id"])
+            owners.setdefault(model["pid"], []).append(str(_key(model)))
             if model["state"] not in HAS_ENGINE:
-                found.append(f"{model['id']} is {model['state']} and names process {model['pid']}")
+                found.append(f"{_key(model)} is {model['state']} and names process {model['pid']}")
     found += [f"{' and '.join(ids)} name one process, {pid}" for pid, ids in owners.items() if len(ids) > 1]
     found += [
         f"{'core' if process.is_core else 'process'} {process.pid} of session {process.session} belongs to no model"
@@ -78,7 +80,7 @@ def _processes(sight: Sight) -> list[str]:
     for model in sight.models:
         pid, is_up = model.get("pid"), model["status"] in ("loaded", "sleeping")
         if (is_up or pid is not None) and pid not in (leaders if is_up else sessions):
-            found.append(f"{model['id']} is {model['state']} and nothing is there of its process {pid}")
+            found.append(f"{_key(model)} is {model['state']} and nothing is there of its process {pid}")
     return found
 
 
@@ -94,7 +96,7 @@ def _memory(sight: Sight) -> list[str]:
         if model["status"] == "loaded":
             held = sum(sum(each.values()) for pid, each in sight.held.items() if sessions.get(pid) == model["pid"])
             if model["vram_used_mb"] != held:
-                found.append(f"{model['id']}: uses {model['vram_used_mb']} MiB, its processes hold {held}")
+                found.append(f"{_key(model)}: uses {model['vram_used_mb']} MiB, its processes hold {held}")
     return found
 
 
@@ -109,6 +111,9 @@ def _ledger(sight: Sight) -> list[str]:
             for model in sight.models
             if index in model["devices"] and model["state"] in HAS_ENGINE - LEAVING
         )
+        lasting = [model for model in sight.models if model["state"] in HAS_ENGINE - LEAVING]
+        ids = [model["id"] for model in lasting if index in model["devices"]]
+        found += [f"device {index}: {ids.count(each)} instances of {each}" for each in set(ids) if ids.count(each) > 1]
         if booked > DEVICE_MB:
             found.append(f"device {index}: {booked} MiB are booked of {DEVICE_MB}")
         if booked < held:
@@ -122,5 +127,9 @@ def _ledger(sight: Sight) -> list[str]:
     return found
 
 
+def _key(model: Mapping[str, Any]) -> InstanceKey:
+    return InstanceKey(model["id"], model["instance"])
+
+
 def _outline(models: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
-    return [(model["id"], model["state"], model.get("pid"), tuple(model["devices"] or ())) for model in models]
+    return [(_key(model), model["state"], model.get("pid"), tuple(model["devices"] or ())) for model in models]

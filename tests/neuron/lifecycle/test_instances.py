@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -22,6 +23,7 @@ from tests.neuron.neurons import (
     toml_config,
     until,
 )
+from tests.neuron.v1_cortex import v1_cortex
 
 MODEL = "Qwen/Qwen3-8B"
 EIGHT = [str(number) for number in range(8)]
@@ -89,10 +91,14 @@ async def test_eight_engines_on_eight_devices(host: Neuron, mark: str) -> None:
 
 
 async def test_unload_of_one(host: Neuron) -> None:
-    """An unloaded instance leaves the list while another is in it; the last one stays, with its spec."""
+    """An unloaded instance leaves the list while another is in it, and its files are removed; the last one stays, with
+    its spec."""
     await load(host, "0", "1")
+    engines = host.state_dir / "engines"
+    assert len(await asyncio.to_thread(os.listdir, engines)) == 2
     await unload(host, "0")
     assert list(await entries(host)) == ["1"]
+    await until(lambda: len(list(engines.iterdir())) == 1)
     gone = await host.call("POST", "/models/unload", json={"model_id": MODEL, "instance": "0"})
     assert (gone.status, gone.error["code"]) == (404, "model_not_found")
     assert gone.error["message"] == f"the model {MODEL!r} has no instance '0' here (instance: 1)"
@@ -242,3 +248,102 @@ async def test_all_are_adopted(tmp_path: Path, mark: str) -> None:
         assert list(await entries(second)) == ["0", "2", "3"]
         assert await second.stop() == 0
     assert not marked_engines(mark)
+
+
+async def test_a_load_of_the_model_after_all_are_unloaded(host: Neuron) -> None:
+    """It makes the first instance, with the model's spec, whichever was unloaded last; but starts one that failed."""
+    await load(host, "0", "1", "2")
+    for instance in ("0", "2", "1"):
+        await unload(host, instance)
+    assert list(await entries(host)) == ["1"]
+    answer = await host.call("POST", "/models/load", json={"model_id": MODEL})
+    assert answer.body["instance"] == "0"
+    assert list(await entries(host)) == ["0"]
+    await unload(host)
+    assert (await host.load(MODEL, "--fail-at", "weights", instance="4")).status == 500
+    assert {name: entry["status"] for name, entry in (await entries(host)).items()} == {"4": "failed"}
+    assert (await host.load(MODEL)).body["instance"] == "4"
+
+
+async def test_events_and_figures_by_instance(host: Neuron) -> None:
+    """Every event names the instance; one that leaves the list is reported as removed."""
+    async with host.session.get(f"{host.base}/events") as stream:
+        await load(host, "0", "1")
+        await unload(host, "1")
+        told: list[tuple[str, dict[str, Any]]] = []
+        while "removed" not in [name for name, _ in told]:
+            name = (await stream.content.readline()).decode().strip()
+            if name.startswith("event: "):
+                await stream.content.readline()
+                data = json.loads((await stream.content.readline()).decode().removeprefix("data: "))
+                told.append((name.removeprefix("event: "), data))
+    of_one = [data["status"] for name, data in told if name == "model" and data["instance"] == "1"]
+    assert (of_one[0], of_one[-1]) == ("loading", "unloaded")
+    assert told[-1] == ("removed", {"id": MODEL, "instance": "1"})
+
+    async def both_have_figures() -> bool:
+        told = (await host.call("GET", "/health")).body["models"]
+        return [(each["id"], each["instance"]) for each in told] == [(MODEL, "0"), (MODEL, "1")]
+
+    await load(host, "1")
+    await until(both_have_figures)
+    page = (await host.call("GET", "/metrics")).body
+    assert f'neuron_engine_state{{model="{MODEL}",state="loaded"}} 2.0' in page
+    assert f'neuron_instance_state{{engine="1",model="{MODEL}",state="loaded"}} 1.0' in page
+
+
+async def test_default_models(tmp_path: Path, mark: str) -> None:
+    """neuron loads the named instances when it starts, and tells each in its progress."""
+    wanted = [{"model_id": MODEL, "instance": each, "vram_mb": 20_000} for each in ("0", "1")]
+    async with neuron_here(config_of(tmp_path / "state", harnesses=[{"name": "sim"}], default_models=wanted)) as neuron:
+        found = await until_loaded(neuron, "0", "1")
+        assert sorted(entry["devices"] for entry in found.values()) == [[0], [1]]
+
+        async def done() -> dict[str, Any] | None:
+            activation: dict[str, Any] = (await neuron.call("GET", "/health")).body["activation"]
+            return activation if activation["state"] == "done" else None
+
+        assert (await until(done))["completed"] == [MODEL, f"{MODEL} instance 1"]
+
+
+async def test_engines_that_are_left_are_adopted(tmp_path: Path, mark: str) -> None:
+    """on_stop = "leave_engines" leaves all instances; a record of a neuron that knew none is of the first."""
+    config = toml_config(tmp_path, f'state_dir = "{tmp_path / "state"}"', 'on_stop = "leave_engines"')
+    config.write_text(config.read_text().replace('["RTX 4090"]', '["H100", "H100"]'))
+    async with neuron_process(config) as first:
+        await load(first, "3", "4")
+        before = await entries(first)
+        assert await first.stop() == 0
+    for path in (tmp_path / "state" / "engines").glob("*/run.json"):
+        record = json.loads(path.read_text())
+        if record.pop("instance") == "3":
+            path.write_text(json.dumps(record))
+    async with neuron_process(config) as second:
+        after = await until_loaded(second, "0", "4")
+        assert [after["0"]["pid"], after["4"]["pid"]] == [before["3"]["pid"], before["4"]["pid"]]
+        await unload(second)
+        assert await second.stop() == 0
+    assert not marked_engines(mark)
+
+
+async def test_host_without_devices(tmp_path: Path, mark: str) -> None:
+    """Any number of instances run there."""
+    async with neuron_here(config_of(tmp_path / "state", simulate={"devices": []})) as neuron:
+        await load(neuron, "0", "1")
+        assert [entry["devices"] for entry in (await entries(neuron)).values()] == [[], []]
+        await unload(neuron)
+
+
+async def test_displacement_takes_one_instance(tmp_path: Path, mark: str) -> None:
+    """For a protocol v1 caller's model the instance ends that has been idle for longest; the others serve on."""
+    config = config_of(tmp_path / "state", simulate={"devices": ["H100"] * 2}, engine_keys="never")
+    async with neuron_here(config) as neuron, v1_cortex(neuron) as cortex:
+        assert (await neuron.load("other", vram_mb=70_000)).status == 200
+        await neuron.unload("other")
+        await load(neuron, "0", devices=[1])
+        await load(neuron, "1", devices=[0])
+        await cortex.forward(MODEL, to=(await entries(neuron))["0"]["endpoint"]["url"])
+        await until(lambda: [each.ended for each in neuron.registry.activity()] == [1, 0])
+        await cortex.forward("other")
+        assert {name: entry["status"] for name, entry in (await entries(neuron)).items()} == {"0": "loaded"}
+        assert (await neuron.model("other"))["devices"] == [0]

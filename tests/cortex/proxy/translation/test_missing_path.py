@@ -12,8 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from cortex.routing.missing_paths import KEPT_SECS, MAX_ENTRIES, MissingPaths
-from cortex.routing.replica import Replica
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.fleets import replica as made_replica
+from tests.cortex.fleets import replica_key
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.proxy.translation.chat_engine import COMPLETION, NOT_FOUND, ChatEngine
 from tests.cortex.raw_engine import Received, closing, plain, resetting
@@ -302,17 +303,17 @@ async def test_request_that_cannot_be_translated_is_refused(client: RawClient, e
 def test_memory_is_bounded_and_expires() -> None:
     """A minute later the engine is asked again, and another address or key is another engine."""
     paths = MissingPaths()
-    replica = Replica(model_id=MODEL, node="benjy", url="http://benjy:1", api_key="a")
+    replica = made_replica(MODEL, "benjy", "http://benjy:1", api_key="a")
     paths.add(replica, b"/v1/messages", 0.0)
     assert paths.lacks(replica, b"/v1/messages", KEPT_SECS - 1)
     assert not paths.lacks(replica, b"/v1/messages", KEPT_SECS)
     assert not paths.lacks(replica, b"/v1/responses", 1.0)
     for other in (
         replace(replica, api_key="b"),
-        replace(replica, model_id="org/other"),
+        replace(replica, key=replica_key("org/other", "benjy")),
         replace(replica, url="http://b:2"),
     ):
         assert not paths.lacks(other, b"/v1/messages", 1.0)
     for number in range(MAX_ENTRIES):
-        paths.add(Replica(model_id=MODEL, node="benjy", url=f"http://benjy:{number + 2}"), b"/v1/messages", 0.0)
+        paths.add(made_replica(MODEL, "benjy", f"http://benjy:{number + 2}"), b"/v1/messages", 0.0)
     assert not paths.lacks(replica, b"/v1/messages", 1.0)

@@ -1,0 +1,1 @@
+"""Carries out what was decided: drains and evicts engines, and loads others."""

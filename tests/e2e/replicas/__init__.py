@@ -1,0 +1,1 @@
+"""Several instances of a model on one host and on several."""

@@ -1,0 +1,1 @@
+"""Engines that span several neurons: the parts as each neuron sees them."""

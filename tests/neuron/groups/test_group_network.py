@@ -1,0 +1,81 @@
+"""The check of the network between the neurons of a group: real sockets on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from neuron.config import GroupSettings
+from neuron.lifecycle import group_network
+from neuron.lifecycle.group_network import GroupListeners, unreachable
+from shared.errors import ServiceError
+from shared.protocol import GroupPart, GroupPeer
+
+
+def settings(**given: object) -> GroupSettings:
+    return GroupSettings.model_validate(given)
+
+
+def part(rank: int, address: str = "127.0.0.1") -> GroupPart:
+    return GroupPart(id="g", rank=rank, size=2, master_addr=address, master_port=21000)
+
+
+def peer(port: int, node: str = "far") -> GroupPeer:
+    return GroupPeer(node=node, address="127.0.0.1", port=port)
+
+
+async def test_a_listening_neuron_is_reached() -> None:
+    listeners = GroupListeners(settings())
+    at = await listeners.listen("g", "127.0.0.1")
+    assert 21000 <= at.port <= 21999
+    assert await unreachable("g", [peer(at.port)]) == {}
+    listeners.close_all()
+
+
+async def test_unreachable_peers_are_named_with_the_reason() -> None:
+    """A closed port, a peer that listens for another group, a program that says something else or nothing."""
+    listeners = GroupListeners(settings())
+    at, closed = await listeners.listen("other", "127.0.0.1"), await listeners.listen("g", "127.0.0.1")
+    listeners.close("g")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = await unreachable("g", [peer(closed.port, "a"), peer(at.port, "b"), peer(silent.getsockname()[1], "c")])
+    assert found == {
+        "a": "Connection refused",
+        "b": "another program answers there",
+        "c": f"no answer within {group_network.REACH_SECS:g} s",
+    }
+    listeners.close_all()
+
+
+async def test_a_port_is_kept_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of the check and the start of the engine no other group gets the port."""
+    monkeypatch.setattr(group_network, "LISTEN_SECS", 0.2)
+    listeners = GroupListeners(settings(port_range=[21950, 21951]))
+    first = await listeners.listen("g", "127.0.0.1")
+    listeners.close("g")
+    second = await listeners.listen("h", "127.0.0.1")
+    assert {first.port, second.port} == {21950, 21951}
+    with pytest.raises(ServiceError, match="no free port in 21950-21951"):
+        await listeners.listen("i", "127.0.0.1")
+    await asyncio.sleep(0.3)  # both are released by time alone
+    assert (await listeners.listen("i", "127.0.0.1")).port in (21950, 21951)
+    listeners.close_all()
+
+
+async def test_an_address_that_this_host_lacks_is_refused() -> None:
+    listeners = GroupListeners(settings(address="203.0.113.7"))
+    with pytest.raises(ServiceError, match=r"cannot listen on 203\.0\.113\.7 .*\[group\]") as refused:
+        await listeners.listen("g", "127.0.0.1")
+    assert refused.value.code == "group_unreachable"
+
+
+async def test_the_network_of_a_part() -> None:
+    """Without configuration: the address of the route to rank 0, and its interface. `[group]` goes first."""
+    alone = await GroupListeners(settings()).network_of(part(1))
+    assert (alone.address, alone.interface, dict(alone.env)) == ("127.0.0.1", "lo", {})
+    assert (await GroupListeners(settings()).network_of(part(0, "127.0.0.9"))).interface == "lo"
+    told = settings(address="10.0.0.7", interface="eth7", env={"NCCL_DEBUG": "INFO"})
+    network = await GroupListeners(told).network_of(part(1))
+    assert (network.address, network.interface, dict(network.env)) == ("10.0.0.7", "eth7", {"NCCL_DEBUG": "INFO"})
